@@ -1,0 +1,1 @@
+"""Doherty's control plane: starts engine replicas, watches them, and publishes the fleet."""

@@ -1,0 +1,1 @@
+"""What the manager knows about each engine: launch, readiness, shutdown, metrics."""

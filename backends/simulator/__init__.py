@@ -1,0 +1,1 @@
+"""A GPU-free, OpenAI-compatible engine with an honest clockwork."""

@@ -1,0 +1,1 @@
+"""Doherty's data plane: one OpenAI-compatible endpoint in front of many replicas."""

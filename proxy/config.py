@@ -1,0 +1,327 @@
+"""The configuration, defined once: sections, defaults, units and the words that explain them.
+
+Everything else is derived from these structs: the strict YAML reader (an unknown key is an error
+with its line and the nearest valid name), the JSON schema, the flags of `doherty proxy` and their
+environment twins. Precedence: flag, then `DOHERTY_*`, then file, then default. Flags follow the
+dialect of sglang-router and vllm-router where that dialect has the thing, so that launch scripts
+port over.
+
+Imports nothing of ours; both planes read it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+ENVIRONMENT_PREFIX = "DOHERTY_"
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+PositiveInt = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0)]
+Policy = Literal["prefix", "session", "least_load", "round_robin", "random"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
+
+# What the routers that people come from call the same thing.
+POLICY_ALIASES = {
+    "cache_aware": "prefix",
+    "consistent_hash": "prefix",
+    "prefix_hash": "prefix",
+    "power_of_two": "least_load",
+    "manual": "session",
+}
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of the file; unknown keys are errors."""
+
+
+class ProxyConfig(Section):
+    """The data plane."""
+
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="port to listen on; 0 takes a free one")] = 8000
+    admin_host: Annotated[str, Meta(description="address of the admin listener")] = "127.0.0.1"
+    admin_port: Annotated[
+        Port, Meta(description="port of the admin listener (metrics, health, replicas)")
+    ] = 8001
+    workers: Annotated[
+        int, Meta(ge=1, le=256, description="worker processes that share the port (SO_REUSEPORT)")
+    ] = 1
+    worker_urls: Annotated[
+        tuple[str, ...], Meta(description="engine servers, when no manager names them")
+    ] = ()
+    manager_url: Annotated[
+        str | None, Meta(description="manager to watch for the fleet, such as http://127.0.0.1:8002")
+    ] = None
+    policy: Annotated[
+        Policy,
+        Meta(description="how a replica is chosen; cache_aware, consistent_hash, power_of_two and "
+             "manual are understood as their nearest equals"),
+    ] = "prefix"
+    api_key: Annotated[
+        str | None, Meta(description="key that clients must present as a bearer token")
+    ] = None
+    admin_api_key: Annotated[
+        str | None, Meta(description="key of the admin listener's pages other than health")
+    ] = None
+    max_payload_size: Annotated[
+        PositiveInt, Meta(description="largest request body, in bytes")
+    ] = 32 * 1024 * 1024
+    max_concurrent_requests: Annotated[
+        PositiveInt, Meta(description="requests in flight per worker; more are answered 429")
+    ] = 8192
+    connect_timeout_secs: Annotated[
+        Seconds, Meta(description="time to connect to a replica")
+    ] = 5.0
+    request_timeout_secs: Annotated[
+        Seconds, Meta(description="longest silence of a replica while a request is under way")
+    ] = 600.0
+    retry_max_retries: Annotated[
+        Count, Meta(description="further replicas to try while none can have begun the request")
+    ] = 3
+    disable_retries: Annotated[bool, Meta(description="answer the first failure")] = False
+    health_check_endpoint: Annotated[
+        str, Meta(pattern=r"^/[!-~]*$", description="path that a suspect replica must answer 200")
+    ] = "/health"
+    health_check_interval_secs: Annotated[
+        float, Meta(ge=0.05, description="longest pause between probes of a suspect replica")
+    ] = 1.0
+    health_check_timeout_secs: Annotated[
+        float, Meta(ge=0.05, description="time that a probe may take")
+    ] = 3.0
+    shutdown_grace_period_secs: Annotated[
+        Seconds, Meta(description="time that requests in flight may take after SIGTERM")
+    ] = 60.0
+    drain_settle_secs: Annotated[
+        Seconds, Meta(description="time between turning unready and closing the port")
+    ] = 0.0
+    access_log: Annotated[
+        str, Meta(description="file for the access log, '-' for standard output, 'off' for none")
+    ] = "-"
+    log_level: Annotated[LogLevel, Meta(description="least severe event that is logged")] = "info"
+    expose_routing: Annotated[
+        bool, Meta(description="name the replica and the decision in response headers")
+    ] = False
+
+
+class ManagerConfig(Section):
+    """The control plane."""
+
+    host: Annotated[str, Meta(description="address of the manager's API")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="port of the manager's API")] = 8002
+    run_dir: Annotated[
+        str, Meta(description="folder for the journal and the engines' logs")
+    ] = ".doherty"
+    scrape_interval_secs: Annotated[
+        float, Meta(ge=0.05, description="pause between readings of an engine's metrics")
+    ] = 1.0
+    restart_backoff_secs: Annotated[
+        Seconds, Meta(description="pause before the first restart of a replica; doubles each time")
+    ] = 0.5
+    restart_backoff_max_secs: Annotated[
+        Seconds, Meta(description="longest pause between restarts")
+    ] = 30.0
+
+
+class PoolConfig(Section):
+    """Replicas of one model that share an engine and its settings."""
+
+    engine: Annotated[
+        Literal["simulator", "sglang", "vllm"], Meta(description="which engine serves the model")
+    ]
+    name: Annotated[Name | None, Meta(description="defaults to the model's name")] = None
+    replicas: Annotated[
+        int, Meta(ge=0, le=4096, description="engine processes to keep running")
+    ] = 1
+    model_path: Annotated[
+        str | None, Meta(description="local folder or hub id of the weights")
+    ] = None
+    args: Annotated[
+        tuple[str, ...], Meta(description="further command-line arguments of the engine")
+    ] = ()
+    env: Annotated[
+        dict[str, str], Meta(description="further environment of the engine")
+    ] = msgspec.field(default_factory=dict)
+    target_inputs: Annotated[
+        Count, Meta(description="requests in flight per replica to aim at; 0: none")
+    ] = 0
+    max_inputs: Annotated[
+        Count, Meta(description="requests in flight that a replica may never exceed; 0: no limit")
+    ] = 0
+    start_timeout_secs: Annotated[
+        Seconds, Meta(description="time from start to ready")
+    ] = 900.0
+    stop_grace_secs: Annotated[
+        Seconds, Meta(description="time to drain, and again from SIGTERM to SIGKILL")
+    ] = 30.0
+
+
+class ModelConfig(Section):
+    """One model name that clients ask for."""
+
+    name: Name
+    pools: Annotated[tuple[PoolConfig, ...], Meta(min_length=1)]
+
+
+class Config(Section):
+    """The whole file."""
+
+    region: Name = "local"
+    proxy: ProxyConfig = ProxyConfig()
+    manager: ManagerConfig = ManagerConfig()
+    models: tuple[ModelConfig, ...] = ()
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the text says where and what to do."""
+
+
+# What `doherty up` runs when nobody says otherwise.
+EMBEDDED_DEFAULT = """\
+models:
+  - name: demo
+    pools:
+      - engine: simulator
+        replicas: 2
+        args: [--profile, h200-8b]
+"""
+
+
+def load_config(path: str) -> Config:
+    """Read the file at `path`. Raises `ConfigError` naming the file, the line and the remedy."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    return parse_config(text, path)
+
+
+def parse_config(text: str, source: str) -> Config:
+    """Return the configuration in `text`; `source` names it in errors. Raises `ConfigError`."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None:
+            _reject_duplicate_keys(node, source)
+        value = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{source}:{line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+    if value is None:
+        return Config()
+    if isinstance(value, dict) and isinstance(value.get("proxy"), dict):
+        policy = value["proxy"].get("policy")
+        if isinstance(policy, str):
+            value["proxy"]["policy"] = POLICY_ALIASES.get(policy, policy)
+    try:
+        config = msgspec.convert(value, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error), node, source)) from error
+    _check_names(config, source)
+    return config
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of the file, for editors."""
+    return msgspec.json.schema(Config)
+
+
+def describe_fields(section: type[Section]) -> Iterator[tuple[str, Any, str]]:
+    """Yield name, bare type and description of each field, in order; flags are made of these."""
+    hints = get_type_hints(section, include_extras=True)
+    for field in msgspec.structs.fields(section):
+        annotation = hints[field.name]
+        metas = [a for a in get_args(annotation) if isinstance(a, Meta) and a.description]
+        bare = get_type_hints(section)[field.name]
+        yield field.name, bare, metas[-1].description or "" if metas else ""
+
+
+def override(base: ProxyConfig, values: Mapping[str, Any], source: str) -> ProxyConfig:
+    """Return `base` with `values` (from flags or the environment) laid over it, checked."""
+    merged = {name: getattr(base, name) for name in base.__struct_fields__} | dict(values)
+    merged["policy"] = POLICY_ALIASES.get(merged["policy"], merged["policy"])
+    try:
+        return msgspec.convert(merged, ProxyConfig, strict=False)
+    except msgspec.ValidationError as error:
+        match = re.search(r"at `\$\.(\w+)", str(error))
+        key = match[1] if match else ""
+        problem = str(error).split(" - at ")[0]
+        raise ConfigError(f"{source.format(flag=key.replace('_', '-'), env=key.upper())}: {problem}"
+                          ) from error
+
+
+def _check_names(config: Config, source: str) -> None:
+    seen: set[str] = set()
+    for model in config.models:
+        if model.name in seen:
+            raise ConfigError(f"{source}: model '{model.name}' is defined twice; "
+                              "give it several pools instead")
+        seen.add(model.name)
+        for pool in model.pools:
+            if pool.max_inputs and pool.target_inputs > pool.max_inputs:
+                raise ConfigError(f"{source}: model '{model.name}': target_inputs "
+                                  f"{pool.target_inputs} is above max_inputs {pool.max_inputs}")
+
+
+def _reject_duplicate_keys(node: yaml.Node, source: str) -> None:
+    """YAML 1.2 §3.2.1.3: mapping keys are unique; PyYAML would let the last one win."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise ConfigError(f"{source}:{key.start_mark.line + 1}: "
+                                  f"'{key.value}' is given twice")
+            seen.add(key.value)
+            _reject_duplicate_keys(value, source)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _reject_duplicate_keys(item, source)
+
+
+def _explain(problem: str, root: yaml.Node | None, source: str) -> str:
+    """Turn msgspec's message and JSON path into file, line and the nearest valid name."""
+    text, _, path = problem.partition(" - at `")
+    steps = re.findall(r"\.(\w+)|\[(\d+)\]", path.rstrip("`"))
+    node, section = _descend(root, steps)
+    unknown = re.search(r"unknown field `(.*)`", text)
+    if unknown and isinstance(node, yaml.MappingNode):
+        key = unknown[1]
+        known = list(section.__struct_fields__) if section else []
+        for child, _ in node.value:
+            if child.value == key:
+                node = child
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(known)}"
+        text = f"unknown key '{key}'; {hint}"
+    line = node.start_mark.line + 1 if node else 1
+    where = ".".join(name or f"[{index}]" for name, index in steps).replace(".[", "[")
+    return f"{source}:{line}: {where + ': ' if where else ''}{text}"
+
+
+def _descend(
+    node: yaml.Node | None, steps: list[tuple[str, str]]
+) -> tuple[yaml.Node | None, type[Section] | None]:
+    section: Any = Config
+    for name, index in steps:
+        if name and isinstance(node, yaml.MappingNode):
+            found = [value for key, value in node.value if key.value == name]
+            node = found[0] if found else node
+            hints = get_type_hints(section) if isinstance(section, type) else {}
+            section = hints.get(name, section)
+            inner = [a for a in get_args(section) if isinstance(a, type)]
+            section = inner[0] if inner else section
+        elif index and isinstance(node, yaml.SequenceNode):
+            node = node.value[int(index)]
+    valid = isinstance(section, type) and issubclass(section, Section)
+    return node, section if valid else None

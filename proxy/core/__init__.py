@@ -1,0 +1,1 @@
+"""Functions over values: no sockets, no clock, no randomness, no tasks."""

@@ -1,0 +1,1 @@
+"""The shell: moves bytes, waits, and decides nothing."""
