@@ -44,7 +44,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A part of the file; unknown keys are errors."""
 
 
-class ProxyConfig(Section):
+class ProxyConfig(Section, frozen=True, kw_only=True):
     """The data plane."""
 
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
@@ -60,12 +60,15 @@ class ProxyConfig(Section):
         tuple[str, ...], Meta(description="engine servers, when no manager names them")
     ] = ()
     manager_url: Annotated[
-        str | None, Meta(description="manager to watch for the fleet, such as http://127.0.0.1:8002")
+        str | None,
+        Meta(description="manager to watch for the fleet, such as http://127.0.0.1:8002"),
     ] = None
     policy: Annotated[
         Policy,
-        Meta(description="how a replica is chosen; cache_aware, consistent_hash, power_of_two and "
-             "manual are understood as their nearest equals"),
+        Meta(
+            description="how a replica is chosen; cache_aware, consistent_hash, power_of_two and "
+            "manual are understood as their nearest equals"
+        ),
     ] = "prefix"
     api_key: Annotated[
         str | None, Meta(description="key that clients must present as a bearer token")
@@ -73,15 +76,13 @@ class ProxyConfig(Section):
     admin_api_key: Annotated[
         str | None, Meta(description="key of the admin listener's pages other than health")
     ] = None
-    max_payload_size: Annotated[
-        PositiveInt, Meta(description="largest request body, in bytes")
-    ] = 32 * 1024 * 1024
+    max_payload_size: Annotated[PositiveInt, Meta(description="largest request body, in bytes")] = (
+        32 * 1024 * 1024
+    )
     max_concurrent_requests: Annotated[
         PositiveInt, Meta(description="requests in flight per worker; more are answered 429")
     ] = 8192
-    connect_timeout_secs: Annotated[
-        Seconds, Meta(description="time to connect to a replica")
-    ] = 5.0
+    connect_timeout_secs: Annotated[Seconds, Meta(description="time to connect to a replica")] = 5.0
     request_timeout_secs: Annotated[
         Seconds, Meta(description="longest silence of a replica while a request is under way")
     ] = 600.0
@@ -113,14 +114,14 @@ class ProxyConfig(Section):
     ] = False
 
 
-class ManagerConfig(Section):
+class ManagerConfig(Section, frozen=True, kw_only=True):
     """The control plane."""
 
     host: Annotated[str, Meta(description="address of the manager's API")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="port of the manager's API")] = 8002
-    run_dir: Annotated[
-        str, Meta(description="folder for the journal and the engines' logs")
-    ] = ".doherty"
+    run_dir: Annotated[str, Meta(description="folder for the journal and the engines' logs")] = (
+        ".doherty"
+    )
     scrape_interval_secs: Annotated[
         float, Meta(ge=0.05, description="pause between readings of an engine's metrics")
     ] = 1.0
@@ -132,7 +133,7 @@ class ManagerConfig(Section):
     ] = 30.0
 
 
-class PoolConfig(Section):
+class PoolConfig(Section, frozen=True, kw_only=True):
     """Replicas of one model that share an engine and its settings."""
 
     engine: Annotated[
@@ -142,37 +143,35 @@ class PoolConfig(Section):
     replicas: Annotated[
         int, Meta(ge=0, le=4096, description="engine processes to keep running")
     ] = 1
-    model_path: Annotated[
-        str | None, Meta(description="local folder or hub id of the weights")
-    ] = None
+    model_path: Annotated[str | None, Meta(description="local folder or hub id of the weights")] = (
+        None
+    )
     args: Annotated[
         tuple[str, ...], Meta(description="further command-line arguments of the engine")
     ] = ()
-    env: Annotated[
-        dict[str, str], Meta(description="further environment of the engine")
-    ] = msgspec.field(default_factory=dict)
+    env: Annotated[dict[str, str], Meta(description="further environment of the engine")] = (
+        msgspec.field(default_factory=dict)
+    )
     target_inputs: Annotated[
         Count, Meta(description="requests in flight per replica to aim at; 0: none")
     ] = 0
     max_inputs: Annotated[
         Count, Meta(description="requests in flight that a replica may never exceed; 0: no limit")
     ] = 0
-    start_timeout_secs: Annotated[
-        Seconds, Meta(description="time from start to ready")
-    ] = 900.0
+    start_timeout_secs: Annotated[Seconds, Meta(description="time from start to ready")] = 900.0
     stop_grace_secs: Annotated[
         Seconds, Meta(description="time to drain, and again from SIGTERM to SIGKILL")
     ] = 30.0
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True, kw_only=True):
     """One model name that clients ask for."""
 
     name: Name
     pools: Annotated[tuple[PoolConfig, ...], Meta(min_length=1)]
 
 
-class Config(Section):
+class Config(Section, frozen=True, kw_only=True):
     """The whole file."""
 
     region: Name = "local"
@@ -257,21 +256,25 @@ def override(base: ProxyConfig, values: Mapping[str, Any], source: str) -> Proxy
         match = re.search(r"at `\$\.(\w+)", str(error))
         key = match[1] if match else ""
         problem = str(error).split(" - at ")[0]
-        raise ConfigError(f"{source.format(flag=key.replace('_', '-'), env=key.upper())}: {problem}"
-                          ) from error
+        raise ConfigError(
+            f"{source.format(flag=key.replace('_', '-'), env=key.upper())}: {problem}"
+        ) from error
 
 
 def _check_names(config: Config, source: str) -> None:
     seen: set[str] = set()
     for model in config.models:
         if model.name in seen:
-            raise ConfigError(f"{source}: model '{model.name}' is defined twice; "
-                              "give it several pools instead")
+            raise ConfigError(
+                f"{source}: model '{model.name}' is defined twice; give it several pools instead"
+            )
         seen.add(model.name)
         for pool in model.pools:
             if pool.max_inputs and pool.target_inputs > pool.max_inputs:
-                raise ConfigError(f"{source}: model '{model.name}': target_inputs "
-                                  f"{pool.target_inputs} is above max_inputs {pool.max_inputs}")
+                raise ConfigError(
+                    f"{source}: model '{model.name}': target_inputs "
+                    f"{pool.target_inputs} is above max_inputs {pool.max_inputs}"
+                )
 
 
 def _reject_duplicate_keys(node: yaml.Node, source: str) -> None:
@@ -280,8 +283,9 @@ def _reject_duplicate_keys(node: yaml.Node, source: str) -> None:
         seen: set[str] = set()
         for key, value in node.value:
             if key.value in seen:
-                raise ConfigError(f"{source}:{key.start_mark.line + 1}: "
-                                  f"'{key.value}' is given twice")
+                raise ConfigError(
+                    f"{source}:{key.start_mark.line + 1}: '{key.value}' is given twice"
+                )
             seen.add(key.value)
             _reject_duplicate_keys(value, source)
     elif isinstance(node, yaml.SequenceNode):
