@@ -1,0 +1,117 @@
+"""The replicas of a region: an immutable value, and the events that give the next one.
+
+One writer applies events in order; everybody else reads the value they hold. What a proxy finds
+out itself (a refused connection) is kept apart from what the manager says, so that neither erases
+the other: a suspect stays one through new snapshots until a probe has cleared it.
+
+The ring of a model holds every replica that could serve it, ready or not: a replica that restarts
+comes back to its own keys, and meanwhile they go to their successors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from proxy.contract import FleetSnapshot, ReplicaState
+from proxy.core.replica import Replica, replica_of
+from proxy.core.ring import Ring
+
+
+class SnapshotReceived(msgspec.Struct, frozen=True):
+    snapshot: FleetSnapshot
+
+
+class ReplicaSuspected(msgspec.Struct, frozen=True):
+    replica_id: str
+
+
+class ReplicaCleared(msgspec.Struct, frozen=True):
+    replica_id: str
+
+
+Event = SnapshotReceived | ReplicaSuspected | ReplicaCleared
+
+# States in which a replica will not come back under its name soon enough to keep its keys.
+_OFF_RING = frozenset((ReplicaState.STOPPED,))
+
+
+class Pool(msgspec.Struct, frozen=True):
+    """All replicas that answer to one model name."""
+
+    replicas: Mapping[str, Replica]
+    ring: Ring
+
+
+class Fleet(msgspec.Struct, frozen=True):
+    """All replicas known, and the pools that clients can name."""
+
+    replicas: Mapping[str, Replica]
+    pools: Mapping[str, Pool]  # by model name
+    any_model: Pool  # replicas whose models are not known
+
+    def pool_for(self, model: str) -> Pool | None:
+        """Return the pool of a model. Replicas that do not say what they serve serve anything."""
+        pool = self.pools.get(model)
+        if pool is None and self.any_model.replicas:
+            return self.any_model
+        return pool
+
+    def only_pool(self) -> Pool | None:
+        """Return the pool to use when a request names no model; None when that is unclear."""
+        pools = list(self.pools.values())
+        if len(pools) == 1 or (pools and all(p.replicas == pools[0].replicas for p in pools)):
+            return pools[0]
+        return self.any_model if not pools and self.any_model.replicas else None
+
+
+def empty_fleet() -> Fleet:
+    return _build({})
+
+
+def apply(fleet: Fleet, event: Event) -> Fleet:
+    """Return the fleet after `event`. Records with an unusable URL raise `ValueError`."""
+    match event:
+        case SnapshotReceived(snapshot):
+            replicas = {}
+            for record in snapshot.replicas:
+                replica = replica_of(record)
+                known = fleet.replicas.get(replica.replica_id)
+                # A restart is news from the manager: what we suspected is gone.
+                if known is not None and known.suspect and known.restarts == replica.restarts:
+                    replica = msgspec.structs.replace(replica, suspect=True)
+                replicas[replica.replica_id] = replica
+            return _build(replicas, previous=fleet)
+        case ReplicaSuspected(replica_id):
+            return _with_suspect(fleet, replica_id, suspect=True)
+        case ReplicaCleared(replica_id):
+            return _with_suspect(fleet, replica_id, suspect=False)
+
+
+def _with_suspect(fleet: Fleet, replica_id: str, *, suspect: bool) -> Fleet:
+    replica = fleet.replicas.get(replica_id)
+    if replica is None or replica.suspect == suspect:
+        return fleet
+    changed = msgspec.structs.replace(replica, suspect=suspect)
+    return _build({**fleet.replicas, replica_id: changed}, previous=fleet)
+
+
+def _build(replicas: Mapping[str, Replica], previous: Fleet | None = None) -> Fleet:
+    on_ring = {k: r for k, r in replicas.items() if r.state not in _OFF_RING}
+    unknown = {k: r for k, r in on_ring.items() if not r.models}
+    models = sorted({model for r in on_ring.values() for model in r.models})
+    pools = {}
+    for model in models:
+        members = {k: r for k, r in on_ring.items() if model in r.models or not r.models}
+        old = previous.pools.get(model) if previous else None
+        pools[model] = Pool(members, _ring(members, old))
+    any_model = Pool(unknown, _ring(unknown, previous.any_model if previous else None))
+    return Fleet(replicas, pools, any_model)
+
+
+def _ring(names: Iterable[str], old: Pool | None) -> Ring:
+    """Reuse the old ring when its members are the same: building one costs milliseconds."""
+    if old is not None and old.ring.names == tuple(sorted(names)):
+        return old.ring
+    return Ring(names)

@@ -1,0 +1,114 @@
+"""What we write: heads for replicas and for clients, always afresh from checked parts.
+
+A head that came in is never copied as octets. Fields that belong to one connection stay there
+(RFC 9110 §7.6.1), framing is ours, and a name or value that passed `http1` can be written as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import Final
+
+from proxy import errors
+from proxy.core import limits
+from proxy.core.http1 import Field, RequestHead, ResponseHead
+
+REQUEST_ID: Final = b"x-request-id"
+# Written by us, or meaningful to this hop only.
+_NOT_FORWARDED: Final = frozenset((b"host", b"content-length", b"expect", REQUEST_ID))
+_NOT_RETURNED: Final = frozenset((REQUEST_ID,))
+_PRINTABLE: Final = re.compile(rb"[\x21-\x7e]{1,%d}" % limits.REQUEST_ID_BYTES_MAX)
+_REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
+
+
+def valid_request_id(value: bytes | None) -> bool:
+    """A client's id is kept when it is short and printable; it ends up in logs."""
+    return value is not None and _PRINTABLE.fullmatch(value) is not None
+
+
+def upstream_head(
+    request: RequestHead, host_field: bytes, request_id: bytes, body_bytes: int
+) -> bytes:
+    """Return the head to send to a replica. `host_field` is `Host: authority` with its line end."""
+    lines = [b"%b %b%b HTTP/1.1\r\n" % (request.method, request.path, request.query), host_field]
+    for name, value in request.fields:
+        if name not in _NOT_FORWARDED:
+            lines.append(b"%b: %b\r\n" % (name, value))
+    if body_bytes or request.method == b"POST":
+        lines.append(b"content-length: %d\r\n" % body_bytes)
+    lines.append(b"x-request-id: %b\r\n\r\n" % request_id)
+    return b"".join(lines)
+
+
+def client_head(
+    response: ResponseHead,
+    request_id: bytes,
+    *,
+    framing: bytes,
+    keep_alive: bool,
+    extra: Iterable[Field] = (),
+) -> bytes:
+    """Return the head to send to a client for a replica's answer.
+
+    `framing` is the Content-Length or Transfer-Encoding line with its line end, or empty.
+    """
+    lines = [b"HTTP/1.1 %d %b\r\n" % (response.status, response.reason)]
+    for name, value in response.fields:
+        if name not in _NOT_RETURNED:
+            lines.append(b"%b: %b\r\n" % (name, value))
+    lines += [b"%b: %b\r\n" % field for field in extra]
+    lines.append(b"x-request-id: %b\r\n" % request_id)
+    lines.append(framing)
+    lines.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
+    return b"".join(lines)
+
+
+def local_answer(
+    status: int,
+    body: bytes,
+    request_id: bytes,
+    *,
+    keep_alive: bool,
+    extra: Iterable[Field] = (),
+    content_type: bytes = b"application/json",
+    head_only: bool = False,
+) -> bytes:
+    """Return a whole answer of our own."""
+    lines = [
+        b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\n"
+        % (status, _REASONS.get(status, b""), content_type, len(body), request_id)
+    ]
+    lines += [b"%b: %b\r\n" % field for field in extra]
+    lines.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
+    if not head_only:
+        lines.append(body)
+    return b"".join(lines)
+
+
+def error_fields(error: errors.ProxyError) -> list[Field]:
+    """Return what an error says beside its body, in the words that the official clients obey."""
+    fields: list[Field] = []
+    if error.status >= 408 and error.status != 413:
+        fields.append((b"x-should-retry", b"true" if error.should_retry else b"false"))
+    if error.retry_after_s:
+        wait_s = min(error.retry_after_s, errors.RETRY_AFTER_S_MAX)
+        fields.append((b"retry-after", b"%d" % wait_s))
+    if error.status == 401:  # RFC 9110 §11.6.1: a 401 must name the scheme
+        fields.append((b"www-authenticate", b"Bearer"))
+    return fields
+
+
+def error_answer(
+    error: errors.ProxyError, request_id: bytes, *, keep_alive: bool, head_only: bool = False
+) -> bytes:
+    """Return the whole answer for a failure."""
+    return local_answer(
+        error.status,
+        error.body(),
+        request_id,
+        keep_alive=keep_alive and not error.closes,
+        extra=error_fields(error),
+        head_only=head_only,
+    )

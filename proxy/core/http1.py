@@ -1,0 +1,489 @@
+"""HTTP/1.1 framing without I/O: octets to heads, and where a body ends (RFC 9112).
+
+Strict on purpose: whatever is not plainly one message is refused, because two readers that disagree
+about where a message ends are how one client's octets become another's request. Heads are scanned
+by hand rather than by a callback parser: one split, one table look-up per field, no call back into
+Python for each piece; that is a third of the cost (see `loadtest`).
+
+Requests raise `proxy.errors`; responses raise `BadResponse`, because a bad engine answer is our
+problem to report and never the client's.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from proxy import errors
+from proxy.core import limits
+
+# RFC 9110 §5.6.2: token characters.
+_TCHAR: Final = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Everything but control characters; horizontal tab is allowed in values.
+_NOT_CONTROL: Final = bytes(c for c in range(256) if (c >= 0x20 and c != 0x7F) or c == 0x09)
+_REQUEST_LINE: Final = re.compile(rb"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_PARTIAL_LINE: Final = re.compile(rb"[A-Z]{1,20}(?: |\Z)|\r\Z")
+_STATUS_LINE: Final = re.compile(
+    rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?"
+)
+_LENGTH: Final = re.compile(rb"[0-9]{1,19}")
+# RFC 3986 §3.2.2 host, and port; no userinfo (RFC 9110 §4.2.4).
+_AUTHORITY: Final = re.compile(
+    rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._~%!$&'()*+,;=-]{1,255})(?::[0-9]{0,5})?"
+)
+_ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)([/?].*)?", re.IGNORECASE)
+_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
+_CHUNK_LINE_EXTENDED: Final = re.compile(
+    rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?)\r\n"
+)
+
+# Fields that describe one connection and end there (RFC 9110 §7.6.1), and those that we write anew.
+HOP_BY_HOP: Final = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-connection",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    )
+)
+# What Connection may never name, or a client could strip what others rely on.
+_NEVER_HOP: Final = frozenset(
+    (b"host", b"content-length", b"transfer-encoding", b"authorization", b"content-type", b"cookie")
+)
+_ONCE: Final = frozenset(
+    (b"host", b"content-length", b"transfer-encoding", b"authorization", b"content-type", b"expect")
+)
+_LOOKED_AT: Final = _ONCE | HOP_BY_HOP | {b"content-encoding"}
+
+Field = tuple[bytes, bytes]
+
+
+class BadResponse(Exception):  # noqa: N818 - an outcome that the exchange translates
+    """A replica's octets that are not one well-formed response."""
+
+
+class RequestHead:
+    """One checked request head. Names in `fields` are lower case; hop-by-hop ones are gone."""
+
+    __slots__ = (
+        "chunked",
+        "content_length",
+        "expects_continue",
+        "fields",
+        "keep_alive",
+        "method",
+        "minor",
+        "path",
+        "query",
+        "special",
+    )
+
+    def __init__(self, method: bytes, path: bytes, query: bytes, minor: int) -> None:
+        self.method = method
+        self.path = path
+        self.query = query  # with its question mark, or empty
+        self.minor = minor
+        self.fields: list[Field] = []
+        self.special: dict[bytes, bytes] = {}
+        self.content_length = 0
+        self.chunked = False
+        self.keep_alive = minor == 1
+        self.expects_continue = False
+
+    def get(self, name: bytes) -> bytes | None:
+        """Return the value of the first field called `name` (lower case)."""
+        for field in self.fields:
+            if field[0] == name:
+                return field[1]
+        return None
+
+
+def parse_request_head(block: bytes) -> RequestHead:
+    """Check and take apart a head without its final empty line. Raises `errors.ProxyError`."""
+    lines = block.split(b"\r\n")
+    # One pass finds NUL, bare CR, bare LF and other controls anywhere in the head (RFC 9112 §2.2,
+    # RFC 9110 §5.5): what is left of it must be just the line ends that we split at.
+    if block.translate(None, _NOT_CONTROL) != b"\r\n" * (len(lines) - 1):
+        raise errors.BadHeadError("the request head holds a control character or a bare line end")
+    if len(lines) - 1 > limits.FIELDS_MAX:
+        raise errors.HeadTooLargeError(f"more than {limits.FIELDS_MAX} header fields")
+    head = _parse_request_line(lines[0])
+    special = head.special
+    for index in range(1, len(lines)):
+        name, colon, value = lines[index].partition(b":")
+        # Also refuses folded lines and space before the colon (RFC 9112 §5.1, §5.2).
+        if not colon or not name or name.translate(None, _TCHAR):
+            raise errors.BadHeadError("a header field is malformed")
+        name = name.lower()
+        value = value.strip(b" \t")
+        if name in _LOOKED_AT:
+            if name not in special:
+                special[name] = value
+            elif name in _ONCE:
+                raise errors.BadHeadError(f"more than one {name.decode()} field")
+            else:
+                special[name] += b"," + value
+            if name in HOP_BY_HOP:
+                continue
+        head.fields.append((name, value))
+    _judge_request(head)
+    return head
+
+
+def check_partial_head(buffer: bytearray, searched: int) -> None:
+    """Refuse what can no longer become a request, without waiting for the rest of it.
+
+    `searched` octets were looked at before. Raises `errors.ProxyError`.
+    """
+    feed = buffer.find(b"\n", searched)
+    while feed >= 0:
+        if feed == 0 or buffer[feed - 1] != 0x0D:
+            raise errors.BadHeadError("the request head holds a bare line end")
+        feed = buffer.find(b"\n", feed + 1)
+    line_end = buffer.find(b"\r\n")
+    if line_end >= 0:
+        if line_end >= searched - 1:
+            _parse_request_line(bytes(buffer[:line_end]))
+    elif len(buffer) > limits.TARGET_BYTES_MAX + 64:
+        raise errors.TargetTooLongError("the request line is too long")
+    elif not _PARTIAL_LINE.match(buffer):
+        raise errors.BadHeadError("this is not an HTTP/1 request")
+
+
+def _parse_request_line(line: bytes) -> RequestHead:
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        if len(line) > limits.TARGET_BYTES_MAX:
+            raise errors.TargetTooLongError("the request line is too long")
+        raise errors.BadHeadError("the request line is malformed")
+    method, target, major, minor = match.groups()
+    if major != b"1" or minor not in (b"0", b"1"):
+        raise errors.VersionNotSupportedError("only HTTP/1.0 and HTTP/1.1 are spoken here")
+    if len(target) > limits.TARGET_BYTES_MAX:
+        raise errors.TargetTooLongError(f"the target is over {limits.TARGET_BYTES_MAX} octets")
+    if method in (b"CONNECT", b"TRACE"):
+        raise errors.MethodNotImplementedError(f"{method.decode()} is not served here")
+    if b"#" in target:
+        raise errors.BadHeadError("the target has a fragment")
+    if not target.startswith(b"/"):
+        target = _origin_form(method, target)
+    path, mark, query = target.partition(b"?")
+    return RequestHead(method, path, mark + query, int(minor))
+
+
+def _origin_form(method: bytes, target: bytes) -> bytes:
+    """RFC 9112 §3.2.2: a server MUST accept the absolute form; it never chooses the replica."""
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute is None or not _AUTHORITY.fullmatch(absolute[1]):
+        if target == b"*" and method == b"OPTIONS":
+            return target
+        raise errors.BadHeadError("the target is neither a path nor an http URL")
+    path = absolute[2] or b"/"
+    return b"/" + path if path.startswith(b"?") else path
+
+
+def _judge_request(head: RequestHead) -> None:
+    """Framing, Host and Connection: the rules that decide where this request ends."""
+    special = head.special
+    host = special.get(b"host")
+    if host is None:
+        if head.minor == 1:  # RFC 9112 §3.2
+            raise errors.BadHeadError("an HTTP/1.1 request needs a Host field")
+    elif not _AUTHORITY.fullmatch(host):
+        raise errors.BadHeadError("the Host field is not a host")
+    _judge_framing(head, special.get(b"content-length"), special.get(b"transfer-encoding"))
+    connection = special.get(b"connection")
+    if connection is not None:
+        _judge_connection(head, connection)
+    if b"expect" in special:
+        head.expects_continue = special[b"expect"].lower() == b"100-continue" and head.minor == 1
+
+
+def _judge_framing(head: RequestHead, length: bytes | None, coding: bytes | None) -> None:
+    if coding is not None:
+        if length is not None:  # RFC 9112 §6.1: smuggling, or a broken intermediary
+            raise errors.BadHeadError("both Content-Length and Transfer-Encoding are given")
+        if coding.lower() != b"chunked" or head.minor == 0:
+            raise errors.BadHeadError("the only transfer coding understood is chunked, in HTTP/1.1")
+        head.chunked = True
+    elif length is not None:
+        if not _LENGTH.fullmatch(length):
+            raise errors.BadHeadError("the Content-Length field is not a number")
+        head.content_length = int(length)
+
+
+def _judge_connection(head: RequestHead, connection: bytes) -> None:
+    options = {option.strip(b" \t").lower() for option in connection.split(b",")}
+    options.discard(b"")
+    if options & _NEVER_HOP:
+        raise errors.BadHeadError("Connection names a field that may not be dropped")
+    if b"close" in options:
+        head.keep_alive = False
+    elif b"keep-alive" in options:
+        head.keep_alive = True
+    named = options - {b"close", b"keep-alive"}
+    if named:
+        head.fields = [field for field in head.fields if field[0] not in named]
+
+
+class ResponseHead:
+    """One checked response head. `length` is -1 when the close of the connection ends the body."""
+
+    __slots__ = ("chunked", "event_stream", "fields", "keep_alive", "length", "reason", "status")
+
+    def __init__(self, status: int, reason: bytes, keep_alive: bool) -> None:
+        self.status = status
+        self.reason = reason
+        self.fields: list[Field] = []
+        self.keep_alive = keep_alive
+        self.chunked = False
+        self.length = -1
+        self.event_stream = False
+
+
+def parse_response_head(block: bytes) -> ResponseHead:
+    """Check and take apart a replica's head without its empty line. Raises `BadResponse`."""
+    lines = block.split(b"\r\n")
+    if block.translate(None, _NOT_CONTROL) != b"\r\n" * (len(lines) - 1):
+        raise BadResponse("control character in the head")
+    if len(lines) - 1 > limits.FIELDS_MAX:
+        raise BadResponse("too many fields")
+    match = _STATUS_LINE.fullmatch(lines[0])
+    if match is None:
+        raise BadResponse("not an HTTP/1 status line")
+    head = ResponseHead(int(match[2]), match[3] or b"", match[1] == b"1")
+    special: dict[bytes, bytes] = {}
+    for index in range(1, len(lines)):
+        name, colon, value = lines[index].partition(b":")
+        if not colon or not name or name.translate(None, _TCHAR):
+            raise BadResponse("malformed field")
+        name = name.lower()
+        value = value.strip(b" \t")
+        if name in _LOOKED_AT:
+            if name in special and name in _ONCE:
+                # RFC 9110 §8.6: equal lengths may be merged; anything else is doubt.
+                if name != b"content-length" or special[name] != value:
+                    raise BadResponse(f"more than one {name.decode()}")
+                continue
+            special[name] = special[name] + b"," + value if name in special else value
+            if name in HOP_BY_HOP or name == b"content-length":
+                continue
+        head.fields.append((name, value))
+    _judge_response(head, special)
+    return head
+
+
+def _judge_response(head: ResponseHead, special: dict[bytes, bytes]) -> None:
+    coding = special.get(b"transfer-encoding")
+    length = special.get(b"content-length")
+    if coding is not None:
+        if length is not None or coding.lower() != b"chunked":
+            raise BadResponse("unclear framing")
+        head.chunked = True
+    elif length is not None:
+        if not _LENGTH.fullmatch(length):
+            raise BadResponse("Content-Length is not a number")
+        head.length = int(length)
+    if head.status in (204, 304) or head.status < 200:  # RFC 9112 §6.3: no body whatever is said
+        head.chunked, head.length = False, 0
+    if not head.chunked and head.length < 0:
+        head.keep_alive = False
+    connection = special.get(b"connection")
+    if connection is not None:
+        options = {option.strip(b" \t").lower() for option in connection.split(b",")}
+        if b"close" in options:
+            head.keep_alive = False
+        named = options - {b"close", b"keep-alive", b""}
+        if named:
+            head.fields = [field for field in head.fields if field[0] not in named]
+    content_type = special.get(b"content-type", b"")
+    head.event_stream = content_type[:17].lower() == b"text/event-stream"
+
+
+class ChunkedDecoder:
+    """Decodes a chunked request body. Extensions and trailers are checked, bounded and dropped."""
+
+    __slots__ = ("_buffer", "_left", "_parts", "_state", "_trailer_bytes", "body_bytes")
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self._parts: list[bytes] = []
+        self._left = 0
+        self._state = 0  # 0 size line, 1 data, 2 end of data, 3 trailer
+        self._trailer_bytes = 0
+        self.body_bytes = 0
+
+    def feed(self, data: bytes) -> bytes | None:
+        """Take octets. Return what follows the body once it has ended, else None.
+
+        Raises `errors.BadBodyFramingError`.
+        """
+        data = self._buffer + data if self._buffer else data
+        at = 0
+        while True:
+            if self._state == 1:
+                part = data[at : at + self._left]
+                self._parts.append(part)
+                self.body_bytes += len(part)
+                self._left -= len(part)
+                at += len(part)
+                if self._left:
+                    self._buffer = b""
+                    return None
+                self._state = 2
+            if self._state == 2:
+                end = data[at : at + 2]
+                if not b"\r\n".startswith(end):
+                    raise errors.BadBodyFramingError("a chunk is longer than its size")
+                if len(end) < 2:
+                    self._buffer = end
+                    return None
+                at += 2
+                self._state = 0
+            line_end = data.find(b"\r\n", at)
+            if line_end < 0:
+                self._buffer = self._hold(data[at:])
+                return None
+            if self._state == 0:
+                self._size_line(data, at)
+                at = line_end + 2
+                continue
+            if line_end == at:
+                return data[at + 2 :]
+            self._trailer(data[at:line_end])
+            at = line_end + 2
+
+    def _hold(self, rest: bytes) -> bytes:
+        line_max = (
+            limits.CHUNK_EXTENSION_BYTES_MAX if self._state == 0 else limits.TRAILER_BYTES_MAX
+        )
+        if len(rest) > line_max or b"\n" in rest:
+            raise errors.BadBodyFramingError("a chunk line is malformed or too long")
+        return rest
+
+    def _size_line(self, data: bytes, at: int) -> None:
+        match = _CHUNK_LINE_EXTENDED.match(data, at)
+        if match is None or len(match[2]) > limits.CHUNK_EXTENSION_BYTES_MAX:
+            raise errors.BadBodyFramingError("a chunk size is malformed")
+        self._left = int(match[1], 16)
+        self._state = 1 if self._left else 3
+
+    def _trailer(self, line: bytes) -> None:
+        self._trailer_bytes += len(line) + 2
+        name, colon, _ = line.partition(b":")
+        if (
+            self._trailer_bytes > limits.TRAILER_BYTES_MAX
+            or not colon
+            or not name
+            or name.translate(None, _TCHAR)
+            or line.translate(None, _NOT_CONTROL)
+        ):
+            raise errors.BadBodyFramingError("a trailer field is malformed or too long")
+
+    def body(self) -> bytes:
+        """Return the decoded body; once, after `feed` has returned octets."""
+        body = b"".join(self._parts)
+        self._parts.clear()
+        return body
+
+
+class ChunkFollower:
+    """Follows a chunked response so that its octets can be relayed as they are.
+
+    Nothing is decoded: only sizes are read. A size line is passed on once it is whole and well
+    formed; chunk extensions and trailers, which belong to one connection, are left out.
+    """
+
+    __slots__ = ("_data_left", "_held", "_in_trailer", "_line_end_left", "ended")
+
+    def __init__(self) -> None:
+        self._held = b""  # an incomplete line
+        self._data_left = 0  # octets of data still to come in the open chunk
+        self._line_end_left = 0  # octets of the line end after it
+        self._in_trailer = False
+        self.ended = False
+
+    @property
+    def chunk_left(self) -> tuple[int, int]:
+        """What a reader of the relayed octets still expects of the open chunk: data, line end."""
+        return self._data_left, self._line_end_left
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        """Return the octets to relay and those after the end. Raises `BadResponse`."""
+        if self._held:
+            data, self._held = self._held + data, b""
+        size = len(data)
+        at = self._finish_chunk(data, 0)
+        start = 0  # where the octets not yet relayed begin
+        pieces: list[bytes] = []
+        while at < size:
+            match = None if self._in_trailer else _CHUNK_LINE.match(data, at)
+            if match is None:
+                odd = self._odd_line(data, at)
+                if odd is None:  # incomplete: hold it back
+                    self._held = data[at:]
+                    break
+                pieces += (data[start:at], odd[0])
+                at = start = odd[1]
+                if self.ended:
+                    return b"".join(pieces), data[at:]
+            else:
+                self._open_chunk(int(match[1], 16))
+                at = match.end()
+            at = self._finish_chunk(data, at)
+        if not pieces:
+            return (data if at == size else data[:at]), b""
+        pieces.append(data[start:at])
+        return b"".join(pieces), b""
+
+    def _open_chunk(self, chunk_size: int) -> None:
+        if chunk_size:
+            self._data_left, self._line_end_left = chunk_size, 2
+        else:
+            self._in_trailer = True
+
+    def _finish_chunk(self, data: bytes, at: int) -> int:
+        """Pass over the open chunk's octets from `at`; return where they end."""
+        left = self._data_left
+        if left:
+            room = len(data) - at
+            if left >= room:
+                self._data_left = left - room
+                return len(data)
+            self._data_left = 0
+            at += left
+        if self._line_end_left:
+            due = b"\r\n"[-self._line_end_left :]
+            got = data[at : at + len(due)]
+            if got != due and not due.startswith(got):
+                raise BadResponse("a chunk is longer than its size")
+            self._line_end_left -= len(got)
+            at += len(got)
+        return at
+
+    def _odd_line(self, data: bytes, at: int) -> tuple[bytes, int] | None:
+        """Read a line that is not a plain size: extension, trailer, or the end of the body.
+
+        Returns what to relay instead of it and where it ends; None when it is incomplete.
+        """
+        end = data.find(b"\r\n", at)
+        if end < 0:
+            rest = data[at:]
+            if len(rest) > limits.TRAILER_BYTES_MAX or b"\n" in rest:
+                raise BadResponse("a chunk line is malformed or too long")
+            return None
+        if self._in_trailer:
+            if end == at:
+                self.ended = True
+                return b"\r\n", end + 2
+            return b"", end + 2
+        match = _CHUNK_LINE_EXTENDED.match(data, at)
+        if match is None:
+            raise BadResponse("a chunk size is malformed")
+        self._open_chunk(int(match[1], 16))
+        return match[1] + b"\r\n", end + 2

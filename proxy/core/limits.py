@@ -1,0 +1,87 @@
+"""Every bound of the data path, with its unit and the reason for the number.
+
+What an operator may change lives in `proxy.config`; what is here is a property of the design.
+"""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# --- requests -------------------------------------------------------------------------------
+# nginx: 4 buffers of 8 KiB; Node: 16 KiB; Apache: 8 KiB a field, 100 fields. Bearer tokens and
+# tracing baggage of a few KiB are common, so we sit at the generous end.
+HEAD_BYTES_MAX = 64 * KIB
+TARGET_BYTES_MAX = 8 * KIB
+FIELDS_MAX = 128
+# A connection may send ahead this much while its current request is served; then we stop reading.
+PIPELINED_BYTES_MAX = 64 * KIB
+CHUNK_SIZE_DIGITS_MAX = 16
+CHUNK_EXTENSION_BYTES_MAX = 1 * KIB
+TRAILER_BYTES_MAX = 8 * KIB
+
+# HAProxy's advice for timeout http-request is 5 to 10 s: a head comes in one piece or is an attack.
+HEAD_TIMEOUT_S = 10.0
+# Between two pieces of a request body.
+BODY_IDLE_TIMEOUT_S = 30.0
+# An idle client connection; nginx keeps 75 s.
+CLIENT_KEEP_ALIVE_S = 75.0
+# After an error answer we read on, so that the client sees the answer and not a reset
+# (RFC 9112 §9.6); as nginx's lingering_close, bounded in time and octets.
+LINGER_S = 2.0
+LINGER_BYTES_MAX = 4 * MIB
+# A client that takes none of the octets waiting for it.
+WRITE_STALL_TIMEOUT_S = 120.0
+# Deadlines are checked by one sweep over all connections, not by a timer each.
+SWEEP_INTERVAL_S = 0.5
+
+# --- responses ------------------------------------------------------------------------------
+RESPONSE_HEAD_BYTES_MAX = 64 * KIB
+INFORMATIONAL_RESPONSES_MAX = 8
+# Octets that wait for a slow client before its replica is paused.
+WRITE_HIGH_WATER_BYTES = 256 * KIB
+# The end of an answer is kept to read `usage` from.
+USAGE_TAIL_BYTES = 2 * KIB
+
+# --- replicas -------------------------------------------------------------------------------
+# vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); we must be first, or a
+# request can meet the close.
+UPSTREAM_IDLE_S_MAX = 4.0
+UPSTREAM_IDLE_CONNECTIONS_MAX = 512
+SUSPECT_PROBE_FIRST_S = 0.1
+# Answers of 500, 502, 503, 504 in a row, with no other answer between, that make a suspect.
+# Client errors never count: a bad client must not empty the fleet.
+SERVER_ERRORS_IN_ROW_MAX = 5
+
+# --- routing --------------------------------------------------------------------------------
+MODEL_BYTES_MAX = 256
+SESSION_KEY_BYTES_MAX = 255
+# Ring points per replica. The share of the fullest of n replicas is about 1 + 2.5/sqrt(points).
+VIRTUAL_NODES = 160
+# How far into the first user message, or into a prompt without messages, a conversation is named.
+# 4 KiB is about a thousand tokens: past the usual shared head, before turns begin to differ.
+OPENER_BYTES_MAX = 4 * KIB
+# First depth of the prefix chain; later depths grow by half, so that a prompt of n octets costs
+# O(log n) hashes over n octets and a shared prefix is known to within a third.
+CHAIN_FIRST_BYTES = 512
+CHAIN_DEPTHS_MAX = 48
+# English text and JSON run at about four octets a token in today's vocabularies.
+BYTES_PER_TOKEN = 4
+# Believed cache of a replica that does not say: 8 B shape at 0.45 of a 141 GB card.
+KV_CAPACITY_TOKENS_DEFAULT = 340_000
+RECORD_ENTRIES_MAX = 1 << 17
+# Prefill speed of a replica nobody has measured: an 8 B model on an H200 does 26 to 39 thousand.
+PREFILL_TOKENS_PER_S_DEFAULT = 30_000.0
+# A home keeps its request while its queue is no longer than the least plus this.
+SPILL_SLACK_S = 0.1
+# A second of prefill saved is worth this many seconds of waiting: it is also not done to others.
+SAVING_WEIGHT = 2.0
+
+# --- telemetry ------------------------------------------------------------------------------
+LABEL_VALUES_MAX = 64  # distinct model names in metrics; the rest are counted as "other"
+ACCESS_LOG_LINES_MAX = 65_536  # lines that wait for the writer; more are dropped and counted
+REQUEST_ID_BYTES_MAX = 128
+
+assert HEAD_BYTES_MAX > TARGET_BYTES_MAX
+assert WRITE_HIGH_WATER_BYTES >= RESPONSE_HEAD_BYTES_MAX
+assert UPSTREAM_IDLE_S_MAX < 5.0

@@ -1,0 +1,158 @@
+"""Which replica takes this request: filter, then walk or score, then one answer with its reason.
+
+`prefix`, the default, is the consistent-hash ring bounded in seconds: the request goes to the first
+replica on its walk whose queued prefill is within a slack of the least, where the slack grows with
+the prefill that its cache would save. A bound on request counts spills constantly when few requests
+run and not enough when prompts differ a hundredfold; seconds of prefill are what a person waits
+for. A hot replica spills its own requests and nobody else's.
+
+Every policy is a function of its arguments; ties go by name or by ring order, never by luck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Final
+
+from proxy.core import limits
+from proxy.core.accounts import Accounts
+from proxy.core.fleet import Pool
+from proxy.core.index import PrefixRecord
+from proxy.core.prefix import PrefixChain
+from proxy.core.replica import Replica
+
+
+class Request:
+    """What a choice depends on. `has_session`: the chain's key is a session's."""
+
+    __slots__ = ("chain", "has_session", "tried")
+
+    def __init__(self, chain: PrefixChain, *, has_session: bool) -> None:
+        self.chain = chain
+        self.has_session = has_session
+        self.tried: set[str] = set()  # replicas that have already failed this request
+
+
+class Decision:
+    """The chosen replica, why, and what it is believed to have cached of the prompt."""
+
+    __slots__ = ("cached_tokens", "reason", "replica")
+
+    def __init__(self, replica: Replica, reason: str, cached_tokens: int = 0) -> None:
+        self.replica = replica
+        self.reason = reason
+        self.cached_tokens = cached_tokens
+
+
+class PolicyState:
+    """What a policy may read and remember. `draw` returns the next number in [0, 1)."""
+
+    __slots__ = ("accounts", "draw", "record", "turn")
+
+    def __init__(self, accounts: Accounts, record: PrefixRecord, draw: Callable[[], float]) -> None:
+        self.accounts = accounts
+        self.record = record
+        self.draw = draw
+        self.turn = 0
+
+
+Policy = Callable[[Request, Pool, PolicyState], Decision | None]
+
+REASONS: Final = ("home", "session", "spill", "least_load", "round_robin", "random")
+
+
+def candidates(pool: Pool, accounts: Accounts, tried: Collection[str]) -> list[Replica]:
+    """Return the replicas that may take a request now, by name."""
+    return [
+        replica
+        for replica in pool.replicas.values()
+        if replica.available
+        and replica.replica_id not in tried
+        and not (replica.max_inputs and accounts[replica.replica_id].inflight >= replica.max_inputs)
+    ]
+
+
+def queued_s(accounts: Accounts, replica_id: str) -> float:
+    """Return the seconds of prefill ahead of a newcomer."""
+    return accounts[replica_id].queued_tokens / limits.PREFILL_TOKENS_PER_S_DEFAULT
+
+
+def prefix(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
+    able = {
+        replica.replica_id: replica for replica in candidates(pool, state.accounts, request.tried)
+    }
+    if not able:
+        return None
+    accounts, record, chain = state.accounts, state.record, request.chain
+    bound_s = min(queued_s(accounts, name) for name in able) + limits.SPILL_SLACK_S
+    at_home = True
+    for name in pool.ring.walk(chain.home_key):
+        replica = able.get(name)
+        if replica is not None:
+            cached_tokens = record.matched_tokens(name, chain)
+            saving_s = cached_tokens / limits.PREFILL_TOKENS_PER_S_DEFAULT
+            if queued_s(accounts, name) <= bound_s + limits.SAVING_WEIGHT * saving_s:
+                home = "session" if request.has_session else "home"
+                return Decision(replica, home if at_home else "spill", cached_tokens)
+        at_home = False
+    raise AssertionError("the least loaded replica is within the bound")
+
+
+def session(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
+    """The home while it lives, however busy: for state that only one replica has."""
+    able = {
+        replica.replica_id: replica for replica in candidates(pool, state.accounts, request.tried)
+    }
+    for step, name in enumerate(pool.ring.walk(request.chain.home_key)):
+        if name in able:
+            cached_tokens = state.record.matched_tokens(name, request.chain)
+            return Decision(able[name], "spill" if step else "session", cached_tokens)
+    return None
+
+
+def least_load(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
+    able = candidates(pool, state.accounts, request.tried)
+    if not able:
+        return None
+    return _decide(
+        min(able, key=lambda replica: _load(state.accounts, replica)), "least_load", request, state
+    )
+
+
+def _load(accounts: Accounts, replica: Replica) -> tuple[int, int, int, str]:
+    """Queued tokens, then requests, then the work it was ever sent, so that ties rotate."""
+    account = accounts[replica.replica_id]
+    return account.queued_tokens, account.inflight, account.dispatched_tokens, replica.replica_id
+
+
+def round_robin(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
+    able = _by_name(candidates(pool, state.accounts, request.tried))
+    if not able:
+        return None
+    state.turn += 1
+    return _decide(able[state.turn % len(able)], "round_robin", request, state)
+
+
+def random(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
+    able = _by_name(candidates(pool, state.accounts, request.tried))
+    if not able:
+        return None
+    return _decide(able[int(state.draw() * len(able))], "random", request, state)
+
+
+def _by_name(replicas: Sequence[Replica]) -> list[Replica]:
+    return sorted(replicas, key=lambda replica: replica.replica_id)
+
+
+def _decide(replica: Replica, reason: str, request: Request, state: PolicyState) -> Decision:
+    cached_tokens = state.record.matched_tokens(replica.replica_id, request.chain)
+    return Decision(replica, reason, cached_tokens)
+
+
+POLICIES: Final[dict[str, Policy]] = {
+    "prefix": prefix,
+    "session": session,
+    "least_load": least_load,
+    "round_robin": round_robin,
+    "random": random,
+}

@@ -1,0 +1,48 @@
+"""The consistent-hash ring: a key to replicas in a fixed order.
+
+A pure function of the replicas' names: the same in every worker and every proxy, and after every
+restart, with nothing shared. Each replica has many points on a circle of 64-bit hashes; a key
+belongs to the next point clockwise, and its successors are the further replicas met on the way.
+Taking one of n replicas away moves its own keys, about 1/n, and no others (Karger et al., 1997).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+
+from xxhash import xxh3_64_intdigest
+
+from proxy.core import limits
+
+
+class Ring:
+    """An immutable ring of replica names."""
+
+    __slots__ = ("_owners", "_points", "names")
+
+    def __init__(self, names: Iterable[str], virtual_nodes: int = limits.VIRTUAL_NODES) -> None:
+        self.names = tuple(sorted(set(names)))
+        placed = sorted(
+            (xxh3_64_intdigest(f"{name}#{point}".encode()), name)
+            for name in self.names
+            for point in range(virtual_nodes)
+        )
+        self._points = [point for point, _ in placed]
+        self._owners = [name for _, name in placed]
+
+    def walk(self, key: int) -> Iterator[str]:
+        """Yield every replica once: the key's home, then its successors."""
+        owners = self._owners
+        size = len(owners)
+        at = bisect_left(self._points, key)
+        met: set[str] = set()
+        left = len(self.names)
+        for step in range(size):
+            name = owners[(at + step) % size]
+            if name not in met:
+                met.add(name)
+                yield name
+                left -= 1
+                if not left:
+                    return

@@ -1,0 +1,115 @@
+"""Which paths exist, and where in each body the prompt is.
+
+An exact list on the raw path, so that no encoding, dot segment or case trick reaches an engine's
+control surface: what is not here is 404 before anything is routed. LoRA loading, sleep, weights,
+profiling and the token-level scale-out calls are deliberately absent.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Final
+
+import msgspec
+
+from proxy import errors
+
+
+class PromptKind(enum.Enum):
+    """Which top-level fields make the prompt."""
+
+    CHAT = enum.auto()  # tools, messages
+    COMPLETION = enum.auto()  # prompt
+    RESPONSES = enum.auto()  # tools, instructions, input
+    ANTHROPIC = enum.auto()  # tools, system, messages
+    INPUT = enum.auto()  # input, and what is like it: text to be embedded or scored
+    OPAQUE = enum.auto()  # not JSON, or nothing to cache
+
+
+class Route(msgspec.Struct, frozen=True):
+    """One servable path."""
+
+    name: str  # label in metrics and logs
+    methods: frozenset[bytes]
+    prompt: PromptKind = PromptKind.OPAQUE
+    lookup: bool = False  # state that one replica holds: asked of each until one knows it
+    local: bool = False  # answered by the proxy itself
+    json: bool = True  # the body is a JSON object that names a model
+
+
+_POST = frozenset((b"POST",))
+_GET = frozenset((b"GET", b"HEAD"))
+
+
+def _post(name: str, prompt: PromptKind, *, json: bool = True) -> Route:
+    return Route(name=name, methods=_POST, prompt=prompt, json=json)
+
+
+ROUTES: Final[dict[bytes, Route]] = {
+    b"/v1/chat/completions": _post("chat", PromptKind.CHAT),
+    b"/v1/chat/completions/batch": _post("chat", PromptKind.CHAT),
+    b"/v1/completions": _post("completions", PromptKind.COMPLETION),
+    b"/v1/responses": _post("responses", PromptKind.RESPONSES),
+    b"/v1/messages": _post("messages", PromptKind.ANTHROPIC),
+    b"/v1/messages/count_tokens": _post("count_tokens", PromptKind.ANTHROPIC),
+    b"/v1/embeddings": _post("embeddings", PromptKind.INPUT),
+    b"/v1/rerank": _post("rerank", PromptKind.INPUT),
+    b"/v1/score": _post("score", PromptKind.INPUT),
+    b"/v1/classify": _post("classify", PromptKind.INPUT),
+    b"/v1/tokenize": _post("tokenize", PromptKind.INPUT),
+    b"/v1/detokenize": _post("tokenize", PromptKind.INPUT),
+    b"/v1/decisions": _post("decisions", PromptKind.INPUT),
+    b"/v1/systemone": _post("systemone", PromptKind.INPUT),
+    b"/v1/audio/transcriptions": _post("audio", PromptKind.OPAQUE, json=False),
+    b"/v1/audio/translations": _post("audio", PromptKind.OPAQUE, json=False),
+    b"/v2/embed": _post("embeddings", PromptKind.INPUT),
+    b"/v2/rerank": _post("rerank", PromptKind.INPUT),
+    b"/rerank": _post("rerank", PromptKind.INPUT),
+    b"/score": _post("score", PromptKind.INPUT),
+    b"/pooling": _post("pooling", PromptKind.INPUT),
+    b"/classify": _post("classify", PromptKind.INPUT),
+    b"/tokenize": _post("tokenize", PromptKind.INPUT),
+    b"/detokenize": _post("tokenize", PromptKind.INPUT),
+    b"/v1/models": Route("models", _GET, local=True),
+    b"/health": Route("health", _GET, local=True),
+    b"/livez": Route("health", _GET, local=True),
+    b"/readyz": Route("health", _GET, local=True),
+}
+
+_MODEL: Final = Route("models", _GET, local=True)
+_RESPONSE_GET: Final = Route("responses", frozenset((b"GET",)), lookup=True, json=False)
+_RESPONSE_CANCEL: Final = Route("responses", _POST, lookup=True, json=False)
+# One model name; the slash of "org/model" comes raw or as %2F.
+_MODEL_PATH: Final = re.compile(rb"/v1/models/([A-Za-z0-9][A-Za-z0-9._:/%-]{0,255})")
+_RESPONSE_PATH: Final = re.compile(rb"/v1/responses/[A-Za-z0-9_-]{1,128}(/cancel)?")
+
+
+def find_route(method: bytes, path: bytes) -> Route:
+    """Return the route of a raw path. Raises `NotFoundError` or `MethodNotAllowedError`."""
+    route = ROUTES.get(path)
+    if route is None:
+        route = _find_pattern(path)
+    if method not in route.methods:
+        allowed = b", ".join(sorted(route.methods)).decode()
+        shown = method.decode("ascii", "backslashreplace")
+        raise errors.MethodNotAllowedError(f"{shown} is not allowed here; use {allowed}")
+    return route
+
+
+def _find_pattern(path: bytes) -> Route:
+    if _MODEL_PATH.fullmatch(path) and b"//" not in path and b"/." not in path:
+        return _MODEL
+    response = _RESPONSE_PATH.fullmatch(path)
+    if response is not None:
+        return _RESPONSE_CANCEL if response[1] else _RESPONSE_GET
+    shown = path[:200].decode("ascii", "backslashreplace")
+    raise errors.NotFoundError(
+        f"there is no {shown} here; see the README for the paths that are served"
+    )
+
+
+def model_of_path(path: bytes) -> bytes:
+    """Return the model named in `/v1/models/{model}`, or empty for the list."""
+    match = _MODEL_PATH.fullmatch(path)
+    return match[1].replace(b"%2F", b"/").replace(b"%2f", b"/") if match else b""

@@ -1,0 +1,221 @@
+"""Every way a request can fail, once: status, OpenAI type and code, log word, may it be retried.
+
+A failure is raised where it is known and answered in one place (`io/exchange.py`, `io/server.py`).
+Bodies have OpenAI's shape on every path, because its clients read nothing else. `x-should-retry` is
+sent because the official clients obey it before any rule of their own; `Retry-After` stays at or
+below 120 s because above that they give up instead of waiting (openai-python, `_base_client.py`).
+
+Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import orjson
+
+RETRY_AFTER_S_MAX = 120
+
+
+class ProxyError(Exception):
+    """A request that ends with an answer of our own. The message is for the client to read."""
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "server_error"  # OpenAI's `type`
+    code: ClassVar[str] = "internal_error"  # OpenAI's `code`, and the word in the access log
+    should_retry: ClassVar[bool] = False
+    closes: ClassVar[bool] = False  # the connection's framing can no longer be trusted
+    retry_after_s: ClassVar[int] = 0
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def body(self) -> bytes:
+        """Return the OpenAI-shaped JSON object."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return orjson.dumps({"error": error})
+
+
+class InvalidRequestError(ProxyError):
+    status = 400
+    kind = "invalid_request_error"
+    code = "invalid_request"
+
+
+class BadHeadError(InvalidRequestError):
+    """Octets that are not plainly one well-formed request head (RFC 9112)."""
+
+    code = "bad_request_head"
+    closes = True
+
+
+class BadBodyFramingError(InvalidRequestError):
+    code = "bad_body_framing"
+    closes = True
+
+
+class InvalidJSONError(InvalidRequestError):
+    code = "invalid_json"
+
+
+class MissingModelError(InvalidRequestError):
+    code = "missing_model"
+
+
+class HeadTooLargeError(InvalidRequestError):
+    status = 431
+    code = "request_head_too_large"
+    closes = True
+
+
+class TargetTooLongError(InvalidRequestError):
+    status = 414
+    code = "target_too_long"
+    closes = True
+
+
+class VersionNotSupportedError(InvalidRequestError):
+    status = 505
+    code = "http_version_not_supported"
+    closes = True
+
+
+class MethodNotImplementedError(InvalidRequestError):
+    status = 501
+    code = "not_implemented"
+    closes = True
+
+
+class NotFoundError(InvalidRequestError):
+    status = 404
+    code = "unknown_path"
+
+
+class MethodNotAllowedError(InvalidRequestError):
+    status = 405
+    code = "method_not_allowed"
+
+
+class ModelNotFoundError(InvalidRequestError):
+    status = 404
+    code = "model_not_found"
+
+
+class RequestTimeoutError(InvalidRequestError):
+    status = 408
+    code = "request_timeout"
+    should_retry = True
+    closes = True
+
+
+class BodyTooLargeError(InvalidRequestError):
+    status = 413
+    code = "request_too_large"
+    closes = True
+
+
+class UnsupportedEncodingError(InvalidRequestError):
+    status = 415
+    code = "unsupported_content_encoding"
+
+
+class UnauthorizedError(ProxyError):
+    status = 401
+    kind = "authentication_error"
+    code = "invalid_api_key"
+
+
+class OverloadedError(ProxyError):
+    """More requests in flight than this proxy or every replica may hold."""
+
+    status = 429
+    kind = "rate_limit_error"
+    code = "too_many_requests"
+    should_retry = True
+    retry_after_s = 1
+
+
+class NoReplicaError(ProxyError):
+    """Nobody can take the request now, and nobody has begun it."""
+
+    status = 503
+    code = "no_replica"
+    should_retry = True
+    retry_after_s = 1
+
+
+class DrainingError(ProxyError):
+    status = 503
+    code = "draining"
+    should_retry = True
+    retry_after_s = 1
+    closes = True
+
+
+class ReplicaUnreachableError(ProxyError):
+    """No connection to any replica that was tried; none can have begun the request."""
+
+    status = 502
+    code = "replica_unreachable"
+    should_retry = True
+
+
+class ReplicaLostError(ProxyError):
+    """The replica had the request and went away; it may have done the work, so we do not repeat."""
+
+    status = 502
+    code = "replica_lost"
+    should_retry = True
+
+
+class BadReplicaAnswerError(ProxyError):
+    status = 502
+    code = "bad_replica_answer"
+    should_retry = True
+
+
+class ReplicaTimeoutError(ProxyError):
+    status = 504
+    code = "replica_timeout"
+    should_retry = True
+
+
+class InternalError(ProxyError):
+    closes = True
+
+
+# Outcomes that no answer tells: log words only.
+CLIENT_GONE = "client_gone"  # 499 in the access log, as nginx has it
+CLIENT_GONE_STATUS = 499
+OK = "ok"
+STREAM_CUT = "stream_cut"  # the replica went away after its first byte; the client sees a cut
+
+# Every error that a client can meet; the documentation test walks it.
+ALL_ERRORS: tuple[type[ProxyError], ...] = (
+    BadHeadError,
+    BadBodyFramingError,
+    InvalidJSONError,
+    InvalidRequestError,
+    MissingModelError,
+    HeadTooLargeError,
+    TargetTooLongError,
+    VersionNotSupportedError,
+    MethodNotImplementedError,
+    NotFoundError,
+    MethodNotAllowedError,
+    ModelNotFoundError,
+    RequestTimeoutError,
+    BodyTooLargeError,
+    UnsupportedEncodingError,
+    UnauthorizedError,
+    OverloadedError,
+    NoReplicaError,
+    DrainingError,
+    ReplicaUnreachableError,
+    ReplicaLostError,
+    BadReplicaAnswerError,
+    ReplicaTimeoutError,
+    InternalError,
+)

@@ -1,0 +1,71 @@
+"""The command line and environment of `doherty proxy`, made from the configuration's own fields."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from proxy.config import (
+    ENVIRONMENT_PREFIX,
+    Config,
+    ProxyConfig,
+    describe_fields,
+    load_config,
+    override,
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each field of `ProxyConfig`; unset flags leave no trace in the namespace."""
+    defaults = ProxyConfig()
+    for name, kind, words in describe_fields(ProxyConfig):
+        flag = "--" + name.replace("_", "-")
+        default = getattr(defaults, name)
+        shown = "" if default in (None, (), "") else f" (default: {default})"
+        options: dict[str, Any] = {
+            "dest": name,
+            "default": argparse.SUPPRESS,
+            "help": words + shown,
+        }
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, tuple):
+            options |= {"nargs": "*", "metavar": "URL"}
+        else:
+            options["metavar"] = name.rsplit("_", 1)[-1].upper()
+        options["help"] = options["help"].replace("%", "%%")
+        parser.add_argument(flag, **options)
+
+
+def read(argv: Sequence[str], environment: Mapping[str, str]) -> ProxyConfig:
+    """Return the effective settings: flag, then environment, then file, then default.
+
+    Raises `proxy.config.ConfigError`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="doherty proxy",
+        description="Serve one OpenAI-compatible endpoint in front of engine replicas.",
+        epilog="Every flag has an environment twin: --max-payload-size is "
+        f"{ENVIRONMENT_PREFIX}MAX_PAYLOAD_SIZE; a flag wins over it, and it over the file.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file; its proxy section is read")
+    add_flags(parser)
+    given = vars(parser.parse_args(list(argv)))
+    path = given.pop("config") or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
+    config = load_config(path) if path else Config()
+    from_environment = override(
+        config.proxy, environment_values(environment), ENVIRONMENT_PREFIX + "{env}"
+    )
+    return override(from_environment, given, "--{flag}")
+
+
+def environment_values(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields that the environment sets."""
+    values: dict[str, Any] = {}
+    for name, kind, _ in describe_fields(ProxyConfig):
+        text = environment.get(ENVIRONMENT_PREFIX + name.upper())
+        if text is None:
+            continue
+        values[name] = text.split() if kind == tuple[str, ...] else text
+    return values

@@ -1,0 +1,78 @@
+"""One JSON line a request, written by a thread, so that a slow disk or pipe delays nobody.
+
+Lines wait in a bounded buffer; what does not fit is dropped and counted, never waited for. A line
+holds no header, prompt, completion or key; what clients chose (path, id, model) is escaped by the
+JSON encoder and was bounded before.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import deque
+from typing import Any
+
+import orjson
+
+from proxy.core import limits
+
+FLUSH_INTERVAL_S = 0.2
+
+
+class AccessLog:
+    """Appends lines to a file, to standard output ('-'), or nowhere ('off')."""
+
+    def __init__(self, target: str) -> None:
+        """Open the target. Raises `OSError` when it cannot be written."""
+        self.dropped_total = 0
+        self.enabled = target != "off"
+        self._lines: deque[bytes] = deque()
+        self._wake = threading.Event()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        self._fd = -1
+        if self.enabled:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._fd = (
+                os.dup(sys.stdout.fileno()) if target == "-" else os.open(target, flags, 0o640)
+            )
+            self._thread = threading.Thread(target=self._write, name="access-log", daemon=True)
+            self._thread.start()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Queue one record; the thread picks it up within `FLUSH_INTERVAL_S`."""
+        if len(self._lines) >= limits.ACCESS_LOG_LINES_MAX:
+            self.dropped_total += 1
+            return
+        self._lines.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+    def _write(self) -> None:
+        while True:
+            closing = self._closing
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            if lines and not self._write_all(b"".join(lines)):
+                self.dropped_total += len(lines)
+            if closing:
+                return
+            self._wake.wait(FLUSH_INTERVAL_S)
+
+    def _write_all(self, data: bytes) -> bool:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Write what waits and stop. A writer stuck on a dead pipe is left behind."""
+        if self._thread is not None:
+            self._closing = True
+            self._wake.set()
+            self._thread.join(timeout=2.0)
+            if not self._thread.is_alive():
+                os.close(self._fd)
+            self._thread = None
+            self.enabled = False

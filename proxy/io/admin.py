@@ -1,0 +1,264 @@
+"""The admin listener: health, metrics, replicas. On its own port, so that load cannot silence it.
+
+Counters are summed over workers; what a dead worker had counted stays in the sums, as it last said,
+so that no counter ever falls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import orjson
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+from typing_extensions import override
+
+from proxy.contract import FleetSnapshot
+from proxy.core import limits
+from proxy.io.telemetry import OVERHEAD_BUCKETS, SECONDS_BUCKETS, Labels, Sample
+
+PREFIX = "doherty_"
+
+_HELP = {
+    "requests": "Requests ended, by route, model, status and outcome",
+    "request_duration_seconds": "From the head of a request to the end of its answer",
+    "time_to_first_token_seconds": "From the head of a request to the first octet of its answer",
+    "overhead_seconds": "From the whole request to its departure to a replica",
+    "prompt_tokens": "Prompt tokens as the engines count them",
+    "prefix_cached_tokens": "Prompt tokens answered from a prefix cache, as the engines count them",
+    "generation_tokens": "Generated tokens as the engines count them",
+    "routing_decisions": "Choices of a replica, by reason",
+    "retries": "Further attempts, by what failed",
+    "cancellations": "Requests whose client went away, by how far they were",
+    "replica_requests": "Requests ended, by replica",
+    "replica_inflight": "Requests in flight on a replica",
+    "replica_queued_tokens": "Prefill tokens sent to a replica whose answer has not begun",
+    "replica_suspect": "Workers that hold the replica for gone",
+    "replica_state": "1 for the state that the fleet gives a replica",
+    "connections_accepted": "Client connections accepted",
+    "client_connections": "Open client connections",
+    "requests_in_flight": "Requests under way",
+    "upstream_connections": "Connections to replicas",
+    "prefix_record_entries": "Entries in the record of what was sent where",
+    "access_log_dropped": "Access log lines that found no room",
+    "event_loop_lag_seconds": "Longest lateness of the workers' timers since the last reading",
+    "unsolicited_answers": "Connections closed because a replica sent octets nobody asked for",
+    "internal_errors": "Faults of the proxy itself",
+    "worker_restarts": "Workers started again",
+    "workers": "Worker processes that serve",
+    "fleet_age_seconds": "Since the fleet was last heard of",
+    "build_info": "Version of the proxy",
+}
+
+
+class Status:
+    """What the admin pages show; the supervisor implements it."""
+
+    def ready(self) -> str | None:
+        """Return None when ready, else the reason why not."""
+        raise NotImplementedError
+
+    def fleet(self) -> FleetSnapshot | None:
+        raise NotImplementedError
+
+    def suspects(self) -> frozenset[str]:
+        raise NotImplementedError
+
+    async def samples(self) -> tuple[list[Sample], list[Sample]]:
+        """Return counters and gauges of all workers, unsummed."""
+        raise NotImplementedError
+
+
+class _Families(Collector):
+    def __init__(self, counters: Iterable[Sample], gauges: Iterable[Sample]) -> None:
+        self._counters = sum_samples(counters)
+        self._gauges = sum_samples(gauges)
+
+    @override
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for sample in self._counters:
+            yield_into(families, sample, counter=True)
+        for sample in self._gauges:
+            yield_into(families, sample, counter=False)
+        yield from families.values()
+
+
+def sum_samples(samples: Iterable[Sample]) -> list[Sample]:
+    """Add up the series of several workers; the lag is the longest, not the sum."""
+    values: dict[tuple[str, Labels], float] = defaultdict(float)
+    buckets: dict[tuple[str, Labels], list[int]] = {}
+    for sample in samples:
+        key = (sample.name, sample.labels)
+        if sample.name == "event_loop_lag_seconds":
+            values[key] = max(values[key], sample.value)
+            continue
+        values[key] += sample.value
+        if sample.buckets:
+            total = buckets.setdefault(key, [0] * len(sample.buckets))
+            for index, count in enumerate(sample.buckets):
+                total[index] += count
+    return [
+        Sample(name, labels, value, tuple(buckets.get((name, labels), ())))
+        for (name, labels), value in values.items()
+    ]
+
+
+def yield_into(families: dict[str, Metric], sample: Sample, *, counter: bool) -> None:
+    """Add one series to its family, made when first met."""
+    bare = sample.name.removesuffix("_total")
+    names = [name for name, _ in sample.labels]
+    family = families.get(bare)
+    if family is None:
+        kind: Callable[..., Metric]
+        if sample.buckets:
+            kind = HistogramMetricFamily
+        elif counter and sample.name.endswith("_total"):
+            kind = CounterMetricFamily
+        else:
+            kind = GaugeMetricFamily
+        family = kind(PREFIX + bare, _HELP[bare], labels=names)
+        families[bare] = family
+    values = [value for _, value in sample.labels]
+    if isinstance(family, HistogramMetricFamily):
+        edges = OVERHEAD_BUCKETS if bare == "overhead_seconds" else SECONDS_BUCKETS
+        running = 0
+        cumulative: list[tuple[str, float]] = []
+        for edge, count in zip((*map(str, edges), "+Inf"), sample.buckets, strict=True):
+            running += count
+            cumulative.append((edge, running))
+        family.add_metric(values, buckets=cumulative, sum_value=sample.value)
+    elif isinstance(family, CounterMetricFamily | GaugeMetricFamily):
+        family.add_metric(values, sample.value)
+
+
+def package_version() -> str:
+    try:
+        return version("doherty")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def render_metrics(counters: Iterable[Sample], gauges: Iterable[Sample]) -> bytes:
+    """Return the exposition text."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Families(counters, gauges))
+    return generate_latest(registry)
+
+
+def fleet_samples(fleet: FleetSnapshot | None) -> list[Sample]:
+    out = [Sample("build_info", (("version", package_version()),), 1)]
+    for record in fleet.replicas if fleet else ():
+        labels = (("replica", record.replica_id), ("state", str(record.state)))
+        out.append(Sample("replica_state", labels, 1))
+    return out
+
+
+class _Pages:
+    """The request handlers of the admin listener."""
+
+    def __init__(self, status: Status, api_key: str | None) -> None:
+        self._status = status
+        self._digest = hashlib.sha256(api_key.encode()).digest() if api_key else b""
+
+    @web.middleware
+    async def guard(
+        self,
+        request: web.Request,
+        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        if self._digest and request.path not in _OPEN_PATHS:
+            given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
+            if not hmac.compare_digest(hashlib.sha256(given).digest(), self._digest):
+                return _error(401, "invalid_api_key", "send the admin key as a bearer token")
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            return _error(error.status, "admin", error.reason)
+
+    async def live(self, _: web.Request) -> web.Response:
+        return web.json_response({"status": "alive"})
+
+    async def ready(self, _: web.Request) -> web.Response:
+        reason = self._status.ready()
+        if reason is None:
+            return web.json_response({"status": "ready"})
+        return _error(503, "not_ready", reason)
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        counters, gauges = await self._status.samples()
+        text = render_metrics(counters, [*gauges, *fleet_samples(self._status.fleet())])
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def replicas(self, _: web.Request) -> web.Response:
+        _counters, gauges = await self._status.samples()
+        page = replicas_page(self._status.fleet(), self._status.suspects(), gauges)
+        return web.Response(body=page, content_type="application/json")
+
+
+def make_app(status: Status, api_key: str | None) -> web.Application:
+    """Return the admin application. Health is open; the rest wants the key if there is one."""
+    pages = _Pages(status, api_key)
+    app = web.Application(middlewares=[pages.guard], client_max_size=limits.MIB)
+    for path in _LIVE_PATHS:
+        app.router.add_get(path, pages.live)
+    for path in _READY_PATHS:
+        app.router.add_get(path, pages.ready)
+    app.router.add_get("/metrics", pages.metrics)
+    app.router.add_get("/replicas", pages.replicas)
+    return app
+
+
+# What load balancers and orchestrators ask for, under all the names that they have for it.
+_LIVE_PATHS = ("/livez", "/live", "/liveness", "/health", "/healthz")
+_READY_PATHS = ("/readyz", "/ready", "/readiness")
+_OPEN_PATHS = frozenset(_LIVE_PATHS + _READY_PATHS)
+
+
+def replicas_page(
+    fleet: FleetSnapshot | None, suspects: frozenset[str], gauges: Iterable[Sample]
+) -> bytes:
+    """Return the replicas with what the manager and what the workers know of them."""
+    summed = {(s.name, s.labels): s.value for s in sum_samples(gauges)}
+    page = []
+    for record in fleet.replicas if fleet else ():
+        by = (("replica", record.replica_id),)
+        load = record.load
+        page.append(
+            {
+                "replica_id": record.replica_id,
+                "url": record.url,
+                "models": record.models,
+                "pool": record.pool,
+                "region": record.region,
+                "engine": record.engine,
+                "state": str(record.state),
+                "reason": record.reason,
+                "suspect": record.replica_id in suspects,
+                "inflight": int(summed.get(("replica_inflight", by), 0)),
+                "queued_tokens": int(summed.get(("replica_queued_tokens", by), 0)),
+                "running": load.running if load else None,
+                "waiting": load.waiting if load else None,
+                "kv_used_ratio": load.kv_used_ratio if load else None,
+            }
+        )
+    return orjson.dumps({"replicas": page}, option=orjson.OPT_INDENT_2)
+
+
+def _error(status: int, code: str, message: str) -> web.Response:
+    body = {
+        "error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    }
+    return web.json_response(body, status=status)

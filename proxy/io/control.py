@@ -1,0 +1,102 @@
+"""What supervisor and worker say to each other, over one socket pair each.
+
+Down: who you are, the fleet, a replica that answered its probe, drain, count. Up: ready, a replica
+that failed, counts. Frames of MessagePack behind a four-octet length; both ends are ours, of one
+version. A worker that loses its supervisor drains and ends, so that no port is held by an orphan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from proxy.config import ProxyConfig
+from proxy.contract import FleetSnapshot
+from proxy.io.telemetry import Sample
+
+_LENGTH = struct.Struct("!I")
+FRAME_BYTES_MAX = 64 * 1024 * 1024
+
+
+class Start(msgspec.Struct, tag=True, frozen=True):
+    config: ProxyConfig
+
+
+class FleetIs(msgspec.Struct, tag=True, frozen=True):
+    snapshot: FleetSnapshot
+
+
+class Cleared(msgspec.Struct, tag=True, frozen=True):
+    """A suspect replica has answered its probe."""
+
+    replica_id: str
+
+
+class Drain(msgspec.Struct, tag=True, frozen=True):
+    """Take no new connections, finish what runs, then end."""
+
+    grace_s: float
+
+
+class Count(msgspec.Struct, tag=True, frozen=True):
+    """Say what you have counted."""
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """Listening, with a fleet."""
+
+
+class Suspect(msgspec.Struct, tag=True, frozen=True):
+    replica_id: str
+    reason: str
+
+
+class Counted(msgspec.Struct, tag=True, frozen=True):
+    counters: list[Sample]
+    gauges: list[Sample]
+
+
+Message = Start | FleetIs | Cleared | Drain | Count | Ready | Suspect | Counted
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+class Channel:
+    """One end of the socket pair."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, end: socket.socket) -> Channel:
+        end.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=end, limit=FRAME_BYTES_MAX)
+        return cls(reader, writer)
+
+    def send(self, message: Message) -> None:
+        """Queue a message; a peer that does not read is found by its silence, not by blocking."""
+        if not self._writer.is_closing():
+            frame = _encoder.encode(message)
+            self._writer.write(_LENGTH.pack(len(frame)) + frame)
+
+    async def receive(self) -> Message | None:
+        """Return the next message, or None when the other end is gone."""
+        try:
+            (size,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+            if size > FRAME_BYTES_MAX:
+                return None
+            return _decoder.decode(await self._reader.readexactly(size))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    async def __aiter__(self) -> AsyncIterator[Message]:
+        while (message := await self.receive()) is not None:
+            yield message
+
+    def close(self) -> None:
+        self._writer.close()

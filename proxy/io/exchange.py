@@ -1,0 +1,523 @@
+"""The story of one request, from its head to its last octet, in the order in which things happen.
+
+1. `judge_head`     the path exists, the key is right, the body is not too large;
+2. `begin`          the body is whole: read its model and prompt, choose a replica, take a lease;
+3. `connected`      the request goes out as the octets that came in, under a head of our own;
+4. `response_*`     the answer goes back as octets, no faster than the client reads;
+5. `_finish`        the lease is released, the line is logged, the counts are taken. Once.
+
+An exchange decides nothing itself: verdicts are the core's. It fails in one of two ways. Before the
+first octet of an answer, the client gets an error object and another replica may be tried while
+none can have begun the work. After it, the stream ends visibly: an event stream gets a last event
+with the error, and in every case the connection closes without the end that the engine never sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from proxy import errors
+from proxy.core import head as heads
+from proxy.core import limits, multipart
+from proxy.core.accounts import Lease
+from proxy.core.fleet import Pool
+from proxy.core.http1 import BadResponse, ChunkedDecoder, Field, RequestHead, ResponseHead
+from proxy.core.policy import Decision, Request
+from proxy.core.prefix import NO_CHAIN, PrefixChain, prefix_chain
+from proxy.core.retry import Progress, may_retry
+from proxy.core.routes import Route, find_route
+from proxy.core.scan import Scanned, scan_body
+from proxy.core.session import session_key
+from proxy.core.usage import read_usage
+from proxy.io.plane import Plane
+from proxy.io.upstream import Upstream
+
+_log = logging.getLogger("doherty.exchange")
+
+_CHUNKED = b"transfer-encoding: chunked\r\n"
+
+
+class Client(Protocol):
+    """The client's connection, as an exchange sees it."""
+
+    peer: str
+
+    def write(self, data: bytes) -> None: ...
+    def finished(self, *, keep_alive: bool) -> None: ...
+    def cut(self, *, reset: bool) -> None: ...
+
+
+class Exchange:
+    """One request and its response."""
+
+    __slots__ = (
+        "_attempts",
+        "_body",
+        "_client",
+        "_connecting",
+        "_decision",
+        "_decoder",
+        "_done",
+        "_first_octet_s",
+        "_head",
+        "_keep_alive",
+        "_last_octet_s",
+        "_lease",
+        "_model",
+        "_paused",
+        "_plane",
+        "_pool",
+        "_progress",
+        "_received_bytes",
+        "_request",
+        "_response",
+        "_route",
+        "_sent_s",
+        "_started_s",
+        "_stream",
+        "_tail",
+        "_upstream",
+        "_whole_s",
+        "request_id",
+    )
+
+    def __init__(self, plane: Plane, client: Client, head: RequestHead) -> None:
+        self._plane = plane
+        self._client = client
+        self._head = head
+        self._started_s = self._last_octet_s = plane.clock.now_s()
+        given = head.get(heads.REQUEST_ID)
+        self.request_id = (
+            given if given and heads.valid_request_id(given) else plane.clock.request_id()
+        )
+        self._route: Route | None = None
+        self._body = b""
+        self._model = ""
+        self._stream = False
+        self._pool: Pool | None = None
+        self._request = Request(NO_CHAIN, has_session=False)
+        self._decision: Decision | None = None
+        self._lease: Lease | None = None
+        self._attempts = 0
+        self._progress = Progress.CHOOSING
+        self._connecting: asyncio.Task[None] | None = None
+        self._upstream: Upstream | None = None
+        self._response: ResponseHead | None = None
+        self._decoder: ChunkedDecoder | None = None  # only for clients that know no chunks
+        self._keep_alive = head.keep_alive
+        self._paused = False
+        self._done = False
+        self._received_bytes = 0
+        self._tail = b""
+        self._whole_s = self._sent_s = self._first_octet_s = 0.0
+        plane.exchanges_open += 1
+
+    # --- 1. the head -------------------------------------------------------------------------
+
+    def judge_head(self) -> None:
+        """Everything that can be refused before the body is read. Raises `ProxyError`."""
+        head, plane = self._head, self._plane
+        self._route = route = find_route(head.method, head.path)
+        if not (route.local and route.name == "health") and not plane.authorized(self._key()):
+            raise errors.UnauthorizedError(
+                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+            )
+        if b"content-encoding" in head.special:
+            raise errors.UnsupportedEncodingError("compressed request bodies are not read here")
+        if head.content_length > plane.config.max_payload_size:
+            raise self.too_large()
+        if plane.draining and not route.local:
+            raise errors.DrainingError("this proxy is draining; try another or try again")
+        if plane.exchanges_open > plane.config.max_concurrent_requests:
+            raise errors.OverloadedError(
+                f"{plane.config.max_concurrent_requests} requests are in flight already"
+            )
+
+    def too_large(self) -> errors.BodyTooLargeError:
+        limit = self._plane.config.max_payload_size
+        return errors.BodyTooLargeError(
+            f"the request body is over {limit} bytes (--max-payload-size)"
+        )
+
+    def _key(self) -> bytes | None:
+        """The presented key: a bearer token, or the field that Anthropic's clients send."""
+        authorization = self._head.special.get(b"authorization")
+        if authorization is None:
+            return self._head.get(b"x-api-key")
+        scheme, _, key = authorization.partition(b" ")
+        return key.strip() if scheme.lower() == b"bearer" else None
+
+    # --- 2. the body, the choice -------------------------------------------------------------
+
+    def begin(self, body: bytes) -> None:
+        """The request is whole. Failures are answered here, and nothing is raised."""
+        self._whole_s = self._plane.clock.now_s()
+        self._body = body
+        try:
+            assert self._route is not None
+            if self._route.local:
+                self._answer_locally()
+                return
+            self._read_body(self._route)
+            self._dispatch()
+        except errors.ProxyError as error:
+            self.fail(error)
+        except Exception:  # noqa: BLE001 - the top of this request: its neighbours must live
+            self._plane.telemetry.internal_errors_total += 1
+            _log.exception("request %s", self.request_id.decode())
+            self.fail(errors.InternalError("the proxy failed; its log has the reason"))
+
+    def _answer_locally(self) -> None:
+        body = self._plane.local_answer(self._head.path)
+        self._answer_ourselves(
+            200,
+            heads.local_answer(
+                200,
+                body,
+                self.request_id,
+                keep_alive=self._may_keep_alive(),
+                head_only=self._head.method == b"HEAD",
+            ),
+        )
+
+    def _read_body(self, route: Route) -> None:
+        head = self._head
+        scanned: Scanned | None = None
+        if route.json:
+            scanned = scan_body(self._body)
+            self._model, self._stream = scanned.model, scanned.stream
+        elif self._body:
+            self._model = multipart.model_field(head.special.get(b"content-type", b""), self._body)
+        plane = self._plane
+        self._pool = plane.fleet.pool_for(self._model) if self._model else plane.fleet.only_pool()
+        if self._pool is None:
+            if not plane.fleet.replicas:
+                raise errors.NoReplicaError(plane.no_replica_reason())
+            if not self._model:
+                raise errors.MissingModelError("say which model is meant", "model")
+            raise plane.unknown_model(self._model)
+        key = session_key(head, scanned)
+        chain: PrefixChain = prefix_chain(route.prompt, scanned, key) if scanned else NO_CHAIN
+        self._request = Request(chain, has_session=key is not None)
+
+    def _dispatch(self) -> None:
+        """Choose a replica, take a lease on it, and get a connection to it. Raises `ProxyError`."""
+        plane, pool = self._plane, self._pool
+        assert pool is not None
+        decision = plane.policy(self._request, pool, plane.policy_state)
+        if decision is None:
+            raise self._nobody(pool)
+        self._decision = decision
+        self._attempts += 1
+        replica = decision.replica
+        chain = self._request.chain
+        self._lease = plane.accounts.acquire(
+            replica.replica_id, max(0, chain.prompt_tokens - decision.cached_tokens)
+        )
+        upstream = plane.upstreams.take(replica.replica_id)
+        if upstream is not None:
+            self.connected(upstream)
+        else:
+            self._progress = Progress.CONNECTING
+            self._connecting = plane.upstreams.connect(replica, self)
+
+    def _nobody(self, pool: Pool) -> errors.ProxyError:
+        tried = self._request.tried
+        if tried and self._progress is Progress.CONNECTING:
+            return errors.ReplicaUnreachableError(
+                f"no replica could be reached; tried {', '.join(sorted(tried))}"
+            )
+        if any(replica.available for replica in pool.replicas.values()):
+            return errors.OverloadedError("every replica has as many requests as it may hold")
+        return errors.NoReplicaError(self._plane.no_replica_reason())
+
+    # --- 3. the replica ----------------------------------------------------------------------
+
+    def connect_failed(self, reason: str) -> None:
+        self._connecting = None
+        if self._done:
+            return
+        assert self._decision is not None
+        replica_id = self._decision.replica.replica_id
+        self._plane.suspect(replica_id, reason)
+        self._plane.telemetry.retries["connect"] += 1
+        self._request.tried.add(replica_id)
+        self._release()
+        try:
+            if not may_retry(self._progress, self._attempts, self._plane.retries_max):
+                raise errors.ReplicaUnreachableError(f"replica {replica_id}: {reason}")
+            self._dispatch()
+        except errors.ProxyError as error:
+            self.fail(error)
+
+    def connected(self, upstream: Upstream) -> None:
+        self._connecting = None
+        if self._done:
+            upstream.transport.abort()
+            return
+        assert self._decision is not None
+        self._upstream = upstream
+        self._progress = Progress.REQUEST_SENT
+        head = heads.upstream_head(
+            self._head, self._decision.replica.host_field, self.request_id, len(self._body)
+        )
+        upstream.send(self, head, self._body)
+        self._plane.record.note(self._decision.replica.replica_id, self._request.chain)
+        self._sent_s = self._last_octet_s = self._plane.clock.now_s()
+
+    def response_started(self, head: ResponseHead) -> None:
+        assert self._decision is not None
+        replica = self._decision.replica
+        self._plane.answered(replica.replica_id, head.status, limits.SERVER_ERRORS_IN_ROW_MAX)
+        lookup = self._route is not None and self._route.lookup
+        if head.status == 404 and lookup and self._ask_next(replica.replica_id):
+            return
+        self._progress = Progress.RESPONSE_STARTED
+        self._response = head
+        self._body = b""  # it will not be sent again
+        framing = b""
+        if head.chunked:
+            if self._head.minor == 1:
+                framing = _CHUNKED
+            else:
+                self._decoder = ChunkedDecoder()
+        elif head.length >= 0 and head.status not in (204, 304):
+            framing = b"content-length: %d\r\n" % head.length
+        if not framing and head.status not in (204, 304):
+            self._keep_alive = False  # only our close can tell the client where the body ends
+        self._client.write(
+            heads.client_head(
+                head,
+                self.request_id,
+                framing=framing,
+                keep_alive=self._may_keep_alive(),
+                extra=self._diagnostics() if self._plane.config.expose_routing else (),
+            )
+        )
+
+    def _ask_next(self, replica_id: str) -> bool:
+        """A stored response lives on one replica: ask the others before believing a 404."""
+        self._request.tried.add(replica_id)
+        pool, plane = self._pool, self._plane
+        assert pool is not None
+        decision = plane.policy(self._request, pool, plane.policy_state)
+        if decision is None or self._upstream is None:
+            return False
+        self._upstream.abort()
+        self._upstream = None
+        self._release()
+        self._dispatch()
+        return True
+
+    def _diagnostics(self) -> list[Field]:
+        decision = self._decision
+        assert decision is not None
+        overhead_us = int((self._sent_s - self._whole_s) * 1e6)
+        return [
+            (b"x-doherty-replica", decision.replica.replica_id.encode()),
+            (b"x-doherty-region", decision.replica.region.encode()),
+            (b"x-doherty-decision", decision.reason.encode()),
+            (b"x-doherty-queue-ms", b"0"),
+            (b"x-doherty-overhead-us", b"%d" % overhead_us),
+        ]
+
+    # --- 4. the answer -----------------------------------------------------------------------
+
+    def response_octets(self, data: bytes) -> None:
+        plane = self._plane
+        now_s = plane.clock.now_s()
+        if not self._received_bytes:
+            self._first_octet_s = now_s
+            if self._lease is not None:
+                plane.accounts.end_prefill(self._lease)
+        self._last_octet_s = now_s
+        size = len(data)
+        self._received_bytes += size
+        keep = limits.USAGE_TAIL_BYTES
+        self._tail = data[-keep:] if size >= keep else (self._tail + data)[-keep:]
+        if self._decoder is not None:
+            data = self._decode_for_http10(data)
+        self._client.write(data)
+
+    def _decode_for_http10(self, data: bytes) -> bytes:
+        assert self._decoder is not None
+        try:
+            self._decoder.feed(data)
+        except errors.ProxyError as error:  # cannot be: the follower has read the same octets
+            raise BadResponse(error.message) from error
+        return self._decoder.body()
+
+    def response_ended(self, *, reusable: bool) -> None:
+        if self._done:
+            return
+        assert self._response is not None
+        self._upstream = None
+        self._finish(self._response.status, errors.OK)
+        self._client.finished(keep_alive=self._may_keep_alive())
+
+    def response_failed(self, reason: str) -> None:
+        """The replica went away, or what it said is not HTTP."""
+        if self._done:
+            return
+        open_chunk = self._upstream.open_chunk if self._upstream is not None else (0, 0)
+        self._upstream = None
+        assert self._decision is not None
+        replica_id = self._decision.replica.replica_id
+        self._plane.suspect(replica_id, reason)
+        if self._response is None:
+            lost = reason.startswith(("connection", "Connection"))
+            kind = errors.ReplicaLostError if lost else errors.BadReplicaAnswerError
+            self.fail(kind(f"replica {replica_id} failed before it answered: {reason}"))
+        else:
+            error = errors.ReplicaLostError(f"replica {replica_id} failed: {reason}")
+            self._end_visibly(error, open_chunk)
+
+    def _end_visibly(self, error: errors.ProxyError, open_chunk: tuple[int, int]) -> None:
+        """Part of an answer is out: say so in the stream if it is one, then cut."""
+        response = self._response
+        assert response is not None
+        if response.event_stream and response.chunked and self._decoder is None:
+            event = b"\n\ndata: " + error.body() + b"\n\n"
+            data_left, line_end_left = open_chunk
+            if not data_left:
+                self._client.write(b"\r\n"[-line_end_left:] if line_end_left else b"")
+                self._client.write(b"%x\r\n%b\r\n" % (len(event), event))
+            elif data_left >= len(event):
+                self._client.write(event)
+        self._finish(response.status, errors.STREAM_CUT)
+        # Where only the close ends the body, a plain close would look like the end.
+        self._client.cut(reset=response.length < 0 and not response.chunked)
+
+    # --- what may happen at any time ---------------------------------------------------------
+
+    def client_gone(self) -> None:
+        """The client closed: the engine stops, the lease is released, whatever state we are in."""
+        if self._done:
+            return
+        self._plane.telemetry.cancellations[self._progress.name.lower()] += 1
+        self._drop_replica()
+        self._finish(errors.CLIENT_GONE_STATUS, errors.CLIENT_GONE)
+
+    def client_slow(self) -> None:
+        self._paused = True
+        if self._upstream is not None:
+            self._upstream.pause()
+
+    def client_reads(self) -> None:
+        self._paused = False
+        self._last_octet_s = self._plane.clock.now_s()
+        if self._upstream is not None:
+            self._upstream.resume()
+
+    def check_deadline(self, now_s: float) -> None:
+        """A replica that says nothing for too long has lost the request. Called by the sweep."""
+        waiting = self._progress >= Progress.REQUEST_SENT and not self._paused
+        silence_s = now_s - self._last_octet_s
+        if self._done or not waiting or silence_s <= self._plane.config.request_timeout_secs:
+            return
+        assert self._decision is not None
+        replica_id = self._decision.replica.replica_id
+        error = errors.ReplicaTimeoutError(
+            f"replica {replica_id} was silent for {silence_s:.0f} s (--request-timeout-secs)"
+        )
+        open_chunk = self._upstream.open_chunk if self._upstream is not None else (0, 0)
+        self._drop_replica()
+        if self._response is None:
+            self.fail(error)
+        else:
+            self._end_visibly(error, open_chunk)
+
+    def fail(self, error: errors.ProxyError) -> None:
+        """Answer a failure, in the one place where failures are answered."""
+        if self._done:
+            return
+        self._drop_replica()
+        keep_alive = self._may_keep_alive() and not error.closes
+        answer = heads.error_answer(
+            error, self.request_id, keep_alive=keep_alive, head_only=self._head.method == b"HEAD"
+        )
+        self._answer_ourselves(error.status, answer, error.code, keep_alive=keep_alive)
+
+    # --- 5. the end --------------------------------------------------------------------------
+
+    def _answer_ourselves(
+        self, status: int, answer: bytes, outcome: str = errors.OK, *, keep_alive: bool = True
+    ) -> None:
+        self._finish(status, outcome)
+        self._client.write(answer)
+        self._client.finished(keep_alive=keep_alive and self._may_keep_alive())
+
+    def _may_keep_alive(self) -> bool:
+        return self._keep_alive and not self._plane.draining
+
+    def _drop_replica(self) -> None:
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
+        if self._upstream is not None:
+            self._upstream.abort()
+            self._upstream = None
+
+    def _release(self) -> None:
+        if self._lease is not None:
+            self._plane.accounts.release(self._lease)
+            self._lease = None
+
+    def _finish(self, status: int, outcome: str) -> None:
+        """Release and record. Exactly once: every path to the end of an exchange leads here."""
+        assert not self._done
+        self._done = True
+        plane = self._plane
+        plane.exchanges_open -= 1
+        self._release()
+        now_s = plane.clock.now_s()
+        route_name = self._route.name if self._route is not None else "none"
+        # A model that is not served is the client's invention, and no label.
+        known = self._model if self._pool is not None else ""
+        series = plane.telemetry.series(route_name, known)
+        series.outcomes[status, outcome] += 1
+        series.duration_s.observe(now_s - self._started_s)
+        if self._first_octet_s:
+            series.first_token_s.observe(self._first_octet_s - self._started_s)
+        if self._decision is not None:
+            plane.telemetry.decisions[self._decision.reason] += 1
+            plane.telemetry.replica_requests[self._decision.replica.replica_id] += 1
+        if self._sent_s:
+            plane.telemetry.overhead_s.observe(self._sent_s - self._whole_s)
+        usage = read_usage(self._tail) if status == 200 else None
+        if usage is not None:
+            series.prompt_tokens += usage.prompt_tokens
+            series.cached_tokens += usage.cached_tokens or 0
+            series.generation_tokens += usage.completion_tokens
+        if plane.access_log.enabled:
+            self._log_line(status, outcome, now_s)
+
+    def _log_line(self, status: int, outcome: str, now_s: float) -> None:
+        decision = self._decision
+        record = {
+            "at": round(self._plane.clock.unix_s(), 3),
+            "request_id": self.request_id.decode("ascii"),
+            "client": self._client.peer,
+            "method": self._head.method.decode("ascii"),
+            "path": self._head.path[:256].decode("ascii", "backslashreplace"),
+            "status": status,
+            "outcome": outcome,
+            "model": self._model,
+            "stream": self._stream,
+            "replica": decision.replica.replica_id if decision else None,
+            "decision": decision.reason if decision else None,
+            "attempts": self._attempts,
+            "prompt_tokens_estimated": self._request.chain.prompt_tokens,
+            "cached_tokens_believed": decision.cached_tokens if decision else 0,
+            "received_bytes": self._received_bytes,
+            "overhead_us": int((self._sent_s - self._whole_s) * 1e6) if self._sent_s else None,
+            "first_octet_ms": (
+                round((self._first_octet_s - self._started_s) * 1e3, 3)
+                if self._first_octet_s
+                else None
+            ),
+            "duration_ms": round((now_s - self._started_s) * 1e3, 3),
+        }
+        self._plane.access_log.write(record)

@@ -1,0 +1,185 @@
+"""What all exchanges of one worker share: the fleet, the accounts, the connections, the counts.
+
+One writer: the worker's event loop. Events change the fleet here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Callable
+
+import orjson
+
+from proxy.config import ProxyConfig
+from proxy.contract import FleetSnapshot
+from proxy.core import fleet as fleets
+from proxy.core.accounts import Accounts
+from proxy.core.index import PrefixRecord
+from proxy.core.policy import POLICIES, PolicyState
+from proxy.core.routes import model_of_path
+from proxy.errors import DrainingError, ModelNotFoundError, NoReplicaError
+from proxy.io.access_log import AccessLog
+from proxy.io.clock import Clock
+from proxy.io.tasks import Tasks
+from proxy.io.telemetry import Sample, Telemetry
+from proxy.io.upstream import Upstreams
+
+
+class Plane:
+    """The data plane of one worker."""
+
+    def __init__(
+        self,
+        config: ProxyConfig,
+        clock: Clock,
+        tasks: Tasks,
+        access_log: AccessLog,
+        on_suspect: Callable[[str, str], None],
+    ) -> None:
+        """`on_suspect(replica_id, reason)` asks the supervisor to probe a replica."""
+        self.config = config
+        self.clock = clock
+        self.telemetry = Telemetry()
+        self.access_log = access_log
+        self.accounts = Accounts()
+        self.record = PrefixRecord()
+        self.policy = POLICIES[config.policy]
+        self.policy_state = PolicyState(self.accounts, self.record, clock.draw)
+        self.upstreams = Upstreams(clock, tasks, config.connect_timeout_secs, self._unsolicited)
+        self.fleet = fleets.empty_fleet()
+        self.fleet_known = False
+        self.draining = False
+        self.exchanges_open = 0
+        self.retries_max = 0 if config.disable_retries else config.retry_max_retries
+        self._on_suspect = on_suspect
+        self._server_errors: dict[str, int] = {}  # in a row, by replica
+        self._restarts: dict[str, int] = {}
+        self._key_digest = (
+            hashlib.sha256(config.api_key.encode()).digest() if config.api_key else b""
+        )
+
+    # --- the fleet ---------------------------------------------------------------------------
+
+    def take_snapshot(self, snapshot: FleetSnapshot) -> None:
+        self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot))
+        self.fleet_known = True
+        for replica_id, replica in self.fleet.replicas.items():
+            if self._restarts.get(replica_id, replica.restarts) != replica.restarts:
+                self.record.forget(replica_id)  # a new process has an empty cache
+            self._restarts[replica_id] = replica.restarts
+            self.record.set_capacity(replica_id, replica.kv_capacity_tokens)
+        present = frozenset(self.fleet.replicas)
+        for gone in [k for k in self._restarts if k not in present]:
+            del self._restarts[gone]
+            self._server_errors.pop(gone, None)
+            self.record.forget(gone)
+        self.accounts.retain(present)
+        self.upstreams.retain(present)
+        self.telemetry.retain_replicas(present)
+
+    def suspect(self, replica_id: str, reason: str) -> None:
+        """A replica failed a request in a way that says it may be gone."""
+        before = self.fleet
+        self.fleet = fleets.apply(before, fleets.ReplicaSuspected(replica_id))
+        if self.fleet is not before:
+            self._on_suspect(replica_id, reason)
+
+    def clear(self, replica_id: str) -> None:
+        self._server_errors.pop(replica_id, None)
+        self.fleet = fleets.apply(self.fleet, fleets.ReplicaCleared(replica_id))
+
+    def answered(self, replica_id: str, status: int, server_errors_max: int) -> None:
+        """Count server errors in a row. Client errors are no sign of a sick replica."""
+        if status < 500 or status == 501:
+            if self._server_errors:
+                self._server_errors.pop(replica_id, None)
+            return
+        count = self._server_errors.get(replica_id, 0) + 1
+        self._server_errors[replica_id] = count
+        if count >= server_errors_max:
+            self._server_errors[replica_id] = 0
+            self.suspect(replica_id, f"{count} server errors in a row")
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request that came now could be served."""
+        return not self.draining and any(r.available for r in self.fleet.replicas.values())
+
+    # --- answers of our own ------------------------------------------------------------------
+
+    def authorized(self, key: bytes | None) -> bool:
+        """Compare digests, so that time tells nothing of the key."""
+        if not self._key_digest:
+            return True
+        digest = hashlib.sha256(key or b"").digest()
+        return hmac.compare_digest(digest, self._key_digest)
+
+    def local_answer(self, path: bytes) -> bytes:
+        """Return the body of a path that the proxy answers itself. Raises `ProxyError`."""
+        if path == b"/readyz":
+            if self.draining:
+                raise DrainingError("this proxy is draining")
+            if not self.ready:
+                raise NoReplicaError(self.no_replica_reason())
+            return b'{"status":"ready"}'
+        if path in (b"/livez", b"/health"):
+            return b'{"status":"alive"}'
+        return self._models(model_of_path(path).decode("ascii"))
+
+    def _models(self, wanted: str) -> bytes:
+        """OpenAI's model list: what the fleet can serve, whether or not a replica is up now."""
+        listed = [
+            {"id": model, "object": "model", "created": 0, "owned_by": "doherty"}
+            for model in sorted(self.fleet.pools)
+        ]
+        if not wanted:
+            return orjson.dumps({"object": "list", "data": listed})
+        for model in listed:
+            if model["id"] == wanted:
+                return orjson.dumps(model)
+        raise self.unknown_model(wanted)
+
+    def unknown_model(self, model: str) -> ModelNotFoundError:
+        known = ", ".join(sorted(self.fleet.pools)[:20]) or "none"
+        return ModelNotFoundError(
+            f"the model {model!r} is not served here; served: {known}", "model"
+        )
+
+    def no_replica_reason(self) -> str:
+        """Say why nobody can take a request, in words that tell an operator what to do."""
+        replicas = self.fleet.replicas.values()
+        if not replicas:
+            if self.fleet_known:
+                return "the replica list is empty; start replicas or pass --worker-urls"
+            return "the fleet is not known yet; the manager has not answered"
+        states: dict[str, int] = {}
+        for replica in replicas:
+            word = "unreachable" if replica.suspect else str(replica.state)
+            states[word] = states.get(word, 0) + 1
+        shown = ", ".join(f"{count} {word}" for word, count in sorted(states.items()))
+        return f"no replica can take the request now: {shown}"
+
+    def _unsolicited(self) -> None:
+        self.telemetry.unsolicited_total += 1
+
+    # --- what is reported --------------------------------------------------------------------
+
+    def gauges(self, connections_open: int) -> list[Sample]:
+        out = [
+            Sample("client_connections", (), connections_open),
+            Sample("requests_in_flight", (), self.exchanges_open),
+            Sample("upstream_connections", (("state", "idle"),), self.upstreams.idle_count),
+            Sample("upstream_connections", (("state", "open"),), self.upstreams.open_count),
+            Sample("prefix_record_entries", (), self.record.entries()),
+            Sample("access_log_dropped", (), self.access_log.dropped_total),
+        ]
+        for replica_id in self.fleet.replicas:
+            account = self.accounts[replica_id]
+            by = (("replica", replica_id),)
+            out += (
+                Sample("replica_inflight", by, account.inflight),
+                Sample("replica_queued_tokens", by, account.queued_tokens),
+                Sample("replica_suspect", by, float(self.fleet.replicas[replica_id].suspect)),
+            )
+        return out

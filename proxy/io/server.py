@@ -1,0 +1,333 @@
+"""The client's side of a connection: octets in, heads and bodies out, deadlines, backpressure.
+
+One protocol object a connection and no task a request. Requests on a connection are served one
+after another; what a client sends ahead waits, bounded, with reading paused. Whatever leaves doubt
+about where a message ends is answered and the connection closed, after reading on for a moment so
+that the client sees the answer and not a reset (RFC 9112 §9.6).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from typing import cast
+
+from typing_extensions import override
+
+from proxy import errors
+from proxy.core import head as heads
+from proxy.core import limits
+from proxy.core.http1 import ChunkedDecoder, check_partial_head, parse_request_head
+from proxy.io.exchange import Exchange
+from proxy.io.plane import Plane
+
+_log = logging.getLogger("doherty.server")
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class _State(enum.Enum):
+    IDLE = enum.auto()  # nothing of a request has come
+    HEAD = enum.auto()
+    BODY = enum.auto()
+    SERVING = enum.auto()  # the exchange has the request
+    LINGERING = enum.auto()  # answered; reading on before the close
+    CLOSED = enum.auto()
+
+
+class ServerProtocol(asyncio.Protocol):
+    """One client connection."""
+
+    __slots__ = (
+        "_ahead",
+        "_connections",
+        "_deadline_s",
+        "_decoder",
+        "_exchange",
+        "_head_buffer",
+        "_left",
+        "_lingered_bytes",
+        "_parts",
+        "_plane",
+        "_reading_paused",
+        "_state",
+        "_transport",
+        "_write_paused_s",
+        "peer",
+    )
+
+    _transport: asyncio.Transport
+
+    def __init__(self, plane: Plane, connections: set[ServerProtocol]) -> None:
+        self._plane = plane
+        self._connections = connections
+        self._state = _State.IDLE
+        self._deadline_s = 0.0
+        self._exchange: Exchange | None = None
+        self._head_buffer = bytearray()
+        self._parts: list[bytes] = []
+        self._left = 0
+        self._decoder: ChunkedDecoder | None = None
+        self._ahead = b""  # octets of later requests
+        self._reading_paused = False
+        self._write_paused_s = 0.0
+        self._lingered_bytes = 0
+        self.peer = ""
+
+    # --- from the transport ------------------------------------------------------------------
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by name
+        self._transport.set_write_buffer_limits(high=limits.WRITE_HIGH_WATER_BYTES)
+        peer = transport.get_extra_info("peername")
+        self.peer = str(peer[0]) if peer else ""
+        self._connections.add(self)
+        self._plane.telemetry.connections_total += 1
+        self._deadline_s = self._plane.clock.now_s() + limits.CLIENT_KEEP_ALIVE_S
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        try:
+            match self._state:
+                case _State.IDLE | _State.HEAD:
+                    self._read_head(data)
+                case _State.BODY:
+                    self._read_body(data)
+                case _State.SERVING:
+                    self._keep_for_later(data)
+                case _State.LINGERING:
+                    self._linger(len(data))
+                case _State.CLOSED:
+                    pass
+        except errors.ProxyError as error:
+            self._refuse(error)
+        except Exception:  # noqa: BLE001 - the top of this connection: the others must live
+            self._plane.telemetry.internal_errors_total += 1
+            _log.exception("connection from %s", self.peer)
+            self._refuse(errors.InternalError("the proxy failed; its log has the reason"))
+
+    @override
+    def eof_received(self) -> bool:
+        # A client that has closed its sending side cannot be told from one that has gone; what it
+        # asked for would be computed for nobody (nginx and Caddy read it so, too).
+        return False
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._state = _State.CLOSED
+        self._connections.discard(self)
+        exchange, self._exchange = self._exchange, None
+        self._parts.clear()
+        self._ahead = b""
+        if exchange is not None:
+            exchange.client_gone()
+
+    @override
+    def pause_writing(self) -> None:
+        self._write_paused_s = self._plane.clock.now_s()
+        if self._exchange is not None:
+            self._exchange.client_slow()
+
+    @override
+    def resume_writing(self) -> None:
+        self._write_paused_s = 0.0
+        if self._exchange is not None:
+            self._exchange.client_reads()
+
+    # --- reading -----------------------------------------------------------------------------
+
+    def _read_head(self, data: bytes) -> None:
+        buffer = self._head_buffer
+        searched = max(0, len(buffer) - 3)
+        if buffer:
+            buffer += data
+            end = buffer.find(b"\r\n\r\n", searched)
+            data = bytes(buffer) if end >= 0 else b""
+        else:
+            if data.startswith(b"\r\n"):  # RFC 9112 §2.2: one empty line before is forgiven
+                data = data[2:]
+                if not data:
+                    return
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                buffer += data
+        if end < 0:
+            self._wait_for_head(buffer, searched)
+            return
+        if end > limits.HEAD_BYTES_MAX:
+            raise errors.HeadTooLargeError(f"the head is over {limits.HEAD_BYTES_MAX} octets")
+        buffer.clear()
+        self._take_head(data[:end], data[end + 4 :])
+
+    def _wait_for_head(self, buffer: bytearray, searched: int) -> None:
+        if self._state is _State.IDLE:
+            self._state = _State.HEAD
+            self._deadline_s = self._plane.clock.now_s() + limits.HEAD_TIMEOUT_S
+        if len(buffer) > limits.HEAD_BYTES_MAX:
+            raise errors.HeadTooLargeError(f"the head is over {limits.HEAD_BYTES_MAX} octets")
+        check_partial_head(buffer, searched)
+
+    def _take_head(self, block: bytes, rest: bytes) -> None:
+        self._state = _State.BODY
+        head = parse_request_head(block)
+        exchange = self._exchange = Exchange(self._plane, self, head)
+        exchange.judge_head()
+        if head.chunked:
+            self._decoder = ChunkedDecoder()
+        elif head.content_length:
+            self._left = head.content_length
+        else:
+            self._serve(b"", rest)
+            return
+        if head.expects_continue and not rest:
+            self._transport.write(_CONTINUE)
+        self._deadline_s = self._plane.clock.now_s() + limits.BODY_IDLE_TIMEOUT_S
+        if rest:
+            self._read_body(rest)
+
+    def _read_body(self, data: bytes) -> None:
+        if self._decoder is not None:
+            rest = self._decoder.feed(data)
+            if self._decoder.body_bytes > self._plane.config.max_payload_size:
+                assert self._exchange is not None
+                raise self._exchange.too_large()
+            if rest is None:
+                self._deadline_s = self._plane.clock.now_s() + limits.BODY_IDLE_TIMEOUT_S
+                return
+            body, self._decoder = self._decoder.body(), None
+            self._serve(body, rest)
+            return
+        size = len(data)
+        if size < self._left:
+            self._left -= size
+            self._parts.append(data)
+            self._deadline_s = self._plane.clock.now_s() + limits.BODY_IDLE_TIMEOUT_S
+            return
+        if self._parts:
+            self._parts.append(data[: self._left])
+            body = b"".join(self._parts)
+            self._parts.clear()
+        else:
+            body = data[: self._left]
+        rest = data[self._left :]
+        self._left = 0
+        self._serve(body, rest)
+
+    def _serve(self, body: bytes, rest: bytes) -> None:
+        exchange = self._exchange
+        assert exchange is not None
+        self._state = _State.SERVING
+        if rest:
+            self._keep_for_later(rest)
+        exchange.begin(body)
+
+    def _keep_for_later(self, data: bytes) -> None:
+        self._ahead += data
+        if len(self._ahead) > limits.PIPELINED_BYTES_MAX and not self._reading_paused:
+            self._reading_paused = True
+            self._transport.pause_reading()
+
+    # --- from the exchange -------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    def finished(self, *, keep_alive: bool) -> None:
+        """The answer is out. Go on with the next request, or close."""
+        self._exchange = None
+        if not keep_alive:
+            self._close_gently(unread=self._state is _State.BODY)
+            return
+        if self._state is _State.BODY:  # refused before its body was read: where it ends is moot
+            self._close_gently(unread=True)
+            return
+        self._state = _State.IDLE
+        self._deadline_s = self._plane.clock.now_s() + limits.CLIENT_KEEP_ALIVE_S
+        if self._ahead or self._reading_paused:
+            asyncio.get_running_loop().call_soon(self._next)
+
+    def cut(self, *, reset: bool) -> None:
+        """End the connection without ending the message; `reset` where a close would end it."""
+        self._exchange = None
+        self._state = _State.CLOSED
+        if reset:
+            self._transport.abort()
+        else:
+            self._transport.close()
+
+    # --- the end of a request ----------------------------------------------------------------
+
+    def _next(self) -> None:
+        if self._state is not _State.IDLE:
+            return
+        if self._reading_paused:
+            self._reading_paused = False
+            self._transport.resume_reading()
+        ahead, self._ahead = self._ahead, b""
+        if ahead:
+            self.data_received(ahead)
+
+    def _refuse(self, error: errors.ProxyError) -> None:
+        """Answer what the exchange, if there is one, has not answered."""
+        exchange = self._exchange
+        if exchange is not None:
+            exchange.fail(error)
+            return
+        if self._state in (_State.LINGERING, _State.CLOSED):
+            return
+        self._plane.telemetry.series("none", "").outcomes[error.status, error.code] += 1
+        request_id = self._plane.clock.request_id()
+        self._transport.write(heads.error_answer(error, request_id, keep_alive=False))
+        self._close_gently(unread=True)
+
+    def _close_gently(self, *, unread: bool) -> None:
+        self._parts.clear()
+        self._decoder = None
+        if unread and not self._transport.is_closing() and self._transport.can_write_eof():
+            self._state = _State.LINGERING
+            self._deadline_s = self._plane.clock.now_s() + limits.LINGER_S
+            self._transport.write_eof()
+        else:
+            self._state = _State.CLOSED
+            self._transport.close()
+
+    def _linger(self, size: int) -> None:
+        self._lingered_bytes += size
+        if self._lingered_bytes > limits.LINGER_BYTES_MAX:
+            self._state = _State.CLOSED
+            self._transport.abort()
+
+    # --- time --------------------------------------------------------------------------------
+
+    def check_deadline(self, now_s: float) -> None:
+        """Called by the sweep: close what has been silent for too long."""
+        if self._write_paused_s and now_s - self._write_paused_s > limits.WRITE_STALL_TIMEOUT_S:
+            self._transport.abort()
+            return
+        if self._exchange is not None and self._state is _State.SERVING:
+            self._exchange.check_deadline(now_s)
+            return
+        if now_s < self._deadline_s:
+            return
+        match self._state:
+            case _State.HEAD | _State.BODY:
+                self._refuse(errors.RequestTimeoutError("the request did not arrive in time"))
+            case _State.IDLE:
+                self._state = _State.CLOSED
+                self._transport.close()
+            case _State.LINGERING | _State.CLOSED:
+                self._transport.abort()
+            case _State.SERVING:
+                pass
+
+    def kill(self) -> None:
+        """The grace is over."""
+        self._transport.abort()
+
+    def drain(self) -> None:
+        """Close now if idle; a request under way ends the connection with its answer."""
+        if self._state is _State.IDLE:
+            self._state = _State.CLOSED
+            self._transport.close()

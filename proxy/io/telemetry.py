@@ -1,0 +1,138 @@
+"""What happened, counted: plain integers in each worker, summed and rendered by the supervisor.
+
+Counting must cost nothing against a request, so a worker adds to attributes and small lists; names,
+labels and text come only when somebody asks. Labels that clients choose are capped.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from typing import Final
+
+import msgspec
+
+from proxy.core import limits
+
+# Router overhead shows at a millisecond, a long prompt's first token at minutes.
+SECONDS_BUCKETS: Final = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
+    2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+)  # fmt: skip
+OVERHEAD_BUCKETS: Final = (
+    0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1,
+)  # fmt: skip
+
+Labels = tuple[tuple[str, str], ...]
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One series of one worker. A histogram has counts per bucket, the last one +Inf, and a sum."""
+
+    name: str
+    labels: Labels
+    value: float = 0.0
+    buckets: tuple[int, ...] = ()
+
+
+class Histogram:
+    """Counts per bucket; the last is what exceeds every edge."""
+
+    __slots__ = ("_edges", "counts", "total")
+
+    def __init__(self, edges: tuple[float, ...]) -> None:
+        self._edges = edges
+        self.counts = [0] * (len(edges) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self._edges, value)] += 1
+        self.total += value
+
+    def sample(self, name: str, labels: Labels) -> Sample:
+        return Sample(name, labels, self.total, tuple(self.counts))
+
+
+class RequestSeries:
+    """What is counted per route and model."""
+
+    __slots__ = (
+        "cached_tokens",
+        "duration_s",
+        "first_token_s",
+        "generation_tokens",
+        "outcomes",
+        "prompt_tokens",
+    )
+
+    def __init__(self) -> None:
+        self.outcomes: dict[tuple[int, str], int] = defaultdict(int)
+        self.duration_s = Histogram(SECONDS_BUCKETS)
+        self.first_token_s = Histogram(SECONDS_BUCKETS)
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.generation_tokens = 0
+
+
+class Telemetry:
+    """One worker's counts."""
+
+    def __init__(self) -> None:
+        self._requests: dict[tuple[str, str], RequestSeries] = {}
+        self.decisions: dict[str, int] = defaultdict(int)  # by reason
+        self.retries: dict[str, int] = defaultdict(int)  # by reason
+        self.cancellations: dict[str, int] = defaultdict(int)  # by progress
+        self.replica_requests: dict[str, int] = defaultdict(int)
+        self.overhead_s = Histogram(OVERHEAD_BUCKETS)
+        self.unsolicited_total = 0
+        self.internal_errors_total = 0
+        self.connections_total = 0
+        self.loop_lag_s_max = 0.0
+
+    def series(self, route: str, model: str) -> RequestSeries:
+        found = self._requests.get((route, model))
+        if found is None:
+            if len(self._requests) >= limits.LABEL_VALUES_MAX * 4:
+                model = "other"
+            found = self._requests.setdefault((route, model), RequestSeries())
+        return found
+
+    def retain_replicas(self, replica_ids: frozenset[str]) -> None:
+        """Stop counting for replicas that are gone, so that churn cannot grow the table."""
+        for gone in [k for k in self.replica_requests if k not in replica_ids]:
+            del self.replica_requests[gone]
+
+    def samples(self) -> list[Sample]:
+        out: list[Sample] = []
+        for (route, model), series in self._requests.items():
+            by = (("route", route), ("model", model))
+            for (status, outcome), count in series.outcomes.items():
+                labels = (*by, ("code", str(status)), ("outcome", outcome))
+                out.append(Sample("requests_total", labels, count))
+            out += (
+                series.duration_s.sample("request_duration_seconds", by),
+                series.first_token_s.sample("time_to_first_token_seconds", by),
+                Sample("prompt_tokens_total", by, series.prompt_tokens),
+                Sample("prefix_cached_tokens_total", by, series.cached_tokens),
+                Sample("generation_tokens_total", by, series.generation_tokens),
+            )
+        tables = (
+            ("routing_decisions_total", "reason", self.decisions),
+            ("retries_total", "reason", self.retries),
+            ("cancellations_total", "state", self.cancellations),
+            ("replica_requests_total", "replica", self.replica_requests),
+        )
+        out += (
+            Sample(name, ((label, value),), count)
+            for name, label, table in tables
+            for value, count in table.items()
+        )
+        lag_s, self.loop_lag_s_max = self.loop_lag_s_max, 0.0
+        out += (
+            self.overhead_s.sample("overhead_seconds", ()),
+            Sample("unsolicited_answers_total", (), self.unsolicited_total),
+            Sample("internal_errors_total", (), self.internal_errors_total),
+            Sample("connections_accepted_total", (), self.connections_total),
+            Sample("event_loop_lag_seconds", (), lag_s),
+        )
+        return out

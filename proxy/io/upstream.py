@@ -1,0 +1,349 @@
+"""Connections to replicas: made, reused only when provably clean, cut without ceremony.
+
+A connection carries one exchange at a time. It goes back to the pool only when request and response
+both ended exactly; any octet that nobody asked for condemns it, because those octets would become
+the next client's answer. Idle ones are closed before the engine would close them, and looked at
+once more before use, so that a request does not meet a close that is already on its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import select
+import ssl
+from collections.abc import Callable
+from typing import Protocol, cast
+
+from typing_extensions import override
+
+from proxy.core import http1, limits
+from proxy.core.replica import Replica
+from proxy.io.clock import Clock
+from proxy.io.tasks import Tasks
+
+
+class Consumer(Protocol):
+    """What an exchange hears from its connection. Each method may close the connection."""
+
+    def connected(self, upstream: Upstream) -> None: ...
+    def connect_failed(self, reason: str) -> None: ...
+    def response_started(self, head: http1.ResponseHead) -> None: ...
+    def response_octets(self, data: bytes) -> None: ...
+    def response_ended(self, *, reusable: bool) -> None: ...
+    def response_failed(self, reason: str) -> None: ...
+
+
+class _Phase(enum.Enum):
+    IDLE = enum.auto()
+    HEAD = enum.auto()  # request sent, response head not yet whole
+    BODY = enum.auto()
+    DONE = enum.auto()  # closed, or to be closed
+
+
+class Upstream(asyncio.Protocol):
+    """One connection to one replica."""
+
+    __slots__ = (
+        "_buffer",
+        "_consumer",
+        "_follower",
+        "_informational",
+        "_left",
+        "_on_unsolicited",
+        "_phase",
+        "_poll",
+        "_pool",
+        "_reusable",
+        "idle_since_s",
+        "replica_id",
+        "transport",
+    )
+
+    transport: asyncio.Transport
+
+    def __init__(self, replica_id: str, pool: Upstreams) -> None:
+        self.replica_id = replica_id
+        self._pool = pool
+        self._phase = _Phase.IDLE
+        self._consumer: Consumer | None = None
+        self._buffer = b""
+        self._follower: http1.ChunkFollower | None = None
+        self._left = 0  # octets of a counted body still to come; -1 until close
+        self._reusable = True
+        self._informational = 0
+        self._poll: select.poll | None = None
+        self.idle_since_s = 0.0
+
+    # --- from the exchange -------------------------------------------------------------------
+
+    def send(self, consumer: Consumer, head: bytes, body: bytes) -> None:
+        """Send one request; its answer goes to `consumer`."""
+        assert self._phase is _Phase.IDLE, "one exchange at a time"
+        self._consumer = consumer
+        self._phase = _Phase.HEAD
+        self._informational = 0
+        if body:
+            self.transport.writelines((head, body))
+        else:
+            self.transport.write(head)
+
+    def abort(self) -> None:
+        """Cut the connection: this is how an engine learns that nobody wants the answer."""
+        self._consumer = None
+        self._phase = _Phase.DONE
+        self.transport.abort()
+
+    def pause(self) -> None:
+        if self._phase is _Phase.BODY:
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._phase is _Phase.BODY:
+            self.transport.resume_reading()
+
+    @property
+    def _until_close(self) -> bool:
+        return self._follower is None and self._left < 0
+
+    @property
+    def open_chunk(self) -> tuple[int, int]:
+        """Data octets and line-end octets that a reader of the relayed stream still expects."""
+        return self._follower.chunk_left if self._follower is not None else (0, 0)
+
+    def clean(self) -> bool:
+        """Whether nothing has arrived on this idle connection, neither octets nor its end."""
+        if self._phase is not _Phase.IDLE or self.transport.is_closing():
+            return False
+        return self._poll is None or not self._poll.poll(0)
+
+    # --- from the transport ------------------------------------------------------------------
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by name
+        if transport.get_extra_info("sslcontext") is None:
+            # With TLS the kernel's view says nothing: records of the session may come at any time.
+            self._poll = select.poll()
+            self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        match self._phase:
+            case _Phase.BODY:
+                self._body(data)
+            case _Phase.HEAD:
+                self._head(data)
+            case _Phase.IDLE:
+                self._pool.unsolicited(self)
+                self.abort()
+            case _Phase.DONE:
+                pass
+
+    @override
+    def eof_received(self) -> bool:
+        return False  # the transport closes itself, and connection_lost says the rest
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        consumer, self._consumer = self._consumer, None
+        phase, self._phase = self._phase, _Phase.DONE
+        self._pool.lost(self)
+        if consumer is None:
+            return
+        if phase is _Phase.BODY and self._until_close and exc is None:
+            consumer.response_ended(reusable=False)  # RFC 9112 §6.3: the close is the end
+        else:
+            consumer.response_failed("connection lost" if exc is None else type(exc).__name__)
+
+    # --- the response ------------------------------------------------------------------------
+
+    def _head(self, data: bytes) -> None:
+        buffer = self._buffer + data if self._buffer else data
+        end = buffer.find(b"\r\n\r\n")
+        if end < 0 or end > limits.RESPONSE_HEAD_BYTES_MAX:
+            if len(buffer) > limits.RESPONSE_HEAD_BYTES_MAX:
+                self._fail("response head too large")
+            else:
+                self._buffer = buffer
+            return
+        self._buffer = b""
+        rest = buffer[end + 4 :]
+        try:
+            head = http1.parse_response_head(buffer[:end])
+        except http1.BadResponse as error:
+            self._fail(str(error))
+            return
+        if head.status < 200:
+            self._skip_informational(head, rest)
+            return
+        self._start_body(head, rest)
+
+    def _skip_informational(self, head: http1.ResponseHead, rest: bytes) -> None:
+        """RFC 9110 §15.2: pass over 1xx; but nobody asked for 101, and there is no tunnel."""
+        self._informational += 1
+        if head.status == 101 or self._informational > limits.INFORMATIONAL_RESPONSES_MAX:
+            self._fail("unexpected informational response")
+        elif rest:
+            self._head(rest)
+
+    def _start_body(self, head: http1.ResponseHead, rest: bytes) -> None:
+        consumer = self._consumer
+        assert consumer is not None
+        self._phase = _Phase.BODY
+        self._reusable = head.keep_alive
+        self._follower = http1.ChunkFollower() if head.chunked else None
+        self._left = head.length
+        consumer.response_started(head)
+        if self._phase is not _Phase.BODY:
+            return  # the exchange cut us
+        if rest or (not head.chunked and head.length == 0):
+            self._body(rest)
+
+    def _body(self, data: bytes) -> None:
+        consumer = self._consumer
+        assert consumer is not None
+        follower = self._follower
+        if follower is not None:
+            try:
+                octets, surplus = follower.feed(data)
+            except http1.BadResponse as error:
+                self._fail(str(error))
+                return
+            ended = follower.ended
+        elif self._left >= 0:
+            octets, surplus = data[: self._left], data[self._left :]
+            self._left -= len(octets)
+            ended = self._left == 0
+        else:
+            octets, surplus, ended = data, b"", False
+        if octets:
+            consumer.response_octets(octets)
+        if ended and self._consumer is consumer:
+            self._end(consumer, surplus)
+
+    def _end(self, consumer: Consumer, surplus: bytes) -> None:
+        self._consumer = None
+        self._follower = None
+        if surplus:
+            self._pool.unsolicited(self)
+        reusable = (
+            self._reusable
+            and not surplus
+            and not self.transport.is_closing()
+            and not self.transport.get_write_buffer_size()  # the request has not ended yet
+        )
+        self._phase = _Phase.IDLE if reusable else _Phase.DONE
+        if reusable:
+            # The exchange may have paused us for a client that is slower than the engine.
+            self.transport.resume_reading()
+        else:
+            self.transport.abort()
+        consumer.response_ended(reusable=reusable)
+        if reusable:
+            self._pool.give_back(self)
+
+    def _fail(self, reason: str) -> None:
+        consumer = self._consumer
+        self.abort()
+        if consumer is not None:
+            consumer.response_failed(reason)
+
+
+class Upstreams:
+    """The connections of one worker, by replica."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        tasks: Tasks,
+        connect_timeout_s: float,
+        on_unsolicited: Callable[[], None],
+    ) -> None:
+        self._clock = clock
+        self._tasks = tasks
+        self._connect_timeout_s = connect_timeout_s
+        self._on_unsolicited = on_unsolicited
+        self._idle: dict[str, list[Upstream]] = {}
+        self._open: set[Upstream] = set()
+        self._tls: ssl.SSLContext | None = None
+
+    @property
+    def open_count(self) -> int:
+        return len(self._open)
+
+    @property
+    def idle_count(self) -> int:
+        return sum(map(len, self._idle.values()))
+
+    def take(self, replica_id: str) -> Upstream | None:
+        """Return an idle connection that is clean, the most recently used first."""
+        idle = self._idle.get(replica_id)
+        while idle:
+            upstream = idle.pop()
+            if upstream.clean():
+                return upstream
+            upstream.abort()
+        return None
+
+    def connect(self, replica: Replica, consumer: Consumer) -> asyncio.Task[None]:
+        """Open a connection and hand it to `consumer`; cancel the task to give up."""
+        return self._tasks.spawn(f"connect {replica.replica_id}", self._connect(replica, consumer))
+
+    async def _connect(self, replica: Replica, consumer: Consumer) -> None:
+        loop = asyncio.get_running_loop()
+        upstream = Upstream(replica.replica_id, self)
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await loop.create_connection(
+                    lambda: upstream,
+                    replica.host,
+                    replica.port,
+                    ssl=self._tls_context() if replica.tls else None,
+                )
+        except TimeoutError:
+            consumer.connect_failed("connect timed out")
+            return
+        except OSError as error:
+            consumer.connect_failed(error.strerror or type(error).__name__)
+            return
+        self._open.add(upstream)
+        consumer.connected(upstream)
+
+    def _tls_context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        return self._tls
+
+    def give_back(self, upstream: Upstream) -> None:
+        idle = self._idle.setdefault(upstream.replica_id, [])
+        if len(idle) >= limits.UPSTREAM_IDLE_CONNECTIONS_MAX:
+            upstream.abort()
+            return
+        upstream.idle_since_s = self._clock.now_s()
+        idle.append(upstream)
+
+    def lost(self, upstream: Upstream) -> None:
+        self._open.discard(upstream)
+        idle = self._idle.get(upstream.replica_id)
+        if idle and upstream in idle:
+            idle.remove(upstream)
+
+    def unsolicited(self, upstream: Upstream) -> None:
+        self._on_unsolicited()
+
+    def retain(self, replica_ids: frozenset[str]) -> None:
+        """Close the idle connections of replicas that are gone."""
+        for replica_id in [k for k in self._idle if k not in replica_ids]:
+            for upstream in self._idle.pop(replica_id):
+                upstream.abort()
+
+    def sweep(self, now_s: float) -> None:
+        """Close what has been idle so long that the engine may be closing it."""
+        for idle in self._idle.values():
+            while idle and now_s - idle[0].idle_since_s > limits.UPSTREAM_IDLE_S_MAX:
+                idle.pop(0).abort()
+
+    def close(self) -> None:
+        for upstream in list(self._open):
+            upstream.abort()

@@ -1,0 +1,154 @@
+"""One worker process: builds the data plane, serves the shared port, obeys the supervisor.
+
+Started by the supervisor with two inherited descriptors: the listening socket, which stays open in
+the supervisor too (so connections that wait in its queue outlive a worker that dies), and one end
+of the control channel. A worker whose supervisor is gone drains and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import socket
+import sys
+
+import uvloop
+
+from proxy.core import limits
+from proxy.io import control
+from proxy.io.access_log import AccessLog
+from proxy.io.clock import Clock
+from proxy.io.plane import Plane
+from proxy.io.server import ServerProtocol
+from proxy.io.tasks import Tasks
+from proxy.logs import set_up_logging
+
+_log = logging.getLogger("doherty.worker")
+
+LISTEN_BACKLOG = 4096
+DRAIN_POLL_S = 0.02
+GRACE_WITHOUT_SUPERVISOR_S = 60.0
+
+
+class Worker:
+    """The shell around one plane."""
+
+    def __init__(self, channel: control.Channel, listener: socket.socket) -> None:
+        self._channel = channel
+        self._listener = listener
+        self._tasks = Tasks()
+        self._connections: set[ServerProtocol] = set()
+        self._server: asyncio.Server | None = None
+        self._grace_s: float | None = None
+        self._drain_asked = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve until told to drain or left alone; return the exit status."""
+        start = await self._channel.receive()
+        if not isinstance(start, control.Start):
+            return 1
+        set_up_logging(start.config.log_level)
+        clock = Clock()
+        access_log = AccessLog(start.config.access_log)
+        plane = Plane(start.config, clock, self._tasks, access_log, self._on_suspect)
+        loop = asyncio.get_running_loop()
+        self._tasks.start("obey", self._obey(plane))
+        await self._fleet_or_first_silence(plane)
+        self._server = await loop.create_server(
+            lambda: ServerProtocol(plane, self._connections),
+            sock=self._listener,
+            backlog=LISTEN_BACKLOG,
+        )
+        # What start-up made will live as long as the process: keep the collector off it.
+        gc.collect()
+        gc.freeze()
+        self._tasks.start("sweep", self._sweep(plane))
+        self._channel.send(control.Ready())
+        await self._drain_asked.wait()
+        await self._drain(plane)
+        await self._tasks.close()
+        plane.upstreams.close()
+        access_log.close()
+        self._channel.close()
+        return 0
+
+    async def _fleet_or_first_silence(self, plane: Plane) -> None:
+        """The supervisor sends the fleet right after the start; do not answer before it is here."""
+        for _ in range(100):
+            if plane.fleet_known:
+                return
+            await asyncio.sleep(0.001)
+
+    def _on_suspect(self, replica_id: str, reason: str) -> None:
+        self._channel.send(control.Suspect(replica_id, reason))
+
+    async def _obey(self, plane: Plane) -> None:
+        async for message in self._channel:
+            match message:
+                case control.FleetIs(snapshot):
+                    plane.take_snapshot(snapshot)
+                case control.Cleared(replica_id):
+                    plane.clear(replica_id)
+                case control.Count():
+                    gauges = plane.gauges(len(self._connections))
+                    self._channel.send(control.Counted(plane.telemetry.samples(), gauges))
+                case control.Drain(grace_s):
+                    self._grace_s = grace_s
+                    self._drain_asked.set()
+                case _:
+                    _log.error("the supervisor said %s", type(message).__name__)
+        if not self._drain_asked.is_set():
+            _log.warning("the supervisor is gone; draining")
+            self._grace_s = GRACE_WITHOUT_SUPERVISOR_S
+            self._drain_asked.set()
+
+    async def _sweep(self, plane: Plane) -> None:
+        """One timer for all deadlines; its lateness is the loop's lag."""
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + limits.SWEEP_INTERVAL_S
+        while True:
+            await asyncio.sleep(max(0.0, due_s - loop.time()))
+            lag_s = loop.time() - due_s
+            due_s = loop.time() + limits.SWEEP_INTERVAL_S
+            plane.telemetry.loop_lag_s_max = max(plane.telemetry.loop_lag_s_max, lag_s)
+            now_s = plane.clock.now_s()
+            for connection in list(self._connections):
+                connection.check_deadline(now_s)
+            plane.upstreams.sweep(now_s)
+
+    async def _drain(self, plane: Plane) -> None:
+        """No new connections; answers under way are finished, within the grace."""
+        assert self._server is not None
+        plane.draining = True
+        self._server.close()
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + (self._grace_s or 0.0)
+        while self._connections and loop.time() < until_s:
+            for connection in list(self._connections):
+                connection.drain()
+            await asyncio.sleep(DRAIN_POLL_S)
+        if self._connections:
+            _log.warning("grace is over; cutting %d connections", len(self._connections))
+        for connection in list(self._connections):
+            connection.kill()
+
+
+def main(argv: list[str]) -> int:
+    """`python -m proxy.worker LISTENER_FD CONTROL_FD`, as the supervisor calls it."""
+    listener = socket.socket(fileno=int(argv[0]))
+    end = socket.socket(fileno=int(argv[1]))
+    # The terminal's Ctrl-C reaches the whole group; the supervisor decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    async def run() -> int:
+        channel = await control.Channel.open(end)
+        return await Worker(channel, listener).run()
+
+    return uvloop.run(run())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
