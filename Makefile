@@ -1,0 +1,20 @@
+# Every target is one call of deploy/bootstrap.py, which needs Python 3.11 and pip alone.
+PYTHON ?= python3
+BOOTSTRAP = $(PYTHON) deploy/bootstrap.py
+
+.PHONY: up test check format clean
+
+up:  ## serve two simulated replicas, or CONFIG=file.yaml
+	@$(BOOTSTRAP) up $(CONFIG) $(ARGS)
+
+test:  ## every check and every test; ARGS go to pytest
+	@$(BOOTSTRAP) test $(ARGS)
+
+check:  ## the checks that run no test
+	@$(BOOTSTRAP) check
+
+format:  ## rewrite the sources in the project's form
+	@$(BOOTSTRAP) format
+
+clean:  ## remove .venv and every cache
+	@$(BOOTSTRAP) clean

@@ -1,0 +1,192 @@
+"""The manager's API: the fleet for the proxies, health and metrics, three wishes of operators.
+
+It has no key and listens on loopback by default. A web page that the operator happens to visit
+could still send it a POST; browsers put an `Origin` on every such request, and no tool does, so a
+POST with one is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+import orjson
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+from typing_extensions import override
+
+from backends.feed import Feed
+from backends.keeper import Keeper
+from backends.lifecycle import Event
+from proxy.contract import FLEET_PATH, FLEET_WATCH_PATH, HEARTBEAT_INTERVAL_S, ReplicaState
+
+BODY_BYTES_MAX = 16 * 1024
+WATCHERS_MAX = 256
+WRITE_TIMEOUT_S = 10.0  # a watcher that takes no bytes for this long is gone
+
+_WISHES = {
+    "drain": (Event.HOLD, "drained by an operator"),
+    "undrain": (Event.RELEASE, ""),
+    "restart": (Event.RESTART, "restarted by an operator"),
+}
+
+
+class Source(Protocol):
+    """What the API tells of."""
+
+    @property
+    def keepers(self) -> Mapping[str, Keeper]: ...
+
+    @property
+    def feed(self) -> Feed: ...
+
+    @property
+    def serving(self) -> bool: ...
+
+
+class Api:
+    """The handlers, and the watchers that they serve."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._watchers: set[asyncio.Task[Any]] = set()
+        self._registry = CollectorRegistry()
+        self._registry.register(_ManagerCollector(source, self._watchers))
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[answer_errors])
+        app.add_routes(
+            [
+                web.get(FLEET_PATH, self._fleet),
+                web.get(FLEET_WATCH_PATH, self._watch),
+                web.get("/livez", self._live),
+                web.get("/readyz", self._ready),
+                web.get("/metrics", self._metrics),
+                web.post("/v1/replicas/{replica_id}/{wish}", self._wish),
+            ]
+        )
+        return app
+
+    def end_watches(self) -> None:
+        """Let the watchers go, so that the listener can close."""
+        for task in self._watchers:
+            task.cancel()
+
+    async def _live(self, _request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        if not self._source.serving:
+            return web.Response(status=503, text="not serving\n")
+        return web.Response(text="ok\n")
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        body = generate_latest(self._registry)
+        return web.Response(body=body, headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def _fleet(self, _request: web.Request) -> web.Response:
+        return web.Response(body=self._source.feed.line, content_type="application/json")
+
+    async def _watch(self, request: web.Request) -> web.StreamResponse:
+        if len(self._watchers) >= WATCHERS_MAX:
+            raise web.HTTPServiceUnavailable(text=f"{WATCHERS_MAX} watchers are connected already")
+        task = asyncio.current_task()
+        assert task is not None
+        self._watchers.add(task)
+        response = web.StreamResponse(headers={"content-type": "application/x-ndjson"})
+        try:
+            await response.prepare(request)
+            await self._stream(response)
+        except (ConnectionError, TimeoutError):
+            pass  # the watcher has gone
+        finally:
+            self._watchers.discard(task)
+        return response
+
+    async def _stream(self, response: web.StreamResponse) -> None:
+        feed, version = self._source.feed, -1
+        while True:
+            line = b"\n"
+            if version < 0 or await feed.newer(version, HEARTBEAT_INTERVAL_S):
+                version, line = feed.snapshot.version, feed.line + b"\n"
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await response.write(line)
+
+    async def _wish(self, request: web.Request) -> web.Response:
+        if "origin" in request.headers:
+            raise web.HTTPForbidden(text="requests of web pages are not taken")
+        await request.read()  # bounded by client_max_size; nothing in it is needed
+        wish = _WISHES.get(request.match_info["wish"])
+        if wish is None:
+            raise web.HTTPNotFound(text="no such action; there are drain, undrain and restart")
+        replica_id = request.match_info["replica_id"]
+        keeper = self._source.keepers.get(replica_id)
+        if keeper is None:
+            raise web.HTTPNotFound(text=f"no replica '{replica_id}'; GET {FLEET_PATH} lists them")
+        keeper.apply(*wish)
+        return web.json_response({"replica_id": replica_id, "state": keeper.record().state.value})
+
+
+@web.middleware
+async def answer_errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Give every refusal the shape of an OpenAI error."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        text = error.text or error.reason
+        kind = "invalid_request_error" if error.status < 500 else "server_error"
+        problem = {"message": text, "type": kind, "param": None, "code": _word(error.reason)}
+        headers = {k: v for k, v in error.headers.items() if k.lower() == "allow"}
+        return web.Response(
+            status=error.status,
+            body=orjson.dumps({"error": problem}),
+            content_type="application/json",
+            headers=headers,
+        )
+
+
+def _word(reason: str) -> str:
+    return reason.lower().replace(" ", "_")
+
+
+class _ManagerCollector(Collector):
+    """Reads the figures off the keepers when they are asked for: nothing to keep in step."""
+
+    def __init__(self, source: Source, watchers: set[asyncio.Task[Any]]) -> None:
+        self._source = source
+        self._watchers = watchers
+
+    @override
+    def collect(self) -> list[GaugeMetricFamily | CounterMetricFamily]:
+        prefix = "doherty_manager_"
+        states = dict.fromkeys(ReplicaState, 0)
+        replicas = GaugeMetricFamily(prefix + "replicas", "Replicas by state.", labels=["state"])
+        restarts = CounterMetricFamily(
+            prefix + "restarts", "Starts of a replica after its first.", labels=["replica"]
+        )
+        failures = CounterMetricFamily(
+            prefix + "scrape_failures",
+            "Readings of a replica's load that failed.",
+            labels=["replica"],
+        )
+        for replica_id, keeper in self._source.keepers.items():
+            record = keeper.record()
+            states[record.state] += 1
+            restarts.add_metric([replica_id], record.restarts)
+            failures.add_metric([replica_id], keeper.scrape_failures)
+        for state, count in states.items():
+            replicas.add_metric([state.value], count)
+        version = GaugeMetricFamily(
+            prefix + "fleet_version", "Snapshots published.", self._source.feed.snapshot.version
+        )
+        watchers = GaugeMetricFamily(
+            prefix + "watchers", "Proxies that watch the fleet.", len(self._watchers)
+        )
+        return [replicas, restarts, failures, version, watchers]

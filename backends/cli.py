@@ -1,0 +1,176 @@
+"""The command `doherty`.
+
+Each subcommand imports what it needs when it runs, so that `--help` and `--version` answer at once.
+What goes wrong for a reason that a person can remove is one line on standard error and a status: 2
+for the command line and the configuration, 1 for a run that failed.
+"""
+
+# ruff: noqa: PLC0415  # see above
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from typing_extensions import override
+
+DESCRIPTION = "One OpenAI-compatible endpoint in front of many SGLang and vLLM replicas."
+EPILOG = "`doherty COMMAND --help` tells more. `doherty up` alone serves two simulated replicas."
+USAGE_STATUS, FAILURE_STATUS = 2, 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["proxy"]:
+        from proxy.app import main as run_proxy
+
+        return run_proxy(arguments[1:])
+    if arguments[:1] == ["simulator"]:
+        from backends.simulator.app import main as run_simulator
+
+        return run_simulator(arguments[1:])
+    parser = _parser(arguments[:1])
+    options = parser.parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] | None = getattr(options, "run", None)
+    if run is None:
+        parser.print_help()
+        return USAGE_STATUS
+    return _guarded(run, options)
+
+
+def _guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    from backends.failure import StartError
+    from proxy.config import ConfigError
+
+    try:
+        return run(options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return USAGE_STATUS
+    except StartError as error:
+        print(error, file=sys.stderr)
+        return FAILURE_STATUS
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser; the flags of the proxy are read only for the command that takes them."""
+    parser = argparse.ArgumentParser(prog="doherty", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    up = commands.add_parser("up", help="start everything: manager, replicas, proxy")
+    up.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file (default: a demo)")
+    up.set_defaults(run=_up)
+    if list(command) == ["up"]:
+        _add_up_flags(up)
+    commands.add_parser("proxy", help="run the data plane alone")
+    manager = commands.add_parser("manager", help="run the control plane alone")
+    _add_manager_flags(manager)
+    commands.add_parser("simulator", help="run one engine server that needs no GPU")
+    check = commands.add_parser("check", help="check a configuration file")
+    check.add_argument("file", nargs="?", metavar="FILE")
+    check.add_argument("--schema", action="store_true", help="print the file's JSON schema")
+    check.set_defaults(run=_check)
+    status = commands.add_parser("status", help="show the replicas of a running manager")
+    status.add_argument(
+        "--manager-url",
+        default=os.environ.get("DOHERTY_MANAGER_URL", "http://127.0.0.1:8002"),
+        metavar="URL",
+        help="(default: %(default)s)",
+    )
+    status.set_defaults(run=_status)
+    return parser
+
+
+def _add_up_flags(parser: argparse.ArgumentParser) -> None:
+    from proxy.flags import add_flags
+
+    add_flags(parser)
+    parser.add_argument("--manager-host", metavar="HOST", help="address of the manager's API")
+    parser.add_argument("--manager-port", type=_port, metavar="PORT", help="its port; 0: any")
+    parser.add_argument("--run-dir", metavar="FOLDER", help="folder for journal and logs")
+
+
+def _add_manager_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file (default: a demo)")
+    parser.add_argument("--host", dest="manager_host", metavar="HOST", help="address of the API")
+    parser.add_argument("--port", dest="manager_port", type=_port, metavar="PORT", help="its port")
+    parser.add_argument("--run-dir", metavar="FOLDER", help="folder for journal and logs")
+    parser.add_argument(
+        "--detach-on-exit",
+        action="store_true",
+        help="leave the replicas running at the end; the next manager adopts them",
+    )
+    parser.set_defaults(run=_manager)
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65_535):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535)")
+    return int(text)
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    @override
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"doherty {version('doherty')}")
+        parser.exit()
+
+
+def _up(options: argparse.Namespace) -> int:
+    import asyncio
+
+    from backends.settings import plan_of
+    from backends.up import up
+
+    return asyncio.run(up(plan_of(vars(options), os.environ)))
+
+
+def _manager(options: argparse.Namespace) -> int:
+    import asyncio
+
+    from backends.serve import serve
+    from backends.settings import manager_config_of
+
+    config, path = manager_config_of(vars(options), os.environ)
+    return asyncio.run(serve(config, path, detach_on_exit=options.detach_on_exit))
+
+
+def _check(options: argparse.Namespace) -> int:
+    import json
+
+    import yaml
+
+    from backends.redact import redacted
+    from proxy.config import json_schema, load_config
+
+    if options.schema:
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    if options.file is None:
+        print("which file? doherty check FILE, or doherty check --schema", file=sys.stderr)
+        return USAGE_STATUS
+    config = load_config(options.file)
+    print(f"{options.file}: ok")
+    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from backends.status import fetch_fleet, table
+
+    print(table(fetch_fleet(options.manager_url)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

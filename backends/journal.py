@@ -1,0 +1,157 @@
+"""What this manager has started, on disk before it is started: no engine is ever forgotten.
+
+A line of JSON is appended, and on the disk, before each step that a crash could hide. An intent
+comes before the spawn and the process's identity after it; a manager that died between the two
+finds its child by the launch id that the child carries in its environment. A pid alone identifies
+nothing, because pids are used again: with the start time from `/proc/PID/stat` and the boot id it
+does.
+
+The file is rewritten with what still lives at each start, and when it has grown. A torn last line
+(the machine died while it was written) is what an append-only file may lose, and is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+JOURNAL_BYTES_MAX = 1024 * 1024
+_MODE = 0o600
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True, tag="intent", tag_field="entry"):
+    """One life of one replica: the intent, and what later entries added to it."""
+
+    launch_id: str
+    replica_id: str
+    launch_hash: str
+    engine: str
+    model: str
+    pool: str
+    port: int
+    stop_grace_s: float
+    starts: int
+    at_s: float
+    pid: int = 0
+    start_ticks: int = 0
+    boot_id: str = ""
+    ready: bool = False
+
+
+class Started(msgspec.Struct, frozen=True, tag="started", tag_field="entry"):
+    launch_id: str
+    pid: int
+    start_ticks: int
+    boot_id: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready", tag_field="entry"):
+    launch_id: str
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended", tag_field="entry"):
+    launch_id: str
+    reason: str
+
+
+Entry = Launch | Started | Ready | Ended
+_DECODER: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
+
+
+class Journal:
+    """The file, and the lives that it says have not ended."""
+
+    def __init__(self, path: Path) -> None:
+        """Read and compact the file at `path`. Raises `OSError`."""
+        self._path = path
+        content = path.read_bytes() if path.exists() else b""
+        self.live, self.damaged_lines = replay(content.split(b"\n"))
+        self._torn = False
+        self._fd = -1
+        self._compact()
+
+    def append(self, entry: Entry) -> None:
+        """Put `entry` on the disk. Raises `OSError`, and then nothing has changed."""
+        line = msgspec.json.encode(entry) + b"\n"
+        line = b"\n" + line if self._torn else line  # keep a half-written line to itself
+        try:
+            self._torn = os.write(self._fd, line) != len(line)
+            os.fsync(self._fd)
+        except OSError:
+            self._torn = True
+            raise
+        if self._torn:
+            raise OSError(f"{self._path}: only a part of an entry could be written; is it full?")
+        apply(self.live, entry)
+        self._size_bytes += len(line)
+        if self._size_bytes > JOURNAL_BYTES_MAX:
+            self._compact()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _compact(self) -> None:
+        """Replace the file by one that holds the live entries; never is there half a file."""
+        content = b"".join(msgspec.json.encode(launch) + b"\n" for launch in self.live.values())
+        fresh = self._path.with_name(self._path.name + ".new")
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE)
+        try:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(content)
+            os.fsync(fd)
+            fresh.replace(self._path)
+            _sync_folder(self._path.parent)
+        finally:
+            os.close(fd)
+        self.close()
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._size_bytes = len(content)
+        self._torn = False
+
+
+def replay(lines: Iterable[bytes]) -> tuple[dict[str, Launch], int]:
+    """Return the lives that have not ended, by launch id, and the number of unreadable lines."""
+    live: dict[str, Launch] = {}
+    damaged = 0
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            entry = _DECODER.decode(line)
+        except msgspec.MsgspecError:
+            damaged += 1
+        else:
+            apply(live, entry)
+    return live, damaged
+
+
+def apply(live: dict[str, Launch], entry: Entry) -> None:
+    """Take one entry into `live`; an entry about an unknown life says nothing."""
+    if isinstance(entry, Launch):
+        live[entry.launch_id] = entry
+        return
+    launch = live.get(entry.launch_id)
+    if launch is None:
+        return
+    match entry:
+        case Started(pid=pid, start_ticks=ticks, boot_id=boot_id):
+            live[entry.launch_id] = msgspec.structs.replace(
+                launch, pid=pid, start_ticks=ticks, boot_id=boot_id
+            )
+        case Ready():
+            live[entry.launch_id] = msgspec.structs.replace(launch, ready=True)
+        case Ended():
+            del live[entry.launch_id]
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,267 @@
+"""The states of one engine process, as a table: phase and event give next phase and commands.
+
+Everything that decides whether an engine is started, stopped or killed lives in this file; the
+shell (`keeper.py`) performs the commands and reports what happened. A pair that the table lacks
+changes nothing, so an event that comes too late is harmless.
+
+Three things are remembered beside the phase. `wanted` says whether a replica at rest is started
+again; only a person, the configuration or the end of the manager changes it. `held` is an
+operator's drain: the process runs on, and takes no new requests. `faulted` says that the life which
+just ended ended badly, and then the next start waits: the back-off doubles with every bad life and
+starts afresh once a life has been ready for `SETTLED_S`. A replica that was stopped on purpose is
+started again at once.
+
+The way down is always the same: draining (published, so that the proxies look elsewhere), SIGTERM,
+a grace period, SIGKILL of the whole group. It is entered in the middle where there is nobody to
+wait for: a replica that was never ready is not drained.
+"""
+
+from __future__ import annotations
+
+import enum
+from types import MappingProxyType
+
+import msgspec
+
+from proxy.contract import ReplicaState
+
+SETTLED_S = 60.0  # a life that was ready this long owes nothing to the failures before it
+KILL_AGAIN_S = 5.0  # a killed process may sit in the kernel (a driver call); ask again
+DOUBLINGS_MAX = 32  # keeps the power of two finite
+
+
+class Phase(enum.StrEnum):
+    """Finer than the published state: what the manager waits for next."""
+
+    STOPPED = "stopped"  # at rest; no process, none coming
+    BACKOFF = "backoff"  # no process; the deadline starts one
+    STARTING = "starting"  # a process that does not answer yet
+    READY = "ready"
+    HELD = "held"  # ready, and drained by an operator
+    DRAINING = "draining"  # on its way down; its requests may finish
+    STOPPING = "stopping"  # SIGTERM is out
+    KILLING = "killing"  # SIGKILL is out
+
+
+class Event(enum.StrEnum):
+    """What can happen to a replica: three wishes, two for operators, and facts."""
+
+    START = "start"
+    STOP = "stop"
+    RESTART = "restart"
+    HOLD = "hold"
+    RELEASE = "release"
+    HURRY = "hurry"  # do not wait any longer: kill
+    ANSWERED = "answered"  # the readiness probe was answered
+    SPAWN_FAILED = "spawn_failed"
+    EXITED = "exited"
+    IDLE = "idle"  # its own metrics say that nothing runs and nothing waits
+    UNRESPONSIVE = "unresponsive"  # silent for longer than any work takes
+    DEADLINE = "deadline"  # the time of this phase is over
+
+
+class Command(enum.StrEnum):
+    """What the shell is to do."""
+
+    SPAWN = "spawn"
+    TERMINATE = "terminate"
+    KILL = "kill"
+
+
+PUBLISHED = MappingProxyType(
+    {
+        Phase.STOPPED: ReplicaState.STOPPED,
+        Phase.BACKOFF: ReplicaState.BACKOFF,
+        Phase.STARTING: ReplicaState.STARTING,
+        Phase.READY: ReplicaState.READY,
+        Phase.HELD: ReplicaState.DRAINING,
+        Phase.DRAINING: ReplicaState.DRAINING,
+        Phase.STOPPING: ReplicaState.STOPPING,
+        Phase.KILLING: ReplicaState.STOPPING,
+    }
+)
+ALIVE = frozenset(Phase) - {Phase.STOPPED, Phase.BACKOFF}  # phases in which a process may exist
+SERVING = frozenset({Phase.READY, Phase.HELD, Phase.DRAINING})  # phases in which it answers
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """The waits that a configuration sets."""
+
+    start_timeout_s: float  # 0: no limit
+    stop_grace_s: float
+    backoff_s: float
+    backoff_s_max: float
+
+
+class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one replica stands."""
+
+    phase: Phase = Phase.STOPPED
+    wanted: bool = False
+    held: bool = False
+    faulted: bool = False
+    failures: int = 0  # bad lives in a row
+    starts: int = 0  # lives begun, of any manager
+    deadline_s: float | None = None  # when the event `deadline` is due
+    reason: str = ""  # for people
+
+    @property
+    def restarts(self) -> int:
+        return max(0, self.starts - 1)
+
+    @property
+    def alive(self) -> bool:
+        return self.phase in ALIVE
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """One cell of the table. `faulted` marks a life that ended, or is about to end, badly."""
+
+    phase: Phase
+    commands: tuple[Command, ...] = ()
+    faulted: bool = False
+
+
+_TERMINATE = Rule(Phase.STOPPING, (Command.TERMINATE,))
+_TERMINATE_FAULTED = Rule(Phase.STOPPING, (Command.TERMINATE,), faulted=True)
+_KILL = Rule(Phase.KILLING, (Command.KILL,))
+_REST = Rule(Phase.STOPPED)  # `_settle` decides whether it stays there
+_FAULT = Rule(Phase.STOPPED, faulted=True)
+_DRAIN = Rule(Phase.DRAINING)
+
+_SERVING_RULES = {
+    Event.STOP: _DRAIN,
+    Event.RESTART: _DRAIN,
+    Event.EXITED: _FAULT,
+    Event.UNRESPONSIVE: _TERMINATE_FAULTED,
+    Event.HURRY: _KILL,
+}
+
+TABLE: MappingProxyType[Phase, dict[Event, Rule]] = MappingProxyType(
+    {
+        Phase.STOPPED: {Event.START: _REST, Event.RESTART: _REST},
+        Phase.BACKOFF: {
+            Event.STOP: _REST,
+            Event.RESTART: _REST,
+            Event.DEADLINE: _REST,
+        },
+        Phase.STARTING: {
+            Event.ANSWERED: Rule(Phase.READY),
+            Event.SPAWN_FAILED: _FAULT,
+            Event.EXITED: _FAULT,
+            Event.DEADLINE: _TERMINATE_FAULTED,
+            Event.STOP: _TERMINATE,
+            Event.RESTART: _TERMINATE,
+            Event.HURRY: _KILL,
+        },
+        Phase.READY: {
+            **_SERVING_RULES,
+            Event.HOLD: Rule(Phase.HELD),
+            Event.DEADLINE: Rule(Phase.READY),
+        },
+        Phase.HELD: {
+            **_SERVING_RULES,
+            Event.RELEASE: Rule(Phase.READY),
+            Event.DEADLINE: Rule(Phase.HELD),
+        },
+        Phase.DRAINING: {
+            Event.START: Rule(Phase.READY),  # wanted after all
+            Event.IDLE: _TERMINATE,
+            Event.DEADLINE: _TERMINATE,
+            Event.UNRESPONSIVE: _TERMINATE,
+            Event.EXITED: _REST,
+            Event.HURRY: _KILL,
+        },
+        Phase.STOPPING: {
+            Event.DEADLINE: _KILL,
+            Event.HURRY: _KILL,
+            Event.EXITED: _REST,
+        },
+        Phase.KILLING: {
+            Event.DEADLINE: _KILL,
+            Event.EXITED: _REST,
+        },
+    }
+)
+_WISHES = {Event.START: True, Event.RESTART: True, Event.STOP: False}
+_HOLDS = {Event.HOLD: True, Event.RELEASE: False}
+_FORGIVING = frozenset({Event.RESTART, Event.DEADLINE})  # these end a back-off
+
+
+def adopted(*, ready: bool, starts: int, now_s: float, timing: Timing) -> Lifecycle:
+    """Return the state of a process that a former manager started."""
+    phase = Phase.READY if ready else Phase.STARTING
+    return Lifecycle(
+        phase=phase,
+        wanted=True,
+        starts=starts,
+        deadline_s=_deadline_s(phase, 0, now_s, timing),
+        reason="adopted from the manager before",
+    )
+
+
+def step(
+    state: Lifecycle, event: Event, now_s: float, timing: Timing, reason: str = ""
+) -> tuple[Lifecycle, tuple[Command, ...]]:
+    """Return the state after `event` and what to do about it, in order."""
+    state = msgspec.structs.replace(
+        state,
+        wanted=_WISHES.get(event, state.wanted),
+        held=_HOLDS.get(event, state.held),
+    )
+    rule = TABLE[state.phase].get(event)
+    if rule is None:
+        return state, ()
+    faulted = rule.faulted or (state.faulted and event not in _FORGIVING)
+    if event is Event.EXITED and state.phase in {Phase.STOPPING, Phase.KILLING}:
+        reason = state.reason  # why it was stopped says more than how it ended
+    state, commands = _settle(state, rule.phase, faulted, reason)
+    failures = state.failures + rule.faulted
+    if event is Event.DEADLINE and state.phase in {Phase.READY, Phase.HELD}:
+        return msgspec.structs.replace(state, failures=0, deadline_s=None), ()
+    deadline_s = _deadline_s(state.phase, failures, now_s, timing)
+    state = msgspec.structs.replace(state, failures=failures, deadline_s=deadline_s)
+    return state, rule.commands + commands
+
+
+def backoff_s(failures: int, timing: Timing) -> float:
+    """Return the wait before the start that follows `failures` bad lives in a row."""
+    doublings = min(max(failures - 1, 0), DOUBLINGS_MAX)
+    return min(timing.backoff_s * 2.0**doublings, timing.backoff_s_max)
+
+
+def _settle(
+    state: Lifecycle, phase: Phase, faulted: bool, reason: str
+) -> tuple[Lifecycle, tuple[Command, ...]]:
+    """Decide what a phase really means: at rest but wanted is a start, ready but held is held."""
+    commands: tuple[Command, ...] = ()
+    starts = state.starts
+    if phase is Phase.STOPPED and state.wanted:
+        phase = Phase.BACKOFF if faulted else Phase.STARTING
+        if phase is Phase.STARTING:
+            starts += 1
+            commands = (Command.SPAWN,)
+    elif phase is Phase.READY and state.held:
+        phase = Phase.HELD
+    if phase in {Phase.STOPPED, Phase.READY, Phase.HELD} or commands:
+        faulted = False
+    state = msgspec.structs.replace(
+        state, phase=phase, faulted=faulted, starts=starts, reason=reason
+    )
+    return state, commands
+
+
+def _deadline_s(phase: Phase, failures: int, now_s: float, timing: Timing) -> float | None:
+    match phase:
+        case Phase.STOPPED:
+            return None
+        case Phase.BACKOFF:
+            return now_s + backoff_s(failures, timing)
+        case Phase.STARTING:
+            return now_s + timing.start_timeout_s if timing.start_timeout_s else None
+        case Phase.READY | Phase.HELD:
+            return now_s + SETTLED_S
+        case Phase.DRAINING | Phase.STOPPING:
+            return now_s + timing.stop_grace_s
+        case Phase.KILLING:
+            return now_s + KILL_AGAIN_S

@@ -1,0 +1,220 @@
+"""The manager: reads what is wanted, looks at what runs, and lets `reconcile` say what to do.
+
+It remembers nothing only in memory. What it started is in the journal, so a manager that was killed
+is followed by one that adopts; what is wanted is in the configuration; how the replicas are is
+asked of them. `serve.py` gives it a process, signals and a listener.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from backends.clock import Clock
+from backends.engines import ENGINES
+from backends.engines.base import Engine, launch_hash
+from backends.feed import Feed
+from backends.fetch import Fetch
+from backends.journal import Ended, Journal, Launch
+from backends.keeper import Keeper, Surroundings
+from backends.lifecycle import Event
+from backends.log import Log
+from backends.logfile import bound
+from backends.ports import PortLeases
+from backends.providers.base import Process, Provider
+from backends.reconcile import (
+    Create,
+    Remove,
+    Restart,
+    Start,
+    Stop,
+    Update,
+    Wanted,
+    reconcile,
+)
+from backends.spec import ReplicaSpec, replica_specs
+from backends.tasks import spawn
+from proxy.config import Config
+from proxy.contract import ReplicaRecord
+
+FIRST_SNAPSHOT_S_MAX = 5.0
+
+
+class Manager:
+    """The replicas of a region and everything that keeps them."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        provider: Provider,
+        fetch: Fetch,
+        journal: Journal,
+        log: Log,
+        clock: Clock,
+        engines: Mapping[str, Engine] = ENGINES,
+    ) -> None:
+        self._engines = engines
+        self._log = log
+        self._journal = journal
+        self._provider = provider
+        self._wanted: tuple[Wanted, ...] = ()
+        self._started = False  # until all is adopted nothing follows from what is there
+        self._pending = False
+        self._closing: set[asyncio.Task[None]] = set()
+        self._stopped = asyncio.Event()
+        self.serving = False
+        self.keepers: dict[str, Keeper] = {}
+        self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock)
+        settings = config.manager
+        self._around = Surroundings(
+            clock=clock,
+            provider=provider,
+            fetch=fetch,
+            journal=journal,
+            ports=PortLeases(random.Random()),  # noqa: S311  # spreads, hides nothing
+            log=log,
+            log_folder=Path(settings.run_dir) / "logs",
+            region=config.region,
+            scrape_interval_s=settings.scrape_interval_secs,
+            backoff_s=settings.restart_backoff_secs,
+            backoff_s_max=settings.restart_backoff_max_secs,
+            changed=self._changed,
+        )
+        self._want(config)
+
+    async def start(self) -> None:
+        """Adopt what runs, start what does not, and publish the first snapshot."""
+        await self._adopt()
+        self._started = True
+        self._reconcile()
+        self.serving = True
+        self.feed.mark()
+        await self.feed.newer(0, FIRST_SNAPSHOT_S_MAX)
+
+    def reload(self, config: Config) -> None:
+        """Want what `config` says from now on."""
+        self._want(config)
+        self._reconcile()
+
+    async def stop(self) -> None:
+        """Stop every replica in order: drain, SIGTERM, SIGKILL; return when all are at rest."""
+        self.serving = False
+        self._wanted = ()
+        self._reconcile()
+        await self._stopped.wait()
+
+    def hurry(self) -> None:
+        """Stop waiting for anybody."""
+        for keeper in list(self.keepers.values()):
+            keeper.apply(Event.HURRY, "stopped in a hurry")
+
+    async def close(self) -> None:
+        """Let go of what still runs."""
+        self.feed.close()
+        await asyncio.gather(*(keeper.close() for keeper in self.keepers.values()))
+        await asyncio.gather(*self._closing)
+
+    def bound_logs(self) -> None:
+        for keeper in self.keepers.values():
+            if bound(keeper.log_path):
+                self._log.tell("log_cut", replica=keeper.spec.replica_id)
+
+    def _want(self, config: Config) -> None:
+        self._wanted = tuple(
+            Wanted(spec, launch_hash(self._engines[spec.engine], spec))
+            for spec in replica_specs(config)
+        )
+
+    def _records(self) -> tuple[ReplicaRecord, ...]:
+        return tuple(keeper.record() for keeper in self.keepers.values())
+
+    def _changed(self) -> None:
+        """Something happened to a replica: publish it, and see what follows, once for a burst."""
+        if not self._started:
+            return
+        self.feed.mark()
+        if not self._pending:
+            self._pending = True
+            asyncio.get_running_loop().call_soon(self._reconcile)
+
+    def _reconcile(self) -> None:
+        self._pending = False
+        observed = [keeper.observed for keeper in self.keepers.values()]
+        for action in reconcile(self._wanted, observed):
+            match action:
+                case Create(wanted):
+                    keeper = self._keep(wanted)
+                    keeper.apply(Event.START)
+                case Update(wanted):
+                    self.keepers[wanted.spec.replica_id].update(wanted)
+                case Start(replica_id):
+                    self.keepers[replica_id].apply(Event.START)
+                case Restart(replica_id):
+                    self.keepers[replica_id].apply(Event.RESTART, "its command changed")
+                case Stop(replica_id):
+                    self.keepers[replica_id].apply(Event.STOP, "no longer wanted")
+                case Remove(replica_id):
+                    self._forget(replica_id)
+        if not self._wanted and not self.keepers:
+            self._stopped.set()
+        else:
+            self._stopped.clear()
+
+    def _keep(self, wanted: Wanted) -> Keeper:
+        keeper = Keeper(wanted, self._engines[wanted.spec.engine], self._around)
+        self.keepers[wanted.spec.replica_id] = keeper
+        return keeper
+
+    def _forget(self, replica_id: str) -> None:
+        keeper = self.keepers.pop(replica_id)
+        task = spawn(keeper.close(), f"close {replica_id}", self._log)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        self.feed.mark()
+
+    async def _adopt(self) -> None:
+        """Take over what a manager before left running.
+
+        All of it: what is not wanted any more, or is wanted otherwise, may be answering requests,
+        so it goes down the same ordered way as any other replica.
+        """
+        launches = list(self._journal.live.values())
+        processes = self._provider.recover(launches)
+        wanted = {want.spec.replica_id: want for want in self._wanted}
+        adoptions = []
+        for launch in launches:
+            process = processes.get(launch.launch_id)
+            known = launch.engine in self._engines and launch.replica_id not in self.keepers
+            if process is None or not known:
+                self._drop(launch, process)
+                continue
+            keeper = self._keep(wanted.get(launch.replica_id) or _orphan(launch))
+            adoptions.append(keeper.adopt(launch, process))
+        await asyncio.gather(*adoptions)
+
+    def _drop(self, launch: Launch, process: Process | None) -> None:
+        """Close the account of a life that is over, or that nobody here knows how to keep."""
+        if process is not None:
+            process.signal_group(signal.SIGKILL)
+            process.release()
+        try:
+            self._journal.append(Ended(launch.launch_id, "gone when the manager came up"))
+        except OSError as error:
+            self._log.fault("journal_failed", error=str(error))
+
+
+def _orphan(launch: Launch) -> Wanted:
+    """Return the specification of a process that the configuration no longer names."""
+    spec = ReplicaSpec(
+        replica_id=launch.replica_id,
+        model=launch.model,
+        pool=launch.pool,
+        engine=launch.engine,
+        stop_grace_s=launch.stop_grace_s,
+    )
+    return Wanted(spec, launch.launch_hash)

@@ -1,0 +1,134 @@
+"""What is to be done so that the replicas that run become the replicas that are wanted.
+
+Level-triggered: it looks at the whole of both sides and may be called at any time, any number of
+times; what is already on its way is not asked for again. So nothing depends on having seen every
+event, and a manager that was killed half-way through a change goes on where it was.
+
+A changed replica is restarted only while the rest of its pool serves, one of a pool at a time: a
+configuration that cannot start takes down one replica, not the model. Where nothing is lost by it
+(a replica that is not serving, or the only one of its pool) the restart is immediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from backends.lifecycle import ALIVE, Phase
+from backends.spec import ReplicaSpec
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """A replica of the configuration; `launch_hash` names the command that it stands for."""
+
+    spec: ReplicaSpec
+    launch_hash: str
+
+
+class Observed(msgspec.Struct, frozen=True):
+    """A replica that the manager keeps. `launch_hash` is that of the process, or of the spec."""
+
+    spec: ReplicaSpec
+    launch_hash: str
+    phase: Phase
+    wanted: bool
+
+
+class Create(msgspec.Struct, frozen=True):
+    """Keep a new replica and start it."""
+
+    wanted: Wanted
+
+
+class Update(msgspec.Struct, frozen=True):
+    """Take over settings that need no restart, and the command for the next start."""
+
+    wanted: Wanted
+
+
+class Start(msgspec.Struct, frozen=True):
+    replica_id: str
+
+
+class Restart(msgspec.Struct, frozen=True):
+    replica_id: str
+
+
+class Stop(msgspec.Struct, frozen=True):
+    replica_id: str
+
+
+class Remove(msgspec.Struct, frozen=True):
+    """Forget a replica that is gone and not wanted."""
+
+    replica_id: str
+
+
+Action = Create | Update | Start | Restart | Stop | Remove
+
+_AWAY = frozenset(Phase) - {Phase.READY, Phase.HELD}
+
+
+def reconcile(wanted: Sequence[Wanted], observed: Sequence[Observed]) -> tuple[Action, ...]:
+    """Return the actions, in the order in which to perform them.
+
+    The gone are stopped first: what they hold (a GPU, a port) may be needed by the new.
+    """
+    wanted_ids = {w.spec.replica_id for w in wanted}
+    observed_by_id = {o.spec.replica_id: o for o in observed}
+    actions: list[Action] = []
+    for replica in observed:
+        if replica.spec.replica_id in wanted_ids:
+            continue
+        if replica.phase is Phase.STOPPED and not replica.wanted:
+            actions.append(Remove(replica.spec.replica_id))
+        elif replica.wanted:
+            actions.append(Stop(replica.spec.replica_id))
+    away = _away_by_pool(wanted, observed_by_id)
+    for want in wanted:
+        current = observed_by_id.get(want.spec.replica_id)
+        if current is None:
+            actions.append(Create(want))
+        else:
+            actions.extend(_align(want, current, away))
+    return tuple(actions)
+
+
+def _align(want: Wanted, current: Observed, away: dict[tuple[str, str], int]) -> list[Action]:
+    replica_id = want.spec.replica_id
+    actions: list[Action] = []
+    if current.spec != want.spec:
+        actions.append(Update(want))
+    if not current.wanted:
+        actions.append(Start(replica_id))
+    changed = current.launch_hash != want.launch_hash
+    if not changed or current.phase in {Phase.STOPPING, Phase.KILLING, Phase.DRAINING}:
+        return actions  # on its way down: the next start takes the new command anyway
+    pool = _pool(want)
+    if current.phase in _AWAY:
+        if current.phase is not Phase.STOPPED:
+            actions.append(Restart(replica_id))
+    elif not away[pool]:
+        away[pool] += 1
+        actions.append(Restart(replica_id))
+    return actions
+
+
+def _away_by_pool(
+    wanted: Sequence[Wanted], observed_by_id: dict[str, Observed]
+) -> dict[tuple[str, str], int]:
+    """Count the replicas of each pool that do not serve now; one that is yet to be made counts."""
+    away: dict[tuple[str, str], int] = {}
+    for want in wanted:
+        current = observed_by_id.get(want.spec.replica_id)
+        serves = current is not None and current.phase not in _AWAY
+        away[_pool(want)] = away.get(_pool(want), 0) + (not serves)
+    return away
+
+
+def _pool(want: Wanted) -> tuple[str, str]:
+    return want.spec.model, want.spec.pool
+
+
+assert _AWAY & ALIVE  # a starting replica is alive and yet away

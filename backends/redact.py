@@ -1,0 +1,56 @@
+"""What may be shown of a configuration: everything but what opens a door."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from proxy.config import Config
+
+HIDDEN = "***"
+_SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
+_NOT_SECRET = re.compile(r"tokens|tokenizer", re.IGNORECASE)  # --max-num-batched-tokens
+_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+def redacted(config: Config) -> dict[str, Any]:
+    """Return `config` as plain values, secrets replaced."""
+    value = msgspec.to_builtins(config)
+    proxy = value["proxy"]
+    for name in ("api_key", "admin_api_key"):
+        if proxy[name] is not None:
+            proxy[name] = HIDDEN
+    proxy["worker_urls"] = [_USERINFO.sub(HIDDEN, url) for url in proxy["worker_urls"]]
+    if proxy["manager_url"] is not None:
+        proxy["manager_url"] = _USERINFO.sub(HIDDEN, proxy["manager_url"])
+    for model in value["models"]:
+        for pool in model["pools"]:
+            pool["args"] = redacted_args(pool["args"])
+            pool["env"] = {k: HIDDEN if secret(k) else v for k, v in pool["env"].items()}
+    return dict(value)
+
+
+def redacted_args(args: Sequence[str]) -> list[str]:
+    """Return an engine's arguments, the values of secret flags replaced."""
+    shown: list[str] = []
+    hide_next = False
+    for arg in args:
+        flag, equals, _ = arg.partition("=")
+        is_flag = flag.startswith("-")
+        if hide_next and not is_flag:
+            shown.append(HIDDEN)
+        elif is_flag and equals and secret(flag):
+            shown.append(f"{flag}={HIDDEN}")
+        else:
+            shown.append(arg)
+        # A flag may take several values; they are hidden up to the next flag.
+        hide_next = (is_flag and not equals and secret(flag)) or (hide_next and not is_flag)
+    return shown
+
+
+def secret(name: str) -> bool:
+    """Say whether what is called `name` may hold a secret."""
+    return bool(_SECRET.search(_NOT_SECRET.sub("", name)))

@@ -1,0 +1,205 @@
+"""The manager as a process: one to a run folder, a listener, signals, an ordered end.
+
+The lock on the run folder is taken first, because two managers would stop each other's replicas;
+the API's port comes next, so that a port in use is told before anything has been started. The API
+answers only once the first snapshot is complete: a proxy that comes back to a new manager must not
+see a fleet without the replicas that are being adopted.
+
+SIGTERM and SIGINT stop every replica in order and exit 0, and the second one hurries. With
+`detach_on_exit` the replicas run on for the next manager. SIGHUP reads the configuration again;
+the manager's own address and run folder stay as they were until it is started anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import ipaddress
+import os
+import signal
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from aiohttp import web
+
+from backends.api import Api
+from backends.clock import SystemClock
+from backends.engines import ENGINES
+from backends.engines.base import Engine
+from backends.failure import StartError
+from backends.fetch import HttpFetch
+from backends.journal import Journal
+from backends.log import Log
+from backends.manager import Manager
+from backends.providers.process import ProcessProvider
+from backends.tasks import cancel_all, spawn
+from proxy.config import Config, ConfigError, load_config
+
+LOG_CHECK_INTERVAL_S = 30.0
+FAREWELL_S = 0.1  # time for the last snapshot to reach the proxies
+
+
+def lock_run_folder(run_folder: Path) -> int:
+    """Return the descriptor of the lock. Raises `StartError` when another manager has it."""
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(run_folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise StartError(f"run folder {run_folder} cannot be used: {error}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.read(fd, 32).decode("ascii", "replace").strip()
+        os.close(fd)
+        raise StartError(
+            f"a manager (pid {owner or 'unknown'}) already runs on {run_folder}; "
+            f"stop it (kill {owner or 'PID'}) or choose another --run-dir"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises `StartError`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        raise StartError(
+            f"port {port} on {host} cannot be used for the manager's API: "
+            f"{error.strerror or error}; choose another with --port"
+        ) from error
+
+
+class Orders:
+    """What the signals asked for."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.hurry = asyncio.Event()
+        self.reload = asyncio.Event()
+
+    def end(self) -> None:
+        """The first asks for an ordered end, the second for a quick one."""
+        (self.hurry if self.stop.is_set() else self.stop).set()
+
+    def attend(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self.end)
+        loop.add_signal_handler(signal.SIGINT, self.end)
+        loop.add_signal_handler(signal.SIGHUP, self.reload.set)
+
+
+async def serve(
+    config: Config,
+    config_path: str | None,
+    *,
+    detach_on_exit: bool = False,
+    engines: Mapping[str, Engine] = ENGINES,
+) -> int:
+    """Run until a signal ends it. Raises `StartError` before anything has been started."""
+    log, orders, settings = Log(), Orders(), config.manager
+    run_folder = Path(settings.run_dir)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, lock_run_folder(run_folder))
+        listener = stack.enter_context(listen(settings.host, settings.port))
+        journal = open_journal(run_folder, log)
+        stack.callback(journal.close)
+        fetch = HttpFetch()
+        manager = Manager(
+            config,
+            provider=ProcessProvider(),
+            fetch=fetch,
+            journal=journal,
+            log=log,
+            clock=SystemClock(),
+            engines=engines,
+        )
+        try:
+            await _run(manager, listener, orders, config_path, detach=detach_on_exit, log=log)
+        finally:
+            await manager.close()
+            await fetch.close()
+    return 0
+
+
+def open_journal(run_folder: Path, log: Log) -> Journal:
+    """Return the run folder's journal. Raises `StartError`."""
+    try:
+        (run_folder / "logs").mkdir(exist_ok=True)
+        journal = Journal(run_folder / "journal")
+    except OSError as error:
+        raise StartError(f"run folder {run_folder} cannot be used: {error}") from error
+    if journal.damaged_lines:
+        log.caution("journal_damaged", lines=journal.damaged_lines)
+    return journal
+
+
+async def _run(
+    manager: Manager,
+    listener: socket.socket,
+    orders: Orders,
+    config_path: str | None,
+    *,
+    detach: bool,
+    log: Log,
+) -> None:
+    orders.attend()
+    await manager.start()
+    api = Api(manager)
+    runner = web.AppRunner(api.application(), access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    host, port = listener.getsockname()[:2]
+    log.tell("manager_listening", host=host, port=port, pid=os.getpid())
+    if not ipaddress.ip_address(host).is_loopback:
+        log.caution("manager_exposed", host=host, advice="its API has no key; keep it private")
+    chores = [
+        spawn(_reload_on_order(manager, orders, config_path, log), "reload", log),
+        spawn(_bound_logs(manager), "bound logs", log),
+    ]
+    try:
+        await orders.stop.wait()
+        log.tell("manager_stopping", detach=detach)
+        if not detach:
+            chores.append(spawn(_hurry_on_order(manager, orders), "hurry", log))
+            await manager.stop()
+            await asyncio.sleep(FAREWELL_S)
+    finally:
+        await cancel_all(chores)
+        api.end_watches()
+        await runner.cleanup()
+        log.tell("manager_stopped", detach=detach)
+
+
+async def _hurry_on_order(manager: Manager, orders: Orders) -> None:
+    await orders.hurry.wait()
+    manager.hurry()
+
+
+async def _reload_on_order(
+    manager: Manager, orders: Orders, config_path: str | None, log: Log
+) -> None:
+    """Take the file anew at each SIGHUP; a faulty file changes nothing."""
+    while True:
+        await orders.reload.wait()
+        orders.reload.clear()
+        if config_path is None:
+            log.caution("reload_skipped", reason="there is no configuration file")
+            continue
+        try:
+            config = load_config(config_path)
+        except ConfigError as error:
+            log.fault("reload_failed", reason=str(error), kept="the configuration before")
+            continue
+        manager.reload(config)
+        log.tell("reload_done", replicas=len(manager.keepers))
+
+
+async def _bound_logs(manager: Manager) -> None:
+    while True:
+        await asyncio.sleep(LOG_CHECK_INTERVAL_S)
+        manager.bound_logs()

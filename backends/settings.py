@@ -1,0 +1,84 @@
+"""The settings of a run: flag, then environment, then file, then default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from backends.up import Plan
+from proxy.config import (
+    EMBEDDED_DEFAULT,
+    ENVIRONMENT_PREFIX,
+    Config,
+    ConfigError,
+    ManagerConfig,
+    ProxyConfig,
+    load_config,
+    override,
+    parse_config,
+)
+from proxy.flags import environment_values
+
+# Field of the manager's section, its flag's name in the parser, and its environment variable.
+_MANAGER_SETTINGS = (
+    ("host", "manager_host", "MANAGER_HOST"),
+    ("port", "manager_port", "MANAGER_PORT"),
+    ("run_dir", "run_dir", "RUN_DIR"),
+)
+
+
+def read_config(path: str | None, environ: Mapping[str, str]) -> tuple[Config, str | None]:
+    """Return the configuration and its path; with no path, the one that is built in.
+
+    Raises `ConfigError`.
+    """
+    path = path or environ.get(ENVIRONMENT_PREFIX + "CONFIG") or None
+    if path is None:
+        return parse_config(EMBEDDED_DEFAULT, "the built-in configuration"), None
+    return load_config(path), path
+
+
+def manager_config_of(
+    given: Mapping[str, Any], environ: Mapping[str, str]
+) -> tuple[Config, str | None]:
+    """Return the configuration of `doherty manager`. Raises `ConfigError`."""
+    config, path = read_config(given["config"], environ)
+    manager = _manager_settings(config.manager, given, environ)
+    return msgspec.structs.replace(config, manager=manager), path
+
+
+def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
+    """Return what `doherty up` is to run. Raises `ConfigError`."""
+    config, path = read_config(given["config"], environ)
+    flags = {k: v for k, v in given.items() if k in ProxyConfig.__struct_fields__}
+    for name in ("manager_url", "worker_urls"):
+        if name in flags:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: `doherty up` starts its own manager; "
+                "use `doherty proxy` in front of replicas that run already"
+            )
+    proxy = override(config.proxy, environment_values(environ), ENVIRONMENT_PREFIX + "{env}")
+    proxy = override(proxy, flags, "--{flag}")
+    manager = _manager_settings(config.manager, given, environ)
+    if proxy.access_log == "-":  # the terminal belongs to the progress of `up`
+        flags["access_log"] = f"{manager.run_dir}/logs/access.log"
+    return Plan(config_path=path, config=config, proxy=proxy, proxy_flags=flags, manager=manager)
+
+
+def _manager_settings(
+    base: ManagerConfig, given: Mapping[str, Any], environ: Mapping[str, str]
+) -> ManagerConfig:
+    values: dict[str, Any] = {}
+    for field, flag, variable in _MANAGER_SETTINGS:
+        value = given.get(flag)
+        if value is None:
+            value = environ.get(ENVIRONMENT_PREFIX + variable)
+        if value is not None:
+            values[field] = value
+    merged = {name: getattr(base, name) for name in base.__struct_fields__} | values
+    try:
+        return msgspec.convert(merged, ManagerConfig, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"settings of the manager: {error}") from error

@@ -1,0 +1,189 @@
+"""/metrics in the names of the engine that is imitated: what routers and dashboards read.
+
+Not all series of an engine are here, but those that are have its types, labels and buckets.
+Durations are of the simulated machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from backends.simulator.engine import Engine
+from backends.simulator.tally import Histogram
+
+Labels = dict[str, str]
+
+# Where an engine of a kind stands, by its sleep level.
+_SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _series(name: str, labels: Labels, value: float) -> str:
+    inner = ",".join(f'{key}="{_escape(labels[key])}"' for key in sorted(labels))
+    return f"{name}{{{inner}}} {float(value)}"
+
+
+class _Page:
+    """Lines of the text format under one set of labels."""
+
+    def __init__(self, prefix: str, labels: Labels) -> None:
+        self._prefix = prefix
+        self._labels = labels
+        self._lines: list[str] = []
+
+    def family(self, name: str, kind: str, samples: Iterable[tuple[Labels, float]]) -> None:
+        """Add a gauge or counter; a counter gets its suffix here."""
+        suffix = "_total" if kind == "counter" and not name.endswith("_total") else ""
+        full = f"{self._prefix}{name}{suffix}"
+        self._lines.append(f"# HELP {full} {name.replace('_', ' ')}")
+        self._lines.append(f"# TYPE {full} {kind}")
+        for labels, value in samples:
+            self._lines.append(_series(full, self._labels | labels, value))
+
+    def gauge(self, name: str, value: float) -> None:
+        """Add a gauge."""
+        self.family(name, "gauge", [({}, value)])
+
+    def counter(self, name: str, value: float) -> None:
+        """Add a counter."""
+        self.family(name, "counter", [({}, value)])
+
+    def histogram(self, name: str, histogram: Histogram, labels: Labels | None = None) -> None:
+        """Add a histogram."""
+        full = f"{self._prefix}{name}"
+        self._lines.append(f"# HELP {full} {name.replace('_', ' ')}")
+        self._lines.append(f"# TYPE {full} histogram")
+        self._lines += self._buckets(full, histogram, self._labels | (labels or {}))
+
+    def _buckets(self, full: str, histogram: Histogram, labels: Labels) -> Iterator[str]:
+        seen = 0
+        for bound, count in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
+            seen += count
+            le = "+Inf" if bound == float("inf") else str(bound)
+            yield _series(f"{full}_bucket", labels | {"le": le}, seen)
+        yield _series(f"{full}_count", labels, seen)
+        yield _series(f"{full}_sum", labels, histogram.total)
+
+    def text(self) -> str:
+        """Return the page."""
+        return "\n".join(self._lines) + "\n"
+
+
+def render_metrics(engine: Engine) -> str:
+    """Return the page in the engine's dialect."""
+    return _render_vllm(engine) if engine.settings.dialect == "vllm" else _render_sglang(engine)
+
+
+def usage_ratio(engine: Engine) -> float:
+    """Return the share of the pool that sequences hold."""
+    return engine.cache.used_blocks / engine.cache.blocks_max
+
+
+def _render_vllm(engine: Engine) -> str:
+    tally, cache, settings = engine.tally, engine.cache, engine.settings
+    page = _Page("vllm:", {"engine": "0", "model_name": settings.models[0]})
+    waiting = engine.clockwork.waiting_count
+    page.gauge("num_requests_running", len(engine.clockwork.running))
+    page.gauge("num_requests_waiting", waiting)
+    page.family(
+        "num_requests_waiting_by_reason",
+        "gauge",
+        [({"reason": "capacity"}, waiting), ({"reason": "deferred"}, 0)],
+    )
+    state = _SLEEP_STATES[engine.sleep_level or 0]
+    page.family(
+        "engine_sleep_state",
+        "gauge",
+        [({"sleep_state": name}, name == state) for name in _SLEEP_STATES],
+    )
+    page.gauge("kv_cache_usage_perc", usage_ratio(engine))
+    page.counter("prefix_cache_queries", tally.queried_tokens)
+    page.counter("prefix_cache_hits", tally.cached_tokens)
+    page.counter("num_preemptions", tally.preemptions)
+    page.counter("prompt_tokens", sum(tally.prompt_tokens))
+    page.family(
+        "prompt_tokens_by_source",
+        "counter",
+        [
+            ({"source": "local_compute"}, sum(tally.prompt_tokens) - tally.cached_tokens),
+            ({"source": "local_cache_hit"}, tally.cached_tokens),
+            ({"source": "external_kv_transfer"}, 0),
+        ],
+    )
+    page.counter("prompt_tokens_cached", tally.cached_tokens)
+    page.counter("generation_tokens", sum(tally.generation_tokens))
+    reasons = ("stop", "length", "abort", "error", "repetition")
+    page.family(
+        "request_success",
+        "counter",
+        [({"finished_reason": reason}, tally.finished[reason]) for reason in reasons],
+    )
+    page.histogram("time_to_first_token_seconds", tally.time_to_first_token)
+    page.histogram("inter_token_latency_seconds", tally.inter_token_latency)
+    page.histogram("e2e_request_latency_seconds", tally.end_to_end)
+    page.histogram("request_queue_time_seconds", tally.queue_time)
+    page.histogram("request_prompt_tokens", tally.prompt_sizes)
+    page.histogram("request_generation_tokens", tally.generation_sizes)
+    info = {
+        "block_size": str(settings.block_tokens),
+        "cache_dtype": "auto",
+        "enable_prefix_caching": "True",
+        "kv_cache_size_tokens": str(cache.blocks_max * settings.block_tokens),
+        "num_gpu_blocks": str(cache.blocks_max),
+        "prefix_caching_hash_algo": "xxhash",
+    }
+    page.family("cache_config_info", "gauge", [(info, 1)])
+    return page.text()
+
+
+def _render_sglang(engine: Engine) -> str:
+    tally, cache, settings = engine.tally, engine.cache, engine.settings
+    client_side = {"engine_type": "unified", "model_name": settings.models[0]}
+    ranks = {"moe_ep_rank": "0", "pp_rank": "0", "tp_rank": "0"}
+    page = _Page("sglang:", client_side)
+    block_tokens = settings.block_tokens
+    used_tokens = cache.used_blocks * block_tokens
+    hit_rate = tally.cached_tokens / tally.queried_tokens if tally.queried_tokens else 0.0
+    gauges: dict[str, float] = {
+        "num_running_reqs": len(engine.clockwork.running),
+        "num_queue_reqs": engine.clockwork.waiting_count,
+        "token_usage": usage_ratio(engine),
+        "full_token_usage": usage_ratio(engine),
+        "num_used_tokens": used_tokens,
+        "kv_used_tokens": used_tokens,
+        "kv_evictable_tokens": cache.cached_blocks * block_tokens,
+        "kv_available_tokens": (cache.available_blocks - cache.cached_blocks) * block_tokens,
+        "cache_hit_rate": hit_rate,
+        "max_total_num_tokens": cache.blocks_max * block_tokens,
+        "page_size": block_tokens,
+        "num_pages": cache.blocks_max,
+        "context_len": settings.context_tokens_max,
+    }
+    for name, value in gauges.items():
+        page.family(name, "gauge", [(ranks, value)])
+    streaming = ({"is_streaming": "false"}, {"is_streaming": "true"})
+    for name, pair in (
+        ("prompt_tokens_total", tally.prompt_tokens),
+        ("generation_tokens_total", tally.generation_tokens),
+        ("num_requests_total", tally.requests),
+    ):
+        page.family(name, "counter", zip(streaming, pair, strict=True))
+    page.family(
+        "cached_tokens_total", "counter", [({"cache_source": "device"}, tally.cached_tokens)]
+    )
+    page.counter("num_aborted_requests_total", tally.finished["abort"])
+    page.counter("num_retracted_requests_total", tally.preemptions)
+    page.histogram(
+        "time_to_first_token_seconds", tally.time_to_first_token, {"is_streaming": "true"}
+    )
+    page.histogram("inter_token_latency_seconds", tally.inter_token_latency)
+    page.histogram("e2e_request_latency_seconds", tally.end_to_end, {"is_streaming": "true"})
+    page.histogram("queue_time_seconds", tally.queue_time, ranks)
+    page.histogram("prompt_tokens_histogram", tally.prompt_sizes)
+    page.histogram("generation_tokens_histogram", tally.generation_sizes)
+    radix = _Page("sglang:", {"cache_type": "RadixCache"})
+    radix.counter("evicted_tokens_total", cache.evicted_blocks * block_tokens)
+    return page.text() + radix.text()

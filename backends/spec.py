@@ -1,0 +1,78 @@
+"""What one replica is to be: the configuration's pools written out, one value for each replica.
+
+Ids are stable and readable, `MODEL-0` or `POOL-0`, because people type them, logs are named after
+them and the proxy's ring hashes them: the same configuration gives the same ids in every life of
+the manager. They go into URLs and file names, so every other octet becomes a dash.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import msgspec
+
+from proxy.config import Config, ModelConfig, PoolConfig
+
+
+class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica as the configuration wants it."""
+
+    replica_id: str
+    model: str
+    pool: str
+    engine: str
+    model_path: str | None = None
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    target_inputs: int = 0
+    max_inputs: int = 0
+    start_timeout_s: float = 900.0
+    stop_grace_s: float = 30.0
+
+
+def replica_specs(config: Config) -> tuple[ReplicaSpec, ...]:
+    """Return every replica that the configuration names, in its order."""
+    return tuple(
+        _spec(model, pool, base, index)
+        for model, pool, base in _named_pools(config)
+        for index in range(pool.replicas)
+    )
+
+
+def _named_pools(config: Config) -> Iterator[tuple[ModelConfig, PoolConfig, str]]:
+    """Yield each pool with a name of its own: two pools of one model may both lack one.
+
+    A replica's id ends in its number, so ids are unique as soon as these names are.
+    """
+    taken: set[str] = set()
+    for model in config.models:
+        for pool in model.pools:
+            stem = _slug(pool.name or model.name)
+            name = stem if stem not in taken else f"{stem}-{pool.engine}"
+            count = 2
+            while name in taken:
+                name = f"{stem}-{pool.engine}-{count}"
+                count += 1
+            taken.add(name)
+            yield model, pool, name
+
+
+def _spec(model: ModelConfig, pool: PoolConfig, base: str, index: int) -> ReplicaSpec:
+    return ReplicaSpec(
+        replica_id=f"{base}-{index}",
+        model=model.name,
+        pool=pool.name or model.name,
+        engine=pool.engine,
+        model_path=pool.model_path,
+        args=pool.args,
+        env=pool.env,
+        target_inputs=pool.target_inputs,
+        max_inputs=pool.max_inputs,
+        start_timeout_s=pool.start_timeout_secs,
+        stop_grace_s=pool.stop_grace_secs,
+    )
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)

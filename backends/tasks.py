@@ -1,0 +1,34 @@
+"""The one way to start a task: it has a name, an owner that holds it, and an end that is reported.
+
+asyncio keeps only a weak reference to a task and is silent about its exception until the garbage is
+collected; both make a control plane forget work. Here the owner keeps the task, and an exception
+that nobody expects is logged the moment it happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable
+from typing import Any
+
+from backends.log import Log
+
+
+def spawn(coroutine: Coroutine[Any, Any, None], name: str, log: Log) -> asyncio.Task[None]:
+    """Start `coroutine`; the caller keeps the task and ends it with `cancel_all` or awaits it."""
+    task = asyncio.get_running_loop().create_task(coroutine, name=name)
+
+    def report(done: asyncio.Task[None]) -> None:
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.fault("task_failed", task=name, error=f"{type(error).__name__}: {error}")
+
+    task.add_done_callback(report)
+    return task
+
+
+async def cancel_all(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel and wait until each is over; what they raised has been reported already."""
+    pending = [task for task in tasks if not task.done()]
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)

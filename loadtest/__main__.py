@@ -1,0 +1,229 @@
+"""The command line: `python -m loadtest replay TRACE` and `python -m loadtest compare TRACE`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvloop
+
+from loadtest import plot, report
+from loadtest.client import parse_url
+from loadtest.compare import FleetOptions, compare
+from loadtest.measure import warmup_count
+from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
+from loadtest.traces import Trace, TraceError
+
+REPLAY_EXAMPLE = """\
+example:
+  python -m loadtest replay conversation --url http://127.0.0.1:8000 --speed 2 --limit 500
+"""
+COMPARE_EXAMPLE = """\
+example:
+  python -m loadtest compare conversation --policies round_robin,prefix --speed 3 --plot out.png
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0, 1 when the run failed, 2 when it could not begin as asked."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        options = Options(**_fields(args, Options))
+        _check(args, options)
+        trace = load_trace(options)
+    except (TraceError, plot.PlotError, ValueError) as error:
+        print(f"loadtest: {error}", file=sys.stderr)
+        return 2
+    try:
+        command = _compare if args.command == "compare" else _replay
+        return command(args, options, trace)
+    except RunError as error:
+        print(f"loadtest: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _check(args: argparse.Namespace, options: Options) -> None:
+    """Raise `ValueError` or `PlotError` for what would otherwise fail after the replay."""
+    warmup_count(options.warmup, 1)
+    parse_url(options.url)
+    if options.api_key is not None and not re.fullmatch(r"[!-~]+", options.api_key):
+        raise ValueError("--api-key: expected plain ASCII without spaces")
+    if args.plot:
+        plot.check(args.plot)
+    if args.json and args.json != "-" and not Path(args.json).resolve().parent.is_dir():
+        raise ValueError(f"--json {args.json}: no such folder")
+
+
+def _replay(args: argparse.Namespace, options: Options, trace: Trace) -> int:
+    run = uvloop.run(run_replay(trace, options))
+    _print(report.run_table(run), args)
+    _write(args, report.run_value(run))
+    if args.plot:
+        plot.draw({run.label: [run]}, f"Replay of {options.trace}", args.plot)
+    return _exit_code([run], {run.label: options.url})
+
+
+def _compare(args: argparse.Namespace, options: Options, trace: Trace) -> int:
+    fleet_options = FleetOptions(**_fields(args, FleetOptions))
+    runs = uvloop.run(compare(trace, options, fleet_options, lambda text: _say(text, args)))
+    title = f"{options.trace}, {trace.request_count:,} requests at speed {options.speed:g}"
+    title += f", {fleet_options.replicas} replicas {fleet_options.profile}"
+    _print(f"{title}\n{report.comparison_table(runs)}", args)
+    settings = {**options.shown(), **msgspec.structs.asdict(fleet_options)}
+    values = {policy: [report.run_value(run) for run in made] for policy, made in runs.items()}
+    _write(args, {"settings": settings, "runs": values})
+    if args.plot:
+        plot.draw(runs, title, args.plot)
+    made = [run for repeats in runs.values() for run in repeats]
+    return _exit_code(made, {run.label: run.label for run in made})
+
+
+def _exit_code(runs: Sequence[Run], names: dict[str, str]) -> int:
+    problems = [p for run in runs if (p := complaint(run.outcomes, names[run.label]))]
+    for problem in problems:
+        print(f"loadtest: {problem}", file=sys.stderr)
+    if any(run.interrupted for run in runs):
+        return 130
+    return 1 if problems else 0
+
+
+def _print(text: str, args: argparse.Namespace) -> None:
+    print(text, file=sys.stderr if args.json == "-" else sys.stdout)
+
+
+def _say(text: str, args: argparse.Namespace) -> None:
+    if not args.quiet:
+        print(text, file=sys.stderr)
+
+
+def _write(args: argparse.Namespace, value: dict[str, Any]) -> None:
+    if args.json == "-":
+        sys.stdout.buffer.write(report.to_json(value))
+    elif args.json:
+        Path(args.json).write_bytes(report.to_json(value))
+
+
+def _fields(args: argparse.Namespace, struct: type[msgspec.Struct]) -> dict[str, Any]:
+    given = vars(args)
+    return {name: given[name] for name in struct.__struct_fields__ if name in given}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest", description="Replays recorded traffic against a server."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text, example in (
+        ("replay", "send a trace's requests to a running server", REPLAY_EXAMPLE),
+        ("compare", "send them to a fresh simulated fleet for each policy", COMPARE_EXAMPLE),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=example,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("trace", help="a file (.jsonl, .csv, .xz) or a shipped trace's name")
+        if name == "replay":
+            _add_server(command)
+        else:
+            _add_fleet(command)
+        _add_choice(command)
+        _add_sending(command)
+        _add_reporting(command)
+    return parser
+
+
+def _add_server(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--url", default=Options().url, help="default %(default)s")
+    command.add_argument("--model", help="default: the first of /v1/models")
+    command.add_argument("--api-key", help="sent as a bearer token")
+    command.add_argument("--label", help="what reports call this run (default: the trace)")
+
+
+def _add_fleet(command: argparse.ArgumentParser) -> None:
+    base = FleetOptions()
+    add = command.add_argument
+    add("--policies", type=_names, default=base.policies, help="in order; the first is the base")
+    add("--replicas", type=_positive_int, default=base.replicas, help="default %(default)s")
+    add("--profile", default=base.profile, help="of the simulated engines (default %(default)s)")
+    add("--workers", type=_positive_int, default=base.workers, help="of the proxy")
+    add("--kv-cache-tokens", type=_positive_int, default=0, help="per replica (default: profile's)")
+    add("--time-scale", type=_positive, default=1.0, help="simulated seconds a second")
+    add("--stream-interval", type=_positive_int, default=0, help="tokens a chunk")
+    add("--repeat", type=_positive_int, default=1, help="runs of each policy, interleaved")
+    add("--start-timeout", type=_positive, default=base.start_timeout, help="s, until ready")
+    add("--doherty", default="", metavar="COMMAND", help="default: the one installed")
+
+
+def _add_choice(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("which requests").add_argument
+    add("--limit", type=_positive_int, default=0, metavar="N", help="only so many requests")
+    add("--offset", type=_count, default=0, metavar="N", help="leave out so many (or sessions)")
+    add("--duration", type=_positive, default=0.0, metavar="S", help="send for so many seconds")
+    add("--max-input-tokens", type=_positive_int, default=0, help="leave out longer prompts")
+    add("--max-output-tokens", type=_positive_int, default=0, help="cut longer answers")
+    add("--output-tokens-scale", type=_positive, default=1.0, help="multiplies answers' lengths")
+    add("--seed", type=int, default=0, help="another seed is another text for every block")
+    add("--bytes-per-token", type=_positive_int, default=4, help="default %(default)s")
+
+
+def _add_sending(command: argparse.ArgumentParser) -> None:
+    base = Options()
+    add = command.add_argument_group("how they are sent").add_argument
+    add("--speed", type=_positive, default=1.0, help="2: in half the time")
+    add("--users", type=_positive_int, default=base.users, help="sessions at a time (default 16)")
+    add("--think-max", type=_positive, default=base.think_max, help="s; longer pauses are cut")
+    add("--api", choices=("chat", "completions"), default="chat", help="default %(default)s")
+    add("--timeout", type=_positive, default=base.timeout, help="s, for a whole answer")
+    add("--concurrency-max", type=_positive_int, default=base.concurrency_max)
+    add("--session-header", action="store_true", help="send x-session-id")
+    add("--no-ignore-eos", dest="ignore_eos", action="store_false", help="answers may end early")
+
+
+def _add_reporting(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("what is reported").add_argument
+    add("--warmup", default="10%", help="first part left out: a number or share (default 10%%)")
+    add("--json", metavar="FILE", help="also write everything as JSON; - is standard output")
+    add("--plot", metavar="FILE", help="also draw it, as .png or .svg")
+    add("--quiet", action="store_true", help="no progress")
+
+
+def _checked(convert: Callable[[str], Any], test: Callable[[Any], bool], wanted: str) -> Any:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not test(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+def _finite_positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+_positive = _checked(float, _finite_positive, "a number above 0")
+_positive_int = _checked(int, lambda v: v >= 1, "a whole number from 1")
+_count = _checked(int, lambda v: v >= 0, "a whole number from 0")
+_names = _checked(_split, lambda v: len(v) == len(set(v)) > 0, "a list such as round_robin,prefix")
+
+if __name__ == "__main__":
+    sys.exit(main())
