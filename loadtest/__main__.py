@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TraceError, plot.PlotError, ValueError) as error:
         print(f"loadtest: {error}", file=sys.stderr)
         return 2
+    command = _compare if args.command == "compare" else _replay
     try:
-        command = _compare if args.command == "compare" else _replay
-        return command(args, options, trace)
+        with _terminated_as_by_ctrl_c():
+            return command(args, options, trace)
     except RunError as error:
         print(f"loadtest: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+@contextlib.contextmanager
+def _terminated_as_by_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM end the run in order too: a comparison has a fleet to stop."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check(args: argparse.Namespace, options: Options) -> None:
@@ -159,6 +172,7 @@ def _add_fleet(command: argparse.ArgumentParser) -> None:
     add("--profile", default=base.profile, help="of the simulated engines (default %(default)s)")
     add("--workers", type=_positive_int, default=base.workers, help="of the proxy")
     add("--kv-cache-tokens", type=_positive_int, default=0, help="per replica (default: profile's)")
+    add("--max-model-len", type=_positive_int, default=base.max_model_len, help="tokens")
     add("--time-scale", type=_positive, default=1.0, help="simulated seconds a second")
     add("--stream-interval", type=_positive_int, default=0, help="tokens a chunk")
     add("--repeat", type=_positive_int, default=1, help="runs of each policy, interleaved")

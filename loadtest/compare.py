@@ -43,6 +43,7 @@ class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 1
     repeat: int = 1
     kv_cache_tokens: int = 0  # 0: the profile's own
+    max_model_len: int = 131_072  # the shipped trace's longest prompt has 123,192
     time_scale: float = 1.0
     stream_interval: int = 0  # 0: the simulator's own
     start_timeout: float = 120.0
@@ -57,7 +58,7 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
 
 def simulator_args(options: FleetOptions) -> list[str]:
     """Return the arguments of each simulated engine."""
-    args = ["--profile", options.profile]
+    args = ["--profile", options.profile, "--max-model-len", str(options.max_model_len)]
     if options.kv_cache_tokens:
         args += ["--kv-cache-tokens", str(options.kv_cache_tokens)]
     if options.time_scale != 1:
@@ -146,19 +147,21 @@ async def fleet(policy: str, options: FleetOptions) -> AsyncIterator[Ports]:
     config = folder / "doherty.yaml"
     value = fleet_config(policy, options, ports, str(folder / "run"))
     config.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))  # JSON is YAML
+    failed = False
+    process: asyncio.subprocess.Process | None = None
     try:
         process = await _start([*command, "up", str(config)], folder / "up.log")
-    except RunError:
-        await asyncio.to_thread(shutil.rmtree, folder)
-        raise
-    try:
         await _until_ready(process, ports, options, folder)
         yield ports
+    except RunError:
+        failed = True
+        raise
     finally:
-        stopped = await _stop(process)
+        stopped = process is None or await _stop(process)
+        if process is None or (stopped and not failed):
+            await asyncio.to_thread(shutil.rmtree, folder)
     if not stopped:
         raise RunError(f"`doherty up` did not stop in {STOP_TIMEOUT_S:g} s; see {folder}")
-    await asyncio.to_thread(shutil.rmtree, folder)
 
 
 async def _start(command: Sequence[str], log: Path) -> asyncio.subprocess.Process:

@@ -39,6 +39,7 @@ def draw(series: dict[str, list[Run]], title: str, path: str) -> None:
     """Draw one series a label into `path`; repeats are laid over each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import LogLocator, NullLocator  # noqa: PLC0415
 
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -56,8 +57,9 @@ def draw(series: dict[str, list[Run]], title: str, path: str) -> None:
         ylabel="time to first token (s, logarithmic)",
         yscale="log",
     )
-    for ticks in (times.yaxis.set_major_formatter, times.yaxis.set_minor_formatter):
-        ticks(lambda seconds, _: f"{seconds:g}")
+    times.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    times.yaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+    times.yaxis.set_minor_locator(NullLocator())
     hits.set(
         title="Prompt tokens found in the KV cache",
         xlabel="time since the replay began (s)",

@@ -69,11 +69,14 @@ class WallClock:
 
 
 class Replay:
-    """One run over a trace. `outcomes` grows as answers come, in the order of their ends."""
+    """One run over a trace: `sent` in the order of sending, `outcomes` in the order of their ends.
+
+    An outcome's index is its request's place in `sent`.
+    """
 
     def __init__(self, post: Post, writer: PromptWriter, pacing: Pacing, clock: Clock) -> None:
         self.outcomes: list[Outcome] = []
-        self.sent_count = 0
+        self.sent: list[Arrival] = []
         self._post = post
         self._writer = writer
         self._pacing = pacing
@@ -91,12 +94,12 @@ class Replay:
     async def _run_open(self, arrivals: Sequence[Arrival]) -> None:
         start_s = self._clock.now_s()
         async with asyncio.TaskGroup() as requests:
-            for index, arrival in enumerate(arrivals):
+            for arrival in arrivals:
                 body = self._writer.body(arrival)
                 due_s = start_s + arrival.at_s / self._pacing.speed
                 await self._clock.sleep_until(due_s)
                 requests.create_task(
-                    self._request(index, arrival, body, due_s), name=f"request {index}"
+                    self._request(arrival, body, due_s), name=f"request {len(self.sent)}"
                 )
                 await asyncio.sleep(0)  # it goes out before the next body is made
 
@@ -123,12 +126,13 @@ class Replay:
                     return
                 body = self._writer.body(arrival)
                 await self._clock.sleep_until(due_s)
-                await self._request(self.sent_count, arrival, body, due_s)
+                await self._request(arrival, body, due_s)
             due_s = self._clock.now_s()
 
-    async def _request(self, index: int, arrival: Arrival, body: bytes, due_s: float) -> None:
+    async def _request(self, arrival: Arrival, body: bytes, due_s: float) -> None:
         """Send one request and append its outcome, whatever becomes of it."""
-        self.sent_count += 1
+        index = len(self.sent)
+        self.sent.append(arrival)
         sent_s = self._clock.now_s()
         if self._open_count >= self._pacing.concurrency_max:
             detail = f"{self._open_count} requests open; raise --concurrency-max"

@@ -28,6 +28,7 @@ Figure = Callable[[Summary], float | None]
 # What a comparison compares: caption, figure, how it is written.
 FIGURES: tuple[tuple[str, Figure, Callable[[float], str]], ...] = (
     ("hit rate", lambda s: s.hit_rate, lambda v: f"{100 * v:.1f} %"),
+    ("  bound of any cache", lambda s: s.hit_rate_bound, lambda v: f"{100 * v:.1f} %"),
     ("TTFT p50", lambda s: s.ttft_p50_s, duration),
     ("TTFT p95", lambda s: s.ttft_p95_s, duration),
     ("TTFT p99", lambda s: s.ttft_p99_s, duration),

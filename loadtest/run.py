@@ -20,7 +20,7 @@ from loadtest.formats import read_trace
 from loadtest.measure import Outcome, Summary, quantile, summarise, warmup_count
 from loadtest.prompts import Api, PromptWriter, Style
 from loadtest.replay import Pacing, Replay, WallClock, judge
-from loadtest.traces import Selection, Trace, reusable_share, select
+from loadtest.traces import Selection, Trace, in_sending_order, reusable_share, select
 
 PREFLIGHT_TIMEOUT_S = 10.0
 PROGRESS_INTERVAL_S = 0.5
@@ -160,13 +160,14 @@ async def run_replay(trace: Trace, options: Options, *, replica_count: int = 0) 
     Raises `RunError` when the server cannot be reached or names no model.
     """
     warmup_requests = warmup_count(options.warmup, trace.request_count)
-    hit_rate_bound = reusable_share(trace, warmup_requests)
     clock = WallClock()
     client = Client(parse_url(options.url), clock.now_s, api_key=options.api_key)
     try:
         model = await find_model(client, options)
+        if note := too_long(trace, model):
+            print(f"loadtest: {note}", file=sys.stderr)
         style = Style(
-            model=model,
+            model=model.id,
             api=options.api,
             bytes_per_token=options.bytes_per_token,
             seed=options.seed,
@@ -186,13 +187,13 @@ async def run_replay(trace: Trace, options: Options, *, replica_count: int = 0) 
     summary = summarise(
         replay.outcomes,
         warmup_requests,
-        hit_rate_bound=hit_rate_bound,
+        hit_rate_bound=_bound(replay, warmup_requests),
         replica_count=replica_count,
     )
     return Run(
         label=label,
         settings=options.shown(),
-        model=model,
+        model=model.id,
         request_count=trace.request_count,
         interrupted=interrupted,
         outcomes=tuple(sorted(replay.outcomes, key=lambda o: o.index)),
@@ -200,7 +201,18 @@ async def run_replay(trace: Trace, options: Options, *, replica_count: int = 0) 
     )
 
 
-async def find_model(client: Client, options: Options) -> str:
+class Model(msgspec.Struct, frozen=True):
+    """What a server says of a model that it serves."""
+
+    id: str
+    max_model_len: int | None = None  # vLLM's and SGLang's word: prompt and answer together
+
+
+class _Models(msgspec.Struct):
+    data: list[Model]
+
+
+async def find_model(client: Client, options: Options) -> Model:
     """Return the model to ask for: the one named, or the first that the server serves."""
     try:
         async with asyncio.timeout(PREFLIGHT_TIMEOUT_S):
@@ -209,25 +221,39 @@ async def find_model(client: Client, options: Options) -> str:
         raise RunError(f"{options.url}: {error.detail}; is the server running?") from error
     except TimeoutError as error:
         raise RunError(f"{options.url}: no answer in {PREFLIGHT_TIMEOUT_S:g} s") from error
-    if options.model:
-        return options.model
-    if answer.status != 200:
-        raise RunError(f"{options.url}/v1/models: {': '.join(judge(answer))}; or name a --model")
-    try:
-        models = msgspec.json.decode(answer.body, type=_Models).data
-    except msgspec.DecodeError as error:
-        raise RunError(f"{options.url}/v1/models: {error}; name a --model") from error
+    problem = ": ".join(judge(answer)) if answer.status != 200 else "names no model"
+    models: list[Model] = []
+    if answer.status == 200:
+        try:
+            models = msgspec.json.decode(answer.body, type=_Models).data
+        except msgspec.DecodeError as error:
+            problem = str(error)
+    if options.model is not None:
+        return next((m for m in models if m.id == options.model), Model(options.model))
     if not models:
-        raise RunError(f"{options.url}/v1/models names no model; is a replica up? or give --model")
-    return models[0].id
+        raise RunError(f"{options.url}/v1/models: {problem}; is a replica up? or give --model")
+    return models[0]
 
 
-class _Model(msgspec.Struct):
-    id: str
+def too_long(trace: Trace, model: Model) -> str | None:
+    """Return a warning when the model's context is too short for some requests."""
+    if model.max_model_len is None:
+        return None
+    lengths = [a.input_tokens + a.output_tokens for a in in_sending_order(trace)]
+    count = sum(length > model.max_model_len for length in lengths)
+    if not count:
+        return None
+    return (
+        f"{count:,} of {len(lengths):,} requests do not fit the {model.max_model_len:,} tokens "
+        f"of {model.id}; --max-input-tokens leaves long prompts out"
+    )
 
 
-class _Models(msgspec.Struct):
-    data: list[_Model]
+def _bound(replay: Replay, warmup_requests: int) -> float | None:
+    """Return the best hit rate of the requests that were answered: the others filled no cache."""
+    answered = sorted(o.index for o in replay.outcomes if not o.error)
+    skip_count = sum(index < warmup_requests for index in answered)
+    return reusable_share((replay.sent[index] for index in answered), skip_count)
 
 
 async def _send_all(replay: Replay, trace: Trace, progress: Progress) -> bool:
@@ -276,7 +302,7 @@ def _show(
         errors += bool(outcome.error)
         if not outcome.error and outcome.ttft_s is not None:
             ttfts_s.append(outcome.ttft_s)
-    progress.show(replay.sent_count, len(replay.outcomes), errors, quantile(ttfts_s, 0.5))
+    progress.show(len(replay.sent), len(replay.outcomes), errors, quantile(ttfts_s, 0.5))
     return len(replay.outcomes), errors
 
 

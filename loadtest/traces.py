@@ -190,20 +190,20 @@ def shared_blocks(left: Arrival, right: Arrival) -> int:
 
 
 def in_sending_order(trace: Trace) -> Iterator[Arrival]:
-    """Yield all requests: by arrival, or turn by turn of the sessions (an approximation)."""
+    """Yield all requests: by arrival, or turn by turn of the sessions (as if all took as long)."""
     yield from trace.arrivals
     for turn in range(max(map(len, trace.sessions), default=0)):
         yield from (turns[turn] for turns in trace.sessions if turn < len(turns))
 
 
-def reusable_share(trace: Trace, skip_count: int) -> float | None:
+def reusable_share(arrivals: Iterable[Arrival], skip_count: int) -> float | None:
     """Return the token hit rate of one endless prefix cache, after the first `skip_count` requests.
 
-    No router and no cache can do better on this part of the trace. None where the prompts are text.
+    No router and no cache can do better on these requests. None where the prompts are text.
     """
     seen: set[int] = set()
     reused_tokens = total_tokens = 0
-    for position, arrival in enumerate(in_sending_order(trace)):
+    for position, arrival in enumerate(arrivals):
         if not arrival.runs:
             return None
         ids = list(block_ids(arrival))

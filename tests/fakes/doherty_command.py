@@ -1,7 +1,8 @@
 """Stands in for `doherty up CONFIG`: a fake engine on the proxy's port and a manager's fleet page.
 
-`doherty_command.py [--exit CODE] up CONFIG`: with --exit it fails with a word on standard error.
-The fleet says "starting" once before it says "ready".
+`doherty_command.py [--exit CODE] [--notes FILE] up CONFIG`: with --exit it fails with a word on
+standard error; with --notes it writes its pid and then a line when the first request has come. The
+fleet says "starting" once before it says "ready".
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.fakes.sse_engine import SseEngine
 
 
-async def serve(config: dict[str, Any]) -> None:
+async def serve(config: dict[str, Any], notes: Path | None) -> None:
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     pool = config["models"][0]["pools"][0]
@@ -36,7 +38,7 @@ async def serve(config: dict[str, Any]) -> None:
     async def fleet(_: web.Request) -> web.Response:
         states.append("ready")
         replicas = [{"replica_id": str(i), "state": states[-2]} for i in range(pool["replicas"])]
-        return web.json_response({"epoch": "e", "version": 1, "replicas": replicas})
+        return web.json_response({"epoch": "e", "version": len(states), "replicas": replicas})
 
     engine.app.router.add_get("/readyz", readyz)
     manager = web.Application()
@@ -45,6 +47,13 @@ async def serve(config: dict[str, Any]) -> None:
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", config["manager"]["port"]).start()
     async with engine:
+        if notes is not None:
+            # A pipe: opening it waits for the reader, so nothing is served before.
+            with notes.open("w", buffering=1) as lines:
+                lines.write(f"{os.getpid()}\n")
+                await engine.until_arrived(1)
+                lines.write("request\n")
+                await stopped.wait()
         await stopped.wait()
     await runner.cleanup()
 
@@ -52,13 +61,15 @@ async def serve(config: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--exit", type=int)
+    parser.add_argument("--notes", type=Path)
     parser.add_argument("command", choices=["up"])
     parser.add_argument("config", type=Path)
     args = parser.parse_args()
-    if args.exit is not None:
+    exit_code: int | None = args.exit
+    if exit_code is not None:
         sys.stderr.write("port 8000 is in use\n")
-        return args.exit
-    asyncio.run(serve(json.loads(args.config.read_text())))
+        return exit_code
+    asyncio.run(serve(json.loads(args.config.read_text()), args.notes))
     return 0
 
 

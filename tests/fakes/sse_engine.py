@@ -24,6 +24,9 @@ class SseEngine:
         self.mode = "ok"
         self.headers = {"x-doherty-replica": "demo-0"}
         self.block_bytes = block_tokens * BYTES_PER_TOKEN
+        self.max_model_len: int | None = None  # only said, not kept to
+        self.prompt_bytes_max: int | None = None  # longer prompts are answered 400
+        self.listing: web.Response | None = None  # answers /v1/models instead
         self.bodies: list[dict[str, Any]] = []
         self.request_headers: list[dict[str, str]] = []
         self.arrived = asyncio.Condition()
@@ -59,7 +62,11 @@ class SseEngine:
             await self.arrived.wait_for(lambda: len(self.bodies) >= count)
 
     async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": self._model}]})
+        if self.listing is not None:
+            given = self.listing  # a response can be sent only once
+            return web.Response(status=given.status, body=given.body, headers=given.headers)
+        model = {"id": self._model, "max_model_len": self.max_model_len}
+        return web.json_response({"object": "list", "data": [model]})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -69,6 +76,8 @@ class SseEngine:
             self.arrived.notify_all()
         if self.mode == "stall":
             await self.release.wait()
+        if self.prompt_bytes_max is not None and len(prompt_text(body)) > self.prompt_bytes_max:
+            return web.json_response({"object": "error", "message": "too long"}, status=400)
         if self.mode == "http_500":
             error = {"message": "out of luck", "type": "server_error", "code": 500}
             return web.json_response({"error": error}, status=500)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from loadtest.__main__ import main
 from loadtest.run import make_progress
@@ -66,12 +68,59 @@ def test_a_replay_from_beginning_to_end(
     assert printed.err == ""
     value = json.loads(out.read_text())
     assert value["summary"]["requests"] == value["summary"]["succeeded"] == 40
-    # The engine remembers everything, so it finds what the trace repeats, to the token.
+    # The engine remembers everything, so it finds what the trace repeats, to the token; in whatever
+    # order the requests were served, since each block is new to it once.
     assert value["summary"]["hit_rate"] == value["summary"]["hit_rate_bound"] > 0
     assert value["model"] == "demo"
     assert plot.stat().st_size > 1000
     assert all("x-session-id" in headers for headers in engine.request_headers)
     assert max(body["max_tokens"] for body in engine.bodies) == 3
+
+
+def test_requests_beyond_the_context_are_announced(
+    engine: SseEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.max_model_len = 7000
+    arguments = ["--url", engine.url, "--limit", "4", "--speed", "1000", "--quiet"]
+    assert main(["replay", "conversation", *arguments]) == 0
+    # Prompts of 6,758, 7,322, 7,236 and 2,290 tokens, and their answers.
+    assert (
+        "loadtest: 3 of 4 requests do not fit the 7,000 tokens of demo" in capsys.readouterr().err
+    )
+
+
+def test_only_answered_requests_count_in_the_bound(
+    engine: SseEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.prompt_bytes_max = 4 * 7000
+    out = tmp_path / "r.json"
+    arguments = ["--url", engine.url, "--limit", "30", "--speed", "1000", "--json", str(out)]
+    arguments += ["--max-output-tokens", "2", "--warmup", "0"]
+    assert main(["replay", "conversation", *arguments]) == 0
+    summary = json.loads(out.read_text())["summary"]
+    assert summary["errors"]["http_400"] > 3
+    assert summary["hit_rate"] == summary["hit_rate_bound"] > 0
+    assert "http_400" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("listing", "problem"),
+    [
+        (web.json_response({"data": []}), "names no model"),
+        (web.json_response([]), "Expected `object`"),
+        (web.Response(status=401, text="no key"), "http_401: no key"),
+    ],
+    ids=["empty", "not a list", "refused"],
+)
+def test_a_server_that_names_no_model_needs_one_named(
+    listing: web.Response, problem: str, engine: SseEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.listing = listing
+    arguments = ["--url", engine.url, "--limit", "1", "--quiet"]
+    assert main(["replay", "conversation", *arguments]) == 1
+    assert f"{engine.url}/v1/models: {problem}" in capsys.readouterr().err
+    assert main(["replay", "conversation", *arguments, "--model", "mine"]) == 0
+    assert engine.bodies[0]["model"] == "mine"
 
 
 def test_json_on_standard_output_is_alone_there(
@@ -174,6 +223,32 @@ def test_a_comparison_from_beginning_to_end(
     prompts = [runs[policy][0]["requests"]["prompt_tokens"] for policy in runs]
     assert prompts[0] == prompts[1]
     assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_a_comparison_that_is_ended_stops_what_it_started(tmp_path: Path) -> None:
+    notes = tmp_path / "ready"
+    command = [sys.executable, "-m", "loadtest", "compare", "conversation", "--limit", "900"]
+    doherty = f"{sys.executable} {FAKE} --notes {notes}"
+    os.mkfifo(notes)
+    with (
+        subprocess.Popen(
+            [*command, "--doherty", doherty, "--policies", "prefix", "--quiet", "--warmup", "0"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            text=True,
+        ) as process,
+        notes.open() as lines,
+    ):
+        pid = int(lines.readline())
+        assert lines.readline() == "request\n"
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "TTFT p50" in output
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["ready"]
 
 
 def test_progress_is_shown_to_people_only(

@@ -1,11 +1,15 @@
 """What a comparison starts, and what it says when that does not come up."""
 
+import json
 import os
 import sys
+import time
 from pathlib import Path
 
+import orjson
 import pytest
 
+from loadtest.client import Client, parse_url
 from loadtest.compare import (
     FleetOptions,
     Ports,
@@ -25,8 +29,6 @@ def test_the_configuration_is_one_that_doherty_reads(tmp_path: Path) -> None:
     options = FleetOptions(
         replicas=3, workers=2, kv_cache_tokens=50_000, time_scale=2.0, stream_interval=8
     )
-    import orjson
-
     value = fleet_config("round_robin", options, PORTS, str(tmp_path))
     config = parse_config(orjson.dumps(value).decode(), "generated")
     assert (config.proxy.port, config.proxy.admin_port, config.manager.port) == (1001, 1002, 1003)
@@ -36,7 +38,7 @@ def test_the_configuration_is_one_that_doherty_reads(tmp_path: Path) -> None:
     (pool,) = config.models[0].pools
     assert (pool.engine, pool.replicas) == ("simulator", 3)
     assert pool.args == (
-        *("--profile", "h200-8b", "--kv-cache-tokens", "50000"),
+        *("--profile", "h200-8b", "--max-model-len", "131072", "--kv-cache-tokens", "50000"),
         *("--time-scale", "2", "--stream-interval", "8"),
     )
 
@@ -47,7 +49,7 @@ def test_nothing_but_the_policy_differs_between_runs() -> None:
     assert one != other
     other["proxy"]["policy"] = "prefix"
     assert one == other
-    assert one["models"][0]["pools"][0]["args"] == ["--profile", "h200-8b"]
+    assert one["models"][0]["pools"][0]["args"][:2] == ["--profile", "h200-8b"]
 
 
 def test_ports_are_free_and_different() -> None:
@@ -78,7 +80,10 @@ async def test_a_fleet_comes_up_and_leaves_nothing(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     options = FleetOptions(replicas=2, doherty=f"{sys.executable} {FAKE}")
     async with fleet("prefix", options) as ports:
-        assert ports.proxy
+        client = Client(parse_url(f"http://127.0.0.1:{ports.manager}"), time.perf_counter)
+        page = json.loads((await client.get("/v1/fleet")).body)
+        client.close()
+        assert page["version"] > 3  # asked again after it said "starting"
         assert len(leftovers(tmp_path)) == 1
     assert leftovers(tmp_path) == []
 

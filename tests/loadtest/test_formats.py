@@ -68,7 +68,7 @@ def test_azure_prompts_share_nothing() -> None:
     assert [a.input_tokens for a in trace.arrivals] == [374, 1396]
     assert [a.output_tokens for a in trace.arrivals] == [44, 109]
     assert [a.block_count for a in trace.arrivals] == [1, 3]
-    assert reusable_share(trace, 0) == 0.0
+    assert reusable_share(trace.arrivals, 0) == 0.0
 
 
 def agent_session(name: str, requests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -125,10 +125,10 @@ def test_recorded_text_is_cut_where_the_last_prompt_ended() -> None:
         ("anew",),
     ]
     assert [a.at_s for a in trace.arrivals] == [0.0, 0.5, 1.0, 2.0]
-    assert reusable_share(trace, 0) is None
+    assert reusable_share(trace.arrivals, 0) is None
 
 
-FAULTY = {
+FAULTY: dict[str, tuple[list[Any], str]] = {
     "nothing": ([], "empty"),
     "another file": (["a,b,c"], r"sample:1: not a known trace"),
     "json, but no trace": ([{"question": 1}], r"sample:1: not a known trace"),
@@ -183,7 +183,7 @@ def test_the_shipped_trace_is_whole_and_worth_routing() -> None:
     assert find_trace("conversation").stat().st_size < 60 * 1024
     assert trace.request_count == 1750
     assert 590 < trace.arrivals[-1].at_s < 610
-    bound = reusable_share(trace, 175)
+    bound = reusable_share(trace.arrivals, 175)
     assert bound is not None
     assert round(bound, 3) == 0.313
 

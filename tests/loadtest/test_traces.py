@@ -110,6 +110,6 @@ def test_shared_blocks_of_runs_are_those_of_ids(
 
 def test_the_bound_counts_whole_prefixes_after_the_warmup() -> None:
     rows = tuple(prompt(blocks) for blocks in ([0, 1], [0, 1, 2], [0, 3], [9, 1]))
-    trace = Trace(source="t", kind="mooncake", arrivals=rows)
-    assert reusable_share(trace, 0) == (0 + 2 + 1 + 0) / 9
-    assert reusable_share(trace, 2) == 1 / 4
+    assert reusable_share(rows, 0) == (0 + 2 + 1 + 0) / 9
+    assert reusable_share(rows, 2) == 1 / 4
+    assert reusable_share(rows, 4) is None
