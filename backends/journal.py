@@ -39,6 +39,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, tag="intent", tag_field=
     start_ticks: int = 0
     boot_id: str = ""
     ready: bool = False
+    held: bool = False  # drained by an operator
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", tag_field="entry"):
@@ -52,12 +53,17 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", tag_field="entry"):
     launch_id: str
 
 
+class Held(msgspec.Struct, frozen=True, tag="held", tag_field="entry"):
+    launch_id: str
+    held: bool
+
+
 class Ended(msgspec.Struct, frozen=True, tag="ended", tag_field="entry"):
     launch_id: str
     reason: str
 
 
-Entry = Launch | Started | Ready | Ended
+Entry = Launch | Started | Ready | Held | Ended
 _DECODER: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
 
 
@@ -145,6 +151,8 @@ def apply(live: dict[str, Launch], entry: Entry) -> None:
             )
         case Ready():
             live[entry.launch_id] = msgspec.structs.replace(launch, ready=True)
+        case Held(held=held):
+            live[entry.launch_id] = msgspec.structs.replace(launch, held=held)
         case Ended():
             del live[entry.launch_id]
 

@@ -33,7 +33,7 @@ from backends.engines.base import (
     url_of,
 )
 from backends.fetch import Answer, Fetch, Silence
-from backends.journal import Ended, Journal, Launch, Ready, Started
+from backends.journal import Ended, Held, Journal, Launch, Ready, Started
 from backends.lifecycle import (
     PUBLISHED,
     SERVING,
@@ -146,6 +146,8 @@ class Keeper:
         """
         self._launch, self._process, self._port = launch, process, launch.port
         self._around.ports.claim(launch.port)
+        if launch.pid != process.pid:  # the manager before died between the spawn and this note
+            self._note_process(launch, process)
         self.state = self._adopted(launch, ready=launch.ready)
         answer = await self._probe(ADOPT_TIMEOUT_S)
         silent = answer.silence is not None and answer.silence is not Silence.REFUSED
@@ -173,6 +175,8 @@ class Keeper:
             )
             self._alarm.ring()
         self._set_timer()
+        if self.state.held != before.held and self._launch is not None:
+            self._journal(Held(self._launch.launch_id, self.state.held))
         for command in commands:
             self._perform(command)
         if self.state != before:
@@ -224,6 +228,7 @@ class Keeper:
             stop_grace_s=self.spec.stop_grace_s,
             starts=self.state.starts,
             at_s=around.clock.unix_s(),
+            held=self.state.held,
         )
         around.journal.append(launch)
         self._launch = launch
@@ -232,14 +237,7 @@ class Keeper:
         environ = merged(os.environ, command, self.spec)
         self._process = around.provider.spawn(argv, environ, launch.launch_id, self.log_path)
         self._watch(self._process, launch.launch_id)
-        self._journal(
-            Started(
-                launch.launch_id,
-                self._process.pid,
-                self._process.start_ticks,
-                around.provider.boot_id,
-            )
-        )
+        self._note_process(launch, self._process)
         around.log.tell(
             "replica_spawned",
             replica=self.spec.replica_id,
@@ -261,8 +259,11 @@ class Keeper:
         def ended(exited: asyncio.Future[str]) -> None:
             if exited.cancelled() or self._launch is None or self._launch.launch_id != launch_id:
                 return
-            self._end(exited.result())
-            self.apply(Event.EXITED, exited.result())
+            how = exited.result()
+            if self.state.phase is Phase.STARTING:  # its own words say more than its status
+                how += f" before it was ready; see {self.log_path}"
+            self._end(how)
+            self.apply(Event.EXITED, how)
 
         process.exited.add_done_callback(ended)
         self._alarm = Alarm(self._around.clock)
@@ -276,7 +277,11 @@ class Keeper:
         self.load = None
         self._alarm.ring()
 
-    def _journal(self, entry: Started | Ready | Ended) -> None:
+    def _note_process(self, launch: Launch, process: Process) -> None:
+        boot_id = self._around.provider.boot_id
+        self._journal(Started(launch.launch_id, process.pid, process.start_ticks, boot_id))
+
+    def _journal(self, entry: Started | Ready | Held | Ended) -> None:
         """Note what has happened; it has happened whether or not the disk takes the note."""
         try:
             self._around.journal.append(entry)
@@ -372,7 +377,13 @@ class Keeper:
 
     def _adopted(self, launch: Launch, *, ready: bool) -> Lifecycle:
         now_s = self._around.clock.now_s()
-        return adopted(ready=ready, starts=launch.starts, now_s=now_s, timing=self._timing())
+        return adopted(
+            ready=ready,
+            held=launch.held,
+            starts=launch.starts,
+            now_s=now_s,
+            timing=self._timing(),
+        )
 
     # --- time and tasks -------------------------------------------------------------------------
 

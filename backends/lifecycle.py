@@ -188,12 +188,13 @@ _HOLDS = {Event.HOLD: True, Event.RELEASE: False}
 _FORGIVING = frozenset({Event.RESTART, Event.DEADLINE})  # these end a back-off
 
 
-def adopted(*, ready: bool, starts: int, now_s: float, timing: Timing) -> Lifecycle:
+def adopted(*, ready: bool, held: bool, starts: int, now_s: float, timing: Timing) -> Lifecycle:
     """Return the state of a process that a former manager started."""
-    phase = Phase.READY if ready else Phase.STARTING
+    phase = (Phase.HELD if held else Phase.READY) if ready else Phase.STARTING
     return Lifecycle(
         phase=phase,
         wanted=True,
+        held=held,
         starts=starts,
         deadline_s=_deadline_s(phase, 0, now_s, timing),
         reason="adopted from the manager before",

@@ -6,8 +6,9 @@ answers only once the first snapshot is complete: a proxy that comes back to a n
 see a fleet without the replicas that are being adopted.
 
 SIGTERM and SIGINT stop every replica in order and exit 0, and the second one hurries. With
-`detach_on_exit` the replicas run on for the next manager. SIGHUP reads the configuration again;
-the manager's own address and run folder stay as they were until it is started anew.
+`detach_on_exit` the replicas run on for the next manager. SIGHUP reads the models again; the
+manager's own section and the region stay as they were until it is started anew, which costs nothing
+with `detach_on_exit`.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ async def serve(
     engines: Mapping[str, Engine] = ENGINES,
 ) -> int:
     """Run until a signal ends it. Raises `StartError` before anything has been started."""
+    if not hasattr(os, "pidfd_open"):
+        raise StartError("the manager needs Linux: it watches its processes by pidfd and /proc")
     log, orders, settings = Log(), Orders(), config.manager
     run_folder = Path(settings.run_dir)
     with contextlib.ExitStack() as stack:

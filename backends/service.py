@@ -35,11 +35,17 @@ class Command(msgspec.Struct, frozen=True):
 class Service:
     """One process, as often as it takes."""
 
-    def __init__(self, command: Command, told: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        command: Command,
+        told: Callable[[str], None],
+        started: Callable[[int], None] = lambda _pid: None,
+    ) -> None:
         self.command = command
         self.process: asyncio.subprocess.Process | None = None
         self.ended_early = asyncio.Event()  # it died before `settle`
         self._told = told
+        self._started = started
         self._settled = False
         self._stop = asyncio.Event()
 
@@ -99,6 +105,7 @@ class Service:
             )
         finally:
             os.close(log_fd)
+        self._started(self.process.pid)
         if self._stop.is_set():
             self.signal(signal.SIGTERM)
         return self.process

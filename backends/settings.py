@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from backends.spec import replica_specs
 from backends.up import Plan
 from proxy.config import (
     EMBEDDED_DEFAULT,
@@ -52,6 +53,11 @@ def manager_config_of(
 def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
     """Return what `doherty up` is to run. Raises `ConfigError`."""
     config, path = read_config(given["config"], environ)
+    if not replica_specs(config):
+        raise ConfigError(
+            f"{path}: no replica is configured, so there is nothing to bring up; "
+            "name a model with a pool of at least one replica"
+        )
     flags = {k: v for k, v in given.items() if k in ProxyConfig.__struct_fields__}
     for name in ("manager_url", "worker_urls"):
         if name in flags:

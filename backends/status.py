@@ -34,13 +34,13 @@ def fetch_fleet(manager_url: str) -> FleetSnapshot:
     except urllib.error.HTTPError as error:
         error.close()
         raise StartError(f"{url} answered {error.code}: is that a manager?") from error
+    except msgspec.MsgspecError as error:
+        raise StartError(f"{url} answered something else than a fleet: {error}") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise StartError(
             f"no manager answers on {manager_url} ({reason}); name it with --manager-url"
         ) from error
-    except msgspec.MsgspecError as error:
-        raise StartError(f"{url} answered something else than a fleet: {error}") from error
 
 
 def table(fleet: FleetSnapshot) -> str:

@@ -144,7 +144,7 @@ class Up:
         self._plan = plan
         manager, proxy = services(plan, os.environ)
         self._manager = Service(manager, self._say)
-        self._proxy = Service(proxy, self._say)
+        self._proxy = Service(proxy, self._say, self._note_proxy)
         self._log = Log()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -167,7 +167,6 @@ class Up:
         if ready:
             self._manager.settle()
             self._proxy.settle()
-            self._note_proxy()
             self._say(banner(self._plan))
             await self._stop.wait()
         await cancel_all(chores)
@@ -273,12 +272,12 @@ class Up:
         else:
             self._manager.signal(signal.SIGHUP)
 
-    def _note_proxy(self) -> None:
-        process = self._proxy.process
-        stat = read_stat(process.pid) if process is not None else None
+    def _note_proxy(self, pid: int) -> None:
+        """Leave a note for the next `up`, should this one be killed."""
+        stat = read_stat(pid)
         if stat is not None:
-            path = self._plan.run_folder / "proxy.pid"
-            path.write_text(f"{stat.pid} {stat.start_ticks}\n")
+            note = self._plan.run_folder / "proxy.pid"
+            note.write_text(f"{stat.pid} {stat.start_ticks}\n")
 
     def _say(self, text: str) -> None:
         with suppress(OSError):  # a terminal that is gone stops nothing
@@ -315,15 +314,15 @@ def banner(plan: Plan) -> str:
         "",
         f"Ready: {plan.url}/v1",
         "",
-        f"  curl -N {plan.url}/v1/chat/completions -H 'content-type: application/json'{auth} \\",
-        f"    -d '{json.dumps(body)}'",
+        f"curl -N {plan.url}/v1/chat/completions -H 'content-type: application/json'{auth} \\",
+        f"  -d '{json.dumps(body)}'",
         "",
-        *(["  import os"] if auth else []),
-        "  from openai import OpenAI",
-        f'  client = OpenAI(base_url="{plan.url}/v1", api_key={key})',
-        "  answer = client.chat.completions.create(",
-        f'      model="{model}", messages=[{{"role": "user", "content": "Say hello."}}])',
-        "  print(answer.choices[0].message.content)",
+        *(["import os"] if auth else []),
+        "from openai import OpenAI",
+        f'client = OpenAI(base_url="{plan.url}/v1", api_key={key})',
+        "answer = client.chat.completions.create(",
+        f'    model="{model}", messages=[{{"role": "user", "content": "Say hello."}}])',
+        "print(answer.choices[0].message.content)",
         "",
         f"  admin    {plan.admin_url}  (metrics, replicas)",
         f"  replicas doherty status --manager-url {plan.manager_url}",

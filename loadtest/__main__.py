@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 import uvloop
 
-from loadtest import plot, report
+from loadtest import faults, plot, report
 from loadtest.client import parse_url
-from loadtest.compare import FleetOptions, compare
+from loadtest.compare import compare
+from loadtest.fleet import FleetOptions
 from loadtest.measure import warmup_count
 from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
 from loadtest.traces import Trace, TraceError
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0, 1 when the run failed, 2 when it could not begin as asked."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.command == "faults":
+        return _faults(args)
     try:
         options = Options(**_fields(args, Options))
         _check(args, options)
@@ -100,6 +103,26 @@ def _compare(args: argparse.Namespace, options: Options, trace: Trace) -> int:
     return _exit_code(made, {run.label: run.label for run in made})
 
 
+def _faults(args: argparse.Namespace) -> int:
+    options = faults.FaultOptions(**_fields(args, faults.FaultOptions))
+    fleet_options = FleetOptions(**_fields(args, FleetOptions))
+    try:
+        findings = uvloop.run(
+            faults.run_faults(options, fleet_options, lambda text: _say(text, args))
+        )
+    except RunError as error:
+        print(f"loadtest: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    _print(faults.table(findings), args)
+    _write(args, {"findings": [msgspec.to_builtins(finding) for finding in findings]})
+    if not faults.kept_promises(findings):
+        print("loadtest: requests were lost or silently cut", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _exit_code(runs: Sequence[Run], names: dict[str, str]) -> int:
     problems = [p for run in runs if (p := complaint(run.outcomes, names[run.label]))]
     for problem in problems:
@@ -154,7 +177,29 @@ def _parser() -> argparse.ArgumentParser:
         _add_choice(command)
         _add_sending(command)
         _add_reporting(command)
+    command = commands.add_parser(
+        "faults",
+        help="kill -9 a replica, the manager and a proxy worker under load",
+        description=faults.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_faults(command)
     return parser
+
+
+def _add_faults(command: argparse.ArgumentParser) -> None:
+    base, add = faults.FaultOptions(), command.add_argument
+    add("--victims", type=_names, default=base.victims, help="default: all three")
+    add("--replicas", type=_positive_int, default=3, help="default %(default)s")
+    add("--workers", type=_positive_int, default=2, help="of the proxy (default %(default)s)")
+    add("--rate", type=_positive, default=base.rate, help="streams begun a second")
+    add("--output-tokens", type=_positive_int, default=base.output_tokens, help="of each stream")
+    add("--before", type=_positive, default=base.before, help="s of load before the kill")
+    add("--after", type=_positive, default=base.after, help="s of load after it")
+    add("--profile", default=FleetOptions().profile, help="of the simulated engines")
+    add("--doherty", default="", metavar="COMMAND", help="default: the one installed")
+    add("--json", metavar="FILE", help="also write everything as JSON; - is standard output")
+    add("--quiet", action="store_true", help="no progress")
 
 
 def _add_server(command: argparse.ArgumentParser) -> None:

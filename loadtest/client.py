@@ -180,20 +180,24 @@ class Client:
             lines.append(f"authorization: Basic {encoded}")
         self._common_head = "\r\n".join(lines)
 
-    async def post(self, path: str, body: bytes, headers: str = "") -> AnswerReader:
-        """POST JSON. `headers` are further whole lines, each ended with CRLF."""
+    async def post(
+        self, path: str, body: bytes, headers: str = "", reader: AnswerReader | None = None
+    ) -> AnswerReader:
+        """POST JSON. `headers` are further whole lines, each ended with CRLF.
+
+        A `reader` of the caller's own keeps what had come of an answer that then broke.
+        """
         head = (
             f"POST {self._target.path_prefix}{path} HTTP/1.1\r\n{self._common_head}\r\n"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{headers}\r\n"
         )
-        return await self._send(head.encode("latin-1"), body)
+        return await self._send(head.encode("latin-1"), body, reader or AnswerReader())
 
     async def get(self, path: str) -> AnswerReader:
         head = f"GET {self._target.path_prefix}{path} HTTP/1.1\r\n{self._common_head}\r\n\r\n"
-        return await self._send(head.encode("latin-1"), b"")
+        return await self._send(head.encode("latin-1"), b"", AnswerReader())
 
-    async def _send(self, head: bytes, body: bytes) -> AnswerReader:
-        reader = AnswerReader()
+    async def _send(self, head: bytes, body: bytes, reader: AnswerReader) -> AnswerReader:
         connection = self._idle_connection() or await self._connect()
         await connection.exchange(head, body, reader)
         if reader.complete and reader.keep_alive and connection.usable:

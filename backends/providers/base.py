@@ -44,5 +44,5 @@ class Provider(Protocol):
     ) -> Process:
         """Start a process in a group of its own. Raises `OSError`."""
 
-    def recover(self, launches: Iterable[Launch]) -> dict[str, Process]:
+    def recover(self, launches: Iterable[Launch]) -> Mapping[str, Process]:
         """Return those that still run, by launch id; what is left of the others is killed."""

@@ -120,7 +120,7 @@ class ProcessProvider:
             os.waitpid(pid, 0)
             raise
 
-    def recover(self, launches: Iterable[Launch]) -> dict[str, Process]:
+    def recover(self, launches: Iterable[Launch]) -> Mapping[str, Process]:
         """Find each launch by its identity, or by the launch id that its processes carry."""
         launches = list(launches)
         found: dict[str, Process] = {}

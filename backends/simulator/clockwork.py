@@ -3,8 +3,9 @@
 The engine takes turns: `plan` chooses the work of one step and says when it will be done, the
 caller waits until then, `finish` applies it. Each step serves all decoding sequences first, one
 token each, then prefill chunks of admitted sequences, then admits from the waiting queue, all under
-one budget of tokens: prefill never starves decode, it only makes its steps longer. The queue is
-first come, first served; ranks, where priorities are on, go before that.
+one budget of tokens: prefill never starves decode, it only makes its steps longer. (SGLang mixes
+them only with --enable-mixed-chunk; by default its prefill goes alone and first. Here both dialects
+mix.) The queue is first come, first served; ranks, where priorities are on, go before that.
 
 KV blocks are taken as tokens are computed. When a running sequence finds none, the newest running
 one (the lowest ranked, then newest) is preempted: its blocks are let go, it returns to its place in

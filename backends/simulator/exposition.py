@@ -135,8 +135,9 @@ def _render_vllm(engine: Engine) -> str:
         "num_gpu_blocks": str(cache.blocks_max),
         "prefix_caching_hash_algo": "xxhash",
     }
-    page.family("cache_config_info", "gauge", [(info, 1)])
-    return page.text()
+    cache_page = _Page("vllm:", {"engine": "0"})
+    cache_page.family("cache_config_info", "gauge", [(info, 1)])
+    return page.text() + cache_page.text()
 
 
 def _render_sglang(engine: Engine) -> str:

@@ -111,6 +111,8 @@ class Server:
             return await self._guard(request, handler)
 
         application = web.Application(middlewares=[guard], client_max_size=BODY_BYTES_MAX)
+        if self.settings.echo_request_id:
+            application.on_response_prepare.append(self._echo_request_id)
         router = application.router
         if self.settings.task == "generate":
             router.add_post("/v1/chat/completions", self._chat)
@@ -144,9 +146,12 @@ class Server:
         except Exception as error:  # noqa: BLE001  # the top of a request's task
             _log.exception("request failed")
             response = self._refusal(request, ApiError(500, f"{type(error).__name__}: {error}"))
-        if self.settings.echo_request_id and not response.prepared:
-            response.headers["X-Request-Id"] = request.headers.get("X-Request-Id", "")
         return response
+
+    async def _echo_request_id(self, request: web.Request, response: web.StreamResponse) -> None:
+        wanted = request.headers.get("X-Request-Id", "")
+        known = _REQUEST_ID.fullmatch(wanted)
+        response.headers["X-Request-Id"] = wanted if known else uuid.uuid4().hex
 
     def _check_key(self, request: web.Request) -> None:
         keys = self.settings.api_keys

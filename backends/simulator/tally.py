@@ -85,7 +85,6 @@ class Tally:
         self.preemptions = 0
         self.steps = 0
         self.finished: Counter[str] = Counter()
-        self.rejected = 0
         self.time_to_first_token = Histogram(bounds.first_token_s)
         self.inter_token_latency = Histogram(bounds.inter_token_s)
         self.end_to_end = Histogram(bounds.end_to_end_s)

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from loadtest.client import Client, parse_url
-from loadtest.compare import (
+from loadtest.fleet import (
     FleetOptions,
     Ports,
     find_doherty,
@@ -79,8 +79,9 @@ async def test_a_fleet_comes_up_and_leaves_nothing(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     options = FleetOptions(replicas=2, doherty=f"{sys.executable} {FAKE}")
-    async with fleet("prefix", options) as ports:
-        client = Client(parse_url(f"http://127.0.0.1:{ports.manager}"), time.perf_counter)
+    async with fleet("prefix", options) as running:
+        manager = f"http://127.0.0.1:{running.ports.manager}"
+        client = Client(parse_url(manager), time.perf_counter)
         page = json.loads((await client.get("/v1/fleet")).body)
         client.close()
         assert page["version"] > 3  # asked again after it said "starting"
@@ -115,7 +116,7 @@ async def test_a_fleet_that_does_not_stop_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("loadtest.compare.STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("loadtest.fleet.STOP_TIMEOUT_S", 0.2)
     pid_file = tmp_path / "pid"
     script = tmp_path / "deaf.py"
     script.write_text(

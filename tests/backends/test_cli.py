@@ -1,0 +1,355 @@
+"""The command line: what it accepts, what it says, and with which status it ends."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from typing_extensions import override
+
+from backends.cli import main
+from backends.redact import HIDDEN, redacted, redacted_args
+from backends.service import flags_of
+from backends.settings import manager_config_of, plan_of
+from backends.status import table
+from backends.up import banner, describe, services
+from proxy.config import ConfigError, parse_config
+from proxy.contract import (
+    FleetSnapshot,
+    LoadSample,
+    ReplicaRecord,
+    ReplicaState,
+    encode_snapshot,
+)
+
+GOOD = """\
+proxy: {port: 9100, api_key: hush-hush}
+manager: {port: 9102}
+models:
+  - name: m
+    pools:
+      - engine: vllm
+        args: [--api-key, hush-hush, --max-num-batched-tokens, '8192']
+        env: {HF_TOKEN: hush-hush, HF_HOME: /models}
+"""
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> str:
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    return str(path)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from backends.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'aiohttp', 'asyncio', 'uvloop', 'yaml', 'msgspec'} & set(sys.modules)))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert output.splitlines()[-1] == "[]"
+    for command in ("up", "proxy", "manager", "simulator", "check", "status"):
+        assert f"    {command}" in output
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("doherty ")
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_check_shows_the_settings_and_no_secret(
+    good: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", good]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith(f"{good}: ok\n")
+    assert "port: 9100" in output
+    assert "shutdown_grace_period_secs: 60.0" in output, "defaults are settings too"
+    assert "'8192'" in output
+    assert "/models" in output
+    assert "hush-hush" not in output
+
+
+FAULTS = [
+    ("an unknown key", "proxxy: {}", ":1: unknown key 'proxxy'; did you mean 'proxy'?"),
+    ("a wrong type", "proxy:\n  port: many", ":2: proxy.port: "),
+    ("no YAML", "proxy: [", "not valid YAML"),
+    ("an unknown engine", "models: [{name: m, pools: [{engine: x}]}]", "models[0].pools[0].engine"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), [c[1:] for c in FAULTS], ids=[c[0] for c in FAULTS])
+@pytest.mark.parametrize("command", [["check"], ["manager", "--config"], ["up"]])
+def test_a_faulty_file_is_told_with_status_2(
+    command: list[str],
+    text: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert main([*command, str(path)]) == 2
+    captured = capsys.readouterr()
+    assert str(path) in captured.err
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == [path], "nothing was begun"
+
+
+def test_check_without_a_file_and_with_a_missing_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 2
+    assert main(["check", "/no/such/file.yaml"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--schema"]) == 0
+    assert "$defs" in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--port", "port"), ("--admin-port", "admin"), ("--manager-port", "manager")]
+)
+def test_up_tells_a_port_in_use_before_it_starts_anything(
+    flag: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    ports = {"--port": "0", "--admin-port": "0", "--manager-port": "0"}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        flags = [word for pair in (ports | {flag: str(port)}).items() for word in pair]
+        assert main(["up", *flags, "--run-dir", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert f"port {port} on 127.0.0.1 is in use; " in error
+    assert f"choose another with {flag}" in error
+    assert not (folder / "logs").exists()
+
+
+def test_up_wants_three_ports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    flags = ["--port", port, "--admin-port", port, "--manager-port", "0"]
+    assert main(["up", *flags, "--run-dir", str(tmp_path / "run")]) == 1
+    assert "three different ports" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--port", "many"], ["--policy", "luck"], ["--workers", "0"]])
+def test_up_refuses_bad_values(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["up", *flags, "--run-dir", str(tmp_path)]) == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "x", "1" * 9, "²"])
+def test_a_manager_port_is_a_port(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["manager", f"--port={port}"])
+    assert "is not a port" in capsys.readouterr().err
+
+
+def given(**values: object) -> dict[str, object]:
+    return {"config": None, **values}
+
+
+def test_flag_over_environment_over_file(good: str) -> None:
+    environ = {"DOHERTY_PORT": "9200", "DOHERTY_ADMIN_PORT": "9201", "DOHERTY_MANAGER_PORT": "9202"}
+    plan = plan_of(given(config=good, admin_port="9301", run_dir="/r"), environ)
+    assert (plan.proxy.port, plan.proxy.admin_port) == (9200, 9301)
+    assert (plan.manager.port, plan.manager.run_dir) == (9202, "/r")
+    assert plan_of(given(config=good), {}).proxy.port == 9100
+    config, path = manager_config_of(given(manager_port=9400), {"DOHERTY_CONFIG": good})
+    assert (config.manager.port, path) == (9400, good)
+
+
+def test_without_a_file_there_is_a_demo() -> None:
+    plan = plan_of(given(), {})
+    assert plan.config_path is None
+    assert plan.config.models[0].pools[0].replicas == 2
+
+
+def test_up_without_replicas_would_wait_for_ever(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("models: [{name: m, pools: [{engine: vllm, replicas: 0}]}]")
+    with pytest.raises(ConfigError, match="no replica is configured"):
+        plan_of(given(config=str(path)), {})
+
+
+@pytest.mark.parametrize("name", ["manager_url", "worker_urls"])
+def test_up_has_its_own_manager(name: str) -> None:
+    with pytest.raises(ConfigError, match="doherty proxy"):
+        plan_of(given(**{name: "http://127.0.0.1:1"}), {})
+
+
+def test_keys_go_by_the_environment_and_not_by_the_command_line(good: str) -> None:
+    plan = plan_of(given(config=good, api_key="hush-hush", policy="round_robin"), {})
+    manager, proxy = services(plan, {"HOME": "/h"})
+    assert "hush-hush" not in " ".join((*manager.argv, *proxy.argv))
+    assert proxy.env["DOHERTY_API_KEY"] == "hush-hush"
+    assert "--policy=round_robin" in proxy.argv
+    assert proxy.argv[5:7] == ("--manager-url", "http://127.0.0.1:9102")
+    assert f"--access-log={plan.manager.run_dir}/logs/access.log" in proxy.argv
+    assert manager.argv[1:6] == ("-m", "backends.cli", "manager", "--config", good)
+
+
+def test_flags_are_written_so_that_they_are_read_again() -> None:
+    assert flags_of({"a_b": True, "c": False, "d": ("x", "y"), "e": 1, "f": "-"}) == (
+        *("--a-b", "--no-c", "--d", "x", "y", "--e=1", "--f=-"),
+    )
+
+
+def test_the_banner_can_be_pasted(good: str) -> None:
+    open_plan = plan_of(given(), {})
+    text = banner(open_plan)
+    assert "Ready: http://127.0.0.1:8000/v1" in text
+    command = text.split("curl")[1].split("\n\n")[0]
+    assert '"stream": true' in command
+    assert json.loads(command.split("-d '")[1].rsplit("'", 1)[0])["model"] == "demo"
+    python = text.split("\n\n")[2]
+    assert "OpenAI(" in python
+    compile(python, "snippet", "exec")
+    keyed = banner(plan_of(given(config=good), {}))
+    assert "hush-hush" not in keyed
+    assert "Bearer $DOHERTY_API_KEY" in keyed
+    assert 'os.environ["DOHERTY_API_KEY"]' in keyed
+
+
+@pytest.mark.parametrize(
+    ("host", "url"), [("0.0.0.0", "http://127.0.0.1:8000"), ("::", "http://[::1]:8000")]
+)
+def test_an_address_for_everybody_is_shown_as_one_that_can_be_used(host: str, url: str) -> None:
+    assert plan_of(given(host=host), {}).url == url
+
+
+def test_progress_tells_what_matters() -> None:
+    def record(state: ReplicaState, restarts: int = 0) -> ReplicaRecord:
+        return ReplicaRecord(
+            replica_id="m-0", url="http://h:1", state=state, reason="why", restarts=restarts
+        )
+
+    assert describe(record(ReplicaState.READY)) == "  m-0 is ready (unknown, http://h:1)"
+    assert "restart 2" in describe(record(ReplicaState.READY, 2))
+    assert describe(record(ReplicaState.BACKOFF)) == "  m-0 waits to start again: why"
+    assert describe(record(ReplicaState.STARTING)) == "  m-0 is starting"
+    assert describe(record(ReplicaState.STOPPING)) == ""
+
+
+def test_redaction() -> None:
+    args = ["--api-key", "a", "b", "--port", "1", "--hf-token=c", "--tokenizer", "d", "e"]
+    assert redacted_args(args) == [
+        *("--api-key", HIDDEN, HIDDEN, "--port", "1", f"--hf-token={HIDDEN}"),
+        *("--tokenizer", "d", "e"),
+    ]
+    config = parse_config(GOOD.replace("port: 9100", "worker_urls: ['http://u:p@h:1']"), "test")
+    assert "hush-hush" not in json.dumps(redacted(config))
+    assert redacted(config)["proxy"]["worker_urls"] == [f"http://{HIDDEN}@h:1"]
+
+
+FLEET = FleetSnapshot(
+    epoch="e",
+    version=1,
+    replicas=(
+        ReplicaRecord(
+            replica_id="m-0",
+            url="http://127.0.0.1:1",
+            load=LoadSample(at_s=1.0, running=3, waiting=12, kv_used_ratio=0.456),
+        ),
+        ReplicaRecord(
+            replica_id="long-name-1",
+            url="http://127.0.0.1:22",
+            state=ReplicaState.BACKOFF,
+            restarts=7,
+            reason="exited with status 1",
+        ),
+    ),
+)
+
+
+def test_status_table() -> None:
+    assert table(FLEET).splitlines() == [
+        "ID           STATE    URL                  RUNNING  WAITING  KV   RESTARTS  REASON",
+        "m-0          ready    http://127.0.0.1:1   3        12       46%  0",
+        "long-name-1  backoff  http://127.0.0.1:22  -        -        -    7         "
+        "exited with status 1",
+    ]
+    assert table(FleetSnapshot(epoch="e", version=1)) == "no replicas"
+
+
+@pytest.fixture
+def answering() -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
+    """Serve whatever the test puts into the list."""
+    answers: list[tuple[int, bytes]] = [(200, b"")]
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answers[0]
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        @override
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/", answers
+        server.shutdown()
+        thread.join()
+
+
+def test_status(
+    answering: tuple[str, list[tuple[int, bytes]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, answers = answering
+    answers[0] = (200, encode_snapshot(FLEET))
+    assert main(["status", "--manager-url", url]) == 0
+    assert "long-name-1" in capsys.readouterr().out
+
+
+NO_FLEETS = [
+    (200, b"<html>", "something else than a fleet"),
+    (404, b"", "answered 404: is that a manager?"),
+]
+
+
+@pytest.mark.parametrize(("code", "body", "message"), NO_FLEETS)
+def test_status_of_something_else(
+    answering: tuple[str, list[tuple[int, bytes]]],
+    code: int,
+    body: bytes,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    url, answers = answering
+    answers[0] = (code, body)
+    assert main(["status", "--manager-url", url]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "ftp://x", "127.0.0.1:8002"])
+def test_status_of_nothing(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--manager-url", url]) == 1
+    assert url in capsys.readouterr().err

@@ -1,0 +1,239 @@
+"""What the manager knows about each engine: commands, readiness, load."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backends.engines import ENGINES
+from backends.engines.base import (
+    EngineMissingError,
+    Launch,
+    launch_hash,
+    merged,
+    option,
+    read_model_names,
+    resolve_program,
+)
+from backends.engines.exposition import read_samples
+from backends.spec import ReplicaSpec
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def spec(engine: str, *args: str, **fields: object) -> ReplicaSpec:
+    base = ReplicaSpec(replica_id="m-0", model="m", pool="m", engine=engine, args=args)
+    return msgspec.structs.replace(base, **fields)
+
+
+def golden(name: str) -> bytes:
+    return (GOLDEN / name).read_bytes()
+
+
+COMMANDS = [
+    ("vllm", ("vllm", "serve", "/models/x")),
+    ("sglang", ("sglang", "serve", "--model-path", "/models/x")),
+    ("simulator", (sys.executable, "-m", "backends.simulator")),
+]
+
+
+@pytest.mark.parametrize(("name", "head"), COMMANDS)
+def test_command(name: str, head: tuple[str, ...]) -> None:
+    wanted = spec(name, "--port", "1", "--extra", model_path="/models/x")
+    argv = ENGINES[name].command(wanted, 20_001).argv
+    assert argv[: len(head)] == head
+    assert argv[-3:] == ("--port", "1", "--extra"), "the user's arguments win by coming last"
+    assert ("--host", "127.0.0.1") in list(itertools.pairwise(argv))
+    assert ("--port", "20001") in list(itertools.pairwise(argv))
+
+
+def test_without_a_path_the_model_name_is_what_is_loaded() -> None:
+    assert ENGINES["vllm"].command(spec("vllm"), 1).argv[2] == "m"
+    assert "m" in ENGINES["sglang"].command(spec("sglang"), 1).argv
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "ready", "load", "abort"),
+    [
+        ("vllm", (), ("/health",), ("/metrics",), None),
+        ("sglang", (), ("/ready", "/health"), ("/metrics", "/v1/loads"), "/abort_request"),
+        ("simulator", (), ("/health",), ("/metrics",), None),
+        (
+            "simulator",
+            ("--dialect", "sglang"),
+            ("/ready", "/health"),
+            ("/metrics", "/v1/loads"),
+            "/abort_request",
+        ),
+        ("simulator", ("--dialect=vllm",), ("/health",), ("/metrics",), None),
+    ],
+)
+def test_paths(
+    name: str, args: tuple[str, ...], ready: tuple[str, ...], load: tuple[str, ...], abort: str
+) -> None:
+    engine, wanted = ENGINES[name], spec(name, *args)
+    assert engine.ready_paths(wanted) == ready
+    assert engine.load_paths(wanted) == load
+    assert engine.abort_path(wanted) == abort
+
+
+@pytest.mark.parametrize("name", ["vllm", "simulator"])
+def test_load_of_vllm(name: str) -> None:
+    load = ENGINES[name].read_load([golden("vllm-0.26.0-metrics.txt")], 5.0)
+    assert load is not None
+    assert (load.at_s, load.running, load.waiting, load.kv_used_ratio) == (5.0, 0, 0, 0.0)
+    assert load.kv_capacity_tokens == 21_004 * 16
+    assert load.prompt_tokens_total == 1_224_485
+    assert load.cached_tokens_total == 676_880
+    assert load.generation_tokens_total == 65_291
+
+
+@pytest.mark.parametrize("name", ["sglang", "simulator"])
+def test_load_of_sglang(name: str) -> None:
+    load = ENGINES[name].read_load([golden("sglang-0.5.17-metrics.txt"), b""], 5.0)
+    assert load is not None
+    assert load.kv_capacity_tokens == 343_968
+    assert load.prompt_tokens_total == 92 + 1_104_189, "streaming and not"
+    assert load.cached_tokens_total == 596_944
+
+
+def test_sglang_loads_win_over_its_lagging_gauges() -> None:
+    text = golden("sglang-0.5.17-metrics.txt")
+    loads = golden("sglang-0.5.17-loads.json")
+    busy = loads.replace(b'"num_running_reqs": 0', b'"num_running_reqs": 7')
+    assert busy != loads
+    load = ENGINES["sglang"].read_load([text, busy], 5.0)
+    assert load is not None
+    assert (load.running, load.waiting, load.cached_tokens_total) == (7, 0, 596_944)
+    alone = ENGINES["sglang"].read_load([b"", busy], 5.0)
+    assert alone is not None
+    assert (alone.running, alone.kv_capacity_tokens) == (7, 343_968)
+
+
+RANKS = [
+    (
+        "vllm sums its data-parallel ranks, and the fullest cache counts",
+        "vllm",
+        'vllm:num_requests_running{engine="0"} 2\nvllm:num_requests_running{engine="1"} 3\n'
+        'vllm:kv_cache_usage_perc{engine="0"} 0.1\nvllm:kv_cache_usage_perc{engine="1"} 0.9\n',
+        (5, 0.9),
+    ),
+    (
+        "sglang repeats figures per tensor-parallel rank, and splits them by priority",
+        "sglang",
+        'sglang:num_running_reqs{tp_rank="0",priority=""} 4\n'
+        'sglang:num_running_reqs{tp_rank="1",priority=""} 4\n'
+        'sglang:num_running_reqs{tp_rank="0",priority="1"} 3\n'
+        'sglang:token_usage{tp_rank="0"} 0.25\n',
+        (4, 0.25),
+    ),
+    (
+        "a value that is no number is no value",
+        "vllm",
+        "vllm:num_requests_running 1\nvllm:kv_cache_usage_perc NaN\n",
+        (1, 0.0),
+    ),
+    (
+        "ratios and counts are held to what they can be",
+        "vllm",
+        "vllm:num_requests_running -3\nvllm:kv_cache_usage_perc 7.5\n",
+        (0, 1.0),
+    ),
+    ("the old name of the usage", "vllm",
+     "vllm:num_requests_running 1\nvllm:gpu_cache_usage_perc 0.5\n", (1, 0.5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "load"), [c[1:] for c in RANKS], ids=[c[0] for c in RANKS]
+)
+def test_folding(name: str, text: str, load: tuple[int, float]) -> None:
+    sample = ENGINES[name].read_load([text.encode(), b""], 1.0)
+    assert sample is not None
+    assert (sample.running, sample.kv_used_ratio) == load
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"\n\n", b"<html>no</html>", b"vllm:num_requests_running", b"vllm:num_requests_running{",
+     b"vllm:num_requests_running{} x", b"vllm:kv_cache_usage_perc 0.5", b"\xff\xfe\x00"],
+)  # fmt: skip
+def test_what_says_nothing_is_no_reading(text: bytes) -> None:
+    for engine in ENGINES.values():
+        assert engine.read_load([text, text], 1.0) is None
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(st.binary(max_size=200), st.binary(max_size=50))
+def test_no_page_breaks_the_reader(page: bytes, label: bytes) -> None:
+    page += b'\nvllm:num_requests_running{a="' + label + b'"} 2\n'
+    for engine in ENGINES.values():
+        engine.read_load([page, page], 1.0)
+
+
+def test_labels_are_unescaped() -> None:
+    text = rb'x{a="b\"c\\d\ne",f="g}h"} 1.5 1700000000'
+    assert read_samples(text, ["x"]) == {"x": [({"a": 'b"c\\d\ne', "f": "g}h"}, 1.5)]}
+
+
+OPTIONS = [
+    (("--dialect", "sglang"), "sglang"),
+    (("--dialect=sglang",), "sglang"),
+    (("--dialect", "vllm", "--dialect=sglang"), "sglang"),
+    (("--dialects", "x"), None),
+    (("--dialect",), None),
+]
+
+
+@pytest.mark.parametrize(("args", "value"), OPTIONS)
+def test_option(args: tuple[str, ...], value: str | None) -> None:
+    assert option(args, "--dialect") == value
+
+
+def test_a_missing_program_names_the_extra_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EngineMissingError, match=r"pip install 'doherty\[vllm\]'"):
+        resolve_program(("no-such-engine", "serve"), "vllm")
+    with pytest.raises(EngineMissingError, match="was not found"):
+        resolve_program((str(tmp_path / "gone"),), "")
+    program = tmp_path / "engine-of-mine"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert resolve_program(("engine-of-mine", "x"), "") == (str(program), "x")
+
+
+def test_the_hash_follows_what_needs_a_restart() -> None:
+    engine = ENGINES["vllm"]
+    base = launch_hash(engine, spec("vllm"))
+    assert base == launch_hash(engine, spec("vllm", target_inputs=3, replica_id="m-1"))
+    assert base != launch_hash(engine, spec("vllm", "--x"))
+    assert base != launch_hash(engine, spec("vllm", env={"A": "1"}))
+    assert base != launch_hash(engine, spec("vllm", model_path="/other"))
+
+
+def test_an_engine_inherits_everything_but_our_own_settings() -> None:
+    environ = {"PATH": "/bin", "A": "outer", "DOHERTY_API_KEY": "secret"}
+    launch = Launch(("x",), {"A": "engine", "B": "engine"})
+    env = merged(environ, launch, spec("vllm", env={"B": "user"}))
+    assert env == {"PATH": "/bin", "A": "engine", "B": "user"}
+
+
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        (b'{"data":[{"id":"m"},{"id":"lora","x":1},{"id":"m"}]}', ("m", "lora")),
+        (b'{"data":[]}', ()),
+        (b'{"data":[{}]}', ()),
+        (b"no", ()),
+    ],
+)
+def test_model_names(body: bytes, names: tuple[str, ...]) -> None:
+    assert read_model_names(body) == names

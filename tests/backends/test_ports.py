@@ -1,0 +1,74 @@
+"""Leases of loopback ports."""
+
+from __future__ import annotations
+
+import random
+import socket
+
+import pytest
+
+from backends.ports import NoPortError, PortLeases, bind_problem, port_free
+
+
+def free_range(count: int) -> int:
+    """Return the first of `count` neighbouring ports that are all free now."""
+    for start in range(21_000, 31_000, 97):
+        if all(port_free("127.0.0.1", port) for port in range(start, start + count)):
+            return start
+    raise AssertionError("no free range of ports")
+
+
+def test_no_port_is_leased_twice_until_it_is_released() -> None:
+    start = free_range(4)
+    leases = PortLeases(random.Random(1), start, start + 3)
+    ports = {leases.lease() for _ in range(4)}
+    assert ports == set(range(start, start + 4))
+    with pytest.raises(NoPortError, match=str(start)):
+        leases.lease()
+    leases.release(start + 2)
+    assert leases.lease() == start + 2
+
+
+def test_a_port_that_somebody_listens_on_is_passed_over() -> None:
+    start = free_range(2)
+    leases = PortLeases(random.Random(1), start, start + 1)
+    with socket.create_server(("127.0.0.1", start)):
+        assert not port_free("127.0.0.1", start)
+        assert leases.lease() == start + 1
+        with pytest.raises(NoPortError):
+            leases.lease()
+    assert leases.lease() == start
+
+
+def test_a_lease_moves_when_somebody_else_took_the_port() -> None:
+    start = free_range(2)
+    leases = PortLeases(random.Random(1), start, start + 1)
+    port = leases.lease()
+    assert leases.keep_or_lease(port) == port
+    with socket.create_server(("127.0.0.1", port)):
+        moved = leases.keep_or_lease(port)
+    assert moved != port
+    assert leases.lease() == port, "what was given up is free again"
+
+
+def test_a_claimed_port_is_not_leased() -> None:
+    start = free_range(1)
+    leases = PortLeases(random.Random(1), start, start)
+    leases.claim(start)
+    with pytest.raises(NoPortError):
+        leases.lease()
+
+
+def test_default_range_is_out_of_the_way_of_outgoing_connections() -> None:
+    port = PortLeases(random.Random(1)).lease()
+    with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
+        low, high = map(int, file.read().split())
+    assert not low <= port <= high
+
+
+def test_the_problem_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        problem = bind_problem("127.0.0.1", server.getsockname()[1])
+    assert problem is not None
+    assert "in use" in str(problem)
+    assert bind_problem("no.such.host.invalid", 80) is not None

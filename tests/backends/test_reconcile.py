@@ -1,0 +1,162 @@
+"""From what is wanted and what is there to what is to be done."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backends.lifecycle import Phase
+from backends.reconcile import (
+    Action,
+    Create,
+    Observed,
+    Remove,
+    Restart,
+    Start,
+    Stop,
+    Update,
+    Wanted,
+    reconcile,
+)
+from backends.spec import ReplicaSpec, replica_specs
+from proxy.config import parse_config
+
+
+def spec(replica_id: str, target: int = 0) -> ReplicaSpec:
+    return ReplicaSpec(
+        replica_id=replica_id, model="m", pool="m", engine="simulator", target_inputs=target
+    )
+
+
+def want(replica_id: str, launch: str = "new", target: int = 0) -> Wanted:
+    return Wanted(spec(replica_id, target), launch)
+
+
+def seen(
+    replica_id: str, phase: Phase = Phase.READY, launch: str = "new", *, wanted: bool = True
+) -> Observed:
+    return Observed(spec(replica_id), launch, phase, wanted)
+
+
+CASES: list[tuple[str, list[Wanted], list[Observed], list[Action]]] = [
+    ("nothing to do", [want("a")], [seen("a")], []),
+    ("a new one", [want("a")], [], [Create(want("a"))]),
+    ("one that is gone", [], [seen("a")], [Stop("a")]),
+    ("one that is on its way", [], [seen("a", Phase.DRAINING, wanted=False)], []),
+    ("one that has arrived", [], [seen("a", Phase.STOPPED, wanted=False)], [Remove("a")]),
+    ("the gone before the new", [want("b")], [seen("a")], [Stop("a"), Create(want("b"))]),
+    (
+        "wanted again while it drains",
+        [want("a")],
+        [seen("a", Phase.DRAINING, wanted=False)],
+        [Start("a")],
+    ),
+    (
+        "a setting that needs no restart",
+        [want("a", target=9)],
+        [seen("a")],
+        [Update(want("a", target=9))],
+    ),
+    ("a changed one", [want("a")], [seen("a", launch="old")], [Restart("a")]),
+    (
+        "changed, one at a time",
+        [want("a"), want("b")],
+        [seen("a", launch="old"), seen("b", launch="old")],
+        [Restart("a")],
+    ),
+    (
+        "changed, while another is away",
+        [want("a"), want("b")],
+        [seen("a", Phase.STARTING), seen("b", launch="old")],
+        [],
+    ),
+    (
+        "changed, the other back",
+        [want("a"), want("b")],
+        [seen("a"), seen("b", launch="old")],
+        [Restart("b")],
+    ),
+    (
+        "changed, while the other cannot start: it is not followed",
+        [want("a"), want("b")],
+        [seen("a", Phase.BACKOFF), seen("b", launch="old")],
+        [],
+    ),
+    (
+        "changed where nothing is lost",
+        [want("a"), want("b")],
+        [seen("a", Phase.BACKOFF, "old"), seen("b", Phase.STARTING, "old")],
+        [Restart("a"), Restart("b")],
+    ),
+    ("changed, on its way down", [want("a")], [seen("a", Phase.STOPPING, "old")], []),
+    (
+        "held replicas may be restarted",
+        [want("a")],
+        [seen("a", Phase.HELD, "old")],
+        [Restart("a")],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "observed", "actions"), [case[1:] for case in CASES], ids=[c[0] for c in CASES]
+)
+def test_case(wanted: list[Wanted], observed: list[Observed], actions: list[Action]) -> None:
+    assert list(reconcile(wanted, observed)) == actions
+
+
+NAMES = st.lists(st.sampled_from("abcdef"), unique=True, max_size=6)
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(
+    NAMES,
+    st.lists(
+        st.tuples(
+            st.sampled_from("abcdef"), st.sampled_from(list(Phase)), st.sampled_from(["old", "new"])
+        ),
+        unique_by=lambda t: t[0],
+        max_size=6,
+    ),
+)
+def test_a_serving_pool_keeps_serving(names: list[str], rows: list[tuple[str, Phase, str]]) -> None:
+    """At most one replica that serves is restarted, and none while another one is away."""
+    wanted = [want(name) for name in names]
+    observed = [seen(name, phase, launch) for name, phase, launch in rows]
+    actions = reconcile(wanted, observed)
+    serving = {name for name, phase, _ in rows if phase in {Phase.READY, Phase.HELD}}
+    cut = [a for a in actions if isinstance(a, Restart) and a.replica_id in serving]
+    assert len(cut) <= 1
+    if cut:
+        assert set(names) <= serving
+    touched = {a.replica_id for a in actions if isinstance(a, Stop | Remove)}
+    assert not touched & set(names)
+
+
+IDS = [
+    ("one pool", "[{engine: vllm, replicas: 2}]", ["m-0", "m-1"]),
+    ("a named pool", "[{engine: vllm, name: fast, replicas: 2}]", ["fast-0", "fast-1"]),
+    (
+        "two unnamed pools",
+        "[{engine: vllm}, {engine: sglang}, {engine: sglang}]",
+        ["m-0", "m-sglang-0", "m-sglang-2-0"],
+    ),
+    ("none", "[{engine: vllm, replicas: 0}]", []),
+]
+
+
+@pytest.mark.parametrize(("pools", "ids"), [case[1:] for case in IDS], ids=[c[0] for c in IDS])
+def test_replica_ids(pools: str, ids: list[str]) -> None:
+    config = parse_config(f"models: [{{name: m, pools: {pools}}}]", "test")
+    assert [spec.replica_id for spec in replica_specs(config)] == ids
+
+
+def test_ids_are_fit_for_urls_and_file_names() -> None:
+    config = parse_config(
+        "models: [{name: org/Model:7b, pools: [{engine: vllm}]}, "
+        "{name: org-Model-7b, pools: [{engine: vllm}]}]",
+        "test",
+    )
+    ids = [spec.replica_id for spec in replica_specs(config)]
+    assert ids == ["org-Model-7b-0", "org-Model-7b-vllm-0"]

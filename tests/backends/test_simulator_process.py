@@ -1,0 +1,198 @@
+"""The command as a process: start, signals, death, and its flags."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from backends.simulator.flags import KEEP_ALIVE_VARIABLE, parse_flags
+from backends.simulator.kv_events import Endpoint
+
+ASK = {"model": "demo", "prompt": "p" * 40, "max_tokens": 20_000}
+
+
+class Started:
+    """A simulator process and a client session."""
+
+    def __init__(self, process: asyncio.subprocess.Process, url: str) -> None:
+        self.process = process
+        self.url = url
+        self.session = aiohttp.ClientSession()
+
+    async def get(self, path: str) -> int:
+        """Return the status."""
+        async with self.session.get(self.url + path) as response:
+            return response.status
+
+    async def post(self, path: str, body: object) -> tuple[int, Any]:
+        """Return status and JSON value."""
+        async with self.session.post(self.url + path, data=msgspec.json.encode(body)) as response:
+            return response.status, msgspec.json.decode(await response.read())
+
+    async def until_running(self, count: int) -> None:
+        """Wait until so many requests are computed."""
+        while True:
+            async with self.session.get(self.url + "/simulator/state") as response:
+                if (await response.json())["running"] == count:
+                    return
+            await asyncio.sleep(0.01)
+
+    async def begin(self) -> asyncio.Task[tuple[int, Any]]:
+        """Start a request that lasts some twenty seconds and wait until it is computed."""
+        task = asyncio.ensure_future(self.post("/v1/completions", ASK))
+        await self.until_running(1)
+        return task
+
+
+@asynccontextmanager
+async def started(*flags: str) -> AsyncIterator[Started]:
+    """Run `python -m backends.simulator` until it says where it listens."""
+    command = [sys.executable, "-m", "backends.simulator", "--port", "0", "--profile", "fast"]
+    process = await asyncio.create_subprocess_exec(
+        *command, *flags, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(30):
+            line = (await process.stdout.readline()).decode()
+            match = re.fullmatch(r"listening on (http://127\.0\.0\.1:\d+)\n", line)
+            assert match, line
+            running = Started(process, match[1])
+            try:
+                yield running
+            finally:
+                await running.session.close()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def test_vllm_aborts_what_is_in_flight_on_sigterm() -> None:
+    async with started() as engine:
+        task = await engine.begin()
+        engine.process.send_signal(signal.SIGTERM)
+        status, body = await task
+        assert (status, body["choices"][0]["finish_reason"]) == (200, "abort")
+        assert await engine.process.wait() == 0
+
+
+async def test_vllm_drains_for_its_timeout_and_aborts_what_is_new() -> None:
+    async with started("--shutdown-timeout", "20", "--time-scale", "100") as engine:
+        task = await engine.begin()
+        engine.process.send_signal(signal.SIGTERM)
+        finish = ""
+        while finish != "abort":  # the signal takes a moment to arrive
+            _, body = await engine.post("/v1/completions", {**ASK, "max_tokens": 1})
+            finish = body["choices"][0]["finish_reason"]
+        assert await engine.get("/health") == 200
+        assert (await task)[1]["choices"][0]["finish_reason"] == "length"
+        assert await engine.process.wait() == 0
+
+
+async def test_sglang_drains_without_limit_and_still_accepts() -> None:
+    flags = ("--dialect", "sglang", "--time-scale", "40", "--drain-poll-seconds", "1")
+    async with started(*flags) as engine:
+        task = await engine.begin()
+        engine.process.send_signal(signal.SIGTERM)
+        while await engine.get("/ready") != 503:
+            await asyncio.sleep(0.01)
+        assert await engine.get("/health") == 503
+        status, body = await engine.post("/v1/completions", {**ASK, "max_tokens": 1})
+        assert (status, body["choices"][0]["finish_reason"]) == (200, "length")
+        assert (await task)[1]["choices"][0]["finish_reason"] == "length"
+        assert await engine.process.wait() == 0
+
+
+async def test_sglang_listens_before_it_is_ready() -> None:
+    async with started("--dialect", "sglang", "--startup-seconds", "1") as engine:
+        assert await engine.get("/health") == 503
+        status, body = await engine.post("/v1/completions", ASK)
+        assert (status, body["object"]) == (503, "error")
+        while await engine.get("/health") != 200:
+            await asyncio.sleep(0.01)
+        assert await engine.get("/ready") == 200
+
+
+async def test_vllm_listens_when_it_is_ready() -> None:
+    async with started("--startup-seconds", "0.2") as engine:
+        assert (await engine.post("/v1/completions", {**ASK, "max_tokens": 1}))[0] == 200
+
+
+@pytest.mark.parametrize("how", ["memory", "fault"])
+async def test_a_killed_engine_exits_with_a_code_and_drops_its_clients(how: str) -> None:
+    async with started("--dialect", "sglang") as engine:
+        task = await engine.begin()
+        if how == "memory":
+            fatal = engine.post("/release_memory_occupation", {})
+        else:
+            await engine.post("/simulator/faults", {"faults": ["exit:0"]})
+            fatal = engine.post("/v1/completions", ASK)
+        with pytest.raises(aiohttp.ClientError):
+            await fatal
+        with pytest.raises(aiohttp.ClientError):
+            await task
+        assert await engine.process.wait() == 1
+        assert engine.process.stderr is not None
+        assert b"fatal: " in await engine.process.stderr.read()
+
+
+def test_flags_understand_both_engines() -> None:
+    vllm = parse_flags(
+        ["--model", "m", "--block-size", "32", "--max-num-seqs", "9", "--max-model-len", "100"]
+    )
+    words = ["--model-path", "m", "--page-size", "32", "--max-running-requests", "9"]
+    assert parse_flags([*words, "--context-length", "100", "--enable-metrics"]) == vllm
+    assert (vllm.models, vllm.block_tokens, vllm.sequences_max) == (("m",), 32, 9)
+    assert vllm.context_tokens_max == 100
+    named = parse_flags(["--served-model-name", "a", "b", "--lora-modules", "l=/x", "k"])
+    assert (named.models, named.adapters) == (("a", "b"), ("l", "k"))
+
+
+def test_event_endpoints() -> None:
+    assert parse_flags([]).kv_events is None
+    ports = parse_flags(["--kv-events-port", "0", "--kv-events-replay-port", "7"])
+    assert ports.kv_events == Endpoint(port=0, replay_port=7)
+    config = '{"publisher":"zmq","endpoint":"tcp://*:5600","topic":"kv"}'
+    assert parse_flags(["--kv-events-config", config]).kv_events == Endpoint(
+        host="127.0.0.1", port=5600, topic="kv"
+    )
+    assert parse_flags(["--kv-events-config", '{"publisher":null}']).kv_events is None
+
+
+def test_the_keep_alive_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_flags([]).keep_alive_timeout_s == 5
+    monkeypatch.setenv(KEEP_ALIVE_VARIABLE, "75")
+    assert parse_flags([]).keep_alive_timeout_s == 75
+    assert parse_flags(["--keep-alive-timeout", "1.5"]).keep_alive_timeout_s == 1.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--port", "70000"], "use 0 to 65535"),
+        (["--block-size", "0"], "from 1 on"),
+        (["--time-scale", "0"], "not between"),
+        (["--profile", "abacus"], "invalid choice"),
+        (["--fault", "boom"], "use one of refuse"),
+        (["--kv-cache-tokens", "8"], "at least one block"),
+        (["--kv-events-config", "{"], "--kv-events-config"),
+        (["--kv-events-config", '{"endpoint":"udp://x"}'], "tcp://*:5557"),
+    ],
+)
+def test_senseless_flags_are_refused_with_a_reason(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_flags(flags)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

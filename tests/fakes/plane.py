@@ -1,0 +1,327 @@
+"""A data plane for tests: on fake connections and a fake clock, or on real sockets.
+
+`Bench` has no sockets at all: clients and replicas are ends of fake transports that the test holds.
+`RealPlane` listens on a free port of 127.0.0.1 and dials real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import h11
+from typing_extensions import override
+
+from proxy.config import ProxyConfig
+from proxy.contract import FleetSnapshot, ReplicaRecord
+from proxy.core.replica import Replica
+from proxy.io.access_log import AccessLog
+from proxy.io.clock import Clock
+from proxy.io.plane import Plane
+from proxy.io.server import ServerProtocol
+from proxy.io.tasks import Tasks
+from proxy.io.upstream import Upstream, Upstreams
+from tests.fakes.clock import FakeClock
+from tests.fakes.transport import FakeTransport
+
+CHAT_BODY = b'{"model":"m","messages":[{"role":"user","content":"hello"}]}'
+
+
+def chat_request(body: bytes = CHAT_BODY, fields: Iterable[str] = (), minor: int = 1) -> bytes:
+    """Return a whole chat request."""
+    lines = [f"POST /v1/chat/completions HTTP/1.{minor}", "host: proxy", *fields]
+    return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body
+
+
+def answer(body: bytes = b'{"ok":true}', status: int = 200, fields: Iterable[str] = ()) -> bytes:
+    """Return a whole counted answer of an engine."""
+    lines = [f"HTTP/1.1 {status} Fine", "content-type: application/json", *fields]
+    return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Answer:
+    """What a strict reader makes of one answer. `complete` is False when its end never came."""
+
+    def __init__(self, head: h11.Response) -> None:
+        self.status = head.status_code
+        self.fields = {name.decode(): value.decode() for name, value in head.headers}
+        self.body = b""
+        self.complete = False
+
+
+class AnswerReader:
+    """Reads one answer with h11, which is strict, as its octets come."""
+
+    def __init__(self, method: str) -> None:
+        self.answer: Answer | None = None
+        self.broken = False  # the octets are no more HTTP, or ended too early
+        self._reader = h11.Connection(h11.CLIENT)
+        self._reader.send(h11.Request(method=method, target="/", headers=[("host", "x")]))
+        self._reader.send(h11.EndOfMessage())
+
+    @property
+    def complete(self) -> bool:
+        return self.answer is not None and self.answer.complete
+
+    @property
+    def rest(self) -> bytes:
+        """Octets after the end of the answer."""
+        return self._reader.trailing_data[0]
+
+    def feed(self, data: bytes) -> None:
+        """Take octets; empty means that the connection has ended."""
+        if self.complete or self.broken:
+            return
+        self._reader.receive_data(data)
+        parts: list[bytes] = []
+        try:
+            while not self.complete:
+                event = self._reader.next_event()
+                if isinstance(event, h11.Response):
+                    self.answer = Answer(event)
+                elif isinstance(event, h11.Data):
+                    parts.append(bytes(event.data))
+                elif isinstance(event, h11.EndOfMessage):
+                    assert self.answer is not None
+                    self.answer.complete = True
+                elif not isinstance(event, h11.InformationalResponse):
+                    break
+        except h11.RemoteProtocolError:
+            self.broken = True
+        if self.answer is not None:
+            self.answer.body += b"".join(parts)
+
+
+def read_answers(
+    octets: bytes, methods: Sequence[str] = ("POST",), *, closed: bool = False
+) -> list[Answer]:
+    """Read the answers to `methods`, as far as they came; all octets must belong to one."""
+    answers: list[Answer] = []
+    rest = octets
+    for method in methods:
+        reader = AnswerReader(method)
+        if rest:
+            reader.feed(rest)
+        if closed:
+            reader.feed(b"")
+        if reader.answer is not None:
+            answers.append(reader.answer)
+        if not reader.complete:
+            return answers
+        rest = reader.rest
+    assert not rest, f"octets that answer nothing: {rest[:80]!r}"
+    return answers
+
+
+class Client:
+    """A client on a fake transport."""
+
+    def __init__(self, plane: Plane, connections: set[ServerProtocol]) -> None:
+        self.protocol = ServerProtocol(plane, connections)
+        self.transport = FakeTransport(self.protocol)
+        self.protocol.connection_made(self.transport)
+
+    def send(self, data: bytes) -> None:
+        self.transport.feed(data)
+
+    @property
+    def received(self) -> bytes:
+        return bytes(self.transport.written)
+
+    def answers(self, *methods: str) -> list[Answer]:
+        ended = self.transport.closed or self.transport.eof_written
+        return read_answers(self.received, methods or ("POST",), closed=ended)
+
+    def answer(self, method: str = "POST") -> Answer:
+        """Return the only answer, which must be complete."""
+        (only,) = self.answers(method)
+        assert only.complete
+        return only
+
+
+class Engine:
+    """The replica's end of one connection."""
+
+    def __init__(self, replica_id: str, transport: FakeTransport) -> None:
+        self.replica_id = replica_id
+        self.transport = transport
+
+    @property
+    def received(self) -> bytes:
+        return bytes(self.transport.written)
+
+    def send(self, data: bytes) -> None:
+        self.transport.feed(data)
+
+    @property
+    def cut_off(self) -> bool:
+        """The proxy ended the connection from its side."""
+        return self.transport.aborted
+
+
+class FakeUpstreams(Upstreams):
+    """Connections to replicas that the test plays."""
+
+    def __init__(self, plane: Plane, clock: Clock, tasks: Tasks) -> None:
+        super().__init__(clock, tasks, 5.0, plane._unsolicited)
+        self.engines: list[Engine] = []
+        self.dialled: list[str] = []  # by replica, refused ones too
+        self.refusing: set[str] = set()
+        self.closing_at_once: set[str] = set()
+        self.gate: asyncio.Event | None = None  # connections are made when it is set
+
+    @override
+    async def _dial(self, replica: Replica, upstream: Upstream) -> None:
+        self.dialled.append(replica.replica_id)
+        if self.gate is not None:
+            await self.gate.wait()
+        if replica.replica_id in self.refusing:
+            raise ConnectionRefusedError(111, "Connection refused")
+        transport = FakeTransport(upstream)
+        upstream.connection_made(transport)
+        if replica.replica_id in self.closing_at_once:
+            transport.hang_up()
+            await asyncio.sleep(0)
+        else:
+            self.engines.append(Engine(replica.replica_id, transport))
+
+
+def records(ids: Iterable[str], models: Iterable[str] = ("m",)) -> tuple[ReplicaRecord, ...]:
+    named = tuple(models)
+    return tuple(
+        ReplicaRecord(replica_id=name, url=f"http://127.0.0.1:{20001 + index}", models=named)
+        for index, name in enumerate(ids)
+    )
+
+
+class Bench:
+    """One worker's plane, its clients and its replicas, all in the test's hand."""
+
+    def __init__(self, replicas: Sequence[ReplicaRecord] = records("a"), **config: Any) -> None:
+        self.clock = FakeClock()
+        self.tasks = Tasks()
+        self.suspects: list[tuple[str, str]] = []
+        self.plane = Plane(
+            ProxyConfig(**{"access_log": "off", **config}),
+            self.clock,
+            self.tasks,
+            AccessLog("off"),
+            lambda replica_id, reason: self.suspects.append((replica_id, reason)),
+        )
+        self.upstreams = FakeUpstreams(self.plane, self.clock, self.tasks)
+        self.plane.upstreams = self.upstreams
+        self.connections: set[ServerProtocol] = set()
+        self.version = 0
+        self.publish(*replicas)
+
+    def publish(self, *replicas: ReplicaRecord) -> None:
+        self.version += 1
+        self.plane.take_snapshot(
+            FleetSnapshot(epoch="test", version=self.version, replicas=replicas)
+        )
+
+    def client(self) -> Client:
+        return Client(self.plane, self.connections)
+
+    async def settle(self) -> None:
+        """Let everything that can happen happen: nothing here waits for time or sockets."""
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def engine(self) -> Engine:
+        """Return the connection to a replica on which something was sent last."""
+        await self.settle()
+        return max(self.upstreams.engines, key=lambda engine: engine.transport.written_at)
+
+    def sweep(self, seconds: float = 0.0) -> None:
+        """Time passes; then the worker's sweep comes."""
+        self.clock.advance(seconds)
+        for connection in list(self.connections):
+            connection.check_deadline(self.clock.now_s())
+        self.upstreams.sweep(self.clock.now_s())
+
+    def outcomes(self) -> dict[tuple[str, str], int]:
+        """Return how many requests ended, by status and outcome."""
+        out: dict[tuple[str, str], int] = {}
+        for sample in self.plane.telemetry.samples():
+            if sample.name == "requests_total":
+                labels = dict(sample.labels)
+                key = (labels["code"], labels["outcome"])
+                out[key] = out.get(key, 0) + int(sample.value)
+        return out
+
+    async def close(self) -> None:
+        """End everything and check that nothing is held any more."""
+        for connection in list(self.connections):
+            connection.kill()
+        await self.settle()
+        await self.tasks.close()
+        self.upstreams.close()
+        await self.settle()
+        assert_nothing_held(self.plane)
+        assert not self.upstreams.open_count
+        assert not self.connections
+
+
+def assert_nothing_held(plane: Plane) -> None:
+    """Every lease is back and every exchange is over."""
+    assert plane.exchanges_open == 0
+    assert plane.accounts.inflight_total() == 0
+    for replica_id in plane.fleet.replicas:
+        assert plane.accounts[replica_id].queued_tokens == 0
+    assert plane.telemetry.internal_errors_total == 0
+
+
+class RealPlane:
+    """A plane that listens on 127.0.0.1. Use as `async with RealPlane(urls) as proxy`."""
+
+    def __init__(
+        self, replicas: Sequence[ReplicaRecord], clock: Clock | None = None, **config: Any
+    ) -> None:
+        self.tasks = Tasks()
+        self.suspects: list[tuple[str, str]] = []
+        self.log = AccessLog(config.get("access_log", "off"))
+        self.plane = Plane(
+            ProxyConfig(**{"access_log": "off", **config}),
+            clock or Clock(),
+            self.tasks,
+            self.log,
+            lambda replica_id, reason: self.suspects.append((replica_id, reason)),
+        )
+        self.plane.take_snapshot(FleetSnapshot(epoch="test", version=1, replicas=tuple(replicas)))
+        self.connections: set[ServerProtocol] = set()
+        self.port = 0
+        self._server: asyncio.Server | None = None
+
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: ServerProtocol(self.plane, self.connections), "127.0.0.1", 0
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *failure: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        for connection in list(self.connections):
+            connection.kill()
+        await self.tasks.close()
+        self.plane.upstreams.close()
+        await until(lambda: not self.connections and not self.plane.upstreams.open_count)
+        await self._server.wait_closed()
+        self.log.close()
+        if failure[0] is None:
+            assert_nothing_held(self.plane)
+
+
+async def until(claim: Any, limit_s: float = 20.0) -> None:
+    """Wait until `claim()` is true. The limit only keeps a broken test from hanging."""
+    async with asyncio.timeout(limit_s):
+        while not claim():
+            await asyncio.sleep(0.002)
