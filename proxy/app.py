@@ -29,7 +29,7 @@ from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core.replica import replica_of
 from proxy.io import control
-from proxy.io.admin import Status, make_app
+from proxy.io.admin import Status, make_app, sum_samples
 from proxy.io.health import Prober
 from proxy.io.registry import ManagerWatch, StaticList, check_urls
 from proxy.io.tasks import Tasks
@@ -38,6 +38,7 @@ from proxy.logs import set_up_logging
 
 _log = logging.getLogger("doherty.proxy")
 
+LAG = "event_loop_lag_seconds"
 COUNT_INTERVAL_S = 1.0
 COUNT_TIMEOUT_S = 1.0
 RESTART_PAUSE_FIRST_S = 0.05
@@ -62,6 +63,7 @@ class WorkerHandle:
         self.failed_starts = 0
         self.counters: list[Sample] = []
         self.gauges: list[Sample] = []
+        self.lag_s_max = 0.0  # longest lateness of its timers that nobody has been told yet
         self.counted = asyncio.Event()
 
 
@@ -138,11 +140,16 @@ class Supervisor(Status):
     async def _keep_running(self, place: WorkerHandle) -> None:
         pause_s = RESTART_PAUSE_FIRST_S
         while True:
-            await self._run_once(place)
+            try:
+                await self._run_once(place)
+            except OSError as error:  # no memory, descriptors or processes now; perhaps later
+                place.failed_starts += 1
+                _log.error("worker %d cannot be started: %s", place.index, error)
             if self._draining:
                 return
             self._worker_restarts += 1
-            if place.failed_starts >= FAILED_STARTS_MAX:
+            others_serve = any(other.ready for other in self._places)
+            if place.failed_starts >= FAILED_STARTS_MAX and not others_serve:
                 self._failure = "a worker fails as soon as it starts; its reason stands above"
                 self._stop.set()
                 return
@@ -152,11 +159,16 @@ class Supervisor(Status):
     async def _run_once(self, place: WorkerHandle) -> None:
         """Fill a place with one process and serve its channel until it ends."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
+        try:
             fds = (place.listener.fileno(), theirs.fileno())
             place.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "proxy.worker", *map(str, fds), pass_fds=fds
             )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         place.failed_starts += 1
         place.channel = channel = await control.Channel.open(ours)
         channel.send(control.Start(self._config))
@@ -170,7 +182,7 @@ class Supervisor(Status):
             place.ready = False
             place.channel = None
             channel.close()
-            self._departed += place.counters
+            self._departed = sum_samples([*self._departed, *place.counters])
             place.counters, place.gauges = [], []
         if not self._draining:
             _log.error("worker %d (pid %d) ended with %d", place.index, place.process.pid, status)
@@ -189,7 +201,11 @@ class Supervisor(Status):
                 assert self._prober is not None
                 self._prober.suspect(replica_id, reason)
             case control.Counted(counters, gauges):
-                place.counters, place.gauges = counters, gauges
+                place.counters = counters
+                place.gauges = [sample for sample in gauges if sample.name != LAG]
+                for sample in gauges:
+                    if sample.name == LAG:
+                        place.lag_s_max = max(place.lag_s_max, sample.value)
                 place.counted.set()
             case _:
                 _log.error("worker %d said %s", place.index, type(message).__name__)
@@ -248,7 +264,8 @@ class Supervisor(Status):
         ]
         for place in self._places:
             counters += place.counters
-            gauges += place.gauges
+            gauges += [*place.gauges, Sample(LAG, (), place.lag_s_max)]
+            place.lag_s_max = 0.0
         return counters, gauges
 
     async def _count(self) -> None:

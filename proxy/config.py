@@ -25,6 +25,7 @@ ENVIRONMENT_PREFIX = "DOHERTY_"
 Port = Annotated[int, Meta(ge=0, le=65535)]
 PositiveInt = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
+Key = Annotated[str, Meta(min_length=1)]  # an empty one would open what it should close
 Seconds = Annotated[float, Meta(ge=0)]
 Policy = Literal["prefix", "session", "least_load", "round_robin", "random"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -71,10 +72,10 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
         ),
     ] = "prefix"
     api_key: Annotated[
-        str | None, Meta(description="key that clients must present as a bearer token")
+        Key | None, Meta(description="key that clients must present as a bearer token")
     ] = None
     admin_api_key: Annotated[
-        str | None, Meta(description="key of the admin listener's pages other than health")
+        Key | None, Meta(description="key of the admin listener's pages other than health")
     ] = None
     max_payload_size: Annotated[PositiveInt, Meta(description="largest request body, in bytes")] = (
         32 * 1024 * 1024
@@ -217,6 +218,13 @@ def parse_config(text: str, source: str) -> Config:
         raise ConfigError(f"{source}:{line}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: nested too deeply, or an anchor holds itself") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # PyYAML's constructors of tagged values check little.
+        raise ConfigError(
+            f"{source}: a date, number or tag cannot be read ({error}); put text in quotes"
+        ) from error
     if value is None:
         return Config()
     if isinstance(value, dict) and isinstance(value.get("proxy"), dict):
@@ -282,11 +290,12 @@ def _reject_duplicate_keys(node: yaml.Node, source: str) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
-            if key.value in seen:
-                raise ConfigError(
-                    f"{source}:{key.start_mark.line + 1}: '{key.value}' is given twice"
-                )
-            seen.add(key.value)
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ConfigError(
+                        f"{source}:{key.start_mark.line + 1}: '{key.value}' is given twice"
+                    )
+                seen.add(key.value)
             _reject_duplicate_keys(value, source)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:

@@ -23,6 +23,10 @@ _CHUNK_LINE: Final = re.compile(_SIZE + rb"\r\n")
 _CHUNK_LINE_EXTENDED: Final = re.compile(_SIZE + rb"((?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
 
 
+# A size line that can still become a right one, with the first half of its line end.
+_SIZE_LINE_BYTES_MAX: Final = limits.CHUNK_SIZE_DIGITS_MAX + limits.CHUNK_EXTENSION_BYTES_MAX + 1
+
+
 class BadResponse(Exception):  # noqa: N818 - an outcome that the exchange translates
     """A replica's octets that are not one well-formed response."""
 
@@ -81,9 +85,7 @@ class ChunkedDecoder:
             at = line_end + 2
 
     def _hold(self, rest: bytes) -> bytes:
-        line_max = (
-            limits.CHUNK_EXTENSION_BYTES_MAX if self._state == 0 else limits.TRAILER_BYTES_MAX
-        )
+        line_max = _SIZE_LINE_BYTES_MAX if self._state == 0 else limits.TRAILER_BYTES_MAX
         if len(rest) > line_max or b"\n" in rest:
             raise errors.BadBodyFramingError("a chunk line is malformed or too long")
         return rest
@@ -118,7 +120,8 @@ class ChunkFollower:
     """Follows a chunked response so that its octets can be relayed as they are.
 
     Nothing is decoded: only sizes are read. A size line is passed on once it is whole and well
-    formed; chunk extensions and trailers, which belong to one connection, are left out.
+    formed; chunk extensions and trailers, which belong to one connection, are left out. The last
+    chunk is passed on only with the end of the body, so that up to there another chunk may follow.
     """
 
     __slots__ = ("_data_left", "_held", "_in_trailer", "_line_end_left", "ended")
@@ -145,7 +148,8 @@ class ChunkFollower:
         pieces: list[bytes] = []
         while at < size:
             match = None if self._in_trailer else _CHUNK_LINE.match(data, at)
-            if match is None:
+            chunk_size = int(match[1], 16) if match is not None else 0
+            if match is None or not chunk_size:
                 odd = self._odd_line(data, at)
                 if odd is None:  # incomplete: hold it back
                     self._held = data[at:]
@@ -155,7 +159,7 @@ class ChunkFollower:
                 if self.ended:
                     return b"".join(pieces), data[at:]
             else:
-                self._open_chunk(int(match[1], 16))
+                self._open_chunk(chunk_size)
                 at = match.end()
             at = self._finish_chunk(data, at)
         if not pieces:
@@ -199,13 +203,18 @@ class ChunkFollower:
             if len(rest) > limits.TRAILER_BYTES_MAX or b"\n" in rest:
                 raise BadResponse("a chunk line is malformed or too long")
             return None
+        if end + 1 - at > limits.TRAILER_BYTES_MAX:  # as long as what is held above may become
+            raise BadResponse("a chunk line is too long")
         if self._in_trailer:
             if end == at:
                 self.ended = True
-                return b"\r\n", end + 2
+                return b"0\r\n\r\n", end + 2
+            if data[at:end].translate(None, NOT_CONTROL):
+                raise BadResponse("a trailer field holds a control character")
             return b"", end + 2
         match = _CHUNK_LINE_EXTENDED.match(data, at)
         if match is None:
             raise BadResponse("a chunk size is malformed")
-        self._open_chunk(int(match[1], 16))
-        return match[1] + b"\r\n", end + 2
+        chunk_size = int(match[1], 16)
+        self._open_chunk(chunk_size)
+        return match[1] + b"\r\n" if chunk_size else b"", end + 2

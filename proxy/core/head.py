@@ -18,6 +18,9 @@ from proxy.core.http1 import Field, RequestHead, ResponseHead
 REQUEST_ID: Final = b"x-request-id"
 # Written by us, or meaningful to this hop only.
 _NOT_FORWARDED: Final = frozenset((b"host", b"content-length", b"expect", REQUEST_ID))
+# Written as a bearer token, the one form that every engine checks, unless there is one already.
+_API_KEY: Final = b"x-api-key"
+_NOT_FORWARDED_KEYED: Final = _NOT_FORWARDED | {_API_KEY}
 _NOT_RETURNED: Final = frozenset((REQUEST_ID,))
 _PRINTABLE: Final = re.compile(rb"[\x21-\x7e]{1,%d}" % limits.REQUEST_ID_BYTES_MAX)
 _REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
@@ -28,13 +31,26 @@ def valid_request_id(value: bytes | None) -> bool:
     return value is not None and _PRINTABLE.fullmatch(value) is not None
 
 
+def presented_key(request: RequestHead) -> bytes | None:
+    """Return the client's key: a bearer token, or the field that Anthropic's clients send."""
+    authorization = request.special.get(b"authorization")
+    if authorization is None:
+        return request.get(_API_KEY)
+    scheme, _, key = authorization.partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else None
+
+
 def upstream_head(
     request: RequestHead, host_field: bytes, request_id: bytes, body_bytes: int
 ) -> bytes:
     """Return the head to send to a replica. `host_field` is `Host: authority` with its line end."""
     lines = [b"%b %b%b HTTP/1.1\r\n" % (request.method, request.path, request.query), host_field]
+    dropped = _NOT_FORWARDED
+    if b"authorization" not in request.special and (key := request.get(_API_KEY)):
+        dropped = _NOT_FORWARDED_KEYED
+        lines.append(b"authorization: Bearer %b\r\n" % key)
     for name, value in request.fields:
-        if name not in _NOT_FORWARDED:
+        if name not in dropped:
             lines.append(b"%b: %b\r\n" % (name, value))
     if body_bytes or request.method == b"POST":
         lines.append(b"content-length: %d\r\n" % body_bytes)
@@ -101,7 +117,12 @@ def error_fields(error: errors.ProxyError) -> list[Field]:
 
 
 def error_answer(
-    error: errors.ProxyError, request_id: bytes, *, keep_alive: bool, head_only: bool = False
+    error: errors.ProxyError,
+    request_id: bytes,
+    *,
+    keep_alive: bool,
+    head_only: bool = False,
+    extra: Iterable[Field] = (),
 ) -> bytes:
     """Return the whole answer for a failure."""
     return local_answer(
@@ -109,6 +130,6 @@ def error_answer(
         error.body(),
         request_id,
         keep_alive=keep_alive and not error.closes,
-        extra=error_fields(error),
+        extra=(*error_fields(error), *extra),
         head_only=head_only,
     )

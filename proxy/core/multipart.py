@@ -14,7 +14,7 @@ _BOUNDARY: Final = re.compile(
     rb'multipart/form-data\s*;.*?boundary="?([0-9A-Za-z\'()+_,./:=? -]{1,70})"?', re.IGNORECASE
 )
 _MODEL_PART: Final = re.compile(
-    rb'content-disposition:\s*form-data\s*;[^\r\n]*?\bname="?model"?\s*(?:;|$)',
+    rb'^content-disposition:\s*form-data\s*;[^\r\n]*?\bname="?model"?\s*(?:;|$)',
     re.IGNORECASE | re.MULTILINE,
 )
 _PARTS_MAX: Final = 64

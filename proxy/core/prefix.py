@@ -15,6 +15,7 @@ The derivation is versioned: proxies that disagree on it would place the same pr
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from xxhash import xxh3_64_intdigest
@@ -27,6 +28,8 @@ CHAIN_VERSION: Final = b"1"
 
 _QUOTE: Final = 0x22
 _BACKSLASH: Final = 0x5C
+_STRING_OR_OBJECT: Final = re.compile(rb'["{]')
+_SPACE: Final = b" \t\r\n"
 _OPENING: Final = frozenset(b"[{")
 _CLOSING: Final = frozenset(b"]}")
 
@@ -77,6 +80,8 @@ def prefix_chain(kind: PromptKind, scanned: Scanned, session_key: bytes | None) 
     ends: list[int] = [head_bytes] if head_bytes else []
     # The closing bracket or quote of a prompt that will grow is not part of its prefix.
     size = max(0, len(tail) - 1)
+    if size and tail[size - 1] in _SPACE:  # nor is the space before it
+        size = len(tail[:size].rstrip(_SPACE))
     rolling = seed
     start = 0
     for depth in DEPTHS:
@@ -98,8 +103,11 @@ def prefix_chain(kind: PromptKind, scanned: Scanned, session_key: bytes | None) 
 
 def _seed(scanned: Scanned) -> int:
     names = (scanned.model, scanned.lora_path or "", scanned.cache_salt or "")
+    # Lengths first: no text inside one name may stand for the border between two.
+    lengths = ",".join(str(len(name)) for name in names) + ";"
     # surrogatepass: JSON may hold a lone surrogate, and a key only has to be the same each time.
-    return xxh3_64_intdigest(CHAIN_VERSION + "\0".join(names).encode("utf-8", "surrogatepass"))
+    text = (lengths + "".join(names)).encode("utf-8", "surrogatepass")
+    return xxh3_64_intdigest(CHAIN_VERSION + text)
 
 
 def _prompt_parts(kind: PromptKind, scanned: Scanned) -> tuple[tuple[bytes, ...], bytes]:
@@ -133,17 +141,19 @@ _WITH_MESSAGES: Final = frozenset((PromptKind.CHAT, PromptKind.ANTHROPIC, Prompt
 
 def _first_user_message(array: bytes) -> tuple[int, int] | None:
     """Return start and end of the first element whose role is user; None when there is none."""
-    at = array.find(b"[") + 1
-    if at == 0 or not array.startswith(b"["):
+    if not array.startswith(b"["):
         return None
-    while True:
-        start = array.find(b"{", at)
-        if start < 0:
-            return None
+    at = 1
+    while (found := _STRING_OR_OBJECT.search(array, at)) is not None:
+        start = found.start()
+        if array[start] == _QUOTE:  # an element that is text, and may hold braces
+            at = _string_end(array, start)
+            continue
         end = _object_end(array, start)
-        if end < 0 or _role_is_user(array, start, end):
-            return None if end < 0 else (start, end)
+        if _role_is_user(array, start, end):
+            return start, end
         at = end
+    return None
 
 
 def _role_is_user(array: bytes, start: int, end: int) -> bool:
@@ -162,7 +172,7 @@ def _role_is_user(array: bytes, start: int, end: int) -> bool:
 
 
 def _skip_space(data: bytes, at: int) -> int:
-    while data[at] in b" \t\r\n":
+    while data[at] in _SPACE:
         at += 1
     return at
 
@@ -191,11 +201,10 @@ def _string_end(data: bytes, quote: int) -> int:
 
 
 def _object_end(data: bytes, start: int) -> int:
-    """Return the index after the object or array that opens at `start`, or -1."""
+    """Return the index after the object or array that opens at `start`; `data` is valid JSON."""
     depth = 0
     at = start
-    size = len(data)
-    while at < size:
+    while True:
         octet = data[at]
         if octet == _QUOTE:
             at = _string_end(data, at)
@@ -207,4 +216,3 @@ def _object_end(data: bytes, start: int) -> int:
             if depth == 0:
                 return at + 1
         at += 1
-    return -1

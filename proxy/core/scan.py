@@ -79,6 +79,8 @@ _flag: Final[msgspec.json.Decoder[bool | None]] = msgspec.json.Decoder(bool | No
 def scan_body(body: bytes) -> Scanned:
     """Read a JSON request body. Raises the kinds of `errors.InvalidRequestError`."""
     try:
+        if not body.isascii():
+            body.decode()  # the decoder leaves text that is not ours unread; engines do not
         raw = _decoder.decode(body)
     except msgspec.ValidationError as error:
         raise errors.InvalidRequestError(

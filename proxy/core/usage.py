@@ -43,10 +43,13 @@ _decoder: Final = msgspec.json.Decoder(_Wire)
 
 def read_usage(tail: bytes) -> Usage | None:
     """Return the last usage object in the tail of an answer, or None."""
-    start = tail.rfind(b'"usage"')
-    match = _USAGE.match(tail, start) if start >= 0 else None
-    if match is None:
-        return None
+    start = len(tail)
+    match = None
+    while match is None:  # `"usage"` may also be a value, all of a generated text
+        start = tail.rfind(b'"usage"', 0, start)
+        if start < 0:
+            return None
+        match = _USAGE.match(tail, start)
     end = _object_end(tail, match.start(1))
     if end < 0:
         return None

@@ -8,9 +8,12 @@ JSON encoder and was bounded before.
 from __future__ import annotations
 
 import os
+import select
+import stat
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -18,6 +21,7 @@ import orjson
 from proxy.core import limits
 
 FLUSH_INTERVAL_S = 0.2
+WRITE_BYTES_MAX = 256 * limits.KIB
 
 
 class AccessLog:
@@ -32,11 +36,15 @@ class AccessLog:
         self._closing = False
         self._thread: threading.Thread | None = None
         self._fd = -1
+        self._write_bytes_max = WRITE_BYTES_MAX
         if self.enabled:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             self._fd = (
                 os.dup(sys.stdout.fileno()) if target == "-" else os.open(target, flags, 0o640)
             )
+            if stat.S_ISFIFO(os.fstat(self._fd).st_mode):
+                # Workers share the pipe: longer writes could be mixed within a line (POSIX, write).
+                self._write_bytes_max = select.PIPE_BUF
             self._thread = threading.Thread(target=self._write, name="access-log", daemon=True)
             self._thread.start()
 
@@ -51,8 +59,9 @@ class AccessLog:
         while True:
             closing = self._closing
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
-            if lines and not self._write_all(b"".join(lines)):
-                self.dropped_total += len(lines)
+            for batch in _batches(lines, self._write_bytes_max):
+                if not self._write_all(b"".join(batch)):
+                    self.dropped_total += len(batch)
             if closing:
                 return
             self._wake.wait(FLUSH_INTERVAL_S)
@@ -76,3 +85,15 @@ class AccessLog:
                 os.close(self._fd)
             self._thread = None
             self.enabled = False
+
+
+def _batches(lines: Sequence[bytes], size_max: int) -> Iterator[Sequence[bytes]]:
+    """Yield runs of whole lines, each at most `size_max` octets unless one line is longer."""
+    start = size = 0
+    for index, line in enumerate(lines):
+        if size and size + len(line) > size_max:
+            yield lines[start:index]
+            start, size = index, 0
+        size += len(line)
+    if lines:
+        yield lines[start:]

@@ -180,8 +180,9 @@ class _Pages:
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
         if self._digest and request.path not in _OPEN_PATHS:
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
-            if not hmac.compare_digest(hashlib.sha256(given).digest(), self._digest):
+            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+            digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
+            if not hmac.compare_digest(digest, self._digest):
                 return _error(401, "invalid_api_key", "send the admin key as a bearer token")
         try:
             return await handler(request)

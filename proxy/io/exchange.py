@@ -20,17 +20,17 @@ from typing import Protocol
 
 from proxy import errors
 from proxy.core import head as heads
-from proxy.core import limits, multipart
+from proxy.core import limits, multipart, sse
 from proxy.core.accounts import Lease
 from proxy.core.fleet import Pool
 from proxy.core.http1 import BadResponse, ChunkedDecoder, Field, RequestHead, ResponseHead
-from proxy.core.policy import Decision, Request
+from proxy.core.policy import Request
 from proxy.core.prefix import NO_CHAIN, PrefixChain, prefix_chain
 from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import Route, find_route
 from proxy.core.scan import Scanned, scan_body
 from proxy.core.session import session_key
-from proxy.core.usage import read_usage
+from proxy.io.facts import Facts
 from proxy.io.plane import Plane
 from proxy.io.upstream import Upstream
 
@@ -49,58 +49,30 @@ class Client(Protocol):
     def cut(self, *, reset: bool) -> None: ...
 
 
-class Exchange:
-    """One request and its response."""
+class Exchange(Facts):
+    """One request and its response. What is counted and logged of it stands in `Facts`."""
 
     __slots__ = (
-        "_attempts",
         "_body",
         "_client",
         "_connecting",
-        "_decision",
         "_decoder",
         "_done",
-        "_first_octet_s",
-        "_head",
         "_keep_alive",
         "_last_octet_s",
         "_lease",
-        "_model",
         "_paused",
-        "_plane",
-        "_pool",
         "_progress",
-        "_received_bytes",
-        "_request",
         "_response",
-        "_route",
-        "_sent_s",
-        "_started_s",
-        "_stream",
-        "_tail",
         "_upstream",
-        "_whole_s",
-        "request_id",
     )
 
     def __init__(self, plane: Plane, client: Client, head: RequestHead) -> None:
-        self._plane = plane
+        super().__init__(plane, head, client.peer)
         self._client = client
-        self._head = head
-        self._started_s = self._last_octet_s = plane.clock.now_s()
-        given = head.get(heads.REQUEST_ID)
-        self.request_id = (
-            given if given and heads.valid_request_id(given) else plane.clock.request_id()
-        )
-        self._route: Route | None = None
+        self._last_octet_s = self._started_s
         self._body = b""
-        self._model = ""
-        self._stream = False
-        self._pool: Pool | None = None
-        self._request = Request(NO_CHAIN, has_session=False)
-        self._decision: Decision | None = None
         self._lease: Lease | None = None
-        self._attempts = 0
         self._progress = Progress.CHOOSING
         self._connecting: asyncio.Task[None] | None = None
         self._upstream: Upstream | None = None
@@ -109,9 +81,6 @@ class Exchange:
         self._keep_alive = head.keep_alive
         self._paused = False
         self._done = False
-        self._received_bytes = 0
-        self._tail = b""
-        self._whole_s = self._sent_s = self._first_octet_s = 0.0
         plane.exchanges_open += 1
 
     # --- 1. the head -------------------------------------------------------------------------
@@ -120,7 +89,9 @@ class Exchange:
         """Everything that can be refused before the body is read. Raises `ProxyError`."""
         head, plane = self._head, self._plane
         self._route = route = find_route(head.method, head.path)
-        if not (route.local and route.name == "health") and not plane.authorized(self._key()):
+        if not (route.local and route.name == "health") and not plane.authorized(
+            heads.presented_key(head)
+        ):
             raise errors.UnauthorizedError(
                 "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             )
@@ -130,7 +101,7 @@ class Exchange:
             raise self.too_large()
         if plane.draining and not route.local:
             raise errors.DrainingError("this proxy is draining; try another or try again")
-        if plane.exchanges_open > plane.config.max_concurrent_requests:
+        if not route.local and plane.exchanges_open > plane.config.max_concurrent_requests:
             raise errors.OverloadedError(
                 f"{plane.config.max_concurrent_requests} requests are in flight already"
             )
@@ -140,14 +111,6 @@ class Exchange:
         return errors.BodyTooLargeError(
             f"the request body is over {limit} bytes (--max-payload-size)"
         )
-
-    def _key(self) -> bytes | None:
-        """The presented key: a bearer token, or the field that Anthropic's clients send."""
-        authorization = self._head.special.get(b"authorization")
-        if authorization is None:
-            return self._head.get(b"x-api-key")
-        scheme, _, key = authorization.partition(b" ")
-        return key.strip() if scheme.lower() == b"bearer" else None
 
     # --- 2. the body, the choice -------------------------------------------------------------
 
@@ -178,6 +141,7 @@ class Exchange:
                 body,
                 self.request_id,
                 keep_alive=self._may_keep_alive(),
+                extra=self._persistence(),
                 head_only=self._head.method == b"HEAD",
             ),
         )
@@ -287,15 +251,22 @@ class Exchange:
             framing = b"content-length: %d\r\n" % head.length
         if not framing and head.status not in (204, 304):
             self._keep_alive = False  # only our close can tell the client where the body ends
+        extra = self._persistence() + self._diagnostics()
         self._client.write(
             heads.client_head(
                 head,
                 self.request_id,
                 framing=framing,
                 keep_alive=self._may_keep_alive(),
-                extra=self._diagnostics() if self._plane.config.expose_routing else (),
+                extra=extra,
             )
         )
+
+    def _persistence(self) -> tuple[Field, ...]:
+        """A client of HTTP/1.0 keeps its connection only if it is told so (RFC 9112 §9.3)."""
+        if self._head.minor == 0 and self._may_keep_alive():
+            return ((b"connection", b"keep-alive"),)
+        return ()
 
     def _ask_next(self, replica_id: str) -> bool:
         """A stored response lives on one replica: ask the others before believing a 404."""
@@ -310,18 +281,6 @@ class Exchange:
         self._release()
         self._dispatch()
         return True
-
-    def _diagnostics(self) -> list[Field]:
-        decision = self._decision
-        assert decision is not None
-        overhead_us = int((self._sent_s - self._whole_s) * 1e6)
-        return [
-            (b"x-doherty-replica", decision.replica.replica_id.encode()),
-            (b"x-doherty-region", decision.replica.region.encode()),
-            (b"x-doherty-decision", decision.reason.encode()),
-            (b"x-doherty-queue-ms", b"0"),
-            (b"x-doherty-overhead-us", b"%d" % overhead_us),
-        ]
 
     # --- 4. the answer -----------------------------------------------------------------------
 
@@ -361,34 +320,31 @@ class Exchange:
         """The replica went away, or what it said is not HTTP."""
         if self._done:
             return
-        open_chunk = self._upstream.open_chunk if self._upstream is not None else (0, 0)
+        open_chunk = self._upstream.open_chunk if self._upstream is not None else None
         self._upstream = None
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
         self._plane.suspect(replica_id, reason)
         if self._response is None:
-            lost = reason.startswith(("connection", "Connection"))
+            lost = reason.startswith("connection")
             kind = errors.ReplicaLostError if lost else errors.BadReplicaAnswerError
             self.fail(kind(f"replica {replica_id} failed before it answered: {reason}"))
         else:
             error = errors.ReplicaLostError(f"replica {replica_id} failed: {reason}")
             self._end_visibly(error, open_chunk)
 
-    def _end_visibly(self, error: errors.ProxyError, open_chunk: tuple[int, int]) -> None:
+    def _end_visibly(self, error: errors.ProxyError, open_chunk: tuple[int, int] | None) -> None:
         """Part of an answer is out: say so in the stream if it is one, then cut."""
         response = self._response
         assert response is not None
-        if response.event_stream and response.chunked and self._decoder is None:
-            event = b"\n\ndata: " + error.body() + b"\n\n"
-            data_left, line_end_left = open_chunk
-            if not data_left:
-                self._client.write(b"\r\n"[-line_end_left:] if line_end_left else b"")
-                self._client.write(b"%x\r\n%b\r\n" % (len(event), event))
-            elif data_left >= len(event):
-                self._client.write(event)
+        chunked = response.chunked and self._decoder is None  # as the client sees it
+        if response.event_stream and chunked and open_chunk is not None:
+            ending = sse.error_ending(self._tail, open_chunk, error.body())
+            if ending:
+                self._client.write(ending)
         self._finish(response.status, errors.STREAM_CUT)
         # Where only the close ends the body, a plain close would look like the end.
-        self._client.cut(reset=response.length < 0 and not response.chunked)
+        self._client.cut(reset=response.length < 0 and not chunked)
 
     # --- what may happen at any time ---------------------------------------------------------
 
@@ -422,7 +378,7 @@ class Exchange:
         error = errors.ReplicaTimeoutError(
             f"replica {replica_id} was silent for {silence_s:.0f} s (--request-timeout-secs)"
         )
-        open_chunk = self._upstream.open_chunk if self._upstream is not None else (0, 0)
+        open_chunk = self._upstream.open_chunk if self._upstream is not None else None
         self._drop_replica()
         if self._response is None:
             self.fail(error)
@@ -434,9 +390,18 @@ class Exchange:
         if self._done:
             return
         self._drop_replica()
-        keep_alive = self._may_keep_alive() and not error.closes
+        head = self._head
+        body_unread = not self._whole_s and (head.chunked or head.content_length > 0)
+        # Errors name no persistence, so HTTP/1.0 does not get it.
+        keep_alive = (
+            self._may_keep_alive() and head.minor == 1 and not error.closes and not body_unread
+        )
         answer = heads.error_answer(
-            error, self.request_id, keep_alive=keep_alive, head_only=self._head.method == b"HEAD"
+            error,
+            self.request_id,
+            keep_alive=keep_alive,
+            head_only=head.method == b"HEAD",
+            extra=self._diagnostics(),
         )
         self._answer_ourselves(error.status, answer, error.code, keep_alive=keep_alive)
 
@@ -472,52 +437,4 @@ class Exchange:
         plane = self._plane
         plane.exchanges_open -= 1
         self._release()
-        now_s = plane.clock.now_s()
-        route_name = self._route.name if self._route is not None else "none"
-        # A model that is not served is the client's invention, and no label.
-        known = self._model if self._pool is not None else ""
-        series = plane.telemetry.series(route_name, known)
-        series.outcomes[status, outcome] += 1
-        series.duration_s.observe(now_s - self._started_s)
-        if self._first_octet_s:
-            series.first_token_s.observe(self._first_octet_s - self._started_s)
-        if self._decision is not None:
-            plane.telemetry.decisions[self._decision.reason] += 1
-            plane.telemetry.replica_requests[self._decision.replica.replica_id] += 1
-        if self._sent_s:
-            plane.telemetry.overhead_s.observe(self._sent_s - self._whole_s)
-        usage = read_usage(self._tail) if status == 200 else None
-        if usage is not None:
-            series.prompt_tokens += usage.prompt_tokens
-            series.cached_tokens += usage.cached_tokens or 0
-            series.generation_tokens += usage.completion_tokens
-        if plane.access_log.enabled:
-            self._log_line(status, outcome, now_s)
-
-    def _log_line(self, status: int, outcome: str, now_s: float) -> None:
-        decision = self._decision
-        record = {
-            "at": round(self._plane.clock.unix_s(), 3),
-            "request_id": self.request_id.decode("ascii"),
-            "client": self._client.peer,
-            "method": self._head.method.decode("ascii"),
-            "path": self._head.path[:256].decode("ascii", "backslashreplace"),
-            "status": status,
-            "outcome": outcome,
-            "model": self._model,
-            "stream": self._stream,
-            "replica": decision.replica.replica_id if decision else None,
-            "decision": decision.reason if decision else None,
-            "attempts": self._attempts,
-            "prompt_tokens_estimated": self._request.chain.prompt_tokens,
-            "cached_tokens_believed": decision.cached_tokens if decision else 0,
-            "received_bytes": self._received_bytes,
-            "overhead_us": int((self._sent_s - self._whole_s) * 1e6) if self._sent_s else None,
-            "first_octet_ms": (
-                round((self._first_octet_s - self._started_s) * 1e3, 3)
-                if self._first_octet_s
-                else None
-            ),
-            "duration_ms": round((now_s - self._started_s) * 1e3, 3),
-        }
-        self._plane.access_log.write(record)
+        self._write_down(status, outcome, plane.clock.now_s())

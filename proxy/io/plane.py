@@ -17,6 +17,7 @@ from proxy.core import fleet as fleets
 from proxy.core.accounts import Accounts
 from proxy.core.index import PrefixRecord
 from proxy.core.policy import POLICIES, PolicyState
+from proxy.core.replica import Replica
 from proxy.core.routes import model_of_path
 from proxy.errors import DrainingError, ModelNotFoundError, NoReplicaError
 from proxy.io.access_log import AccessLog
@@ -62,6 +63,7 @@ class Plane:
     # --- the fleet ---------------------------------------------------------------------------
 
     def take_snapshot(self, snapshot: FleetSnapshot) -> None:
+        before = self.fleet.replicas
         self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot))
         self.fleet_known = True
         for replica_id, replica in self.fleet.replicas.items():
@@ -75,7 +77,13 @@ class Plane:
             self._server_errors.pop(gone, None)
             self.record.forget(gone)
         self.accounts.retain(present)
-        self.upstreams.retain(present)
+        # A connection to the address that a replica had before is one to somebody else.
+        moved = {
+            k
+            for k, r in before.items()
+            if k in present and not _same_place(r, self.fleet.replicas[k])
+        }
+        self.upstreams.retain(present - moved)
         self.telemetry.retain_replicas(present)
 
     def suspect(self, replica_id: str, reason: str) -> None:
@@ -173,6 +181,7 @@ class Plane:
             Sample("upstream_connections", (("state", "open"),), self.upstreams.open_count),
             Sample("prefix_record_entries", (), self.record.entries()),
             Sample("access_log_dropped", (), self.access_log.dropped_total),
+            Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
         ]
         for replica_id in self.fleet.replicas:
             account = self.accounts[replica_id]
@@ -183,3 +192,7 @@ class Plane:
                 Sample("replica_suspect", by, float(self.fleet.replicas[replica_id].suspect)),
             )
         return out
+
+
+def _same_place(one: Replica, other: Replica) -> bool:
+    return (one.host, one.port, one.tls) == (other.host, other.port, other.tls)

@@ -96,7 +96,11 @@ class StaticList:
                     return ()
                 if answer.status != 200:
                     return None
-                body = await answer.content.read(SNAPSHOT_BYTES_MAX)
+                body = bytearray()
+                async for piece in answer.content.iter_any():
+                    body += piece
+                    if len(body) > SNAPSHOT_BYTES_MAX:
+                        return None
             listed = msgspec.json.decode(body, type=_ModelList)
             return tuple(sorted(entry.id for entry in listed.data))
         except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError):

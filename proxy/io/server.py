@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from typing import cast
+import socket
+import struct
+from typing import Final, cast
 
 from typing_extensions import override
 
@@ -25,6 +27,8 @@ from proxy.io.plane import Plane
 _log = logging.getLogger("doherty.server")
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+# l_onoff, l_linger: close by RST. A plain abort of a transport sends FIN, as a whole answer does.
+_RESET: Final = struct.pack("ii", 1, 0)
 
 
 class _State(enum.Enum):
@@ -44,6 +48,7 @@ class ServerProtocol(asyncio.Protocol):
         "_connections",
         "_deadline_s",
         "_decoder",
+        "_empty_line_met",
         "_exchange",
         "_head_buffer",
         "_left",
@@ -51,9 +56,11 @@ class ServerProtocol(asyncio.Protocol):
         "_parts",
         "_plane",
         "_reading_paused",
+        "_stalled_since_s",
         "_state",
         "_transport",
-        "_write_paused_s",
+        "_waiting_bytes",
+        "_write_paused",
         "peer",
     )
 
@@ -66,12 +73,15 @@ class ServerProtocol(asyncio.Protocol):
         self._deadline_s = 0.0
         self._exchange: Exchange | None = None
         self._head_buffer = bytearray()
+        self._empty_line_met = False
         self._parts: list[bytes] = []
         self._left = 0
         self._decoder: ChunkedDecoder | None = None
         self._ahead = b""  # octets of later requests
         self._reading_paused = False
-        self._write_paused_s = 0.0
+        self._write_paused = False
+        self._waiting_bytes = 0  # octets that the client had not taken at the last sweep
+        self._stalled_since_s = 0.0
         self._lingered_bytes = 0
         self.peer = ""
 
@@ -91,6 +101,9 @@ class ServerProtocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             match self._state:
+                case _State.IDLE if self._ahead or self._write_paused:
+                    # What came before goes first, and who reads nothing is served nothing more.
+                    self._keep_for_later(data)
                 case _State.IDLE | _State.HEAD:
                     self._read_head(data)
                 case _State.BODY:
@@ -111,7 +124,13 @@ class ServerProtocol(asyncio.Protocol):
     @override
     def eof_received(self) -> bool:
         # A client that has closed its sending side cannot be told from one that has gone; what it
-        # asked for would be computed for nobody (nginx and Caddy read it so, too).
+        # asked for would be computed for nobody (nginx and Caddy read it so, too). Not left to
+        # connection_lost: that waits for octets which such a client may never take.
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            self._state = _State.CLOSED
+            exchange.client_gone()
+            self._transport.abort()
         return False
 
     @override
@@ -126,27 +145,34 @@ class ServerProtocol(asyncio.Protocol):
 
     @override
     def pause_writing(self) -> None:
-        self._write_paused_s = self._plane.clock.now_s()
+        self._write_paused = True
         if self._exchange is not None:
             self._exchange.client_slow()
 
     @override
     def resume_writing(self) -> None:
-        self._write_paused_s = 0.0
+        self._write_paused = False
         if self._exchange is not None:
             self._exchange.client_reads()
+        elif self._ahead or self._reading_paused:
+            asyncio.get_running_loop().call_soon(self._next)
 
     # --- reading -----------------------------------------------------------------------------
 
     def _read_head(self, data: bytes) -> None:
         buffer = self._head_buffer
+        if buffer == b"\r":  # perhaps the first half of that empty line
+            data = b"\r" + data
+            buffer.clear()
         searched = max(0, len(buffer) - 3)
         if buffer:
             buffer += data
             end = buffer.find(b"\r\n\r\n", searched)
             data = bytes(buffer) if end >= 0 else b""
         else:
-            if data.startswith(b"\r\n"):  # RFC 9112 §2.2: one empty line before is forgiven
+            # RFC 9112 §2.2: one empty line before a request is forgiven
+            if data.startswith(b"\r\n") and not self._empty_line_met:
+                self._empty_line_met = True
                 data = data[2:]
                 if not data:
                     return
@@ -171,16 +197,22 @@ class ServerProtocol(asyncio.Protocol):
 
     def _take_head(self, block: bytes, rest: bytes) -> None:
         self._state = _State.BODY
+        self._empty_line_met = False
         head = parse_request_head(block)
         exchange = self._exchange = Exchange(self._plane, self, head)
+        if not head.chunked and not head.content_length:
+            # Whole already: even if it is refused, the next request begins where this one ends.
+            self._state = _State.SERVING
+            if rest:
+                self._keep_for_later(rest)
+            exchange.judge_head()
+            exchange.begin(b"")
+            return
         exchange.judge_head()
         if head.chunked:
             self._decoder = ChunkedDecoder()
-        elif head.content_length:
-            self._left = head.content_length
         else:
-            self._serve(b"", rest)
-            return
+            self._left = head.content_length
         if head.expects_continue and not rest:
             self._transport.write(_CONTINUE)
         self._deadline_s = self._plane.clock.now_s() + limits.BODY_IDLE_TIMEOUT_S
@@ -237,11 +269,11 @@ class ServerProtocol(asyncio.Protocol):
     def finished(self, *, keep_alive: bool) -> None:
         """The answer is out. Go on with the next request, or close."""
         self._exchange = None
-        if not keep_alive:
-            self._close_gently(unread=self._state is _State.BODY)
-            return
-        if self._state is _State.BODY:  # refused before its body was read: where it ends is moot
-            self._close_gently(unread=True)
+        # Refused before its body was read, or followed by what will never be answered: closing on
+        # unread octets makes the kernel reset, and the answer may be lost with it.
+        unread = self._state is _State.BODY or bool(self._ahead) or self._reading_paused
+        if not keep_alive or self._state is _State.BODY:
+            self._close_gently(unread=unread)
             return
         self._state = _State.IDLE
         self._deadline_s = self._plane.clock.now_s() + limits.CLIENT_KEEP_ALIVE_S
@@ -253,6 +285,8 @@ class ServerProtocol(asyncio.Protocol):
         self._exchange = None
         self._state = _State.CLOSED
         if reset:
+            connected = self._transport.get_extra_info("socket")
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._transport.abort()
         else:
             self._transport.close()
@@ -260,7 +294,7 @@ class ServerProtocol(asyncio.Protocol):
     # --- the end of a request ----------------------------------------------------------------
 
     def _next(self) -> None:
-        if self._state is not _State.IDLE:
+        if self._state is not _State.IDLE or self._write_paused:
             return
         if self._reading_paused:
             self._reading_paused = False
@@ -285,10 +319,14 @@ class ServerProtocol(asyncio.Protocol):
     def _close_gently(self, *, unread: bool) -> None:
         self._parts.clear()
         self._decoder = None
+        self._ahead = b""
         if unread and not self._transport.is_closing() and self._transport.can_write_eof():
             self._state = _State.LINGERING
             self._deadline_s = self._plane.clock.now_s() + limits.LINGER_S
             self._transport.write_eof()
+            if self._reading_paused:
+                self._reading_paused = False
+                self._transport.resume_reading()
         else:
             self._state = _State.CLOSED
             self._transport.close()
@@ -303,7 +341,7 @@ class ServerProtocol(asyncio.Protocol):
 
     def check_deadline(self, now_s: float) -> None:
         """Called by the sweep: close what has been silent for too long."""
-        if self._write_paused_s and now_s - self._write_paused_s > limits.WRITE_STALL_TIMEOUT_S:
+        if self._stalled(now_s):
             self._transport.abort()
             return
         if self._exchange is not None and self._state is _State.SERVING:
@@ -311,6 +349,8 @@ class ServerProtocol(asyncio.Protocol):
             return
         if now_s < self._deadline_s:
             return
+        if self._waiting_bytes and self._state not in (_State.HEAD, _State.BODY):
+            return  # the client is still taking an answer: only a stall ends that
         match self._state:
             case _State.HEAD | _State.BODY:
                 self._refuse(errors.RequestTimeoutError("the request did not arrive in time"))
@@ -321,6 +361,15 @@ class ServerProtocol(asyncio.Protocol):
                 self._transport.abort()
             case _State.SERVING:
                 pass
+
+    def _stalled(self, now_s: float) -> bool:
+        """Whether the client has long taken none of the octets that wait for it."""
+        waiting_bytes = self._transport.get_write_buffer_size()
+        if not waiting_bytes or waiting_bytes != self._waiting_bytes:
+            self._waiting_bytes = waiting_bytes
+            self._stalled_since_s = now_s
+            return False
+        return now_s - self._stalled_since_s > limits.WRITE_STALL_TIMEOUT_S
 
     def kill(self) -> None:
         """The grace is over."""

@@ -102,6 +102,11 @@ class Telemetry:
         for gone in [k for k in self.replica_requests if k not in replica_ids]:
             del self.replica_requests[gone]
 
+    def take_lag_s(self) -> float:
+        """Return the longest lateness since the last reading."""
+        lag_s, self.loop_lag_s_max = self.loop_lag_s_max, 0.0
+        return lag_s
+
     def samples(self) -> list[Sample]:
         out: list[Sample] = []
         for (route, model), series in self._requests.items():
@@ -127,12 +132,10 @@ class Telemetry:
             for name, label, table in tables
             for value, count in table.items()
         )
-        lag_s, self.loop_lag_s_max = self.loop_lag_s_max, 0.0
         out += (
             self.overhead_s.sample("overhead_seconds", ()),
             Sample("unsolicited_answers_total", (), self.unsolicited_total),
             Sample("internal_errors_total", (), self.internal_errors_total),
             Sample("connections_accepted_total", (), self.connections_total),
-            Sample("event_loop_lag_seconds", (), lag_s),
         )
         return out

@@ -50,7 +50,7 @@ class Upstream(asyncio.Protocol):
         "_follower",
         "_informational",
         "_left",
-        "_on_unsolicited",
+        "_miscounted",
         "_phase",
         "_poll",
         "_pool",
@@ -70,6 +70,7 @@ class Upstream(asyncio.Protocol):
         self._buffer = b""
         self._follower: http1.ChunkFollower | None = None
         self._left = 0  # octets of a counted body still to come; -1 until close
+        self._miscounted = False  # the follower has read octets that were not relayed
         self._reusable = True
         self._informational = 0
         self._poll: select.poll | None = None
@@ -107,9 +108,15 @@ class Upstream(asyncio.Protocol):
         return self._follower is None and self._left < 0
 
     @property
-    def open_chunk(self) -> tuple[int, int]:
-        """Data octets and line-end octets that a reader of the relayed stream still expects."""
-        return self._follower.chunk_left if self._follower is not None else (0, 0)
+    def open_chunk(self) -> tuple[int, int] | None:
+        """Data octets and line-end octets that a reader of the relayed stream still expects.
+
+        None when nothing may be added to the stream: it is not chunked, or what its reader expects
+        is not known.
+        """
+        if self._follower is None or self._miscounted:
+            return None
+        return self._follower.chunk_left
 
     def clean(self) -> bool:
         """Whether nothing has arrived on this idle connection, neither octets nor its end."""
@@ -154,7 +161,8 @@ class Upstream(asyncio.Protocol):
         if phase is _Phase.BODY and self._until_close and exc is None:
             consumer.response_ended(reusable=False)  # RFC 9112 §6.3: the close is the end
         else:
-            consumer.response_failed("connection lost" if exc is None else type(exc).__name__)
+            detail = "" if exc is None else f": {type(exc).__name__}"
+            consumer.response_failed(f"connection lost{detail}")
 
     # --- the response ------------------------------------------------------------------------
 
@@ -208,6 +216,7 @@ class Upstream(asyncio.Protocol):
             try:
                 octets, surplus = follower.feed(data)
             except http1.BadResponse as error:
+                self._miscounted = True
                 self._fail(str(error))
                 return
             ended = follower.ended
@@ -291,24 +300,30 @@ class Upstreams:
         return self._tasks.spawn(f"connect {replica.replica_id}", self._connect(replica, consumer))
 
     async def _connect(self, replica: Replica, consumer: Consumer) -> None:
-        loop = asyncio.get_running_loop()
         upstream = Upstream(replica.replica_id, self)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                await loop.create_connection(
-                    lambda: upstream,
-                    replica.host,
-                    replica.port,
-                    ssl=self._tls_context() if replica.tls else None,
-                )
+                await self._dial(replica, upstream)
         except TimeoutError:
             consumer.connect_failed("connect timed out")
             return
         except OSError as error:
             consumer.connect_failed(error.strerror or type(error).__name__)
             return
+        if not upstream.clean():  # closed, or spoken on, before we said a word
+            upstream.transport.abort()
+            consumer.connect_failed("connection closed as soon as it was made")
+            return
         self._open.add(upstream)
         consumer.connected(upstream)
+
+    async def _dial(self, replica: Replica, upstream: Upstream) -> None:
+        await asyncio.get_running_loop().create_connection(
+            lambda: upstream,
+            replica.host,
+            replica.port,
+            ssl=self._tls_context() if replica.tls else None,
+        )
 
     def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:

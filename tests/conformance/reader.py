@@ -6,6 +6,7 @@ and clocks, so that every vector can be judged whole, octet by octet and at any 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -80,6 +81,7 @@ class RequestReader:
         if self._fresh and buffer.startswith(b"\r\n"):  # RFC 9112 §2.2
             del buffer[:2]
             self._fresh = False
+            self._searched = 0
             return True
         end = buffer.find(b"\r\n\r\n", max(0, self._searched - 3))
         if end < 0:
@@ -217,5 +219,5 @@ def octet_by_octet(octets: bytes) -> list[bytes]:
 
 def cut_at(octets: bytes, cuts: Iterable[int]) -> list[bytes]:
     """Return the pieces of `octets` between the given places."""
-    places = [0, *sorted({min(cut, len(octets)) for cut in cuts}), len(octets)]
-    return [octets[start:end] for start, end in zip(places, places[1:], strict=False)]
+    places = sorted({0, len(octets), *(min(cut, len(octets)) for cut in cuts)})
+    return [octets[start:end] for start, end in itertools.pairwise(places)]

@@ -135,6 +135,8 @@ class ScriptedEngine:
                 await self.script(Connection(writer), request)
         except (asyncio.IncompleteReadError, ConnectionError):
             self.gone += 1
+        except asyncio.CancelledError:
+            pass  # by `stop`, and by nobody else
         finally:
             self._writers.discard(writer)
             self._serving.discard(task)

@@ -13,6 +13,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -56,7 +57,9 @@ class Load:
     Use as `async with Load(url, clients=8) as load`; leaving waits for what is under way.
     """
 
-    def __init__(self, url: str, *, clients: int, max_tokens: int = 30, model: str = "demo") -> None:
+    def __init__(
+        self, url: str, *, clients: int, max_tokens: int = 30, model: str = "demo"
+    ) -> None:
         host, _, port = url.removeprefix("http://").partition(":")
         self._address = (host, int(port))
         self._clients = clients
@@ -155,10 +158,8 @@ class Load:
             return Outcome.CUT_VISIBLY if record.head_s else Outcome.UNANSWERED
         finally:
             writer.close()
-            try:
+            with suppress(OSError):
                 await writer.wait_closed()
-            except OSError:
-                pass
 
     def _request(self, number: int) -> bytes:
         body = json.dumps(

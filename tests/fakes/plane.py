@@ -28,6 +28,16 @@ from tests.fakes.transport import FakeTransport
 CHAT_BODY = b'{"model":"m","messages":[{"role":"user","content":"hello"}]}'
 
 
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+EVENTS = [
+    b'data: {"choices":[{"delta":{"content":"%b"}}]}\n\n' % text
+    for text in (b"a", b"bb", b"a \\n\\n word", b"d" * 300)
+] + [b"data: [DONE]\n\n"]
+LAST_CHUNK = b"0\r\n\r\n"
+
+
 def chat_request(body: bytes = CHAT_BODY, fields: Iterable[str] = (), minor: int = 1) -> bytes:
     """Return a whole chat request."""
     lines = [f"POST /v1/chat/completions HTTP/1.{minor}", "host: proxy", *fields]
@@ -237,6 +247,12 @@ class Bench:
         """Return the connection to a replica on which something was sent last."""
         await self.settle()
         return max(self.upstreams.engines, key=lambda engine: engine.transport.written_at)
+
+    async def begun(self, request: bytes | None = None) -> tuple[Client, Engine]:
+        """Send a request over a new connection; return both ends of its way."""
+        client = self.client()
+        client.send(request or chat_request())
+        return client, await self.engine()
 
     def sweep(self, seconds: float = 0.0) -> None:
         """Time passes; then the worker's sweep comes."""

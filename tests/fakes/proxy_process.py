@@ -31,6 +31,7 @@ class ProxyProcess:
         self.output = b""
         self.port = self.admin_port = 0
         self.process: asyncio.subprocess.Process
+        self._workers_met: set[int] = set()
         self._readers: list[asyncio.Task[None]] = []
         self._heard = asyncio.Condition()
 
@@ -59,13 +60,15 @@ class ProxyProcess:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        workers = self.workers()
-        for pid in (self.process.pid, *workers):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-                os.kill(pid, signal.SIGKILL)
+        self.workers()
+        if self.process.returncode is None:
+            self.process.kill()
+        for pid in self._workers_met:
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                if b"proxy.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+        await asyncio.gather(*self._readers)  # until nobody has its end of the pipes
         await self.process.wait()
-        await asyncio.gather(*self._readers)
         self.process._transport.close()  # type: ignore[attr-defined]  # else closed by the collector
 
     async def _read_log(self) -> None:
@@ -102,9 +105,11 @@ class ProxyProcess:
         """Return the worker processes, by process id."""
         pid = self.process.pid
         try:
-            return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         except (FileNotFoundError, ProcessLookupError):
             return []
+        self._workers_met.update(map(int, children))
+        return list(map(int, children))
 
     def client_ports_of(self, pid: int) -> set[int]:
         """Return the ports of the clients whose connections a worker holds."""

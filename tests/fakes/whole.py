@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.fakes.programs import CLI, Mark, Program, children, fetch, mark, until
+from tests.fakes.programs import CLI, Mark, Program, children, fetch, mark, metric, until
 
 REPLICAS, WORKERS = 3, 2
 POLL_S = 0.02
@@ -29,15 +29,15 @@ models:
 
 
 class Whole:
-    """One run of `doherty up` in a folder."""
+    """One run of `doherty up` in a folder, on free ports unless `flags` say otherwise."""
 
-    def __init__(self, folder: Path, log_name: str = "up.log") -> None:
+    def __init__(self, folder: Path, *flags: str, log_name: str = "up.log") -> None:
         self.run_dir = folder / "run"
         config = folder / "doherty.yaml"
         config.write_text(CONFIG)
         argv = (*CLI, "up", str(config), f"--run-dir={self.run_dir}")
         ports = ("--port=0", "--admin-port=0", "--manager-port=0")
-        self.up = Program((*argv, *ports), folder / log_name)
+        self.up = Program((*argv, *ports, *flags), folder / log_name)
 
     def start(self) -> None:
         """Wait until everything is up, and learn where it is."""
@@ -64,8 +64,6 @@ class Whole:
         return states.count(("ready", False))
 
     def metric(self, name: str) -> float:
-        from tests.fakes.programs import metric
-
         return metric(fetch(self.admin_url + "/metrics").text, name, {})
 
     def until_at_rest(self) -> None:
@@ -87,6 +85,9 @@ class Whole:
     def replica_pids(self) -> dict[str, int]:
         return {r["replica_id"]: r["pid"] for r in self.fleet()["replicas"]}
 
+    def restarts(self) -> dict[str, int]:
+        return {r["replica_id"]: r.get("restarts", 0) for r in self.fleet()["replicas"]}
+
     def manager_pid(self) -> int:
         return int((self.run_dir / "lock").read_text())
 
@@ -106,27 +107,29 @@ class Whole:
 @contextmanager
 def whole(folder: Path) -> Iterator[Whole]:
     """Run `doherty up` as long as the block; nothing of it outlives the block."""
-    started = Whole(folder)
+    with no_orphans() as marks:
+        started = Whole(folder)
+        try:
+            started.start()
+            marks.extend(started.marks())
+            yield started
+            if started.up.process.poll() is None:
+                marks.extend(started.marks())  # what was started again meanwhile
+        finally:
+            started.up.end()
+
+
+@contextmanager
+def no_orphans() -> Iterator[list[Mark]]:
+    """Collect marks of processes; those that run at the end are killed, and fail the test."""
     marks: list[Mark] = []
     try:
-        started.start()
-        marks = started.marks()
-        yield started
-        marks += started.marks() if started.up.process.poll() is None else []
+        yield marks
     finally:
-        try:
-            started.up.end()
-        finally:
-            left = end_all(marks)
+        left = [process for process in set(marks) if process.alive]
+        for process in left:
+            os.kill(process.pid, signal.SIGKILL)
     assert not left, f"left running: {left}"
-
-
-def end_all(marks: list[Mark]) -> list[Mark]:
-    """Kill those that still run; return them."""
-    left = [process for process in marks if process.alive]
-    for process in left:
-        os.kill(process.pid, signal.SIGKILL)
-    return left
 
 
 def until_gone(marks: list[Mark]) -> None:
@@ -144,5 +147,3 @@ def client_ports_of(pid: int, server_port: int) -> set[int]:
         if inode in inodes and int(local.partition(":")[2], 16) == server_port:
             ports.add(int(remote.partition(":")[2], 16))
     return ports
-
-

@@ -1,0 +1,126 @@
+"""What one exchange did: the facts that are counted, logged and, if asked for, told the client.
+
+They are plain attributes of the exchange and not an object of their own, because every request has
+them and few lines read them.
+"""
+
+from __future__ import annotations
+
+from proxy.core import head as heads
+from proxy.core.fleet import Pool
+from proxy.core.http1 import Field, RequestHead
+from proxy.core.policy import Decision, Request
+from proxy.core.prefix import NO_CHAIN
+from proxy.core.routes import Route
+from proxy.core.usage import read_usage
+from proxy.io.plane import Plane
+
+
+class Facts:
+    """One request's way, as far as it came. Moments that have not come yet are 0."""
+
+    __slots__ = (
+        "_attempts",
+        "_decision",
+        "_first_octet_s",
+        "_head",
+        "_model",
+        "_peer",
+        "_plane",
+        "_pool",
+        "_received_bytes",
+        "_request",
+        "_route",
+        "_sent_s",
+        "_started_s",
+        "_stream",
+        "_tail",
+        "_whole_s",
+        "request_id",
+    )
+
+    def __init__(self, plane: Plane, head: RequestHead, peer: str) -> None:
+        self._plane = plane
+        self._head = head
+        self._peer = peer
+        given = head.get(heads.REQUEST_ID)
+        self.request_id = (
+            given if given and heads.valid_request_id(given) else plane.clock.request_id()
+        )
+        self._route: Route | None = None
+        self._model = ""
+        self._stream = False
+        self._pool: Pool | None = None
+        self._request = Request(NO_CHAIN, has_session=False)
+        self._decision: Decision | None = None
+        self._attempts = 0
+        self._received_bytes = 0
+        self._tail = b""
+        self._started_s = plane.clock.now_s()
+        self._whole_s = self._sent_s = self._first_octet_s = 0.0
+
+    def _diagnostics(self) -> tuple[Field, ...]:
+        """Where the request went and why, for those who run with `expose_routing`."""
+        decision = self._decision
+        if decision is None or not self._plane.config.expose_routing:
+            return ()
+        overhead_us = max(0, int((self._sent_s - self._whole_s) * 1e6))
+        return (
+            (b"x-doherty-replica", decision.replica.replica_id.encode()),
+            (b"x-doherty-region", decision.replica.region.encode()),
+            (b"x-doherty-decision", decision.reason.encode()),
+            (b"x-doherty-queue-ms", b"0"),
+            (b"x-doherty-overhead-us", b"%d" % overhead_us),
+        )
+
+    def _write_down(self, status: int, outcome: str, now_s: float) -> None:
+        """Take the counts and log the line of an exchange that has ended."""
+        plane = self._plane
+        route_name = self._route.name if self._route is not None else "none"
+        # A model that is not served is the client's invention, and no label.
+        known = self._model if self._pool is not None else ""
+        series = plane.telemetry.series(route_name, known)
+        series.outcomes[status, outcome] += 1
+        series.duration_s.observe(now_s - self._started_s)
+        if self._first_octet_s:
+            series.first_token_s.observe(self._first_octet_s - self._started_s)
+        if self._decision is not None:
+            plane.telemetry.decisions[self._decision.reason] += 1
+            plane.telemetry.replica_requests[self._decision.replica.replica_id] += 1
+        if self._sent_s:
+            plane.telemetry.overhead_s.observe(self._sent_s - self._whole_s)
+        usage = read_usage(self._tail) if status == 200 else None
+        if usage is not None:
+            series.prompt_tokens += usage.prompt_tokens
+            series.cached_tokens += usage.cached_tokens or 0
+            series.generation_tokens += usage.completion_tokens
+        if plane.access_log.enabled:
+            self._log_line(status, outcome, now_s)
+
+    def _log_line(self, status: int, outcome: str, now_s: float) -> None:
+        decision = self._decision
+        record = {
+            "at": round(self._plane.clock.unix_s(), 3),
+            "request_id": self.request_id.decode("ascii"),
+            "client": self._peer,
+            "method": self._head.method.decode("ascii"),
+            "path": self._head.path[:256].decode("ascii", "backslashreplace"),
+            "status": status,
+            "outcome": outcome,
+            "model": self._model,
+            "stream": self._stream,
+            "replica": decision.replica.replica_id if decision else None,
+            "decision": decision.reason if decision else None,
+            "attempts": self._attempts,
+            "prompt_tokens_estimated": self._request.chain.prompt_tokens,
+            "cached_tokens_believed": decision.cached_tokens if decision else 0,
+            "received_bytes": self._received_bytes,
+            "overhead_us": int((self._sent_s - self._whole_s) * 1e6) if self._sent_s else None,
+            "first_octet_ms": (
+                round((self._first_octet_s - self._started_s) * 1e3, 3)
+                if self._first_octet_s
+                else None
+            ),
+            "duration_ms": round((now_s - self._started_s) * 1e3, 3),
+        }
+        self._plane.access_log.write(record)

@@ -1,0 +1,369 @@
+"""Heads: every vector three ways, agreement with a second reader, and what is dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import h11
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy import errors
+from proxy.core import limits
+from proxy.core.http1 import (
+    HOP_BY_HOP,
+    BadResponse,
+    ChunkedDecoder,
+    check_partial_head,
+    parse_request_head,
+    parse_response_head,
+)
+from tests.conformance.engine_vectors import ENGINE, EngineVector
+from tests.conformance.reader import (
+    Answer,
+    Verdict,
+    cut_at,
+    octet_by_octet,
+    read_requests,
+    read_response,
+)
+from tests.conformance.vectors import REQUESTS, Vector
+
+# The few vectors of tens of kilobytes are dealt out in larger pieces than one octet.
+_SMALL_BYTES = 4096
+
+
+def _expected(vector: Vector) -> Verdict:
+    return Verdict(vector.taken, vector.refused, vector.waiting)
+
+
+def _bit_by_bit(octets: bytes) -> list[bytes]:
+    if len(octets) <= _SMALL_BYTES:
+        return octet_by_octet(octets)
+    ends = range(len(octets) - 64, len(octets))
+    return cut_at(octets, [*range(64), *range(64, len(octets), 251), *ends])
+
+
+@pytest.mark.parametrize("vector", REQUESTS, ids=lambda vector: vector.name)
+def test_request_vector(vector: Vector) -> None:
+    assert read_requests([vector.octets]) == _expected(vector), vector.rule
+    assert read_requests(_bit_by_bit(vector.octets)) == _expected(vector), vector.rule
+
+
+@given(st.sampled_from(REQUESTS), st.lists(st.integers(0, 300), max_size=8))
+def test_request_vector_at_random_cuts(vector: Vector, cuts: list[int]) -> None:
+    assert read_requests(cut_at(vector.octets, cuts)) == _expected(vector)
+
+
+def _payload(answer: Answer) -> bytes:
+    """Undo the chunk framing of what was relayed, as far as it goes."""
+    decoder = ChunkedDecoder()
+    decoder.feed(answer.relayed)
+    return decoder.body()
+
+
+def _check_engine_vector(vector: EngineVector, answer: Answer) -> None:
+    understood = (answer.status, answer.ended, answer.surplus, answer.failed)
+    assert understood == (vector.status, vector.ended, vector.surplus, vector.failed), vector.rule
+    chunked = b"Transfer-Encoding" in vector.octets and vector.status == 200
+    payload = _payload(answer) if chunked else answer.relayed
+    if vector.failed:  # how much came out before depends on the pieces
+        assert vector.payload.startswith(payload)
+    else:
+        assert payload == vector.payload
+
+
+@pytest.mark.parametrize("vector", ENGINE, ids=lambda vector: vector.name)
+def test_engine_vector(vector: EngineVector) -> None:
+    _check_engine_vector(vector, read_response([vector.octets]))
+    _check_engine_vector(vector, read_response(_bit_by_bit(vector.octets)))
+
+
+@given(st.sampled_from(ENGINE), st.lists(st.integers(0, 120), max_size=8))
+def test_engine_vector_at_random_cuts(vector: EngineVector, cuts: list[int]) -> None:
+    _check_engine_vector(vector, read_response(cut_at(vector.octets, cuts)))
+
+
+def test_the_vectors_are_many_and_named_once() -> None:
+    names = [vector.name for vector in REQUESTS] + [vector.name for vector in ENGINE]
+    assert len(set(names)) == len(names)
+    assert len(REQUESTS) >= 90
+    assert sum(1 for vector in ENGINE if vector.failed or vector.surplus) >= 25
+
+
+# --- a second reader ------------------------------------------------------------------------
+
+
+class Read:
+    """One request from the start of some octets: what it is, and where it ends."""
+
+    def __init__(self, method: bytes, target: bytes, body: bytes, end: int) -> None:
+        self.seen = (method, target, body, end)
+
+
+def _ours(octets: bytes) -> Read | None:
+    """None: refused or incomplete."""
+    end = octets.find(b"\r\n\r\n")
+    if end < 0:
+        return None
+    try:
+        head = parse_request_head(octets[:end])
+        rest = octets[end + 4 :]
+        if head.chunked:
+            decoder = ChunkedDecoder()
+            after = decoder.feed(rest)
+            if after is None:
+                return None
+            body = decoder.body()
+        else:
+            if len(rest) < head.content_length:
+                return None
+            body, after = rest[: head.content_length], rest[head.content_length :]
+    except errors.ProxyError:
+        return None
+    return Read(head.method, head.path + head.query, body, len(octets) - len(after))
+
+
+def _theirs(octets: bytes) -> Read:
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
+    connection.receive_data(octets)
+    request = connection.next_event()
+    assert isinstance(request, h11.Request), request
+    body = b""
+    while True:
+        event = connection.next_event()
+        if isinstance(event, h11.EndOfMessage):
+            break
+        assert isinstance(event, h11.Data), event
+        body += event.data
+    trailing, _ = connection.trailing_data
+    return Read(request.method, request.target, body, len(octets) - len(trailing))
+
+
+def _absolute_form(octets: bytes) -> bool:
+    """RFC 9112 §3.2.2: the absolute form is accepted and means its path; h11 leaves it."""
+    return octets.split(b" ")[1][:4].lower() == b"http"
+
+
+def _space_before_extension(octets: bytes) -> bool:
+    """RFC 9112 §7.1.1: space before the semicolon of a chunk extension is passed over."""
+    return b" ;" in octets or b"\t;" in octets
+
+
+def _framing_field_in_trailer(octets: bytes) -> bool:
+    """RFC 9112 §7.1.2: trailers are dropped unread; h11 judges framing fields among them."""
+    trailer = octets.partition(b"\n0")[2].partition(b"\r\n\r\n")[0].lower()
+    return any(name in trailer for name in (b"content-length", b"transfer-encoding", b"host"))
+
+
+# Where we accept and h11 does not, or reads another target.
+_EXCEPTIONS: dict[str, Callable[[bytes], bool]] = {
+    "absolute_form": _absolute_form,
+    "space_before_extension": _space_before_extension,
+    "framing_field_in_trailer": _framing_field_in_trailer,
+}
+
+
+def _agrees(octets: bytes) -> None:
+    read = _ours(octets)
+    if read is None or any(applies(octets) for applies in _EXCEPTIONS.values()):
+        return
+    assert _theirs(octets).seen == read.seen, octets
+
+
+@pytest.mark.parametrize("vector", REQUESTS, ids=lambda vector: vector.name)
+def test_h11_agrees_on_what_is_accepted(vector: Vector) -> None:
+    _agrees(vector.octets)
+
+
+@pytest.mark.parametrize("name", sorted(_EXCEPTIONS))
+def test_each_exception_is_met(name: str) -> None:
+    """An exception that no vector needs would hide a difference."""
+    applies = _EXCEPTIONS[name]
+    met = [v for v in REQUESTS if v.taken and applies(v.octets) and _ours(v.octets)]
+    assert met
+
+    def differs(octets: bytes) -> bool:
+        read = _ours(octets)
+        assert read is not None
+        try:
+            return _theirs(octets).seen != read.seen
+        except h11.RemoteProtocolError:
+            return True
+
+    if name != "framing_field_in_trailer":  # h11 judges only some of their values
+        assert any(differs(vector.octets) for vector in met)
+    else:
+        assert differs(
+            b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"0\r\nContent-Length: x\r\n\r\n"
+        )
+
+
+_SEEDS = [vector.octets for vector in REQUESTS if len(vector.octets) < 400]
+_SPLINTERS = st.sampled_from(
+    [
+        b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\x00", b" ", b"\t", b":", b";", b",", b"0", b"5",
+        b"a", b"X: y\r\n", b"Host: a\r\n", b"Content-Length: 3\r\n", b"0\r\n\r\n", b"\x80", b"\xff",
+        b"Transfer-Encoding: chunked\r\n", b"chunked", b"Connection: close\r\n", b"\x0b", b"\x7f",
+    ]
+)  # fmt: skip
+
+
+@st.composite
+def _mutated(draw: st.DrawFn) -> bytes:
+    octets = draw(st.sampled_from(_SEEDS))
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, len(octets)))
+        width = draw(st.sampled_from([0, 0, 1, 2, 5]))
+        octets = octets[:at] + draw(_SPLINTERS | st.binary(max_size=3)) + octets[at + width :]
+    return octets
+
+
+@given(_mutated())
+def test_h11_agrees_on_mutations(octets: bytes) -> None:
+    _agrees(octets)
+
+
+@given(_mutated(), st.lists(st.integers(0, 400), max_size=8))
+def test_a_verdict_does_not_depend_on_the_pieces(octets: bytes, cuts: list[int]) -> None:
+    whole = read_requests([octets])
+    for pieces in (octet_by_octet(octets), cut_at(octets, cuts)):
+        got = read_requests(pieces)
+        assert got.taken == whole.taken
+        # Two faults in one head may be met in another order; refused it is, and sooner or as soon.
+        assert bool(got.refused) >= bool(whole.refused)
+        if got.refused and not whole.refused:
+            assert whole.waiting
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_octets_are_judged_and_nothing_else(octets: bytes) -> None:
+    read_requests([octets])
+    read_response([octets])
+
+
+# --- what a head becomes --------------------------------------------------------------------
+
+
+def _fields(*lines: bytes) -> bytes:
+    return b"\r\n".join((b"POST /x HTTP/1.1", b"host: a", *lines))
+
+
+def test_hop_by_hop_fields_and_what_connection_names_are_dropped() -> None:
+    lines = [name + b": v" for name in HOP_BY_HOP - {b"connection", b"transfer-encoding"}]
+    head = parse_request_head(
+        _fields(
+            *lines,
+            b"Connection: X-Mine, keep-alive",
+            b"x-mine: 1",
+            b"X-MINE: 2",
+            b"X-Other: 3",
+            b"Transfer-Encoding: chunked",
+        )
+    )
+    assert head.fields == [(b"host", b"a"), (b"x-other", b"3")]
+    assert head.get(b"x-other") == b"3"
+    assert head.get(b"x-mine") is None
+
+
+@pytest.mark.parametrize(
+    ("version", "connection", "keep_alive"),
+    [
+        (b"1.1", b"", True),
+        (b"1.1", b"close", False),
+        (b"1.1", b"Close , x", False),
+        (b"1.1", b"keep-alive", True),
+        (b"1.1", b"keep-alive, close", False),
+        (b"1.0", b"", False),
+        (b"1.0", b"Keep-Alive", True),
+        (b"1.0", b"x", False),
+    ],
+)
+def test_keep_alive_of_a_request(version: bytes, connection: bytes, keep_alive: bool) -> None:
+    lines = [b"GET / HTTP/" + version, b"Host: a"]
+    if connection:
+        lines.append(b"Connection: " + connection)
+    assert parse_request_head(b"\r\n".join(lines)).keep_alive is keep_alive
+
+
+@pytest.mark.parametrize(
+    ("version", "expect", "waits"),
+    [
+        (b"1.1", b"100-Continue", True),
+        (b"1.1", b"100-continued", False),
+        (b"1.0", b"100-continue", False),
+    ],
+)
+def test_expectation(version: bytes, expect: bytes, waits: bool) -> None:
+    block = b"POST / HTTP/" + version + b"\r\nHost: a\r\nExpect: " + expect
+    assert parse_request_head(block).expects_continue is waits
+
+
+@pytest.mark.parametrize(
+    ("buffer", "error"),
+    [
+        (b"get ", errors.BadHeadError),
+        (b"\x16\x03\x01", errors.BadHeadError),
+        (b"GET / HTTP/1.1\n", errors.BadHeadError),
+        (b"\nGET", errors.BadHeadError),
+        (b"GET / HTTP/3.0\r\n", errors.VersionNotSupportedError),
+        (b"GET /" + b"x" * 9000, errors.TargetTooLongError),
+        (b"GET / HTTP/1.1\r\nX: y\n", errors.BadHeadError),
+    ],
+)
+def test_a_lost_head_is_refused_before_it_is_whole(
+    buffer: bytes, error: type[errors.ProxyError]
+) -> None:
+    with pytest.raises(error):
+        check_partial_head(bytearray(buffer), 0)
+
+
+@pytest.mark.parametrize("buffer", [b"P", b"POST", b"POST ", b"POST /x HT", b"\r", b"A" * 20])
+def test_a_young_head_is_waited_for(buffer: bytes) -> None:
+    check_partial_head(bytearray(buffer), 0)
+
+
+def test_a_long_malformed_line_is_too_long_before_it_is_malformed() -> None:
+    with pytest.raises(errors.TargetTooLongError):
+        parse_request_head(b"GET " + b" x" * limits.TARGET_BYTES_MAX + b" HTTP/1.1\r\nHost: a")
+
+
+@pytest.mark.parametrize(
+    ("lines", "keep_alive"),
+    [
+        ((b"HTTP/1.1 200 OK", b"Content-Length: 1"), True),
+        ((b"HTTP/1.1 200 OK", b"Transfer-Encoding: Chunked"), True),
+        ((b"HTTP/1.1 200 OK",), False),  # its end is the close
+        ((b"HTTP/1.1 204 OK",), True),
+        ((b"HTTP/1.0 200 OK", b"Content-Length: 1"), False),
+        ((b"HTTP/1.1 200 OK", b"Content-Length: 1", b"Connection: x, CLOSE"), False),
+        ((b"HTTP/1.1 200 OK", b"Content-Length: 1", b"Connection: keep-alive"), True),
+    ],
+)
+def test_keep_alive_of_a_response(lines: tuple[bytes, ...], keep_alive: bool) -> None:
+    assert parse_response_head(b"\r\n".join(lines)).keep_alive is keep_alive
+
+
+def test_a_response_keeps_its_own_fields_only() -> None:
+    head = parse_response_head(
+        b"HTTP/1.1 200 Fine\r\nContent-Type: Text/Event-Stream; charset=utf-8\r\nKeep-Alive: 5\r\n"
+        b"Connection: X-Hop\r\nX-Hop: 1\r\nX-End: 2\r\nSet-Cookie: a\r\nSet-Cookie: b\r\n"
+        b"TE: a\r\nTE: b\r\nContent-Length: 7\r\nContent-Length: 7"
+    )
+    assert head.event_stream
+    assert (head.status, head.reason, head.length) == (200, b"Fine", 7)
+    assert [name for name, _ in head.fields] == [
+        b"content-type", b"x-end", b"set-cookie", b"set-cookie",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [b"text/plain", b"application/json", b"text/event-strea"])
+def test_what_is_no_event_stream(kind: bytes) -> None:
+    assert not parse_response_head(b"HTTP/1.1 200 OK\r\nContent-Type: " + kind).event_stream
+
+
+def test_a_refused_response_says_why() -> None:
+    with pytest.raises(BadResponse, match="more than one content-type"):
+        parse_response_head(b"HTTP/1.1 200 OK\r\nContent-Type: a\r\nContent-Type: a")

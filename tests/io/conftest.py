@@ -1,0 +1,28 @@
+"""The bench on fake connections; when a test ends, nothing may be held any more."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from tests.fakes.plane import Bench
+
+
+@pytest.fixture
+async def make_bench() -> AsyncIterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def make(*args: object, **config: object) -> Bench:
+        made.append(Bench(*args, **config))  # type: ignore[arg-type]  # passed on as they came
+        return made[-1]
+
+    yield make
+    for bench in made:
+        await bench.close()
+
+
+@pytest.fixture
+def bench(make_bench: Callable[..., Bench]) -> Bench:
+    """A plane with one replica, `a`, that serves model `m`."""
+    return make_bench()

@@ -1,0 +1,185 @@
+"""One request and its response: what each side gets, and who waits for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from proxy.core import limits
+from tests.fakes.plane import (
+    CHAT_BODY,
+    EVENTS,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    Bench,
+    answer,
+    chat_request,
+    chunk,
+)
+
+MakeBench = Callable[..., Bench]
+
+
+# --- answers of every kind ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [204, 304])
+async def test_an_answer_without_a_body(bench: Bench, status: int) -> None:
+    client, engine = await bench.begun()
+    engine.send(b"HTTP/1.1 %d Fine\r\netag: x\r\n\r\n" % status)
+    got = client.answer()
+    assert (got.status, got.body) == (status, b"")
+    assert "content-length" not in got.fields
+    assert not client.transport.is_closing()
+    assert bench.upstreams.idle_count == 1
+
+
+async def test_an_empty_answer(bench: Bench) -> None:
+    client, engine = await bench.begun()
+    engine.send(answer(b""))
+    assert client.answer().fields["content-length"] == "0"
+    assert bench.upstreams.idle_count == 1
+
+
+async def test_chunked_octets_are_relayed_at_once_and_as_they_are(bench: Bench) -> None:
+    client, engine = await bench.begun()
+    engine.send(STREAM_HEAD)
+    seen = client.received
+    assert seen.endswith(b"\r\n\r\n")
+    for event in EVENTS:
+        engine.send(chunk(event))
+        assert client.received == seen + chunk(event)
+        seen = client.received
+    engine.send(LAST_CHUNK)
+    assert client.received == seen + LAST_CHUNK
+    assert client.answer().complete
+
+
+async def test_fields_of_one_connection_stay_there(bench: Bench) -> None:
+    fields = ["connection: x-hop", "x-hop: 1", "keep-alive: timeout=5", "te: trailers", "x-end: 1"]
+    client, engine = await bench.begun(chat_request(fields=[*fields, "upgrade: h2c"]))
+    head = engine.received.split(b"\r\n\r\n")[0].lower()
+    assert b"x-end: 1" in head
+    for name in (b"connection", b"x-hop", b"keep-alive", b"te:", b"upgrade", b"host: proxy"):
+        assert name not in head
+    back = ["connection: x-back", "x-back: 1", "keep-alive: timeout=5", "upgrade: h2c", "x-end: 2"]
+    engine.send(answer(fields=[*back, "x-request-id: theirs"]))
+    got = client.answer()
+    assert got.fields["x-end"] == "2"
+    assert not {"connection", "x-back", "keep-alive", "upgrade"} & set(got.fields)
+    assert got.fields["x-request-id"] == "req-test-00000001"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("abc-123", True),
+        ("x" * limits.REQUEST_ID_BYTES_MAX, True),
+        ("x" * (limits.REQUEST_ID_BYTES_MAX + 1), False),
+        ("two words", False),
+        ("", False),
+        (None, False),
+    ],
+)
+async def test_a_request_id_is_the_clients_when_it_is_good(
+    bench: Bench, given: str | None, kept: bool
+) -> None:
+    fields = [] if given is None else [f"x-request-id: {given}"]
+    client, engine = await bench.begun(chat_request(fields=fields))
+    due = str(given) if kept else "req-test-00000001"
+    assert engine.received.count(b"x-request-id") == 1
+    assert f"x-request-id: {due}\r\n".encode() in engine.received
+    engine.send(answer())
+    assert client.answer().fields["x-request-id"] == due
+
+
+@pytest.mark.parametrize(
+    ("fields", "due", "absent"),
+    [
+        (["x-api-key: k1"], b"authorization: Bearer k1\r\n", b"x-api-key"),
+        (["authorization: Bearer k2"], b"authorization: Bearer k2\r\n", b"x-api-key"),
+        (["x-api-key: k1", "authorization: Bearer k2"], b"authorization: Bearer k2\r\n", b"r k1"),
+        ([], b"host:", b"authorization"),
+        (["x-api-key: "], b"host:", b"authorization"),
+    ],
+)
+async def test_engines_get_the_key_as_a_bearer_token(
+    bench: Bench, fields: list[str], due: bytes, absent: bytes
+) -> None:
+    request = chat_request(fields=fields).replace(b"/v1/chat/completions", b"/v1/messages")
+    _, engine = await bench.begun(request)
+    head = engine.received.lower()
+    assert due.lower() in head
+    assert absent not in head
+    assert head.count(b"authorization") <= 1
+
+
+async def test_the_choice_is_shown_when_asked_for(make_bench: MakeBench) -> None:
+    bench = make_bench(expose_routing=True)
+    client, engine = await bench.begun()
+    engine.send(answer())
+    fields = client.answer().fields
+    assert fields["x-doherty-replica"] == "a"
+    assert fields["x-doherty-decision"] == "home"
+    assert fields["x-doherty-region"] == "local"
+    assert fields["x-doherty-overhead-us"] == "0"
+
+
+async def test_tokens_are_counted_as_the_engine_reports_them(bench: Bench) -> None:
+    client, engine = await bench.begun()
+    usage = b'{"usage":{"prompt_tokens":7,"completion_tokens":3,"prompt_tokens_details":'
+    engine.send(answer(usage + b'{"cached_tokens":5}}}'))
+    client.answer()
+    counts = {s.name: s.value for s in bench.plane.telemetry.samples()}
+    assert counts["prompt_tokens_total"] == 7
+    assert counts["generation_tokens_total"] == 3
+    assert counts["prefix_cached_tokens_total"] == 5
+
+
+async def test_the_first_octet_ends_the_prefill(bench: Bench) -> None:
+    body = CHAT_BODY.replace(b"hello", b"word " * 400)
+    client, engine = await bench.begun(chat_request(body))
+    assert bench.plane.accounts["a"].queued_tokens > 400
+    engine.send(STREAM_HEAD)
+    assert bench.plane.accounts["a"].queued_tokens > 400
+    engine.send(chunk(EVENTS[0]))
+    assert bench.plane.accounts["a"].queued_tokens == 0
+    assert bench.plane.accounts["a"].inflight == 1
+    client.transport.hang_up()
+
+
+# --- who waits for whom ---------------------------------------------------------------------------
+
+
+async def test_a_slow_client_pauses_its_replica_and_nobody_elses(bench: Bench) -> None:
+    slow, slow_engine = await bench.begun()
+    fast, fast_engine = await bench.begun()
+    slow.transport.taking = False
+    slow_engine.send(STREAM_HEAD)
+    piece = chunk(b"x" * 65536)
+    pieces = 0
+    while slow_engine.transport.is_reading():
+        slow_engine.send(piece)
+        fast_engine.send(STREAM_HEAD + piece if not pieces else piece)
+        pieces += 1
+    assert pieces * 65536 <= limits.WRITE_HIGH_WATER_BYTES + 2 * 65536
+    assert fast_engine.transport.reading
+    bench.sweep(601)  # the replica is not silent: it is not listened to
+    assert not slow_engine.cut_off
+    slow.transport.take()
+    assert slow_engine.transport.is_reading()
+    slow.transport.taking = True
+    slow_engine.send(LAST_CHUNK)
+    assert len(slow.answer().body) == pieces * 65536
+    fast.transport.hang_up()
+
+
+async def test_a_connection_paused_for_a_slow_client_is_read_by_the_next_one(bench: Bench) -> None:
+    slow, engine = await bench.begun()
+    slow.transport.taking = False
+    engine.send(answer(b'"' + b"x" * (2 * limits.WRITE_HIGH_WATER_BYTES) + b'"'))
+    next_client, same_engine = await bench.begun()
+    assert same_engine is engine
+    engine.send(answer(b"[2]"))
+    assert next_client.answer().body == b"[2]"

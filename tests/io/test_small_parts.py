@@ -1,0 +1,280 @@
+"""Tasks, the control channel, the access log, counts: the parts that everything else leans on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+import threading
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from proxy.config import ProxyConfig
+from proxy.contract import FleetSnapshot
+from proxy.core import limits
+from proxy.io import control
+from proxy.io.access_log import AccessLog
+from proxy.io.admin import render_metrics, sum_samples
+from proxy.io.tasks import Tasks
+from proxy.io.telemetry import SECONDS_BUCKETS, Histogram, Sample, Telemetry
+from tests.fakes.plane import until
+
+# --- tasks ---------------------------------------------------------------------------------------
+
+
+async def test_a_task_that_fails_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail() -> None:
+        raise ValueError("broken")
+
+    tasks = Tasks()
+    task = tasks.spawn("the one that fails", fail())
+    await until(task.done)
+    await asyncio.sleep(0)
+    assert len(tasks) == 0
+    assert "task the one that fails failed" in caplog.text
+    assert "ValueError: broken" in caplog.text
+
+
+async def test_closing_ends_every_task_and_waits_for_it() -> None:
+    ended: list[int] = []
+
+    async def work(number: int) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.append(number)
+
+    tasks = Tasks()
+    for number in range(3):
+        tasks.start(f"work {number}", work(number))
+    await asyncio.sleep(0)
+    assert len(tasks) == 3
+    await tasks.close()
+    assert sorted(ended) == [0, 1, 2]
+    assert len(tasks) == 0
+
+
+# --- supervisor and worker -----------------------------------------------------------------------
+
+MESSAGES: list[control.Message] = [
+    control.Start(ProxyConfig(worker_urls=("http://h:1",), policy="session")),
+    control.FleetIs(FleetSnapshot(epoch="e", version=3)),
+    control.Cleared("a"),
+    control.Drain(1.5),
+    control.Count(),
+    control.Ready(),
+    control.Suspect("a", "refused"),
+    control.Counted([Sample("x", (("k", "v"),), 1.0, (1, 2))], [Sample("y", (), 2.0)]),
+]
+
+
+async def test_every_message_arrives_as_it_was_sent_and_the_end_is_seen() -> None:
+    one, other = socket.socketpair()
+    sender, receiver = await control.Channel.open(one), await control.Channel.open(other)
+    for message in MESSAGES:
+        sender.send(message)
+    sender.close()
+    assert [message async for message in receiver] == MESSAGES
+    assert await receiver.receive() is None
+    receiver.close()
+    sender.send(control.Count())  # to nobody: no matter
+    await asyncio.sleep(0)
+
+
+async def test_a_frame_that_claims_too_much_ends_the_channel() -> None:
+    one, other = socket.socketpair()
+    receiver = await control.Channel.open(other)
+    with one:
+        one.sendall(struct.pack("!I", control.FRAME_BYTES_MAX + 1))
+        assert await receiver.receive() is None
+        receiver.close()
+        await asyncio.sleep(0)
+
+
+# --- access log ----------------------------------------------------------------------------------
+
+
+def test_lines_are_written_in_order_and_all_of_them_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "access.log"
+    log = AccessLog(str(path))
+    for number in range(1000):
+        log.write({"number": number, "path": "a\nb\0c"})
+    log.close()
+    lines = path.read_bytes().splitlines()
+    assert [orjson.loads(text)["number"] for text in lines] == list(range(1000))
+    assert log.dropped_total == 0
+    assert path.stat().st_mode & 0o007 == 0
+
+
+def test_lines_are_added_to_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "access.log"
+    for number in range(2):
+        log = AccessLog(str(path))
+        log.write({"number": number})
+        log.close()
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_a_log_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        AccessLog(str(tmp_path / "no" / "log"))
+
+
+def test_a_stuck_reader_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipe is full, the thread waits in it; lines are kept up to a bound and then counted."""
+    monkeypatch.setattr(limits, "ACCESS_LOG_LINES_MAX", 100)
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    log = AccessLog(str(path))
+    written = 0
+    while log.dropped_total < 500:  # never waits: a full pipe would hold this thread for ever
+        log.write({"number": written, "filler": "x" * 1000})
+        written += 1
+        assert len(log._lines) <= 100
+    dropped = log.dropped_total
+    os.set_blocking(reader, True)
+    octets = bytearray()
+
+    def read() -> None:
+        while piece := os.read(reader, 65536):
+            octets.extend(piece)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    log.close()
+    thread.join(10)
+    os.close(reader)
+    numbers = [orjson.loads(text)["number"] for text in bytes(octets).splitlines()]
+    assert numbers == sorted(numbers)
+    assert len(numbers) == written - dropped
+
+
+def test_a_disk_that_is_full_is_counted() -> None:
+    log = AccessLog("/dev/full")
+    for _ in range(3):
+        log.write({"a": 1})
+    log.close()
+    assert log.dropped_total == 3
+
+
+def test_lines_of_several_workers_do_not_mix_in_a_pipe(tmp_path: Path) -> None:
+    """POSIX keeps writes of at most PIPE_BUF octets to a pipe in one piece, and no longer ones."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    logs = [AccessLog(str(path)) for _ in range(3)]
+    for number in range(300):
+        for log in logs:
+            log.write({"number": number, "filler": "x" * 900})
+    while any(log._lines for log in logs):
+        time.sleep(0.01)  # until every thread has taken its lines and waits for room in the pipe
+    os.set_blocking(reader, True)
+    octets = bytearray()
+
+    def read() -> None:
+        while piece := os.read(reader, 1000):
+            octets.extend(piece)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for log in logs:
+        log.close()
+    thread.join(10)
+    os.close(reader)
+    lines = bytes(octets).splitlines()
+    assert len([orjson.loads(text) for text in lines]) == 900
+
+
+# --- counts --------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1000), max_size=50))
+def test_a_histogram_counts_each_value_once_where_it_belongs(values: list[float]) -> None:
+    histogram = Histogram(SECONDS_BUCKETS)
+    for value in values:
+        histogram.observe(value)
+    assert sum(histogram.counts) == len(values)
+    assert histogram.total == pytest.approx(sum(values))
+    for edge, _ in enumerate(SECONDS_BUCKETS):
+        at_most = sum(value <= SECONDS_BUCKETS[edge] for value in values)
+        assert sum(histogram.counts[: edge + 1]) == at_most
+
+
+def telemetry_of(outcomes: list[tuple[str, int, float]]) -> Telemetry:
+    telemetry = Telemetry()
+    for model, status, duration_s in outcomes:
+        series = telemetry.series("chat", model)
+        series.outcomes[status, "ok"] += 1
+        series.duration_s.observe(duration_s)
+    return telemetry
+
+
+OUTCOMES = st.lists(
+    st.tuples(st.sampled_from(["m", 'n"\\\n', ""]), st.sampled_from([200, 502]), st.floats(0, 900)),
+    max_size=20,
+)
+
+
+@given(st.lists(OUTCOMES, max_size=4))
+def test_what_is_exposed_is_the_sum_over_workers(
+    workers: list[list[tuple[str, int, float]]],
+) -> None:
+    samples = [sample for outcomes in workers for sample in telemetry_of(outcomes).samples()]
+    text = render_metrics(samples, []).decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    every = [outcome for outcomes in workers for outcome in outcomes]
+    if not every:
+        assert "doherty_requests" not in families
+        return
+    for model, status in {(model, status) for model, status, _ in every}:
+        due = sum((m, s) == (model, status) for m, s, _ in every)
+        found = [
+            sample.value
+            for sample in families["doherty_requests"].samples
+            if sample.labels["model"] == model and sample.labels["code"] == str(status)
+        ]
+        assert found == [due]
+    counts = [
+        sample.value
+        for sample in families["doherty_request_duration_seconds"].samples
+        if sample.name.endswith("_count")
+    ]
+    assert sum(counts) == len(every)
+
+
+def test_models_as_labels_are_bounded() -> None:
+    telemetry = Telemetry()
+    for number in range(10_000):
+        telemetry.series("chat", f"model-{number}").outcomes[200, "ok"] += 1
+    samples = [s for s in telemetry.samples() if s.name == "requests_total"]
+    assert len(samples) <= limits.LABEL_VALUES_MAX * 4 + 1
+    assert sum(sample.value for sample in samples) == 10_000
+
+
+def test_the_lag_is_the_longest_and_not_the_sum() -> None:
+    lag = "event_loop_lag_seconds"
+    assert sum_samples([Sample(lag, (), 0.2), Sample(lag, (), 0.5)]) == [Sample(lag, (), 0.5)]
+    telemetry = Telemetry()
+    telemetry.loop_lag_s_max = 0.25
+    assert (telemetry.take_lag_s(), telemetry.take_lag_s()) == (0.25, 0.0)
+
+
+def test_every_series_has_a_help_text() -> None:
+    """A name without one would be a KeyError in the middle of a scrape."""
+    telemetry = telemetry_of([("m", 200, 0.1)])
+    for table in (telemetry.decisions, telemetry.retries, telemetry.cancellations):
+        table["x"] += 1
+    telemetry.replica_requests["a"] += 1
+    text = render_metrics(telemetry.samples(), []).decode()
+    for family in text_string_to_metric_families(text):
+        assert family.documentation, family.name
+        assert family.type in ("counter", "gauge", "histogram"), family.name
