@@ -1,10 +1,11 @@
 """Which replica takes this request: filter, then walk or score, then one answer with its reason.
 
 `prefix`, the default, is the consistent-hash ring bounded in seconds: the request goes to the first
-replica on its walk whose queued prefill is within a slack of the least, where the slack grows with
-the prefill that its cache would save. A bound on request counts spills constantly when few requests
-run and not enough when prompts differ a hundredfold; seconds of prefill are what a person waits
-for. A hot replica spills its own requests and nobody else's.
+replica on its walk whose price is within a slack of the least. The price of a replica is the
+prefill queued on it plus what it would still have to compute of this prompt. A bound on request
+counts spills constantly when few requests run and not enough when prompts differ a hundredfold;
+seconds of prefill are what a person waits for. A hot replica spills its own requests and nobody
+else's, and where nothing is known of the caches the ring alone decides.
 
 Every policy is a function of its arguments; ties go by name or by ring order, never by luck.
 """
@@ -72,30 +73,32 @@ def candidates(pool: Pool, accounts: Accounts, tried: Collection[str]) -> list[R
     ]
 
 
-def queued_s(accounts: Accounts, replica_id: str) -> float:
-    """Return the seconds of prefill ahead of a newcomer."""
-    return accounts[replica_id].queued_tokens / limits.PREFILL_TOKENS_PER_S_DEFAULT
+def price_s(accounts: Accounts, replica_id: str, uncached_tokens: int) -> float:
+    """Return the seconds of prefill ahead of a newcomer, and its own at a surcharge.
+
+    Its own uncached tokens count more than once: computing them also delays whoever comes next,
+    and writes them over what others have cached.
+    """
+    tokens = accounts[replica_id].queued_tokens + limits.UNCACHED_WEIGHT * uncached_tokens
+    return tokens / limits.PREFILL_TOKENS_PER_S_DEFAULT
 
 
 def prefix(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
-    able = {
-        replica.replica_id: replica for replica in candidates(pool, state.accounts, request.tried)
-    }
+    able = {r.replica_id: r for r in candidates(pool, state.accounts, request.tried)}
     if not able:
         return None
     accounts, record, chain = state.accounts, state.record, request.chain
-    bound_s = min(queued_s(accounts, name) for name in able) + limits.SPILL_SLACK_S
-    at_home = True
-    for name in pool.ring.walk(chain.home_key):
-        replica = able.get(name)
-        if replica is not None:
-            cached_tokens = record.matched_tokens(name, chain)
-            saving_s = cached_tokens / limits.PREFILL_TOKENS_PER_S_DEFAULT
-            if queued_s(accounts, name) <= bound_s + limits.SAVING_WEIGHT * saving_s:
-                home = "session" if request.has_session else "home"
-                return Decision(replica, home if at_home else "spill", cached_tokens)
-        at_home = False
-    raise AssertionError("the least loaded replica is within the bound")
+    cached_tokens = {name: record.matched_tokens(name, chain) for name in able}
+    prices_s = {
+        name: price_s(accounts, name, max(0, chain.prompt_tokens - cached))
+        for name, cached in cached_tokens.items()
+    }
+    bound_s = min(prices_s.values()) + limits.SPILL_SLACK_S
+    for step, name in enumerate(pool.ring.walk(chain.home_key)):
+        if name in able and prices_s[name] <= bound_s:
+            home = "session" if request.has_session else "home"
+            return Decision(able[name], "spill" if step else home, cached_tokens[name])
+    raise AssertionError("the cheapest replica is within the bound")
 
 
 def session(request: Request, pool: Pool, state: PolicyState) -> Decision | None:

@@ -21,7 +21,7 @@ from proxy.core.policy import (
     PolicyState,
     Request,
     candidates,
-    queued_s,
+    price_s,
 )
 from proxy.core.prefix import PrefixChain
 from proxy.core.replica import Replica
@@ -138,7 +138,9 @@ def test_candidates_are_filtered_in_one_place() -> None:
     accounts = _accounts({"c": [5]})
     assert [r.replica_id for r in candidates(replicas, accounts, ())] == ["a"]
     assert candidates(replicas, accounts, {"a"}) == []
-    assert queued_s(_accounts({"a": [int(_RATE)]}), "a") == 1.0
+    queued = _accounts({"a": [int(_RATE)]})
+    assert price_s(queued, "a", 0) == 1.0
+    assert price_s(queued, "a", int(_RATE)) == 1.0 + limits.UNCACHED_WEIGHT
 
 
 # --- prefix ---------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def test_a_warm_cache_is_worth_a_longer_queue() -> None:
     saved_tokens = 40_000 // limits.BYTES_PER_TOKEN
     record = PrefixRecord()
     record.note(home, prompt)
-    worth = _SLACK_TOKENS + int(limits.SAVING_WEIGHT * saved_tokens)
+    worth = _SLACK_TOKENS + limits.UNCACHED_WEIGHT * saved_tokens
     for tokens, expected in (
         (worth - 10, (home, "home", saved_tokens)),
         (worth + 10, (other, "spill", 0)),
@@ -201,6 +203,18 @@ def test_a_warm_cache_is_worth_a_longer_queue() -> None:
         accounts = _accounts({home: [tokens]})
         chosen = _choose("prefix", replicas, _state(accounts, record), _request(prompt))
         assert chosen == expected
+
+
+def test_a_conversation_follows_its_cache_away_from_home() -> None:
+    replicas = pool(replica(name) for name in "ab")
+    home, other = _walk(replicas)
+    record = PrefixRecord()
+    record.note(other, chain(1, 40_000))  # it spilled there in an earlier turn
+    saved_tokens = 40_000 // limits.BYTES_PER_TOKEN
+    request = _request(chain(1, 40_000))
+    chosen = _choose("prefix", replicas, _state(record=record), request)
+    assert chosen == (other, "spill", saved_tokens)
+    assert home != other
 
 
 def test_an_unavailable_home_gives_its_keys_to_the_successor() -> None:
