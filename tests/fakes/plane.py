@@ -60,8 +60,12 @@ class Answer:
     def __init__(self, head: h11.Response) -> None:
         self.status = head.status_code
         self.fields = {name.decode(): value.decode() for name, value in head.headers}
-        self.body = b""
+        self.parts: list[bytes] = []
         self.complete = False
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.parts)
 
 
 class AnswerReader:
@@ -88,14 +92,14 @@ class AnswerReader:
         if self.complete or self.broken:
             return
         self._reader.receive_data(data)
-        parts: list[bytes] = []
         try:
             while not self.complete:
                 event = self._reader.next_event()
                 if isinstance(event, h11.Response):
                     self.answer = Answer(event)
                 elif isinstance(event, h11.Data):
-                    parts.append(bytes(event.data))
+                    assert self.answer is not None
+                    self.answer.parts.append(bytes(event.data))
                 elif isinstance(event, h11.EndOfMessage):
                     assert self.answer is not None
                     self.answer.complete = True
@@ -103,8 +107,6 @@ class AnswerReader:
                     break
         except h11.RemoteProtocolError:
             self.broken = True
-        if self.answer is not None:
-            self.answer.body += b"".join(parts)
 
 
 def read_answers(

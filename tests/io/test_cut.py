@@ -84,7 +84,9 @@ async def test_a_cut_stream_shows_it_at_every_offset(make_bench: MakeBench, name
     chunks = FRAMINGS[name]
     body = b"".join(chunks) + LAST_CHUNK
     whole_events = name in ("an event a chunk", "two events a chunk", "carriage returns")
-    for offset in range(len(body)):
+    # Every offset, but few of the long comment's: they are all alike.
+    offsets = [n for n in range(len(body)) if not 300 < n < len(body) - 1000 or n % 97 == 0]
+    for offset in offsets:
         bench.plane.clear("a")
         client, engine = await bench.begun()
         engine.send(STREAM_HEAD + body[:offset])
@@ -93,7 +95,7 @@ async def test_a_cut_stream_shows_it_at_every_offset(make_bench: MakeBench, name
         error_due = whole_events and between_events(chunks, offset)
         check_cut(client, [b"".join(EVENTS)], error_due=error_due)
         assert client.transport.is_closing()
-    assert bench.outcomes() == {("200", "stream_cut"): len(body)}
+    assert bench.outcomes() == {("200", "stream_cut"): len(offsets)}
 
 
 async def test_an_open_chunk_between_two_events_is_filled_up_for_the_error(bench: Bench) -> None:

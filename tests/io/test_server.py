@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from proxy.core import limits
+from proxy.io import server
 from tests.fakes.plane import CHAT_BODY, Bench, answer, chat_request
 
 MakeBench = Callable[..., Bench]
@@ -172,10 +173,10 @@ async def test_an_idle_connection_is_closed_without_a_word(bench: Bench) -> None
     fresh, used = bench.client(), bench.client()
     used.send(GET_HEALTH)
     bench.sweep(limits.CLIENT_KEEP_ALIVE_S - 1)
-    assert not fresh.transport.closed
+    assert not fresh.transport.is_closing()
     bench.sweep(1.1)
-    assert fresh.transport.closed
-    assert used.transport.closed
+    assert fresh.transport.is_closing()
+    assert used.transport.is_closing()
     assert fresh.received == b""
     assert len(used.answers("GET")) == 1
 
@@ -321,3 +322,18 @@ async def test_the_loop_is_never_blocked_by_a_turn(bench: Bench) -> None:
         turns += 1
         await asyncio.sleep(0)
     assert turns >= 40
+
+
+async def test_a_fault_while_reading_costs_one_connection(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(server, "parse_request_head", broken)
+    client = bench.client()
+    client.send(GET_HEALTH)
+    assert client.answer("GET").status == 500
+    assert bench.plane.telemetry.internal_errors_total == 1
+    assert "ZeroDivisionError" in caplog.text
+    bench.plane.telemetry.internal_errors_total = 0  # this one was meant
