@@ -16,6 +16,7 @@ from proxy.core.head import (
     error_answer,
     error_fields,
     local_answer,
+    presented_key,
     upstream_head,
     valid_request_id,
 )
@@ -62,6 +63,33 @@ def test_an_engine_gets_the_key_as_a_bearer_token(
 ) -> None:
     lines = _request(*fields).split(b"\r\n")
     assert [line for line in lines if line.startswith((b"x-api", b"auth"))] == sent
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ((b"Authorization: Bearer k",), b"k"),
+        ((b"authorization: bEARER  k",), b"k"),
+        ((b"X-Api-Key: k",), b"k"),
+        ((b"X-Api-Key: k", b"X-Api-Key: l"), b"k"),  # the one that the engine gets, too
+        ((b"X-Api-Key: k", b"Authorization: Bearer t"), b"t"),
+        ((b"X-Api-Key: k", b"Authorization: Basic t"), None),  # no second chance
+        ((b"Authorization: Bearer",), b""),
+        ((b"Authorization: k",), None),
+        ((b"X-Api-Key:",), b""),
+        ((), None),
+    ],
+)
+def test_which_key_a_client_presents(fields: tuple[bytes, ...], key: bytes | None) -> None:
+    head = parse_request_head(b"\r\n".join((b"POST /x HTTP/1.1", b"Host: a", *fields)))
+    assert presented_key(head) == key
+
+
+def test_an_error_may_say_more_beside_its_body() -> None:
+    answer = error_answer(
+        errors.NoReplicaError("x"), b"id", keep_alive=True, extra=[(b"x-doherty-region", b"eu")]
+    )
+    assert b"\r\nretry-after: 1\r\nx-doherty-region: eu\r\n" in answer
 
 
 @pytest.mark.parametrize(
