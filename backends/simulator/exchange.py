@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import cast
 
 from aiohttp import web
 
@@ -88,8 +89,8 @@ class Disturbance:
         transport = request.transport
         if transport is not None:
             if last_bytes:
-                assert isinstance(transport, asyncio.WriteTransport)
-                transport.write(last_bytes)
+                # uvloop's transport is a WriteTransport in all but name.
+                cast("asyncio.WriteTransport", transport).write(last_bytes)
                 transport.close()
             else:
                 transport.abort()

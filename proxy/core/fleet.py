@@ -50,6 +50,7 @@ class Fleet(msgspec.Struct, frozen=True):
     replicas: Mapping[str, Replica]
     pools: Mapping[str, Pool]  # by model name
     any_model: Pool  # replicas whose models are not known
+    everyone: Pool  # all of them: for state that some replica holds, and nobody says which
 
     def pool_for(self, model: str) -> Pool | None:
         """Return the pool of a model. Replicas that do not say what they serve serve anything."""
@@ -107,7 +108,8 @@ def _build(replicas: Mapping[str, Replica], previous: Fleet | None = None) -> Fl
         old = previous.pools.get(model) if previous else None
         pools[model] = Pool(members, _ring(members, old))
     any_model = Pool(unknown, _ring(unknown, previous.any_model if previous else None))
-    return Fleet(replicas, pools, any_model)
+    everyone = Pool(on_ring, _ring(on_ring, previous.everyone if previous else None))
+    return Fleet(replicas, pools, any_model, everyone)
 
 
 def _ring(names: Iterable[str], old: Pool | None) -> Ring:

@@ -61,6 +61,9 @@ VIRTUAL_NODES = 160
 # How far into the first user message, or into a prompt without messages, a conversation is named.
 # 4 KiB is about a thousand tokens: past the usual shared head, before turns begin to differ.
 OPENER_BYTES_MAX = 4 * KIB
+# How far that message is looked for. A system prompt of 64 thousand tokens fits; beyond it, the
+# beginning alone names the conversation. Hostile text costs some 0.15 µs an octet searched.
+OPENER_SEARCH_BYTES_MAX = 256 * KIB
 # First depth of the prefix chain; later depths grow by half, so that a prompt of n octets costs
 # O(log n) hashes over n octets and a shared prefix is known to within a third.
 CHAIN_FIRST_BYTES = 512

@@ -31,7 +31,9 @@ _BACKSLASH: Final = 0x5C
 _STRING_OR_OBJECT: Final = re.compile(rb'["{]')
 _SPACE: Final = b" \t\r\n"
 _OPENING: Final = frozenset(b"[{")
-_CLOSING: Final = frozenset(b"]}")
+_COMMA: Final = 0x2C
+_STRUCTURAL: Final = re.compile(rb'["\[\]{}]')
+_SCALAR_END: Final = re.compile(rb"[,}\] \t\r\n]")
 
 
 def _growing_depths() -> tuple[int, ...]:
@@ -129,46 +131,58 @@ def _prompt_parts(kind: PromptKind, scanned: Scanned) -> tuple[tuple[bytes, ...]
 
 def _opener_end(kind: PromptKind, tail: bytes) -> int:
     """Return where the opener ends: with the first user message, or after a bounded beginning."""
-    user_start = _first_user_message(tail) if kind in _WITH_MESSAGES else None
-    if user_start is None:
+    start = _first_user_message(tail) if kind in _WITH_MESSAGES else None
+    if start is None:
         return limits.OPENER_BYTES_MAX
-    start, end = user_start
-    return min(end, start + limits.OPENER_BYTES_MAX)
+    longest = start + limits.OPENER_BYTES_MAX
+    try:
+        return _object_end(tail[:longest], start)
+    except ValueError:
+        return longest
 
 
 _WITH_MESSAGES: Final = frozenset((PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES))
 
 
-def _first_user_message(array: bytes) -> tuple[int, int] | None:
-    """Return start and end of the first element whose role is user; None when there is none."""
+def _first_user_message(array: bytes) -> int | None:
+    """Return where the first element whose role is user starts; None when there is none.
+
+    Only a bounded beginning is searched: text that is nothing but quotes costs a step for each.
+    """
     if not array.startswith(b"["):
         return None
+    window = array[: limits.OPENER_SEARCH_BYTES_MAX]
     at = 1
-    while (found := _STRING_OR_OBJECT.search(array, at)) is not None:
-        start = found.start()
-        if array[start] == _QUOTE:  # an element that is text, and may hold braces
-            at = _string_end(array, start)
-            continue
-        end = _object_end(array, start)
-        if _role_is_user(array, start, end):
-            return start, end
-        at = end
+    try:
+        while (found := _STRING_OR_OBJECT.search(window, at)) is not None:
+            start = found.start()
+            if window[start] == _QUOTE:  # an element that is text, and may hold braces
+                at = _string_end(window, start)
+                continue
+            if _role_is_user(window, start):
+                return start
+            at = _object_end(window, start)
+    except (ValueError, IndexError):  # the window ends before the element does
+        return None
     return None
 
 
-def _role_is_user(array: bytes, start: int, end: int) -> bool:
-    """Whether the object has `"role": "user"` at its own level; a `role` inside content is not."""
-    at = start + 1
-    while True:
-        key_start = array.find(b'"', at, end)
-        if key_start < 0:
-            return False
-        key_end = _string_end(array, key_start)
-        value_start = _skip_space(array, array.find(b":", key_end, end) + 1)
-        value_end = _value_end(array, value_start, end)
-        if array[key_start:key_end] == b'"role"':
+def _role_is_user(array: bytes, start: int) -> bool:
+    """Whether the object has `"role": "user"` at its own level; a `role` inside content is not.
+
+    Like all below, raises `ValueError` or `IndexError` when the octets end before the object does.
+    """
+    at = _skip_space(array, start + 1)
+    while array[at] == _QUOTE:
+        key_end = _string_end(array, at)
+        value_start = _skip_space(array, array.index(b":", key_end) + 1)
+        value_end = _value_end(array, value_start)
+        if array[at:key_end] == b'"role"':
             return array[value_start:value_end] == b'"user"'
-        at = value_end
+        at = _skip_space(array, value_end)
+        if array[at] == _COMMA:
+            at = _skip_space(array, at + 1)
+    return False
 
 
 def _skip_space(data: bytes, at: int) -> int:
@@ -177,14 +191,16 @@ def _skip_space(data: bytes, at: int) -> int:
     return at
 
 
-def _value_end(data: bytes, at: int, end: int) -> int:
+def _value_end(data: bytes, at: int) -> int:
     first = data[at]
     if first == _QUOTE:
         return _string_end(data, at)
     if first in _OPENING:
         return _object_end(data, at)
-    comma = data.find(b",", at, end)
-    return comma if comma >= 0 else end - 1
+    found = _SCALAR_END.search(data, at)
+    if found is None:
+        raise ValueError("the octets end within a number or a word")
+    return found.start()
 
 
 def _string_end(data: bytes, quote: int) -> int:
@@ -205,14 +221,15 @@ def _object_end(data: bytes, start: int) -> int:
     depth = 0
     at = start
     while True:
+        found = _STRUCTURAL.search(data, at)
+        if found is None:
+            raise ValueError("the octets end within an object")
+        at = found.start()
         octet = data[at]
         if octet == _QUOTE:
             at = _string_end(data, at)
             continue
-        if octet in _OPENING:
-            depth += 1
-        elif octet in _CLOSING:
-            depth -= 1
-            if depth == 0:
-                return at + 1
+        depth += 1 if octet in _OPENING else -1
         at += 1
+        if depth == 0:
+            return at

@@ -154,17 +154,24 @@ class Exchange(Facts):
             self._model, self._stream = scanned.model, scanned.stream
         elif self._body:
             self._model = multipart.model_field(head.special.get(b"content-type", b""), self._body)
-        plane = self._plane
-        self._pool = plane.fleet.pool_for(self._model) if self._model else plane.fleet.only_pool()
-        if self._pool is None:
-            if not plane.fleet.replicas:
-                raise errors.NoReplicaError(plane.no_replica_reason())
-            if not self._model:
-                raise errors.MissingModelError("say which model is meant", "model")
-            raise plane.unknown_model(self._model)
+        self._pool = self._find_pool(route)
         key = session_key(head, scanned)
         chain: PrefixChain = prefix_chain(route.prompt, scanned, key) if scanned else NO_CHAIN
         self._request = Request(chain, has_session=key is not None)
+
+    def _find_pool(self, route: Route) -> Pool:
+        """Return the replicas that could serve this. Raises `ProxyError` when there are none."""
+        plane, fleet = self._plane, self._plane.fleet
+        if not fleet.replicas:
+            raise errors.NoReplicaError(plane.no_replica_reason())
+        if route.lookup:
+            return fleet.everyone
+        pool = fleet.pool_for(self._model) if self._model else fleet.only_pool()
+        if pool is not None:
+            return pool
+        if not self._model:
+            raise errors.MissingModelError("say which model is meant", "model")
+        raise plane.unknown_model(self._model)
 
     def _dispatch(self) -> None:
         """Choose a replica, take a lease on it, and get a connection to it. Raises `ProxyError`."""

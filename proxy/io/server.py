@@ -191,7 +191,7 @@ class ServerProtocol(asyncio.Protocol):
         if self._state is _State.IDLE:
             self._state = _State.HEAD
             self._deadline_s = self._plane.clock.now_s() + limits.HEAD_TIMEOUT_S
-        if len(buffer) > limits.HEAD_BYTES_MAX:
+        if len(buffer) > limits.HEAD_BYTES_MAX + 3:  # the empty line may have begun
             raise errors.HeadTooLargeError(f"the head is over {limits.HEAD_BYTES_MAX} octets")
         check_partial_head(buffer, searched)
 

@@ -89,6 +89,11 @@ class Upstream(asyncio.Protocol):
         else:
             self.transport.write(head)
 
+    def discard(self) -> None:
+        """Nobody waits for this connection any more, whether or not it has been made."""
+        if hasattr(self, "transport"):
+            self.abort()
+
     def abort(self) -> None:
         """Cut the connection: this is how an engine learns that nobody wants the answer."""
         self._consumer = None
@@ -170,7 +175,7 @@ class Upstream(asyncio.Protocol):
         buffer = self._buffer + data if self._buffer else data
         end = buffer.find(b"\r\n\r\n")
         if end < 0 or end > limits.RESPONSE_HEAD_BYTES_MAX:
-            if len(buffer) > limits.RESPONSE_HEAD_BYTES_MAX:
+            if end >= 0 or len(buffer) > limits.RESPONSE_HEAD_BYTES_MAX + 3:
                 self._fail("response head too large")
             else:
                 self._buffer = buffer
@@ -310,6 +315,12 @@ class Upstreams:
         except OSError as error:
             consumer.connect_failed(error.strerror or type(error).__name__)
             return
+        except asyncio.CancelledError:
+            upstream.discard()
+            raise
+        except Exception as error:
+            consumer.connect_failed(type(error).__name__)
+            raise  # a fault of ours: the owner of the task reports it
         if not upstream.clean():  # closed, or spoken on, before we said a word
             upstream.transport.abort()
             consumer.connect_failed("connection closed as soon as it was made")

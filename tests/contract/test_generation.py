@@ -169,9 +169,6 @@ def test_responses_stream_in_order(client: OpenAI, engines: Engines) -> None:
     assert numbers == list(range(len(events)))
 
 
-@pytest.mark.xfail(
-    reason="with several models served, a lookup is answered 400 missing_model; no replica is asked"
-)
 def test_unknown_response_is_not_found(client: OpenAI, engines: Engines) -> None:
     # Engines that keep no responses do not even have the path; every replica is asked, then 404.
     assert engines.model

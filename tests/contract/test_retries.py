@@ -75,9 +75,6 @@ def test_a_lost_replica_is_a_502_of_ours(client: OpenAI, engines: Engines) -> No
     assert any(url.removeprefix("http://") in error.message for url in engines.urls)
 
 
-@pytest.mark.xfail(
-    reason="under uvloop the simulator's garbage fault answers 500: an AssertionError in _break"
-)
 def test_garbage_for_an_answer_is_a_502_of_ours(client: OpenAI, engines: Engines) -> None:
     with engines.faulty("garbage"), pytest.raises(InternalServerError) as caught:
         client.chat.completions.create(model=engines.model, messages=HELLO)

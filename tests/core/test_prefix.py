@@ -13,7 +13,14 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from proxy.core import limits
-from proxy.core.prefix import DEPTHS, NO_CHAIN, PrefixChain, _first_user_message, prefix_chain
+from proxy.core.prefix import (
+    DEPTHS,
+    NO_CHAIN,
+    PrefixChain,
+    _first_user_message,
+    _opener_end,
+    prefix_chain,
+)
 from proxy.core.routes import PromptKind
 from proxy.core.scan import scan_body
 
@@ -185,11 +192,13 @@ def test_any_json_makes_a_chain(
 def test_the_opener_ends_with_the_first_user_message(elements: list[Any], spaced: bool) -> None:
     octets = json.dumps(elements, separators=(" , ", " : ") if spaced else (",", ":")).encode()
     expected = next((e for e in elements if isinstance(e, dict) and e.get("role") == "user"), None)
-    found = _first_user_message(octets)
-    assert (found is None) == (expected is None)
-    if found is not None:
-        assert json.loads(octets[found[0] : found[1]]) == expected
-        before = json.loads(octets[: found[0]].rstrip(b", ") + b"]")
+    start = _first_user_message(octets)
+    assert (start is None) == (expected is None)
+    if start is not None:
+        end = _opener_end(PromptKind.CHAT, octets)
+        if end < start + limits.OPENER_BYTES_MAX:
+            assert json.loads(octets[start:end]) == expected
+        before = json.loads(octets[:start].rstrip(b", ") + b"]")
         assert before == elements[: elements.index(expected)]
 
 
@@ -215,8 +224,20 @@ def test_the_opener_ends_with_the_first_user_message(elements: list[Any], spaced
     ],
 )
 def test_which_message_opens(octets: bytes, opener: bytes | None) -> None:
-    found = _first_user_message(octets)
-    assert (octets[found[0] : found[1]] if found else None) == opener
+    start = _first_user_message(octets)
+    found = None if start is None else octets[start : _opener_end(PromptKind.CHAT, octets)]
+    assert found == opener
+
+
+def test_the_search_for_the_opener_is_bounded() -> None:
+    far = b'[{"role":"system","content":"%b"},{"role":"user"}]'
+    near = far % (b"x" * (limits.OPENER_SEARCH_BYTES_MAX - 100))
+    assert _first_user_message(near) == len(near) - len(b'{"role":"user"}]')
+    assert _first_user_message(far % (b"x" * limits.OPENER_SEARCH_BYTES_MAX)) is None
+    # The role is known although the message reaches beyond what is searched.
+    long = b'[{"role":"user","content":"%b"}]' % (b"x" * limits.OPENER_SEARCH_BYTES_MAX)
+    assert _first_user_message(long) == 1
+    assert _opener_end(PromptKind.CHAT, long) == 1 + limits.OPENER_BYTES_MAX
 
 
 def test_the_opener_is_what_places_a_conversation() -> None:
