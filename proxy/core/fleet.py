@@ -10,7 +10,7 @@ comes back to its own keys, and meanwhile they go to their successors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import msgspec
 
@@ -38,10 +38,11 @@ _OFF_RING = frozenset((ReplicaState.STOPPED,))
 
 
 class Pool(msgspec.Struct, frozen=True):
-    """All replicas that answer to one model name."""
+    """All replicas that answer to one model name. `available` are those that may take requests."""
 
     replicas: Mapping[str, Replica]
     ring: Ring
+    available: tuple[Replica, ...]  # by name
 
 
 class Fleet(msgspec.Struct, frozen=True):
@@ -98,22 +99,31 @@ def _with_suspect(fleet: Fleet, replica_id: str, *, suspect: bool) -> Fleet:
     return _build({**fleet.replicas, replica_id: changed}, previous=fleet)
 
 
+def make_pool(members: Mapping[str, Replica], rings: dict[tuple[str, ...], Ring]) -> Pool:
+    """Return the pool of `members`, with a ring out of `rings` when there is one of these names.
+
+    Building a ring costs milliseconds, and most events change no membership.
+    """
+    names = tuple(sorted(members))
+    ring = rings.get(names)
+    if ring is None:
+        ring = rings[names] = Ring(names)
+    available = tuple(members[name] for name in names if members[name].available)
+    return Pool(members, ring, available)
+
+
 def _build(replicas: Mapping[str, Replica], previous: Fleet | None = None) -> Fleet:
+    rings: dict[tuple[str, ...], Ring] = {}
+    if previous is not None:
+        before = (previous.any_model, previous.everyone, *previous.pools.values())
+        rings = {pool.ring.names: pool.ring for pool in before}
     on_ring = {k: r for k, r in replicas.items() if r.state not in _OFF_RING}
     unknown = {k: r for k, r in on_ring.items() if not r.models}
     models = sorted({model for r in on_ring.values() for model in r.models})
-    pools = {}
-    for model in models:
-        members = {k: r for k, r in on_ring.items() if model in r.models or not r.models}
-        old = previous.pools.get(model) if previous else None
-        pools[model] = Pool(members, _ring(members, old))
-    any_model = Pool(unknown, _ring(unknown, previous.any_model if previous else None))
-    everyone = Pool(on_ring, _ring(on_ring, previous.everyone if previous else None))
-    return Fleet(replicas, pools, any_model, everyone)
-
-
-def _ring(names: Iterable[str], old: Pool | None) -> Ring:
-    """Reuse the old ring when its members are the same: building one costs milliseconds."""
-    if old is not None and old.ring.names == tuple(sorted(names)):
-        return old.ring
-    return Ring(names)
+    pools = {
+        model: make_pool(
+            {k: r for k, r in on_ring.items() if model in r.models or not r.models}, rings
+        )
+        for model in models
+    }
+    return Fleet(replicas, pools, make_pool(unknown, rings), make_pool(on_ring, rings))

@@ -12,7 +12,8 @@ Every policy is a function of its arguments; ties go by name or by ring order, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
+from operator import itemgetter
 from typing import Final
 
 from proxy.core import limits
@@ -66,9 +67,8 @@ def candidates(pool: Pool, accounts: Accounts, tried: Collection[str]) -> list[R
     """Return the replicas that may take a request now, by name."""
     return [
         replica
-        for replica in pool.replicas.values()
-        if replica.available
-        and replica.replica_id not in tried
+        for replica in pool.available
+        if replica.replica_id not in tried
         and not (replica.max_inputs and accounts[replica.replica_id].inflight >= replica.max_inputs)
     ]
 
@@ -84,28 +84,31 @@ def price_s(accounts: Accounts, replica_id: str, uncached_tokens: int) -> float:
 
 
 def prefix(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
-    able = {r.replica_id: r for r in candidates(pool, state.accounts, request.tried)}
-    if not able:
-        return None
     accounts, record, chain = state.accounts, state.record, request.chain
-    cached_tokens = {name: record.matched_tokens(name, chain) for name in able}
-    prices_s = {
-        name: price_s(accounts, name, max(0, chain.prompt_tokens - cached))
-        for name, cached in cached_tokens.items()
-    }
-    bound_s = min(prices_s.values()) + limits.SPILL_SLACK_S
+    prompt_tokens = chain.prompt_tokens
+    offers: dict[str, tuple[float, int, Replica]] = {}
+    for replica in candidates(pool, accounts, request.tried):
+        name = replica.replica_id
+        cached_tokens = record.matched_tokens(name, chain)
+        offer_s = price_s(accounts, name, max(0, prompt_tokens - cached_tokens))
+        offers[name] = (offer_s, cached_tokens, replica)
+    if not offers:
+        return None
+    bound_s = min(offers.values(), key=_price)[0] + limits.SPILL_SLACK_S
     for step, name in enumerate(pool.ring.walk(chain.home_key)):
-        if name in able and prices_s[name] <= bound_s:
+        offer = offers.get(name)
+        if offer is not None and offer[0] <= bound_s:
             home = "session" if request.has_session else "home"
-            return Decision(able[name], "spill" if step else home, cached_tokens[name])
+            return Decision(offer[2], "spill" if step else home, offer[1])
     raise AssertionError("the cheapest replica is within the bound")
+
+
+_price = itemgetter(0)
 
 
 def session(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
     """The home while it lives, however busy: for state that only one replica has."""
-    able = {
-        replica.replica_id: replica for replica in candidates(pool, state.accounts, request.tried)
-    }
+    able = {r.replica_id: r for r in candidates(pool, state.accounts, request.tried)}
     for step, name in enumerate(pool.ring.walk(request.chain.home_key)):
         if name in able:
             cached_tokens = state.record.matched_tokens(name, request.chain)
@@ -129,7 +132,7 @@ def _load(accounts: Accounts, replica: Replica) -> tuple[int, int, int, str]:
 
 
 def round_robin(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
-    able = _by_name(candidates(pool, state.accounts, request.tried))
+    able = candidates(pool, state.accounts, request.tried)
     if not able:
         return None
     state.turn += 1
@@ -137,14 +140,10 @@ def round_robin(request: Request, pool: Pool, state: PolicyState) -> Decision | 
 
 
 def random(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
-    able = _by_name(candidates(pool, state.accounts, request.tried))
+    able = candidates(pool, state.accounts, request.tried)
     if not able:
         return None
     return _decide(able[int(state.draw() * len(able))], "random", request, state)
-
-
-def _by_name(replicas: Sequence[Replica]) -> list[Replica]:
-    return sorted(replicas, key=lambda replica: replica.replica_id)
 
 
 def _decide(replica: Replica, reason: str, request: Request, state: PolicyState) -> Decision:

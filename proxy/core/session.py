@@ -8,37 +8,48 @@ affinity to them is no affinity. A session orders the ring; it pins nothing.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Final
 
 from proxy.core import limits
 from proxy.core.http1 import RequestHead
 from proxy.core.scan import Scanned
 
-# Compared without case, hyphens and underscores, as people write them all ways.
-_HEADERS_IN_ORDER: Final = (
-    b"xdohertyroutingkey",
-    b"xsmgroutingkey",
-    b"xsessionid",
-    b"xsessionaffinity",
-    b"xclaudecodesessionid",
-    b"sessionid",
-    b"xparentsessionid",
-    b"xdynamosessionid",
+_IN_ORDER: Final = (
+    b"x-doherty-routing-key",
+    b"x-smg-routing-key",
+    b"x-session-id",
+    b"x-session-affinity",
+    b"x-claude-code-session-id",
+    b"session-id",
+    b"x-parent-session-id",
+    b"x-dynamo-session-id",
 )
-_RANK: Final = {name: rank for rank, name in enumerate(_HEADERS_IN_ORDER)}
+
+
+def _spellings(name: bytes) -> list[bytes]:
+    """People join the words by a hyphen, an underscore, or nothing; fields come in lower case."""
+    words = name.split(b"-")
+    return [
+        b"".join(part for pair in zip(words, (*joints, b""), strict=True) for part in pair)
+        for joints in product((b"-", b"_", b""), repeat=len(words) - 1)
+    ]
+
+
+_RANK: Final = {
+    spelling: rank for rank, name in enumerate(_IN_ORDER) for spelling in _spellings(name)
+}
 
 
 def session_key(head: RequestHead, scanned: Scanned | None) -> bytes | None:
     """Return the session's key, or None when the request names none. Too long a key is none."""
-    best_rank = len(_HEADERS_IN_ORDER)
+    best_rank = len(_IN_ORDER)
     best: bytes | None = None
     for name, value in head.fields:
-        # Cheap test first: most names hold no such word.
-        if b"session" not in name and b"routing" not in name:
-            continue
-        rank = _RANK.get(name.translate(None, b"-_"), best_rank)
-        if rank < best_rank and 0 < len(value) <= limits.SESSION_KEY_BYTES_MAX:
-            best_rank, best = rank, value
+        if name in _RANK:
+            rank = _RANK[name]
+            if rank < best_rank and 0 < len(value) <= limits.SESSION_KEY_BYTES_MAX:
+                best_rank, best = rank, value
     if best is not None or scanned is None:
         return best
     for text in (scanned.prompt_cache_key, scanned.session_id):

@@ -14,14 +14,38 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import orjson
+import msgspec
 
 from proxy.core import limits
 
+_encoder = msgspec.json.Encoder()
+
 FLUSH_INTERVAL_S = 0.2
 WRITE_BYTES_MAX = 256 * limits.KIB
+
+
+class AccessRecord(msgspec.Struct, gc=False):
+    """One line. `None` where the request did not come so far."""
+
+    at: float  # Unix time
+    request_id: str
+    client: str
+    method: str
+    path: str
+    status: int
+    outcome: str
+    model: str
+    stream: bool
+    replica: str | None
+    decision: str | None
+    attempts: int
+    prompt_tokens_estimated: int
+    cached_tokens_believed: int
+    received_bytes: int
+    overhead_us: int | None
+    first_octet_ms: float | None
+    duration_ms: float
 
 
 class AccessLog:
@@ -31,7 +55,7 @@ class AccessLog:
         """Open the target. Raises `OSError` when it cannot be written."""
         self.dropped_total = 0
         self.enabled = target != "off"
-        self._lines: deque[bytes] = deque()
+        self._lines: deque[AccessRecord] = deque()
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -48,17 +72,18 @@ class AccessLog:
             self._thread = threading.Thread(target=self._write, name="access-log", daemon=True)
             self._thread.start()
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: AccessRecord) -> None:
         """Queue one record; the thread picks it up within `FLUSH_INTERVAL_S`."""
         if len(self._lines) >= limits.ACCESS_LOG_LINES_MAX:
             self.dropped_total += 1
             return
-        self._lines.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        self._lines.append(record)
 
     def _write(self) -> None:
         while True:
             closing = self._closing
-            lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            records = [self._lines.popleft() for _ in range(len(self._lines))]
+            lines = [_encoder.encode(record) + b"\n" for record in records]
             for batch in _batches(lines, self._write_bytes_max):
                 if not self._write_all(b"".join(batch)):
                     self.dropped_total += len(batch)

@@ -13,6 +13,7 @@ from proxy.core.policy import Decision, Request
 from proxy.core.prefix import NO_CHAIN
 from proxy.core.routes import Route
 from proxy.core.usage import read_usage
+from proxy.io.access_log import AccessRecord
 from proxy.io.plane import Plane
 
 
@@ -98,29 +99,27 @@ class Facts:
             self._log_line(status, outcome, now_s)
 
     def _log_line(self, status: int, outcome: str, now_s: float) -> None:
-        decision = self._decision
-        record = {
-            "at": round(self._plane.clock.unix_s(), 3),
-            "request_id": self.request_id.decode("ascii"),
-            "client": self._peer,
-            "method": self._head.method.decode("ascii"),
-            "path": self._head.path[:256].decode("ascii", "backslashreplace"),
-            "status": status,
-            "outcome": outcome,
-            "model": self._model,
-            "stream": self._stream,
-            "replica": decision.replica.replica_id if decision else None,
-            "decision": decision.reason if decision else None,
-            "attempts": self._attempts,
-            "prompt_tokens_estimated": self._request.chain.prompt_tokens,
-            "cached_tokens_believed": decision.cached_tokens if decision else 0,
-            "received_bytes": self._received_bytes,
-            "overhead_us": int((self._sent_s - self._whole_s) * 1e6) if self._sent_s else None,
-            "first_octet_ms": (
-                round((self._first_octet_s - self._started_s) * 1e3, 3)
-                if self._first_octet_s
-                else None
-            ),
-            "duration_ms": round((now_s - self._started_s) * 1e3, 3),
-        }
-        self._plane.access_log.write(record)
+        decision, started_s = self._decision, self._started_s
+        first_s = self._first_octet_s
+        self._plane.access_log.write(
+            AccessRecord(
+                at=round(self._plane.clock.unix_s(), 3),
+                request_id=self.request_id.decode("ascii"),
+                client=self._peer,
+                method=self._head.method.decode("ascii"),
+                path=self._head.path[:256].decode("ascii", "backslashreplace"),
+                status=status,
+                outcome=outcome,
+                model=self._model,
+                stream=self._stream,
+                replica=decision.replica.replica_id if decision else None,
+                decision=decision.reason if decision else None,
+                attempts=self._attempts,
+                prompt_tokens_estimated=self._request.chain.prompt_tokens,
+                cached_tokens_believed=decision.cached_tokens if decision else 0,
+                received_bytes=self._received_bytes,
+                overhead_us=int((self._sent_s - self._whole_s) * 1e6) if self._sent_s else None,
+                first_octet_ms=round((first_s - started_s) * 1e3, 3) if first_s else None,
+                duration_ms=round((now_s - started_s) * 1e3, 3),
+            )
+        )

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 import msgspec
 
 from proxy.contract import FleetSnapshot, ReplicaRecord, ReplicaState
-from proxy.core.fleet import Fleet, Pool, SnapshotReceived, apply, empty_fleet
+from proxy.core.fleet import Fleet, Pool, SnapshotReceived, apply, empty_fleet, make_pool
 from proxy.core.prefix import PrefixChain
 from proxy.core.replica import Replica, replica_of
-from proxy.core.ring import Ring
 
 
 def record(replica_id: str, *models: str, **fields: object) -> ReplicaRecord:
@@ -30,8 +29,7 @@ def replica(
 
 
 def pool(replicas: Iterable[Replica]) -> Pool:
-    members = {r.replica_id: r for r in replicas}
-    return Pool(members, Ring(members))
+    return make_pool({r.replica_id: r for r in replicas}, {})
 
 
 def fleet(*records: ReplicaRecord, before: Fleet | None = None) -> Fleet:
