@@ -142,7 +142,9 @@ async def _stream(
         stream.outcome, stream.detail = outcome(reader)
     except RequestError as error:
         begun = reader.status == 200
-        stream.outcome, stream.detail = ("cut" if begun else "failed"), f"{error.kind}"
+        told = "told by an error event" if reader.stream_error else "told by the close"
+        stream.outcome = "cut" if begun else "failed"
+        stream.detail = told if begun else error.kind
     except TimeoutError:
         stream.outcome, stream.detail = "failed", "no end"
     stream.replica = reader.headers.get("x-doherty-replica", "")
@@ -154,7 +156,7 @@ def outcome(reader: AnswerReader) -> tuple[str, str]:
     if reader.status != 200:
         return "failed", f"status {reader.status}"
     if reader.stream_error:
-        return "cut", "error event"
+        return "cut", "told by an error event, as complete"
     return ("complete", "") if reader.done_seen else ("silent", "no [DONE]")
 
 
