@@ -39,6 +39,7 @@ HURRY_S_MAX = 10.0
 LOG_CHECK_INTERVAL_S = 30.0
 STOP_MARGIN_S = 10.0  # beyond the grace that a service grants its own work
 SECRETS = ("api_key", "admin_api_key")
+ACCESS_LOG_NAME = "access.log"
 LINE_BYTES_MAX = 16 * 1024 * 1024
 
 
@@ -58,6 +59,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def logs(self) -> Path:
         return self.run_folder / "logs"
+
+    @property
+    def own_logs(self) -> tuple[Path, ...]:
+        """The logs that nobody else keeps bounded; an access log of the user's choice is theirs."""
+        names = ("manager.log", "proxy.log", ACCESS_LOG_NAME)
+        return tuple(self.logs / name for name in names)
 
     @property
     def url(self) -> str:
@@ -230,8 +237,8 @@ class Up:
     async def _bound_logs(self) -> None:
         while True:
             await asyncio.sleep(LOG_CHECK_INTERVAL_S)
-            for service in (self._manager, self._proxy):
-                bound(service.command.log_path)
+            for path in self._plan.own_logs:
+                bound(path)
 
     async def _stop_all(self, proxy: asyncio.Task[None], manager: asyncio.Task[None]) -> None:
         self._say("stopping: the proxy finishes its requests, then the replicas stop")
