@@ -192,7 +192,7 @@ models:
     pools:
       - engine: simulator
         replicas: 2
-        args: [--profile, h200-8b]
+        args: [--profile, h200-8b, --max-model-len, "131072"]
 """
 
 
