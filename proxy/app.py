@@ -22,14 +22,13 @@ from typing import Any
 import aiohttp
 import msgspec
 from aiohttp import web
-from typing_extensions import override
 
 from proxy import flags
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core.replica import replica_of
 from proxy.io import control
-from proxy.io.admin import Status, make_app, sum_samples
+from proxy.io.admin import make_app, sum_samples
 from proxy.io.health import Prober
 from proxy.io.registry import ManagerWatch, StaticList, check_urls
 from proxy.io.tasks import Tasks
@@ -67,7 +66,7 @@ class WorkerHandle:
         self.counted = asyncio.Event()
 
 
-class Supervisor(Status):
+class Supervisor:
     """One proxy: N workers and what they share."""
 
     def __init__(self, config: ProxyConfig, listeners: Sequence[socket.socket]) -> None:
@@ -92,7 +91,8 @@ class Supervisor(Status):
             self._prober = Prober(
                 session,
                 self._tasks,
-                self._cleared,
+                on_cleared=lambda replica_id: self._tell(control.Cleared(replica_id)),
+                on_silent=lambda replica_id: self._tell(control.Accused(replica_id)),
                 endpoint=self._config.health_check_endpoint,
                 interval_s=self._config.health_check_interval_secs,
                 timeout_s=self._config.health_check_timeout_secs,
@@ -200,6 +200,9 @@ class Supervisor(Status):
             case control.Suspect(replica_id, reason):
                 assert self._prober is not None
                 self._prober.suspect(replica_id, reason)
+            case control.Doubt(replica_id):
+                assert self._prober is not None
+                self._prober.doubt(replica_id)
             case control.Counted(counters, gauges):
                 place.counters = counters
                 place.gauges = [sample for sample in gauges if sample.name != LAG]
@@ -225,12 +228,8 @@ class Supervisor(Status):
             self._prober.know({r.replica_id: r.url for r in snapshot.replicas})
         self._tell(control.FleetIs(snapshot))
 
-    def _cleared(self, replica_id: str) -> None:
-        self._tell(control.Cleared(replica_id))
-
     # --- what the admin listener asks --------------------------------------------------------
 
-    @override
     def ready(self) -> str | None:
         if self._draining:
             return "draining"
@@ -243,15 +242,12 @@ class Supervisor(Status):
             return "no replica can take a request"
         return None
 
-    @override
     def fleet(self) -> FleetSnapshot | None:
         return self._fleet
 
-    @override
     def suspects(self) -> frozenset[str]:
         return self._prober.suspects if self._prober else frozenset()
 
-    @override
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         await self._count()
         counters = [

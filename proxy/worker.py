@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ from proxy.logs import set_up_logging
 _log = logging.getLogger("doherty.worker")
 
 LISTEN_BACKLOG = 4096
+DESCRIPTORS_RESERVED = 32  # the listener, logs, the channel, libraries
 DRAIN_POLL_S = 0.02
 GRACE_WITHOUT_SUPERVISOR_S = 60.0
 
@@ -52,7 +54,10 @@ class Worker:
         set_up_logging(start.config.log_level)
         clock = Clock()
         access_log = AccessLog(start.config.access_log)
-        plane = Plane(start.config, clock, self._tasks, access_log, self._on_suspect)
+        plane = Plane(
+            start.config, clock, self._tasks, access_log, self._on_suspect, self._on_doubt
+        )
+        plane.connections_max = min(plane.connections_max, _connections_possible())
         loop = asyncio.get_running_loop()
         self._tasks.start("obey", self._obey(plane))
         await self._fleet_or_first_silence(plane)
@@ -84,6 +89,9 @@ class Worker:
     def _on_suspect(self, replica_id: str, reason: str) -> None:
         self._channel.send(control.Suspect(replica_id, reason))
 
+    def _on_doubt(self, replica_id: str) -> None:
+        self._channel.send(control.Doubt(replica_id))
+
     async def _obey(self, plane: Plane) -> None:
         async for message in self._channel:
             match message:
@@ -91,9 +99,11 @@ class Worker:
                     plane.take_snapshot(snapshot)
                 case control.Cleared(replica_id):
                     plane.clear(replica_id)
+                case control.Accused(replica_id):
+                    plane.accuse(replica_id)
                 case control.Count():
                     gauges = plane.gauges(len(self._connections))
-                    self._channel.send(control.Counted(plane.telemetry.samples(), gauges))
+                    self._channel.send(control.Counted(plane.counters(), gauges))
                 case control.Drain(grace_s):
                     self._grace_s = grace_s
                     self._drain_asked.set()
@@ -133,6 +143,20 @@ class Worker:
             _log.warning("grace is over; cutting %d connections", len(self._connections))
         for connection in list(self._connections):
             connection.kill()
+
+
+def _connections_possible() -> int:
+    """Take all the descriptors that we may have; a client needs two, its own and its replica's."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard == resource.RLIM_INFINITY:
+        return limits.CLIENT_CONNECTIONS_MAX
+    possible = max(1, (hard - DESCRIPTORS_RESERVED) // 2)
+    if possible < limits.CLIENT_CONNECTIONS_MAX:
+        _log.info(
+            "room for %d client connections; raise the limit of open files for more", possible
+        )
+    return possible
 
 
 def main(argv: list[str]) -> int:

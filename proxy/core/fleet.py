@@ -118,11 +118,12 @@ def _build(replicas: Mapping[str, Replica], previous: Fleet | None = None) -> Fl
         before = (previous.any_model, previous.everyone, *previous.pools.values())
         rings = {pool.ring.names: pool.ring for pool in before}
     on_ring = {k: r for k, r in replicas.items() if r.state not in _OFF_RING}
-    unknown = {k: r for k, r in on_ring.items() if not r.models}
+    # Those that have not been asked yet are not known to serve anything at all.
+    unknown = {k: r for k, r in on_ring.items() if not r.models and r.state is ReplicaState.READY}
     models = sorted({model for r in on_ring.values() for model in r.models})
     pools = {
         model: make_pool(
-            {k: r for k, r in on_ring.items() if model in r.models or not r.models}, rings
+            {k: r for k, r in on_ring.items() if model in r.models or k in unknown}, rings
         )
         for model in models
     }

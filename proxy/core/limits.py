@@ -22,6 +22,11 @@ TRAILER_BYTES_MAX = 8 * KIB
 
 # HAProxy's advice for timeout http-request is 5 to 10 s: a head comes in one piece or is an attack.
 HEAD_TIMEOUT_S = 10.0
+# Request bodies held in memory by one worker, until their replica has begun to answer. At the
+# default size limit this is 32 of the largest, or ten thousand prompts of 25 thousand tokens.
+BODIES_BYTES_MAX = 1024 * MIB
+# Client connections of one worker; fewer where the process may not open as many descriptors.
+CLIENT_CONNECTIONS_MAX = 65_536
 # Between two pieces of a request body.
 BODY_IDLE_TIMEOUT_S = 30.0
 # An idle client connection; nginx keeps 75 s.
@@ -49,6 +54,9 @@ USAGE_TAIL_BYTES = 2 * KIB
 UPSTREAM_IDLE_S_MAX = 4.0
 UPSTREAM_IDLE_CONNECTIONS_MAX = 512
 SUSPECT_PROBE_FIRST_S = 0.1
+# A request that has heard nothing for so long asks whether its replica is there at all. A busy
+# engine answers the probe; one that is frozen does not, and takes no further requests.
+SILENCE_DOUBT_S = 5.0
 # Answers of 500, 502, 503, 504 in a row, with no other answer between, that make a suspect.
 # Client errors never count: a bad client must not empty the fleet.
 SERVER_ERRORS_IN_ROW_MAX = 5
@@ -62,7 +70,7 @@ VIRTUAL_NODES = 160
 # 4 KiB is about a thousand tokens: past the usual shared head, before turns begin to differ.
 OPENER_BYTES_MAX = 4 * KIB
 # How far that message is looked for. A system prompt of 64 thousand tokens fits; beyond it, the
-# beginning alone names the conversation. Hostile text costs some 0.15 µs an octet searched.
+# beginning alone names the conversation. Text that is nothing but quotes costs a step for each.
 OPENER_SEARCH_BYTES_MAX = 256 * KIB
 # First depth of the prefix chain; later depths grow by half, so that a prompt of n octets costs
 # O(log n) hashes over n octets and a shared prefix is known to within a third.
@@ -79,11 +87,11 @@ PREFILL_TOKENS_PER_S_DEFAULT = 30_000.0
 # notices no difference (Miller 1968; Nielsen 1993: 0.1 s is felt as at once).
 SPILL_SLACK_S = 0.1
 # A request's own uncached tokens, in its price: once for its own wait, twice for the delay to those
-# who come next. Between 2 and 5 the choice hardly changes; at 1 conversations scatter.
+# who come next and to whom its blocks displace.
 UNCACHED_WEIGHT = 3
 
 # --- telemetry ------------------------------------------------------------------------------
-LABEL_VALUES_MAX = 64  # distinct model names in metrics; the rest are counted as "other"
+REQUEST_SERIES_MAX = 256  # (route, model) pairs in metrics; further models count as "other"
 ACCESS_LOG_LINES_MAX = 65_536  # lines that wait for the writer; more are dropped and counted
 REQUEST_ID_BYTES_MAX = 128
 

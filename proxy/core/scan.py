@@ -2,7 +2,7 @@
 
 The body is read by structure, never searched for a key: `"model":` inside a prompt is prompt. One
 pass of msgspec over typed raw fields checks the whole document and leaves every value that is not
-ours undecoded, for a third of the price of building objects. Duplicate keys: the last one counts,
+ours undecoded. Duplicate keys: the last one counts,
 as in the engines' parsers. Whatever this accepts, `json.loads` reads the same way (tests hold that
 law); what only some parsers accept (NaN, UTF-16, a byte order mark) is refused.
 """

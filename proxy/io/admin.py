@@ -11,6 +11,7 @@ import hmac
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import Protocol
 
 import orjson
 from aiohttp import web
@@ -36,9 +37,9 @@ _HELP = {
     "request_duration_seconds": "From the head of a request to the end of its answer",
     "time_to_first_token_seconds": "From the head of a request to the first octet of its answer",
     "overhead_seconds": "From the whole request to its departure to a replica",
-    "prompt_tokens": "Prompt tokens as the engines count them",
-    "prefix_cached_tokens": "Prompt tokens answered from a prefix cache, as the engines count them",
-    "generation_tokens": "Generated tokens as the engines count them",
+    "prompt_tokens": "Prompt tokens, of answers that reported usage",
+    "prefix_cached_tokens": "Prompt tokens found in a prefix cache, of answers that reported usage",
+    "generation_tokens": "Generated tokens, of answers that reported usage",
     "routing_decisions": "Choices of a replica, by reason",
     "retries": "Further attempts, by what failed",
     "cancellations": "Requests whose client went away, by how far they were",
@@ -52,6 +53,10 @@ _HELP = {
     "requests_in_flight": "Requests under way",
     "upstream_connections": "Connections to replicas",
     "prefix_record_entries": "Entries in the record of what was sent where",
+    "connections_refused": "Client connections closed at once because there were too many",
+    "answers_without_usage": "Answers of 200 that reported no token counts",
+    "request_bodies_bytes": "Request bodies held until their replica begins to answer",
+    "leases": "Leases held on replicas; as many as requests that one of them has",
     "access_log_dropped": "Access log lines that found no room",
     "event_loop_lag_seconds": "Longest lateness of the workers' timers since the last reading",
     "unsolicited_answers": "Connections closed because a replica sent octets nobody asked for",
@@ -63,22 +68,18 @@ _HELP = {
 }
 
 
-class Status:
-    """What the admin pages show; the supervisor implements it."""
+class Status(Protocol):
+    """What the admin pages show; the supervisor has it."""
 
     def ready(self) -> str | None:
         """Return None when ready, else the reason why not."""
-        raise NotImplementedError
 
-    def fleet(self) -> FleetSnapshot | None:
-        raise NotImplementedError
+    def fleet(self) -> FleetSnapshot | None: ...
 
-    def suspects(self) -> frozenset[str]:
-        raise NotImplementedError
+    def suspects(self) -> frozenset[str]: ...
 
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         """Return counters and gauges of all workers, unsummed."""
-        raise NotImplementedError
 
 
 class _Families(Collector):
@@ -90,9 +91,9 @@ class _Families(Collector):
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
         for sample in self._counters:
-            yield_into(families, sample, counter=True)
+            add_sample(families, sample, counter=True)
         for sample in self._gauges:
-            yield_into(families, sample, counter=False)
+            add_sample(families, sample, counter=False)
         yield from families.values()
 
 
@@ -116,7 +117,7 @@ def sum_samples(samples: Iterable[Sample]) -> list[Sample]:
     ]
 
 
-def yield_into(families: dict[str, Metric], sample: Sample, *, counter: bool) -> None:
+def add_sample(families: dict[str, Metric], sample: Sample, *, counter: bool) -> None:
     """Add one series to its family, made when first met."""
     bare = sample.name.removesuffix("_total")
     names = [name for name, _ in sample.labels]
@@ -259,7 +260,6 @@ def replicas_page(
 
 
 def _error(status: int, code: str, message: str) -> web.Response:
-    body = {
-        "error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    }
-    return web.json_response(body, status=status)
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    return web.json_response({"error": error}, status=status)

@@ -36,6 +36,12 @@ class Cleared(msgspec.Struct, tag=True, frozen=True):
     replica_id: str
 
 
+class Accused(msgspec.Struct, tag=True, frozen=True):
+    """A replica that was doubted did not answer its probe."""
+
+    replica_id: str
+
+
 class Drain(msgspec.Struct, tag=True, frozen=True):
     """Take no new connections, finish what runs, then end."""
 
@@ -55,12 +61,18 @@ class Suspect(msgspec.Struct, tag=True, frozen=True):
     reason: str
 
 
+class Doubt(msgspec.Struct, tag=True, frozen=True):
+    """A request has heard nothing of this replica for long: is it there?"""
+
+    replica_id: str
+
+
 class Counted(msgspec.Struct, tag=True, frozen=True):
     counters: list[Sample]
     gauges: list[Sample]
 
 
-Message = Start | FleetIs | Cleared | Drain | Count | Ready | Suspect | Counted
+Message = Start | FleetIs | Cleared | Accused | Drain | Count | Ready | Suspect | Doubt | Counted
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 

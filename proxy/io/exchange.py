@@ -22,9 +22,8 @@ from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, multipart, sse
 from proxy.core.accounts import Lease
-from proxy.core.fleet import Pool
 from proxy.core.http1 import BadResponse, ChunkedDecoder, Field, RequestHead, ResponseHead
-from proxy.core.policy import Request
+from proxy.core.policy import Decision, Request
 from proxy.core.prefix import NO_CHAIN, PrefixChain, prefix_chain
 from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import Route, find_route
@@ -58,6 +57,7 @@ class Exchange(Facts):
         "_connecting",
         "_decoder",
         "_done",
+        "_held_bytes",
         "_keep_alive",
         "_last_octet_s",
         "_lease",
@@ -72,6 +72,7 @@ class Exchange(Facts):
         self._client = client
         self._last_octet_s = self._started_s
         self._body = b""
+        self._held_bytes = 0
         self._lease: Lease | None = None
         self._progress = Progress.CHOOSING
         self._connecting: asyncio.Task[None] | None = None
@@ -87,30 +88,13 @@ class Exchange(Facts):
 
     def judge_head(self) -> None:
         """Everything that can be refused before the body is read. Raises `ProxyError`."""
-        head, plane = self._head, self._plane
-        self._route = route = find_route(head.method, head.path)
-        if not (route.local and route.name == "health") and not plane.authorized(
-            heads.presented_key(head)
-        ):
-            raise errors.UnauthorizedError(
-                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            )
-        if b"content-encoding" in head.special:
-            raise errors.UnsupportedEncodingError("compressed request bodies are not read here")
-        if head.content_length > plane.config.max_payload_size:
-            raise self.too_large()
-        if plane.draining and not route.local:
-            raise errors.DrainingError("this proxy is draining; try another or try again")
-        if not route.local and plane.exchanges_open > plane.config.max_concurrent_requests:
-            raise errors.OverloadedError(
-                f"{plane.config.max_concurrent_requests} requests are in flight already"
-            )
+        self._route = find_route(self._head.method, self._head.path)
+        self._plane.admit(self._route, self._head)
+        self.hold_body(self._head.content_length)
 
-    def too_large(self) -> errors.BodyTooLargeError:
-        limit = self._plane.config.max_payload_size
-        return errors.BodyTooLargeError(
-            f"the request body is over {limit} bytes (--max-payload-size)"
-        )
+    def hold_body(self, size: int) -> None:
+        """Count octets of the body against what may be held. Raises `ProxyError`."""
+        self._held_bytes = self._plane.hold_body(self._held_bytes, size)
 
     # --- 2. the body, the choice -------------------------------------------------------------
 
@@ -154,39 +138,29 @@ class Exchange(Facts):
             self._model, self._stream = scanned.model, scanned.stream
         elif self._body:
             self._model = multipart.model_field(head.special.get(b"content-type", b""), self._body)
-        self._pool = self._find_pool(route)
+        self._pool = self._plane.find_pool(self._model, lookup=route.lookup)
         key = session_key(head, scanned)
         chain: PrefixChain = prefix_chain(route.prompt, scanned, key) if scanned else NO_CHAIN
         self._request = Request(chain, has_session=key is not None)
 
-    def _find_pool(self, route: Route) -> Pool:
-        """Return the replicas that could serve this. Raises `ProxyError` when there are none."""
-        plane, fleet = self._plane, self._plane.fleet
-        if not fleet.replicas:
-            raise errors.NoReplicaError(plane.no_replica_reason())
-        if route.lookup:
-            return fleet.everyone
-        pool = fleet.pool_for(self._model) if self._model else fleet.only_pool()
-        if pool is not None:
-            return pool
-        if not self._model:
-            raise errors.MissingModelError("say which model is meant", "model")
-        raise plane.unknown_model(self._model)
-
     def _dispatch(self) -> None:
-        """Choose a replica, take a lease on it, and get a connection to it. Raises `ProxyError`."""
-        plane, pool = self._plane, self._pool
-        assert pool is not None
-        decision = plane.policy(self._request, pool, plane.policy_state)
+        """Choose a replica and go to it. Raises `ProxyError`."""
+        decision = self._choose()
         if decision is None:
-            raise self._nobody(pool)
+            raise self._nobody()
+        self._go_to(decision)
+
+    def _choose(self) -> Decision | None:
+        assert self._pool is not None
+        return self._plane.policy(self._request, self._pool, self._plane.policy_state)
+
+    def _go_to(self, decision: Decision) -> None:
+        """Take a lease on a replica, and get a connection to it."""
+        plane, replica = self._plane, decision.replica
         self._decision = decision
         self._attempts += 1
-        replica = decision.replica
-        chain = self._request.chain
-        self._lease = plane.accounts.acquire(
-            replica.replica_id, max(0, chain.prompt_tokens - decision.cached_tokens)
-        )
+        uncached_tokens = self._request.chain.prompt_tokens - decision.cached_tokens
+        self._lease = plane.accounts.acquire(replica.replica_id, max(0, uncached_tokens))
         upstream = plane.upstreams.take(replica.replica_id)
         if upstream is not None:
             self.connected(upstream)
@@ -194,13 +168,14 @@ class Exchange(Facts):
             self._progress = Progress.CONNECTING
             self._connecting = plane.upstreams.connect(replica, self)
 
-    def _nobody(self, pool: Pool) -> errors.ProxyError:
-        tried = self._request.tried
+    def _nobody(self) -> errors.ProxyError:
+        tried, pool = self._request.tried, self._pool
+        assert pool is not None
         if tried and self._progress is Progress.CONNECTING:
             return errors.ReplicaUnreachableError(
                 f"no replica could be reached; tried {', '.join(sorted(tried))}"
             )
-        if any(replica.available for replica in pool.replicas.values()):
+        if pool.available:
             return errors.OverloadedError("every replica has as many requests as it may hold")
         return errors.NoReplicaError(self._plane.no_replica_reason())
 
@@ -210,18 +185,27 @@ class Exchange(Facts):
         self._connecting = None
         if self._done:
             return
+        plane = self._plane
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
-        self._plane.suspect(replica_id, reason)
-        self._plane.telemetry.retries["connect"] += 1
+        plane.suspect(replica_id, reason)
         self._request.tried.add(replica_id)
         self._release()
-        try:
-            if not may_retry(self._progress, self._attempts, self._plane.retries_max):
-                raise errors.ReplicaUnreachableError(f"replica {replica_id}: {reason}")
-            self._dispatch()
-        except errors.ProxyError as error:
-            self.fail(error)
+        if not may_retry(self._progress, self._attempts, plane.retries_max):
+            self.fail(errors.ReplicaUnreachableError(f"replica {replica_id}: {reason}"))
+            return
+        decision = self._choose()
+        if decision is None:
+            self.fail(self._nobody())
+            return
+        plane.telemetry.retries["connect"] += 1
+        self._go_to(decision)
+
+    def no_means(self, reason: str) -> None:
+        """No connection for want of our own descriptors or ports: no replica is to blame."""
+        self._connecting = None
+        if not self._done:
+            self.fail(errors.OverloadedError(f"this proxy cannot open connections: {reason}"))
 
     def connected(self, upstream: Upstream) -> None:
         self._connecting = None
@@ -241,13 +225,13 @@ class Exchange(Facts):
     def response_started(self, head: ResponseHead) -> None:
         assert self._decision is not None
         replica = self._decision.replica
-        self._plane.answered(replica.replica_id, head.status, limits.SERVER_ERRORS_IN_ROW_MAX)
+        self._plane.answered(replica.replica_id, head.status)
         lookup = self._route is not None and self._route.lookup
         if head.status == 404 and lookup and self._ask_next(replica.replica_id):
             return
         self._progress = Progress.RESPONSE_STARTED
         self._response = head
-        self._body = b""  # it will not be sent again
+        self._drop_body()  # it will not be sent again
         framing = b""
         if head.chunked:
             if self._head.minor == 1:
@@ -278,15 +262,13 @@ class Exchange(Facts):
     def _ask_next(self, replica_id: str) -> bool:
         """A stored response lives on one replica: ask the others before believing a 404."""
         self._request.tried.add(replica_id)
-        pool, plane = self._pool, self._plane
-        assert pool is not None
-        decision = plane.policy(self._request, pool, plane.policy_state)
+        decision = self._choose()
         if decision is None or self._upstream is None:
             return False
         self._upstream.abort()
         self._upstream = None
         self._release()
-        self._dispatch()
+        self._go_to(decision)
         return True
 
     # --- 4. the answer -----------------------------------------------------------------------
@@ -378,10 +360,13 @@ class Exchange(Facts):
         """A replica that says nothing for too long has lost the request. Called by the sweep."""
         waiting = self._progress >= Progress.REQUEST_SENT and not self._paused
         silence_s = now_s - self._last_octet_s
-        if self._done or not waiting or silence_s <= self._plane.config.request_timeout_secs:
+        if self._done or not waiting or silence_s <= limits.SILENCE_DOUBT_S:
             return
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
+        self._plane.doubt(replica_id, now_s)
+        if silence_s <= self._plane.config.request_timeout_secs:
+            return
         error = errors.ReplicaTimeoutError(
             f"replica {replica_id} was silent for {silence_s:.0f} s (--request-timeout-secs)"
         )
@@ -432,6 +417,11 @@ class Exchange(Facts):
             self._upstream.abort()
             self._upstream = None
 
+    def _drop_body(self) -> None:
+        self._body = b""
+        self._plane.bodies_bytes -= self._held_bytes
+        self._held_bytes = 0
+
     def _release(self) -> None:
         if self._lease is not None:
             self._plane.accounts.release(self._lease)
@@ -443,5 +433,6 @@ class Exchange(Facts):
         self._done = True
         plane = self._plane
         plane.exchanges_open -= 1
+        self._drop_body()
         self._release()
         self._write_down(status, outcome, plane.clock.now_s())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from proxy.core import head as heads
 from proxy.core.fleet import Pool
-from proxy.core.http1 import Field, RequestHead
+from proxy.core.http1 import EXPLAIN, Field, RequestHead
 from proxy.core.policy import Decision, Request
 from proxy.core.prefix import NO_CHAIN
 from proxy.core.routes import Route
@@ -61,16 +61,16 @@ class Facts:
         self._whole_s = self._sent_s = self._first_octet_s = 0.0
 
     def _diagnostics(self) -> tuple[Field, ...]:
-        """Where the request went and why, for those who run with `expose_routing`."""
+        """Where the request went and why, for those who ask, or run with `expose_routing`."""
         decision = self._decision
-        if decision is None or not self._plane.config.expose_routing:
+        asked = self._plane.config.expose_routing or EXPLAIN in self._head.special
+        if decision is None or not asked:
             return ()
         overhead_us = max(0, int((self._sent_s - self._whole_s) * 1e6))
         return (
             (b"x-doherty-replica", decision.replica.replica_id.encode()),
             (b"x-doherty-region", decision.replica.region.encode()),
             (b"x-doherty-decision", decision.reason.encode()),
-            (b"x-doherty-queue-ms", b"0"),
             (b"x-doherty-overhead-us", b"%d" % overhead_us),
         )
 
@@ -91,7 +91,9 @@ class Facts:
         if self._sent_s:
             plane.telemetry.overhead_s.observe(self._sent_s - self._whole_s)
         usage = read_usage(self._tail) if status == 200 else None
-        if usage is not None:
+        if usage is None:
+            plane.telemetry.usage_missing_total += status == 200 and self._decision is not None
+        else:
             series.prompt_tokens += usage.prompt_tokens
             series.cached_tokens += usage.cached_tokens or 0
             series.generation_tokens += usage.completion_tokens

@@ -2,7 +2,8 @@
 
 Health is passive first: a worker that was refused or cut takes the replica out at once and says so;
 here it is asked, at once and then ever more slowly up to a second, until it answers, and then
-every worker takes it back. Nobody is probed who serves: a busy engine is not a dead one.
+every worker takes it back. A replica that has long been silent is asked too, but stays in while
+it answers: a busy engine is not a dead one. Nobody is probed who serves.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ class Prober:
         self,
         session: aiohttp.ClientSession,
         tasks: Tasks,
-        on_cleared: Callable[[str], None],
         *,
+        on_cleared: Callable[[str], None],
+        on_silent: Callable[[str], None],
         endpoint: str,
         interval_s: float,
         timeout_s: float,
@@ -35,15 +37,22 @@ class Prober:
         self._session = session
         self._tasks = tasks
         self._on_cleared = on_cleared
+        self._on_silent = on_silent
         self._endpoint = endpoint
         self._interval_s = interval_s
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._urls: dict[str, str] = {}
         self._suspects: set[str] = set()
+        self._doubted: set[str] = set()
 
     @property
     def suspects(self) -> frozenset[str]:
         return frozenset(self._suspects)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any replica is being asked."""
+        return bool(self._suspects or self._doubted)
 
     def know(self, urls: dict[str, str]) -> None:
         """The replicas that exist, by id; probes of others end by themselves."""
@@ -55,6 +64,22 @@ class Prober:
         _log.warning("replica %s is suspect: %s", replica_id, reason)
         self._suspects.add(replica_id)
         self._tasks.start(f"probe {replica_id}", self._probe(replica_id))
+
+    def doubt(self, replica_id: str) -> None:
+        """Ask a replica once; if it does not answer, it becomes a suspect for every worker."""
+        if replica_id in self._suspects | self._doubted or replica_id not in self._urls:
+            return
+        self._doubted.add(replica_id)
+        self._tasks.start(f"doubt {replica_id}", self._ask_once(replica_id))
+
+    async def _ask_once(self, replica_id: str) -> None:
+        try:
+            url = self._urls.get(replica_id)
+            if url is not None and not await self._answers(url):
+                self._on_silent(replica_id)
+                self.suspect(replica_id, "silent, and no answer to a probe")
+        finally:
+            self._doubted.discard(replica_id)
 
     async def _probe(self, replica_id: str) -> None:
         pause_s = limits.SUSPECT_PROBE_FIRST_S

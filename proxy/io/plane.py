@@ -12,14 +12,26 @@ from collections.abc import Callable
 import orjson
 
 from proxy.config import ProxyConfig
-from proxy.contract import FleetSnapshot
+from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core import fleet as fleets
+from proxy.core import limits
 from proxy.core.accounts import Accounts
+from proxy.core.head import presented_key
+from proxy.core.http1 import RequestHead
 from proxy.core.index import PrefixRecord
 from proxy.core.policy import POLICIES, PolicyState
 from proxy.core.replica import Replica
-from proxy.core.routes import model_of_path
-from proxy.errors import DrainingError, ModelNotFoundError, NoReplicaError
+from proxy.core.routes import Route, model_of_path
+from proxy.errors import (
+    BodyTooLargeError,
+    DrainingError,
+    MissingModelError,
+    ModelNotFoundError,
+    NoReplicaError,
+    OverloadedError,
+    UnauthorizedError,
+    UnsupportedEncodingError,
+)
 from proxy.io.access_log import AccessLog
 from proxy.io.clock import Clock
 from proxy.io.tasks import Tasks
@@ -37,8 +49,9 @@ class Plane:
         tasks: Tasks,
         access_log: AccessLog,
         on_suspect: Callable[[str, str], None],
+        on_doubt: Callable[[str], None],
     ) -> None:
-        """`on_suspect(replica_id, reason)` asks the supervisor to probe a replica."""
+        """`on_suspect(replica_id, reason)` has it probed until it answers, `on_doubt` once."""
         self.config = config
         self.clock = clock
         self.telemetry = Telemetry()
@@ -53,7 +66,11 @@ class Plane:
         self.draining = False
         self.exchanges_open = 0
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
+        self.bodies_bytes = 0  # request bodies held
+        self.connections_max = limits.CLIENT_CONNECTIONS_MAX
         self._on_suspect = on_suspect
+        self._on_doubt = on_doubt
+        self._doubted_s: dict[str, float] = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
         self._restarts: dict[str, int] = {}
         self._key_digest = (
@@ -75,6 +92,7 @@ class Plane:
         for gone in [k for k in self._restarts if k not in present]:
             del self._restarts[gone]
             self._server_errors.pop(gone, None)
+            self._doubted_s.pop(gone, None)
             self.record.forget(gone)
         self.accounts.retain(present)
         # A connection to the address that a replica had before is one to somebody else.
@@ -97,7 +115,21 @@ class Plane:
         self._server_errors.pop(replica_id, None)
         self.fleet = fleets.apply(self.fleet, fleets.ReplicaCleared(replica_id))
 
-    def answered(self, replica_id: str, status: int, server_errors_max: int) -> None:
+    def accuse(self, replica_id: str) -> None:
+        """The supervisor's probe of a silent replica has failed."""
+        self.fleet = fleets.apply(self.fleet, fleets.ReplicaSuspected(replica_id))
+
+    def doubt(self, replica_id: str, now_s: float) -> None:
+        """A request has long heard nothing of its replica: have it asked, now and then."""
+        if (
+            now_s - self._doubted_s.get(replica_id, -limits.SILENCE_DOUBT_S)
+            < limits.SILENCE_DOUBT_S
+        ):
+            return
+        self._doubted_s[replica_id] = now_s
+        self._on_doubt(replica_id)
+
+    def answered(self, replica_id: str, status: int) -> None:
         """Count server errors in a row. Client errors are no sign of a sick replica."""
         if status < 500 or status == 501:
             if self._server_errors:
@@ -105,7 +137,7 @@ class Plane:
             return
         count = self._server_errors.get(replica_id, 0) + 1
         self._server_errors[replica_id] = count
-        if count >= server_errors_max:
+        if count >= limits.SERVER_ERRORS_IN_ROW_MAX:
             self._server_errors[replica_id] = 0
             self.suspect(replica_id, f"{count} server errors in a row")
 
@@ -148,6 +180,52 @@ class Plane:
                 return orjson.dumps(model)
         raise self.unknown_model(wanted)
 
+    def admit(self, route: Route, head: RequestHead) -> None:
+        """Judge a head by what this proxy may and can serve. Raises `ProxyError`."""
+        if route.name != "health" and not self.authorized(presented_key(head)):
+            raise UnauthorizedError(
+                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+            )
+        if b"content-encoding" in head.special:
+            raise UnsupportedEncodingError("compressed request bodies are not read here")
+        if route.local:
+            return
+        if self.draining:
+            raise DrainingError("this proxy is draining; try another or try again")
+        if self.exchanges_open > self.config.max_concurrent_requests:
+            raise OverloadedError(
+                f"{self.config.max_concurrent_requests} requests are in flight already"
+            )
+
+    def hold_body(self, held_bytes: int, more_bytes: int) -> int:
+        """Count octets of one request's body; return how many it holds now. Raises `ProxyError`."""
+        held_bytes += more_bytes
+        if held_bytes > self.config.max_payload_size:
+            raise BodyTooLargeError(
+                f"the request body is over {self.config.max_payload_size} bytes "
+                "(--max-payload-size)"
+            )
+        if self.bodies_bytes + more_bytes > limits.BODIES_BYTES_MAX:
+            raise OverloadedError("this proxy holds as many request bodies as it may")
+        self.bodies_bytes += more_bytes
+        return held_bytes
+
+    def find_pool(self, model: str, *, lookup: bool) -> fleets.Pool:
+        """Return the replicas that could serve this. Raises `ProxyError` when there are none."""
+        fleet = self.fleet
+        if not fleet.replicas:
+            raise NoReplicaError(self.no_replica_reason())
+        if lookup:
+            return fleet.everyone
+        pool = fleet.pool_for(model) if model else fleet.only_pool()
+        if pool is not None:
+            return pool
+        if not any(r.state is ReplicaState.READY for r in fleet.replicas.values()):
+            raise NoReplicaError(self.no_replica_reason())  # they may serve it when they are up
+        if not model:
+            raise MissingModelError("say which model is meant", "model")
+        raise self.unknown_model(model)
+
     def unknown_model(self, model: str) -> ModelNotFoundError:
         known = ", ".join(sorted(self.fleet.pools)[:20]) or "none"
         return ModelNotFoundError(
@@ -173,14 +251,20 @@ class Plane:
 
     # --- what is reported --------------------------------------------------------------------
 
+    def counters(self) -> list[Sample]:
+        dropped = Sample("access_log_dropped_total", (), self.access_log.dropped_total)
+        return [*self.telemetry.samples(), dropped]
+
     def gauges(self, connections_open: int) -> list[Sample]:
+        busy = self.upstreams.open_count - self.upstreams.idle_count
         out = [
             Sample("client_connections", (), connections_open),
             Sample("requests_in_flight", (), self.exchanges_open),
             Sample("upstream_connections", (("state", "idle"),), self.upstreams.idle_count),
-            Sample("upstream_connections", (("state", "open"),), self.upstreams.open_count),
+            Sample("upstream_connections", (("state", "busy"),), busy),
+            Sample("request_bodies_bytes", (), self.bodies_bytes),
+            Sample("leases", (), self.accounts.inflight_total()),
             Sample("prefix_record_entries", (), self.record.entries()),
-            Sample("access_log_dropped", (), self.access_log.dropped_total),
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
         ]
         for replica_id in self.fleet.replicas:

@@ -94,6 +94,11 @@ class ServerProtocol(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self.peer = str(peer[0]) if peer else ""
         self._connections.add(self)
+        if len(self._connections) > self._plane.connections_max:
+            self._plane.telemetry.connections_refused_total += 1
+            self._state = _State.CLOSED
+            self._transport.abort()
+            return
         self._plane.telemetry.connections_total += 1
         self._deadline_s = self._plane.clock.now_s() + limits.CLIENT_KEEP_ALIVE_S
 
@@ -221,10 +226,10 @@ class ServerProtocol(asyncio.Protocol):
 
     def _read_body(self, data: bytes) -> None:
         if self._decoder is not None:
+            assert self._exchange is not None
+            before_bytes = self._decoder.body_bytes
             rest = self._decoder.feed(data)
-            if self._decoder.body_bytes > self._plane.config.max_payload_size:
-                assert self._exchange is not None
-                raise self._exchange.too_large()
+            self._exchange.hold_body(self._decoder.body_bytes - before_bytes)
             if rest is None:
                 self._deadline_s = self._plane.clock.now_s() + limits.BODY_IDLE_TIMEOUT_S
                 return

@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from proxy.core import limits
+from proxy.core.policy import REASONS
 
 # Router overhead shows at a millisecond, a long prompt's first token at minutes.
 SECONDS_BUCKETS: Final = (
@@ -79,7 +80,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         self._requests: dict[tuple[str, str], RequestSeries] = {}
-        self.decisions: dict[str, int] = defaultdict(int)  # by reason
+        self.decisions = defaultdict(int, dict.fromkeys(REASONS, 0))
         self.retries: dict[str, int] = defaultdict(int)  # by reason
         self.cancellations: dict[str, int] = defaultdict(int)  # by progress
         self.replica_requests: dict[str, int] = defaultdict(int)
@@ -87,12 +88,14 @@ class Telemetry:
         self.unsolicited_total = 0
         self.internal_errors_total = 0
         self.connections_total = 0
+        self.connections_refused_total = 0
+        self.usage_missing_total = 0
         self.loop_lag_s_max = 0.0
 
     def series(self, route: str, model: str) -> RequestSeries:
         found = self._requests.get((route, model))
         if found is None:
-            if len(self._requests) >= limits.LABEL_VALUES_MAX * 4:
+            if len(self._requests) >= limits.REQUEST_SERIES_MAX:
                 model = "other"
             found = self._requests.setdefault((route, model), RequestSeries())
         return found
@@ -137,5 +140,7 @@ class Telemetry:
             Sample("unsolicited_answers_total", (), self.unsolicited_total),
             Sample("internal_errors_total", (), self.internal_errors_total),
             Sample("connections_accepted_total", (), self.connections_total),
+            Sample("connections_refused_total", (), self.connections_refused_total),
+            Sample("answers_without_usage_total", (), self.usage_missing_total),
         )
         return out

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import errno
 import select
 import ssl
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 from typing_extensions import override
 
@@ -22,12 +23,18 @@ from proxy.core.replica import Replica
 from proxy.io.clock import Clock
 from proxy.io.tasks import Tasks
 
+# What says nothing about the replica: no descriptors, memory or local ports left.
+_OUR_OWN_WANT: Final = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)
+)
+
 
 class Consumer(Protocol):
     """What an exchange hears from its connection. Each method may close the connection."""
 
     def connected(self, upstream: Upstream) -> None: ...
     def connect_failed(self, reason: str) -> None: ...
+    def no_means(self, reason: str) -> None: ...
     def response_started(self, head: http1.ResponseHead) -> None: ...
     def response_octets(self, data: bytes) -> None: ...
     def response_ended(self, *, reusable: bool) -> None: ...
@@ -313,7 +320,11 @@ class Upstreams:
             consumer.connect_failed("connect timed out")
             return
         except OSError as error:
-            consumer.connect_failed(error.strerror or type(error).__name__)
+            reason = error.strerror or type(error).__name__
+            if error.errno in _OUR_OWN_WANT:
+                consumer.no_means(reason)
+            else:
+                consumer.connect_failed(reason)
             return
         except asyncio.CancelledError:
             upstream.discard()

@@ -218,12 +218,14 @@ class Bench:
         self.clock = FakeClock()
         self.tasks = Tasks()
         self.suspects: list[tuple[str, str]] = []
+        self.doubts: list[str] = []
         self.plane = Plane(
             ProxyConfig(**{"access_log": "off", **config}),
             self.clock,
             self.tasks,
             AccessLog("off"),
             lambda replica_id, reason: self.suspects.append((replica_id, reason)),
+            self.doubts.append,
         )
         self.upstreams = FakeUpstreams(self.plane, self.clock, self.tasks)
         self.plane.upstreams = self.upstreams
@@ -304,12 +306,14 @@ class RealPlane:
         self.tasks = Tasks()
         self.suspects: list[tuple[str, str]] = []
         self.log = AccessLog(config.get("access_log", "off"))
+        self.doubts: list[str] = []
         self.plane = Plane(
             ProxyConfig(**{"access_log": "off", **config}),
             clock or Clock(),
             self.tasks,
             self.log,
             lambda replica_id, reason: self.suspects.append((replica_id, reason)),
+            self.doubts.append,
         )
         self.plane.take_snapshot(FleetSnapshot(epoch="test", version=1, replicas=tuple(replicas)))
         self.connections: set[ServerProtocol] = set()

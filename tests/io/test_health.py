@@ -25,7 +25,8 @@ async def probing(
             Prober(
                 session,
                 tasks,
-                cleared.append,
+                on_cleared=cleared.append,
+                on_silent=lambda replica_id: cleared.append(f"{replica_id} is silent"),
                 endpoint=endpoint,
                 interval_s=0.05,
                 timeout_s=timeout_s,
@@ -95,3 +96,27 @@ async def test_a_replica_that_is_gone_is_probed_no_more() -> None:
         prober.know({})
         await until(lambda: not prober.suspects)
         assert cleared == ["a"]
+
+
+async def test_a_doubted_replica_that_answers_stays_in() -> None:
+    async with ScriptedEngine() as engine, probing() as (prober, told):
+        prober.know({"a": engine.url})
+        for _ in range(3):
+            prober.doubt("a")
+        await until(lambda: engine.probes == 1)
+        await until(lambda: not prober.busy)
+        assert told == []
+        assert not prober.suspects
+
+
+async def test_a_doubted_replica_that_is_silent_becomes_a_suspect() -> None:
+    port = await free_port()
+    async with probing(timeout_s=0.2) as (prober, told):
+        prober.know({"a": f"http://127.0.0.1:{port}"})
+        prober.doubt("a")
+        await until(lambda: told == ["a is silent"])
+        assert prober.suspects == {"a"}
+        engine = ScriptedEngine()
+        engine.port = port
+        async with engine:
+            await until(lambda: told == ["a is silent", "a"])
