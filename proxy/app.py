@@ -74,6 +74,7 @@ class Supervisor:
         self._tasks = Tasks()
         self._places = [WorkerHandle(index, sock) for index, sock in enumerate(listeners)]
         self._fleet: FleetSnapshot | None = None
+        self._unusable: frozenset[str] = frozenset()
         self._fleet_at_s = time.monotonic()
         self._departed: list[Sample] = []  # what dead workers had counted
         self._worker_restarts = 0
@@ -115,7 +116,7 @@ class Supervisor:
         return 1 if self._failure else 0
 
     def _source(self, session: aiohttp.ClientSession) -> StaticList | ManagerWatch:
-        if self._config.manager_url and not self._config.worker_urls:
+        if self._config.manager_url:
             return ManagerWatch(self._config.manager_url, session)
         return StaticList(self._config.worker_urls, session, self._config.api_key)
 
@@ -221,12 +222,32 @@ class Supervisor:
     # --- the fleet -------------------------------------------------------------------------
 
     def _on_snapshot(self, snapshot: FleetSnapshot) -> None:
-        snapshot = _usable(snapshot)
+        known = self._fleet
+        if known is not None and snapshot.epoch == known.epoch:
+            if snapshot.version < known.version:
+                return  # older than what we hold
+        elif known is not None:
+            _log.info("a new manager speaks for the fleet")
+        snapshot = self._usable(snapshot)
         self._fleet = snapshot
         self._fleet_at_s = time.monotonic()
         if self._prober is not None:
             self._prober.know({r.replica_id: r.url for r in snapshot.replicas})
         self._tell(control.FleetIs(snapshot))
+
+    def _usable(self, snapshot: FleetSnapshot) -> FleetSnapshot:
+        """Leave out records that nobody can connect to, so that one cannot spoil the rest."""
+        kept, unusable = [], {}
+        for record in snapshot.replicas:
+            try:
+                replica_of(record)
+                kept.append(record)
+            except ValueError as error:
+                unusable[record.replica_id] = str(error)
+        for replica_id in unusable.keys() - self._unusable:
+            _log.error("replica %s is left out: %s", replica_id, unusable[replica_id])
+        self._unusable = frozenset(unusable)
+        return msgspec.structs.replace(snapshot, replicas=tuple(kept))
 
     # --- what the admin listener asks --------------------------------------------------------
 
@@ -309,18 +330,6 @@ class Supervisor:
                 await place.process.wait()
 
 
-def _usable(snapshot: FleetSnapshot) -> FleetSnapshot:
-    """Leave out records that no connection can be made to, so that one cannot spoil the rest."""
-    kept = []
-    for record in snapshot.replicas:
-        try:
-            replica_of(record)
-            kept.append(record)
-        except ValueError as error:
-            _log.error("replica %s is left out: %s", record.replica_id, error)
-    return msgspec.structs.replace(snapshot, replicas=tuple(kept))
-
-
 async def _all(waits: Sequence[Any]) -> None:
     await asyncio.gather(*waits)
 
@@ -375,6 +384,8 @@ def _check_source(config: ProxyConfig) -> None:
         raise StartError(
             "the replica list is empty: pass --worker-urls http://HOST:PORT … or --manager-url"
         )
+    if config.worker_urls and config.manager_url:
+        raise StartError("--worker-urls and --manager-url exclude each other: one names the fleet")
 
 
 async def _run(config: ProxyConfig, listeners: Sequence[socket.socket]) -> int:

@@ -72,7 +72,8 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
         ),
     ] = "prefix"
     api_key: Annotated[
-        Key | None, Meta(description="key that clients must present as a bearer token")
+        Key | None,
+        Meta(description="key that clients must present; it goes on to the engines with a request"),
     ] = None
     admin_api_key: Annotated[
         Key | None, Meta(description="key of the admin listener's pages other than health")
@@ -157,7 +158,8 @@ class PoolConfig(Section, frozen=True, kw_only=True):
         Count, Meta(description="requests in flight per replica to aim at; 0: none")
     ] = 0
     max_inputs: Annotated[
-        Count, Meta(description="requests in flight that a replica may never exceed; 0: no limit")
+        Count,
+        Meta(description="requests in flight on a replica that no proxy worker exceeds; 0: any"),
     ] = 0
     start_timeout_secs: Annotated[Seconds, Meta(description="time from start to ready")] = 900.0
     stop_grace_secs: Annotated[

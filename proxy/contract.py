@@ -29,7 +29,6 @@ class ReplicaState(enum.StrEnum):
     DRAINING = "draining"
     STOPPING = "stopping"
     BACKOFF = "backoff"  # it died or never came up; the next start waits
-    ASLEEP = "asleep"
     STOPPED = "stopped"
 
 

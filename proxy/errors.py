@@ -192,7 +192,7 @@ CLIENT_GONE_STATUS = 499
 OK = "ok"
 STREAM_CUT = "stream_cut"  # the replica went away after its first byte; the client sees a cut
 
-# Every error that a client can meet; the documentation test walks it.
+# Every error that a client can meet. The README lists them, and a test holds it to that.
 ALL_ERRORS: tuple[type[ProxyError], ...] = (
     BadHeadError,
     BadBodyFramingError,

@@ -22,12 +22,11 @@ class Lease:
 class Account:
     """One replica's load."""
 
-    __slots__ = ("dispatched_tokens", "dispatched_total", "inflight", "queued_tokens")
+    __slots__ = ("dispatched_tokens", "inflight", "queued_tokens")
 
     def __init__(self) -> None:
         self.inflight = 0  # requests
         self.queued_tokens = 0  # prefill tokens sent whose first octet has not come back
-        self.dispatched_total = 0
         self.dispatched_tokens = 0
 
 
@@ -51,7 +50,6 @@ class Accounts:
             account = self._by_replica[replica_id] = Account()
         account.inflight += 1
         account.queued_tokens += prefill_tokens
-        account.dispatched_total += 1
         account.dispatched_tokens += prefill_tokens
         return Lease(replica_id, prefill_tokens)
 
@@ -68,7 +66,7 @@ class Accounts:
         self._by_replica[lease.replica_id].inflight -= 1
 
     def retain(self, replica_ids: frozenset[str]) -> None:
-        """Drop idle accounts of replicas that are gone; busy ones go when their last lease does."""
+        """Drop idle accounts of replicas that are gone; busy ones go at a later call."""
         for replica_id in [k for k, a in self._by_replica.items() if not a.inflight]:
             if replica_id not in replica_ids:
                 del self._by_replica[replica_id]

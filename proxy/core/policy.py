@@ -135,8 +135,9 @@ def round_robin(request: Request, pool: Pool, state: PolicyState) -> Decision | 
     able = candidates(pool, state.accounts, request.tried)
     if not able:
         return None
+    chosen = able[state.turn % len(able)]
     state.turn += 1
-    return _decide(able[state.turn % len(able)], "round_robin", request, state)
+    return _decide(chosen, "round_robin", request, state)
 
 
 def random(request: Request, pool: Pool, state: PolicyState) -> Decision | None:

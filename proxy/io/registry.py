@@ -74,20 +74,29 @@ class StaticList:
     async def _follow(self, url: str, on_snapshot: OnSnapshot) -> None:
         pause_s = RETRY_FIRST_S
         while True:
-            models = await self._models(url)
             old = self._records[url]
-            if models is not None and (old.state is not ReplicaState.READY or old.models != models):
-                self._records[url] = msgspec.structs.replace(
+            models = await self._models(url)
+            if isinstance(models, str):
+                new = old
+                if old.state is ReplicaState.STARTING and old.reason != models:
+                    _log.warning("replica %s is not taken in yet: %s", old.replica_id, models)
+                    new = msgspec.structs.replace(old, reason=models)
+            else:
+                new = msgspec.structs.replace(
                     old, models=models, state=ReplicaState.READY, reason=""
                 )
-                _log.info("replica %s serves %s", old.replica_id, ", ".join(models) or "any model")
+                if new != old:
+                    shown = ", ".join(models) or "any model"
+                    _log.info("replica %s serves %s", old.replica_id, shown)
+            if new != old:
+                self._records[url] = new
                 self._publish(on_snapshot)
-            ready = self._records[url].state is ReplicaState.READY
+            ready = new.state is ReplicaState.READY
             pause_s = MODELS_REFRESH_S if ready else min(RETRY_MAX_S, pause_s * 2)
             await asyncio.sleep(pause_s)
 
-    async def _models(self, url: str) -> tuple[str, ...] | None:
-        """Return the names it serves; empty when it has no list; None when it does not answer."""
+    async def _models(self, url: str) -> tuple[str, ...] | str:
+        """Return the names it serves, none when it has no list; or why it cannot be asked."""
         try:
             async with self._session.get(
                 f"{url.rstrip('/')}/v1/models", timeout=_MODELS_TIMEOUT, headers=self._headers
@@ -95,16 +104,18 @@ class StaticList:
                 if answer.status in (404, 405, 501):
                     return ()
                 if answer.status != 200:
-                    return None
+                    return f"/v1/models answers {answer.status}"
                 body = bytearray()
                 async for piece in answer.content.iter_any():
                     body += piece
                     if len(body) > SNAPSHOT_BYTES_MAX:
-                        return None
+                        return "/v1/models answers without end"
             listed = msgspec.json.decode(body, type=_ModelList)
             return tuple(sorted(entry.id for entry in listed.data))
-        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError):
-            return None
+        except msgspec.MsgspecError:
+            return "/v1/models answers no model list"
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return f"it does not answer ({type(error).__name__})"
 
 
 class ManagerWatch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -23,6 +25,17 @@ def _descendants(kind: type[errors.ProxyError]) -> set[type[errors.ProxyError]]:
 def test_every_failure_is_listed_once() -> None:
     assert set(errors.ALL_ERRORS) == _descendants(errors.ProxyError)
     assert len(set(errors.ALL_ERRORS)) == len(errors.ALL_ERRORS)
+
+
+def test_the_readme_lists_every_code_with_its_status() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = dict(re.findall(r"^\| (\d{3}) \| (`.+`) \|", readme, re.MULTILINE))
+    listed = {
+        (int(status), code)
+        for status, cell in rows.items()
+        for code in re.findall(r"`(\w+)`", cell)
+    }
+    assert listed == {(kind.status, kind.code) for kind in errors.ALL_ERRORS}
 
 
 def test_codes_are_unique_and_log_words_are_no_codes() -> None:

@@ -269,7 +269,7 @@ def test_round_robin_takes_turns() -> None:
     replicas = pool(replica(name) for name in "abc")
     state = _state()
     turns = [_choose("round_robin", replicas, state) for _ in range(6)]
-    assert [turn[0] for turn in turns if turn] == ["b", "c", "a", "b", "c", "a"]
+    assert [turn[0] for turn in turns if turn] == ["a", "b", "c", "a", "b", "c"]
     assert {turn[1] for turn in turns if turn} == {"round_robin"}
 
 
