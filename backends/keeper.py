@@ -105,10 +105,6 @@ class Keeper:
         return Observed(self.spec, running, self.state.phase, self.state.wanted)
 
     @property
-    def at_rest(self) -> bool:
-        return self.state.phase is Phase.STOPPED and not self.state.wanted
-
-    @property
     def log_path(self) -> Path:
         return self._around.log_folder / f"{self.spec.replica_id}.log"
 

@@ -10,6 +10,7 @@ and finishes what it has; then the manager stops the replicas.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -31,7 +32,13 @@ from backends.serve import lock_run_folder
 from backends.service import Command, Service, environment, flags_of
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ManagerConfig, ProxyConfig
-from proxy.contract import FLEET_WATCH_PATH, ReplicaRecord, ReplicaState, decode_snapshot
+from proxy.contract import (
+    FLEET_WATCH_PATH,
+    SNAPSHOT_BYTES_MAX,
+    ReplicaRecord,
+    ReplicaState,
+    decode_snapshot,
+)
 
 POLL_S = 0.1
 RECONNECT_S = 0.5
@@ -40,7 +47,6 @@ LOG_CHECK_INTERVAL_S = 30.0
 STOP_MARGIN_S = 10.0  # beyond the grace that a service grants its own work
 SECRETS = ("api_key", "admin_api_key")
 ACCESS_LOG_NAME = "access.log"
-LINE_BYTES_MAX = 16 * 1024 * 1024
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +111,7 @@ def with_ports(plan: Plan) -> Plan:
 
 
 def _port_problem(host: str, port: int, flag: str, problem: OSError, run_folder: Path) -> str:
-    if problem.errno != 98:  # EADDRINUSE
+    if problem.errno != errno.EADDRINUSE:
         return f"port {port} on {host} cannot be used: {problem.strerror or problem}"
     text = f"port {port} on {host} is in use; stop what listens there or choose another with {flag}"
     with suppress(OSError, ValueError):
@@ -222,7 +228,7 @@ class Up:
     async def _follow_once(self, told: dict[str, str]) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=30.0)
         async with (
-            aiohttp.ClientSession(timeout=timeout, read_bufsize=LINE_BYTES_MAX) as session,
+            aiohttp.ClientSession(timeout=timeout, read_bufsize=SNAPSHOT_BYTES_MAX) as session,
             session.get(self._plan.manager_url + FLEET_WATCH_PATH) as response,
         ):
             async for line in response.content:

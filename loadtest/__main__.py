@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command == "faults":
-        return _faults(args)
+        with _terminated_as_by_ctrl_c():
+            return _faults(args)
     try:
         options = Options(**_fields(args, Options))
         _check(args, options)
@@ -59,12 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _terminated_as_by_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM end the run in order too: a comparison has a fleet to stop."""
+    """Let SIGTERM end the run in order too: a comparison has a fleet to stop.
+
+    Under nohup, and behind `&` in a script, SIGINT is ignored from the start; then SIGTERM would be
+    swallowed with it.
+    """
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def _check(args: argparse.Namespace, options: Options) -> None:

@@ -172,7 +172,11 @@ class Client:
         self._idle_s_max = idle_s_max
         self._idle: deque[Connection] = deque(maxlen=IDLE_CONNECTIONS_MAX)
         self._tls = ssl.create_default_context() if target.tls else None
-        lines = [f"host: {target.authority}", "user-agent: doherty-loadtest"]
+        lines = [
+            f"host: {target.authority}",
+            "user-agent: doherty-loadtest",
+            "x-doherty-explain: 1",
+        ]
         if api_key:
             lines.append(f"authorization: Bearer {api_key}")
         elif target.credentials:

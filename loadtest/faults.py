@@ -33,6 +33,10 @@ from loadtest.wire import AnswerReader
 VICTIMS = ("replica", "manager", "worker")
 POLL_INTERVAL_S = 0.02
 RECOVERY_TIMEOUT_S = 60.0
+# Every fifth prompt has 9,000 tokens, so that some wait for prefill when the kill comes.
+LONG_EVERY = 5
+LONG_WORDS = 6000
+SHORT_WORDS = 200
 
 
 class FaultOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,6 +105,8 @@ async def _one(
             os.kill(pid, signal.SIGKILL)
             recovery_s = await _recovered(victim, pid, name, running, manager, clock)
             await load
+    except* RunError as failures:
+        raise RunError(str(failures.exceptions[0])) from failures
     finally:
         client.close()
         manager.close()
@@ -127,9 +133,12 @@ async def _load(
 async def _stream(
     client: Client, clock: WallClock, stream: Stream, number: int, output_tokens: int
 ) -> None:
+    words = LONG_WORDS if number % LONG_EVERY == 0 else SHORT_WORDS
     body = orjson.dumps(
         {
-            "messages": [{"role": "user", "content": f"conversation {number}: " + "words " * 200}],
+            "messages": [
+                {"role": "user", "content": f"conversation {number}: " + "words " * words}
+            ],
             "model": MODEL,
             "stream": True,
             "max_tokens": output_tokens,
@@ -203,7 +212,7 @@ async def _recovered(
     try:
         while clock.now_s() - start_s < RECOVERY_TIMEOUT_S:
             if victim == "worker":
-                back = await _workers_whole(admin)
+                back = await _workers_whole(admin, running.workers)
             else:
                 known = await replicas(manager)
                 ready = {r.replica_id: r.pid for r in known if r.state == "ready"}
@@ -216,13 +225,16 @@ async def _recovered(
     raise RunError(f"{name} did not come back in {RECOVERY_TIMEOUT_S:g} s")
 
 
-async def _workers_whole(admin: Client) -> bool:
+async def _workers_whole(admin: Client, wanted: int) -> bool:
     """Whether a worker was started again and every place is filled."""
     _, page = await get(admin, "/metrics")
     values = dict(
         re.findall(rb"^doherty_(workers|worker_restarts_total) (\d+)", page, re.MULTILINE)
     )
-    return int(values.get(b"worker_restarts_total", 0)) > 0 and int(values.get(b"workers", 0)) > 1
+    return (
+        int(values.get(b"worker_restarts_total", 0)) > 0
+        and int(values.get(b"workers", 0)) == wanted
+    )
 
 
 def judge(

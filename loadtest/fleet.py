@@ -60,6 +60,7 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
 
     ports: Ports
     pid: int
+    workers: int
 
 
 def simulator_args(options: FleetOptions) -> list[str]:
@@ -132,7 +133,7 @@ async def fleet(policy: str, options: FleetOptions) -> AsyncIterator[Fleet]:
     try:
         process = await _start([*command, "up", str(config)], folder / "up.log")
         await _until_ready(process, ports, options, folder)
-        yield Fleet(ports=ports, pid=process.pid)
+        yield Fleet(ports=ports, pid=process.pid, workers=options.workers)
     except RunError:
         failed = True
         raise

@@ -174,7 +174,7 @@ async def test_a_program_that_is_missing_costs_only_its_own_replica(
     (tmp_path / "bin" / "python").write_text("")
     await world.start(configuration(world.run_dir, "[{engine: vllm}, {engine: simulator}]"))
     assert world.states() == ["backoff", "ready"]
-    assert "pip install 'doherty[vllm]'" in world.record().reason
+    assert "pip install -e '.[vllm]'" in world.record().reason
 
 
 async def test_a_spawn_that_fails_leaves_no_account_open(world: World) -> None:

@@ -193,6 +193,25 @@ def test_an_interrupted_replay_shows_what_it_has(engine: SseEngine) -> None:
     assert "TTFT p50" in output
 
 
+def test_sigterm_ends_a_replay_that_was_started_with_sigint_ignored(engine: SseEngine) -> None:
+    """As under nohup, or behind `&` in a script."""
+    command = (
+        f"trap '' INT; exec {sys.executable} -m loadtest replay conversation --url {engine.url}"
+    )
+    with subprocess.Popen(
+        ["/bin/sh", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert engine.loop is not None
+            asyncio.run_coroutine_threadsafe(engine.until_arrived(2), engine.loop).result(60)
+            process.send_signal(signal.SIGTERM)
+            output = process.communicate(timeout=30)[0]
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "interrupted after" in output.splitlines()[0]
+
+
 def test_a_comparison_from_beginning_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,4 +282,4 @@ def test_progress_is_shown_to_people_only(
     assert "sent 5, errors 1, TTFT p50 250 ms" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "tqdm", None)
     make_progress(10, "t", quiet=False).show(1, 1, 0, None)
-    assert "pip install 'doherty[loadtest]'" in capsys.readouterr().err
+    assert "pip install -e '.[loadtest]'" in capsys.readouterr().err
