@@ -200,7 +200,7 @@ def test_a_missing_program_names_the_extra_that_brings_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EngineMissingError, match=r"pip install 'doherty\[vllm\]'"):
+    with pytest.raises(EngineMissingError, match=r"pip install -e '\.\[vllm\]'"):
         resolve_program(("no-such-engine", "serve"), "vllm")
     with pytest.raises(EngineMissingError, match="was not found"):
         resolve_program((str(tmp_path / "gone"),), "")
