@@ -103,23 +103,32 @@ def with_ports(plan: Plan) -> Plan:
     for host, port, flag in listeners:
         problem = bind_problem(host, port)
         if problem is not None:
-            raise StartError(_port_problem(host, port, flag, problem, plan.run_folder))
+            raise StartError(_port_problem(host, port, flag, problem))
     if len({port for _, port, _ in listeners}) < len(listeners):
         raise StartError("the proxy, its admin listener and the manager need three different ports")
     proxy_flags = plan.proxy_flags | {"port": proxy.port, "admin_port": proxy.admin_port}
     return msgspec.structs.replace(plan, proxy=proxy, manager=manager, proxy_flags=proxy_flags)
 
 
-def _port_problem(host: str, port: int, flag: str, problem: OSError, run_folder: Path) -> str:
+def _port_problem(host: str, port: int, flag: str, problem: OSError) -> str:
     if problem.errno != errno.EADDRINUSE:
         return f"port {port} on {host} cannot be used: {problem.strerror or problem}"
-    text = f"port {port} on {host} is in use; stop what listens there or choose another with {flag}"
+    return f"port {port} on {host} is in use; stop what listens there or choose another with {flag}"
+
+
+def refuse_left_proxy(run_folder: Path) -> None:
+    """Raise `StartError` when a proxy of this folder serves on without the `up` that started it.
+
+    Whatever port is asked for now: a second proxy would make an orphan of the first.
+    """
     with suppress(OSError, ValueError):
         pid, ticks = map(int, (run_folder / "proxy.pid").read_text().split())
         stat = read_stat(pid)
         if stat is not None and stat.alive and stat.start_ticks == ticks:
-            text += f" (an earlier `doherty up` left its proxy behind: kill {pid})"
-    return text
+            raise StartError(
+                f"an earlier `doherty up` of {run_folder} left its proxy running (pid {pid}); "
+                f"end it first: kill {pid}"
+            )
 
 
 def services(plan: Plan, environ: Mapping[str, str]) -> tuple[Command, Command]:
@@ -349,6 +358,7 @@ def banner(plan: Plan) -> str:
 async def up(plan: Plan) -> int:
     """Run until a signal. Raises `StartError` before anything has been started."""
     os.close(lock_run_folder(plan.run_folder))  # says so when a manager runs there already
+    refuse_left_proxy(plan.run_folder)
     return await Up(with_ports(plan)).run()
 
 
