@@ -17,6 +17,8 @@ from typing import Any
 
 from typing_extensions import override
 
+from backends.arguments import port_number
+
 DESCRIPTION = "One OpenAI-compatible endpoint in front of many SGLang and vLLM replicas."
 EPILOG = "`doherty COMMAND --help` tells more. `doherty up` alone serves two simulated replicas."
 USAGE_STATUS, FAILURE_STATUS = 2, 1
@@ -92,14 +94,16 @@ def _add_up_flags(parser: argparse.ArgumentParser) -> None:
 
     add_flags(parser)
     parser.add_argument("--manager-host", metavar="HOST", help="address of the manager's API")
-    parser.add_argument("--manager-port", type=_port, metavar="PORT", help="its port; 0: any")
+    parser.add_argument("--manager-port", type=port_number, metavar="PORT", help="its port; 0: any")
     parser.add_argument("--run-dir", metavar="FOLDER", help="folder for journal and logs")
 
 
 def _add_manager_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: a demo)")
     parser.add_argument("--host", dest="manager_host", metavar="HOST", help="address of the API")
-    parser.add_argument("--port", dest="manager_port", type=_port, metavar="PORT", help="its port")
+    parser.add_argument(
+        "--port", dest="manager_port", type=port_number, metavar="PORT", help="its port"
+    )
     parser.add_argument("--run-dir", metavar="FOLDER", help="folder for journal and logs")
     parser.add_argument(
         "--detach-on-exit",
@@ -107,12 +111,6 @@ def _add_manager_flags(parser: argparse.ArgumentParser) -> None:
         help="leave the replicas running at the end; the next manager adopts them",
     )
     parser.set_defaults(run=_manager)
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65_535):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535)")
-    return int(text)
 
 
 class _Version(argparse.Action):

@@ -12,16 +12,14 @@ from typing import TextIO
 
 import orjson
 
-LEVELS = ("debug", "info", "warning", "error")
 _FIELD_CHARACTERS_MAX = 2_000
 
 
 class Log:
-    """A stream of events at or above a level."""
+    """A stream of events."""
 
-    def __init__(self, stream: TextIO | None = None, level: str = "info") -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
-        self._level = LEVELS.index(level)
 
     def tell(self, event: str, **fields: object) -> None:
         self._write("info", event, fields)
@@ -33,8 +31,6 @@ class Log:
         self._write("error", event, fields)
 
     def _write(self, level: str, event: str, fields: dict[str, object]) -> None:
-        if LEVELS.index(level) < self._level:
-            return
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
         clipped = {
             k: v[:_FIELD_CHARACTERS_MAX] if isinstance(v, str) else v for k, v in fields.items()

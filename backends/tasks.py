@@ -8,10 +8,14 @@ that nobody expects is logged the moment it happens.
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Coroutine, Iterable
+from pathlib import Path
 from typing import Any
 
 from backends.log import Log
+
+_FRAMES_MAX = 5
 
 
 def spawn(coroutine: Coroutine[Any, Any, None], name: str, log: Log) -> asyncio.Task[None]:
@@ -20,7 +24,8 @@ def spawn(coroutine: Coroutine[Any, Any, None], name: str, log: Log) -> asyncio.
 
     def report(done: asyncio.Task[None]) -> None:
         if not done.cancelled() and (error := done.exception()) is not None:
-            log.fault("task_failed", task=name, error=f"{type(error).__name__}: {error}")
+            what = f"{type(error).__name__}: {error}"
+            log.fault("task_failed", task=name, error=what, where=_where(error))
 
     task.add_done_callback(report)
     return task
@@ -32,3 +37,9 @@ async def cancel_all(tasks: Iterable[asyncio.Task[None]]) -> None:
     for task in pending:
         task.cancel()
     await asyncio.gather(*pending, return_exceptions=True)
+
+
+def _where(error: BaseException) -> str:
+    """Name the places that an exception passed, innermost first; places hold no secrets."""
+    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES_MAX:]
+    return " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames))

@@ -1,14 +1,20 @@
 """What a kill -9 of a replica, of the manager or of a proxy worker does to clients under load.
 
-A whole Doherty runs, streams begin at a steady pace that no answer slows, and in the middle of it
+A whole Doherty runs, requests begin at a steady pace that no answer slows, and in the middle of it
 one process is killed. Every request ends as one of
 
 * complete      the stream came to its `[DONE]`;
 * visibly cut   it had begun, and the client could tell: an error event, or a close within it;
 * failed        an error status or no answer although it had been handed to what was killed: it may
-                have been computed, so it is not repeated, and the answer says x-should-retry;
+                have been computed, so it is not repeated; where a proxy is left to say so, the
+                answer is 502 with x-should-retry;
 * lost          any other failure. Must never happen;
-* silently cut  HTTP says complete and the `[DONE]` is missing. Must never happen.
+* silently cut  HTTP says complete and the `[DONE]`, or the end of the JSON, is missing. Must never
+                happen.
+
+Most requests are short and streamed: an engine sends the head of a stream at once, so a kill finds
+them begun. Some have a long prompt and want their answer whole, so that the kill also meets
+requests in prefill, or in generation, of whose answer nothing has been sent.
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ from loadtest.wire import AnswerReader
 VICTIMS = ("replica", "manager", "worker")
 POLL_INTERVAL_S = 0.02
 RECOVERY_TIMEOUT_S = 60.0
-# Every fifth prompt has 9,000 tokens, so that some wait for prefill when the kill comes.
+# Every fifth prompt has some 9,000 tokens, and no two share a beginning that a cache could hold.
 LONG_EVERY = 5
 LONG_WORDS = 6000
 SHORT_WORDS = 200
@@ -43,7 +49,7 @@ class FaultOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The load, and when the kill comes."""
 
     victims: tuple[str, ...] = VICTIMS
-    rate: float = 30.0  # streams begun per second
+    rate: float = 30.0  # requests begun per second
     output_tokens: int = 150
     before: float = 3.0  # s of load before the kill
     after: float = 5.0  # s of load after it
@@ -106,7 +112,7 @@ async def _one(
             recovery_s = await _recovered(victim, pid, name, running, manager, clock)
             await load
     except* RunError as failures:
-        raise RunError(str(failures.exceptions[0])) from failures
+        raise RunError(f"{failures.exceptions[0]}; see {running.folder}") from failures
     finally:
         client.close()
         manager.close()
@@ -133,22 +139,12 @@ async def _load(
 async def _stream(
     client: Client, clock: WallClock, stream: Stream, number: int, output_tokens: int
 ) -> None:
-    words = LONG_WORDS if number % LONG_EVERY == 0 else SHORT_WORDS
-    body = orjson.dumps(
-        {
-            "messages": [
-                {"role": "user", "content": f"conversation {number}: " + "words " * words}
-            ],
-            "model": MODEL,
-            "stream": True,
-            "max_tokens": output_tokens,
-        }
-    )
+    body = request_body(number, output_tokens)
     reader = AnswerReader()
     try:
         async with asyncio.timeout(RECOVERY_TIMEOUT_S):
             await client.post("/v1/chat/completions", body, reader=reader)
-        stream.outcome, stream.detail = outcome(reader)
+        stream.outcome, stream.detail = outcome(reader, streamed=not is_long(number))
     except RequestError as error:
         begun = reader.status == 200
         told = "told by an error event" if reader.stream_error else "told by the close"
@@ -160,13 +156,41 @@ async def _stream(
     stream.ended_s = clock.now_s()
 
 
-def outcome(reader: AnswerReader) -> tuple[str, str]:
-    """Say how an answer that ended as HTTP should was for its reader."""
+def is_long(number: int) -> bool:
+    return number % LONG_EVERY == 0
+
+
+def request_body(number: int, output_tokens: int) -> bytes:
+    """Return request `number` of the load: short and streamed, or long and wanted whole."""
+    long = is_long(number)
+    prompt = f"conversation {number}: " + "words " * (LONG_WORDS if long else SHORT_WORDS)
+    return orjson.dumps(
+        {
+            "messages": [{"role": "user", "content": prompt}],
+            "model": MODEL,
+            "stream": not long,
+            "max_tokens": output_tokens,
+        }
+    )
+
+
+def outcome(reader: AnswerReader, *, streamed: bool) -> tuple[str, str]:
+    """Say what an answer that ended as HTTP should was to one who wanted a stream, or did not."""
     if reader.status != 200:
-        return "failed", f"status {reader.status}"
+        retry = " with x-should-retry" if reader.headers.get("x-should-retry") == "true" else ""
+        return "failed", f"status {reader.status}{retry}"
+    if not streamed:
+        return ("complete", "") if is_json(reader.body) else ("silent", "not JSON")
     if reader.stream_error:
         return "cut", "told by an error event, as complete"
     return ("complete", "") if reader.done_seen else ("silent", "no [DONE]")
+
+
+def is_json(body: bytes) -> bool:
+    try:
+        return bool(orjson.loads(body))
+    except orjson.JSONDecodeError:
+        return False
 
 
 def choose_victim(
@@ -212,7 +236,8 @@ async def _recovered(
     try:
         while clock.now_s() - start_s < RECOVERY_TIMEOUT_S:
             if victim == "worker":
-                back = await _workers_whole(admin, running.workers)
+                _, page = await get(admin, "/metrics")
+                back = workers_whole(page, running.workers)
             else:
                 known = await replicas(manager)
                 ready = {r.replica_id: r.pid for r in known if r.state == "ready"}
@@ -225,9 +250,8 @@ async def _recovered(
     raise RunError(f"{name} did not come back in {RECOVERY_TIMEOUT_S:g} s")
 
 
-async def _workers_whole(admin: Client, wanted: int) -> bool:
-    """Whether a worker was started again and every place is filled."""
-    _, page = await get(admin, "/metrics")
+def workers_whole(page: bytes, wanted: int) -> bool:
+    """Say whether these metrics tell of a worker started again, and of every place filled."""
     values = dict(
         re.findall(rb"^doherty_(workers|worker_restarts_total) (\d+)", page, re.MULTILINE)
     )

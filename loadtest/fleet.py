@@ -61,6 +61,7 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     ports: Ports
     pid: int
     workers: int
+    folder: Path  # of its configuration and logs
 
 
 def simulator_args(options: FleetOptions) -> list[str]:
@@ -90,7 +91,6 @@ def fleet_config(policy: str, options: FleetOptions, ports: Ports, run_dir: str)
             "policy": policy,
             "workers": options.workers,
             "access_log": "off",
-            "expose_routing": True,
         },
         "manager": {"port": ports.manager, "run_dir": run_dir},
         "models": [{"name": MODEL, "pools": [pool]}],
@@ -133,7 +133,7 @@ async def fleet(policy: str, options: FleetOptions) -> AsyncIterator[Fleet]:
     try:
         process = await _start([*command, "up", str(config)], folder / "up.log")
         await _until_ready(process, ports, options, folder)
-        yield Fleet(ports=ports, pid=process.pid, workers=options.workers)
+        yield Fleet(ports=ports, pid=process.pid, workers=options.workers, folder=folder)
     except RunError:
         failed = True
         raise

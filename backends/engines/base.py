@@ -81,7 +81,7 @@ def resolve_program(argv: Sequence[str], extra: str) -> tuple[str, ...]:
         found = shutil.which(program, path=str(Path(sys.executable).parent))
         found = found or shutil.which(program)
     if found is None:
-        remedy = f"; install it with: pip install -e '.[{extra}]'" if extra else ""
+        remedy = f"; install it with: .venv/bin/pip install -e '.[{extra}]'" if extra else ""
         raise EngineMissingError(f"program '{program}' was not found{remedy}")
     return (found, *argv[1:])
 

@@ -15,12 +15,13 @@ import sys
 import uvloop
 from aiohttp import web
 
-from backends.simulator import tasks
+from backends.log import Log
 from backends.simulator.engine import Engine, Gate
 from backends.simulator.flags import parse_flags
 from backends.simulator.kv_events import EventPublisher
 from backends.simulator.server import Server
 from backends.simulator.settings import Settings
+from backends.tasks import cancel_all, spawn
 
 ABORT_TIMEOUT_S = 5.0  # real; for the ends of aborted requests to reach their clients
 
@@ -78,27 +79,22 @@ class Process:
             keepalive_timeout=settings.keep_alive_timeout_s,
             shutdown_timeout=ABORT_TIMEOUT_S,
         )
+        self._log = Log()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> int:
         """Listen; return the port."""
         await self._runner.setup()
         await web.TCPSite(self._runner, self._settings.host, self._settings.port).start()
-        self._tasks.append(
-            tasks.spawn(
-                self.engine.run(),
-                "engine",
-                lambda error: self.engine.die(f"{type(error).__name__}: {error}"),
-            )
-        )
+        self._tasks.append(spawn(self._run_engine(), "engine", self._log))
         if not self.server.ready:
-            self._tasks.append(tasks.spawn(self._become_ready(), "startup"))
+            self._tasks.append(spawn(self._become_ready(), "startup", self._log))
         port: int = self._runner.addresses[0][1]
         return port
 
     async def run_until(self, stop: asyncio.Event) -> int:
         """Wait for `stop` and go down as the dialect does, or for the engine's death."""
-        going = tasks.spawn(self._go_down_after(stop), "signals")
+        going = spawn(self._go_down_after(stop), "signals", self._log)
         self._tasks.append(going)
         await asyncio.wait((going, self.engine.dead), return_when=asyncio.FIRST_COMPLETED)
         if not self.engine.dead.done():
@@ -112,10 +108,16 @@ class Process:
         try:
             await self._runner.cleanup()
         finally:
-            for task in self._tasks:
-                await tasks.stop(task)
+            await cancel_all(self._tasks)
             if self._publisher is not None:
                 self._publisher.close()
+
+    async def _run_engine(self) -> None:
+        try:
+            await self.engine.run()
+        except Exception as error:
+            self.engine.die(f"{type(error).__name__}: {error}")
+            raise
 
     async def _become_ready(self) -> None:
         await self.engine.pass_s(self._settings.startup_s)

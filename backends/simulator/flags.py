@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import msgspec
 
+from backends.arguments import port_number
 from backends.simulator.faults import FaultError, parse_fault
 from backends.simulator.kv_events import Endpoint
 from backends.simulator.profiles import PROFILES
@@ -81,13 +82,6 @@ def _factor(text: str) -> float:
     return value
 
 
-def _port(text: str) -> int:
-    value = _at_least(0)(text)
-    if value > 65535:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a port; use 0 to 65535")
-    return value
-
-
 def _fault(text: str) -> str:
     try:
         parse_fault(text)
@@ -115,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_identity(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     group.add_argument(
-        "--port", type=_port, default=30000, help="port; 0 takes a free one (%(default)s)"
+        "--port", type=port_number, default=30000, help="port; 0 takes a free one (%(default)s)"
     )
     group.add_argument("--model", "--model-path", default="demo", help="name of the model")
     group.add_argument(
@@ -191,8 +185,8 @@ def _add_manners(group: argparse._ArgumentGroup) -> None:
     add("--enable-priority-scheduling", action="store_true", help="SGLang's word for the same")
     add("--schedule-low-priority-values-first", action="store_true", help="as vLLM always does")
     add("--stream-interval", type=_at_least(1), default=1, help="tokens of a chunk (%(default)s)")
-    add("--kv-events-port", type=_port, help="publish KV events here; 0 takes a free port")
-    add("--kv-events-replay-port", type=_port, help="replay them here")
+    add("--kv-events-port", type=port_number, help="publish KV events here; 0 takes a free port")
+    add("--kv-events-replay-port", type=port_number, help="replay them here")
     add(
         "--kv-events-config",
         help="the same as the engines' JSON; an endpoint of all interfaces means --host",

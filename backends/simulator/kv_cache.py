@@ -5,8 +5,8 @@ prefix. Full blocks are shared by reference count; with no references left they 
 recently used first to go. A sequence lets go of its blocks last to first, so that a child is always
 older in that order than its parent: no block is ever resident without the whole chain above it.
 
-Each change is recorded as an event when somebody listens; equal consecutive changes are merged by
-the caller, who knows where a step ends.
+Each change is recorded as an event when somebody listens; the caller takes them off at the end of a
+step, in order, and sends them as one batch.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import pytest
 from typing_extensions import override
 
 from backends.cli import main
+from backends.failure import StartError
+from backends.providers.process import read_stat
 from backends.redact import HIDDEN, redacted, redacted_args
 from backends.service import flags_of
 from backends.settings import manager_config_of, plan_of
 from backends.status import table
-from backends.up import banner, describe, services
+from backends.up import banner, describe, refuse_left_proxy, services
 from proxy.config import ConfigError, parse_config
 from proxy.contract import (
     FleetSnapshot,
@@ -152,6 +155,35 @@ def test_up_wants_three_ports(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     flags = ["--port", port, "--admin-port", port, "--manager-port", "0"]
     assert main(["up", *flags, "--run-dir", str(tmp_path / "run")]) == 1
     assert "three different ports" in capsys.readouterr().err
+
+
+def test_up_refuses_to_make_an_orphan_of_an_earlier_proxy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stat = read_stat(os.getpid())  # a process that lives for certain
+    assert stat is not None
+    (tmp_path / "proxy.pid").write_text(f"{stat.pid} {stat.start_ticks}\n")
+    flags = ["--port", "0", "--admin-port", "0", "--manager-port", "0"]
+    assert main(["up", *flags, "--run-dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert f"left its proxy running (pid {stat.pid})" in error
+    assert f"kill {stat.pid}" in error
+    assert not (tmp_path / "logs").exists(), "nothing was started"
+
+
+def test_a_note_of_a_proxy_that_is_gone_stops_nobody(tmp_path: Path) -> None:
+    stat = read_stat(os.getpid())
+    assert stat is not None
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    refuse_left_proxy(tmp_path)  # no note at all
+    note = tmp_path / "proxy.pid"
+    for text in ("", "words\n", f"{stat.pid}\n", f"{gone.pid} 1\n", f"{stat.pid} 1\n"):
+        note.write_text(text)  # the last: the number is another process's by now
+        refuse_left_proxy(tmp_path)
+    note.write_text(f"{stat.pid} {stat.start_ticks}\n")
+    with pytest.raises(StartError):
+        refuse_left_proxy(tmp_path)
 
 
 @pytest.mark.parametrize("flags", [["--port", "many"], ["--policy", "luck"], ["--workers", "0"]])

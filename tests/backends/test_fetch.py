@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
+import re
 import socket
 from collections.abc import AsyncIterator
 
@@ -97,7 +99,9 @@ async def test_a_task_that_fails_is_reported_at_once() -> None:
     task = spawn(fail(), "doomed", Log(stream))
     with pytest.raises(ValueError, match="unexpected"):
         await task
-    assert '"task":"doomed","error":"ValueError: unexpected"' in stream.getvalue()
+    said = json.loads(stream.getvalue())
+    assert (said["task"], said["error"]) == ("doomed", "ValueError: unexpected")
+    assert re.match(r"test_fetch\.py:\d+ fail", said["where"]), "innermost first"
 
 
 async def test_cancelled_tasks_are_waited_for_and_are_no_failure() -> None:

@@ -37,13 +37,14 @@ def test_last_lines(tmp_path: Path) -> None:
     assert last_lines(path, 2) == ["\\xff", "d"]
 
 
-def test_events_are_lines_of_json_at_or_above_the_level() -> None:
+def test_events_are_lines_of_json() -> None:
     stream = io.StringIO()
-    log = Log(stream, level="warning")
-    log.tell("unheard")
+    log = Log(stream)
+    log.tell("plain")
     log.caution("heard", text="two\nlines", long="x" * 9_999)
     log.fault("loud", number=3)
-    first, second = map(json.loads, stream.getvalue().splitlines())
+    plain, first, second = map(json.loads, stream.getvalue().splitlines())
+    assert (plain["level"], plain["event"]) == ("info", "plain")
     assert (first["level"], first["event"], first["text"]) == ("warning", "heard", "two\nlines")
     assert len(first["long"]) == 2_000
     assert (second["level"], second["number"]) == ("error", 3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -56,7 +58,7 @@ async def running(folder: Path) -> AsyncIterator[Client]:
         provider=FakeProvider(),
         fetch=FakeFetch(),
         journal=journal,
-        log=Log(level="error"),
+        log=Log(io.StringIO()),
         clock=SystemClock(),
     )
     await manager.start()
@@ -132,7 +134,10 @@ async def test_watchers_are_bounded(client: Client, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "WATCHERS_MAX", 1)
     async with client.session.get(FLEET_WATCH_PATH) as first:
         await read_snapshot(first)
-        assert (await client.get(FLEET_WATCH_PATH))[0] == 503
+        status, body = await client.get(FLEET_WATCH_PATH)
+        error = json.loads(body)["error"]
+        assert (status, error["type"]) == (503, "server_error")
+        assert error["code"] == "service_unavailable"
     while True:
         async with client.session.get(FLEET_WATCH_PATH) as again:
             if again.status == 200:

@@ -14,9 +14,11 @@ import aiohttp
 import msgspec
 import pytest
 
+from backends.simulator.app import Process
 from backends.simulator.flags import KEEP_ALIVE_VARIABLE, parse_flags
 from backends.simulator.kv_events import Endpoint
 
+PATIENCE_S = 30.0
 ASK = {"model": "demo", "prompt": "p" * 40, "max_tokens": 20_000}
 
 
@@ -144,6 +146,26 @@ async def test_a_killed_engine_exits_with_a_code_and_drops_its_clients(how: str)
         assert await engine.process.wait() == 1
         assert engine.process.stderr is not None
         assert b"fatal: " in await engine.process.stderr.read()
+
+
+async def test_an_error_in_its_loop_is_the_death_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = Process(parse_flags(["--port", "0", "--profile", "fast"]))
+
+    def fail() -> None:
+        raise ValueError("unexpected")
+
+    monkeypatch.setattr(process.engine.clockwork, "reap", fail)
+    try:
+        await process.start()
+        async with asyncio.timeout(PATIENCE_S):
+            assert await process.run_until(asyncio.Event()) == 1
+    finally:
+        await process.close()
+    said = capsys.readouterr().err
+    assert "fatal: ValueError: unexpected" in said
+    assert '"task":"engine"' in said, "and where it happened"
 
 
 def test_flags_understand_both_engines() -> None:

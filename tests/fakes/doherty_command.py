@@ -1,8 +1,10 @@
 """Stands in for `doherty up CONFIG`: a fake engine on the proxy's port and a manager's fleet page.
 
-`doherty_command.py [--exit CODE] [--notes FILE] up CONFIG`: with --exit it fails with a word on
-standard error; with --notes it writes its pid and then a line when the first request has come. The
-fleet says "starting" once before it says "ready".
+`doherty_command.py [--exit CODE] [--notes FILE] [--workers] up CONFIG`: with --exit it fails with a
+word on standard error; with --notes it writes its pid and then a line when the first request has
+come; with --workers it has as many processes as the configuration has workers, which serve nothing,
+starts a dead one again, and counts them on the admin port's /metrics. The fleet says "starting"
+once before it says "ready".
 """
 
 from __future__ import annotations
@@ -23,7 +25,51 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.fakes.sse_engine import SseEngine
 
 
-async def serve(config: dict[str, Any], notes: Path | None) -> None:
+class Workers:
+    """Processes that wait to be killed; each is started again when it was."""
+
+    def __init__(self) -> None:
+        self.alive = 0
+        self.restarts = 0
+
+    async def keep(self) -> None:
+        """Keep one place filled until cancelled."""
+        code = "import sys; sys.stdin.read()"  # it ends with us, too
+        while True:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", code, "proxy.worker"), stdin=asyncio.subprocess.PIPE
+            )
+            self.alive += 1
+            try:
+                await process.wait()
+            except asyncio.CancelledError:
+                process.kill()
+                await process.wait()
+                raise
+            self.alive -= 1
+            self.restarts += 1
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        lines = f"doherty_workers {self.alive}\ndoherty_worker_restarts_total {self.restarts}\n"
+        return web.Response(text=lines)
+
+
+async def serve_workers(config: dict[str, Any], stopped: asyncio.Event) -> None:
+    workers = Workers()
+    admin = web.Application()
+    admin.router.add_get("/metrics", workers.metrics)
+    runner = web.AppRunner(admin)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", config["proxy"]["admin_port"]).start()
+    async with asyncio.TaskGroup() as group:
+        places = [group.create_task(workers.keep()) for _ in range(config["proxy"]["workers"])]
+        await stopped.wait()
+        for place in places:
+            place.cancel()
+    await runner.cleanup()
+
+
+async def serve(config: dict[str, Any], notes: Path | None, *, workers: bool) -> None:
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     pool = config["models"][0]["pools"][0]
@@ -54,6 +100,8 @@ async def serve(config: dict[str, Any], notes: Path | None) -> None:
                 await engine.until_arrived(1)
                 lines.write("request\n")
                 await stopped.wait()
+        if workers:
+            await serve_workers(config, stopped)
         await stopped.wait()
     await runner.cleanup()
 
@@ -62,6 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--exit", type=int)
     parser.add_argument("--notes", type=Path)
+    parser.add_argument("--workers", action="store_true")
     parser.add_argument("command", choices=["up"])
     parser.add_argument("config", type=Path)
     args = parser.parse_args()
@@ -69,7 +118,8 @@ def main() -> int:
     if exit_code is not None:
         sys.stderr.write("port 8000 is in use\n")
         return exit_code
-    asyncio.run(serve(json.loads(args.config.read_text()), args.notes))
+    config = json.loads(args.config.read_text())
+    asyncio.run(serve(config, args.notes, workers=args.workers))
     return 0
 
 

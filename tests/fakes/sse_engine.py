@@ -81,8 +81,8 @@ class SseEngine:
         if self.mode == "http_500":
             error = {"message": "out of luck", "type": "server_error", "code": 500}
             return web.json_response({"error": error}, status=500)
-        if self.mode == "not_a_stream":
-            return web.json_response({"choices": []})
+        if self.mode == "not_a_stream" or not body.get("stream", True):
+            return web.json_response({"choices": []}, headers=self.headers)
         response = web.StreamResponse(headers={"content-type": "text/event-stream", **self.headers})
         await response.prepare(request)
         await self._stream(request, response, body)
@@ -108,7 +108,7 @@ class SseEngine:
                 return
             finish = "length" if place == count - 1 else None
             await send(response, chunk({"content": " abc"} if chat else " abc", finish))
-        if body["stream_options"]["include_usage"]:
+        if body.get("stream_options", {}).get("include_usage"):
             await send(response, {"choices": [], "usage": self._usage(body, count)})
         if self.mode != "no_done":
             await response.write(b"data: [DONE]\n\n")

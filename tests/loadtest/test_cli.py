@@ -74,6 +74,7 @@ def test_a_replay_from_beginning_to_end(
     assert value["model"] == "demo"
     assert plot.stat().st_size > 1000
     assert all("x-session-id" in headers for headers in engine.request_headers)
+    assert all(headers["x-doherty-explain"] == "1" for headers in engine.request_headers)
     assert max(body["max_tokens"] for body in engine.bodies) == 3
 
 
@@ -184,10 +185,13 @@ def test_an_interrupted_replay_shows_what_it_has(engine: SseEngine) -> None:
     with subprocess.Popen(
         [*command, "--warmup", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert engine.loop is not None
-        asyncio.run_coroutine_threadsafe(engine.until_arrived(2), engine.loop).result(60)
-        process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=30)[0]
+        try:
+            assert engine.loop is not None
+            asyncio.run_coroutine_threadsafe(engine.until_arrived(2), engine.loop).result(60)
+            process.send_signal(signal.SIGINT)
+            output = process.communicate(timeout=30)[0]
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "interrupted after" in output.splitlines()[0]
     assert "TTFT p50" in output
@@ -260,9 +264,15 @@ def test_a_comparison_that_is_ended_stops_what_it_started(tmp_path: Path) -> Non
         notes.open() as lines,
     ):
         pid = int(lines.readline())
-        assert lines.readline() == "request\n"
-        process.send_signal(signal.SIGTERM)
-        output = process.communicate(timeout=60)[0]
+        try:
+            assert lines.readline() == "request\n"
+            process.send_signal(signal.SIGTERM)
+            output = process.communicate(timeout=60)[0]
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)  # it has a session of its own
+            raise
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "TTFT p50" in output
     with pytest.raises(ProcessLookupError):

@@ -33,7 +33,6 @@ def test_the_configuration_is_one_that_doherty_reads(tmp_path: Path) -> None:
     config = parse_config(orjson.dumps(value).decode(), "generated")
     assert (config.proxy.port, config.proxy.admin_port, config.manager.port) == (1001, 1002, 1003)
     assert (config.proxy.policy, config.proxy.workers) == ("round_robin", 2)
-    assert config.proxy.expose_routing
     assert config.manager.run_dir == str(tmp_path)
     (pool,) = config.models[0].pools
     assert (pool.engine, pool.replicas) == ("simulator", 3)

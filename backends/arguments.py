@@ -1,0 +1,12 @@
+"""What several command lines understand alike. Imports nothing that takes time."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def port_number(text: str) -> int:
+    """Return the port in `text`, 0 for any that is free; an argparse type."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65_535):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a port; use 0 to 65535")
+    return int(text)
