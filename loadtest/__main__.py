@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import uvloop
@@ -33,6 +33,21 @@ example:
 """
 
 
+class Command(Protocol):
+    """A module that is a command of its own."""
+
+    __doc__: str | None
+    SUMMARY: str
+
+    def add_arguments(self, command: argparse.ArgumentParser) -> None: ...
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Return the exit status. Raises `RunError` when the run failed."""
+
+
+COMMANDS: dict[str, Command] = {}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0, 1 when the run failed, 2 when it could not begin as asked."""
     parser = _parser()
@@ -40,6 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "faults":
         with _terminated_as_by_ctrl_c():
             return _faults(args)
+    if args.command in COMMANDS:
+        try:
+            with _terminated_as_by_ctrl_c():
+                return COMMANDS[args.command].run(args)
+        except RunError as error:
+            print(f"loadtest: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 130
     try:
         options = Options(**_fields(args, Options))
         _check(args, options)
@@ -193,6 +217,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_faults(command)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
     return parser
 
 
