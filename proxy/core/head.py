@@ -7,13 +7,13 @@ A head that came in is never copied as octets. Fields that belong to one connect
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from http import HTTPStatus
 from typing import Final
 
 from proxy import errors
 from proxy.core import limits
-from proxy.core.http1 import EXPLAIN, Field, RequestHead, ResponseHead
+from proxy.core.http1 import EXPLAIN, Field, RequestHead, ResponseHead, parse_response_head
 
 REQUEST_ID: Final = b"x-request-id"
 # Written by us, or meaningful to this hop only.
@@ -21,7 +21,6 @@ _NOT_FORWARDED: Final = frozenset((b"host", b"content-length", b"expect", REQUES
 # Written as a bearer token, the one form that every engine checks, unless there is one already.
 _API_KEY: Final = b"x-api-key"
 _NOT_FORWARDED_KEYED: Final = _NOT_FORWARDED | {_API_KEY}
-_NOT_RETURNED: Final = frozenset((REQUEST_ID,))
 _PRINTABLE: Final = re.compile(rb"[\x21-\x7e]{1,%d}" % limits.REQUEST_ID_BYTES_MAX)
 _REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
 
@@ -40,11 +39,12 @@ def presented_key(request: RequestHead) -> bytes | None:
     return key.strip() if scheme.lower() == b"bearer" else None
 
 
-def upstream_head(
-    request: RequestHead, host_field: bytes, request_id: bytes, body_bytes: int
-) -> bytes:
-    """Return the head to send to a replica. `host_field` is `Host: authority` with its line end."""
-    lines = [b"%b %b%b HTTP/1.1\r\n" % (request.method, request.path, request.query), host_field]
+def sent_to_replica(request: RequestHead) -> tuple[bytes, bytes]:
+    """Return the request line and the fields to send to a replica, each with its line end.
+
+    Between them goes the replica's Host field, after them the body's length and the request's id.
+    """
+    lines = []
     dropped = _NOT_FORWARDED
     if b"authorization" not in request.special and (key := request.get(_API_KEY)):
         dropped = _NOT_FORWARDED_KEYED
@@ -52,10 +52,17 @@ def upstream_head(
     for name, value in request.fields:
         if name not in dropped:
             lines.append(b"%b: %b\r\n" % (name, value))
-    if body_bytes or request.method == b"POST":
-        lines.append(b"content-length: %d\r\n" % body_bytes)
-    lines.append(b"x-request-id: %b\r\n\r\n" % request_id)
-    return b"".join(lines)
+    request_line = b"%b %b%b HTTP/1.1\r\n" % (request.method, request.path, request.query)
+    return request_line, b"".join(lines)
+
+
+def read_answer_head(block: bytes) -> ResponseHead:
+    """Return a replica's head, and in it what clients get of it. Raises `BadResponse`."""
+    head = parse_response_head(block)
+    lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)]
+    lines += [b"%b: %b\r\n" % field for field in head.fields if field[0] != REQUEST_ID]
+    head.returned = b"".join(lines)
+    return head
 
 
 def client_head(
@@ -64,21 +71,19 @@ def client_head(
     *,
     framing: bytes,
     keep_alive: bool,
-    extra: Iterable[Field] = (),
+    extra: Sequence[Field] = (),
 ) -> bytes:
     """Return the head to send to a client for a replica's answer.
 
     `framing` is the Content-Length or Transfer-Encoding line with its line end, or empty.
     """
-    lines = [b"HTTP/1.1 %d %b\r\n" % (response.status, response.reason)]
-    for name, value in response.fields:
-        if name not in _NOT_RETURNED:
-            lines.append(b"%b: %b\r\n" % (name, value))
-    lines += [b"%b: %b\r\n" % field for field in extra]
-    lines.append(b"x-request-id: %b\r\n" % request_id)
-    lines.append(framing)
-    lines.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
-    return b"".join(lines)
+    return b"%b%bx-request-id: %b\r\n%b%b" % (
+        response.returned,
+        b"".join([b"%b: %b\r\n" % field for field in extra]) if extra else b"",
+        request_id,
+        framing,
+        b"\r\n" if keep_alive else b"connection: close\r\n\r\n",
+    )
 
 
 def local_answer(

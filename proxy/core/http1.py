@@ -83,6 +83,7 @@ class RequestHead:
     __slots__ = (
         "chunked",
         "content_length",
+        "counted",
         "expects_continue",
         "fields",
         "keep_alive",
@@ -101,6 +102,7 @@ class RequestHead:
         self.fields: list[Field] = []
         self.special: dict[bytes, bytes] = {}
         self.content_length = 0
+        self.counted = False  # by a Content-Length field
         self.chunked = False
         self.keep_alive = minor == 1
         self.expects_continue = False
@@ -224,7 +226,7 @@ def _judge_framing(head: RequestHead, length: bytes | None, coding: bytes | None
     elif length is not None:
         if not _LENGTH.fullmatch(length):
             raise errors.BadHeadError("the Content-Length field is not a number")
-        head.content_length = int(length)
+        head.counted, head.content_length = True, int(length)
 
 
 def _judge_connection(head: RequestHead, connection: bytes) -> None:
@@ -242,9 +244,22 @@ def _judge_connection(head: RequestHead, connection: bytes) -> None:
 
 
 class ResponseHead:
-    """One checked response head. `length` is -1 when the close of the connection ends the body."""
+    """One checked response head, without what belongs to its connection.
 
-    __slots__ = ("chunked", "event_stream", "fields", "keep_alive", "length", "reason", "status")
+    `content_length` is -1 when the close of the connection, or a last chunk, ends the body.
+    """
+
+    __slots__ = (
+        "chunked",
+        "content_length",
+        "counted",
+        "event_stream",
+        "fields",
+        "keep_alive",
+        "reason",
+        "returned",
+        "status",
+    )
 
     def __init__(self, status: int, reason: bytes, keep_alive: bool) -> None:
         self.status = status
@@ -252,8 +267,10 @@ class ResponseHead:
         self.fields: list[Field] = []
         self.keep_alive = keep_alive
         self.chunked = False
-        self.length = -1
+        self.content_length = -1
+        self.counted = False  # by a Content-Length field
         self.event_stream = False
+        self.returned = b""  # status line and fields as clients get them; set once it is checked
 
 
 def parse_response_head(block: bytes) -> ResponseHead:
@@ -298,10 +315,10 @@ def _judge_response(head: ResponseHead, special: dict[bytes, bytes]) -> None:
     elif length is not None:
         if not _LENGTH.fullmatch(length):
             raise BadResponse("Content-Length is not a number")
-        head.length = int(length)
+        head.counted, head.content_length = True, int(length)
     if head.status in (204, 304) or head.status < 200:  # RFC 9112 §6.3: no body whatever is said
-        head.chunked, head.length = False, 0
-    if not head.chunked and head.length < 0:
+        head.chunked, head.counted, head.content_length = False, False, 0
+    if not head.chunked and head.content_length < 0:
         head.keep_alive = False
     connection = special.get(b"connection")
     if connection is not None:

@@ -42,12 +42,12 @@ class PrefixRecord:
         held = self._by_replica.get(replica_id)
         if held is None:
             return 0
-        matched_bytes = 0
-        for name, end in zip(chain.hashes, chain.ends, strict=True):
+        depth = 0
+        for name in chain.hashes:
             if name not in held:
                 break
-            matched_bytes = end
-        return matched_bytes // limits.BYTES_PER_TOKEN
+            depth += 1
+        return chain.ends[depth - 1] // limits.BYTES_PER_TOKEN if depth else 0
 
     def note(self, replica_id: str, chain: PrefixChain) -> None:
         """The replica was sent this prompt: it will hold it, as its most recent."""

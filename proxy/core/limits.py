@@ -13,6 +13,10 @@ MIB = 1024 * KIB
 # tracing baggage of a few KiB are common, so we sit at the generous end.
 HEAD_BYTES_MAX = 64 * KIB
 TARGET_BYTES_MAX = 8 * KIB
+# Heads that a worker remembers, and the largest of them: half a megabyte of octets for clients of
+# a few hundred programs and keys, and twice that for what was worked out of them.
+HEADS_REMEMBERED_MAX = 512
+REMEMBERED_HEAD_BYTES_MAX = 2 * KIB
 FIELDS_MAX = 128
 # A connection may send ahead this much while its current request is served; then we stop reading.
 PIPELINED_BYTES_MAX = 64 * KIB

@@ -13,7 +13,6 @@ Every policy is a function of its arguments; ties go by name or by ring order, n
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from operator import itemgetter
 from typing import Final
 
 from proxy.core import limits
@@ -65,45 +64,53 @@ REASONS: Final = ("home", "session", "spill", "least_load", "round_robin", "rand
 
 def candidates(pool: Pool, accounts: Accounts, tried: Collection[str]) -> list[Replica]:
     """Return the replicas that may take a request now, by name."""
-    return [
-        replica
-        for replica in pool.available
-        if replica.replica_id not in tried
-        and not (replica.max_inputs and accounts[replica.replica_id].inflight >= replica.max_inputs)
-    ]
+    return [replica for replica in pool.available if _may_take(replica, accounts, tried)]
 
 
-def price_s(accounts: Accounts, replica_id: str, uncached_tokens: int) -> float:
-    """Return the seconds of prefill ahead of a newcomer, and its own at a surcharge.
+def _may_take(replica: Replica, accounts: Accounts, tried: Collection[str]) -> bool:
+    if replica.replica_id in tried:
+        return False
+    inputs_max = replica.max_inputs
+    return not inputs_max or accounts[replica.replica_id].inflight < inputs_max
+
+
+class Offer:
+    """What one replica would cost: seconds of prefill ahead of a newcomer, its own at a surcharge.
 
     Its own uncached tokens count more than once: computing them also delays whoever comes next,
     and writes them over what others have cached.
     """
-    tokens = accounts[replica_id].queued_tokens + limits.UNCACHED_WEIGHT * uncached_tokens
-    return tokens / limits.PREFILL_TOKENS_PER_S_DEFAULT
+
+    __slots__ = ("cached_tokens", "price_s", "replica")
+
+    def __init__(self, request: Request, replica: Replica, state: PolicyState) -> None:
+        name, chain = replica.replica_id, request.chain
+        self.replica = replica
+        self.cached_tokens = state.record.matched_tokens(name, chain)
+        uncached_tokens = max(0, chain.prompt_tokens - self.cached_tokens)
+        tokens = state.accounts[name].queued_tokens + limits.UNCACHED_WEIGHT * uncached_tokens
+        self.price_s = tokens / limits.PREFILL_TOKENS_PER_S_DEFAULT
 
 
 def prefix(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
-    accounts, record, chain = state.accounts, state.record, request.chain
-    prompt_tokens = chain.prompt_tokens
-    offers: dict[str, tuple[float, int, Replica]] = {}
-    for replica in candidates(pool, accounts, request.tried):
-        name = replica.replica_id
-        cached_tokens = record.matched_tokens(name, chain)
-        offer_s = price_s(accounts, name, max(0, prompt_tokens - cached_tokens))
-        offers[name] = (offer_s, cached_tokens, replica)
+    at_home = "session" if request.has_session else "home"
+    home = pool.replicas.get(pool.ring.home(request.chain.home_key) or "")
+    if home is not None and home.available and _may_take(home, state.accounts, request.tried):
+        offer = Offer(request, home, state)
+        if offer.price_s <= limits.SPILL_SLACK_S:  # then nobody can be cheaper by more than that
+            return Decision(home, at_home, offer.cached_tokens)
+    offers = {
+        replica.replica_id: Offer(request, replica, state)
+        for replica in candidates(pool, state.accounts, request.tried)
+    }
     if not offers:
         return None
-    bound_s = min(offers.values(), key=_price)[0] + limits.SPILL_SLACK_S
-    for step, name in enumerate(pool.ring.walk(chain.home_key)):
-        offer = offers.get(name)
-        if offer is not None and offer[0] <= bound_s:
-            home = "session" if request.has_session else "home"
-            return Decision(offer[2], "spill" if step else home, offer[1])
+    bound_s = min([offer.price_s for offer in offers.values()]) + limits.SPILL_SLACK_S
+    for step, name in enumerate(pool.ring.walk(request.chain.home_key)):
+        found = offers.get(name)
+        if found is not None and found.price_s <= bound_s:
+            return Decision(found.replica, "spill" if step else at_home, found.cached_tokens)
     raise AssertionError("the cheapest replica is within the bound")
-
-
-_price = itemgetter(0)
 
 
 def session(request: Request, pool: Pool, state: PolicyState) -> Decision | None:

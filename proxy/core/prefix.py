@@ -16,8 +16,11 @@ The derivation is versioned: proxies that disagree on it would place the same pr
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
+from msgspec import Raw
 from xxhash import xxh3_64_intdigest
 
 from proxy.core import limits
@@ -28,12 +31,10 @@ CHAIN_VERSION: Final = b"1"
 
 _QUOTE: Final = 0x22
 _BACKSLASH: Final = 0x5C
-_STRING_OR_OBJECT: Final = re.compile(rb'["{]')
 _SPACE: Final = b" \t\r\n"
-_OPENING: Final = frozenset(b"[{")
-_COMMA: Final = 0x2C
 _STRUCTURAL: Final = re.compile(rb'["\[\]{}]')
-_SCALAR_END: Final = re.compile(rb"[,}\] \t\r\n]")
+_WITH_MESSAGES: Final = frozenset((PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES))
+_SEEDS_MAX: Final = 1024
 
 
 def _growing_depths() -> tuple[int, ...]:
@@ -54,7 +55,7 @@ class PrefixChain:
     __slots__ = ("ends", "hashes", "home_key", "prompt_bytes")
 
     def __init__(
-        self, home_key: int, hashes: tuple[int, ...], ends: tuple[int, ...], prompt_bytes: int
+        self, home_key: int, hashes: Sequence[int], ends: Sequence[int], prompt_bytes: int
     ) -> None:
         self.home_key = home_key
         self.hashes = hashes
@@ -72,47 +73,54 @@ NO_CHAIN: Final = PrefixChain(0, (), (), 0)
 
 def prefix_chain(kind: PromptKind, scanned: Scanned, session_key: bytes | None) -> PrefixChain:
     """Return the chain of one request. A session key stands in for the opener."""
-    seed = _seed(scanned)
+    names = _seed(scanned.model, scanned.lora_path or "", scanned.cache_salt or "")
+    seed = names
     head, tail = _prompt_parts(kind, scanned)
+    head_bytes = 0
     for part in head:
         if part:
             seed = xxh3_64_intdigest(part, seed)
-    head_bytes = sum(map(len, head))
+            head_bytes += len(part)
     hashes: list[int] = [seed] if head_bytes else []
     ends: list[int] = [head_bytes] if head_bytes else []
+    octets = memoryview(tail)
     # The closing bracket or quote of a prompt that will grow is not part of its prefix.
-    size = max(0, len(tail) - 1)
-    if size and tail[size - 1] in _SPACE:  # nor is the space before it
-        size = len(tail[:size].rstrip(_SPACE))
+    size = max(0, len(octets) - 1)
+    while size and octets[size - 1] in _SPACE:  # nor is the space before it
+        size -= 1
     rolling = seed
     start = 0
     for depth in DEPTHS:
         if depth > size:
             break
-        rolling = xxh3_64_intdigest(tail[start:depth], rolling)
+        rolling = xxh3_64_intdigest(octets[start:depth], rolling)
         hashes.append(rolling)
         ends.append(head_bytes + depth)
         start = depth
     if size > start:
-        hashes.append(xxh3_64_intdigest(tail[start:size], rolling))
+        hashes.append(xxh3_64_intdigest(octets[start:size], rolling))
         ends.append(head_bytes + size)
     if session_key is not None:
-        home_key = xxh3_64_intdigest(session_key, seed=_seed(scanned))
+        home_key = xxh3_64_intdigest(session_key, names)
     else:
-        home_key = xxh3_64_intdigest(tail[: _opener_end(kind, tail)], seed)
-    return PrefixChain(home_key, tuple(hashes), tuple(ends), head_bytes + size)
+        opener_bytes = limits.OPENER_BYTES_MAX
+        if kind in _WITH_MESSAGES:
+            opener_bytes = _opener_end(octets)
+        home_key = xxh3_64_intdigest(octets[:opener_bytes], seed)
+    return PrefixChain(home_key, hashes, ends, head_bytes + size)
 
 
-def _seed(scanned: Scanned) -> int:
-    names = (scanned.model, scanned.lora_path or "", scanned.cache_salt or "")
+@lru_cache(_SEEDS_MAX)
+def _seed(model: str, adapter: str, salt: str) -> int:
+    names = (model, adapter, salt)
     # Lengths first: no text inside one name may stand for the border between two.
-    lengths = ",".join(str(len(name)) for name in names) + ";"
+    lengths = ",".join([str(len(name)) for name in names]) + ";"
     # surrogatepass: JSON may hold a lone surrogate, and a key only has to be the same each time.
     text = (lengths + "".join(names)).encode("utf-8", "surrogatepass")
     return xxh3_64_intdigest(CHAIN_VERSION + text)
 
 
-def _prompt_parts(kind: PromptKind, scanned: Scanned) -> tuple[tuple[bytes, ...], bytes]:
+def _prompt_parts(kind: PromptKind, scanned: Scanned) -> tuple[tuple[Raw, ...], Raw]:
     """Return the parts that lead the prompt, and the part that grows."""
     match kind:
         case PromptKind.CHAT:
@@ -120,116 +128,74 @@ def _prompt_parts(kind: PromptKind, scanned: Scanned) -> tuple[tuple[bytes, ...]
         case PromptKind.COMPLETION:
             return (), scanned.prompt
         case PromptKind.RESPONSES:
-            return (scanned.tools, scanned.instructions), scanned.parts[1]
+            return (scanned.tools, scanned.instructions), scanned.input
         case PromptKind.ANTHROPIC:
             return (scanned.tools, scanned.system), scanned.messages
         case PromptKind.INPUT:
-            return (), b"".join(scanned.parts) + scanned.messages + scanned.prompt
+            parts = (scanned.query, scanned.input, scanned.documents, scanned.text_1)
+            return (), Raw(b"".join((*parts, scanned.messages, scanned.prompt)))
         case PromptKind.OPAQUE:
-            return (), b""
+            return (), Raw()
 
 
-def _opener_end(kind: PromptKind, tail: bytes) -> int:
+def _opener_end(messages: memoryview) -> int:
     """Return where the opener ends: with the first user message, or after a bounded beginning."""
-    start = _first_user_message(tail) if kind in _WITH_MESSAGES else None
-    if start is None:
+    window = bytes(messages[: 2 * limits.OPENER_BYTES_MAX])
+    found = _user_role(window)
+    if found < 0 and len(messages) > len(window):
+        window = bytes(messages[: limits.OPENER_SEARCH_BYTES_MAX])
+        found = _user_role(window)
+    if found < 0:
         return limits.OPENER_BYTES_MAX
-    longest = start + limits.OPENER_BYTES_MAX
-    try:
-        return _object_end(tail[:longest], start)
-    except ValueError:
-        return longest
+    longest = found + limits.OPENER_BYTES_MAX
+    end = _object_end(bytes(messages[found:longest]))
+    return longest if end < 0 else found + end
 
 
-_WITH_MESSAGES: Final = frozenset((PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES))
+def _user_role(messages: bytes) -> int:
+    """Return the end of the first `"role": "user"`, or -1.
 
-
-def _first_user_message(array: bytes) -> int | None:
-    """Return where the first element whose role is user starts; None when there is none.
-
-    Only a bounded beginning is searched: text that is nothing but quotes costs a step for each.
+    A search is enough, because the octets are JSON that was checked: within a string every quote
+    is escaped, so a quote without a backslash before it opens a string that is just this word.
     """
-    if not array.startswith(b"["):
-        return None
-    window = array[: limits.OPENER_SEARCH_BYTES_MAX]
-    at = 1
-    try:
-        while (found := _STRING_OR_OBJECT.search(window, at)) is not None:
-            start = found.start()
-            if window[start] == _QUOTE:  # an element that is text, and may hold braces
-                at = _string_end(window, start)
-                continue
-            if _role_is_user(window, start):
-                return start
-            at = _object_end(window, start)
-    except (ValueError, IndexError):  # the window ends before the element does
-        return None
-    return None
+    at = messages.find(b'"user"')
+    while at >= 0:
+        before = messages[max(0, at - 40) : at].rstrip(_SPACE)
+        if before.endswith(b":"):
+            before = before[:-1].rstrip(_SPACE)
+            if before.endswith(b'"role"') and not before.endswith(b'\\"role"'):
+                return at + 6
+        at = messages.find(b'"user"', at + 6)
+    return -1
 
 
-def _role_is_user(array: bytes, start: int) -> bool:
-    """Whether the object has `"role": "user"` at its own level; a `role` inside content is not.
-
-    Like all below, raises `ValueError` or `IndexError` when the octets end before the object does.
-    """
-    at = _skip_space(array, start + 1)
-    while array[at] == _QUOTE:
-        key_end = _string_end(array, at)
-        value_start = _skip_space(array, array.index(b":", key_end) + 1)
-        value_end = _value_end(array, value_start)
-        if array[at:key_end] == b'"role"':
-            return array[value_start:value_end] == b'"user"'
-        at = _skip_space(array, value_end)
-        if array[at] == _COMMA:
-            at = _skip_space(array, at + 1)
-    return False
-
-
-def _skip_space(data: bytes, at: int) -> int:
-    while data[at] in _SPACE:
-        at += 1
-    return at
+def _object_end(rest: bytes) -> int:
+    """Return the index after the object that `rest` begins within, or -1; between two members."""
+    depth = 1
+    at = 0
+    while (found := _STRUCTURAL.search(rest, at)) is not None:
+        at = found.end()
+        octet = rest[at - 1]
+        if octet == _QUOTE:
+            at = _string_end(rest, at)
+            if at < 0:
+                return -1
+        elif octet in b"{[":
+            depth += 1
+        else:
+            depth -= 1
+            if not depth:
+                return at
+    return -1
 
 
-def _value_end(data: bytes, at: int) -> int:
-    first = data[at]
-    if first == _QUOTE:
-        return _string_end(data, at)
-    if first in _OPENING:
-        return _object_end(data, at)
-    found = _SCALAR_END.search(data, at)
-    if found is None:
-        raise ValueError("the octets end within a number or a word")
-    return found.start()
-
-
-def _string_end(data: bytes, quote: int) -> int:
-    """Return the index after the string that opens at `quote`; `data` is valid JSON."""
-    at = quote + 1
-    while True:
-        at = data.index(b'"', at)
+def _string_end(data: bytes, at: int) -> int:
+    """Return the index after the string whose text begins at `at`, or -1."""
+    while (at := data.find(b'"', at)) >= 0:
         back = at - 1
         while data[back] == _BACKSLASH:
             back -= 1
-        if (at - back) & 1:  # an even number of backslashes before the quote
-            return at + 1
         at += 1
-
-
-def _object_end(data: bytes, start: int) -> int:
-    """Return the index after the object or array that opens at `start`; `data` is valid JSON."""
-    depth = 0
-    at = start
-    while True:
-        found = _STRUCTURAL.search(data, at)
-        if found is None:
-            raise ValueError("the octets end within an object")
-        at = found.start()
-        octet = data[at]
-        if octet == _QUOTE:
-            at = _string_end(data, at)
-            continue
-        depth += 1 if octet in _OPENING else -1
-        at += 1
-        if depth == 0:
+        if (at - back) & 1 == 0:  # an even number of backslashes before the quote
             return at
+    return -1

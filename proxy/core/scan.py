@@ -17,61 +17,53 @@ from msgspec import Raw
 from proxy import errors
 from proxy.core import limits
 
-
-class _Body(msgspec.Struct, gc=False):
-    model: Raw = Raw()
-    stream: Raw = Raw()
-    messages: Raw = Raw()
-    prompt: Raw = Raw()
-    input: Raw = Raw()
-    tools: Raw = Raw()
-    system: Raw = Raw()
-    instructions: Raw = Raw()
-    service_tier: Raw = Raw()
-    prompt_cache_key: Raw = Raw()
-    session_id: Raw = Raw()
-    cache_salt: Raw = Raw()
-    lora_path: Raw = Raw()
-    query: Raw = Raw()
-    documents: Raw = Raw()
-    text_1: Raw = Raw()
+_NOTHING: Final = Raw()
 
 
-class Scanned:
-    """The fields of one body. Strings are decoded; the prompt's parts are raw JSON octets."""
+class Scanned(msgspec.Struct, gc=False):
+    """The fields of one body. The prompt's parts are raw JSON octets; what is absent is empty."""
 
-    __slots__ = (
-        "cache_salt",
-        "instructions",
-        "lora_path",
-        "messages",
-        "model",
-        "parts",
-        "prompt",
-        "prompt_cache_key",
-        "service_tier",
-        "session_id",
-        "stream",
-        "system",
-        "tools",
-    )
-
-    model: str
-    stream: bool
-    service_tier: str | None
-    prompt_cache_key: str | None
-    session_id: str | None
-    cache_salt: str | None
-    lora_path: str | None
-    messages: bytes
-    prompt: bytes
-    parts: tuple[bytes, ...]  # input, query, documents, text_1: whatever was given
-    tools: bytes
-    system: bytes
-    instructions: bytes
+    model: str = ""
+    stream: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    session_id: str | None = None
+    cache_salt: str | None = None
+    lora_path: str | None = None
+    messages: Raw = _NOTHING
+    prompt: Raw = _NOTHING
+    tools: Raw = _NOTHING
+    system: Raw = _NOTHING
+    instructions: Raw = _NOTHING
+    query: Raw = _NOTHING
+    input: Raw = _NOTHING
+    documents: Raw = _NOTHING
+    text_1: Raw = _NOTHING
 
 
-_decoder: Final = msgspec.json.Decoder(_Body)
+class _Untyped(msgspec.Struct, gc=False):
+    """The same fields where one of them is not of its type, to say which, or to leave it out."""
+
+    model: Raw = _NOTHING
+    stream: Raw = _NOTHING
+    service_tier: Raw = _NOTHING
+    prompt_cache_key: Raw = _NOTHING
+    session_id: Raw = _NOTHING
+    cache_salt: Raw = _NOTHING
+    lora_path: Raw = _NOTHING
+    messages: Raw = _NOTHING
+    prompt: Raw = _NOTHING
+    tools: Raw = _NOTHING
+    system: Raw = _NOTHING
+    instructions: Raw = _NOTHING
+    query: Raw = _NOTHING
+    input: Raw = _NOTHING
+    documents: Raw = _NOTHING
+    text_1: Raw = _NOTHING
+
+
+_decoder: Final = msgspec.json.Decoder(Scanned)
+_untyped: Final = msgspec.json.Decoder(_Untyped)
 _string: Final[msgspec.json.Decoder[str | None]] = msgspec.json.Decoder(str | None)
 _flag: Final[msgspec.json.Decoder[bool | None]] = msgspec.json.Decoder(bool | None)
 
@@ -81,48 +73,56 @@ def scan_body(body: bytes) -> Scanned:
     try:
         if not body.isascii():
             body.decode()  # the decoder leaves text that is not ours unread; engines do not
-        raw = _decoder.decode(body)
+        try:
+            scanned = _decoder.decode(body)
+        except msgspec.ValidationError:
+            scanned = _typed(_untyped.decode(body))
     except msgspec.ValidationError as error:
         raise errors.InvalidRequestError(
             'the body must be a JSON object, such as {"model": …, "messages": […]}'
         ) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise errors.InvalidJSONError(f"the body is not valid JSON: {error}") from error
-    scanned = Scanned()
-    scanned.model = _model(raw.model)
-    scanned.stream = _stream(raw.stream)
-    scanned.service_tier = _text(raw.service_tier, "service_tier")
-    scanned.prompt_cache_key = _text(raw.prompt_cache_key, "prompt_cache_key")
-    # Engines take other types here too; those name no session of ours.
-    scanned.session_id = _text(raw.session_id, None)
-    scanned.lora_path = _text(raw.lora_path, None)
-    scanned.cache_salt = _text(raw.cache_salt, "cache_salt")
-    scanned.messages = bytes(raw.messages)
-    scanned.prompt = bytes(raw.prompt)
-    scanned.tools = bytes(raw.tools)
-    scanned.system = bytes(raw.system)
-    scanned.instructions = bytes(raw.instructions)
-    scanned.parts = (bytes(raw.query), bytes(raw.input), bytes(raw.documents), bytes(raw.text_1))
+    if not 0 < len(scanned.model) <= limits.MODEL_BYTES_MAX // 4:  # UTF-8 takes up to four
+        _judge_model(scanned.model)
     return scanned
 
 
-def _model(raw: Raw) -> str:
-    value = memoryview(raw)
-    if not value:
-        raise errors.MissingModelError('the body names no model; add "model"', "model")
-    if len(value) > limits.MODEL_BYTES_MAX:
+def _judge_model(model: str) -> None:
+    if not model:
+        raise errors.MissingModelError('the body names no model; add "model": "NAME"', "model")
+    if len(model.encode()) > limits.MODEL_BYTES_MAX:
         raise errors.InvalidRequestError("the model name is too long", "model")
+
+
+def _typed(raw: _Untyped) -> Scanned:
+    """Judge the fields one by one. Engines take other types as a session or an adapter, too."""
+    return Scanned(
+        _model(raw.model),
+        _stream(raw.stream),
+        _text(raw.service_tier, "service_tier"),
+        _text(raw.prompt_cache_key, "prompt_cache_key"),
+        _text(raw.session_id, None),
+        _text(raw.cache_salt, "cache_salt"),
+        _text(raw.lora_path, None),
+        *(getattr(raw, name) for name in _Untyped.__struct_fields__[7:]),
+    )
+
+
+def _model(raw: Raw) -> str:
+    if not memoryview(raw):
+        return ""
     model = _text(raw, "model")
     if not model:
         raise errors.MissingModelError('"model" must be a non-empty string', "model")
     return model
 
 
-def _stream(raw: Raw) -> bool:
+def _stream(raw: Raw) -> bool | None:
     if not memoryview(raw):
-        return False
+        return None
     try:
-        return bool(_flag.decode(raw))
+        return _flag.decode(raw)
     except msgspec.MsgspecError as error:
         raise errors.InvalidRequestError('"stream" must be true or false', "stream") from error
 

@@ -41,8 +41,8 @@ _RANK: Final = {
 }
 
 
-def session_key(head: RequestHead, scanned: Scanned | None) -> bytes | None:
-    """Return the session's key, or None when the request names none. Too long a key is none."""
+def session_of_head(head: RequestHead) -> bytes | None:
+    """Return the key that the head's fields give, or None. Too long a key is none."""
     best_rank = len(_IN_ORDER)
     best: bytes | None = None
     for name, value in head.fields:
@@ -50,8 +50,11 @@ def session_key(head: RequestHead, scanned: Scanned | None) -> bytes | None:
             rank = _RANK[name]
             if rank < best_rank and 0 < len(value) <= limits.SESSION_KEY_BYTES_MAX:
                 best_rank, best = rank, value
-    if best is not None or scanned is None:
-        return best
+    return best
+
+
+def session_of_body(scanned: Scanned) -> bytes | None:
+    """Return the key that the body gives, or None. It counts where the head gives none."""
     for text in (scanned.prompt_cache_key, scanned.session_id):
         if text:
             key = text.encode("utf-8", "surrogatepass")

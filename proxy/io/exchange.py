@@ -22,13 +22,14 @@ from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, multipart, sse
 from proxy.core.accounts import Lease
-from proxy.core.http1 import BadResponse, ChunkedDecoder, Field, RequestHead, ResponseHead
+from proxy.core.http1 import BadResponse, ChunkedDecoder, Field, ResponseHead
 from proxy.core.policy import Decision, Request
+from proxy.core.preamble import Preamble
 from proxy.core.prefix import NO_CHAIN, PrefixChain, prefix_chain
 from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import Route, find_route
 from proxy.core.scan import Scanned, scan_body
-from proxy.core.session import session_key
+from proxy.core.session import session_of_body
 from proxy.io.facts import Facts
 from proxy.io.plane import Plane
 from proxy.io.upstream import Upstream
@@ -61,15 +62,18 @@ class Exchange(Facts):
         "_keep_alive",
         "_last_octet_s",
         "_lease",
+        "_length",
         "_paused",
         "_progress",
         "_response",
         "_upstream",
     )
 
-    def __init__(self, plane: Plane, client: Client, head: RequestHead) -> None:
-        super().__init__(plane, head, client.peer)
+    def __init__(self, plane: Plane, client: Client, preamble: Preamble, length: int) -> None:
+        """`length` is what Content-Length gives the body, 0 where there is none."""
+        super().__init__(plane, preamble, client.peer)
         self._client = client
+        self._length = length
         self._last_octet_s = self._started_s
         self._body = b""
         self._held_bytes = 0
@@ -79,7 +83,7 @@ class Exchange(Facts):
         self._upstream: Upstream | None = None
         self._response: ResponseHead | None = None
         self._decoder: ChunkedDecoder | None = None  # only for clients that know no chunks
-        self._keep_alive = head.keep_alive
+        self._keep_alive = preamble.head.keep_alive
         self._paused = False
         self._done = False
         plane.exchanges_open += 1
@@ -88,9 +92,10 @@ class Exchange(Facts):
 
     def judge_head(self) -> None:
         """Everything that can be refused before the body is read. Raises `ProxyError`."""
-        self._route = find_route(self._head.method, self._head.path)
-        self._plane.admit(self._route, self._head)
-        self.hold_body(self._head.content_length)
+        preamble = self._preamble
+        self._route = preamble.route or find_route(preamble.method, preamble.path)
+        self._plane.admit(self._route, preamble)
+        self.hold_body(self._length)
 
     def hold_body(self, size: int) -> None:
         """Count octets of the body against what may be held. Raises `ProxyError`."""
@@ -117,7 +122,7 @@ class Exchange(Facts):
             self.fail(errors.InternalError("the proxy failed; its log has the reason"))
 
     def _answer_locally(self) -> None:
-        body = self._plane.local_answer(self._head.path)
+        body = self._plane.local_answer(self._preamble.path)
         self._answer_ourselves(
             200,
             heads.local_answer(
@@ -126,20 +131,21 @@ class Exchange(Facts):
                 self.request_id,
                 keep_alive=self._may_keep_alive(),
                 extra=self._persistence(),
-                head_only=self._head.method == b"HEAD",
+                head_only=self._preamble.method == b"HEAD",
             ),
         )
 
     def _read_body(self, route: Route) -> None:
-        head = self._head
+        key = self._preamble.session_key
         scanned: Scanned | None = None
         if route.json:
             scanned = scan_body(self._body)
-            self._model, self._stream = scanned.model, scanned.stream
+            self._model, self._stream = scanned.model, bool(scanned.stream)
+            key = key or session_of_body(scanned)
         elif self._body:
-            self._model = multipart.model_field(head.special.get(b"content-type", b""), self._body)
+            form = self._preamble.head.special.get(b"content-type", b"")
+            self._model = multipart.model_field(form, self._body)
         self._pool = self._plane.find_pool(self._model, lookup=route.lookup)
-        key = session_key(head, scanned)
         chain: PrefixChain = prefix_chain(route.prompt, scanned, key) if scanned else NO_CHAIN
         self._request = Request(chain, has_session=key is not None)
 
@@ -215,14 +221,14 @@ class Exchange(Facts):
         assert self._decision is not None
         self._upstream = upstream
         self._progress = Progress.REQUEST_SENT
-        head = heads.upstream_head(
-            self._head, self._decision.replica.host_field, self.request_id, len(self._body)
+        head = self._preamble.upstream_head(
+            self._decision.replica.host_field, self.request_id, len(self._body)
         )
         upstream.send(self, head, self._body)
         self._plane.record.note(self._decision.replica.replica_id, self._request.chain)
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
 
-    def response_started(self, head: ResponseHead) -> None:
+    def response_started(self, head: ResponseHead, length: int) -> None:
         assert self._decision is not None
         replica = self._decision.replica
         self._plane.answered(replica.replica_id, head.status)
@@ -234,12 +240,12 @@ class Exchange(Facts):
         self._drop_body()  # it will not be sent again
         framing = b""
         if head.chunked:
-            if self._head.minor == 1:
+            if self._preamble.minor == 1:
                 framing = _CHUNKED
             else:
                 self._decoder = ChunkedDecoder()
-        elif head.length >= 0 and head.status not in (204, 304):
-            framing = b"content-length: %d\r\n" % head.length
+        elif length >= 0 and head.status not in (204, 304):
+            framing = b"content-length: %d\r\n" % length
         if not framing and head.status not in (204, 304):
             self._keep_alive = False  # only our close can tell the client where the body ends
         extra = self._persistence() + self._diagnostics()
@@ -255,7 +261,7 @@ class Exchange(Facts):
 
     def _persistence(self) -> tuple[Field, ...]:
         """A client of HTTP/1.0 keeps its connection only if it is told so (RFC 9112 §9.3)."""
-        if self._head.minor == 0 and self._may_keep_alive():
+        if self._preamble.minor == 0 and self._may_keep_alive():
             return ((b"connection", b"keep-alive"),)
         return ()
 
@@ -333,7 +339,7 @@ class Exchange(Facts):
                 self._client.write(ending)
         self._finish(response.status, errors.STREAM_CUT)
         # Where only the close ends the body, a plain close would look like the end.
-        self._client.cut(reset=response.length < 0 and not chunked)
+        self._client.cut(reset=response.content_length < 0 and not chunked)
 
     # --- what may happen at any time ---------------------------------------------------------
 
@@ -382,17 +388,17 @@ class Exchange(Facts):
         if self._done:
             return
         self._drop_replica()
-        head = self._head
-        body_unread = not self._whole_s and (head.chunked or head.content_length > 0)
+        preamble = self._preamble
+        body_unread = not self._whole_s and (preamble.chunked or self._length > 0)
         # Errors name no persistence, so HTTP/1.0 does not get it.
         keep_alive = (
-            self._may_keep_alive() and head.minor == 1 and not error.closes and not body_unread
+            self._may_keep_alive() and preamble.minor == 1 and not error.closes and not body_unread
         )
         answer = heads.error_answer(
             error,
             self.request_id,
             keep_alive=keep_alive,
-            head_only=head.method == b"HEAD",
+            head_only=preamble.method == b"HEAD",
             extra=self._diagnostics(),
         )
         self._answer_ourselves(error.status, answer, error.code, keep_alive=keep_alive)

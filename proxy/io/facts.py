@@ -6,10 +6,10 @@ them and few lines read them.
 
 from __future__ import annotations
 
-from proxy.core import head as heads
 from proxy.core.fleet import Pool
-from proxy.core.http1 import EXPLAIN, Field, RequestHead
+from proxy.core.http1 import Field
 from proxy.core.policy import Decision, Request
+from proxy.core.preamble import Preamble
 from proxy.core.prefix import NO_CHAIN
 from proxy.core.routes import Route
 from proxy.core.usage import read_usage
@@ -24,11 +24,11 @@ class Facts:
         "_attempts",
         "_decision",
         "_first_octet_s",
-        "_head",
         "_model",
         "_peer",
         "_plane",
         "_pool",
+        "_preamble",
         "_received_bytes",
         "_request",
         "_route",
@@ -40,14 +40,11 @@ class Facts:
         "request_id",
     )
 
-    def __init__(self, plane: Plane, head: RequestHead, peer: str) -> None:
+    def __init__(self, plane: Plane, preamble: Preamble, peer: str) -> None:
         self._plane = plane
-        self._head = head
+        self._preamble = preamble
         self._peer = peer
-        given = head.get(heads.REQUEST_ID)
-        self.request_id = (
-            given if given and heads.valid_request_id(given) else plane.clock.request_id()
-        )
+        self.request_id = preamble.request_id or plane.clock.request_id()
         self._route: Route | None = None
         self._model = ""
         self._stream = False
@@ -63,7 +60,7 @@ class Facts:
     def _diagnostics(self) -> tuple[Field, ...]:
         """Where the request went and why, for those who ask, or run with `expose_routing`."""
         decision = self._decision
-        asked = self._plane.config.expose_routing or EXPLAIN in self._head.special
+        asked = self._plane.config.expose_routing or self._preamble.asks_for_reasons
         if decision is None or not asked:
             return ()
         overhead_us = max(0, int((self._sent_s - self._whole_s) * 1e6))
@@ -108,8 +105,8 @@ class Facts:
                 at=round(self._plane.clock.unix_s(), 3),
                 request_id=self.request_id.decode("ascii"),
                 client=self._peer,
-                method=self._head.method.decode("ascii"),
-                path=self._head.path[:256].decode("ascii", "backslashreplace"),
+                method=self._preamble.method.decode("ascii"),
+                path=self._preamble.path[:256].decode("ascii", "backslashreplace"),
                 status=status,
                 outcome=outcome,
                 model=self._model,

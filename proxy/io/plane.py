@@ -16,10 +16,10 @@ from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core import fleet as fleets
 from proxy.core import limits
 from proxy.core.accounts import Accounts
-from proxy.core.head import presented_key
-from proxy.core.http1 import RequestHead
+from proxy.core.head_memory import HeadMemory
 from proxy.core.index import PrefixRecord
 from proxy.core.policy import POLICIES, PolicyState
+from proxy.core.preamble import Preamble, read_preamble
 from proxy.core.replica import Replica
 from proxy.core.routes import Route, model_of_path
 from proxy.errors import (
@@ -58,6 +58,7 @@ class Plane:
         self.access_log = access_log
         self.accounts = Accounts()
         self.record = PrefixRecord()
+        self.preambles: HeadMemory[Preamble] = HeadMemory(read_preamble)
         self.policy = POLICIES[config.policy]
         self.policy_state = PolicyState(self.accounts, self.record, clock.draw)
         self.upstreams = Upstreams(clock, tasks, config.connect_timeout_secs, self._unsolicited)
@@ -148,12 +149,9 @@ class Plane:
 
     # --- answers of our own ------------------------------------------------------------------
 
-    def authorized(self, key: bytes | None) -> bool:
+    def authorized(self, key_digest: bytes) -> bool:
         """Compare digests, so that time tells nothing of the key."""
-        if not self._key_digest:
-            return True
-        digest = hashlib.sha256(key or b"").digest()
-        return hmac.compare_digest(digest, self._key_digest)
+        return not self._key_digest or hmac.compare_digest(key_digest, self._key_digest)
 
     def local_answer(self, path: bytes) -> bytes:
         """Return the body of a path that the proxy answers itself. Raises `ProxyError`."""
@@ -180,13 +178,13 @@ class Plane:
                 return orjson.dumps(model)
         raise self.unknown_model(wanted)
 
-    def admit(self, route: Route, head: RequestHead) -> None:
+    def admit(self, route: Route, preamble: Preamble) -> None:
         """Judge a head by what this proxy may and can serve. Raises `ProxyError`."""
-        if route.name != "health" and not self.authorized(presented_key(head)):
+        if route.name != "health" and not self.authorized(preamble.key_digest):
             raise UnauthorizedError(
                 "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             )
-        if b"content-encoding" in head.special:
+        if preamble.encoded:
             raise UnsupportedEncodingError("compressed request bodies are not read here")
         if route.local:
             return

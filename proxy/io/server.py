@@ -20,7 +20,7 @@ from typing_extensions import override
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits
-from proxy.core.http1 import ChunkedDecoder, check_partial_head, parse_request_head
+from proxy.core.http1 import ChunkedDecoder, check_partial_head
 from proxy.io.exchange import Exchange
 from proxy.io.plane import Plane
 
@@ -203,9 +203,9 @@ class ServerProtocol(asyncio.Protocol):
     def _take_head(self, block: bytes, rest: bytes) -> None:
         self._state = _State.BODY
         self._empty_line_met = False
-        head = parse_request_head(block)
-        exchange = self._exchange = Exchange(self._plane, self, head)
-        if not head.chunked and not head.content_length:
+        preamble, length = self._plane.preambles.read(block)
+        exchange = self._exchange = Exchange(self._plane, self, preamble, length)
+        if not preamble.chunked and not length:
             # Whole already: even if it is refused, the next request begins where this one ends.
             self._state = _State.SERVING
             if rest:
@@ -214,11 +214,11 @@ class ServerProtocol(asyncio.Protocol):
             exchange.begin(b"")
             return
         exchange.judge_head()
-        if head.chunked:
+        if preamble.chunked:
             self._decoder = ChunkedDecoder()
         else:
-            self._left = head.content_length
-        if head.expects_continue and not rest:
+            self._left = length
+        if preamble.head.expects_continue and not rest:
             self._transport.write(_CONTINUE)
         self._deadline_s = self._plane.clock.now_s() + limits.BODY_IDLE_TIMEOUT_S
         if rest:

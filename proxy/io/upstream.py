@@ -19,6 +19,8 @@ from typing import Final, Protocol, cast
 from typing_extensions import override
 
 from proxy.core import http1, limits
+from proxy.core.head import read_answer_head
+from proxy.core.head_memory import HeadMemory
 from proxy.core.replica import Replica
 from proxy.io.clock import Clock
 from proxy.io.tasks import Tasks
@@ -35,7 +37,7 @@ class Consumer(Protocol):
     def connected(self, upstream: Upstream) -> None: ...
     def connect_failed(self, reason: str) -> None: ...
     def no_means(self, reason: str) -> None: ...
-    def response_started(self, head: http1.ResponseHead) -> None: ...
+    def response_started(self, head: http1.ResponseHead, length: int) -> None: ...
     def response_octets(self, data: bytes) -> None: ...
     def response_ended(self, *, reusable: bool) -> None: ...
     def response_failed(self, reason: str) -> None: ...
@@ -190,14 +192,14 @@ class Upstream(asyncio.Protocol):
         self._buffer = b""
         rest = buffer[end + 4 :]
         try:
-            head = http1.parse_response_head(buffer[:end])
+            head, length = self._pool.answer_heads.read(buffer[:end])
         except http1.BadResponse as error:
             self._fail(str(error))
             return
         if head.status < 200:
             self._skip_informational(head, rest)
             return
-        self._start_body(head, rest)
+        self._start_body(head, length, rest)
 
     def _skip_informational(self, head: http1.ResponseHead, rest: bytes) -> None:
         """RFC 9110 §15.2: pass over 1xx; but nobody asked for 101, and there is no tunnel."""
@@ -207,17 +209,17 @@ class Upstream(asyncio.Protocol):
         elif rest:
             self._head(rest)
 
-    def _start_body(self, head: http1.ResponseHead, rest: bytes) -> None:
+    def _start_body(self, head: http1.ResponseHead, length: int, rest: bytes) -> None:
         consumer = self._consumer
         assert consumer is not None
         self._phase = _Phase.BODY
         self._reusable = head.keep_alive
         self._follower = http1.ChunkFollower() if head.chunked else None
-        self._left = head.length
-        consumer.response_started(head)
+        self._left = length
+        consumer.response_started(head, length)
         if self._phase is not _Phase.BODY:
             return  # the exchange cut us
-        if rest or (not head.chunked and head.length == 0):
+        if rest or (not head.chunked and length == 0):
             self._body(rest)
 
     def _body(self, data: bytes) -> None:
@@ -288,6 +290,7 @@ class Upstreams:
         self._idle: dict[str, list[Upstream]] = {}
         self._open: set[Upstream] = set()
         self._tls: ssl.SSLContext | None = None
+        self.answer_heads: HeadMemory[http1.ResponseHead] = HeadMemory(read_answer_head)
 
     @property
     def open_count(self) -> int:

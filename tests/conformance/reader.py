@@ -179,9 +179,9 @@ class ResponseReader:
                 raise BadResponse("unexpected informational response")
             return
         self.head = head
-        self._left = head.length
+        self._left = head.content_length
         self._follower = ChunkFollower() if head.chunked else None
-        self.ended = not head.chunked and head.length == 0
+        self.ended = not head.chunked and head.content_length == 0
 
     def _body(self, data: bytes) -> None:
         if self.ended:

@@ -17,10 +17,11 @@ from proxy.core.head import (
     error_fields,
     local_answer,
     presented_key,
-    upstream_head,
+    read_answer_head,
     valid_request_id,
 )
-from proxy.core.http1 import parse_request_head, parse_response_head
+from proxy.core.http1 import parse_request_head
+from proxy.core.preamble import read_preamble
 
 _HOST = b"host: 127.0.0.1:30000\r\n"
 _NAMES = st.sampled_from(
@@ -30,10 +31,8 @@ _VALUES = st.binary(max_size=12).map(lambda v: bytes(c for c in v if c >= 0x20 a
 
 
 def _request(*lines: bytes, line: bytes = b"POST /v1/completions?x=1 HTTP/1.1") -> bytes:
-    return upstream_head(
-        parse_request_head(b"\r\n".join((line, b"Host: client.example", *lines))),
-        _HOST, b"id-1", 5,
-    )  # fmt: skip
+    preamble = read_preamble(b"\r\n".join((line, b"Host: client.example", *lines)))
+    return preamble.upstream_head(_HOST, b"id-1", 5)
 
 
 def test_the_head_for_a_replica() -> None:
@@ -104,10 +103,8 @@ def test_an_error_may_say_more_beside_its_body() -> None:
 def test_a_length_is_said_where_a_body_is_expected(
     line: bytes, body_bytes: int, length: bytes | None
 ) -> None:
-    request = parse_request_head(line + b"\r\nHost: a\r\nTransfer-Encoding: chunked" * (
-        line.endswith(b"1.1")
-    ))  # fmt: skip
-    head = upstream_head(request, _HOST, b"id", body_bytes)
+    coding = b"\r\nHost: a\r\nTransfer-Encoding: chunked" * line.endswith(b"1.1")
+    head = read_preamble(line + coding).upstream_head(_HOST, b"id", body_bytes)
     assert parse_request_head(head[:-4]).special.get(b"content-length") == length
     assert b"transfer-encoding" not in head
 
@@ -132,12 +129,12 @@ def test_what_we_write_reads_as_one_request(fields: list[tuple[bytes, bytes]]) -
     assert data.data == b"hello"
     assert isinstance(server.next_event(), h11.EndOfMessage)
     # What is written once more from what was read is the same.
-    again = upstream_head(parse_request_head(head[:-4]), _HOST, b"id-1", 5)
+    again = read_preamble(head[:-4]).upstream_head(_HOST, b"id-1", 5)
     assert again == head
 
 
 def test_the_head_for_a_client() -> None:
-    response = parse_response_head(
+    response = read_answer_head(
         b"HTTP/1.1 200 Fine\r\nContent-Type: a/b\r\nX-Request-Id: engine\r\nContent-Length: 5\r\n"
         b"Keep-Alive: timeout=5"
     )

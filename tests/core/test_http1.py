@@ -353,7 +353,7 @@ def test_a_response_keeps_its_own_fields_only() -> None:
         b"TE: a\r\nTE: b\r\nContent-Length: 7\r\nContent-Length: 7"
     )
     assert head.event_stream
-    assert (head.status, head.reason, head.length) == (200, b"Fine", 7)
+    assert (head.status, head.reason, head.content_length) == (200, b"Fine", 7)
     assert [name for name, _ in head.fields] == [
         b"content-type", b"x-end", b"set-cookie", b"set-cookie",
     ]  # fmt: skip

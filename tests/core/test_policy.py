@@ -18,12 +18,12 @@ from proxy.core.policy import (
     POLICIES,
     REASONS,
     Decision,
+    Offer,
     PolicyState,
     Request,
     candidates,
-    price_s,
 )
-from proxy.core.prefix import PrefixChain
+from proxy.core.prefix import NO_CHAIN, PrefixChain
 from proxy.core.replica import Replica
 from tests.core.builders import chain, pool, replica
 
@@ -139,8 +139,11 @@ def test_candidates_are_filtered_in_one_place() -> None:
     assert [r.replica_id for r in candidates(replicas, accounts, ())] == ["a"]
     assert candidates(replicas, accounts, {"a"}) == []
     queued = _accounts({"a": [int(_RATE)]})
-    assert price_s(queued, "a", 0) == 1.0
-    assert price_s(queued, "a", int(_RATE)) == 1.0 + limits.UNCACHED_WEIGHT
+    warm = Request(NO_CHAIN, has_session=False)
+    cold = Request(PrefixChain(0, (), (), int(_RATE) * limits.BYTES_PER_TOKEN), has_session=False)
+    (a,) = candidates(replicas, queued, {"c"})
+    assert Offer(warm, a, _state(queued)).price_s == 1.0
+    assert Offer(cold, a, _state(queued)).price_s == 1.0 + limits.UNCACHED_WEIGHT
 
 
 # --- prefix ---------------------------------------------------------------------------------

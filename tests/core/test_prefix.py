@@ -17,7 +17,6 @@ from proxy.core.prefix import (
     DEPTHS,
     NO_CHAIN,
     PrefixChain,
-    _first_user_message,
     _opener_end,
     prefix_chain,
 )
@@ -188,56 +187,57 @@ def test_any_json_makes_a_chain(
     assert 0 <= chain.home_key < 1 << 64
 
 
-@given(st.lists(_MESSAGES | _TEXT | st.integers() | st.none(), max_size=5), st.booleans())
+_PLAIN = st.builds(_message, _ROLES, _LONG, role_last=st.booleans())
+
+
+def _opener(octets: bytes) -> bytes:
+    return octets[: _opener_end(memoryview(octets))]
+
+
+@given(st.lists(_PLAIN | _TEXT | st.integers() | st.none(), max_size=5), st.booleans())
 def test_the_opener_ends_with_the_first_user_message(elements: list[Any], spaced: bool) -> None:
     octets = json.dumps(elements, separators=(" , ", " : ") if spaced else (",", ":")).encode()
     expected = next((e for e in elements if isinstance(e, dict) and e.get("role") == "user"), None)
-    start = _first_user_message(octets)
-    assert (start is None) == (expected is None)
-    if start is not None:
-        end = _opener_end(PromptKind.CHAT, octets)
-        if end < start + limits.OPENER_BYTES_MAX:
-            assert json.loads(octets[start:end]) == expected
-        before = json.loads(octets[:start].rstrip(b", ") + b"]")
-        assert before == elements[: elements.index(expected)]
+    end = _opener_end(memoryview(octets))
+    if expected is None:
+        assert end == limits.OPENER_BYTES_MAX
+    elif len(json.dumps(expected)) < limits.OPENER_BYTES_MAX:
+        assert json.loads(octets[:end] + b"]") == elements[: elements.index(expected) + 1]
 
 
 @pytest.mark.parametrize(
     ("octets", "opener"),
     [
-        (b'[{"role":"user","content":"a"},{"role":"user"}]', b'{"role":"user","content":"a"}'),
-        (b'[{"content":"\\\\","role":"user"}]', b'{"content":"\\\\","role":"user"}'),
-        (b'[{"content":"\\\\\\"","role":"user"}]', b'{"content":"\\\\\\"","role":"user"}'),
+        (b'[{"role":"user","content":"a"},{"role":"user"}]', b'[{"role":"user","content":"a"}'),
+        (b'[{"content":"\\\\","role":"user"},1]', b'[{"content":"\\\\","role":"user"}'),
+        (b'[{"content":"\\\\\\"","role":"user"},1]', b'[{"content":"\\\\\\"","role":"user"}'),
         (b'[{"content":"\\",\\"role\\":\\"user\\""}]', None),
-        (b'[{"content":[{"role":"user"}],"role":"system"}]', None),
-        (b'[{"a":{"role":"user"}},{"role":"user"}]', b'{"role":"user"}'),
+        (b'[{"content":[{"role":"user"}],"role":"system"}]', b'[{"content":[{"role":"user"}'),
         (b'[{"roles":"user"},{"role":"users"},{"role":["user"]}]', None),
         (b'["{\\"role\\":\\"user\\"}","{"]', None),
-        (b'["{",{"role":"user"}]', b'{"role":"user"}'),
-        (b'[ { "role" : "user" } ]', b'{ "role" : "user" }'),
-        (b'[[{"role":"user"}]]', b'{"role":"user"}'),
-        (b'[{},1,null,{"n":-1.5e3,"role":"user"}]', b'{"n":-1.5e3,"role":"user"}'),
+        (b'["role","user",{"role":"system","user":1}]', None),
+        (b'["{",{"role":"user"},2]', b'["{",{"role":"user"}'),
+        (b'[ { "role" : "user" } , 1]', b'[ { "role" : "user" }'),
+        (b'[{},1,null,{"n":-1.5e3,"role":"user"},2]', b'[{},1,null,{"n":-1.5e3,"role":"user"}'),
+        (b'[{"role":"user","a":{"b":[{}]},"c":"}"},2]', b'[{"role":"user","a":{"b":[{}]},"c":"}"}'),
         (b"[]", None),
         (b'"[{\\"role\\":\\"user\\"}]"', None),
-        (b'{"role":"user"}', None),
         (b"", None),
     ],
 )
 def test_which_message_opens(octets: bytes, opener: bytes | None) -> None:
-    start = _first_user_message(octets)
-    found = None if start is None else octets[start : _opener_end(PromptKind.CHAT, octets)]
-    assert found == opener
+    assert _opener(octets) == (octets if opener is None else opener)
 
 
 def test_the_search_for_the_opener_is_bounded() -> None:
-    far = b'[{"role":"system","content":"%b"},{"role":"user"}]'
+    far = b'[{"role":"system","content":"%b"},{"role":"user"},1]'
     near = far % (b"x" * (limits.OPENER_SEARCH_BYTES_MAX - 100))
-    assert _first_user_message(near) == len(near) - len(b'{"role":"user"}]')
-    assert _first_user_message(far % (b"x" * limits.OPENER_SEARCH_BYTES_MAX)) is None
+    assert _opener(near) == near[:-3]
+    beyond = far % (b"x" * limits.OPENER_SEARCH_BYTES_MAX)
+    assert len(_opener(beyond)) == limits.OPENER_BYTES_MAX
     # The role is known although the message reaches beyond what is searched.
     long = b'[{"role":"user","content":"%b"}]' % (b"x" * limits.OPENER_SEARCH_BYTES_MAX)
-    assert _first_user_message(long) == 1
-    assert _opener_end(PromptKind.CHAT, long) == 1 + limits.OPENER_BYTES_MAX
+    assert len(_opener(long)) == len(b'[{"role":"user"') + limits.OPENER_BYTES_MAX
 
 
 def test_the_opener_is_what_places_a_conversation() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from proxy.core import limits
 from proxy.core.http1 import parse_request_head
 from proxy.core.scan import Scanned, scan_body
-from proxy.core.session import session_key
+from proxy.core.session import session_of_body, session_of_head
 
 _IN_ORDER = (
     "x-doherty-routing-key",
@@ -27,7 +27,8 @@ _IN_ORDER = (
 
 def _key(fields: list[tuple[str, str]], scanned: Scanned | None = None) -> bytes | None:
     lines = ["POST / HTTP/1.1", "Host: a", *(f"{name}: {value}" for name, value in fields)]
-    return session_key(parse_request_head("\r\n".join(lines).encode()), scanned)
+    of_head = session_of_head(parse_request_head("\r\n".join(lines).encode()))
+    return of_head or (session_of_body(scanned) if scanned is not None else None)
 
 
 def _body(**fields: object) -> Scanned:

@@ -330,7 +330,7 @@ async def test_a_fault_while_reading_costs_one_connection(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(server, "parse_request_head", broken)
+    monkeypatch.setattr(server, "Exchange", broken)
     client = bench.client()
     client.send(GET_HEALTH)
     assert client.answer("GET").status == 500

@@ -1,0 +1,78 @@
+"""A request head and all that follows from it alone, worked out once for every request that has it.
+
+Where the path leads, who asks, which session it names, and the octets that go on to a replica.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from hashlib import sha256
+
+from proxy import errors
+from proxy.core import head as heads
+from proxy.core.http1 import EXPLAIN, RequestHead, parse_request_head
+from proxy.core.routes import Route, find_route
+from proxy.core.session import session_of_head
+
+
+class Preamble:
+    """One checked head. `content_length` is that of the first request that had it."""
+
+    __slots__ = (
+        "asks_for_reasons",
+        "chunked",
+        "content_length",
+        "counted",
+        "encoded",
+        "head",
+        "key_digest",
+        "method",
+        "minor",
+        "path",
+        "request_id",
+        "request_line",
+        "route",
+        "sent_fields",
+        "session_key",
+    )
+
+    def __init__(self, head: RequestHead) -> None:
+        self.head = head
+        self.method = head.method
+        self.path = head.path
+        self.minor = head.minor
+        self.chunked = head.chunked
+        self.content_length = head.content_length
+        self.counted = head.counted
+        self.route: Route | None = None  # None: there is none, and `find_route` says why
+        with contextlib.suppress(errors.ProxyError):
+            self.route = find_route(head.method, head.path)
+        self.key_digest = sha256(heads.presented_key(head) or b"").digest()
+        given = head.get(heads.REQUEST_ID)
+        self.request_id = given if given and heads.valid_request_id(given) else None
+        self.session_key = session_of_head(head)
+        self.asks_for_reasons = EXPLAIN in head.special
+        self.encoded = b"content-encoding" in head.special
+        self.request_line, self.sent_fields = heads.sent_to_replica(head)
+
+    def upstream_head(self, host_field: bytes, request_id: bytes, body_bytes: int) -> bytes:
+        """Return the whole head to send to the replica at `host_field` (`host: …` and its end)."""
+        if body_bytes or self.method == b"POST":
+            return b"%b%b%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n" % (
+                self.request_line,
+                host_field,
+                self.sent_fields,
+                body_bytes,
+                request_id,
+            )
+        return b"%b%b%bx-request-id: %b\r\n\r\n" % (
+            self.request_line,
+            host_field,
+            self.sent_fields,
+            request_id,
+        )
+
+
+def read_preamble(block: bytes) -> Preamble:
+    """Return the preamble of a head without its final empty line. Raises `errors.ProxyError`."""
+    return Preamble(parse_request_head(block))
