@@ -98,6 +98,7 @@ UNCACHED_WEIGHT = 3
 REQUEST_SERIES_MAX = 256  # (route, model) pairs in metrics; further models count as "other"
 ACCESS_LOG_LINES_MAX = 65_536  # lines that wait for the writer; more are dropped and counted
 REQUEST_ID_BYTES_MAX = 128
+PATH_LOGGED_BYTES_MAX = 256
 
 assert HEAD_BYTES_MAX > TARGET_BYTES_MAX
 assert WRITE_HIGH_WATER_BYTES >= RESPONSE_HEAD_BYTES_MAX

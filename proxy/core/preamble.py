@@ -10,6 +10,7 @@ from hashlib import sha256
 
 from proxy import errors
 from proxy.core import head as heads
+from proxy.core import limits
 from proxy.core.http1 import EXPLAIN, RequestHead, parse_request_head
 from proxy.core.routes import Route, find_route
 from proxy.core.session import session_of_head
@@ -27,8 +28,10 @@ class Preamble:
         "head",
         "key_digest",
         "method",
+        "method_text",
         "minor",
         "path",
+        "path_text",
         "request_id",
         "request_line",
         "route",
@@ -40,6 +43,8 @@ class Preamble:
         self.head = head
         self.method = head.method
         self.path = head.path
+        self.method_text = head.method.decode("ascii")
+        self.path_text = head.path[: limits.PATH_LOGGED_BYTES_MAX].decode("ascii")
         self.minor = head.minor
         self.chunked = head.chunked
         self.content_length = head.content_length

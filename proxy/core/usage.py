@@ -12,7 +12,6 @@ from typing import Final
 import msgspec
 
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(\{)')
-_END: Final = re.compile(rb"[{}]")
 
 
 class _Details(msgspec.Struct):
@@ -68,9 +67,11 @@ def read_usage(tail: bytes) -> Usage | None:
 
 def _object_end(data: bytes, start: int) -> int:
     """Return the index after the object at `start`; usage objects hold no strings with braces."""
-    depth = 0
-    for match in _END.finditer(data, start):
-        depth += 1 if match[0] == b"{" else -1
+    depth = 1
+    at = start + 1
+    while (close := data.find(b"}", at)) >= 0:
+        depth += data.count(b"{", at, close) - 1
+        at = close + 1
         if depth == 0:
-            return match.end()
+            return at
     return -1

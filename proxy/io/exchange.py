@@ -66,6 +66,7 @@ class Exchange(Facts):
         "_paused",
         "_progress",
         "_response",
+        "_unsent_head",
         "_upstream",
     )
 
@@ -82,6 +83,7 @@ class Exchange(Facts):
         self._connecting: asyncio.Task[None] | None = None
         self._upstream: Upstream | None = None
         self._response: ResponseHead | None = None
+        self._unsent_head = b""  # of the answer, rendered
         self._decoder: ChunkedDecoder | None = None  # only for clients that know no chunks
         self._keep_alive = preamble.head.keep_alive
         self._paused = False
@@ -248,15 +250,12 @@ class Exchange(Facts):
             framing = b"content-length: %d\r\n" % length
         if not framing and head.status not in (204, 304):
             self._keep_alive = False  # only our close can tell the client where the body ends
-        extra = self._persistence() + self._diagnostics()
-        self._client.write(
-            heads.client_head(
-                head,
-                self.request_id,
-                framing=framing,
-                keep_alive=self._may_keep_alive(),
-                extra=extra,
-            )
+        self._unsent_head = heads.client_head(
+            head,
+            self.request_id,
+            framing=framing,
+            keep_alive=self._may_keep_alive(),
+            extra=self._persistence() + self._diagnostics(),
         )
 
     def _persistence(self) -> tuple[Field, ...]:
@@ -293,6 +292,17 @@ class Exchange(Facts):
         self._tail = data[-keep:] if size >= keep else (self._tail + data)[-keep:]
         if self._decoder is not None:
             data = self._decode_for_http10(data)
+        self._send(data)
+
+    def response_head_due(self) -> None:
+        """What came with the head has been relayed. If that was nothing, the head goes alone."""
+        if self._unsent_head and not self._done:
+            self._send(b"")
+
+    def _send(self, data: bytes) -> None:
+        """Write to the client; the head goes with the first octets, in one call of the system."""
+        if self._unsent_head:
+            data, self._unsent_head = self._unsent_head + data, b""
         self._client.write(data)
 
     def _decode_for_http10(self, data: bytes) -> bytes:
@@ -308,6 +318,8 @@ class Exchange(Facts):
             return
         assert self._response is not None
         self._upstream = None
+        if self._unsent_head:
+            self._send(b"")
         self._finish(self._response.status, errors.OK)
         self._client.finished(keep_alive=self._may_keep_alive())
 
@@ -320,7 +332,7 @@ class Exchange(Facts):
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
         self._plane.suspect(replica_id, reason)
-        if self._response is None:
+        if self._response is None or self._unsent_head:
             lost = reason.startswith("connection")
             kind = errors.ReplicaLostError if lost else errors.BadReplicaAnswerError
             self.fail(kind(f"replica {replica_id} failed before it answered: {reason}"))
@@ -378,7 +390,7 @@ class Exchange(Facts):
         )
         open_chunk = self._upstream.open_chunk if self._upstream is not None else None
         self._drop_replica()
-        if self._response is None:
+        if self._response is None or self._unsent_head:
             self.fail(error)
         else:
             self._end_visibly(error, open_chunk)

@@ -102,11 +102,11 @@ class Facts:
         first_s = self._first_octet_s
         self._plane.access_log.write(
             AccessRecord(
-                at=round(self._plane.clock.unix_s(), 3),
+                at=int(self._plane.clock.unix_s() * 1e3) / 1e3,
                 request_id=self.request_id.decode("ascii"),
                 client=self._peer,
-                method=self._preamble.method.decode("ascii"),
-                path=self._preamble.path[:256].decode("ascii", "backslashreplace"),
+                method=self._preamble.method_text,
+                path=self._preamble.path_text,
                 status=status,
                 outcome=outcome,
                 model=self._model,
@@ -118,7 +118,7 @@ class Facts:
                 cached_tokens_believed=decision.cached_tokens if decision else 0,
                 received_bytes=self._received_bytes,
                 overhead_us=int((self._sent_s - self._whole_s) * 1e6) if self._sent_s else None,
-                first_octet_ms=round((first_s - started_s) * 1e3, 3) if first_s else None,
-                duration_ms=round((now_s - started_s) * 1e3, 3),
+                first_octet_ms=int((first_s - started_s) * 1e6) / 1e3 if first_s else None,
+                duration_ms=int((now_s - started_s) * 1e6) / 1e3,
             )
         )
