@@ -24,6 +24,7 @@ import msgspec
 from aiohttp import web
 
 from proxy import flags
+from proxy.compile import worker_environment
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core.replica import replica_of
@@ -162,8 +163,10 @@ class Supervisor:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             fds = (place.listener.fileno(), theirs.fileno())
+            # Without -P the working folder would come first, and it may hold another `proxy`.
+            command = (sys.executable, "-P", "-m", "proxy.worker", *map(str, fds))
             place.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "proxy.worker", *map(str, fds), pass_fds=fds
+                *command, pass_fds=fds, env=worker_environment()
             )
         except BaseException:
             ours.close()

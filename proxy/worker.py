@@ -14,6 +14,7 @@ import resource
 import signal
 import socket
 import sys
+from typing import cast
 
 import uvloop
 
@@ -62,7 +63,7 @@ class Worker:
         self._tasks.start("obey", self._obey(plane))
         await self._fleet_or_first_silence(plane)
         self._server = await loop.create_server(
-            lambda: ServerProtocol(plane, self._connections),
+            lambda: cast("asyncio.Protocol", ServerProtocol(plane, self._connections)),
             sock=self._listener,
             backlog=LISTEN_BACKLOG,
         )

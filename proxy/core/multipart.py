@@ -34,7 +34,7 @@ def model_field(content_type: bytes, body: bytes) -> str:
         start = at + len(delimiter)
         end = body.find(b"\r\n" + delimiter, start)
         head_end = body.find(b"\r\n\r\n", start, start + _PART_HEAD_BYTES_MAX)
-        if end < 0 or head_end < 0:
+        if head_end < 0 or end < head_end + 4:
             return ""
         if _MODEL_PART.search(body[start:head_end].replace(b"\r\n", b"\n")):
             value = body[head_end + 4 : end]

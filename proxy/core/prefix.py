@@ -35,6 +35,8 @@ _SPACE: Final = b" \t\r\n"
 _STRUCTURAL: Final = re.compile(rb'["\[\]{}]')
 _WITH_MESSAGES: Final = frozenset((PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES))
 _SEEDS_MAX: Final = 1024
+_USUAL_BEFORE_USER: Final[tuple[bytes, ...]] = (b'{"role":', b'{"role": ')
+_USUAL_AFTER_USER: Final[tuple[bytes, ...]] = (b',"content":"', b', "content": "')
 
 
 def _growing_depths() -> tuple[int, ...]:
@@ -160,6 +162,8 @@ def _user_role(messages: bytes) -> int:
     """
     at = messages.find(b'"user"')
     while at >= 0:
+        if messages[max(0, at - 9) : at].endswith(_USUAL_BEFORE_USER):
+            return at + 6
         before = messages[max(0, at - 40) : at].rstrip(_SPACE)
         if before.endswith(b":"):
             before = before[:-1].rstrip(_SPACE)
@@ -171,6 +175,11 @@ def _user_role(messages: bytes) -> int:
 
 def _object_end(rest: bytes) -> int:
     """Return the index after the object that `rest` begins within, or -1; between two members."""
+    for usual in _USUAL_AFTER_USER:  # as most clients write it; all else goes the long way
+        if rest.startswith(usual):
+            at = _string_end(rest, len(usual))
+            if at >= 0 and rest[at : at + 1] == b"}":
+                return at + 1
     depth = 1
     at = 0
     while (found := _STRUCTURAL.search(rest, at)) is not None:

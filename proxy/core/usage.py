@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-_USAGE: Final = re.compile(rb'"usage"\s*:\s*(\{)')
+_OBJECT: Final = re.compile(rb"\s*:\s*\{")
 
 
 class _Details(msgspec.Struct):
@@ -42,18 +42,17 @@ _decoder: Final = msgspec.json.Decoder(_Wire)
 
 def read_usage(tail: bytes) -> Usage | None:
     """Return the last usage object in the tail of an answer, or None."""
-    start = len(tail)
-    match = None
-    while match is None:  # `"usage"` may also be a value, all of a generated text
-        start = tail.rfind(b'"usage"', 0, start)
-        if start < 0:
+    start, found = -1, len(tail)
+    while start < 0:  # `"usage"` may also be a value, all of a generated text
+        found = tail.rfind(b'"usage"', 0, found)
+        if found < 0:
             return None
-        match = _USAGE.match(tail, start)
-    end = _object_end(tail, match.start(1))
+        start = _object_start(tail, found + 7)
+    end = _object_end(tail, start)
     if end < 0:
         return None
     try:
-        wire = _decoder.decode(tail[match.start(1) : end])
+        wire = _decoder.decode(tail[start:end])
     except msgspec.MsgspecError:
         return None
     prompt = wire.prompt_tokens if wire.prompt_tokens is not None else wire.input_tokens
@@ -63,6 +62,14 @@ def read_usage(tail: bytes) -> Usage | None:
     details = wire.prompt_tokens_details or wire.input_tokens_details
     cached = details.cached_tokens if details is not None else wire.cache_read_input_tokens
     return Usage(prompt, output or 0, cached)
+
+
+def _object_start(data: bytes, at: int) -> int:
+    """Return the index of the object that is the value of the key before `at`, or -1."""
+    if data[at : at + 2] == b":{":
+        return at + 1
+    match = _OBJECT.match(data, at)
+    return match.end() - 1 if match else -1
 
 
 def _object_end(data: bytes, start: int) -> int:

@@ -58,7 +58,7 @@ class AccessLog:
         self._lines: deque[AccessRecord] = deque()
         self._wake = threading.Event()
         self._closing = False
-        self._thread: threading.Thread | None = None
+        self._writer: threading.Thread | None = None
         self._fd = -1
         self._write_bytes_max = WRITE_BYTES_MAX
         if self.enabled:
@@ -69,8 +69,8 @@ class AccessLog:
             if stat.S_ISFIFO(os.fstat(self._fd).st_mode):
                 # Workers share the pipe: longer writes could be mixed within a line (POSIX, write).
                 self._write_bytes_max = select.PIPE_BUF
-            self._thread = threading.Thread(target=self._write, name="access-log", daemon=True)
-            self._thread.start()
+            self._writer = threading.Thread(target=self._write, name="access-log", daemon=True)
+            self._writer.start()
 
     def write(self, record: AccessRecord) -> None:
         """Queue one record; the thread picks it up within `FLUSH_INTERVAL_S`."""
@@ -102,13 +102,13 @@ class AccessLog:
 
     def close(self) -> None:
         """Write what waits and stop. A writer stuck on a dead pipe is left behind."""
-        if self._thread is not None:
+        if self._writer is not None:
             self._closing = True
             self._wake.set()
-            self._thread.join(timeout=2.0)
-            if not self._thread.is_alive():
+            self._writer.join(timeout=2.0)
+            if not self._writer.is_alive():
                 os.close(self._fd)
-            self._thread = None
+            self._writer = None
             self.enabled = False
 
 

@@ -15,8 +15,6 @@ import socket
 import struct
 from typing import Final, cast
 
-from typing_extensions import override
-
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits
@@ -40,7 +38,7 @@ class _State(enum.Enum):
     CLOSED = enum.auto()
 
 
-class ServerProtocol(asyncio.Protocol):
+class ServerProtocol:
     """One client connection."""
 
     __slots__ = (
@@ -87,7 +85,6 @@ class ServerProtocol(asyncio.Protocol):
 
     # --- from the transport ------------------------------------------------------------------
 
-    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by name
         self._transport.set_write_buffer_limits(high=limits.WRITE_HIGH_WATER_BYTES)
@@ -102,7 +99,6 @@ class ServerProtocol(asyncio.Protocol):
         self._plane.telemetry.connections_total += 1
         self._deadline_s = self._plane.clock.now_s() + limits.CLIENT_KEEP_ALIVE_S
 
-    @override
     def data_received(self, data: bytes) -> None:
         try:
             match self._state:
@@ -126,7 +122,6 @@ class ServerProtocol(asyncio.Protocol):
             _log.exception("connection from %s", self.peer)
             self._refuse(errors.InternalError("the proxy failed; its log has the reason"))
 
-    @override
     def eof_received(self) -> bool:
         # A client that has closed its sending side cannot be told from one that has gone; what it
         # asked for would be computed for nobody (nginx and Caddy read it so, too). Not left to
@@ -138,7 +133,6 @@ class ServerProtocol(asyncio.Protocol):
             self._transport.abort()
         return False
 
-    @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = _State.CLOSED
         self._connections.discard(self)
@@ -148,13 +142,11 @@ class ServerProtocol(asyncio.Protocol):
         if exchange is not None:
             exchange.client_gone()
 
-    @override
     def pause_writing(self) -> None:
         self._write_paused = True
         if self._exchange is not None:
             self._exchange.client_slow()
 
-    @override
     def resume_writing(self) -> None:
         self._write_paused = False
         if self._exchange is not None:

@@ -16,11 +16,11 @@ from proxy.core import limits
 from proxy.core.policy import REASONS
 
 # Router overhead shows at a millisecond, a long prompt's first token at minutes.
-SECONDS_BUCKETS: Final = (
+SECONDS_BUCKETS: Final[tuple[float, ...]] = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
     2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
 )  # fmt: skip
-OVERHEAD_BUCKETS: Final = (
+OVERHEAD_BUCKETS: Final[tuple[float, ...]] = (
     0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1,
 )  # fmt: skip
 

@@ -16,8 +16,6 @@ import ssl
 from collections.abc import Callable
 from typing import Final, Protocol, cast
 
-from typing_extensions import override
-
 from proxy.core import http1, limits
 from proxy.core.head import read_answer_head
 from proxy.core.head_memory import HeadMemory
@@ -51,7 +49,7 @@ class _Phase(enum.Enum):
     DONE = enum.auto()  # closed, or to be closed
 
 
-class Upstream(asyncio.Protocol):
+class Upstream:
     """One connection to one replica."""
 
     __slots__ = (
@@ -141,7 +139,6 @@ class Upstream(asyncio.Protocol):
 
     # --- from the transport ------------------------------------------------------------------
 
-    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by name
         if transport.get_extra_info("sslcontext") is None:
@@ -149,7 +146,6 @@ class Upstream(asyncio.Protocol):
             self._poll = select.poll()
             self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
-    @override
     def data_received(self, data: bytes) -> None:
         match self._phase:
             case _Phase.BODY:
@@ -162,11 +158,9 @@ class Upstream(asyncio.Protocol):
             case _Phase.DONE:
                 pass
 
-    @override
     def eof_received(self) -> bool:
         return False  # the transport closes itself, and connection_lost says the rest
 
-    @override
     def connection_lost(self, exc: Exception | None) -> None:
         consumer, self._consumer = self._consumer, None
         phase, self._phase = self._phase, _Phase.DONE
@@ -346,7 +340,7 @@ class Upstreams:
 
     async def _dial(self, replica: Replica, upstream: Upstream) -> None:
         await asyncio.get_running_loop().create_connection(
-            lambda: upstream,
+            lambda: cast("asyncio.Protocol", upstream),
             replica.host,
             replica.port,
             ssl=self._tls_context() if replica.tls else None,

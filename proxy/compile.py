@@ -1,0 +1,148 @@
+"""The data path as machine code: the same sources, translated by mypyc.
+
+What every request passes through is plain typed Python, and mypyc translates it as it stands. Where
+that has been done, workers run the translation; everywhere else they run the sources, to the same
+effect at about twice the price. Nothing is built unasked: `doherty compile` needs a C compiler and
+the headers of this Python.
+
+A translation lies in a folder named by a digest of the sources, of Python and of this machine, so
+that one which no longer fits is never loaded: an edited file is enough to fall back to the sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+PACKAGE: Final = Path(__file__).resolve().parent
+FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sources run
+# What a request passes through. The rest runs when somebody asks, or once.
+_CORE: Final = """accounts chunked fleet head head_memory http1 index limits multipart policy preamble
+prefix replica retry ring routes scan session sse usage"""
+_IO: Final = "access_log clock exchange facts plane server telemetry upstream"
+MODULES: Final = (
+    "errors",
+    *(f"core/{name}" for name in _CORE.split()),
+    *(f"io/{name}" for name in _IO.split()),
+)
+
+
+class CompileError(Exception):
+    """The data path cannot be translated here; the text says why and what would help."""
+
+
+def digest() -> str:
+    """Name what a translation depends on."""
+    seen = hashlib.sha256(f"{sys.version} {platform.machine()}".encode())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        seen.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return seen.hexdigest()[:16]
+
+
+def folder() -> Path:
+    """Return where the translation of these sources lies, or would."""
+    given = os.environ.get(FOLDER)
+    base = Path(given) if given else Path(sys.prefix) / "share" / "doherty" / "compiled"
+    return base / digest()
+
+
+def import_root() -> Path:
+    """Return the folder from which workers import `proxy`: the translation's, or the sources'."""
+    if os.environ.get(FOLDER) == "off":
+        return PACKAGE.parent
+    compiled = folder()
+    return compiled if compiled.is_dir() else PACKAGE.parent
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment in which a worker finds its `proxy`."""
+    path = os.pathsep.join(filter(None, (str(import_root()), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path}
+
+
+def compile_all(*, force: bool = False) -> Path:
+    """Translate the data path; return the folder. Raises `CompileError`."""
+    if os.environ.get(FOLDER) == "off":
+        raise CompileError(f"{FOLDER}=off: unset it, or name a folder")
+    target = folder()
+    if target.is_dir() and not force:
+        return target
+    _check_tools()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as name:
+        build = Path(name)
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(PACKAGE, build / "proxy", ignore=ignored)
+        sources = [f"proxy/{module}.py" for module in MODULES]
+        made = subprocess.run(  # noqa: S603 - our own command
+            [sys.executable, "-P", "-c", _SETUP, "build_ext", "--inplace", "--", *sources],
+            cwd=build,
+            env=os.environ | {"CFLAGS": os.environ.get("CFLAGS", "") + " -w"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if made.returncode:
+            raise CompileError(f"mypyc or the C compiler failed:\n{_tail(made)}")
+        shutil.rmtree(build / "build", ignore_errors=True)
+        if target.is_dir():
+            shutil.rmtree(target)
+        build.rename(target)
+        build.mkdir()  # for the one who cleans up
+    return target
+
+
+_SETUP: Final = """
+import sys
+from mypyc.build import mypycify
+from setuptools import setup
+at = sys.argv.index("--")
+sources, sys.argv[at:] = sys.argv[at + 1 :], []
+options = ["--ignore-missing-imports", *sources]
+setup(name="doherty-compiled", packages=[], ext_modules=mypycify(options, opt_level="3"))
+"""
+
+
+def _check_tools() -> None:
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    if shutil.which(os.environ.get("CC", compiler)) is None:
+        raise CompileError("there is no C compiler (Debian, Ubuntu: apt-get install gcc)")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        raise CompileError(
+            "this Python has no headers (Debian, Ubuntu: apt-get install python3-dev)"
+        )
+    for module, package in (("mypyc", "mypy"), ("setuptools", "setuptools")):
+        if subprocess.run(  # noqa: S603 - our own command
+            [sys.executable, "-c", f"import {module}"], capture_output=True, check=False
+        ).returncode:
+            raise CompileError(f"{package} is missing: pip install 'doherty[compile]'")
+
+
+def _tail(made: subprocess.CompletedProcess[str]) -> str:
+    return "\n".join((made.stdout + made.stderr).strip().splitlines()[-30:])
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command `doherty compile [--force]`."""
+    if set(argv) - {"--force"}:
+        print(f"{__doc__}\nusage: doherty compile [--force]")  # noqa: T201
+        return 0 if set(argv) <= {"--force", "-h", "--help"} else 2
+    try:
+        print(compile_all(force="--force" in argv))  # noqa: T201
+    except CompileError as error:
+        print(f"doherty compile: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
