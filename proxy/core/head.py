@@ -121,13 +121,14 @@ def error_answer(
     request_id: bytes,
     *,
     keep_alive: bool,
+    dialect: errors.Dialect = errors.Dialect.OPENAI,
     head_only: bool = False,
     extra: Iterable[Field] = (),
 ) -> bytes:
     """Return the whole answer for a failure."""
     return local_answer(
         error.status,
-        error.body(),
+        error.body(dialect),
         request_id,
         keep_alive=keep_alive and not error.closes,
         extra=(*error_fields(error), *extra),

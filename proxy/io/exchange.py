@@ -22,13 +22,15 @@ from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, multipart, sse
 from proxy.core.accounts import Lease
-from proxy.core.http1 import BadResponse, ChunkedDecoder, Field, RequestHead, ResponseHead
+from proxy.core.chunked import ChunkedDecoder, decode_followed
+from proxy.core.http1 import Field, RequestHead, ResponseHead
 from proxy.core.policy import Decision, Request
 from proxy.core.prefix import NO_CHAIN, PrefixChain, prefix_chain
 from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import Route, find_route
 from proxy.core.scan import Scanned, scan_body
 from proxy.core.session import session_key
+from proxy.io.engine_answer import EngineAnswer, keep_error
 from proxy.io.facts import Facts
 from proxy.io.plane import Plane
 from proxy.io.upstream import Upstream
@@ -57,6 +59,7 @@ class Exchange(Facts):
         "_connecting",
         "_decoder",
         "_done",
+        "_error",
         "_held_bytes",
         "_keep_alive",
         "_last_octet_s",
@@ -78,6 +81,7 @@ class Exchange(Facts):
         self._connecting: asyncio.Task[None] | None = None
         self._upstream: Upstream | None = None
         self._response: ResponseHead | None = None
+        self._error: EngineAnswer | None = None  # the engine's, until it is whole
         self._decoder: ChunkedDecoder | None = None  # only for clients that know no chunks
         self._keep_alive = head.keep_alive
         self._paused = False
@@ -229,6 +233,12 @@ class Exchange(Facts):
         lookup = self._route is not None and self._route.lookup
         if head.status == 404 and lookup and self._ask_next(replica.replica_id):
             return
+        if head.status >= 400:
+            self._error = keep_error(head, self._dialect, self._plane.clock.unix_s())
+        if self._error is None:
+            self._start_answer(head)
+
+    def _start_answer(self, head: ResponseHead) -> None:
         self._progress = Progress.RESPONSE_STARTED
         self._response = head
         self._drop_body()  # it will not be sent again
@@ -243,15 +253,11 @@ class Exchange(Facts):
         if not framing and head.status not in (204, 304):
             self._keep_alive = False  # only our close can tell the client where the body ends
         extra = self._persistence() + self._diagnostics()
-        self._client.write(
-            heads.client_head(
-                head,
-                self.request_id,
-                framing=framing,
-                keep_alive=self._may_keep_alive(),
-                extra=extra,
-            )
+        keep_alive = self._may_keep_alive()
+        octets = heads.client_head(
+            head, self.request_id, framing=framing, keep_alive=keep_alive, extra=extra
         )
+        self._client.write(octets)
 
     def _persistence(self) -> tuple[Field, ...]:
         """A client of HTTP/1.0 keeps its connection only if it is told so (RFC 9112 §9.3)."""
@@ -285,23 +291,27 @@ class Exchange(Facts):
         self._received_bytes += size
         keep = limits.USAGE_TAIL_BYTES
         self._tail = data[-keep:] if size >= keep else (self._tail + data)[-keep:]
+        if self._error is not None:
+            data = self._error.keep(data)
+            if not data:
+                return
+            head, self._error = self._error.head, None
+            self._start_answer(head)  # too large for an error object: it passes as it comes
         if self._decoder is not None:
-            data = self._decode_for_http10(data)
+            data = decode_followed(self._decoder, data)
         self._client.write(data)
-
-    def _decode_for_http10(self, data: bytes) -> bytes:
-        assert self._decoder is not None
-        try:
-            self._decoder.feed(data)
-        except errors.ProxyError as error:  # cannot be: the follower has read the same octets
-            raise BadResponse(error.message) from error
-        return self._decoder.body()
 
     def response_ended(self, *, reusable: bool) -> None:
         if self._done:
             return
-        assert self._response is not None
         self._upstream = None
+        if self._error is not None:
+            extra = self._persistence() + self._diagnostics()
+            keep_alive = self._may_keep_alive()
+            answer = self._error.told(self.request_id, keep_alive=keep_alive, extra=extra)
+            self._answer_ourselves(self._error.head.status, answer)
+            return
+        assert self._response is not None
         self._finish(self._response.status, errors.OK)
         self._client.finished(keep_alive=self._may_keep_alive())
 
@@ -328,7 +338,7 @@ class Exchange(Facts):
         assert response is not None
         chunked = response.chunked and self._decoder is None  # as the client sees it
         if response.event_stream and chunked and open_chunk is not None:
-            ending = sse.error_ending(self._tail, open_chunk, error.body())
+            ending = sse.error_ending(self._tail, open_chunk, error.event(self._dialect))
             if ending:
                 self._client.write(ending)
         self._finish(response.status, errors.STREAM_CUT)
@@ -392,6 +402,7 @@ class Exchange(Facts):
             error,
             self.request_id,
             keep_alive=keep_alive,
+            dialect=self._dialect,
             head_only=head.method == b"HEAD",
             extra=self._diagnostics(),
         )

@@ -13,6 +13,7 @@ from proxy.core.policy import Decision, Request
 from proxy.core.prefix import NO_CHAIN
 from proxy.core.routes import Route
 from proxy.core.usage import read_usage
+from proxy.errors import Dialect, dialect_of
 from proxy.io.access_log import AccessRecord
 from proxy.io.plane import Plane
 
@@ -59,6 +60,10 @@ class Facts:
         self._tail = b""
         self._started_s = plane.clock.now_s()
         self._whole_s = self._sent_s = self._first_octet_s = 0.0
+
+    @property
+    def _dialect(self) -> Dialect:
+        return dialect_of(self._head.path)
 
     def _diagnostics(self) -> tuple[Field, ...]:
         """Where the request went and why, for those who ask, or run with `expose_routing`."""
