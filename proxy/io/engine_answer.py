@@ -26,12 +26,12 @@ class EngineAnswer:
     def __init__(self, head: ResponseHead, dialect: Dialect) -> None:
         self.head = head
         self._dialect = dialect
-        self._octets = b""
+        self._octets = bytearray()
 
     def keep(self, data: bytes) -> bytes:
         """Take octets. When they have become too many, return all of them, to be passed on."""
         self._octets += data
-        return self._octets if len(self._octets) > limits.ENGINE_ERROR_BYTES_MAX else b""
+        return bytes(self._octets) if len(self._octets) > limits.ENGINE_ERROR_BYTES_MAX else b""
 
     def told(self, request_id: bytes, *, keep_alive: bool, extra: Iterable[Field] = ()) -> bytes:
         """Return the whole answer for the client; the engine's has ended."""
@@ -48,9 +48,8 @@ class EngineAnswer:
         )
 
     def _body(self) -> bytes:
-        if not self.head.chunked:
-            return self._octets
-        return decode_followed(ChunkedDecoder(), self._octets)
+        octets = bytes(self._octets)
+        return decode_followed(ChunkedDecoder(), octets) if self.head.chunked else octets
 
 
 def keep_error(head: ResponseHead, dialect: Dialect, unix_s: float) -> EngineAnswer | None:

@@ -113,7 +113,7 @@ OURS = (
     ),
     Case(
         "wrong method",
-        lambda client, _: client.get("/chat/completions", cast_to=object),
+        lambda client, _: client.get("/completions", cast_to=object),
         openai.APIStatusError,
         405,
         "method_not_allowed",
