@@ -81,6 +81,38 @@ def test_stored_completions_are_looked_up(path: bytes, methods: tuple[bytes, ...
                 find_route(method, path)
 
 
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        (b"ft:gpt-4o-mini:acemeco:suffix:abc123", True),
+        (b"ft%3Agpt-4o-mini%3aacemeco::abc123", True),
+        (b"gpt-4o", False),
+        (b"ft", False),
+        (b"ft-x", False),
+        (b"aft:x", False),
+        (b"FT:x", False),
+        (b"org/ft:x", False),
+        (b"ft:x/y", False),
+        (b"ft:x%2Fy", False),
+        (b"ft:..", True),  # a name, and no way up: nothing but one segment passes
+        (b"ft:" + b"a" * 65, False),
+        (b"ft:a:b:c:d:e:f:g", False),
+    ],
+)
+def test_of_models_only_fine_tuned_ones_can_be_deleted(name: bytes, passes: bool) -> None:
+    path = b"/v1/models/" + name
+    if passes:
+        route = find_route(b"DELETE", path)
+        assert (route.name, route.lookup, route.local) == ("models", True, False)
+        assert find_route(b"GET", path).local
+    else:
+        with pytest.raises((errors.MethodNotAllowedError, errors.NotFoundError)):
+            find_route(b"DELETE", path)
+    for method in (b"POST", b"PUT", b"PATCH"):
+        with pytest.raises((errors.MethodNotAllowedError, errors.NotFoundError)):
+            find_route(method, path)
+
+
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE"])
 @pytest.mark.parametrize(
     "name",
