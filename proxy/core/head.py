@@ -6,6 +6,7 @@ A head that came in is never copied as octets. Fields that belong to one connect
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable
 from http import HTTPStatus
@@ -79,6 +80,13 @@ def client_head(
     lines.append(framing)
     lines.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
     return b"".join(lines)
+
+
+def with_fields(response: ResponseHead, fields: list[Field]) -> ResponseHead:
+    """Return the same head with other fields. A head is never changed: others may hold it too."""
+    told = copy.copy(response)
+    told.fields = fields
+    return told
 
 
 def local_answer(

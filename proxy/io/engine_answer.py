@@ -40,7 +40,7 @@ class EngineAnswer:
         content_type = dict(head.fields).get(b"content-type", b"")
         wanted = client_body(head.status, content_type, body, self._dialect)
         if wanted is not body:
-            head.fields = with_our_body(head.fields)
+            head = heads.with_fields(head, with_our_body(head.fields))
         framing = b"content-length: %d\r\n" % len(wanted)
         return (
             heads.client_head(head, request_id, framing=framing, keep_alive=keep_alive, extra=extra)
@@ -52,12 +52,13 @@ class EngineAnswer:
         return decode_followed(ChunkedDecoder(), octets) if self.head.chunked else octets
 
 
-def keep_error(head: ResponseHead, dialect: Dialect, unix_s: float) -> EngineAnswer | None:
-    """Return where to keep an error answer, or None for one that passes as it comes.
+def told_head(head: ResponseHead, unix_s: float) -> ResponseHead:
+    """Return an error's head with what clients obey about repeating: that needs no body."""
+    return heads.with_fields(head, client_fields(head.status, head.fields, unix_s))
 
-    What its fields say of repeating is set right in either case: that needs no body.
-    """
-    head.fields = client_fields(head.status, head.fields, unix_s)
+
+def keep_error(head: ResponseHead, dialect: Dialect) -> EngineAnswer | None:
+    """Return where to keep an error answer, or None for one that passes as it comes."""
     bounded = head.chunked or 0 <= head.length <= limits.ENGINE_ERROR_BYTES_MAX
     coding = dict(head.fields).get(b"content-encoding", b"identity").lower()
     if bounded and not head.event_stream and coding == b"identity":

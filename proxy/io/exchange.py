@@ -30,7 +30,7 @@ from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import Route, find_route
 from proxy.core.scan import Scanned, scan_body
 from proxy.core.session import session_key
-from proxy.io.engine_answer import EngineAnswer, keep_error
+from proxy.io.engine_answer import EngineAnswer, keep_error, told_head
 from proxy.io.facts import Facts
 from proxy.io.plane import Plane
 from proxy.io.upstream import Upstream
@@ -234,7 +234,8 @@ class Exchange(Facts):
         if head.status == 404 and lookup and self._ask_next(replica.replica_id):
             return
         if head.status >= 400:
-            self._error = keep_error(head, self._dialect, self._plane.clock.unix_s())
+            head = told_head(head, self._plane.clock.unix_s())
+            self._error = keep_error(head, self._dialect)
         if self._error is None:
             self._start_answer(head)
 
