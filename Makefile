@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BOOTSTRAP = $(PYTHON) deploy/bootstrap.py
 
-.PHONY: up test check format clean
+.PHONY: up test check format bench-core clean
 
 up:  ## serve two simulated replicas, or CONFIG=file.yaml
 	@$(BOOTSTRAP) up $(CONFIG) $(ARGS)
@@ -15,6 +15,9 @@ check:  ## the checks that run no test
 
 format:  ## rewrite the sources in the project's form
 	@$(BOOTSTRAP) format
+
+bench-core:  ## what the pure core costs, against the table that is kept; ARGS=--write keeps the new one
+	@$(BOOTSTRAP) bench-core $(ARGS)
 
 clean:  ## remove .venv and every cache
 	@$(BOOTSTRAP) clean

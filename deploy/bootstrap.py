@@ -4,6 +4,7 @@
     python3 deploy/bootstrap.py test [PYTEST ARGS]      every check, as the project's own runs do
     python3 deploy/bootstrap.py check                   the checks that run no test
     python3 deploy/bootstrap.py format                  rewrite the sources in the project's form
+    python3 deploy/bootstrap.py bench-core [--write]    what the pure core costs, and did cost
     python3 deploy/bootstrap.py clean                   remove what these commands made
 
 The environment is `.venv` beside `pyproject.toml`. It is installed once, again when that file has
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
         "test": test,
         "check": check,
         "format": rewrite,
+        "bench-core": bench_core,
         "clean": clean,
     }
     if not argv or argv[0] not in commands:
@@ -157,6 +159,13 @@ def check(_argv: Sequence[str]) -> int:
 def rewrite(_argv: Sequence[str]) -> int:
     ensure(("dev",))
     return subprocess.run([BIN / "ruff", "format", "."], cwd=ROOT, check=False).returncode
+
+
+def bench_core(argv: Sequence[str]) -> int:
+    """Measure the pure core against the table that is kept; `--write` keeps the new one."""
+    ensure(("dev",))
+    command = [BIN / "python", "-m", "tests.bench_core", *argv]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
 def clean(_argv: Sequence[str]) -> int:

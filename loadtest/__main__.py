@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import uvloop
 
-from loadtest import bench, faults, plot, report
+from loadtest import bench, faults, plot, report, sdk
 from loadtest.client import parse_url
 from loadtest.compare import compare
 from loadtest.fleet import FleetOptions
@@ -45,7 +45,7 @@ class Command(Protocol):
         """Return the exit status. Raises `RunError` when the run failed."""
 
 
-COMMANDS: dict[str, Command] = {"bench": bench}
+COMMANDS: dict[str, Command] = {"bench": bench, "sdk": sdk}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """Every way a request can fail, once: status, OpenAI type and code, log word, may it be retried.
 
 A failure is raised where it is known and answered in one place (`io/exchange.py`, `io/server.py`).
-Bodies have OpenAI's shape on every path, because its clients read nothing else. `x-should-retry` is
+Bodies have OpenAI's shape, because its clients read nothing else, and where Anthropic's clients are
+served the shape that they read; `code` is in both. `x-should-retry` is
 sent because the official clients obey it before any rule of their own; `Retry-After` stays at or
 below 120 s because above that they give up instead of waiting (openai-python, `_base_client.py`).
 
@@ -10,11 +11,74 @@ Imports nothing of ours.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import enum
+from typing import ClassVar, Final
 
 import orjson
 
 RETRY_AFTER_S_MAX = 120
+
+
+class Dialect(enum.Enum):
+    """Whose client library reads the error."""
+
+    OPENAI = enum.auto()
+    ANTHROPIC = enum.auto()
+
+
+def dialect_of(path: bytes) -> Dialect:
+    """Return the dialect of a raw path. Paths that are not served have one, too."""
+    return Dialect.ANTHROPIC if path.startswith(b"/v1/messages") else Dialect.OPENAI
+
+
+# The words of each vendor for the kind of an error, which say little more than the status does.
+OPENAI_TYPES: Final = frozenset(
+    (
+        "invalid_request_error",
+        "authentication_error",
+        "permission_error",
+        "not_found_error",
+        "rate_limit_error",
+        "server_error",
+    )
+)
+ANTHROPIC_TYPES: Final = frozenset(
+    (
+        *(OPENAI_TYPES - {"server_error"}),
+        "billing_error",
+        "request_too_large",
+        "conflict_error",
+        "timeout_error",
+        "api_error",
+        "overloaded_error",
+    )
+)
+_OPENAI_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+_ANTHROPIC_TYPES: Final = {
+    **_OPENAI_TYPES,
+    402: "billing_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def openai_type(status: int) -> str:
+    """Return OpenAI's `type` for a status."""
+    return _OPENAI_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+
+
+def anthropic_type(status: int) -> str:
+    """Return Anthropic's `type` for a status."""
+    return _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
 
 
 class ProxyError(Exception):
@@ -32,10 +96,18 @@ class ProxyError(Exception):
         self.message = message
         self.param = param
 
-    def body(self) -> bytes:
-        """Return the OpenAI-shaped JSON object."""
+    def body(self, dialect: Dialect = Dialect.OPENAI) -> bytes:
+        """Return the JSON object that the client reads."""
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        if dialect is Dialect.ANTHROPIC:
+            error["type"] = anthropic_type(self.status)
+            return orjson.dumps({"type": "error", "error": error})
         return orjson.dumps({"error": error})
+
+    def event(self, dialect: Dialect) -> bytes:
+        """Return the last event of a stream that fails. Anthropic's clients skip nameless ones."""
+        name = b"event: error\n" if dialect is Dialect.ANTHROPIC else b""
+        return name + b"data: " + self.body(dialect) + b"\n\n"
 
 
 class InvalidRequestError(ProxyError):

@@ -116,6 +116,15 @@ class ChunkedDecoder:
         return body
 
 
+def decode_followed(decoder: ChunkedDecoder, data: bytes) -> bytes:
+    """Return the data in further octets of a response that a `ChunkFollower` has found right."""
+    try:
+        decoder.feed(data)
+    except errors.ProxyError as error:  # cannot be: both read the same grammar
+        raise BadResponse(error.message) from error
+    return decoder.body()
+
+
 class ChunkFollower:
     """Follows a chunked response so that its octets can be relayed as they are.
 

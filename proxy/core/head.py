@@ -6,6 +6,7 @@ A head that came in is never copied as octets. Fields that belong to one connect
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Sequence
 from http import HTTPStatus
@@ -59,10 +60,23 @@ def sent_to_replica(request: RequestHead) -> tuple[bytes, bytes]:
 def read_answer_head(block: bytes) -> ResponseHead:
     """Return a replica's head, and in it what clients get of it. Raises `BadResponse`."""
     head = parse_response_head(block)
+    head.returned = _returned(head)
+    return head
+
+
+def _returned(head: ResponseHead) -> bytes:
     lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)]
     lines += [b"%b: %b\r\n" % field for field in head.fields if field[0] != REQUEST_ID]
-    head.returned = b"".join(lines)
-    return head
+    return b"".join(lines)
+
+
+def framing_line(response: ResponseHead, length: int, minor: int) -> bytes:
+    """Return the line that frames an answer for a client of HTTP/1.`minor`; empty for none."""
+    if response.status in (204, 304):
+        return b""
+    if response.chunked:
+        return b"transfer-encoding: chunked\r\n" if minor == 1 else b""
+    return b"content-length: %d\r\n" % length if length >= 0 else b""
 
 
 def client_head(
@@ -84,6 +98,14 @@ def client_head(
         framing,
         b"\r\n" if keep_alive else b"connection: close\r\n\r\n",
     )
+
+
+def with_fields(response: ResponseHead, fields: list[Field]) -> ResponseHead:
+    """Return the same head with other fields. A head is never changed: others may hold it too."""
+    told = copy.copy(response)
+    told.fields = fields
+    told.returned = _returned(told)
+    return told
 
 
 def local_answer(
@@ -126,13 +148,14 @@ def error_answer(
     request_id: bytes,
     *,
     keep_alive: bool,
+    dialect: errors.Dialect = errors.Dialect.OPENAI,
     head_only: bool = False,
     extra: Iterable[Field] = (),
 ) -> bytes:
     """Return the whole answer for a failure."""
     return local_answer(
         error.status,
-        error.body(),
+        error.body(dialect),
         request_id,
         keep_alive=keep_alive and not error.closes,
         extra=(*error_fields(error), *extra),

@@ -52,6 +52,11 @@ WRITE_HIGH_WATER_BYTES = 256 * KIB
 # The end of an answer is kept to read `usage` from.
 USAGE_TAIL_BYTES = 2 * KIB
 
+# An engine's error is read whole, to be told as the client reads errors. Engines' own stay below
+# 16 KiB; what is longer is no error object and passes as it comes.
+ENGINE_ERROR_BYTES_MAX = 64 * KIB
+ENGINE_MESSAGE_CHARS_MAX = 8 * KIB
+
 # --- replicas -------------------------------------------------------------------------------
 # vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); we must be first, or a
 # request can meet the close.

@@ -77,12 +77,35 @@ ROUTES: Final[dict[bytes, Route]] = {
     b"/readyz": Route("health", _GET, local=True),
 }
 
+
+def _stored(name: str, *methods: bytes) -> Route:
+    return Route(name, frozenset(methods), lookup=True, json=False)
+
+
 _MODEL: Final = Route("models", _GET, local=True)
-_RESPONSE_GET: Final = Route("responses", frozenset((b"GET",)), lookup=True, json=False)
-_RESPONSE_CANCEL: Final = Route("responses", _POST, lookup=True, json=False)
 # One model name; the slash of "org/model" comes raw or as %2F.
 _MODEL_PATH: Final = re.compile(rb"/v1/models/([A-Za-z0-9][A-Za-z0-9._:/%-]{0,255})")
-_RESPONSE_PATH: Final = re.compile(rb"/v1/responses/[A-Za-z0-9_-]{1,128}(/cancel)?")
+# What one replica holds of earlier requests. The ids of completions begin as OpenAI's do, because
+# engines have calls of their own beside them (vLLM's `/v1/chat/completions/render`).
+_ID: Final = rb"[A-Za-z0-9_-]{1,128}"
+_STORED: Final = (
+    (re.compile(rb"/v1/responses/" + _ID), _stored("responses", b"GET")),
+    (re.compile(rb"/v1/responses/" + _ID + rb"/cancel"), _stored("responses", b"POST")),
+    (
+        re.compile(rb"/v1/chat/completions/(?:chatcmpl|completion)[_-]" + _ID),
+        _stored("stored_chat", b"GET", b"POST", b"DELETE"),
+    ),
+    (
+        re.compile(rb"/v1/chat/completions/(?:chatcmpl|completion)[_-]" + _ID + rb"/messages"),
+        _stored("stored_chat", b"GET"),
+    ),
+)
+# A second meaning of a path, by its method.
+_OTHERWISE: Final = {(b"GET", b"/v1/chat/completions"): _stored("stored_chat", b"GET")}
+# OpenAI lets the owner of a fine-tuned model delete it, and of no other: these names alone pass.
+# Neither vLLM nor SGLang has such a call, so nothing that they serve can be taken away by it.
+_FINE_TUNED: Final = re.compile(rb"/v1/models/ft(?:(?::|%3[Aa])[A-Za-z0-9._-]{0,64}){1,6}")
+_FINE_TUNED_DELETE: Final = _stored("models", b"DELETE")
 
 
 def find_route(method: bytes, path: bytes) -> Route:
@@ -91,7 +114,13 @@ def find_route(method: bytes, path: bytes) -> Route:
     if route is None:
         route = _find_pattern(path)
     if method not in route.methods:
-        allowed = b", ".join(sorted(route.methods)).decode()
+        other = _OTHERWISE.get((method, path))
+        if other is not None:
+            return other
+        if method == b"DELETE" and _FINE_TUNED.fullmatch(path):
+            return _FINE_TUNED_DELETE
+        also = {m for m, otherwise in _OTHERWISE if otherwise == path}
+        allowed = b", ".join(sorted(route.methods | also)).decode()
         shown = method.decode("ascii", "backslashreplace")
         raise errors.MethodNotAllowedError(f"{shown} is not allowed here; use {allowed}")
     return route
@@ -100,9 +129,9 @@ def find_route(method: bytes, path: bytes) -> Route:
 def _find_pattern(path: bytes) -> Route:
     if _MODEL_PATH.fullmatch(path) and b"//" not in path and b"/." not in path:
         return _MODEL
-    response = _RESPONSE_PATH.fullmatch(path)
-    if response is not None:
-        return _RESPONSE_CANCEL if response[1] else _RESPONSE_GET
+    for pattern, route in _STORED:
+        if pattern.fullmatch(path):
+            return route
     shown = path[:200].decode("ascii", "backslashreplace")
     raise errors.NotFoundError(
         f"there is no {shown} here; see the README for the paths that are served"

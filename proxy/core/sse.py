@@ -18,8 +18,8 @@ _SIZE_LINE: Final = re.compile(rb"(?:\A|\r\n)[0-9A-Fa-f]{1,16}\r\n\Z")
 _LONE_LINE_END: Final = re.compile(rb"(?:\A|\r\n)[0-9A-Fa-f]{1,16}\r\n\r?\n\Z")
 
 
-def error_ending(relayed: bytes, open_chunk: tuple[int, int], error_body: bytes) -> bytes:
-    """Return what to add to a chunked event stream that was cut, or nothing.
+def error_ending(relayed: bytes, open_chunk: tuple[int, int], event: bytes) -> bytes:
+    """Return what ends a chunked event stream that was cut with `event`, or nothing.
 
     `relayed` is the end of what the client was sent, chunk framing included; `open_chunk` is what
     its reader still expects of the open chunk: data octets, then octets of the line end.
@@ -27,7 +27,6 @@ def error_ending(relayed: bytes, open_chunk: tuple[int, int], error_body: bytes)
     data_left, line_end_left = open_chunk
     if not _between_events(relayed, data_left, line_end_left):
         return b""
-    event = b"data: " + error_body + b"\n\n"
     if data_left >= len(event):
         return event
     ending = b"%x\r\n%b\r\n" % (len(event), event)

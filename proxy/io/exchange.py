@@ -22,7 +22,8 @@ from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, multipart, sse
 from proxy.core.accounts import Lease
-from proxy.core.http1 import BadResponse, ChunkedDecoder, Field, ResponseHead
+from proxy.core.chunked import ChunkedDecoder, decode_followed
+from proxy.core.http1 import ResponseHead
 from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble
 from proxy.core.prefix import NO_CHAIN, PrefixChain, prefix_chain
@@ -30,13 +31,12 @@ from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import Route, find_route
 from proxy.core.scan import Scanned, scan_body
 from proxy.core.session import session_of_body
+from proxy.io.engine_answer import EngineAnswer, keep_error, told_head
 from proxy.io.facts import Facts
 from proxy.io.plane import Plane
 from proxy.io.upstream import Upstream
 
 _log = logging.getLogger("doherty.exchange")
-
-_CHUNKED = b"transfer-encoding: chunked\r\n"
 
 
 class Client(Protocol):
@@ -58,6 +58,7 @@ class Exchange(Facts):
         "_connecting",
         "_decoder",
         "_done",
+        "_error",
         "_held_bytes",
         "_keep_alive",
         "_last_octet_s",
@@ -84,6 +85,7 @@ class Exchange(Facts):
         self._upstream: Upstream | None = None
         self._response: ResponseHead | None = None
         self._unsent_head = b""  # of the answer, rendered
+        self._error: EngineAnswer | None = None  # the engine's, until it is whole
         self._decoder: ChunkedDecoder | None = None  # only for clients that know no chunks
         self._keep_alive = preamble.head.keep_alive
         self._paused = False
@@ -132,7 +134,7 @@ class Exchange(Facts):
                 body,
                 self.request_id,
                 keep_alive=self._may_keep_alive(),
-                extra=self._persistence(),
+                extra=self._persistence(self._may_keep_alive()),
                 head_only=self._preamble.method == b"HEAD",
             ),
         )
@@ -177,15 +179,9 @@ class Exchange(Facts):
             self._connecting = plane.upstreams.connect(replica, self)
 
     def _nobody(self) -> errors.ProxyError:
-        tried, pool = self._request.tried, self._pool
-        assert pool is not None
-        if tried and self._progress is Progress.CONNECTING:
-            return errors.ReplicaUnreachableError(
-                f"no replica could be reached; tried {', '.join(sorted(tried))}"
-            )
-        if pool.available:
-            return errors.OverloadedError("every replica has as many requests as it may hold")
-        return errors.NoReplicaError(self._plane.no_replica_reason())
+        assert self._pool is not None
+        in_vain = self._request.tried if self._progress is Progress.CONNECTING else ()
+        return self._plane.nobody(self._pool, in_vain)
 
     # --- 3. the replica ----------------------------------------------------------------------
 
@@ -237,32 +233,26 @@ class Exchange(Facts):
         lookup = self._route is not None and self._route.lookup
         if head.status == 404 and lookup and self._ask_next(replica.replica_id):
             return
+        if head.status >= 400:
+            head = told_head(head, self._plane.clock.unix_s())
+            self._error = keep_error(head, length, self._dialect)
+        if self._error is None:
+            self._start_answer(head, length)
+
+    def _start_answer(self, head: ResponseHead, length: int) -> None:
         self._progress = Progress.RESPONSE_STARTED
         self._response = head
         self._drop_body()  # it will not be sent again
-        framing = b""
-        if head.chunked:
-            if self._preamble.minor == 1:
-                framing = _CHUNKED
-            else:
-                self._decoder = ChunkedDecoder()
-        elif length >= 0 and head.status not in (204, 304):
-            framing = b"content-length: %d\r\n" % length
+        framing = heads.framing_line(head, length, self._preamble.minor)
+        if head.chunked and not framing:
+            self._decoder = ChunkedDecoder()
         if not framing and head.status not in (204, 304):
             self._keep_alive = False  # only our close can tell the client where the body ends
+        keep_alive = self._may_keep_alive()
+        extra = self._persistence(keep_alive) + self._diagnostics()
         self._unsent_head = heads.client_head(
-            head,
-            self.request_id,
-            framing=framing,
-            keep_alive=self._may_keep_alive(),
-            extra=self._persistence() + self._diagnostics(),
+            head, self.request_id, framing=framing, keep_alive=keep_alive, extra=extra
         )
-
-    def _persistence(self) -> tuple[Field, ...]:
-        """A client of HTTP/1.0 keeps its connection only if it is told so (RFC 9112 §9.3)."""
-        if self._preamble.minor == 0 and self._may_keep_alive():
-            return ((b"connection", b"keep-alive"),)
-        return ()
 
     def _ask_next(self, replica_id: str) -> bool:
         """A stored response lives on one replica: ask the others before believing a 404."""
@@ -290,8 +280,13 @@ class Exchange(Facts):
         self._received_bytes += size
         keep = limits.USAGE_TAIL_BYTES
         self._tail = data[-keep:] if size >= keep else (self._tail + data)[-keep:]
+        if self._error is not None:
+            if not (data := self._error.keep(data)):
+                return
+            head, self._error = self._error.head, None
+            self._start_answer(head, -1)  # chunked, and too large for an error: it passes
         if self._decoder is not None:
-            data = self._decode_for_http10(data)
+            data = decode_followed(self._decoder, data)
         self._send(data)
 
     def response_head_due(self) -> None:
@@ -305,19 +300,17 @@ class Exchange(Facts):
             data, self._unsent_head = self._unsent_head + data, b""
         self._client.write(data)
 
-    def _decode_for_http10(self, data: bytes) -> bytes:
-        assert self._decoder is not None
-        try:
-            self._decoder.feed(data)
-        except errors.ProxyError as error:  # cannot be: the follower has read the same octets
-            raise BadResponse(error.message) from error
-        return self._decoder.body()
-
     def response_ended(self, *, reusable: bool) -> None:
         if self._done:
             return
-        assert self._response is not None
         self._upstream = None
+        if self._error is not None:
+            keep_alive = self._may_keep_alive()
+            extra = self._persistence(keep_alive) + self._diagnostics()
+            answer = self._error.told(self.request_id, keep_alive=keep_alive, extra=extra)
+            self._answer_ourselves(self._error.head.status, answer)
+            return
+        assert self._response is not None
         if self._unsent_head:
             self._send(b"")
         self._finish(self._response.status, errors.OK)
@@ -346,7 +339,7 @@ class Exchange(Facts):
         assert response is not None
         chunked = response.chunked and self._decoder is None  # as the client sees it
         if response.event_stream and chunked and open_chunk is not None:
-            ending = sse.error_ending(self._tail, open_chunk, error.body())
+            ending = sse.error_ending(self._tail, open_chunk, error.event(self._dialect))
             if ending:
                 self._client.write(ending)
         self._finish(response.status, errors.STREAM_CUT)
@@ -410,6 +403,7 @@ class Exchange(Facts):
             error,
             self.request_id,
             keep_alive=keep_alive,
+            dialect=self._dialect,
             head_only=preamble.method == b"HEAD",
             extra=self._diagnostics(),
         )

@@ -13,6 +13,7 @@ from proxy.core.preamble import Preamble
 from proxy.core.prefix import NO_CHAIN
 from proxy.core.routes import Route
 from proxy.core.usage import read_usage
+from proxy.errors import Dialect, dialect_of
 from proxy.io.access_log import AccessRecord
 from proxy.io.plane import Plane
 
@@ -56,6 +57,16 @@ class Facts:
         self._tail = b""
         self._started_s = plane.clock.now_s()
         self._whole_s = self._sent_s = self._first_octet_s = 0.0
+
+    @property
+    def _dialect(self) -> Dialect:
+        return dialect_of(self._preamble.path)
+
+    def _persistence(self, keep_alive: bool) -> tuple[Field, ...]:
+        """A client of HTTP/1.0 keeps its connection only if it is told so (RFC 9112 §9.3)."""
+        if keep_alive and self._preamble.minor == 0:
+            return ((b"connection", b"keep-alive"),)
+        return ()
 
     def _diagnostics(self) -> tuple[Field, ...]:
         """Where the request went and why, for those who ask, or run with `expose_routing`."""

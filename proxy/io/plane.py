@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import orjson
 
@@ -29,6 +29,8 @@ from proxy.errors import (
     ModelNotFoundError,
     NoReplicaError,
     OverloadedError,
+    ProxyError,
+    ReplicaUnreachableError,
     UnauthorizedError,
     UnsupportedEncodingError,
 )
@@ -229,6 +231,16 @@ class Plane:
         return ModelNotFoundError(
             f"the model {model!r} is not served here; served: {known}", "model"
         )
+
+    def nobody(self, pool: fleets.Pool, in_vain: Collection[str]) -> ProxyError:
+        """Return why nobody takes a request; `in_vain` could not be reached with it."""
+        if in_vain:
+            return ReplicaUnreachableError(
+                f"no replica could be reached; tried {', '.join(sorted(in_vain))}"
+            )
+        if pool.available:
+            return OverloadedError("every replica has as many requests as it may hold")
+        return NoReplicaError(self.no_replica_reason())
 
     def no_replica_reason(self) -> str:
         """Say why nobody can take a request, in words that tell an operator what to do."""

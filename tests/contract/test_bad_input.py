@@ -213,7 +213,7 @@ REQUESTS = (
     Request("engine control", 404, "unknown_path", "/sleep", path="/sleep?level=2"),
     Request("dot segments", 404, "unknown_path", "..", path="/v1/../sleep"),
     Request("encoded path", 404, "unknown_path", "%2f", path="/v1%2fchat/completions"),
-    Request("wrong method", 405, "method_not_allowed", "use POST", method="PUT"),
+    Request("wrong method", 405, "method_not_allowed", "use GET, POST", method="PUT"),
     Request(
         "compressed", 415, "unsupported_content_encoding", "compressed",
         headers=(("content-encoding", "gzip"),),

@@ -217,7 +217,7 @@ def test_embeddings_of_a_generating_model_are_the_engines_404(
 ) -> None:
     with pytest.raises(NotFoundError) as caught:
         client.embeddings.create(model=engines.model, input="one")
-    assert caught.value.type == "NotFoundError"
+    assert caught.value.type == "not_found_error"
     assert "Not Found" in caught.value.message
 
 

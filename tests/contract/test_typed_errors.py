@@ -1,8 +1,7 @@
 """Each failure as the exception that the official client makes of it, with its fields.
 
-The proxy's own errors have OpenAI's shape on every path and on every engine. The engines' are
-passed on as they came: vLLM's are nested as OpenAI's are, SGLang's are flat, and the client leaves
-the whole object in `body` then.
+The proxy's own errors have OpenAI's shape on every engine, and so have the engines' once the proxy
+has told them: vLLM's come with a number for a code, SGLang's flat.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ OURS = (
     ),
     Case(
         "wrong method",
-        lambda client, _: client.get("/chat/completions", cast_to=object),
+        lambda client, _: client.get("/completions", cast_to=object),
         openai.APIStatusError,
         405,
         "method_not_allowed",
@@ -166,7 +165,7 @@ def test_the_connection_lives_on_after_an_error(site: Site) -> None:
     ],
     ids=["messages as text", "no messages", "no role", "wrong type", "out of range"],
 )
-def test_an_engines_refusal_is_passed_on(
+def test_an_engines_refusal_is_told_in_openais_words(
     client: OpenAI, engines: Engines, fields: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
@@ -174,9 +173,10 @@ def test_an_engines_refusal_is_passed_on(
     error = caught.value
     assert words in error.message
     assert error.code == "400"
-    assert error.type == "BadRequestError"
+    assert error.type == "invalid_request_error"
     assert isinstance(error.body, dict)
-    assert ("object" in error.body) == (engines.dialect == "sglang")
+    assert set(error.body) == {"message", "type", "param", "code"}
+    assert error.body["message"] in error.message
     assert error.request_id
 
 
@@ -255,4 +255,4 @@ def test_an_unknown_response_is_asked_of_every_replica_and_not_found(
     assert len(site.engines["sglang"].urls) == 2
     with client_of(guarded, KEY) as client, pytest.raises(openai.NotFoundError) as caught:
         client.responses.retrieve("resp_of_nobody")
-    assert caught.value.type == "NotFoundError"
+    assert caught.value.type == "not_found_error"

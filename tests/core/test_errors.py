@@ -71,3 +71,21 @@ def test_the_body_is_openais(message: str, param: str | None) -> None:
             "code": "model_not_found",
         }
     }
+
+
+@pytest.mark.parametrize("kind", errors.ALL_ERRORS, ids=lambda kind: kind.code)
+def test_anthropics_clients_get_their_shape_and_our_code(kind: type[errors.ProxyError]) -> None:
+    told = json.loads(kind("why", "model").body(errors.Dialect.ANTHROPIC))
+    error = told.pop("error")
+    assert told == {"type": "error"}
+    assert error.pop("type") in errors.ANTHROPIC_TYPES
+    assert error == {"message": "why", "param": "model", "code": kind.code}
+
+
+def test_the_last_event_is_named_where_nameless_ones_are_skipped() -> None:
+    error = errors.ReplicaLostError("gone")
+    for dialect, name in ((errors.Dialect.OPENAI, b""), (errors.Dialect.ANTHROPIC, b"error")):
+        *lines, empty, end = error.event(dialect).split(b"\n")
+        assert lines[:-1] == ([b"event: " + name] if name else [])
+        assert json.loads(lines[-1].removeprefix(b"data: ")) == json.loads(error.body(dialect))
+        assert empty == end == b""

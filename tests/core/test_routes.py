@@ -22,6 +22,8 @@ def test_each_path_has_its_methods_and_no_other(path: bytes) -> None:
     for method in (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH"):
         if method in route.methods:
             assert find_route(method, path) is route
+        elif (method, path) == (b"GET", b"/v1/chat/completions"):
+            assert find_route(method, path).lookup  # the list of those that are stored
         else:
             with pytest.raises(errors.MethodNotAllowedError, match="use "):
                 find_route(method, path)
@@ -59,6 +61,71 @@ def test_stored_responses_are_looked_up(method: bytes, path: bytes) -> None:
     assert (route.name, route.lookup, route.json, route.local) == ("responses", True, False, False)
     with pytest.raises(errors.MethodNotAllowedError):
         find_route(b"GET" if method == b"POST" else b"POST", path)
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        (b"/v1/chat/completions/chatcmpl-9d64d8277e38be1e", (b"GET", b"POST", b"DELETE")),
+        (b"/v1/chat/completions/completion_id", (b"GET", b"POST", b"DELETE")),
+        (b"/v1/chat/completions/chatcmpl-A_b-9/messages", (b"GET",)),
+    ],
+)
+def test_stored_completions_are_looked_up(path: bytes, methods: tuple[bytes, ...]) -> None:
+    for method in (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"PATCH"):
+        if method in methods:
+            route = find_route(method, path)
+            assert (route.name, route.lookup, route.json) == ("stored_chat", True, False)
+        else:
+            with pytest.raises(errors.MethodNotAllowedError):
+                find_route(method, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        (b"ft:gpt-4o-mini:acemeco:suffix:abc123", True),
+        (b"ft%3Agpt-4o-mini%3aacemeco::abc123", True),
+        (b"gpt-4o", False),
+        (b"ft", False),
+        (b"ft-x", False),
+        (b"aft:x", False),
+        (b"FT:x", False),
+        (b"org/ft:x", False),
+        (b"ft:x/y", False),
+        (b"ft:x%2Fy", False),
+        (b"ft:..", True),  # a name, and no way up: nothing but one segment passes
+        (b"ft:" + b"a" * 65, False),
+        (b"ft:a:b:c:d:e:f:g", False),
+    ],
+)
+def test_of_models_only_fine_tuned_ones_can_be_deleted(name: bytes, passes: bool) -> None:
+    path = b"/v1/models/" + name
+    if passes:
+        route = find_route(b"DELETE", path)
+        assert (route.name, route.lookup, route.local) == ("models", True, False)
+        assert find_route(b"GET", path).local
+    else:
+        with pytest.raises((errors.MethodNotAllowedError, errors.NotFoundError)):
+            find_route(b"DELETE", path)
+    for method in (b"POST", b"PUT", b"PATCH"):
+        with pytest.raises((errors.MethodNotAllowedError, errors.NotFoundError)):
+            find_route(method, path)
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"render", b"derender", b"abort", b"", b"chatcmpl", b"chatcmpl-", b"chatcmpl-a/render",
+        b"chatcmpl-a/messages/", b"chatcmpl-a/messages/m", b"chatcmpl-%61", b"chatcmpl-..",
+        b"render/chatcmpl-a", b"Chatcmpl-a", b"chatcmpl-a;x", b"completionid", b"../chatcmpl-a",
+        b"chatcmpl-" + b"a" * 129, b"render-x", b"chatcmpl-a/../render",
+    ],
+)  # fmt: skip
+def test_no_call_of_an_engine_passes_for_a_stored_completion(method: bytes, name: bytes) -> None:
+    with pytest.raises(errors.NotFoundError):
+        find_route(method, b"/v1/chat/completions/" + name)
 
 
 @pytest.mark.parametrize(

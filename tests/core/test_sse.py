@@ -11,6 +11,7 @@ from proxy.core.chunked import ChunkFollower
 from proxy.core.sse import error_ending
 
 _ERROR = b'{"error":{"message":"replica lost"}}'
+_ENDING = b"event: error\ndata: " + _ERROR + b"\n\n"
 _Event = tuple[bytes, bytes]  # its name and its data
 
 
@@ -76,7 +77,7 @@ def _cut(wire: bytes, cut: int) -> tuple[bytes, bytes]:
     """Relay up to the cut; return what was relayed and what is added to it."""
     follower = ChunkFollower()
     relayed, _ = follower.feed(wire[:cut])
-    return relayed, error_ending(relayed, follower.chunk_left, _ERROR)
+    return relayed, error_ending(relayed, follower.chunk_left, _ENDING)
 
 
 @given(_streams(), st.lists(st.integers(1, 40), max_size=8), st.integers(0, 2000), st.data())
@@ -91,13 +92,13 @@ def test_a_reader_of_a_cut_stream_is_never_misled(
     assert not ended
     seen = _events(got)
     if added:
-        assert seen.pop() == (b"", _ERROR)
+        assert seen.pop() == (b"error", _ERROR)
     assert seen == events[: len(seen)]
     # Only the end of what was relayed is kept: with less to see, the same or nothing is added.
     kept = data.draw(st.integers(0, len(relayed)))
     follower = ChunkFollower()
     follower.feed(wire[:cut])
-    less = error_ending(relayed[len(relayed) - kept :], follower.chunk_left, _ERROR)
+    less = error_ending(relayed[len(relayed) - kept :], follower.chunk_left, _ENDING)
     if kept >= 30:
         assert less in (added, b"")
 
@@ -117,7 +118,7 @@ def test_between_events_that_are_chunks_the_error_is_told(
     relayed, added = _cut(wire, ends[place] - back)
     assert added
     got, _ = _body_so_far(relayed + added)
-    assert _events(got) == [(b"", line) for line in lines[:place]] + [(b"", _ERROR)]
+    assert _events(got) == [(b"", line) for line in lines[:place]] + [(b"error", _ERROR)]
 
 
 @pytest.mark.parametrize(
@@ -140,20 +141,20 @@ def test_between_events_that_are_chunks_the_error_is_told(
 def test_where_an_error_may_be_added(
     relayed: bytes, open_chunk: tuple[int, int], added: bool
 ) -> None:
-    ending = error_ending(relayed, open_chunk, _ERROR)
+    ending = error_ending(relayed, open_chunk, _ENDING)
     assert bool(ending) is added
     if ending:
-        assert ending.count(b"data: " + _ERROR + b"\n\n") == 1
+        assert ending.count(_ENDING) == 1
 
 
 @given(st.binary(max_size=60), st.integers(0, 80), st.integers(0, 2))
 @example(b"", 80, 2)
 def test_what_is_added_closes_the_open_chunk(relayed: bytes, left: int, line_end: int) -> None:
     expects = (left, 2) if left else (0, line_end)
-    ending = error_ending(relayed, expects, _ERROR)
+    ending = error_ending(relayed, expects, _ENDING)
     if not ending:
         return
     before = b"%x\r\n" % left if left else b"1\r\nx\r\n"[: 6 - line_end]
     body, ended = _body_so_far(before + ending)
     assert not ended
-    assert body.endswith(b"data: " + _ERROR + b"\n\n")
+    assert body.endswith(_ENDING)

@@ -64,6 +64,11 @@ async def test_an_empty_fleet_says_so(make_bench: MakeBench) -> None:
         (b"GET /v1/responses/resp_1", "c", 200),
         (b"GET /v1/responses/resp_1", "", 404),
         (b"POST /v1/responses/resp_1/cancel", "b", 200),
+        (b"GET /v1/chat/completions/chatcmpl-1?x=1", "b", 200),
+        (b"DELETE /v1/chat/completions/chatcmpl-1", "c", 200),
+        (b"DELETE /v1/chat/completions/chatcmpl-1", "", 404),
+        (b"GET /v1/chat/completions/chatcmpl-1/messages", "a", 200),
+        (b"GET /v1/chat/completions?limit=1", "a", 200),
     ],
 )
 async def test_a_stored_response_is_asked_of_each_replica(

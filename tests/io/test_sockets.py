@@ -346,7 +346,7 @@ async def test_an_engine_that_answers_before_it_took_the_body() -> None:
     async with server, RealPlane([record]) as proxy:
         body = CHAT_BODY[:-1] + b" " * 20_000_000 + b"}"
         got = await ask(proxy.port, chat_request(body))
-        assert (got.status, got.body) == (413, b"no")
+        assert (got.status, json.loads(got.body)["error"]["message"]) == (413, "no")
         assert proxy.plane.upstreams.idle_count == 0
         await left.wait()
 

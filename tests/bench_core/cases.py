@@ -1,0 +1,161 @@
+"""What is measured: one row a case, each a call of the core as the data path makes it.
+
+This table is all that knows the core's signatures. A row's maker prepares what a call needs and
+returns the call; calls may be repeated without end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from proxy.core import head as heads
+from proxy.core.accounts import Accounts
+from proxy.core.engine_errors import client_body
+from proxy.core.http1 import ChunkFollower, parse_request_head, parse_response_head
+from proxy.core.index import PrefixRecord
+from proxy.core.policy import POLICIES, PolicyState, Request
+from proxy.core.preamble import read_preamble
+from proxy.core.prefix import PrefixChain, prefix_chain
+from proxy.core.routes import PromptKind, find_route
+from proxy.core.scan import scan_body
+from proxy.core.usage import read_usage
+from proxy.errors import Dialect
+from tests.core.builders import pool, replica
+
+Call = Callable[[], object]
+KB = (1, 16, 128)
+REPLICAS = (4, 16)
+CHUNKS = 64  # of a burst
+
+REQUEST_HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\nAccept-Encoding: gzip, deflate"
+    b"\r\nConnection: keep-alive\r\nAccept: application/json\r\nContent-Type: application/json\r\n"
+    b"User-Agent: OpenAI/Python 3.57.0\r\nX-Stainless-Lang: python\r\nX-Stainless-Async: false\r\n"
+    b"X-Stainless-Retry-Count: 0\r\nAuthorization: Bearer none\r\nContent-Length: 1024"
+)
+RESPONSE_HEAD = (
+    b"HTTP/1.1 200 OK\r\ndate: Thu, 26 Nov 2026 12:00:00 GMT\r\nserver: uvicorn\r\n"
+    b"content-type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked"
+)
+EVENT = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":'
+    b'[{"index":0,"delta":{"content":" word"},"logprobs":null,"finish_reason":null}]}\n\n'
+)
+USAGE_TAIL = (b'{"choices":[{"message":{"content":"' + b"word " * 300 + b'"}}],"usage":') + (
+    b'{"prompt_tokens":1500,"total_tokens":1600,"completion_tokens":100,'
+    b'"prompt_tokens_details":{"cached_tokens":1024}}}'
+)
+FLAT_ERROR = b'{"object":"error","message":"no","type":"BadRequestError","param":null,"code":400}'
+REQUEST_ID = b"req-0123456789abcdef"
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One row."""
+
+    function: str
+    size: str
+    make: Callable[[], Call]
+
+
+def chat_body(kilobytes: int) -> bytes:
+    """Return a conversation of about so many KB: a system prompt, then turns."""
+    messages = [{"role": "system", "content": "You are brief, and you cite what you were given."}]
+    turn = 0
+    while len(json.dumps(messages)) < kilobytes * 1024 - 200:
+        role = "assistant" if turn % 2 else "user"
+        messages.append({"role": role, "content": f'Turn {turn}: "quoted" text.\n' + "word " * 90})
+        turn += 1
+    return json.dumps({"model": "m", "messages": messages, "stream": True}).encode()
+
+
+def chain_of(kilobytes: int) -> PrefixChain:
+    return prefix_chain(PromptKind.CHAT, scan_body(chat_body(kilobytes)), None)
+
+
+def scan(kilobytes: int) -> Call:
+    body = chat_body(kilobytes)
+    return lambda: scan_body(body)
+
+
+def chain(kilobytes: int) -> Call:
+    scanned = scan_body(chat_body(kilobytes))
+    return lambda: prefix_chain(PromptKind.CHAT, scanned, None)
+
+
+def note(kilobytes: int) -> Call:
+    record, noted = PrefixRecord(), chain_of(kilobytes)
+    return lambda: record.note("a", noted)
+
+
+def upstream_head() -> Call:
+    preamble = read_preamble(REQUEST_HEAD)
+    host = b"Host: 127.0.0.1:30000\r\n"
+    return lambda: preamble.upstream_head(host, REQUEST_ID, 1024)
+
+
+def client_head() -> Call:
+    head = heads.read_answer_head(RESPONSE_HEAD)
+    framing = b"transfer-encoding: chunked\r\n"
+    return lambda: heads.client_head(head, REQUEST_ID, framing=framing, keep_alive=True)
+
+
+def pick(replicas: int) -> Call:
+    """A choice for a prompt of 16 KB that one replica has; none is idle."""
+    names = [f"replica-{number:02}" for number in range(replicas)]
+    candidates = pool(replica(name) for name in names)
+    accounts, record, wanted = Accounts(), PrefixRecord(), chain_of(16)
+    for number, name in enumerate(names):
+        accounts.acquire(name, 100 * number)
+        for other in range(4):
+            record.note(name, chain_of(1 + other))
+    record.note(names[replicas // 2], wanted)
+    state = PolicyState(accounts, record, lambda: 0.5)
+    request = Request(wanted, has_session=False)
+    policy = POLICIES["prefix"]
+    return lambda: policy(request, candidates, state)
+
+
+def follow_burst() -> Call:
+    burst = b"".join(b"%x\r\n%b\r\n" % (len(EVENT), EVENT) for _ in range(CHUNKS))
+    follower = ChunkFollower()
+    return lambda: follower.feed(burst)
+
+
+def follow_pieces() -> Call:
+    piece = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
+    follower = ChunkFollower()
+    return lambda: follower.feed(piece)
+
+
+def _sized(function: str, make: Callable[[int], Call]) -> Iterable[Case]:
+    for size in KB:
+        yield Case(function, f"{size} KB", lambda size=size: make(size))  # type: ignore[misc]
+
+
+CASES: tuple[Case, ...] = (
+    Case("parse_request_head", "11 fields", lambda: lambda: parse_request_head(REQUEST_HEAD)),
+    Case("read_preamble", "11 fields", lambda: lambda: read_preamble(REQUEST_HEAD)),
+    Case("parse_response_head", "4 fields", lambda: lambda: parse_response_head(RESPONSE_HEAD)),
+    Case("read_answer_head", "4 fields", lambda: lambda: heads.read_answer_head(RESPONSE_HEAD)),
+    Case("find_route", "chat", lambda: lambda: find_route(b"POST", b"/v1/chat/completions")),
+    *_sized("scan_body", scan),
+    *_sized("prefix_chain", chain),
+    *_sized("record.note", note),
+    *(
+        Case("policy prefix", f"{count} replicas", lambda count=count: pick(count))  # type: ignore[misc]
+        for count in REPLICAS
+    ),
+    Case("upstream_head", "11 fields", upstream_head),
+    Case("client_head", "4 fields", client_head),
+    Case("ChunkFollower.feed", f"{CHUNKS} chunks", follow_burst),
+    Case("ChunkFollower.feed", "1 chunk", follow_pieces),
+    Case("read_usage", "2 KB tail", lambda: lambda: read_usage(USAGE_TAIL[-2048:])),
+    Case(
+        "client_body",
+        "flat error",
+        lambda: lambda: client_body(400, b"application/json", FLAT_ERROR, Dialect.OPENAI),
+    ),
+)
