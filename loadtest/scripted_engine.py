@@ -77,12 +77,12 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What is done to answers under way."""
 
-    do: Literal["break", "pause", "refuse"]
+    do: Literal["break", "pause", "hang_up", "refuse"]
     how: How = "close"
     share: float = 1.0  # of the answers under way
     seed: int = 0
     seconds: float = 0.0  # of a pause
-    count: int = 1  # of connections to refuse: closed as soon as they are accepted
+    count: int = 0  # of the next connections to refuse: they fail as soon as they are accepted
 
 
 def event(script: Script, index: int) -> bytes:
@@ -141,8 +141,10 @@ class Engine:
     """What all connections of this process share."""
 
     def __init__(self, journal: str) -> None:
+        self.connections: set[Connection] = set()
         self.answering: set[Connection] = set()
         self.to_refuse = 0
+        self.refuse_how: How = "close"
         self._journal = -1
         if journal:
             self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -153,15 +155,19 @@ class Engine:
 
     def obey(self, order: Order) -> None:
         if order.do == "refuse":
-            self.to_refuse += order.count
-            return
-        draw = random.Random(order.seed)
-        for connection in sorted(self.answering, key=lambda one: one.token):
-            if draw.random() < order.share:
-                if order.do == "pause":
-                    connection.hold(order.seconds)
-                else:
-                    connection.break_soon(order.how, draw)
+            self.to_refuse, self.refuse_how = order.count, order.how
+        elif order.do == "hang_up":
+            for connection in self.connections - self.answering:
+                connection.transport.abort()
+        else:
+            draw = random.Random(order.seed)
+            for connection in sorted(self.answering, key=lambda one: one.token):
+                if draw.random() < order.share:
+                    if order.do == "pause":
+                        connection.hold(order.seconds)
+                    else:
+                        connection.break_soon(order.how, draw)
+        self.note("obeyed", "-", order.do)
 
 
 class Connection(asyncio.Protocol):
@@ -187,17 +193,17 @@ class Connection(asyncio.Protocol):
 
     @property
     def token(self) -> str:
-        return self._script.token if self._script else ""
+        return self._script.token if self._script else "-"
 
     # --- from the transport ------------------------------------------------------------------
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
+        self._engine.connections.add(self)
         if self._engine.to_refuse:
             self._engine.to_refuse -= 1
-            self._engine.note("refused", "-")
-            self.transport.abort()
+            self._break(self._engine.refuse_how)
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -217,6 +223,7 @@ class Connection(asyncio.Protocol):
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
+        self._engine.connections.discard(self)
         if self._timer is not None:
             self._timer.cancel()
         if self in self._engine.answering:
@@ -407,15 +414,25 @@ class Line(msgspec.Struct, frozen=True):
     detail: str
 
 
-def read_journal(path: Path) -> list[Line]:
-    """Return what an engine wrote down; nothing when it never ran."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text("ascii").splitlines():
-        what, token, at_s, detail = text.split(" ", 3)
-        lines.append(Line(what, token, float(at_s), detail))
-    return lines
+class Journal:
+    """Reads what an engine writes down, as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines: list[Line] = []
+        self._read_bytes = 0
+
+    def lines(self) -> list[Line]:
+        """Return all lines until now; none when no engine has written there."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                file.seek(self._read_bytes)
+                fresh = file.read()
+            self._read_bytes += len(fresh)
+            for text in fresh.decode("ascii").splitlines():
+                what, token, at_s, detail = text.split(" ", 3)
+                self._lines.append(Line(what, token, float(at_s), detail))
+        return self._lines
 
 
 def main() -> int:

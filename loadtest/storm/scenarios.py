@@ -72,7 +72,8 @@ async def _deliveries_at(stage: Stage, point: str, repeats: list[int], seed: int
     broken = 0
     tokens = []
     draw = random.Random(f"{seed}:{point}")
-    cases = itertools.product(repeats, HOWS, (True, False), (True, False))
+    keepings = (False,) if point == "connect" else (True, False)
+    cases = itertools.product(repeats, HOWS, (True, False), keepings)
     for number, how, stream, kept in cases:
         token = f"d-{point}-{number}-{how}-{stream:d}{kept:d}"
         script = Script(
@@ -110,6 +111,8 @@ def expected(point: str) -> tuple[str, ...]:
 
 async def _deliver(stage: Stage, script: Script, body: bytes, *, kept: bool) -> str:
     await _until_unsuspected(stage)
+    if not script.point:
+        await _refuse(stage, script.how, 1)
     caller = await call(stage.port)
     try:
         if kept:  # leave the engine with a connection that the proxy will use again
@@ -119,8 +122,6 @@ async def _deliver(stage: Stage, script: Script, body: bytes, *, kept: bool) -> 
             ending = await caller.ask(request, reader, ASK_TIMEOUT_S)
             if ending is not Ending.WHOLE or reader.status != 200:
                 raise RunError(f"a request without a fault was answered {reader.status}")
-        elif not script.point:
-            stage.engines[0].order(Order(do="refuse"))
         seen = Seen(script=script, reader=TokenReader(script), begun_s=time.monotonic())
         seen.ending = await caller.ask(
             render(stage.port, script_text(script), body), seen.reader, ASK_TIMEOUT_S
@@ -128,6 +129,16 @@ async def _deliver(stage: Stage, script: Script, body: bytes, *, kept: bool) -> 
         return outcome(seen)[0]
     finally:
         caller.close()
+        if not script.point:
+            await _refuse(stage, script.how, 0)
+
+
+async def _refuse(stage: Stage, how: How, count: int) -> None:
+    """Let every engine but one refuse connections, and leave the proxy none that it has."""
+    for engine in stage.engines:
+        await engine.obeys(Order(do="hang_up"))
+    for engine in stage.engines[1:]:
+        await engine.obeys(Order(do="refuse", how=how, count=count))
 
 
 async def _until_unsuspected(stage: Stage) -> None:

@@ -27,7 +27,7 @@ from loadtest.client import Client
 from loadtest.faults import command_line, descendants
 from loadtest.fleet import get, local
 from loadtest.run import RunError
-from loadtest.scripted_engine import Line, Order, read_journal
+from loadtest.scripted_engine import Journal, Line, Order
 
 ENGINE_PORTS = range(20_000, 32_768)
 START_TIMEOUT_S = 60.0
@@ -58,7 +58,7 @@ class EngineProcess:
 
     def __init__(self, port: int, journal: Path) -> None:
         self.port = port
-        self.journal = journal
+        self._journal = Journal(journal)
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -68,7 +68,7 @@ class EngineProcess:
     async def start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "loadtest.scripted_engine", "--orders"),
-            *("--port", str(self.port), "--journal", str(self.journal)),
+            *("--port", str(self.port), "--journal", str(self._journal.path)),
             stdin=asyncio.subprocess.PIPE,
         )
 
@@ -83,7 +83,7 @@ class EngineProcess:
         raise RunError(f"the engine on port {self.port} did not start")
 
     def lines(self) -> list[Line]:
-        return read_journal(self.journal)
+        return self._journal.lines()
 
     def signal(self, number: int) -> float:
         """Send a signal; return the moment just before."""
@@ -98,6 +98,16 @@ class EngineProcess:
         if self._process is not None:
             await self._process.wait()
         return at_s
+
+    async def obeys(self, order: Order) -> None:
+        """Give an order and wait until it has been followed."""
+        taken = sum(line.what == "obeyed" for line in self.lines())
+        self.order(order)
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while sum(line.what == "obeyed" for line in self.lines()) == taken:
+            if time.monotonic() > deadline_s:
+                raise RunError(f"the engine on port {self.port} obeys no order")
+            await asyncio.sleep(POLL_INTERVAL_S / 10)
 
     def order(self, order: Order) -> None:
         process = self._process
@@ -205,7 +215,7 @@ async def stage(replicas: int, workers: int, say: Callable[[str], None]) -> Asyn
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for the load, which then stops this
             )
-        await _until_ready(proxy, admin_port, replicas, folder)
+        await _until_ready(proxy, admin_port, replicas, workers, folder)
         pids = [pid for pid in descendants(proxy.pid) if "proxy.worker" in command_line(pid)]
         counts = {pid: descriptor_count(pid) for pid in pids}
         yield Stage(port, admin_port, engines, proxy.pid, pids, counts)
@@ -221,16 +231,17 @@ async def stage(replicas: int, workers: int, say: Callable[[str], None]) -> Asyn
 
 
 async def _until_ready(
-    proxy: asyncio.subprocess.Process, admin_port: int, replicas: int, folder: Path
+    proxy: asyncio.subprocess.Process, admin_port: int, replicas: int, workers: int, folder: Path
 ) -> None:
     client = Client(local(admin_port), time.monotonic)
     deadline_s = time.monotonic() + START_TIMEOUT_S
     try:
         while True:
-            status, page = await get(client, "/replicas")
-            if status == 200 and page.count(b'"state": "ready"') == replicas:
-                status, _ = await get(client, "/readyz")
-                if status == 200:
+            status, page = await get(client, "/metrics")
+            metrics = read_metrics(page.decode())
+            if status == 200 and metrics["workers"] == workers:
+                status, page = await get(client, "/replicas")
+                if page.count(b'"state": "ready"') == replicas:
                     return
             if proxy.returncode is not None or time.monotonic() > deadline_s:
                 text = (folder / "proxy.log").read_text("utf-8", "replace")
