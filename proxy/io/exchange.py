@@ -301,6 +301,9 @@ class Exchange(Facts):
         if self._done:
             return
         assert self._response is not None
+        if self._route is not None and sse.cut_by_close(self._route, self._response, self._tail):
+            self.response_failed("connection closed before [DONE]")
+            return
         self._upstream = None
         self._finish(self._response.status, errors.OK)
         self._client.finished(keep_alive=self._may_keep_alive())
