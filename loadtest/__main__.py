@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import uvloop
 
-from loadtest import faults, plot, report, storm
+from loadtest import faults, plot, report, soak, storm
 from loadtest.client import parse_url
 from loadtest.compare import compare
 from loadtest.fleet import FleetOptions
@@ -46,6 +46,7 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {
+    "soak": soak,
     "storm": storm,
 }
 

@@ -7,7 +7,8 @@ Every event carries the request's token and a number: its reader can prove what 
 
 With `--journal FILE` each request is written down when its head is read, when it is answered and
 when it is cut, with the time: one unbuffered line each, so that a SIGKILL loses none. The clock is
-CLOCK_MONOTONIC, which all processes of a machine share. With `--orders` it also reads `Order`s, a
+CLOCK_MONOTONIC, which all processes of a machine share. `--brief` leaves out what is in order. With
+`--orders` it also reads `Order`s, a
 JSON line each, from standard input, and ends when that does: no orphan outlives who started it.
 
 Lean on purpose, because it shares the machine with what is measured: one `asyncio.Protocol` on
@@ -49,6 +50,8 @@ BREAK_DELAY_S = 0.002
 BREAK_PIECES_AHEAD = 3
 # l_onoff, l_linger: closing resets the connection.
 RESET = struct.pack("ii", 1, 0)
+
+IN_ORDER = ("head", "done", "left")  # words of the journal
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]{1,12})\r\n", re.IGNORECASE)
 _SCRIPT = re.compile(rb"\r\nx-script: *([^\r]+)\r\n", re.IGNORECASE)
@@ -140,17 +143,18 @@ def answer_head(script: Script, body_bytes: int) -> bytes:
 class Engine:
     """What all connections of this process share."""
 
-    def __init__(self, journal: str) -> None:
+    def __init__(self, journal: str, *, brief: bool) -> None:
         self.connections: set[Connection] = set()
         self.answering: set[Connection] = set()
         self.to_refuse = 0
         self.refuse_how: How = "close"
+        self._brief = brief
         self._journal = -1
         if journal:
             self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def note(self, what: str, token: str, detail: str = "") -> None:
-        if self._journal >= 0:
+        if self._journal >= 0 and not (self._brief and what in IN_ORDER):
             os.write(self._journal, f"{what} {token} {time.monotonic():.6f} {detail}\n".encode())
 
     def obey(self, order: Order) -> None:
@@ -392,7 +396,7 @@ class Orders(asyncio.Protocol):
 async def serve(args: argparse.Namespace) -> None:
     """Serve until ordered, or signalled, to end."""
     loop = asyncio.get_running_loop()
-    engine = Engine(args.journal)
+    engine = Engine(args.journal, brief=args.brief)
     await loop.create_server(
         lambda: Connection(engine), "127.0.0.1", args.port, backlog=BACKLOG, reuse_address=True
     )
@@ -439,6 +443,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtest.scripted_engine", description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--journal", default="", help="file to write requests down in")
+    parser.add_argument("--brief", action="store_true", help="write down only what is out of order")
     parser.add_argument("--orders", action="store_true", help="read orders from standard input")
     uvloop.run(serve(parser.parse_args()))
     return 0

@@ -56,9 +56,10 @@ _SAMPLE = re.compile(r"^doherty_(\w+)(?:\{[^}]*\})? ([0-9.e+-]+)$", re.MULTILINE
 class EngineProcess:
     """One place for an engine: its port stays, its process comes and goes."""
 
-    def __init__(self, port: int, journal: Path) -> None:
+    def __init__(self, port: int, journal: Path, *, brief: bool) -> None:
         self.port = port
         self._journal = Journal(journal)
+        self._brief = ["--brief"] if brief else []
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -68,7 +69,7 @@ class EngineProcess:
     async def start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "loadtest.scripted_engine", "--orders"),
-            *("--port", str(self.port), "--journal", str(self._journal.path)),
+            *("--port", str(self.port), "--journal", str(self._journal.path), *self._brief),
             stdin=asyncio.subprocess.PIPE,
         )
 
@@ -191,12 +192,19 @@ def free_ports(count: int, among: range, draw: random.Random) -> list[int]:
 
 
 @contextlib.asynccontextmanager
-async def stage(replicas: int, workers: int, say: Callable[[str], None]) -> AsyncIterator[Stage]:
-    """A proxy with its engines, ready to serve; stopped at the end. Its log stays if it failed."""
+async def stage(
+    replicas: int, workers: int, say: Callable[[str], None], *, brief: bool = False
+) -> AsyncIterator[Stage]:
+    """A proxy with its engines, ready to serve; stopped at the end. Its log stays if it failed.
+
+    `brief` engines do not write each request down.
+    """
     folder = Path(tempfile.mkdtemp(prefix="doherty-storm-"))
     ports = free_ports(replicas + 2, ENGINE_PORTS, random.Random())
     port, admin_port, *engine_ports = ports
-    engines = [EngineProcess(number, folder / f"engine-{number}") for number in engine_ports]
+    engines = [
+        EngineProcess(number, folder / f"engine-{number}", brief=brief) for number in engine_ports
+    ]
     proxy: asyncio.subprocess.Process | None = None
     failed = True
     try:
