@@ -34,7 +34,7 @@ import orjson
 import uvloop
 
 from loadtest.storm import scenarios
-from loadtest.storm.ledger import Tally, judge
+from loadtest.storm.ledger import Strike, Strikes, Tally, judge
 from loadtest.storm.load import Load, draw_script
 from loadtest.storm.report import SCENARIOS, Options, Result, complaints, table
 from loadtest.storm.stage import Stage, stage
@@ -148,8 +148,12 @@ async def _storm(running: Stage, options: Options, say: Callable[[str], None]) -
     lines = running.journal()
     tally = judge(
         load.seen,
-        {line.token: line.at_s for line in lines if line.what == "cut"},
-        weather.strikes,
+        Strikes(
+            requests={
+                line.token: Strike(line.at_s, line.detail) for line in lines if line.what == "cut"
+            },
+            replicas=weather.kills,
+        ),
         scenarios.delivery_counts(running),
         sum(line.what == "spoiled" for line in lines),
     )

@@ -90,10 +90,10 @@ class Seen(msgspec.Struct, kw_only=True):
 
 
 class Strike(msgspec.Struct, frozen=True):
-    """A replica's process was killed."""
+    """A fault as whoever did it saw it: of one request's connection, or of a whole process."""
 
-    replica: str
     at_s: float
+    what: str
 
 
 def outcome(seen: Seen) -> tuple[str, str]:
@@ -130,16 +130,21 @@ def _whole_outcome(script: Script, reader: TokenReader) -> tuple[str, str]:
     return "silent", f"{len(reader.body)} octets of a body"
 
 
-def struck_s(seen: Seen, cuts: dict[str, float], strikes: Sequence[Strike]) -> float | None:
-    """Return when a fault struck this request, or None when none did."""
-    cut_s = cuts.get(seen.script.token)
-    if cut_s is not None:
-        return cut_s
-    for strike in strikes:
-        mine = strike.replica == seen.replica
-        if mine and seen.begun_s - DYING_S <= strike.at_s <= seen.ended_s:
-            return strike.at_s
-    return None
+class Strikes(msgspec.Struct, kw_only=True):
+    """All faults, by what they struck."""
+
+    requests: dict[str, Strike] = {}  # by token
+    replicas: dict[str, list[Strike]] = {}
+
+    def of(self, seen: Seen) -> Strike | None:
+        """Return the fault that struck a request, or None when none did."""
+        own = self.requests.get(seen.script.token)
+        if own is not None:
+            return own
+        for strike in self.replicas.get(seen.replica, ()):
+            if seen.begun_s - DYING_S <= strike.at_s <= seen.ended_s:
+                return strike
+        return None
 
 
 class Tally(msgspec.Struct, kw_only=True):
@@ -149,14 +154,13 @@ class Tally(msgspec.Struct, kw_only=True):
     counts: dict[str, int] = {}
     twice: int = 0  # requests that engines were given more than once
     spoiled_bodies: int = 0  # request bodies that an engine got otherwise than they were sent
-    latencies_s: list[float] = []  # from a cut to its reader's notice
+    latencies_s: dict[str, list[float]] = {}  # from a fault to its reader's notice, by what it was
     details: list[str] = []  # of what must not be
 
 
 def judge(
     all_seen: Sequence[Seen],
-    cuts: dict[str, float],
-    strikes: Sequence[Strike],
+    strikes: Strikes,
     deliveries: dict[str, int],
     spoiled_bodies: int,
 ) -> Tally:
@@ -167,12 +171,13 @@ def judge(
     for seen in all_seen:
         seen.outcome, seen.detail = outcome(seen)
         if seen.outcome in ("cut: event", "cut: close", "failed"):
-            at_s = struck_s(seen, cuts, strikes)
-            if at_s is None:
+            strike = strikes.of(seen)
+            if strike is None:
                 seen.detail = f"{seen.outcome} ({seen.detail}) and no fault had struck it"
                 seen.outcome = "lost"
-            elif at_s >= seen.begun_s:
-                tally.latencies_s.append(max(0.0, seen.visible_s - at_s))
+            elif strike.at_s >= seen.begun_s:
+                latency_s = max(0.0, seen.visible_s - strike.at_s)
+                tally.latencies_s.setdefault(strike.what, []).append(latency_s)
         tally.counts[seen.outcome] += 1
         if seen.outcome in BROKEN:
             tally.details.append(

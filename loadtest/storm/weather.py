@@ -21,6 +21,8 @@ Kind = Literal["kill", "reset", "half_close", "close", "stop", "pause"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _HOW: dict[Kind, How] = {"reset": "reset", "half_close": "half_close", "close": "close"}
 STALL_S = (0.5, 2.0)
+# To start a process stops ours for some 20 ms, in which no reader would notice that it was cut.
+RESTART_PAUSE_S = 0.1
 # Of the answers that an engine is giving, those that a reset, half-close or close meets.
 BREAK_SHARE = 0.5
 
@@ -56,7 +58,7 @@ class Weather:
     """Does the faults when their time has come."""
 
     def __init__(self, faults: list[Fault], engines: list[EngineProcess]) -> None:
-        self.strikes: list[Strike] = []
+        self.kills: dict[str, list[Strike]] = {engine.name: [] for engine in engines}
         self._faults = faults
         self._engines = engines
         # A place is struck by one process fault at a time: only a running process can be killed.
@@ -83,7 +85,8 @@ class Weather:
         if fault.kind == "kill":
             async with self._held[engine.port]:
                 at_s = await engine.kill()
-                self.strikes.append(Strike(engine.name, at_s))
+                self.kills[engine.name].append(Strike(at_s, "kill"))
+                await asyncio.sleep(RESTART_PAUSE_S)
                 since_s = time.monotonic()
                 await engine.start()
                 await engine.until_listening(since_s)
