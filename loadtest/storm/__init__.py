@@ -47,7 +47,9 @@ QUICK = Options(
     streams=200,
     faults=6,
     concurrency=50,
+    pace=3.0,
     repeats=1,
+    cases_every=4,
     stall_streams=10,
     stall=0.3,
     outages=(0.3,),
@@ -114,10 +116,11 @@ async def run_scenarios(options: Options, say: Callable[[str], None]) -> Result:
     async with stage(options.replicas, options.workers, say) as running:
         if "storm" in options.scenarios:
             result.storm = await _storm(running, options, say)
-            result.unrest |= await running.unrest()
         if "deliveries" in options.scenarios:
             say("deliveries: engines fail at every point")
-            result.deliveries = await scenarios.deliveries(running, options.repeats, options.seed)
+            result.deliveries = await scenarios.deliveries(
+                running, options.repeats, options.cases_every, options.seed
+            )
         if "stall" in options.scenarios:
             say(f"stall: engines stop for {options.stall:g} s")
             result.stall = await scenarios.stall(
@@ -127,12 +130,12 @@ async def run_scenarios(options: Options, say: Callable[[str], None]) -> Result:
             for outage_s in options.outages:
                 say(f"restart: engines are away for {outage_s:g} s")
                 result.restarts.append(await scenarios.back(running, outage_s))
-        result.unrest |= await running.unrest()
+        result.unrest = await running.unrest()
     return result
 
 
 async def _storm(running: Stage, options: Options, say: Callable[[str], None]) -> Tally:
-    scripts = [draw_script(options.seed, number) for number in range(options.streams)]
+    scripts = [draw_script(options.seed, number, options.pace) for number in range(options.streams)]
     load = Load(running.port, scripts, options.seed)
     faults = draw_faults(options.faults, options.streams, options.replicas, options.seed)
     weather = Weather(faults, running.engines)

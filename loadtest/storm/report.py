@@ -25,7 +25,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int = 4
     workers: int = 2
     seed: int = 1
+    pace: float = 1.0  # 2: answers come twice as fast
     repeats: int = 3  # of each case of `deliveries`
+    cases_every: int = 1  # 2: every second case of each point
     stall_streams: int = 50
     stall: float = 2.0
     outages: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0, 30.0)

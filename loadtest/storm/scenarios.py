@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import get_args
 
 import msgspec
@@ -29,6 +30,8 @@ POINTS: tuple[str, ...] = ("connect", *[point for point in get_args(Point) if po
 HOWS: tuple[How, ...] = get_args(How)
 # Where no octet of an answer has come, the client is told that it may try again.
 UNANSWERED = ("head", "half_body", "body")
+
+Case = tuple[int, bool, bool, How]
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,23 +61,26 @@ class Stall(msgspec.Struct, frozen=True, kw_only=True):
     outcomes: dict[str, int]
 
 
-async def deliveries(stage: Stage, repeats: int, seed: int) -> list[Delivery]:
+async def deliveries(stage: Stage, repeats: int, every: int, seed: int) -> list[Delivery]:
     """Have engines fail at every point, on new and on kept connections, of both kinds of answer."""
-    numbers = itertools.count()
     return [
-        await _deliveries_at(stage, point, [next(numbers) for _ in range(repeats)], seed)
+        await _deliveries_at(stage, point, list(_cases(point, repeats))[::every], seed)
         for point in POINTS
     ]
 
 
-async def _deliveries_at(stage: Stage, point: str, repeats: list[int], seed: int) -> Delivery:
+def _cases(point: str, repeats: int) -> Iterator[Case]:
+    """Yield how an engine fails, and whether in a stream and on a connection that is used again."""
+    keepings = (False,) if point == "connect" else (True, False)
+    return itertools.product(range(repeats), (True, False), keepings, HOWS)
+
+
+async def _deliveries_at(stage: Stage, point: str, cases: list[Case], seed: int) -> Delivery:
     outcomes: Counter[str] = Counter()
     broken = 0
     tokens = []
     draw = random.Random(f"{seed}:{point}")
-    keepings = (False,) if point == "connect" else (True, False)
-    cases = itertools.product(repeats, HOWS, (True, False), keepings)
-    for number, how, stream, kept in cases:
+    for number, stream, kept, how in cases:
         token = f"d-{point}-{number}-{how}-{stream:d}{kept:d}"
         script = Script(
             token=token,

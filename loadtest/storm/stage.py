@@ -33,7 +33,6 @@ ENGINE_PORTS = range(20_000, 32_768)
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 POLL_INTERVAL_S = 0.02
-# Idle connections to engines are kept for some seconds after the last request.
 REST_TIMEOUT_S = 15.0
 LOG_TAIL_CHARACTERS = 2000
 # What is 0 in a proxy that nobody asks anything.
@@ -141,7 +140,12 @@ class Stage(msgspec.Struct, frozen=True):
         return read_metrics(page.decode())
 
     async def unrest(self) -> dict[str, float]:
-        """Wait until the proxy is at rest, or for long enough; return what is not as it was."""
+        """Wait until the proxy is at rest, or for long enough; return what is not as it was.
+
+        The engines close what is idle, so that nobody waits for the proxy to close it in its time.
+        """
+        for engine in self.engines:
+            await engine.obeys(Order(do="hang_up"))
         deadline_s = time.monotonic() + REST_TIMEOUT_S
         while True:
             left = self._unrest(await self.metrics())
