@@ -207,10 +207,11 @@ async def stage(
     ports = free_ports(replicas + 2, ENGINE_PORTS, random.Random())
     port, admin_port, *engine_ports = ports
     engines = [
-        EngineProcess(number, folder / f"engine-{number}", brief=brief) for number in engine_ports
+        EngineProcess(number, folder / f"engine-{index}", brief=brief)
+        for index, number in enumerate(engine_ports)
     ]
     proxy: asyncio.subprocess.Process | None = None
-    failed = True
+    failed = False
     try:
         say(f"starting {replicas} engines and a proxy with {workers} workers")
         for engine in engines:
@@ -231,15 +232,20 @@ async def stage(
         pids = [pid for pid in descendants(proxy.pid) if "proxy.worker" in command_line(pid)]
         counts = {pid: descriptor_count(pid) for pid in pids}
         yield Stage(port, admin_port, engines, proxy.pid, pids, counts)
-        failed = False
-    except RunError as error:
-        raise RunError(f"{error}; see {folder}") from error
+    except* RunError as failures:
+        failed = True
+        raise RunError(f"{_first(failures)}; see {folder}") from failures
     finally:
         await _stop(proxy)
         for engine in engines:
             await engine.kill()
         if not failed:
             shutil.rmtree(folder)
+
+
+def _first(failures: BaseExceptionGroup[RunError]) -> RunError:
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 async def _until_ready(

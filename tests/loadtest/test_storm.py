@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from loadtest import storm
 from loadtest.__main__ import main
+from loadtest.run import RunError
 from loadtest.scripted_engine import (
     Connection,
     Engine,
@@ -40,7 +42,7 @@ from loadtest.storm.ledger import (
 from loadtest.storm.load import draw_script, render, request_body, script_text
 from loadtest.storm.report import Options, Result, complaints, percentile, table
 from loadtest.storm.scenarios import POINTS, Back, Delivery, Stall, expected
-from loadtest.storm.stage import descriptor_count, free_ports, read_metrics
+from loadtest.storm.stage import descriptor_count, free_ports, read_metrics, stage
 from loadtest.storm.weather import KINDS, draw_faults
 from loadtest.wire import AnswerReader
 
@@ -357,6 +359,30 @@ def test_descriptors_are_counted() -> None:
     assert descriptor_count(2**31 - 1) == 0
     with Path("/dev/null").open():
         assert descriptor_count(int(Path("/proc/self").resolve().name)) > 0
+
+
+@pytest.mark.faults
+async def test_a_stage_that_fails_says_why_and_keeps_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pids: list[int] = []
+
+    async def fail() -> None:
+        raise RunError("no luck")
+
+    async def on_stage() -> None:
+        async with stage(1, 1, lambda _: None) as running, asyncio.TaskGroup() as group:
+            pids.extend(running.worker_pids)
+            group.create_task(fail())
+
+    with pytest.raises(RunError, match="no luck; see ") as caught:
+        await on_stage()
+    (folder,) = tmp_path.iterdir()
+    assert str(caught.value).endswith(str(folder))
+    assert {path.name for path in folder.iterdir()} == {"proxy.log", "engine-0"}
+    assert len(pids) == 1
+    assert descriptor_count(pids[0]) == 0  # it has been stopped
 
 
 def test_ports_differ_and_lie_where_they_should() -> None:
