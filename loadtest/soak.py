@@ -28,7 +28,7 @@ import orjson
 import uvloop
 
 from loadtest.run import RunError
-from loadtest.scripted_engine import Script
+from loadtest.scripts import Script
 from loadtest.storm.caller import Caller, Ending, call
 from loadtest.storm.ledger import Seen, TokenReader, outcome
 from loadtest.storm.load import render, request_body, script_text

@@ -13,7 +13,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, cast
 
-from loadtest.scripted_engine import RESET
+from loadtest.scripts import RESET
 from loadtest.wire import AnswerReader, WireError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from loadtest.scripted_engine import Script, event, whole_body
+from loadtest.scripts import Script, event, whole_body
 from loadtest.storm.caller import Ending
 from loadtest.wire import AnswerReader
 

@@ -11,7 +11,7 @@ from typing import get_args
 
 import msgspec
 
-from loadtest.scripted_engine import MODEL, Framing, Script
+from loadtest.scripts import MODEL, Framing, Script
 from loadtest.storm.caller import Caller, Ending, call
 from loadtest.storm.ledger import Seen, TokenReader
 

@@ -14,7 +14,7 @@ from typing import get_args
 import msgspec
 
 from loadtest.run import RunError
-from loadtest.scripted_engine import How, Order, Point, Script
+from loadtest.scripts import How, Order, Point, Script
 from loadtest.storm.caller import Ending, call
 from loadtest.storm.ledger import Seen, TokenReader, outcome
 from loadtest.storm.load import Load, draw_script, render, request_body, script_text

@@ -27,7 +27,7 @@ from loadtest.client import Client
 from loadtest.faults import command_line, descendants
 from loadtest.fleet import get, local
 from loadtest.run import RunError
-from loadtest.scripted_engine import Journal, Line, Order
+from loadtest.scripts import Journal, Line, Order
 
 ENGINE_PORTS = range(20_000, 32_768)
 START_TIMEOUT_S = 60.0

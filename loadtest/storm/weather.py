@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-from loadtest.scripted_engine import How, Order
+from loadtest.scripts import How, Order
 from loadtest.storm.ledger import Strike
 from loadtest.storm.stage import EngineProcess
 

@@ -11,7 +11,7 @@ import pytest
 
 from loadtest.__main__ import main
 from loadtest.run import RunError
-from loadtest.scripted_engine import Script
+from loadtest.scripts import Script
 from loadtest.soak import (
     GROWTH_MAX,
     JUDGED_FROM,

@@ -16,9 +16,8 @@ import pytest
 from loadtest import storm
 from loadtest.__main__ import main
 from loadtest.run import RunError
-from loadtest.scripted_engine import (
-    Connection,
-    Engine,
+from loadtest.scripted_engine import Connection, Engine
+from loadtest.scripts import (
     Journal,
     Order,
     Script,
