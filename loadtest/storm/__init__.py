@@ -47,6 +47,7 @@ QUICK = Options(
     streams=200,
     faults=6,
     concurrency=50,
+    replicas=3,
     pace=3.0,
     repeats=1,
     cases_every=4,
