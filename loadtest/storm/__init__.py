@@ -14,7 +14,8 @@ streams, run through it while faults strike, both drawn from the seed. Each requ
 
 *twice* counts requests that engines were given more than once, *bodies* those that an engine got
 with other octets than were sent. Afterwards the proxy must be as it was: no request, lease, busy
-connection or descriptor left.
+connection or descriptor left. How soon cuts are seen is shown and not judged: it is the machine's
+affair, too. *direct* are a few streams without a proxy between, which meet the same faults.
 
 Further scenarios: `deliveries` (an engine fails at every point of an exchange: each request reaches
 one engine, once), `stall` (every engine is stopped for 2 s: every stream completes), `restart`
@@ -34,14 +35,15 @@ import orjson
 import uvloop
 
 from loadtest.storm import scenarios
-from loadtest.storm.ledger import Strike, Strikes, Tally, judge
-from loadtest.storm.load import Load, draw_script
+from loadtest.storm.ledger import Strike, Strikes, Tally, direct_latencies, judge
+from loadtest.storm.load import Load, Witness, draw_script
 from loadtest.storm.report import SCENARIOS, Options, Result, complaints, table
 from loadtest.storm.stage import Stage, stage
 from loadtest.storm.weather import Weather, draw_faults
 
 SUMMARY = "streams under kills, resets, half-closes and stalls of the engines"
 SAY_EVERY = 1000
+WITNESSES = 3  # streams without a proxy between, of each engine
 # A small measure of everything, in seconds.
 QUICK = Options(
     streams=200,
@@ -146,21 +148,23 @@ async def _storm(running: Stage, options: Options, say: Callable[[str], None]) -
         if number and number % SAY_EVERY == 0:
             say(f"storm: {number:,} of {options.streams:,} begun")
 
+    witness = Witness([engine.port for engine in running.engines], options.pace)
     async with asyncio.TaskGroup() as group:
-        group.create_task(weather.run())
-        group.create_task(load.run(options.concurrency, on_begin))
+        group.create_task(witness.run(WITNESSES))
+        async with asyncio.TaskGroup() as storm:
+            storm.create_task(weather.run())
+            storm.create_task(load.run(options.concurrency, on_begin))
+        witness.end()
     lines = running.journal()
+    cuts = {line.token: Strike(line.at_s, line.detail) for line in lines if line.what == "cut"}
+    strikes = Strikes(requests=cuts, replicas=weather.kills)
     tally = judge(
         load.seen,
-        Strikes(
-            requests={
-                line.token: Strike(line.at_s, line.detail) for line in lines if line.what == "cut"
-            },
-            replicas=weather.kills,
-        ),
+        strikes,
         scenarios.delivery_counts(running),
         sum(line.what == "spoiled" for line in lines),
     )
+    tally.direct_s = direct_latencies(witness.seen, strikes)
     if load.unasked_bytes:
         tally.counts["mixed"] += 1
         tally.details.append(f"mixed: {load.unasked_bytes} octets came that nobody had asked for")

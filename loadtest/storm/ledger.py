@@ -78,15 +78,30 @@ class Seen(msgspec.Struct, kw_only=True):
     ending: Ending = Ending.NEVER
     outcome: str = ""
     detail: str = ""
+    engine: str = ""  # that was asked without a proxy between
 
     @property
     def visible_s(self) -> float:
         """When the client could tell that no more will come."""
         return self.reader.told_s or self.ended_s
 
+    def late_s(self, strike: Strike) -> float:
+        """Return how long after a fault its reader could tell."""
+        return max(0.0, self.visible_s - strike.at_s)
+
     @property
     def replica(self) -> str:
-        return self.reader.headers.get("x-doherty-replica", "")
+        return self.engine or self.reader.headers.get("x-doherty-replica", "")
+
+
+def direct_latencies(all_seen: Sequence[Seen], strikes: Strikes) -> list[float]:
+    """Return how late the ends of cut streams were seen that had no proxy between."""
+    found = []
+    for seen in all_seen:
+        strike = strikes.of(seen)
+        if seen.ending in (Ending.CLOSED, Ending.RESET) and strike is not None:
+            found += [seen.late_s(strike)] if strike.at_s >= seen.begun_s else []
+    return found
 
 
 class Strike(msgspec.Struct, frozen=True):
@@ -155,6 +170,7 @@ class Tally(msgspec.Struct, kw_only=True):
     twice: int = 0  # requests that engines were given more than once
     spoiled_bodies: int = 0  # request bodies that an engine got otherwise than they were sent
     latencies_s: dict[str, list[float]] = {}  # from a fault to its reader's notice, by what it was
+    direct_s: list[float] = []  # the same, of streams without a proxy between
     details: list[str] = []  # of what must not be
 
 
@@ -176,8 +192,7 @@ def judge(
                 seen.detail = f"{seen.outcome} ({seen.detail}) and no fault had struck it"
                 seen.outcome = "lost"
             elif strike.at_s >= seen.begun_s:
-                latency_s = max(0.0, seen.visible_s - strike.at_s)
-                tally.latencies_s.setdefault(strike.what, []).append(latency_s)
+                tally.latencies_s.setdefault(strike.what, []).append(seen.late_s(strike))
         tally.counts[seen.outcome] += 1
         if seen.outcome in BROKEN:
             tally.details.append(

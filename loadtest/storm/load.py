@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 import zlib
@@ -17,6 +18,7 @@ from loadtest.storm.ledger import Seen, TokenReader
 
 # Longer than any answer with every stall that the weather has.
 ANSWER_TIMEOUT_S = 60.0
+REFUSED_PAUSE_S = 0.05
 # Of the requests, those that open a connection although they have one. The kernel deals connections
 # out to the workers, so this is what brings both into play.
 NEW_CONNECTION_SHARE = 0.2
@@ -68,6 +70,48 @@ def render(port: int, script: str, body: bytes) -> bytes:
 
 def script_text(script: Script) -> str:
     return msgspec.json.encode(script).decode()
+
+
+class Witness:
+    """Streams straight from the engines, beside the load, that meet the same faults.
+
+    How late their ends are seen is what the machine and this client take, without a proxy.
+    """
+
+    def __init__(self, engine_ports: Sequence[int], pace: float) -> None:
+        self.seen: list[Seen] = []
+        self._ports = engine_ports
+        self._pace = pace
+        self._ended = False
+
+    async def run(self, streams_each: int) -> None:
+        """Have so many under way with each engine until told to end."""
+        async with asyncio.TaskGroup() as group:
+            for port, place in itertools.product(self._ports, range(streams_each)):
+                group.create_task(self._follow(port, place))
+
+    async def _follow(self, port: int, place: int) -> None:
+        for number in itertools.count():
+            if self._ended:
+                return
+            token = f"w{port}-{place}-{number}"
+            script = Script(token=token, events=40, pause_ms=35 / self._pace)
+            seen = Seen(script=script, reader=TokenReader(script), begun_s=time.monotonic())
+            seen.engine = f"127.0.0.1:{port}"
+            request = render(port, script_text(script), b"{}")
+            try:
+                caller = await call(port)
+            except OSError:  # it is being started again
+                await asyncio.sleep(REFUSED_PAUSE_S)
+                continue
+            self.seen.append(seen)
+            seen.ending = await caller.ask(request, seen.reader, ANSWER_TIMEOUT_S)
+            seen.ended_s = caller.ended_s
+            caller.close()
+
+    def end(self) -> None:
+        """Begin no more."""
+        self._ended = True
 
 
 class Load:

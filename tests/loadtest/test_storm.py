@@ -35,6 +35,7 @@ from loadtest.storm.ledger import (
     Strikes,
     Tally,
     TokenReader,
+    direct_latencies,
     judge,
     outcome,
 )
@@ -132,6 +133,14 @@ def test_an_end_that_no_fault_explains_is_a_loss() -> None:
     # A process that is dying takes connections for a moment; nobody has waited since the kill.
     dying = tally(Strikes(replicas={"a": [Strike(0.9, "kill")]}))
     assert (dying.counts["lost"], dying.latencies_s) == (0, {})
+
+
+def test_streams_without_a_proxy_meet_the_faults_of_their_engine() -> None:
+    cut, whole = seen(stream(EVENTS[0]), Ending.CLOSED), seen(stream(*EVENTS, DONE))
+    cut.engine = whole.engine = "a"
+    killed = Strikes(replicas={"a": [Strike(2.75, "kill")]})
+    assert direct_latencies([cut, whole], killed) == [0.25]
+    assert direct_latencies([cut, whole], Strikes(replicas={"b": [Strike(2.75, "kill")]})) == []
 
 
 def test_a_complete_stream_needs_no_explanation_and_a_second_delivery_has_none() -> None:
