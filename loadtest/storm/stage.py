@@ -232,7 +232,7 @@ async def stage(
         pids = [pid for pid in descendants(proxy.pid) if "proxy.worker" in command_line(pid)]
         counts = {pid: descriptor_count(pid) for pid in pids}
         yield Stage(port, admin_port, engines, proxy.pid, pids, counts)
-    except* RunError as failures:
+    except* (RunError, OSError) as failures:  # OSError: the proxy takes no connections
         failed = True
         raise RunError(f"{_first(failures)}; see {folder}") from failures
     finally:
@@ -243,7 +243,7 @@ async def stage(
             shutil.rmtree(folder)
 
 
-def _first(failures: BaseExceptionGroup[RunError]) -> RunError:
+def _first(failures: BaseExceptionGroup[Exception]) -> Exception:
     first = failures.exceptions[0]
     return _first(first) if isinstance(first, BaseExceptionGroup) else first
 

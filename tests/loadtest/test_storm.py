@@ -370,14 +370,15 @@ def test_descriptors_are_counted() -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("kind", [RunError, ConnectionRefusedError])
 async def test_a_stage_that_fails_says_why_and_keeps_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     pids: list[int] = []
 
     async def fail() -> None:
-        raise RunError("no luck")
+        raise kind("no luck")
 
     async def on_stage() -> None:
         async with stage(1, 1, lambda _: None) as running, asyncio.TaskGroup() as group:
