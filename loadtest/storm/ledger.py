@@ -26,8 +26,8 @@ else:
 
 
 _EVENT = re.compile(rb'data: \{"choices":\[\{"index":0,"delta":\{"content":"([^:"]+):([0-9]+) ')
-# A process that is killed takes connections until its kernel has torn it down, some moments later.
-DYING_S = 0.25
+# A request may be on its way to a process that is just gone: the proxy learns of it a little later.
+LEARNING_S = 0.25
 
 BROKEN = ("lost", "mixed", "duplicated", "reordered", "spoiled", "silent")
 OUTCOMES = ("complete", "cut: event", "cut: close", "failed", *BROKEN)
@@ -109,6 +109,8 @@ class Strike(msgspec.Struct, frozen=True):
 
     at_s: float
     what: str
+    # A process that is killed takes connections until its kernel has torn it down.
+    over_s: float = 0.0
 
 
 def outcome(seen: Seen) -> tuple[str, str]:
@@ -157,7 +159,8 @@ class Strikes(msgspec.Struct, kw_only=True):
         if own is not None:
             return own
         for strike in self.replicas.get(seen.replica, ()):
-            if seen.begun_s - DYING_S <= strike.at_s <= seen.ended_s:
+            over_s = max(strike.at_s, strike.over_s) + LEARNING_S
+            if seen.begun_s <= over_s and strike.at_s <= seen.ended_s:
                 return strike
         return None
 

@@ -85,7 +85,7 @@ class Weather:
         if fault.kind == "kill":
             async with self._held[engine.port]:
                 at_s = await engine.kill()
-                self.kills[engine.name].append(Strike(at_s, "kill"))
+                self.kills[engine.name].append(Strike(at_s, "kill", time.monotonic()))
                 await asyncio.sleep(RESTART_PAUSE_S)
                 since_s = time.monotonic()
                 await engine.start()

@@ -131,8 +131,9 @@ def test_an_end_that_no_fault_explains_is_a_loss() -> None:
     assert tally(Strikes(replicas={"b": [Strike(2.5, "kill")]})).counts["lost"] == 1
     assert tally(Strikes(replicas={"a": [Strike(0.1, "kill")]})).counts["lost"] == 1
     # A process that is dying takes connections for a moment; nobody has waited since the kill.
-    dying = tally(Strikes(replicas={"a": [Strike(0.9, "kill")]}))
-    assert (dying.counts["lost"], dying.latencies_s) == (0, {})
+    for strike in (Strike(0.9, "kill"), Strike(0.1, "kill", 0.9)):
+        dying = tally(Strikes(replicas={"a": [strike]}))
+        assert (dying.counts["lost"], dying.latencies_s) == (0, {})
 
 
 def test_streams_without_a_proxy_meet_the_faults_of_their_engine() -> None:
