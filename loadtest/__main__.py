@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import uvloop
 
-from loadtest import bench, faults, plot, report, sdk
+from loadtest import bench, faults, plot, report, sdk, soak, storm
 from loadtest.client import parse_url
 from loadtest.compare import compare
 from loadtest.fleet import FleetOptions
@@ -45,7 +45,12 @@ class Command(Protocol):
         """Return the exit status. Raises `RunError` when the run failed."""
 
 
-COMMANDS: dict[str, Command] = {"bench": bench, "sdk": sdk}
+COMMANDS: dict[str, Command] = {
+    "bench": bench,
+    "sdk": sdk,
+    "soak": soak,
+    "storm": storm,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

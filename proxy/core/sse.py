@@ -12,10 +12,29 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from proxy.core.http1 import ResponseHead
+from proxy.core.routes import PromptKind, Route
+
 # A size line, and the end of the stream's data before it.
 _SIZE_LINE: Final = re.compile(rb"(?:\A|\r\n)[0-9A-Fa-f]{1,16}\r\n\Z")
 # A line end that is all the data of its chunk so far: what stands before it is framing.
 _LONE_LINE_END: Final = re.compile(rb"(?:\A|\r\n)[0-9A-Fa-f]{1,16}\r\n\r?\n\Z")
+
+
+def cut_by_close(route: Route, response: ResponseHead, relayed: bytes) -> bool:
+    """Whether a stream of tokens that only a close ends was cut by that close.
+
+    `relayed` is the end of what the client was sent. Framing shows no such cut (RFC 9112 §8), but
+    every whole stream of these routes ends with `[DONE]`.
+    """
+    return (
+        response.content_length < 0
+        and not response.chunked
+        and response.event_stream
+        and response.status == 200
+        and route.prompt in (PromptKind.CHAT, PromptKind.COMPLETION)
+        and not relayed.rstrip().endswith(b"[DONE]")
+    )
 
 
 def error_ending(relayed: bytes, open_chunk: tuple[int, int], event: bytes) -> bytes:

@@ -303,6 +303,10 @@ class Exchange(Facts):
     def response_ended(self, *, reusable: bool) -> None:
         if self._done:
             return
+        response, route = self._response, self._route
+        if response and route and sse.cut_by_close(route, response, self._tail):
+            self.response_failed("connection closed before [DONE]")
+            return
         self._upstream = None
         if self._error is not None:
             keep_alive = self._may_keep_alive()

@@ -162,3 +162,19 @@ async def test_where_a_close_would_look_like_the_end_the_connection_is_reset(
     assert client.transport.aborted
     assert client.transport.socket.options  # SO_LINGER 0: a plain close would end with FIN
     assert bench.outcomes() == {("200", "stream_cut"): 1}
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_stream_without_framing_that_was_cut_is_not_ended_as_if_whole(
+    bench: Bench, ended: bool
+) -> None:
+    """The engine's process is killed, and its kernel closes as if the stream were over."""
+    client, engine = await bench.begun()
+    events = b"".join(EVENTS if ended else EVENTS[:-1])
+    engine.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + events)
+    engine.transport.hang_up()
+    await bench.settle()
+    assert client.received.endswith(events)
+    assert bool(client.transport.socket.options) == (not ended)  # SO_LINGER 0
+    assert client.transport.aborted == (not ended)
+    assert bench.outcomes() == {("200", "ok" if ended else "stream_cut"): 1}
