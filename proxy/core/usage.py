@@ -7,37 +7,21 @@ a JSON string every quote is escaped, so the octets `"usage":` cannot be text th
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
+
+from proxy.core import wire
 
 _OBJECT: Final = re.compile(rb"\s*:\s*\{")
 
 
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class Usage(msgspec.Struct, frozen=True):
+class Usage(NamedTuple):
     """Counts as the engine reports them; None where it does not say."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int | None
-
-
-class _Wire(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    # Responses and Anthropic names for the same things.
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    input_tokens_details: _Details | None = None
-    cache_read_input_tokens: int | None = None
-
-
-_decoder: Final = msgspec.json.Decoder(_Wire)
 
 
 def read_usage(tail: bytes) -> Usage | None:
@@ -52,15 +36,15 @@ def read_usage(tail: bytes) -> Usage | None:
     if end < 0:
         return None
     try:
-        wire = _decoder.decode(tail[start:end])
+        said = wire.counts.decode(tail[start:end])
     except msgspec.MsgspecError:
         return None
-    prompt = wire.prompt_tokens if wire.prompt_tokens is not None else wire.input_tokens
-    output = wire.completion_tokens if wire.completion_tokens is not None else wire.output_tokens
+    prompt = said.prompt_tokens if said.prompt_tokens is not None else said.input_tokens
+    output = said.completion_tokens if said.completion_tokens is not None else said.output_tokens
     if prompt is None:
         return None
-    details = wire.prompt_tokens_details or wire.input_tokens_details
-    cached = details.cached_tokens if details is not None else wire.cache_read_input_tokens
+    details = said.prompt_tokens_details or said.input_tokens_details
+    cached = details.cached_tokens if details is not None else said.cache_read_input_tokens
     return Usage(prompt, output or 0, cached)
 
 
