@@ -84,9 +84,13 @@ def run(args: argparse.Namespace) -> int:
     processes.raise_descriptors()
     cores = processes.share_cores(processes.cores_here())
     folder = Path(tempfile.mkdtemp(prefix="doherty-bench-"))
-    with native.engine(engine_program, REPLICAS, cores.engine) as engine:
-        stand = Stand(folder, programs, engine, seconds=plan.seconds, scale=plan.scale)
-        samples = list(measured(stand, plan, say))
+    try:
+        with native.engine(engine_program, REPLICAS, cores.engine) as engine:
+            stand = Stand(folder, programs, engine, seconds=plan.seconds, scale=plan.scale)
+            samples = list(measured(stand, plan, say))
+    except KeyboardInterrupt:
+        shutil.rmtree(folder)
+        raise
     _report(plan, samples, args.json)
     wrong = [one for one in samples if one.errors]
     for one in wrong:
@@ -115,6 +119,8 @@ def planned(args: argparse.Namespace, say: _Say) -> Plan:
     absent = [rival for rival in rivals if not rival.installed()]
     for rival in absent:
         print(f"{rival.name} is left out, it is not installed: {rival.hint}", file=sys.stderr)
+    if absent == rivals and DIRECT not in names:
+        raise RunError("nothing is left to measure")
     return Plan(
         scenarios=scenarios,
         rivals=[rival for rival in rivals if rival not in absent],

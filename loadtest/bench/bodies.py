@@ -21,6 +21,7 @@ TAG = "@@@@@@@@"  # the load generator's place for a number
 GROUPS = 8
 USERS = 64
 MODEL = "demo"
+FRAME_BYTES = 247  # of JSON around the texts, and what these are longer than asked for
 UPLOAD_BYTES = 16 * 1024 * 1024
 
 _EXOTIC = ("naïve", "größer", "日本語", "—", "Ελλάδα", "🙂")
@@ -114,11 +115,9 @@ def size_requests(size: Size, *, stream: bool) -> list[bytes]:
     """Return the requests of a size: from half to one and a half of its mean, which they meet."""
     spread = random.Random(size.label)
     lengths = [size.mean_bytes * spread.uniform(0.5, 1.5) for _ in range(size.count)]
-    # The frame of JSON and its escapes come on top of the text.
     scale = size.mean_bytes / (sum(lengths) / len(lengths))
-    overhead = 200
     return [
-        request(body(number, max(200, int(length * scale) - overhead), stream=stream), number)
+        request(body(number, int(length * scale) - FRAME_BYTES, stream=stream), number)
         for number, length in enumerate(lengths)
     ]
 

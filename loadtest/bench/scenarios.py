@@ -23,7 +23,8 @@ IDLE_CLIENTS = 10_000
 IDLE_IN_FLIGHT = 64  # while they make their one request
 DESCRIPTORS_SPARE = 1_000
 HELD_STREAMS = 1_000
-HELD_EVENTS, HELD_PACE_MS = 20, 250  # all are still under way when the last one has begun
+# All are still under way when the last one has begun.
+HELD_EVENTS, HELD_EVENTS_MIN, HELD_PACE_MS = 20, 6, 250
 PLACED_CONNECTIONS = 16
 PLACED_SIZES = ("1kb", "16kb")
 
@@ -115,7 +116,8 @@ def idle_clients(stand: Stand, subject: Subject) -> Sample:
 def held_streams(stand: Stand, subject: Subject) -> Sample:
     """The memory of a fresh proxy in the middle of so many streams."""
     count = max(1, int(HELD_STREAMS * stand.scale))
-    shape = Shape(size="1kb", connections=count, events=HELD_EVENTS, pace_ms=HELD_PACE_MS)
+    events = max(HELD_EVENTS_MIN, int(HELD_EVENTS * stand.scale))
+    shape = Shape(size="1kb", connections=count, events=events, pace_ms=HELD_PACE_MS)
     with subject.fresh() as to:
         options = stand.options(to, shape) | {"requests": count}
         return _weigh("streams", stand, to, options, wanted=count)
