@@ -24,7 +24,7 @@ IDLE_IN_FLIGHT = 64  # while they make their one request
 DESCRIPTORS_SPARE = 1_000
 HELD_STREAMS = 1_000
 # All are still under way when the last one has begun.
-HELD_EVENTS, HELD_EVENTS_MIN, HELD_PACE_MS = 20, 6, 250
+HELD_EVENTS, HELD_EVENTS_MIN, HELD_PACE_MS = 40, 6, 250
 PLACED_CONNECTIONS = 16
 PLACED_SIZES = ("1kb", "16kb")
 
@@ -214,7 +214,7 @@ def _of_processor(name: str, caption: str, unit: str, shape: Shape) -> Scenario:
 
 def _of_memory(name: str, caption: str, measure: Measure) -> Scenario:
     return Scenario(
-        name=name, caption=caption, unit="MB", measure=measure, rounds_max=3, has_direct=False
+        name=name, caption=caption, unit="MB", measure=measure, rounds_max=2, has_direct=False
     )
 
 

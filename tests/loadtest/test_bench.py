@@ -201,6 +201,24 @@ def test_a_rival_that_is_not_installed_is_left_out_by_name(
     assert (status, "nothing is left to measure" in said) == (1, True)
 
 
+def test_routers_are_installed_once_each_and_only_if_wanted(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    pip = tmp_path / "bin" / "pip"
+    pip.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\ntouch {tmp_path}/bin/$3\n')
+    pip.chmod(0o755)
+    said: list[str] = []
+    everyone = rivals.all_rivals(tmp_path)
+    rivals.install_routers([everyone[0], everyone[1]], tmp_path, said.append)
+    assert said == []
+    for _ in range(2):  # the second time they are there
+        rivals.install_routers(everyone, tmp_path, said.append)
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        "install --quiet sglang-router",
+        "install --quiet vllm-router",
+    ]
+    assert said == ["installing sglang-router from PyPI", "installing vllm-router from PyPI"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
