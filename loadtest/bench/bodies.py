@@ -19,7 +19,9 @@ from loadtest.prompts import WORDS
 
 TAG = "@@@@@@@@"  # the load generator's place for a number
 GROUPS = 8
+USERS = 64
 MODEL = "demo"
+FRAME_BYTES = 247  # of JSON around the texts, and what these are longer than asked for
 UPLOAD_BYTES = 16 * 1024 * 1024
 
 _EXOTIC = ("naïve", "größer", "日本語", "—", "Ελλάδα", "🙂")
@@ -29,6 +31,7 @@ _HEAD = (
     "accept: application/json\r\n"
     "user-agent: loadtest/1\r\n"
     "authorization: Bearer sk-0123456789abcdef0123456789abcdef\r\n"
+    "x-user-id: user-{user}\r\n"
     "content-type: application/json\r\n"
     "content-length: {length}\r\n\r\n"
 )
@@ -98,8 +101,9 @@ def body(number: int, length_bytes: int, *, stream: bool) -> bytes:
     return orjson.dumps(value)
 
 
-def request(content: bytes) -> bytes:
-    return _HEAD.format(length=len(content)).encode() + content
+def request(content: bytes, number: int) -> bytes:
+    """Return the whole request; its user is for routers that know prompts by nothing else."""
+    return _HEAD.format(length=len(content), user=number % USERS).encode() + content
 
 
 def packed(requests: list[bytes]) -> bytes:
@@ -111,11 +115,9 @@ def size_requests(size: Size, *, stream: bool) -> list[bytes]:
     """Return the requests of a size: from half to one and a half of its mean, which they meet."""
     spread = random.Random(size.label)
     lengths = [size.mean_bytes * spread.uniform(0.5, 1.5) for _ in range(size.count)]
-    # The frame of JSON and its escapes come on top of the text.
-    scale = size.mean_bytes / (sum(lengths) / len(lengths)) * 0.955
-    overhead = 190
+    scale = size.mean_bytes / (sum(lengths) / len(lengths))
     return [
-        request(body(number, max(200, int(length * scale) - overhead), stream=stream))
+        request(body(number, int(length * scale) - FRAME_BYTES, stream=stream), number)
         for number, length in enumerate(lengths)
     ]
 
@@ -135,5 +137,5 @@ def write_upload(folder: Path) -> Path:
         words = text(random.Random("upload"), 64 * 1024)
         content = (words * (UPLOAD_BYTES // len(words.encode()) + 1))[:UPLOAD_BYTES]
         value = {"messages": [{"role": "user", "content": content}], "model": MODEL}
-        path.write_bytes(packed([request(orjson.dumps(value))]))
+        path.write_bytes(packed([request(orjson.dumps(value), 0)]))
     return path

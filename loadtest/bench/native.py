@@ -141,10 +141,12 @@ class Load:
         self._process = process
         self._what = what
 
-    def until_ready(self) -> None:
-        """Wait until all requests are begun, and each has had an octet of its answer."""
-        if _pipe(self._process.stdout).readline() != b"ready\n":
+    def until_ready(self) -> int:
+        """Wait until all requests are begun and partly answered; return how many go on."""
+        word, _, count = _pipe(self._process.stdout).readline().partition(b" ")
+        if word != b"ready":
             raise RunError(f"{self._what}: the load generator ended with {self._process.wait()}")
+        return int(count)
 
     def report(self) -> Report:
         """Let go of what is held, wait for the end, and return what was seen."""

@@ -105,3 +105,33 @@ def resident_bytes(pid: int) -> int:
     """Return the resident memory of `pid`, pages that it shares with others included."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def proportional_bytes(pid: int) -> int:
+    """Return the memory of `pid`, a page that it shares counted in parts."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise RunError(f"the kernel does not say what process {pid} weighs")
+
+
+def name(pid: int) -> str:
+    """Return what `pid` is called, empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def cores_here() -> frozenset[int]:
+    """Return the cores that this process may use."""
+    return frozenset(os.sched_getaffinity(0))
+
+
+def core_count() -> int:
+    return len(cores_here())
+
+
+def cores_allow(proxy_cores: int) -> bool:
+    """Say whether so many cores are left to a proxy beside one each for engine and load."""
+    return core_count() >= proxy_cores + 2

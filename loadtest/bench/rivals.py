@@ -15,21 +15,26 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
+from venv import EnvBuilder
 
 import msgspec
 from typing_extensions import override
 
 from loadtest.bench import bodies
-from loadtest.bench.processes import descriptors_max, family, on_cores
+from loadtest.bench.processes import Cores, descriptors_max, family, on_cores
 from loadtest.run import RunError
 
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 POLL_INTERVAL_S = 0.1
 UPSTREAM_KEEPALIVE = 1024  # idle connections to engines that may be kept
+
+
+class NotRunningError(RunError):
+    """A rival does not start, or does not answer; the text ends in its last words."""
 
 
 class Site(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +62,9 @@ class Rival:
     def installed(self) -> bool:
         return True
 
+    def version(self) -> str:
+        return ""
+
     def command(self, site: Site) -> list[str]:
         """Return what starts it, after writing what it reads into the site's folder."""
         raise NotImplementedError
@@ -76,6 +84,10 @@ class Nginx(Rival):
     """nginx as a pass-through: nothing buffered, connections kept on both sides."""
 
     hint = "apt-get install nginx-light"
+
+    @override
+    def version(self) -> str:
+        return _said([str(_find("nginx")), "-v"])
 
     def __init__(self, name: str, *, access_log: bool) -> None:
         super().__init__(name)
@@ -98,6 +110,10 @@ class Haproxy(Rival):
     hint = "apt-get install haproxy"
 
     @override
+    def version(self) -> str:
+        return _said([str(_find("haproxy")), "-v"])
+
+    @override
     def installed(self) -> bool:
         return _find("haproxy") is not None
 
@@ -113,7 +129,8 @@ class Router(Rival):
 
     def __init__(self, name: str, venv: Path, program: Sequence[str], policy: str) -> None:
         super().__init__(name)
-        self.hint = f"{venv}/bin/pip install {program[0]}"
+        self.package = program[0]
+        self.hint = f"{venv}/bin/pip install {self.package}"
         self._program = venv / "bin" / program[0]
         self._arguments = list(program[1:])
         self._policy = policy
@@ -121,6 +138,10 @@ class Router(Rival):
     @override
     def installed(self) -> bool:
         return self._program.exists()
+
+    @override
+    def version(self) -> str:
+        return _said([str(self._program.with_name("pip")), "show", self.package], lines=2)
 
     @override
     def command(self, site: Site) -> list[str]:
@@ -143,6 +164,28 @@ def all_rivals(venv: Path) -> list[Rival]:
         Router("sglang-round_robin", venv, ["sglang-router", "launch"], "round_robin"),
         Router("vllm-consistent_hash", venv, ["vllm-router"], "consistent_hash"),
     ]
+
+
+def install_routers(rivals: Sequence[Rival], venv: Path, say: Callable[[str], None]) -> None:
+    """Install the routers among `rivals` that are not there into `venv`, which is made if need be.
+
+    What pip says goes to a file; one that cannot be installed stays as it is, not installed.
+    """
+    routers = [rival for rival in rivals if isinstance(rival, Router) and not rival.installed()]
+    if not routers:
+        return
+    if not (venv / "bin" / "pip").exists():
+        say(f"making the virtual environment {venv}")
+        EnvBuilder(with_pip=True).create(venv)
+    for package in sorted({router.package for router in routers}):
+        say(f"installing {package} from PyPI")
+        with open(venv / f"{package}.log", "wb") as log:
+            subprocess.run(
+                [str(venv / "bin" / "pip"), "install", "--quiet", package],
+                stdout=log,
+                stderr=log,
+                check=False,
+            )
 
 
 def nginx_config(site: Site, *, access_log: bool) -> str:
@@ -196,7 +239,8 @@ def haproxy_config(site: Site) -> str:
     return f"""\
 global
   nbthread {site.workers}
-  maxconn {descriptors_max() // 2 - 100}
+  maxconn {descriptors_max() - 1000}
+  no strict-limits
 defaults
   mode http
   option http-no-delay
@@ -219,7 +263,7 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     port: int
     pid: int = 0  # 0: no process of its own
-    folder: Path = Path()
+    load_cores: frozenset[int]  # of who asks it
 
     def pids(self) -> list[int]:
         return family(self.pid) if self.pid else []
@@ -227,7 +271,7 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextlib.contextmanager
 def running(
-    rival: Rival, folder: Path, engine_ports: Sequence[int], cores: frozenset[int], workers: int = 1
+    rival: Rival, folder: Path, engine_ports: Sequence[int], cores: Cores, workers: int
 ) -> Iterator[Running]:
     """A started rival that answers; stopped at the end."""
     folder.mkdir(parents=True)
@@ -243,11 +287,11 @@ def running(
     with (
         open(folder / "stdout.log", "wb") as output,
         open(folder / "stderr.log", "wb") as errors,
-        _start(command, cores, output, errors) as process,
+        _start(command, cores.proxy, output, errors) as process,
     ):
         try:
             _until_it_answers(rival.name, process, site)
-            yield Running(name=rival.name, port=port, pid=process.pid, folder=folder)
+            yield Running(name=rival.name, port=port, pid=process.pid, load_cores=cores.load)
         finally:
             _stop(process)
 
@@ -282,12 +326,14 @@ def _until_it_answers(name: str, process: subprocess.Popen[bytes], site: Site) -
     deadline_s = time.monotonic() + READY_TIMEOUT_S
     while True:
         if process.poll() is not None:
-            raise RunError(f"{name} ended with {process.returncode}: {_last_words(site.folder)}")
+            raise NotRunningError(
+                f"{name} ended with {process.returncode}: {_last_words(site.folder)}"
+            )
         status, answer = _post(site.port, content)
         if status == 200 and b"engine-" in answer:
             return
         if time.monotonic() > deadline_s:
-            raise RunError(
+            raise NotRunningError(
                 f"{name} does not answer (status {status or 'none'}): {_last_words(site.folder)}"
             )
         time.sleep(POLL_INTERVAL_S)
@@ -323,3 +369,11 @@ def _free_ports() -> tuple[int, int]:
 def _find(program: str) -> str | None:
     """Return the path of a server program; those are often outside of a user's path."""
     return shutil.which(program) or shutil.which(program, path="/usr/local/sbin:/usr/sbin:/sbin")
+
+
+def _said(command: list[str], lines: int = 1) -> str:
+    """Return the first lines that `command` prints, on whichever stream."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    return " ".join(done.stdout.splitlines()[:lines])

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from loadtest.bench.scenarios import Sample, Scenario
+from loadtest.bench.scenarios import Scenario
+from loadtest.bench.stand import DIRECT, Sample
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -42,6 +43,7 @@ TARGETS = (
     Target(scenario="idle", rival="nginx", factor=2.0, plus=40.0),
     Target(scenario="streams", rival="nginx", factor=2.0, plus=40.0),
     Target(scenario="workers", plus=1.8, at_least=True),
+    Target(scenario="placement", plus=100.0, at_least=True),
 )
 
 
@@ -65,13 +67,13 @@ def spreads(
     """
     found: dict[tuple[str, str], Spread] = {}
     above = {scenario.name for scenario in scenarios if scenario.above_direct}
-    direct = {(s.scenario, s.round): s.value for s in samples if s.rival == "direct"}
+    direct = {(s.scenario, s.round): s.value for s in samples if s.rival == DIRECT}
     values: dict[tuple[str, str], list[float]] = {}
     for one in samples:
         if one.value is None:
             continue
         floor = 0.0
-        if one.scenario in above and one.rival != "direct":
+        if one.scenario in above and one.rival != DIRECT:
             floor = direct.get((one.scenario, one.round)) or 0.0
         values.setdefault((one.scenario, one.rival), []).append(one.value - floor)
     for key, of_rounds in values.items():
@@ -124,6 +126,29 @@ def figures_table(
         cells = [found.get((scenario.name, rival)) for scenario in scenarios]
         rows.append([rival, *("-" if cell is None else _spread(cell) for cell in cells)])
     return aligned(rows)
+
+
+def notes(samples: Sequence[Sample]) -> list[str]:
+    """Return, in words, what a figure alone does not say; of several rounds the last one."""
+    last = {one.scenario: one for one in samples if one.rival == "ours" and one.notes}
+    lines = []
+    if "workers" in last:
+        n = last["workers"].notes
+        lines.append(
+            f"workers: 1 serves {n['rps_of_1']:,.0f}/s at {n['us_of_1']:.0f} us each, 2 serve "
+            f"{n['rps_of_2']:,.0f}/s at {n['us_of_2']:.0f} us each"
+        )
+        if last["workers"].value is None:
+            lines[-1] += f"; {n['cores']:.0f} cores are too few to call it a ratio (4 would do)"
+    if "placement" in last:
+        n = last["placement"].notes
+        lines.append(
+            f"placement: of {n['of']:.0f} requests {n['different_1kb']:.0f} of 1 KB and "
+            f"{n['different_16kb']:.0f} of 16 KB go to another replica than with one worker"
+        )
+    if "idle" in last:
+        lines.append(f"idle clients: {last['idle'].notes['open']:,.0f}")
+    return lines
 
 
 def verdicts_table(judged: Sequence[Verdict]) -> str:

@@ -494,15 +494,12 @@ static int read_more(struct connection *c)
 
 static void readable(struct connection *c)
 {
-    for (;;) {
-        ssize_t n = recv(c->fd, buffer, sizeof buffer, 0);
-        if (n == 0 || (n < 0 && errno != EAGAIN)) {
-            drop(c);
-            return;
-        }
-        if (n < 0 || !take(c, buffer, (size_t)n) || n < (ssize_t)sizeof buffer)
-            return;
-    }
+    /* Once a turn: a long body must not keep the others waiting. */
+    ssize_t n = recv(c->fd, buffer, sizeof buffer, 0);
+    if (n == 0 || (n < 0 && errno != EAGAIN))
+        drop(c);
+    else if (n > 0)
+        take(c, buffer, (size_t)n);
 }
 
 static void writable(struct connection *c)

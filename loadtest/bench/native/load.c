@@ -13,15 +13,15 @@
  *     rate=0           requests a second, begun when the clock says so and timed from then, however
  *                      late the answers before; 0: the next one begins when one has ended
  *     events=0         what each stream must bring before its [DONE]; 0: answers are JSON
- *     upload=FILE      one more connection that sends the first request of FILE again and again;
- *                      its times are not counted
+ *     upload=FILE      one more connection that sends the first request of FILE again and again, as
+ *                      fast as a link of 1 Gbit/s would; its times are not counted
  *     tag=0            the first of the numbers
  *     hold=0           1: stay connected afterwards until standard input ends
  *     placement=0      1: say which replica answered each request of FILE last
  *     timeout_s=30     no answer for so long is an error
  *
- * `ready` is printed when all requests are begun and each of them has had an octet of its answer,
- * and at the end one line of JSON. Each answer is checked: status 200, whole by its framing, and
+ * `ready` and how many are under way is printed when all requests are begun and each of them has had
+ * an octet of its answer; one line of JSON at the end. Each answer is checked: status 200, whole by its framing, and
  * the engine's words or the number of events.
  */
 #define _GNU_SOURCE
@@ -47,7 +47,8 @@ enum {
     HEAD_MAX = 8192,
     KEPT_MAX = 2048, /* of an answer's body, to look into */
     READ_MAX = 1 << 18,
-    WRITE_MAX = 1 << 18, /* a turn: an upload must not keep the others waiting here */
+    WRITE_MAX = 1 << 18,
+    UPLOAD_OCTETS_PER_MS = 125000,
     READY_MAX = 256,
     ERRORS_MAX = 100, /* then there is nothing to measure */
     KINDS = 8
@@ -243,9 +244,20 @@ static void finished(struct connection *c, const char *error)
     release(c);
 }
 
+/* How much an upload may send by now. */
+static size_t upload_allowance(const struct connection *c)
+{
+    size_t allowed = (size_t)((now_ns() - c->begun_ns) / 1000000 + 1) * UPLOAD_OCTETS_PER_MS;
+    return allowed > c->sent ? allowed - c->sent : 0;
+}
+
 static void send_more(struct connection *c)
 {
     size_t n = c->request->len - c->sent;
+    if (c->is_upload && n > upload_allowance(c))
+        n = upload_allowance(c);
+    if (n == 0)
+        return; /* the next millisecond lets an upload go on */
     ssize_t sent = send(c->fd, c->request->octets + c->sent, n < WRITE_MAX ? n : WRITE_MAX,
                         MSG_NOSIGNAL);
     if (sent < 0 && errno != EAGAIN) {
@@ -254,7 +266,7 @@ static void send_more(struct connection *c)
     }
     if (sent > 0)
         c->sent += (size_t)sent;
-    int wants_write = c->sent < c->request->len;
+    int wants_write = c->sent < c->request->len && !c->is_upload;
     if (wants_write != c->wants_write) {
         struct epoll_event e = {.events = EPOLLIN | (wants_write ? EPOLLOUT : 0), .data.ptr = c};
         epoll_ctl(epoll_fd, EPOLL_CTL_MOD, c->fd, &e);
@@ -505,10 +517,10 @@ static void time_out(int64_t now)
     }
 }
 
-static void turn(void)
+static void turn(int wait_ms)
 {
     struct epoll_event ready[READY_MAX];
-    int count = epoll_wait(epoll_fd, ready, READY_MAX, 500);
+    int count = epoll_wait(epoll_fd, ready, READY_MAX, wait_ms);
     if (count < 0 && errno != EINTR)
         fail("epoll_wait");
     for (int i = 0; i < count; i++) {
@@ -540,14 +552,17 @@ static void run(void)
         over = (all_begun(now) || error_count >= ERRORS_MAX) && in_flight == 0;
         if (!ready_said && all_begun(now) && without_octet == 0) {
             ready_said = 1;
-            puts("ready");
+            printf("ready %ld\n", in_flight);
             fflush(stdout);
         }
         if (over && !(upload && upload->busy) && (!option.hold || stdin_ended))
             return;
         wind_clock(now);
         time_out(now);
-        turn();
+        int uploading = upload && upload->busy && upload->sent < upload->request->len;
+        turn(uploading ? 1 : 500);
+        if (uploading && upload->busy)
+            send_more(upload);
     }
 }
 
