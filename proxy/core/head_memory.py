@@ -8,14 +8,15 @@ equality, and only what was checked and found right is ever remembered.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Final, Generic, Protocol, TypeVar
 
 from proxy.core import limits
 
-# Only the usual spelling: any other is read afresh each time, and judged by the reader.
-_COUNTED: Final = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,18})(?=\r\n|\Z)")
+# The usual spellings: a field in any other is read afresh each time, and judged by the reader.
+_LENGTH: Final[tuple[bytes, ...]] = (b"\r\ncontent-length: ", b"\r\nContent-Length: ")
+_LENGTH_BYTES: Final = 18  # of either of them
+_DIGITS_MAX: Final = 18
 
 
 class Head(Protocol):
@@ -30,6 +31,22 @@ class Head(Protocol):
 
 
 H = TypeVar("H", bound=Head)
+
+
+def _digits(block: bytes) -> tuple[int, int]:
+    """Return where the digits of Content-Length are; (-1, -1) where they are not plainly digits."""
+    at = block.find(_LENGTH[0])
+    if at < 0:
+        at = block.find(_LENGTH[1])
+        if at < 0:
+            return -1, -1
+    start = at + _LENGTH_BYTES
+    end = block.find(b"\r\n", start)
+    if end < 0:
+        end = len(block)
+    if end - start > _DIGITS_MAX or not block[start:end].isdigit():  # of octets: ASCII digits alone
+        return -1, -1
+    return start, end
 
 
 class HeadMemory(Generic[H]):
@@ -47,21 +64,20 @@ class HeadMemory(Generic[H]):
 
     def read(self, block: bytes) -> tuple[H, int]:
         """Return the head and the length that it gives its body. Raises what the reader raises."""
-        found = _COUNTED.search(block)
-        if found is None:
+        start, end = _digits(block)
+        if start < 0:
             head = self._plain.get(block)
             if head is None:
                 head = self._parse(block)
                 self._remember(self._plain, block, head)
             return head, head.content_length
-        start, end = found.span(1)
         key = block[:start] + block[end:]
         head = self._counted.get(key)
         if head is None:
             head = self._parse(block)
             if key.lower().count(b"content-length") == 1:  # equal doubles hold further digits
                 self._remember(self._counted, key, head)
-        return head, int(found[1]) if head.counted else head.content_length
+        return head, int(block[start:end]) if head.counted else head.content_length
 
     def _remember(self, known: dict[bytes, H], key: bytes, head: H) -> None:
         if len(key) > limits.REMEMBERED_HEAD_BYTES_MAX:
