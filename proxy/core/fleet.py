@@ -11,23 +11,25 @@ comes back to its own keys, and meanwhile they go to their successors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import msgspec
+from dataclasses import dataclass, replace
 
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core.replica import Replica, replica_of
 from proxy.core.ring import Ring
 
 
-class SnapshotReceived(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class SnapshotReceived:
     snapshot: FleetSnapshot
 
 
-class ReplicaSuspected(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class ReplicaSuspected:
     replica_id: str
 
 
-class ReplicaCleared(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class ReplicaCleared:
     replica_id: str
 
 
@@ -37,7 +39,8 @@ Event = SnapshotReceived | ReplicaSuspected | ReplicaCleared
 _OFF_RING = frozenset((ReplicaState.STOPPED,))
 
 
-class Pool(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Pool:
     """All replicas that answer to one model name. `available` are those that may take requests."""
 
     replicas: Mapping[str, Replica]
@@ -45,7 +48,8 @@ class Pool(msgspec.Struct, frozen=True):
     available: tuple[Replica, ...]  # by name
 
 
-class Fleet(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Fleet:
     """All replicas known, and the pools that clients can name."""
 
     replicas: Mapping[str, Replica]
@@ -82,7 +86,7 @@ def apply(fleet: Fleet, event: Event) -> Fleet:
                 known = fleet.replicas.get(replica.replica_id)
                 # A restart is news from the manager: what we suspected is gone.
                 if known is not None and known.suspect and known.restarts == replica.restarts:
-                    replica = msgspec.structs.replace(replica, suspect=True)
+                    replica = replace(replica, suspect=True)
                 replicas[replica.replica_id] = replica
             return _build(replicas, previous=fleet)
         case ReplicaSuspected(replica_id):
@@ -95,7 +99,7 @@ def _with_suspect(fleet: Fleet, replica_id: str, *, suspect: bool) -> Fleet:
     replica = fleet.replicas.get(replica_id)
     if replica is None or replica.suspect == suspect:
         return fleet
-    changed = msgspec.structs.replace(replica, suspect=suspect)
+    changed = replace(replica, suspect=suspect)
     return _build({**fleet.replicas, replica_id: changed}, previous=fleet)
 
 

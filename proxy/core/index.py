@@ -42,12 +42,17 @@ class PrefixRecord:
         held = self._by_replica.get(replica_id)
         if held is None:
             return 0
-        depth = 0
-        for name in chain.hashes:
-            if name not in held:
-                break
-            depth += 1
-        return chain.ends[depth - 1] // limits.BYTES_PER_TOKEN if depth else 0
+        hashes = chain.hashes
+        known, unknown = 0, len(hashes)
+        # A prefix is always younger than what builds on it (see `note`), so what is held of a chain
+        # is its beginning, and a bisection finds where that ends.
+        while known < unknown:
+            middle = (known + unknown) // 2
+            if hashes[middle] in held:
+                known = middle + 1
+            else:
+                unknown = middle
+        return chain.ends[known - 1] // limits.BYTES_PER_TOKEN if known else 0
 
     def note(self, replica_id: str, chain: PrefixChain) -> None:
         """The replica was sent this prompt: it will hold it, as its most recent."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Final
-
-import msgspec
 
 from proxy.contract import ReplicaRecord, ReplicaState
 
@@ -14,7 +13,8 @@ _URL: Final = re.compile(
 )
 
 
-class Replica(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Replica:
     """One engine server. `suspect` is this worker's own finding; `state` is the manager's."""
 
     replica_id: str

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import enum
 import re
+from dataclasses import dataclass
 from typing import Final
-
-import msgspec
 
 from proxy import errors
 
@@ -27,7 +26,8 @@ class PromptKind(enum.Enum):
     OPAQUE = enum.auto()  # not JSON, or nothing to cache
 
 
-class Route(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Route:
     """One servable path."""
 
     name: str  # label in metrics and logs

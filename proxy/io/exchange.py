@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Protocol
+from typing import Final, Protocol
 
 from proxy import errors
 from proxy.core import head as heads
@@ -37,6 +37,12 @@ from proxy.io.plane import Plane
 from proxy.io.upstream import Upstream
 
 _log = logging.getLogger("doherty.exchange")
+
+# Looked up once: every request passes through them.
+_CHOOSING: Final = Progress.CHOOSING
+_CONNECTING: Final = Progress.CONNECTING
+_REQUEST_SENT: Final = Progress.REQUEST_SENT
+_RESPONSE_STARTED: Final = Progress.RESPONSE_STARTED
 
 
 class Client(Protocol):
@@ -80,7 +86,7 @@ class Exchange(Facts):
         self._body = b""
         self._held_bytes = 0
         self._lease: Lease | None = None
-        self._progress = Progress.CHOOSING
+        self._progress = _CHOOSING
         self._connecting: asyncio.Task[None] | None = None
         self._upstream: Upstream | None = None
         self._response: ResponseHead | None = None
@@ -175,12 +181,12 @@ class Exchange(Facts):
         if upstream is not None:
             self.connected(upstream)
         else:
-            self._progress = Progress.CONNECTING
+            self._progress = _CONNECTING
             self._connecting = plane.upstreams.connect(replica, self)
 
     def _nobody(self) -> errors.ProxyError:
         assert self._pool is not None
-        in_vain = self._request.tried if self._progress is Progress.CONNECTING else ()
+        in_vain = self._request.tried if self._progress is _CONNECTING else ()
         return self._plane.nobody(self._pool, in_vain)
 
     # --- 3. the replica ----------------------------------------------------------------------
@@ -218,7 +224,7 @@ class Exchange(Facts):
             return
         assert self._decision is not None
         self._upstream = upstream
-        self._progress = Progress.REQUEST_SENT
+        self._progress = _REQUEST_SENT
         head = self._preamble.upstream_head(
             self._decision.replica.host_field, self.request_id, len(self._body)
         )
@@ -240,7 +246,7 @@ class Exchange(Facts):
             self._start_answer(head, length)
 
     def _start_answer(self, head: ResponseHead, length: int) -> None:
-        self._progress = Progress.RESPONSE_STARTED
+        self._progress = _RESPONSE_STARTED
         self._response = head
         self._drop_body()  # it will not be sent again
         framing = heads.framing_line(head, length, self._preamble.minor)
@@ -373,7 +379,7 @@ class Exchange(Facts):
 
     def check_deadline(self, now_s: float) -> None:
         """A replica that says nothing for too long has lost the request. Called by the sweep."""
-        waiting = self._progress >= Progress.REQUEST_SENT and not self._paused
+        waiting = self._progress >= _REQUEST_SENT and not self._paused
         silence_s = now_s - self._last_octet_s
         if self._done or not waiting or silence_s <= limits.SILENCE_DOUBT_S:
             return

@@ -38,6 +38,15 @@ class _State(enum.Enum):
     CLOSED = enum.auto()
 
 
+# Looked up once: every piece of data asks.
+_IDLE: Final = _State.IDLE
+_HEAD: Final = _State.HEAD
+_BODY: Final = _State.BODY
+_SERVING: Final = _State.SERVING
+_LINGERING: Final = _State.LINGERING
+_CLOSED: Final = _State.CLOSED
+
+
 class ServerProtocol:
     """One client connection."""
 
@@ -67,7 +76,7 @@ class ServerProtocol:
     def __init__(self, plane: Plane, connections: set[ServerProtocol]) -> None:
         self._plane = plane
         self._connections = connections
-        self._state = _State.IDLE
+        self._state = _IDLE
         self._deadline_s = 0.0
         self._exchange: Exchange | None = None
         self._head_buffer = bytearray()
@@ -93,7 +102,7 @@ class ServerProtocol:
         self._connections.add(self)
         if len(self._connections) > self._plane.connections_max:
             self._plane.telemetry.connections_refused_total += 1
-            self._state = _State.CLOSED
+            self._state = _CLOSED
             self._transport.abort()
             return
         self._plane.telemetry.connections_total += 1
@@ -101,20 +110,18 @@ class ServerProtocol:
 
     def data_received(self, data: bytes) -> None:
         try:
-            match self._state:
-                case _State.IDLE if self._ahead or self._write_paused:
-                    # What came before goes first, and who reads nothing is served nothing more.
-                    self._keep_for_later(data)
-                case _State.IDLE | _State.HEAD:
-                    self._read_head(data)
-                case _State.BODY:
-                    self._read_body(data)
-                case _State.SERVING:
-                    self._keep_for_later(data)
-                case _State.LINGERING:
-                    self._linger(len(data))
-                case _State.CLOSED:
-                    pass
+            state = self._state
+            if state is _IDLE and (self._ahead or self._write_paused):
+                # What came before goes first, and who reads nothing is served nothing more.
+                self._keep_for_later(data)
+            elif state is _IDLE or state is _HEAD:
+                self._read_head(data)
+            elif state is _BODY:
+                self._read_body(data)
+            elif state is _SERVING:
+                self._keep_for_later(data)
+            elif state is _LINGERING:
+                self._linger(len(data))
         except errors.ProxyError as error:
             self._refuse(error)
         except Exception:  # noqa: BLE001 - the top of this connection: the others must live
@@ -128,13 +135,13 @@ class ServerProtocol:
         # connection_lost: that waits for octets which such a client may never take.
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
-            self._state = _State.CLOSED
+            self._state = _CLOSED
             exchange.client_gone()
             self._transport.abort()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._state = _State.CLOSED
+        self._state = _CLOSED
         self._connections.discard(self)
         exchange, self._exchange = self._exchange, None
         self._parts.clear()
@@ -185,21 +192,21 @@ class ServerProtocol:
         self._take_head(data[:end], data[end + 4 :])
 
     def _wait_for_head(self, buffer: bytearray, searched: int) -> None:
-        if self._state is _State.IDLE:
-            self._state = _State.HEAD
+        if self._state is _IDLE:
+            self._state = _HEAD
             self._deadline_s = self._plane.clock.now_s() + limits.HEAD_TIMEOUT_S
         if len(buffer) > limits.HEAD_BYTES_MAX + 3:  # the empty line may have begun
             raise errors.HeadTooLargeError(f"the head is over {limits.HEAD_BYTES_MAX} octets")
         check_partial_head(buffer, searched)
 
     def _take_head(self, block: bytes, rest: bytes) -> None:
-        self._state = _State.BODY
+        self._state = _BODY
         self._empty_line_met = False
         preamble, length = self._plane.preambles.read(block)
         exchange = self._exchange = Exchange(self._plane, self, preamble, length)
         if not preamble.chunked and not length:
             # Whole already: even if it is refused, the next request begins where this one ends.
-            self._state = _State.SERVING
+            self._state = _SERVING
             if rest:
                 self._keep_for_later(rest)
             exchange.judge_head()
@@ -247,7 +254,7 @@ class ServerProtocol:
     def _serve(self, body: bytes, rest: bytes) -> None:
         exchange = self._exchange
         assert exchange is not None
-        self._state = _State.SERVING
+        self._state = _SERVING
         if rest:
             self._keep_for_later(rest)
         exchange.begin(body)
@@ -268,11 +275,11 @@ class ServerProtocol:
         self._exchange = None
         # Refused before its body was read, or followed by what will never be answered: closing on
         # unread octets makes the kernel reset, and the answer may be lost with it.
-        unread = self._state is _State.BODY or bool(self._ahead) or self._reading_paused
-        if not keep_alive or self._state is _State.BODY:
+        unread = self._state is _BODY or bool(self._ahead) or self._reading_paused
+        if not keep_alive or self._state is _BODY:
             self._close_gently(unread=unread)
             return
-        self._state = _State.IDLE
+        self._state = _IDLE
         self._deadline_s = self._plane.clock.now_s() + limits.CLIENT_KEEP_ALIVE_S
         if self._ahead or self._reading_paused:
             asyncio.get_running_loop().call_soon(self._next)
@@ -280,7 +287,7 @@ class ServerProtocol:
     def cut(self, *, reset: bool) -> None:
         """End the connection without ending the message; `reset` where a close would end it."""
         self._exchange = None
-        self._state = _State.CLOSED
+        self._state = _CLOSED
         if reset:
             connected = self._transport.get_extra_info("socket")
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -291,7 +298,7 @@ class ServerProtocol:
     # --- the end of a request ----------------------------------------------------------------
 
     def _next(self) -> None:
-        if self._state is not _State.IDLE or self._write_paused:
+        if self._state is not _IDLE or self._write_paused:
             return
         if self._reading_paused:
             self._reading_paused = False
@@ -306,7 +313,7 @@ class ServerProtocol:
         if exchange is not None:
             exchange.fail(error)
             return
-        if self._state in (_State.LINGERING, _State.CLOSED):
+        if self._state in (_LINGERING, _CLOSED):
             return
         self._plane.telemetry.series("none", "").outcomes[error.status, error.code] += 1
         request_id = self._plane.clock.request_id()
@@ -318,20 +325,20 @@ class ServerProtocol:
         self._decoder = None
         self._ahead = b""
         if unread and not self._transport.is_closing() and self._transport.can_write_eof():
-            self._state = _State.LINGERING
+            self._state = _LINGERING
             self._deadline_s = self._plane.clock.now_s() + limits.LINGER_S
             self._transport.write_eof()
             if self._reading_paused:
                 self._reading_paused = False
                 self._transport.resume_reading()
         else:
-            self._state = _State.CLOSED
+            self._state = _CLOSED
             self._transport.close()
 
     def _linger(self, size: int) -> None:
         self._lingered_bytes += size
         if self._lingered_bytes > limits.LINGER_BYTES_MAX:
-            self._state = _State.CLOSED
+            self._state = _CLOSED
             self._transport.abort()
 
     # --- time --------------------------------------------------------------------------------
@@ -341,23 +348,20 @@ class ServerProtocol:
         if self._stalled(now_s):
             self._transport.abort()
             return
-        if self._exchange is not None and self._state is _State.SERVING:
+        if self._exchange is not None and self._state is _SERVING:
             self._exchange.check_deadline(now_s)
             return
         if now_s < self._deadline_s:
             return
-        if self._waiting_bytes and self._state not in (_State.HEAD, _State.BODY):
+        if self._waiting_bytes and self._state not in (_HEAD, _BODY):
             return  # the client is still taking an answer: only a stall ends that
-        match self._state:
-            case _State.HEAD | _State.BODY:
-                self._refuse(errors.RequestTimeoutError("the request did not arrive in time"))
-            case _State.IDLE:
-                self._state = _State.CLOSED
-                self._transport.close()
-            case _State.LINGERING | _State.CLOSED:
-                self._transport.abort()
-            case _State.SERVING:
-                pass
+        if self._state in (_HEAD, _BODY):
+            self._refuse(errors.RequestTimeoutError("the request did not arrive in time"))
+        elif self._state is _IDLE:
+            self._state = _CLOSED
+            self._transport.close()
+        elif self._state is not _SERVING:
+            self._transport.abort()
 
     def _stalled(self, now_s: float) -> bool:
         """Whether the client has long taken none of the octets that wait for it."""
@@ -374,6 +378,6 @@ class ServerProtocol:
 
     def drain(self) -> None:
         """Close now if idle; a request under way ends the connection with its answer."""
-        if self._state is _State.IDLE:
-            self._state = _State.CLOSED
+        if self._state is _IDLE:
+            self._state = _CLOSED
             self._transport.close()

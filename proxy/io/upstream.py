@@ -49,6 +49,13 @@ class _Phase(enum.Enum):
     DONE = enum.auto()  # closed, or to be closed
 
 
+# Looked up once: every piece of data asks.
+_IDLE: Final = _Phase.IDLE
+_HEAD: Final = _Phase.HEAD
+_BODY: Final = _Phase.BODY
+_DONE: Final = _Phase.DONE
+
+
 class Upstream:
     """One connection to one replica."""
 
@@ -59,6 +66,7 @@ class Upstream:
         "_informational",
         "_left",
         "_miscounted",
+        "_paused",
         "_phase",
         "_poll",
         "_pool",
@@ -73,7 +81,7 @@ class Upstream:
     def __init__(self, replica_id: str, pool: Upstreams) -> None:
         self.replica_id = replica_id
         self._pool = pool
-        self._phase = _Phase.IDLE
+        self._phase = _IDLE
         self._consumer: Consumer | None = None
         self._buffer = b""
         self._follower: http1.ChunkFollower | None = None
@@ -81,6 +89,7 @@ class Upstream:
         self._miscounted = False  # the follower has read octets that were not relayed
         self._reusable = True
         self._informational = 0
+        self._paused = False
         self._poll: select.poll | None = None
         self.idle_since_s = 0.0
 
@@ -88,9 +97,9 @@ class Upstream:
 
     def send(self, consumer: Consumer, head: bytes, body: bytes) -> None:
         """Send one request; its answer goes to `consumer`."""
-        assert self._phase is _Phase.IDLE, "one exchange at a time"
+        assert self._phase is _IDLE, "one exchange at a time"
         self._consumer = consumer
-        self._phase = _Phase.HEAD
+        self._phase = _HEAD
         self._informational = 0
         if body:
             self.transport.writelines((head, body))
@@ -105,15 +114,17 @@ class Upstream:
     def abort(self) -> None:
         """Cut the connection: this is how an engine learns that nobody wants the answer."""
         self._consumer = None
-        self._phase = _Phase.DONE
+        self._phase = _DONE
         self.transport.abort()
 
     def pause(self) -> None:
-        if self._phase is _Phase.BODY:
+        if self._phase is _BODY:
+            self._paused = True
             self.transport.pause_reading()
 
     def resume(self) -> None:
-        if self._phase is _Phase.BODY:
+        if self._paused:
+            self._paused = False
             self.transport.resume_reading()
 
     @property
@@ -133,7 +144,7 @@ class Upstream:
 
     def clean(self) -> bool:
         """Whether nothing has arrived on this idle connection, neither octets nor its end."""
-        if self._phase is not _Phase.IDLE or self.transport.is_closing():
+        if self._phase is not _IDLE or self.transport.is_closing():
             return False
         return self._poll is None or not self._poll.poll(0)
 
@@ -147,27 +158,24 @@ class Upstream:
             self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
-        match self._phase:
-            case _Phase.BODY:
-                self._body(data)
-            case _Phase.HEAD:
-                self._head(data)
-            case _Phase.IDLE:
-                self._pool.unsolicited(self)
-                self.abort()
-            case _Phase.DONE:
-                pass
+        if self._phase is _BODY:
+            self._body(data)
+        elif self._phase is _HEAD:
+            self._head(data)
+        elif self._phase is _IDLE:
+            self._pool.unsolicited(self)
+            self.abort()
 
     def eof_received(self) -> bool:
         return False  # the transport closes itself, and connection_lost says the rest
 
     def connection_lost(self, exc: Exception | None) -> None:
         consumer, self._consumer = self._consumer, None
-        phase, self._phase = self._phase, _Phase.DONE
+        phase, self._phase = self._phase, _DONE
         self._pool.lost(self)
         if consumer is None:
             return
-        if phase is _Phase.BODY and self._until_close and exc is None:
+        if phase is _BODY and self._until_close and exc is None:
             consumer.response_ended(reusable=False)  # RFC 9112 §6.3: the close is the end
         else:
             detail = "" if exc is None else f": {type(exc).__name__}"
@@ -207,12 +215,12 @@ class Upstream:
     def _start_body(self, head: http1.ResponseHead, length: int, rest: bytes) -> None:
         consumer = self._consumer
         assert consumer is not None
-        self._phase = _Phase.BODY
+        self._phase = _BODY
         self._reusable = head.keep_alive
         self._follower = http1.ChunkFollower() if head.chunked else None
         self._left = length
         consumer.response_started(head, length)
-        if self._phase is not _Phase.BODY:
+        if self._phase is not _BODY:
             return  # the exchange cut us
         if rest or (not head.chunked and length == 0):
             self._body(rest)
@@ -252,10 +260,9 @@ class Upstream:
             and not self.transport.is_closing()
             and not self.transport.get_write_buffer_size()  # the request has not ended yet
         )
-        self._phase = _Phase.IDLE if reusable else _Phase.DONE
+        self._phase = _IDLE if reusable else _DONE
         if reusable:
-            # The exchange may have paused us for a client that is slower than the engine.
-            self.transport.resume_reading()
+            self.resume()  # the exchange may have paused us for a client slower than the engine
         else:
             self.transport.abort()
         consumer.response_ended(reusable=reusable)

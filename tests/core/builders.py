@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import msgspec
@@ -25,7 +26,7 @@ def replica(
     suspect: bool = False,
 ) -> Replica:
     made = replica_of(record(replica_id, "m", state=state, max_inputs=max_inputs))
-    return msgspec.structs.replace(made, suspect=suspect)
+    return dataclasses.replace(made, suspect=suspect)
 
 
 def pool(replicas: Iterable[Replica]) -> Pool:
