@@ -74,7 +74,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def url(self) -> str:
-        return _url(self.proxy.host, self.proxy.port)
+        url = _url(self.proxy.host, self.proxy.port)
+        return url.replace("http:", "https:", 1) if self.proxy.tls_cert_path else url
 
     @property
     def manager_url(self) -> str:
@@ -221,7 +222,7 @@ class Up:
         async with aiohttp.ClientSession(timeout=timeout) as session:
             while True:
                 with suppress(aiohttp.ClientError, TimeoutError, OSError):
-                    async with session.get(self._plan.url + "/readyz") as response:
+                    async with session.get(self._plan.admin_url + "/readyz") as response:
                         if response.status == 200:
                             return
                 await asyncio.sleep(POLL_S)

@@ -17,13 +17,14 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
 import msgspec
 from aiohttp import web
 
-from proxy import flags
+from proxy import flags, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core.replica import replica_of
@@ -88,7 +89,8 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        async with aiohttp.ClientSession() as session:
+        connector = aiohttp.TCPConnector(ssl=tls.replica_context(self._config))
+        async with aiohttp.ClientSession(connector=connector) as session:
             self._prober = Prober(
                 session,
                 self._tasks,
@@ -195,8 +197,10 @@ class Supervisor:
                 place.failed_starts = 0
                 if all(other.ready for other in self._places):
                     host, port = place.listener.getsockname()[:2]
+                    scheme = "https" if self._config.tls_cert_path else "http"
                     _log.info(
-                        "listening on http://%s:%s, %d workers", host, port, len(self._places)
+                        *("listening on %s://%s:%s, %d workers", scheme, host, port),
+                        len(self._places),
                     )
             case control.Suspect(replica_id, reason):
                 assert self._prober is not None
@@ -371,8 +375,13 @@ def serve(config: ProxyConfig) -> int:
     set_up_logging(config.log_level)
     try:
         _check_source(config)
+        for warning in tls.check(config, datetime.now(UTC)):
+            _log.warning("%s", warning)
         listeners = open_listeners(config.host, config.port, config.workers)
         return asyncio.run(_run(config, listeners))
+    except ConfigError as error:
+        print(f"doherty proxy: {error}", file=sys.stderr)  # noqa: T201
+        return 2
     except (StartError, ValueError) as error:
         print(f"doherty proxy: {error}", file=sys.stderr)  # noqa: T201
         return 1

@@ -17,18 +17,18 @@ import sys
 
 import uvloop
 
+from proxy import tls
 from proxy.core import limits
 from proxy.io import control
 from proxy.io.access_log import AccessLog
 from proxy.io.clock import Clock
+from proxy.io.entrance import Entrance
 from proxy.io.plane import Plane
-from proxy.io.server import ServerProtocol
 from proxy.io.tasks import Tasks
 from proxy.logs import set_up_logging
 
 _log = logging.getLogger("doherty.worker")
 
-LISTEN_BACKLOG = 4096
 DESCRIPTORS_RESERVED = 32  # the listener, logs, the channel, libraries
 DRAIN_POLL_S = 0.02
 GRACE_WITHOUT_SUPERVISOR_S = 60.0
@@ -41,8 +41,6 @@ class Worker:
         self._channel = channel
         self._listener = listener
         self._tasks = Tasks()
-        self._connections: set[ServerProtocol] = set()
-        self._server: asyncio.Server | None = None
         self._grace_s: float | None = None
         self._drain_asked = asyncio.Event()
 
@@ -58,21 +56,17 @@ class Worker:
             start.config, clock, self._tasks, access_log, self._on_suspect, self._on_doubt
         )
         plane.connections_max = min(plane.connections_max, _connections_possible())
-        loop = asyncio.get_running_loop()
-        self._tasks.start("obey", self._obey(plane))
+        entrance = Entrance(plane, [self._listener])
+        self._tasks.start("obey", self._obey(plane, entrance))
         await self._fleet_or_first_silence(plane)
-        self._server = await loop.create_server(
-            lambda: ServerProtocol(plane, self._connections),
-            sock=self._listener,
-            backlog=LISTEN_BACKLOG,
-        )
+        await entrance.open(tls.server_context(start.config))
         # What start-up made will live as long as the process: keep the collector off it.
         gc.collect()
         gc.freeze()
-        self._tasks.start("sweep", self._sweep(plane))
+        self._tasks.start("sweep", self._sweep(plane, entrance))
         self._channel.send(control.Ready())
         await self._drain_asked.wait()
-        await self._drain(plane)
+        await self._drain(plane, entrance)
         await self._tasks.close()
         plane.upstreams.close()
         access_log.close()
@@ -92,7 +86,7 @@ class Worker:
     def _on_doubt(self, replica_id: str) -> None:
         self._channel.send(control.Doubt(replica_id))
 
-    async def _obey(self, plane: Plane) -> None:
+    async def _obey(self, plane: Plane, entrance: Entrance) -> None:
         async for message in self._channel:
             match message:
                 case control.FleetIs(snapshot):
@@ -102,7 +96,7 @@ class Worker:
                 case control.Accused(replica_id):
                     plane.accuse(replica_id)
                 case control.Count():
-                    gauges = plane.gauges(len(self._connections))
+                    gauges = plane.gauges(len(entrance))
                     self._channel.send(control.Counted(plane.counters(), gauges))
                 case control.Drain(grace_s):
                     self._grace_s = grace_s
@@ -114,7 +108,7 @@ class Worker:
             self._grace_s = GRACE_WITHOUT_SUPERVISOR_S
             self._drain_asked.set()
 
-    async def _sweep(self, plane: Plane) -> None:
+    async def _sweep(self, plane: Plane, entrance: Entrance) -> None:
         """One timer for all deadlines; its lateness is the loop's lag."""
         loop = asyncio.get_running_loop()
         due_s = loop.time() + limits.SWEEP_INTERVAL_S
@@ -124,25 +118,23 @@ class Worker:
             due_s = loop.time() + limits.SWEEP_INTERVAL_S
             plane.telemetry.loop_lag_s_max = max(plane.telemetry.loop_lag_s_max, lag_s)
             now_s = plane.clock.now_s()
-            for connection in list(self._connections):
+            for connection in list(entrance.connections):
                 connection.check_deadline(now_s)
             plane.upstreams.sweep(now_s)
 
-    async def _drain(self, plane: Plane) -> None:
+    async def _drain(self, plane: Plane, entrance: Entrance) -> None:
         """No new connections; answers under way are finished, within the grace."""
-        assert self._server is not None
         plane.draining = True
-        self._server.close()
+        entrance.close()
         loop = asyncio.get_running_loop()
         until_s = loop.time() + (self._grace_s or 0.0)
-        while self._connections and loop.time() < until_s:
-            for connection in list(self._connections):
+        while len(entrance) and loop.time() < until_s:
+            for connection in list(entrance.connections):
                 connection.drain()
             await asyncio.sleep(DRAIN_POLL_S)
-        if self._connections:
-            _log.warning("grace is over; cutting %d connections", len(self._connections))
-        for connection in list(self._connections):
-            connection.kill()
+        if len(entrance):
+            _log.warning("grace is over; cutting %d connections", len(entrance))
+        entrance.kill()
 
 
 def _connections_possible() -> int:

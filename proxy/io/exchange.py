@@ -168,12 +168,13 @@ class Exchange(Facts):
             self._progress = Progress.CONNECTING
             self._connecting = plane.upstreams.connect(replica, self)
 
-    def _nobody(self) -> errors.ProxyError:
+    def _nobody(self, reason: str = "") -> errors.ProxyError:
         tried, pool = self._request.tried, self._pool
         assert pool is not None
         if tried and self._progress is Progress.CONNECTING:
             return errors.ReplicaUnreachableError(
                 f"no replica could be reached; tried {', '.join(sorted(tried))}"
+                + (f"; the last one: {reason}" if reason else "")
             )
         if pool.available:
             return errors.OverloadedError("every replica has as many requests as it may hold")
@@ -196,7 +197,7 @@ class Exchange(Facts):
             return
         decision = self._choose()
         if decision is None:
-            self.fail(self._nobody())
+            self.fail(self._nobody(reason))
             return
         plane.telemetry.retries["connect"] += 1
         self._go_to(decision)

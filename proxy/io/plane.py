@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Callable
+from functools import partial
 
 import orjson
 
+from proxy import tls
 from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core import fleet as fleets
@@ -60,7 +62,13 @@ class Plane:
         self.record = PrefixRecord()
         self.policy = POLICIES[config.policy]
         self.policy_state = PolicyState(self.accounts, self.record, clock.draw)
-        self.upstreams = Upstreams(clock, tasks, config.connect_timeout_secs, self._unsolicited)
+        self.upstreams = Upstreams(
+            clock,
+            tasks,
+            config.connect_timeout_secs,
+            self._unsolicited,
+            partial(tls.replica_context, config),
+        )
         self.fleet = fleets.empty_fleet()
         self.fleet_known = False
         self.draining = False

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import aiohttp
 import msgspec
 
+from proxy import tls
 from proxy.contract import (
     FLEET_WATCH_PATH,
     HEARTBEAT_INTERVAL_S,
@@ -115,7 +117,15 @@ class StaticList:
         except msgspec.MsgspecError:
             return "/v1/models answers no model list"
         except (aiohttp.ClientError, TimeoutError) as error:
-            return f"it does not answer ({type(error).__name__})"
+            return f"it does not answer ({_why(error)})"
+
+
+def _why(error: Exception) -> str:
+    """Name a failure; one of TLS in the words of the data path."""
+    for cause in (getattr(error, "certificate_error", None), getattr(error, "os_error", None)):
+        if isinstance(cause, ssl.SSLError):
+            return tls.explain(cause)
+    return type(error).__name__
 
 
 class ManagerWatch:

@@ -61,6 +61,7 @@ class ServerProtocol(asyncio.Protocol):
         "_transport",
         "_waiting_bytes",
         "_write_paused",
+        "carrier",
         "peer",
     )
 
@@ -84,6 +85,7 @@ class ServerProtocol(asyncio.Protocol):
         self._stalled_since_s = 0.0
         self._lingered_bytes = 0
         self.peer = ""
+        self.carrier: asyncio.Transport | None = None  # what carries TLS; its octets wait, too
 
     # --- from the transport ------------------------------------------------------------------
 
@@ -288,13 +290,13 @@ class ServerProtocol(asyncio.Protocol):
     def cut(self, *, reset: bool) -> None:
         """End the connection without ending the message; `reset` where a close would end it."""
         self._exchange = None
-        self._state = _State.CLOSED
         if reset:
+            self._state = _State.CLOSED
             connected = self._transport.get_extra_info("socket")
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._transport.abort()
         else:
-            self._transport.close()
+            self._close()
 
     # --- the end of a request ----------------------------------------------------------------
 
@@ -333,8 +335,13 @@ class ServerProtocol(asyncio.Protocol):
                 self._reading_paused = False
                 self._transport.resume_reading()
         else:
-            self._state = _State.CLOSED
-            self._transport.close()
+            self._close()
+
+    def _close(self) -> None:
+        """Close once what waits is taken. A goodbye of TLS is not waited for beyond the linger."""
+        self._state = _State.CLOSED
+        self._deadline_s = self._plane.clock.now_s() + limits.LINGER_S
+        self._transport.close()
 
     def _linger(self, size: int) -> None:
         self._lingered_bytes += size
@@ -360,8 +367,7 @@ class ServerProtocol(asyncio.Protocol):
             case _State.HEAD | _State.BODY:
                 self._refuse(errors.RequestTimeoutError("the request did not arrive in time"))
             case _State.IDLE:
-                self._state = _State.CLOSED
-                self._transport.close()
+                self._close()
             case _State.LINGERING | _State.CLOSED:
                 self._transport.abort()
             case _State.SERVING:
@@ -370,6 +376,8 @@ class ServerProtocol(asyncio.Protocol):
     def _stalled(self, now_s: float) -> bool:
         """Whether the client has long taken none of the octets that wait for it."""
         waiting_bytes = self._transport.get_write_buffer_size()
+        if self.carrier is not None:
+            waiting_bytes += self.carrier.get_write_buffer_size()
         if not waiting_bytes or waiting_bytes != self._waiting_bytes:
             self._waiting_bytes = waiting_bytes
             self._stalled_since_s = now_s
@@ -383,5 +391,4 @@ class ServerProtocol(asyncio.Protocol):
     def drain(self) -> None:
         """Close now if idle; a request under way ends the connection with its answer."""
         if self._state is _State.IDLE:
-            self._state = _State.CLOSED
-            self._transport.close()
+            self._close()

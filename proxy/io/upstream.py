@@ -18,6 +18,7 @@ from typing import Final, Protocol, cast
 
 from typing_extensions import override
 
+from proxy import tls
 from proxy.core import http1, limits
 from proxy.core.replica import Replica
 from proxy.io.clock import Clock
@@ -54,6 +55,7 @@ class Upstream(asyncio.Protocol):
     __slots__ = (
         "_buffer",
         "_consumer",
+        "_ended_well",
         "_follower",
         "_informational",
         "_left",
@@ -81,6 +83,7 @@ class Upstream(asyncio.Protocol):
         self._reusable = True
         self._informational = 0
         self._poll: select.poll | None = None
+        self._ended_well = False  # the other side has said that nothing more will come
         self.idle_since_s = 0.0
 
     # --- from the exchange -------------------------------------------------------------------
@@ -141,10 +144,16 @@ class Upstream(asyncio.Protocol):
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by name
-        if transport.get_extra_info("sslcontext") is None:
-            # With TLS the kernel's view says nothing: records of the session may come at any time.
-            self._poll = select.poll()
-            self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+
+    def watch(self) -> None:
+        """From now on the kernel is asked, too, whether this connection is clean."""
+        # With TLS records of the session may come at any time; but an end is an end.
+        secured = self.transport.get_extra_info("sslcontext") is not None
+        self._poll = select.poll()
+        self._poll.register(
+            self.transport.get_extra_info("socket").fileno(),
+            select.POLLRDHUP if secured else select.POLLIN,
+        )
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -161,6 +170,8 @@ class Upstream(asyncio.Protocol):
 
     @override
     def eof_received(self) -> bool:
+        # Not called when TLS ends without its goodbye: such an end may be anybody's (RFC 8446 §6.1)
+        self._ended_well = True
         return False  # the transport closes itself, and connection_lost says the rest
 
     @override
@@ -170,10 +181,10 @@ class Upstream(asyncio.Protocol):
         self._pool.lost(self)
         if consumer is None:
             return
-        if phase is _Phase.BODY and self._until_close and exc is None:
+        if phase is _Phase.BODY and self._until_close and self._ended_well and exc is None:
             consumer.response_ended(reusable=False)  # RFC 9112 §6.3: the close is the end
         else:
-            detail = "" if exc is None else f": {type(exc).__name__}"
+            detail = "" if exc is None else f": {tls.explain(exc)}"
             consumer.response_failed(f"connection lost{detail}")
 
     # --- the response ------------------------------------------------------------------------
@@ -280,6 +291,7 @@ class Upstreams:
         tasks: Tasks,
         connect_timeout_s: float,
         on_unsolicited: Callable[[], None],
+        tls_context: Callable[[], ssl.SSLContext] = ssl.create_default_context,
     ) -> None:
         self._clock = clock
         self._tasks = tasks
@@ -287,7 +299,8 @@ class Upstreams:
         self._on_unsolicited = on_unsolicited
         self._idle: dict[str, list[Upstream]] = {}
         self._open: set[Upstream] = set()
-        self._tls: ssl.SSLContext | None = None
+        self._make_tls = tls_context
+        self._tls: ssl.SSLContext | None = None  # made when first needed: authorities are many
 
     @property
     def open_count(self) -> int:
@@ -320,7 +333,8 @@ class Upstreams:
             consumer.connect_failed("connect timed out")
             return
         except OSError as error:
-            reason = error.strerror or type(error).__name__
+            reason = tls.explain(error) if isinstance(error, ssl.SSLError) else error.strerror
+            reason = reason or type(error).__name__
             if error.errno in _OUR_OWN_WANT:
                 consumer.no_means(reason)
             else:
@@ -346,10 +360,11 @@ class Upstreams:
             replica.port,
             ssl=self._tls_context() if replica.tls else None,
         )
+        upstream.watch()
 
     def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:
-            self._tls = ssl.create_default_context()
+            self._tls = self._make_tls()
         return self._tls
 
     def give_back(self, upstream: Upstream) -> None:

@@ -53,7 +53,7 @@ class ProxyProcess:
         await self.start()
         try:
             self.admin_port = int((await self.until_said(r"admin listener on http://\S+:(\d+)"))[1])
-            self.port = int((await self.until_said(r"listening on http://\S+?:(\d+), \d+ w"))[1])
+            self.port = int((await self.until_said(r"listening on https?://\S+?:(\d+), \d+ w"))[1])
         except BaseException:
             await self.__aexit__()
             raise
