@@ -39,6 +39,7 @@ from proxy.contract import (
     ReplicaState,
     decode_snapshot,
 )
+from proxy.terminal import has_terminal
 
 POLL_S = 0.1
 RECONNECT_S = 0.5
@@ -171,7 +172,7 @@ class Up:
         self._log = Log()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._terminal = _has_terminal()
+        self._terminal = has_terminal()
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -290,10 +291,11 @@ class Up:
 
     def _hang_up(self) -> None:
         """The terminal is gone, and this goes with it; otherwise SIGHUP means: read again."""
-        if self._terminal and not _has_terminal():
+        if self._terminal and not has_terminal():
             self._end()
         else:
             self._manager.signal(signal.SIGHUP)
+            self._proxy.signal(signal.SIGHUP)
 
     def _note_proxy(self, pid: int) -> None:
         """Leave a note for the next `up`, should this one be killed."""
@@ -370,12 +372,3 @@ async def _wait(event: asyncio.Event) -> None:
 def _url(host: str, port: int) -> str:
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
-
-
-def _has_terminal() -> bool:
-    """Say whether there is a controlling terminal (tty(4): opening /dev/tty fails without one)."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True

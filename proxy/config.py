@@ -116,6 +116,13 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     expose_routing: Annotated[
         bool, Meta(description="name the replica and the decision in response headers")
     ] = False
+    upgrade_socket: Annotated[
+        Path | None,
+        Meta(description="unix socket by which a new proxy may take over (see --takeover)"),
+    ] = None
+    upgrade_grace_period_secs: Annotated[
+        Seconds, Meta(description="time that requests may take once a new proxy has taken over")
+    ] = 3600.0
     tls_cert_path: Annotated[
         Path | None, Meta(description="certificate chain of the listener, PEM; makes it HTTPS")
     ] = None

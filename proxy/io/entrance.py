@@ -36,12 +36,22 @@ class Entrance:
         self._plane = plane
         self._listeners = tuple(listeners)
         self._servers: list[asyncio.Server] = []
+        self._context: ssl.SSLContext | None = None
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self.connections) + len(self.handshakes)
 
+    async def change(self, context: ssl.SSLContext | None) -> None:
+        """Go on with another context, if open. Connections that are made stay as they are."""
+        if self._servers and (context is not None or self._context is not None):
+            await self.open(context)
+
     async def open(self, context: ssl.SSLContext | None) -> None:
-        """Serve, or go on serving with another context. Connections that are made stay as made."""
+        """Serve, in place of what was served before."""
+        if self._closed:
+            return
+        self._context = context
         loop = asyncio.get_running_loop()
         servers, self._servers = self._servers, []
 
@@ -60,6 +70,7 @@ class Entrance:
 
     def close(self) -> None:
         """Take no further connections; those that others may take from the sockets are theirs."""
+        self._closed = True
         for server in self._servers:
             server.close()
         for listener in self._listeners:

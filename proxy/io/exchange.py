@@ -243,6 +243,7 @@ class Exchange(Facts):
             framing = b"content-length: %d\r\n" % head.length
         if not framing and head.status not in (204, 304):
             self._keep_alive = False  # only our close can tell the client where the body ends
+        self._keep_alive = self._may_keep_alive()  # what it is told now holds at the end
         extra = self._persistence() + self._diagnostics()
         self._client.write(
             heads.client_head(
@@ -304,7 +305,7 @@ class Exchange(Facts):
         assert self._response is not None
         self._upstream = None
         self._finish(self._response.status, errors.OK)
-        self._client.finished(keep_alive=self._may_keep_alive())
+        self._client.finished(keep_alive=self._keep_alive)
 
     def response_failed(self, reason: str) -> None:
         """The replica went away, or what it said is not HTTP."""

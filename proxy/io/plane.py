@@ -81,9 +81,20 @@ class Plane:
         self._doubted_s: dict[str, float] = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
         self._restarts: dict[str, int] = {}
-        self._key_digest = (
-            hashlib.sha256(config.api_key.encode()).digest() if config.api_key else b""
+        self._key_digest = _digest(config.api_key)
+
+    def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
+        """Go on as `config` says, from the next request on; return the log that is left."""
+        self.config = config
+        self.policy = POLICIES[config.policy]
+        self.retries_max = 0 if config.disable_retries else config.retry_max_retries
+        self._key_digest = _digest(config.api_key)
+        self.upstreams.reconfigure(
+            config.connect_timeout_secs, partial(tls.replica_context, config)
         )
+        before, self.access_log = self.access_log, access_log
+        access_log.dropped_total = before.dropped_total
+        return before
 
     # --- the fleet ---------------------------------------------------------------------------
 
@@ -198,8 +209,6 @@ class Plane:
             raise UnsupportedEncodingError("compressed request bodies are not read here")
         if route.local:
             return
-        if self.draining:
-            raise DrainingError("this proxy is draining; try another or try again")
         if self.exchanges_open > self.config.max_concurrent_requests:
             raise OverloadedError(
                 f"{self.config.max_concurrent_requests} requests are in flight already"
@@ -284,6 +293,10 @@ class Plane:
                 Sample("replica_suspect", by, float(self.fleet.replicas[replica_id].suspect)),
             )
         return out
+
+
+def _digest(key: str | None) -> bytes:
+    return hashlib.sha256(key.encode()).digest() if key else b""
 
 
 def _same_place(one: Replica, other: Replica) -> bool:

@@ -133,6 +133,10 @@ class Upstream(asyncio.Protocol):
             return None
         return self._follower.chunk_left
 
+    @property
+    def secured(self) -> bool:
+        return self.transport.get_extra_info("sslcontext") is not None
+
     def clean(self) -> bool:
         """Whether nothing has arrived on this idle connection, neither octets nor its end."""
         if self._phase is not _Phase.IDLE or self.transport.is_closing():
@@ -148,11 +152,10 @@ class Upstream(asyncio.Protocol):
     def watch(self) -> None:
         """From now on the kernel is asked, too, whether this connection is clean."""
         # With TLS records of the session may come at any time; but an end is an end.
-        secured = self.transport.get_extra_info("sslcontext") is not None
         self._poll = select.poll()
         self._poll.register(
             self.transport.get_extra_info("socket").fileno(),
-            select.POLLRDHUP if secured else select.POLLIN,
+            select.POLLRDHUP if self.secured else select.POLLIN,
         )
 
     @override
@@ -309,6 +312,17 @@ class Upstreams:
     @property
     def idle_count(self) -> int:
         return sum(map(len, self._idle.values()))
+
+    def reconfigure(
+        self, connect_timeout_s: float, tls_context: Callable[[], ssl.SSLContext]
+    ) -> None:
+        """From the next connection on. Idle ones with TLS go: certificates may have changed."""
+        self._connect_timeout_s = connect_timeout_s
+        self._make_tls, self._tls = tls_context, None
+        for idle in self._idle.values():
+            for upstream in [each for each in idle if each.secured]:
+                idle.remove(upstream)
+                upstream.abort()
 
     def take(self, replica_id: str) -> Upstream | None:
         """Return an idle connection that is clean, the most recently used first."""

@@ -169,6 +169,8 @@ def test_a_reload_and_a_second_up_on_the_run_folder(runs: list[Run]) -> None:
     config.write_text(CONFIG.replace("replicas: 2", "replicas: 3"))
     runs[0].process.send_signal(signal.SIGHUP)
     runs[0].printed("demo-2 is ready")
+    log = runs[0].folder / "run" / "logs" / "proxy.log"
+    until(lambda: "reloaded; changed: nothing" in log.read_text(), log.read_text)
     second = subprocess.run(
         [
             *(sys.executable, "-m", "backends.cli", "up", "--port", "0", "--admin-port", "0"),

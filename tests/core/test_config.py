@@ -196,6 +196,8 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "access_log": (["off"], "off", "off"),
     "log_level": (["debug"], "debug", "debug"),
     "expose_routing": ([], "1", True),
+    "upgrade_socket": (["u"], "u", "u"),
+    "upgrade_grace_period_secs": (["9"], "9", 9.0),
     "tls_cert_path": (["a.pem"], "a.pem", "a.pem"),
     "tls_key_path": (["b.pem"], "b.pem", "b.pem"),
     "tls_client_auth": (["required"], "required", "required"),
