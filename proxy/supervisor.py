@@ -31,6 +31,7 @@ from proxy.core.replica import replica_of
 from proxy.flags import Invocation
 from proxy.io import control
 from proxy.io.admin import make_app
+from proxy.io.entrance import LISTEN_BACKLOG
 from proxy.io.lookout import Lookout
 from proxy.io.registry import check_urls
 from proxy.io.tasks import Tasks
@@ -145,18 +146,20 @@ class Supervisor:
     def _hear(self, message: control.Message) -> None:
         match message:
             case control.Ready():
-                host, port = self._listeners.public[0].getsockname()[:2]
-                scheme = "https" if self._config.tls_cert_path else "http"
-                _log.info(
-                    *("listening on %s://%s:%s, %d workers", scheme, host, port),
-                    len(self._places),
-                )
+                if self._places.accepting:
+                    self._say_where()
             case control.Suspect(replica_id, reason):
                 self._lookout.prober.suspect(replica_id, reason)
             case control.Doubt(replica_id):
                 self._lookout.prober.doubt(replica_id)
             case _:
                 _log.error("a worker said %s", type(message).__name__)
+
+    def _say_where(self) -> None:
+        host, port = self._listeners.public[0].getsockname()[:2]
+        scheme = "https" if self._config.tls_cert_path else "http"
+        workers = len(self._places)
+        _log.info("listening on %s://%s:%s, %d workers", scheme, host, port, workers)
 
     # --- the fleet -------------------------------------------------------------------------
 
@@ -251,7 +254,10 @@ class Supervisor:
 
     async def _take_over(self, predecessor: takeover.Predecessor) -> None:
         await self._places.all_ready.wait()
+        for listener in self._listeners.public:  # those that are new queue from now on, too
+            listener.listen(LISTEN_BACKLOG)
         self._places.tell(control.Accept())
+        self._say_where()
         if await predecessor.relieve():
             _log.info("took over from the proxy that ran before")
         else:

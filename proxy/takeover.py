@@ -64,26 +64,29 @@ class Predecessor:
 
     def receive(self) -> Listeners:
         """Take its listening sockets. Raises `StartError`."""
-        listeners = Listeners([], [])
         self._end.settimeout(ANSWER_TIMEOUT_S)
-        ancillary_bytes = socket.CMSG_SPACE(SOCKETS_PER_MESSAGE * struct.calcsize("i"))
         try:
-            while True:
-                message, ancillary, _, _ = self._end.recvmsg(
-                    MESSAGE_BYTES_MAX, ancillary_bytes, socket.MSG_CMSG_CLOEXEC
-                )
-                if not message:
-                    raise StartError("the running proxy does not hand over; its log says why")
-                handed = msgspec.json.decode(message, type=Handed)
-                if not handed.kinds:
-                    listeners.pinned = frozenset(handed.pinned)
-                    return listeners
-                for kind, fd in zip(handed.kinds, _descriptors(ancillary), strict=True):
-                    listener = socket.socket(fileno=fd)
-                    admin = kind == ADMIN
-                    (listeners.admin if admin else listeners.public).append(listener)
+            return self._receive()
         except (OSError, ValueError, msgspec.MsgspecError) as error:
-            raise StartError(f"the running proxy does not hand over: {error}") from error
+            self._end.close()
+            raise StartError(
+                f"the running proxy does not hand over ({error}); its log says why"
+            ) from error
+
+    def _receive(self) -> Listeners:
+        listeners = Listeners([], [])
+        ancillary_bytes = socket.CMSG_SPACE(SOCKETS_PER_MESSAGE * struct.calcsize("i"))
+        while True:
+            message, ancillary, _, _ = self._end.recvmsg(
+                MESSAGE_BYTES_MAX, ancillary_bytes, socket.MSG_CMSG_CLOEXEC
+            )
+            handed = msgspec.json.decode(message, type=Handed)
+            if not handed.kinds:
+                listeners.pinned = frozenset(handed.pinned)
+                return listeners
+            for kind, fd in zip(handed.kinds, _descriptors(ancillary), strict=True):
+                listener = socket.socket(fileno=fd)
+                (listeners.admin if kind == ADMIN else listeners.public).append(listener)
 
     async def relieve(self) -> bool:
         """Tell it to leave; return whether it said that it does."""

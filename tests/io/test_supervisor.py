@@ -13,7 +13,7 @@ import pytest
 
 from tests.fakes.engine import Connection, ScriptedEngine, streaming
 from tests.fakes.plane import CHAT_BODY, chat_request, until
-from tests.fakes.proxy_process import ProxyProcess
+from tests.fakes.proxy_process import ProxyProcess, alive
 from tests.fakes.talk import Talk, ask, on_uvloop
 
 EVENT = b"data: 1\n\n"
@@ -29,14 +29,6 @@ class HeldStreams:
     async def _rest(self, connection: Connection) -> None:
         await self.release.wait()
         await connection.send(b"9\r\ndata: 2\n\n\r\n0\r\n\r\n")
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that waits for its parent to look does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @contextlib.asynccontextmanager
