@@ -134,6 +134,28 @@ async def test_sigterm_lets_streams_end_and_takes_no_new_connections() -> None:
             assert not any(map(alive, workers))
 
 
+async def test_while_the_proxy_settles_it_serves_whoever_does_not_know_yet() -> None:
+    async with (
+        ScriptedEngine() as engine,
+        ProxyProcess("--worker-urls", engine.url, "--drain-settle-secs", "60") as proxy,
+        Talk(proxy.port) as kept,
+    ):
+        await kept.send(chat_request())
+        assert (await kept.answer()).fields.get("connection") is None
+        proxy.signal(signal.SIGTERM)
+        await proxy.until_said("settling")
+        ready = b"GET /readyz HTTP/1.1\r\nhost: p\r\n\r\n"
+        while (await ask(proxy.port, ready, "GET")).status != 503:
+            await asyncio.sleep(0.01)
+        async with Talk(proxy.port) as fresh:
+            for talk in (kept, fresh):
+                await talk.send(chat_request())
+                got = await talk.answer()
+                assert (got.status, got.fields["connection"]) == (200, "close")
+        proxy.signal(signal.SIGTERM)
+        assert await proxy.ended() == 0
+
+
 @pytest.mark.parametrize("how", ["second signal", "grace over"])
 async def test_a_drain_can_be_ended(how: str) -> None:
     grace = ("--shutdown-grace-period-secs", "0.2") if how == "grace over" else ()

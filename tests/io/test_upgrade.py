@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections import Counter
 from pathlib import Path
@@ -27,15 +28,16 @@ from tests.fakes.engine import (
 from tests.fakes.plane import chat_request, until
 from tests.fakes.proxy_process import ROOT, ProxyProcess, alive
 from tests.fakes.talk import Talk, ask
-from tests.io.test_reload import File
+from tests.io.test_reload import File, Secured
 from tests.io.test_supervisor import EVENT, HeldStreams, opened
 
 
 class Load:
     """Clients that keep their connections, clients that do not, and streams; all count."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, context: ssl.SSLContext | None = None) -> None:
         self.port = port
+        self.context = context
         self.served = Counter[str]()
         self.failures: list[str] = []
         self._stop = False
@@ -58,7 +60,7 @@ class Load:
 
     async def _keep(self) -> None:
         while not self._stop:
-            async with Talk(self.port) as talk:
+            async with Talk(self.port, self.context) as talk:
                 while not self._stop:
                     closes = await self._ask(talk, "kept", chat_request())
                     if closes:
@@ -67,12 +69,12 @@ class Load:
 
     async def _once(self) -> None:
         while not self._stop:
-            async with Talk(self.port) as talk:
+            async with Talk(self.port, self.context) as talk:
                 await self._ask(talk, "once", chat_request(fields=["connection: close"]))
 
     async def _stream(self) -> None:
         while not self._stop:
-            async with Talk(self.port) as talk:
+            async with Talk(self.port, self.context) as talk:
                 await self._ask(talk, "stream", chat_request(fields=["x-wanted: stream"]))
 
     async def _ask(self, talk: Talk, kind: str, request: bytes) -> bool:
@@ -122,6 +124,16 @@ async def test_upgrades_and_reloads_under_load_fail_nothing(tmp_path: Path) -> N
             assert await proxy.metric("doherty_workers") == 2
             assert load.failures == []
             assert min(load.served[kind] for kind in ("kept", "once", "stream")) > 0
+
+
+async def test_an_upgrade_with_tls_on_both_sides(tmp_path: Path) -> None:
+    site = Secured(tmp_path)
+    site.engine.script = quick_or_streamed
+    async with site.proxy() as proxy, Load(proxy.port, site.old.client_context()) as load:
+        old = await proxy.upgrade()
+        await load.more(100)
+        await until(lambda: not alive(old))
+    assert load.failures == []
 
 
 async def test_what_runs_on_the_old_one_ends_there_and_idle_connections_lose_nothing() -> None:
