@@ -145,10 +145,12 @@ def _manager(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     import json
+    from datetime import UTC, datetime
 
     import yaml
 
     from backends.redact import redacted
+    from proxy import tls
     from proxy.config import json_schema, load_config
 
     if options.schema:
@@ -158,6 +160,8 @@ def _check(options: argparse.Namespace) -> int:
         print("which file? doherty check FILE, or doherty check --schema", file=sys.stderr)
         return USAGE_STATUS
     config = load_config(options.file)
+    for warning in tls.check(config.proxy, datetime.now(UTC)):
+        print(f"{options.file}: warning: {warning}", file=sys.stderr)
     print(f"{options.file}: ok")
     print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
     return 0

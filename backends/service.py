@@ -48,6 +48,7 @@ class Service:
         self._started = started
         self._settled = False
         self._stop = asyncio.Event()
+        self._successor: asyncio.subprocess.Process | None = None
 
     def settle(self) -> None:
         """From now on a death is followed by a restart; until now it is a failure to start."""
@@ -61,6 +62,10 @@ class Service:
             started_s = loop.time()
             process = await self._spawn()
             status = await process.wait()
+            while (successor := self._take_successor()) is not None:
+                started_s = loop.time()
+                self._told(f"{self.command.name} was upgraded (pid {successor.pid})")
+                status = await successor.wait()
             if self._stop.is_set():
                 return
             if not self._settled:
@@ -77,9 +82,32 @@ class Service:
                     await self._stop.wait()
             pause_s = min(pause_s * 2, PAUSE_S_MAX)
 
+    async def upgrade(self, *flags: str) -> None:
+        """Start a second process that takes over; the first leaves by itself, and is not missed."""
+        if self._successor is not None and self._successor.returncode is None:
+            self._told(f"an upgrade of the {self.command.name} is under way already")
+            return
+        self._successor = process = await self._start(flags)
+        await process.wait()
+        if process is self._successor:
+            self._told(
+                f"the new {self.command.name} {_ending(process.returncode or 0)} before it took "
+                f"over; the old one goes on (log: {self.command.log_path})"
+            )
+
+    def _take_successor(self) -> asyncio.subprocess.Process | None:
+        """The process has ended: go on with the one that has taken over, if there is one."""
+        successor, self._successor = self._successor, None
+        if successor is None or successor.returncode is not None:
+            return None
+        self.process = successor
+        self._started(successor.pid)
+        return successor
+
     def signal(self, number: int) -> None:
-        if self.process is not None and self.process.returncode is None:
-            self.process.send_signal(number)
+        for process in (self.process, self._successor):
+            if process is not None and process.returncode is None:
+                process.send_signal(number)
 
     def stop(self) -> None:
         """Ask it to end; it is not started again."""
@@ -88,15 +116,23 @@ class Service:
 
     def kill(self) -> None:
         self._stop.set()
-        if self.process is not None and self.process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        for process in (self.process, self._successor):
+            if process is not None and process.returncode is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     async def _spawn(self) -> asyncio.subprocess.Process:
+        self.process = await self._start()
+        self._started(self.process.pid)
+        if self._stop.is_set():
+            self.signal(signal.SIGTERM)
+        return self.process
+
+    async def _start(self, flags: Sequence[str] = ()) -> asyncio.subprocess.Process:
         log_fd = open_log(self.command.log_path)
         try:
-            self.process = await asyncio.create_subprocess_exec(
-                *self.command.argv,
+            return await asyncio.create_subprocess_exec(
+                *(*self.command.argv, *flags),
                 env=self.command.env,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log_fd,
@@ -105,10 +141,6 @@ class Service:
             )
         finally:
             os.close(log_fd)
-        self._started(self.process.pid)
-        if self._stop.is_set():
-            self.signal(signal.SIGTERM)
-        return self.process
 
 
 def environment(environ: Mapping[str, str], secrets: Mapping[str, str]) -> dict[str, str]:

@@ -39,6 +39,7 @@ from proxy.contract import (
     ReplicaState,
     decode_snapshot,
 )
+from proxy.terminal import has_terminal
 
 POLL_S = 0.1
 RECONNECT_S = 0.5
@@ -46,6 +47,7 @@ HURRY_S_MAX = 10.0
 LOG_CHECK_INTERVAL_S = 30.0
 STOP_MARGIN_S = 10.0  # beyond the grace that a service grants its own work
 SECRETS = ("api_key", "admin_api_key")
+SOCKET_PATH_BYTES_MAX = 90  # 107 (unix(7)), less what the proxy adds until it has its name
 ACCESS_LOG_NAME = "access.log"
 
 
@@ -74,7 +76,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def url(self) -> str:
-        return _url(self.proxy.host, self.proxy.port)
+        url = _url(self.proxy.host, self.proxy.port)
+        return url.replace("http:", "https:", 1) if self.proxy.tls_cert_path else url
 
     @property
     def manager_url(self) -> str:
@@ -131,6 +134,14 @@ def refuse_left_proxy(run_folder: Path) -> None:
             )
 
 
+def upgrade_socket(plan: Plan) -> str | None:
+    """Return where the proxy can be taken over from."""
+    if plan.proxy.upgrade_socket is not None:
+        return plan.proxy.upgrade_socket
+    path = str(plan.run_folder / "proxy.sock")
+    return path if len(os.fsencode(path)) <= SOCKET_PATH_BYTES_MAX else None
+
+
 def services(plan: Plan, environ: Mapping[str, str]) -> tuple[Command, Command]:
     """Return the commands of the manager and of the proxy."""
     config = ("--config", plan.config_path) if plan.config_path else ()
@@ -140,6 +151,8 @@ def services(plan: Plan, environ: Mapping[str, str]) -> tuple[Command, Command]:
         "run_dir": plan.manager.run_dir,
     }
     plain = {k: v for k, v in plan.proxy_flags.items() if k not in SECRETS}
+    if (path := upgrade_socket(plan)) is not None:
+        plain["upgrade_socket"] = path
     secrets = {f"DOHERTY_{k.upper()}": str(v) for k, v in plan.proxy_flags.items() if k in SECRETS}
     manager = Command(
         "manager",
@@ -170,18 +183,20 @@ class Up:
         self._log = Log()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._terminal = _has_terminal()
+        self._terminal = has_terminal()
+        self._chores: list[asyncio.Task[None]] = []
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        loop.add_signal_handler(signal.SIGUSR2, self._upgrade)
         self._plan.logs.mkdir(parents=True, exist_ok=True)
         self._say(f"starting manager and proxy (logs: {self._plan.logs})")
         manager = spawn(self._manager.run(), "manager", self._log)
         proxy = spawn(self._proxy.run(), "proxy", self._log)
-        chores = [
+        self._chores += [
             spawn(self._follow(), "follow", self._log),
             spawn(self._bound_logs(), "logs", self._log),
         ]
@@ -191,7 +206,7 @@ class Up:
             self._proxy.settle()
             self._say(banner(self._plan))
             await self._stop.wait()
-        await cancel_all(chores)
+        await cancel_all(self._chores)
         await self._stop_all(proxy, manager)
         return 0 if ready or self._stop.is_set() else 1
 
@@ -221,7 +236,7 @@ class Up:
         async with aiohttp.ClientSession(timeout=timeout) as session:
             while True:
                 with suppress(aiohttp.ClientError, TimeoutError, OSError):
-                    async with session.get(self._plan.url + "/readyz") as response:
+                    async with session.get(self._plan.admin_url + "/readyz") as response:
                         if response.status == 200:
                             return
                 await asyncio.sleep(POLL_S)
@@ -289,10 +304,22 @@ class Up:
 
     def _hang_up(self) -> None:
         """The terminal is gone, and this goes with it; otherwise SIGHUP means: read again."""
-        if self._terminal and not _has_terminal():
+        if self._terminal and not has_terminal():
             self._end()
         else:
             self._manager.signal(signal.SIGHUP)
+            self._proxy.signal(signal.SIGHUP)
+
+    def _upgrade(self) -> None:
+        """Replace the proxy by a new process, as its code is installed now, losing no request."""
+        if self._stop.is_set():
+            return
+        path = upgrade_socket(self._plan)
+        if path is None:
+            self._say("no upgrade: the path of the run folder is too long for a unix socket")
+        else:
+            work = self._proxy.upgrade("--takeover", path)
+            self._chores.append(spawn(work, "upgrade", self._log))
 
     def _note_proxy(self, pid: int) -> None:
         """Leave a note for the next `up`, should this one be killed."""
@@ -369,12 +396,3 @@ async def _wait(event: asyncio.Event) -> None:
 def _url(host: str, port: int) -> str:
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
-
-
-def _has_terminal() -> bool:
-    """Say whether there is a controlling terminal (tty(4): opening /dev/tty fails without one)."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True

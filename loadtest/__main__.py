@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import uvloop
 
-from loadtest import bench, faults, plot, report, sdk, soak, storm
+from loadtest import bench, faults, plot, report, sdk, soak, storm, upgrade
 from loadtest.client import parse_url
 from loadtest.compare import compare
 from loadtest.fleet import FleetOptions
@@ -50,6 +50,7 @@ COMMANDS: dict[str, Command] = {
     "sdk": sdk,
     "soak": soak,
     "storm": storm,
+    "upgrade": upgrade,
 }
 
 

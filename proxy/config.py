@@ -26,8 +26,10 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 PositiveInt = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
 Key = Annotated[str, Meta(min_length=1)]  # an empty one would open what it should close
+Path = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(ge=0)]
 Policy = Literal["prefix", "session", "least_load", "round_robin", "random"]
+ClientAuth = Literal["off", "optional", "required"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
 
@@ -114,6 +116,36 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     expose_routing: Annotated[
         bool, Meta(description="name the replica and the decision in response headers")
     ] = False
+    upgrade_socket: Annotated[
+        Path | None,
+        Meta(description="unix socket by which a new proxy may take over (see --takeover)"),
+    ] = None
+    upgrade_grace_period_secs: Annotated[
+        Seconds, Meta(description="time that requests may take once a new proxy has taken over")
+    ] = 3600.0
+    tls_cert_path: Annotated[
+        Path | None, Meta(description="certificate chain of the listener, PEM; makes it HTTPS")
+    ] = None
+    tls_key_path: Annotated[Path | None, Meta(description="private key of that certificate")] = None
+    tls_client_auth: Annotated[
+        ClientAuth, Meta(description="certificates of clients: off, optional or required")
+    ] = "off"
+    tls_client_ca_path: Annotated[
+        Path | None, Meta(description="authorities that issue the certificates of clients")
+    ] = None
+    ca_cert_path: Annotated[
+        Path | None,
+        Meta(description="authorities that replicas are verified by (default: the system's)"),
+    ] = None
+    client_cert_path: Annotated[
+        Path | None, Meta(description="certificate chain that is shown to replicas")
+    ] = None
+    client_key_path: Annotated[Path | None, Meta(description="private key of that certificate")] = (
+        None
+    )
+    verify_replica_tls: Annotated[
+        bool, Meta(description="verify the certificates and names of replicas with https URLs")
+    ] = True
 
 
 class ManagerConfig(Section, frozen=True, kw_only=True):
@@ -230,15 +262,23 @@ def parse_config(text: str, source: str) -> Config:
     if value is None:
         return Config()
     if isinstance(value, dict) and isinstance(value.get("proxy"), dict):
-        policy = value["proxy"].get("policy")
-        if isinstance(policy, str):
-            value["proxy"]["policy"] = POLICY_ALIASES.get(policy, policy)
+        _respell(value["proxy"])
     try:
         config = msgspec.convert(value, Config)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), node, source)) from error
     _check_names(config, source)
     return config
+
+
+def _respell(proxy: dict[Any, Any]) -> None:
+    """Take what people write for what they mean."""
+    policy = proxy.get("policy")
+    if isinstance(policy, str):
+        proxy["policy"] = POLICY_ALIASES.get(policy, policy)
+    for name in ("access_log", "tls_client_auth"):
+        if proxy.get(name) is False:  # YAML 1.1 reads a bare off so
+            proxy[name] = "off"
 
 
 def json_schema() -> dict[str, Any]:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from proxy.config import (
     ENVIRONMENT_PREFIX,
     Config,
@@ -38,11 +40,34 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, **options)
 
 
-def read(argv: Sequence[str], environment: Mapping[str, str]) -> ProxyConfig:
-    """Return the effective settings: flag, then environment, then file, then default.
+class Invocation(msgspec.Struct, frozen=True):
+    """How the command was called. Its settings can be read again: the file may have changed."""
 
-    Raises `proxy.config.ConfigError`.
-    """
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    path: str | None
+    takeover: str | None
+    given: dict[str, Any]
+
+    def settings(self) -> ProxyConfig:
+        """Return the effective settings: flag, then environment, then file, then default.
+
+        Raises `proxy.config.ConfigError`.
+        """
+        config = load_config(self.path) if self.path else Config()
+        from_environment = override(
+            config.proxy, environment_values(self.environment), ENVIRONMENT_PREFIX + "{env}"
+        )
+        return override(from_environment, self.given, "--{flag}")
+
+
+def read(argv: Sequence[str], environment: Mapping[str, str]) -> ProxyConfig:
+    """Return the effective settings. Raises `proxy.config.ConfigError`."""
+    return parse(argv, environment).settings()
+
+
+def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
+    """Read the command line itself."""
     parser = argparse.ArgumentParser(
         prog="doherty proxy",
         description="Serve one OpenAI-compatible endpoint in front of engine replicas.",
@@ -50,14 +75,16 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> ProxyConfig:
         f"{ENVIRONMENT_PREFIX}MAX_PAYLOAD_SIZE; a flag wins over it, and it over the file.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; its proxy section is read")
+    parser.add_argument(
+        "--takeover",
+        metavar="SOCKET",
+        help="take the place of the proxy that runs with this --upgrade-socket, losing no request",
+    )
     add_flags(parser)
     given = vars(parser.parse_args(list(argv)))
     path = given.pop("config") or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
-    config = load_config(path) if path else Config()
-    from_environment = override(
-        config.proxy, environment_values(environment), ENVIRONMENT_PREFIX + "{env}"
-    )
-    return override(from_environment, given, "--{flag}")
+    takeover = given.pop("takeover")
+    return Invocation(tuple(argv), environment, path or None, takeover, given)
 
 
 def environment_values(environment: Mapping[str, str]) -> dict[str, Any]:

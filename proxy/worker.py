@@ -1,8 +1,8 @@
 """One worker process: builds the data plane, serves the shared port, obeys the supervisor.
 
-Started by the supervisor with two inherited descriptors: the listening socket, which stays open in
-the supervisor too (so connections that wait in its queue outlive a worker that dies), and one end
-of the control channel. A worker whose supervisor is gone drains and ends.
+Started by the supervisor with inherited descriptors: one end of the control channel, and its
+listening sockets, which stay open in the supervisor too (so connections that wait in their queues
+outlive a worker that dies). A worker whose supervisor is gone drains and ends.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import resource
 import signal
 import socket
 import sys
-from typing import cast
+from collections.abc import Sequence
 
 import uvloop
 
+from proxy import tls
+from proxy.config import ConfigError, ProxyConfig
 from proxy.core import limits
 from proxy.io import control
 from proxy.io.access_log import AccessLog
 from proxy.io.clock import Clock
+from proxy.io.entrance import Entrance
 from proxy.io.plane import Plane
-from proxy.io.server import ServerProtocol
 from proxy.io.tasks import Tasks
 from proxy.logs import set_up_logging
 
 _log = logging.getLogger("doherty.worker")
 
-LISTEN_BACKLOG = 4096
 DESCRIPTORS_RESERVED = 32  # the listener, logs, the channel, libraries
 DRAIN_POLL_S = 0.02
 # A request leaves no cycles behind, so looking for them after every 700 objects finds nothing.
@@ -40,14 +41,12 @@ GRACE_WITHOUT_SUPERVISOR_S = 60.0
 class Worker:
     """The shell around one plane."""
 
-    def __init__(self, channel: control.Channel, listener: socket.socket) -> None:
+    def __init__(self, channel: control.Channel, listeners: Sequence[socket.socket]) -> None:
         self._channel = channel
-        self._listener = listener
+        self._listeners = listeners
         self._tasks = Tasks()
-        self._connections: set[ServerProtocol] = set()
-        self._server: asyncio.Server | None = None
-        self._grace_s: float | None = None
         self._drain_asked = asyncio.Event()
+        self._drain_order = control.Drain(GRACE_WITHOUT_SUPERVISOR_S)
 
     async def run(self) -> int:
         """Serve until told to drain or left alone; return the exit status."""
@@ -61,25 +60,22 @@ class Worker:
             start.config, clock, self._tasks, access_log, self._on_suspect, self._on_doubt
         )
         plane.connections_max = min(plane.connections_max, _connections_possible())
-        loop = asyncio.get_running_loop()
-        self._tasks.start("obey", self._obey(plane))
+        entrance = Entrance(plane, self._listeners)
+        self._tasks.start("obey", self._obey(plane, entrance))
         await self._fleet_or_first_silence(plane)
-        self._server = await loop.create_server(
-            lambda: cast("asyncio.Protocol", ServerProtocol(plane, self._connections)),
-            sock=self._listener,
-            backlog=LISTEN_BACKLOG,
-        )
+        if start.accept:
+            await entrance.open(tls.server_context(plane.config))
         # What start-up made will live as long as the process: keep the collector off it.
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_ALLOCATIONS_MAX, 20, 50)
-        self._tasks.start("sweep", self._sweep(plane))
+        self._tasks.start("sweep", self._sweep(plane, entrance))
         self._channel.send(control.Ready())
         await self._drain_asked.wait()
-        await self._drain(plane)
+        await self._drain(plane, entrance)
         await self._tasks.close()
         plane.upstreams.close()
-        access_log.close()
+        plane.access_log.close()
         self._channel.close()
         return 0
 
@@ -96,7 +92,7 @@ class Worker:
     def _on_doubt(self, replica_id: str) -> None:
         self._channel.send(control.Doubt(replica_id))
 
-    async def _obey(self, plane: Plane) -> None:
+    async def _obey(self, plane: Plane, entrance: Entrance) -> None:
         async for message in self._channel:
             match message:
                 case control.FleetIs(snapshot):
@@ -106,19 +102,35 @@ class Worker:
                 case control.Accused(replica_id):
                     plane.accuse(replica_id)
                 case control.Count():
-                    gauges = plane.gauges(len(self._connections))
+                    gauges = plane.gauges(len(entrance))
                     self._channel.send(control.Counted(plane.counters(), gauges))
-                case control.Drain(grace_s):
-                    self._grace_s = grace_s
+                case control.Accept():
+                    await entrance.open(tls.server_context(plane.config))
+                case control.Reconfigure(config):
+                    await self._reconfigure(plane, entrance, config)
+                case control.Drain():
+                    self._drain_order = message
                     self._drain_asked.set()
                 case _:
                     _log.error("the supervisor said %s", type(message).__name__)
         if not self._drain_asked.is_set():
             _log.warning("the supervisor is gone; draining")
-            self._grace_s = GRACE_WITHOUT_SUPERVISOR_S
             self._drain_asked.set()
 
-    async def _sweep(self, plane: Plane) -> None:
+    async def _reconfigure(self, plane: Plane, entrance: Entrance, config: ProxyConfig) -> None:
+        """All of it or nothing: what fails here leaves the worker as it was."""
+        try:
+            context = tls.server_context(config)
+            access_log = AccessLog(config.access_log)
+        except (ConfigError, OSError) as error:
+            _log.error("not reloaded, going on as before: %s", error)
+            return
+        set_up_logging(config.log_level)
+        before = plane.reconfigure(config, access_log)
+        await entrance.change(context)
+        await asyncio.to_thread(before.close)  # it writes what waits; that may take a moment
+
+    async def _sweep(self, plane: Plane, entrance: Entrance) -> None:
         """One timer for all deadlines; its lateness is the loop's lag."""
         loop = asyncio.get_running_loop()
         due_s = loop.time() + limits.SWEEP_INTERVAL_S
@@ -128,25 +140,32 @@ class Worker:
             due_s = loop.time() + limits.SWEEP_INTERVAL_S
             plane.telemetry.loop_lag_s_max = max(plane.telemetry.loop_lag_s_max, lag_s)
             now_s = plane.clock.now_s()
-            for connection in list(self._connections):
+            for connection in list(entrance.connections):
                 connection.check_deadline(now_s)
             plane.upstreams.sweep(now_s)
 
-    async def _drain(self, plane: Plane) -> None:
-        """No new connections; answers under way are finished, within the grace."""
-        assert self._server is not None
+    async def _drain(self, plane: Plane, entrance: Entrance) -> None:
+        """Answers under way are finished, within the grace; see `control.Drain`."""
         plane.draining = True
-        self._server.close()
         loop = asyncio.get_running_loop()
-        until_s = loop.time() + (self._grace_s or 0.0)
-        while self._connections and loop.time() < until_s:
-            for connection in list(self._connections):
-                connection.drain()
+        order, until_s = None, 0.0
+        while True:
+            if order is not self._drain_order:
+                order = self._drain_order
+                until_s = loop.time() + order.grace_s
+                if not order.keep_port:
+                    entrance.close()
+            if not order.gentle:
+                for connection in list(entrance.connections):
+                    connection.drain()
+            over = not len(entrance) and not order.keep_port
+            if over or loop.time() >= until_s:
+                break
             await asyncio.sleep(DRAIN_POLL_S)
-        if self._connections:
-            _log.warning("grace is over; cutting %d connections", len(self._connections))
-        for connection in list(self._connections):
-            connection.kill()
+        if len(entrance):
+            _log.warning("grace is over; cutting %d connections", len(entrance))
+        entrance.close()
+        entrance.kill()
 
 
 def _connections_possible() -> int:
@@ -164,16 +183,15 @@ def _connections_possible() -> int:
 
 
 def main(argv: list[str]) -> int:
-    """`python -m proxy.worker LISTENER_FD CONTROL_FD`, as the supervisor calls it."""
-    listener = socket.socket(fileno=int(argv[0]))
-    end = socket.socket(fileno=int(argv[1]))
-    # The terminal's Ctrl-C reaches the whole group; the supervisor decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """`python -m proxy.worker CONTROL_FD LISTENER_FD…`, as the supervisor calls it."""
+    end, *listeners = (socket.socket(fileno=int(fd)) for fd in argv)
+    # The terminal's signals reach the whole group; the supervisor decides what they mean.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
     async def run() -> int:
         channel = await control.Channel.open(end)
-        return await Worker(channel, listener).run()
+        return await Worker(channel, listeners).run()
 
     return uvloop.run(run())
 

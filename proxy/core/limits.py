@@ -41,6 +41,12 @@ LINGER_S = 2.0
 LINGER_BYTES_MAX = 4 * MIB
 # A client that takes none of the octets waiting for it.
 WRITE_STALL_TIMEOUT_S = 120.0
+# Hello to finished: three round trips and some arithmetic, or a client that means none of it.
+TLS_HANDSHAKE_TIMEOUT_S = HEAD_TIMEOUT_S
+# From our last octet to the end of the session. The sweep ends what does not go on (a client that
+# does not say goodbye after LINGER_S, one that takes nothing after WRITE_STALL_TIMEOUT_S); this is
+# for one that takes what waits ever so slowly.
+TLS_SHUTDOWN_TIMEOUT_S = 600.0
 # Deadlines are checked by one sweep over all connections, not by a timer each.
 SWEEP_INTERVAL_S = 0.5
 

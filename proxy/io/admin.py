@@ -54,6 +54,7 @@ _HELP = {
     "upstream_connections": "Connections to replicas",
     "prefix_record_entries": "Entries in the record of what was sent where",
     "connections_refused": "Client connections closed at once because there were too many",
+    "tls_handshakes_failed": "TLS handshakes with clients that failed, by reason",
     "answers_without_usage": "Answers of 200 that reported no token counts",
     "request_bodies_bytes": "Request bodies held until their replica begins to answer",
     "leases": "Leases held on replicas; as many as requests that one of them has",

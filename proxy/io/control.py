@@ -1,8 +1,9 @@
 """What supervisor and worker say to each other, over one socket pair each.
 
-Down: who you are, the fleet, a replica that answered its probe, drain, count. Up: ready, a replica
-that failed, counts. Frames of MessagePack behind a four-octet length; both ends are ours, of one
-version. A worker that loses its supervisor drains and ends, so that no port is held by an orphan.
+Down: who you are and how that changes, the fleet, a replica that answered its probe, drain, count.
+Up: ready, a replica that failed, counts. Frames of MessagePack behind a four-octet length; both
+ends are ours, of one version. A worker that loses its supervisor drains and ends, so that no port
+is held by an orphan.
 """
 
 from __future__ import annotations
@@ -24,6 +25,17 @@ FRAME_BYTES_MAX = 64 * 1024 * 1024
 
 class Start(msgspec.Struct, tag=True, frozen=True):
     config: ProxyConfig
+    accept: bool = True  # or get ready and wait for `Accept`
+
+
+class Accept(msgspec.Struct, tag=True, frozen=True):
+    """Take connections now."""
+
+
+class Reconfigure(msgspec.Struct, tag=True, frozen=True):
+    """Go on as this says; open logs and certificates anew."""
+
+    config: ProxyConfig
 
 
 class FleetIs(msgspec.Struct, tag=True, frozen=True):
@@ -43,9 +55,15 @@ class Accused(msgspec.Struct, tag=True, frozen=True):
 
 
 class Drain(msgspec.Struct, tag=True, frozen=True):
-    """Take no new connections, finish what runs, then end."""
+    """Finish what runs, then end. A later one takes the place of an earlier.
+
+    An idle connection may have its next request on the way already. While the drain is `gentle` it
+    stays open, and that request is served and told that it is the last one here.
+    """
 
     grace_s: float
+    gentle: bool = False
+    keep_port: bool = False  # go on taking connections: whoever sends them does not know yet
 
 
 class Count(msgspec.Struct, tag=True, frozen=True):
@@ -72,7 +90,8 @@ class Counted(msgspec.Struct, tag=True, frozen=True):
     gauges: list[Sample]
 
 
-Message = Start | FleetIs | Cleared | Accused | Drain | Count | Ready | Suspect | Doubt | Counted
+Down = Start | Accept | Reconfigure | FleetIs | Cleared | Accused | Drain | Count
+Message = Down | Ready | Suspect | Doubt | Counted
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 

@@ -184,10 +184,10 @@ class Exchange(Facts):
             self._progress = _CONNECTING
             self._connecting = plane.upstreams.connect(replica, self)
 
-    def _nobody(self) -> errors.ProxyError:
+    def _nobody(self, reason: str = "") -> errors.ProxyError:
         assert self._pool is not None
         in_vain = self._request.tried if self._progress is _CONNECTING else ()
-        return self._plane.nobody(self._pool, in_vain)
+        return self._plane.nobody(self._pool, in_vain, reason)
 
     # --- 3. the replica ----------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ class Exchange(Facts):
             return
         decision = self._choose()
         if decision is None:
-            self.fail(self._nobody())
+            self.fail(self._nobody(reason))
             return
         plane.telemetry.retries["connect"] += 1
         self._go_to(decision)
@@ -254,7 +254,7 @@ class Exchange(Facts):
             self._decoder = ChunkedDecoder()
         if not framing and head.status not in (204, 304):
             self._keep_alive = False  # only our close can tell the client where the body ends
-        keep_alive = self._may_keep_alive()
+        keep_alive = self._keep_alive = self._may_keep_alive()  # what it is told now holds
         extra = self._persistence(keep_alive) + self._diagnostics()
         self._unsent_head = heads.client_head(
             head, self.request_id, framing=framing, keep_alive=keep_alive, extra=extra
@@ -324,7 +324,7 @@ class Exchange(Facts):
         if self._unsent_head:
             self._send(b"")
         self._finish(self._response.status, errors.OK)
-        self._client.finished(keep_alive=self._may_keep_alive())
+        self._client.finished(keep_alive=self._keep_alive)
 
     def response_failed(self, reason: str) -> None:
         """The replica went away, or what it said is not HTTP."""

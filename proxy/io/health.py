@@ -23,24 +23,21 @@ _log = logging.getLogger("doherty.health")
 class Prober:
     """One probe task per suspect replica."""
 
+    _session: aiohttp.ClientSession
+    _endpoint: str
+    _interval_s: float
+    _timeout: aiohttp.ClientTimeout
+
     def __init__(
         self,
-        session: aiohttp.ClientSession,
         tasks: Tasks,
         *,
         on_cleared: Callable[[str], None],
         on_silent: Callable[[str], None],
-        endpoint: str,
-        interval_s: float,
-        timeout_s: float,
     ) -> None:
-        self._session = session
         self._tasks = tasks
         self._on_cleared = on_cleared
         self._on_silent = on_silent
-        self._endpoint = endpoint
-        self._interval_s = interval_s
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._urls: dict[str, str] = {}
         self._suspects: set[str] = set()
         self._doubted: set[str] = set()
@@ -53,6 +50,15 @@ class Prober:
     def busy(self) -> bool:
         """Whether any replica is being asked."""
         return bool(self._suspects or self._doubted)
+
+    def ask_by(
+        self, session: aiohttp.ClientSession, *, endpoint: str, interval_s: float, timeout_s: float
+    ) -> None:
+        """How to ask, from the next probe on."""
+        self._session = session
+        self._endpoint = endpoint
+        self._interval_s = interval_s
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
 
     def know(self, urls: dict[str, str]) -> None:
         """The replicas that exist, by id; probes of others end by themselves."""

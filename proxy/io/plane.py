@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Callable, Collection
+from functools import partial
 
 import orjson
 
+from proxy import tls
 from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core import fleet as fleets
@@ -63,7 +65,13 @@ class Plane:
         self.preambles: HeadMemory[Preamble] = HeadMemory(read_preamble)
         self.policy = POLICIES[config.policy]
         self.policy_state = PolicyState(self.accounts, self.record, clock.draw)
-        self.upstreams = Upstreams(clock, tasks, config.connect_timeout_secs, self._unsolicited)
+        self.upstreams = Upstreams(
+            clock,
+            tasks,
+            config.connect_timeout_secs,
+            self._unsolicited,
+            partial(tls.replica_context, config),
+        )
         self.fleet = fleets.empty_fleet()
         self.fleet_known = False
         self.draining = False
@@ -76,9 +84,20 @@ class Plane:
         self._doubted_s: dict[str, float] = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
         self._restarts: dict[str, int] = {}
-        self._key_digest = (
-            hashlib.sha256(config.api_key.encode()).digest() if config.api_key else b""
+        self._key_digest = _digest(config.api_key)
+
+    def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
+        """Go on as `config` says, from the next request on; return the log that is left."""
+        self.config = config
+        self.policy = POLICIES[config.policy]
+        self.retries_max = 0 if config.disable_retries else config.retry_max_retries
+        self._key_digest = _digest(config.api_key)
+        self.upstreams.reconfigure(
+            config.connect_timeout_secs, partial(tls.replica_context, config)
         )
+        before, self.access_log = self.access_log, access_log
+        access_log.dropped_total = before.dropped_total
+        return before
 
     # --- the fleet ---------------------------------------------------------------------------
 
@@ -190,8 +209,6 @@ class Plane:
             raise UnsupportedEncodingError("compressed request bodies are not read here")
         if route.local:
             return
-        if self.draining:
-            raise DrainingError("this proxy is draining; try another or try again")
         if self.exchanges_open > self.config.max_concurrent_requests:
             raise OverloadedError(
                 f"{self.config.max_concurrent_requests} requests are in flight already"
@@ -232,11 +249,12 @@ class Plane:
             f"the model {model!r} is not served here; served: {known}", "model"
         )
 
-    def nobody(self, pool: fleets.Pool, in_vain: Collection[str]) -> ProxyError:
-        """Return why nobody takes a request; `in_vain` could not be reached with it."""
+    def nobody(self, pool: fleets.Pool, in_vain: Collection[str], reason: str) -> ProxyError:
+        """Return why nobody takes a request; `in_vain` could not be reached, the last for this."""
         if in_vain:
             return ReplicaUnreachableError(
                 f"no replica could be reached; tried {', '.join(sorted(in_vain))}"
+                + (f"; the last one: {reason}" if reason else "")
             )
         if pool.available:
             return OverloadedError("every replica has as many requests as it may hold")
@@ -286,6 +304,10 @@ class Plane:
                 Sample("replica_suspect", by, float(self.fleet.replicas[replica_id].suspect)),
             )
         return out
+
+
+def _digest(key: str | None) -> bytes:
+    return hashlib.sha256(key.encode()).digest() if key else b""
 
 
 def _same_place(one: Replica, other: Replica) -> bool:

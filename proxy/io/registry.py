@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import aiohttp
 import msgspec
 
+from proxy import tls
 from proxy.contract import (
     FLEET_WATCH_PATH,
     HEARTBEAT_INTERVAL_S,
@@ -25,6 +28,7 @@ from proxy.core.replica import parse_url
 
 _log = logging.getLogger("doherty.registry")
 
+NOTHING_KNOWN: Mapping[str, ReplicaRecord] = MappingProxyType({})
 OnSnapshot = Callable[[FleetSnapshot], None]
 
 RETRY_FIRST_S = 0.1
@@ -45,14 +49,22 @@ class StaticList:
     """Replicas named on the command line: their models are asked of themselves."""
 
     def __init__(
-        self, urls: Sequence[str], session: aiohttp.ClientSession, api_key: str | None
+        self,
+        urls: Sequence[str],
+        session: aiohttp.ClientSession,
+        api_key: str | None,
+        *,
+        known: Mapping[str, ReplicaRecord] = NOTHING_KNOWN,
+        version: int = 0,
     ) -> None:
+        """A list that follows another goes on from what that knew and had published."""
         self._session = session
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._version = 0
+        self.version = version
         # The URL is the name: every proxy given the same list builds the same ring.
-        self._records = {
-            url: ReplicaRecord(
+        self.records = {
+            url: known.get(url)
+            or ReplicaRecord(
                 replica_id=url.removeprefix("http://").removeprefix("https://").rstrip("/"),
                 url=url.rstrip("/"),
                 state=ReplicaState.STARTING,
@@ -64,17 +76,17 @@ class StaticList:
     async def run(self, on_snapshot: OnSnapshot) -> None:
         """Publish the list, then each change of it, until cancelled."""
         self._publish(on_snapshot)
-        await asyncio.gather(*(self._follow(url, on_snapshot) for url in self._records))
+        await asyncio.gather(*(self._follow(url, on_snapshot) for url in self.records))
 
     def _publish(self, on_snapshot: OnSnapshot) -> None:
-        self._version += 1
-        records = tuple(self._records.values())
-        on_snapshot(FleetSnapshot(epoch="static", version=self._version, replicas=records))
+        self.version += 1
+        records = tuple(self.records.values())
+        on_snapshot(FleetSnapshot(epoch="static", version=self.version, replicas=records))
 
     async def _follow(self, url: str, on_snapshot: OnSnapshot) -> None:
         pause_s = RETRY_FIRST_S
         while True:
-            old = self._records[url]
+            old = self.records[url]
             models = await self._models(url)
             if isinstance(models, str):
                 new = old
@@ -89,7 +101,7 @@ class StaticList:
                     shown = ", ".join(models) or "any model"
                     _log.info("replica %s serves %s", old.replica_id, shown)
             if new != old:
-                self._records[url] = new
+                self.records[url] = new
                 self._publish(on_snapshot)
             ready = new.state is ReplicaState.READY
             pause_s = MODELS_REFRESH_S if ready else min(RETRY_MAX_S, pause_s * 2)
@@ -115,7 +127,15 @@ class StaticList:
         except msgspec.MsgspecError:
             return "/v1/models answers no model list"
         except (aiohttp.ClientError, TimeoutError) as error:
-            return f"it does not answer ({type(error).__name__})"
+            return f"it does not answer ({_why(error)})"
+
+
+def _why(error: Exception) -> str:
+    """Name a failure; one of TLS in the words of the data path."""
+    for cause in (getattr(error, "certificate_error", None), getattr(error, "os_error", None)):
+        if isinstance(cause, ssl.SSLError):
+            return tls.explain(cause)
+    return type(error).__name__
 
 
 class ManagerWatch:

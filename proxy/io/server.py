@@ -68,6 +68,7 @@ class ServerProtocol:
         "_transport",
         "_waiting_bytes",
         "_write_paused",
+        "carrier",
         "peer",
     )
 
@@ -91,6 +92,7 @@ class ServerProtocol:
         self._stalled_since_s = 0.0
         self._lingered_bytes = 0
         self.peer = ""
+        self.carrier: asyncio.Transport | None = None  # what carries TLS; its octets wait, too
 
     # --- from the transport ------------------------------------------------------------------
 
@@ -287,13 +289,13 @@ class ServerProtocol:
     def cut(self, *, reset: bool) -> None:
         """End the connection without ending the message; `reset` where a close would end it."""
         self._exchange = None
-        self._state = _CLOSED
         if reset:
+            self._state = _CLOSED
             connected = self._transport.get_extra_info("socket")
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._transport.abort()
         else:
-            self._transport.close()
+            self._close()
 
     # --- the end of a request ----------------------------------------------------------------
 
@@ -332,8 +334,13 @@ class ServerProtocol:
                 self._reading_paused = False
                 self._transport.resume_reading()
         else:
-            self._state = _CLOSED
-            self._transport.close()
+            self._close()
+
+    def _close(self) -> None:
+        """Close once what waits is taken. A goodbye of TLS is not waited for beyond the linger."""
+        self._state = _CLOSED
+        self._deadline_s = self._plane.clock.now_s() + limits.LINGER_S
+        self._transport.close()
 
     def _linger(self, size: int) -> None:
         self._lingered_bytes += size
@@ -358,14 +365,15 @@ class ServerProtocol:
         if self._state in (_HEAD, _BODY):
             self._refuse(errors.RequestTimeoutError("the request did not arrive in time"))
         elif self._state is _IDLE:
-            self._state = _CLOSED
-            self._transport.close()
+            self._close()
         elif self._state is not _SERVING:
             self._transport.abort()
 
     def _stalled(self, now_s: float) -> bool:
         """Whether the client has long taken none of the octets that wait for it."""
         waiting_bytes = self._transport.get_write_buffer_size()
+        if self.carrier is not None:
+            waiting_bytes += self.carrier.get_write_buffer_size()
         if not waiting_bytes or waiting_bytes != self._waiting_bytes:
             self._waiting_bytes = waiting_bytes
             self._stalled_since_s = now_s
@@ -379,5 +387,4 @@ class ServerProtocol:
     def drain(self) -> None:
         """Close now if idle; a request under way ends the connection with its answer."""
         if self._state is _IDLE:
-            self._state = _CLOSED
-            self._transport.close()
+            self._close()

@@ -84,6 +84,7 @@ class Telemetry:
         self.retries: dict[str, int] = defaultdict(int)  # by reason
         self.cancellations: dict[str, int] = defaultdict(int)  # by progress
         self.replica_requests: dict[str, int] = defaultdict(int)
+        self.tls_failures: dict[str, int] = defaultdict(int)  # handshakes with clients, by reason
         self.overhead_s = Histogram(OVERHEAD_BUCKETS)
         self.unsolicited_total = 0
         self.internal_errors_total = 0
@@ -129,6 +130,7 @@ class Telemetry:
             ("retries_total", "reason", self.retries),
             ("cancellations_total", "state", self.cancellations),
             ("replica_requests_total", "replica", self.replica_requests),
+            ("tls_handshakes_failed_total", "reason", self.tls_failures),
         )
         out += (
             Sample(name, ((label, value),), count)

@@ -16,6 +16,7 @@ import ssl
 from collections.abc import Callable
 from typing import Final, Protocol, cast
 
+from proxy import tls
 from proxy.core import http1, limits
 from proxy.core.head import read_answer_head
 from proxy.core.head_memory import HeadMemory
@@ -62,6 +63,7 @@ class Upstream:
     __slots__ = (
         "_buffer",
         "_consumer",
+        "_ended_well",
         "_follower",
         "_informational",
         "_left",
@@ -91,6 +93,7 @@ class Upstream:
         self._informational = 0
         self._paused = False
         self._poll: select.poll | None = None
+        self._ended_well = False  # the other side has said that nothing more will come
         self.idle_since_s = 0.0
 
     # --- from the exchange -------------------------------------------------------------------
@@ -142,6 +145,10 @@ class Upstream:
             return None
         return self._follower.chunk_left
 
+    @property
+    def secured(self) -> bool:
+        return self.transport.get_extra_info("sslcontext") is not None
+
     def clean(self) -> bool:
         """Whether nothing has arrived on this idle connection, neither octets nor its end."""
         if self._phase is not _IDLE or self.transport.is_closing():
@@ -152,10 +159,15 @@ class Upstream:
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by name
-        if transport.get_extra_info("sslcontext") is None:
-            # With TLS the kernel's view says nothing: records of the session may come at any time.
-            self._poll = select.poll()
-            self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+
+    def watch(self) -> None:
+        """From now on the kernel is asked, too, whether this connection is clean."""
+        # With TLS records of the session may come at any time; but an end is an end.
+        self._poll = select.poll()
+        self._poll.register(
+            self.transport.get_extra_info("socket").fileno(),
+            select.POLLRDHUP if self.secured else select.POLLIN,
+        )
 
     def data_received(self, data: bytes) -> None:
         if self._phase is _BODY:
@@ -167,6 +179,8 @@ class Upstream:
             self.abort()
 
     def eof_received(self) -> bool:
+        # Not called when TLS ends without its goodbye: such an end may be anybody's (RFC 8446 §6.1)
+        self._ended_well = True
         return False  # the transport closes itself, and connection_lost says the rest
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -175,10 +189,10 @@ class Upstream:
         self._pool.lost(self)
         if consumer is None:
             return
-        if phase is _BODY and self._until_close and exc is None:
+        if phase is _BODY and self._until_close and self._ended_well and exc is None:
             consumer.response_ended(reusable=False)  # RFC 9112 §6.3: the close is the end
         else:
-            detail = "" if exc is None else f": {type(exc).__name__}"
+            detail = "" if exc is None else f": {tls.explain(exc)}"
             consumer.response_failed(f"connection lost{detail}")
 
     # --- the response ------------------------------------------------------------------------
@@ -285,6 +299,7 @@ class Upstreams:
         tasks: Tasks,
         connect_timeout_s: float,
         on_unsolicited: Callable[[], None],
+        tls_context: Callable[[], ssl.SSLContext] = ssl.create_default_context,
     ) -> None:
         self._clock = clock
         self._tasks = tasks
@@ -292,7 +307,8 @@ class Upstreams:
         self._on_unsolicited = on_unsolicited
         self._idle: dict[str, list[Upstream]] = {}
         self._open: set[Upstream] = set()
-        self._tls: ssl.SSLContext | None = None
+        self._make_tls = tls_context
+        self._tls: ssl.SSLContext | None = None  # made when first needed: authorities are many
         self.answer_heads: HeadMemory[http1.ResponseHead] = HeadMemory(read_answer_head)
 
     @property
@@ -302,6 +318,17 @@ class Upstreams:
     @property
     def idle_count(self) -> int:
         return sum(map(len, self._idle.values()))
+
+    def reconfigure(
+        self, connect_timeout_s: float, tls_context: Callable[[], ssl.SSLContext]
+    ) -> None:
+        """From the next connection on. Idle ones with TLS go: certificates may have changed."""
+        self._connect_timeout_s = connect_timeout_s
+        self._make_tls, self._tls = tls_context, None
+        for idle in self._idle.values():
+            for upstream in [each for each in idle if each.secured]:
+                idle.remove(upstream)
+                upstream.abort()
 
     def take(self, replica_id: str) -> Upstream | None:
         """Return an idle connection that is clean, the most recently used first."""
@@ -326,7 +353,8 @@ class Upstreams:
             consumer.connect_failed("connect timed out")
             return
         except OSError as error:
-            reason = error.strerror or type(error).__name__
+            reason = tls.explain(error) if isinstance(error, ssl.SSLError) else error.strerror
+            reason = reason or type(error).__name__
             if error.errno in _OUR_OWN_WANT:
                 consumer.no_means(reason)
             else:
@@ -352,10 +380,11 @@ class Upstreams:
             replica.port,
             ssl=self._tls_context() if replica.tls else None,
         )
+        upstream.watch()
 
     def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:
-            self._tls = ssl.create_default_context()
+            self._tls = self._make_tls()
         return self._tls
 
     def give_back(self, upstream: Upstream) -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -163,12 +164,46 @@ def test_one_command_serves_survives_kills_and_leaves_nothing(runs: list[Run]) -
     assert (run.folder / "run" / "logs" / "access.log").exists()
 
 
-def test_a_reload_and_a_second_up_on_the_run_folder(runs: list[Run]) -> None:
+def test_a_reload_reaches_manager_and_proxy(runs: list[Run]) -> None:
     runs[0].ready()
     config = runs[0].folder / "config.yaml"
     config.write_text(CONFIG.replace("replicas: 2", "replicas: 3"))
     runs[0].process.send_signal(signal.SIGHUP)
     runs[0].printed("demo-2 is ready")
+    log = runs[0].folder / "run" / "logs" / "proxy.log"
+    until(lambda: "reloaded; changed: nothing" in log.read_text(), log.read_text)
+
+
+def test_an_upgrade_of_the_proxy_and_one_that_fails() -> None:
+    with tempfile.TemporaryDirectory(
+        prefix="up-", dir="/tmp"
+    ) as folder:  # a socket's path is short
+        run = Run(Path(folder))
+        try:
+            endpoint, _ = run.ready()
+            note = run.folder / "run" / "proxy.pid"
+            old = note.read_text()
+            run.process.send_signal(signal.SIGUSR2)
+            run.printed(r"proxy was upgraded \(pid \d+\)")
+            assert note.read_text() != old
+            assert not alive(int(old.split()[0]))
+            assert status_of(endpoint + "/readyz") == 200
+            good = (run.folder / "config.yaml").read_text()
+            (run.folder / "config.yaml").write_text("proxy: {policy: best}")
+            run.process.send_signal(signal.SIGUSR2)
+            run.printed("the new proxy exited with status 2 before it took over; the old one goes")
+            assert status_of(endpoint + "/readyz") == 200
+            (run.folder / "config.yaml").write_text(good)
+            run.process.send_signal(signal.SIGTERM)
+            assert run.process.wait(PATIENCE_S) == 0
+            assert status_of(endpoint + "/readyz") == 0
+        finally:
+            run.process.kill()
+            run.process.wait()
+
+
+def test_a_second_up_on_the_run_folder(runs: list[Run]) -> None:
+    runs[0].ready()
     second = subprocess.run(
         [
             *(sys.executable, "-m", "backends.cli", "up", "--port", "0", "--admin-port", "0"),

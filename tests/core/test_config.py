@@ -196,6 +196,16 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "access_log": (["off"], "off", "off"),
     "log_level": (["debug"], "debug", "debug"),
     "expose_routing": ([], "1", True),
+    "upgrade_socket": (["u"], "u", "u"),
+    "upgrade_grace_period_secs": (["9"], "9", 9.0),
+    "tls_cert_path": (["a.pem"], "a.pem", "a.pem"),
+    "tls_key_path": (["b.pem"], "b.pem", "b.pem"),
+    "tls_client_auth": (["required"], "required", "required"),
+    "tls_client_ca_path": (["c.pem"], "c.pem", "c.pem"),
+    "ca_cert_path": (["d.pem"], "d.pem", "d.pem"),
+    "client_cert_path": (["e.pem"], "e.pem", "e.pem"),
+    "client_key_path": (["f.pem"], "f.pem", "f.pem"),
+    "verify_replica_tls": ([], "false", False),
 }
 
 
@@ -203,7 +213,7 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
 def test_every_field_has_its_flag_and_its_twin(name: str) -> None:
     words, text, value = _OTHER_VALUES[name]
     assert getattr(ProxyConfig(), name) != value
-    flag = "--" + name.replace("_", "-")
+    flag = ("--no-" if value is False else "--") + name.replace("_", "-")
     assert getattr(flags.read([flag, *words], {}), name) == value
     assert getattr(flags.read([], {"DOHERTY_" + name.upper(): text}), name) == value
 
@@ -325,3 +335,9 @@ def test_a_later_managers_fields_are_passed_over() -> None:
 def test_what_is_no_snapshot(line: bytes) -> None:
     with pytest.raises(msgspec.MsgspecError):
         decode_snapshot(line)
+
+
+def test_a_bare_off_is_the_word() -> None:
+    text = "proxy: {access_log: off, tls_client_auth: off}"
+    proxy = parse_config(text, "f").proxy
+    assert (proxy.access_log, proxy.tls_client_auth) == ("off", "off")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import ssl
 import struct
 from collections.abc import Awaitable, Callable
 from typing import Self
@@ -66,7 +67,13 @@ async def reply(connection: Connection, request: Received) -> None:
 class ScriptedEngine:
     """Use as `async with ScriptedEngine() as engine`; `script` may change between requests."""
 
-    def __init__(self, script: Script = reply, models: tuple[str, ...] = ("m",)) -> None:
+    def __init__(
+        self,
+        script: Script = reply,
+        models: tuple[str, ...] = ("m",),
+        context: ssl.SSLContext | None = None,
+    ) -> None:
+        self.context = context  # None: plain HTTP
         self.script = script
         self.models = models
         self.requests: list[Received] = []
@@ -80,7 +87,7 @@ class ScriptedEngine:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.context else ''}://127.0.0.1:{self.port}"
 
     @property
     def connections_open(self) -> int:
@@ -90,7 +97,9 @@ class ScriptedEngine:
         return ReplicaRecord(replica_id=replica_id, url=self.url, models=self.models)
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(
+            self._serve, "127.0.0.1", self.port, ssl=self.context
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

@@ -7,17 +7,20 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import h11
 from typing_extensions import override
 
+from proxy import tls
 from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaRecord
 from proxy.core.replica import Replica
 from proxy.io.access_log import AccessLog
 from proxy.io.clock import Clock
+from proxy.io.entrance import Entrance
 from proxy.io.plane import Plane
 from proxy.io.server import ServerProtocol
 from proxy.io.tasks import Tasks
@@ -316,27 +319,22 @@ class RealPlane:
             self.doubts.append,
         )
         self.plane.take_snapshot(FleetSnapshot(epoch="test", version=1, replicas=tuple(replicas)))
-        self.connections: set[ServerProtocol] = set()
-        self.port = 0
-        self._server: asyncio.Server | None = None
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        self.port = listener.getsockname()[1]
+        self.entrance = Entrance(self.plane, [listener])
+        self.connections = self.entrance.connections
 
     async def __aenter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            lambda: ServerProtocol(self.plane, self.connections), "127.0.0.1", 0
-        )
-        self.port = self._server.sockets[0].getsockname()[1]
+        await self.entrance.open(tls.server_context(self.plane.config))
         return self
 
     async def __aexit__(self, *failure: object) -> None:
-        assert self._server is not None
-        self._server.close()
-        for connection in list(self.connections):
-            connection.kill()
+        self.entrance.close()
+        self.entrance.kill()
         await self.tasks.close()
         self.plane.upstreams.close()
-        await until(lambda: not self.connections and not self.plane.upstreams.open_count)
-        await self._server.wait_closed()
+        await until(lambda: not len(self.entrance) and not self.plane.upstreams.open_count)
         self.log.close()
         if failure[0] is None:
             assert_nothing_held(self.plane)

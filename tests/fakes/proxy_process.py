@@ -20,6 +20,14 @@ from tests.fakes.talk import ask
 ROOT = Path(__file__).parents[2]
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that waits for its parent to look does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class ProxyProcess:
     """Use as `async with ProxyProcess("--worker-urls", url) as proxy`."""
 
@@ -31,6 +39,7 @@ class ProxyProcess:
         self.output = b""
         self.port = self.admin_port = 0
         self.process: asyncio.subprocess.Process
+        self.pid = 0  # of the supervisor; another's after an upgrade
         self._workers_met: set[int] = set()
         self._readers: list[asyncio.Task[None]] = []
         self._heard = asyncio.Condition()
@@ -45,6 +54,7 @@ class ProxyProcess:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
+        self.pid = self.process.pid
         loop = asyncio.get_running_loop()
         self._readers = [loop.create_task(self._read_log()), loop.create_task(self._read_output())]
         return self
@@ -53,7 +63,7 @@ class ProxyProcess:
         await self.start()
         try:
             self.admin_port = int((await self.until_said(r"admin listener on http://\S+:(\d+)"))[1])
-            self.port = int((await self.until_said(r"listening on http://\S+?:(\d+), \d+ w"))[1])
+            self.port = int((await self.until_said(r"listening on https?://\S+?:(\d+), \d+ w"))[1])
         except BaseException:
             await self.__aexit__()
             raise
@@ -63,6 +73,9 @@ class ProxyProcess:
         self.workers()
         if self.process.returncode is None:
             self.process.kill()
+        if self.pid != self.process.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
         for pid in self._workers_met:
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 if b"proxy.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -93,6 +106,7 @@ class ProxyProcess:
                     if (match := re.search(pattern, line)) is not None:
                         return match
                 ended = self._readers[0].done() or self.process.returncode is not None
+                ended = ended and not alive(self.pid)
                 assert not ended, f"it ended without {pattern!r}: {self.lines}"
                 await self._heard.wait()
 
@@ -103,7 +117,7 @@ class ProxyProcess:
 
     def workers(self) -> list[int]:
         """Return the worker processes, by process id."""
-        pid = self.process.pid
+        pid = self.pid
         try:
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         except (FileNotFoundError, ProcessLookupError):
@@ -126,7 +140,17 @@ class ProxyProcess:
         return ports
 
     def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+        os.kill(self.pid, number)
+
+    async def upgrade(self) -> int:
+        """Have it replaced by a new process; return the process id of the one that leaves."""
+        said = len(self.lines)
+        self.signal(signal.SIGUSR2)
+        match = await self.until_said(r"\[(\d+)\] took over from the proxy", said)
+        self.workers()
+        left, self.pid = self.pid, int(match[1])
+        await self.until_said(rf"\[{self.pid}\] admin listener", said)
+        return left
 
     async def admin(self, path: str, key: str | None = None) -> Answer:
         field = f"authorization: Bearer {key}\r\n" if key else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import ssl
 from collections.abc import Awaitable, Callable
 from typing import ParamSpec, Self
 
@@ -33,13 +34,16 @@ def on_uvloop(test: Callable[Parameters, Awaitable[None]]) -> Callable[Parameter
 class Talk:
     """One connection to the proxy. Use as `async with Talk(port) as talk`."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, context: ssl.SSLContext | None = None) -> None:
         self._port = port
+        self._context = context  # None: plain HTTP
         self.received = b""
         self.ended: str | None = None  # "eof" or "reset"
 
     async def __aenter__(self) -> Self:
-        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self.reader, self.writer = await asyncio.open_connection(
+            "127.0.0.1", self._port, ssl=self._context
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -53,7 +57,7 @@ class Talk:
         """Read what comes next; False at the end."""
         try:
             data = await self.reader.read(65536)
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLError):
             self.ended = "reset"
             return False
         self.received += data
@@ -84,8 +88,10 @@ class Talk:
         return reader.answer
 
 
-async def ask(port: int, request: bytes, method: str = "POST") -> Answer:
+async def ask(
+    port: int, request: bytes, method: str = "POST", context: ssl.SSLContext | None = None
+) -> Answer:
     """Send one request over a connection of its own and return the answer."""
-    async with Talk(port) as talk:
+    async with Talk(port, context) as talk:
         await talk.send(request)
         return await talk.answer(method)

@@ -21,18 +21,13 @@ async def probing(
     cleared: list[str] = []
     tasks = Tasks()
     async with aiohttp.ClientSession() as session:
-        yield (
-            Prober(
-                session,
-                tasks,
-                on_cleared=cleared.append,
-                on_silent=lambda replica_id: cleared.append(f"{replica_id} is silent"),
-                endpoint=endpoint,
-                interval_s=0.05,
-                timeout_s=timeout_s,
-            ),
-            cleared,
+        prober = Prober(
+            tasks,
+            on_cleared=cleared.append,
+            on_silent=lambda replica_id: cleared.append(f"{replica_id} is silent"),
         )
+        prober.ask_by(session, endpoint=endpoint, interval_s=0.05, timeout_s=timeout_s)
+        yield prober, cleared
         await tasks.close()
 
 

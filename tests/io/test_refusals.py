@@ -8,7 +8,16 @@ import pytest
 
 from proxy.contract import ReplicaRecord
 from proxy.core import limits
-from tests.fakes.plane import CHAT_BODY, Bench, answer, chat_request
+from tests.fakes.plane import (
+    CHAT_BODY,
+    EVENTS,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    Bench,
+    answer,
+    chat_request,
+    chunk,
+)
 
 MakeBench = Callable[..., Bench]
 GET_HEALTH = b"GET /health HTTP/1.1\r\nhost: p\r\n\r\n"
@@ -197,7 +206,8 @@ async def test_replicas_that_are_full_are_429(make_bench: MakeBench) -> None:
 # --- draining -------------------------------------------------------------------------------------
 
 
-async def test_while_draining_what_runs_is_finished_and_the_rest_is_refused(bench: Bench) -> None:
+async def test_while_draining_what_comes_is_served_and_is_the_last(bench: Bench) -> None:
+    """A client cannot know; its request may have been on the way already."""
     busy, late, idle = bench.client(), bench.client(), bench.client()
     busy.send(chat_request())
     engine = await bench.engine()
@@ -208,12 +218,33 @@ async def test_while_draining_what_runs_is_finished_and_the_rest_is_refused(benc
     assert idle.transport.closed
     assert not busy.transport.closed
     late.send(chat_request())
-    refused = late.answer()
-    assert (refused.status, refused.fields["connection"]) == (503, "close")
+    other = await bench.engine()
+    assert other is not engine
+    other.send(answer())
+    last = late.answer()
+    assert (last.status, last.fields["connection"]) == (200, "close")
+    assert late.transport.closed
     engine.send(answer())
     got = busy.answer()
     assert (got.status, got.fields["connection"]) == (200, "close")
     assert busy.transport.closed
+
+
+async def test_an_answer_that_promised_to_go_on_keeps_its_word_while_draining(bench: Bench) -> None:
+    """Its client may send the next request as it reads the end; a close would lose that."""
+    client, engine = await bench.begun()
+    engine.send(STREAM_HEAD + chunk(EVENTS[0]))
+    bench.plane.draining = True
+    engine.send(LAST_CHUNK)
+    (got,) = client.answers()
+    assert got.complete
+    assert "connection" not in got.fields
+    assert not client.transport.closed
+    client.send(chat_request())
+    (await bench.engine()).send(answer())
+    _, last = client.answers("POST", "POST")
+    assert (last.status, last.fields["connection"]) == (200, "close")
+    assert client.transport.closed
 
 
 @pytest.mark.parametrize(

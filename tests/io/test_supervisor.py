@@ -13,7 +13,7 @@ import pytest
 
 from tests.fakes.engine import Connection, ScriptedEngine, streaming
 from tests.fakes.plane import CHAT_BODY, chat_request, until
-from tests.fakes.proxy_process import ProxyProcess
+from tests.fakes.proxy_process import ProxyProcess, alive
 from tests.fakes.talk import Talk, ask, on_uvloop
 
 EVENT = b"data: 1\n\n"
@@ -29,14 +29,6 @@ class HeldStreams:
     async def _rest(self, connection: Connection) -> None:
         await self.release.wait()
         await connection.send(b"9\r\ndata: 2\n\n\r\n0\r\n\r\n")
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that waits for its parent to look does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @contextlib.asynccontextmanager
@@ -140,6 +132,28 @@ async def test_sigterm_lets_streams_end_and_takes_no_new_connections() -> None:
                 assert talk.received.endswith(b"data: 2\n\n\r\n0\r\n\r\n")
             assert await proxy.ended() == 0
             assert not any(map(alive, workers))
+
+
+async def test_while_the_proxy_settles_it_serves_whoever_does_not_know_yet() -> None:
+    async with (
+        ScriptedEngine() as engine,
+        ProxyProcess("--worker-urls", engine.url, "--drain-settle-secs", "60") as proxy,
+        Talk(proxy.port) as kept,
+    ):
+        await kept.send(chat_request())
+        assert (await kept.answer()).fields.get("connection") is None
+        proxy.signal(signal.SIGTERM)
+        await proxy.until_said("settling")
+        ready = b"GET /readyz HTTP/1.1\r\nhost: p\r\n\r\n"
+        while (await ask(proxy.port, ready, "GET")).status != 503:
+            await asyncio.sleep(0.01)
+        async with Talk(proxy.port) as fresh:
+            for talk in (kept, fresh):
+                await talk.send(chat_request())
+                got = await talk.answer()
+                assert (got.status, got.fields["connection"]) == (200, "close")
+        proxy.signal(signal.SIGTERM)
+        assert await proxy.ended() == 0
 
 
 @pytest.mark.parametrize("how", ["second signal", "grace over"])

@@ -1,0 +1,82 @@
+"""What the supervisor asks the world outside: who the replicas are, and whether suspects are well.
+
+All of it goes through one HTTP client that speaks TLS as the data path does. The configuration may
+change at any time; what is known of replicas that remain, suspects among them, stays known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import aiohttp
+
+from proxy import tls
+from proxy.config import ProxyConfig
+from proxy.io.health import Prober
+from proxy.io.registry import ManagerWatch, OnSnapshot, StaticList
+from proxy.io.tasks import Tasks
+
+
+class Lookout:
+    """The fleet's source and the prober, until closed."""
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        *,
+        on_snapshot: OnSnapshot,
+        on_cleared: Callable[[str], None],
+        on_silent: Callable[[str], None],
+    ) -> None:
+        self._tasks = tasks
+        self._on_snapshot = on_snapshot
+        self._on_cleared = on_cleared
+        self._on_silent = on_silent
+        self._session: aiohttp.ClientSession | None = None
+        self._old_sessions: set[aiohttp.ClientSession] = set()
+        self._static: StaticList | None = None
+        self._following: asyncio.Task[None] | None = None
+        self.prober = Prober(tasks, on_cleared=on_cleared, on_silent=on_silent)
+
+    def look(self, config: ProxyConfig) -> None:
+        """Begin, or go on as `config` says now."""
+        if self._session is not None:
+            # What is being asked through it may end first: a broken probe would accuse a replica.
+            self._old_sessions.add(self._session)
+            self._tasks.start(
+                "old session", self._retire(self._session, config.health_check_timeout_secs)
+            )
+        connector = aiohttp.TCPConnector(ssl=tls.replica_context(config))
+        self._session = session = aiohttp.ClientSession(connector=connector)
+        self.prober.ask_by(
+            session,
+            endpoint=config.health_check_endpoint,
+            interval_s=config.health_check_interval_secs,
+            timeout_s=config.health_check_timeout_secs,
+        )
+        if self._following is not None:
+            self._following.cancel()
+        self._following = self._tasks.spawn("fleet", self._source(config).run(self._on_snapshot))
+
+    def _source(self, config: ProxyConfig) -> StaticList | ManagerWatch:
+        assert self._session is not None
+        if config.manager_url:
+            self._static = None
+            return ManagerWatch(config.manager_url, self._session)
+        known = self._static.records if self._static is not None else {}
+        version = self._static.version if self._static is not None else 0
+        self._static = StaticList(
+            config.worker_urls, self._session, config.api_key, known=known, version=version
+        )
+        return self._static
+
+    async def _retire(self, session: aiohttp.ClientSession, after_s: float) -> None:
+        await asyncio.sleep(after_s)
+        self._old_sessions.discard(session)
+        await session.close()
+
+    async def close(self) -> None:
+        for session in (*self._old_sessions, self._session):
+            if session is not None:
+                await session.close()

@@ -1,0 +1,226 @@
+"""The places of the workers: each filled by one process, and again when that has died."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+from proxy.compile import worker_environment
+from proxy.config import ProxyConfig
+from proxy.contract import FleetSnapshot
+from proxy.io import control
+from proxy.io.admin import sum_samples
+from proxy.io.tasks import Tasks
+from proxy.io.telemetry import Sample
+
+_log = logging.getLogger("doherty.proxy")
+
+LAG = "event_loop_lag_seconds"
+COUNT_INTERVAL_S = 1.0
+COUNT_TIMEOUT_S = 1.0
+RESTART_PAUSE_FIRST_S = 0.05
+RESTART_PAUSE_MAX_S = 5.0
+# A worker that never became ready this many times in a row will not become ready.
+FAILED_STARTS_MAX = 5
+
+
+class Place:
+    """The supervisor's end of one worker place. It outlives the processes that fill it."""
+
+    def __init__(self, index: int, listeners: Sequence[socket.socket]) -> None:
+        self.index = index
+        self.listeners = listeners
+        self.process: asyncio.subprocess.Process | None = None
+        self.channel: control.Channel | None = None
+        self.ready = False
+        self.failed_starts = 0
+        self.counters: list[Sample] = []
+        self.gauges: list[Sample] = []
+        self.lag_s_max = 0.0  # longest lateness of its timers that nobody has been told yet
+        self.counted = asyncio.Event()
+
+
+class Places:
+    """All workers of one proxy."""
+
+    def __init__(
+        self,
+        hands: Sequence[Sequence[socket.socket]],
+        tasks: Tasks,
+        *,
+        on_message: Callable[[control.Message], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        """Each place gets one hand of sockets. `on_failure` hears why no worker can serve."""
+        self._places = [Place(index, hand) for index, hand in enumerate(hands)]
+        self._tasks = tasks
+        self._on_message = on_message
+        self._on_failure = on_failure
+        self._config = ProxyConfig()
+        self._fleet: FleetSnapshot | None = None
+        self._departed: list[Sample] = []  # what dead workers had counted
+        self._restarts = 0
+        self._draining = False
+        self.accepting = True  # whether a worker that is ready takes connections at once
+        self.all_ready = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def ready_count(self) -> int:
+        return sum(place.ready for place in self._places)
+
+    def start(self, config: ProxyConfig) -> None:
+        self._config = config
+        for place in self._places:
+            self._tasks.start(f"worker {place.index}", self._keep_running(place))
+        self._tasks.start("count", self._count_regularly())
+
+    def tell(self, message: control.Message) -> None:
+        """Tell all workers; what later ones must know, too, is kept for them."""
+        match message:
+            case control.FleetIs(snapshot):
+                self._fleet = snapshot
+            case control.Reconfigure(config):
+                self._config = config
+            case control.Accept():
+                self.accepting = True
+            case _:
+                pass
+        for place in self._places:
+            if place.channel is not None:
+                place.channel.send(message)
+
+    # --- one place ---------------------------------------------------------------------------
+
+    async def _keep_running(self, place: Place) -> None:
+        pause_s = RESTART_PAUSE_FIRST_S
+        while True:
+            try:
+                await self._run_once(place)
+            except OSError as error:  # no memory, descriptors or processes now; perhaps later
+                place.failed_starts += 1
+                _log.error("worker %d cannot be started: %s", place.index, error)
+            if self._draining:
+                return
+            self._restarts += 1
+            others_serve = any(other.ready for other in self._places)
+            if place.failed_starts >= FAILED_STARTS_MAX and not others_serve:
+                self._on_failure("a worker fails as soon as it starts; its reason stands above")
+                return
+            pause_s = RESTART_PAUSE_FIRST_S if not place.failed_starts else pause_s * 2
+            await asyncio.sleep(min(pause_s, RESTART_PAUSE_MAX_S))
+
+    async def _run_once(self, place: Place) -> None:
+        """Fill a place with one process and serve its channel until it ends."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            fds = (theirs.fileno(), *(listener.fileno() for listener in place.listeners))
+            # Without -P the working folder would come first, and it may hold another `proxy`.
+            command = (sys.executable, "-P", "-m", "proxy.worker", *map(str, fds))
+            place.process = await asyncio.create_subprocess_exec(
+                *command, pass_fds=fds, env=worker_environment()
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        place.failed_starts += 1
+        place.channel = channel = await control.Channel.open(ours)
+        channel.send(control.Start(self._config, accept=self.accepting))
+        if self._fleet is not None:
+            channel.send(control.FleetIs(self._fleet))
+        try:
+            async for message in channel:
+                self._hear(place, message)
+            status = await place.process.wait()
+        finally:
+            place.ready = False
+            place.channel = None
+            channel.close()
+            self._departed = sum_samples([*self._departed, *place.counters])
+            place.counters, place.gauges = [], []
+        if not self._draining:
+            _log.error("worker %d (pid %d) ended with %d", place.index, place.process.pid, status)
+
+    def _hear(self, place: Place, message: control.Message) -> None:
+        match message:
+            case control.Ready():
+                place.ready = True
+                place.failed_starts = 0
+                if all(other.ready for other in self._places):
+                    self.all_ready.set()
+                    self._on_message(message)
+            case control.Counted(counters, gauges):
+                place.counters = counters
+                place.gauges = [sample for sample in gauges if sample.name != LAG]
+                for sample in gauges:
+                    if sample.name == LAG:
+                        place.lag_s_max = max(place.lag_s_max, sample.value)
+                place.counted.set()
+            case _:
+                self._on_message(message)
+
+    # --- counts ------------------------------------------------------------------------------
+
+    async def samples(self) -> tuple[list[Sample], list[Sample]]:
+        """Return counters and gauges of all workers, unsummed."""
+        await self._count()
+        counters = [*self._departed, Sample("worker_restarts_total", (), self._restarts)]
+        gauges = [Sample("workers", (), self.ready_count)]
+        for place in self._places:
+            counters += place.counters
+            gauges += [*place.gauges, Sample(LAG, (), place.lag_s_max)]
+            place.lag_s_max = 0.0
+        return counters, gauges
+
+    async def _count(self) -> None:
+        """Ask every worker for its counts; one that is too busy to say keeps its last."""
+        asked = [place for place in self._places if place.channel is not None and place.ready]
+        for place in asked:
+            place.counted.clear()
+            assert place.channel is not None
+            place.channel.send(control.Count())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(COUNT_TIMEOUT_S):
+                for place in asked:
+                    await place.counted.wait()
+
+    async def _count_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(COUNT_INTERVAL_S)
+            await self._count()
+
+    # --- the end -----------------------------------------------------------------------------
+
+    def drain(self, order: control.Drain) -> None:
+        """Have the workers end as `order` says; none is started again."""
+        self._draining = True
+        if not order.keep_port:
+            self.close_listeners()
+        self.tell(order)
+
+    def close_listeners(self) -> None:
+        for place in self._places:
+            for listener in place.listeners:
+                listener.close()
+
+    async def ended(self) -> None:
+        """Wait until every worker has ended."""
+        for place in self._places:
+            if place.process is not None:
+                await place.process.wait()
+
+    async def kill(self) -> None:
+        self.close_listeners()
+        for place in self._places:
+            if place.process is not None and place.process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    place.process.kill()
+                await place.process.wait()

@@ -1,0 +1,358 @@
+"""The supervisor: keeps the workers running, tells them things, and is told what to do by signals.
+
+It owns everything that is not the data path: the listening sockets, the fleet's source, probes of
+suspects, the admin listener, signals. It may die without cutting a stream; a worker may die without
+the port closing, because the supervisor holds the same listening socket and starts another.
+
+    SIGTERM, SIGINT   drain and end; once more: at once
+    SIGHUP            read the configuration again, open logs and certificates anew
+    SIGUSR2           start this command again, as it is installed now, and hand over to it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import UTC, datetime
+
+import msgspec
+from aiohttp import web
+
+from proxy import settings, takeover, tls
+from proxy.config import ConfigError, ProxyConfig
+from proxy.contract import FleetSnapshot, ReplicaState
+from proxy.core.replica import replica_of
+from proxy.flags import Invocation
+from proxy.io import control
+from proxy.io.admin import make_app
+from proxy.io.entrance import LISTEN_BACKLOG
+from proxy.io.lookout import Lookout
+from proxy.io.registry import check_urls
+from proxy.io.tasks import Tasks
+from proxy.io.telemetry import Sample
+from proxy.listeners import Listeners, StartError, deal
+from proxy.logs import set_up_logging
+from proxy.places import Places
+from proxy.terminal import has_terminal
+
+_log = logging.getLogger("doherty.proxy")
+
+WATCH_INTERVAL_S = 1.0
+END_MARGIN_S = 2.0  # beyond the grace that workers were given
+
+
+class Supervisor:
+    """One proxy: N workers and what they share."""
+
+    def __init__(
+        self,
+        invocation: Invocation,
+        config: ProxyConfig,
+        listeners: Listeners,
+        predecessor: takeover.Predecessor | None = None,
+    ) -> None:
+        self._invocation = invocation
+        self._config = config
+        self._listeners = listeners
+        self._predecessor = predecessor
+        self._tasks = Tasks()
+        self._places = Places(
+            deal(listeners.public, config.workers),
+            self._tasks,
+            on_message=self._hear,
+            on_failure=self._fail,
+        )
+        self._lookout = Lookout(
+            self._tasks,
+            on_snapshot=self._on_snapshot,
+            on_cleared=lambda replica_id: self._places.tell(control.Cleared(replica_id)),
+            on_silent=lambda replica_id: self._places.tell(control.Accused(replica_id)),
+        )
+        self._admin = web.AppRunner(make_app(self, config.admin_api_key), access_log=None)
+        self._door: takeover.Door | None = None
+        self._door_task: asyncio.Task[None] | None = None
+        self._fleet: FleetSnapshot | None = None
+        self._unusable: frozenset[str] = frozenset()
+        self._fleet_at_s = time.monotonic()
+        self._fingerprint = settings.fingerprint(invocation.path, config)
+        self._terminal = has_terminal()
+        self._draining = False
+        self._relieved = False  # a successor serves
+        self._successor: asyncio.subprocess.Process | None = None
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._failure: str | None = None
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGUSR2, self._upgrade)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hang_up)
+        try:
+            await self._admin.setup()
+            self._lookout.look(self._config)
+            if self._predecessor is None:
+                await self._open_doors()
+            else:
+                self._places.accepting = False
+                self._tasks.start("takeover", self._take_over(self._predecessor))
+            self._places.start(self._config)
+            self._tasks.start("watch", self._watch())
+            await self._stop.wait()
+            await self._drain()
+        finally:
+            self._close_door()
+            await self._tasks.close()
+            await self._lookout.close()
+            await self._admin.cleanup()
+            await self._places.kill()
+        if self._failure:
+            print(f"doherty proxy: {self._failure}", file=sys.stderr)  # noqa: T201
+        return 1 if self._failure else 0
+
+    async def _open_doors(self) -> None:
+        """Open what operators and successors come in by."""
+        for listener in self._listeners.admin:
+            await web.SockSite(self._admin, listener).start()
+        host, port = self._listeners.admin[0].getsockname()[:2]
+        _log.info("admin listener on http://%s:%s", host, port)
+        if self._config.upgrade_socket is not None:
+            self._door = takeover.Door(self._config.upgrade_socket)
+            self._door_task = self._tasks.spawn("door", self._keep_door(self._door))
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    def _on_hang_up(self) -> None:
+        """The terminal is gone, and this goes with it; otherwise SIGHUP means: read again."""
+        if self._terminal and not has_terminal():
+            self._on_signal()
+        else:
+            self._reload(ordered=True)
+
+    def _fail(self, reason: str) -> None:
+        self._failure = reason
+        self._stop.set()
+
+    def _hear(self, message: control.Message) -> None:
+        match message:
+            case control.Ready():
+                if self._places.accepting:
+                    self._say_where()
+            case control.Suspect(replica_id, reason):
+                self._lookout.prober.suspect(replica_id, reason)
+            case control.Doubt(replica_id):
+                self._lookout.prober.doubt(replica_id)
+            case _:
+                _log.error("a worker said %s", type(message).__name__)
+
+    def _say_where(self) -> None:
+        host, port = self._listeners.public[0].getsockname()[:2]
+        scheme = "https" if self._config.tls_cert_path else "http"
+        workers = len(self._places)
+        _log.info("listening on %s://%s:%s, %d workers", scheme, host, port, workers)
+
+    # --- the fleet -------------------------------------------------------------------------
+
+    def _on_snapshot(self, snapshot: FleetSnapshot) -> None:
+        known = self._fleet
+        if known is not None and snapshot.epoch == known.epoch:
+            if snapshot.version < known.version:
+                return  # older than what we hold
+        elif known is not None:
+            _log.info("a new manager speaks for the fleet")
+        snapshot = self._usable(snapshot)
+        self._fleet = snapshot
+        self._fleet_at_s = time.monotonic()
+        self._lookout.prober.know({r.replica_id: r.url for r in snapshot.replicas})
+        self._places.tell(control.FleetIs(snapshot))
+
+    def _usable(self, snapshot: FleetSnapshot) -> FleetSnapshot:
+        """Leave out records that nobody can connect to, so that one cannot spoil the rest."""
+        kept, unusable = [], {}
+        for record in snapshot.replicas:
+            try:
+                replica_of(record)
+                kept.append(record)
+            except ValueError as error:
+                unusable[record.replica_id] = str(error)
+        for replica_id in unusable.keys() - self._unusable:
+            _log.error("replica %s is left out: %s", replica_id, unusable[replica_id])
+        self._unusable = frozenset(unusable)
+        return msgspec.structs.replace(snapshot, replicas=tuple(kept))
+
+    # --- what the admin listener asks --------------------------------------------------------
+
+    def ready(self) -> str | None:
+        if self._draining:
+            return "draining"
+        if not self._places.ready_count:
+            return "no worker is up yet"
+        suspects = self.suspects()
+        replicas = self._fleet.replicas if self._fleet else ()
+        able = [r for r in replicas if r.state is ReplicaState.READY]
+        if not [r for r in able if r.replica_id not in suspects]:
+            return "no replica can take a request"
+        return None
+
+    def fleet(self) -> FleetSnapshot | None:
+        return self._fleet
+
+    def suspects(self) -> frozenset[str]:
+        return self._lookout.prober.suspects
+
+    async def samples(self) -> tuple[list[Sample], list[Sample]]:
+        counters, gauges = await self._places.samples()
+        age_s = time.monotonic() - self._fleet_at_s
+        return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
+
+    # --- the configuration changes -----------------------------------------------------------
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            if settings.fingerprint(self._invocation.path, self._config) != self._fingerprint:
+                self._reload(ordered=False)
+
+    def _reload(self, *, ordered: bool) -> None:
+        """Read everything again. What cannot be used changes nothing."""
+        if self._draining:
+            return
+        self._fingerprint = settings.fingerprint(self._invocation.path, self._config)
+        try:
+            read = self._invocation.settings()
+            check_source(read)
+            warnings = tls.check(read, datetime.now(UTC))
+        except (ConfigError, StartError, ValueError) as error:
+            _log.error("not reloaded, going on as before: %s", error)
+            return
+        for warning in warnings:
+            _log.warning("%s", warning)
+        change = settings.change(self._config, read)
+        if change.waiting:
+            names = ", ".join(change.waiting)
+            _log.warning("%s: a change of this needs an upgrade (SIGUSR2)", names)
+        self._config = change.config
+        self._fingerprint = settings.fingerprint(self._invocation.path, self._config)
+        set_up_logging(self._config.log_level)
+        if change.changed or tls.files(self._config):
+            self._lookout.look(self._config)
+        if change.changed or tls.files(self._config) or ordered:
+            self._places.tell(control.Reconfigure(self._config))
+            _log.info("reloaded; changed: %s", ", ".join(change.changed) or "nothing")
+
+    # --- another takes over ------------------------------------------------------------------
+
+    async def _take_over(self, predecessor: takeover.Predecessor) -> None:
+        await self._places.all_ready.wait()
+        for listener in self._listeners.public:  # those that are new queue from now on, too
+            listener.listen(LISTEN_BACKLOG)
+        self._places.tell(control.Accept())
+        self._say_where()
+        if await predecessor.relieve():
+            _log.info("took over from the proxy that ran before")
+        else:
+            _log.warning("the proxy that ran before did not say that it leaves")
+        try:
+            await self._open_doors()
+        except (StartError, OSError) as error:
+            _log.error("serving without: %s", error)
+
+    async def _keep_door(self, door: takeover.Door) -> None:
+        while not self._relieved:
+            await self._serve_successor(await door.knock())
+
+    async def _serve_successor(self, end: socket.socket) -> None:
+        _log.info("a new proxy comes up beside this one")
+        if not await takeover.hand_over(end, self._listeners, self._leave):
+            _log.error("the new proxy did not come up; going on")
+
+    def _close_door(self) -> None:
+        if self._door is not None and self._door_task is not None:
+            self._door_task.cancel()
+            self._door.close()
+            self._door = None
+
+    def _leave(self) -> None:
+        self._relieved = self._draining = True
+        self._stop.set()
+
+    def _upgrade(self) -> None:
+        if self._successor is not None or self._draining:
+            _log.error("an upgrade or the end is under way already")
+            return
+        self._tasks.start("upgrade", self._start_successor())
+
+    async def _start_successor(self) -> None:
+        """Start the command again, with the other end of a socket pair in place of a path."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        fd = theirs.fileno()
+        try:
+            self._successor = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "proxy", *self._invocation.argv),
+                env={**os.environ, takeover.DESCRIPTOR_VARIABLE: str(fd)},
+                pass_fds=(fd,),
+            )
+        except OSError as error:
+            _log.error("the new proxy cannot be started: %s", error)
+            ours.close()
+            return
+        finally:
+            theirs.close()
+        await self._serve_successor(ours)
+        if not self._relieved:
+            status = await self._successor.wait()
+            _log.error("the new proxy ended with %d", status)
+            self._successor = None
+
+    # --- the end -----------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        self._draining = True
+        if self._relieved:
+            _log.info("a new proxy has taken over; finishing what runs")
+            self._close_door()
+            for site in list(self._admin.sites):
+                await site.stop()
+            grace_s = self._config.upgrade_grace_period_secs
+            if await self._ended(control.Drain(grace_s, gentle=True)):
+                return
+            self._hurry.clear()
+        grace_s = 0.0 if self._failure else self._config.shutdown_grace_period_secs
+        settle_s = 0.0 if self._failure or self._relieved else self._config.drain_settle_secs
+        if settle_s:
+            _log.info("settling")
+            self._places.drain(control.Drain(settle_s + grace_s, gentle=True, keep_port=True))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), settle_s)
+        _log.info("draining")
+        await self._ended(control.Drain(grace_s))
+
+    async def _ended(self, order: control.Drain) -> bool:
+        """Give the order; return whether the workers have ended before anybody is in a hurry."""
+        self._places.drain(order)
+        hurry = self._tasks.spawn("hurry", self._hurry.wait())
+        ended = self._tasks.spawn("ends", self._places.ended())
+        timeout_s = order.grace_s + END_MARGIN_S
+        await asyncio.wait((hurry, ended), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        return ended.done()
+
+
+def check_source(config: ProxyConfig) -> None:
+    """Raise `StartError` or `ValueError` when it is not plain where the fleet is known from."""
+    check_urls(config.worker_urls)
+    if not config.worker_urls and not config.manager_url:
+        raise StartError(
+            "the replica list is empty: pass --worker-urls http://HOST:PORT … or --manager-url"
+        )
+    if config.worker_urls and config.manager_url:
+        raise StartError("--worker-urls and --manager-url exclude each other: one names the fleet")

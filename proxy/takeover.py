@@ -1,0 +1,184 @@
+"""How a new proxy takes the place of a running one, over one unix socket, without losing a request.
+
+    new → old   connects (or was started with the other end of a socket pair)
+    old → new   every listening socket (SCM_RIGHTS, unix(7)), in a few messages, then an empty one
+    new         starts its workers; they get ready and take nothing yet
+    new → old   READY, and lets its workers take connections
+    old → new   LEFT: it accepts no more, and finishes what it has
+
+A side that goes away before READY changes nothing: the old one goes on as if nobody had come, and
+the new one has answered nobody. From READY on both hold the sockets, so the queues of connections
+that nobody has accepted yet outlive the old process. Only the owner of the old process, or root,
+is given the sockets (SO_PEERCRED).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Callable
+
+import msgspec
+
+from proxy.listeners import ADMIN, PUBLIC, Listeners, StartError
+
+DESCRIPTOR_VARIABLE = "DOHERTY_TAKEOVER_FD"
+READY, LEFT = b"ready", b"left"
+SOCKETS_PER_MESSAGE = 64
+MESSAGE_BYTES_MAX = 4096
+# The old one may be busy; but whoever starts the new one wants to know before long.
+ANSWER_TIMEOUT_S = 10.0
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+
+class Handed(msgspec.Struct, frozen=True):
+    """What the sockets of one message are for; none in the last message."""
+
+    kinds: list[str]
+    pinned: list[str] = []
+
+
+class Predecessor:
+    """The running proxy, as the new one sees it. It is asked before there is an event loop."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+
+    @classmethod
+    def at(cls, path: str) -> Predecessor:
+        """Connect to the proxy that waits at `path`. Raises `StartError`."""
+        end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            end.settimeout(ANSWER_TIMEOUT_S)
+            end.connect(path)
+        except OSError as error:
+            end.close()
+            raise StartError(
+                f"no proxy to take over at {path}: {error.strerror or error}; "
+                "it must run with --upgrade-socket"
+            ) from error
+        return cls(end)
+
+    def receive(self) -> Listeners:
+        """Take its listening sockets. Raises `StartError`."""
+        self._end.settimeout(ANSWER_TIMEOUT_S)
+        try:
+            return self._receive()
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            self._end.close()
+            raise StartError(
+                f"the running proxy does not hand over ({error}); its log says why"
+            ) from error
+
+    def _receive(self) -> Listeners:
+        listeners = Listeners([], [])
+        ancillary_bytes = socket.CMSG_SPACE(SOCKETS_PER_MESSAGE * struct.calcsize("i"))
+        while True:
+            message, ancillary, _, _ = self._end.recvmsg(
+                MESSAGE_BYTES_MAX, ancillary_bytes, socket.MSG_CMSG_CLOEXEC
+            )
+            handed = msgspec.json.decode(message, type=Handed)
+            if not handed.kinds:
+                listeners.pinned = frozenset(handed.pinned)
+                return listeners
+            for kind, fd in zip(handed.kinds, _descriptors(ancillary), strict=True):
+                listener = socket.socket(fileno=fd)
+                (listeners.admin if kind == ADMIN else listeners.public).append(listener)
+
+    async def relieve(self) -> bool:
+        """Tell it to leave; return whether it said that it does."""
+        loop = asyncio.get_running_loop()
+        self._end.setblocking(False)
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await loop.sock_sendall(self._end, READY)
+                return await loop.sock_recv(self._end, MESSAGE_BYTES_MAX) == LEFT
+        except OSError:  # a timeout is one
+            return False
+        finally:
+            self._end.close()
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    found: list[int] = []
+    for level, kind, payload in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            count = len(payload) // struct.calcsize("i")
+            found += struct.unpack(f"{count}i", payload[: count * struct.calcsize("i")])
+    return found
+
+
+async def hand_over(end: socket.socket, listeners: Listeners, leave: Callable[[], None]) -> bool:
+    """Serve one successor; call `leave` once it is ready. Return whether it was."""
+    loop = asyncio.get_running_loop()
+    end.setblocking(False)
+    with end:
+        if not _trusted(end):
+            return False
+        try:
+            named = [(PUBLIC, s) for s in listeners.public] + [(ADMIN, s) for s in listeners.admin]
+            for start in range(0, len(named), SOCKETS_PER_MESSAGE):
+                part = named[start : start + SOCKETS_PER_MESSAGE]
+                kinds = msgspec.json.encode(Handed([kind for kind, _ in part]))
+                socket.send_fds(end, [kinds], [listener.fileno() for _, listener in part])
+            last = Handed([], sorted(listeners.pinned))
+            await loop.sock_sendall(end, msgspec.json.encode(last))
+            if await loop.sock_recv(end, MESSAGE_BYTES_MAX) != READY:
+                return False
+            leave()
+            with contextlib.suppress(OSError):
+                await loop.sock_sendall(end, LEFT)
+        except OSError:
+            return False
+        return True
+
+
+def _trusted(end: socket.socket) -> bool:
+    raw = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(raw)
+    return uid in (0, os.geteuid())
+
+
+class Door:
+    """The unix socket at which successors knock."""
+
+    def __init__(self, path: str) -> None:
+        """Listen at `path`, in place of a proxy that has left. Raises `StartError`."""
+        self._path = path
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.setblocking(False)
+        fresh = f"{path}.{os.getpid()}"
+        before = os.umask(0o177)  # only the owner may connect
+        try:
+            self._listener.bind(fresh)
+            self._listener.listen(1)
+            os.rename(fresh, path)
+        except OSError as error:
+            self._listener.close()
+            raise StartError(
+                f"upgrade_socket: cannot listen at {path}: {error.strerror or error}"
+            ) from error
+        finally:
+            os.umask(before)
+        self._inode = os.stat(path).st_ino
+
+    async def knock(self) -> socket.socket:
+        """Wait for the next one who comes."""
+        end, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+        return end
+
+    def close(self) -> None:
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            if os.stat(self._path).st_ino == self._inode:  # else a successor's
+                os.unlink(self._path)
+
+
+def socket_in_use(path: str) -> bool:
+    """Say whether a proxy waits at `path`."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as end:
+        end.setblocking(False)
+        return end.connect_ex(path) == 0
