@@ -6,7 +6,6 @@ A head that came in is never copied as octets. Fields that belong to one connect
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Sequence
 from http import HTTPStatus
@@ -102,7 +101,9 @@ def client_head(
 
 def with_fields(response: ResponseHead, fields: list[Field]) -> ResponseHead:
     """Return the same head with other fields. A head is never changed: others may hold it too."""
-    told = copy.copy(response)
+    told = ResponseHead(response.status, response.reason, response.keep_alive)
+    told.chunked, told.counted = response.chunked, response.counted
+    told.content_length, told.event_stream = response.content_length, response.event_stream
     told.fields = fields
     told.returned = _returned(told)
     return told
