@@ -50,11 +50,12 @@ class RequestReader:
         self._buffer = bytearray()
         self._searched = 0
         self._fresh = True  # no octet of the next request has come
+        self._closed = False  # RFC 9112 §9.6: what follows a last request is not read
         self._head: RequestHead | None = None
         self._decoder: ChunkedDecoder | None = None
 
     def feed(self, data: bytes) -> None:
-        if self.refused:
+        if self.refused or self._closed:
             return
         try:
             self._feed(data)
@@ -63,7 +64,8 @@ class RequestReader:
 
     def verdict(self) -> Verdict:
         waiting = bool(self._buffer) or self._head is not None
-        return Verdict(tuple(self.taken), self.refused, waiting and not self.refused)
+        ended = self.refused or self._closed
+        return Verdict(tuple(self.taken), self.refused, waiting and not ended)
 
     def _feed(self, data: bytes) -> None:
         if self._decoder is not None:
@@ -73,7 +75,11 @@ class RequestReader:
             self._end(self._decoder.body())
             data = rest
         self._buffer += data
-        while self._buffer and (self._counted() if self._head else self._read_head()):
+        while (
+            self._buffer
+            and not self._closed
+            and (self._counted() if self._head else self._read_head())
+        ):
             pass
 
     def _read_head(self) -> bool:
@@ -121,6 +127,7 @@ class RequestReader:
         self._head = self._decoder = None
         self._searched = 0
         self._fresh = True
+        self._closed = not head.keep_alive
 
 
 class Answer(NamedTuple):
