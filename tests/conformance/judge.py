@@ -45,7 +45,7 @@ def statuses(vector: Vector) -> list[int]:
 def methods(vector: Vector) -> list[str]:
     """Return the methods by which a client reads its answers."""
     known = [request.method.decode() for request in vector.taken]
-    return known + ["POST"] * (len(statuses(vector)) - len(known))
+    return [*known, "POST"][: len(statuses(vector))]
 
 
 def check_answers(vector: Vector, answers: Sequence[Answer]) -> None:

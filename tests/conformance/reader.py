@@ -138,6 +138,16 @@ class Answer(NamedTuple):
     ended: bool  # the body ended by its own framing
     surplus: bytes  # octets after the end: they condemn the connection
     failed: bool
+    chunked: bool = False
+
+    @property
+    def payload(self) -> bytes:
+        """What was relayed without its chunk framing, as far as it goes."""
+        if not self.chunked:
+            return self.relayed
+        decoder = ChunkedDecoder()
+        decoder.feed(self.relayed)
+        return decoder.body()
 
 
 class ResponseReader:
@@ -164,7 +174,9 @@ class ResponseReader:
 
     def answer(self) -> Answer:
         status = self.head.status if self.head is not None else 0
-        return Answer(status, b"".join(self._relayed), self.ended, self.surplus, self.failed)
+        relayed = b"".join(self._relayed)
+        chunked = self._follower is not None
+        return Answer(status, relayed, self.ended, self.surplus, self.failed, chunked)
 
     def _feed(self, data: bytes) -> None:
         while self.head is None:
