@@ -7,7 +7,7 @@ a JSON string every quote is escaped, so the octets `"usage":` cannot be text th
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -15,8 +15,12 @@ _USAGE: Final = re.compile(rb'"usage"\s*:\s*(\{)')
 _END: Final = re.compile(rb"[{}]")
 
 
+# Counts are added up and exported: one below zero or beyond any context is no count.
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+
+
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: _Count | None = None
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -28,14 +32,14 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class _Wire(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
     prompt_tokens_details: _Details | None = None
     # Responses and Anthropic names for the same things.
-    input_tokens: int | None = None
-    output_tokens: int | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
     input_tokens_details: _Details | None = None
-    cache_read_input_tokens: int | None = None
+    cache_read_input_tokens: _Count | None = None
 
 
 _decoder: Final = msgspec.json.Decoder(_Wire)
@@ -55,7 +59,7 @@ def read_usage(tail: bytes) -> Usage | None:
         return None
     try:
         wire = _decoder.decode(tail[match.start(1) : end])
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return None
     prompt = wire.prompt_tokens if wire.prompt_tokens is not None else wire.input_tokens
     output = wire.completion_tokens if wire.completion_tokens is not None else wire.output_tokens
