@@ -125,13 +125,21 @@ class ChunkFollower:
     chunk is passed on only with the end of the body, so that up to there another chunk may follow.
     """
 
-    __slots__ = ("_data_left", "_held", "_in_trailer", "_line_end_left", "ended")
+    __slots__ = (
+        "_data_left",
+        "_held",
+        "_in_trailer",
+        "_line_end_left",
+        "_trailer_bytes",
+        "ended",
+    )
 
     def __init__(self) -> None:
         self._held = b""  # an incomplete line
         self._data_left = 0  # octets of data still to come in the open chunk
         self._line_end_left = 0  # octets of the line end after it
         self._in_trailer = False
+        self._trailer_bytes = 0
         self.ended = False
 
     @property
@@ -210,6 +218,9 @@ class ChunkFollower:
             if end == at:
                 self.ended = True
                 return b"0\r\n\r\n", end + 2
+            self._trailer_bytes += end + 1 - at
+            if self._trailer_bytes > limits.TRAILER_BYTES_MAX:
+                raise BadResponse("the trailers are too long")
             if not well_formed_field(data[at:end]):
                 raise BadResponse("a trailer field is malformed")
             return b"", end + 2

@@ -175,6 +175,8 @@ BAD = [
          b"5;" + b"x" * (limits.TRAILER_BYTES_MAX + 1) + b"\r\nhello\r\n" + LAST,
          "limit TRAILER_BYTES_MAX"),
     _bad("trailer_bare_feed", b"1\r\nx\r\n0\r\nX: a\nb\r\n\r\n", "9112 §2.2", b"x"),
+    _bad("trailers_without_end", b"1\r\nx\r\n0\r\n" + b"X: y\r\n" * 2000,
+         "limit TRAILER_BYTES_MAX", b"x"),
     _bad("trailer_without_colon", b"1\r\nx\r\n0\r\nnothing\r\n\r\n", "9112 §5", b"x"),
     _bad("trailer_is_a_chunk", b"1\r\nx\r\n0\r\n5\r\nhello\r\n" + LAST, "9112 §7.1.2", b"x"),
     _bad("trailer_space_in_name", b"1\r\nx\r\n0\r\nX Y: v\r\n\r\n", "9112 §5.1", b"x"),
