@@ -8,6 +8,7 @@ same method, target and body (status and body), and the next one must begin at t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -23,6 +24,7 @@ from proxy.core.http1 import (
 from tests.conformance.reader import read_response
 
 _HEAD_BYTES_MAX: Final = 1 << 20
+_TRAILER: Final = re.compile(rb"\n0+(?:[ \t]*;[^\r\n]*)?\r\n((?:[^\r\n]+\r\n)*)\r\n\Z")
 
 
 class Read(NamedTuple):
@@ -118,7 +120,8 @@ def _framing_field_in_trailer(_: Read, theirs: Read | str, message: bytes) -> bo
 
 
 def _frames_in_trailer(message: bytes) -> bool:
-    trailer = message.rpartition(b"\n0")[2].lower()
+    found = _TRAILER.search(message)
+    trailer = found[1].lower() if found else b""
     return b"content-length:" in trailer or b"transfer-encoding:" in trailer
 
 

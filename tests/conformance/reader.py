@@ -68,19 +68,21 @@ class RequestReader:
         return Verdict(tuple(self.taken), self.refused, waiting and not ended)
 
     def _feed(self, data: bytes) -> None:
-        if self._decoder is not None:
-            rest = self._decoder.feed(data)
-            if rest is None:
-                return
-            self._end(self._decoder.body())
-            data = rest
         self._buffer += data
-        while (
-            self._buffer
-            and not self._closed
-            and (self._counted() if self._head else self._read_head())
-        ):
-            pass
+        while self._buffer and not self._closed:
+            if self._decoder is not None:
+                more = self._chunked(self._decoder)
+            else:
+                more = self._counted() if self._head else self._read_head()
+            if not more:
+                break
+
+    def _chunked(self, decoder: ChunkedDecoder) -> bool:
+        rest = decoder.feed(bytes(self._buffer))
+        self._buffer = bytearray(rest or b"")
+        if rest is not None:
+            self._end(decoder.body())
+        return rest is not None
 
     def _read_head(self) -> bool:
         buffer = self._buffer
@@ -98,16 +100,14 @@ class RequestReader:
             return False
         if end > limits.HEAD_BYTES_MAX:
             raise errors.HeadTooLargeError("too large")
-        block, rest = bytes(buffer[:end]), bytes(buffer[end + 4 :])
+        block = bytes(buffer[:end])
+        del buffer[: end + 4]
         self._head = parse_request_head(block)
         self.heads.append(self._head)
-        self._buffer = bytearray()
         if self._head.chunked:
             self._decoder = ChunkedDecoder()
-            self._feed(rest)
-        else:
-            self._buffer += rest
-            self._counted()
+        elif not self._head.content_length:
+            self._end(b"")
         return True
 
     def _counted(self) -> bool:

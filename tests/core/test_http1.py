@@ -52,6 +52,22 @@ def test_request_vector(vector: Vector) -> None:
     assert read_requests(_bit_by_bit(vector.octets)) == _expected(vector), vector.rule
 
 
+_SHORT_BYTES = 160  # all pairs of cuts, and longer vectors: `python -m tests.fuzz cuts`
+
+
+def test_request_vectors_at_every_single_cut() -> None:
+    for vector in (v for v in REQUESTS if len(v.octets) <= _SHORT_BYTES):
+        for cut in range(1, len(vector.octets)):
+            got = read_requests(cut_at(vector.octets, [cut]))
+            assert got == _expected(vector), (vector.name, cut)
+
+
+def test_engine_vectors_at_every_single_cut() -> None:
+    for vector in (v for v in ENGINE if len(v.octets) <= _SHORT_BYTES):
+        for cut in range(1, len(vector.octets)):
+            _check_engine_vector(vector, read_response(cut_at(vector.octets, [cut])))
+
+
 @given(st.sampled_from(REQUESTS), st.lists(st.integers(0, 300), max_size=8))
 def test_request_vector_at_random_cuts(vector: Vector, cuts: list[int]) -> None:
     assert read_requests(cut_at(vector.octets, cuts)) == _expected(vector)
@@ -147,13 +163,13 @@ def _mutated(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
     return octets
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(_mutated(_SEEDS))
 def test_h11_agrees_on_mutations(octets: bytes) -> None:
     assert compare_requests(octets).difference == ""
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(_mutated(_ENGINE_SEEDS))
 def test_h11_agrees_on_mutated_answers(octets: bytes) -> None:
     assert compare_answers(octets).difference == ""
