@@ -71,7 +71,7 @@ class Outcome(enum.Enum):
 
     WHOLE = enum.auto()  # the right answer, with its end
     ERROR = enum.auto()  # 502 with an error object
-    CUT = enum.auto()  # an answer that is visibly not complete
+    CUT = enum.auto()  # an answer that is visibly not complete, or an error if none had begun
 
 
 class EngineVector(NamedTuple):

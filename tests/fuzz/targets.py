@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from proxy import errors
-from proxy.core.routes import ROUTES
+from proxy.core.prefix import prefix_chain
+from proxy.core.routes import ROUTES, PromptKind
 from proxy.core.scan import scan_body
 from proxy.core.usage import read_usage
 from tests.conformance.engine_vectors import ENGINE
@@ -108,12 +109,16 @@ def _usual(read: Callable[[bytes], object]) -> Callable[[bytes], object]:
     return usual
 
 
+def _read_chain(octets: bytes) -> object:
+    return prefix_chain(PromptKind.CHAT, scan_body(octets), None)
+
+
 TARGETS: Final[dict[str, Target]] = {
     "requests": Target(laws.requests, lambda octets: read_requests([octets]), _requests),
     "answers": Target(laws.answers, lambda octets: read_response([octets]), _answers),
     "routes": Target(laws.routes, laws.routes, _paths),
     "body": Target(laws.body, _usual(scan_body), _bodies),
-    "chain": Target(laws.chain, laws.chain, _chains),
+    "chain": Target(laws.chain, _usual(_read_chain), _chains),
     "usage": Target(laws.usage, read_usage, _usages),
     "event_stream": Target(laws.event_stream, laws.event_stream, _event_streams),
 }
