@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy import errors
@@ -163,13 +163,11 @@ def _mutated(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
     return octets
 
 
-@settings(max_examples=200)
 @given(_mutated(_SEEDS))
 def test_h11_agrees_on_mutations(octets: bytes) -> None:
     assert compare_requests(octets).difference == ""
 
 
-@settings(max_examples=200)
 @given(_mutated(_ENGINE_SEEDS))
 def test_h11_agrees_on_mutated_answers(octets: bytes) -> None:
     assert compare_answers(octets).difference == ""
