@@ -23,15 +23,12 @@ from tests.conformance.judge import (
     statuses,
 )
 from tests.conformance.reader import Taken, cut_at
-from tests.conformance.vector import EngineVector, Vector, head, posted
+from tests.conformance.vector import EngineVector, Vector, posted
 from tests.conformance.vectors import REQUESTS
 from tests.fakes.plane import Answer, AnswerReader, RealPlane
+from tests.fakes.stage import canary
 from tests.fakes.strict_engine import Odd, StrictEngine, echo
 from tests.fakes.talk import Talk, on_uvloop
-
-
-def canary(token: bytes) -> bytes:
-    return head(b"Content-Length: %d" % len(token)) + token
 
 
 class Run:
