@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 import pytest
 
+from proxy.io.plane import Plane
 from tests.conformance import engine_bodies, engine_heads
 from tests.conformance.judge import (
     check_answers,
@@ -23,20 +24,22 @@ from tests.conformance.judge import (
     statuses,
 )
 from tests.conformance.reader import Taken, cut_at
-from tests.conformance.vector import EngineVector, Vector, posted
+from tests.conformance.vector import EngineVector, Outcome, Vector, posted
 from tests.conformance.vectors import REQUESTS
 from tests.fakes.plane import Answer, AnswerReader, RealPlane
+from tests.fakes.proxy_process import ProxyProcess
 from tests.fakes.stage import canary
 from tests.fakes.strict_engine import Odd, StrictEngine, echo
 from tests.fakes.talk import Talk, on_uvloop
 
 
 class Run:
-    """A plane before one strict engine, and what that engine must have been sent so far."""
+    """A proxy before one strict engine, and what that engine must have been sent so far."""
 
-    def __init__(self, proxy: RealPlane, engine: StrictEngine) -> None:
-        self.proxy = proxy
+    def __init__(self, port: int, engine: StrictEngine, plane: Plane | None = None) -> None:
+        self.port = port
         self.engine = engine
+        self._plane = plane  # of a proxy in this process
         self.due: list[Taken] = []
         self._serial = 0
 
@@ -50,9 +53,14 @@ class Run:
         assert (answer.status, answer.body) == (200, echo(token))
         assert talk.received == b""
 
+    def find_well(self) -> None:
+        """The probe of a replica that failed finds it well."""
+        assert self._plane is not None
+        self._plane.clear("a")
+
     async def check(self, used: Talk | None) -> None:
         """A new client, and the used connection if it is open, get their own answers."""
-        async with Talk(self.proxy.port) as fresh:
+        async with Talk(self.port) as fresh:
             await self.ask(fresh)
         if used is not None:
             await self.ask(used)
@@ -63,7 +71,19 @@ class Run:
 @asynccontextmanager
 async def running() -> AsyncIterator[Run]:
     async with StrictEngine() as engine, RealPlane([engine.record("a")]) as proxy:
-        yield Run(proxy, engine)
+        yield Run(proxy.port, engine, proxy.plane)
+
+
+@asynccontextmanager
+async def running_process() -> AsyncIterator[Run]:
+    """As people run it: in processes of its own, translated to machine code where that was done."""
+    async with AsyncExitStack() as stack:
+        engine = await stack.enter_async_context(StrictEngine())
+        url = f"http://127.0.0.1:{engine.port}"
+        proxy = await stack.enter_async_context(ProxyProcess("--worker-urls", url))
+        while (await proxy.admin("/readyz")).status != 200:
+            await asyncio.sleep(0.02)
+        yield Run(proxy.port, engine)
 
 
 async def _send(talk: Talk, pieces: Iterable[bytes]) -> None:
@@ -81,7 +101,7 @@ async def _answers(talk: Talk, vector: Vector) -> list[Answer]:
 
 
 async def _client_vector(run: Run, vector: Vector, pieces: Sequence[bytes]) -> None:
-    async with Talk(run.proxy.port) as talk:
+    async with Talk(run.port) as talk:
         await _send(talk, pieces)
         answers = await _answers(talk, vector)
         check_answers(vector, answers)
@@ -114,11 +134,12 @@ async def _engine_vector(run: Run, vector: EngineVector) -> None:
     body = b"odd " + vector.name.encode()
     run.engine.odd[body] = Odd(vector.octets, vector.closes)
     run.due.append(posted(body))
-    async with Talk(run.proxy.port) as talk:
+    async with Talk(run.port) as talk:
         await talk.send(canary(body))
         octets, ended = await _octets(talk)
         check_outcome(vector, octets, ended=ended)
-        run.proxy.plane.clear("a")  # the probe of a replica that failed finds it well
+        if vector.outcome is not Outcome.WHOLE:
+            run.find_well()
         await run.check(None if ended else talk)
 
 
@@ -163,3 +184,16 @@ async def test_engine_vectors(group: str) -> None:
         for vector in _ENGINES[group]:
             with _named(vector.name):
                 await _engine_vector(run, vector)
+
+
+@on_uvloop
+async def test_vectors_before_a_proxy_of_its_own() -> None:
+    """All client vectors, and the engine vectors after which the replica stays well."""
+    async with running_process() as run:
+        for client_vector in REQUESTS:
+            with _named(client_vector.name):
+                await _client_vector(run, client_vector, [client_vector.octets])
+        for vector in (v for group in _ENGINES.values() for v in group):
+            if vector.outcome is Outcome.WHOLE:
+                with _named(vector.name):
+                    await _engine_vector(run, vector)
