@@ -27,6 +27,14 @@ _CHUNK_LINE_EXTENDED: Final = re.compile(_SIZE + rb"((?:[ \t]*;[\t\x20-\x7e\x80-
 _SIZE_LINE_BYTES_MAX: Final = limits.CHUNK_SIZE_DIGITS_MAX + limits.CHUNK_EXTENSION_BYTES_MAX + 1
 
 
+def well_formed_field(line: bytes) -> bool:
+    """Whether a trailer line is a field at all (RFC 9112 §5): a token, a colon, no control."""
+    name, colon, _ = line.partition(b":")
+    return bool(
+        colon and name and not name.translate(None, TCHAR) and not line.translate(None, NOT_CONTROL)
+    )
+
+
 class BadResponse(Exception):  # noqa: N818 - an outcome that the exchange translates
     """A replica's octets that are not one well-formed response."""
 
@@ -99,14 +107,7 @@ class ChunkedDecoder:
 
     def _trailer(self, line: bytes) -> None:
         self._trailer_bytes += len(line) + 2
-        name, colon, _ = line.partition(b":")
-        if (
-            self._trailer_bytes > limits.TRAILER_BYTES_MAX
-            or not colon
-            or not name
-            or name.translate(None, TCHAR)
-            or line.translate(None, NOT_CONTROL)
-        ):
+        if self._trailer_bytes > limits.TRAILER_BYTES_MAX or not well_formed_field(line):
             raise errors.BadBodyFramingError("a trailer field is malformed or too long")
 
     def body(self) -> bytes:
@@ -133,13 +134,21 @@ class ChunkFollower:
     chunk is passed on only with the end of the body, so that up to there another chunk may follow.
     """
 
-    __slots__ = ("_data_left", "_held", "_in_trailer", "_line_end_left", "ended")
+    __slots__ = (
+        "_data_left",
+        "_held",
+        "_in_trailer",
+        "_line_end_left",
+        "_trailer_bytes",
+        "ended",
+    )
 
     def __init__(self) -> None:
         self._held = b""  # an incomplete line
         self._data_left = 0  # octets of data still to come in the open chunk
         self._line_end_left = 0  # octets of the line end after it
         self._in_trailer = False
+        self._trailer_bytes = 0
         self.ended = False
 
     @property
@@ -218,8 +227,11 @@ class ChunkFollower:
             if end == at:
                 self.ended = True
                 return b"0\r\n\r\n", end + 2
-            if data[at:end].translate(None, NOT_CONTROL):
-                raise BadResponse("a trailer field holds a control character")
+            self._trailer_bytes += end + 1 - at
+            if self._trailer_bytes > limits.TRAILER_BYTES_MAX:
+                raise BadResponse("the trailers are too long")
+            if not well_formed_field(data[at:end]):
+                raise BadResponse("a trailer field is malformed")
             return b"", end + 2
         match = _CHUNK_LINE_EXTENDED.match(data, at)
         if match is None:

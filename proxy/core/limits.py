@@ -57,6 +57,8 @@ INFORMATIONAL_RESPONSES_MAX = 8
 WRITE_HIGH_WATER_BYTES = 256 * KIB
 # The end of an answer is kept to read `usage` from.
 USAGE_TAIL_BYTES = 2 * KIB
+# More tokens than any answer has: a count beyond it is no count, and must not spoil the sums.
+USAGE_TOKENS_MAX = 1 << 40
 
 # An engine's error is read whole, to be told as the client reads errors. Engines' own stay below
 # 16 KiB; what is longer is no error object and passes as it comes.
@@ -91,6 +93,8 @@ OPENER_SEARCH_BYTES_MAX = 256 * KIB
 # O(log n) hashes over n octets and a shared prefix is known to within a third.
 CHAIN_FIRST_BYTES = 512
 CHAIN_DEPTHS_MAX = 48
+# Space before the end of a prompt that is left out of its chain: an indented bracket's, no more.
+SPACE_BYTES_MAX = 1 * KIB
 # English text and JSON run at about four octets a token in today's vocabularies.
 BYTES_PER_TOKEN = 4
 # Believed cache of a replica that does not say: 8 B shape at 0.45 of a 141 GB card.

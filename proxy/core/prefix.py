@@ -88,8 +88,9 @@ def prefix_chain(kind: PromptKind, scanned: Scanned, session_key: bytes | None) 
     octets = memoryview(tail)
     # The closing bracket or quote of a prompt that will grow is not part of its prefix.
     size = max(0, len(octets) - 1)
-    while size and octets[size - 1] in _SPACE:  # nor is the space before it
-        size -= 1
+    if size and octets[size - 1] in _SPACE:  # nor is the space before it
+        before = bytes(octets[max(0, size - limits.SPACE_BYTES_MAX) : size])
+        size -= len(before) - len(before.rstrip(_SPACE))
     rolling = seed
     start = 0
     for depth in DEPTHS:

@@ -37,7 +37,7 @@ def read_usage(tail: bytes) -> Usage | None:
         return None
     try:
         said = wire.counts.decode(tail[start:end])
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return None
     prompt = said.prompt_tokens if said.prompt_tokens is not None else said.input_tokens
     output = said.completion_tokens if said.completion_tokens is not None else said.output_tokens

@@ -323,6 +323,7 @@ class ServerProtocol:
         self._close_gently(unread=True)
 
     def _close_gently(self, *, unread: bool) -> None:
+        self._head_buffer.clear()
         self._parts.clear()
         self._decoder = None
         self._ahead = b""

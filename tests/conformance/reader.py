@@ -50,11 +50,12 @@ class RequestReader:
         self._buffer = bytearray()
         self._searched = 0
         self._fresh = True  # no octet of the next request has come
+        self._closed = False  # RFC 9112 §9.6: what follows a last request is not read
         self._head: RequestHead | None = None
         self._decoder: ChunkedDecoder | None = None
 
     def feed(self, data: bytes) -> None:
-        if self.refused:
+        if self.refused or self._closed:
             return
         try:
             self._feed(data)
@@ -63,18 +64,25 @@ class RequestReader:
 
     def verdict(self) -> Verdict:
         waiting = bool(self._buffer) or self._head is not None
-        return Verdict(tuple(self.taken), self.refused, waiting and not self.refused)
+        ended = self.refused or self._closed
+        return Verdict(tuple(self.taken), self.refused, waiting and not ended)
 
     def _feed(self, data: bytes) -> None:
-        if self._decoder is not None:
-            rest = self._decoder.feed(data)
-            if rest is None:
-                return
-            self._end(self._decoder.body())
-            data = rest
         self._buffer += data
-        while self._buffer and (self._counted() if self._head else self._read_head()):
-            pass
+        while self._buffer and not self._closed:
+            if self._decoder is not None:
+                more = self._chunked(self._decoder)
+            else:
+                more = self._counted() if self._head else self._read_head()
+            if not more:
+                break
+
+    def _chunked(self, decoder: ChunkedDecoder) -> bool:
+        rest = decoder.feed(bytes(self._buffer))
+        self._buffer = bytearray(rest or b"")
+        if rest is not None:
+            self._end(decoder.body())
+        return rest is not None
 
     def _read_head(self) -> bool:
         buffer = self._buffer
@@ -92,16 +100,14 @@ class RequestReader:
             return False
         if end > limits.HEAD_BYTES_MAX:
             raise errors.HeadTooLargeError("too large")
-        block, rest = bytes(buffer[:end]), bytes(buffer[end + 4 :])
+        block = bytes(buffer[:end])
+        del buffer[: end + 4]
         self._head = parse_request_head(block)
         self.heads.append(self._head)
-        self._buffer = bytearray()
         if self._head.chunked:
             self._decoder = ChunkedDecoder()
-            self._feed(rest)
-        else:
-            self._buffer += rest
-            self._counted()
+        elif not self._head.content_length:
+            self._end(b"")
         return True
 
     def _counted(self) -> bool:
@@ -121,6 +127,7 @@ class RequestReader:
         self._head = self._decoder = None
         self._searched = 0
         self._fresh = True
+        self._closed = not head.keep_alive
 
 
 class Answer(NamedTuple):
@@ -131,6 +138,16 @@ class Answer(NamedTuple):
     ended: bool  # the body ended by its own framing
     surplus: bytes  # octets after the end: they condemn the connection
     failed: bool
+    chunked: bool = False
+
+    @property
+    def payload(self) -> bytes:
+        """What was relayed without its chunk framing, as far as it goes."""
+        if not self.chunked:
+            return self.relayed
+        decoder = ChunkedDecoder()
+        decoder.feed(self.relayed)
+        return decoder.body()
 
 
 class ResponseReader:
@@ -157,7 +174,9 @@ class ResponseReader:
 
     def answer(self) -> Answer:
         status = self.head.status if self.head is not None else 0
-        return Answer(status, b"".join(self._relayed), self.ended, self.surplus, self.failed)
+        relayed = b"".join(self._relayed)
+        chunked = self._follower is not None
+        return Answer(status, relayed, self.ended, self.surplus, self.failed, chunked)
 
     def _feed(self, data: bytes) -> None:
         while self.head is None:

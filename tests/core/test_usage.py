@@ -70,6 +70,10 @@ _TEXT = b'{"choices":[{"delta":{"content":"%b"}}]}'
         (b'"usage":{"prompt_tokens":"5"}', None),
         (b'"usage":{"prompt_tokens":5,}', None),
         (b'"usage":{"output_tokens":5}', None),  # no prompt: the first half was elsewhere
+        # What would spoil the sums that are exported, or the reader.
+        (b'"usage":{"prompt_tokens":-5}', None),
+        (b'"usage":{"prompt_tokens":5,"completion_tokens":1%b}' % (b"0" * 400), None),
+        (b'"usage":{"prompt_tokens":5,"x":%b%b}' % (b"[" * 1000, b"]" * 1000), None),
         (b'"usage":{}', None),
         (b'"usage":[]', None),
         (b'"usage"', None),

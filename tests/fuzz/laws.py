@@ -1,0 +1,205 @@
+"""What must hold of any octets whatever, one law a target.
+
+The oracle is the same everywhere: a verdict, or the one class of error; never another exception.
+Beyond that each law says what the verdict must agree with. A law raises `AssertionError`; what a
+reader raises of its own is a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any, Final
+
+from proxy import errors
+from proxy.core.chunked import BadResponse, ChunkFollower
+from proxy.core.prefix import prefix_chain
+from proxy.core.routes import ROUTES, PromptKind, find_route, model_of_path
+from proxy.core.scan import Scanned, scan_body
+from proxy.core.sse import error_ending
+from proxy.core.usage import read_usage
+from tests.conformance.differential import compare_answers, compare_requests
+from tests.conformance.reader import Verdict, cut_at, read_requests, read_response
+
+COUNT_MAX: Final = 1 << 40
+_ERROR: Final = b'{"error":{"message":"replica lost"}}'
+
+
+def _pieces(octets: bytes) -> list[list[bytes]]:
+    """Return three ways to cut some octets that depend on nothing but themselves."""
+    place = sum(octets[:64]) % (len(octets) + 1)
+    return [
+        cut_at(octets, [place]),
+        cut_at(octets, range(0, len(octets), 1 + place % 7)),
+        cut_at(octets, range(place, len(octets), 64)),
+    ]
+
+
+# --- HTTP -----------------------------------------------------------------------------------------
+
+
+def requests(octets: bytes) -> None:
+    """One verdict however the octets are cut, and h11 agrees with whatever is taken."""
+    whole = read_requests([octets])
+    for pieces in _pieces(octets):
+        _same_requests(read_requests(pieces), whole)
+    assert not compare_requests(octets).difference
+
+
+def _same_requests(got: Verdict, whole: Verdict) -> None:
+    assert got.taken == whole.taken
+    # Two faults in one head may be met in another order; refused it is, and sooner or as soon.
+    assert bool(got.refused) >= bool(whole.refused)
+    assert whole.waiting or bool(got.refused) == bool(whole.refused)
+
+
+def answers(octets: bytes) -> None:
+    """One verdict however the octets are cut, and h11 agrees with whatever is taken."""
+    whole = read_response([octets])
+    for pieces in _pieces(octets):
+        got = read_response(pieces)
+        assert got.failed == whole.failed
+        if not whole.failed:
+            assert got == whole
+        else:
+            assert (got.status, got.ended) == (whole.status, whole.ended)
+    assert not compare_answers(octets).difference
+
+
+def routes(path: bytes) -> None:
+    """A path that goes to an engine is one of the list or one response's, and nothing else."""
+    for method in (b"GET", b"POST", b"DELETE"):
+        try:
+            route = find_route(method, path)
+        except errors.ProxyError:
+            continue
+        model_of_path(path).decode("ascii")
+        if not route.local and path not in ROUTES:
+            plain = path.removeprefix(b"/v1/responses/").removesuffix(b"/cancel")
+            assert plain
+            assert not plain.translate(None, b"-_").strip(
+                b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+            )
+            assert path.startswith(b"/v1/responses/")
+
+
+# --- bodies ---------------------------------------------------------------------------------------
+
+
+def _loads(octets: bytes) -> Any:
+    # Numbers of any length are numbers; Python alone bounds their digits.
+    return json.loads(octets, parse_int=lambda digits: (digits,))
+
+
+def body(octets: bytes) -> None:
+    """What is taken, `json.loads` reads alike: model, stream, tier, session and the prompt."""
+    try:
+        scanned = scan_body(octets)
+    except errors.ProxyError:
+        return
+    value = _loads(octets)
+    assert scanned.model == value["model"]
+    assert value.get("stream") in (None, True, False)
+    assert bool(scanned.stream) is bool(value.get("stream"))
+    for name in ("service_tier", "prompt_cache_key", "cache_salt"):
+        assert getattr(scanned, name) == value.get(name)
+    for name in ("session_id", "lora_path"):
+        given = value.get(name)
+        assert getattr(scanned, name) == (given if isinstance(given, str) else None)
+    for name in ("messages", "prompt", "tools", "system", "instructions"):
+        part = bytes(getattr(scanned, name))
+        assert bool(part) is (name in value)
+        if part:
+            assert _loads(part) == value[name]
+
+
+def chain(octets: bytes) -> None:
+    """A chain is the same each time, names growing prefixes, and ends where the prompt does."""
+    scanned = _scanned(octets)
+    if scanned is None:
+        return
+    for kind in PromptKind:
+        first = prefix_chain(kind, scanned, None)
+        ends = list(first.ends)
+        assert ends == sorted(set(ends))
+        assert len(ends) == len(first.hashes)
+        assert not ends or ends[-1] == first.prompt_bytes
+        assert all(0 <= name < 1 << 64 for name in (first.home_key, *first.hashes))
+        again = prefix_chain(kind, scanned, b"a session")
+        assert list(again.hashes) == list(first.hashes)
+
+
+def _scanned(octets: bytes) -> Scanned | None:
+    """Take the octets for a body or, failing that, for the messages of one."""
+    for text in (octets, b'{"model":"m","messages":' + octets + b"}"):
+        try:
+            return scan_body(text)
+        except errors.ProxyError:
+            continue
+    return None
+
+
+# --- answers' contents ----------------------------------------------------------------------------
+
+
+def usage(octets: bytes) -> None:
+    """Counts are whole numbers of a sane size, or there are none."""
+    got = read_usage(octets)
+    if got is not None:
+        assert 0 <= got.prompt_tokens <= COUNT_MAX
+        assert 0 <= got.completion_tokens <= COUNT_MAX
+        assert got.cached_tokens is None or 0 <= got.cached_tokens <= COUNT_MAX
+
+
+def event_stream(octets: bytes) -> None:
+    """Cut anywhere, a reader gets the events that were whole, and the error only after them.
+
+    The first octets choose the cut and the sizes of the chunks; the rest is the stream.
+    """
+    choice, stream = octets[:6], octets[6:]
+    if len(choice) < 6:
+        return
+    (cut,), sizes = struct.unpack(">H", choice[:2]), [1 + size for size in choice[2:]]
+    wire = b""
+    at = 0
+    while at < len(stream):
+        piece = stream[at : at + sizes[at % 4]]
+        wire += b"%x\r\n%b\r\n" % (len(piece), piece)
+        at += len(piece)
+    wire = wire[: cut % (len(wire) + 1)]
+    follower = ChunkFollower()
+    try:
+        relayed, _ = follower.feed(wire)
+    except BadResponse as error:
+        raise AssertionError(wire) from error
+    added = error_ending(relayed, follower.chunk_left, b"data: " + _ERROR + b"\n\n")
+    seen = _events(_data(relayed + added))
+    if added:
+        assert seen.pop() == _ERROR
+    assert seen == _events(stream)[: len(seen)]
+
+
+def _data(chunks: bytes) -> bytes:
+    """Undo chunk framing as far as it goes."""
+    data, at = b"", 0
+    while (line_end := chunks.find(b"\r\n", at)) >= 0:
+        size = int(chunks[at:line_end], 16)
+        data += chunks[line_end + 2 : line_end + 2 + size]
+        at = line_end + 2 + size + 2
+    return data
+
+
+def _events(stream: bytes) -> list[bytes]:
+    """Return the data of each whole event, as the WHATWG specification reads a stream."""
+    lines = stream.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    events: list[bytes] = []
+    data: list[bytes] = []
+    for line in lines[:-1]:
+        name, _, value = line.partition(b":")
+        if not line and data:
+            events.append(b"\n".join(data))
+        if not line:
+            data = []
+        elif name == b"data":
+            data.append(value.removeprefix(b" "))
+    return events
