@@ -322,6 +322,17 @@ class Exchange(Facts):
             error = errors.ReplicaLostError(f"replica {replica_id} failed: {reason}")
             self._end_visibly(error, open_chunk)
 
+    def never_delivered(self, reason: str, *, reused: bool) -> None:
+        """The replica closed before an octet of the request reached it: it goes out once more."""
+        self._upstream = None
+        self._progress = Progress.CONNECTING
+        if reused and not self._done:
+            assert self._decision is not None
+            self._plane.telemetry.retries["closed_idle"] += 1
+            self._connecting = self._plane.upstreams.connect(self._decision.replica, self)
+        else:  # a new one that it closes at once is as good as refused
+            self.connect_failed(reason)
+
     def _end_visibly(self, error: errors.ProxyError, open_chunk: tuple[int, int] | None) -> None:
         """Part of an answer is out: say so in the stream if it is one, then cut."""
         response = self._response

@@ -3,12 +3,15 @@
 A connection carries one exchange at a time. It goes back to the pool only when request and response
 both ended exactly; any octet that nobody asked for condemns it, because those octets would become
 the next client's answer. Idle ones are closed before the engine would close them, and looked at
-once more before use, so that a request does not meet a close that is already on its way.
+once more before use, so that a request does not meet a close that is already on its way. If one
+does all the same, and the kernel can prove that the engine closed before anything of the request
+reached it, the exchange is told so and sends it over another connection.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import errno
 import select
@@ -20,6 +23,7 @@ from typing_extensions import override
 
 from proxy.core import http1, limits
 from proxy.core.replica import Replica
+from proxy.io.acknowledged import Acknowledged
 from proxy.io.clock import Clock
 from proxy.io.tasks import Tasks
 
@@ -39,6 +43,7 @@ class Consumer(Protocol):
     def response_octets(self, data: bytes) -> None: ...
     def response_ended(self, *, reusable: bool) -> None: ...
     def response_failed(self, reason: str) -> None: ...
+    def never_delivered(self, reason: str, *, reused: bool) -> None: ...
 
 
 class _Phase(enum.Enum):
@@ -52,8 +57,10 @@ class Upstream(asyncio.Protocol):
     """One connection to one replica."""
 
     __slots__ = (
+        "_acknowledged",
         "_buffer",
         "_consumer",
+        "_end_met",
         "_follower",
         "_informational",
         "_left",
@@ -62,6 +69,8 @@ class Upstream(asyncio.Protocol):
         "_poll",
         "_pool",
         "_reusable",
+        "_sent_before_bytes",
+        "_sent_bytes",
         "idle_since_s",
         "replica_id",
         "transport",
@@ -81,6 +90,10 @@ class Upstream(asyncio.Protocol):
         self._reusable = True
         self._informational = 0
         self._poll: select.poll | None = None
+        self._acknowledged: Acknowledged | None = None
+        self._sent_bytes = 0  # of all requests
+        self._sent_before_bytes = 0  # of those before the present one
+        self._end_met = False  # the engine has closed its sending side
         self.idle_since_s = 0.0
 
     # --- from the exchange -------------------------------------------------------------------
@@ -91,6 +104,8 @@ class Upstream(asyncio.Protocol):
         self._consumer = consumer
         self._phase = _Phase.HEAD
         self._informational = 0
+        self._sent_before_bytes = self._sent_bytes
+        self._sent_bytes += len(head) + len(body)
         if body:
             self.transport.writelines((head, body))
         else:
@@ -143,8 +158,11 @@ class Upstream(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by name
         if transport.get_extra_info("sslcontext") is None:
             # With TLS the kernel's view says nothing: records of the session may come at any time.
+            connected = transport.get_extra_info("socket")
             self._poll = select.poll()
-            self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+            self._poll.register(connected.fileno(), select.POLLIN)
+            with contextlib.suppress(OSError):
+                self._acknowledged = Acknowledged(connected)
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -161,6 +179,7 @@ class Upstream(asyncio.Protocol):
 
     @override
     def eof_received(self) -> bool:
+        self._end_met = True
         return False  # the transport closes itself, and connection_lost says the rest
 
     @override
@@ -172,9 +191,23 @@ class Upstream(asyncio.Protocol):
             return
         if phase is _Phase.BODY and self._until_close and exc is None:
             consumer.response_ended(reusable=False)  # RFC 9112 §6.3: the close is the end
+            return
+        detail = "" if exc is None else f": {type(exc).__name__}"
+        reason = f"connection lost{detail}"
+        if phase is _Phase.HEAD and self._closed_unseen(exc):
+            consumer.never_delivered(reason, reused=self._sent_before_bytes > 0)
         else:
-            detail = "" if exc is None else f": {type(exc).__name__}"
-            consumer.response_failed(f"connection lost{detail}")
+            consumer.response_failed(reason)
+
+    def _closed_unseen(self, exc: Exception | None) -> bool:
+        """Whether the engine closed, and provably before any octet of the request reached it."""
+        closed_first = self._end_met or isinstance(exc, BrokenPipeError)
+        if not closed_first or self._buffer or self._informational or self._acknowledged is None:
+            return False
+        try:
+            return self._acknowledged.octets() <= self._sent_before_bytes
+        except OSError:
+            return False
 
     # --- the response ------------------------------------------------------------------------
 
