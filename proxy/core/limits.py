@@ -52,6 +52,8 @@ USAGE_TAIL_BYTES = 2 * KIB
 # vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); we must be first, or a
 # request can meet the close.
 UPSTREAM_IDLE_S_MAX = 4.0
+# Engines that close earlier are learnt of; what could be trusted for less than this is not reused.
+UPSTREAM_IDLE_WORTH_S = 0.1
 UPSTREAM_IDLE_CONNECTIONS_MAX = 512
 SUSPECT_PROBE_FIRST_S = 0.1
 # A request that has heard nothing for so long asks whether its replica is there at all. A busy
@@ -97,4 +99,4 @@ REQUEST_ID_BYTES_MAX = 128
 
 assert HEAD_BYTES_MAX > TARGET_BYTES_MAX
 assert WRITE_HIGH_WATER_BYTES >= RESPONSE_HEAD_BYTES_MAX
-assert UPSTREAM_IDLE_S_MAX < 5.0
+assert UPSTREAM_IDLE_WORTH_S < UPSTREAM_IDLE_S_MAX < 5.0

@@ -22,6 +22,7 @@ from typing import Final, Protocol, cast
 from typing_extensions import override
 
 from proxy.core import http1, limits
+from proxy.core.idle import IdleTrust
 from proxy.core.replica import Replica
 from proxy.io.acknowledged import Acknowledged
 from proxy.io.clock import Clock
@@ -194,6 +195,8 @@ class Upstream(asyncio.Protocol):
             return
         detail = "" if exc is None else f": {type(exc).__name__}"
         reason = f"connection lost{detail}"
+        if phase is _Phase.HEAD and self._sent_before_bytes:
+            self._pool.closed_idle(self)  # as it seems: the request met the close
         if phase is _Phase.HEAD and self._closed_unseen(exc):
             consumer.never_delivered(reason, reused=self._sent_before_bytes > 0)
         else:
@@ -320,6 +323,7 @@ class Upstreams:
         self._on_unsolicited = on_unsolicited
         self._idle: dict[str, list[Upstream]] = {}
         self._open: set[Upstream] = set()
+        self._trust = IdleTrust()
         self._tls: ssl.SSLContext | None = None
 
     @property
@@ -333,10 +337,15 @@ class Upstreams:
     def take(self, replica_id: str) -> Upstream | None:
         """Return an idle connection that is clean, the most recently used first."""
         idle = self._idle.get(replica_id)
+        if idle and self._trust.learnt:
+            idle_s = self._clock.now_s() - idle[-1].idle_since_s
+            if idle_s >= self._trust.trusted_s(replica_id):
+                return None  # left to live, so that we learn how long it does
         while idle:
             upstream = idle.pop()
             if upstream.clean():
                 return upstream
+            self.closed_idle(upstream)
             upstream.abort()
         return None
 
@@ -387,7 +396,8 @@ class Upstreams:
 
     def give_back(self, upstream: Upstream) -> None:
         idle = self._idle.setdefault(upstream.replica_id, [])
-        if len(idle) >= limits.UPSTREAM_IDLE_CONNECTIONS_MAX:
+        useless = idle and not self._trust.trusted_s(upstream.replica_id)
+        if useless or len(idle) >= limits.UPSTREAM_IDLE_CONNECTIONS_MAX:
             upstream.abort()
             return
         upstream.idle_since_s = self._clock.now_s()
@@ -398,21 +408,29 @@ class Upstreams:
         idle = self._idle.get(upstream.replica_id)
         if idle and upstream in idle:
             idle.remove(upstream)
+            self.closed_idle(upstream)
+
+    def closed_idle(self, upstream: Upstream) -> None:
+        idle_s = self._clock.now_s() - upstream.idle_since_s
+        self._trust.closed(upstream.replica_id, idle_s)
 
     def unsolicited(self, upstream: Upstream) -> None:
         self._on_unsolicited()
 
     def retain(self, replica_ids: frozenset[str]) -> None:
-        """Close the idle connections of replicas that are gone."""
+        """Close the idle connections of replicas that are gone, and forget what they taught."""
         for replica_id in [k for k in self._idle if k not in replica_ids]:
             for upstream in self._idle.pop(replica_id):
                 upstream.abort()
+            self._trust.survived(replica_id)
 
     def sweep(self, now_s: float) -> None:
         """Close what has been idle so long that the engine may be closing it."""
         for idle in self._idle.values():
             while idle and now_s - idle[0].idle_since_s > limits.UPSTREAM_IDLE_S_MAX:
-                idle.pop(0).abort()
+                survivor = idle.pop(0)
+                survivor.abort()
+                self._trust.survived(survivor.replica_id)
 
     def close(self) -> None:
         for upstream in list(self._open):
