@@ -23,7 +23,8 @@ TRAILER_BYTES_MAX = 8 * KIB
 # HAProxy's advice for timeout http-request is 5 to 10 s: a head comes in one piece or is an attack.
 HEAD_TIMEOUT_S = 10.0
 # Request bodies held in memory by one worker, until their replica has begun to answer. At the
-# default size limit this is 32 of the largest, or ten thousand prompts of 25 thousand tokens.
+# default size limit this is 32 of the largest, or ten thousand prompts of 25 thousand tokens. Less
+# where the machine, or the container, has less memory.
 BODIES_BYTES_MAX = 1024 * MIB
 # Client connections of one worker; fewer where the process may not open as many descriptors.
 CLIENT_CONNECTIONS_MAX = 65_536
