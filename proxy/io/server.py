@@ -13,7 +13,7 @@ import enum
 import logging
 import socket
 import struct
-from typing import Final, cast
+from typing import Final, NoReturn, cast
 
 from typing_extensions import override
 
@@ -188,7 +188,7 @@ class ServerProtocol(asyncio.Protocol):
             self._wait_for_head(buffer, searched)
             return
         if end > limits.HEAD_BYTES_MAX:
-            raise errors.HeadTooLargeError(f"the head is over {limits.HEAD_BYTES_MAX} octets")
+            self._head_too_large(bytearray(data), searched)
         buffer.clear()
         self._take_head(data[:end], data[end + 4 :])
 
@@ -197,8 +197,13 @@ class ServerProtocol(asyncio.Protocol):
             self._state = _State.HEAD
             self._deadline_s = self._plane.clock.now_s() + limits.HEAD_TIMEOUT_S
         if len(buffer) > limits.HEAD_BYTES_MAX + 3:  # the empty line may have begun
-            raise errors.HeadTooLargeError(f"the head is over {limits.HEAD_BYTES_MAX} octets")
+            self._head_too_large(buffer, searched)
         check_partial_head(buffer, searched)
+
+    def _head_too_large(self, buffer: bytearray, searched: int) -> NoReturn:
+        """However it is cut, what is wrong with its first octets is said first."""
+        check_partial_head(buffer[: limits.HEAD_BYTES_MAX + 3], searched)
+        raise errors.HeadTooLargeError(f"the head is over {limits.HEAD_BYTES_MAX} octets")
 
     def _take_head(self, block: bytes, rest: bytes) -> None:
         self._state = _State.BODY
