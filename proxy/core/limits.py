@@ -36,6 +36,9 @@ CLIENT_KEEP_ALIVE_S = 75.0
 # (RFC 9112 §9.6); as nginx's lingering_close, bounded in time and octets.
 LINGER_S = 2.0
 LINGER_BYTES_MAX = 4 * MIB
+# After a smaller piece than this we wait a moment, so that what comes next is read in one.
+LINGER_GULP_BYTES = 4 * KIB
+LINGER_PAUSE_S = 0.01
 # A client that takes none of the octets waiting for it.
 WRITE_STALL_TIMEOUT_S = 120.0
 # Deadlines are checked by one sweep over all connections, not by a timer each.

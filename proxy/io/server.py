@@ -346,6 +346,14 @@ class ServerProtocol(asyncio.Protocol):
         if self._lingered_bytes > limits.LINGER_BYTES_MAX:
             self._state = _State.CLOSED
             self._transport.abort()
+        elif size < limits.LINGER_GULP_BYTES:
+            # Taken piece by piece, a flood of tiny ones would cost more than what it was refused.
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_later(limits.LINGER_PAUSE_S, self._linger_on)
+
+    def _linger_on(self) -> None:
+        if self._state is _State.LINGERING:
+            self._transport.resume_reading()
 
     # --- time --------------------------------------------------------------------------------
 

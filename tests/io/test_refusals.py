@@ -65,7 +65,8 @@ async def test_what_is_too_much_is_refused_alike_however_it_is_cut(
 ) -> None:
     client = bench.client()
     for begin in range(0, len(octets), size):
-        client.send(octets[begin : begin + size])
+        if not client.received:
+            client.send(octets[begin : begin + size])
     assert client.answer("GET").status == status
 
 
@@ -127,6 +128,24 @@ async def test_lingering_is_bounded_in_octets(make_bench: MakeBench) -> None:
     assert not client.transport.is_closing()
     client.send(b"x")
     assert client.transport.is_closing()
+
+
+async def test_a_flood_of_small_pieces_after_a_refusal_is_read_in_gulps(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "LINGER_PAUSE_S", 0.0)
+    bench = make_bench(max_payload_size=10)
+    client = bench.client()
+    client.send(chat_request(b"x" * 100)[:-100])
+    for _ in range(3):
+        client.send(b"x")
+        assert not client.transport.reading
+        await bench.settle()
+        assert client.transport.reading
+    client.send(b"x")
+    client.transport.close()
+    await bench.settle()
+    assert not client.transport.reading
 
 
 @pytest.mark.parametrize("field", ["authorization: Bearer right", "x-api-key: right"])
