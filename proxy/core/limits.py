@@ -21,7 +21,8 @@ CHUNK_EXTENSION_BYTES_MAX = 1 * KIB
 TRAILER_BYTES_MAX = 8 * KIB
 
 # HAProxy's advice for timeout http-request is 5 to 10 s: a head comes in one piece or is an attack.
-HEAD_TIMEOUT_S = 10.0
+# With the sweep's interval and the linger after the answer, its connection is gone within 10 s.
+HEAD_TIMEOUT_S = 7.0
 # Request bodies held in memory by one worker, until their replica has begun to answer. At the
 # default size limit this is 32 of the largest, or ten thousand prompts of 25 thousand tokens. Less
 # where the machine, or the container, has less memory.
@@ -30,6 +31,10 @@ BODIES_BYTES_MAX = 1024 * MIB
 CLIENT_CONNECTIONS_MAX = 65_536
 # Between two pieces of a request body.
 BODY_IDLE_TIMEOUT_S = 30.0
+# So many octets a second is the least pace of a body, after some patience; else one octet now and
+# then would hold a connection for ever. Apache's mod_reqtimeout: 500 a second after 20 s.
+BODY_PATIENCE_S = 7.0
+BODY_PACE_BYTES = 1 * KIB
 # An idle client connection; nginx keeps 75 s.
 CLIENT_KEEP_ALIVE_S = 75.0
 # After an error answer we read on, so that the client sees the answer and not a reset

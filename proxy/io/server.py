@@ -45,6 +45,7 @@ class ServerProtocol(asyncio.Protocol):
 
     __slots__ = (
         "_ahead",
+        "_body_since_s",
         "_connections",
         "_deadline_s",
         "_decoder",
@@ -76,6 +77,7 @@ class ServerProtocol(asyncio.Protocol):
         self._empty_line_met = False
         self._parts: list[bytes] = []
         self._left = 0
+        self._body_since_s = 0.0
         self._decoder: ChunkedDecoder | None = None
         self._ahead = b""  # octets of later requests
         self._reading_paused = False
@@ -225,7 +227,8 @@ class ServerProtocol(asyncio.Protocol):
             self._left = head.content_length
         if head.expects_continue and not rest:
             self._transport.write(_CONTINUE)
-        self._deadline_s = self._plane.clock.now_s() + limits.BODY_IDLE_TIMEOUT_S
+        self._body_since_s = self._plane.clock.now_s()
+        self._deadline_s = self._body_since_s + limits.BODY_IDLE_TIMEOUT_S
         if rest:
             self._read_body(rest)
 
@@ -365,7 +368,7 @@ class ServerProtocol(asyncio.Protocol):
         if self._exchange is not None and self._state is _State.SERVING:
             self._exchange.check_deadline(now_s)
             return
-        if now_s < self._deadline_s:
+        if now_s < self._deadline_s and not self._crawls(now_s):
             return
         if self._waiting_bytes and self._state not in (_State.HEAD, _State.BODY):
             return  # the client is still taking an answer: only a stall ends that
@@ -379,6 +382,17 @@ class ServerProtocol(asyncio.Protocol):
                 self._transport.abort()
             case _State.SERVING:
                 pass
+
+    def _crawls(self, now_s: float) -> bool:
+        """Whether a body comes so slowly that its client only means to hold the connection."""
+        if self._state is not _State.BODY:
+            return False
+        due_s = now_s - self._body_since_s - limits.BODY_PATIENCE_S
+        if due_s <= 0:
+            return False
+        decoder = self._decoder
+        come_bytes = sum(map(len, self._parts)) if decoder is None else decoder.body_bytes
+        return come_bytes < due_s * limits.BODY_PACE_BYTES
 
     def _stalled(self, now_s: float) -> bool:
         """Whether the client has long taken none of the octets that wait for it."""
