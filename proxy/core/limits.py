@@ -16,6 +16,8 @@ TARGET_BYTES_MAX = 8 * KIB
 FIELDS_MAX = 128
 # A connection may send ahead this much while its current request is served; then we stop reading.
 PIPELINED_BYTES_MAX = 64 * KIB
+# While we do not read, the loop does not tell us that the client has gone; so we look.
+PAUSED_LOOK_S = 0.05
 CHUNK_SIZE_DIGITS_MAX = 16
 CHUNK_EXTENSION_BYTES_MAX = 1 * KIB
 TRAILER_BYTES_MAX = 8 * KIB

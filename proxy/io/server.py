@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import select
 import socket
 import struct
 from typing import Final, NoReturn, cast
@@ -54,6 +55,7 @@ class ServerProtocol(asyncio.Protocol):
         "_head_buffer",
         "_left",
         "_lingered_bytes",
+        "_looking",
         "_parts",
         "_plane",
         "_reading_paused",
@@ -85,6 +87,7 @@ class ServerProtocol(asyncio.Protocol):
         self._waiting_bytes = 0  # octets that the client had not taken at the last sweep
         self._stalled_since_s = 0.0
         self._lingered_bytes = 0
+        self._looking = False
         self.peer = ""
 
     # --- from the transport ------------------------------------------------------------------
@@ -273,6 +276,25 @@ class ServerProtocol(asyncio.Protocol):
         if len(self._ahead) > limits.PIPELINED_BYTES_MAX and not self._reading_paused:
             self._reading_paused = True
             self._transport.pause_reading()
+            if not self._looking:
+                self._look_later()
+
+    def _look_later(self) -> None:
+        self._looking = True
+        asyncio.get_running_loop().call_later(limits.PAUSED_LOOK_S, self._look)
+
+    def _look(self) -> None:
+        """See whether a client whose octets we do not read now has gone: nothing else tells us."""
+        self._looking = False
+        if not self._reading_paused or self._transport.is_closing():
+            return
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        if poll.poll(0):
+            self.eof_received()
+            self._transport.close()
+        else:
+            self._look_later()
 
     # --- from the exchange -------------------------------------------------------------------
 
