@@ -26,6 +26,7 @@ from aiohttp import web
 from proxy import flags
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
+from proxy.core import limits
 from proxy.core.replica import replica_of
 from proxy.io import control
 from proxy.io.admin import make_app, sum_samples
@@ -353,6 +354,11 @@ def open_listeners(host: str, port: int, count: int) -> list[socket.socket]:
             listener = socket.socket(family, socket.SOCK_STREAM)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            # Accepted sockets inherit it. Else the kernel takes megabytes for a slow reader before
+            # we, and so its replica, notice that it is slow.
+            listener.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limits.UNSENT_BYTES_MAX
+            )
             listener.bind((host, port))
             listeners.append(listener)
     except OSError as error:

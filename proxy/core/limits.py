@@ -24,7 +24,7 @@ TRAILER_BYTES_MAX = 8 * KIB
 
 # HAProxy's advice for timeout http-request is 5 to 10 s: a head comes in one piece or is an attack.
 # With the sweep's interval and the linger after the answer, its connection is gone within 10 s.
-HEAD_TIMEOUT_S = 7.0
+HEAD_TIMEOUT_S = 6.5
 # Request bodies held in memory by one worker, until their replica has begun to answer. At the
 # default size limit this is 32 of the largest, or ten thousand prompts of 25 thousand tokens. Less
 # where the machine, or the container, has less memory.
@@ -35,7 +35,7 @@ CLIENT_CONNECTIONS_MAX = 65_536
 BODY_IDLE_TIMEOUT_S = 30.0
 # So many octets a second is the least pace of a body, after some patience; else one octet now and
 # then would hold a connection for ever. Apache's mod_reqtimeout: 500 a second after 20 s.
-BODY_PATIENCE_S = 7.0
+BODY_PATIENCE_S = 6.5
 BODY_PACE_BYTES = 1 * KIB
 # An idle client connection; nginx keeps 75 s.
 CLIENT_KEEP_ALIVE_S = 75.0
@@ -54,8 +54,12 @@ SWEEP_INTERVAL_S = 0.5
 # --- responses ------------------------------------------------------------------------------
 RESPONSE_HEAD_BYTES_MAX = 64 * KIB
 INFORMATIONAL_RESPONSES_MAX = 8
-# Octets that wait for a slow client before its replica is paused.
-WRITE_HIGH_WATER_BYTES = 256 * KIB
+# Octets that wait for a slow client before its replica is paused. One read, of up to 256,000
+# octets, may come on top; with both, 500 slow readers of fast streams held 226 KiB each.
+WRITE_HIGH_WATER_BYTES = 128 * KIB
+# Octets that the kernel takes for a client beyond those under way to it. Some milliseconds of
+# work for a fast network; one that is drained is filled again at once.
+UNSENT_BYTES_MAX = 128 * KIB
 # The end of an answer is kept to read `usage` from.
 USAGE_TAIL_BYTES = 2 * KIB
 
