@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import uvloop
 
-from loadtest import faults, plot, report
+from loadtest import faults, plot, report, siege
 from loadtest.client import parse_url
 from loadtest.compare import compare
 from loadtest.fleet import FleetOptions
@@ -45,7 +45,7 @@ class Command(Protocol):
         """Return the exit status. Raises `RunError` when the run failed."""
 
 
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {"siege": siege}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
