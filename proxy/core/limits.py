@@ -40,7 +40,8 @@ BODY_PACE_BYTES = 1 * KIB
 # An idle client connection; nginx keeps 75 s.
 CLIENT_KEEP_ALIVE_S = 75.0
 # After an error answer we read on, so that the client sees the answer and not a reset
-# (RFC 9112 §9.6); as nginx's lingering_close, bounded in time and octets.
+# (RFC 9112 §9.6); as nginx's lingering_close, bounded in time and octets. Past those octets the
+# client has the rest of the time, and no room to send.
 LINGER_S = 2.0
 LINGER_BYTES_MAX = 4 * MIB
 # After a smaller piece than this we wait a moment, so that what comes next is read in one.

@@ -369,8 +369,8 @@ class ServerProtocol(asyncio.Protocol):
     def _linger(self, size: int) -> None:
         self._lingered_bytes += size
         if self._lingered_bytes > limits.LINGER_BYTES_MAX:
-            self._state = _State.CLOSED
-            self._transport.abort()
+            # No more, but no reset yet either: it could overtake the answer.
+            self._transport.pause_reading()
         elif size < limits.LINGER_GULP_BYTES:
             # Taken piece by piece, a flood of tiny ones would cost more than what it was refused.
             self._transport.pause_reading()
