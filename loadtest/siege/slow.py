@@ -22,8 +22,8 @@ SETTLE_S = 0.3
 HIGH_WATER_BYTES = 256 * 1024
 # What the proxy says that it keeps for a slow reader: its mark, and one read of its loop on top.
 KEPT_BYTES_MAX = 128 * 1024 + 256_000
-# Of a stream of 4 MiB. Both kernels between take some; without a pause it would be all of it.
-TAKEN_BYTES_MAX = 2 << 20
+# The kernels on the way take up to 6 MiB of a fast stream, more than there is, but seldom so much.
+WAITING_SHARE_MIN = 0.9
 READ_BYTES_PER_S = 1024
 READER_BUFFER_BYTES = 4096
 
@@ -129,9 +129,9 @@ async def slow_readers(*, quick: bool) -> Finding:
         figures = (
             promise("streams that the engine began", f"{len(sent) - sent.count(0)}", f"{count}",
                     met=all(sent)),
-            Figure(what="  whose engine waits too", value=f"{waiting}"),
-            at_most("taken from an engine, mean", sum(sent) / count, TAKEN_BYTES_MAX, kibibytes,
-                    promised=True),
+            promise("  whose engine waits too", f"{waiting}", f">= {WAITING_SHARE_MIN:.0%}",
+                    met=waiting >= count * WAITING_SHARE_MIN),
+            Figure(what="  taken from it before, mean", value=kibibytes(sum(sent) / count)),
             at_most("memory for each", each_bytes, HIGH_WATER_BYTES, kibibytes),
             at_most("  its mark and one read", each_bytes, KEPT_BYTES_MAX, kibibytes,
                     promised=True),
