@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import uvloop
 
-from loadtest import bench, faults, plot, report, sdk, soak, storm, upgrade
+from loadtest import bench, faults, plot, report, sdk, siege, soak, storm, upgrade
 from loadtest.client import parse_url
 from loadtest.compare import compare
 from loadtest.fleet import FleetOptions
@@ -48,6 +48,7 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "bench": bench,
     "sdk": sdk,
+    "siege": siege,
     "soak": soak,
     "storm": storm,
     "upgrade": upgrade,

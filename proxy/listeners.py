@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from proxy.config import ProxyConfig
+from proxy.core import limits
 
 SYSTEMD_FIRST_FD = 3  # sd_listen_fds(3)
 
@@ -104,6 +105,11 @@ def open_listeners(
             listener = socket.socket(family, socket.SOCK_STREAM)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            # Accepted sockets inherit it. Else the kernel takes megabytes for a slow reader before
+            # we, and so its replica, notice that it is slow.
+            listener.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limits.UNSENT_BYTES_MAX
+            )
             listener.bind((host, port))
             listeners.append(listener)
     except OSError as error:

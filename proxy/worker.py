@@ -21,10 +21,12 @@ import uvloop
 from proxy import tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.core import limits
+from proxy.core.memory import bodies_bytes_max
 from proxy.io import control
 from proxy.io.access_log import AccessLog
 from proxy.io.clock import Clock
 from proxy.io.entrance import Entrance
+from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
 from proxy.io.tasks import Tasks
 from proxy.logs import set_up_logging
@@ -60,6 +62,7 @@ class Worker:
             start.config, clock, self._tasks, access_log, self._on_suspect, self._on_doubt
         )
         plane.connections_max = min(plane.connections_max, _connections_possible())
+        plane.bodies_bytes_max = _bodies_possible(start.config)
         entrance = Entrance(plane, self._listeners)
         self._tasks.start("obey", self._obey(plane, entrance))
         await self._fleet_or_first_silence(plane)
@@ -179,6 +182,14 @@ def _connections_possible() -> int:
         _log.info(
             "room for %d client connections; raise the limit of open files for more", possible
         )
+    return possible
+
+
+def _bodies_possible(config: ProxyConfig) -> int:
+    """Find out how many octets of request bodies fit into the memory that we may use."""
+    possible = bodies_bytes_max(rooms_bytes(), config.workers, config.max_payload_size)
+    if possible < limits.BODIES_BYTES_MAX:
+        _log.info("room for %d MiB of request bodies", possible // limits.MIB)
     return possible
 
 

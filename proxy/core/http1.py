@@ -161,16 +161,16 @@ def check_partial_head(buffer: bytearray, searched: int) -> None:
     if line_end >= 0:
         if line_end >= searched - 1:
             _parse_request_line(bytes(buffer[:line_end]))
-    elif len(buffer) > limits.TARGET_BYTES_MAX + 64:
-        raise errors.TargetTooLongError("the request line is too long")
     elif not _PARTIAL_LINE.match(buffer):
         raise errors.BadHeadError("this is not an HTTP/1 request")
+    elif len(buffer) > limits.TARGET_BYTES_MAX + 64:
+        raise errors.TargetTooLongError("the request line is too long")
 
 
 def _parse_request_line(line: bytes) -> RequestHead:
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
-        if len(line) > limits.TARGET_BYTES_MAX:
+        if len(line) > limits.TARGET_BYTES_MAX and _PARTIAL_LINE.match(line):
             raise errors.TargetTooLongError("the request line is too long")
         raise errors.BadHeadError("the request line is malformed")
     method, target, major, minor = match.groups()

@@ -20,25 +20,37 @@ REMEMBERED_HEAD_BYTES_MAX = 2 * KIB
 FIELDS_MAX = 128
 # A connection may send ahead this much while its current request is served; then we stop reading.
 PIPELINED_BYTES_MAX = 64 * KIB
+# While we do not read, the loop does not tell us that the client has gone; so we look.
+PAUSED_LOOK_S = 0.05
 CHUNK_SIZE_DIGITS_MAX = 16
 CHUNK_EXTENSION_BYTES_MAX = 1 * KIB
 TRAILER_BYTES_MAX = 8 * KIB
 
 # HAProxy's advice for timeout http-request is 5 to 10 s: a head comes in one piece or is an attack.
-HEAD_TIMEOUT_S = 10.0
+# With the sweep's interval and the linger after the answer, its connection is gone within 10 s.
+HEAD_TIMEOUT_S = 6.5
 # Request bodies held in memory by one worker, until their replica has begun to answer. At the
-# default size limit this is 32 of the largest, or ten thousand prompts of 25 thousand tokens.
+# default size limit this is 32 of the largest, or ten thousand prompts of 25 thousand tokens. Less
+# where the machine, or the container, has less memory.
 BODIES_BYTES_MAX = 1024 * MIB
 # Client connections of one worker; fewer where the process may not open as many descriptors.
 CLIENT_CONNECTIONS_MAX = 65_536
 # Between two pieces of a request body.
 BODY_IDLE_TIMEOUT_S = 30.0
+# So many octets a second is the least pace of a body, after some patience; else one octet now and
+# then would hold a connection for ever. Apache's mod_reqtimeout: 500 a second after 20 s.
+BODY_PATIENCE_S = 6.5
+BODY_PACE_BYTES = 1 * KIB
 # An idle client connection; nginx keeps 75 s.
 CLIENT_KEEP_ALIVE_S = 75.0
 # After an error answer we read on, so that the client sees the answer and not a reset
-# (RFC 9112 §9.6); as nginx's lingering_close, bounded in time and octets.
+# (RFC 9112 §9.6); as nginx's lingering_close, bounded in time and octets. Past those octets the
+# client has the rest of the time, and no room to send.
 LINGER_S = 2.0
 LINGER_BYTES_MAX = 4 * MIB
+# After a smaller piece than this we wait a moment, so that what comes next is read in one.
+LINGER_GULP_BYTES = 4 * KIB
+LINGER_PAUSE_S = 0.01
 # A client that takes none of the octets waiting for it.
 WRITE_STALL_TIMEOUT_S = 120.0
 # Hello to finished: three round trips and some arithmetic, or a client that means none of it.
@@ -53,8 +65,12 @@ SWEEP_INTERVAL_S = 0.5
 # --- responses ------------------------------------------------------------------------------
 RESPONSE_HEAD_BYTES_MAX = 64 * KIB
 INFORMATIONAL_RESPONSES_MAX = 8
-# Octets that wait for a slow client before its replica is paused.
-WRITE_HIGH_WATER_BYTES = 256 * KIB
+# Octets that wait for a slow client before its replica is paused. One read, of up to 256,000
+# octets, may come on top; with both, 500 slow readers of fast streams held 226 KiB each.
+WRITE_HIGH_WATER_BYTES = 128 * KIB
+# Octets that the kernel takes for a client beyond those under way to it. Some milliseconds of
+# work for a fast network; one that is drained is filled again at once.
+UNSENT_BYTES_MAX = 128 * KIB
 # The end of an answer is kept to read `usage` from.
 USAGE_TAIL_BYTES = 2 * KIB
 # More tokens than any answer has: a count beyond it is no count, and must not spoil the sums.
@@ -69,6 +85,8 @@ ENGINE_MESSAGE_CHARS_MAX = 8 * KIB
 # vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); we must be first, or a
 # request can meet the close.
 UPSTREAM_IDLE_S_MAX = 4.0
+# Engines that close earlier are learnt of; what could be trusted for less than this is not reused.
+UPSTREAM_IDLE_WORTH_S = 0.1
 UPSTREAM_IDLE_CONNECTIONS_MAX = 512
 SUSPECT_PROBE_FIRST_S = 0.1
 # A request that has heard nothing for so long asks whether its replica is there at all. A busy
@@ -117,4 +135,4 @@ PATH_LOGGED_BYTES_MAX = 256
 
 assert HEAD_BYTES_MAX > TARGET_BYTES_MAX
 assert WRITE_HIGH_WATER_BYTES >= RESPONSE_HEAD_BYTES_MAX
-assert UPSTREAM_IDLE_S_MAX < 5.0
+assert UPSTREAM_IDLE_WORTH_S < UPSTREAM_IDLE_S_MAX < 5.0

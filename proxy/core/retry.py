@@ -2,8 +2,9 @@
 
 A completion is not idempotent (RFC 9110 §9.2.2): it costs GPU seconds, and a second answer may
 differ from the first. So it goes to another replica only while none can have begun it, that is,
-while no octet of it was handed to a connection. Routers that repeat a POST after the engine took it
-deliver it up to five times.
+while no octet of it was handed to a connection, or to one that provably ended before it could be
+read (`io/acknowledged`). Routers that repeat a POST after the engine took it deliver it up to five
+times.
 """
 
 from __future__ import annotations

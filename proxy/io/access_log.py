@@ -95,7 +95,8 @@ class AccessLog:
         view = memoryview(data)
         try:
             while view:
-                view = view[os.write(self._fd, view) :]
+                written_bytes = os.write(self._fd, view)  # apart: mypyc evaluates a bound twice
+                view = view[written_bytes:]
         except OSError:
             return False
         return True

@@ -20,17 +20,15 @@ from typing import Final, Protocol
 
 from proxy import errors
 from proxy.core import head as heads
-from proxy.core import limits, multipart, sse
+from proxy.core import limits, sse
 from proxy.core.accounts import Lease
+from proxy.core.asked import read_body
 from proxy.core.chunked import ChunkedDecoder, decode_followed
 from proxy.core.http1 import ResponseHead
-from proxy.core.policy import Decision, Request
+from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
-from proxy.core.prefix import NO_CHAIN, PrefixChain, prefix_chain
 from proxy.core.retry import Progress, may_retry
-from proxy.core.routes import Route, find_route
-from proxy.core.scan import Scanned, scan_body
-from proxy.core.session import session_of_body
+from proxy.core.routes import find_route
 from proxy.io.engine_answer import EngineAnswer, keep_error, told_head
 from proxy.io.facts import Facts
 from proxy.io.plane import Plane
@@ -122,8 +120,13 @@ class Exchange(Facts):
             if self._route.local:
                 self._answer_locally()
                 return
-            self._read_body(self._route)
-            self._dispatch()
+            asked = read_body(self._route, self._preamble, body)
+            self._model, self._stream, self._request = asked.model, asked.stream, asked.request
+            self._pool = self._plane.find_pool(self._model, lookup=self._route.lookup)
+            if decision := self._choose():
+                self._go_to(decision)
+            else:
+                self.fail(self._nobody())
         except errors.ProxyError as error:
             self.fail(error)
         except Exception:  # noqa: BLE001 - the top of this request: its neighbours must live
@@ -144,27 +147,6 @@ class Exchange(Facts):
                 head_only=self._preamble.method == b"HEAD",
             ),
         )
-
-    def _read_body(self, route: Route) -> None:
-        key = self._preamble.session_key
-        scanned: Scanned | None = None
-        if route.json:
-            scanned = scan_body(self._body)
-            self._model, self._stream = scanned.model, bool(scanned.stream)
-            key = key or session_of_body(scanned)
-        elif self._body:
-            form = self._preamble.head.special.get(b"content-type", b"")
-            self._model = multipart.model_field(form, self._body)
-        self._pool = self._plane.find_pool(self._model, lookup=route.lookup)
-        chain: PrefixChain = prefix_chain(route.prompt, scanned, key) if scanned else NO_CHAIN
-        self._request = Request(chain, has_session=key is not None)
-
-    def _dispatch(self) -> None:
-        """Choose a replica and go to it. Raises `ProxyError`."""
-        decision = self._choose()
-        if decision is None:
-            raise self._nobody()
-        self._go_to(decision)
 
     def _choose(self) -> Decision | None:
         assert self._pool is not None
@@ -342,6 +324,17 @@ class Exchange(Facts):
         else:
             error = errors.ReplicaLostError(f"replica {replica_id} failed: {reason}")
             self._end_visibly(error, open_chunk)
+
+    def never_delivered(self, reason: str, *, reused: bool) -> None:
+        """The replica closed before an octet of the request reached it: it goes out once more."""
+        self._upstream = None
+        self._progress = _CONNECTING
+        if reused and not self._done:
+            assert self._decision is not None
+            self._plane.telemetry.retries["closed_idle"] += 1
+            self._connecting = self._plane.upstreams.connect(self._decision.replica, self)
+        else:  # a new one that it closes at once is as good as refused
+            self.connect_failed(reason)
 
     def _end_visibly(self, error: errors.ProxyError, open_chunk: tuple[int, int] | None) -> None:
         """Part of an answer is out: say so in the stream if it is one, then cut."""

@@ -78,6 +78,7 @@ class Plane:
         self.exchanges_open = 0
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
         self.bodies_bytes = 0  # request bodies held
+        self.bodies_bytes_max = limits.BODIES_BYTES_MAX
         self.connections_max = limits.CLIENT_CONNECTIONS_MAX
         self._on_suspect = on_suspect
         self._on_doubt = on_doubt
@@ -222,7 +223,7 @@ class Plane:
                 f"the request body is over {self.config.max_payload_size} bytes "
                 "(--max-payload-size)"
             )
-        if self.bodies_bytes + more_bytes > limits.BODIES_BYTES_MAX:
+        if self.bodies_bytes + more_bytes > self.bodies_bytes_max:
             raise OverloadedError("this proxy holds as many request bodies as it may")
         self.bodies_bytes += more_bytes
         return held_bytes

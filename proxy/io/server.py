@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import select
 import socket
 import struct
-from typing import Final, cast
+from typing import Final, NoReturn, cast
 
 from proxy import errors
 from proxy.core import head as heads
@@ -52,6 +53,7 @@ class ServerProtocol:
 
     __slots__ = (
         "_ahead",
+        "_body_since_s",
         "_connections",
         "_deadline_s",
         "_decoder",
@@ -60,6 +62,7 @@ class ServerProtocol:
         "_head_buffer",
         "_left",
         "_lingered_bytes",
+        "_looking",
         "_parts",
         "_plane",
         "_reading_paused",
@@ -84,6 +87,7 @@ class ServerProtocol:
         self._empty_line_met = False
         self._parts: list[bytes] = []
         self._left = 0
+        self._body_since_s = 0.0
         self._decoder: ChunkedDecoder | None = None
         self._ahead = b""  # octets of later requests
         self._reading_paused = False
@@ -91,6 +95,7 @@ class ServerProtocol:
         self._waiting_bytes = 0  # octets that the client had not taken at the last sweep
         self._stalled_since_s = 0.0
         self._lingered_bytes = 0
+        self._looking = False
         self.peer = ""
         self.carrier: asyncio.Transport | None = None  # what carries TLS; its octets wait, too
 
@@ -189,7 +194,7 @@ class ServerProtocol:
             self._wait_for_head(buffer, searched)
             return
         if end > limits.HEAD_BYTES_MAX:
-            raise errors.HeadTooLargeError(f"the head is over {limits.HEAD_BYTES_MAX} octets")
+            self._head_too_large(bytearray(data), searched)
         buffer.clear()
         self._take_head(data[:end], data[end + 4 :])
 
@@ -198,8 +203,13 @@ class ServerProtocol:
             self._state = _HEAD
             self._deadline_s = self._plane.clock.now_s() + limits.HEAD_TIMEOUT_S
         if len(buffer) > limits.HEAD_BYTES_MAX + 3:  # the empty line may have begun
-            raise errors.HeadTooLargeError(f"the head is over {limits.HEAD_BYTES_MAX} octets")
+            self._head_too_large(buffer, searched)
         check_partial_head(buffer, searched)
+
+    def _head_too_large(self, buffer: bytearray, searched: int) -> NoReturn:
+        """However it is cut, what is wrong with its first octets is said first."""
+        check_partial_head(buffer[: limits.HEAD_BYTES_MAX + 3], searched)
+        raise errors.HeadTooLargeError(f"the head is over {limits.HEAD_BYTES_MAX} octets")
 
     def _take_head(self, block: bytes, rest: bytes) -> None:
         self._state = _BODY
@@ -221,7 +231,8 @@ class ServerProtocol:
             self._left = length
         if preamble.head.expects_continue and not rest:
             self._transport.write(_CONTINUE)
-        self._deadline_s = self._plane.clock.now_s() + limits.BODY_IDLE_TIMEOUT_S
+        self._body_since_s = self._plane.clock.now_s()
+        self._deadline_s = self._body_since_s + limits.BODY_IDLE_TIMEOUT_S
         if rest:
             self._read_body(rest)
 
@@ -266,6 +277,25 @@ class ServerProtocol:
         if len(self._ahead) > limits.PIPELINED_BYTES_MAX and not self._reading_paused:
             self._reading_paused = True
             self._transport.pause_reading()
+            if not self._looking:
+                self._look_later()
+
+    def _look_later(self) -> None:
+        self._looking = True
+        asyncio.get_running_loop().call_later(limits.PAUSED_LOOK_S, self._look)
+
+    def _look(self) -> None:
+        """See whether a client whose octets we do not read now has gone: nothing else tells us."""
+        self._looking = False
+        if not self._reading_paused or self._transport.is_closing():
+            return
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        if poll.poll(0):
+            self.eof_received()
+            self._transport.close()
+        else:
+            self._look_later()
 
     # --- from the exchange -------------------------------------------------------------------
 
@@ -346,8 +376,16 @@ class ServerProtocol:
     def _linger(self, size: int) -> None:
         self._lingered_bytes += size
         if self._lingered_bytes > limits.LINGER_BYTES_MAX:
-            self._state = _CLOSED
-            self._transport.abort()
+            # No more, but no reset yet either: it could overtake the answer.
+            self._transport.pause_reading()
+        elif size < limits.LINGER_GULP_BYTES:
+            # Taken piece by piece, a flood of tiny ones would cost more than what it was refused.
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_later(limits.LINGER_PAUSE_S, self._linger_on)
+
+    def _linger_on(self) -> None:
+        if self._state is _LINGERING:
+            self._transport.resume_reading()
 
     # --- time --------------------------------------------------------------------------------
 
@@ -359,7 +397,7 @@ class ServerProtocol:
         if self._exchange is not None and self._state is _SERVING:
             self._exchange.check_deadline(now_s)
             return
-        if now_s < self._deadline_s:
+        if now_s < self._deadline_s and not self._crawls(now_s):
             return
         if self._waiting_bytes and self._state not in (_HEAD, _BODY):
             return  # the client is still taking an answer: only a stall ends that
@@ -369,6 +407,17 @@ class ServerProtocol:
             self._close()
         elif self._state is not _SERVING:
             self._transport.abort()
+
+    def _crawls(self, now_s: float) -> bool:
+        """Whether a body comes so slowly that its client only means to hold the connection."""
+        if self._state is not _BODY:
+            return False
+        due_s = now_s - self._body_since_s - limits.BODY_PATIENCE_S
+        if due_s <= 0:
+            return False
+        decoder = self._decoder
+        come_bytes = sum(map(len, self._parts)) if decoder is None else decoder.body_bytes
+        return come_bytes < due_s * limits.BODY_PACE_BYTES
 
     def _stalled(self, now_s: float) -> bool:
         """Whether the client has long taken none of the octets that wait for it."""

@@ -3,12 +3,15 @@
 A connection carries one exchange at a time. It goes back to the pool only when request and response
 both ended exactly; any octet that nobody asked for condemns it, because those octets would become
 the next client's answer. Idle ones are closed before the engine would close them, and looked at
-once more before use, so that a request does not meet a close that is already on its way.
+once more before use, so that a request does not meet a close that is already on its way. If one
+does all the same, and the kernel can prove that the engine closed before anything of the request
+reached it, the exchange is told so and sends it over another connection.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import errno
 import select
@@ -20,7 +23,9 @@ from proxy import tls
 from proxy.core import http1, limits
 from proxy.core.head import read_answer_head
 from proxy.core.head_memory import HeadMemory
+from proxy.core.idle import IdleTrust
 from proxy.core.replica import Replica
+from proxy.io.acknowledged import Acknowledged
 from proxy.io.clock import Clock
 from proxy.io.tasks import Tasks
 
@@ -41,6 +46,7 @@ class Consumer(Protocol):
     def response_octets(self, data: bytes) -> None: ...
     def response_ended(self, *, reusable: bool) -> None: ...
     def response_failed(self, reason: str) -> None: ...
+    def never_delivered(self, reason: str, *, reused: bool) -> None: ...
 
 
 class _Phase(enum.Enum):
@@ -61,9 +67,10 @@ class Upstream:
     """One connection to one replica."""
 
     __slots__ = (
+        "_acknowledged",
         "_buffer",
         "_consumer",
-        "_ended_well",
+        "_end_met",
         "_follower",
         "_informational",
         "_left",
@@ -73,6 +80,8 @@ class Upstream:
         "_poll",
         "_pool",
         "_reusable",
+        "_sent_before_bytes",
+        "_sent_bytes",
         "idle_since_s",
         "replica_id",
         "transport",
@@ -93,7 +102,10 @@ class Upstream:
         self._informational = 0
         self._paused = False
         self._poll: select.poll | None = None
-        self._ended_well = False  # the other side has said that nothing more will come
+        self._acknowledged: Acknowledged | None = None
+        self._sent_bytes = 0  # of all requests
+        self._sent_before_bytes = 0  # of those before the present one
+        self._end_met = False  # the other side has said that nothing more will come
         self.idle_since_s = 0.0
 
     # --- from the exchange -------------------------------------------------------------------
@@ -104,6 +116,8 @@ class Upstream:
         self._consumer = consumer
         self._phase = _HEAD
         self._informational = 0
+        self._sent_before_bytes = self._sent_bytes
+        self._sent_bytes += len(head) + len(body)
         if body:
             self.transport.writelines((head, body))
         else:
@@ -168,6 +182,9 @@ class Upstream:
             self.transport.get_extra_info("socket").fileno(),
             select.POLLRDHUP if self.secured else select.POLLIN,
         )
+        if not self.secured:
+            with contextlib.suppress(OSError):
+                self._acknowledged = Acknowledged(self.transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
         if self._phase is _BODY:
@@ -180,7 +197,7 @@ class Upstream:
 
     def eof_received(self) -> bool:
         # Not called when TLS ends without its goodbye: such an end may be anybody's (RFC 8446 §6.1)
-        self._ended_well = True
+        self._end_met = True
         return False  # the transport closes itself, and connection_lost says the rest
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -189,11 +206,27 @@ class Upstream:
         self._pool.lost(self)
         if consumer is None:
             return
-        if phase is _BODY and self._until_close and self._ended_well and exc is None:
+        if phase is _BODY and self._until_close and self._end_met and exc is None:
             consumer.response_ended(reusable=False)  # RFC 9112 §6.3: the close is the end
+            return
+        detail = "" if exc is None else f": {tls.explain(exc)}"
+        reason = f"connection lost{detail}"
+        if phase is _HEAD and self._sent_before_bytes:
+            self._pool.closed_idle(self)  # as it seems: the request met the close
+        if phase is _HEAD and self._closed_unseen(exc):
+            consumer.never_delivered(reason, reused=self._sent_before_bytes > 0)
         else:
-            detail = "" if exc is None else f": {tls.explain(exc)}"
-            consumer.response_failed(f"connection lost{detail}")
+            consumer.response_failed(reason)
+
+    def _closed_unseen(self, exc: Exception | None) -> bool:
+        """Whether the engine closed, and provably before any octet of the request reached it."""
+        closed_first = self._end_met or isinstance(exc, BrokenPipeError)
+        if not closed_first or self._buffer or self._informational or self._acknowledged is None:
+            return False
+        try:
+            return self._acknowledged.octets() <= self._sent_before_bytes
+        except OSError:
+            return False
 
     # --- the response ------------------------------------------------------------------------
 
@@ -309,6 +342,7 @@ class Upstreams:
         self._open: set[Upstream] = set()
         self._make_tls = tls_context
         self._tls: ssl.SSLContext | None = None  # made when first needed: authorities are many
+        self._trust = IdleTrust()
         self.answer_heads: HeadMemory[http1.ResponseHead] = HeadMemory(read_answer_head)
 
     @property
@@ -333,10 +367,15 @@ class Upstreams:
     def take(self, replica_id: str) -> Upstream | None:
         """Return an idle connection that is clean, the most recently used first."""
         idle = self._idle.get(replica_id)
+        if idle and self._trust.learnt:
+            idle_s = self._clock.now_s() - idle[-1].idle_since_s
+            if idle_s >= self._trust.trusted_s(replica_id):
+                return None  # left to live, so that we learn how long it does
         while idle:
             upstream = idle.pop()
             if upstream.clean():
                 return upstream
+            self.closed_idle(upstream)
             upstream.abort()
         return None
 
@@ -389,7 +428,8 @@ class Upstreams:
 
     def give_back(self, upstream: Upstream) -> None:
         idle = self._idle.setdefault(upstream.replica_id, [])
-        if len(idle) >= limits.UPSTREAM_IDLE_CONNECTIONS_MAX:
+        useless = idle and not self._trust.trusted_s(upstream.replica_id)
+        if useless or len(idle) >= limits.UPSTREAM_IDLE_CONNECTIONS_MAX:
             upstream.abort()
             return
         upstream.idle_since_s = self._clock.now_s()
@@ -400,21 +440,29 @@ class Upstreams:
         idle = self._idle.get(upstream.replica_id)
         if idle and upstream in idle:
             idle.remove(upstream)
+            self.closed_idle(upstream)
+
+    def closed_idle(self, upstream: Upstream) -> None:
+        idle_s = self._clock.now_s() - upstream.idle_since_s
+        self._trust.closed(upstream.replica_id, idle_s)
 
     def unsolicited(self, upstream: Upstream) -> None:
         self._on_unsolicited()
 
     def retain(self, replica_ids: frozenset[str]) -> None:
-        """Close the idle connections of replicas that are gone."""
+        """Close the idle connections of replicas that are gone, and forget what they taught."""
         for replica_id in [k for k in self._idle if k not in replica_ids]:
             for upstream in self._idle.pop(replica_id):
                 upstream.abort()
+            self._trust.survived(replica_id)
 
     def sweep(self, now_s: float) -> None:
         """Close what has been idle so long that the engine may be closing it."""
         for idle in self._idle.values():
             while idle and now_s - idle[0].idle_since_s > limits.UPSTREAM_IDLE_S_MAX:
-                idle.pop(0).abort()
+                survivor = idle.pop(0)
+                survivor.abort()
+                self._trust.survived(survivor.replica_id)
 
     def close(self) -> None:
         for upstream in list(self._open):

@@ -94,12 +94,12 @@ class RequestReader:
         end = buffer.find(b"\r\n\r\n", max(0, self._searched - 3))
         if end < 0:
             if len(buffer) > limits.HEAD_BYTES_MAX + 3:
-                raise errors.HeadTooLargeError("too large")
+                self._too_large(max(0, self._searched - 3))
             check_partial_head(buffer, max(0, self._searched - 3))
             self._searched = len(buffer)
             return False
         if end > limits.HEAD_BYTES_MAX:
-            raise errors.HeadTooLargeError("too large")
+            self._too_large(max(0, self._searched - 3))
         block = bytes(buffer[:end])
         del buffer[: end + 4]
         self._head = parse_request_head(block)
@@ -109,6 +109,10 @@ class RequestReader:
         elif not self._head.content_length:
             self._end(b"")
         return True
+
+    def _too_large(self, searched: int) -> None:
+        check_partial_head(self._buffer[: limits.HEAD_BYTES_MAX + 3], searched)
+        raise errors.HeadTooLargeError("too large")
 
     def _counted(self) -> bool:
         assert self._head is not None

@@ -55,6 +55,30 @@ async def test_a_refusal_without_a_body_keeps_the_connection(
     assert bench.outcomes()[str(status), code] == 1
 
 
+LONG = b"x" * 2 * limits.HEAD_BYTES_MAX
+TOO_MUCH = [
+    pytest.param(b"GET /" + LONG + b" HTTP/1.1\r\nhost: p\r\n\r\n", 414, id="target"),
+    pytest.param(b"GET / HTTP/1.1\r\nhost: p\r\nx: " + LONG + b"\r\n\r\n", 431, id="value"),
+    pytest.param(b"GET / HTTP/1.1\r\nhost: p\r\nx: " + LONG, 431, id="no end"),
+    pytest.param(b"GET / HTTP/1.1\nx: " + LONG + b"\r\n\r\n", 400, id="bare line end"),
+    pytest.param(b"GET / HTTP/1.1\r\nx: " + LONG + b"\n\r\n\r\n", 431, id="one beyond the limit"),
+    pytest.param(LONG, 400, id="no request"),
+    pytest.param(LONG + b"\r\n\r\n", 400, id="no request, with an end"),
+]
+
+
+@pytest.mark.parametrize(("octets", "status"), TOO_MUCH)
+@pytest.mark.parametrize("size", [100, 9000, limits.HEAD_BYTES_MAX - 1, 1 << 20])
+async def test_what_is_too_much_is_refused_alike_however_it_is_cut(
+    bench: Bench, octets: bytes, status: int, size: int
+) -> None:
+    client = bench.client()
+    for begin in range(0, len(octets), size):
+        if not client.received:
+            client.send(octets[begin : begin + size])
+    assert client.answer("GET").status == status
+
+
 async def test_a_refused_head_request_has_no_body(bench: Bench) -> None:
     client = bench.client()
     client.send(b"HEAD /nope HTTP/1.1\r\nhost: p\r\n\r\nHEAD /health HTTP/1.1\r\nhost: p\r\n\r\n")
@@ -110,9 +134,30 @@ async def test_lingering_is_bounded_in_octets(make_bench: MakeBench) -> None:
     client.send(chat_request(b"x" * 100)[:-100])
     for _ in range(limits.LINGER_BYTES_MAX // 65536):
         client.send(b"x" * 65536)
-    assert not client.transport.is_closing()
+    assert client.transport.reading
     client.send(b"x")
+    assert not client.transport.reading
+    assert not client.transport.is_closing()  # by a reset, the client might lose the answer
+    bench.sweep(limits.LINGER_S + 0.1)
     assert client.transport.is_closing()
+
+
+async def test_a_flood_of_small_pieces_after_a_refusal_is_read_in_gulps(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "LINGER_PAUSE_S", 0.0)
+    bench = make_bench(max_payload_size=10)
+    client = bench.client()
+    client.send(chat_request(b"x" * 100)[:-100])
+    for _ in range(3):
+        client.send(b"x")
+        assert not client.transport.reading
+        await bench.settle()
+        assert client.transport.reading
+    client.send(b"x")
+    client.transport.close()
+    await bench.settle()
+    assert not client.transport.reading
 
 
 @pytest.mark.parametrize("field", ["authorization: Bearer right", "x-api-key: right"])

@@ -158,7 +158,7 @@ async def test_the_time_for_a_head_does_not_grow_with_its_octets(bench: Bench) -
 
 async def test_the_time_for_a_body_is_between_its_pieces(bench: Bench) -> None:
     client = bench.client()
-    octets = chat_request()
+    octets = chat_request(CHAT_BODY + b" " * 100 * limits.BODY_PACE_BYTES)
     client.send(octets[:-10])
     bench.sweep(limits.BODY_IDLE_TIMEOUT_S - 1)
     client.send(octets[-10:-5])
@@ -167,6 +167,26 @@ async def test_the_time_for_a_body_is_between_its_pieces(bench: Bench) -> None:
     bench.sweep(2)
     assert client.answer().status == 408
     assert bench.outcomes() == {("408", "request_timeout"): 1}
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_that_crawls_is_not_waited_for(bench: Bench, *, chunked: bool) -> None:
+    begin = b"POST /v1/chat/completions HTTP/1.1\r\nhost: p\r\n"
+    framing = b"transfer-encoding: chunked" if chunked else b"content-length: 99999"
+    paces = {"slow": limits.BODY_PACE_BYTES - 50, "steady": limits.BODY_PACE_BYTES + 50}
+    clients = {name: bench.client() for name in paces}
+    for client in clients.values():
+        client.send(begin + framing + b"\r\n\r\n")
+    bench.sweep(limits.BODY_PATIENCE_S - 0.1)  # nothing at all is still forgiven
+    for _ in range(10):
+        for name, client in clients.items():
+            if client.received:
+                continue
+            piece = b"x" * paces[name]
+            client.send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        bench.sweep(0.99)
+    assert clients["slow"].answer().status == 408
+    assert not clients["steady"].received
 
 
 async def test_an_idle_connection_is_closed_without_a_word(bench: Bench) -> None:

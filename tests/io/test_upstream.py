@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from proxy.core import limits
-from tests.fakes.plane import CHAT_BODY, Bench, answer, chat_request
+from tests.fakes.plane import CHAT_BODY, Bench, answer, chat_request, records
 
 MakeBench = Callable[..., Bench]
 
@@ -173,3 +173,74 @@ async def test_the_body_goes_out_as_it_came(bench: Bench, size: int) -> None:
     assert b"content-length: %d\r\n" % len(body) in head + b"\r\n"
     engine.send(answer())
     assert client.answer().status == 200
+
+
+async def closed_after(bench: Bench, idle_s: float) -> None:
+    """Let the engine close a connection that has been idle for so long."""
+    _client, engine = await bench.begun()
+    engine.send(answer())
+    bench.clock.advance(idle_s)
+    engine.transport.hang_up()
+    await bench.settle()
+
+
+@pytest.mark.parametrize(("closed_s", "idle_s", "reused"), [(1.0, 0.4, True), (1.0, 0.6, False)])
+async def test_an_engine_that_closes_early_is_met_with_younger_connections(
+    bench: Bench, closed_s: float, idle_s: float, *, reused: bool
+) -> None:
+    await closed_after(bench, closed_s)
+    _client, engine = await bench.begun()
+    engine.send(answer())
+    bench.clock.advance(idle_s)
+    again, other = await bench.begun()
+    assert (other is engine) == reused
+    other.send(answer())
+    assert again.answer().status == 200
+
+
+async def test_an_engine_that_closes_at_once_gets_a_connection_for_each_request(
+    bench: Bench,
+) -> None:
+    """All but one of them are closed; that one shows when the engine keeps them again."""
+    await closed_after(bench, 0.05)
+    for count in range(1, 4):
+        client, engine = await bench.begun()
+        engine.send(answer())
+        assert client.answer().status == 200
+        assert len(bench.upstreams.dialled) == 1 + count
+        assert bench.upstreams.idle_count == 1
+    bench.sweep(limits.UPSTREAM_IDLE_S_MAX + 0.1)
+    assert bench.upstreams.idle_count == 0
+    dialled = len(bench.upstreams.dialled)
+    for _ in range(3):
+        _client, engine = await bench.begun()
+        engine.send(answer())
+    assert len(bench.upstreams.dialled) == dialled + 1
+
+
+async def test_a_reused_connection_that_breaks_before_an_answer_teaches_too(bench: Bench) -> None:
+    """Perhaps it met the close of an idle one, as a reset. This request is lost; not the next."""
+    _client, engine = await bench.begun()
+    engine.send(answer())
+    bench.clock.advance(1.0)
+    client, same = await bench.begun()
+    same.transport.hang_up(ConnectionResetError())
+    await bench.settle()
+    assert client.answer().status == 502
+    bench.plane.clear("a")
+    _client, engine = await bench.begun()
+    engine.send(answer())
+    bench.clock.advance(0.6)
+    _client, other = await bench.begun()
+    assert other is not engine
+
+
+async def test_what_a_replica_taught_goes_with_it(make_bench: MakeBench) -> None:
+    bench = make_bench(records("a"))
+    await closed_after(bench, 0.05)
+    bench.publish()
+    bench.publish(*records("a"))
+    for _ in range(2):
+        _client, engine = await bench.begun()
+        engine.send(answer())
+    assert len(bench.upstreams.dialled) == 2

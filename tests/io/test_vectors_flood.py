@@ -59,6 +59,8 @@ async def test_a_head_flood(make_bench: MakeBench, name: str) -> None:
     watched = client.protocol._head_buffer = Watched()
     taken_bytes = kept_bytes = 0
     for piece in cut_at(octets, range(0, len(octets), _PIECE_BYTES)):
+        if not client.transport.reading:  # refused; what else comes is taken in gulps
+            break
         client.send(piece)
         if not client.received:
             taken_bytes += len(piece)
@@ -82,6 +84,7 @@ async def test_after_the_refusal_a_flood_is_not_read_for_ever(make_bench: MakeBe
     assert client.answer().status == 400
     for _ in range(limits.LINGER_BYTES_MAX // limits.MIB):
         client.send(b"x" * limits.MIB)
-    assert not client.transport.closed
+    assert client.transport.reading
     client.send(b"x")
-    assert client.transport.aborted
+    assert not client.transport.reading
+    assert not client.transport.aborted  # a reset could overtake the answer
