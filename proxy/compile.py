@@ -43,7 +43,7 @@ class CompileError(Exception):
 def digest() -> str:
     """Name what a translation depends on."""
     seen = hashlib.sha256(f"{sys.version} {platform.machine()}".encode())
-    for path in sorted((*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.c"))):
+    for path in sorted(path for kind in ("py", "c", "h") for path in PACKAGE.rglob(f"*.{kind}")):
         seen.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
     return seen.hexdigest()[:16]
 

@@ -1,28 +1,17 @@
 /* The body scan in C: one pass over a JSON body that checks all of it and finds what routing needs.
  *
- * It is what `proxy/core/scan.py` does through msgspec, with the same verdicts: that module stays
- * the law, and runs wherever this one is not built. A body whose *values* are unusual (a model that
- * is not a string, an escape in a key or in a name of ours) is handed back to it, so only the
- * common form is read here and every judgement of types is made in one place.
- *
- * No recursion (a bit for each level says array or object), no allocation but the result, no copy.
- * A `bytes` object ends with an octet 0 that belongs to it and that no JSON text may hold, so
- * reading octet by octet stops there without a comparison of addresses; only wide loads compare.
+ * It is what `scan.py` does through msgspec, with the same verdicts: that module stays the law, and
+ * runs wherever this one is not built. A body whose *values* are unusual (a model that is not a
+ * string, an escape in a key or in a name of ours) is handed back to it, so only the usual form is
+ * read here, and every judgement of types is made in one place. `opener_end` does the same for the
+ * search in `prefix.py`.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <stdint.h>
-#include <string.h>
+#include "_json.h"
 
-#if defined(__SSE2__) && !defined(SCAN_PORTABLE)
-#define SCAN_WIDE
-#include <emmintrin.h>
-#endif
-
-typedef uint8_t octet;
-
-enum { DEPTH_MAX = 512, MODEL_KEPT_BYTES_MAX = 256 };
+enum { MODEL_KEPT_BYTES_MAX = 256 };
 
 /* Names of the members that are ours: texts first, then the flag, then the parts of a prompt. */
 enum { TEXTS = 6, STREAM = TEXTS, PARTS = STREAM + 1, NAMES = PARTS + 9 };
@@ -43,249 +32,10 @@ typedef struct {
 } Span;
 
 typedef struct {
-    const octet *end;   /* of the body */
-    const octet *fault; /* where it is not JSON, and why */
-    const char *reason;
-    int escaped;        /* a string that was skipped held a backslash */
-    int unusual;        /* values for the Python path to judge */
+    Text json;
+    int unusual; /* values for the Python path to judge */
     Span found[NAMES];
 } Scan;
-
-static const octet *refuse(Scan *scan, const octet *at, const char *reason) {
-    scan->fault = at;
-    scan->reason = reason;
-    return NULL;
-}
-
-static inline const octet *skip_space(const octet *at) {
-    while (*at == ' ' || *at == '\n' || *at == '\r' || *at == '\t')
-        at++;
-    return at;
-}
-
-/* --- strings ------------------------------------------------------------------------------- */
-
-#ifdef SCAN_WIDE
-enum { WIDE = 16 };
-
-/* A bit for each of 16 octets that ends plain text: quote, backslash, control, or not ASCII. */
-static inline unsigned stops(const octet *at) {
-    __m128i text = _mm_loadu_si128((const __m128i *)at);
-    __m128i stop = _mm_cmplt_epi8(text, _mm_set1_epi8(0x20)); /* signed: >= 0x80 are negative */
-    stop = _mm_or_si128(stop, _mm_cmpeq_epi8(text, _mm_set1_epi8('"')));
-    stop = _mm_or_si128(stop, _mm_cmpeq_epi8(text, _mm_set1_epi8('\\')));
-    return (unsigned)_mm_movemask_epi8(stop);
-}
-#else
-enum { WIDE = 8 };
-
-/* Not 0 if one of 8 octets ends plain text. */
-static inline uint64_t stops(const octet *at) {
-    const uint64_t ones = UINT64_C(0x0101010101010101), highs = ones << 7;
-    uint64_t text, quote, backslash;
-    memcpy(&text, at, sizeof text);
-    quote = text ^ ones * '"';
-    backslash = text ^ ones * '\\';
-    return ((text - ones * 0x20) | (quote - ones) | (backslash - ones) | text) & highs;
-}
-#endif
-
-/* Skip text that needs no look: returns the first octet that does. */
-static inline const octet *skip_plain(const octet *at, const octet *end) {
-    while (end - at >= WIDE) {
-#ifdef SCAN_WIDE
-        unsigned found = stops(at);
-        if (found)
-            return at + __builtin_ctz(found);
-#else
-        if (stops(at))
-            break;
-#endif
-        at += WIDE;
-    }
-    while (*at >= 0x20 && *at < 0x80 && *at != '"' && *at != '\\')
-        at++;
-    return at;
-}
-
-/* Skip octets that are not ASCII, or return NULL where they are not UTF-8 (RFC 3629 §4). */
-static const octet *skip_utf8(const octet *at) {
-    do {
-        if (*at < 0xE0) {
-            if (*at < 0xC2 || (at[1] & 0xC0) != 0x80)
-                return NULL;
-            at += 2;
-        } else if (*at < 0xF0) {
-            if ((at[1] & 0xC0) != 0x80 || (at[2] & 0xC0) != 0x80)
-                return NULL;
-            if ((*at == 0xE0 && at[1] < 0xA0) || (*at == 0xED && at[1] >= 0xA0))
-                return NULL; /* too long a form; half of a surrogate pair */
-            at += 3;
-        } else {
-            if (*at > 0xF4 || (at[1] & 0xC0) != 0x80 || (at[2] & 0xC0) != 0x80 ||
-                (at[3] & 0xC0) != 0x80)
-                return NULL;
-            if ((*at == 0xF0 && at[1] < 0x90) || (*at == 0xF4 && at[1] >= 0x90))
-                return NULL; /* too long a form; beyond U+10FFFF */
-            at += 4;
-        }
-    } while (*at >= 0x80);
-    return at;
-}
-
-static inline int is_digit(octet c) { return c >= '0' && c <= '9'; }
-
-static const octet HEX[256] = {['0' ... '9'] = 1, ['A' ... 'F'] = 1, ['a' ... 'f'] = 1};
-
-static inline int are_hex(const octet *at) {
-    return HEX[at[0]] && HEX[at[1]] && HEX[at[2]] && HEX[at[3]];
-}
-
-/* Skip a backslash and what it escapes, or return NULL. Half of a surrogate pair is no text
- * (RFC 8259 §8.2 leaves it to the reader), and msgspec refuses it, too. */
-static inline const octet *skip_escape(const octet *at) {
-    switch (at[1]) {
-    case '"': case '\\': case '/': case 'b': case 'f': case 'n': case 'r': case 't':
-        return at + 2;
-    case 'u':
-        if (!are_hex(at + 2))
-            return NULL;
-        if ((at[2] | 0x20) != 'd' || at[3] < '8')
-            return at + 6;
-        if ((at[3] | 0x20) >= 'c' || at[6] != '\\' || at[7] != 'u' || !are_hex(at + 8) ||
-            (at[8] | 0x20) != 'd' || (at[9] | 0x20) < 'c')
-            return NULL;
-        return at + 12;
-    }
-    return NULL;
-}
-
-/* `at` is the octet after the opening quote; returns the one after the closing quote. */
-static const octet *skip_string(Scan *scan, const octet *at) {
-    const octet *next;
-    for (;;) {
-        at = skip_plain(at, scan->end);
-        if (*at == '"')
-            return at + 1;
-        if (*at == '\\') {
-            scan->escaped = 1;
-            next = skip_escape(at);
-            if (next == NULL)
-                return refuse(scan, at, "an escape that is none");
-        } else if (*at >= 0x80) {
-            next = skip_utf8(at);
-            if (next == NULL)
-                return refuse(scan, at, "text that is not UTF-8");
-        } else {
-            return refuse(scan, at, at == scan->end ? "the text ends within a string"
-                                                    : "a control character in a string");
-        }
-        at = next;
-    }
-}
-
-/* --- values -------------------------------------------------------------------------------- */
-
-static const octet *skip_number(Scan *scan, const octet *at) {
-    const octet *start = at;
-    at += *at == '-';
-    if (*at == '0')
-        at++;
-    else if (is_digit(*at))
-        while (is_digit(*at))
-            at++;
-    else
-        return refuse(scan, start, "a value that is none");
-    if (*at == '.') {
-        if (!is_digit(*++at))
-            return refuse(scan, start, "a number without digits after its point");
-        while (is_digit(*at))
-            at++;
-    }
-    if (*at == 'e' || *at == 'E') {
-        at++;
-        at += *at == '+' || *at == '-';
-        if (!is_digit(*at))
-            return refuse(scan, start, "a number without digits in its exponent");
-        while (is_digit(*at))
-            at++;
-    }
-    return at;
-}
-
-static inline const octet *skip_word(Scan *scan, const octet *at, const char *word) {
-    const octet *start = at;
-    for (; *word; word++, at++)
-        if (*at != (octet)*word)
-            return refuse(scan, start, "a value that is none");
-    return at;
-}
-
-/* Skip a value that holds no others; `at` is its first octet. */
-static inline const octet *skip_scalar(Scan *scan, const octet *at) {
-    switch (*at) {
-    case '"': return skip_string(scan, at + 1);
-    case 't': return skip_word(scan, at, "true");
-    case 'f': return skip_word(scan, at, "false");
-    case 'n': return skip_word(scan, at, "null");
-    default: return skip_number(scan, at);
-    }
-}
-
-/* Skip a member's name and its colon; returns the first octet of the value. */
-static inline const octet *skip_name(Scan *scan, const octet *at) {
-    if (*at != '"')
-        return refuse(scan, at, "a member without a name in quotes");
-    at = skip_string(scan, at + 1);
-    if (at == NULL)
-        return NULL;
-    at = skip_space(at);
-    if (*at != ':')
-        return refuse(scan, at, "a name without a colon");
-    return skip_space(at + 1);
-}
-
-/* Skip any value of a member of the body; `at` is its first octet. */
-static const octet *skip_value(Scan *scan, const octet *at) {
-    uint64_t objects[DEPTH_MAX / 64]; /* a bit for each level: it is an object */
-    unsigned depth = 0;
-    int in_object = 0;
-    for (;;) {
-        if (*at == '{' || *at == '[') {
-            if (depth == DEPTH_MAX)
-                return refuse(scan, at, "values within values, too deep");
-            in_object = *at == '{';
-            uint64_t bit = UINT64_C(1) << depth % 64;
-            objects[depth / 64] = in_object ? (depth % 64 ? objects[depth / 64] : 0) | bit
-                                            : (depth % 64 ? objects[depth / 64] & ~bit : 0);
-            depth++;
-            at = skip_space(at + 1);
-            if (*at != (in_object ? '}' : ']')) {
-                if (in_object && (at = skip_name(scan, at)) == NULL)
-                    return NULL;
-                continue;
-            }
-        } else if ((at = skip_scalar(scan, at)) == NULL) {
-            return NULL;
-        } else if (depth) {
-            at = skip_space(at);
-        }
-        while (depth && *at == (in_object ? '}' : ']')) {
-            at++;
-            if (--depth) {
-                in_object = objects[(depth - 1) / 64] >> (depth - 1) % 64 & 1;
-                at = skip_space(at);
-            }
-        }
-        if (!depth)
-            return at;
-        if (*at != ',')
-            return refuse(scan, at, "neither a comma nor the end of what is open");
-        at = skip_space(at + 1);
-        if (in_object && (at = skip_name(scan, at)) == NULL)
-            return NULL;
-    }
-}
 
 /* --- the body ------------------------------------------------------------------------------ */
 
@@ -309,21 +59,21 @@ static int is_usual(int name, const octet *value, int escaped) {
 
 static const octet *scan_member(Scan *scan, const octet *at) {
     const octet *key = at + 1, *value;
-    scan->escaped = 0;
-    value = skip_name(scan, at);
+    scan->json.escaped = 0;
+    value = skip_name(&scan->json, at);
     if (value == NULL)
         return NULL;
-    if (scan->escaped)
+    if (scan->json.escaped)
         scan->unusual = 1; /* such a name may be one of ours */
     const octet *key_end = value - 1;
     while (*key_end != '"')
         key_end--;
     int name = which_name(key, (size_t)(key_end - key));
-    scan->escaped = 0;
-    at = skip_value(scan, value);
+    scan->json.escaped = 0;
+    at = skip_value(&scan->json, value);
     if (at == NULL || name == NAMES)
         return at;
-    if (!is_usual(name, value, scan->escaped))
+    if (!is_usual(name, value, scan->json.escaped))
         scan->unusual = 1;
     scan->found[name].start = value; /* the last of several counts */
     scan->found[name].end = at;
@@ -349,10 +99,92 @@ static const octet *scan_object(Scan *scan, const octet *at) {
             at = skip_space(at + 1);
         }
         if (*at != '}')
-            return refuse(scan, at, "neither a comma nor the end of the object");
+            return refuse(&scan->json, at, "neither a comma nor the end of the object");
     }
     at = skip_space(at + 1);
-    return at == scan->end ? at : refuse(scan, at, "more after the object");
+    return at == scan->json.end ? at : refuse(&scan->json, at, "more after the object");
+}
+
+/* --- the opener ---------------------------------------------------------------------------- */
+
+/* As `prefix._opener_end`, which says why a search is enough; `begin` and `stop` bound it. */
+
+/* Whether the word that begins at `at` is the value of a member named `role`. */
+static int is_role(const octet *begin, const octet *at) {
+    const octet *lowest = at - begin > 40 ? at - 40 : begin; /* bounds the space between */
+    while (at > lowest && is_space(at[-1]))
+        at--;
+    if (at == lowest || *--at != ':')
+        return 0;
+    while (at > lowest && is_space(at[-1]))
+        at--;
+    return at - lowest >= 6 && memcmp(at - 6, "\"role\"", 6) == 0 &&
+           !(at - lowest >= 7 && at[-7] == '\\');
+}
+
+static const octet *find_user(const octet *begin, const octet *stop) {
+    const octet *at = begin;
+    while (stop - at >= 6) {
+#ifdef SCAN_WIDE
+        if (stop - at >= 17) { /* two octets of the word tell it from the quotes of a text */
+            __m128i first = _mm_loadu_si128((const __m128i *)at);
+            __m128i second = _mm_loadu_si128((const __m128i *)(at + 1));
+            uint64_t found = bits(_mm_and_si128(_mm_cmpeq_epi8(first, _mm_set1_epi8('"')),
+                                                _mm_cmpeq_epi8(second, _mm_set1_epi8('u'))));
+            if (!found) {
+                at += 16;
+                continue;
+            }
+            at += __builtin_ctzll(found);
+            if (stop - at < 6)
+                break;
+        }
+#endif
+        if (memcmp(at, "\"user\"", 6) == 0 && is_role(begin, at))
+            return at + 6;
+        at++;
+    }
+    return NULL;
+}
+
+/* `at` is the octet after the opening quote; returns the one after the closing quote, or NULL. */
+static const octet *string_end(const octet *at, const octet *stop) {
+    while (at < stop) {
+#ifdef SCAN_WIDE
+        if (stop - at >= 16) {
+            __m128i text = _mm_loadu_si128((const __m128i *)at);
+            uint64_t found = bits(_mm_or_si128(_mm_cmpeq_epi8(text, _mm_set1_epi8('"')),
+                                               _mm_cmpeq_epi8(text, _mm_set1_epi8('\\'))));
+            if (!found) {
+                at += 16;
+                continue;
+            }
+            at += __builtin_ctzll(found);
+        }
+#endif
+        if (*at == '"')
+            return at + 1;
+        at += *at == '\\' ? 2 : 1;
+    }
+    return NULL;
+}
+
+/* Returns the end of the object that `at` is within, between two members; or NULL. */
+static const octet *object_end(const octet *at, const octet *stop) {
+    int depth = 1;
+    while (at < stop) {
+        octet next = *at++;
+        if (next == '"') {
+            at = string_end(at, stop);
+            if (at == NULL)
+                return NULL;
+        } else if (next == '{' || next == '[') {
+            depth++;
+        } else if ((next == '}' || next == ']') && --depth == 0) {
+            return at;
+        }
+    }
+    return NULL;
 }
 
 /* --- for Python ---------------------------------------------------------------------------- */
@@ -413,9 +245,9 @@ static PyObject *scan(PyObject *module, PyObject *argument) {
         return NULL;
     }
     const octet *body = (const octet *)PyBytes_AS_STRING(argument);
-    Scan scan = {.end = body + PyBytes_GET_SIZE(argument)};
+    Scan scan = {.json.end = body + PyBytes_GET_SIZE(argument)};
     if (scan_object(&scan, body) == NULL) {
-        PyErr_Format(PyExc_ValueError, "%s (byte %zd)", scan.reason, scan.fault - body);
+        PyErr_Format(PyExc_ValueError, "%s (byte %zd)", scan.json.reason, scan.json.fault - body);
         return NULL;
     }
     if (scan.unusual)
@@ -437,7 +269,38 @@ static PyObject *scan(PyObject *module, PyObject *argument) {
     return result;
 }
 
+static PyObject *opener_end(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+    Py_ssize_t number[4]; /* begin, end, how far to search, how long an opener may be */
+    (void)module;
+    if (count != 5 || !PyBytes_CheckExact(arguments[0])) {
+        PyErr_SetString(PyExc_TypeError, "wanted: bytes and four numbers");
+        return NULL;
+    }
+    for (int i = 0; i < 4; i++) {
+        number[i] = PyLong_AsSsize_t(arguments[1 + i]);
+        if (number[i] == -1 && PyErr_Occurred())
+            return NULL;
+    }
+    Py_ssize_t begin = number[0], end = number[1], search_max = number[2], longest = number[3];
+    if (begin < 0 || end < begin || end > PyBytes_GET_SIZE(arguments[0]) || search_max < 0 ||
+        longest < 0) {
+        PyErr_SetString(PyExc_ValueError, "a place outside the octets");
+        return NULL;
+    }
+    const octet *octets = (const octet *)PyBytes_AS_STRING(arguments[0]);
+    const octet *stop = octets + (end - begin < search_max ? end : begin + search_max);
+    const octet *found = find_user(octets + begin, stop);
+    if (found == NULL)
+        return PyLong_FromSsize_t(begin + longest);
+    Py_ssize_t after = found - octets;
+    stop = octets + (end - after < longest ? end : after + longest);
+    const octet *closed = object_end(found, stop);
+    return PyLong_FromSsize_t(closed == NULL ? after + longest : closed - octets);
+}
+
 static PyMethodDef METHODS[] = {
+    {"opener_end", (PyCFunction)(void (*)(void))opener_end, METH_FASTCALL,
+     "Return where the opener among messages ends."},
     {"scan", scan, METH_O, "Return what routing needs of a body, or None: read it in Python."},
     {NULL, NULL, 0, NULL},
 };

@@ -15,3 +15,6 @@ def scan(
     ]
     | None
 ): ...
+def opener_end(
+    octets: bytes, begin: int, end: int, search_bytes_max: int, opener_bytes_max: int, /
+) -> int: ...

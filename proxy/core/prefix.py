@@ -16,7 +16,7 @@ The derivation is versioned: proxies that disagree on it would place the same pr
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -115,7 +115,9 @@ def prefix_chain(kind: PromptKind, scanned: Scanned, session_key: bytes | None) 
     else:
         opener_end = begin + limits.OPENER_BYTES_MAX
         if kind in _WITH_MESSAGES:
-            opener_end = _opener_end(octets, begin, end)
+            opener_end = _find_opener_end(
+                octets, begin, end, limits.OPENER_SEARCH_BYTES_MAX, limits.OPENER_BYTES_MAX
+            )
         home_key = xxh3_64_intdigest(view[begin : min(opener_end, end)], seed)
     return PrefixChain(home_key, hashes, ends, head_bytes + size)
 
@@ -150,15 +152,17 @@ def _prompt_parts(kind: PromptKind, scanned: Scanned) -> tuple[tuple[int, ...], 
     return head, scanned.octets, scanned.spans[2 * grows], scanned.spans[2 * grows + 1]
 
 
-def _opener_end(octets: bytes, begin: int, end: int) -> int:
+def _opener_end(
+    octets: bytes, begin: int, end: int, search_bytes_max: int, opener_bytes_max: int
+) -> int:
     """Return where the opener ends: with the first user message, or after a bounded beginning.
 
     The messages are `octets[begin:end]`; what is returned may lie beyond them.
     """
-    found = _user_role(octets, begin, min(end, begin + limits.OPENER_SEARCH_BYTES_MAX))
+    found = _user_role(octets, begin, min(end, begin + search_bytes_max))
     if found < 0:
-        return begin + limits.OPENER_BYTES_MAX
-    longest = found + limits.OPENER_BYTES_MAX
+        return begin + opener_bytes_max
+    longest = found + opener_bytes_max
     closed = _object_end(octets[found : min(longest, end)])
     return longest if closed < 0 else found + closed
 
@@ -217,3 +221,10 @@ def _string_end(data: bytes, at: int) -> int:
         if (at - back) & 1 == 0:  # an even number of backslashes before the quote
             return at
     return -1
+
+
+_find_opener_end: Callable[[bytes, int, int, int, int], int]
+try:
+    from proxy.core._scan import opener_end as _find_opener_end
+except ImportError:
+    _find_opener_end = _opener_end

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy import errors
-from proxy.core import scan
+from proxy.core import prefix, scan
 from tests.core.test_scan import bodies
 
 _SOURCE = Path(scan.__file__).with_name("_scan.c")
@@ -81,9 +81,9 @@ def test_both_read_damaged_bodies_the_same(
 
 _FRAGMENTS = st.sampled_from(
     [b'"', b"\\", b"{", b"}", b"[", b"]", b":", b",", b" ", b"\n", b"1", b"-", b"0", b".", b"e",
-     b"true", b"false", b"null", b'"model":', b'"stream":', b'"m"', b"\\u00e9", b"\\ud800", b"\\uDc00", b"\xc3",
-     b"\xa9", b"\xe4\xbd\xa0", b"\xed\xa0", b"\xf0\x9f\x98\x80", b"\xf4\x90", b"\x7f", b"\x1f",
-     b"\0", b"x" * 15, b"y" * 64]
+     b"true", b"false", b"null", b'"model":', b'"stream":', b'"m"', b"\\u00e9", b"\\ud800",
+     b"\\uDc00", b"\xc3", b"\xa9", b"\xe4\xbd\xa0", b"\xed\xa0", b"\xf0\x9f\x98\x80",
+     b"\xf4\x90", b"\x7f", b"\x1f", b"\0", b"x" * 15, b"y" * 64]
 )  # fmt: skip
 
 
@@ -148,3 +148,38 @@ def test_only_bytes_are_read(native: ModuleType) -> None:
     for other in (bytearray(b"{}"), memoryview(b"{}"), "{}", None):
         with pytest.raises(TypeError):
             native.scan(other)
+
+
+_PIECES = st.sampled_from(
+    [b'"user"', b'"role"', b":", b" ", b"\n\t", b" " * 33, b'\\"role"', b'"', b"\\", b"\\\\",
+     b'\\"', b"{", b"}", b"[", b"]", b",", b'"content":"', b'"u', b"x", b"x" * 15, b"x" * 90]
+)  # fmt: skip
+_MESSAGES = st.one_of(
+    st.lists(_PIECES, max_size=30).map(b"".join),
+    st.lists(_PIECES, max_size=12).map(lambda rest: b'[{"role":"user"' + b"".join(rest)),
+)
+
+
+@_SAME
+@given(_MESSAGES, st.integers(0, 40), st.integers(0, 40), st.sampled_from([0, 5, 60, 9000]),
+       st.sampled_from([0, 7, 64, 4096]))  # fmt: skip
+def test_both_find_the_same_opener(
+    native: ModuleType, octets: bytes, begin: int, after: int, search_max: int, opener_max: int
+) -> None:
+    """Of messages and of what is none, wherever they lie in a body, under any bounds."""
+    begin = min(begin, len(octets))
+    end = max(begin, len(octets) - after)
+    given_there = (octets, begin, end, search_max, opener_max)
+    assert native.opener_end(*given_there) == prefix._opener_end(*given_there)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "bound"), [(-1, 2, 9), (2, 1, 9), (0, 4, 9), (0, 1 << 80, 9), (0, 3, -1)]
+)
+def test_an_opener_is_sought_within_the_octets_alone(
+    native: ModuleType, begin: int, end: int, bound: int
+) -> None:
+    with pytest.raises((ValueError, OverflowError)):
+        native.opener_end(b"[1]", begin, end, bound, 9)
+    with pytest.raises(TypeError):
+        native.opener_end(bytearray(b"[1]"), 0, 3, 9, 9)
