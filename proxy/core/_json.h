@@ -47,52 +47,85 @@ static inline const octet *skip_space(const octet *at) {
 /* --- strings ------------------------------------------------------------------------------- */
 
 #ifdef SCAN_WIDE
-/* Marks each of 16 octets that ends plain text: quote, backslash, control, or not ASCII. */
-static inline __m128i stops(const octet *at) {
+/* The octets of 16 that are a quote, a backslash, and a control octet or not ASCII. */
+typedef struct {
+    __m128i text, quote, backslash, odd;
+} Wide;
+
+static inline Wide load(const octet *at) {
     __m128i text = _mm_loadu_si128((const __m128i *)at);
-    __m128i stop = _mm_cmplt_epi8(text, _mm_set1_epi8(0x20)); /* signed: >= 0x80 are negative */
-    stop = _mm_or_si128(stop, _mm_cmpeq_epi8(text, _mm_set1_epi8('"')));
-    return _mm_or_si128(stop, _mm_cmpeq_epi8(text, _mm_set1_epi8('\\')));
+    return (Wide){
+        .text = text,
+        .quote = _mm_cmpeq_epi8(text, _mm_set1_epi8('"')),
+        .backslash = _mm_cmpeq_epi8(text, _mm_set1_epi8('\\')),
+        .odd = _mm_cmplt_epi8(text, _mm_set1_epi8(0x20)), /* signed: >= 0x80 are negative */
+    };
+}
+
+static inline __m128i stops(Wide wide) {
+    return _mm_or_si128(_mm_or_si128(wide.quote, wide.backslash), wide.odd);
 }
 
 static inline uint64_t bits(__m128i marks) { return (unsigned)_mm_movemask_epi8(marks); }
 
-static inline uint64_t stops_of_64(const octet *at) {
-    __m128i a = stops(at), b = stops(at + 16), c = stops(at + 32), d = stops(at + 48);
-    if (!bits(_mm_or_si128(_mm_or_si128(a, b), _mm_or_si128(c, d))))
-        return 0;
+static inline uint64_t bits_of_64(__m128i a, __m128i b, __m128i c, __m128i d) {
     return bits(a) | bits(b) << 16 | bits(c) << 32 | bits(d) << 48;
 }
 
-/* What may follow a backslash and needs no further look. */
-static const octet SHORT[256] = {['"'] = 1, ['\\'] = 1, ['/'] = 1, ['b'] = 1,
-                                 ['f'] = 1, ['n'] = 1,  ['r'] = 1, ['t'] = 1};
+/* Marks the octets that a backslash escapes: those after an odd number of them. The addition
+ * carries through every run of backslashes that begins at an odd place, which tells the parity of
+ * its end from the place alone. No run reaches into the block; the last octet's may reach out. */
+static inline uint64_t escaped_of_64(uint64_t backslash) {
+    const uint64_t even = UINT64_C(0x5555555555555555);
+    uint64_t after = backslash << 1;
+    uint64_t odd_starts = backslash & ~even & ~after;
+    uint64_t parity = (odd_starts + backslash) << 1;
+    return (even ^ parity) & after;
+}
 
-/* Skip plain text and short escapes: returns the first octet that needs a look. One block's bits
- * serve for all its escapes: text quoted in text has one in every few words. */
+static inline __m128i short_escapes(Wide wide) {
+    __m128i n = _mm_cmpeq_epi8(wide.text, _mm_set1_epi8('n'));
+    __m128i r = _mm_cmpeq_epi8(wide.text, _mm_set1_epi8('r'));
+    __m128i t = _mm_cmpeq_epi8(wide.text, _mm_set1_epi8('t'));
+    return _mm_or_si128(_mm_or_si128(_mm_or_si128(wide.quote, wide.backslash), n),
+                        _mm_or_si128(r, t));
+}
+
+enum { STAY_BLOCKS = 8 };
+
+/* Skip plain text and the usual escapes: returns the first octet that needs a look. Escapes stand
+ * where nobody can predict, and a branch mispredicted costs more than all marks of a block; so
+ * where there was one lately, the marks are worked out without asking whether there is another. */
 static inline const octet *skip_plain(Text *json, const octet *at) {
     if (json->end - at >= 16) {
-        uint64_t found = bits(stops(at)); /* names and roles end here */
+        uint64_t found = bits(stops(load(at))); /* names and roles end here */
         if (found)
             return at + __builtin_ctzll(found);
         at += 16;
     }
-    while (json->end - at >= 64) {
-        const octet *block = at;
-        uint64_t found = stops_of_64(block);
-        at += 64;
-        while (found) {
-            int place = __builtin_ctzll(found);
-            if (block[place] != '\\' || !SHORT[block[place + 1]])
-                return block + place;
-            json->escaped = 1;
-            if (place == 63)
-                at++;
-            found &= ~UINT64_C(1) << place << 1;
+    for (unsigned stay = 0; json->end - at >= 64; at += 64) {
+        Wide a = load(at), b = load(at + 16), c = load(at + 32), d = load(at + 48);
+        if (stay || bits(_mm_or_si128(_mm_or_si128(stops(a), stops(b)),
+                              _mm_or_si128(stops(c), stops(d))))) {
+            uint64_t backslash = bits_of_64(a.backslash, b.backslash, c.backslash, d.backslash);
+            uint64_t stop = bits_of_64(_mm_or_si128(a.quote, a.odd), _mm_or_si128(b.quote, b.odd),
+                                       _mm_or_si128(c.quote, c.odd), _mm_or_si128(d.quote, d.odd));
+            uint64_t usual = bits_of_64(short_escapes(a), short_escapes(b), short_escapes(c),
+                                        short_escapes(d));
+            uint64_t escaped = escaped_of_64(backslash);
+            json->escaped |= backslash != 0;
+            stop = (stop & ~escaped) | (escaped & ~usual);
+            if (stop) {
+                int place = __builtin_ctzll(stop);
+                return at + place - (escaped >> place & 1); /* an escape begins at its backslash */
+            }
+            if (backslash & ~escaped & UINT64_C(1) << 63)
+                return at + 63;
+            stay = backslash ? STAY_BLOCKS : stay - (stay > 0);
         }
     }
     for (; json->end - at >= 16; at += 16) {
-        uint64_t found = bits(stops(at));
+        uint64_t found = bits(stops(load(at)));
         if (found)
             return at + __builtin_ctzll(found);
     }
@@ -200,29 +233,29 @@ static const octet *skip_string(Text *json, const octet *at) {
 
 /* --- values -------------------------------------------------------------------------------- */
 
+static inline const octet *skip_digits(const octet *at) {
+    while (is_digit(*at))
+        at++;
+    return at;
+}
+
 static const octet *skip_number(Text *json, const octet *at) {
     const octet *start = at;
     at += *at == '-';
-    if (*at == '0')
-        at++;
-    else if (is_digit(*at))
-        while (is_digit(*at))
-            at++;
-    else
+    if (!is_digit(*at))
         return refuse(json, start, "a value that is none");
+    at = *at == '0' ? at + 1 : skip_digits(at);
     if (*at == '.') {
         if (!is_digit(*++at))
             return refuse(json, start, "a number without digits after its point");
-        while (is_digit(*at))
-            at++;
+        at = skip_digits(at);
     }
     if (*at == 'e' || *at == 'E') {
         at++;
         at += *at == '+' || *at == '-';
         if (!is_digit(*at))
             return refuse(json, start, "a number without digits in its exponent");
-        while (is_digit(*at))
-            at++;
+        at = skip_digits(at);
     }
     return at;
 }

@@ -104,6 +104,24 @@ def test_every_octet_at_every_place_of_a_string(native: ModuleType, octet: int) 
         _check(native, b'{"model":"m","prompt":"%b"}' % text.replace(b"b", b"\\n"))
 
 
+def test_every_run_of_backslashes_at_every_place(native: ModuleType) -> None:
+    """Which octet is escaped is worked out for 64 at once; a run may reach into the next 64."""
+    for place in range(140):
+        for run in (1, 2, 3, 4, 63, 64, 65):
+            for then in (b"n", b'"', b"u0041", b"x", b"\x01", b"\xc3\xa9", b'","a":"'):
+                text = b"a" * place + b"\\" * run + then + b"c" * (place % 80)
+                _check(native, b'{"model":"m","prompt":"%b"}' % text)
+
+
+@pytest.mark.parametrize("places", [1, 15, 16, 17, 31, 32, 400])
+def test_numbers_of_any_length(native: ModuleType, places: int) -> None:
+    digits = b"7" * places
+    for number in (digits, b"-%b.%b" % (digits, digits), b"1E-%b" % digits, b"0." + digits):
+        for then in (b"", b" ", b".", b"e", b"-", b"a", b"\xb7", b"/", b":", b"\0"):
+            _check(native, b'{"model":"m","prompt":[%b%b]}' % (number, then))
+            _check(native, b'{"model":"m","prompt":%b%b,"x":"%b"}' % (number, then, b"y" * 40))
+
+
 def test_every_start_of_a_character(native: ModuleType) -> None:
     """Of all first and second octets, with right and wrong ends: what RFC 3629 allows."""
     for first in range(0x80, 0x100):
