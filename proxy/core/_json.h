@@ -113,8 +113,8 @@ static inline const octet *skip_plain(Text *json, const octet *at) {
             uint64_t usual = bits_of_64(short_escapes(a), short_escapes(b), short_escapes(c),
                                         short_escapes(d));
             uint64_t escaped = escaped_of_64(backslash);
-            json->escaped |= backslash != 0;
             stop = (stop & ~escaped) | (escaped & ~usual);
+            json->escaped |= (backslash & ((stop & -stop) - 1)) != 0; /* none beyond the string */
             if (stop) {
                 int place = __builtin_ctzll(stop);
                 return at + place - (escaped >> place & 1); /* an escape begins at its backslash */

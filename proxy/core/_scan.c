@@ -3,8 +3,13 @@
  * It is what `scan.py` does through msgspec, with the same verdicts: that module stays the law, and
  * runs wherever this one is not built. A body whose *values* are unusual (a model that is not a
  * string, an escape in a key or in a name of ours) is handed back to it, so only the usual form is
- * read here, and every judgement of types is made in one place. `opener_end` does the same for the
+ * read here, and every judgement of types is made in one place. `opener_end` is the same for the
  * search in `prefix.py`.
+ *
+ * `scan_body`, translated, on one core of an AMD EPYC, msgspec -> this, processor time:
+ *   chat of 0.7 KB 0.59 -> 0.41 us, 21 KB 6.4 -> 2.8 us, 172 KB 49 -> 20 us (64 such bodies in turn,
+ *   too many for the branch predictor to learn: 75 -> 21 us), plain text of 16 MB 4.7 -> 0.8 ms;
+ *   the opener: 0.7 KB 1.1 -> 0.1 us, 21 KB 3.1 -> 0.4 us.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

@@ -32,7 +32,8 @@ _QUOTE: Final = 0x22
 _BACKSLASH: Final = 0x5C
 _SPACE: Final = b" \t\r\n"
 _STRUCTURAL: Final = re.compile(rb'["\[\]{}]')
-_WITH_MESSAGES: Final = frozenset((PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES))
+# A tuple, because members of an Enum are hashed by Python code and compared without.
+_WITH_MESSAGES: Final = (PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES)
 _SEEDS_MAX: Final = 1024
 _HEAD_NONE: Final[tuple[int, ...]] = ()
 _HEAD_CHAT: Final[tuple[int, ...]] = (scan.TOOLS,)

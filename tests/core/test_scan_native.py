@@ -157,6 +157,11 @@ def test_depth_is_bounded(native: ModuleType, opened: bytes) -> None:
 def test_the_usual_form_needs_no_second_reader(native: ModuleType) -> None:
     usual = native.scan(b'{"stream":null,"session_id":"s","model":"m","x":"\\n","lora_path":null}')
     assert usual == ("m", None, None, "s", None, None, None, (0,) * 18)
+    # An escape beyond the end of a name, and read along with it, is none of the name.
+    for size in range(1, 80):
+        name = b"m" * size
+        body = b'{"%b":1,"model":"%b","p":"%b"}' % (name, name, b"\\n" * 60)
+        assert native.scan(body)[0] == name.decode()
     for unusual in (b'{"mod\\u0065l":"m"}', b'{"model":7}', b"[1]", b'{"model":"\\u006d"}'):
         assert native.scan(unusual) is None
 
