@@ -144,7 +144,9 @@ def scan_with(read: _Reader | None, body: bytes) -> Scanned:
 
 def _judge_model(model: str) -> None:
     if not model:
-        raise errors.MissingModelError('the body names no model; add "model": "NAME"', "model")
+        raise errors.MissingModelError(
+            'the body names no model; add "model": "NAME", a non-empty string', "model"
+        )
     if len(model.encode()) > limits.MODEL_BYTES_MAX:
         raise errors.InvalidRequestError("the model name is too long", "model")
 
