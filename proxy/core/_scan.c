@@ -7,9 +7,9 @@
  * search in `prefix.py`.
  *
  * `scan_body`, translated, on one core of an AMD EPYC, msgspec -> this, processor time:
- *   chat of 0.7 KB 0.59 -> 0.41 us, 21 KB 6.4 -> 2.8 us, 172 KB 49 -> 20 us (64 such bodies in turn,
- *   too many for the branch predictor to learn: 75 -> 21 us), plain text of 16 MB 4.7 -> 0.8 ms;
- *   the opener: 0.7 KB 1.1 -> 0.1 us, 21 KB 3.1 -> 0.4 us.
+ *   chat of 0.7 KB 0.59 -> 0.41 us, 21 KB 6.4 -> 3.0 us, 172 KB 49 -> 21 us (64 such bodies in turn,
+ *   too many for the branch predictor to learn: 70 -> 22 us), plain text of 16 MB 4.6 -> 0.8 ms;
+ *   the opener: 0.7 KB 1.1 -> 0.1 us, 21 KB 3.2 -> 0.4 us.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

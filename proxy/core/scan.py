@@ -166,20 +166,30 @@ def _scan_any(body: bytes) -> Scanned:
         ) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise errors.InvalidJSONError(f"the body is not valid JSON: {error}") from error
-    parts = [
+    octets, spans = _placed((
         typed.messages, typed.prompt, typed.tools, typed.system, typed.instructions, typed.query,
         typed.input, typed.documents, typed.text_1,
-    ]  # fmt: skip
+    ))  # fmt: skip
+    fields = (
+        typed.model, typed.service_tier, typed.prompt_cache_key, typed.session_id,
+        typed.cache_salt, typed.lora_path, typed.stream, spans,
+    )  # fmt: skip
+    return Scanned(fields, octets)
+
+
+def _placed(parts: tuple[Raw, ...]) -> tuple[bytes, tuple[int, ...]]:
+    """Put the parts one behind another, because msgspec does not say where in the body they lie."""
+    present: list[Raw] = []
     spans: list[int] = []
     end = 0
     for part in parts:
-        start, end = end, end + len(memoryview(part))
-        spans += (start, end)
-    fields = (
-        typed.model, typed.service_tier, typed.prompt_cache_key, typed.session_id,
-        typed.cache_salt, typed.lora_path, typed.stream, tuple(spans),
-    )  # fmt: skip
-    return Scanned(fields, b"".join(parts))
+        start = end
+        if part is not _NOTHING:
+            present.append(part)
+            end += len(memoryview(part))
+        spans.append(start)
+        spans.append(end)
+    return b"".join(present), tuple(spans)
 
 
 def _typed(raw: _Untyped) -> _Typed:
