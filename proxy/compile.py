@@ -1,9 +1,9 @@
 """The data path as machine code: the same sources, translated by mypyc.
 
-What every request passes through is plain typed Python, and mypyc translates it as it stands. Where
-that has been done, workers run the translation; everywhere else they run the sources, to the same
-effect at about twice the price. Nothing is built unasked: `doherty compile` needs a C compiler and
-the headers of this Python.
+What every request passes through is plain typed Python, and mypyc translates it as it stands; for
+the body scan there is C besides (`core/_scan.c`), built with it. Where that has been done, workers
+run the translation; everywhere else they run the sources, to the same effect at about twice the
+price. Nothing is built unasked: `doherty compile` needs a C compiler and this Python's headers.
 
 A translation lies in a folder named by a digest of the sources, of Python and of this machine, so
 that one which no longer fits is never loaded: an edited file is enough to fall back to the sources.
@@ -43,7 +43,7 @@ class CompileError(Exception):
 def digest() -> str:
     """Name what a translation depends on."""
     seen = hashlib.sha256(f"{sys.version} {platform.machine()}".encode())
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(path for kind in ("py", "c", "h") for path in PACKAGE.rglob(f"*.{kind}")):
         seen.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
     return seen.hexdigest()[:16]
 
@@ -107,11 +107,14 @@ def compile_all(*, force: bool = False) -> Path:
 _SETUP: Final = """
 import sys
 from mypyc.build import mypycify
-from setuptools import setup
+from setuptools import Extension, setup
 at = sys.argv.index("--")
 sources, sys.argv[at:] = sys.argv[at + 1 :], []
 options = ["--ignore-missing-imports", *sources]
-setup(name="doherty-compiled", packages=[], ext_modules=mypycify(options, opt_level="3"))
+ours = Extension("proxy.core._scan", ["proxy/core/_scan.c"], extra_compile_args=["-O3"])
+setup(
+    name="doherty-compiled", packages=[], ext_modules=[*mypycify(options, opt_level="3"), ours]
+)
 """
 
 

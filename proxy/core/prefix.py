@@ -16,14 +16,13 @@ The derivation is versioned: proxies that disagree on it would place the same pr
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Final
 
-from msgspec import Raw
 from xxhash import xxh3_64_intdigest
 
-from proxy.core import limits
+from proxy.core import limits, scan
 from proxy.core.routes import PromptKind
 from proxy.core.scan import Scanned
 
@@ -33,8 +32,16 @@ _QUOTE: Final = 0x22
 _BACKSLASH: Final = 0x5C
 _SPACE: Final = b" \t\r\n"
 _STRUCTURAL: Final = re.compile(rb'["\[\]{}]')
-_WITH_MESSAGES: Final = frozenset((PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES))
+# A tuple, because members of an Enum are hashed by Python code and compared without.
+_WITH_MESSAGES: Final = (PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES)
 _SEEDS_MAX: Final = 1024
+_HEAD_NONE: Final[tuple[int, ...]] = ()
+_HEAD_CHAT: Final[tuple[int, ...]] = (scan.TOOLS,)
+_HEAD_RESPONSES: Final[tuple[int, ...]] = (scan.TOOLS, scan.INSTRUCTIONS)
+_HEAD_ANTHROPIC: Final[tuple[int, ...]] = (scan.TOOLS, scan.SYSTEM)
+_INPUT_PARTS: Final[tuple[int, ...]] = (
+    scan.QUERY, scan.INPUT, scan.DOCUMENTS, scan.TEXT_1, scan.MESSAGES, scan.PROMPT,
+)  # fmt: skip
 _USUAL_BEFORE_USER: Final[tuple[bytes, ...]] = (b'{"role":', b'{"role": ')
 _USUAL_AFTER_USER: Final[tuple[bytes, ...]] = (b',"content":"', b', "content": "')
 
@@ -77,39 +84,43 @@ def prefix_chain(kind: PromptKind, scanned: Scanned, session_key: bytes | None) 
     """Return the chain of one request. A session key stands in for the opener."""
     names = _seed(scanned.model, scanned.lora_path or "", scanned.cache_salt or "")
     seed = names
-    head, tail = _prompt_parts(kind, scanned)
+    head, octets, begin, end = _prompt_parts(kind, scanned)
+    view = memoryview(octets)
     head_bytes = 0
     for part in head:
-        if part:
-            seed = xxh3_64_intdigest(part, seed)
-            head_bytes += len(part)
+        first, last = scanned.spans[2 * part], scanned.spans[2 * part + 1]
+        if first < last:
+            seed = xxh3_64_intdigest(view[first:last], seed)
+            head_bytes += last - first
     hashes: list[int] = [seed] if head_bytes else []
     ends: list[int] = [head_bytes] if head_bytes else []
-    octets = memoryview(tail)
     # The closing bracket or quote of a prompt that will grow is not part of its prefix.
-    size = max(0, len(octets) - 1)
-    if size and octets[size - 1] in _SPACE:  # nor is the space before it
-        before = bytes(octets[max(0, size - limits.SPACE_BYTES_MAX) : size])
-        size -= len(before) - len(before.rstrip(_SPACE))
+    last = max(begin, end - 1)
+    if last > begin and octets[last - 1] in _SPACE:  # nor is the space before it
+        before = octets[max(begin, last - limits.SPACE_BYTES_MAX) : last]
+        last -= len(before) - len(before.rstrip(_SPACE))
+    size = last - begin
     rolling = seed
     start = 0
     for depth in DEPTHS:
         if depth > size:
             break
-        rolling = xxh3_64_intdigest(octets[start:depth], rolling)
+        rolling = xxh3_64_intdigest(view[begin + start : begin + depth], rolling)
         hashes.append(rolling)
         ends.append(head_bytes + depth)
         start = depth
     if size > start:
-        hashes.append(xxh3_64_intdigest(octets[start:size], rolling))
+        hashes.append(xxh3_64_intdigest(view[begin + start : last], rolling))
         ends.append(head_bytes + size)
     if session_key is not None:
         home_key = xxh3_64_intdigest(session_key, names)
     else:
-        opener_bytes = limits.OPENER_BYTES_MAX
+        opener_end = begin + limits.OPENER_BYTES_MAX
         if kind in _WITH_MESSAGES:
-            opener_bytes = _opener_end(octets)
-        home_key = xxh3_64_intdigest(octets[:opener_bytes], seed)
+            opener_end = _find_opener_end(
+                octets, begin, end, limits.OPENER_SEARCH_BYTES_MAX, limits.OPENER_BYTES_MAX
+            )
+        home_key = xxh3_64_intdigest(view[begin : min(opener_end, end)], seed)
     return PrefixChain(home_key, hashes, ends, head_bytes + size)
 
 
@@ -123,54 +134,57 @@ def _seed(model: str, adapter: str, salt: str) -> int:
     return xxh3_64_intdigest(CHAIN_VERSION + text)
 
 
-def _prompt_parts(kind: PromptKind, scanned: Scanned) -> tuple[tuple[Raw, ...], Raw]:
-    """Return the parts that lead the prompt, and the part that grows."""
+def _prompt_parts(kind: PromptKind, scanned: Scanned) -> tuple[tuple[int, ...], bytes, int, int]:
+    """Return the parts that lead the prompt; and the part that grows: octets, begin, end."""
+    head, grows = _HEAD_NONE, scan.PROMPT
     match kind:
         case PromptKind.CHAT:
-            return (scanned.tools,), scanned.messages
+            head, grows = _HEAD_CHAT, scan.MESSAGES
         case PromptKind.COMPLETION:
-            return (), scanned.prompt
+            pass
         case PromptKind.RESPONSES:
-            return (scanned.tools, scanned.instructions), scanned.input
+            head, grows = _HEAD_RESPONSES, scan.INPUT
         case PromptKind.ANTHROPIC:
-            return (scanned.tools, scanned.system), scanned.messages
+            head, grows = _HEAD_ANTHROPIC, scan.MESSAGES
         case PromptKind.INPUT:
-            parts = (scanned.query, scanned.input, scanned.documents, scanned.text_1)
-            return (), Raw(b"".join((*parts, scanned.messages, scanned.prompt)))
+            octets = b"".join([scanned.part(part) for part in _INPUT_PARTS])
+            return _HEAD_NONE, octets, 0, len(octets)
         case PromptKind.OPAQUE:
-            return (), Raw()
+            return _HEAD_NONE, b"", 0, 0
+    return head, scanned.octets, scanned.spans[2 * grows], scanned.spans[2 * grows + 1]
 
 
-def _opener_end(messages: memoryview) -> int:
-    """Return where the opener ends: with the first user message, or after a bounded beginning."""
-    window = bytes(messages[: 2 * limits.OPENER_BYTES_MAX])
-    found = _user_role(window)
-    if found < 0 and len(messages) > len(window):
-        window = bytes(messages[: limits.OPENER_SEARCH_BYTES_MAX])
-        found = _user_role(window)
+def _opener_end(
+    octets: bytes, begin: int, end: int, search_bytes_max: int, opener_bytes_max: int
+) -> int:
+    """Return where the opener ends: with the first user message, or after a bounded beginning.
+
+    The messages are `octets[begin:end]`; what is returned may lie beyond them.
+    """
+    found = _user_role(octets, begin, min(end, begin + search_bytes_max))
     if found < 0:
-        return limits.OPENER_BYTES_MAX
-    longest = found + limits.OPENER_BYTES_MAX
-    end = _object_end(bytes(messages[found:longest]))
-    return longest if end < 0 else found + end
+        return begin + opener_bytes_max
+    longest = found + opener_bytes_max
+    closed = _object_end(octets[found : min(longest, end)])
+    return longest if closed < 0 else found + closed
 
 
-def _user_role(messages: bytes) -> int:
-    """Return the end of the first `"role": "user"`, or -1.
+def _user_role(octets: bytes, begin: int, end: int) -> int:
+    """Return the end of the first `"role": "user"` between two places, or -1.
 
     A search is enough, because the octets are JSON that was checked: within a string every quote
     is escaped, so a quote without a backslash before it opens a string that is just this word.
     """
-    at = messages.find(b'"user"')
+    at = octets.find(b'"user"', begin, end)
     while at >= 0:
-        if messages[max(0, at - 9) : at].endswith(_USUAL_BEFORE_USER):
+        if octets[max(begin, at - 9) : at].endswith(_USUAL_BEFORE_USER):
             return at + 6
-        before = messages[max(0, at - 40) : at].rstrip(_SPACE)
+        before = octets[max(begin, at - 40) : at].rstrip(_SPACE)
         if before.endswith(b":"):
             before = before[:-1].rstrip(_SPACE)
             if before.endswith(b'"role"') and not before.endswith(b'\\"role"'):
                 return at + 6
-        at = messages.find(b'"user"', at + 6)
+        at = octets.find(b'"user"', at + 6, end)
     return -1
 
 
@@ -209,3 +223,10 @@ def _string_end(data: bytes, at: int) -> int:
         if (at - back) & 1 == 0:  # an even number of backslashes before the quote
             return at
     return -1
+
+
+_find_opener_end: Callable[[bytes, int, int, int, int], int]
+try:
+    from proxy.core._scan import opener_end as _find_opener_end
+except ImportError:
+    _find_opener_end = _opener_end

@@ -1,14 +1,20 @@
 """What routing needs of a request body: model, stream, tier, session, and the prompt's octets.
 
 The body is read by structure, never searched for a key: `"model":` inside a prompt is prompt. One
-pass of msgspec over typed raw fields checks the whole document and leaves every value that is not
-ours undecoded. Duplicate keys: the last one counts,
-as in the engines' parsers. Whatever this accepts, `json.loads` reads the same way (tests hold that
-law); what only some parsers accept (NaN, UTF-16, a byte order mark) is refused.
+pass checks the whole document and leaves every value that is not ours undecoded. Duplicate keys:
+the last one counts, as in the engines' parsers. Whatever this accepts, `json.loads` reads the same
+way (tests hold that law); what only some parsers accept (NaN, UTF-16, a byte order mark) is
+refused.
+
+There are two readers with the same verdicts. `_scan.c`, where `doherty compile` has built it,
+refuses what is not JSON and reads bodies of the usual form. msgspec, over typed raw fields, reads
+the unusual ones, and everything where the first is not built. Only the depth that each allows
+differs: 512 levels there, and here what is left of the interpreter's thousand.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -17,19 +23,68 @@ from msgspec import Raw
 from proxy import errors
 from proxy.core import limits
 
+_Fields = tuple[
+    str, str | None, str | None, str | None, str | None, str | None, bool | None, tuple[int, ...]
+]
+_Reader = Callable[[bytes], _Fields | None]
+
+_read: _Reader | None
+try:
+    from proxy.core._scan import scan as _read
+except ImportError:
+    _read = None
+
+# The parts of a prompt, by their place in `Scanned.spans`.
+MESSAGES: Final = 0
+PROMPT: Final = 1
+TOOLS: Final = 2
+SYSTEM: Final = 3
+INSTRUCTIONS: Final = 4
+QUERY: Final = 5
+INPUT: Final = 6
+DOCUMENTS: Final = 7
+TEXT_1: Final = 8
+
 _NOTHING: Final = Raw()
 
 
-class Scanned(msgspec.Struct, gc=False):
-    """The fields of one body. The prompt's parts are raw JSON octets; what is absent is empty."""
+class Scanned:
+    """The fields of one body. The prompt's parts are raw JSON octets; what is absent is empty.
+
+    Part `i` is `octets[spans[2 * i] : spans[2 * i + 1]]`, and is not copied to be named.
+    """
+
+    __slots__ = (
+        "cache_salt", "lora_path", "model", "octets", "prompt_cache_key", "service_tier",
+        "session_id", "spans", "stream",
+    )  # fmt: skip
+
+    def __init__(self, fields: _Fields, octets: bytes) -> None:
+        self.model = fields[0]
+        self.service_tier = fields[1]
+        self.prompt_cache_key = fields[2]
+        self.session_id = fields[3]
+        self.cache_salt = fields[4]
+        self.lora_path = fields[5]
+        self.stream = fields[6]
+        self.spans = fields[7]
+        self.octets = octets
+
+    def part(self, part: int) -> bytes:
+        """Return a copy of one part."""
+        return self.octets[self.spans[2 * part] : self.spans[2 * part + 1]]
+
+
+class _Typed(msgspec.Struct, gc=False):
+    """The fields as msgspec reads them: the names that are ours, in the order of `_Fields`."""
 
     model: str = ""
-    stream: bool | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
     session_id: str | None = None
     cache_salt: str | None = None
     lora_path: str | None = None
+    stream: bool | None = None
     messages: Raw = _NOTHING
     prompt: Raw = _NOTHING
     tools: Raw = _NOTHING
@@ -45,12 +100,12 @@ class _Untyped(msgspec.Struct, gc=False):
     """The same fields where one of them is not of its type, to say which, or to leave it out."""
 
     model: Raw = _NOTHING
-    stream: Raw = _NOTHING
     service_tier: Raw = _NOTHING
     prompt_cache_key: Raw = _NOTHING
     session_id: Raw = _NOTHING
     cache_salt: Raw = _NOTHING
     lora_path: Raw = _NOTHING
+    stream: Raw = _NOTHING
     messages: Raw = _NOTHING
     prompt: Raw = _NOTHING
     tools: Raw = _NOTHING
@@ -62,7 +117,7 @@ class _Untyped(msgspec.Struct, gc=False):
     text_1: Raw = _NOTHING
 
 
-_decoder: Final = msgspec.json.Decoder(Scanned)
+_decoder: Final = msgspec.json.Decoder(_Typed)
 _untyped: Final = msgspec.json.Decoder(_Untyped)
 _string: Final[msgspec.json.Decoder[str | None]] = msgspec.json.Decoder(str | None)
 _flag: Final[msgspec.json.Decoder[bool | None]] = msgspec.json.Decoder(bool | None)
@@ -70,19 +125,18 @@ _flag: Final[msgspec.json.Decoder[bool | None]] = msgspec.json.Decoder(bool | No
 
 def scan_body(body: bytes) -> Scanned:
     """Read a JSON request body. Raises the kinds of `errors.InvalidRequestError`."""
-    try:
-        if not body.isascii():
-            body.decode()  # the decoder leaves text that is not ours unread; engines do not
+    return scan_with(_read, body)
+
+
+def scan_with(read: _Reader | None, body: bytes) -> Scanned:
+    """The same by a given reader, or by msgspec alone."""
+    fields: _Fields | None = None
+    if read is not None:
         try:
-            scanned = _decoder.decode(body)
-        except msgspec.ValidationError:
-            scanned = _typed(_untyped.decode(body))
-    except msgspec.ValidationError as error:
-        raise errors.InvalidRequestError(
-            'the body must be a JSON object, such as {"model": …, "messages": […]}'
-        ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise errors.InvalidJSONError(f"the body is not valid JSON: {error}") from error
+            fields = read(body)
+        except ValueError as error:
+            raise errors.InvalidJSONError(f"the body is not valid JSON: {error}") from error
+    scanned = _scan_any(body) if fields is None else Scanned(fields, body)
     if not 0 < len(scanned.model) <= limits.MODEL_BYTES_MAX // 4:  # UTF-8 takes up to four
         _judge_model(scanned.model)
     return scanned
@@ -97,16 +151,57 @@ def _judge_model(model: str) -> None:
         raise errors.InvalidRequestError("the model name is too long", "model")
 
 
-def _typed(raw: _Untyped) -> Scanned:
+def _scan_any(body: bytes) -> Scanned:
+    """Read a body of any form through msgspec, and judge its types."""
+    try:
+        if not body.isascii():
+            body.decode()  # the decoder leaves text that is not ours unread; engines do not
+        try:
+            typed = _decoder.decode(body)
+        except msgspec.ValidationError:
+            typed = _typed(_untyped.decode(body))
+    except msgspec.ValidationError as error:
+        raise errors.InvalidRequestError(
+            'the body must be a JSON object, such as {"model": …, "messages": […]}'
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise errors.InvalidJSONError(f"the body is not valid JSON: {error}") from error
+    octets, spans = _placed((
+        typed.messages, typed.prompt, typed.tools, typed.system, typed.instructions, typed.query,
+        typed.input, typed.documents, typed.text_1,
+    ))  # fmt: skip
+    fields = (
+        typed.model, typed.service_tier, typed.prompt_cache_key, typed.session_id,
+        typed.cache_salt, typed.lora_path, typed.stream, spans,
+    )  # fmt: skip
+    return Scanned(fields, octets)
+
+
+def _placed(parts: tuple[Raw, ...]) -> tuple[bytes, tuple[int, ...]]:
+    """Put the parts one behind another, because msgspec does not say where in the body they lie."""
+    present: list[Raw] = []
+    spans: list[int] = []
+    end = 0
+    for part in parts:
+        start = end
+        if part is not _NOTHING:
+            present.append(part)
+            end += len(memoryview(part))
+        spans.append(start)
+        spans.append(end)
+    return b"".join(present), tuple(spans)
+
+
+def _typed(raw: _Untyped) -> _Typed:
     """Judge the fields one by one. Engines take other types as a session or an adapter, too."""
-    return Scanned(
+    return _Typed(
         _model(raw.model),
-        _stream(raw.stream),
         _text(raw.service_tier, "service_tier"),
         _text(raw.prompt_cache_key, "prompt_cache_key"),
         _text(raw.session_id, None),
         _text(raw.cache_salt, "cache_salt"),
         _text(raw.lora_path, None),
+        _stream(raw.stream),
         *(getattr(raw, name) for name in _Untyped.__struct_fields__[7:]),
     )
 

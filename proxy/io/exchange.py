@@ -135,18 +135,16 @@ class Exchange(Facts):
             self.fail(errors.InternalError("the proxy failed; its log has the reason"))
 
     def _answer_locally(self) -> None:
-        body = self._plane.local_answer(self._preamble.path)
-        self._answer_ourselves(
+        body, keep_alive = self._plane.local_answer(self._preamble.path), self._may_keep_alive()
+        answer = heads.local_answer(
             200,
-            heads.local_answer(
-                200,
-                body,
-                self.request_id,
-                keep_alive=self._may_keep_alive(),
-                extra=self._persistence(self._may_keep_alive()),
-                head_only=self._preamble.method == b"HEAD",
-            ),
+            body,
+            self.request_id,
+            keep_alive=keep_alive,
+            extra=self._persistence(keep_alive),
+            head_only=self._preamble.method == b"HEAD",
         )
+        self._answer_ourselves(200, answer)
 
     def _choose(self) -> Decision | None:
         assert self._pool is not None
