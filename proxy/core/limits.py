@@ -88,6 +88,8 @@ UPSTREAM_IDLE_S_MAX = 4.0
 # Engines that close earlier are learnt of; what could be trusted for less than this is not reused.
 UPSTREAM_IDLE_WORTH_S = 0.1
 UPSTREAM_IDLE_CONNECTIONS_MAX = 512
+# Up to here copying a body behind its head costs less than a write of two pieces.
+JOINED_BYTES_MAX = 16 * KIB
 SUSPECT_PROBE_FIRST_S = 0.1
 # A request that has heard nothing for so long asks whether its replica is there at all. A busy
 # engine answers the probe; one that is frozen does not, and takes no further requests.

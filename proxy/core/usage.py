@@ -7,11 +7,20 @@ a JSON string every quote is escaped, so the octets `"usage":` cannot be text th
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import msgspec
 
 from proxy.core import wire
+
+_Reader = Callable[[bytes], tuple[int, int, int] | None]
+
+_read: _Reader | None
+try:
+    from proxy.core._scan import usage as _read
+except ImportError:
+    _read = None
 
 _OBJECT: Final = re.compile(rb"\s*:\s*\{")
 
@@ -26,6 +35,17 @@ class Usage(NamedTuple):
 
 def read_usage(tail: bytes) -> Usage | None:
     """Return the last usage object in the tail of an answer, or None."""
+    if _read is not None:  # `_scan.c` reads the usual form, and leaves all else
+        counts = _read(tail)
+        if counts is not None:
+            prompt_tokens, completion_tokens, cached_tokens = counts
+            cached = cached_tokens if cached_tokens >= 0 else None
+            return Usage(prompt_tokens, completion_tokens, cached)
+    return read_any_usage(tail)
+
+
+def read_any_usage(tail: bytes) -> Usage | None:
+    """The same, whatever its form."""
     start, found = -1, len(tail)
     while start < 0:  # `"usage"` may also be a value, all of a generated text
         found = tail.rfind(b'"usage"', 0, found)

@@ -118,8 +118,10 @@ class Upstream:
         self._informational = 0
         self._sent_before_bytes = self._sent_bytes
         self._sent_bytes += len(head) + len(body)
-        if body:
+        if len(body) > limits.JOINED_BYTES_MAX:
             self.transport.writelines((head, body))
+        elif body:
+            self.transport.write(head + body)
         else:
             self.transport.write(head)
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from proxy import errors
 from proxy.core import prefix, scan
+from proxy.core.usage import Usage, read_any_usage
 from tests.core.test_scan import bodies
 
 _SOURCE = Path(scan.__file__).with_name("_scan.c")
@@ -206,3 +207,53 @@ def test_an_opener_is_sought_within_the_octets_alone(
         native.opener_end(b"[1]", begin, end, bound, 9)
     with pytest.raises(TypeError):
         native.opener_end(bytearray(b"[1]"), 0, 3, 9, 9)
+
+
+# --- usage ----------------------------------------------------------------------------------
+
+_COUNT = st.sampled_from(["0", "7", "null", "-1", "1.5", '"5"', "9" * 12, "9" * 13, "9" * 400])
+_DETAILS = st.sampled_from(
+    ["null", "{}", '{"cached_tokens":4}', '{"cached_tokens":null}', '{"a":[{}],"cached_tokens":3}',
+     '{"cached_tokens":1,"cached_tokens":2}', '{"cached_tokens":-2}', "[]", '{"cached_tokens":1']
+)  # fmt: skip
+_USAGE_KEYS = {
+    "prompt_tokens": _COUNT, "completion_tokens": _COUNT, "input_tokens": _COUNT,
+    "output_tokens": _COUNT, "cache_read_input_tokens": _COUNT, "prompt_tokens_details": _DETAILS,
+    "input_tokens_details": _DETAILS, "other": st.sampled_from(["{}", '"}"', "[[1]]", "1e3", ""]),
+    "prompt_\\u0074okens": _COUNT,
+}  # fmt: skip
+
+
+@st.composite
+def _usages(draw: st.DrawFn) -> bytes:
+    space = draw(st.sampled_from(["", " ", "\n\t"]))
+    keys = draw(st.lists(st.sampled_from(sorted(_USAGE_KEYS)), max_size=6))
+    members = [f'"{key}"{space}:{space}{draw(_USAGE_KEYS[key])}' for key in keys]
+    text = f'"usage"{space}:{space}{{' + f"{space},{space}".join(members) + "}"
+    before = draw(
+        st.sampled_from(["", '{"usage":{"prompt_tokens":1}},', '"usage",', '"usage":null,'])
+    )
+    after = draw(
+        st.sampled_from(["}", "}\n\ndata: [DONE]\n\n", ',"usage":null', ',"a":"usage"', ""])
+    )
+    return (before + text + after).encode()[draw(st.sampled_from([0, 0, 0, 3])) :]
+
+
+@_SAME
+@given(_usages(), st.integers(0, 200), st.binary(max_size=2))
+def test_both_read_the_same_usage(native: ModuleType, tail: bytes, at: int, octets: bytes) -> None:
+    for each in (tail, tail[:at], tail[:at] + octets + tail[at:]):
+        counts = native.usage(each)
+        if counts is not None:
+            prompt, completion, cached = counts
+            expected = read_any_usage(each)
+            assert expected == Usage(prompt, completion, cached if cached >= 0 else None), each
+
+
+def test_the_usual_usage_is_read_in_c(native: ModuleType) -> None:
+    usage = b'"usage":{"prompt_tokens":5,"prompt_tokens_details":{"cached_tokens":4},'
+    assert native.usage(usage + b'"completion_tokens":2}}') == (5, 2, 4)
+    assert native.usage(b'"usage": {"input_tokens": 9, "output_tokens": 7}}') == (9, 7, -1)
+    assert native.usage(b'{"usage":{"prompt_tokens":5') is None
+    with pytest.raises(TypeError):
+        native.usage("text")
