@@ -301,8 +301,7 @@ class Exchange(Facts):
             self._answer_ourselves(self._error.head.status, answer)
             return
         assert self._response is not None
-        if self._unsent_head:
-            self._send(b"")
+        self.response_head_due()
         self._finish(self._response.status, errors.OK)
         self._client.finished(keep_alive=self._keep_alive)
 

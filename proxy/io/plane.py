@@ -40,7 +40,7 @@ from proxy.io.access_log import AccessLog
 from proxy.io.clock import Clock
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample, Telemetry
-from proxy.io.upstream import Upstreams
+from proxy.io.upstreams import Upstreams
 
 
 class Plane:

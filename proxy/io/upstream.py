@@ -1,11 +1,10 @@
-"""Connections to replicas: made, reused only when provably clean, cut without ceremony.
+"""One connection to a replica: reused only when provably clean, cut without ceremony.
 
-A connection carries one exchange at a time. It goes back to the pool only when request and response
-both ended exactly; any octet that nobody asked for condemns it, because those octets would become
-the next client's answer. Idle ones are closed before the engine would close them, and looked at
-once more before use, so that a request does not meet a close that is already on its way. If one
-does all the same, and the kernel can prove that the engine closed before anything of the request
-reached it, the exchange is told so and sends it over another connection.
+A connection carries one exchange at a time. It goes back to its keeper only when request and
+response both ended exactly; any octet that nobody asked for condemns it, because those octets would
+become the next client's answer. If a request meets a close that was already on its way, and the
+kernel can prove that the engine closed before anything of the request reached it, the exchange is
+told so and sends it over another connection.
 """
 
 from __future__ import annotations
@@ -13,26 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import errno
 import select
-import ssl
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from typing import Final, Protocol, cast
 
 from proxy import tls
 from proxy.core import http1, limits
-from proxy.core.head import read_answer_head
 from proxy.core.head_memory import HeadMemory
-from proxy.core.idle import IdleTrust
-from proxy.core.replica import Replica
 from proxy.io.acknowledged import Acknowledged
-from proxy.io.clock import Clock
-from proxy.io.tasks import Tasks
-
-# What says nothing about the replica: no descriptors, memory or local ports left.
-_OUR_OWN_WANT: Final = frozenset(
-    (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)
-)
 
 
 class Consumer(Protocol):
@@ -47,6 +34,28 @@ class Consumer(Protocol):
     def response_ended(self, *, reusable: bool) -> None: ...
     def response_failed(self, reason: str) -> None: ...
     def never_delivered(self, reason: str, *, reused: bool) -> None: ...
+
+
+class Keeper(ABC):
+    """Who keeps the connections between exchanges: `io/upstreams.py`."""
+
+    answer_heads: HeadMemory[http1.ResponseHead]
+
+    @abstractmethod
+    def give_back(self, upstream: Upstream) -> None:
+        """An exchange has ended exactly, and the next may have the connection."""
+
+    @abstractmethod
+    def lost(self, upstream: Upstream) -> None:
+        """The connection has ended."""
+
+    @abstractmethod
+    def closed_idle(self, upstream: Upstream) -> None:
+        """The engine closed it while it was idle, or as a request came."""
+
+    @abstractmethod
+    def unsolicited(self, upstream: Upstream) -> None:
+        """It brought octets that nobody had asked for."""
 
 
 class _Phase(enum.Enum):
@@ -73,12 +82,12 @@ class Upstream:
         "_end_met",
         "_follower",
         "_informational",
+        "_keeper",
         "_left",
         "_miscounted",
         "_paused",
         "_phase",
         "_poll",
-        "_pool",
         "_reusable",
         "_sent_before_bytes",
         "_sent_bytes",
@@ -89,9 +98,9 @@ class Upstream:
 
     transport: asyncio.Transport
 
-    def __init__(self, replica_id: str, pool: Upstreams) -> None:
+    def __init__(self, replica_id: str, keeper: Keeper) -> None:
         self.replica_id = replica_id
-        self._pool = pool
+        self._keeper = keeper
         self._phase = _IDLE
         self._consumer: Consumer | None = None
         self._buffer = b""
@@ -194,7 +203,7 @@ class Upstream:
         elif self._phase is _HEAD:
             self._head(data)
         elif self._phase is _IDLE:
-            self._pool.unsolicited(self)
+            self._keeper.unsolicited(self)
             self.abort()
 
     def eof_received(self) -> bool:
@@ -205,7 +214,7 @@ class Upstream:
     def connection_lost(self, exc: Exception | None) -> None:
         consumer, self._consumer = self._consumer, None
         phase, self._phase = self._phase, _DONE
-        self._pool.lost(self)
+        self._keeper.lost(self)
         if consumer is None:
             return
         if phase is _BODY and self._until_close and self._end_met and exc is None:
@@ -214,7 +223,7 @@ class Upstream:
         detail = "" if exc is None else f": {tls.explain(exc)}"
         reason = f"connection lost{detail}"
         if phase is _HEAD and self._sent_before_bytes:
-            self._pool.closed_idle(self)  # as it seems: the request met the close
+            self._keeper.closed_idle(self)  # as it seems: the request met the close
         if phase is _HEAD and self._closed_unseen(exc):
             consumer.never_delivered(reason, reused=self._sent_before_bytes > 0)
         else:
@@ -230,6 +239,12 @@ class Upstream:
         except OSError:
             return False
 
+    def pause_writing(self) -> None:
+        """A body waits to go out, whole: there is nobody to hold back."""
+
+    def resume_writing(self) -> None:
+        """The body has gone out far enough."""
+
     # --- the response ------------------------------------------------------------------------
 
     def _head(self, data: bytes) -> None:
@@ -244,7 +259,7 @@ class Upstream:
         self._buffer = b""
         rest = buffer[end + 4 :]
         try:
-            head, length = self._pool.answer_heads.read(buffer[:end])
+            head, length = self._keeper.answer_heads.read(buffer[:end])
         except http1.BadResponse as error:
             self._fail(str(error))
             return
@@ -302,7 +317,7 @@ class Upstream:
         self._consumer = None
         self._follower = None
         if surplus:
-            self._pool.unsolicited(self)
+            self._keeper.unsolicited(self)
         reusable = (
             self._reusable
             and not surplus
@@ -316,156 +331,10 @@ class Upstream:
             self.transport.abort()
         consumer.response_ended(reusable=reusable)
         if reusable:
-            self._pool.give_back(self)
+            self._keeper.give_back(self)
 
     def _fail(self, reason: str) -> None:
         consumer = self._consumer
         self.abort()
         if consumer is not None:
             consumer.response_failed(reason)
-
-
-class Upstreams:
-    """The connections of one worker, by replica."""
-
-    def __init__(
-        self,
-        clock: Clock,
-        tasks: Tasks,
-        connect_timeout_s: float,
-        on_unsolicited: Callable[[], None],
-        tls_context: Callable[[], ssl.SSLContext] = ssl.create_default_context,
-    ) -> None:
-        self._clock = clock
-        self._tasks = tasks
-        self._connect_timeout_s = connect_timeout_s
-        self._on_unsolicited = on_unsolicited
-        self._idle: dict[str, list[Upstream]] = {}
-        self._open: set[Upstream] = set()
-        self._make_tls = tls_context
-        self._tls: ssl.SSLContext | None = None  # made when first needed: authorities are many
-        self._trust = IdleTrust()
-        self.answer_heads: HeadMemory[http1.ResponseHead] = HeadMemory(read_answer_head)
-
-    @property
-    def open_count(self) -> int:
-        return len(self._open)
-
-    @property
-    def idle_count(self) -> int:
-        return sum(map(len, self._idle.values()))
-
-    def reconfigure(
-        self, connect_timeout_s: float, tls_context: Callable[[], ssl.SSLContext]
-    ) -> None:
-        """From the next connection on. Idle ones with TLS go: certificates may have changed."""
-        self._connect_timeout_s = connect_timeout_s
-        self._make_tls, self._tls = tls_context, None
-        for idle in self._idle.values():
-            for upstream in [each for each in idle if each.secured]:
-                idle.remove(upstream)
-                upstream.abort()
-
-    def take(self, replica_id: str) -> Upstream | None:
-        """Return an idle connection that is clean, the most recently used first."""
-        idle = self._idle.get(replica_id)
-        if idle and self._trust.learnt:
-            idle_s = self._clock.now_s() - idle[-1].idle_since_s
-            if idle_s >= self._trust.trusted_s(replica_id):
-                return None  # left to live, so that we learn how long it does
-        while idle:
-            upstream = idle.pop()
-            if upstream.clean():
-                return upstream
-            self.closed_idle(upstream)
-            upstream.abort()
-        return None
-
-    def connect(self, replica: Replica, consumer: Consumer) -> asyncio.Task[None]:
-        """Open a connection and hand it to `consumer`; cancel the task to give up."""
-        return self._tasks.spawn(f"connect {replica.replica_id}", self._connect(replica, consumer))
-
-    async def _connect(self, replica: Replica, consumer: Consumer) -> None:
-        upstream = Upstream(replica.replica_id, self)
-        try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                await self._dial(replica, upstream)
-        except TimeoutError:
-            consumer.connect_failed("connect timed out")
-            return
-        except OSError as error:
-            reason = tls.explain(error) if isinstance(error, ssl.SSLError) else error.strerror
-            reason = reason or type(error).__name__
-            if error.errno in _OUR_OWN_WANT:
-                consumer.no_means(reason)
-            else:
-                consumer.connect_failed(reason)
-            return
-        except asyncio.CancelledError:
-            upstream.discard()
-            raise
-        except Exception as error:
-            consumer.connect_failed(type(error).__name__)
-            raise  # a fault of ours: the owner of the task reports it
-        if not upstream.clean():  # closed, or spoken on, before we said a word
-            upstream.transport.abort()
-            consumer.connect_failed("connection closed as soon as it was made")
-            return
-        self._open.add(upstream)
-        consumer.connected(upstream)
-
-    async def _dial(self, replica: Replica, upstream: Upstream) -> None:
-        await asyncio.get_running_loop().create_connection(
-            lambda: cast("asyncio.Protocol", upstream),
-            replica.host,
-            replica.port,
-            ssl=self._tls_context() if replica.tls else None,
-        )
-        upstream.watch()
-
-    def _tls_context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            self._tls = self._make_tls()
-        return self._tls
-
-    def give_back(self, upstream: Upstream) -> None:
-        idle = self._idle.setdefault(upstream.replica_id, [])
-        useless = idle and not self._trust.trusted_s(upstream.replica_id)
-        if useless or len(idle) >= limits.UPSTREAM_IDLE_CONNECTIONS_MAX:
-            upstream.abort()
-            return
-        upstream.idle_since_s = self._clock.now_s()
-        idle.append(upstream)
-
-    def lost(self, upstream: Upstream) -> None:
-        self._open.discard(upstream)
-        idle = self._idle.get(upstream.replica_id)
-        if idle and upstream in idle:
-            idle.remove(upstream)
-            self.closed_idle(upstream)
-
-    def closed_idle(self, upstream: Upstream) -> None:
-        idle_s = self._clock.now_s() - upstream.idle_since_s
-        self._trust.closed(upstream.replica_id, idle_s)
-
-    def unsolicited(self, upstream: Upstream) -> None:
-        self._on_unsolicited()
-
-    def retain(self, replica_ids: frozenset[str]) -> None:
-        """Close the idle connections of replicas that are gone, and forget what they taught."""
-        for replica_id in [k for k in self._idle if k not in replica_ids]:
-            for upstream in self._idle.pop(replica_id):
-                upstream.abort()
-            self._trust.survived(replica_id)
-
-    def sweep(self, now_s: float) -> None:
-        """Close what has been idle so long that the engine may be closing it."""
-        for idle in self._idle.values():
-            while idle and now_s - idle[0].idle_since_s > limits.UPSTREAM_IDLE_S_MAX:
-                survivor = idle.pop(0)
-                survivor.abort()
-                self._trust.survived(survivor.replica_id)
-
-    def close(self) -> None:
-        for upstream in list(self._open):
-            upstream.abort()

@@ -24,7 +24,8 @@ from proxy.io.entrance import Entrance
 from proxy.io.plane import Plane
 from proxy.io.server import ServerProtocol
 from proxy.io.tasks import Tasks
-from proxy.io.upstream import Upstream, Upstreams
+from proxy.io.upstream import Upstream
+from proxy.io.upstreams import Upstreams
 from tests.fakes.clock import FakeClock
 from tests.fakes.transport import FakeTransport
 

@@ -106,8 +106,9 @@ def body(octets: bytes) -> None:
     for name in ("session_id", "lora_path"):
         given = value.get(name)
         assert getattr(scanned, name) == (given if isinstance(given, str) else None)
-    for name in ("messages", "prompt", "tools", "system", "instructions"):
-        part = bytes(getattr(scanned, name))
+    names = ("messages", "prompt", "tools", "system", "instructions")
+    for index, name in enumerate(names):  # as `scan.MESSAGES` and those after it
+        part = scanned.part(index)
         assert bool(part) is (name in value)
         if part:
             assert _loads(part) == value[name]

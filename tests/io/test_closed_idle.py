@@ -17,7 +17,8 @@ import pytest
 
 from proxy.contract import ReplicaRecord
 from proxy.io.acknowledged import Acknowledged
-from proxy.io.upstream import Upstream, Upstreams
+from proxy.io.upstream import Upstream
+from proxy.io.upstreams import Upstreams
 from tests.fakes.engine import RESET
 from tests.fakes.plane import CHAT_BODY, Bench, Client, answer, chat_request, until
 from tests.fakes.talk import on_uvloop
