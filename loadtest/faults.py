@@ -20,6 +20,7 @@ requests in prefill, or in generation, of whose answer nothing has been sent.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -211,12 +212,20 @@ def choose_victim(
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the processes below `pid`, parents first."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [child, *descendants(child)]
-    return found
+    """Return the processes below `pid`, parents first.
+
+    By the parent that each names: the kernel's list of children may leave out some of them while
+    others end (proc(5)).
+    """
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            parent = stat.read_text("utf-8", "replace").rpartition(")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(stat.parent.name))
+    found = [pid]
+    for each in found:
+        found += sorted(children.get(each, ()))
+    return found[1:]
 
 
 def command_line(pid: int) -> str:
