@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BOOTSTRAP = $(PYTHON) deploy/bootstrap.py
 
-.PHONY: up test check format bench-core clean
+.PHONY: up compile test check format bench-core clean
 
 up:  ## serve two simulated replicas, or CONFIG=file.yaml
 	@$(BOOTSTRAP) up $(CONFIG) $(ARGS)
+
+compile:  ## translate the data path to machine code: half the price; needs a C compiler
+	@$(BOOTSTRAP) compile
 
 test:  ## every check and every test; ARGS go to pytest
 	@$(BOOTSTRAP) test $(ARGS)

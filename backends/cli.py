@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from proxy.app import main as run_proxy
 
         return run_proxy(arguments[1:])
+    if arguments[:1] == ["compile"]:
+        from proxy.compile import main as run_compile
+
+        return run_compile(arguments[1:])
     if arguments[:1] == ["simulator"]:
         from backends.simulator.app import main as run_simulator
 
@@ -71,6 +75,7 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
     if list(command) == ["up"]:
         _add_up_flags(up)
     commands.add_parser("proxy", help="run the data plane alone")
+    commands.add_parser("compile", help="translate the data path to machine code (C compiler)")
     manager = commands.add_parser("manager", help="run the control plane alone")
     _add_manager_flags(manager)
     commands.add_parser("simulator", help="run one engine server that needs no GPU")

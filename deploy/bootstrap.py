@@ -1,6 +1,7 @@
 """From a checkout to a running endpoint, or to a full test run, with Python 3.11 and pip alone.
 
     python3 deploy/bootstrap.py up [CONFIG] [FLAGS]     everything `doherty up` does
+    python3 deploy/bootstrap.py compile                 the data path as machine code: half the price
     python3 deploy/bootstrap.py test [PYTEST ARGS]      every check, as the project's own runs do
     python3 deploy/bootstrap.py check                   the checks that run no test
     python3 deploy/bootstrap.py format                  rewrite the sources in the project's form
@@ -20,6 +21,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -44,6 +46,7 @@ class SetupError(Exception):
 def main(argv: Sequence[str]) -> int:
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "up": up,
+        "compile": translate,
         "test": test,
         "check": check,
         "format": rewrite,
@@ -151,6 +154,12 @@ def up(argv: Sequence[str]) -> int:
     os.execv(BIN / "doherty", ["doherty", "up", *argv])  # returns only by raising
 
 
+def translate(_argv: Sequence[str]) -> int:
+    """Build what workers run in place of the sources, where it fits them."""
+    ensure(("compile", "loadtest"))
+    return subprocess.run([BIN / "doherty", "compile"], cwd=ROOT, check=False).returncode
+
+
 def check(_argv: Sequence[str]) -> int:
     ensure(("dev",))
     return run_steps(lint_steps())
@@ -190,6 +199,7 @@ def test(argv: Sequence[str]) -> int:
         env = os.environ | {"COVERAGE_FILE": str(coverage)}
         steps = [
             *lint_steps(),
+            *translation_steps(),
             Step("tests", lambda: run_pytest(argv, report, env)),
             Step("coverage", lambda: judge_coverage(coverage, env, partial=bool(argv))),
         ]
@@ -219,6 +229,38 @@ def lint_steps() -> list[Step]:
         step("types", "mypy"),
         step("imports", "lint-imports"),
     ]
+
+
+def translation_steps() -> list[Step]:
+    """Translate the data path, so that every test of a process meets what is run in earnest.
+
+    Then the core's own tests are run over the translation, too. Without a C compiler the sources
+    are what runs, and these steps are left out by name.
+    """
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if shutil.which(compiler) is None or not headers.is_file():
+        missing = "a C compiler" if shutil.which(compiler) is None else "the headers of this Python"
+        print(f"left out: translation, and the core's tests over it, for want of {missing}")
+        return []
+
+    def translated() -> int:
+        root = subprocess.run(
+            [BIN / "doherty", "compile"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if root.returncode:
+            print(root.stdout + root.stderr)
+            return root.returncode
+        path = os.pathsep.join((root.stdout.strip(), str(ROOT)))  # its `proxy` before the sources'
+        options = ("-q", "-o", "pythonpath=", "-p", "no:cacheprovider")
+        return subprocess.run(
+            [BIN / "pytest", *options, "tests/core", "tests/fuzz"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": path},
+            check=False,
+        ).returncode
+
+    return [Step("translated", translated)]
 
 
 def run_steps(steps: Sequence[Step]) -> int:
