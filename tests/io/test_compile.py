@@ -1,0 +1,98 @@
+"""Which `proxy` the workers import, and what stops a translation. Making one takes half a minute:
+that is a step of the test command, which then runs the core's tests over it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from proxy import compile as compiling
+from proxy.io.server import ServerProtocol
+from proxy.io.upstream import Upstream
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(compiling.FOLDER, str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that may be changed."""
+    package = folder / "sources" / "proxy"
+    (package / "core").mkdir(parents=True)
+    (package / "core" / "a.py").write_text("A = 1\n")
+    (package / "core" / "_scan.c").write_text("int a;\n")
+    monkeypatch.setattr(compiling, "PACKAGE", package)
+    return package
+
+
+def test_workers_run_the_translation_only_where_it_fits(package: Path) -> None:
+    assert compiling.import_root() == package.parent
+    compiling.folder().mkdir()
+    assert compiling.import_root() == compiling.folder()
+    path = compiling.worker_environment()["PYTHONPATH"]
+    assert path.split(os.pathsep)[0] == str(compiling.folder())
+    for name in ("a.py", "_scan.c"):
+        source = package / "core" / name
+        before = source.read_text()
+        source.write_text(before + " ")
+        assert compiling.import_root() == package.parent
+        source.write_text(before)
+        assert compiling.import_root() == compiling.folder()
+
+
+def test_it_can_be_switched_off(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling.folder().mkdir()
+    monkeypatch.setenv(compiling.FOLDER, "off")
+    assert compiling.import_root() == package.parent
+    with pytest.raises(compiling.CompileError, match="unset it"):
+        compiling.compile_all()
+
+
+def test_what_is_there_is_not_made_again(package: Path) -> None:
+    compiling.folder().mkdir()
+    assert compiling.compile_all() == compiling.folder()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [({"CC": "/nowhere/cc"}, "no C compiler"), ({"DOHERTY_COMPILED": "off"}, "unset it")],
+)
+def test_the_command_says_what_is_missing(
+    tmp_path: Path, variables: dict[str, str], words: str
+) -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", "proxy.compile"],
+        env=os.environ | {compiling.FOLDER: str(tmp_path)} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 1
+    assert words in made.stderr
+    assert made.stdout == ""
+
+
+def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compiling.main(["--fast"]) == 2
+    assert "usage: doherty compile [--force]" in capsys.readouterr().out
+
+
+def test_every_module_of_the_list_exists() -> None:
+    for module in compiling.MODULES:
+        assert (compiling.PACKAGE / f"{module}.py").is_file(), module
+
+
+@pytest.mark.parametrize("kind", [ServerProtocol, Upstream])
+def test_connections_have_what_a_transport_calls(kind: type) -> None:
+    """They cannot inherit it: translated classes have no sources for a parent."""
+    called = [name for name in dir(asyncio.Protocol) if not name.startswith("_")]
+    assert "pause_writing" in called
+    assert [name for name in called if not callable(getattr(kind, name, None))] == []
