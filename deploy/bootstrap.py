@@ -1,7 +1,7 @@
 """From a checkout to a running endpoint, or to a full test run, with Python 3.11 and pip alone.
 
     python3 deploy/bootstrap.py up [CONFIG] [FLAGS]     everything `doherty up` does
-    python3 deploy/bootstrap.py compile                 the data path as machine code: half the price
+    python3 deploy/bootstrap.py compile                 the data path as machine code
     python3 deploy/bootstrap.py test [PYTEST ARGS]      every check, as the project's own runs do
     python3 deploy/bootstrap.py check                   the checks that run no test
     python3 deploy/bootstrap.py format                  rewrite the sources in the project's form

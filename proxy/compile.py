@@ -27,7 +27,7 @@ PACKAGE: Final = Path(__file__).resolve().parent
 FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sources run
 # What a request passes through. The rest runs when somebody asks, or once.
 _CORE: Final = """accounts asked chunked engine_errors fleet head head_memory http1 idle index
-limits multipart policy preamble prefix replica retry ring routes session sse usage"""
+limits multipart pieces policy preamble prefix replica retry ring routes session sse usage"""
 _IO: Final = (
     "access_log clock engine_answer exchange facts plane server telemetry upstream upstreams"
 )

@@ -255,6 +255,8 @@ static const octet *read_counts(Text *json, const octet *at, long long *counts, 
             at = skip_value(json, value);
             if (at != NULL && name < COUNTS)
                 counts[name] = count_of(value, at);
+            if (!details && (name == PROMPT_DETAILS || name == INPUT_DETAILS) && *value != 'n')
+                return NULL; /* neither an object nor null */
         }
         if (at == NULL || (name < COUNTS && counts[name] == ODD))
             return NULL;

@@ -13,6 +13,7 @@ from typing import Final
 
 from proxy import errors
 from proxy.core import limits
+from proxy.core.pieces import Pieces
 
 # RFC 9110 §5.6.2: token characters.
 TCHAR: Final = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -42,11 +43,11 @@ class BadResponse(Exception):  # noqa: N818 - an outcome that the exchange trans
 class ChunkedDecoder:
     """Decodes a chunked request body. Extensions and trailers are checked, bounded and dropped."""
 
-    __slots__ = ("_buffer", "_left", "_parts", "_state", "_trailer_bytes", "body_bytes")
+    __slots__ = ("_buffer", "_left", "_pieces", "_state", "_trailer_bytes", "body_bytes")
 
     def __init__(self) -> None:
         self._buffer = b""
-        self._parts: list[bytes] = []
+        self._pieces = Pieces()
         self._left = 0
         self._state = 0  # 0 size line, 1 data, 2 end of data, 3 trailer
         self._trailer_bytes = 0
@@ -62,7 +63,7 @@ class ChunkedDecoder:
         while True:
             if self._state == 1:
                 part = data[at : at + self._left]
-                self._parts.append(part)
+                self._pieces.add(part)
                 self.body_bytes += len(part)
                 self._left -= len(part)
                 at += len(part)
@@ -112,9 +113,7 @@ class ChunkedDecoder:
 
     def body(self) -> bytes:
         """Return the decoded body; once, after `feed` has returned octets."""
-        body = b"".join(self._parts)
-        self._parts.clear()
-        return body
+        return self._pieces.take()
 
 
 def decode_followed(decoder: ChunkedDecoder, data: bytes) -> bytes:

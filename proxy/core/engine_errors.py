@@ -39,8 +39,8 @@ _WAIT_S_MAX: Final = errors.RETRY_AFTER_S_MAX
 _NUMBER: Final = re.compile(rb"[0-9]{1,20}(?:\.[0-9]{1,20})?")
 # The three forms of RFC 9110 §5.6.7 begin with the name of a day.
 _DATE: Final = re.compile(rb"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]{0,6},? [\x20-\x7e]{10,40}")
-_TITLE: Final = re.compile(r"<title[^>]*>([^<]*)", re.IGNORECASE)
-_TAG: Final = re.compile(r"<[^>]*>")
+_TITLE: Final = re.compile(r"<title[^<>]*>([^<]*)", re.IGNORECASE)
+_TAG: Final = re.compile(r"<[^<>]*>")
 _PHRASES: Final = {status.value: status.phrase for status in HTTPStatus}
 # What says something about the octets of a body.
 _OF_THE_BODY: Final = frozenset(

@@ -124,8 +124,18 @@ def prefix_chain(kind: PromptKind, scanned: Scanned, session_key: bytes | None) 
     return PrefixChain(home_key, hashes, ends, head_bytes + size)
 
 
-@lru_cache(_SEEDS_MAX)
 def _seed(model: str, adapter: str, salt: str) -> int:
+    if len(adapter) + len(salt) > limits.SESSION_KEY_BYTES_MAX:  # as long as a client likes
+        return _fresh_seed(model, adapter, salt)
+    return _known_seed(model, adapter, salt)
+
+
+@lru_cache(_SEEDS_MAX)
+def _known_seed(model: str, adapter: str, salt: str) -> int:
+    return _fresh_seed(model, adapter, salt)
+
+
+def _fresh_seed(model: str, adapter: str, salt: str) -> int:
     names = (model, adapter, salt)
     # Lengths first: no text inside one name may stand for the border between two.
     lengths = ",".join([str(len(name)) for name in names]) + ";"

@@ -36,8 +36,7 @@ from proxy.io.upstream import Upstream
 
 _log = logging.getLogger("doherty.exchange")
 
-# Looked up once: every request passes through them.
-_CHOOSING: Final = Progress.CHOOSING
+_CHOOSING: Final = Progress.CHOOSING  # looked up once: every request passes through them
 _CONNECTING: Final = Progress.CONNECTING
 _REQUEST_SENT: Final = Progress.REQUEST_SENT
 _RESPONSE_STARTED: Final = Progress.RESPONSE_STARTED
@@ -102,8 +101,7 @@ class Exchange(Facts):
         """Everything that can be refused before the body is read. Raises `ProxyError`."""
         preamble = self._preamble
         self._route = preamble.route or find_route(preamble.method, preamble.path)
-        self._plane.admit(self._route, preamble)
-        self.hold_body(self._length)
+        self._plane.admit(self._route, preamble, self._length)
 
     def hold_body(self, size: int) -> None:
         """Count octets of the body against what may be held. Raises `ProxyError`."""
@@ -239,6 +237,8 @@ class Exchange(Facts):
         self._unsent_head = heads.client_head(
             head, self.request_id, framing=framing, keep_alive=keep_alive, extra=extra
         )
+        if self._paused and self._upstream is not None:  # slow before there was what to pause
+            self._upstream.pause()
 
     def _ask_next(self, replica_id: str) -> bool:
         """A stored response lives on one replica: ask the others before believing a 404."""
@@ -369,7 +369,8 @@ class Exchange(Facts):
 
     def check_deadline(self, now_s: float) -> None:
         """A replica that says nothing for too long has lost the request. Called by the sweep."""
-        waiting = self._progress >= _REQUEST_SENT and not self._paused
+        held_back = self._paused and self._response is not None  # by us, for the client
+        waiting = self._progress >= _REQUEST_SENT and not held_back
         silence_s = now_s - self._last_octet_s
         if self._done or not waiting or silence_s <= limits.SILENCE_DOUBT_S:
             return
@@ -443,8 +444,7 @@ class Exchange(Facts):
         """Release and record. Exactly once: every path to the end of an exchange leads here."""
         assert not self._done
         self._done = True
-        plane = self._plane
-        plane.exchanges_open -= 1
+        self._plane.exchanges_open -= 1
         self._drop_body()
         self._release()
-        self._write_down(status, outcome, plane.clock.now_s())
+        self._write_down(status, outcome, self._plane.clock.now_s())

@@ -6,6 +6,8 @@ them and few lines read them.
 
 from __future__ import annotations
 
+import logging
+
 from proxy.core.fleet import Pool
 from proxy.core.http1 import Field
 from proxy.core.policy import Decision, Request
@@ -16,6 +18,8 @@ from proxy.core.usage import read_usage
 from proxy.errors import Dialect, dialect_of
 from proxy.io.access_log import AccessRecord
 from proxy.io.plane import Plane
+
+_log = logging.getLogger("doherty.facts")
 
 
 class Facts:
@@ -83,7 +87,16 @@ class Facts:
         )
 
     def _write_down(self, status: int, outcome: str, now_s: float) -> None:
-        """Take the counts and log the line of an exchange that has ended."""
+        """Take the counts and log the line. Whatever happens here, the client gets its answer."""
+        try:
+            self._count(status, outcome, now_s)
+            if self._plane.access_log.enabled:
+                self._log_line(status, outcome, now_s)
+        except Exception:  # noqa: BLE001 - the books of one request, and not the request
+            self._plane.telemetry.internal_errors_total += 1
+            _log.exception("writing down request %s", self.request_id.decode())
+
+    def _count(self, status: int, outcome: str, now_s: float) -> None:
         plane = self._plane
         route_name = self._route.name if self._route is not None else "none"
         # A model that is not served is the client's invention, and no label.
@@ -105,8 +118,6 @@ class Facts:
             series.prompt_tokens += usage.prompt_tokens
             series.cached_tokens += usage.cached_tokens or 0
             series.generation_tokens += usage.completion_tokens
-        if plane.access_log.enabled:
-            self._log_line(status, outcome, now_s)
 
     def _log_line(self, status: int, outcome: str, now_s: float) -> None:
         decision, started_s = self._decision, self._started_s

@@ -200,14 +200,18 @@ class Plane:
                 return orjson.dumps(model)
         raise self.unknown_model(wanted)
 
-    def admit(self, route: Route, preamble: Preamble) -> None:
-        """Judge a head by what this proxy may and can serve. Raises `ProxyError`."""
+    def admit(self, route: Route, preamble: Preamble, length: int) -> None:
+        """Judge a head by what this proxy may and can serve. Raises `ProxyError`.
+
+        A `length` that is announced is judged, but only what has come is held and counted.
+        """
         if route.name != "health" and not self.authorized(preamble.key_digest):
             raise UnauthorizedError(
                 "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             )
         if preamble.encoded:
             raise UnsupportedEncodingError("compressed request bodies are not read here")
+        self.judge_length(length)
         if route.local:
             return
         if self.exchanges_open > self.config.max_concurrent_requests:
@@ -215,14 +219,18 @@ class Plane:
                 f"{self.config.max_concurrent_requests} requests are in flight already"
             )
 
-    def hold_body(self, held_bytes: int, more_bytes: int) -> int:
-        """Count octets of one request's body; return how many it holds now. Raises `ProxyError`."""
-        held_bytes += more_bytes
-        if held_bytes > self.config.max_payload_size:
+    def judge_length(self, body_bytes: int) -> None:
+        """Refuse a body that is, or will be, too large. Raises `BodyTooLargeError`."""
+        if body_bytes > self.config.max_payload_size:
             raise BodyTooLargeError(
                 f"the request body is over {self.config.max_payload_size} bytes "
                 "(--max-payload-size)"
             )
+
+    def hold_body(self, held_bytes: int, more_bytes: int) -> int:
+        """Count octets of one request's body; return how many it holds now. Raises `ProxyError`."""
+        held_bytes += more_bytes
+        self.judge_length(held_bytes)
         if self.bodies_bytes + more_bytes > self.bodies_bytes_max:
             raise OverloadedError("this proxy holds as many request bodies as it may")
         self.bodies_bytes += more_bytes

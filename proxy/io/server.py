@@ -20,6 +20,7 @@ from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits
 from proxy.core.http1 import ChunkedDecoder, check_partial_head
+from proxy.core.pieces import Pieces
 from proxy.io.exchange import Exchange
 from proxy.io.plane import Plane
 
@@ -63,7 +64,7 @@ class ServerProtocol:
         "_left",
         "_lingered_bytes",
         "_looking",
-        "_parts",
+        "_pieces",
         "_plane",
         "_reading_paused",
         "_stalled_since_s",
@@ -85,7 +86,7 @@ class ServerProtocol:
         self._exchange: Exchange | None = None
         self._head_buffer = bytearray()
         self._empty_line_met = False
-        self._parts: list[bytes] = []
+        self._pieces = Pieces()
         self._left = 0
         self._body_since_s = 0.0
         self._decoder: ChunkedDecoder | None = None
@@ -151,7 +152,7 @@ class ServerProtocol:
         self._state = _CLOSED
         self._connections.discard(self)
         exchange, self._exchange = self._exchange, None
-        self._parts.clear()
+        self._pieces.take()
         self._ahead = b""
         if exchange is not None:
             exchange.client_gone()
@@ -248,16 +249,18 @@ class ServerProtocol:
             body, self._decoder = self._decoder.body(), None
             self._serve(body, rest)
             return
+        assert self._exchange is not None
         size = len(data)
         if size < self._left:
+            self._exchange.hold_body(size)
             self._left -= size
-            self._parts.append(data)
+            self._pieces.add(data)
             self._deadline_s = self._plane.clock.now_s() + limits.BODY_IDLE_TIMEOUT_S
             return
-        if self._parts:
-            self._parts.append(data[: self._left])
-            body = b"".join(self._parts)
-            self._parts.clear()
+        self._exchange.hold_body(self._left)
+        if self._pieces.size:
+            self._pieces.add(data[: self._left])
+            body = self._pieces.take()
         else:
             body = data[: self._left]
         rest = data[self._left :]
@@ -354,7 +357,7 @@ class ServerProtocol:
 
     def _close_gently(self, *, unread: bool) -> None:
         self._head_buffer.clear()
-        self._parts.clear()
+        self._pieces.take()
         self._decoder = None
         self._ahead = b""
         if unread and not self._transport.is_closing() and self._transport.can_write_eof():
@@ -416,7 +419,7 @@ class ServerProtocol:
         if due_s <= 0:
             return False
         decoder = self._decoder
-        come_bytes = sum(map(len, self._parts)) if decoder is None else decoder.body_bytes
+        come_bytes = self._pieces.size if decoder is None else decoder.body_bytes
         return come_bytes < due_s * limits.BODY_PACE_BYTES
 
     def _stalled(self, now_s: float) -> bool:

@@ -92,6 +92,7 @@ class Upstream:
         "_sent_before_bytes",
         "_sent_bytes",
         "idle_since_s",
+        "moved",
         "replica_id",
         "transport",
     )
@@ -116,6 +117,7 @@ class Upstream:
         self._sent_before_bytes = 0  # of those before the present one
         self._end_met = False  # the other side has said that nothing more will come
         self.idle_since_s = 0.0
+        self.moved = False  # the replica is gone from here; somebody else may answer
 
     # --- from the exchange -------------------------------------------------------------------
 
@@ -320,6 +322,7 @@ class Upstream:
             self._keeper.unsolicited(self)
         reusable = (
             self._reusable
+            and not self.moved
             and not surplus
             and not self.transport.is_closing()
             and not self.transport.get_write_buffer_size()  # the request has not ended yet

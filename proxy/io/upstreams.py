@@ -47,6 +47,7 @@ class Upstreams(Keeper):
         self._on_unsolicited = on_unsolicited
         self._idle: dict[str, list[Upstream]] = {}
         self._open: set[Upstream] = set()
+        self._dialled: set[Upstream] = set()  # not made yet
         self._make_tls = tls_context
         self._tls: ssl.SSLContext | None = None  # made when first needed: authorities are many
         self._trust = IdleTrust()
@@ -92,6 +93,7 @@ class Upstreams(Keeper):
 
     async def _connect(self, replica: Replica, consumer: Consumer) -> None:
         upstream = Upstream(replica.replica_id, self)
+        self._dialled.add(upstream)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 await self._dial(replica, upstream)
@@ -112,6 +114,12 @@ class Upstreams(Keeper):
         except Exception as error:
             consumer.connect_failed(type(error).__name__)
             raise  # a fault of ours: the owner of the task reports it
+        finally:
+            self._dialled.discard(upstream)
+        if upstream.moved:
+            upstream.transport.abort()
+            consumer.connect_failed("the replica has moved")
+            return
         if not upstream.clean():  # closed, or spoken on, before we said a word
             upstream.transport.abort()
             consumer.connect_failed("connection closed as soon as it was made")
@@ -161,7 +169,13 @@ class Upstreams(Keeper):
         self._on_unsolicited()
 
     def retain(self, replica_ids: frozenset[str]) -> None:
-        """Close the idle connections of replicas that are gone, and forget what they taught."""
+        """Let go of replicas that are gone or have moved, and forget what they taught.
+
+        Their idle connections close; those in use end with their exchange.
+        """
+        for upstream in (*self._open, *self._dialled):
+            if upstream.replica_id not in replica_ids:
+                upstream.moved = True
         for replica_id in [k for k in self._idle if k not in replica_ids]:
             for upstream in self._idle.pop(replica_id):
                 upstream.abort()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import UTC, datetime
 from email.utils import format_datetime, formatdate
 from pathlib import Path
@@ -382,3 +383,19 @@ def test_fields_about_the_octets_go_with_them() -> None:
 def test_a_401_names_the_scheme() -> None:
     assert fields(401)[b"www-authenticate"] == b"Bearer"
     assert fields(401, (b"www-authenticate", b"Basic"))[b"www-authenticate"] == b"Basic"
+
+
+@pytest.mark.parametrize("text", [b"<", b"<title", b"<title>", b"<a "], ids=str)
+def test_a_page_costs_its_length(text: bytes) -> None:
+    """Sixteen times the page: linear is 16, quadratic 256. Processor time, the least of three."""
+
+    def cost_s(size: int) -> float:
+        page = text * (size // len(text))
+        best_s = float("inf")
+        for _ in range(3):
+            start_s = time.process_time()
+            client_body(400, b"text/html", page, Dialect.OPENAI)
+            best_s = min(best_s, time.process_time() - start_s)
+        return best_s
+
+    assert cost_s(1 << 16) <= 64 * max(cost_s(1 << 12), 1e-4)

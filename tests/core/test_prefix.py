@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from proxy.core import limits
+from proxy.core import limits, prefix
 from proxy.core.prefix import (
     DEPTHS,
     NO_CHAIN,
@@ -356,3 +356,14 @@ def test_the_cost_grows_with_the_prompt_and_no_faster(shape: str) -> None:
     small_s = _processor_s(kind, make(_SMALL))
     large_s = _processor_s(kind, make(_LARGE))
     assert large_s <= 64 * max(small_s, 1e-4)
+
+
+def test_only_short_names_are_remembered() -> None:
+    """A salt is as long as a client likes, and what is remembered stays."""
+    prefix._known_seed.cache_clear()
+    for number in range(3):
+        _chain(PromptKind.CHAT, {"model": "m", "messages": [], "cache_salt": f"{number}" * 5000})
+    assert prefix._known_seed.cache_info().currsize == 0
+    one = _chain(PromptKind.CHAT, {"model": "m", "messages": [], "cache_salt": "s"})
+    assert prefix._known_seed.cache_info().currsize == 1
+    assert one.home_key != _chain(PromptKind.CHAT, {"model": "m", "messages": []}).home_key

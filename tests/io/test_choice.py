@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 
@@ -129,6 +130,33 @@ async def test_a_replica_that_moved_is_not_reached_at_its_old_address(bench: Ben
     _, moved = await bench.begun()
     assert moved is not engine
     assert b"host: 127.0.0.1:29999\r\n" in moved.received
+
+
+async def test_a_replica_that_moved_in_flight_is_not_reached_at_its_old_address(
+    bench: Bench,
+) -> None:
+    client, engine = await bench.begun()
+    (record,) = records("a")
+    bench.publish(msgspec.structs.replace(record, url="http://127.0.0.1:29999"))
+    engine.send(answer())
+    assert client.answer().status == 200
+    assert engine.cut_off  # it is of no further use
+    _, moved = await bench.begun()
+    assert moved is not engine
+    assert b"host: 127.0.0.1:29999\r\n" in moved.received
+
+
+async def test_a_replica_that_moved_while_it_was_dialled_is_not_spoken_to(bench: Bench) -> None:
+    bench.upstreams.gate = asyncio.Event()
+    client = bench.client()
+    client.send(chat_request())
+    await bench.settle()
+    (record,) = records("a")
+    bench.publish(msgspec.structs.replace(record, url="http://127.0.0.1:29999"))
+    bench.upstreams.gate.set()
+    await bench.settle()
+    assert [engine.received for engine in bench.upstreams.engines] == [b""]
+    assert client.answer().status == 502
 
 
 async def test_a_replica_that_left_finishes_what_it_has(bench: Bench) -> None:

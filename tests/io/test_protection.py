@@ -11,7 +11,17 @@ import pytest
 
 from proxy.contract import ReplicaState
 from proxy.core import limits
-from tests.fakes.plane import Answer, Bench, answer, assert_nothing_held, chat_request, records
+from tests.fakes.plane import (
+    EVENTS,
+    STREAM_HEAD,
+    Answer,
+    Bench,
+    answer,
+    assert_nothing_held,
+    chat_request,
+    chunk,
+    records,
+)
 
 MakeBench = Callable[..., Bench]
 
@@ -112,3 +122,36 @@ async def test_connections_are_bounded(make_bench: MakeBench) -> None:
     clients[2].send(chat_request())
     assert clients[2].received == b""
     assert_nothing_held(bench.plane)
+
+
+async def test_a_body_that_is_only_announced_holds_nothing(make_bench: MakeBench) -> None:
+    """Or a few heads without a body would keep everybody else's bodies out."""
+    bench = make_bench()
+    bench.plane.bodies_bytes_max = 1000
+    for _ in range(3):
+        client = bench.client()
+        client.send(chat_request().replace(b"content-length: 59", b"content-length: 990")[:200])
+    assert bench.plane.bodies_bytes < 1000
+    other, engine = await bench.begun()
+    engine.send(answer())
+    assert other.answer().status == 200
+
+
+async def test_a_client_slow_before_its_answer_holds_the_replica_back(bench: Bench) -> None:
+    client, engine = await bench.begun()
+    client.transport.taking = False
+    client.protocol.pause_writing()  # as when what came before fills what it may leave waiting
+    engine.send(STREAM_HEAD + chunk(EVENTS[0]))
+    assert not engine.transport.reading
+    client.protocol.resume_writing()
+    assert engine.transport.reading
+
+
+async def test_silence_counts_for_a_client_that_reads_nothing_yet(make_bench: MakeBench) -> None:
+    bench = make_bench(request_timeout_secs=30.0)
+    client, engine = await bench.begun()
+    client.protocol.pause_writing()
+    bench.clock.advance(31)
+    for connection in list(bench.connections):
+        connection.check_deadline(bench.clock.now_s())
+    assert engine.cut_off
