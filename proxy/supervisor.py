@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import sys
@@ -298,8 +297,9 @@ class Supervisor:
         fd = theirs.fileno()
         try:
             self._successor = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "proxy", *self._invocation.argv),
-                env={**os.environ, takeover.DESCRIPTOR_VARIABLE: str(fd)},
+                # Without -P another `proxy` in the working folder would be given our sockets.
+                *(sys.executable, "-P", "-m", "proxy", *self._invocation.argv),
+                env=takeover.successor_environment(fd),
                 pass_fds=(fd,),
             )
         except OSError as error:

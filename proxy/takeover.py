@@ -19,7 +19,9 @@ import contextlib
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
@@ -32,6 +34,20 @@ MESSAGE_BYTES_MAX = 4096
 # The old one may be busy; but whoever starts the new one wants to know before long.
 ANSWER_TIMEOUT_S = 10.0
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+
+def successor_environment(fd: int) -> dict[str, str]:
+    """Return the environment of a successor that is given the other end as `fd`.
+
+    What is installed is found there, as it is installed now. Sources that were found because we
+    were started in their folder are named, since a successor does not look in its working folder.
+    """
+    paths = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
+    root = str(Path(__file__).parents[1])
+    if sys.path[:1] == [root] and root not in paths:
+        paths.insert(0, root)
+    named = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
+    return {**os.environ, **named, DESCRIPTOR_VARIABLE: str(fd)}
 
 
 class Handed(msgspec.Struct, frozen=True):

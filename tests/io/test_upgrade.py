@@ -211,6 +211,39 @@ async def test_a_new_one_that_cannot_start_changes_nothing(tmp_path: Path) -> No
             assert load.failures == []
 
 
+async def test_another_proxy_in_the_working_folder_is_not_given_the_sockets(
+    tmp_path: Path,
+) -> None:
+    async with (
+        ScriptedEngine() as engine,
+        ProxyProcess(
+            *("--worker-urls", engine.url),
+            environment={"PYTHONPATH": str(ROOT)},
+            folder=tmp_path,
+        ) as proxy,
+    ):
+        (tmp_path / "proxy").mkdir()
+        (tmp_path / "proxy" / "__init__.py").touch()
+        (tmp_path / "proxy" / "__main__.py").write_text("raise SystemExit(77)")
+        await proxy.upgrade()
+        assert (await ask(proxy.port, chat_request())).status == 200
+
+
+def test_a_successor_finds_the_sources_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def path_of_successor() -> str | None:
+        return takeover.successor_environment(9).get("PYTHONPATH")
+
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(sys, "path", ["/elsewhere", str(ROOT)])  # installed
+    assert path_of_successor() is None
+    monkeypatch.setattr(sys, "path", [str(ROOT)])  # started there
+    assert path_of_successor() == str(ROOT)
+    monkeypatch.setenv("PYTHONPATH", "/libs")
+    assert path_of_successor() == f"{ROOT}:/libs"
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:/libs")  # a successor's own
+    assert path_of_successor() == f"{ROOT}:/libs"
+
+
 async def test_a_takeover_by_path(tmp_path: Path) -> None:
     path = str(tmp_path / "upgrade.sock")
     async with (
