@@ -43,6 +43,7 @@ from proxy.terminal import has_terminal
 _log = logging.getLogger("doherty.proxy")
 
 WATCH_INTERVAL_S = 1.0
+SUCCESSOR_END_TIMEOUT_S = 5.0  # one that failed cleans up; that is more than it needs
 END_MARGIN_S = 2.0  # beyond the grace that workers were given
 
 
@@ -293,6 +294,13 @@ class Supervisor:
 
     async def _start_successor(self) -> None:
         """Start the command again, with the other end of a socket pair in place of a path."""
+        try:
+            await self._try_successor()
+        finally:
+            if not self._relieved:
+                self._successor = None  # the next signal may start another
+
+    async def _try_successor(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fd = theirs.fileno()
         try:
@@ -310,9 +318,8 @@ class Supervisor:
             theirs.close()
         await self._serve_successor(ours)
         if not self._relieved:
-            status = await self._successor.wait()
+            status = await _end_of(self._successor)
             _log.error("the new proxy ended with %d", status)
-            self._successor = None
 
     # --- the end -----------------------------------------------------------------------------
 
@@ -345,6 +352,17 @@ class Supervisor:
         timeout_s = order.grace_s + END_MARGIN_S
         await asyncio.wait((hurry, ended), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         return ended.done()
+
+
+async def _end_of(successor: asyncio.subprocess.Process) -> int:
+    """Wait for a successor that failed; end it when it hangs. Its workers end with it."""
+    for end in (successor.terminate, successor.kill):
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(successor.wait(), SUCCESSOR_END_TIMEOUT_S)
+        _log.error("the new proxy (pid %d) hangs; ending it", successor.pid)
+        with contextlib.suppress(ProcessLookupError):
+            end()
+    return await successor.wait()
 
 
 def check_source(config: ProxyConfig) -> None:
