@@ -49,13 +49,15 @@ class Entrance:
         Raises `OSError`, and then goes on with the one before.
         """
         async with self._opening:
-            if self._servers and (context is not None or self._context is not None):
+            secure = context is not None or self._context is not None
+            if self._servers and secure and not self._closed:
                 await self._open(context)
 
     async def open(self, context: ssl.SSLContext | None) -> None:
         """Serve, in place of what was served before. Raises `OSError`, having changed nothing."""
         async with self._opening:
-            await self._open(context)
+            if not self._closed:
+                await self._open(context)
 
     async def _open(self, context: ssl.SSLContext | None) -> None:
         def connection() -> asyncio.Protocol:
@@ -63,8 +65,6 @@ class Entrance:
                 return cast("asyncio.Protocol", ServerProtocol(self._plane, self.connections))
             return Handshake(self, self._plane, context)
 
-        if self._closed:
-            return
         fresh: list[asyncio.Server] = []
         try:
             for listener in self._listeners:

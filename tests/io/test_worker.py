@@ -72,9 +72,10 @@ async def test_a_worker_that_cannot_open_its_sockets_anew_goes_on_as_before(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with held_worker(monkeypatch, accept=True) as worker:
+        secure = ssl.create_default_context()
         with monkeypatch.context() as patch:
             patch.setattr(entrance.os, "dup", no_descriptors)
-            patch.setattr("proxy.tls.server_context", lambda _: ssl.create_default_context())
+            patch.setattr("proxy.tls.server_context", lambda _: secure)
             worker.channel.send(control.Reconfigure(CONFIG))
             assert await worker.counts()
         assert "not reloaded, going on as before" in caplog.text
