@@ -101,9 +101,14 @@ async def test_sockets_that_cannot_all_be_opened_anew_are_served_as_before(
     async with RealPlane(records("a")) as proxy:
         door = proxy.entrance
         door._listeners *= 2
-        dup, calls = os.dup, iter([os.dup, no_descriptors])
+        dup = os.dup
+        calls = iter([dup, no_descriptors])
+
+        def once(fd: int) -> int:
+            return next(calls)(fd)
+
         before = list(door._servers)
-        monkeypatch.setattr(entrance.os, "dup", lambda fd: next(calls)(fd))
+        monkeypatch.setattr(entrance.os, "dup", once)
         with pytest.raises(OSError, match="Too many open files"):
             await door.open(ssl.create_default_context())
         monkeypatch.setattr(entrance.os, "dup", dup)
