@@ -112,8 +112,8 @@ class Places:
             if self._draining():
                 return
             self._restarts += 1
-            others_serve = any(other.ready for other in self._places)
-            if place.failed_starts >= FAILED_STARTS_MAX and not others_serve:
+            if place.failed_starts >= FAILED_STARTS_MAX:
+                # Even if others serve: this one's sockets go on taking their share of the clients.
                 self._on_failure("a worker fails as soon as it starts; its reason stands above")
                 return
             pause_s = RESTART_PAUSE_FIRST_S if not place.failed_starts else pause_s * 2

@@ -140,6 +140,7 @@ class Supervisor:
             self._reload(ordered=True)
 
     def _fail(self, reason: str) -> None:
+        _log.error("stopping: %s", reason)
         self._failure = reason
         self._stop.set()
 
@@ -334,7 +335,9 @@ class Supervisor:
             if await self._ended(control.Drain(grace_s, gentle=True)):
                 return
             self._hurry.clear()
-        grace_s = 0.0 if self._failure else self._config.shutdown_grace_period_secs
+        # Workers that serve finish what they have, though one place cannot be filled.
+        alone = self._failure is not None and not self._places.ready_count
+        grace_s = 0.0 if alone else self._config.shutdown_grace_period_secs
         settle_s = 0.0 if self._failure or self._relieved else self._config.drain_settle_secs
         if settle_s:
             _log.info("settling")

@@ -21,6 +21,7 @@ from tests.fakes.proxy_process import alive
 
 # Called as `stand-in -P -m proxy.worker FD LISTENER`.
 HEAD = "#!{python} -S\nimport os, socket, sys, time\nend = socket.socket(fileno=int(sys.argv[4]))\n"
+READY = "frame = bytes.fromhex('81') + b'\\xa4type\\xa5Ready'\n"
 SEND = "end.sendall(len(frame).to_bytes(4) + frame)\n"
 SLEEP = "time.sleep(30)\n"
 
@@ -83,6 +84,20 @@ async def test_a_worker_that_cannot_be_talked_to_is_ended_and_another_started(
         first = made.pid()
         await until(lambda: made.pid() != first)
         assert not alive(first)
+
+
+async def test_a_place_that_stays_empty_ends_the_proxy_though_others_serve(
+    stand_in: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its socket would go on taking its share of the clients."""
+    monkeypatch.setattr(places, "RESTART_PAUSE_MAX_S", 0.0)
+    first = f"os.mkdir({str(tmp_path / 'first')!r})\n"  # one can do this
+    stand_in(first + READY + SEND + SLEEP)
+    async with filled(2) as made:
+        made.places.start(ProxyConfig())
+        await until(lambda: made.failures)
+        assert made.places.ready_count == 1
+        assert "fails as soon as it starts" in made.failures[0]
 
 
 async def test_a_worker_that_is_being_started_when_a_drain_comes_hears_of_it(
