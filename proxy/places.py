@@ -9,6 +9,8 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from proxy.compile import worker_environment
 from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot
@@ -24,6 +26,7 @@ COUNT_INTERVAL_S = 1.0
 COUNT_TIMEOUT_S = 1.0
 RESTART_PAUSE_FIRST_S = 0.05
 RESTART_PAUSE_MAX_S = 5.0
+END_TIMEOUT_S = 5.0  # the channel is the last thing that a worker closes
 # A worker that never became ready this many times in a row will not become ready.
 FAILED_STARTS_MAX = 5
 
@@ -64,7 +67,7 @@ class Places:
         self._fleet: FleetSnapshot | None = None
         self._departed: list[Sample] = []  # what dead workers had counted
         self._restarts = 0
-        self._draining = False
+        self._order: control.Drain | None = None  # the last; none is started after one
         self.accepting = True  # whether a worker that is ready takes connections at once
         self.all_ready = asyncio.Event()
 
@@ -100,21 +103,24 @@ class Places:
 
     async def _keep_running(self, place: Place) -> None:
         pause_s = RESTART_PAUSE_FIRST_S
-        while True:
+        while not self._draining():
             try:
                 await self._run_once(place)
             except OSError as error:  # no memory, descriptors or processes now; perhaps later
                 place.failed_starts += 1
                 _log.error("worker %d cannot be started: %s", place.index, error)
-            if self._draining:
+            if self._draining():
                 return
             self._restarts += 1
-            others_serve = any(other.ready for other in self._places)
-            if place.failed_starts >= FAILED_STARTS_MAX and not others_serve:
+            if place.failed_starts >= FAILED_STARTS_MAX:
+                # Even if others serve: this one's sockets go on taking their share of the clients.
                 self._on_failure("a worker fails as soon as it starts; its reason stands above")
                 return
             pause_s = RESTART_PAUSE_FIRST_S if not place.failed_starts else pause_s * 2
             await asyncio.sleep(min(pause_s, RESTART_PAUSE_MAX_S))
+
+    def _draining(self) -> bool:
+        return self._order is not None
 
     async def _run_once(self, place: Place) -> None:
         """Fill a place with one process and serve its channel until it ends."""
@@ -123,7 +129,7 @@ class Places:
             fds = (theirs.fileno(), *(listener.fileno() for listener in place.listeners))
             # Without -P the working folder would come first, and it may hold another `proxy`.
             command = (sys.executable, "-P", "-m", "proxy.worker", *map(str, fds))
-            place.process = await asyncio.create_subprocess_exec(
+            place.process = process = await asyncio.create_subprocess_exec(
                 *command, pass_fds=fds, env=worker_environment()
             )
         except BaseException:
@@ -133,21 +139,30 @@ class Places:
             theirs.close()
         place.failed_starts += 1
         place.channel = channel = await control.Channel.open(ours)
-        channel.send(control.Start(self._config, accept=self.accepting))
-        if self._fleet is not None:
-            channel.send(control.FleetIs(self._fleet))
         try:
+            self._greet(channel)
             async for message in channel:
                 self._hear(place, message)
-            status = await place.process.wait()
+        except msgspec.MsgspecError as error:
+            _log.error("worker %d cannot be understood, ending it: %s", place.index, error)
+            _kill(process)
         finally:
             place.ready = False
             place.channel = None
             channel.close()
             self._departed = sum_samples([*self._departed, *place.counters])
             place.counters, place.gauges = [], []
-        if not self._draining:
-            _log.error("worker %d (pid %d) ended with %d", place.index, place.process.pid, status)
+        status = await _end_of(process)
+        if not self._draining():
+            _log.error("worker %d (pid %d) ended with %d", place.index, process.pid, status)
+
+    def _greet(self, channel: control.Channel) -> None:
+        """Tell a new worker what the others know."""
+        channel.send(control.Start(self._config, accept=self.accepting))
+        if self._fleet is not None:
+            channel.send(control.FleetIs(self._fleet))
+        if self._order is not None:  # given while the process was being started
+            channel.send(self._order)
 
     def _hear(self, place: Place, message: control.Message) -> None:
         match message:
@@ -201,7 +216,7 @@ class Places:
 
     def drain(self, order: control.Drain) -> None:
         """Have the workers end as `order` says; none is started again."""
-        self._draining = True
+        self._order = order
         if not order.keep_port:
             self.close_listeners()
         self.tell(order)
@@ -221,6 +236,18 @@ class Places:
         self.close_listeners()
         for place in self._places:
             if place.process is not None and place.process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    place.process.kill()
+                _kill(place.process)
                 await place.process.wait()
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+
+
+async def _end_of(process: asyncio.subprocess.Process) -> int:
+    """Wait for a worker whose channel has ended; it cannot be told anything any more."""
+    with contextlib.suppress(TimeoutError):
+        return await asyncio.wait_for(process.wait(), END_TIMEOUT_S)
+    _kill(process)
+    return await process.wait()

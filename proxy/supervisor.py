@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import sys
@@ -44,6 +43,7 @@ from proxy.terminal import has_terminal
 _log = logging.getLogger("doherty.proxy")
 
 WATCH_INTERVAL_S = 1.0
+SUCCESSOR_END_TIMEOUT_S = 5.0  # one that failed cleans up; that is more than it needs
 END_MARGIN_S = 2.0  # beyond the grace that workers were given
 
 
@@ -140,6 +140,7 @@ class Supervisor:
             self._reload(ordered=True)
 
     def _fail(self, reason: str) -> None:
+        _log.error("stopping: %s", reason)
         self._failure = reason
         self._stop.set()
 
@@ -294,12 +295,20 @@ class Supervisor:
 
     async def _start_successor(self) -> None:
         """Start the command again, with the other end of a socket pair in place of a path."""
+        try:
+            await self._try_successor()
+        finally:
+            if not self._relieved:
+                self._successor = None  # the next signal may start another
+
+    async def _try_successor(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fd = theirs.fileno()
         try:
             self._successor = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "proxy", *self._invocation.argv),
-                env={**os.environ, takeover.DESCRIPTOR_VARIABLE: str(fd)},
+                # Without -P another `proxy` in the working folder would be given our sockets.
+                *(sys.executable, "-P", "-m", "proxy", *self._invocation.argv),
+                env=takeover.successor_environment(fd),
                 pass_fds=(fd,),
             )
         except OSError as error:
@@ -310,9 +319,8 @@ class Supervisor:
             theirs.close()
         await self._serve_successor(ours)
         if not self._relieved:
-            status = await self._successor.wait()
+            status = await _end_of(self._successor)
             _log.error("the new proxy ended with %d", status)
-            self._successor = None
 
     # --- the end -----------------------------------------------------------------------------
 
@@ -327,7 +335,9 @@ class Supervisor:
             if await self._ended(control.Drain(grace_s, gentle=True)):
                 return
             self._hurry.clear()
-        grace_s = 0.0 if self._failure else self._config.shutdown_grace_period_secs
+        # Workers that serve finish what they have, though one place cannot be filled.
+        alone = self._failure is not None and not self._places.ready_count
+        grace_s = 0.0 if alone else self._config.shutdown_grace_period_secs
         settle_s = 0.0 if self._failure or self._relieved else self._config.drain_settle_secs
         if settle_s:
             _log.info("settling")
@@ -345,6 +355,17 @@ class Supervisor:
         timeout_s = order.grace_s + END_MARGIN_S
         await asyncio.wait((hurry, ended), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         return ended.done()
+
+
+async def _end_of(successor: asyncio.subprocess.Process) -> int:
+    """Wait for a successor that failed; end it when it hangs. Its workers end with it."""
+    for end in (successor.terminate, successor.kill):
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(successor.wait(), SUCCESSOR_END_TIMEOUT_S)
+        _log.error("the new proxy (pid %d) hangs; ending it", successor.pid)
+        with contextlib.suppress(ProcessLookupError):
+            end()
+    return await successor.wait()
 
 
 def check_source(config: ProxyConfig) -> None:

@@ -16,14 +16,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
 from proxy.listeners import ADMIN, PUBLIC, Listeners, StartError
+
+_log = logging.getLogger("doherty.proxy")
 
 DESCRIPTOR_VARIABLE = "DOHERTY_TAKEOVER_FD"
 READY, LEFT = b"ready", b"left"
@@ -31,7 +36,24 @@ SOCKETS_PER_MESSAGE = 64
 MESSAGE_BYTES_MAX = 4096
 # The old one may be busy; but whoever starts the new one wants to know before long.
 ANSWER_TIMEOUT_S = 10.0
+# From the sockets to READY a successor starts its workers, which takes a second or two, or ten on a
+# machine that is busy. One that is silent for this long hangs, and holds up whoever comes next.
+READY_TIMEOUT_S = 60.0
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+
+def successor_environment(fd: int) -> dict[str, str]:
+    """Return the environment of a successor that is given the other end as `fd`.
+
+    What is installed is found there, as it is installed now. Sources that were found because we
+    were started in their folder are named, since a successor does not look in its working folder.
+    """
+    paths = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
+    root = str(Path(__file__).parents[1])
+    if sys.path[:1] == [root] and root not in paths:
+        paths.insert(0, root)
+    named = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
+    return {**os.environ, **named, DESCRIPTOR_VARIABLE: str(fd)}
 
 
 class Handed(msgspec.Struct, frozen=True):
@@ -112,28 +134,36 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
 
 
 async def hand_over(end: socket.socket, listeners: Listeners, leave: Callable[[], None]) -> bool:
-    """Serve one successor; call `leave` once it is ready. Return whether it was."""
+    """Serve one successor; call `leave` once it is ready. Return whether it was, in time."""
     loop = asyncio.get_running_loop()
     end.setblocking(False)
     with end:
         if not _trusted(end):
             return False
         try:
-            named = [(PUBLIC, s) for s in listeners.public] + [(ADMIN, s) for s in listeners.admin]
-            for start in range(0, len(named), SOCKETS_PER_MESSAGE):
-                part = named[start : start + SOCKETS_PER_MESSAGE]
-                kinds = msgspec.json.encode(Handed([kind for kind, _ in part]))
-                socket.send_fds(end, [kinds], [listener.fileno() for _, listener in part])
-            last = Handed([], sorted(listeners.pinned))
-            await loop.sock_sendall(end, msgspec.json.encode(last))
-            if await loop.sock_recv(end, MESSAGE_BYTES_MAX) != READY:
-                return False
-            leave()
-            with contextlib.suppress(OSError):
-                await loop.sock_sendall(end, LEFT)
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await _send(end, listeners)
+                if await loop.sock_recv(end, MESSAGE_BYTES_MAX) != READY:
+                    return False
+        except TimeoutError:
+            _log.error("who wanted to take over was not ready within %g s", READY_TIMEOUT_S)
+            return False
         except OSError:
             return False
+        leave()
+        with contextlib.suppress(OSError):
+            await loop.sock_sendall(end, LEFT)
         return True
+
+
+async def _send(end: socket.socket, listeners: Listeners) -> None:
+    named = [(PUBLIC, s) for s in listeners.public] + [(ADMIN, s) for s in listeners.admin]
+    for start in range(0, len(named), SOCKETS_PER_MESSAGE):
+        part = named[start : start + SOCKETS_PER_MESSAGE]
+        kinds = msgspec.json.encode(Handed([kind for kind, _ in part]))
+        socket.send_fds(end, [kinds], [listener.fileno() for _, listener in part])
+    last = Handed([], sorted(listeners.pinned))
+    await asyncio.get_running_loop().sock_sendall(end, msgspec.json.encode(last))
 
 
 def _trusted(end: socket.socket) -> bool:

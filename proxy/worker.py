@@ -47,6 +47,7 @@ class Worker:
         self._channel = channel
         self._listeners = listeners
         self._tasks = Tasks()
+        self._status = 0
         self._drain_asked = asyncio.Event()
         self._drain_order = control.Drain(GRACE_WITHOUT_SUPERVISOR_S)
 
@@ -80,7 +81,7 @@ class Worker:
         plane.upstreams.close()
         plane.access_log.close()
         self._channel.close()
-        return 0
+        return self._status
 
     async def _fleet_or_first_silence(self, plane: Plane) -> None:
         """The supervisor sends the fleet right after the start; do not answer before it is here."""
@@ -108,7 +109,7 @@ class Worker:
                     gauges = plane.gauges(len(entrance))
                     self._channel.send(control.Counted(plane.counters(), gauges))
                 case control.Accept():
-                    await entrance.open(tls.server_context(plane.config))
+                    await self._accept(plane, entrance)
                 case control.Reconfigure(config):
                     await self._reconfigure(plane, entrance, config)
                 case control.Drain():
@@ -120,6 +121,15 @@ class Worker:
             _log.warning("the supervisor is gone; draining")
             self._drain_asked.set()
 
+    async def _accept(self, plane: Plane, entrance: Entrance) -> None:
+        """Take connections, or end: others would wait for ever at sockets that nobody serves."""
+        try:
+            await entrance.open(tls.server_context(plane.config))
+        except (ConfigError, OSError) as error:
+            _log.error("cannot take connections, ending: %s", error)
+            self._status = 1
+            self._drain_asked.set()
+
     async def _reconfigure(self, plane: Plane, entrance: Entrance, config: ProxyConfig) -> None:
         """All of it or nothing: what fails here leaves the worker as it was."""
         try:
@@ -128,9 +138,14 @@ class Worker:
         except (ConfigError, OSError) as error:
             _log.error("not reloaded, going on as before: %s", error)
             return
+        try:
+            await entrance.change(context)
+        except OSError as error:
+            _log.error("not reloaded, going on as before: %s", error)
+            await asyncio.to_thread(access_log.close)
+            return
         set_up_logging(config.log_level)
         before = plane.reconfigure(config, access_log)
-        await entrance.change(context)
         await asyncio.to_thread(before.close)  # it writes what waits; that may take a moment
 
     async def _sweep(self, plane: Plane, entrance: Entrance) -> None:

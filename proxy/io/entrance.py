@@ -15,7 +15,7 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, cast
 
 from typing_extensions import override
@@ -38,41 +38,50 @@ class Entrance:
         self._servers: list[asyncio.Server] = []
         self._context: ssl.SSLContext | None = None
         self._closed = False
+        self._opening = asyncio.Lock()
 
     def __len__(self) -> int:
         return len(self.connections) + len(self.handshakes)
 
     async def change(self, context: ssl.SSLContext | None) -> None:
-        """Go on with another context, if open. Connections that are made stay as they are."""
-        if self._servers and (context is not None or self._context is not None):
-            await self.open(context)
+        """Go on with another context, if open. Connections that are made stay as they are.
+
+        Raises `OSError`, and then goes on with the one before.
+        """
+        async with self._opening:
+            secure = context is not None or self._context is not None
+            if self._servers and secure and not self._closed:
+                await self._open(context)
 
     async def open(self, context: ssl.SSLContext | None) -> None:
-        """Serve, in place of what was served before."""
-        if self._closed:
-            return
-        self._context = context
-        loop = asyncio.get_running_loop()
-        servers, self._servers = self._servers, []
+        """Serve, in place of what was served before. Raises `OSError`, having changed nothing."""
+        async with self._opening:
+            if not self._closed:
+                await self._open(context)
 
+    async def _open(self, context: ssl.SSLContext | None) -> None:
         def connection() -> asyncio.Protocol:
             if context is None:
                 return cast("asyncio.Protocol", ServerProtocol(self._plane, self.connections))
             return Handshake(self, self._plane, context)
 
-        for listener in self._listeners:
-            again = socket.socket(fileno=os.dup(listener.fileno()))
-            self._servers.append(
-                await loop.create_server(connection, sock=again, backlog=LISTEN_BACKLOG)
-            )
-        for server in servers:
-            server.close()
+        fresh: list[asyncio.Server] = []
+        try:
+            for listener in self._listeners:
+                fresh.append(await _serve(connection, listener))  # noqa: PERF401 - kept on failure
+        except BaseException:
+            _close(fresh)
+            raise
+        if self._closed:  # meanwhile
+            _close(fresh)
+            return
+        before, self._servers, self._context = self._servers, fresh, context
+        _close(before)
 
     def close(self) -> None:
         """Take no further connections; those that others may take from the sockets are theirs."""
         self._closed = True
-        for server in self._servers:
-            server.close()
+        _close(self._servers)
         for listener in self._listeners:
             listener.close()
 
@@ -81,6 +90,25 @@ class Entrance:
             connection.kill()
         for handshake in list(self.handshakes):
             handshake.kill()
+
+
+async def _serve(
+    connection: Callable[[], asyncio.Protocol], listener: socket.socket
+) -> asyncio.Server:
+    """Serve a duplicate of the socket."""
+    again = socket.socket(fileno=os.dup(listener.fileno()))
+    try:
+        return await asyncio.get_running_loop().create_server(
+            connection, sock=again, backlog=LISTEN_BACKLOG
+        )
+    except BaseException:
+        again.close()
+        raise
+
+
+def _close(servers: Sequence[asyncio.Server]) -> None:
+    for server in servers:
+        server.close()
 
 
 class Handshake(asyncio.Protocol):

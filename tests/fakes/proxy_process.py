@@ -31,9 +31,12 @@ def alive(pid: int) -> bool:
 class ProxyProcess:
     """Use as `async with ProxyProcess("--worker-urls", url) as proxy`."""
 
-    def __init__(self, *flags: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *flags: str, environment: dict[str, str] | None = None, folder: Path = ROOT
+    ) -> None:
         ports = ("--port", "0", "--admin-port", "0", "--access-log", "off")
         self._argv = (sys.executable, "-m", "proxy", *ports, *flags)
+        self._folder = folder
         self._environment = {**os.environ, **(environment or {})}
         self.lines: list[str] = []  # of its standard error
         self.output = b""
@@ -48,7 +51,7 @@ class ProxyProcess:
         """Start it; come back at once, whether or not it will serve."""
         self.process = await asyncio.create_subprocess_exec(
             *self._argv,
-            cwd=ROOT,
+            cwd=self._folder,
             env=self._environment,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -146,7 +149,10 @@ class ProxyProcess:
         """Have it replaced by a new process; return the process id of the one that leaves."""
         said = len(self.lines)
         self.signal(signal.SIGUSR2)
-        match = await self.until_said(r"\[(\d+)\] took over from the proxy", said)
+        match = await self.until_said(
+            r"\[(\d+)\] (took over from the proxy|the new proxy ended)", said
+        )
+        assert match[2].startswith("took over"), self.lines[said:]
         self.workers()
         left, self.pid = self.pid, int(match[1])
         await self.until_said(rf"\[{self.pid}\] admin listener", said)

@@ -14,8 +14,9 @@ from typing import Self
 
 import pytest
 
-from proxy import takeover
+from proxy import supervisor, takeover
 from proxy.config import ProxyConfig
+from proxy.flags import parse
 from proxy.listeners import ADMIN, PUBLIC, Listeners, StartError, arrange, deal, open_listeners
 from tests.fakes.engine import (
     Connection,
@@ -211,6 +212,39 @@ async def test_a_new_one_that_cannot_start_changes_nothing(tmp_path: Path) -> No
             assert load.failures == []
 
 
+async def test_another_proxy_in_the_working_folder_is_not_given_the_sockets(
+    tmp_path: Path,
+) -> None:
+    async with (
+        ScriptedEngine() as engine,
+        ProxyProcess(
+            *("--worker-urls", engine.url),
+            environment={"PYTHONPATH": str(ROOT)},
+            folder=tmp_path,
+        ) as proxy,
+    ):
+        (tmp_path / "proxy").mkdir()
+        (tmp_path / "proxy" / "__init__.py").touch()
+        (tmp_path / "proxy" / "__main__.py").write_text("raise SystemExit(77)")
+        await proxy.upgrade()
+        assert (await ask(proxy.port, chat_request())).status == 200
+
+
+def test_a_successor_finds_the_sources_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def path_of_successor() -> str | None:
+        return takeover.successor_environment(9).get("PYTHONPATH")
+
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(sys, "path", ["/elsewhere", str(ROOT)])  # installed
+    assert path_of_successor() is None
+    monkeypatch.setattr(sys, "path", [str(ROOT)])  # started there
+    assert path_of_successor() == str(ROOT)
+    monkeypatch.setenv("PYTHONPATH", "/libs")
+    assert path_of_successor() == f"{ROOT}:/libs"
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:/libs")  # a successor's own
+    assert path_of_successor() == f"{ROOT}:/libs"
+
+
 async def test_a_takeover_by_path(tmp_path: Path) -> None:
     path = str(tmp_path / "upgrade.sock")
     async with (
@@ -336,6 +370,43 @@ async def test_many_sockets_go_over_in_order_and_only_to_those_who_may(
             takeover.Predecessor(theirs).receive()
         have.close()
         got.close()
+
+
+async def test_one_that_comes_and_says_nothing_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(takeover, "READY_TIMEOUT_S", 0.05)
+    have = Listeners(open_listeners("127.0.0.1", 0, 1), [])
+    left = asyncio.Event()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        async with asyncio.timeout(20):  # only so that this ends if the claim is false
+            assert not await takeover.hand_over(ours, have, left.set)
+    assert not left.is_set()
+    assert "was not ready within 0.05 s" in caplog.text
+    have.close()
+
+
+async def test_a_successor_that_hangs_is_ended_and_the_next_one_may_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(takeover, "READY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(supervisor, "SUCCESSOR_END_TIMEOUT_S", 0.1, raising=False)
+    hangs = tmp_path / "hangs"
+    hangs.write_text("#!/bin/sh\ntrap '' TERM\nwhile :; do sleep 0.1; done\n")
+    hangs.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(hangs))
+    have = Listeners(open_listeners("127.0.0.1", 0, 1), [])
+    flags = parse(["--worker-urls", "http://127.0.0.1:9", "--access-log", "off"], {})
+    proxy = supervisor.Supervisor(flags, flags.settings(), have)
+    async with asyncio.timeout(20):  # only so that this ends if the claim is false
+        for _ in range(2):
+            caplog.clear()
+            proxy._upgrade()
+            await until(lambda: "the new proxy ended with -9" in caplog.text)
+            await until(lambda: not len(proxy._tasks))
+    await proxy._tasks.close()
+    have.close()
 
 
 @pytest.mark.parametrize(("uid", "trusted"), [(0, True), (1234, True), (1235, False)])
