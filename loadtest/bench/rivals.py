@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -51,7 +52,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
         return [f"http://127.0.0.1:{port}" for port in self.engine_ports]
 
 
-class Rival:
+class Rival(ABC):
     """A proxy that can be started. `hint` says how to install it."""
 
     hint = ""
@@ -65,9 +66,9 @@ class Rival:
     def version(self) -> str:
         return ""
 
+    @abstractmethod
     def command(self, site: Site) -> list[str]:
         """Return what starts it, after writing what it reads into the site's folder."""
-        raise NotImplementedError
 
 
 class Ours(Rival):
