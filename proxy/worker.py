@@ -170,6 +170,7 @@ class Worker:
         while True:
             if order is not self._drain_order:
                 order = self._drain_order
+                plane.relieved = order.gentle and not order.keep_port
                 until_s = loop.time() + order.grace_s
                 if not order.keep_port:
                     entrance.close()

@@ -64,6 +64,7 @@ class Drain(msgspec.Struct, tag=True, frozen=True):
     grace_s: float
     gentle: bool = False
     keep_port: bool = False  # go on taking connections: whoever sends them does not know yet
+    # Gentle without the port: a successor has it, and who asks here hears that the port is ready.
 
 
 class Count(msgspec.Struct, tag=True, frozen=True):

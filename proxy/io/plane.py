@@ -75,6 +75,7 @@ class Plane:
         self.fleet = fleets.empty_fleet()
         self.fleet_known = False
         self.draining = False
+        self.relieved = False  # while draining: a successor serves the port, so it is ready
         self.exchanges_open = 0
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
         self.bodies_bytes = 0  # request bodies held
@@ -167,7 +168,8 @@ class Plane:
     @property
     def ready(self) -> bool:
         """Whether a request that came now could be served."""
-        return not self.draining and any(r.available for r in self.fleet.replicas.values())
+        leaving = self.draining and not self.relieved
+        return not leaving and any(r.available for r in self.fleet.replicas.values())
 
     # --- answers of our own ------------------------------------------------------------------
 
@@ -178,7 +180,7 @@ class Plane:
     def local_answer(self, path: bytes) -> bytes:
         """Return the body of a path that the proxy answers itself. Raises `ProxyError`."""
         if path == b"/readyz":
-            if self.draining:
+            if self.draining and not self.relieved:
                 raise DrainingError("this proxy is draining")
             if not self.ready:
                 raise NoReplicaError(self.no_replica_reason())
