@@ -30,7 +30,12 @@ def read_body(route: Route, preamble: Preamble, body: bytes) -> Asked:
         if key is None:
             key = session_of_body(scanned)
         chain = prefix_chain(route.prompt, scanned, key)
-        request = Request(chain, has_session=key is not None)
+        request = Request(
+            chain,
+            has_session=key is not None,
+            stream=bool(scanned.stream),
+            adapter=scanned.lora_path or "",
+        )
         return Asked(scanned.model, stream=bool(scanned.stream), request=request)
     form = preamble.head.special.get(b"content-type", b"")
     model = multipart.model_field(form, body) if body else ""
