@@ -86,6 +86,16 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     max_concurrent_requests: Annotated[
         PositiveInt, Meta(description="requests in flight per worker; more are answered 429")
     ] = 8192
+    queue_size: Annotated[
+        Count,
+        Meta(
+            description="requests per worker that wait while every replica has enough to do; more "
+            "are answered 429; 0: none waits, each is sent at once"
+        ),
+    ] = 4096  # half of the requests in flight, so that those that wait never shut out the others
+    queue_timeout_secs: Annotated[
+        Seconds, Meta(description="time that a request may wait so; then it is answered 408")
+    ] = 60.0
     connect_timeout_secs: Annotated[Seconds, Meta(description="time to connect to a replica")] = 5.0
     request_timeout_secs: Annotated[
         Seconds, Meta(description="longest silence of a replica while a request is under way")

@@ -1,6 +1,6 @@
 """Every way a request can fail, once: status, OpenAI type and code, log word, may it be retried.
 
-A failure is raised where it is known and answered in one place (`io/exchange.py`, `io/server.py`).
+A failure is raised where it is known and answered in one place (`io/endings.py`, `io/server.py`).
 Bodies have OpenAI's shape, because its clients read nothing else, and where Anthropic's clients are
 served the shape that they read; `code` is in both. `x-should-retry` is
 sent because the official clients obey it before any rule of their own; `Retry-After` stays at or
@@ -91,10 +91,12 @@ class ProxyError(Exception):
     closes: ClassVar[bool] = False  # the connection's framing can no longer be trusted
     retry_after_s: ClassVar[int] = 0
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, *, wait_s: int = 0) -> None:
+        """`wait_s` is what the client should wait before it asks again, where that is known."""
         super().__init__(message)
         self.message = message
         self.param = param
+        self.wait_s = wait_s or self.retry_after_s
 
     def body(self, dialect: Dialect = Dialect.OPENAI) -> bytes:
         """Return the JSON object that the client reads."""
@@ -209,6 +211,21 @@ class OverloadedError(ProxyError):
     retry_after_s = 1
 
 
+class QueueFullError(OverloadedError):
+    """As many requests wait for a replica as may."""
+
+    code = "queue_full"
+
+
+class QueueTimeoutError(InvalidRequestError):
+    """It waited for a replica as long as it may; nobody has begun it."""
+
+    status = 408
+    code = "queue_timeout"
+    should_retry = True
+    retry_after_s = 1
+
+
 class NoReplicaError(ProxyError):
     """Nobody can take the request now, and nobody has begun it."""
 
@@ -283,6 +300,8 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     UnsupportedEncodingError,
     UnauthorizedError,
     OverloadedError,
+    QueueFullError,
+    QueueTimeoutError,
     NoReplicaError,
     DrainingError,
     ReplicaUnreachableError,

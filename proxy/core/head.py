@@ -136,8 +136,8 @@ def error_fields(error: errors.ProxyError) -> list[Field]:
     fields: list[Field] = []
     if error.status >= 408 and error.status != 413:
         fields.append((b"x-should-retry", b"true" if error.should_retry else b"false"))
-    if error.retry_after_s:
-        wait_s = min(error.retry_after_s, errors.RETRY_AFTER_S_MAX)
+    if error.wait_s:
+        wait_s = min(error.wait_s, errors.RETRY_AFTER_S_MAX)
         fields.append((b"retry-after", b"%d" % wait_s))
     if error.status == 401:  # RFC 9110 §11.6.1: a 401 must name the scheme
         fields.append((b"www-authenticate", b"Bearer"))

@@ -22,6 +22,7 @@ from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Policy, Request
 from proxy.core.prefix import NO_CHAIN
 
+_NEVER: Final = float("inf")
 _NOBODY: Final = Request(NO_CHAIN, has_session=False)
 
 
@@ -110,6 +111,32 @@ class Holding:
 def is_open(decision: Decision, picture: Picture, now_s: float) -> bool:
     """Whether the replica will soon have nothing to do, so that sending it more is right."""
     return picture.loads.wait_s(decision.slot, now_s) <= limits.RUNWAY_S
+
+
+class Opening:
+    """Whether a replica of a pool is open now, and when the next one should be, by time alone."""
+
+    __slots__ = ("next_s", "now")
+
+    def __init__(self, pool: Pool, picture: Picture, now_s: float) -> None:
+        self.now = False
+        self.next_s = _NEVER  # then a first octet, an end or news of the fleet has to come
+        loads = picture.loads
+        for slot in picture.seats(pool).slots:
+            most = loads.inflight_max[slot]
+            if most and loads.inflight[slot] >= most:
+                continue
+            loads.settle(slot, now_s)
+            queued_s = loads.pending_tokens[slot] * loads.s_per_token[slot]
+            at_s = loads.head_end_s[slot]
+            if queued_s <= limits.RUNWAY_S:
+                at_s += queued_s - limits.RUNWAY_S
+            elif slot not in loads.unseen:
+                continue
+            if at_s <= now_s:
+                self.now = True
+            else:
+                self.next_s = min(self.next_s, at_s)
 
 
 def _least_prefill_s(held: Held, picture: Picture) -> float:

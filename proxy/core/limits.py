@@ -173,8 +173,26 @@ RUNWAY_S = 0.1
 # Who waits is ordered by the work it brings, less its age: a second waited outweighs so many
 # seconds of prefill.
 AGEING_WEIGHT = 1.0
-HELD_MAX = 4096
 HELD_TRIED_MAX = 16  # requests that one release looks at
+# Requests that leave in one turn of the loop: a millisecond of work; the others leave in the next.
+HELD_TAKEN_MAX = 16
+# The event loop's timers are no finer.
+HELD_TIMER_S_MIN = 0.001
+# The pace at which requests leave is measured over so long: some prefills, and less than clients
+# wait before they ask again.
+DRAIN_HALF_LIFE_S = 10.0
+
+# --- stored responses -----------------------------------------------------------------------
+# Answers whose replica is remembered, since only that one can go on from them: an hour at ten a
+# second, some 150 octets each. Engines keep them in memory, too, and lose them with the process.
+RESPONSES_REMEMBERED_MAX = 1 << 15
+# Where in an answer its id is looked for. It is in the first event, or the first field.
+RESPONSE_ID_SEARCH_BYTES_MAX = 2 * KIB
+
+# --- explanations ---------------------------------------------------------------------------
+# A worker explains between requests: a body of this size holds them up for some ten milliseconds.
+EXPLAINED_BYTES_MAX = 8 * MIB
+EXPLAIN_TIMEOUT_S = 5.0
 
 # --- telemetry ------------------------------------------------------------------------------
 REQUEST_SERIES_MAX = 256  # (route, model) pairs in metrics; further models count as "other"

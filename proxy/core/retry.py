@@ -16,15 +16,16 @@ class Progress(enum.IntEnum):
     """How far an exchange came with its present replica."""
 
     CHOOSING = 0
-    CONNECTING = 1
-    REQUEST_SENT = 2
-    RESPONSE_STARTED = 3
+    QUEUED = 1  # held until a replica is open
+    CONNECTING = 2
+    REQUEST_SENT = 3
+    RESPONSE_STARTED = 4
 
 
 def may_retry(progress: Progress, attempts: int, retries_max: int) -> bool:
     """`attempts` counts the replicas tried so far, this one included."""
     match progress:
-        case Progress.CHOOSING | Progress.CONNECTING:
+        case Progress.CHOOSING | Progress.QUEUED | Progress.CONNECTING:
             return attempts <= retries_max
         case Progress.REQUEST_SENT | Progress.RESPONSE_STARTED:
             return False

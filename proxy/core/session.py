@@ -11,6 +11,8 @@ from __future__ import annotations
 from itertools import product
 from typing import Final
 
+from xxhash import xxh3_64_intdigest
+
 from proxy.core import limits
 from proxy.core.http1 import RequestHead
 from proxy.core.scan import Scanned
@@ -51,6 +53,11 @@ def session_of_head(head: RequestHead) -> bytes | None:
             if rank < best_rank and 0 < len(value) <= limits.SESSION_KEY_BYTES_MAX:
                 best_rank, best = rank, value
     return best
+
+
+def response_key(response_id: bytes) -> int:
+    """Return what a stored response is known by, which is never 0; or 0 for no id."""
+    return xxh3_64_intdigest(response_id) or 1 if response_id else 0
 
 
 def session_of_body(scanned: Scanned) -> bytes | None:

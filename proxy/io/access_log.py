@@ -18,8 +18,16 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from proxy.core import limits
+from proxy.core.cost import Terms
 
-_encoder = msgspec.json.Encoder()
+
+def _plain(value: object) -> object:
+    """Return what the encoder cannot write itself in its words; done by the thread."""
+    assert isinstance(value, Terms)
+    return value.as_dict()
+
+
+_encoder = msgspec.json.Encoder(enc_hook=_plain)
 
 FLUSH_INTERVAL_S = 0.2
 WRITE_BYTES_MAX = 256 * limits.KIB
@@ -44,6 +52,8 @@ class AccessRecord(msgspec.Struct, gc=False):
     prompt_tokens_estimated: int
     cached_tokens_believed: int
     received_bytes: int
+    price: Terms | None  # what the replica would cost, at the moment of the decision
+    queue_ms: float
     overhead_us: int | None
     first_octet_ms: float | None
     duration_ms: float

@@ -2,9 +2,11 @@
 
 1. `judge_head`     the path exists, the key is right, the body is not too large;
 2. `begin`          the body is whole: read its model and prompt, choose a replica, take a lease;
+                    or wait, while every replica has enough to do, until one is `open_for` it;
 3. `connected`      the request goes out as the octets that came in, under a head of our own;
 4. `response_*`     the answer goes back as octets, no faster than the client reads;
-5. `_finish`        the lease is released, the line is logged, the counts are taken. Once.
+5. `_finish`        the lease is released, the line is logged, the counts are taken. Once
+                    (`io/endings.py`, as are all failures).
 
 An exchange decides nothing itself: verdicts are the core's. It fails in one of two ways. Before the
 first octet of an answer, the client gets an error object and another replica may be tried while
@@ -14,9 +16,8 @@ with the error, and in every case the connection closes without the end that the
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from typing import Final, Protocol
+from typing import Final
 
 from proxy import errors
 from proxy.core import head as heads
@@ -24,77 +25,47 @@ from proxy.core import limits, sse
 from proxy.core.asked import read_body
 from proxy.core.chunked import ChunkedDecoder, decode_followed
 from proxy.core.http1 import ResponseHead
-from proxy.core.loads import Lease
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
 from proxy.core.retry import Progress, may_retry
-from proxy.core.routes import find_route
-from proxy.core.usage import read_usage
+from proxy.core.routes import PromptKind, find_route
+from proxy.core.session import response_key
+from proxy.core.stored import find_id
+from proxy.io.endings import Client, Ending
 from proxy.io.engine_answer import EngineAnswer, keep_error, told_head
-from proxy.io.facts import Facts
 from proxy.io.plane import Plane
 from proxy.io.upstream import Upstream
 
 _log = logging.getLogger("doherty.exchange")
 
 _CHOOSING: Final = Progress.CHOOSING  # looked up once: every request passes through them
+_QUEUED: Final = Progress.QUEUED
 _CONNECTING: Final = Progress.CONNECTING
 _REQUEST_SENT: Final = Progress.REQUEST_SENT
 _RESPONSE_STARTED: Final = Progress.RESPONSE_STARTED
+_RESPONSES: Final = PromptKind.RESPONSES
 
 
-class Client(Protocol):
-    """The client's connection, as an exchange sees it."""
-
-    peer: str
-
-    def write(self, data: bytes) -> None: ...
-    def finished(self, *, keep_alive: bool) -> None: ...
-    def cut(self, *, reset: bool) -> None: ...
-
-
-class Exchange(Facts):
-    """One request and its response. What is counted and logged of it stands in `Facts`."""
+class Exchange(Ending):
+    """One request and its response. How it ends stands in `Ending`, what is counted in `Facts`."""
 
     __slots__ = (
-        "_body",
-        "_client",
-        "_connecting",
-        "_decoder",
-        "_done",
+        "_beginning",
         "_error",
-        "_held_bytes",
-        "_keep_alive",
         "_last_octet_s",
-        "_lease",
-        "_length",
         "_paused",
         "_progress",
-        "_response",
         "_unsent_head",
-        "_upstream",
     )
 
     def __init__(self, plane: Plane, client: Client, preamble: Preamble, length: int) -> None:
-        """`length` is what Content-Length gives the body, 0 where there is none."""
-        super().__init__(plane, preamble, client.peer)
-        self._client = client
-        self._length = length
+        super().__init__(plane, client, preamble, length)
         self._last_octet_s = self._started_s
-        self._body = b""
-        self._held_bytes = 0
-        self._lease: Lease | None = None
         self._progress = _CHOOSING
-        self._connecting: asyncio.Task[None] | None = None
-        self._upstream: Upstream | None = None
-        self._response: ResponseHead | None = None
         self._unsent_head = b""  # of the answer, rendered
         self._error: EngineAnswer | None = None  # the engine's, until it is whole
-        self._decoder: ChunkedDecoder | None = None  # only for clients that know no chunks
-        self._keep_alive = preamble.head.keep_alive
+        self._beginning: bytes | None = None  # of an answer that others may go on from
         self._paused = False
-        self._done = False
-        plane.exchanges_open += 1
 
     # --- 1. the head -------------------------------------------------------------------------
 
@@ -121,17 +92,35 @@ class Exchange(Facts):
                 return
             asked = read_body(self._route, self._preamble, body)
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
-            self._pool = self._plane.find_pool(self._model, lookup=self._route.lookup)
-            if decision := self._choose():
+            lookup = self._route.lookup
+            self._pool = self._plane.find_pool(self._model, lookup=lookup)
+            decision = self._choose()
+            if self._plane.holds(
+                decision, self._request, self._model, lookup=lookup, now_s=self._whole_s
+            ):
+                self._waiter = self._plane.wait(self._model, self._request, self.open_for)
+                self._progress = _QUEUED
+            elif decision is not None:
                 self._go_to(decision)
             else:
                 self.fail(self._nobody())
         except errors.ProxyError as error:
             self.fail(error)
         except Exception:  # noqa: BLE001 - the top of this request: its neighbours must live
-            self._plane.telemetry.internal_errors_total += 1
-            _log.exception("request %s", self.request_id.decode())
-            self.fail(errors.InternalError("the proxy failed; its log has the reason"))
+            self._broken()
+
+    def open_for(self, decision: Decision) -> None:
+        """It has waited, and now a replica is open."""
+        self._end_wait()
+        try:
+            self._go_to(decision)
+        except Exception:  # noqa: BLE001 - as above
+            self._broken()
+
+    def _broken(self) -> None:
+        self._plane.telemetry.internal_errors_total += 1
+        _log.exception("request %s", self.request_id.decode())
+        self.fail(errors.InternalError("the proxy failed; its log has the reason"))
 
     def _answer_locally(self) -> None:
         body, keep_alive = self._plane.local_answer(self._preamble.path), self._may_keep_alive()
@@ -148,13 +137,14 @@ class Exchange(Facts):
     def _choose(self) -> Decision | None:
         assert self._pool is not None
         plane = self._plane
-        return plane.policy(self._request, self._pool, plane.picture, plane.clock.now_s())
+        return plane.choose(self._request, self._pool, plane.picture, plane.clock.now_s())
 
     def _go_to(self, decision: Decision) -> None:
         """Take a lease on a replica, and get a connection to it."""
         plane, replica = self._plane, decision.replica
         self._decision = decision
         self._attempts += 1
+        self._know_price(decision)
         self._lease = plane.acquire(decision, self._request)
         upstream = plane.upstreams.take(replica.replica_id)
         if upstream is not None:
@@ -162,6 +152,12 @@ class Exchange(Facts):
         else:
             self._progress = _CONNECTING
             self._connecting = plane.upstreams.connect(replica, self)
+
+    def _tried(self, replica_id: str) -> None:
+        """What one rank of a server says or refuses, all of them do."""
+        assert self._pool is not None
+        ranks = [n for n, r in self._pool.replicas.items() if r.replica_id == replica_id]
+        self._request.tried.update(ranks)
 
     def _nobody(self, reason: str = "") -> errors.ProxyError:
         assert self._pool is not None
@@ -178,7 +174,7 @@ class Exchange(Facts):
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
         plane.suspect(replica_id, reason)
-        self._request.tried.add(replica_id)
+        self._tried(replica_id)
         self._release()
         if not may_retry(self._progress, self._attempts, plane.retries_max):
             self.fail(errors.ReplicaUnreachableError(f"replica {replica_id}: {reason}"))
@@ -227,6 +223,8 @@ class Exchange(Facts):
         self._progress = _RESPONSE_STARTED
         self._response = head
         self._drop_body()  # it will not be sent again
+        if self._route is not None and self._route.prompt is _RESPONSES and head.status == 200:
+            self._beginning = b""
         framing = heads.framing_line(head, length, self._preamble.minor)
         if head.chunked and not framing:
             self._decoder = ChunkedDecoder()
@@ -242,7 +240,7 @@ class Exchange(Facts):
 
     def _ask_next(self, replica_id: str) -> bool:
         """A stored response lives on one replica: ask the others before believing a 404."""
-        self._request.tried.add(replica_id)
+        self._tried(replica_id)
         decision = self._choose()
         if decision is None or self._upstream is None:
             return False
@@ -260,10 +258,12 @@ class Exchange(Facts):
         if not self._received_bytes:
             self._first_octet_s = now_s
             if self._lease is not None:
-                plane.picture.prefill_ended(self._lease, now_s)
+                plane.prefill_ended(self._lease, now_s)
         self._last_octet_s = now_s
         size = len(data)
         self._received_bytes += size
+        if self._beginning is not None:
+            self._find_response_id(self._beginning + data)
         keep = limits.USAGE_TAIL_BYTES
         self._tail = data[-keep:] if size >= keep else (self._tail + data)[-keep:]
         if self._error is not None:
@@ -274,6 +274,14 @@ class Exchange(Facts):
         if self._decoder is not None:
             data = decode_followed(self._decoder, data)
         self._send(data)
+
+    def _find_response_id(self, beginning: bytes) -> None:
+        """The answer stays where it was made, so what goes on from it has to come there."""
+        response_id = find_id(beginning[: limits.RESPONSE_ID_SEARCH_BYTES_MAX])
+        found = response_id or len(beginning) >= limits.RESPONSE_ID_SEARCH_BYTES_MAX
+        self._beginning = None if found else beginning
+        if response_id and self._decision is not None:
+            self._plane.remember_response(response_key(response_id), self._decision.replica.name)
 
     def response_head_due(self) -> None:
         """What came with the head has been relayed. If that was nothing, the head goes alone."""
@@ -333,19 +341,6 @@ class Exchange(Facts):
         else:  # a new one that it closes at once is as good as refused
             self.connect_failed(reason)
 
-    def _end_visibly(self, error: errors.ProxyError, open_chunk: tuple[int, int] | None) -> None:
-        """Part of an answer is out: say so in the stream if it is one, then cut."""
-        response = self._response
-        assert response is not None
-        chunked = response.chunked and self._decoder is None  # as the client sees it
-        if response.event_stream and chunked and open_chunk is not None:
-            ending = sse.error_ending(self._tail, open_chunk, error.event(self._dialect))
-            if ending:
-                self._client.write(ending)
-        self._finish(response.status, errors.STREAM_CUT)
-        # Where only the close ends the body, a plain close would look like the end.
-        self._client.cut(reset=response.content_length < 0 and not chunked)
-
     # --- what may happen at any time ---------------------------------------------------------
 
     def client_gone(self) -> None:
@@ -368,7 +363,13 @@ class Exchange(Facts):
             self._upstream.resume()
 
     def check_deadline(self, now_s: float) -> None:
-        """A replica that says nothing for too long has lost the request. Called by the sweep."""
+        """Called by the sweep: a replica that is silent for too long has lost the request."""
+        if self._waiter is not None:
+            if error := self._plane.end_of_wait(self._waiter, now_s):
+                self.fail(error)
+            else:
+                self._plane.work_done()  # should no event have told of it
+            return
         held_back = self._paused and self._response is not None  # by us, for the client
         waiting = self._progress >= _REQUEST_SENT and not held_back
         silence_s = now_s - self._last_octet_s
@@ -388,64 +389,3 @@ class Exchange(Facts):
             self.fail(error)
         else:
             self._end_visibly(error, open_chunk)
-
-    def fail(self, error: errors.ProxyError) -> None:
-        """Answer a failure, in the one place where failures are answered."""
-        if self._done:
-            return
-        self._drop_replica()
-        preamble = self._preamble
-        body_unread = not self._whole_s and (preamble.chunked or self._length > 0)
-        # Errors name no persistence, so HTTP/1.0 does not get it.
-        keep_alive = (
-            self._may_keep_alive() and preamble.minor == 1 and not error.closes and not body_unread
-        )
-        answer = heads.error_answer(
-            error,
-            self.request_id,
-            keep_alive=keep_alive,
-            dialect=self._dialect,
-            head_only=preamble.method == b"HEAD",
-            extra=self._diagnostics(),
-        )
-        self._answer_ourselves(error.status, answer, error.code, keep_alive=keep_alive)
-
-    # --- 5. the end --------------------------------------------------------------------------
-
-    def _answer_ourselves(
-        self, status: int, answer: bytes, outcome: str = errors.OK, *, keep_alive: bool = True
-    ) -> None:
-        self._finish(status, outcome)
-        self._client.write(answer)
-        self._client.finished(keep_alive=keep_alive and self._may_keep_alive())
-
-    def _may_keep_alive(self) -> bool:
-        return self._keep_alive and not self._plane.draining
-
-    def _drop_replica(self) -> None:
-        if self._connecting is not None:
-            self._connecting.cancel()
-            self._connecting = None
-        if self._upstream is not None:
-            self._upstream.abort()
-            self._upstream = None
-
-    def _drop_body(self) -> None:
-        self._body = b""
-        self._plane.bodies_bytes -= self._held_bytes
-        self._held_bytes = 0
-
-    def _release(self) -> None:
-        if self._lease is not None:
-            self._plane.release(self._lease, self._usage, self._first_octet_s)
-            self._lease = None
-
-    def _finish(self, status: int, outcome: str) -> None:
-        """Release and record. Exactly once: every path to the end of an exchange leads here."""
-        assert not self._done
-        self._done = True
-        self._plane.exchanges_open -= 1
-        self._drop_body()
-        self._usage = read_usage(self._tail) if status == 200 else None
-        self._release()
-        self._write_down(status, outcome, self._plane.clock.now_s())

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 
+from proxy.core.cost import Terms
 from proxy.core.fleet import Pool
 from proxy.core.http1 import Field
 from proxy.core.policy import Decision, Request
+from proxy.core.policy import terms as terms_of
 from proxy.core.preamble import Preamble
 from proxy.core.prefix import NO_CHAIN
 from proxy.core.routes import Route
@@ -34,6 +36,7 @@ class Facts:
         "_plane",
         "_pool",
         "_preamble",
+        "_queue_s",
         "_received_bytes",
         "_request",
         "_route",
@@ -41,6 +44,7 @@ class Facts:
         "_started_s",
         "_stream",
         "_tail",
+        "_terms",
         "_usage",
         "_whole_s",
         "request_id",
@@ -57,6 +61,8 @@ class Facts:
         self._pool: Pool | None = None
         self._request = Request(NO_CHAIN, has_session=False)
         self._decision: Decision | None = None
+        self._terms: Terms | None = None  # the price at the moment of the decision
+        self._queue_s = -1.0  # how long it waited for a replica; -1: it went at once
         self._attempts = 0
         self._received_bytes = 0
         self._tail = b""
@@ -76,17 +82,35 @@ class Facts:
 
     def _diagnostics(self) -> tuple[Field, ...]:
         """Where the request went and why, for those who ask, or run with `expose_routing`."""
-        decision = self._decision
-        asked = self._plane.config.expose_routing or self._preamble.asks_for_reasons
-        if decision is None or not asked:
+        decision, terms = self._decision, self._terms
+        if decision is None or terms is None or not self._explained:
             return ()
-        overhead_us = max(0, int((self._sent_s - self._whole_s) * 1e6))
         return (
-            (b"x-doherty-replica", decision.replica.replica_id.encode()),
+            (b"x-doherty-replica", decision.replica.name.encode()),
             (b"x-doherty-region", decision.replica.region.encode()),
             (b"x-doherty-decision", decision.reason.encode()),
-            (b"x-doherty-overhead-us", b"%d" % overhead_us),
+            (b"x-doherty-price-s", b"%.6f" % terms.price_s),
+            (b"x-doherty-wait-s", b"%.6f" % terms.wait_s),
+            (b"x-doherty-cached-tokens", b"%d" % terms.cached_tokens),
+            (b"x-doherty-uncached-tokens", b"%d" % terms.uncached_tokens),
+            (b"x-doherty-queue-ms", b"%d" % int(max(0.0, self._queue_s) * 1e3)),
+            (b"x-doherty-overhead-us", b"%d" % max(0, int(self._overhead_s * 1e6))),
         )
+
+    @property
+    def _explained(self) -> bool:
+        return self._preamble.asks_for_reasons or self._plane.config.expose_routing
+
+    @property
+    def _overhead_s(self) -> float:
+        """What the proxy itself took before the request left: not the wait for a replica."""
+        return self._sent_s - self._whole_s - max(0.0, self._queue_s)
+
+    def _know_price(self, decision: Decision) -> None:
+        """Keep the terms for those who will read them, before the request is itself one of them."""
+        plane = self._plane
+        if plane.access_log.enabled or self._explained:
+            self._terms = terms_of(decision, self._request, plane.picture, plane.clock.now_s())
 
     def _write_down(self, status: int, outcome: str, now_s: float) -> None:
         """Take the counts and log the line. Whatever happens here, the client gets its answer."""
@@ -112,7 +136,9 @@ class Facts:
             plane.telemetry.decisions[self._decision.reason] += 1
             plane.telemetry.replica_requests[self._decision.replica.replica_id] += 1
         if self._sent_s:
-            plane.telemetry.overhead_s.observe(self._sent_s - self._whole_s)
+            plane.telemetry.overhead_s.observe(self._overhead_s)
+        if self._queue_s >= 0.0:
+            plane.telemetry.queue_wait_s.observe(self._queue_s)
         usage = self._usage
         if usage is None:
             plane.telemetry.usage_missing_total += status == 200 and self._decision is not None
@@ -145,7 +171,9 @@ class Facts:
                 prompt_tokens_estimated=self._tokens(self._request.chain.prompt_bytes),
                 cached_tokens_believed=self._tokens(decision.cached_octets) if decision else 0,
                 received_bytes=self._received_bytes,
-                overhead_us=int((self._sent_s - self._whole_s) * 1e6) if self._sent_s else None,
+                price=self._terms,
+                queue_ms=int(self._queue_s * 1e6) / 1e3 if self._queue_s >= 0.0 else 0.0,
+                overhead_us=int(self._overhead_s * 1e6) if self._sent_s else None,
                 first_octet_ms=int((first_s - started_s) * 1e6) / 1e3 if first_s else None,
                 duration_ms=int((now_s - started_s) * 1e6) / 1e3,
             )

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 from collections.abc import Callable, Collection
 from functools import partial
+from typing import Final
 
 import orjson
 
@@ -19,8 +20,7 @@ from proxy.core import fleet as fleets
 from proxy.core import limits
 from proxy.core.head_memory import HeadMemory
 from proxy.core.loads import Lease
-from proxy.core.picture import Picture
-from proxy.core.policy import POLICIES, Decision, Request
+from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
 from proxy.core.replica import Replica
 from proxy.core.routes import Route, model_of_path
@@ -33,18 +33,24 @@ from proxy.errors import (
     NoReplicaError,
     OverloadedError,
     ProxyError,
+    QueueTimeoutError,
     ReplicaUnreachableError,
     UnauthorizedError,
     UnsupportedEncodingError,
 )
 from proxy.io.access_log import AccessLog
+from proxy.io.choice import Choice
 from proxy.io.clock import Clock
 from proxy.io.tasks import Tasks
-from proxy.io.telemetry import Sample, Telemetry
+from proxy.io.telemetry import Sample
 from proxy.io.upstreams import Upstreams
+from proxy.io.waiting import Waiter
+
+# States from which a replica takes requests, or soon will.
+_COMING: Final = frozenset((ReplicaState.READY, ReplicaState.STARTING, ReplicaState.BACKOFF))
 
 
-class Plane:
+class Plane(Choice):
     """The data plane of one worker."""
 
     def __init__(
@@ -57,13 +63,9 @@ class Plane:
         on_doubt: Callable[[str], None],
     ) -> None:
         """`on_suspect(replica_id, reason)` has it probed until it answers, `on_doubt` once."""
-        self.config = config
-        self.clock = clock
-        self.telemetry = Telemetry()
+        super().__init__(config, clock)
         self.access_log = access_log
-        self.picture = Picture(clock.draw)
         self.preambles: HeadMemory[Preamble] = HeadMemory(read_preamble)
-        self.policy = POLICIES[config.policy]
         self.upstreams = Upstreams(
             clock,
             tasks,
@@ -71,7 +73,6 @@ class Plane:
             self._unsolicited,
             partial(tls.replica_context, config),
         )
-        self.fleet = fleets.empty_fleet()
         self.fleet_known = False
         self.draining = False
         self.relieved = False  # while draining: a successor serves the port, so it is ready
@@ -89,8 +90,7 @@ class Plane:
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
-        self.config = config
-        self.policy = POLICIES[config.policy]
+        self.follow(config)
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
         self._key_digest = _digest(config.api_key)
         self.upstreams.reconfigure(
@@ -119,21 +119,25 @@ class Plane:
         }
         self.upstreams.retain(present - moved)
         self.telemetry.retain_replicas(present)
+        self.work_done()
 
     def suspect(self, replica_id: str, reason: str) -> None:
         """A replica failed a request in a way that says it may be gone."""
         before = self.fleet
         self.fleet = fleets.apply(before, fleets.ReplicaSuspected(replica_id))
         if self.fleet is not before:
+            self.work_done()
             self._on_suspect(replica_id, reason)
 
     def clear(self, replica_id: str) -> None:
         self._server_errors.pop(replica_id, None)
         self.fleet = fleets.apply(self.fleet, fleets.ReplicaCleared(replica_id))
+        self.work_done()
 
     def accuse(self, replica_id: str) -> None:
         """The supervisor's probe of a silent replica has failed."""
         self.fleet = fleets.apply(self.fleet, fleets.ReplicaSuspected(replica_id))
+        self.work_done()
 
     def doubt(self, replica_id: str, now_s: float) -> None:
         """A request has long heard nothing of its replica: have it asked, now and then."""
@@ -177,6 +181,11 @@ class Plane:
             weight=request.weight,
         )
 
+    def prefill_ended(self, lease: Lease, now_s: float) -> None:
+        """Its first octet has come."""
+        self.picture.prefill_ended(lease, now_s)
+        self.work_done()
+
     def release(self, lease: Lease, usage: Usage | None, first_octet_s: float) -> None:
         """It is over. Exactly once for each lease."""
         self.leases_open -= 1
@@ -184,6 +193,7 @@ class Plane:
         if usage is not None and first_octet_s and lease.streamed:
             self.picture.loads.decoded(lease.slot, usage.completion_tokens, now_s - first_octet_s)
         self.picture.release(lease, now_s, usage)
+        self.work_done()
 
     # --- answers of our own ------------------------------------------------------------------
 
@@ -285,6 +295,19 @@ class Plane:
             return OverloadedError("every replica has as many requests as it may hold")
         return NoReplicaError(self.no_replica_reason())
 
+    def end_of_wait(self, waiter: Waiter, now_s: float) -> ProxyError | None:
+        """Return why a request should wait no longer, if so."""
+        pool = self.awaited(waiter.key)
+        if pool is None or not any(r.state in _COMING for r in pool.replicas.values()):
+            return NoReplicaError(self.no_replica_reason())
+        waited_s = now_s - waiter.since_s
+        if waited_s <= self.config.queue_timeout_secs:
+            return None
+        return QueueTimeoutError(
+            f"no replica was free for {waited_s:.0f} s (--queue-timeout-secs)",
+            wait_s=self.waiting.retry_after_s(),
+        )
+
     def no_replica_reason(self) -> str:
         """Say why nobody can take a request, in words that tell an operator what to do."""
         replicas = self.fleet.replicas.values()
@@ -310,12 +333,14 @@ class Plane:
 
     def gauges(self, connections_open: int) -> list[Sample]:
         busy = self.upstreams.open_count - self.upstreams.idle_count
+        now_s = self.clock.now_s()
         out = [
             Sample("client_connections", (), connections_open),
             Sample("requests_in_flight", (), self.exchanges_open),
             Sample("upstream_connections", (("state", "idle"),), self.upstreams.idle_count),
             Sample("upstream_connections", (("state", "busy"),), busy),
             Sample("request_bodies_bytes", (), self.bodies_bytes),
+            Sample("queue_depth", (), self.waiting.count),
             Sample("leases", (), self.leases_open),
             Sample("prefix_index_entries", (), self.picture.index.entries()),
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
@@ -327,6 +352,10 @@ class Plane:
                 Sample("replica_inflight", by, loads.inflight[slot]),
                 Sample("replica_queued_tokens", by, loads.queued_tokens(slot)),
                 Sample("replica_suspect", by, float(self.fleet.replicas[replica_id].suspect)),
+                Sample("replica_wait_seconds", by, loads.wait_s(slot, now_s)),
+                Sample("replica_decoding", by, loads.decoding[slot]),
+                Sample("replica_prefill_tokens_per_second", by, 1.0 / loads.s_per_token[slot]),
+                Sample("replica_cache_tokens", by, self.picture.cache_tokens(slot)),
             )
         return out
 

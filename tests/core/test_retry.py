@@ -7,7 +7,7 @@ import pytest
 from proxy.core.retry import Progress, may_retry
 
 
-@pytest.mark.parametrize("progress", [Progress.CHOOSING, Progress.CONNECTING])
+@pytest.mark.parametrize("progress", [Progress.CHOOSING, Progress.QUEUED, Progress.CONNECTING])
 @pytest.mark.parametrize(
     ("attempts", "retries_max", "may"),
     [(1, 0, False), (1, 1, True), (2, 1, False), (3, 3, True), (4, 3, False)],
@@ -27,6 +27,7 @@ def test_never_after(progress: Progress, retries_max: int) -> None:
 def test_progress_only_grows() -> None:
     assert sorted(Progress) == [
         Progress.CHOOSING,
+        Progress.QUEUED,
         Progress.CONNECTING,
         Progress.REQUEST_SENT,
         Progress.RESPONSE_STARTED,

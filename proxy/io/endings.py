@@ -1,0 +1,151 @@
+"""How a request ends, in whatever state it is: answered, refused, cut, or given up by its client.
+
+Failures are answered here and nowhere else (`fail`, or `end_visibly` where part of an answer is out
+already), and `_finish` is the one place where what an exchange holds is given back: its body, its
+place among those that wait, its lease. It asserts that it is passed once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from proxy import errors
+from proxy.core import head as heads
+from proxy.core import sse
+from proxy.core.chunked import ChunkedDecoder
+from proxy.core.http1 import ResponseHead
+from proxy.core.loads import Lease
+from proxy.core.preamble import Preamble
+from proxy.core.usage import read_usage
+from proxy.io.facts import Facts
+from proxy.io.plane import Plane
+from proxy.io.upstream import Upstream
+from proxy.io.waiting import Waiter
+
+
+class Client(Protocol):
+    """The client's connection, as an exchange sees it."""
+
+    peer: str
+
+    def write(self, data: bytes) -> None: ...
+    def finished(self, *, keep_alive: bool) -> None: ...
+    def cut(self, *, reset: bool) -> None: ...
+
+
+class Ending(Facts):
+    """What an exchange holds, and how it lets go of it."""
+
+    __slots__ = (
+        "_body",
+        "_client",
+        "_connecting",
+        "_decoder",
+        "_done",
+        "_held_bytes",
+        "_keep_alive",
+        "_lease",
+        "_length",
+        "_response",
+        "_upstream",
+        "_waiter",
+    )
+
+    def __init__(self, plane: Plane, client: Client, preamble: Preamble, length: int) -> None:
+        """`length` is what Content-Length gives the body, 0 where there is none."""
+        super().__init__(plane, preamble, client.peer)
+        self._client = client
+        self._length = length
+        self._body = b""
+        self._held_bytes = 0
+        self._waiter: Waiter | None = None
+        self._lease: Lease | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._upstream: Upstream | None = None
+        self._response: ResponseHead | None = None
+        self._decoder: ChunkedDecoder | None = None  # only for clients that know no chunks
+        self._keep_alive = preamble.head.keep_alive
+        self._done = False
+        plane.exchanges_open += 1
+
+    def fail(self, error: errors.ProxyError) -> None:
+        """Answer a failure, in the one place where failures are answered."""
+        if self._done:
+            return
+        self._drop_replica()
+        preamble = self._preamble
+        body_unread = not self._whole_s and (preamble.chunked or self._length > 0)
+        # Errors name no persistence, so HTTP/1.0 does not get it.
+        keep_alive = (
+            self._may_keep_alive() and preamble.minor == 1 and not error.closes and not body_unread
+        )
+        answer = heads.error_answer(
+            error,
+            self.request_id,
+            keep_alive=keep_alive,
+            dialect=self._dialect,
+            head_only=preamble.method == b"HEAD",
+            extra=self._diagnostics(),
+        )
+        self._answer_ourselves(error.status, answer, error.code, keep_alive=keep_alive)
+
+    def _end_visibly(self, error: errors.ProxyError, open_chunk: tuple[int, int] | None) -> None:
+        """Part of an answer is out: say so in the stream if it is one, then cut."""
+        response = self._response
+        assert response is not None
+        chunked = response.chunked and self._decoder is None  # as the client sees it
+        if response.event_stream and chunked and open_chunk is not None:
+            ending = sse.error_ending(self._tail, open_chunk, error.event(self._dialect))
+            if ending:
+                self._client.write(ending)
+        self._finish(response.status, errors.STREAM_CUT)
+        # Where only the close ends the body, a plain close would look like the end.
+        self._client.cut(reset=response.content_length < 0 and not chunked)
+
+    def _answer_ourselves(
+        self, status: int, answer: bytes, outcome: str = errors.OK, *, keep_alive: bool = True
+    ) -> None:
+        self._finish(status, outcome)
+        self._client.write(answer)
+        self._client.finished(keep_alive=keep_alive and self._may_keep_alive())
+
+    def _may_keep_alive(self) -> bool:
+        return self._keep_alive and not self._plane.draining
+
+    # --- letting go --------------------------------------------------------------------------
+
+    def _drop_replica(self) -> None:
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
+        if self._upstream is not None:
+            self._upstream.abort()
+            self._upstream = None
+
+    def _drop_body(self) -> None:
+        self._body = b""
+        self._plane.bodies_bytes -= self._held_bytes
+        self._held_bytes = 0
+
+    def _end_wait(self) -> None:
+        if self._waiter is not None:
+            self._plane.waiting.drop(self._waiter)
+            self._queue_s = self._plane.clock.now_s() - self._waiter.since_s
+            self._waiter = None
+
+    def _release(self) -> None:
+        if self._lease is not None:
+            self._plane.release(self._lease, self._usage, self._first_octet_s)
+            self._lease = None
+
+    def _finish(self, status: int, outcome: str) -> None:
+        """Release and record. Exactly once: every path to the end of an exchange leads here."""
+        assert not self._done
+        self._done = True
+        self._plane.exchanges_open -= 1
+        self._drop_body()
+        self._end_wait()
+        self._usage = read_usage(self._tail) if status == 200 else None
+        self._release()
+        self._write_down(status, outcome, self._plane.clock.now_s())

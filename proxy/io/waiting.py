@@ -1,0 +1,191 @@
+"""The requests of one worker that wait for a replica, and when they are looked at again.
+
+Who goes next, and where, is `core.holding`'s to say. Here is what brings it to be asked: a request
+that ends or gets its first octet, another fleet, news of others (`work_done`), and one timer for
+the moment at which the first replica should be open. Many of these in one turn of the loop are
+answered by one look; and a look gives away only so many requests before it lets the loop go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from math import ceil
+from typing import Final
+
+from proxy.core import limits
+from proxy.core.fleet import Pool
+from proxy.core.holding import Held, Holding, Opening
+from proxy.core.picture import Picture
+from proxy.core.policy import Decision, Policy, Request
+from proxy.errors import RETRY_AFTER_S_MAX
+from proxy.io.clock import Clock
+
+_log = logging.getLogger("doherty.waiting")
+
+_NEVER: Final = float("inf")
+
+
+class Waiter(Held):
+    """One that waits, and with whom."""
+
+    __slots__ = ("key",)
+
+    def __init__(
+        self,
+        key: str,
+        request: Request,
+        pool_of: Callable[[], Pool | None],
+        on_decision: Callable[[Decision], None],
+        since_s: float,
+    ) -> None:
+        super().__init__(request, pool_of, on_decision, since_s)
+        self.key = key
+
+
+class Waiting:
+    """One queue for each model whose replicas are all busy. Empty ones are not kept."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        picture: Picture,
+        choose: Policy,
+        pool_of: Callable[[str], Pool | None],
+        on_fault: Callable[[], None],
+    ) -> None:
+        """`pool_of(key)` returns the pool that a queue waits for, as it is now."""
+        self.count = 0
+        self._clock = clock
+        self._picture = picture
+        self._choose = choose
+        self._pool_of = pool_of
+        self._on_fault = on_fault
+        self._holdings: dict[str, Holding] = {}
+        self._look_due = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._drain = _Drain()
+
+    def any_for(self, key: str) -> bool:
+        return key in self._holdings
+
+    def add(self, key: str, request: Request, on_decision: Callable[[Decision], None]) -> Waiter:
+        """Have it wait. `on_decision` is called once, in a later turn, unless it is dropped."""
+        now_s = self._clock.now_s()
+        waiter = Waiter(key, request, lambda: self._pool_of(key), on_decision, now_s)
+        holding = self._holdings.get(key)
+        if holding is None:
+            holding = self._holdings[key] = Holding()
+        if not self.count:
+            self._drain.begin(now_s)
+        holding.add(waiter, self._picture)
+        self.count += 1
+        self.work_done()
+        return waiter
+
+    def drop(self, waiter: Waiter) -> None:
+        """It waits no longer. Harmless when repeated, and when its decision has come."""
+        holding = self._holdings.get(waiter.key)
+        if holding is not None and not waiter.gone:
+            holding.drop(waiter)
+            self._left(waiter.key, holding)
+
+    def retry_after_s(self) -> int:
+        """Return when as many will have left as wait now, at the pace of the last seconds."""
+        pace = self._drain.per_s(self._clock.now_s())
+        if pace * RETRY_AFTER_S_MAX <= self.count:
+            return RETRY_AFTER_S_MAX
+        return max(1, ceil(self.count / pace))
+
+    def work_done(self) -> None:
+        """Something has changed by which a replica may have become open."""
+        if self.count and not self._look_due:
+            self._look_due = True
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def _look(self) -> None:
+        """Give away what can go now."""
+        self._look_due = False
+        next_s = _NEVER
+        left = limits.HELD_TAKEN_MAX
+        for key in list(self._holdings):
+            now_s = self._clock.now_s()
+            pool = self._pool_of(key)
+            while pool is not None and key in self._holdings:
+                opening = Opening(pool, self._picture, now_s)
+                if not opening.now or not left:
+                    next_s = min(next_s, opening.next_s)
+                    break
+                if not self._take(key, now_s):
+                    next_s = min(next_s, opening.next_s)
+                    break
+                left -= 1
+        if not left:
+            self.work_done()
+        self._wake_at(next_s if self.count else _NEVER)
+
+    def _take(self, key: str, now_s: float) -> bool:
+        holding = self._holdings[key]
+        found = holding.take(self._choose, self._picture, now_s)
+        if found is None:
+            return False
+        held, decision = found
+        self._drain.left(now_s)
+        self._left(key, holding)
+        try:
+            held.on_decision(decision)
+        except Exception:  # noqa: BLE001 - of one request: the others are to go on
+            self._on_fault()
+            _log.exception("a request that had waited")
+        return True
+
+    def _left(self, key: str, holding: Holding) -> None:
+        self.count -= 1
+        if not len(holding):
+            del self._holdings[key]
+        if not self.count:
+            self._wake_at(_NEVER)
+
+    def _wake_at(self, moment_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if moment_s < _NEVER:
+            # A little late: at the very moment, rounding may still say that it has not come.
+            delay_s = max(0.0, moment_s - self._clock.now_s()) + limits.HELD_TIMER_S_MIN
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._woken)
+
+    def _woken(self) -> None:
+        self._timer = None
+        self.work_done()
+
+
+class _Drain:
+    """How many leave in a second while any wait; what was long ago counts little."""
+
+    __slots__ = ("_at_s", "_count", "_seconds")
+
+    def __init__(self) -> None:
+        self._at_s = 0.0
+        self._count = 0.0
+        self._seconds = 0.0
+
+    def begin(self, now_s: float) -> None:
+        """From now on somebody waits: the time before does not count."""
+        self._at_s = now_s
+
+    def left(self, now_s: float) -> None:
+        self._pass_time(now_s)
+        self._count += 1.0
+
+    def per_s(self, now_s: float) -> float:
+        self._pass_time(now_s)
+        return self._count / self._seconds if self._seconds > 0.0 else 0.0
+
+    def _pass_time(self, now_s: float) -> None:
+        passed_s = now_s - self._at_s
+        keep = 0.5 ** (passed_s / limits.DRAIN_HALF_LIFE_S)
+        self._count *= keep
+        self._seconds = self._seconds * keep + passed_s
+        self._at_s = now_s
