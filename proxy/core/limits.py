@@ -162,6 +162,8 @@ SAME_PRICE_S = 1e-6
 SPILL_SLACK_S = 0.1
 # While others route to the same replicas and do not tell: this part of what the engines run.
 FOREIGN_SHARE_MIN = 0.2
+# Then the home may well hold what we do not know of: what that is worth, in times of the prefill.
+RING_WEIGHT = 1.2
 # Loading a LoRA adapter from disk takes a tenth of a second to a second.
 ADAPTER_LOAD_S = 0.5
 

@@ -99,6 +99,7 @@ class Loads:
         self._busy_s: list[float] = [0.0] * size
         self._done_tokens: list[float] = [0.0] * size
         self._own_s_per_token: list[float] = [0.0] * size
+        self.gauge_end_s: list[float] = []  # when all that its gauge showed should be done
         self._foreign: list[int] = []  # requests of others, by the engine's gauges
         self._others_held_tokens: list[int] = []  # KV in use by the engine's gauge, less ours then
         self._gauged: list[bool] = []
@@ -129,6 +130,7 @@ class Loads:
         self.held_tokens[slot] = self._foreign[slot] = self._others_held_tokens[slot] = 0
         self._gauged[slot] = False
         self.head_end_s[slot] = self.extra_s[slot] = self.decoding[slot] = 0.0
+        self.gauge_end_s[slot] = 0.0
         self._busy_s[slot] = self._done_tokens[slot] = self._own_s_per_token[slot] = 0.0
         self.s_per_output_token[slot] = self.request_s[slot] = 0.0
         self.line[slot] = deque()
@@ -171,8 +173,8 @@ class Loads:
             ints.append(0)
         for floats in (
             self.head_end_s, self.s_per_token, self.price_per_token, self.extra_s, self.decoding,
-            self.s_per_output_token, self.request_s, self._head_start_s, self._busy_s,
-            self._done_tokens, self._own_s_per_token,
+            self.s_per_output_token, self.request_s, self.gauge_end_s, self._head_start_s,
+            self._busy_s, self._done_tokens, self._own_s_per_token,
         ):  # fmt: skip
             floats.append(0.0)
         self.line.append(deque())
@@ -192,9 +194,11 @@ class Loads:
         self.inflight[slot] += 1
         self.dispatched_tokens[slot] += lease.prefill_tokens
         self.held_tokens[slot] += lease.prompt_tokens
+        if self._foreign[slot]:
+            waiting_s = max(self.gauge_end_s[slot], now_s)
+            self.gauge_end_s[slot] = waiting_s + lease.prefill_tokens * self.s_per_token[slot]
         if len(line) == 1:
-            self._begin(slot, max(now_s, self.head_end_s[slot]))
-            self._head_start_s[slot] = now_s
+            self._begin(slot, now_s)
         else:
             self.pending_tokens[slot] += lease.prefill_tokens
         self._reprice(slot)
@@ -225,7 +229,7 @@ class Loads:
         """`computed_tokens` of the prompt were not cached, as the answer says; 0: it does not."""
         assert not lease.released, "a lease is released exactly once"
         slot = lease.slot
-        if lease.head_s >= 0.0:
+        if lease.head_s >= 0.0 and not self._foreign[slot]:  # else others' work was in that time
             self._learn(slot, computed_tokens or lease.prefill_tokens, lease.head_s)
         if lease.pending:
             self._withdraw(lease, now_s)
@@ -263,22 +267,26 @@ class Loads:
     def wait_s(self, slot: int, now_s: float) -> float:
         """Return the seconds of work before a newcomer's."""
         queued_s = self.pending_tokens[slot] * self.s_per_token[slot]
-        return queued_s + max(0.0, self.head_end_s[slot] - now_s)
+        ours_s = queued_s + max(0.0, self.head_end_s[slot] - now_s)
+        return max(ours_s, self.gauge_end_s[slot] - now_s)
 
     def waits_s(self, slots: list[int], now_s: float) -> list[float]:
         """Return `wait_s` of many slots, and what else they would have a newcomer wait for."""
         for slot in [slot for slot in self.unseen if self.head_end_s[slot] <= now_s]:
             self.settle(slot, now_s)
-        pending, speed, ends, extra = (
-            self.pending_tokens, self.s_per_token, self.head_end_s, self.extra_s,
+        pending, speed, ends, extra, gauges = (
+            self.pending_tokens, self.s_per_token, self.head_end_s, self.extra_s, self.gauge_end_s,
         )  # fmt: skip
         out = []
         for slot in slots:
-            wait_s = extra[slot] + pending[slot] * speed[slot]
+            wait_s = pending[slot] * speed[slot]
             end_s = ends[slot]
             if end_s > now_s:
                 wait_s += end_s - now_s
-            out.append(wait_s)
+            end_s = gauges[slot]
+            if end_s > now_s and end_s - now_s > wait_s:
+                wait_s = end_s - now_s
+            out.append(wait_s + extra[slot])
         return out
 
     def queued_tokens(self, slot: int) -> int:
@@ -303,11 +311,9 @@ class Loads:
         self._foreign[slot] = max(0, requests - self.inflight[slot])
         self._others_held_tokens[slot] = held_tokens - self.held_tokens[slot]
         self._gauged[slot] = True
-        more = waiting_tokens - self.queued_tokens(slot)
-        if more > 0 and self._foreign[slot]:
-            end_s = now_s + waiting_tokens * self.s_per_token[slot]
-            ours_s = self.pending_tokens[slot] * self.s_per_token[slot]
-            self.head_end_s[slot] = max(self.head_end_s[slot], end_s - ours_s)
+        self.gauge_end_s[slot] = 0.0
+        if self._foreign[slot]:
+            self.gauge_end_s[slot] = now_s + waiting_tokens * self.s_per_token[slot]
         self._reprice(slot)
 
     # --- the line ----------------------------------------------------------------------------
@@ -337,7 +343,7 @@ class Loads:
         if self.line[slot]:
             self._begin(slot, now_s)
         else:
-            self.head_end_s[slot] = min(self.head_end_s[slot], now_s)
+            self.head_end_s[slot] = now_s
             self.unseen.discard(slot)
 
     def _withdraw(self, lease: Lease, now_s: float) -> None:
