@@ -292,14 +292,14 @@ static inline const octet *skip_name(Text *json, const octet *at) {
     return skip_space(at + 1);
 }
 
-/* Skip any value; `at` is its first octet. */
-static const octet *skip_value(Text *json, const octet *at) {
+/* Skip any value of so many levels; `at` is its first octet. */
+static const octet *skip_levels(Text *json, const octet *at, unsigned depth_max) {
     uint64_t objects[DEPTH_MAX / 64]; /* a bit for each level: it is an object */
     unsigned depth = 0;
     int in_object = 0;
     for (;;) {
         if (*at == '{' || *at == '[') {
-            if (depth == DEPTH_MAX)
+            if (depth == depth_max)
                 return refuse(json, at, "values within values, too deep");
             in_object = *at == '{';
             uint64_t bit = UINT64_C(1) << depth % 64;
@@ -332,6 +332,11 @@ static const octet *skip_value(Text *json, const octet *at) {
         if (in_object && (at = skip_name(json, at)) == NULL)
             return NULL;
     }
+}
+
+/* Skip any value; `at` is its first octet. */
+static inline const octet *skip_value(Text *json, const octet *at) {
+    return skip_levels(json, at, DEPTH_MAX);
 }
 
 #endif

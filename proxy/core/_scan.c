@@ -20,7 +20,8 @@
 enum { MODEL_KEPT_BYTES_MAX = 256 };
 
 /* Names of the members that are ours: texts first, then the flag, then the parts of a prompt. */
-enum { TEXTS = 6, STREAM = TEXTS, PARTS = STREAM + 1, NAMES = PARTS + 9 };
+enum { TEXTS = 7, STREAM = TEXTS, PARTS = STREAM + 1, NAMES = PARTS + 11 };
+enum { MESSAGES_PART = PARTS, INPUT_PART = PARTS + 6 };
 
 #define NAME(text) {text, sizeof text - 1}
 static const struct {
@@ -28,19 +29,29 @@ static const struct {
     size_t size;
 } NAME_OF[NAMES] = {
     NAME("model"),     NAME("service_tier"), NAME("prompt_cache_key"), NAME("session_id"),
-    NAME("cache_salt"), NAME("lora_path"),   NAME("stream"),           NAME("messages"),
-    NAME("prompt"),    NAME("tools"),        NAME("system"),           NAME("instructions"),
-    NAME("query"),     NAME("input"),        NAME("documents"),        NAME("text_1"),
+    NAME("cache_salt"), NAME("lora_path"),   NAME("previous_response_id"),
+    NAME("stream"),    NAME("messages"),     NAME("prompt"),           NAME("tools"),
+    NAME("system"),    NAME("instructions"), NAME("query"),            NAME("input"),
+    NAME("documents"), NAME("text_1"),       NAME("input_ids"),        NAME("session_params"),
 };
 
 typedef struct {
     const octet *start, *end; /* of the value, as it stands in the body; NULL: not given */
 } Span;
 
+/* Where the last elements of an array end: as many as `limits.CHAIN_BOUNDARIES_MAX` says. */
+enum { ENDS_MAX = 9, RING = 16 };
+
+typedef struct {
+    const octet *ring[RING]; /* the end of element n at n % RING */
+    size_t count;            /* of all elements */
+} Ends;
+
 typedef struct {
     Text json;
     int unusual; /* values for the Python path to judge */
     Span found[NAMES];
+    Ends messages, input;
 } Scan;
 
 /* --- the body ------------------------------------------------------------------------------ */
@@ -63,6 +74,35 @@ static int is_usual(int name, const octet *value, int escaped) {
     return *value == 'n' && name != 0;
 }
 
+/* Skip an array, and note where its elements end. */
+static const octet *skip_array(Text *json, const octet *at, Ends *ends) {
+    at = skip_space(at + 1);
+    if (*at == ']')
+        return at + 1;
+    for (;;) {
+        at = *at == '{' || *at == '[' ? skip_levels(json, at, DEPTH_MAX - 1)
+                                      : skip_scalar(json, at);
+        if (at == NULL)
+            return NULL;
+        ends->ring[ends->count++ % RING] = at;
+        at = skip_space(at);
+        if (*at == ']')
+            return at + 1;
+        if (*at != ',')
+            return refuse(json, at, "neither a comma nor the end of what is open");
+        at = skip_space(at + 1);
+    }
+}
+
+/* Skip the value of a member of this name. */
+static const octet *scan_value(Scan *scan, int name, const octet *at) {
+    if (name != MESSAGES_PART && name != INPUT_PART)
+        return skip_value(&scan->json, at);
+    Ends *ends = name == MESSAGES_PART ? &scan->messages : &scan->input;
+    ends->count = 0;
+    return *at == '[' ? skip_array(&scan->json, at, ends) : skip_value(&scan->json, at);
+}
+
 static const octet *scan_member(Scan *scan, const octet *at) {
     const octet *key = at + 1, *value;
     scan->json.escaped = 0;
@@ -76,7 +116,7 @@ static const octet *scan_member(Scan *scan, const octet *at) {
         key_end--;
     int name = which_name(key, (size_t)(key_end - key));
     scan->json.escaped = 0;
-    at = skip_value(&scan->json, value);
+    at = scan_value(scan, name, value);
     if (at == NULL || name == NAMES)
         return at;
     if (!is_usual(name, value, scan->json.escaped))
@@ -334,6 +374,20 @@ static PyObject *spans_of(const Scan *scan, const octet *body) {
     return spans;
 }
 
+static PyObject *ends_of(const Ends *ends, const octet *body) {
+    size_t kept = ends->count < ENDS_MAX ? ends->count : ENDS_MAX;
+    PyObject *numbers = PyTuple_New((Py_ssize_t)kept);
+    for (size_t i = 0; numbers != NULL && i < kept; i++) {
+        const octet *end = ends->ring[(ends->count - kept + i) % RING];
+        PyObject *number = PyLong_FromSsize_t(end - body);
+        if (number == NULL)
+            Py_CLEAR(numbers);
+        else
+            PyTuple_SET_ITEM(numbers, (Py_ssize_t)i, number);
+    }
+    return numbers;
+}
+
 static PyObject *scan(PyObject *module, PyObject *argument) {
     (void)module;
     if (!PyBytes_CheckExact(argument)) {
@@ -348,14 +402,16 @@ static PyObject *scan(PyObject *module, PyObject *argument) {
     }
     if (scan.unusual)
         Py_RETURN_NONE;
-    PyObject *result = PyTuple_New(TEXTS + 2);
+    PyObject *result = PyTuple_New(TEXTS + 4);
     if (result == NULL)
         return NULL;
-    for (int i = 0; i < TEXTS + 2; i++) {
-        PyObject *item = i == 0        ? model_of(scan.found[0])
-                         : i < TEXTS   ? text_of(scan.found[i])
-                         : i == STREAM ? stream_of(scan.found[STREAM])
-                                       : spans_of(&scan, body);
+    for (int i = 0; i < TEXTS + 4; i++) {
+        PyObject *item = i == 0            ? model_of(scan.found[0])
+                         : i < TEXTS       ? text_of(scan.found[i])
+                         : i == STREAM     ? stream_of(scan.found[STREAM])
+                         : i == STREAM + 1 ? spans_of(&scan, body)
+                         : i == STREAM + 2 ? ends_of(&scan.messages, body)
+                                           : ends_of(&scan.input, body);
         if (item == NULL) {
             Py_DECREF(result);
             return NULL;

@@ -24,13 +24,36 @@ from proxy.core.replica import Replica
 
 
 class Request:
-    """What a choice depends on. `has_session`: the chain's key is a session's."""
+    """What a choice depends on.
 
-    __slots__ = ("chain", "has_session", "tried")
+    `has_session`: the chain's key is a session's; `pinned`: and it stays at its home while that
+    lives. `weight`: what a second of it counts against one of others. `adapter`: the LoRA adapter
+    that it names apart from the model, or empty. `response_key`: of the stored response that it
+    builds upon, or 0.
+    """
 
-    def __init__(self, chain: PrefixChain, *, has_session: bool) -> None:
+    __slots__ = (
+        "adapter", "chain", "has_session", "pinned", "response_key", "stream", "tried", "weight",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        chain: PrefixChain,
+        *,
+        has_session: bool,
+        pinned: bool = False,
+        stream: bool = False,
+        weight: float = 1.0,
+        adapter: str = "",
+        response_key: int = 0,
+    ) -> None:
         self.chain = chain
         self.has_session = has_session
+        self.pinned = pinned
+        self.stream = stream
+        self.weight = weight
+        self.adapter = adapter
+        self.response_key = response_key
         self.tried: set[str] = set()  # replicas that have already failed this request
 
 
