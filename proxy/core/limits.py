@@ -128,8 +128,8 @@ ELEMENTS_NAMED_MAX = 32 * KIB
 SPACE_BYTES_MAX = 1 * KIB
 # English text and JSON run at about four octets a token in today's vocabularies.
 BYTES_PER_TOKEN = 4
-# What a second of speech costs an engine that hears it (50 positions), against its size as an mp3 of
-# 128 kbit/s: a guess of the load between that of telephone codecs and of CDs.
+# Speech takes an engine 50 positions a second, and 16,000 octets a second as an mp3 of 128 kbit/s:
+# between what a telephone sends and what stands on a CD, each a factor of ten away.
 AUDIO_BYTES_PER_TOKEN = 320
 # What a second of a flex request counts against one of the others. OpenAI sells that tier at half
 # the price and promises no latency; half again, so that two of them never outweigh one of these.

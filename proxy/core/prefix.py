@@ -111,10 +111,11 @@ def prefix_chain(
         boundaries = _steps(begin, last)
     points = _points(begin, last, boundaries)
     hasher = xxh3_64(b"", seed)
+    read, digest = hasher.update, hasher.intdigest
     at = begin
     for point in points:
-        hasher.update(view[at:point])
-        hashes.append(hasher.intdigest())
+        read(view[at:point])
+        hashes.append(digest())
         ends.append(head_bytes + point - begin)
         at = point
     if session_key is not None:

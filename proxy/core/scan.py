@@ -222,31 +222,63 @@ def _placed(parts: tuple[Raw, ...]) -> tuple[bytes, tuple[int, ...]]:
 
 
 def element_ends(octets: bytes, begin: int, end: int) -> _Ends:
-    """Return where the last elements of the array `octets[begin:end]` end; none of what is none.
-
-    An array that may hold very many elements has none, either: naming each of them takes memory
-    that an array of numbers would multiply by thirty.
-    """
+    """Return where the last elements of the array `octets[begin:end]` end; none of what is none."""
     if begin == end or octets[begin : begin + 1] != b"[":
         return ()
-    if octets.count(b",", begin, end) > limits.ELEMENTS_NAMED_MAX:
-        return ()
+    start = _tail_start(octets, begin, end)
+    elements = _last_elements(octets, start, end)
+    if len(elements) < limits.CHAIN_BOUNDARIES_MAX and start > begin + 1:
+        elements = _last_elements(octets, begin + 1, end)
     ends: list[int] = []
-    at = _space_start(octets, begin, end - 1)
-    elements = _elements.decode(memoryview(octets)[begin:end])
+    at = _space_start(octets, end - 1)
     for element in reversed(elements[-limits.CHAIN_BOUNDARIES_MAX :]):
         ends.append(at)
-        at = _space_start(octets, begin, at - len(memoryview(element)))
-        at = _space_start(octets, begin, at - 1)  # the comma, or the opening bracket
+        at -= len(memoryview(element))
+        if octets[at - 1] in _SPACE:
+            at = _space_start(octets, at)
+        at -= 1  # the comma, or the opening bracket
+        if at > begin and octets[at - 1] in _SPACE:
+            at = _space_start(octets, at)
     ends.reverse()
     return tuple(ends)
 
 
-def _space_start(octets: bytes, begin: int, at: int) -> int:
-    """Return where the space that ends at `at` begins, after `begin`."""
+def _tail_start(octets: bytes, begin: int, end: int) -> int:
+    """Return where the last messages of the usual form begin, so that not all need to be read.
+
+    Where there are not so many, it is where the array's elements do.
+    A search is enough: within a string every quote is escaped, so this opens an object. Whether
+    it is an element of the array shows when the rest is read.
+    """
+    at = end
+    for _ in range(limits.CHAIN_BOUNDARIES_MAX):
+        at = octets.rfind(b'{"role":', begin, at)
+        if at < 0:
+            return begin + 1
+    return at
+
+
+def _last_elements(octets: bytes, start: int, end: int) -> list[Raw]:
+    """Return the elements from `start`; none where that is within one, or where they are too many.
+
+    Naming each of many numbers would take thirty times their memory.
+    """
+    most = limits.ELEMENTS_NAMED_MAX
+    if end - start > 2 * most and octets.count(b",", start, end) > most:
+        return []
+    try:
+        return _elements.decode(b"[" + octets[start:end])
+    except msgspec.DecodeError:
+        return []
+
+
+def _space_start(octets: bytes, at: int) -> int:
+    """Return where the space that ends at `at` begins; something else is before it."""
+    if octets[at - 2] not in _SPACE:
+        return at - (octets[at - 1] in _SPACE)
     size = 16
-    while at > begin and octets[at - 1] in _SPACE:
-        before = octets[max(begin, at - size) : at]
+    while octets[at - 1] in _SPACE:
+        before = octets[max(0, at - size) : at]
         at -= len(before) - len(before.rstrip(_SPACE))
         size *= 4
     return at
