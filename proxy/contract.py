@@ -38,6 +38,7 @@ class LoadSample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     at_s: float  # Unix time of the reading
     running: int = 0  # requests being computed
     waiting: int = 0  # requests queued in the engine
+    waiting_tokens: int = 0  # uncached prompt tokens queued in the engine; 0 also: not said
     kv_used_ratio: float = 0.0  # 0 to 1
     kv_capacity_tokens: int = 0  # 0: the engine does not say
     prompt_tokens_total: int = 0

@@ -136,15 +136,62 @@ AUDIO_BYTES_PER_TOKEN = 320
 FLEX_WEIGHT = 0.25
 # Believed cache of a replica that does not say: 8 B shape at 0.45 of a 141 GB card.
 KV_CAPACITY_TOKENS_DEFAULT = 340_000
-RECORD_ENTRIES_MAX = 1 << 17
+# Entries of the index per replica, ghosts included; some 250 octets each, so 33 MB at the most.
+INDEX_ENTRIES_MAX = 1 << 17
+# The order of use is kept to a thirty-second of the cache, and eight times its size in ghosts.
+EPOCHS_PER_CACHE = 32
+EPOCHS_KEPT_MAX = 8 * EPOCHS_PER_CACHE
+# How a believed size learns: at most a tenth of the way for one answer, within what an engine's
+# flags can make of a card. What was used in the last twentieth may still be under way.
+RESIZE_SHARE = 0.1
+RESIZE_YOUNG_SHARE = 0.05
+CACHE_SHARE_MIN = 1 / 64
+CACHE_SHARE_MAX = 64.0
+# Octets a token, learned from answers: the guess counts as much as so many tokens, and what is
+# older than so many is forgotten.
+RATIO_PRIOR_TOKENS = 10_000
+RATIO_WINDOW_TOKENS = 1_000_000
+SEATS_REMEMBERED_MAX = 1024  # pools whose slots are looked up once per fleet
+
 # Prefill speed of a replica nobody has measured: an 8 B model on an H200 does 26 to 39 thousand.
 PREFILL_TOKENS_PER_S_DEFAULT = 30_000.0
-# Prices this close are the same price, and the earliest on the ring's walk wins. Below it a person
-# notices no difference (Miller 1968; Nielsen 1993: 0.1 s is felt as at once).
+# What was measured counts half after so much work; the group's speed counts as much as a second
+# of it. Within a quarter, differences are the spread of measured prefills of one card.
+SPEED_HALF_LIFE_S = 20.0
+SPEED_PRIOR_S = 1.0
+SPEED_BAND = 1.25
+LEARN_SHARE = 0.1  # of a new sample in a running mean
+# What a first token takes beyond its prefill is seen where there is hardly any prefill.
+SMALL_PREFILL_TOKENS = 256
+FIRST_TOKEN_OVERHEAD_S_MAX = 0.1
+# A request's own uncached tokens count once for its own wait, and twice more for those who come
+# next and to whom its blocks displace: between 1 and 4 the optimum is flat on recorded traces.
+RECOMPUTE_WEIGHT = 2.0
+# A second of prefill holds up each decoding stream by a second; what that is worth beside a second
+# of waiting for a first token, by the class of the stream.
+STALL_WEIGHT = 0.1
+# KV space beyond which a newcomer would soon preempt somebody.
+KV_FULL_SHARE = 0.9
+# Computed on different ways, equal prices differ by rounding.
+SAME_PRICE_S = 1e-6
+# Prices this close are the same price, and the earliest on the ring's walk wins, where the ring is
+# asked at all. Below it a person notices no difference (Miller 1968; Nielsen 1993: 0.1 s is felt
+# as at once).
 SPILL_SLACK_S = 0.1
-# A request's own uncached tokens, in its price: once for its own wait, twice for the delay to those
-# who come next and to whom its blocks displace.
-UNCACHED_WEIGHT = 3
+# While others route to the same replicas and do not tell: this part of what the engines run.
+FOREIGN_SHARE_MIN = 0.2
+# Loading a LoRA adapter from disk takes a tenth of a second to a second.
+ADAPTER_LOAD_S = 0.5
+
+# --- late binding ---------------------------------------------------------------------------
+# A replica with less work than this is open: enough that it does not idle between two dispatches
+# (a round trip and an engine's intake take some 20 ms), too little to regret.
+RUNWAY_S = 0.1
+# Who waits is ordered by the work it brings, less its age: a second waited outweighs so many
+# seconds of prefill.
+AGEING_WEIGHT = 1.0
+HELD_MAX = 4096
+HELD_TRIED_MAX = 16  # requests that one release looks at
 
 # --- telemetry ------------------------------------------------------------------------------
 REQUEST_SERIES_MAX = 256  # (route, model) pairs in metrics; further models count as "other"

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from proxy.contract import ReplicaRecord, ReplicaState
+from proxy.contract import LoadSample, ReplicaRecord, ReplicaState
 
 _URL: Final = re.compile(
     r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?)(?::([0-9]{1,5}))?/?"
@@ -31,6 +31,13 @@ class Replica:
     kv_capacity_tokens: int
     restarts: int
     suspect: bool = False
+    adapters: frozenset[str] | None = None  # LoRA adapters that are loaded; None: not known
+    load: LoadSample | None = None
+
+    @property
+    def name(self) -> str:
+        """What the ring and the tables know it by."""
+        return self.replica_id
 
     @property
     def available(self) -> bool:
@@ -70,4 +77,5 @@ def replica_of(record: ReplicaRecord) -> Replica:
         max_inputs=record.max_inputs,
         kv_capacity_tokens=record.load.kv_capacity_tokens if record.load else 0,
         restarts=record.restarts,
+        load=record.load,
     )

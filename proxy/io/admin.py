@@ -52,7 +52,7 @@ _HELP = {
     "client_connections": "Open client connections",
     "requests_in_flight": "Requests under way",
     "upstream_connections": "Connections to replicas",
-    "prefix_record_entries": "Entries in the record of what was sent where",
+    "prefix_index_entries": "Entries in the index of which replica holds which prefixes",
     "connections_refused": "Client connections closed at once because there were too many",
     "tls_handshakes_failed": "TLS handshakes with clients that failed, by reason",
     "answers_without_usage": "Answers of 200 that reported no token counts",

@@ -24,9 +24,10 @@ def replica(
     state: ReplicaState = ReplicaState.READY,
     max_inputs: int = 0,
     suspect: bool = False,
+    adapters: frozenset[str] | None = None,
 ) -> Replica:
     made = replica_of(record(replica_id, "m", state=state, max_inputs=max_inputs))
-    return dataclasses.replace(made, suspect=suspect)
+    return dataclasses.replace(made, suspect=suspect, adapters=adapters)
 
 
 def pool(replicas: Iterable[Replica]) -> Pool:
