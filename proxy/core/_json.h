@@ -30,6 +30,9 @@ typedef struct {
     int escaped; /* a string that was skipped held a backslash */
 } Text;
 
+/* A name to look for, and its size, for a table of such. */
+#define NAME(text) {text, sizeof text - 1}
+
 static const octet *refuse(Text *json, const octet *at, const char *reason) {
     json->fault = at;
     json->reason = reason;

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from xxhash import xxh3_64_intdigest
 
 from proxy.core import limits, prefix
 from proxy.core.prefix import (
@@ -19,13 +18,12 @@ from proxy.core.prefix import (
     NO_CHAIN,
     PrefixChain,
     _opener_end,
-    form_chain,
     prefix_chain,
 )
 from proxy.core.routes import PromptKind
 from proxy.core.scan import scan_body
 
-_CHAT_KINDS = (PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES)
+CHAT_KINDS = (PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES)
 _TRAPS = st.sampled_from(
     ['{"role":"user"}', '"role": "user"', "\\", '\\"', '"', "}", "]", "[{", "é😀", "\n", ","]
 )
@@ -44,11 +42,11 @@ def _message(role: str, content: Any, *, role_last: bool) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-_MESSAGES = st.builds(_message, _ROLES, _LONG | _NESTED, role_last=st.booleans())
+MESSAGES = st.builds(_message, _ROLES, _LONG | _NESTED, role_last=st.booleans())
 _USER = st.builds(_message, st.just("user"), _LONG | _NESTED, role_last=st.booleans())
 
 
-def _chain(kind: PromptKind, body: dict[str, Any], key: bytes | None = None) -> PrefixChain:
+def chain_of(kind: PromptKind, body: dict[str, Any], key: bytes | None = None) -> PrefixChain:
     return prefix_chain(kind, scan_body(json.dumps(body).encode()), key)
 
 
@@ -58,11 +56,11 @@ def _conversation(kind: PromptKind, messages: list[Any], **more: Any) -> dict[st
 
 
 @given(
-    kind=st.sampled_from(_CHAT_KINDS),
-    before=st.lists(_MESSAGES, max_size=3),
+    kind=st.sampled_from(CHAT_KINDS),
+    before=st.lists(MESSAGES, max_size=3),
     user=_USER,
-    after=st.lists(_MESSAGES, max_size=2),
-    later=st.lists(_MESSAGES, min_size=1, max_size=8),
+    after=st.lists(MESSAGES, max_size=2),
+    later=st.lists(MESSAGES, min_size=1, max_size=8),
     head=st.sampled_from([{}, {"tools": [{"a": "b"}]}, {"system": "be brief"}]),
     indent=st.sampled_from([None, 0, 2]),
     ascii_only=st.booleans(),
@@ -111,8 +109,8 @@ def test_space_before_the_end_is_no_part_of_a_prefix(space: int) -> None:
 
 
 @given(
-    st.sampled_from(_CHAT_KINDS),
-    st.lists(_MESSAGES, min_size=1, max_size=4),
+    st.sampled_from(CHAT_KINDS),
+    st.lists(MESSAGES, min_size=1, max_size=4),
     st.permutations(["model", "messages", "input", "tools", "stream", "temperature"]),
     st.sampled_from([(", ", ": "), (",", ":"), (" ,\n", "\t:  ")]),
 )
@@ -124,7 +122,7 @@ def test_order_and_space_of_the_object_do_not_matter(
     members = [f'"{name}"{separators[1]}{raw[name]}' for name in order if name in raw]
     octets = ("{" + separators[0].join(members) + "}").encode()
     other = prefix_chain(kind, scan_body(octets), None)
-    chain = _chain(kind, body)
+    chain = chain_of(kind, body)
     assert (chain.home_key, chain.hashes, chain.ends) == (other.home_key, other.hashes, other.ends)
 
 
@@ -135,7 +133,7 @@ _NAMES = st.text(st.sampled_from("ab\0,;1é"), min_size=1, max_size=4)
 @example(PromptKind.CHAT, ("m", "a\0b", "c", ""), ("m", "a", "b", "\0c"), None)
 @example(PromptKind.CHAT, ("m", "1", "2,3;", "1"), ("m,1", "2", "3;", "1"), b"session")
 @given(
-    st.sampled_from([*_CHAT_KINDS, PromptKind.COMPLETION, PromptKind.INPUT]),
+    st.sampled_from([*CHAT_KINDS, PromptKind.COMPLETION, PromptKind.INPUT]),
     st.tuples(_NAMES, _NAMES, _NAMES, _NAMES),
     st.tuples(_NAMES, _NAMES, _NAMES, _NAMES),
     st.sampled_from([None, b"session"]),
@@ -252,7 +250,7 @@ def test_the_opener_is_what_places_a_conversation() -> None:
     def home(system: str, user: str, *more: str) -> int:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         messages += [{"role": "assistant", "content": text} for text in more]
-        return _chain(PromptKind.CHAT, {"model": "m", "messages": messages}).home_key
+        return chain_of(PromptKind.CHAT, {"model": "m", "messages": messages}).home_key
 
     assert home("s", "a") == home("s", "a", "b") == home("s", "a", "c", "d")
     assert home("s", "a") != home("s", "b")  # a head that all share never decides alone
@@ -264,7 +262,7 @@ def test_the_opener_is_what_places_a_conversation() -> None:
 
 def test_a_session_key_stands_in_for_the_opener() -> None:
     def keyed(text: str, key: bytes | None) -> PrefixChain:
-        return _chain(PromptKind.COMPLETION, {"model": "m", "prompt": text}, key)
+        return chain_of(PromptKind.COMPLETION, {"model": "m", "prompt": text}, key)
 
     assert keyed("a", b"k").home_key == keyed("b", b"k").home_key
     assert keyed("a", b"k").home_key != keyed("a", b"l").home_key
@@ -273,7 +271,7 @@ def test_a_session_key_stands_in_for_the_opener() -> None:
 
 def test_a_prompt_without_messages_is_placed_by_its_beginning() -> None:
     def home(text: str) -> int:
-        return _chain(PromptKind.COMPLETION, {"model": "m", "prompt": text}).home_key
+        return chain_of(PromptKind.COMPLETION, {"model": "m", "prompt": text}).home_key
 
     far = limits.OPENER_BYTES_MAX
     assert home("a" * far + "b") == home("a" * far + "c")
@@ -293,7 +291,7 @@ def test_a_prompt_without_messages_is_placed_by_its_beginning() -> None:
     ],
 )
 def test_what_the_prompt_is(kind: PromptKind, fields: dict[str, Any], prompt_bytes: int) -> None:
-    assert _chain(kind, {"model": "m", **fields}).prompt_bytes == prompt_bytes
+    assert chain_of(kind, {"model": "m", **fields}).prompt_bytes == prompt_bytes
 
 
 def test_depths_grow_by_half_and_reach_any_body() -> None:
@@ -304,117 +302,10 @@ def test_depths_grow_by_half_and_reach_any_body() -> None:
     assert DEPTHS[-1] > 1 << 30
 
 
-# --- where the points lie -------------------------------------------------------------------
-
-_KINDS = (*_CHAT_KINDS, PromptKind.COMPLETION, PromptKind.INPUT)
-
-
-@given(st.sampled_from(_KINDS), st.lists(_MESSAGES, max_size=12), st.sampled_from([None, 1]))
-def test_a_hash_depends_on_the_octets_before_it_alone(
-    kind: PromptKind, messages: list[Any], indent: int | None
-) -> None:
-    body = {"model": "m", "messages": messages, "input": messages, "prompt": str(messages)}
-    scanned = scan_body(json.dumps(body, indent=indent).encode())
-    chain = prefix_chain(kind, scanned, None)
-    seed = prefix._seed("m", "", "", b"")
-    _, octets, begin, _, _ = prefix._prompt_parts(kind, scanned)
-    assert list(chain.hashes) == [
-        xxh3_64_intdigest(octets[begin : begin + end], seed) for end in chain.ends
-    ]
-    assert list(chain.ends) == sorted(set(chain.ends))
-
-
-@pytest.mark.parametrize("style", [{}, {"separators": (",", ":")}, {"indent": 2}])
-def test_a_conversation_that_grows_is_known_to_its_end(style: dict[str, Any]) -> None:
-    """An agent's: a call of some tools and what each returned at a time."""
-    system = {"role": "system", "content": "s" * 5000}
-    messages, before = [system, {"role": "user", "content": "go"}], None
-    for turn in range(20):
-        body = {"model": "m", "messages": messages, "tools": [{"name": "t"}]}
-        chain = prefix_chain(PromptKind.CHAT, scan_body(json.dumps(body, **style).encode()), None)
-        assert len(chain.ends) <= 24
-        if before is not None:
-            assert before.hashes[-1] in chain.hashes
-            assert before.ends[-1] in chain.ends
-        before = chain
-        messages.append({"role": "assistant", "content": None, "tool_calls": [{"id": "é"}]})
-        messages += [{"role": "tool", "content": "x" * 700 * (turn % 5)}] * (turn % 8)
-
-
-@given(st.integers(1, 40_000), st.integers(0, 25), st.booleans())
-def test_text_that_grows_is_known_to_within_a_step(size: int, percent: int, tokens: bool) -> None:
-    def chain(octets: str) -> PrefixChain:
-        prompt: Any = json.loads(f"[1{octets}]") if tokens else octets
-        return _chain(PromptKind.COMPLETION, {"model": "m", "prompt": prompt})
-
-    first = chain(", 7" * (size // 3))
-    second = chain(", 7" * (size // 3) + ", 8" * (size * percent // 300))
-    known = max({*first.hashes} & {*second.hashes}, key=first.hashes.index, default=None)
-    known_bytes = first.ends[first.hashes.index(known)] if known is not None else 0
-    assert known_bytes > first.prompt_bytes - max(limits.CHAIN_FIRST_BYTES, size // 13) - 3
-
-
-@pytest.mark.parametrize(
-    ("kind", "field"),
-    [
-        (PromptKind.COMPLETION, "prompt"),
-        (PromptKind.COMPLETION, "input_ids"),
-        (PromptKind.CHAT, "input_ids"),
-        (PromptKind.INPUT, "input"),
-        (PromptKind.INPUT, "prompt"),
-    ],
-)
-def test_tokens_and_lists_are_told_apart(kind: PromptKind, field: str) -> None:
-    """Of equal lengths, and alike at the beginning."""
-    tokens = [*range(1000, 1500)]
-    prompts: list[Any] = [[*tokens, 1], [*tokens, 2], [[1, 2], [3]], [[1, 2], [4]], [[1], [2, 3]]]
-    prompts += [["ab", "c"], ["ab", "d"], ["a", "bc"], "abc", "abd"]
-    chains = [_chain(kind, {"model": "m", field: prompt}) for prompt in prompts]
-    assert len({chain.home_key for chain in chains}) == len(chains)
-    assert len({chain.hashes[-1] for chain in chains}) == len(chains)
-
-
-def test_images_count_by_their_octets() -> None:
-    def chain(image: str) -> PrefixChain:
-        url = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
-        message = {"role": "user", "content": [url, {"type": "text", "text": "what is this?"}]}
-        return _chain(PromptKind.CHAT, {"model": "m", "messages": [message]})
-
-    one, two = chain("A" * 3000), chain("A" * 2999 + "B")
-    assert one.home_key != two.home_key
-    assert one.hashes[-1] != two.hashes[-1]
-
-
-def test_what_a_stored_response_holds_comes_before_the_prompt() -> None:
-    def chain(kind: PromptKind, **more: str) -> PrefixChain:
-        return _chain(kind, {"model": "m", "input": "go on", "prompt": "go on", **more})
-
-    one, two = (chain(PromptKind.RESPONSES, previous_response_id=name) for name in ("a", "b"))
-    for other in (two, chain(PromptKind.RESPONSES)):
-        assert not {*one.hashes} & {*other.hashes}
-        assert one.home_key != other.home_key
-    elsewhere = chain(PromptKind.COMPLETION, previous_response_id="a")
-    assert elsewhere.hashes == chain(PromptKind.COMPLETION).hashes
-
-
-def test_a_form_is_known_by_its_file() -> None:
-    def chain(file: bytes, key: bytes | None = None, model: str = "w") -> PrefixChain:
-        return form_chain(model, b"--XX" + file + b"--XX--", 4, 4 + len(file), key)
-
-    speech = b"RIFF" * 80_000
-    assert chain(speech).hashes == chain(speech, b"k").hashes
-    assert chain(speech).home_key not in (chain(speech, b"k").home_key, chain(speech[4:]).home_key)
-    assert chain(speech, b"k").home_key == chain(b"x", b"k").home_key
-    assert chain(speech).hashes != chain(speech, model="v").hashes
-    assert chain(speech).prompt_tokens == 1 + 320_000 // limits.AUDIO_BYTES_PER_TOKEN
-    assert chain(b"").prompt_tokens == 0
-    assert not chain(b"").hashes
-
-
 @given(st.integers(0, 20_000), st.integers(0, 20_000))
 def test_a_shared_prefix_is_known_to_within_a_third(shared: int, own: int) -> None:
-    one = _chain(PromptKind.COMPLETION, {"model": "m", "prompt": "s" * shared + "a" * own})
-    two = _chain(PromptKind.COMPLETION, {"model": "m", "prompt": "s" * shared + "b" * own})
+    one = chain_of(PromptKind.COMPLETION, {"model": "m", "prompt": "s" * shared + "a" * own})
+    two = chain_of(PromptKind.COMPLETION, {"model": "m", "prompt": "s" * shared + "b" * own})
     common = [
         end
         for name, other, end in zip(one.hashes, two.hashes, one.ends, strict=True)
@@ -472,8 +363,8 @@ def test_only_short_names_are_remembered() -> None:
     """A salt is as long as a client likes, and what is remembered stays."""
     prefix._known_seed.cache_clear()
     for number in range(3):
-        _chain(PromptKind.CHAT, {"model": "m", "messages": [], "cache_salt": f"{number}" * 5000})
+        chain_of(PromptKind.CHAT, {"model": "m", "messages": [], "cache_salt": f"{number}" * 5000})
     assert prefix._known_seed.cache_info().currsize == 0
-    one = _chain(PromptKind.CHAT, {"model": "m", "messages": [], "cache_salt": "s"})
+    one = chain_of(PromptKind.CHAT, {"model": "m", "messages": [], "cache_salt": "s"})
     assert prefix._known_seed.cache_info().currsize == 1
-    assert one.home_key != _chain(PromptKind.CHAT, {"model": "m", "messages": []}).home_key
+    assert one.home_key != chain_of(PromptKind.CHAT, {"model": "m", "messages": []}).home_key
