@@ -138,9 +138,8 @@ FLEX_WEIGHT = 0.25
 KV_CAPACITY_TOKENS_DEFAULT = 340_000
 # Entries of the index per replica, ghosts included; some 250 octets each, so 33 MB at the most.
 INDEX_ENTRIES_MAX = 1 << 17
-# The order of use is kept to a thirty-second of the cache, and eight times its size in ghosts.
-EPOCHS_PER_CACHE = 32
-EPOCHS_KEPT_MAX = 8 * EPOCHS_PER_CACHE
+# Ghosts, in believed caches: one that is eight times as large as believed is found out.
+GHOST_CACHES_MAX = 7
 # How a believed size learns: at most a tenth of the way for one answer, within what an engine's
 # flags can make of a card. What was used in the last twentieth may still be under way.
 RESIZE_SHARE = 0.1
