@@ -28,6 +28,7 @@ Count = Annotated[int, Meta(ge=0)]
 Key = Annotated[str, Meta(min_length=1)]  # an empty one would open what it should close
 Path = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(ge=0)]
+Affinity = Literal["soft", "strict"]
 Policy = Literal["prefix", "session", "least_load", "round_robin", "random"]
 ClientAuth = Literal["off", "optional", "required"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -73,6 +74,13 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
             "manual are understood as their nearest equals"
         ),
     ] = "prefix"
+    session_affinity: Annotated[
+        Affinity,
+        Meta(
+            description="a request that names a session: soft prefers the session's home, strict "
+            "keeps to it while it lives, however busy it is"
+        ),
+    ] = "soft"
     api_key: Annotated[
         Key | None,
         Meta(description="key that clients must present; it goes on to the engines with a request"),

@@ -2,64 +2,59 @@
 
 One table for all replicas: a chain hash to the set of slots that hold it, as bits of one integer,
 so that a look-up costs the prompt's points and not the fleet's replicas. What a replica holds is
-bounded as its engine bounds it, by least recent use over the octets of its KV cache; the order of
-use is kept in *epochs*, each a thirty-second part of the cache, so that a touch costs one step.
+bounded as its engine bounds it: least recently used goes first, by the octets of its KV cache, and
+of one prompt its end before its beginning.
 
 What has aged out is kept a while as a *ghost*: not believed, but when an answer shows that the
 engine had it after all, the cache is larger than believed; and smaller, when something believed was
-not there. `capacity` learns from both (see `observe`). A belief is never a truth: a wrong one costs
-a prefill, and no wrong answer.
+not there. The size is learned from both (see `picture`). A belief is never a truth: a wrong one
+costs a prefill, and no wrong answer.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from proxy.core import limits
 from proxy.core.prefix import PrefixChain
 
-_OCTET_BITS = 36  # an entry's octets and its epoch share one integer
+_OCTET_BITS = 36  # an entry's octets and the moment of its last use share one integer
 _OCTET_MASK = (1 << _OCTET_BITS) - 1
 
 
-class _Epoch:
-    """Entries last used in one span of a replica's time. Some in `names` may have moved on."""
-
-    __slots__ = ("names", "octets")
-
-    def __init__(self) -> None:
-        self.names: list[int] = []
-        self.octets = 0
-
-
 class _Shelf:
-    """What one replica is believed to hold. Epochs are numbered; `epochs[0]` is number `first`."""
+    """What one replica is believed to hold. Time is counted in octets used."""
 
-    __slots__ = ("capacity_octets", "epochs", "first", "horizon", "live_octets", "noted", "stamps")
+    __slots__ = (
+        "capacity_octets", "evicted_octets", "ghost_octets", "ghosts", "live", "live_octets",
+        "used_octets",
+    )  # fmt: skip
 
     def __init__(self, capacity_octets: int) -> None:
         self.capacity_octets = capacity_octets
-        self.stamps: dict[int, int] = {}  # hash: epoch << _OCTET_BITS | octets
-        self.epochs: deque[_Epoch] = deque([_Epoch()])
-        self.first = 0
-        self.horizon = 0  # entries of earlier epochs are ghosts
+        # Hash: moment << _OCTET_BITS | octets; the least recently used first. Of ghosts the moment
+        # is the one at which they were evicted, in octets evicted.
+        self.live: OrderedDict[int, int] = OrderedDict()
+        self.ghosts: OrderedDict[int, int] = OrderedDict()
         self.live_octets = 0
-        self.noted = 0  # entries put into the last epoch
+        self.ghost_octets = 0
+        self.used_octets = 0
+        self.evicted_octets = 0
 
 
 class Sighting:
-    """How long ago, in octets used since, a replica last used the longest prefix known of a chain.
+    """How long ago a replica last used the longest prefix that it is known to have had.
 
-    `octets` is that prefix's length, ghosts included; `believed` says that it was thought present.
+    `octets` is that prefix's length; `away` its place in the order of use: below 1 within the
+    believed cache, 0 just used, 1 about to go; above 1 beyond it, by as many caches.
     """
 
-    __slots__ = ("believed", "distance_octets", "octets")
+    __slots__ = ("away", "octets")
 
-    def __init__(self, octets: int, distance_octets: int, *, believed: bool) -> None:
+    def __init__(self, octets: int, away: float) -> None:
         self.octets = octets
-        self.distance_octets = distance_octets
-        self.believed = believed
+        self.away = away
 
 
 class Index:
@@ -73,7 +68,7 @@ class Index:
 
     def open(self, slot: int, capacity_octets: int) -> None:
         """A replica has taken the slot, with an empty cache."""
-        self.clear(slot)
+        self.close(slot)
         self._shelves[slot] = _Shelf(max(1, capacity_octets))
 
     def close(self, slot: int) -> None:
@@ -84,7 +79,7 @@ class Index:
         """Its cache is empty: it restarted, slept, or was told to forget."""
         shelf = self._shelves.get(slot)
         if shelf is not None:
-            for name in shelf.stamps:
+            for name in shelf.live:
                 self._unset(name, slot)
             self._shelves[slot] = _Shelf(shelf.capacity_octets)
 
@@ -92,20 +87,22 @@ class Index:
         """Believe in a smaller or larger cache; ghosts within a larger one are believed again."""
         shelf = self._shelves[slot]
         shelf.capacity_octets = max(1, capacity_octets)
-        self._bury(shelf, slot)
-        while shelf.horizon > shelf.first:
-            epoch = shelf.epochs[shelf.horizon - 1 - shelf.first]
-            if shelf.live_octets + epoch.octets > shelf.capacity_octets:
+        self._evict(shelf, slot)
+        while shelf.ghosts:
+            name, entry = shelf.ghosts.popitem(last=True)
+            octets = entry & _OCTET_MASK
+            if shelf.live_octets + octets > shelf.capacity_octets:
+                shelf.ghosts[name] = entry
                 return
-            shelf.horizon -= 1
-            shelf.live_octets += epoch.octets
-            for name in epoch.names:
-                if shelf.stamps.get(name, -1) >> _OCTET_BITS == shelf.horizon:
-                    self._set(name, slot)
+            shelf.ghost_octets -= octets
+            shelf.live_octets += octets
+            shelf.live[name] = octets  # last used at moment 0: before all others
+            shelf.live.move_to_end(name, last=False)
+            self._holders[name] = self._holders.get(name, 0) | (1 << slot)
 
     def entries(self) -> int:
         """Entries of all replicas, ghosts included."""
-        return sum([len(shelf.stamps) for shelf in self._shelves.values()])
+        return sum([len(shelf.live) + len(shelf.ghosts) for shelf in self._shelves.values()])
 
     def held_octets(self, slot: int) -> int:
         shelf = self._shelves.get(slot)
@@ -144,26 +141,27 @@ class Index:
         if shelf is None:
             return None
         for depth in range(len(chain.hashes) - 1, -1, -1):
-            stamp = shelf.stamps.get(chain.hashes[depth], -1)
-            if stamp >= 0:
-                number = stamp >> _OCTET_BITS
-                distance = shelf.epochs[number - shelf.first].octets // 2
-                for later in range(number - shelf.first + 1, len(shelf.epochs)):
-                    distance += shelf.epochs[later].octets
-                return Sighting(chain.ends[depth], distance, believed=number >= shelf.horizon)
+            name = chain.hashes[depth]
+            entry = shelf.live.get(name, -1)
+            if entry >= 0:
+                oldest = shelf.live[next(iter(shelf.live))] >> _OCTET_BITS
+                span = max(1, shelf.used_octets - oldest)
+                age = shelf.used_octets - (entry >> _OCTET_BITS)
+                # A cache that is not full has not shown yet where it ends.
+                full = min(1.0, shelf.live_octets / shelf.capacity_octets)
+                return Sighting(chain.ends[depth], full * age / span)
+            entry = shelf.ghosts.get(name, -1)
+            if entry >= 0:
+                since = shelf.evicted_octets - (entry >> _OCTET_BITS)
+                return Sighting(chain.ends[depth], 1.0 + since / shelf.capacity_octets)
         return None
 
     def dump(self, slot: int) -> Iterator[tuple[int, int]]:
         """Yield what a replica is believed to hold, least recently used first, with its octets."""
         shelf = self._shelves.get(slot)
-        if shelf is None:
-            return
-        for number, epoch in enumerate(list(shelf.epochs), shelf.first):
-            if number >= shelf.horizon:
-                for name in list(epoch.names):
-                    stamp = shelf.stamps.get(name, -1)
-                    if stamp >> _OCTET_BITS == number:
-                        yield name, stamp & _OCTET_MASK
+        if shelf is not None:
+            for name, entry in list(shelf.live.items()):
+                yield name, entry & _OCTET_MASK
 
     # --- writing -----------------------------------------------------------------------------
 
@@ -172,92 +170,68 @@ class Index:
         shelf = self._shelves.get(slot)
         if shelf is None:
             return
-        before = 0
-        for depth in range(len(chain.hashes)):
-            end = chain.ends[depth]
-            self._touch(shelf, slot, chain.hashes[depth], end - before)
-            before = end
-        self._turn_page(shelf, slot)
+        # Deepest first, so that a prefix is always younger than what builds on it, and a prompt is
+        # forgotten from its end, as engines evict leaf blocks first.
+        for depth in range(len(chain.hashes) - 1, -1, -1):
+            before = chain.ends[depth - 1] if depth else 0
+            self._touch(shelf, slot, chain.hashes[depth], chain.ends[depth] - before)
+        self._evict(shelf, slot)
 
     def load(self, slot: int, name: int, octets: int) -> None:
         """Take over one entry of somebody else's `dump`, in its order."""
         shelf = self._shelves.get(slot)
         if shelf is not None and 0 <= octets <= _OCTET_MASK:
             self._touch(shelf, slot, name, octets)
-            self._turn_page(shelf, slot)
+            self._evict(shelf, slot)
 
     def drop(self, slot: int, name: int) -> None:
         """The engine said that this is gone."""
         shelf = self._shelves.get(slot)
-        if shelf is None:
-            return
-        stamp = shelf.stamps.pop(name, -1)
-        if stamp >= 0:
-            number = stamp >> _OCTET_BITS
-            octets = stamp & _OCTET_MASK
-            shelf.epochs[number - shelf.first].octets -= octets
-            if number >= shelf.horizon:
-                shelf.live_octets -= octets
+        if shelf is not None:
+            entry = shelf.live.pop(name, -1)
+            if entry >= 0:
+                shelf.live_octets -= entry & _OCTET_MASK
                 self._unset(name, slot)
 
     def _touch(self, shelf: _Shelf, slot: int, name: int, octets: int) -> None:
-        current = shelf.first + len(shelf.epochs) - 1
-        stamp = shelf.stamps.get(name, -1)
-        if stamp >= 0:
-            number = stamp >> _OCTET_BITS
-            if number == current:
-                return
-            octets = stamp & _OCTET_MASK
-            shelf.epochs[number - shelf.first].octets -= octets
-            if number < shelf.horizon:
-                self._set(name, slot)
-                shelf.live_octets += octets
-        else:
-            self._set(name, slot)
-            shelf.live_octets += octets
-        epoch = shelf.epochs[-1]
-        epoch.octets += octets
-        epoch.names.append(name)
-        shelf.noted += 1
-        shelf.stamps[name] = current << _OCTET_BITS | octets
-
-    def _turn_page(self, shelf: _Shelf, slot: int) -> None:
-        """Begin an epoch when the last is full, and bury what no longer fits."""
-        full = shelf.epochs[-1].octets >= shelf.capacity_octets // limits.EPOCHS_PER_CACHE
-        if full or shelf.noted >= limits.INDEX_ENTRIES_MAX // limits.EPOCHS_PER_CACHE:
-            shelf.epochs.append(_Epoch())
-            shelf.noted = 0
-        if shelf.live_octets > shelf.capacity_octets or full:
-            self._bury(shelf, slot)
-
-    def _bury(self, shelf: _Shelf, slot: int) -> None:
-        last = shelf.first + len(shelf.epochs) - 1
-        while shelf.live_octets > shelf.capacity_octets and shelf.horizon < last:
-            epoch = shelf.epochs[shelf.horizon - shelf.first]
-            for name in epoch.names:
-                if shelf.stamps.get(name, -1) >> _OCTET_BITS == shelf.horizon:
-                    self._unset(name, slot)
-            shelf.live_octets -= epoch.octets
-            shelf.horizon += 1
-        while len(shelf.epochs) > limits.EPOCHS_KEPT_MAX or (
-            len(shelf.stamps) > limits.INDEX_ENTRIES_MAX and len(shelf.epochs) > 1
-        ):
-            self._drop_oldest(shelf, slot)
-
-    def _drop_oldest(self, shelf: _Shelf, slot: int) -> None:
-        epoch = shelf.epochs.popleft()
-        for name in epoch.names:
-            if shelf.stamps.get(name, -1) >> _OCTET_BITS == shelf.first:
-                del shelf.stamps[name]
-                if shelf.first >= shelf.horizon:
-                    self._unset(name, slot)
-        if shelf.first >= shelf.horizon:  # more entries than we keep, in less than its cache
-            shelf.live_octets -= epoch.octets
-            shelf.horizon = shelf.first + 1
-        shelf.first += 1
-
-    def _set(self, name: int, slot: int) -> None:
+        entry = shelf.live.get(name, -1)
+        if entry >= 0:
+            # Where other points cut the same prompt, its length since the point before differs.
+            octets = entry & _OCTET_MASK
+            shelf.used_octets += octets
+            shelf.live[name] = shelf.used_octets << _OCTET_BITS | octets
+            shelf.live.move_to_end(name)
+            return
+        ghost = shelf.ghosts.pop(name, -1)
+        if ghost >= 0:
+            shelf.ghost_octets -= ghost & _OCTET_MASK
+        shelf.used_octets += octets
+        shelf.live_octets += octets
+        shelf.live[name] = shelf.used_octets << _OCTET_BITS | octets
         self._holders[name] = self._holders.get(name, 0) | (1 << slot)
+
+    def _evict(self, shelf: _Shelf, slot: int) -> None:
+        while shelf.live_octets > shelf.capacity_octets and shelf.live:
+            name, entry = shelf.live.popitem(last=False)
+            octets = entry & _OCTET_MASK
+            shelf.live_octets -= octets
+            shelf.ghost_octets += octets
+            shelf.evicted_octets += octets
+            shelf.ghosts[name] = shelf.evicted_octets << _OCTET_BITS | octets
+            self._unset(name, slot)
+        ghost_octets_max = shelf.capacity_octets * limits.GHOST_CACHES_MAX
+        entries = len(shelf.live) + len(shelf.ghosts)
+        while shelf.ghosts and (
+            shelf.ghost_octets > ghost_octets_max or entries > limits.INDEX_ENTRIES_MAX
+        ):
+            _, entry = shelf.ghosts.popitem(last=False)
+            shelf.ghost_octets -= entry & _OCTET_MASK
+            entries -= 1
+        while entries > limits.INDEX_ENTRIES_MAX:
+            name, entry = shelf.live.popitem(last=False)
+            shelf.live_octets -= entry & _OCTET_MASK
+            self._unset(name, slot)
+            entries -= 1
 
     def _unset(self, name: int, slot: int) -> None:
         bits = self._holders.get(name, 0) & ~(1 << slot)

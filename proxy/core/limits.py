@@ -113,17 +113,33 @@ OPENER_SEARCH_BYTES_MAX = 256 * KIB
 # O(log n) hashes over n octets and a shared prefix is known to within a third.
 CHAIN_FIRST_BYTES = 512
 CHAIN_DEPTHS_MAX = 48
+# Ends of messages in a chain: the last, and the eight before it. A turn appends an answer and a
+# question, or a call of tools and what each of them returned; more than eight at once are rare, and
+# then the depths still tell two thirds of what is shared.
+CHAIN_BOUNDARIES_MAX = 9
+# A prompt without messages has its last eight multiples of a step instead, a sixteenth of it or
+# less: they reach back by a quarter, and what a text shares with one that it has grown from, by no
+# more than that, is known to within a step.
+CHAIN_STEPS_MAX = 8
+# Elements that the scan without C may name to find where the last of them end: 2 ms, 2 MB. More
+# commas than that stand in half a megabyte of code, or in a list of numbers.
+ELEMENTS_NAMED_MAX = 32 * KIB
 # Space before the end of a prompt that is left out of its chain: an indented bracket's, no more.
 SPACE_BYTES_MAX = 1 * KIB
 # English text and JSON run at about four octets a token in today's vocabularies.
 BYTES_PER_TOKEN = 4
+# Speech takes an engine 50 positions a second, and 16,000 octets a second as an mp3 of 128 kbit/s:
+# between what a telephone sends and what stands on a CD, each a factor of ten away.
+AUDIO_BYTES_PER_TOKEN = 320
+# What a second of a flex request counts against one of the others. OpenAI sells that tier at half
+# the price and promises no latency; half again, so that two of them never outweigh one of these.
+FLEX_WEIGHT = 0.25
 # Believed cache of a replica that does not say: 8 B shape at 0.45 of a 141 GB card.
 KV_CAPACITY_TOKENS_DEFAULT = 340_000
 # Entries of the index per replica, ghosts included; some 250 octets each, so 33 MB at the most.
 INDEX_ENTRIES_MAX = 1 << 17
-# The order of use is kept to a thirty-second of the cache, and eight times its size in ghosts.
-EPOCHS_PER_CACHE = 32
-EPOCHS_KEPT_MAX = 8 * EPOCHS_PER_CACHE
+# Ghosts, in believed caches: one that is eight times as large as believed is found out.
+GHOST_CACHES_MAX = 7
 # How a believed size learns: at most a tenth of the way for one answer, within what an engine's
 # flags can make of a card. What was used in the last twentieth may still be under way.
 RESIZE_SHARE = 0.1
@@ -163,6 +179,8 @@ SAME_PRICE_S = 1e-6
 SPILL_SLACK_S = 0.1
 # While others route to the same replicas and do not tell: this part of what the engines run.
 FOREIGN_SHARE_MIN = 0.2
+# Then the home may well hold what we do not know of: what that is worth, in times of the prefill.
+RING_WEIGHT = 1.2
 # Loading a LoRA adapter from disk takes a tenth of a second to a second.
 ADAPTER_LOAD_S = 0.5
 

@@ -20,14 +20,15 @@ from __future__ import annotations
 from collections import deque
 
 from proxy.core import limits
+from proxy.core.index import Sighting
 
 
 class Lease:
     """The load that one exchange holds on a replica, from dispatch to its one release."""
 
     __slots__ = (
-        "cached_octets", "decoding", "lease_id", "pending", "prefill_tokens", "prompt_octets",
-        "prompt_tokens", "released", "replica_name", "sighting_distance", "sighting_octets",
+        "cached_octets", "decoding", "head_s", "lease_id", "pending", "prefill_tokens",
+        "prompt_octets", "prompt_tokens", "released", "replica_name", "sighting",
         "slot", "started_s", "streamed", "weight",
     )  # fmt: skip
 
@@ -54,11 +55,11 @@ class Lease:
         self.decoding = False
         self.released = False
         self.started_s = 0.0
+        self.head_s = -1.0  # how long it was at the head of the line, if that was seen
         # What the index knew when it was dispatched; the answer's counts are judged by it.
         self.prompt_octets = 0
         self.cached_octets = 0
-        self.sighting_octets = 0  # 0: the replica never had any of it
-        self.sighting_distance = 0
+        self.sighting: Sighting | None = None
 
 
 class Group:
@@ -98,8 +99,10 @@ class Loads:
         self._busy_s: list[float] = [0.0] * size
         self._done_tokens: list[float] = [0.0] * size
         self._own_s_per_token: list[float] = [0.0] * size
+        self.gauge_end_s: list[float] = []  # when all that its gauge showed should be done
         self._foreign: list[int] = []  # requests of others, by the engine's gauges
-        self._foreign_tokens: list[int] = []
+        self._others_held_tokens: list[int] = []  # KV in use by the engine's gauge, less ours then
+        self._gauged: list[bool] = []
         self._group: list[Group | None] = []
         self._groups: dict[str, Group] = {}
 
@@ -124,8 +127,10 @@ class Loads:
         found.slots.add(slot)
         self._group[slot] = found
         self.inflight[slot] = self.dispatched_tokens[slot] = self.pending_tokens[slot] = 0
-        self.held_tokens[slot] = self._foreign[slot] = self._foreign_tokens[slot] = 0
+        self.held_tokens[slot] = self._foreign[slot] = self._others_held_tokens[slot] = 0
+        self._gauged[slot] = False
         self.head_end_s[slot] = self.extra_s[slot] = self.decoding[slot] = 0.0
+        self.gauge_end_s[slot] = 0.0
         self._busy_s[slot] = self._done_tokens[slot] = self._own_s_per_token[slot] = 0.0
         self.s_per_output_token[slot] = self.request_s[slot] = 0.0
         self.line[slot] = deque()
@@ -163,17 +168,18 @@ class Loads:
         for ints in (
             self.inflight, self.inflight_max, self.dispatched_tokens, self.pending_tokens,
             self.held_tokens, self.capacity_tokens, self.running_max, self._foreign,
-            self._foreign_tokens,
+            self._others_held_tokens,
         ):  # fmt: skip
             ints.append(0)
         for floats in (
             self.head_end_s, self.s_per_token, self.price_per_token, self.extra_s, self.decoding,
-            self.s_per_output_token, self.request_s, self._head_start_s, self._busy_s,
-            self._done_tokens, self._own_s_per_token,
+            self.s_per_output_token, self.request_s, self.gauge_end_s, self._head_start_s,
+            self._busy_s, self._done_tokens, self._own_s_per_token,
         ):  # fmt: skip
             floats.append(0.0)
         self.line.append(deque())
         self._group.append(None)
+        self._gauged.append(False)
 
     # --- one request -------------------------------------------------------------------------
 
@@ -188,9 +194,11 @@ class Loads:
         self.inflight[slot] += 1
         self.dispatched_tokens[slot] += lease.prefill_tokens
         self.held_tokens[slot] += lease.prompt_tokens
+        if self._foreign[slot]:
+            waiting_s = max(self.gauge_end_s[slot], now_s)
+            self.gauge_end_s[slot] = waiting_s + lease.prefill_tokens * self.s_per_token[slot]
         if len(line) == 1:
-            self._begin(slot, max(now_s, self.head_end_s[slot]))
-            self._head_start_s[slot] = now_s
+            self._begin(slot, now_s)
         else:
             self.pending_tokens[slot] += lease.prefill_tokens
         self._reprice(slot)
@@ -200,24 +208,29 @@ class Loads:
         if not lease.pending or lease.released:
             return
         slot, line = lease.slot, self.line[lease.slot]
-        done = 0
-        was_head = bool(line) and line[0] is lease
+        alone = bool(line) and line[0] is lease
         while line and line[0] is not lease and not line[0].streamed:
-            done += self._leave_head(slot)  # it was before this one, so it is computed too
+            self._leave_head(slot)  # it was before this one, so it is computed too
         if line and line[0] is lease:
-            done += self._leave_head(slot)
-            self._learn(slot, done, now_s - self._head_start_s[slot], clean=was_head)
+            self._leave_head(slot)
+            if alone:
+                lease.head_s = max(0.0, now_s - self._head_start_s[slot])
             self._advance(slot, now_s)
-        elif lease in line:  # overtook the head: work done in the head's time
+        elif lease in line:  # overtook the head: its work was done in the head's time
             line.remove(lease)
             self.pending_tokens[slot] -= lease.prefill_tokens
-            self._done_tokens[slot] += lease.prefill_tokens
+            lease.head_s = 0.0
             self._start_decoding(lease)
         self._reprice(slot)
 
-    def release(self, lease: Lease, now_s: float, output_tokens: int = 0) -> None:
+    def release(
+        self, lease: Lease, now_s: float, output_tokens: int = 0, computed_tokens: int = 0
+    ) -> None:
+        """`computed_tokens` of the prompt were not cached, as the answer says; 0: it does not."""
         assert not lease.released, "a lease is released exactly once"
         slot = lease.slot
+        if lease.head_s >= 0.0 and not self._foreign[slot]:  # else others' work was in that time
+            self._learn(slot, computed_tokens or lease.prefill_tokens, lease.head_s)
         if lease.pending:
             self._withdraw(lease, now_s)
         elif lease.decoding:
@@ -254,22 +267,26 @@ class Loads:
     def wait_s(self, slot: int, now_s: float) -> float:
         """Return the seconds of work before a newcomer's."""
         queued_s = self.pending_tokens[slot] * self.s_per_token[slot]
-        return queued_s + max(0.0, self.head_end_s[slot] - now_s)
+        ours_s = queued_s + max(0.0, self.head_end_s[slot] - now_s)
+        return max(ours_s, self.gauge_end_s[slot] - now_s)
 
     def waits_s(self, slots: list[int], now_s: float) -> list[float]:
         """Return `wait_s` of many slots, and what else they would have a newcomer wait for."""
         for slot in [slot for slot in self.unseen if self.head_end_s[slot] <= now_s]:
             self.settle(slot, now_s)
-        pending, speed, ends, extra = (
-            self.pending_tokens, self.s_per_token, self.head_end_s, self.extra_s,
+        pending, speed, ends, extra, gauges = (
+            self.pending_tokens, self.s_per_token, self.head_end_s, self.extra_s, self.gauge_end_s,
         )  # fmt: skip
         out = []
         for slot in slots:
-            wait_s = extra[slot] + pending[slot] * speed[slot]
+            wait_s = pending[slot] * speed[slot]
             end_s = ends[slot]
             if end_s > now_s:
                 wait_s += end_s - now_s
-            out.append(wait_s)
+            end_s = gauges[slot]
+            if end_s > now_s and end_s - now_s > wait_s:
+                wait_s = end_s - now_s
+            out.append(wait_s + extra[slot])
         return out
 
     def queued_tokens(self, slot: int) -> int:
@@ -292,12 +309,11 @@ class Loads:
         """
         self.settle(slot, now_s)
         self._foreign[slot] = max(0, requests - self.inflight[slot])
-        self._foreign_tokens[slot] = max(0, held_tokens - self.held_tokens[slot])
-        more = waiting_tokens - self.queued_tokens(slot)
-        if more > 0 and self._foreign[slot]:
-            end_s = now_s + waiting_tokens * self.s_per_token[slot]
-            ours_s = self.pending_tokens[slot] * self.s_per_token[slot]
-            self.head_end_s[slot] = max(self.head_end_s[slot], end_s - ours_s)
+        self._others_held_tokens[slot] = held_tokens - self.held_tokens[slot]
+        self._gauged[slot] = True
+        self.gauge_end_s[slot] = 0.0
+        if self._foreign[slot]:
+            self.gauge_end_s[slot] = now_s + waiting_tokens * self.s_per_token[slot]
         self._reprice(slot)
 
     # --- the line ----------------------------------------------------------------------------
@@ -311,13 +327,12 @@ class Loads:
         else:
             self.unseen.add(slot)
 
-    def _leave_head(self, slot: int) -> int:
-        """Take the head out; return its tokens. `_advance` makes the next one the head."""
+    def _leave_head(self, slot: int) -> None:
+        """Take the head out. `_advance` makes the next one the head."""
         lease = self.line[slot].popleft()
         self._start_decoding(lease)
         if self.line[slot]:
             self.pending_tokens[slot] -= self.line[slot][0].prefill_tokens
-        return lease.prefill_tokens
 
     def _start_decoding(self, lease: Lease) -> None:
         lease.pending = False
@@ -328,7 +343,7 @@ class Loads:
         if self.line[slot]:
             self._begin(slot, now_s)
         else:
-            self.head_end_s[slot] = min(self.head_end_s[slot], now_s)
+            self.head_end_s[slot] = now_s
             self.unseen.discard(slot)
 
     def _withdraw(self, lease: Lease, now_s: float) -> None:
@@ -358,18 +373,18 @@ class Loads:
             if over > 0:  # slots come free at `slots` per `held_s`
                 extra_s += over * held_s / slots
         capacity = self.capacity_tokens[slot]
-        if capacity:
-            used = (self.held_tokens[slot] + self._foreign_tokens[slot]) / capacity
+        if capacity and self._gauged[slot]:  # prefixes in common are held once: only it can tell
+            used = (self.held_tokens[slot] + self._others_held_tokens[slot]) / capacity
             if used > limits.KV_FULL_SHARE:  # all of the KV comes free within one `held_s`
                 extra_s += (used - limits.KV_FULL_SHARE) * held_s
         self.extra_s[slot] = extra_s
 
-    def _learn(self, slot: int, tokens: int, seconds: float, *, clean: bool) -> None:
+    def _learn(self, slot: int, tokens: int, seconds: float) -> None:
         """Take in that the head of the line took so long for so many tokens."""
         group = self._group[slot]
-        if group is None or seconds < 0.0:
+        if group is None:
             return
-        if clean and tokens <= limits.SMALL_PREFILL_TOKENS:
+        if seconds > 0.0 and tokens <= limits.SMALL_PREFILL_TOKENS:
             beyond_s = seconds - tokens * group.s_per_token
             bounded_s = min(max(0.0, beyond_s), limits.FIRST_TOKEN_OVERHEAD_S_MAX)
             group.overhead_s += limits.LEARN_SHARE * (bounded_s - group.overhead_s)

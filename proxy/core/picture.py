@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from proxy.contract import LoadSample
 from proxy.core import limits
 from proxy.core.fleet import Pool
-from proxy.core.index import Index
+from proxy.core.index import Index, Sighting
 from proxy.core.loads import Lease, Loads
 from proxy.core.prefix import PrefixChain
 from proxy.core.replica import Replica
@@ -186,10 +186,7 @@ class Picture:
 
     def dispatched(self, lease: Lease, chain: PrefixChain, now_s: float) -> None:
         """Whoever decided it: this request is on its way."""
-        sighting = self.index.sighting(lease.slot, chain)
-        if sighting is not None:
-            lease.sighting_octets = sighting.octets
-            lease.sighting_distance = sighting.distance_octets
+        lease.sighting = self.index.sighting(lease.slot, chain)
         self.index.note(lease.slot, chain)
         self.loads.acquire(lease, now_s)
 
@@ -203,9 +200,14 @@ class Picture:
             assert not lease.released, "a lease is released exactly once"
             lease.released = True
             return
-        self.loads.release(lease, now_s, usage.completion_tokens if usage else 0)
-        if usage is not None:
-            self._compare(lease, usage)
+        if usage is None:
+            self.loads.release(lease, now_s)
+            return
+        computed_tokens = 0
+        if usage.cached_tokens is not None:
+            computed_tokens = max(1, usage.prompt_tokens - usage.cached_tokens)
+        self.loads.release(lease, now_s, usage.completion_tokens, computed_tokens)
+        self._compare(lease, usage)
 
     def _current(self, lease: Lease) -> bool:
         """Whether the replica still has the slot that the lease names."""
@@ -220,20 +222,18 @@ class Picture:
         keep = max(0.0, 1.0 - usage.prompt_tokens / limits.RATIO_WINDOW_TOKENS)
         sizes.octets = sizes.octets * keep + lease.prompt_octets
         sizes.tokens = sizes.tokens * keep + usage.prompt_tokens
-        if usage.cached_tokens is not None and lease.sighting_octets:
+        if usage.cached_tokens is not None and lease.sighting is not None:
             cached_octets = int(usage.cached_tokens * lease.prompt_octets / usage.prompt_tokens)
-            self._resize(lease, sizes, cached_octets)
+            self._resize(lease.sighting, sizes, cached_octets)
 
-    def _resize(self, lease: Lease, sizes: _Sizes, cached_octets: int) -> None:
+    def _resize(self, sighting: Sighting, sizes: _Sizes, cached_octets: int) -> None:
         """Move the believed size of the caches towards where an answer says that it is.
 
         Under least recent use, what is there is what was used more recently than the cache is
         large. Something that is there although it was thought too old, or gone although it was
         thought young enough, moves the border part of the way to it; all else teaches nothing.
         """
-        capacity = self._cache_octets(lease.slot)
-        present = 2 * cached_octets >= lease.sighting_octets
-        away = lease.sighting_distance / capacity
+        present, away = 2 * cached_octets >= sighting.octets, sighting.away
         if present and away > 1.0:
             sizes.cache_share *= 1.0 + limits.RESIZE_SHARE * (min(away, 2.0) - 1.0)
         elif not present and limits.RESIZE_YOUNG_SHARE < away < 1.0:

@@ -84,7 +84,7 @@ REASONS: Final = (
 class Prices:
     """What each replica of a pool would cost, in the order of its seats."""
 
-    __slots__ = ("cached_octets", "most_octets", "prices_s", "seats")
+    __slots__ = ("cached_octets", "distinct", "most_octets", "prices_s", "seats", "tokens")
 
     def __init__(self, request: Request, pool: Pool, picture: Picture, now_s: float) -> None:
         seats = self.seats = picture.seats(pool)
@@ -100,12 +100,15 @@ class Prices:
             if bits.bit_count() > common.bit_count():
                 common, common_octets = bits, octets
         self.most_octets = found[0][1] if found else 0
+        # A head that most replicas hold says nothing of where the rest is.
+        self.distinct = bool(found) and 2 * found[0][0].bit_count() <= len(slots)
         self.cached_octets = [common_octets] * len(slots)
         prices_s = self.prices_s = loads.waits_s(slots, now_s)
+        self.tokens = 0
         if not slots:
             return
         per_token = loads.price_per_token
-        tokens = picture.tokens_of(chain.prompt_bytes - common_octets, slots[0])
+        tokens = self.tokens = picture.tokens_of(chain.prompt_bytes - common_octets, slots[0])
         for place in range(len(slots)):
             prices_s[place] += tokens * per_token[slots[place]]
         if rest and rest != common:
@@ -163,12 +166,14 @@ def prefix(request: Request, pool: Pool, picture: Picture, now_s: float) -> Deci
     least_s = min(prices_s, default=_NEVER)
     if least_s == _NEVER:
         return None
-    if not prices.most_octets and request.chain.hashes:
+    if not prices.distinct and request.chain.hashes:
         if request.has_session:
             return _by_ring(request, pool, prices, least_s + limits.SPILL_SLACK_S)
         share = picture.loads.foreign_share(prices.seats.slots)
         if share > limits.FOREIGN_SHARE_MIN:
-            return _by_ring(request, pool, prices, least_s * (1.0 + share) + limits.SPILL_SLACK_S)
+            own_s = prices.tokens * picture.loads.s_per_token[prices.seats.slots[0]]
+            slack_s = limits.SPILL_SLACK_S + limits.RING_WEIGHT * share * own_s
+            return _by_ring(request, pool, prices, least_s + slack_s)
     place = _least_used(prices_s, least_s, prices.seats.slots, picture)
     reason = "new"
     if prices.most_octets:

@@ -180,6 +180,7 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "worker_urls": (["http://a", "http://b"], "http://a  http://b", ("http://a", "http://b")),
     "manager_url": (["http://m"], "http://m", "http://m"),
     "policy": (["power_of_two"], "power_of_two", "least_load"),
+    "session_affinity": (["strict"], "strict", "strict"),
     "api_key": (["{k}%"], "{k}%", "{k}%"),
     "admin_api_key": (["null"], "null", "null"),
     "max_payload_size": (["1"], "1", 1),
