@@ -26,6 +26,8 @@ COUNT_INTERVAL_S = 1.0
 COUNT_TIMEOUT_S = 1.0
 RESTART_PAUSE_FIRST_S = 0.05
 RESTART_PAUSE_MAX_S = 5.0
+EXPLAIN_TIMEOUT_S = 5.0
+EXPLAINED_AT_ONCE_MAX = 4  # each may hold up the worker for some ten milliseconds
 END_TIMEOUT_S = 5.0  # the channel is the last thing that a worker closes
 # A worker that never became ready this many times in a row will not become ready.
 FAILED_STARTS_MAX = 5
@@ -67,6 +69,8 @@ class Places:
         self._fleet: FleetSnapshot | None = None
         self._departed: list[Sample] = []  # what dead workers had counted
         self._restarts = 0
+        self._explanations: dict[int, asyncio.Future[tuple[int, bytes]]] = {}  # asked for
+        self._number = 0  # of the last one
         self._order: control.Drain | None = None  # the last; none is started after one
         self.accepting = True  # whether a worker that is ready takes connections at once
         self.all_ready = asyncio.Event()
@@ -179,6 +183,10 @@ class Places:
                     if sample.name == LAG:
                         place.lag_s_max = max(place.lag_s_max, sample.value)
                 place.counted.set()
+            case control.Explained(number, status, body):
+                answer = self._explanations.get(number)
+                if answer is not None and not answer.done():
+                    answer.set_result((status, body))
             case _:
                 self._on_message(message)
 
@@ -211,6 +219,28 @@ class Places:
         while True:
             await asyncio.sleep(COUNT_INTERVAL_S)
             await self._count()
+
+    # --- explanations ------------------------------------------------------------------------
+
+    async def explain(
+        self, path: bytes, fields: list[tuple[bytes, bytes]], body: bytes
+    ) -> tuple[int, bytes] | None:
+        """Return the status and JSON of a worker's dry run, or None when none says it in time."""
+        ready = [place.channel for place in self._places if place.ready and place.channel]
+        if not ready or len(self._explanations) >= EXPLAINED_AT_ONCE_MAX:
+            return None
+        self._number += 1
+        number = self._number
+        answer: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
+        self._explanations[number] = answer
+        ready[0].send(control.Explain(number, path, fields, body))
+        try:
+            async with asyncio.timeout(EXPLAIN_TIMEOUT_S):
+                return await answer
+        except TimeoutError:
+            return None
+        finally:
+            del self._explanations[number]
 
     # --- the end -----------------------------------------------------------------------------
 

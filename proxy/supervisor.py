@@ -216,6 +216,11 @@ class Supervisor:
         age_s = time.monotonic() - self._fleet_at_s
         return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
 
+    async def explain(
+        self, path: bytes, fields: list[tuple[bytes, bytes]], body: bytes
+    ) -> tuple[int, bytes] | None:
+        return await self._places.explain(path, fields, body)
+
     # --- the configuration changes -----------------------------------------------------------
 
     async def _watch(self) -> None:

@@ -26,6 +26,7 @@ from proxy.io import control
 from proxy.io.access_log import AccessLog
 from proxy.io.clock import Clock
 from proxy.io.entrance import Entrance
+from proxy.io.explain import explain
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
 from proxy.io.tasks import Tasks
@@ -98,28 +99,34 @@ class Worker:
 
     async def _obey(self, plane: Plane, entrance: Entrance) -> None:
         async for message in self._channel:
-            match message:
-                case control.FleetIs(snapshot):
-                    plane.take_snapshot(snapshot)
-                case control.Cleared(replica_id):
-                    plane.clear(replica_id)
-                case control.Accused(replica_id):
-                    plane.accuse(replica_id)
-                case control.Count():
-                    gauges = plane.gauges(len(entrance))
-                    self._channel.send(control.Counted(plane.counters(), gauges))
-                case control.Accept():
-                    await self._accept(plane, entrance)
-                case control.Reconfigure(config):
-                    await self._reconfigure(plane, entrance, config)
-                case control.Drain():
-                    self._drain_order = message
-                    self._drain_asked.set()
-                case _:
-                    _log.error("the supervisor said %s", type(message).__name__)
+            await self._do(plane, entrance, message)
         if not self._drain_asked.is_set():
             _log.warning("the supervisor is gone; draining")
             self._drain_asked.set()
+
+    async def _do(self, plane: Plane, entrance: Entrance, message: control.Message) -> None:
+        match message:
+            case control.FleetIs(snapshot):
+                plane.take_snapshot(snapshot)
+            case control.Cleared(replica_id):
+                plane.clear(replica_id)
+            case control.Accused(replica_id):
+                plane.accuse(replica_id)
+            case control.Count():
+                gauges = plane.gauges(len(entrance))
+                self._channel.send(control.Counted(plane.counters(), gauges))
+            case control.Explain(number, path, fields, body):
+                status, shown = explain(plane, path, fields, body)
+                self._channel.send(control.Explained(number, status, shown))
+            case control.Accept():
+                await self._accept(plane, entrance)
+            case control.Reconfigure(config):
+                await self._reconfigure(plane, entrance, config)
+            case control.Drain():
+                self._drain_order = message
+                self._drain_asked.set()
+            case _:
+                _log.error("the supervisor said %s", type(message).__name__)
 
     async def _accept(self, plane: Plane, entrance: Entrance) -> None:
         """Take connections, or end: others would wait for ever at sockets that nobody serves."""

@@ -133,6 +133,7 @@ class Opening:
                 at_s += queued_s - limits.RUNWAY_S
             elif slot not in loads.unseen:
                 continue
+            at_s = max(at_s, loads.gauge_end_s[slot] - limits.RUNWAY_S)
             if at_s <= now_s:
                 self.now = True
             else:

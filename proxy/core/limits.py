@@ -210,7 +210,6 @@ RESPONSE_ID_SEARCH_BYTES_MAX = 2 * KIB
 # --- explanations ---------------------------------------------------------------------------
 # A worker explains between requests: a body of this size holds them up for some ten milliseconds.
 EXPLAINED_BYTES_MAX = 8 * MIB
-EXPLAIN_TIMEOUT_S = 5.0
 
 # --- telemetry ------------------------------------------------------------------------------
 REQUEST_SERIES_MAX = 256  # (route, model) pairs in metrics; further models count as "other"

@@ -56,11 +56,6 @@ def session_of_head(head: RequestHead) -> bytes | None:
     return best
 
 
-def response_key(response_id: bytes) -> int:
-    """Return what a stored response is known by, which is never 0; or 0 for no id."""
-    return xxh3_64_intdigest(response_id) or 1 if response_id else 0
-
-
 def session_of_body(scanned: Scanned) -> bytes | None:
     """Return the key that the body gives, or None. It counts where the head gives none."""
     key = _key(scanned.prompt_cache_key) or _key(scanned.session_id)

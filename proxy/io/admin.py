@@ -1,4 +1,4 @@
-"""The admin listener: health, metrics, replicas. On its own port, so that load cannot silence it.
+"""The admin listener: health, metrics, replicas, dry runs. On its own port: load cannot silence it.
 
 Counters are summed over workers; what a dead worker had counted stays in the sums, as it last said,
 so that no counter ever falls.
@@ -32,6 +32,17 @@ from proxy.io.telemetry import OVERHEAD_BUCKETS, SECONDS_BUCKETS, Labels, Sample
 
 PREFIX = "doherty_"
 
+# What each worker believes of the same thing: the sum of beliefs is none.
+_LARGEST = frozenset(
+    (
+        "event_loop_lag_seconds",
+        "replica_wait_seconds",
+        "replica_decoding",
+        "replica_prefill_tokens_per_second",
+        "replica_cache_tokens",
+    )
+)
+
 _HELP = {
     "requests": "Requests ended, by route, model, status and outcome",
     "request_duration_seconds": "From the head of a request to the end of its answer",
@@ -46,6 +57,10 @@ _HELP = {
     "replica_requests": "Requests ended, by replica",
     "replica_inflight": "Requests in flight on a replica",
     "replica_queued_tokens": "Prefill tokens sent to a replica whose answer has not begun",
+    "replica_wait_seconds": "Work that waits on a replica, as the proxy believes",
+    "replica_decoding": "Requests past their prefill on a replica, by weight",
+    "replica_prefill_tokens_per_second": "Prefill speed that a replica has shown",
+    "replica_cache_tokens": "KV cache that a replica is believed to have",
     "replica_suspect": "Workers that hold the replica for gone",
     "replica_state": "1 for the state that the fleet gives a replica",
     "connections_accepted": "Client connections accepted",
@@ -57,6 +72,8 @@ _HELP = {
     "tls_handshakes_failed": "TLS handshakes with clients that failed, by reason",
     "answers_without_usage": "Answers of 200 that reported no token counts",
     "request_bodies_bytes": "Request bodies held until their replica begins to answer",
+    "queue_depth": "Requests that wait for a replica",
+    "queue_wait_seconds": "How long requests waited for a replica, of those that had to",
     "leases": "Leases held on replicas; as many as requests that one of them has",
     "access_log_dropped": "Access log lines that found no room",
     "event_loop_lag_seconds": "Longest lateness of the workers' timers since the last reading",
@@ -82,6 +99,11 @@ class Status(Protocol):
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         """Return counters and gauges of all workers, unsummed."""
 
+    async def explain(
+        self, path: bytes, fields: list[tuple[bytes, bytes]], body: bytes
+    ) -> tuple[int, bytes] | None:
+        """Return the status and JSON of a dry run, or None when no worker says it in time."""
+
 
 class _Families(Collector):
     def __init__(self, counters: Iterable[Sample], gauges: Iterable[Sample]) -> None:
@@ -99,12 +121,12 @@ class _Families(Collector):
 
 
 def sum_samples(samples: Iterable[Sample]) -> list[Sample]:
-    """Add up the series of several workers; the lag is the longest, not the sum."""
+    """Add up the series of several workers; of some the largest counts, not the sum."""
     values: dict[tuple[str, Labels], float] = defaultdict(float)
     buckets: dict[tuple[str, Labels], list[int]] = {}
     for sample in samples:
         key = (sample.name, sample.labels)
-        if sample.name == "event_loop_lag_seconds":
+        if sample.name in _LARGEST:
             values[key] = max(values[key], sample.value)
             continue
         values[key] += sample.value
@@ -210,23 +232,42 @@ class _Pages:
         page = replicas_page(self._status.fleet(), self._status.suspects(), gauges)
         return web.Response(body=page, content_type="application/json")
 
+    async def route(self, request: web.Request) -> web.Response:
+        """Say what would be done with the request in the body, and why."""
+        path = request.query.get("path", "/v1/chat/completions").encode("utf-8", "surrogateescape")
+        fields = [(name.lower(), value) for name, value in request.raw_headers]
+        told = [field for field in fields if field[0] not in _ADMINS_OWN]
+        explained = await self._status.explain(path, told, await request.read())
+        if explained is None:
+            return _error(503, "not_explained", "no worker could say it in time")
+        status, body = explained
+        return web.Response(status=status, body=body, content_type="application/json")
+
 
 def make_app(status: Status, api_key: str | None) -> web.Application:
     """Return the admin application. Health is open; the rest wants the key if there is one."""
     pages = _Pages(status, api_key)
-    app = web.Application(middlewares=[pages.guard], client_max_size=limits.MIB)
+    app = web.Application(middlewares=[pages.guard], client_max_size=limits.EXPLAINED_BYTES_MAX)
     for path in _LIVE_PATHS:
         app.router.add_get(path, pages.live)
     for path in _READY_PATHS:
         app.router.add_get(path, pages.ready)
     app.router.add_get("/metrics", pages.metrics)
     app.router.add_get("/replicas", pages.replicas)
+    app.router.add_post("/debug/route", pages.route)
     return app
 
 
 # What load balancers and orchestrators ask for, under all the names that they have for it.
 _LIVE_PATHS = ("/livez", "/live", "/liveness", "/health", "/healthz")
 _READY_PATHS = ("/readyz", "/ready", "/readiness")
+# Fields of a request to be explained that are about the admin's own request.
+_ADMINS_OWN = frozenset(
+    (
+        *(b"authorization", b"connection", b"content-encoding", b"content-length", b"expect"),
+        *(b"host", b"transfer-encoding"),
+    )
+)
 _OPEN_PATHS = frozenset(_LIVE_PATHS + _READY_PATHS)
 
 
@@ -252,6 +293,12 @@ def replicas_page(
                 "suspect": record.replica_id in suspects,
                 "inflight": int(summed.get(("replica_inflight", by), 0)),
                 "queued_tokens": int(summed.get(("replica_queued_tokens", by), 0)),
+                "wait_s": round(summed.get(("replica_wait_seconds", by), 0.0), 6),
+                "decoding": round(summed.get(("replica_decoding", by), 0.0), 3),
+                "prefill_tokens_per_second": round(
+                    summed.get(("replica_prefill_tokens_per_second", by), 0.0), 1
+                ),
+                "cache_tokens": int(summed.get(("replica_cache_tokens", by), 0)),
                 "running": load.running if load else None,
                 "waiting": load.waiting if load else None,
                 "kv_used_ratio": load.kv_used_ratio if load else None,

@@ -35,6 +35,7 @@ class Choice:
         self.picture = Picture(clock.draw)
         self.fleet = fleets.empty_fleet()
         self.policy = POLICIES[config.policy]
+        self.strict = config.session_affinity == "strict"
         self._holds_back = _holds_back(config)
         self._stored = Stored()  # answers that requests may go on from
         self.waiting = Waiting(clock, self.picture, self.choose, self.awaited, self._fault)
@@ -43,6 +44,7 @@ class Choice:
         """Choose as `config` says from now on."""
         self.config = config
         self.policy = POLICIES[config.policy]
+        self.strict = config.session_affinity == "strict"
         self._holds_back = _holds_back(config)
         self.work_done()
 

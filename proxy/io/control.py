@@ -1,9 +1,9 @@
 """What supervisor and worker say to each other, over one socket pair each.
 
-Down: who you are and how that changes, the fleet, a replica that answered its probe, drain, count.
-Up: ready, a replica that failed, counts. Frames of MessagePack behind a four-octet length; both
-ends are ours, of one version. A worker that loses its supervisor drains and ends, so that no port
-is held by an orphan.
+Down: who you are and how that changes, the fleet, a replica that answered its probe, drain, count,
+explain. Up: ready, a replica that failed, counts, explanations. Frames of MessagePack behind a
+four-octet length; both ends are ours, of one version. A worker that loses its supervisor drains and
+ends, so that no port is held by an orphan.
 """
 
 from __future__ import annotations
@@ -71,6 +71,15 @@ class Count(msgspec.Struct, tag=True, frozen=True):
     """Say what you have counted."""
 
 
+class Explain(msgspec.Struct, tag=True, frozen=True):
+    """Say what you would do with this request, and why."""
+
+    number: int
+    path: bytes
+    fields: list[tuple[bytes, bytes]]
+    body: bytes
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """Listening, with a fleet."""
 
@@ -86,13 +95,21 @@ class Doubt(msgspec.Struct, tag=True, frozen=True):
     replica_id: str
 
 
+class Explained(msgspec.Struct, tag=True, frozen=True):
+    """The answer to the `Explain` of this number: a status, and JSON."""
+
+    number: int
+    status: int
+    body: bytes
+
+
 class Counted(msgspec.Struct, tag=True, frozen=True):
     counters: list[Sample]
     gauges: list[Sample]
 
 
-Down = Start | Accept | Reconfigure | FleetIs | Cleared | Accused | Drain | Count
-Message = Down | Ready | Suspect | Doubt | Counted
+Down = Start | Accept | Reconfigure | FleetIs | Cleared | Accused | Drain | Count | Explain
+Message = Down | Ready | Suspect | Doubt | Counted | Explained
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 

@@ -90,7 +90,7 @@ class Exchange(Ending):
             if self._route.local:
                 self._answer_locally()
                 return
-            asked = read_body(self._route, self._preamble, body)
+            asked = read_body(self._route, self._preamble, body, strict=self._plane.strict)
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, lookup=lookup)

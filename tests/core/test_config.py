@@ -187,6 +187,8 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "max_concurrent_requests": (["1"], "1", 1),
     "connect_timeout_secs": (["0.5"], "0.5", 0.5),
     "request_timeout_secs": (["1"], "1", 1.0),
+    "queue_size": (["0"], "0", 0),
+    "queue_timeout_secs": (["5"], "5", 5.0),
     "retry_max_retries": (["0"], "0", 0),
     "disable_retries": ([], "true", True),
     "health_check_endpoint": (["/"], "/", "/"),

@@ -1,0 +1,84 @@
+"""A dry run of one request: what this worker would do with it now, and why. Nothing is changed.
+
+It goes through the same calls as a request that comes in, so that it says what would happen; only a
+policy that draws lots may draw otherwise the next time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import orjson
+
+from proxy import errors
+from proxy.core.asked import read_body
+from proxy.core.explanation import candidates, chain_shown
+from proxy.core.http1 import Field
+from proxy.core.policy import Decision, Request, terms
+from proxy.core.preamble import Preamble, read_preamble
+from proxy.core.routes import find_route
+from proxy.io.plane import Plane
+
+
+def explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) -> tuple[int, bytes]:
+    """Return a status and JSON: the explanation, or the error that the client would read."""
+    try:
+        return 200, orjson.dumps(_explain(plane, path, fields, body), option=orjson.OPT_INDENT_2)
+    except errors.ProxyError as error:
+        return error.status, error.body(errors.dialect_of(path))
+
+
+def _explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) -> dict[str, object]:
+    lines = [b"%b: %b" % field for field in ((b"host", b"explained"), *fields)]
+    preamble = read_preamble(b"\r\n".join((b"POST %b HTTP/1.1" % path, *lines)))
+    route = preamble.route or find_route(preamble.method, preamble.path)
+    if route.local:
+        raise errors.InvalidRequestError("the proxy answers this path itself")
+    plane.judge_length(len(body))
+    asked = read_body(route, preamble, body, strict=plane.strict)
+    request, picture = asked.request, plane.picture
+    pool = plane.find_pool(asked.model, lookup=route.lookup)
+    now_s, turn = plane.clock.now_s(), picture.turn
+    decision = plane.choose(request, pool, picture, now_s)
+    picture.turn = turn  # it is still the next one's
+    held = plane.holds(decision, request, asked.model, lookup=route.lookup, now_s=now_s)
+    shown: dict[str, object] = {
+        "path": preamble.path_text,
+        "route": route.name,
+        "model": asked.model,
+        "stream": asked.stream,
+        "policy": plane.config.policy,
+        "session": _session(request, preamble),
+        "continues_response": bool(request.response_key),
+        "chain": chain_shown(request),
+        "decision": None,
+        "held": held,
+        "waiting": plane.waiting.count,
+    }
+    if decision is not None:
+        shown["decision"] = _decision(decision, request, plane, now_s)
+    elif not held:
+        shown["error"] = orjson.Fragment(plane.nobody(pool, (), "").body())
+    shown["candidates"] = candidates(request, pool, picture, now_s)
+    return shown
+
+
+def _session(request: Request, preamble: Preamble) -> dict[str, object] | None:
+    """Return where its key comes from; the key itself is the client's secret."""
+    if not request.has_session:
+        return None
+    given_by = "header" if preamble.session_key is not None else "body"
+    return {"given_by": given_by, "pinned": request.pinned}
+
+
+def _decision(
+    decision: Decision, request: Request, plane: Plane, now_s: float
+) -> dict[str, object]:
+    octets, picture = request.chain.prompt_bytes, plane.picture
+    return {
+        "replica": decision.replica.name,
+        "reason": decision.reason,
+        "prompt_tokens": picture.tokens_of(octets, decision.slot),
+        "cached_octets": decision.cached_octets,
+        **terms(decision, request, picture, now_s).as_dict(),
+    }
