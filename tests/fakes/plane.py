@@ -301,8 +301,12 @@ def queued_tokens(plane: Plane, replica_id: str) -> int:
 
 
 def assert_nothing_held(plane: Plane) -> None:
-    """Every lease is back and every exchange is over."""
+    """Every lease is back, every exchange is over, and nobody waits."""
     assert plane.exchanges_open == 0
+    assert plane.waiting.count == 0
+    assert plane.waiting._holdings == {}
+    assert plane.waiting._timer is None
+    assert plane.bodies_bytes == 0
     assert plane.leases_open == 0
     for replica_id in plane.fleet.replicas:
         assert inflight(plane, replica_id) == 0

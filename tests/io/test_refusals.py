@@ -235,10 +235,9 @@ async def test_requests_beyond_the_limit_are_429_and_health_is_not(make_bench: M
     assert first.answer().status == 200
 
 
-async def test_replicas_that_are_full_are_429(make_bench: MakeBench) -> None:
-
+async def test_replicas_that_are_full_are_429_where_nobody_waits(make_bench: MakeBench) -> None:
     full = ReplicaRecord(replica_id="a", url="http://127.0.0.1:1", models=("m",), max_inputs=1)
-    bench = make_bench((full,))
+    bench = make_bench((full,), queue_size=0)
     first, second = bench.client(), bench.client()
     first.send(chat_request())
     engine = await bench.engine()
