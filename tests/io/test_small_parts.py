@@ -70,6 +70,8 @@ MESSAGES: list[control.Message] = [
     control.Cleared("a"),
     control.Drain(1.5),
     control.Count(),
+    control.Explain(3, b"/v1/x", [(b"a", b"\xff")], b"{}"),
+    control.Explained(3, 400, b"{}"),
     control.Ready(),
     control.Suspect("a", "refused"),
     control.Counted([Sample("x", (("k", "v"),), 1.0, (1, 2))], [Sample("y", (), 2.0)]),
@@ -258,6 +260,12 @@ def test_models_as_labels_are_bounded() -> None:
     samples = [s for s in telemetry.samples() if s.name == "requests_total"]
     assert len(samples) <= limits.REQUEST_SERIES_MAX + 1
     assert sum(sample.value for sample in samples) == 10_000
+
+
+def test_what_each_worker_believes_is_not_summed() -> None:
+    name, by = "replica_prefill_tokens_per_second", (("replica", "a"),)
+    samples = [Sample(name, by, 20_000.0), Sample(name, by, 30_000.0)]
+    assert sum_samples(samples) == [Sample(name, by, 30_000.0)]
 
 
 def test_the_lag_is_the_longest_and_not_the_sum() -> None:
