@@ -201,9 +201,9 @@ HELD_TIMER_S_MIN = 0.001
 DRAIN_HALF_LIFE_S = 10.0
 
 # --- stored responses -----------------------------------------------------------------------
-# Answers whose replica is remembered, since only that one can go on from them: an hour at ten a
+# Answers whose replica is remembered, since only that one can go on from them: two hours at ten a
 # second, some 150 octets each. Engines keep them in memory, too, and lose them with the process.
-RESPONSES_REMEMBERED_MAX = 1 << 15
+RESPONSES_MAX = 1 << 16
 # Where in an answer its id is looked for. It is in the first event, or the first field.
 RESPONSE_ID_SEARCH_BYTES_MAX = 2 * KIB
 

@@ -16,7 +16,7 @@ from proxy.core import fleet as fleets
 from proxy.core.holding import is_open
 from proxy.core.picture import Picture, Seats
 from proxy.core.policy import POLICIES, Decision, Request
-from proxy.core.stored import Stored
+from proxy.core.responses import Responses
 from proxy.errors import QueueFullError
 from proxy.io.clock import Clock
 from proxy.io.telemetry import Telemetry
@@ -37,7 +37,7 @@ class Choice:
         self.policy = POLICIES[config.policy]
         self.strict = config.session_affinity == "strict"
         self._holds_back = _holds_back(config)
-        self._stored = Stored()  # answers that requests may go on from
+        self.responses = Responses()  # answers that requests may go on from
         self.waiting = Waiting(clock, self.picture, self.choose, self.awaited, self._fault)
 
     def follow(self, config: ProxyConfig) -> None:
@@ -56,15 +56,16 @@ class Choice:
         None: nobody may take it now. It is a `Policy` itself, for those that wait.
         """
         if request.response_key:
+            name = self.responses.place_of(request.response_key)
             seats = picture.seats(pool)
-            place = self._stored.place_of(request.response_key, seats, picture.slots)
-            if place >= 0 and seats.replicas[place].name not in request.tried:
+            place = seats.places.get(picture.slots.get(name, -1), -1) if name is not None else -1
+            if place >= 0 and name not in request.tried:
                 return _to_keeper(seats, place, request, picture)
         return self.policy(request, pool, picture, now_s)
 
     def remember_response(self, key: int, replica_name: str) -> None:
         """A replica keeps the answer of this key (see `core.session.response_key`)."""
-        self._stored.remember(key, replica_name)
+        self.responses.stored(key, replica_name)
 
     def holds(
         self, decision: Decision | None, request: Request, model: str, *, lookup: bool, now_s: float

@@ -27,10 +27,10 @@ from proxy.core.chunked import ChunkedDecoder, decode_followed
 from proxy.core.http1 import ResponseHead
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
+from proxy.core.response_id import find_id
 from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import PromptKind, find_route
 from proxy.core.session import response_key
-from proxy.core.stored import find_id
 from proxy.io.endings import Client, Ending
 from proxy.io.engine_answer import EngineAnswer, keep_error, told_head
 from proxy.io.plane import Plane

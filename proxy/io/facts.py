@@ -165,7 +165,7 @@ class Facts:
                 outcome=outcome,
                 model=self._model,
                 stream=self._stream,
-                replica=decision.replica.replica_id if decision else None,
+                replica=decision.replica.name if decision else None,
                 decision=decision.reason if decision else None,
                 attempts=self._attempts,
                 prompt_tokens_estimated=self._tokens(self._request.chain.prompt_bytes),

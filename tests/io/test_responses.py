@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from proxy.contract import ReplicaRecord
 from proxy.core import limits
-from proxy.core.picture import Picture, Seats
+from proxy.core.response_id import find_id
+from proxy.core.responses import Responses
 from proxy.core.session import response_key
-from proxy.core.stored import Stored, find_id
-from tests.core.builders import pool, replica
 from tests.fakes.plane import (
     LAST_CHUNK,
     STREAM_HEAD,
@@ -152,7 +149,7 @@ async def test_the_search_for_an_id_is_bounded(bench: Bench) -> None:
     assert exchange._beginning is None
     streamed_on = chunk(CREATED) + LAST_CHUNK
     engine.send(streamed_on)
-    assert len(bench.plane._stored) == 0
+    assert not list(bench.plane.responses.dump())
 
 
 async def test_other_answers_are_not_searched(bench: Bench) -> None:
@@ -160,35 +157,16 @@ async def test_other_answers_are_not_searched(bench: Bench) -> None:
     engine.send(answer(PLAIN))
     _, engine = await bench.begun(turn())
     engine.send(answer(PLAIN, status=400))
-    assert len(bench.plane._stored) == 0
+    assert not list(bench.plane.responses.dump())
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 12), st.sampled_from("ab")), max_size=60))
-def test_what_was_longest_of_no_use_is_forgotten(
-    steps: list[tuple[bool, int, str]],
-) -> None:
-    picture = Picture()
-    known = pool([replica("a"), replica("b")])
-    picture.know(known.replicas.values())
-    seats = Seats(known, picture.slots)
-    stored, model = Stored(), dict[int, str]()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(limits, "RESPONSES_REMEMBERED_MAX", 5)
-        for write, key, name in steps:
-            if write:
-                stored.remember(key, name)
-                model.pop(key, None)
-                model[key] = name
-                while len(model) > 5:
-                    del model[next(iter(model))]
-            else:
-                place = stored.place_of(key, seats, picture.slots)
-                due = model.pop(key, None)
-                assert (place >= 0) is (due is not None)
-                if due is not None:
-                    assert seats.replicas[place].name == due
-                    model[key] = due
-    assert len(stored) == len(model)
+def test_the_answers_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "RESPONSES_MAX", 3)
+    responses = Responses()
+    for key in (1, 2, 3, 1, 4):  # one that is named again is the youngest again
+        responses.stored(key, f"r{key}")
+    assert list(responses.dump()) == [(3, "r3"), (1, "r1"), (4, "r4")]
+    assert responses.place_of(2) is None
 
 
 def test_no_id_has_no_key() -> None:
