@@ -103,6 +103,8 @@ MODEL_BYTES_MAX = 256
 SESSION_KEY_BYTES_MAX = 255
 # Ring points per replica. The share of the fullest of n replicas is about 1 + 2.5/sqrt(points).
 VIRTUAL_NODES = 160
+# Of a replica of the largest weight. A ring of n of them takes n milliseconds to build.
+VIRTUAL_NODES_MAX = 1600
 # How far into the first user message, or into a prompt without messages, a conversation is named.
 # 4 KiB is about a thousand tokens: past the usual shared head, before turns begin to differ.
 OPENER_BYTES_MAX = 4 * KIB

@@ -77,7 +77,7 @@ class Picture:
         for name, replica in present.items():
             if name not in self.slots:
                 self._settle_in(replica)
-            elif self._restarts[name] != replica.restarts:
+            elif self._restarts[name] != replica.restarts or replica.asleep:
                 self.index.clear(self.slots[name])
             self._restarts[name] = replica.restarts
             slot = self.slots[name]

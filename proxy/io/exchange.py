@@ -178,7 +178,7 @@ class Exchange(Facts):
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
         plane.suspect(replica_id, reason)
-        self._request.tried.add(replica_id)
+        self._request.tried.update(plane.fleet.names_of(replica_id))
         self._release()
         if not may_retry(self._progress, self._attempts, plane.retries_max):
             self.fail(errors.ReplicaUnreachableError(f"replica {replica_id}: {reason}"))
@@ -242,7 +242,7 @@ class Exchange(Facts):
 
     def _ask_next(self, replica_id: str) -> bool:
         """A stored response lives on one replica: ask the others before believing a 404."""
-        self._request.tried.add(replica_id)
+        self._request.tried.update(self._plane.fleet.names_of(replica_id))
         decision = self._choose()
         if decision is None or self._upstream is None:
             return False

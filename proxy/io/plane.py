@@ -107,15 +107,16 @@ class Plane:
         self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot))
         self.fleet_known = True
         self.picture.know(self.fleet.replicas.values(), self.clock.now_s())
-        present = frozenset(self.fleet.replicas)
-        for gone in before.keys() - present:
+        servers = self.fleet.servers
+        present = frozenset(servers)
+        for gone in {r.replica_id for r in before.values()} - present:
             self._server_errors.pop(gone, None)
             self._doubted_s.pop(gone, None)
         # A connection to the address that a replica had before is one to somebody else.
         moved = {
-            k
-            for k, r in before.items()
-            if k in present and not _same_place(r, self.fleet.replicas[k])
+            r.replica_id
+            for r in before.values()
+            if r.replica_id in present and not _same_place(r, servers[r.replica_id])
         }
         self.upstreams.retain(present - moved)
         self.telemetry.retain_replicas(present)
@@ -287,7 +288,7 @@ class Plane:
 
     def no_replica_reason(self) -> str:
         """Say why nobody can take a request, in words that tell an operator what to do."""
-        replicas = self.fleet.replicas.values()
+        replicas = self.fleet.servers.values()
         if not replicas:
             if self.fleet_known:
                 return "the replica list is empty; start replicas or pass --worker-urls"
@@ -295,6 +296,8 @@ class Plane:
         states: dict[str, int] = {}
         for replica in replicas:
             word = "unreachable" if replica.suspect else str(replica.state)
+            if replica.state is ReplicaState.READY and replica.asleep:
+                word = "asleep"
             states[word] = states.get(word, 0) + 1
         shown = ", ".join(f"{count} {word}" for word, count in sorted(states.items()))
         return f"no replica can take the request now: {shown}"
@@ -320,15 +323,24 @@ class Plane:
             Sample("prefix_index_entries", (), self.picture.index.entries()),
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
         ]
-        for replica_id in self.fleet.replicas:
-            loads, slot = self.picture.loads, self.picture.slots[replica_id]
+        for replica_id, server in self.fleet.servers.items():
+            inflight, queued_tokens = self._load_of(replica_id)
             by = (("replica", replica_id),)
             out += (
-                Sample("replica_inflight", by, loads.inflight[slot]),
-                Sample("replica_queued_tokens", by, loads.queued_tokens(slot)),
-                Sample("replica_suspect", by, float(self.fleet.replicas[replica_id].suspect)),
+                Sample("replica_inflight", by, inflight),
+                Sample("replica_queued_tokens", by, queued_tokens),
+                Sample("replica_suspect", by, float(server.suspect)),
             )
         return out
+
+    def _load_of(self, replica_id: str) -> tuple[int, int]:
+        """Return the requests and queued tokens of a server, in all of its ranks."""
+        loads, names = self.picture.loads, self.fleet.names_of(replica_id)
+        slots = [self.picture.slots[name] for name in names]
+        return (
+            sum([loads.inflight[slot] for slot in slots]),
+            sum([loads.queued_tokens(slot) for slot in slots]),
+        )
 
 
 def _digest(key: str | None) -> bytes:
