@@ -120,6 +120,6 @@ def _least_prefill_s(held: Held, picture: Picture) -> float:
     if not seats.slots:
         return 0.0
     found = picture.index.match(held.request.chain, seats.bits)
-    most_octets = found[0][1] if found else 0
+    most_octets = held.request.chain.ends[found[0][1]] if found else 0
     tokens = picture.tokens_of(held.request.chain.prompt_bytes - most_octets, seats.slots[0])
     return tokens * min([picture.loads.s_per_token[slot] for slot in seats.slots])

@@ -171,11 +171,21 @@ RECOMPUTE_WEIGHT = 2.0
 # A second of prefill holds up each decoding stream by a second. Who reads a stream minds that less
 # than who waits for its first word: a fiftieth lowers the median time per token by a seventh on
 # recorded traces at no cost in first tokens; a tenth costs them 5 % at the 99th percentile.
-STALL_WEIGHT = 0.02
-# KV space beyond which a newcomer would soon preempt somebody.
-KV_FULL_SHARE = 0.9
+STALL_WEIGHT = 0.005
+# KV space beyond which a newcomer waits for somebody to end, or has somebody preempted; and below
+# which nobody looks whether it would fit.
+KV_FULL_SHARE = 0.95
+KV_TIGHT_SHARE = 0.4
+# A prefix is everybody's when one request in twenty begins with it and no longer one is known; the
+# counters find what one in 256 begins with, and forget by half after so many requests.
+HOT_SHARE = 0.05
+HOT_COUNT_MIN = 8
+HOT_COUNTERS_MAX = 256
+HOT_WINDOW_MAX = 16_384
 # Computed on different ways, equal prices differ by rounding.
 SAME_PRICE_S = 1e-6
+# Nor is a difference of less than this worth an unequal use of the caches.
+SAME_PRICE_BAND = 1.03
 # Prices this close are the same price, and the earliest on the ring's walk wins, where the ring is
 # asked at all. Below it a person notices no difference (Miller 1968; Nielsen 1993: 0.1 s is felt
 # as at once).

@@ -176,6 +176,7 @@ class Plane:
             now_s=self.clock.now_s(),
             streamed=request.stream,
             weight=request.weight,
+            known=decision.known,
         )
 
     def release(self, lease: Lease, usage: Usage | None, first_octet_s: float) -> None:
