@@ -90,7 +90,7 @@ class Holding:
             decision = policy(held.request, pool, picture, now_s) if pool is not None else None
             if decision is None:
                 kept.append(entry)
-            elif is_open(decision, picture, now_s):
+            elif is_open(decision, held.request, picture, now_s):
                 held.gone = True
                 self._count -= 1
                 found = held, decision
@@ -107,9 +107,14 @@ class Holding:
         return found
 
 
-def is_open(decision: Decision, picture: Picture, now_s: float) -> bool:
-    """Whether the replica will soon have nothing to do, so that sending it more is right."""
-    return picture.loads.wait_s(decision.slot, now_s) <= limits.RUNWAY_S
+def is_open(decision: Decision, request: Request, picture: Picture, now_s: float) -> bool:
+    """Whether the replica can soon begin this, so that sending it there is right."""
+    loads, slot = picture.loads, decision.slot
+    wait_s = loads.wait_s(slot, now_s) + loads.extra_s[slot]
+    if slot in loads.tight:
+        tokens = picture.tokens_of(request.chain.prompt_bytes, slot)
+        wait_s += loads.shortage_s(slot, tokens)
+    return wait_s <= limits.RUNWAY_S
 
 
 def _least_prefill_s(held: Held, picture: Picture) -> float:

@@ -319,7 +319,8 @@ class Loads:
         """
         self.settle(slot, now_s)
         self._foreign[slot] = max(0, requests - self.inflight[slot])
-        self._others_held_tokens[slot] = held_tokens - self.held_tokens[slot]
+        queued_tokens = sum([lease.prompt_tokens for lease in self.line[slot]])  # hold nothing yet
+        self._others_held_tokens[slot] = held_tokens - (self.held_tokens[slot] - queued_tokens)
         self._gauged[slot] = True
         self.gauge_end_s[slot] = 0.0
         if self._foreign[slot]:
@@ -396,7 +397,9 @@ class Loads:
         self.tight.discard(slot)
 
     def shortage_s(self, slot: int, prompt_tokens: int) -> float:
-        """Return how long a prompt waits for KV space: all that is held comes free in time."""
+        """Return how long a prompt waits for KV space: a whole cache of it comes free in a request's
+        time.
+        """
         short = prompt_tokens - self.free_tokens[slot]
         if slot not in self.tight or short <= 0:
             return 0.0
