@@ -110,6 +110,8 @@ class Holding:
 def is_open(decision: Decision, request: Request, picture: Picture, now_s: float) -> bool:
     """Whether the replica can soon begin this, so that sending it there is right."""
     loads, slot = picture.loads, decision.slot
+    if not loads.inflight[slot]:  # whatever is wrong there, waiting for nobody will not mend it
+        return True
     wait_s = loads.wait_s(slot, now_s) + loads.extra_s[slot]
     if slot in loads.tight:
         tokens = picture.tokens_of(request.chain.prompt_bytes, slot)

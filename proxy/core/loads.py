@@ -403,10 +403,7 @@ class Loads:
         short = prompt_tokens - self.free_tokens[slot]
         if slot not in self.tight or short <= 0:
             return 0.0
-        used = max(
-            1, int(self.capacity_tokens[slot] * limits.KV_FULL_SHARE) - self.free_tokens[slot]
-        )
-        return min(1.0, short / used) * self.request_s[slot]
+        return short / self.capacity_tokens[slot] * self.request_s[slot]
 
     def _learn(self, slot: int, tokens: int, seconds: float) -> None:
         """Take in that the head of the line took so long for so many tokens."""
