@@ -28,7 +28,7 @@ FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sour
 # What a request passes through. The rest runs when somebody asks, or once.
 _CORE: Final = """asked chunked cost engine_errors fleet head head_memory holding http1 idle index
 limits loads multipart picture pieces policy preamble prefix replica response_id responses retry
-ring routes session sse usage"""
+ring routes session sketch sse usage"""
 _IO: Final = (
     "access_log choice clock endings engine_answer exchange facts plane server telemetry upstream "
     "upstreams waiting"

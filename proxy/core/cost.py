@@ -20,7 +20,7 @@ class Terms:
 
     __slots__ = (
         "adapter_s", "cached_tokens", "extra_s", "prefill_s", "price_s", "recompute_s",
-        "stall_s", "uncached_tokens", "wait_s",
+        "shortage_s", "stall_s", "uncached_tokens", "wait_s",
     )  # fmt: skip
 
     def __init__(
@@ -41,10 +41,11 @@ class Terms:
         self.recompute_s = self.prefill_s * limits.RECOMPUTE_WEIGHT
         self.stall_s = self.prefill_s * limits.STALL_WEIGHT * loads.decoding[slot]
         self.extra_s = loads.extra_s[slot]
+        self.shortage_s = loads.shortage_s(slot, cached_tokens + uncached_tokens)
         self.adapter_s = adapter_s
         self.price_s = (
             self.wait_s + self.prefill_s + self.recompute_s + self.stall_s + self.extra_s
-            + adapter_s
+            + self.shortage_s + adapter_s
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, float]:
@@ -56,6 +57,7 @@ class Terms:
             "recompute_s": round(self.recompute_s, 6),
             "stall_s": round(self.stall_s, 6),
             "extra_s": round(self.extra_s, 6),
+            "shortage_s": round(self.shortage_s, 6),
             "adapter_s": round(self.adapter_s, 6),
             "cached_tokens": self.cached_tokens,
             "uncached_tokens": self.uncached_tokens,

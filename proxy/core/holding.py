@@ -91,7 +91,7 @@ class Holding:
             decision = policy(held.request, pool, picture, now_s) if pool is not None else None
             if decision is None:
                 kept.append(entry)
-            elif is_open(decision, picture, now_s):
+            elif is_open(decision, held.request, picture, now_s):
                 held.gone = True
                 self._count -= 1
                 found = held, decision
@@ -108,36 +108,56 @@ class Holding:
         return found
 
 
-def is_open(decision: Decision, picture: Picture, now_s: float) -> bool:
-    """Whether the replica will soon have nothing to do, so that sending it more is right."""
-    return picture.loads.wait_s(decision.slot, now_s) <= limits.RUNWAY_S
+def is_open(decision: Decision, request: Request, picture: Picture, now_s: float) -> bool:
+    """Whether the replica can soon begin this, so that sending it there is right."""
+    loads, slot = picture.loads, decision.slot
+    if not loads.inflight[slot]:  # whatever is wrong there, waiting for nobody will not mend it
+        return True
+    wait_s = loads.wait_s(slot, now_s) + loads.extra_s[slot]
+    if slot in loads.tight:
+        tokens = picture.tokens_of(request.chain.prompt_bytes, slot)
+        wait_s += loads.shortage_s(slot, tokens)
+    return wait_s <= limits.RUNWAY_S
 
 
 class Opening:
-    """Whether a replica of a pool is open now, and when the next one should be, by time alone."""
+    """Whether a replica of a pool is open now to some request, and when time alone will open one.
+
+    `next_s` is never where a first octet, an end or news of the fleet has to come before.
+    """
 
     __slots__ = ("next_s", "now")
 
     def __init__(self, pool: Pool, picture: Picture, now_s: float) -> None:
         self.now = False
-        self.next_s = _NEVER  # then a first octet, an end or news of the fleet has to come
+        self.next_s = _NEVER
         loads = picture.loads
         for slot in picture.seats(pool).slots:
-            most = loads.inflight_max[slot]
-            if most and loads.inflight[slot] >= most:
+            most, inflight = loads.inflight_max[slot], loads.inflight[slot]
+            if most and inflight >= most:
                 continue
             loads.settle(slot, now_s)
-            queued_s = loads.pending_tokens[slot] * loads.s_per_token[slot]
-            at_s = loads.head_end_s[slot]
-            if queued_s <= limits.RUNWAY_S:
-                at_s += queued_s - limits.RUNWAY_S
-            elif slot not in loads.unseen:
-                continue
-            at_s = max(at_s, loads.gauge_end_s[slot] - limits.RUNWAY_S)
-            if at_s <= now_s:
+            if not inflight or loads.wait_s(slot, now_s) + loads.extra_s[slot] <= limits.RUNWAY_S:
                 self.now = True
-            else:
-                self.next_s = min(self.next_s, at_s)
+                continue
+            opens_s = _opens_s(slot, picture, now_s)
+            if opens_s > now_s:
+                self.next_s = min(self.next_s, opens_s)
+
+
+def _opens_s(slot: int, picture: Picture, now_s: float) -> float:
+    """Return when a replica that is busy will be open if all goes as it should."""
+    loads = picture.loads
+    extra_s, end_s = loads.extra_s[slot], loads.head_end_s[slot]
+    behind_s = loads.pending_tokens[slot] * loads.s_per_token[slot] + extra_s
+    opens_s = loads.gauge_end_s[slot] + extra_s - limits.RUNWAY_S
+    if end_s <= 0.0:
+        return opens_s
+    if end_s > now_s and behind_s <= limits.RUNWAY_S:
+        return max(opens_s, end_s + behind_s - limits.RUNWAY_S)
+    if slot in loads.unseen:
+        return max(opens_s, end_s)  # the next one is the head then
+    return _NEVER
 
 
 def _least_prefill_s(held: Held, picture: Picture) -> float:
@@ -148,6 +168,6 @@ def _least_prefill_s(held: Held, picture: Picture) -> float:
     if not seats.slots:
         return 0.0
     found = picture.index.match(held.request.chain, seats.bits)
-    most_octets = found[0][1] if found else 0
+    most_octets = held.request.chain.ends[found[0][1]] if found else 0
     tokens = picture.tokens_of(held.request.chain.prompt_bytes - most_octets, seats.slots[0])
     return tokens * min([picture.loads.s_per_token[slot] for slot in seats.slots])

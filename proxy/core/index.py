@@ -111,7 +111,7 @@ class Index:
     # --- reading -----------------------------------------------------------------------------
 
     def match(self, chain: PrefixChain, among: int) -> list[tuple[int, int]]:
-        """Return who of the slots `among` (as bits) holds how many octets of a prompt.
+        """Return who of the slots `among` (as bits) holds a prompt up to which of its points.
 
         The sets are disjoint, longest prefix first; who is in none holds nothing of it.
         """
@@ -121,7 +121,7 @@ class Index:
         for depth in range(len(hashes) - 1, -1, -1):
             bits = holders.get(hashes[depth], 0) & left
             if bits:
-                found.append((bits, chain.ends[depth]))
+                found.append((bits, depth))
                 left ^= bits
                 if not left:
                     break

@@ -18,9 +18,12 @@ One writer. Lists by slot and not objects, because a decision reads a few figure
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
 from proxy.core import limits
 from proxy.core.index import Sighting
+
+_NEVER_ZERO_S: Final = 1e-9
 
 
 class Lease:
@@ -83,10 +86,12 @@ class Loads:
         self.inflight_max: list[int] = [0] * size  # 0: no limit
         self.dispatched_tokens: list[int] = [0] * size  # ever: it evens out the use of caches
         self.pending_tokens: list[int] = [0] * size  # behind the head of the line
-        self.head_end_s: list[float] = [0.0] * size  # when the head should be done
+        self.head_end_s: list[float] = [0.0] * size  # when the head should be done; 0: no head
         self.s_per_token: list[float] = [0.0] * size
         self.price_per_token: list[float] = [0.0] * size  # of a newcomer's own uncached tokens
-        self.extra_s: list[float] = [0.0] * size  # waiting for a slot or for KV space
+        self.extra_s: list[float] = [0.0] * size  # waiting for a slot
+        self.free_tokens: list[int] = [0] * size  # of KV, by the engine's gauge and what came since
+        self.tight: set[int] = set()  # slots where a prompt might not fit
         self.decoding: list[float] = [0.0] * size  # requests past their prefill, by weight
         self.s_per_output_token: list[float] = [0.0] * size  # learned; 0: not yet
         self.held_tokens: list[int] = [0] * size  # KV of requests under way: prompts
@@ -155,6 +160,7 @@ class Loads:
         self._leave_group(slot)
         self.line[slot] = deque()
         self.unseen.discard(slot)
+        self.tight.discard(slot)
 
     def _leave_group(self, slot: int) -> None:
         group = self._group[slot]
@@ -167,8 +173,8 @@ class Loads:
     def _grow(self) -> None:
         for ints in (
             self.inflight, self.inflight_max, self.dispatched_tokens, self.pending_tokens,
-            self.held_tokens, self.capacity_tokens, self.running_max, self._foreign,
-            self._others_held_tokens,
+            self.held_tokens, self.capacity_tokens, self.running_max, self.free_tokens,
+            self._foreign, self._others_held_tokens,
         ):  # fmt: skip
             ints.append(0)
         for floats in (
@@ -267,8 +273,10 @@ class Loads:
     def wait_s(self, slot: int, now_s: float) -> float:
         """Return the seconds of work before a newcomer's."""
         queued_s = self.pending_tokens[slot] * self.s_per_token[slot]
-        ours_s = queued_s + max(0.0, self.head_end_s[slot] - now_s)
-        return max(ours_s, self.gauge_end_s[slot] - now_s)
+        end_s = self.head_end_s[slot]
+        if end_s > 0.0:  # the longer it is late, the longer it will be
+            queued_s += abs(end_s - now_s)
+        return max(queued_s, self.gauge_end_s[slot] - now_s)
 
     def waits_s(self, slots: list[int], now_s: float) -> list[float]:
         """Return `wait_s` of many slots, and what else they would have a newcomer wait for."""
@@ -283,6 +291,8 @@ class Loads:
             end_s = ends[slot]
             if end_s > now_s:
                 wait_s += end_s - now_s
+            elif end_s > 0.0:
+                wait_s += now_s - end_s
             end_s = gauges[slot]
             if end_s > now_s and end_s - now_s > wait_s:
                 wait_s = end_s - now_s
@@ -309,7 +319,8 @@ class Loads:
         """
         self.settle(slot, now_s)
         self._foreign[slot] = max(0, requests - self.inflight[slot])
-        self._others_held_tokens[slot] = held_tokens - self.held_tokens[slot]
+        queued_tokens = sum([lease.prompt_tokens for lease in self.line[slot]])  # hold nothing yet
+        self._others_held_tokens[slot] = held_tokens - (self.held_tokens[slot] - queued_tokens)
         self._gauged[slot] = True
         self.gauge_end_s[slot] = 0.0
         if self._foreign[slot]:
@@ -320,8 +331,11 @@ class Loads:
 
     def _begin(self, slot: int, start_s: float) -> None:
         head = self.line[slot][0]
+        group = self._group[slot]
+        overhead_s = group.overhead_s if group is not None else 0.0
+        prefill_s = head.prefill_tokens * self.s_per_token[slot]
         self._head_start_s[slot] = start_s
-        self.head_end_s[slot] = start_s + head.prefill_tokens * self.s_per_token[slot]
+        self.head_end_s[slot] = max(start_s + overhead_s + prefill_s, _NEVER_ZERO_S)
         if head.streamed:
             self.unseen.discard(slot)
         else:
@@ -343,7 +357,7 @@ class Loads:
         if self.line[slot]:
             self._begin(slot, now_s)
         else:
-            self.head_end_s[slot] = now_s
+            self.head_end_s[slot] = 0.0
             self.unseen.discard(slot)
 
     def _withdraw(self, lease: Lease, now_s: float) -> None:
@@ -372,12 +386,24 @@ class Loads:
             over = self.inflight[slot] + self._foreign[slot] + 1 - slots
             if over > 0:  # slots come free at `slots` per `held_s`
                 extra_s += over * held_s / slots
+        self.extra_s[slot] = extra_s
         capacity = self.capacity_tokens[slot]
         if capacity and self._gauged[slot]:  # prefixes in common are held once: only it can tell
-            used = (self.held_tokens[slot] + self._others_held_tokens[slot]) / capacity
-            if used > limits.KV_FULL_SHARE:  # all of the KV comes free within one `held_s`
-                extra_s += (used - limits.KV_FULL_SHARE) * held_s
-        self.extra_s[slot] = extra_s
+            used = self.held_tokens[slot] + self._others_held_tokens[slot]
+            self.free_tokens[slot] = int(capacity * limits.KV_FULL_SHARE) - used
+            if used > capacity * limits.KV_TIGHT_SHARE:
+                self.tight.add(slot)
+                return
+        self.tight.discard(slot)
+
+    def shortage_s(self, slot: int, prompt_tokens: int) -> float:
+        """Return how long a prompt waits for KV space: a whole cache of it comes free in a request's
+        time.
+        """
+        short = prompt_tokens - self.free_tokens[slot]
+        if slot not in self.tight or short <= 0:
+            return 0.0
+        return short / self.capacity_tokens[slot] * self.request_s[slot]
 
     def _learn(self, slot: int, tokens: int, seconds: float) -> None:
         """Take in that the head of the line took so long for so many tokens."""

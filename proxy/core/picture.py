@@ -16,6 +16,7 @@ from proxy.core.index import Index, Sighting
 from proxy.core.loads import Lease, Loads
 from proxy.core.prefix import PrefixChain
 from proxy.core.replica import Replica
+from proxy.core.sketch import HotPrefixes
 from proxy.core.usage import Usage
 
 
@@ -35,13 +36,14 @@ class Seats:
 class _Sizes:
     """What the answers of one group of replicas have taught: octets a token, and cache sizes."""
 
-    __slots__ = ("applied_share", "cache_share", "octets", "slots", "tokens")
+    __slots__ = ("applied_share", "cache_share", "octets", "prefill_tokens", "slots", "tokens")
 
     def __init__(self) -> None:
         self.octets = float(limits.BYTES_PER_TOKEN * limits.RATIO_PRIOR_TOKENS)
         self.tokens = float(limits.RATIO_PRIOR_TOKENS)
         self.cache_share = 1.0  # of the believed capacity that turned out to be there
         self.applied_share = 1.0
+        self.prefill_tokens = 0.0  # of a usual request
         self.slots: set[int] = set()
 
     @property
@@ -56,6 +58,7 @@ class Picture:
         """`draw` returns the next number in [0, 1), for policies that want chance."""
         self.index = Index()
         self.loads = Loads()
+        self.hot = HotPrefixes()
         self.slots: dict[str, int] = {}
         self.turn = 0  # of round robin
         self.draw = draw
@@ -77,11 +80,12 @@ class Picture:
         for name, replica in present.items():
             if name not in self.slots:
                 self._settle_in(replica)
-            elif self._restarts[name] != replica.restarts:
+            elif self._restarts[name] != replica.restarts or replica.asleep:
                 self.index.clear(self.slots[name])
             self._restarts[name] = replica.restarts
             slot = self.slots[name]
-            self.loads.limit(slot, _capacity_tokens(replica), replica.max_inputs)
+            running_max = replica.load.running_max if replica.load is not None else 0
+            self.loads.limit(slot, _capacity_tokens(replica), replica.max_inputs, running_max)
             self._size_cache(slot)
             if replica.load is not None and replica.load.at_s != self._read_at_s.get(name):
                 self._read_at_s[name] = replica.load.at_s
@@ -128,11 +132,14 @@ class Picture:
             del self._sizes[group]
 
     def _reconcile(self, slot: int, load: LoadSample, now_s: float) -> None:
+        waiting_tokens = load.waiting_tokens
+        if load.waiting and not waiting_tokens:  # vLLM counts requests: they will be like others
+            waiting_tokens = int(load.waiting * self._size_of[slot].prefill_tokens)
         self.loads.reconcile(
             slot,
             requests=load.running + load.waiting,
-            waiting_tokens=load.waiting_tokens,
-            held_tokens=int(load.kv_used_ratio * load.kv_capacity_tokens),
+            waiting_tokens=waiting_tokens,
+            held_tokens=load.used_tokens or int(load.kv_used_ratio * load.kv_capacity_tokens),
             now_s=now_s,
         )
 
@@ -151,8 +158,14 @@ class Picture:
         now_s: float,
         streamed: bool = True,
         weight: float = 1.0,
+        known: int = 0,
     ) -> Lease:
-        """Count a request that goes to this replica now, and what it will leave there."""
+        """Count a request that goes to this replica now, and what it will leave there.
+
+        `known` is the hash of the longest prefix of it that any replica held; 0: none.
+        """
+        if known:
+            self.hot.count(known)
         slot = self.slots[replica.name]
         lease = self.lease(
             replica.name, slot, chain, cached_octets=cached_octets, streamed=streamed, weight=weight
@@ -189,6 +202,8 @@ class Picture:
         lease.sighting = self.index.sighting(lease.slot, chain)
         self.index.note(lease.slot, chain)
         self.loads.acquire(lease, now_s)
+        sizes = self._size_of[lease.slot]
+        sizes.prefill_tokens += limits.LEARN_SHARE * (lease.prefill_tokens - sizes.prefill_tokens)
 
     def prefill_ended(self, lease: Lease, now_s: float) -> None:
         if self._current(lease):

@@ -4,7 +4,7 @@
 what this request would still have to have computed there, at a surcharge for the harm it does. So a
 conversation stays where its prefix is until staying costs more than computing it again elsewhere; a
 hot replica spills its own requests and nobody else's; a prefix that many want comes to lie on as
-many replicas as it takes; and where prompts share nothing, what is left is the least work.
+many replicas as it takes (`core.sketch`); and where prompts share nothing, the least work is left.
 
 Equal prices go to the replica that has been sent the least work, which evens out the use of caches.
 A prompt of which nobody holds anything goes by the ring instead, as long as that is nearly as
@@ -64,91 +64,125 @@ class Request:
 class Decision:
     """The chosen replica, why, and what it is believed to have cached of the prompt."""
 
-    __slots__ = ("cached_octets", "reason", "replica", "slot")
+    __slots__ = ("cached_octets", "known", "reason", "replica", "slot")
 
-    def __init__(self, replica: Replica, slot: int, reason: str, cached_octets: int = 0) -> None:
+    def __init__(
+        self, replica: Replica, slot: int, reason: str, cached_octets: int = 0, known: int = 0
+    ) -> None:
+        """`known` is the hash of the longest prefix that any replica holds; 0: none."""
         self.replica = replica
         self.slot = slot
         self.reason = reason
         self.cached_octets = cached_octets
+        self.known = known
 
 
 Policy = Callable[[Request, Pool, Picture, float], Decision | None]
 
 REASONS: Final = (
-    "prefix", "spill", "new", "home", "session", "response",
+    "prefix", "spill", "hot", "new", "home", "session", "response",
     "least_load", "round_robin", "random",
 )  # fmt: skip
 
 
 class Prices:
-    """What each replica of a pool would cost, in the order of its seats."""
+    """What each replica of a pool would cost, in the order of its seats.
 
-    __slots__ = ("cached_octets", "distinct", "most_octets", "prices_s", "seats", "tokens")
+    `distinct` says that some hold more of the prompt than a head that most hold, or all soon will.
+    """
+
+    __slots__ = (
+        "_chain", "_picture", "_slots", "distinct", "hot_octets", "known", "most_octets",
+        "prices_s", "seats", "tokens",
+    )  # fmt: skip
 
     def __init__(self, request: Request, pool: Pool, picture: Picture, now_s: float) -> None:
         seats = self.seats = picture.seats(pool)
         loads, slots, chain = picture.loads, seats.slots, request.chain
-        # Nearly always one set holds most replicas (those with nothing, or with the head that all
-        # prompts share): price all as if they were of that one, then the others.
+        self._picture, self._chain, self._slots = picture, chain, slots
+        self.prices_s = loads.waits_s(slots, now_s)
         found = picture.index.match(chain, seats.bits)
-        rest = seats.bits
-        for bits, _ in found:
-            rest ^= bits
-        common, common_octets = rest, 0
-        for bits, octets in found:
-            if bits.bit_count() > common.bit_count():
-                common, common_octets = bits, octets
-        self.most_octets = found[0][1] if found else 0
-        # A head that most replicas hold says nothing of where the rest is.
-        self.distinct = bool(found) and 2 * found[0][0].bit_count() <= len(slots)
-        self.cached_octets = [common_octets] * len(slots)
-        prices_s = self.prices_s = loads.waits_s(slots, now_s)
-        self.tokens = 0
+        self.known = self.most_octets = self.hot_octets = self.tokens = 0
+        self.distinct = False
         if not slots:
             return
-        per_token = loads.price_per_token
+        if found:
+            depth = found[0][1]
+            self.known, self.most_octets = chain.hashes[depth], chain.ends[depth]
+            self.distinct = 2 * found[0][0].bit_count() <= len(slots)
+            if picture.hot.is_hot(self.known):
+                self.hot_octets, self.distinct = self.most_octets, False
+                found = []
+        self._add_prefill(found)
+        if loads.tight:
+            self._add_shortage()
+        self._exclude(request)
+
+    def _add_prefill(self, found: list[tuple[int, int]]) -> None:
+        """Nearly always one set holds most replicas (those with nothing, or with a head that all
+        prompts share): price all as if they were of that one, then correct the others.
+        """
+        chain, picture, slots, prices_s = self._chain, self._picture, self._slots, self.prices_s
+        rest = self.seats.bits
+        for bits, _ in found:
+            rest ^= bits
+        common, common_octets = rest, self.hot_octets
+        for bits, depth in found:
+            if bits.bit_count() > common.bit_count():
+                common, common_octets = bits, chain.ends[depth]
+        per_token = picture.loads.price_per_token
         tokens = self.tokens = picture.tokens_of(chain.prompt_bytes - common_octets, slots[0])
         for place in range(len(slots)):
             prices_s[place] += tokens * per_token[slots[place]]
         if rest and rest != common:
-            found.append((rest, 0))
-        for bits, octets in found:
+            self._correct(rest, tokens - picture.tokens_of(chain.prompt_bytes, slots[0]), per_token)
+        for bits, depth in found:
             if bits != common:
-                fewer = tokens - picture.tokens_of(chain.prompt_bytes - octets, slots[0])
-                self._correct(bits, octets, fewer, per_token)
-        self._exclude(request, picture)
+                octets = chain.prompt_bytes - chain.ends[depth]
+                self._correct(bits, tokens - picture.tokens_of(octets, slots[0]), per_token)
 
-    def _correct(self, bits: int, octets: int, fewer: int, per_token: list[float]) -> None:
-        places, prices_s, cached_octets = self.seats.places, self.prices_s, self.cached_octets
+    def _correct(self, bits: int, fewer: int, per_token: list[float]) -> None:
+        places, prices_s = self.seats.places, self.prices_s
         while bits:
             low = bits & -bits
             bits ^= low
             slot = low.bit_length() - 1
-            place = places[slot]
-            prices_s[place] -= fewer * per_token[slot]
-            cached_octets[place] = octets
+            prices_s[places[slot]] -= fewer * per_token[slot]
 
-    def _exclude(self, request: Request, picture: Picture) -> None:
+    def _add_shortage(self) -> None:
+        """Where KV space is short, a long prompt waits for it, whether cached or not."""
+        picture = self._picture
+        tokens = picture.tokens_of(self._chain.prompt_bytes, self._slots[0])
+        for slot in picture.loads.tight:
+            place = self.seats.places.get(slot, -1)
+            if place >= 0:
+                self.prices_s[place] += picture.loads.shortage_s(slot, tokens)
+
+    def _exclude(self, request: Request) -> None:
         """Make those infinitely dear that may not take it, and dearer that lack its adapter."""
-        loads, prices_s = picture.loads, self.prices_s
-        for place, slot in enumerate(self.seats.slots):
+        loads, prices_s = self._picture.loads, self.prices_s
+        for place, slot in enumerate(self._slots):
             most = loads.inflight_max[slot]
             if most and loads.inflight[slot] >= most:
                 prices_s[place] = _NEVER
         for name in request.tried:
-            slot = picture.slots.get(name, -1)
-            if slot in self.seats.places:
-                prices_s[self.seats.places[slot]] = _NEVER
+            place = self.seats.places.get(self._picture.slots.get(name, -1), -1)
+            if place >= 0:
+                prices_s[place] = _NEVER
         if request.adapter:
             for place, replica in enumerate(self.seats.replicas):
                 prices_s[place] += adapter_s(request, replica)
 
+    def cached_octets(self, place: int) -> int:
+        """Return what the replica is believed to hold of the prompt."""
+        if not self.most_octets:
+            return 0
+        return self._picture.index.held_of(self._slots[place], self._chain)
+
     def decision(self, place: int, reason: str) -> Decision:
         seats = self.seats
-        return Decision(
-            seats.replicas[place], seats.slots[place], reason, self.cached_octets[place]
-        )
+        octets = self.cached_octets(place)
+        return Decision(seats.replicas[place], seats.slots[place], reason, octets, self.known)
 
 
 def adapter_s(request: Request, replica: Replica) -> float:
@@ -175,16 +209,18 @@ def prefix(request: Request, pool: Pool, picture: Picture, now_s: float) -> Deci
             slack_s = limits.SPILL_SLACK_S + limits.RING_WEIGHT * share * own_s
             return _by_ring(request, pool, prices, least_s + slack_s)
     place = _least_used(prices_s, least_s, prices.seats.slots, picture)
-    reason = "new"
-    if prices.most_octets:
-        reason = "prefix" if prices.cached_octets[place] == prices.most_octets else "spill"
-    return prices.decision(place, reason)
+    decision = prices.decision(place, "new")
+    if prices.hot_octets:
+        decision.reason = "hot"
+    elif prices.most_octets:
+        decision.reason = "prefix" if decision.cached_octets == prices.most_octets else "spill"
+    return decision
 
 
 def _least_used(prices_s: list[float], least_s: float, slots: list[int], picture: Picture) -> int:
     """Return the place, among those of the least price, that was ever sent the least work."""
     place = prices_s.index(least_s)
-    bound_s = least_s + limits.SAME_PRICE_S
+    bound_s = least_s * limits.SAME_PRICE_BAND + limits.SAME_PRICE_S
     used = picture.loads.dispatched_tokens
     least_used = used[slots[place]]
     for other in range(len(prices_s)):

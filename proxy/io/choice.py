@@ -77,7 +77,7 @@ class Choice:
         if (
             decision is not None
             and not self.waiting.count
-            and is_open(decision, self.picture, now_s)
+            and is_open(decision, request, self.picture, now_s)
         ):
             return False
         if not self._holds_back or lookup or request.pinned:
@@ -87,7 +87,8 @@ class Choice:
             return pool is not None and bool(pool.available)  # all are full, and none has failed
         if decision.reason == "response":
             return False
-        busy = not is_open(decision, self.picture, now_s)
+        self.picture.loads.settle(decision.slot, now_s)  # not every rule has done it
+        busy = not is_open(decision, request, self.picture, now_s)
         return busy or self.waiting.any_for(self._queue_of(model))
 
     def wait(self, model: str, request: Request, on_decision: Callable[[Decision], None]) -> Waiter:

@@ -153,12 +153,6 @@ class Exchange(Ending):
             self._progress = _CONNECTING
             self._connecting = plane.upstreams.connect(replica, self)
 
-    def _tried(self, replica_id: str) -> None:
-        """What one rank of a server says or refuses, all of them do."""
-        assert self._pool is not None
-        ranks = [n for n, r in self._pool.replicas.items() if r.replica_id == replica_id]
-        self._request.tried.update(ranks)
-
     def _nobody(self, reason: str = "") -> errors.ProxyError:
         assert self._pool is not None
         in_vain = self._request.tried if self._progress is _CONNECTING else ()
@@ -174,7 +168,7 @@ class Exchange(Ending):
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
         plane.suspect(replica_id, reason)
-        self._tried(replica_id)
+        self._request.tried.update(plane.fleet.names_of(replica_id))
         self._release()
         if not may_retry(self._progress, self._attempts, plane.retries_max):
             self.fail(errors.ReplicaUnreachableError(f"replica {replica_id}: {reason}"))
@@ -240,7 +234,7 @@ class Exchange(Ending):
 
     def _ask_next(self, replica_id: str) -> bool:
         """A stored response lives on one replica: ask the others before believing a 404."""
-        self._tried(replica_id)
+        self._request.tried.update(self._plane.fleet.names_of(replica_id))
         decision = self._choose()
         if decision is None or self._upstream is None:
             return False

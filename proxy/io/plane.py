@@ -107,15 +107,16 @@ class Plane(Choice):
         self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot))
         self.fleet_known = True
         self.picture.know(self.fleet.replicas.values(), self.clock.now_s())
-        present = frozenset(self.fleet.replicas)
-        for gone in before.keys() - present:
+        servers = self.fleet.servers
+        present = frozenset(servers)
+        for gone in {r.replica_id for r in before.values()} - present:
             self._server_errors.pop(gone, None)
             self._doubted_s.pop(gone, None)
         # A connection to the address that a replica had before is one to somebody else.
         moved = {
-            k
-            for k, r in before.items()
-            if k in present and not _same_place(r, self.fleet.replicas[k])
+            r.replica_id
+            for r in before.values()
+            if r.replica_id in present and not _same_place(r, servers[r.replica_id])
         }
         self.upstreams.retain(present - moved)
         self.telemetry.retain_replicas(present)
@@ -179,6 +180,7 @@ class Plane(Choice):
             now_s=self.clock.now_s(),
             streamed=request.stream,
             weight=request.weight,
+            known=decision.known,
         )
 
     def prefill_ended(self, lease: Lease, now_s: float) -> None:
@@ -310,7 +312,7 @@ class Plane(Choice):
 
     def no_replica_reason(self) -> str:
         """Say why nobody can take a request, in words that tell an operator what to do."""
-        replicas = self.fleet.replicas.values()
+        replicas = self.fleet.servers.values()
         if not replicas:
             if self.fleet_known:
                 return "the replica list is empty; start replicas or pass --worker-urls"
@@ -318,6 +320,8 @@ class Plane(Choice):
         states: dict[str, int] = {}
         for replica in replicas:
             word = "unreachable" if replica.suspect else str(replica.state)
+            if replica.state is ReplicaState.READY and replica.asleep:
+                word = "asleep"
             states[word] = states.get(word, 0) + 1
         shown = ", ".join(f"{count} {word}" for word, count in sorted(states.items()))
         return f"no replica can take the request now: {shown}"
@@ -345,19 +349,27 @@ class Plane(Choice):
             Sample("prefix_index_entries", (), self.picture.index.entries()),
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
         ]
-        for replica_id in self.fleet.replicas:
-            loads, slot = self.picture.loads, self.picture.slots[replica_id]
+        for replica_id, server in self.fleet.servers.items():
+            out += self._believed(replica_id, now_s)
             by = (("replica", replica_id),)
-            out += (
-                Sample("replica_inflight", by, loads.inflight[slot]),
-                Sample("replica_queued_tokens", by, loads.queued_tokens(slot)),
-                Sample("replica_suspect", by, float(self.fleet.replicas[replica_id].suspect)),
-                Sample("replica_wait_seconds", by, loads.wait_s(slot, now_s)),
-                Sample("replica_decoding", by, loads.decoding[slot]),
-                Sample("replica_prefill_tokens_per_second", by, 1.0 / loads.s_per_token[slot]),
-                Sample("replica_cache_tokens", by, self.picture.cache_tokens(slot)),
-            )
+            out.append(Sample("replica_suspect", by, float(server.suspect)))
         return out
+
+    def _believed(self, replica_id: str, now_s: float) -> list[Sample]:
+        """Return what is believed of a server, with all of its ranks."""
+        picture, loads = self.picture, self.picture.loads
+        slots = [picture.slots[name] for name in self.fleet.names_of(replica_id)]
+        by = (("replica", replica_id),)
+        speed = sum([1.0 / loads.s_per_token[slot] for slot in slots])
+        return [
+            Sample("replica_inflight", by, sum([loads.inflight[slot] for slot in slots])),
+            Sample("replica_queued_tokens", by, sum([loads.queued_tokens(slot) for slot in slots])),
+            # A newcomer would go to the rank that has least to do.
+            Sample("replica_wait_seconds", by, min([loads.wait_s(slot, now_s) for slot in slots])),
+            Sample("replica_decoding", by, sum([loads.decoding[slot] for slot in slots])),
+            Sample("replica_prefill_tokens_per_second", by, speed),
+            Sample("replica_cache_tokens", by, sum([picture.cache_tokens(s) for s in slots])),
+        ]
 
 
 def _digest(key: str | None) -> bytes:

@@ -31,7 +31,7 @@ def replica(
 
 
 def pool(replicas: Iterable[Replica]) -> Pool:
-    return make_pool({r.replica_id: r for r in replicas}, {})
+    return make_pool({r.name: r for r in replicas}, {})
 
 
 def fleet(*records: ReplicaRecord, before: Fleet | None = None) -> Fleet:

@@ -185,6 +185,7 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "admin_api_key": (["null"], "null", "null"),
     "max_payload_size": (["1"], "1", 1),
     "max_concurrent_requests": (["1"], "1", 1),
+    "scrape_interval_secs": (["0"], "0", 0.0),
     "connect_timeout_secs": (["0.5"], "0.5", 0.5),
     "request_timeout_secs": (["1"], "1", 1.0),
     "queue_size": (["0"], "0", 0),

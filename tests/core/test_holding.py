@@ -57,10 +57,11 @@ def test_a_replica_is_open_until_it_has_enough_to_do() -> None:
     world = _World("a")
     assert world.pool is not None
     decision = Decision(world.pool.replicas["a"], 0, "new")
-    assert is_open(decision, world.picture, 0.0)
+    short = Request(chain(1, 4), has_session=False)
+    assert is_open(decision, short, world.picture, 0.0)
     world.busy("a", int(2 * limits.RUNWAY_S * _RATE))
-    assert not is_open(decision, world.picture, 0.0)
-    assert is_open(decision, world.picture, limits.RUNWAY_S * 1.01)
+    assert not is_open(decision, short, world.picture, 0.0)
+    assert is_open(decision, short, world.picture, limits.RUNWAY_S * 1.01)
 
 
 def test_the_shortest_goes_first_and_the_others_when_their_time_has_come() -> None:

@@ -35,8 +35,8 @@ def test_the_longest_prefix_that_each_holds_is_found_and_the_sets_are_disjoint()
     index.note(1, _prompt(1, 4))
     index.note(3, _prompt(1, 2))
     wanted = _prompt(1, 6)
-    assert index.match(wanted, 0b1111) == [(0b0010, 4 * _KIB), (0b1001, 2 * _KIB)]
-    assert index.match(wanted, 0b1101) == [(0b1001, 2 * _KIB)]
+    assert index.match(wanted, 0b1111) == [(0b0010, 3), (0b1001, 1)]
+    assert index.match(wanted, 0b1101) == [(0b1001, 1)]
     assert index.match(_prompt(2, 6), 0b1111) == []
     assert [index.held_of(slot, wanted) for slot in range(4)] == [2048, 4096, 0, 2048]
 
@@ -78,10 +78,10 @@ def test_it_is_least_recent_use(notes: list[tuple[int, int, int]], capacity_kib:
         assert len(held) == len(set(held))
         assert index.held_octets(slot) == len(held) * _KIB
         assert held == list(exact[slot])[-capacity_kib:]
-    for bits, octets in index.match(_prompt(1, 6), 0b11):
+    for bits, depth in index.match(_prompt(1, 6), 0b11):
         for slot in (0, 1):
             if bits >> slot & 1:
-                assert index.held_of(slot, _prompt(1, 6)) == octets
+                assert index.held_of(slot, _prompt(1, 6)) == (depth + 1) * _KIB
 
 
 def test_ghosts_come_back_with_a_larger_cache_and_go_with_a_smaller() -> None:
@@ -133,10 +133,10 @@ def test_a_replica_that_is_gone_or_empty_holds_nothing() -> None:
     index.note(0, _prompt(1, 4))
     index.note(1, _prompt(1, 4))
     index.clear(0)
-    assert index.match(_prompt(1, 4), 0b11) == [(0b10, 4 * _KIB)]
+    assert index.match(_prompt(1, 4), 0b11) == [(0b10, 3)]
     index.note(0, _prompt(1, 2))
     index.close(1)
-    assert index.match(_prompt(1, 4), 0b11) == [(0b01, 2 * _KIB)]
+    assert index.match(_prompt(1, 4), 0b11) == [(0b01, 1)]
     index.note(1, _prompt(1, 4))  # nobody has this slot
     assert index.entries() == 2
 

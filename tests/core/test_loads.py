@@ -37,8 +37,9 @@ def test_work_is_counted_when_it_goes_out_and_what_must_be_done_by_now_is_not() 
     assert loads.queued_tokens(0) == 9000
     assert loads.wait_s(0, 0.0) == pytest.approx(_seconds(9000))
     assert loads.wait_s(0, _seconds(1000)) == pytest.approx(_seconds(8000))
-    # The first should be over, but its first octet is out: the second cannot have begun.
-    assert loads.wait_s(0, 10.0) == pytest.approx(_seconds(6000))
+    # The first should be over, but its first octet is out: the later it is, the longer it takes.
+    assert loads.wait_s(0, _seconds(3000)) == pytest.approx(_seconds(6000))
+    assert loads.wait_s(0, _seconds(4000)) == pytest.approx(_seconds(7000))
     loads.prefill_ended(first, 10.0)
     assert loads.wait_s(0, 10.0) == pytest.approx(_seconds(6000))
     loads.prefill_ended(second, 10.0 + _seconds(6000))
@@ -56,7 +57,7 @@ def test_an_answer_that_is_not_streamed_leaves_the_line_when_it_should_be_comput
     later = _send(loads, 3000)
     half = _seconds(4500)
     assert loads.waits_s([0], half) == [pytest.approx(_seconds(4500))]
-    assert loads.waits_s([0], 100.0) == [0.0]  # the last is computed by then, if it began
+    assert loads.waits_s([0], _seconds(9000)) == [pytest.approx(0.0)]
     assert loads.decoding[0] == 2.0
     loads.prefill_ended(later, 101.0)
     assert loads.queued_tokens(0) == 0
@@ -207,8 +208,12 @@ def test_slots_and_kv_space_that_are_taken_are_waited_for() -> None:
     for lease in leases:
         loads.release(lease, 1.0)
     assert loads.extra_s[0] == 0.0
-    loads.reconcile(0, requests=0, waiting_tokens=0, held_tokens=99_000, now_s=1.0)
-    assert loads.extra_s[0] == pytest.approx((0.99 - limits.KV_FULL_SHARE) * loads.request_s[0])
+    assert loads.shortage_s(0, 90_000) == 0.0
+    loads.reconcile(0, requests=0, waiting_tokens=0, held_tokens=80_000, now_s=1.0)
+    assert loads.shortage_s(0, 15_000) == 0.0
+    assert loads.shortage_s(0, 55_000) == pytest.approx(0.4 * loads.request_s[0])
+    loads.reconcile(0, requests=0, waiting_tokens=0, held_tokens=10_000, now_s=1.0)
+    assert loads.shortage_s(0, 90_000) == 0.0
 
 
 def test_what_an_engine_has_beyond_ours_is_work_of_others() -> None:

@@ -52,6 +52,16 @@ def test_a_new_process_has_an_empty_cache_and_the_old_load_runs_out() -> None:
     assert picture.loads.inflight[0] == 0
 
 
+def test_who_has_slept_has_an_empty_cache() -> None:
+    a = replica("a")
+    picture = _picture(a)
+    lease = picture.acquire(a, chain(1, 4096), cached_octets=0, now_s=0.0)
+    picture.release(lease, 1.0)
+    for asleep in (True, False):
+        picture.know([dataclasses.replace(a, asleep=asleep)])
+    assert picture.index.held_of(0, chain(1, 4096)) == 0
+
+
 def test_a_lease_on_a_replica_that_is_gone_changes_nothing_of_its_successor() -> None:
     a, b = replica("a"), replica("b")
     picture = _picture(a)
