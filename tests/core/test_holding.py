@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from proxy.core import limits
 from proxy.core.fleet import Pool
-from proxy.core.holding import Held, Holding, is_open
+from proxy.core.holding import Held, Holding, Opening, is_open
 from proxy.core.loads import Lease
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Request, prefix
@@ -172,3 +172,58 @@ def test_all_go_in_the_end_and_none_waits_for_more_than_what_came_before_and_its
             size for other, (size, _) in enumerate(requests, 1) if arrived[other] <= latest_s
         )
         assert gone[key] <= max(latest_s, arrived[len(requests)]) + before / _RATE + 1.0
+
+
+# --- when to look again ---------------------------------------------------------------------------
+
+_LINES = st.lists(
+    st.lists(st.tuples(st.integers(1, 20_000), st.booleans()), max_size=4), min_size=1, max_size=3
+)
+
+
+def _some_are_open(world: _World, now_s: float) -> bool:
+    """The same asked of each replica, about a request that needs next to nothing."""
+    assert world.pool is not None
+    for slot in range(len(world.picture.slots)):
+        world.picture.loads.settle(slot, now_s)
+    small = Request(chain(1, 1), has_session=False)
+    decisions = [Decision(r, world.picture.slots[r.name], "") for r in world.pool.available]
+    return any(is_open(decision, small, world.picture, now_s) for decision in decisions)
+
+
+@given(_LINES, st.floats(0, 3), st.floats(0.001, 0.999))
+def test_nothing_opens_by_time_alone_before_it_is_looked_at_again(
+    lines: list[list[tuple[int, bool]]], now_s: float, share: float
+) -> None:
+    world = _World("abc"[: len(lines)])
+    assert world.pool is not None
+    for name, line in zip("abc", lines, strict=False):
+        for tokens, streamed in line:
+            lease = Lease(
+                world.picture.slots[name], name,
+                prefill_tokens=tokens, prompt_tokens=tokens, streamed=streamed,
+            )  # fmt: skip
+            world.picture.loads.acquire(lease, 0.0)
+    for _ in range(20):
+        opening = Opening(world.pool, world.picture, now_s)
+        assert opening.now is _some_are_open(world, now_s)
+        assert opening.next_s > now_s
+        if opening.now:
+            return
+        if opening.next_s == float("inf"):
+            assert not _some_are_open(world, now_s + 1000.0)
+            return
+        between_s = now_s + share * (opening.next_s - now_s)
+        assert not _some_are_open(world, between_s - 1e-9)
+        now_s = opening.next_s + 1e-9
+    raise AssertionError("it looks again and again, and nothing opens")
+
+
+def test_a_replica_with_as_much_as_it_may_have_is_not_open() -> None:
+    world = _World("a")
+    world.pool = pool([replica("a", max_inputs=1)])
+    world.picture.know(world.pool.replicas.values())
+    assert Opening(world.pool, world.picture, 0.0).now
+    world.busy("a", 1)
+    opening = Opening(world.pool, world.picture, 1.0)
+    assert (opening.now, opening.next_s) == (False, float("inf"))
