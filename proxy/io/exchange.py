@@ -110,7 +110,9 @@ class Exchange(Ending):
             self._broken()
 
     def open_for(self, decision: Decision) -> None:
-        """It has waited, and now a replica is open."""
+        """It has waited, and now a replica is open, perhaps one that was not there before."""
+        assert self._waiter is not None
+        self._pool = self._waiter.pool_of()
         self._end_wait()
         try:
             self._go_to(decision)

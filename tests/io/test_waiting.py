@@ -308,6 +308,18 @@ async def test_who_waits_survives_the_death_of_the_only_replica(bench: Bench) ->
     assert (got.status, json.loads(got.body)["error"]["code"]) == (503, "no_replica")
 
 
+async def test_who_waited_and_is_refused_tries_the_replicas_of_today(bench: Bench) -> None:
+    stage = Stage(bench)
+    await stage.send("x", PER_S)
+    await stage.send("y", PER_S)
+    bench.upstreams.refusing = {"b"}
+    bench.publish(*records("bc"))
+    await bench.settle()
+    assert bench.upstreams.dialled[0] == "a"
+    assert bench.upstreams.dialled[-1] == "c"
+    assert stage.engine("y").replica_id == "c"
+
+
 async def test_where_every_replica_is_full_a_request_waits_for_room(
     make_bench: MakeBench,
 ) -> None:
