@@ -129,6 +129,31 @@ SPILL_SLACK_S = 0.1
 # who come next and to whom its blocks displace.
 UNCACHED_WEIGHT = 3
 
+# --- what engines tell of their caches --------------------------------------------------------
+# A step of 8,192 tokens is 60 KB of batch; a whole prompt of a million tokens, at once, 10 MB.
+KV_BATCH_BYTES_MAX = 16 * MIB
+# A million tokens in blocks of 16 are 2^16 blocks. SGLang may make an event of each, so as many
+# events; twice that, because what they displaced is told in the same batch.
+KV_EVENT_BLOCKS_MAX = 1 << 17
+KV_BATCH_EVENTS_MAX = 1 << 17
+# Of one engine: 16 million tokens in blocks of 16, the KV cache of a card and of its host. 110 MB.
+KV_BLOCKS_MAX = 1 << 20
+# Of all engines that one proxy follows: sixty with a million tokens each. 450 MB.
+KV_BLOCKS_TOTAL_MAX = 1 << 22
+# The steps that are looked through for where a prompt went. An engine that writes 10,000 tokens a
+# second fills 600 blocks a second besides its prefills: half a minute.
+KV_GROWTHS_MAX = 1 << 14
+# Chain hashes whose blocks are known, of one engine: as many as the record of what was sent has.
+KV_POINTS_MAX = 1 << 17
+# Requests that have begun and not ended, and those that ended and wait for their events.
+KV_OPEN_MAX = 1 << 16
+# A worker says when it sent a request, and an engine's events come when they come: what happened
+# up to this long before what the clock says may still be of the request.
+KV_EARLY_S = 0.05
+# Events arrive 1 ms after their step with vLLM, up to 58 ms with SGLang (measured), and a busy
+# supervisor reads them later.
+KV_LATE_S = 0.25
+
 # --- telemetry ------------------------------------------------------------------------------
 REQUEST_SERIES_MAX = 256  # (route, model) pairs in metrics; further models count as "other"
 ACCESS_LOG_LINES_MAX = 65_536  # lines that wait for the writer; more are dropped and counted
