@@ -54,7 +54,8 @@ class _Ended(NamedTuple):
     dispatched_s: float
     prefilled_s: float
     prompt_tokens: int
-    cached_tokens: int | None
+    cached_tokens: int
+    completion_tokens: int
 
 
 class Told(NamedTuple):
@@ -77,6 +78,7 @@ class KvBinding:
         self.unseen = 0  # and those whose path did not show
         self._group: int | None = None
         self._group_known = False
+        self._says_cached = False
         self._open: dict[Hashable, _Open] = {}
         self._ended: deque[_Ended] = deque(maxlen=limits.KV_OPEN_MAX)
 
@@ -88,19 +90,22 @@ class KvBinding:
     # --- what the engine tells -----------------------------------------------------------------
 
     def apply(self, events: Iterable[Event], now_s: float) -> Told:
-        """Take what one batch tells."""
-        evicted: list[int] = []
+        """Take what one batch tells. What went and came back within it never went."""
+        gone: list[int] = []
         cleared = False
         for event in events:
             if isinstance(event, Stored):
                 self._store(event, now_s)
             elif isinstance(event, Removed):
                 if event.group == self._group or event.group is None or not self._group_known:
-                    for block in self.tree.remove(event.hashes, medium_bit(event.medium)):
-                        evicted += self.points.gone(block)
+                    gone += self.tree.remove(event.hashes, medium_bit(event.medium))
             elif self.clear(now_s):
-                evicted.clear()
+                gone.clear()
                 cleared = True
+        evicted: list[int] = []
+        for block in gone:
+            if block not in self.tree.where:
+                evicted += self.points.gone(block)
         return Told(evicted, cleared)
 
     def _store(self, event: Stored, now_s: float) -> None:
@@ -149,6 +154,14 @@ class KvBinding:
         request = self._open.pop(key, None)
         if request is None or usage is None or not request.chain.hashes:
             return
+        cached_tokens = usage.cached_tokens
+        if cached_tokens is None:
+            # Engines that say it leave it out when it is nothing; others never say it, and with
+            # those no path can be told from another.
+            if not self._says_cached:
+                return
+            cached_tokens = 0
+        self._says_cached = True
         prefilled_s = request.prefilled_s or now_s
         self._ended.append(
             _Ended(
@@ -157,7 +170,8 @@ class KvBinding:
                 request.dispatched_s,
                 prefilled_s,
                 usage.prompt_tokens,
-                usage.cached_tokens,
+                cached_tokens,
+                usage.completion_tokens,
             )
         )
 
@@ -173,8 +187,7 @@ class KvBinding:
         if self.block_tokens == 0:
             return []
         depth = request.prompt_tokens // self.block_tokens
-        cached = request.cached_tokens
-        cached_blocks = None if cached is None else cached // self.block_tokens
+        cached_blocks = request.cached_tokens // self.block_tokens
         if depth == 0:
             return []
         since_s = request.dispatched_s - limits.KV_EARLY_S
@@ -182,9 +195,10 @@ class KvBinding:
             self.unseen += 1
             return []
         found: list[Growth] = []
-        if cached_blocks is None or cached_blocks < depth:
-            until_s = request.prefilled_s + limits.KV_LATE_S
-            found = self._candidates(depth, cached_blocks, since_s, until_s)
+        # An engine computes at least the last token, and may have its block already. So where as
+        # much was cached as can be, it need not have grown anything.
+        if cached_blocks < (request.prompt_tokens - 1) // self.block_tokens:
+            found = self._candidates(request, depth, cached_blocks, since_s)
         if len(found) > 1:
             found = self._on_known_path(found, request.chain, depth)
         if len(found) == 1:
@@ -197,13 +211,28 @@ class KvBinding:
     # --- which path ----------------------------------------------------------------------------
 
     def _candidates(
-        self, depth: int, cached_blocks: int | None, since_s: float, until_s: float
+        self, request: _Ended, depth: int, cached_blocks: int, since_s: float
     ) -> list[Growth]:
-        """Return the paths that grew to this depth from that one, each once."""
+        """Return the paths that grew to this depth from that one, each once.
+
+        A prefill ends a step, and a step a batch; unless the engine tells of several at once, and
+        then what the answer added is told with it.
+        """
+        until_s = request.prefilled_s + limits.KV_LATE_S
+        whole = request.prompt_tokens + request.completion_tokens
+        ends = (depth, (whole - 1) // self.block_tokens, whole // self.block_tokens)
         found: dict[object, Growth] = {}
+        unclear = False
         for growth in self.tree.grown(since_s, until_s, depth):
-            if cached_blocks is None or self._grew_from(growth, cached_blocks, since_s):
+            if growth.last not in ends:
+                continue
+            fits = self._grew_from(growth, cached_blocks, since_s)
+            unclear |= fits is None
+            if fits is not False:
                 found[self._name(growth, depth)] = growth
+        if unclear and len(found) == 1:  # it may be the one, and may not
+            self.ambiguous += 1
+            return []
         return list(found.values())
 
     def _name(self, growth: Growth, depth: int) -> object:
@@ -211,22 +240,27 @@ class KvBinding:
         block = self._block(growth, depth)
         return growth if block is None else block
 
-    def _grew_from(self, growth: Growth, cached_blocks: int, since_s: float) -> bool:
-        """Say whether what a path grew began after just so many blocks.
+    def _grew_from(self, growth: Growth, cached_blocks: int, since_s: float) -> bool | None:
+        """Say whether what a path grew began after just so many blocks; None: it cannot be seen.
 
         Blocks after those must be of this time, and of another step than those before, unless
-        they branched off. Of what has gone meanwhile, nothing can be said against it.
+        they branched off.
         """
         first = cached_blocks + 1
+        if growth.first <= first:
+            return growth.first == first
+        if growth.before_s < since_s:
+            return False
         place = self.tree.place(growth.run, first)
         if place is None:
-            return first > growth.run.start
+            return None  # it has gone meanwhile
         run, index = place
-        if not since_s <= run.times[index] <= growth.at_s:
-            return run.times[index] > growth.at_s  # another path lies there now
-        if cached_blocks == 0 or index == 0:
-            return True
-        return run.times[index - 1] != run.times[index]
+        came_s = run.times[index]
+        if came_s > growth.at_s:
+            return None  # and another path lies there now
+        if came_s < since_s:
+            return False
+        return cached_blocks == 0 or index == 0 or run.times[index - 1] != came_s
 
     def _block(self, growth: Growth, depth: int) -> int | None:
         """Return the block at a depth of the path that grew; None when it is gone."""
@@ -238,6 +272,21 @@ class KvBinding:
         if run.times[index] > growth.at_s or self.tree.where.get(block) is not run:
             return None
         return block
+
+    def _surely_gone(self, growth: Growth, depth: int) -> bool:
+        """Say whether the block that a path had at a depth cannot have come back elsewhere."""
+        run, where = growth.run, self.tree.where
+        place = self.tree.place(run, depth)
+        if place is not None:
+            at, index = place
+            return at.times[index] <= growth.at_s and at.hashes[index] not in where
+        if depth <= run.start:
+            return False
+        if not run.hashes:  # all of it went; it would have come back with its first block
+            return run.name not in where
+        if run.times[-1] > growth.at_s:  # another path goes there
+            return False
+        return run.attached is None or run.end not in run.attached
 
     def _on_known_path(self, found: list[Growth], chain: PrefixChain, depth: int) -> list[Growth]:
         """Keep of several paths those that go where the chain was before; all, if none does."""
@@ -282,7 +331,7 @@ class KvBinding:
                 depth = self._shared_depth(growth, known, depth)
             block = self._block(growth, depth)
             if block is None:
-                if known is None:
+                if known is None and self._surely_gone(growth, depth):
                     gone.append(name)
                 continue
             point = self.points.bind(name, block, depth)

@@ -36,9 +36,10 @@ def medium_bit(medium: str) -> int:
 class Run:
     """Blocks in a row: `hashes[i]` is at depth `start + 1 + i` and came at `times[i]`."""
 
-    __slots__ = ("above", "attached", "below", "floor", "hashes", "start", "times")
+    __slots__ = ("above", "attached", "below", "floor", "hashes", "name", "start", "times")
 
-    def __init__(self, above: Run | None, start: int) -> None:
+    def __init__(self, name: int, above: Run | None, start: int) -> None:
+        self.name = name  # its first block
         self.above = above
         self.start = start
         self.hashes: list[int] = []
@@ -60,6 +61,7 @@ class Growth(NamedTuple):
     run: Run
     first: int
     last: int
+    before_s: float  # when the block before the first one had come; 0: there is none
 
 
 class KvTree:
@@ -140,11 +142,11 @@ class KvTree:
         if parent is None:
             run = self._first_hashes.get(first)
             if run is None:
-                run = self._first_hashes[first] = Run(None, 0)
+                run = self._first_hashes[first] = Run(first, None, 0)
             return run, 0
         above = self.where.get(parent)
         if above is None:
-            return Run(None, _NO_DEPTH), _NO_DEPTH
+            return Run(first, None, _NO_DEPTH), _NO_DEPTH
         return above, self.depth_in(above, parent)
 
     def _lay(self, run: Run, depth: int, hashes: list[int], at: int, now_s: float) -> None:
@@ -180,7 +182,7 @@ class KvTree:
 
     @staticmethod
     def _branch(above: Run, depth: int, first: int) -> Run:
-        run = Run(above, depth)
+        run = Run(first, above, depth)
         if above.below is None or above.attached is None:
             above.below, above.attached = {}, {}
         above.below[first] = run
@@ -193,9 +195,11 @@ class KvTree:
         if growths:
             before = growths[-1]
             if before.run is run and before.last + 1 == first and before.at_s == now_s:
-                growths[-1] = Growth(now_s, run, before.first, last)
+                growths[-1] = Growth(now_s, run, before.first, last, before.before_s)
                 return
-        growths.append(Growth(now_s, run, first, last))
+        place = self.place(run, first - 1) if first > 1 else None
+        before_s = place[0].times[place[1]] if place is not None else 0.0
+        growths.append(Growth(now_s, run, first, last, before_s))
         if len(growths) > 2 * limits.KV_GROWTHS_MAX:
             self.known_since_s = growths[limits.KV_GROWTHS_MAX - 1].at_s
             del growths[: limits.KV_GROWTHS_MAX]
@@ -229,7 +233,6 @@ class KvTree:
         where = self.where
         while True:
             hashes, kept = run.hashes, run.floor - run.start
-            first = hashes[0]
             while len(hashes) > kept and where.get(hashes[-1]) is not run:
                 hashes.pop()
                 run.times.pop()
@@ -238,20 +241,20 @@ class KvTree:
                 return
             above = run.above
             if above is None:
-                if self._first_hashes.get(first) is run:
-                    del self._first_hashes[first]
+                if self._first_hashes.get(run.name) is run:
+                    del self._first_hashes[run.name]
                 return
-            self._detach(above, run, first)
+            self._detach(above, run)
             if where.get(above.hashes[-1]) is above:
                 return
             run = above
 
     @staticmethod
-    def _detach(above: Run, run: Run, first: int) -> None:
+    def _detach(above: Run, run: Run) -> None:
         if above.below is None or above.attached is None:
             return
-        if above.below.get(first) is run:
-            del above.below[first]
+        if above.below.get(run.name) is run:
+            del above.below[run.name]
         left = above.attached[run.start] - 1
         if left:
             above.attached[run.start] = left
