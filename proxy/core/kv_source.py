@@ -153,7 +153,3 @@ class KvSequence:
         if number < self.expected - 1:
             return Verdict.REPEATED  # more than was asked for
         return Verdict.REPEATED if at_s == self.last_at_s else Verdict.RESTARTED
-
-    def judge_empty_replay(self) -> Verdict:
-        """Say it of a replay without any batch: the engine does not know what it had said."""
-        return Verdict.RESTARTED if self.expected > 0 else Verdict.REPEATED

@@ -25,7 +25,6 @@ _Hash = int | bytes  # octets, where VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES is 0
 _AnyHashes = Annotated[list[_Hash], msgspec.Meta(max_length=limits.KV_EVENT_BLOCKS_MAX)]
 _Hashes = Annotated[list[int], msgspec.Meta(max_length=limits.KV_EVENT_BLOCKS_MAX)]
 _Raws = Annotated[list[msgspec.Raw], msgspec.Meta(max_length=limits.KV_BATCH_EVENTS_MAX)]
-_END_OF_REPLAY: Final = b"\xff" * 8
 _HASH_BYTES: Final = 8
 # Array of up to 15, of 16 bits, of 32 bits: the first octet of a msgpack value says what it is.
 _ARRAYS: Final = frozenset((*range(0x90, 0xA0), 0xDC, 0xDD))
@@ -192,7 +191,7 @@ def read_frames(frames: list[bytes]) -> Frames:
     if len(frames[-1]) > limits.KV_BATCH_BYTES_MAX:
         raise BadBatchError("a batch is larger than it may be")
     number = frames[-2]
-    return Frames(-1 if number == _END_OF_REPLAY else int.from_bytes(number, "big"), frames[-1])
+    return Frames(int.from_bytes(number, "big", signed=True), frames[-1])
 
 
 def read_batch(payload: bytes) -> Batch:

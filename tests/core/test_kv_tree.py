@@ -147,12 +147,12 @@ def named(parts: list[int]) -> int:
 def test_it_is_a_set_with_paths(steps: list[tuple[str, list[int], int, int]]) -> None:
     tree = KvTree(0.0)
     model: dict[int, int] = {}
-    for number, (what, parts, begin, medium) in enumerate(steps):
+    for number, (what, parts, cut, medium) in enumerate(steps):
         blocks = [named(parts[: i + 1]) for i in range(len(parts))]
         if what == "store":
-            begin = min(begin, len(parts) - 1)
-            if begin and blocks[begin - 1] not in model:
-                begin = 0  # engines name parents that they have
+            begin = min(cut, len(parts) - 1)
+            known = begin == 0 or blocks[begin - 1] in model
+            begin = begin if known else 0  # engines name parents that they have
             tree.store(blocks[begin:], blocks[begin - 1] if begin else None, medium, number + 1.0)
             for block in blocks[begin:]:
                 model[block] = model.get(block, 0) | medium
@@ -170,7 +170,7 @@ def test_it_is_a_set_with_paths(steps: list[tuple[str, list[int], int, int]]) ->
         assert tree.where.keys() == model.keys()
         assert tree.gpu_blocks == sum(media & GPU for media in model.values())
         assert held(tree) == tree._held
-        for block in model:
-            assert tree.media_of(block) == model[block]
+        for block, media in model.items():
+            assert tree.media_of(block) == media
             assert path(tree, block)[-1] == block
             assert [name // 4 for name in path(tree, block)] == [0, *path(tree, block)[:-1]]
