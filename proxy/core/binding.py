@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 
 from proxy.core import limits
 from proxy.core.kv_points import Point, Points
-from proxy.core.kv_tree import Growth, KvTree, Run, medium_bit
+from proxy.core.kv_tree import GPU, Growth, KvTree, Run, medium_bit
 from proxy.core.kv_wire import Event, Removed, Stored
 from proxy.core.prefix import PrefixChain
 from proxy.core.usage import Usage
@@ -70,7 +70,7 @@ class KvBinding:
 
     def __init__(self, now_s: float) -> None:
         self.tree = KvTree(now_s)
-        self.points = Points()
+        self.points = Points(limits.KV_POINTS_MAX)
         self.block_tokens = 0  # not known yet
         self.bound = 0  # requests whose path was found,
         self.inherited = 0  # of which a shorter beginning was known,
@@ -86,6 +86,11 @@ class KvBinding:
     def resident_tokens(self) -> int:
         """Tokens on the card."""
         return self.tree.gpu_blocks * self.block_tokens
+
+    def limit(self, blocks_max: int, points_max: int) -> None:
+        """Say how much may be known of this engine, from now on."""
+        self.tree.blocks_max = blocks_max
+        self.points.chains_max = points_max
 
     # --- what the engine tells -----------------------------------------------------------------
 
@@ -117,9 +122,10 @@ class KvBinding:
             self._group, self._group_known = event.group, True
         elif event.group != self._group:
             return
-        if event.block_tokens > 0:
+        medium = medium_bit(event.medium)
+        if event.block_tokens > 0 and medium == GPU:  # the host's may be larger
             self.block_tokens = event.block_tokens
-        self.tree.store(event.hashes, event.parent, medium_bit(event.medium), now_s)
+        self.tree.store(event.hashes, event.parent, medium, now_s)
 
     def clear(self, now_s: float) -> bool:
         """The cache is empty. Say whether that is news."""
@@ -130,7 +136,7 @@ class KvBinding:
     def drop(self, now_s: float) -> None:
         """Nothing is known of the cache any more."""
         self.tree.clear(now_s)
-        self.points = Points()
+        self.points = Points(self.points.chains_max)
         self._group, self._group_known = None, False
 
     def blind(self, now_s: float) -> None:

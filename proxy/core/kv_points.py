@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from proxy.core import limits
-
 _NO_CHAINS: Final[tuple[int, ...]] = ()
 
 
@@ -32,9 +30,10 @@ class Point:
 class Points:
     """All bindings of one engine."""
 
-    __slots__ = ("_by_block", "_by_chain")
+    __slots__ = ("_by_block", "_by_chain", "chains_max")
 
-    def __init__(self) -> None:
+    def __init__(self, chains_max: int) -> None:
+        self.chains_max = chains_max
         self._by_chain: dict[int, Point] = {}  # oldest binding first
         self._by_block: dict[int, Point] = {}
 
@@ -58,7 +57,7 @@ class Points:
                 self._unbind(before, chain)
             point.chains = (*point.chains, chain)
         self._by_chain[chain] = point
-        while len(self._by_chain) > limits.KV_POINTS_MAX:
+        while len(self._by_chain) > self.chains_max:
             oldest = next(iter(self._by_chain))
             self._unbind(self._by_chain.pop(oldest), oldest)
         return point

@@ -117,7 +117,11 @@ class KvTree:
             return
         if at:
             parent = hashes[at - 1]
-        run, depth = self._locate(parent, hashes[at])
+        if parent is None and medium != GPU:
+            # Connectors that copy blocks to the host name no parents: nobody knows how deep.
+            run, depth = Run(hashes[at], None, _NO_DEPTH), _NO_DEPTH
+        else:
+            run, depth = self._locate(parent, hashes[at])
         self._lay(run, depth, hashes, at, now_s)
 
     def _add_medium(self, hashes: list[int], medium: int) -> None:
@@ -191,6 +195,8 @@ class KvTree:
         return run
 
     def _grew(self, run: Run, first: int, last: int, now_s: float) -> None:
+        if last <= 0:
+            return
         growths = self.growths
         if growths:
             before = growths[-1]

@@ -145,6 +145,8 @@ KV_BLOCKS_TOTAL_MAX = 1 << 22
 KV_GROWTHS_MAX = 1 << 14
 # Chain hashes whose blocks are known, of one engine: as many as the record of what was sent has.
 KV_POINTS_MAX = 1 << 17
+# And of all engines that one proxy follows: a point for each eight blocks. 240 MB.
+KV_POINTS_TOTAL_MAX = KV_BLOCKS_TOTAL_MAX // 8
 # Requests that have begun and not ended, and those that ended and wait for their events.
 KV_OPEN_MAX = 1 << 16
 # A worker says when it sent a request, and an engine's events come when they come: what happened

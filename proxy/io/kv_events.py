@@ -86,9 +86,11 @@ class KvFollower:
         for name, replica in wanted.items():
             if name not in self._streams:
                 self._streams[name] = self._start(replica)
-        share = limits.KV_BLOCKS_TOTAL_MAX // max(1, len(self._streams))
+        count = max(1, len(self._streams))
+        blocks_max = min(limits.KV_BLOCKS_MAX, limits.KV_BLOCKS_TOTAL_MAX // count)
+        points_max = min(limits.KV_POINTS_MAX, limits.KV_POINTS_TOTAL_MAX // count)
         for stream in self._streams.values():
-            stream.binding.tree.blocks_max = min(limits.KV_BLOCKS_MAX, share)
+            stream.binding.limit(blocks_max, points_max)
         if self._streams and self._ticker is None:
             self._ticker = self._tasks.spawn("kv ticks", self._tick())
 

@@ -244,6 +244,13 @@ def test_other_groups_of_layers_are_not_followed() -> None:
     assert binding.resident_tokens == 0
 
 
+def test_blocks_of_the_host_are_of_their_own_size() -> None:
+    binding = KvBinding(0.0)
+    binding.apply([Stored([5, 6], None, 16, 0, "", "GPU", "")], 1.0)
+    binding.apply([Stored([6], None, 64, 0, "", "CPU", "")], 2.0)
+    assert binding.resident_tokens == 2 * 16
+
+
 def test_requests_under_way_are_bounded() -> None:
     binding = KvBinding(0.0)
     chain = chain_of(b"x" * 64, ())

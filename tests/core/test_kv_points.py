@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.core import limits
 from proxy.core.kv_points import Points
 
 
 def test_a_block_takes_along_what_is_bound_beyond_it() -> None:
-    points = Points()
+    points = Points(100)
     first, second, third = points.bind(1, 10, 1), points.bind(2, 20, 2), points.bind(3, 30, 3)
     points.join(second, third)
     points.join(first, second)
@@ -22,7 +20,7 @@ def test_a_block_takes_along_what_is_bound_beyond_it() -> None:
 
 
 def test_a_chain_hash_is_bound_once() -> None:
-    points = Points()
+    points = Points(100)
     points.bind(1, 10, 1)
     points.bind(1, 20, 2)
     assert points.gone(10) == []
@@ -30,7 +28,7 @@ def test_a_chain_hash_is_bound_once() -> None:
 
 
 def test_what_was_between_leaves_the_others_joined() -> None:
-    points = Points()
+    points = Points(100)
     first, second, third = points.bind(1, 10, 1), points.bind(2, 20, 2), points.bind(3, 30, 3)
     points.join(second, third)
     points.join(first, second)
@@ -38,9 +36,8 @@ def test_what_was_between_leaves_the_others_joined() -> None:
     assert sorted(points.gone(10)) == [1, 3]
 
 
-def test_the_oldest_binding_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "KV_POINTS_MAX", 2)
-    points = Points()
+def test_the_oldest_binding_goes_first() -> None:
+    points = Points(2)
     for chain in (1, 2, 3):
         points.bind(chain, 10 * chain, chain)
     assert len(points) == 2
@@ -60,7 +57,7 @@ def test_every_chain_hash_is_bound_where_it_was_bound_last(
     steps: list[tuple[str, int, int]],
 ) -> None:
     """Blocks are a single path here: 1 is before 2, and so on."""
-    points = Points()
+    points = Points(100)
     model: dict[int, int] = {}
     for what, chain, block in steps:
         if what == "bind":

@@ -98,6 +98,15 @@ def test_a_block_is_resident_while_it_is_in_any_medium() -> None:
     assert (medium_bit("DISK"), medium_bit("")) == (BEYOND, GPU)
 
 
+def test_a_copy_on_the_host_has_no_depth_and_is_no_growth() -> None:
+    tree = KvTree(0.0)
+    tree.store([5, 6], None, HOST, 1.0)
+    assert (len(tree), tree.gpu_blocks, tree.growths) == (2, 0, [])
+    tree.store([1, 2], None, GPU, 1.0)
+    tree.store([2], None, HOST, 2.0)
+    assert (tree.remove([1, 2], GPU), len(tree)) == ([1], 3)
+
+
 def test_a_block_without_a_known_parent_is_resident_and_nowhere() -> None:
     tree = KvTree(0.0)
     tree.store([5, 6], 4, GPU, 1.0)
@@ -147,19 +156,20 @@ def named(parts: list[int]) -> int:
 def test_it_is_a_set_with_paths(steps: list[tuple[str, list[int], int, int]]) -> None:
     tree = KvTree(0.0)
     model: dict[int, int] = {}
-    for number, (what, parts, cut, medium) in enumerate(steps):
+    for number, (what, parts, cut, drawn) in enumerate(steps):
         blocks = [named(parts[: i + 1]) for i in range(len(parts))]
         if what == "store":
             begin = min(cut, len(parts) - 1)
             known = begin == 0 or blocks[begin - 1] in model
             begin = begin if known else 0  # engines name parents that they have
+            medium = drawn if begin else GPU  # what has no parent named is at the root
             tree.store(blocks[begin:], blocks[begin - 1] if begin else None, medium, number + 1.0)
             for block in blocks[begin:]:
                 model[block] = model.get(block, 0) | medium
         elif what == "remove":
-            gone = tree.remove([blocks[-1]], medium)
+            gone = tree.remove([blocks[-1]], drawn)
             if blocks[-1] in model:
-                model[blocks[-1]] &= ~medium
+                model[blocks[-1]] &= ~drawn
             lost = [block for block, media in model.items() if media == 0]
             assert gone == lost
             for block in lost:
