@@ -9,7 +9,9 @@ the same share of its depth. Where none did, because everything was cached, or s
 of the chain is not bound hangs on the deepest point of it that is: it needs that block in any case.
 
 Whatever is not sure stays unbound, and the proxy's own record of what it sent goes on there: a
-chain told as evicted that is not would cost a prefill.
+chain told as evicted that is not would cost a prefill. What can be mistaken are prompts of the same
+length of which one goes on in a third that is computed at the same moment; turns do not, since
+each waits for the answer before it.
 
 A chain hash that was bound before and is met on another path keeps what the two paths share, since
 that is what its octets can be at most. Where they share too little for an estimate that was off
@@ -50,6 +52,7 @@ class _Open:
 
 class _Ended(NamedTuple):
     due_s: float  # when all its events have come
+    released_s: float
     chain: PrefixChain
     dispatched_s: float
     prefilled_s: float
@@ -172,6 +175,7 @@ class KvBinding:
         self._ended.append(
             _Ended(
                 now_s + limits.KV_LATE_S,
+                now_s,
                 request.chain,
                 request.dispatched_s,
                 prefilled_s,
@@ -205,6 +209,12 @@ class KvBinding:
         # much was cached as can be, it need not have grown anything.
         if cached_blocks < (request.prompt_tokens - 1) // self.block_tokens:
             found = self._candidates(request, depth, cached_blocks, since_s)
+        if len(found) > 1:
+            found = [growth for growth in found if self._went_on(growth, request)] or found
+        if len(found) > 1 and request.released_s - request.prefilled_s > limits.KV_LATE_S:
+            # A stream began with its first token, which came with the step that ended the prefill.
+            near_s = request.prefilled_s - limits.KV_FIRST_TOKEN_S
+            found = [growth for growth in found if growth.at_s >= near_s] or found
         if len(found) > 1:
             found = self._on_known_path(found, request.chain, depth)
         if len(found) == 1:
@@ -293,6 +303,20 @@ class KvBinding:
         if run.times[-1] > growth.at_s:  # another path goes there
             return False
         return run.attached is None or run.end not in run.attached
+
+    def _went_on(self, growth: Growth, request: _Ended) -> bool:
+        """Say whether a path went on in time for as many blocks as the answer filled.
+
+        It may have gone further: others may have built on it.
+        """
+        run = growth.run
+        if run.floor >= growth.last or run.end < growth.last:
+            return True  # several go on from here, or it has gone: nobody knows
+        last = (request.prompt_tokens + request.completion_tokens - 1) // self.block_tokens
+        if last > run.peak:
+            return False
+        place = self.tree.place(run, last)
+        return place is None or place[0].times[place[1]] <= request.due_s
 
     def _on_known_path(self, found: list[Growth], chain: PrefixChain, depth: int) -> list[Growth]:
         """Keep of several paths those that go where the chain was before; all, if none does."""

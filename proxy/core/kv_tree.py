@@ -36,7 +36,7 @@ def medium_bit(medium: str) -> int:
 class Run:
     """Blocks in a row: `hashes[i]` is at depth `start + 1 + i` and came at `times[i]`."""
 
-    __slots__ = ("above", "attached", "below", "floor", "hashes", "name", "start", "times")
+    __slots__ = ("above", "attached", "below", "floor", "hashes", "name", "peak", "start", "times")
 
     def __init__(self, name: int, above: Run | None, start: int) -> None:
         self.name = name  # its first block
@@ -48,6 +48,7 @@ class Run:
         self.below: dict[int, Run] | None = None
         self.attached: dict[int, int] | None = None
         self.floor = start
+        self.peak = start  # the deepest that its end ever was
 
     @property
     def end(self) -> int:
@@ -179,6 +180,7 @@ class KvTree:
             rest = hashes[at:]
             run.hashes.extend(rest)
             run.times.extend(array("d", (now_s,)) * len(rest))
+            run.peak = max(run.peak, run.end)
             self._held += len(rest)
             self.where.update(dict.fromkeys(rest, run))
             self._grew(run, depth + 1, depth + len(rest), now_s)

@@ -155,6 +155,9 @@ KV_EARLY_S = 0.05
 # Events arrive 1 ms after their step with vLLM, up to 58 ms with SGLang (measured), and a busy
 # supervisor reads them later.
 KV_LATE_S = 0.25
+# From the event of a prefill's end to its first token: a detokenizer, an HTTP server and a network,
+# none of which is a second behind, or clients would complain.
+KV_FIRST_TOKEN_S = 1.0
 
 # --- telemetry ------------------------------------------------------------------------------
 REQUEST_SERIES_MAX = 256  # (route, model) pairs in metrics; further models count as "other"

@@ -313,8 +313,10 @@ def drive(bench: Bench, ops: Iterable[tuple[str, int, int, int, int]]) -> None:
     waiting: list[tuple[int, Asked]] = []
     for what, head, tail, blocks, delay in ops:
         if what == "begin":
-            # Heads of a few lengths, tails of a few more: many prompts that look alike.
-            prompt = text(head, 3 + head) + text(10 * head + tail, blocks)[: 70 - 4 * (tail % 2)]
+            # Heads of a few lengths, tails of a few more: many prompts that look alike, or are the
+            # same. None goes on from another, as turns do: those come when that one has ended.
+            seed = 100 * head + 10 * tail + blocks
+            prompt = text(head, 3 + head) + text(seed, blocks)[: 70 - 4 * (tail % 2)]
             pair = bench.begin(prompt[: len(prompt) // 4 * 4], text(50 + tail, tail))
             if pair is not None:
                 waiting.append(pair)
@@ -375,5 +377,5 @@ def test_of_what_is_gone_most_is_told() -> None:
     gone, believed = bench.stale()
     binding = bench.binding
     assert gone > 500
-    assert believed <= 0.1 * gone
+    assert believed <= 0.15 * gone
     assert binding.bound >= 0.8 * (binding.bound + binding.ambiguous + binding.unseen)

@@ -45,7 +45,7 @@ class Asked:
     def usage(self) -> Usage:
         return Usage(
             len(self.prompt) // TOKEN_BYTES,
-            len(self.answer) // TOKEN_BYTES,
+            (len(self.tokens) - len(self.prompt)) // TOKEN_BYTES,  # so far
             self.cached_blocks * BLOCK_TOKENS,
         )
 
