@@ -154,6 +154,22 @@ def test_what_was_wholly_cached_hangs_on_what_is_known() -> None:
     assert bench.stale()[1] == 0
 
 
+def test_points_before_the_known_one_get_their_own_blocks() -> None:
+    bench = Bench(20, ends=())
+    prompt = text(1, 12)
+    bench.run(prompt)
+    bench.ends = (64, 128)
+    bench.run(prompt)
+    points = [bench.binding.points.at_chain(name) for name in chain_of(prompt, (64, 128)).hashes]
+    assert [point and point.depth for point in points] == [4, 8, 12]
+    assert bench.binding.inherited == 1
+    bench.run(text(2, 11))  # takes the last blocks of it
+    assert bench.stale() == (1, 0)
+    assert points[0] is bench.binding.points.at_block(
+        bench.needs[chain_of(prompt, (64,)).hashes[0]][-1]
+    )
+
+
 def test_two_that_look_alike_are_not_bound() -> None:
     bench = Bench(40, ends=(64, 128))
     begun = [bench.begin(text(seed, 8)) for seed in (1, 2)]
