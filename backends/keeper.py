@@ -28,7 +28,6 @@ from backends.engines.base import (
     EngineMissingError,
     launch_hash,
     merged,
-    read_model_names,
     resolve_program,
     url_of,
 )
@@ -50,9 +49,11 @@ from backends.ports import NoPortError, PortLeases
 from backends.providers.base import Process, Provider
 from backends.reconcile import Observed, Wanted
 from backends.tasks import cancel_all, spawn
-from proxy.contract import LoadSample, ReplicaRecord
+from proxy.contract import LoadSample, ReplicaRecord, with_load
+from proxy.contract.engines import MODELS_PATH, read_listing
 
 SILENCE_S_MAX = 300.0
+LISTING_INTERVAL_S = 15.0  # adapters come and go at run time
 ASK_TIMEOUT_S = 5.0  # a metrics page behind a busy event loop takes its time
 ADOPT_TIMEOUT_S = 2.0
 READY_POLL_S = (0.05, 1.0)  # the first pause between readiness probes, and the longest
@@ -90,6 +91,10 @@ class Keeper:
         self._around = around
         self._spec_hash = wanted.launch_hash
         self._models: tuple[str, ...] = (wanted.spec.model,)
+        self._adapters: tuple[str, ...] | None = None
+        self._listed_s = 0.0
+        # What it has told of itself, in its last life too: ranks keep their names over a restart.
+        self._told = ReplicaRecord(replica_id=wanted.spec.replica_id, url="")
         self._port = 0
         self._launch: Launch | None = None  # the life under way
         self._process: Process | None = None
@@ -111,8 +116,8 @@ class Keeper:
     def record(self) -> ReplicaRecord:
         """Return what the fleet is told."""
         serving = self.state.phase in SERVING
-        return ReplicaRecord(
-            replica_id=self.spec.replica_id,
+        return msgspec.structs.replace(
+            self._told,
             url=url_of(self._port),
             models=self._models,
             pool=self.spec.pool,
@@ -122,9 +127,11 @@ class Keeper:
             reason=self.state.reason,
             target_inputs=self.spec.target_inputs,
             max_inputs=self.spec.max_inputs,
+            weight=self.spec.weight,
             restarts=self.state.restarts,
             pid=self._process.pid if self._process else 0,
             load=self.load if serving else None,
+            asleep=self._told.asleep and serving,
         )
 
     # --- what the manager wishes ----------------------------------------------------------------
@@ -229,7 +236,7 @@ class Keeper:
         around.journal.append(launch)
         self._launch = launch
         self.load = None
-        self._models = (self.spec.model,)
+        self._models, self._adapters = (self.spec.model,), None
         environ = merged(os.environ, command, self.spec)
         self._process = around.provider.spawn(argv, environ, launch.launch_id, self.log_path)
         self._watch(self._process, launch.launch_id)
@@ -295,6 +302,8 @@ class Keeper:
             if self.state.phase not in SERVING:
                 await alarm.wait(None)
                 continue
+            if self._around.clock.now_s() - self._listed_s >= LISTING_INTERVAL_S:
+                await self._list()
             answered, load = await self._read()
             if not self._current(launch_id):
                 return
@@ -334,15 +343,20 @@ class Keeper:
 
     async def _greet(self, launch_id: str) -> None:
         """It answers: learn its names and its load, so that it enters the fleet complete."""
-        url = url_of(self._port)
-        listing = await self._around.fetch.get(url + "/v1/models", ASK_TIMEOUT_S)
-        names = read_model_names(listing.body) if listing.status == 200 else ()
+        await self._list()
         await self._read()
         if not self._current(launch_id) or self.state.phase is not Phase.STARTING:
             return
-        self._models = names or self._models
         self._journal(Ready(launch_id))
         self.apply(Event.ANSWERED)
+
+    async def _list(self) -> None:
+        """Learn which names it answers to."""
+        launch, self._listed_s = self._launch, self._around.clock.now_s()
+        answer = await self._around.fetch.get(url_of(self._port) + MODELS_PATH, ASK_TIMEOUT_S)
+        listing = read_listing(answer.body) if answer.status == 200 else None
+        if launch is self._launch and listing is not None and listing.names:
+            self._models, self._adapters = listing.names, listing.adapters
 
     async def _read(self) -> tuple[bool, LoadSample | None]:
         """Take one reading of the load; say whether the engine answered anything at all."""
@@ -356,6 +370,7 @@ class Keeper:
         if launch is not self._launch:
             return False, None
         if load is not None:
+            self._told = with_load(self._told, load, self._adapters, anew=self.load is None)
             self.load = load
             self._around.changed()
             return True, load

@@ -27,6 +27,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     target_inputs: int = 0
     max_inputs: int = 0
+    weight: float = 1.0
     start_timeout_s: float = 900.0
     stop_grace_s: float = 30.0
 
@@ -69,6 +70,7 @@ def _spec(model: ModelConfig, pool: PoolConfig, base: str, index: int) -> Replic
         env=pool.env,
         target_inputs=pool.target_inputs,
         max_inputs=pool.max_inputs,
+        weight=pool.weight,
         start_timeout_s=pool.start_timeout_secs,
         stop_grace_s=pool.stop_grace_secs,
     )

@@ -28,6 +28,7 @@ Count = Annotated[int, Meta(ge=0)]
 Key = Annotated[str, Meta(min_length=1)]  # an empty one would open what it should close
 Path = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(ge=0)]
+Affinity = Literal["soft", "strict"]
 Policy = Literal["prefix", "session", "least_load", "round_robin", "random"]
 ClientAuth = Literal["off", "optional", "required"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -73,6 +74,13 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
             "manual are understood as their nearest equals"
         ),
     ] = "prefix"
+    session_affinity: Annotated[
+        Affinity,
+        Meta(
+            description="a request that names a session: soft prefers the session's home, strict "
+            "keeps to it while it lives, however busy it is"
+        ),
+    ] = "soft"
     api_key: Annotated[
         Key | None,
         Meta(description="key that clients must present; it goes on to the engines with a request"),
@@ -103,6 +111,13 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     health_check_timeout_secs: Annotated[
         float, Meta(ge=0.05, description="time that a probe may take")
     ] = 3.0
+    scrape_interval_secs: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="pause between readings of the metrics of --worker-urls engines; 0: none",
+        ),
+    ] = 1.0
     shutdown_grace_period_secs: Annotated[
         Seconds, Meta(description="time that requests in flight may take after SIGTERM")
     ] = 60.0
@@ -193,6 +208,14 @@ class PoolConfig(Section, frozen=True, kw_only=True):
         Count,
         Meta(description="requests in flight on a replica that no proxy worker exceeds; 0: any"),
     ] = 0
+    weight: Annotated[
+        float,
+        Meta(
+            ge=0.01,
+            le=10.0,
+            description="conversations that a replica is home to, against one of weight 1",
+        ),
+    ] = 1.0
     start_timeout_secs: Annotated[Seconds, Meta(description="time from start to ready")] = 900.0
     stop_grace_secs: Annotated[
         Seconds, Meta(description="time to drain, and again from SIGTERM to SIGKILL")

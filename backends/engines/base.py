@@ -20,7 +20,6 @@ from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
 
 HOST = "127.0.0.1"  # engines listen where only this machine can reach them
-MODEL_NAMES_MAX = 256  # names taken from one engine (adapters count)
 
 
 class Launch(msgspec.Struct, frozen=True):
@@ -95,23 +94,6 @@ def option(args: Sequence[str], flag: str) -> str | None:
         elif arg.startswith(flag + "="):
             value = arg[len(flag) + 1 :]
     return value
-
-
-def read_model_names(body: bytes) -> tuple[str, ...]:
-    """Return the ids in an answer of `/v1/models`; empty when it is none."""
-    try:
-        listing = msgspec.json.decode(body, type=_ModelList)
-    except msgspec.MsgspecError:
-        return ()
-    return tuple(dict.fromkeys(model.id for model in listing.data))[:MODEL_NAMES_MAX]
-
-
-class _Model(msgspec.Struct):
-    id: str
-
-
-class _ModelList(msgspec.Struct):
-    data: list[_Model]
 
 
 def merged(environ: Mapping[str, str], launch: Launch, spec: ReplicaSpec) -> dict[str, str]:

@@ -10,6 +10,7 @@ from backends.engines.sglang import Sglang
 from backends.engines.vllm import Vllm
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
+from proxy.contract.engines import read_any
 
 _DIALECTS: dict[str, Engine] = {"vllm": Vllm(), "sglang": Sglang()}
 
@@ -35,10 +36,9 @@ class Simulator:
         return _dialect(spec).load_paths(spec)
 
     def read_load(self, answers: Sequence[bytes], at_s: float) -> LoadSample | None:
-        """Tell the dialect from the names: an answer speaks one of them."""
-        return _DIALECTS["vllm"].read_load(answers, at_s) or _DIALECTS["sglang"].read_load(
-            answers, at_s
-        )
+        """Tell the dialect from the names."""
+        found = read_any(answers, at_s)
+        return found[1] if found else None
 
     def abort_path(self, spec: ReplicaSpec) -> str | None:
         return _dialect(spec).abort_path(spec)

@@ -19,6 +19,7 @@ from backends.log import Log
 from backends.simulator.engine import Engine, Gate
 from backends.simulator.flags import parse_flags
 from backends.simulator.kv_events import EventPublisher
+from backends.simulator.ranks import Ranks
 from backends.simulator.server import Server
 from backends.simulator.settings import Settings
 from backends.tasks import cancel_all, spawn
@@ -67,11 +68,14 @@ class Process:
     def __init__(self, settings: Settings) -> None:
         endpoint = settings.kv_events
         self._settings = settings
-        self._publisher = (
-            EventPublisher(endpoint, settings.dialect, settings.block_tokens) if endpoint else None
-        )
-        self.engine = Engine(settings, self._publisher)
-        self.server = Server(settings, self.engine, self._publisher)
+        self._publishers: list[EventPublisher] = []
+        if endpoint is not None:
+            self._publishers = [
+                EventPublisher(endpoint, settings.dialect, settings.block_tokens, rank)
+                for rank in range(settings.dp_size)
+            ]
+        self.ranks = Ranks(settings, self._publishers)
+        self.server = Server(settings, self.ranks, self._publishers)
         self._runner = web.AppRunner(
             self.server.application(),
             access_log=None,
@@ -86,7 +90,8 @@ class Process:
         """Listen; return the port."""
         await self._runner.setup()
         await web.TCPSite(self._runner, self._settings.host, self._settings.port).start()
-        self._tasks.append(spawn(self._run_engine(), "engine", self._log))
+        for engine in self.ranks:
+            self._tasks.append(spawn(self._run(engine), "engine", self._log))
         if not self.server.ready:
             self._tasks.append(spawn(self._become_ready(), "startup", self._log))
         port: int = self._runner.addresses[0][1]
@@ -96,10 +101,10 @@ class Process:
         """Wait for `stop` and go down as the dialect does, or for the engine's death."""
         going = spawn(self._go_down_after(stop), "signals", self._log)
         self._tasks.append(going)
-        await asyncio.wait((going, self.engine.dead), return_when=asyncio.FIRST_COMPLETED)
-        if not self.engine.dead.done():
+        await asyncio.wait((going, self.ranks.dead), return_when=asyncio.FIRST_COMPLETED)
+        if not self.ranks.dead.done():
             return 0
-        sys.stderr.write(f"fatal: {self.engine.dead.result()}\n")
+        sys.stderr.write(f"fatal: {self.ranks.dead.result()}\n")
         self._drop_connections()
         return 1
 
@@ -109,18 +114,18 @@ class Process:
             await self._runner.cleanup()
         finally:
             await cancel_all(self._tasks)
-            if self._publisher is not None:
-                self._publisher.close()
+            for publisher in self._publishers:
+                publisher.close()
 
-    async def _run_engine(self) -> None:
+    async def _run(self, engine: Engine) -> None:
         try:
-            await self.engine.run()
+            await engine.run()
         except Exception as error:
-            self.engine.die(f"{type(error).__name__}: {error}")
+            engine.die(f"{type(error).__name__}: {error}")
             raise
 
     async def _become_ready(self) -> None:
-        await self.engine.pass_s(self._settings.startup_s)
+        await self.ranks.first.pass_s(self._settings.startup_s)
         self.server.ready = True
 
     async def _go_down_after(self, stop: asyncio.Event) -> None:
@@ -134,19 +139,19 @@ class Process:
     async def _drain_sglang(self) -> None:
         busy = True
         while busy:
-            await self.engine.pass_s(self._settings.drain_poll_s)
-            busy = self.engine.clockwork.busy or self.server.exchanges_open > 0
+            await self.ranks.first.pass_s(self._settings.drain_poll_s)
+            busy = self.ranks.busy or self.server.exchanges_open > 0
 
     async def _drain_vllm(self) -> None:
-        self.engine.gate = Gate.ABORT
+        self.ranks.gate = Gate.ABORT
         await self._idle_within(self._settings.shutdown_timeout_s)
-        self.engine.abort_all()
+        self.ranks.abort_all()
         await self._idle_within(ABORT_TIMEOUT_S)
 
     async def _idle_within(self, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                await self.engine.idle()
+                await self.ranks.idle()
         except TimeoutError:
             return
 

@@ -48,9 +48,11 @@ class Sequence:
     """One prompt and the answer that grows from it."""
 
     __slots__ = (
+        "adapter",
         "cached_tokens",
         "chain",
         "computed_tokens",
+        "first_token_s",
         "generated_tokens",
         "held_blocks",
         "last_token_s",
@@ -59,6 +61,7 @@ class Sequence:
         "order",
         "outbox",
         "phase",
+        "planned_s",
         "preemptions",
         "prompt_tokens",
         "rank",
@@ -83,6 +86,7 @@ class Sequence:
         self.natural_end = 0  # tokens after which the answer ends by itself; 0: never
         self.stops: StopFinder | None = None
         self.rank = 0  # lower goes first
+        self.adapter = ""
         self.root = 0
         self.streaming = False
         self.outbox: object = None  # the caller's; carried along
@@ -100,6 +104,7 @@ class Sequence:
         self.preemptions = 0
         self.unsent = ""
         self.submitted_s = self.ready_s = self.last_token_s = 0.0
+        self.planned_s = self.first_token_s = 0.0  # its first step begins, and its prefill ends
 
 
 class Emission(NamedTuple):
@@ -152,6 +157,11 @@ class Clockwork:
         return len(self._waiting) + len(self._intake)
 
     @property
+    def waiting(self) -> list[Sequence]:
+        """Those that are here but not running."""
+        return [*self._intake, *(entry[2] for entry in self._waiting)]
+
+    @property
     def busy(self) -> bool:
         """Whether any sequence is here, in whatever phase."""
         return bool(self.running or self._waiting or self._intake)
@@ -160,7 +170,7 @@ class Clockwork:
     def waiting_uncached_tokens(self) -> int:
         """Prompt tokens that waiting sequences will have computed, by what is cached now."""
         total = 0
-        for sequence in (*self._intake, *(entry[2] for entry in self._waiting)):
+        for sequence in self.waiting:
             hits = self.cache.match(sequence.chain, len(sequence.chain))
             total += sequence.total_tokens - hits * self.cache.block_tokens
         return total
@@ -346,6 +356,7 @@ class Clockwork:
         tally.cached_tokens += sequence.cached_tokens
         tally.prompt_tokens[sequence.streaming] += sequence.prompt_tokens
         tally.queue_time.observe(max(0.0, now_s - sequence.ready_s))
+        sequence.planned_s = now_s
 
     def _reserve(self, sequence: Sequence, count: int) -> bool:
         """Take the blocks for `count` more tokens, preempting others; False: it was preempted."""
@@ -396,6 +407,7 @@ class Clockwork:
         generated = sequence.generated_tokens
         tally.generation_tokens[sequence.streaming] += 1
         if generated == 1:
+            sequence.first_token_s = now_s
             tally.time_to_first_token.observe(now_s - sequence.submitted_s)
         else:
             tally.inter_token_latency.observe(now_s - sequence.last_token_s)
@@ -430,3 +442,5 @@ class Clockwork:
         tally.end_to_end.observe(now_s - sequence.submitted_s)
         tally.prompt_sizes.observe(sequence.prompt_tokens)
         tally.generation_sizes.observe(sequence.generated_tokens)
+        tally.prefill_time.observe(sequence.first_token_s - sequence.planned_s)
+        tally.prefill_sizes.observe(sequence.prompt_tokens - sequence.cached_tokens)

@@ -80,7 +80,7 @@ class Control:
     def __init__(self, server: Server) -> None:
         self._server = server
         self._settings = server.settings
-        self._engine = server.engine
+        self._ranks = server.ranks
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
         """Add the paths of the dialect."""
@@ -149,17 +149,17 @@ class Control:
             max_tokens=1,
         )
         sequences: list[Sequence] = make_sequences(
-            generation, self._settings, self._engine.clockwork
+            generation, self._settings, self._ranks.first.clockwork
         )
-        outbox = self._engine.submit(sequences)
+        outbox = self._ranks.first.submit(sequences)
         try:
             await outbox.take()
         finally:
-            self._engine.abort(sequences)
+            self._ranks.first.abort(sequences)
 
     async def _ready(self, _request: web.Request) -> web.StreamResponse:
         server = self._server
-        ready = server.ready and not server.draining and self._engine.gate is Gate.OPEN
+        ready = server.ready and not server.draining and self._ranks.gate is Gate.OPEN
         return web.Response(status=200 if ready else 503)
 
     async def _ping(self, _request: web.Request) -> web.StreamResponse:
@@ -188,8 +188,11 @@ class Control:
                 "schedule_low_priority_values_first": settings.low_priority_first,
                 "version": settings.version,
                 "startup_time": self._server.started_s,
+                "dp_size": settings.dp_size,
                 "max_total_num_tokens": self._pool_tokens(),
-                "internal_states": [{"load": len(self._engine.clockwork.running)}],
+                "internal_states": [
+                    {"load": len(engine.clockwork.running)} for engine in self._ranks
+                ],
                 "kv_events": self._kv_events(),
             }
         )
@@ -201,47 +204,55 @@ class Control:
         return json_answer(value | {"is_generation": not embeds, "weight_version": "default"})
 
     def _pool_tokens(self) -> int:
-        return self._engine.cache.blocks_max * self._settings.block_tokens
+        return self._settings.kv_blocks_max * self._settings.block_tokens
 
     def _kv_events(self) -> dict[str, object] | None:
-        publisher = self._server.publisher
-        if publisher is None:
+        if not self._server.publishers:
             return None
+        publisher = self._server.publishers[0]
         return {
             "publisher": "zmq",
             "endpoint_host": self._settings.host,
             "endpoint_port_base": publisher.port,
             "topic": publisher.topic,
             "block_size": self._settings.block_tokens,
-            "dp_size": 1,
+            "dp_size": self._settings.dp_size,
             "replay_endpoint_port_base": publisher.replay_port,
         }
 
     async def _kv_event_sources(self, _request: web.Request) -> web.StreamResponse:
-        publisher = self._server.publisher
-        if publisher is None:
-            return json_answer({})
         host = self._settings.host
-        replay_port = publisher.replay_port
+        sources = {}
+        for rank, publisher in enumerate(self._server.publishers):
+            replay_port = publisher.replay_port
+            sources[str(rank)] = {
+                "publisher": "zmq",
+                "endpoint": f"tcp://{host}:{publisher.port}",
+                "replay_endpoint": f"tcp://{host}:{replay_port}" if replay_port else None,
+                "topic": publisher.topic,
+            }
+        return json_answer(sources)
+
+    async def _loads(self, _request: web.Request) -> web.StreamResponse:
         return json_answer(
             {
-                "0": {
-                    "publisher": "zmq",
-                    "endpoint": f"tcp://{host}:{publisher.port}",
-                    "replay_endpoint": f"tcp://{host}:{replay_port}" if replay_port else None,
-                    "topic": publisher.topic,
-                }
+                "timestamp": datetime.now(UTC).isoformat(),
+                "version": self._settings.version,
+                "accelerator": self._settings.profile.name,
+                "num_accelerators": self._settings.dp_size,
+                "loads": [self._rank_loads(rank) for rank in range(self._settings.dp_size)],
             }
         )
 
-    async def _loads(self, _request: web.Request) -> web.StreamResponse:
-        engine, settings, tally = self._engine, self._settings, self._engine.tally
+    def _rank_loads(self, rank: int) -> dict[str, object]:
+        engine, settings = self._ranks.engines[rank], self._settings
+        tally = engine.tally
         used_tokens = engine.cache.used_blocks * settings.block_tokens
         waiting = engine.clockwork.waiting_count
         queried = tally.queried_tokens
-        load: dict[str, object] = {
+        return {
             "timestamp": time.time(),
-            "dp_rank": 0,
+            "dp_rank": rank,
             "num_running_reqs": len(engine.clockwork.running),
             "num_waiting_reqs": waiting,
             "num_waiting_uncached_tokens": engine.clockwork.waiting_uncached_tokens,
@@ -258,18 +269,9 @@ class Control:
             "total_prefill_busy_us": round(tally.prefill_busy_s * 1e6),
             "queues": {"waiting": waiting, "grammar": 0, "paused": 0, "retracted": 0},
         }
-        return json_answer(
-            {
-                "timestamp": datetime.now(UTC).isoformat(),
-                "version": settings.version,
-                "accelerator": settings.profile.name,
-                "num_accelerators": 1,
-                "loads": [load],
-            }
-        )
 
     async def _reset_prefix_cache(self, _request: web.Request) -> web.StreamResponse:
-        return json_answer({"success": self._engine.cache.clear()})
+        return json_answer({"success": self._ranks.clear()})
 
     async def _flush_cache(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -278,16 +280,16 @@ class Control:
             raise ApiError(400, "timeout must be a number of seconds") from error
         try:
             async with asyncio.timeout(max(0.0, timeout_s)):
-                await self._engine.idle()
+                await self._ranks.idle()
         except TimeoutError:
             return web.Response(text="the engine is busy; nothing was flushed\n", status=400)
-        flushed = self._engine.cache.clear()
+        flushed = self._ranks.clear()
         return web.Response(text=_FLUSHED, status=200 if flushed else 400)
 
     async def _sleep(self, request: web.Request) -> web.StreamResponse:
         level = int(_choose(request, "level", ("1", "0", "2")))
         mode = _choose(request, "mode", ("abort", "wait", "keep"))
-        await self._engine.sleep(level, mode)
+        await self._ranks.each(lambda engine: engine.sleep(level, mode))
         return json_answer({"status": "sleeping", "level": level})
 
     async def _wake_up(self, request: web.Request) -> web.StreamResponse:
@@ -295,27 +297,27 @@ class Control:
         unknown = sorted(set(tags) - {"weights", "kv_cache", "scheduler", "scheduling"})
         if unknown:
             raise ApiError(400, f"unknown tags {unknown}", param="tags")
-        await self._engine.wake_up(tags)
-        asleep = self._engine.sleep_level is not None
+        await self._ranks.each(lambda engine: engine.wake_up(tags))
+        asleep = self._ranks.sleep_level is not None
         return json_answer({"status": "sleeping" if asleep else "awake", "tags": tags or None})
 
     async def _is_sleeping(self, _request: web.Request) -> web.StreamResponse:
-        return json_answer({"is_sleeping": self._engine.sleep_level is not None})
+        return json_answer({"is_sleeping": self._ranks.sleep_level is not None})
 
     async def _pause(self, request: web.Request) -> web.StreamResponse:
         mode = _choose(request, "mode", ("abort", "wait", "keep"))
-        await self._engine.pause(mode)
+        await self._ranks.each(lambda engine: engine.pause(mode))
         if _choose(request, "clear_cache", ("true", "false")) == "true":
-            self._engine.cache.clear()
+            self._ranks.clear()
         return json_answer({"status": "paused"})
 
     async def _resume(self, _request: web.Request) -> web.StreamResponse:
-        if self._engine.sleep_level is None:
-            self._engine.resume()
+        if self._ranks.sleep_level is None:
+            self._ranks.resume()
         return json_answer({"status": "resumed"})
 
     async def _is_paused(self, _request: web.Request) -> web.StreamResponse:
-        return json_answer({"is_paused": self._engine.frozen})
+        return json_answer({"is_paused": self._ranks.frozen})
 
     async def _abort_requests(self, request: web.Request) -> web.StreamResponse:
         body = await self._server.read(request, AbortBody)
@@ -333,18 +335,16 @@ class Control:
 
     async def _pause_generation(self, request: web.Request) -> web.StreamResponse:
         body = decode_body(PauseBody, await request.read() or b"{}")
-        engine = self._engine
-        if body.mode == "abort":
-            await engine.pause("abort")
-        else:
-            await engine.pause("keep")
-            if body.mode == "retract":
+        kept = "abort" if body.mode == "abort" else "keep"
+        await self._ranks.each(lambda engine: engine.pause(kept))
+        if body.mode == "retract":
+            for engine in self._ranks:
                 engine.clockwork.retract_all()
-        engine.gate = Gate.QUEUE  # new requests wait; SGLang refuses none
+        self._ranks.gate = Gate.QUEUE  # new requests wait; SGLang refuses none
         return json_answer({"message": "Generation paused successfully.", "status": "ok"})
 
     async def _continue_generation(self, _request: web.Request) -> web.StreamResponse:
-        self._engine.resume()
+        self._ranks.resume()
         return json_answer({"message": "Generation continued successfully.", "status": "ok"})
 
     async def _memory_tags(self, request: web.Request) -> frozenset[str]:
@@ -359,33 +359,36 @@ class Control:
 
     async def _release_memory(self, request: web.Request) -> web.StreamResponse:
         tags = await self._memory_tags(request)
-        self._engine.release(tags)
+        for engine in self._ranks:
+            engine.release(tags)
         return await self._unless_dead()
 
     async def _resume_memory(self, request: web.Request) -> web.StreamResponse:
         tags = await self._memory_tags(request)
-        self._engine.take_back(tags)
+        for engine in self._ranks:
+            engine.take_back(tags)
         return await self._unless_dead()
 
     async def _unless_dead(self) -> web.StreamResponse:
         """Answer `null`; a dead engine never answers."""
-        if self._engine.dead.done():
+        if self._ranks.dead.done():
             await asyncio.Event().wait()
         return json_answer(None)
 
     async def _state(self, _request: web.Request) -> web.StreamResponse:
-        engine, tally, cache = self._engine, self._engine.tally, self._engine.cache
+        ranks, tally, count = self._ranks, self._ranks.tally, self._ranks.count
+        unused = count(lambda e: e.cache.available_blocks - e.cache.cached_blocks)
         return json_answer(
             {
                 "pid": os.getpid(),
-                "running": len(engine.clockwork.running),
-                "waiting": engine.clockwork.waiting_count,
+                "running": count(lambda e: len(e.clockwork.running)),
+                "waiting": count(lambda e: e.clockwork.waiting_count),
                 "in_flight": self._server.exchanges_open,
-                "blocks_max": cache.blocks_max,
-                "blocks_used": cache.used_blocks,
-                "blocks_cached": cache.cached_blocks,
-                "blocks_free": cache.available_blocks - cache.cached_blocks,
-                "blocks_evicted": cache.evicted_blocks,
+                "blocks_max": count(lambda e: e.cache.blocks_max),
+                "blocks_used": count(lambda e: e.cache.used_blocks),
+                "blocks_cached": count(lambda e: e.cache.cached_blocks),
+                "blocks_free": unused,
+                "blocks_evicted": count(lambda e: e.cache.evicted_blocks),
                 "requests": sum(tally.requests),
                 "aborted": tally.finished["abort"],
                 "finished": sum(tally.finished.values()) - tally.finished["abort"],
@@ -394,10 +397,10 @@ class Control:
                 "generation_tokens": sum(tally.generation_tokens),
                 "preemptions": tally.preemptions,
                 "steps": tally.steps,
-                "late_s": engine.late_s,
-                "gate": engine.gate.value,
-                "sleep_level": engine.sleep_level,
-                "released": sorted(engine.released),
+                "late_s": max(engine.late_s for engine in ranks),
+                "gate": ranks.gate.value,
+                "sleep_level": ranks.sleep_level,
+                "released": sorted(ranks.first.released),
                 "ready": self._server.ready,
                 "draining": self._server.draining,
                 "faults": self._server.faults.texts,
@@ -413,5 +416,5 @@ class Control:
             self._server.faults.replace(tuple(body.faults))
         except FaultError as error:
             raise ApiError(400, str(error), param="faults") from error
-        self._engine.clockwork.slowdown = self._server.faults.slowdown
+        self._ranks.slow_down(self._server.faults.slowdown)
         return json_answer({"faults": self._server.faults.texts})

@@ -121,6 +121,10 @@ class Exchange:
         finally:
             self._engine.abort(self.sequences)
 
+    def abort(self) -> None:
+        """Give it up; its client gets what there is."""
+        self._engine.abort(self.sequences)
+
     async def compute(self) -> list[Choice]:
         """Compute and return the answers."""
         outbox = self._engine.submit(self.sequences)

@@ -6,10 +6,12 @@ Durations are of the simulated machine.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 
 from backends.simulator.engine import Engine
-from backends.simulator.tally import Histogram
+from backends.simulator.ranks import Ranks
+from backends.simulator.tally import Histogram, Tally
 
 Labels = dict[str, str]
 
@@ -32,16 +34,25 @@ class _Page:
     def __init__(self, prefix: str, labels: Labels) -> None:
         self._prefix = prefix
         self._labels = labels
-        self._lines: list[str] = []
+        self._families: dict[str, list[str]] = {}  # the first two lines are about the family
 
     def family(self, name: str, kind: str, samples: Iterable[tuple[Labels, float]]) -> None:
         """Add a gauge or counter; a counter gets its suffix here."""
         suffix = "_total" if kind == "counter" and not name.endswith("_total") else ""
         full = f"{self._prefix}{name}{suffix}"
-        self._lines.append(f"# HELP {full} {name.replace('_', ' ')}")
-        self._lines.append(f"# TYPE {full} {kind}")
-        for labels, value in samples:
-            self._lines.append(_series(full, self._labels | labels, value))
+        self._add(
+            full, name, kind, (_series(full, self._labels | more, value) for more, value in samples)
+        )
+
+    def _add(self, full: str, name: str, kind: str, lines: Iterable[str]) -> None:
+        about = [f"# HELP {full} {name.replace('_', ' ')}", f"# TYPE {full} {kind}"]
+        self._families.setdefault(full, about).extend(lines)
+
+    def join(self, other: _Page) -> None:
+        """Add the series of another page, each to its family."""
+        for full, lines in other._families.items():  # one of us
+            mine = self._families.setdefault(full, lines[:2])
+            mine += lines[2:]
 
     def gauge(self, name: str, value: float) -> None:
         """Add a gauge."""
@@ -54,9 +65,8 @@ class _Page:
     def histogram(self, name: str, histogram: Histogram, labels: Labels | None = None) -> None:
         """Add a histogram."""
         full = f"{self._prefix}{name}"
-        self._lines.append(f"# HELP {full} {name.replace('_', ' ')}")
-        self._lines.append(f"# TYPE {full} histogram")
-        self._lines += self._buckets(full, histogram, self._labels | (labels or {}))
+        buckets = self._buckets(full, histogram, self._labels | (labels or {}))
+        self._add(full, name, "histogram", buckets)
 
     def _buckets(self, full: str, histogram: Histogram, labels: Labels) -> Iterator[str]:
         seen = 0
@@ -69,12 +79,12 @@ class _Page:
 
     def text(self) -> str:
         """Return the page."""
-        return "\n".join(self._lines) + "\n"
+        return "\n".join(line for lines in self._families.values() for line in lines) + "\n"
 
 
-def render_metrics(engine: Engine) -> str:
+def render_metrics(ranks: Ranks) -> str:
     """Return the page in the engine's dialect."""
-    return _render_vllm(engine) if engine.settings.dialect == "vllm" else _render_sglang(engine)
+    return _render_vllm(ranks) if ranks.settings.dialect == "vllm" else _render_sglang(ranks)
 
 
 def usage_ratio(engine: Engine) -> float:
@@ -82,9 +92,29 @@ def usage_ratio(engine: Engine) -> float:
     return engine.cache.used_blocks / engine.cache.blocks_max
 
 
-def _render_vllm(engine: Engine) -> str:
+def _render_vllm(ranks: Ranks) -> str:
+    """All series are by rank, but for the adapters."""
+    page = _Page("vllm:", {"model_name": ranks.settings.models[0]})
+    for rank, engine in enumerate(ranks):
+        page.join(_vllm_rank(engine, str(rank)))
+    if ranks.settings.adapters:
+        running, waiting = _adapters_in_use(ranks)
+        labels = {"running_lora_adapters": ",".join(running)}
+        labels |= {"waiting_lora_adapters": ",".join(waiting)}
+        labels |= {"max_lora": str(len(ranks.settings.adapters))}
+        page.family("lora_requests_info", "gauge", [(labels, time.time())])
+    return page.text()
+
+
+def _adapters_in_use(ranks: Ranks) -> tuple[list[str], list[str]]:
+    running = {s.adapter for engine in ranks for s in engine.clockwork.running}
+    waiting = {s.adapter for engine in ranks for s in engine.clockwork.waiting}
+    return sorted(running - {""}), sorted(waiting - {""})
+
+
+def _vllm_rank(engine: Engine, rank: str) -> _Page:
     tally, cache, settings = engine.tally, engine.cache, engine.settings
-    page = _Page("vllm:", {"engine": "0", "model_name": settings.models[0]})
+    page = _Page("vllm:", {"engine": rank, "model_name": settings.models[0]})
     waiting = engine.clockwork.waiting_count
     page.gauge("num_requests_running", len(engine.clockwork.running))
     page.gauge("num_requests_waiting", waiting)
@@ -127,6 +157,8 @@ def _render_vllm(engine: Engine) -> str:
     page.histogram("request_queue_time_seconds", tally.queue_time)
     page.histogram("request_prompt_tokens", tally.prompt_sizes)
     page.histogram("request_generation_tokens", tally.generation_sizes)
+    page.histogram("request_prefill_time_seconds", tally.prefill_time)
+    page.histogram("request_prefill_kv_computed_tokens", tally.prefill_sizes)
     info = {
         "block_size": str(settings.block_tokens),
         "cache_dtype": "auto",
@@ -135,16 +167,33 @@ def _render_vllm(engine: Engine) -> str:
         "num_gpu_blocks": str(cache.blocks_max),
         "prefix_caching_hash_algo": "xxhash",
     }
-    cache_page = _Page("vllm:", {"engine": "0"})
+    cache_page = _Page("vllm:", {"engine": rank})
     cache_page.family("cache_config_info", "gauge", [(info, 1)])
-    return page.text() + cache_page.text()
+    page.join(cache_page)
+    return page
 
 
-def _render_sglang(engine: Engine) -> str:
-    tally, cache, settings = engine.tally, engine.cache, engine.settings
+def _render_sglang(ranks: Ranks) -> str:
+    """Schedulers tell of their rank, the side of the clients of all of them together."""
+    settings = ranks.settings
     client_side = {"engine_type": "unified", "model_name": settings.models[0]}
-    ranks = {"moe_ep_rank": "0", "pp_rank": "0", "tp_rank": "0"}
     page = _Page("sglang:", client_side)
+    radix = _Page("sglang:", {"cache_type": "RadixCache"})
+    for rank, engine in enumerate(ranks):
+        labels = {"moe_ep_rank": "0", "pp_rank": "0", "tp_rank": "0"}
+        if settings.dp_size > 1:
+            labels["dp_rank"] = str(rank)
+        page.join(_sglang_rank(engine, client_side | labels))
+    evicted_blocks = ranks.count(lambda engine: engine.cache.evicted_blocks)
+    radix.counter("evicted_tokens_total", evicted_blocks * settings.block_tokens)
+    page.join(_sglang_clients(ranks.tally, client_side))
+    page.join(radix)
+    return page.text()
+
+
+def _sglang_rank(engine: Engine, labels: Labels) -> _Page:
+    tally, cache, settings = engine.tally, engine.cache, engine.settings
+    page = _Page("sglang:", labels)
     block_tokens = settings.block_tokens
     used_tokens = cache.used_blocks * block_tokens
     hit_rate = tally.cached_tokens / tally.queried_tokens if tally.queried_tokens else 0.0
@@ -164,7 +213,13 @@ def _render_sglang(engine: Engine) -> str:
         "context_len": settings.context_tokens_max,
     }
     for name, value in gauges.items():
-        page.family(name, "gauge", [(ranks, value)])
+        page.gauge(name, value)
+    page.histogram("queue_time_seconds", tally.queue_time)
+    return page
+
+
+def _sglang_clients(tally: Tally, labels: Labels) -> _Page:
+    page = _Page("sglang:", labels)
     streaming = ({"is_streaming": "false"}, {"is_streaming": "true"})
     for name, pair in (
         ("prompt_tokens_total", tally.prompt_tokens),
@@ -182,9 +237,6 @@ def _render_sglang(engine: Engine) -> str:
     )
     page.histogram("inter_token_latency_seconds", tally.inter_token_latency)
     page.histogram("e2e_request_latency_seconds", tally.end_to_end, {"is_streaming": "true"})
-    page.histogram("queue_time_seconds", tally.queue_time, ranks)
     page.histogram("prompt_tokens_histogram", tally.prompt_sizes)
     page.histogram("generation_tokens_histogram", tally.generation_sizes)
-    radix = _Page("sglang:", {"cache_type": "RadixCache"})
-    radix.counter("evicted_tokens_total", cache.evicted_blocks * block_tokens)
-    return page.text() + radix.text()
+    return page

@@ -149,6 +149,13 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
         help="size of the KV cache (the profile's)",
     )
     add(
+        "--data-parallel-size",
+        "--dp-size",
+        type=_at_least(1),
+        default=1,
+        help="ranks, each with such a cache; X-Data-Parallel-Rank names one (%(default)s)",
+    )
+    add(
         "--max-num-seqs",
         "--max-running-requests",
         type=_at_least(1),
@@ -264,6 +271,7 @@ def parse_flags(argv: list[str]) -> Settings:
         time_scale=flags.time_scale,
         block_tokens=flags.block_size,
         kv_cache_tokens=flags.kv_cache_tokens,
+        dp_size=flags.data_parallel_size,
         sequences_max=min(flags.max_num_seqs, flags.max_num_batched_tokens),
         batched_tokens_max=flags.max_num_batched_tokens,
         model_tokens_max=flags.max_model_len,
@@ -284,6 +292,9 @@ def parse_flags(argv: list[str]) -> Settings:
         keep_alive_timeout_s=keep_alive_s,
         faults=tuple(flags.fault),
     )
+    events = settings.kv_events
+    if settings.dp_size > 1 and events and (events.port == 0 or events.replay_port == 0):
+        parser.error("ranks have consecutive ports for their KV events: name the first")
     if settings.kv_blocks_max < 1:
         parser.error("--kv-cache-tokens must hold at least one block of --block-size tokens")
     return settings

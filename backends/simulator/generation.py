@@ -94,7 +94,8 @@ def make_sequences(
 ) -> list[Sequence]:
     """Return the sequences of a request, prompt by prompt. Raises `ApiError` 400 for those that
     could never be computed."""
-    root = root_hash(known_model(settings, generation.model), generation.salt)
+    adapter = known_model(settings, generation.model)
+    root = root_hash(adapter, generation.salt)
     if len(generation.prompts) * generation.choices_per_prompt > CHOICES_MAX:
         raise ApiError(400, f"at most {CHOICES_MAX} choices can be asked for at once", param="n")
     sequences = []
@@ -118,6 +119,7 @@ def make_sequences(
                 sequence.stops = StopFinder(generation.stops)
             sequence.rank = settings.rank(generation.priority)
             sequence.root = root
+            sequence.adapter = adapter
             sequence.streaming = generation.stream
             sequences.append(sequence)
     return sequences

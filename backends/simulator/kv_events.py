@@ -163,7 +163,11 @@ class EventPublisher:
     empty frame and a sequence number and gets every batch from there, then the end marker.
     """
 
-    def __init__(self, endpoint: Endpoint, dialect: Dialect, block_tokens: int) -> None:
+    def __init__(
+        self, endpoint: Endpoint, dialect: Dialect, block_tokens: int, rank: int = 0
+    ) -> None:
+        """A rank has the ports of rank 0, and as many further; those that are 0 are any."""
+        self._rank = rank
         self._dialect: Dialect = dialect
         self._block_tokens = block_tokens
         self.topic = endpoint.topic
@@ -173,19 +177,19 @@ class EventPublisher:
         self._context = zmq.Context()
         self._publisher = self._context.socket(zmq.PUB)
         self._publisher.set_hwm(HIGH_WATER_MARK)
-        self.port = _bind(self._publisher, endpoint.host, endpoint.port)
+        self.port = _bind(self._publisher, endpoint.host, endpoint.port, rank)
         self._router: zmq.Socket[bytes] | None = None
         self.replay_port: int | None = None
         if endpoint.replay_port is not None:
             self._router = self._context.socket(zmq.ROUTER)
             self._router.set_hwm(HIGH_WATER_MARK)
-            self.replay_port = _bind(self._router, endpoint.host, endpoint.replay_port)
+            self.replay_port = _bind(self._router, endpoint.host, endpoint.replay_port, rank)
             asyncio.get_running_loop().add_reader(self._router.fileno(), self._answer_replays)
 
     def publish(self, events: list[CacheEvent], at_s: float) -> None:
         """Send the events of one step as one batch."""
         wire = to_wire(events, self._dialect, self._block_tokens)
-        frames = (self._sequence.to_bytes(8, "big"), encode_batch(at_s, wire, 0))
+        frames = (self._sequence.to_bytes(8, "big"), encode_batch(at_s, wire, self._rank))
         self._sequence += 1
         self._buffer.append(frames)
         self._publisher.send_multipart((self._topic_frame, *frames), zmq.NOBLOCK)
@@ -218,7 +222,7 @@ class EventPublisher:
         self._router.send_multipart((identity, b"", self._topic_frame, number, payload))
 
 
-def _bind(socket: zmq.Socket[bytes], host: str, port: int) -> int:
+def _bind(socket: zmq.Socket[bytes], host: str, port: int, rank: int) -> int:
     """Bind and return the port."""
-    socket.bind(f"tcp://{host}:{port or '*'}")
+    socket.bind(f"tcp://{host}:{port + rank if port else '*'}")
     return int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])

@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 from aiohttp import web
@@ -49,6 +49,7 @@ from backends.simulator.openai_api import (
     embed,
     embedding_body,
 )
+from backends.simulator.ranks import Ranks
 from backends.simulator.responses_api import ResponsesBody, ResponsesPresenter, parse_responses
 from backends.simulator.settings import BODY_BYTES_MAX, Settings
 from backends.simulator.tokens import (
@@ -91,17 +92,17 @@ class Server:
     """One simulated engine behind HTTP."""
 
     def __init__(
-        self, settings: Settings, engine: Engine, publisher: EventPublisher | None
+        self, settings: Settings, ranks: Ranks, publishers: Sequence[EventPublisher]
     ) -> None:
         self.settings = settings
-        self.engine = engine
-        self.publisher = publisher
+        self.ranks = ranks
+        self.publishers = publishers
         self.faults = FaultPlan(settings.faults, settings.seed)
         self.ready = settings.startup_s == 0 or settings.dialect == "vllm"
         self.draining = False
         self.started_s = time.time()
         self._exchanges: set[Exchange] = set()
-        engine.clockwork.slowdown = self.faults.slowdown
+        ranks.slow_down(self.faults.slowdown)
 
     def application(self) -> web.Application:
         """Return the aiohttp application."""
@@ -179,7 +180,7 @@ class Server:
         """End the named requests, all if None: their clients get what there is, and `abort`."""
         for exchange in list(self._exchanges):
             if request_ids is None or exchange.request_id in request_ids:
-                self.engine.abort(exchange.sequences)
+                exchange.abort()
 
     async def read(self, request: web.Request, kind: type[Body]) -> Body:
         """Return the body as `kind`."""
@@ -187,7 +188,7 @@ class Server:
 
     def exit_process(self, reason: str) -> None:
         """End the process with an exit code other than 0."""
-        self.engine.die(reason)
+        self.ranks.die(reason)
 
     def _arrival(self, request: web.Request) -> Arrival:
         request_id = uuid.uuid4().hex
@@ -230,16 +231,20 @@ class Server:
         self, request: web.Request, generation: Generation, presenter: Presenter
     ) -> web.StreamResponse:
         self.check_ready()
-        sequences = make_sequences(generation, self.settings, self.engine.clockwork)
+        engine = self._choose_rank(request)
+        sequences = make_sequences(generation, self.settings, engine.clockwork)
         disturbance = Disturbance(self.faults.strike(), self.exit_process)
         await disturbance.before_answer(request)
         self.check_gate()
-        exchange = Exchange(self.engine, generation, sequences)
+        exchange = Exchange(engine, generation, sequences)
         self._exchanges.add(exchange)
         try:
             return await exchange.answer(request, presenter, disturbance)
         finally:
             self._exchanges.discard(exchange)
+
+    def _choose_rank(self, request: web.Request) -> Engine:
+        return self.ranks.choose(request.headers.get("X-Data-Parallel-Rank"))
 
     def check_ready(self) -> None:
         """Raise `ApiError` 503 while the model is still being loaded."""
@@ -248,7 +253,7 @@ class Server:
 
     def check_gate(self) -> None:
         """Raise `ApiError` 503 while the engine takes no requests."""
-        if self.engine.gate is Gate.REFUSE:
+        if self.ranks.gate is Gate.REFUSE:
             message = "engine_paused: the engine is paused or asleep"
             raise ApiError(503, message, kind="engine_paused")
 
@@ -261,10 +266,11 @@ class Server:
             prompts=parse_prompts(body.input),
             max_tokens=1,  # the step that computes the prompt yields the vector in a token's place
         )
-        sequences = make_sequences(generation, self.settings, self.engine.clockwork)
+        engine = self._choose_rank(request)
+        sequences = make_sequences(generation, self.settings, engine.clockwork)
         await Disturbance(self.faults.strike(), self.exit_process).before_answer(request)
         self.check_gate()
-        exchange = Exchange(self.engine, generation, sequences)
+        exchange = Exchange(engine, generation, sequences)
         await exchange.compute()
         dimensions = body.dimensions or EMBEDDING_DIMENSIONS
         vectors = [embed(prompt, dimensions) for prompt in generation.prompts]
@@ -298,7 +304,7 @@ class Server:
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         return web.Response(
-            body=render_metrics(self.engine).encode(),
+            body=render_metrics(self.ranks).encode(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
         )
 

@@ -28,6 +28,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     time_scale: float = 1.0
     block_tokens: int = 16
     kv_cache_tokens: int = 0  # 0: the profile's
+    dp_size: int = 1  # data-parallel ranks, each with such a cache
     sequences_max: int = 1024
     batched_tokens_max: int = 8192
     model_tokens_max: int = 0  # 0: the profile's

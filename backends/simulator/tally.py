@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from operator import add
 from typing import NamedTuple
 
 
@@ -70,11 +71,17 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def take_in(self, other: Histogram) -> None:
+        """Count what another of the same bounds has counted."""
+        self.counts = list(map(add, self.counts, other.counts))
+        self.total += other.total
+
 
 class Tally:
     """Counters since the start. Of a pair, `[True]` counts streaming requests."""
 
     def __init__(self, bounds: Bounds = BOUNDS["vllm"]) -> None:
+        self.bounds = bounds
         self.prompt_tokens = [0, 0]
         self.generation_tokens = [0, 0]
         self.requests = [0, 0]
@@ -91,3 +98,22 @@ class Tally:
         self.queue_time = Histogram(bounds.queue_s)
         self.prompt_sizes = Histogram(bounds.tokens)
         self.generation_sizes = Histogram(bounds.tokens)
+        self.prefill_time = Histogram(bounds.end_to_end_s)
+        self.prefill_sizes = Histogram(bounds.tokens)
+
+
+def summed(tallies: list[Tally]) -> Tally:
+    """Return what several have counted together."""
+    total = Tally(tallies[0].bounds)
+    for tally in tallies:
+        for name, value in vars(tally).items():
+            mine = getattr(total, name)
+            if isinstance(value, Histogram):
+                mine.take_in(value)
+            elif isinstance(value, Counter):
+                mine.update(value)
+            elif isinstance(value, list):
+                setattr(total, name, list(map(add, mine, value)))
+            elif isinstance(value, int | float):
+                setattr(total, name, mine + value)
+    return total

@@ -30,6 +30,9 @@ typedef struct {
     int escaped; /* a string that was skipped held a backslash */
 } Text;
 
+/* A name to look for, and its size, for a table of such. */
+#define NAME(text) {text, sizeof text - 1}
+
 static const octet *refuse(Text *json, const octet *at, const char *reason) {
     json->fault = at;
     json->reason = reason;
@@ -292,14 +295,14 @@ static inline const octet *skip_name(Text *json, const octet *at) {
     return skip_space(at + 1);
 }
 
-/* Skip any value; `at` is its first octet. */
-static const octet *skip_value(Text *json, const octet *at) {
+/* Skip any value of so many levels; `at` is its first octet. */
+static const octet *skip_levels(Text *json, const octet *at, unsigned depth_max) {
     uint64_t objects[DEPTH_MAX / 64]; /* a bit for each level: it is an object */
     unsigned depth = 0;
     int in_object = 0;
     for (;;) {
         if (*at == '{' || *at == '[') {
-            if (depth == DEPTH_MAX)
+            if (depth == depth_max)
                 return refuse(json, at, "values within values, too deep");
             in_object = *at == '{';
             uint64_t bit = UINT64_C(1) << depth % 64;
@@ -332,6 +335,11 @@ static const octet *skip_value(Text *json, const octet *at) {
         if (in_object && (at = skip_name(json, at)) == NULL)
             return NULL;
     }
+}
+
+/* Skip any value; `at` is its first octet. */
+static inline const octet *skip_value(Text *json, const octet *at) {
+    return skip_levels(json, at, DEPTH_MAX);
 }
 
 #endif

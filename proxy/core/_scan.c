@@ -4,7 +4,7 @@
  * runs wherever this one is not built. A body whose *values* are unusual (a model that is not a
  * string, an escape in a key or in a name of ours) is handed back to it, so only the usual form is
  * read here, and every judgement of types is made in one place. `opener_end` is the same for the
- * search in `prefix.py`, `usage` for the counts at an answer's end in `usage.py`.
+ * search in `prefix.py`, `usage` for the counts at an answer's end in `usage.py` (`_usage.h`).
  *
  * `scan_body`, translated, on one core of an AMD EPYC, msgspec -> this, processor time:
  *   chat of 0.7 KB 0.59 -> 0.41 us, 21 KB 6.4 -> 3.0 us, 172 KB 49 -> 21 us (64 such bodies in turn,
@@ -16,31 +16,42 @@
 #include <Python.h>
 
 #include "_json.h"
+#include "_usage.h"
 
 enum { MODEL_KEPT_BYTES_MAX = 256 };
 
 /* Names of the members that are ours: texts first, then the flag, then the parts of a prompt. */
-enum { TEXTS = 6, STREAM = TEXTS, PARTS = STREAM + 1, NAMES = PARTS + 9 };
+enum { TEXTS = 7, STREAM = TEXTS, PARTS = STREAM + 1, NAMES = PARTS + 11 };
+enum { MESSAGES_PART = PARTS, INPUT_PART = PARTS + 6 };
 
-#define NAME(text) {text, sizeof text - 1}
 static const struct {
     const char *text;
     size_t size;
 } NAME_OF[NAMES] = {
     NAME("model"),     NAME("service_tier"), NAME("prompt_cache_key"), NAME("session_id"),
-    NAME("cache_salt"), NAME("lora_path"),   NAME("stream"),           NAME("messages"),
-    NAME("prompt"),    NAME("tools"),        NAME("system"),           NAME("instructions"),
-    NAME("query"),     NAME("input"),        NAME("documents"),        NAME("text_1"),
+    NAME("cache_salt"), NAME("lora_path"),   NAME("previous_response_id"),
+    NAME("stream"),    NAME("messages"),     NAME("prompt"),           NAME("tools"),
+    NAME("system"),    NAME("instructions"), NAME("query"),            NAME("input"),
+    NAME("documents"), NAME("text_1"),       NAME("input_ids"),        NAME("session_params"),
 };
 
 typedef struct {
     const octet *start, *end; /* of the value, as it stands in the body; NULL: not given */
 } Span;
 
+/* Where the last elements of an array end: as many as `limits.CHAIN_BOUNDARIES_MAX` says. */
+enum { ENDS_MAX = 9, RING = 16 };
+
+typedef struct {
+    const octet *ring[RING]; /* the end of element n at n % RING */
+    size_t count;            /* of all elements */
+} Ends;
+
 typedef struct {
     Text json;
     int unusual; /* values for the Python path to judge */
     Span found[NAMES];
+    Ends messages, input;
 } Scan;
 
 /* --- the body ------------------------------------------------------------------------------ */
@@ -63,6 +74,35 @@ static int is_usual(int name, const octet *value, int escaped) {
     return *value == 'n' && name != 0;
 }
 
+/* Skip an array, and note where its elements end. */
+static const octet *skip_array(Text *json, const octet *at, Ends *ends) {
+    at = skip_space(at + 1);
+    if (*at == ']')
+        return at + 1;
+    for (;;) {
+        at = *at == '{' || *at == '[' ? skip_levels(json, at, DEPTH_MAX - 1)
+                                      : skip_scalar(json, at);
+        if (at == NULL)
+            return NULL;
+        ends->ring[ends->count++ % RING] = at;
+        at = skip_space(at);
+        if (*at == ']')
+            return at + 1;
+        if (*at != ',')
+            return refuse(json, at, "neither a comma nor the end of what is open");
+        at = skip_space(at + 1);
+    }
+}
+
+/* Skip the value of a member of this name. */
+static const octet *scan_value(Scan *scan, int name, const octet *at) {
+    if (name != MESSAGES_PART && name != INPUT_PART)
+        return skip_value(&scan->json, at);
+    Ends *ends = name == MESSAGES_PART ? &scan->messages : &scan->input;
+    ends->count = 0;
+    return *at == '[' ? skip_array(&scan->json, at, ends) : skip_value(&scan->json, at);
+}
+
 static const octet *scan_member(Scan *scan, const octet *at) {
     const octet *key = at + 1, *value;
     scan->json.escaped = 0;
@@ -76,7 +116,7 @@ static const octet *scan_member(Scan *scan, const octet *at) {
         key_end--;
     int name = which_name(key, (size_t)(key_end - key));
     scan->json.escaped = 0;
-    at = skip_value(&scan->json, value);
+    at = scan_value(scan, name, value);
     if (at == NULL || name == NAMES)
         return at;
     if (!is_usual(name, value, scan->json.escaped))
@@ -193,96 +233,6 @@ static const octet *object_end(const octet *at, const octet *stop) {
     return NULL;
 }
 
-/* --- the usage ----------------------------------------------------------------------------- */
-
-/* As `usage.read_usage`, which says why a search is enough. */
-
-enum { PROMPT, COMPLETION, PROMPT_DETAILS, INPUT, OUTPUT, INPUT_DETAILS, CACHE_READ, COUNTS };
-
-static const struct {
-    const char *text;
-    size_t size;
-} COUNT_OF[COUNTS] = {
-    NAME("prompt_tokens"), NAME("completion_tokens"), NAME("prompt_tokens_details"),
-    NAME("input_tokens"),  NAME("output_tokens"),     NAME("input_tokens_details"),
-    NAME("cache_read_input_tokens"),
-};
-
-enum { ABSENT = -1, ODD = -2, COUNT_DIGITS_MAX = 12 };
-
-/* Returns the count, ABSENT for null, or ODD for what Python must judge. */
-static long long count_of(const octet *at, const octet *end) {
-    long long count = 0;
-    if (end - at == 4 && memcmp(at, "null", 4) == 0)
-        return ABSENT;
-    if (end - at > COUNT_DIGITS_MAX)
-        return ODD;
-    for (; at < end; at++) {
-        if (!is_digit(*at))
-            return ODD;
-        count = 10 * count + (*at - '0');
-    }
-    return count;
-}
-
-/* Read the members of the object that `at` opens: counts of these names. Returns its end, or NULL
- * for what Python must judge. With no names it is a details object, whose one count is cached. */
-static const octet *read_counts(Text *json, const octet *at, long long *counts, int details) {
-    at = skip_space(at + 1);
-    if (*at == '}')
-        return at + 1;
-    for (;;) {
-        const octet *key = at + 1, *value, *key_end;
-        json->escaped = 0;
-        if ((value = skip_name(json, at)) == NULL || json->escaped)
-            return NULL;
-        for (key_end = value - 1; *key_end != '"'; key_end--)
-            ;
-        size_t size = (size_t)(key_end - key);
-        int name = COUNTS;
-        if (details) {
-            name = size == 13 && memcmp(key, "cached_tokens", 13) == 0 ? 0 : COUNTS;
-        } else {
-            for (name = 0; name < COUNTS; name++)
-                if (COUNT_OF[name].size == size && memcmp(COUNT_OF[name].text, key, size) == 0)
-                    break;
-        }
-        if (!details && (name == PROMPT_DETAILS || name == INPUT_DETAILS) && *value == '{') {
-            long long cached = ABSENT;
-            at = read_counts(json, value, &cached, 1);
-            counts[name] = cached == ABSENT ? ODD : cached; /* there, and without the count: rare */
-        } else {
-            at = skip_value(json, value);
-            if (at != NULL && name < COUNTS)
-                counts[name] = count_of(value, at);
-            if (!details && (name == PROMPT_DETAILS || name == INPUT_DETAILS) && *value != 'n')
-                return NULL; /* neither an object nor null */
-        }
-        if (at == NULL || (name < COUNTS && counts[name] == ODD))
-            return NULL;
-        at = skip_space(at);
-        if (*at == '}')
-            return at + 1;
-        if (*at != ',')
-            return NULL;
-        at = skip_space(at + 1);
-    }
-}
-
-/* Returns the object that is the value of the last `"usage"`, or NULL. */
-static const octet *find_usage(const octet *tail, const octet *end) {
-    const octet *quote, *at;
-    while ((quote = memrchr(tail, '"', (size_t)(end - tail))) != NULL) {
-        if (quote - tail >= 6 && memcmp(quote - 6, "\"usage", 6) == 0) {
-            at = skip_space(quote + 1);
-            if (*at == ':' && *(at = skip_space(at + 1)) == '{')
-                return at;
-        }
-        end = quote;
-    }
-    return NULL;
-}
-
 /* --- for Python ---------------------------------------------------------------------------- */
 
 static PyObject *last_model; /* nearly always the same: one object, whose hash is known */
@@ -334,6 +284,20 @@ static PyObject *spans_of(const Scan *scan, const octet *body) {
     return spans;
 }
 
+static PyObject *ends_of(const Ends *ends, const octet *body) {
+    size_t kept = ends->count < ENDS_MAX ? ends->count : ENDS_MAX;
+    PyObject *numbers = PyTuple_New((Py_ssize_t)kept);
+    for (size_t i = 0; numbers != NULL && i < kept; i++) {
+        const octet *end = ends->ring[(ends->count - kept + i) % RING];
+        PyObject *number = PyLong_FromSsize_t(end - body);
+        if (number == NULL)
+            Py_CLEAR(numbers);
+        else
+            PyTuple_SET_ITEM(numbers, (Py_ssize_t)i, number);
+    }
+    return numbers;
+}
+
 static PyObject *scan(PyObject *module, PyObject *argument) {
     (void)module;
     if (!PyBytes_CheckExact(argument)) {
@@ -348,14 +312,16 @@ static PyObject *scan(PyObject *module, PyObject *argument) {
     }
     if (scan.unusual)
         Py_RETURN_NONE;
-    PyObject *result = PyTuple_New(TEXTS + 2);
+    PyObject *result = PyTuple_New(TEXTS + 4);
     if (result == NULL)
         return NULL;
-    for (int i = 0; i < TEXTS + 2; i++) {
-        PyObject *item = i == 0        ? model_of(scan.found[0])
-                         : i < TEXTS   ? text_of(scan.found[i])
-                         : i == STREAM ? stream_of(scan.found[STREAM])
-                                       : spans_of(&scan, body);
+    for (int i = 0; i < TEXTS + 4; i++) {
+        PyObject *item = i == 0            ? model_of(scan.found[0])
+                         : i < TEXTS       ? text_of(scan.found[i])
+                         : i == STREAM     ? stream_of(scan.found[STREAM])
+                         : i == STREAM + 1 ? spans_of(&scan, body)
+                         : i == STREAM + 2 ? ends_of(&scan.messages, body)
+                                           : ends_of(&scan.input, body);
         if (item == NULL) {
             Py_DECREF(result);
             return NULL;

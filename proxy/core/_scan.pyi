@@ -10,7 +10,10 @@ def scan(
         str | None,
         str | None,
         str | None,
+        str | None,
         bool | None,
+        tuple[int, ...],
+        tuple[int, ...],
         tuple[int, ...],
     ]
     | None

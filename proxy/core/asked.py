@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from proxy.core import multipart
+from typing import Final
+
+from proxy.core import limits, multipart
 from proxy.core.policy import Request
 from proxy.core.preamble import Preamble
-from proxy.core.prefix import NO_CHAIN, prefix_chain
-from proxy.core.routes import Route
-from proxy.core.scan import scan_body
-from proxy.core.session import session_of_body
+from proxy.core.prefix import form_chain, prefix_chain
+from proxy.core.routes import PromptKind, Route
+from proxy.core.scan import Scanned, scan_body
+from proxy.core.session import response_key, session_of_body
+
+_RESPONSES: Final = b"/v1/responses/"
 
 
 class Asked:
@@ -22,16 +26,51 @@ class Asked:
         self.request = request
 
 
-def read_body(route: Route, preamble: Preamble, body: bytes) -> Asked:
-    """Read a body as its route has it. Raises the kinds of `errors.InvalidRequestError`."""
+def read_body(
+    route: Route, preamble: Preamble, body: bytes, *, strict: bool = False, tenant: bytes = b""
+) -> Asked:
+    """Read a body as its route has it. Raises the kinds of `errors.InvalidRequestError`.
+
+    `strict`: a request that names a session is pinned to its home. Requests of two tenants share no
+    prefix.
+    """
+    if not route.json:
+        return _read_form(preamble, body, strict=strict, tenant=tenant)
+    scanned = scan_body(body)
     key = preamble.session_key
-    if route.json:
-        scanned = scan_body(body)
-        if key is None:
-            key = session_of_body(scanned)
-        chain = prefix_chain(route.prompt, scanned, key)
-        request = Request(chain, has_session=key is not None)
-        return Asked(scanned.model, stream=bool(scanned.stream), request=request)
-    form = preamble.head.special.get(b"content-type", b"")
-    model = multipart.model_field(form, body) if body else ""
-    return Asked(model, stream=False, request=Request(NO_CHAIN, has_session=key is not None))
+    if key is None:
+        key = session_of_body(scanned)
+    request = Request(
+        prefix_chain(route.prompt, scanned, key, tenant),
+        has_session=key is not None,
+        pinned=strict and key is not None,
+        stream=bool(scanned.stream),
+        weight=limits.FLEX_WEIGHT if scanned.service_tier == "flex" else 1.0,
+        adapter=scanned.lora_path or "",
+        response_key=_built_upon(route, scanned),
+    )
+    return Asked(scanned.model, stream=request.stream, request=request)
+
+
+def _built_upon(route: Route, scanned: Scanned) -> int:
+    """Return the key of the response that this one continues, which one replica may hold; or 0."""
+    response_id = scanned.previous_response_id
+    if response_id is None or route.prompt is not PromptKind.RESPONSES:
+        return 0
+    return response_key(response_id.encode("utf-8", "surrogatepass"))
+
+
+def _read_form(preamble: Preamble, body: bytes, *, strict: bool, tenant: bytes) -> Asked:
+    """Read a form, which holds a file of sound; or no body, where the path asks for a response."""
+    content_type = preamble.head.special.get(b"content-type", b"")
+    form = multipart.read_form(content_type, body)
+    key = preamble.session_key
+    path = preamble.path
+    asked_for = path[len(_RESPONSES) :] if path.startswith(_RESPONSES) else b""
+    request = Request(
+        form_chain(form.model, body, form.file_begin, form.file_end, key, tenant),
+        has_session=key is not None,
+        pinned=strict and key is not None,
+        response_key=response_key(asked_for.partition(b"/")[0]),
+    )
+    return Asked(form.model, stream=False, request=request)

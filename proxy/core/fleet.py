@@ -6,6 +6,8 @@ the other: a suspect stays one through new snapshots until a probe has cleared i
 
 The ring of a model holds every replica that could serve it, ready or not: a replica that restarts
 comes back to its own keys, and meanwhile they go to their successors.
+
+Replicas go by their names. Events are about servers, and so about all ranks of one.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from proxy.contract import FleetSnapshot, ReplicaState
-from proxy.core.replica import Replica, replica_of
+from proxy.core.replica import Replica, replicas_of
 from proxy.core.ring import Ring
 
 
@@ -52,7 +54,9 @@ class Pool:
 class Fleet:
     """All replicas known, and the pools that clients can name."""
 
-    replicas: Mapping[str, Replica]
+    replicas: Mapping[str, Replica]  # by name
+    servers: Mapping[str, Replica]  # one of each server's replicas, by replica_id
+    names: Mapping[str, tuple[str, ...]]  # of each server's replicas
     pools: Mapping[str, Pool]  # by model name
     any_model: Pool  # replicas whose models are not known
     everyone: Pool  # all of them: for state that some replica holds, and nobody says which
@@ -63,6 +67,10 @@ class Fleet:
         if pool is None and self.any_model.replicas:
             return self.any_model
         return pool
+
+    def names_of(self, replica_id: str) -> tuple[str, ...]:
+        """Return the names of a server's replicas: its own, or those of its ranks."""
+        return self.names.get(replica_id, ())
 
     def only_pool(self) -> Pool | None:
         """Return the pool to use when a request names no model; None when that is unclear."""
@@ -80,14 +88,13 @@ def apply(fleet: Fleet, event: Event) -> Fleet:
     """Return the fleet after `event`. Records with an unusable URL raise `ValueError`."""
     match event:
         case SnapshotReceived(snapshot):
-            replicas = {}
+            replicas: dict[str, Replica] = {}
             for record in snapshot.replicas:
-                replica = replica_of(record)
-                known = fleet.replicas.get(replica.replica_id)
+                known = fleet.servers.get(record.replica_id)
                 # A restart is news from the manager: what we suspected is gone.
-                if known is not None and known.suspect and known.restarts == replica.restarts:
-                    replica = replace(replica, suspect=True)
-                replicas[replica.replica_id] = replica
+                suspect = known is not None and known.suspect and known.restarts == record.restarts
+                for replica in replicas_of(record):
+                    replicas[replica.name] = replace(replica, suspect=True) if suspect else replica
             return _build(replicas, previous=fleet)
         case ReplicaSuspected(replica_id):
             return _with_suspect(fleet, replica_id, suspect=True)
@@ -96,31 +103,39 @@ def apply(fleet: Fleet, event: Event) -> Fleet:
 
 
 def _with_suspect(fleet: Fleet, replica_id: str, *, suspect: bool) -> Fleet:
-    replica = fleet.replicas.get(replica_id)
-    if replica is None or replica.suspect == suspect:
+    server = fleet.servers.get(replica_id)
+    if server is None or server.suspect == suspect:
         return fleet
-    changed = replace(replica, suspect=suspect)
-    return _build({**fleet.replicas, replica_id: changed}, previous=fleet)
+    replicas = {
+        name: replace(replica, suspect=suspect) if replica.replica_id == replica_id else replica
+        for name, replica in fleet.replicas.items()
+    }
+    return _build(replicas, previous=fleet)
 
 
-def make_pool(members: Mapping[str, Replica], rings: dict[tuple[str, ...], Ring]) -> Pool:
-    """Return the pool of `members`, with a ring out of `rings` when there is one of these names.
+# Names and weights of a ring's replicas, in order.
+Shares = tuple[tuple[str, float], ...]
+
+
+def make_pool(members: Mapping[str, Replica], rings: dict[Shares, Ring]) -> Pool:
+    """Return the pool of `members`, by name, with a ring out of `rings` when there is theirs.
 
     Building a ring costs milliseconds, and most events change no membership.
     """
     names = tuple(sorted(members))
-    ring = rings.get(names)
+    shares = tuple([(name, members[name].weight) for name in names])
+    ring = rings.get(shares)
     if ring is None:
-        ring = rings[names] = Ring(names)
+        ring = rings[shares] = Ring(names, weights=dict(shares))
     available = tuple(members[name] for name in names if members[name].available)
     return Pool(members, ring, available)
 
 
 def _build(replicas: Mapping[str, Replica], previous: Fleet | None = None) -> Fleet:
-    rings: dict[tuple[str, ...], Ring] = {}
+    rings: dict[Shares, Ring] = {}
     if previous is not None:
         before = (previous.any_model, previous.everyone, *previous.pools.values())
-        rings = {pool.ring.names: pool.ring for pool in before}
+        rings = {_shares(pool): pool.ring for pool in before}
     on_ring = {k: r for k, r in replicas.items() if r.state not in _OFF_RING}
     # Those that have not been asked yet are not known to serve anything at all.
     unknown = {k: r for k, r in on_ring.items() if not r.models and r.state is ReplicaState.READY}
@@ -131,4 +146,13 @@ def _build(replicas: Mapping[str, Replica], previous: Fleet | None = None) -> Fl
         )
         for model in models
     }
-    return Fleet(replicas, pools, make_pool(unknown, rings), make_pool(on_ring, rings))
+    servers = {r.replica_id: r for r in replicas.values()}
+    names: dict[str, tuple[str, ...]] = {}
+    for name, replica in replicas.items():
+        names[replica.replica_id] = (*names.get(replica.replica_id, ()), name)
+    any_model, everyone = make_pool(unknown, rings), make_pool(on_ring, rings)
+    return Fleet(replicas, servers, names, pools, any_model, everyone)
+
+
+def _shares(pool: Pool) -> Shares:
+    return tuple([(name, pool.replicas[name].weight) for name in pool.ring.names])

@@ -14,10 +14,13 @@ from typing import Final
 from proxy import errors
 from proxy.core import limits
 from proxy.core.http1 import EXPLAIN, Field, RequestHead, ResponseHead, parse_response_head
+from proxy.core.replica import RANK_FIELD
 
 REQUEST_ID: Final = b"x-request-id"
-# Written by us, or meaningful to this hop only.
-_NOT_FORWARDED: Final = frozenset((b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN))
+# Written by us, or meaningful to this hop only. Ranks: see `core/preamble.py`.
+_NOT_FORWARDED: Final = frozenset(
+    (b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, RANK_FIELD)
+)
 # Written as a bearer token, the one form that every engine checks, unless there is one already.
 _API_KEY: Final = b"x-api-key"
 _NOT_FORWARDED_KEYED: Final = _NOT_FORWARDED | {_API_KEY}

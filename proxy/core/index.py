@@ -1,79 +1,241 @@
-"""What this proxy believes each replica has cached: a record of what it sent where.
+"""Which replicas hold which prefixes, as far as this proxy knows: what was sent where, and to when.
 
-Per replica a least-recently-used set of chain hashes, sized in tokens by the replica's KV cache, so
-that what the engine has evicted is forgotten here at about the same time. A belief, not a truth: a
-wrong one costs a prefill, never a wrong answer.
+One table for all replicas: a chain hash to the set of slots that hold it, as bits of one integer,
+so that a look-up costs the prompt's points and not the fleet's replicas. What a replica holds is
+bounded as its engine bounds it: least recently used goes first, by the octets of its KV cache, and
+of one prompt its end before its beginning.
+
+What has aged out is kept a while as a *ghost*: not believed, but when an answer shows that the
+engine had it after all, the cache is larger than believed; and smaller, when something believed was
+not there. The size is learned from both (see `picture`). A belief is never a truth: a wrong one
+costs a prefill, and no wrong answer.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from proxy.core import limits
 from proxy.core.prefix import PrefixChain
 
+_OCTET_BITS = 36  # an entry's octets and the moment of its last use share one integer
+_OCTET_MASK = (1 << _OCTET_BITS) - 1
 
-class PrefixRecord:
-    """Chain hashes sent to each replica, bounded in entries and in tokens."""
 
-    __slots__ = ("_by_replica", "_capacity_tokens", "_held_tokens")
+class _Shelf:
+    """What one replica is believed to hold. Time is counted in octets used."""
+
+    __slots__ = (
+        "capacity_octets", "evicted_octets", "ghost_octets", "ghosts", "live", "live_octets",
+        "used_octets",
+    )  # fmt: skip
+
+    def __init__(self, capacity_octets: int) -> None:
+        self.capacity_octets = capacity_octets
+        # Hash: moment << _OCTET_BITS | octets; the least recently used first. Of ghosts the moment
+        # is the one at which they were evicted, in octets evicted.
+        self.live: OrderedDict[int, int] = OrderedDict()
+        self.ghosts: OrderedDict[int, int] = OrderedDict()
+        self.live_octets = 0
+        self.ghost_octets = 0
+        self.used_octets = 0
+        self.evicted_octets = 0
+
+
+class Sighting:
+    """How long ago a replica last used the longest prefix that it is known to have had.
+
+    `octets` is that prefix's length; `away` its place in the order of use: below 1 within the
+    believed cache, 0 just used, 1 about to go; above 1 beyond it, by as many caches.
+    """
+
+    __slots__ = ("away", "octets")
+
+    def __init__(self, octets: int, away: float) -> None:
+        self.octets = octets
+        self.away = away
+
+
+class Index:
+    """Chain hashes by replica slot, bounded in entries and in octets."""
+
+    __slots__ = ("_holders", "_shelves")
 
     def __init__(self) -> None:
-        self._by_replica: dict[str, OrderedDict[int, int]] = {}
-        self._held_tokens: dict[str, int] = {}
-        self._capacity_tokens: dict[str, int] = {}
+        self._holders: dict[int, int] = {}
+        self._shelves: dict[int, _Shelf] = {}
 
-    def set_capacity(self, replica_id: str, capacity_tokens: int) -> None:
-        """Size a replica's record as its engine says; 0 means that it does not say."""
-        if capacity_tokens > 0:
-            self._capacity_tokens[replica_id] = capacity_tokens
+    def open(self, slot: int, capacity_octets: int) -> None:
+        """A replica has taken the slot, with an empty cache."""
+        self.close(slot)
+        self._shelves[slot] = _Shelf(max(1, capacity_octets))
 
-    def forget(self, replica_id: str) -> None:
-        """The replica is gone, restarted or asleep: its cache is empty."""
-        self._by_replica.pop(replica_id, None)
-        self._held_tokens.pop(replica_id, None)
-        self._capacity_tokens.pop(replica_id, None)
+    def close(self, slot: int) -> None:
+        self.clear(slot)
+        self._shelves.pop(slot, None)
+
+    def clear(self, slot: int) -> None:
+        """Its cache is empty: it restarted, slept, or was told to forget."""
+        shelf = self._shelves.get(slot)
+        if shelf is not None:
+            for name in shelf.live:
+                self._unset(name, slot)
+            self._shelves[slot] = _Shelf(shelf.capacity_octets)
+
+    def set_capacity(self, slot: int, capacity_octets: int) -> None:
+        """Believe in a smaller or larger cache; ghosts within a larger one are believed again."""
+        shelf = self._shelves[slot]
+        shelf.capacity_octets = max(1, capacity_octets)
+        self._evict(shelf, slot)
+        while shelf.ghosts:
+            name, entry = shelf.ghosts.popitem(last=True)
+            octets = entry & _OCTET_MASK
+            if shelf.live_octets + octets > shelf.capacity_octets:
+                shelf.ghosts[name] = entry
+                return
+            shelf.ghost_octets -= octets
+            shelf.live_octets += octets
+            shelf.live[name] = octets  # last used at moment 0: before all others
+            shelf.live.move_to_end(name, last=False)
+            self._holders[name] = self._holders.get(name, 0) | (1 << slot)
 
     def entries(self) -> int:
-        return sum(map(len, self._by_replica.values()))
+        """Entries of all replicas, ghosts included."""
+        return sum([len(shelf.live) + len(shelf.ghosts) for shelf in self._shelves.values()])
 
-    def matched_tokens(self, replica_id: str, chain: PrefixChain) -> int:
-        """Return how many of the prompt's tokens the replica is believed to hold."""
-        held = self._by_replica.get(replica_id)
-        if held is None:
-            return 0
-        hashes = chain.hashes
-        known, unknown = 0, len(hashes)
-        # A prefix is always younger than what builds on it (see `note`), so what is held of a chain
-        # is its beginning, and a bisection finds where that ends.
-        while known < unknown:
-            middle = (known + unknown) // 2
-            if hashes[middle] in held:
-                known = middle + 1
-            else:
-                unknown = middle
-        return chain.ends[known - 1] // limits.BYTES_PER_TOKEN if known else 0
+    def held_octets(self, slot: int) -> int:
+        shelf = self._shelves.get(slot)
+        return shelf.live_octets if shelf is not None else 0
 
-    def note(self, replica_id: str, chain: PrefixChain) -> None:
-        """The replica was sent this prompt: it will hold it, as its most recent."""
-        held = self._by_replica.get(replica_id)
-        if held is None:
-            held = self._by_replica[replica_id] = OrderedDict()
-            self._held_tokens[replica_id] = 0
-        added = 0
-        # Deepest first, so that a prefix is always younger than what builds on it, and a chain is
-        # forgotten from its end, as engines evict leaf blocks first.
+    # --- reading -----------------------------------------------------------------------------
+
+    def match(self, chain: PrefixChain, among: int) -> list[tuple[int, int]]:
+        """Return who of the slots `among` (as bits) holds a prompt up to which of its points.
+
+        The sets are disjoint, longest prefix first; who is in none holds nothing of it.
+        """
+        found: list[tuple[int, int]] = []
+        left = among
+        holders, hashes = self._holders, chain.hashes
+        for depth in range(len(hashes) - 1, -1, -1):
+            bits = holders.get(hashes[depth], 0) & left
+            if bits:
+                found.append((bits, depth))
+                left ^= bits
+                if not left:
+                    break
+        return found
+
+    def held_of(self, slot: int, chain: PrefixChain) -> int:
+        """Return how many octets of the prompt one replica is believed to hold."""
+        bit = 1 << slot
+        for depth in range(len(chain.hashes) - 1, -1, -1):
+            if self._holders.get(chain.hashes[depth], 0) & bit:
+                return chain.ends[depth]
+        return 0
+
+    def sighting(self, slot: int, chain: PrefixChain) -> Sighting | None:
+        """Return when the replica last used the longest prefix that it ever had; None: never."""
+        shelf = self._shelves.get(slot)
+        if shelf is None:
+            return None
         for depth in range(len(chain.hashes) - 1, -1, -1):
             name = chain.hashes[depth]
-            if name in held:
-                held.move_to_end(name)
-                continue
+            entry = shelf.live.get(name, -1)
+            if entry >= 0:
+                oldest = shelf.live[next(iter(shelf.live))] >> _OCTET_BITS
+                span = max(1, shelf.used_octets - oldest)
+                age = shelf.used_octets - (entry >> _OCTET_BITS)
+                # A cache that is not full has not shown yet where it ends.
+                full = min(1.0, shelf.live_octets / shelf.capacity_octets)
+                return Sighting(chain.ends[depth], full * age / span)
+            entry = shelf.ghosts.get(name, -1)
+            if entry >= 0:
+                since = shelf.evicted_octets - (entry >> _OCTET_BITS)
+                return Sighting(chain.ends[depth], 1.0 + since / shelf.capacity_octets)
+        return None
+
+    def dump(self, slot: int) -> Iterator[tuple[int, int]]:
+        """Yield what a replica is believed to hold, least recently used first, with its octets."""
+        shelf = self._shelves.get(slot)
+        if shelf is not None:
+            for name, entry in list(shelf.live.items()):
+                yield name, entry & _OCTET_MASK
+
+    # --- writing -----------------------------------------------------------------------------
+
+    def note(self, slot: int, chain: PrefixChain) -> None:
+        """The replica was sent this prompt: it will hold it, as its most recent."""
+        shelf = self._shelves.get(slot)
+        if shelf is None:
+            return
+        # Deepest first, so that a prefix is always younger than what builds on it, and a prompt is
+        # forgotten from its end, as engines evict leaf blocks first.
+        for depth in range(len(chain.hashes) - 1, -1, -1):
             before = chain.ends[depth - 1] if depth else 0
-            tokens = (chain.ends[depth] - before) // limits.BYTES_PER_TOKEN
-            held[name] = tokens
-            added += tokens
-        total = self._held_tokens[replica_id] + added
-        capacity = self._capacity_tokens.get(replica_id, limits.KV_CAPACITY_TOKENS_DEFAULT)
-        while held and (total > capacity or len(held) > limits.RECORD_ENTRIES_MAX):
-            total -= held.popitem(last=False)[1]
-        self._held_tokens[replica_id] = total
+            self._touch(shelf, slot, chain.hashes[depth], chain.ends[depth] - before)
+        self._evict(shelf, slot)
+
+    def load(self, slot: int, name: int, octets: int) -> None:
+        """Take over one entry of somebody else's `dump`, in its order."""
+        shelf = self._shelves.get(slot)
+        if shelf is not None and 0 <= octets <= _OCTET_MASK:
+            self._touch(shelf, slot, name, octets)
+            self._evict(shelf, slot)
+
+    def drop(self, slot: int, name: int) -> None:
+        """The engine said that this is gone."""
+        shelf = self._shelves.get(slot)
+        if shelf is not None:
+            entry = shelf.live.pop(name, -1)
+            if entry >= 0:
+                shelf.live_octets -= entry & _OCTET_MASK
+                self._unset(name, slot)
+
+    def _touch(self, shelf: _Shelf, slot: int, name: int, octets: int) -> None:
+        entry = shelf.live.get(name, -1)
+        if entry >= 0:
+            # Where other points cut the same prompt, its length since the point before differs.
+            octets = entry & _OCTET_MASK
+            shelf.used_octets += octets
+            shelf.live[name] = shelf.used_octets << _OCTET_BITS | octets
+            shelf.live.move_to_end(name)
+            return
+        ghost = shelf.ghosts.pop(name, -1)
+        if ghost >= 0:
+            shelf.ghost_octets -= ghost & _OCTET_MASK
+        shelf.used_octets += octets
+        shelf.live_octets += octets
+        shelf.live[name] = shelf.used_octets << _OCTET_BITS | octets
+        self._holders[name] = self._holders.get(name, 0) | (1 << slot)
+
+    def _evict(self, shelf: _Shelf, slot: int) -> None:
+        while shelf.live_octets > shelf.capacity_octets and shelf.live:
+            name, entry = shelf.live.popitem(last=False)
+            octets = entry & _OCTET_MASK
+            shelf.live_octets -= octets
+            shelf.ghost_octets += octets
+            shelf.evicted_octets += octets
+            shelf.ghosts[name] = shelf.evicted_octets << _OCTET_BITS | octets
+            self._unset(name, slot)
+        ghost_octets_max = shelf.capacity_octets * limits.GHOST_CACHES_MAX
+        entries = len(shelf.live) + len(shelf.ghosts)
+        while shelf.ghosts and (
+            shelf.ghost_octets > ghost_octets_max or entries > limits.INDEX_ENTRIES_MAX
+        ):
+            _, entry = shelf.ghosts.popitem(last=False)
+            shelf.ghost_octets -= entry & _OCTET_MASK
+            entries -= 1
+        while entries > limits.INDEX_ENTRIES_MAX:
+            name, entry = shelf.live.popitem(last=False)
+            shelf.live_octets -= entry & _OCTET_MASK
+            self._unset(name, slot)
+            entries -= 1
+
+    def _unset(self, name: int, slot: int) -> None:
+        bits = self._holders.get(name, 0) & ~(1 << slot)
+        if bits:
+            self._holders[name] = bits
+        else:
+            self._holders.pop(name, None)

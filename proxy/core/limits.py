@@ -103,6 +103,8 @@ MODEL_BYTES_MAX = 256
 SESSION_KEY_BYTES_MAX = 255
 # Ring points per replica. The share of the fullest of n replicas is about 1 + 2.5/sqrt(points).
 VIRTUAL_NODES = 160
+# Of a replica of the largest weight. A ring of n of them takes n milliseconds to build.
+VIRTUAL_NODES_MAX = 1600
 # How far into the first user message, or into a prompt without messages, a conversation is named.
 # 4 KiB is about a thousand tokens: past the usual shared head, before turns begin to differ.
 OPENER_BYTES_MAX = 4 * KIB
@@ -113,21 +115,97 @@ OPENER_SEARCH_BYTES_MAX = 256 * KIB
 # O(log n) hashes over n octets and a shared prefix is known to within a third.
 CHAIN_FIRST_BYTES = 512
 CHAIN_DEPTHS_MAX = 48
+# Ends of messages in a chain: the last, and the eight before it. A turn appends an answer and a
+# question, or a call of tools and what each of them returned; more than eight at once are rare, and
+# then the depths still tell two thirds of what is shared.
+CHAIN_BOUNDARIES_MAX = 9
+# A prompt without messages has its last eight multiples of a step instead, a sixteenth of it or
+# less: they reach back by a quarter, and what a text shares with one that it has grown from, by no
+# more than that, is known to within a step.
+CHAIN_STEPS_MAX = 8
+# Elements that the scan without C may name to find where the last of them end: 2 ms, 2 MB. More
+# commas than that stand in half a megabyte of code, or in a list of numbers.
+ELEMENTS_NAMED_MAX = 32 * KIB
 # Space before the end of a prompt that is left out of its chain: an indented bracket's, no more.
 SPACE_BYTES_MAX = 1 * KIB
 # English text and JSON run at about four octets a token in today's vocabularies.
 BYTES_PER_TOKEN = 4
+# Speech takes an engine 50 positions a second, and 16,000 octets a second as an mp3 of 128 kbit/s:
+# between what a telephone sends and what stands on a CD, each a factor of ten away.
+AUDIO_BYTES_PER_TOKEN = 320
+# What a second of a flex request counts against one of the others. OpenAI sells that tier at half
+# the price and promises no latency; half again, so that two of them never outweigh one of these.
+FLEX_WEIGHT = 0.25
 # Believed cache of a replica that does not say: 8 B shape at 0.45 of a 141 GB card.
 KV_CAPACITY_TOKENS_DEFAULT = 340_000
-RECORD_ENTRIES_MAX = 1 << 17
+# Entries of the index per replica, ghosts included; some 250 octets each, so 33 MB at the most.
+INDEX_ENTRIES_MAX = 1 << 17
+# Ghosts, in believed caches: one that is eight times as large as believed is found out.
+GHOST_CACHES_MAX = 7
+# How a believed size learns: at most a tenth of the way for one answer, within what an engine's
+# flags can make of a card. What was used in the last twentieth may still be under way.
+RESIZE_SHARE = 0.1
+RESIZE_YOUNG_SHARE = 0.05
+CACHE_SHARE_MIN = 1 / 64
+CACHE_SHARE_MAX = 64.0
+# Octets a token, learned from answers: the guess counts as much as so many tokens, and what is
+# older than so many is forgotten.
+RATIO_PRIOR_TOKENS = 10_000
+RATIO_WINDOW_TOKENS = 1_000_000
+SEATS_REMEMBERED_MAX = 1024  # pools whose slots are looked up once per fleet
+
 # Prefill speed of a replica nobody has measured: an 8 B model on an H200 does 26 to 39 thousand.
 PREFILL_TOKENS_PER_S_DEFAULT = 30_000.0
-# Prices this close are the same price, and the earliest on the ring's walk wins. Below it a person
-# notices no difference (Miller 1968; Nielsen 1993: 0.1 s is felt as at once).
+# What was measured counts half after so much work; the group's speed counts as much as a second
+# of it. Within a quarter, differences are the spread of measured prefills of one card.
+SPEED_HALF_LIFE_S = 20.0
+SPEED_PRIOR_S = 1.0
+SPEED_BAND = 1.25
+LEARN_SHARE = 0.1  # of a new sample in a running mean
+# What a first token takes beyond its prefill is seen where there is hardly any prefill.
+SMALL_PREFILL_TOKENS = 256
+FIRST_TOKEN_OVERHEAD_S_MAX = 0.1
+# A request's own uncached tokens count once for its own wait, and twice more for those who come
+# next and to whom its blocks displace: between 1 and 4 the optimum is flat on recorded traces.
+RECOMPUTE_WEIGHT = 2.0
+# A second of prefill holds up each decoding stream by a second. Who reads a stream minds that less
+# than who waits for its first word: a fiftieth lowers the median time per token by a seventh on
+# recorded traces at no cost in first tokens; a tenth costs them 5 % at the 99th percentile.
+STALL_WEIGHT = 0.005
+# KV space beyond which a newcomer waits for somebody to end, or has somebody preempted; and below
+# which nobody looks whether it would fit.
+KV_FULL_SHARE = 0.95
+KV_TIGHT_SHARE = 0.4
+# A prefix is everybody's when one request in twenty begins with it and no longer one is known; the
+# counters find what one in 256 begins with, and forget by half after so many requests.
+HOT_SHARE = 0.05
+HOT_COUNT_MIN = 8
+HOT_COUNTERS_MAX = 256
+HOT_WINDOW_MAX = 16_384
+# Computed on different ways, equal prices differ by rounding.
+SAME_PRICE_S = 1e-6
+# Nor is a difference of less than this worth an unequal use of the caches.
+SAME_PRICE_BAND = 1.03
+# Prices this close are the same price, and the earliest on the ring's walk wins, where the ring is
+# asked at all. Below it a person notices no difference (Miller 1968; Nielsen 1993: 0.1 s is felt
+# as at once).
 SPILL_SLACK_S = 0.1
-# A request's own uncached tokens, in its price: once for its own wait, twice for the delay to those
-# who come next and to whom its blocks displace.
-UNCACHED_WEIGHT = 3
+# While others route to the same replicas and do not tell: this part of what the engines run.
+FOREIGN_SHARE_MIN = 0.2
+# Then the home may well hold what we do not know of: what that is worth, in times of the prefill.
+RING_WEIGHT = 1.2
+# Loading a LoRA adapter from disk takes a tenth of a second to a second.
+ADAPTER_LOAD_S = 0.5
+
+# --- late binding ---------------------------------------------------------------------------
+# A replica with less work than this is open: enough that it does not idle between two dispatches
+# (a round trip and an engine's intake take some 20 ms), too little to regret.
+RUNWAY_S = 0.1
+# Who waits is ordered by the work it brings, less its age: a second waited outweighs so many
+# seconds of prefill.
+AGEING_WEIGHT = 1.0
+HELD_MAX = 4096
+HELD_TRIED_MAX = 16  # requests that one release looks at
 
 # --- what engines tell of their caches --------------------------------------------------------
 # A step of 8,192 tokens is 60 KB of batch; a whole prompt of a million tokens, at once, 10 MB.

@@ -1,162 +1,316 @@
-"""Which replica takes this request: filter, then walk or score, then one answer with its reason.
+"""Which replica takes this request: price each one that may, take the cheapest, say why.
 
-`prefix`, the default, is the consistent-hash ring bounded in seconds: the request goes to the first
-replica on its walk whose price is within a slack of the least. The price of a replica is the
-prefill queued on it plus what it would still have to compute of this prompt. A bound on request
-counts spills constantly when few requests run and not enough when prompts differ a hundredfold;
-seconds of prefill are what a person waits for. A hot replica spills its own requests and nobody
-else's, and where nothing is known of the caches the ring alone decides.
+`prefix`, the default, prices a placement in seconds (`core.cost`): the work that waits there, and
+what this request would still have to have computed there, at a surcharge for the harm it does. So a
+conversation stays where its prefix is until staying costs more than computing it again elsewhere; a
+hot replica spills its own requests and nobody else's; a prefix that many want comes to lie on as
+many replicas as it takes (`core.sketch`); and where prompts share nothing, the least work is left.
 
-Every policy is a function of its arguments; ties go by name or by ring order, never by luck.
+Equal prices go to the replica that has been sent the least work, which evens out the use of caches.
+A prompt of which nobody holds anything goes by the ring instead, as long as that is nearly as
+cheap, when a session key names it or when others route to the same replicas without telling us:
+the ring is what proxies agree on that share nothing.
+
+Every policy is a function of its arguments; ties go by work, by ring order or name, never by luck.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Final
 
 from proxy.core import limits
-from proxy.core.accounts import Accounts
+from proxy.core.cost import Terms
 from proxy.core.fleet import Pool
-from proxy.core.index import PrefixRecord
+from proxy.core.picture import Picture, Seats
 from proxy.core.prefix import PrefixChain
 from proxy.core.replica import Replica
 
+_NEVER: Final = float("inf")
+
 
 class Request:
-    """What a choice depends on. `has_session`: the chain's key is a session's."""
+    """What a choice depends on.
 
-    __slots__ = ("chain", "has_session", "tried")
+    `has_session`: the chain's key is a session's; `pinned`: and the session's home is a must.
+    `weight`: what a second of its waiting counts, 1 for a person's.
+    """
 
-    def __init__(self, chain: PrefixChain, *, has_session: bool) -> None:
+    __slots__ = (
+        "adapter", "chain", "has_session", "pinned", "response_key", "stream", "tried", "weight",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        chain: PrefixChain,
+        *,
+        has_session: bool,
+        pinned: bool = False,
+        stream: bool = False,
+        weight: float = 1.0,
+        adapter: str = "",
+        response_key: int = 0,
+    ) -> None:
         self.chain = chain
         self.has_session = has_session
+        self.pinned = pinned
+        self.stream = stream
+        self.weight = weight
+        self.adapter = adapter
+        self.response_key = response_key  # of the answer that this one goes on from; 0: none
         self.tried: set[str] = set()  # replicas that have already failed this request
 
 
 class Decision:
     """The chosen replica, why, and what it is believed to have cached of the prompt."""
 
-    __slots__ = ("cached_tokens", "reason", "replica")
+    __slots__ = ("cached_octets", "known", "reason", "replica", "slot")
 
-    def __init__(self, replica: Replica, reason: str, cached_tokens: int = 0) -> None:
+    def __init__(
+        self, replica: Replica, slot: int, reason: str, cached_octets: int = 0, known: int = 0
+    ) -> None:
+        """`known` is the hash of the longest prefix that any replica holds; 0: none."""
         self.replica = replica
+        self.slot = slot
         self.reason = reason
-        self.cached_tokens = cached_tokens
+        self.cached_octets = cached_octets
+        self.known = known
 
 
-class PolicyState:
-    """What a policy may read and remember. `draw` returns the next number in [0, 1)."""
+Policy = Callable[[Request, Pool, Picture, float], Decision | None]
 
-    __slots__ = ("accounts", "draw", "record", "turn")
-
-    def __init__(self, accounts: Accounts, record: PrefixRecord, draw: Callable[[], float]) -> None:
-        self.accounts = accounts
-        self.record = record
-        self.draw = draw
-        self.turn = 0
+REASONS: Final = (
+    "prefix", "spill", "hot", "new", "home", "session", "response",
+    "least_load", "round_robin", "random",
+)  # fmt: skip
 
 
-Policy = Callable[[Request, Pool, PolicyState], Decision | None]
+class Prices:
+    """What each replica of a pool would cost, in the order of its seats.
 
-REASONS: Final = ("home", "session", "spill", "least_load", "round_robin", "random")
-
-
-def candidates(pool: Pool, accounts: Accounts, tried: Collection[str]) -> list[Replica]:
-    """Return the replicas that may take a request now, by name."""
-    return [replica for replica in pool.available if _may_take(replica, accounts, tried)]
-
-
-def _may_take(replica: Replica, accounts: Accounts, tried: Collection[str]) -> bool:
-    if replica.replica_id in tried:
-        return False
-    inputs_max = replica.max_inputs
-    return not inputs_max or accounts[replica.replica_id].inflight < inputs_max
-
-
-class Offer:
-    """What one replica would cost: seconds of prefill ahead of a newcomer, its own at a surcharge.
-
-    Its own uncached tokens count more than once: computing them also delays whoever comes next,
-    and writes them over what others have cached.
+    `distinct` says that some hold more of the prompt than a head that most hold, or all soon will.
     """
 
-    __slots__ = ("cached_tokens", "price_s", "replica")
+    __slots__ = (
+        "_chain", "_picture", "_slots", "distinct", "hot_octets", "known", "most_octets",
+        "prices_s", "seats", "tokens",
+    )  # fmt: skip
 
-    def __init__(self, request: Request, replica: Replica, state: PolicyState) -> None:
-        name, chain = replica.replica_id, request.chain
-        self.replica = replica
-        self.cached_tokens = state.record.matched_tokens(name, chain)
-        uncached_tokens = max(0, chain.prompt_tokens - self.cached_tokens)
-        tokens = state.accounts[name].queued_tokens + limits.UNCACHED_WEIGHT * uncached_tokens
-        self.price_s = tokens / limits.PREFILL_TOKENS_PER_S_DEFAULT
+    def __init__(self, request: Request, pool: Pool, picture: Picture, now_s: float) -> None:
+        seats = self.seats = picture.seats(pool)
+        loads, slots, chain = picture.loads, seats.slots, request.chain
+        self._picture, self._chain, self._slots = picture, chain, slots
+        self.prices_s = loads.waits_s(slots, now_s)
+        found = picture.index.match(chain, seats.bits)
+        self.known = self.most_octets = self.hot_octets = self.tokens = 0
+        self.distinct = False
+        if not slots:
+            return
+        if found:
+            depth = found[0][1]
+            self.known, self.most_octets = chain.hashes[depth], chain.ends[depth]
+            self.distinct = 2 * found[0][0].bit_count() <= len(slots)
+            if picture.hot.is_hot(self.known):
+                self.hot_octets, self.distinct = self.most_octets, False
+                found = []
+        self._add_prefill(found)
+        if loads.tight:
+            self._add_shortage()
+        self._exclude(request)
+
+    def _add_prefill(self, found: list[tuple[int, int]]) -> None:
+        """Nearly always one set holds most replicas (those with nothing, or with a head that all
+        prompts share): price all as if they were of that one, then correct the others.
+        """
+        chain, picture, slots, prices_s = self._chain, self._picture, self._slots, self.prices_s
+        rest = self.seats.bits
+        for bits, _ in found:
+            rest ^= bits
+        common, common_octets = rest, self.hot_octets
+        for bits, depth in found:
+            if bits.bit_count() > common.bit_count():
+                common, common_octets = bits, chain.ends[depth]
+        per_token = picture.loads.price_per_token
+        tokens = self.tokens = picture.tokens_of(chain.prompt_bytes - common_octets, slots[0])
+        for place in range(len(slots)):
+            prices_s[place] += tokens * per_token[slots[place]]
+        if rest and rest != common:
+            self._correct(rest, tokens - picture.tokens_of(chain.prompt_bytes, slots[0]), per_token)
+        for bits, depth in found:
+            if bits != common:
+                octets = chain.prompt_bytes - chain.ends[depth]
+                self._correct(bits, tokens - picture.tokens_of(octets, slots[0]), per_token)
+
+    def _correct(self, bits: int, fewer: int, per_token: list[float]) -> None:
+        places, prices_s = self.seats.places, self.prices_s
+        while bits:
+            low = bits & -bits
+            bits ^= low
+            slot = low.bit_length() - 1
+            prices_s[places[slot]] -= fewer * per_token[slot]
+
+    def _add_shortage(self) -> None:
+        """Where KV space is short, a long prompt waits for it, whether cached or not."""
+        picture = self._picture
+        tokens = picture.tokens_of(self._chain.prompt_bytes, self._slots[0])
+        for slot in picture.loads.tight:
+            place = self.seats.places.get(slot, -1)
+            if place >= 0:
+                self.prices_s[place] += picture.loads.shortage_s(slot, tokens)
+
+    def _exclude(self, request: Request) -> None:
+        """Make those infinitely dear that may not take it, and dearer that lack its adapter."""
+        loads, prices_s = self._picture.loads, self.prices_s
+        for place, slot in enumerate(self._slots):
+            most = loads.inflight_max[slot]
+            if most and loads.inflight[slot] >= most:
+                prices_s[place] = _NEVER
+        for name in request.tried:
+            place = self.seats.places.get(self._picture.slots.get(name, -1), -1)
+            if place >= 0:
+                prices_s[place] = _NEVER
+        if request.adapter:
+            for place, replica in enumerate(self.seats.replicas):
+                prices_s[place] += adapter_s(request, replica)
+
+    def cached_octets(self, place: int) -> int:
+        """Return what the replica is believed to hold of the prompt."""
+        if not self.most_octets:
+            return 0
+        return self._picture.index.held_of(self._slots[place], self._chain)
+
+    def decision(self, place: int, reason: str) -> Decision:
+        seats = self.seats
+        octets = self.cached_octets(place)
+        return Decision(seats.replicas[place], seats.slots[place], reason, octets, self.known)
 
 
-def prefix(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
-    at_home = "session" if request.has_session else "home"
-    home = pool.replicas.get(pool.ring.home(request.chain.home_key) or "")
-    if home is not None and home.available and _may_take(home, state.accounts, request.tried):
-        offer = Offer(request, home, state)
-        if offer.price_s <= limits.SPILL_SLACK_S:  # then nobody can be cheaper by more than that
-            return Decision(home, at_home, offer.cached_tokens)
-    offers = {
-        replica.replica_id: Offer(request, replica, state)
-        for replica in candidates(pool, state.accounts, request.tried)
-    }
-    if not offers:
+def adapter_s(request: Request, replica: Replica) -> float:
+    """Return what loading the request's adapter would take, where it is known not to be there."""
+    known = replica.adapters
+    missing = request.adapter and known is not None and request.adapter not in known
+    return limits.ADAPTER_LOAD_S if missing else 0.0
+
+
+def prefix(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
+    if request.pinned:
+        return session(request, pool, picture, now_s)
+    prices = Prices(request, pool, picture, now_s)
+    prices_s = prices.prices_s
+    least_s = min(prices_s, default=_NEVER)
+    if least_s == _NEVER:
         return None
-    bound_s = min([offer.price_s for offer in offers.values()]) + limits.SPILL_SLACK_S
+    if not prices.distinct and request.chain.hashes:
+        if request.has_session:
+            return _by_ring(request, pool, prices, least_s + limits.SPILL_SLACK_S)
+        share = picture.loads.foreign_share(prices.seats.slots)
+        if share > limits.FOREIGN_SHARE_MIN:
+            own_s = prices.tokens * picture.loads.s_per_token[prices.seats.slots[0]]
+            slack_s = limits.SPILL_SLACK_S + limits.RING_WEIGHT * share * own_s
+            return _by_ring(request, pool, prices, least_s + slack_s)
+    place = _least_used(prices_s, least_s, prices.seats.slots, picture)
+    decision = prices.decision(place, "new")
+    if prices.hot_octets:
+        decision.reason = "hot"
+    elif prices.most_octets:
+        decision.reason = "prefix" if decision.cached_octets == prices.most_octets else "spill"
+    return decision
+
+
+def _least_used(prices_s: list[float], least_s: float, slots: list[int], picture: Picture) -> int:
+    """Return the place, among those of the least price, that was ever sent the least work."""
+    place = prices_s.index(least_s)
+    bound_s = least_s * limits.SAME_PRICE_BAND + limits.SAME_PRICE_S
+    used = picture.loads.dispatched_tokens
+    least_used = used[slots[place]]
+    for other in range(len(prices_s)):
+        if prices_s[other] <= bound_s and used[slots[other]] < least_used:
+            place, least_used = other, used[slots[other]]
+    return place
+
+
+def _by_ring(request: Request, pool: Pool, prices: Prices, bound_s: float) -> Decision:
+    """Return the first on the ring's walk whose price is within the bound: the cheapest is."""
+    by_name = {replica.name: place for place, replica in enumerate(prices.seats.replicas)}
     for step, name in enumerate(pool.ring.walk(request.chain.home_key)):
-        found = offers.get(name)
-        if found is not None and found.price_s <= bound_s:
-            return Decision(found.replica, "spill" if step else at_home, found.cached_tokens)
+        place = by_name.get(name, -1)
+        if place >= 0 and prices.prices_s[place] <= bound_s:
+            at_home = "session" if request.has_session else "home"
+            return prices.decision(place, "spill" if step else at_home)
     raise AssertionError("the cheapest replica is within the bound")
 
 
-def session(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
+def session(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
     """The home while it lives, however busy: for state that only one replica has."""
-    able = {r.replica_id: r for r in candidates(pool, state.accounts, request.tried)}
+    seats = picture.seats(pool)
+    by_name = {seats.replicas[place].name: place for place in _able(request, seats, picture)}
     for step, name in enumerate(pool.ring.walk(request.chain.home_key)):
-        if name in able:
-            cached_tokens = state.record.matched_tokens(name, request.chain)
-            return Decision(able[name], "spill" if step else "session", cached_tokens)
+        if name in by_name:
+            return _decide(by_name[name], "spill" if step else "session", request, seats, picture)
     return None
 
 
-def least_load(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
-    able = candidates(pool, state.accounts, request.tried)
+def least_load(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
+    """Fewest queued tokens, then requests, then the work it was ever sent, so that ties rotate."""
+    seats, loads = picture.seats(pool), picture.loads
+    best = -1
+    least: tuple[int, int, int] = (0, 0, 0)
+    for place in _able(request, seats, picture):
+        slot = seats.slots[place]
+        load = (loads.queued_tokens(slot), loads.inflight[slot], loads.dispatched_tokens[slot])
+        if best < 0 or load < least:
+            best, least = place, load
+    return _decide(best, "least_load", request, seats, picture) if best >= 0 else None
+
+
+def round_robin(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
+    seats = picture.seats(pool)
+    able = _able(request, seats, picture)
     if not able:
         return None
-    return _decide(
-        min(able, key=lambda replica: _load(state.accounts, replica)), "least_load", request, state
+    place = able[picture.turn % len(able)]
+    picture.turn += 1
+    return _decide(place, "round_robin", request, seats, picture)
+
+
+def random(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
+    seats = picture.seats(pool)
+    able = _able(request, seats, picture)
+    if not able or picture.draw is None:
+        return None
+    place = able[int(picture.draw() * len(able))]
+    return _decide(place, "random", request, seats, picture)
+
+
+def _able(request: Request, seats: Seats, picture: Picture) -> list[int]:
+    """Return the places of those that may take the request."""
+    loads = picture.loads
+    able = []
+    for place, slot in enumerate(seats.slots):
+        most = loads.inflight_max[slot]
+        free = not most or loads.inflight[slot] < most
+        if free and seats.replicas[place].name not in request.tried:
+            able.append(place)
+    return able
+
+
+def _decide(place: int, reason: str, request: Request, seats: Seats, picture: Picture) -> Decision:
+    slot = seats.slots[place]
+    cached_octets = picture.index.held_of(slot, request.chain)
+    return Decision(seats.replicas[place], slot, reason, cached_octets)
+
+
+def terms(decision: Decision, request: Request, picture: Picture, now_s: float) -> Terms:
+    """Return the price of one decision, term by term."""
+    octets = request.chain.prompt_bytes - decision.cached_octets
+    return Terms(
+        picture.loads,
+        decision.slot,
+        now_s,
+        cached_tokens=picture.tokens_of(decision.cached_octets, decision.slot),
+        uncached_tokens=picture.tokens_of(octets, decision.slot),
+        adapter_s=adapter_s(request, decision.replica),
     )
-
-
-def _load(accounts: Accounts, replica: Replica) -> tuple[int, int, int, str]:
-    """Queued tokens, then requests, then the work it was ever sent, so that ties rotate."""
-    account = accounts[replica.replica_id]
-    return account.queued_tokens, account.inflight, account.dispatched_tokens, replica.replica_id
-
-
-def round_robin(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
-    able = candidates(pool, state.accounts, request.tried)
-    if not able:
-        return None
-    chosen = able[state.turn % len(able)]
-    state.turn += 1
-    return _decide(chosen, "round_robin", request, state)
-
-
-def random(request: Request, pool: Pool, state: PolicyState) -> Decision | None:
-    able = candidates(pool, state.accounts, request.tried)
-    if not able:
-        return None
-    return _decide(able[int(state.draw() * len(able))], "random", request, state)
-
-
-def _decide(replica: Replica, reason: str, request: Request, state: PolicyState) -> Decision:
-    cached_tokens = state.record.matched_tokens(replica.replica_id, request.chain)
-    return Decision(replica, reason, cached_tokens)
 
 
 POLICIES: Final[dict[str, Policy]] = {

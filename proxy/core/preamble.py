@@ -1,19 +1,27 @@
 """A request head and all that follows from it alone, worked out once for every request that has it.
 
 Where the path leads, who asks, which session it names, and the octets that go on to a replica.
+
+A client may name a data-parallel rank, of a server that it cannot see. Where the proxy chooses
+among ranks its choice stands, because a rank without its server means nothing; to a server whose
+ranks the proxy does not know the client's word goes on as it came.
 """
 
 from __future__ import annotations
 
 import contextlib
 from hashlib import sha256
+from typing import Final
 
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits
 from proxy.core.http1 import EXPLAIN, RequestHead, parse_request_head
+from proxy.core.replica import RANK_FIELD
 from proxy.core.routes import Route, find_route
 from proxy.core.session import session_of_head
+
+_RANK_CHOSEN: Final = b"\n" + RANK_FIELD  # in what a rank is sent first
 
 
 class Preamble:
@@ -32,6 +40,7 @@ class Preamble:
         "minor",
         "path",
         "path_text",
+        "rank_fields",
         "request_id",
         "request_line",
         "route",
@@ -59,9 +68,14 @@ class Preamble:
         self.asks_for_reasons = EXPLAIN in head.special
         self.encoded = b"content-encoding" in head.special
         self.request_line, self.sent_fields = heads.sent_to_replica(head)
+        self.rank_fields = b"".join(
+            [b"%b: %b\r\n" % field for field in head.fields if field[0] == RANK_FIELD]
+        )
 
     def upstream_head(self, host_field: bytes, request_id: bytes, body_bytes: int) -> bytes:
-        """Return the whole head to send to the replica at `host_field` (`host: …` and its end)."""
+        """Return the whole head to send to the replica of `host_field` (see `Replica`)."""
+        if self.rank_fields and _RANK_CHOSEN not in host_field:
+            host_field += self.rank_fields
         if body_bytes or self.method == b"POST":
             return b"%b%b%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n" % (
                 self.request_line,

@@ -2,14 +2,19 @@
 
 Computed from the raw octets of the prompt, without tokenizer or JSON objects. Two requests whose
 prompts begin with the same octets share the beginning of the chain, whatever else their bodies hold
-and in whatever order: each part (tools, system, messages …) is hashed on its own, in a fixed order.
-What makes a cached prefix unusable for another request (model, adapter, salt) seeds the chain.
+and in whatever order: the parts (tools, system, messages …) are hashed in a fixed order. What makes
+a cached prefix unusable for another request (model, adapter, salt, tenant) seeds the chain.
+
+A hash depends on the octets before its point and on nothing else, above all not on where the other
+points lie. So every point that two chains have in common is known to both, and points may be put
+where they are worth most: at depths that grow by half, which any two prompts have in common, and
+where the last messages end, because that is where the turn before ended and the next one goes on.
 
 The *opener* (tools, system and the first user message) names the conversation: turn n+1 repeats it
 octet for octet, so it comes to where turn n was, with no session id. A head that everybody shares
 never decides alone, because the first user message is always part of the opener.
 
-Depths grow by half from 512 octets: n octets cost O(log n) hashes over n octets in all.
+Depths grow by half from 512 octets: n octets cost O(log n) hashes, and are read once.
 The derivation is versioned: proxies that disagree on it would place the same prompt differently.
 """
 
@@ -20,13 +25,13 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Final
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from proxy.core import limits, scan
 from proxy.core.routes import PromptKind
 from proxy.core.scan import Scanned
 
-CHAIN_VERSION: Final = b"1"
+CHAIN_VERSION: Final = b"2"
 
 _QUOTE: Final = 0x22
 _BACKSLASH: Final = 0x5C
@@ -36,11 +41,12 @@ _STRUCTURAL: Final = re.compile(rb'["\[\]{}]')
 _WITH_MESSAGES: Final = (PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES)
 _SEEDS_MAX: Final = 1024
 _HEAD_NONE: Final[tuple[int, ...]] = ()
+_NO_BOUNDARIES: Final[tuple[int, ...]] = ()
 _HEAD_CHAT: Final[tuple[int, ...]] = (scan.TOOLS,)
 _HEAD_RESPONSES: Final[tuple[int, ...]] = (scan.TOOLS, scan.INSTRUCTIONS)
 _HEAD_ANTHROPIC: Final[tuple[int, ...]] = (scan.TOOLS, scan.SYSTEM)
 _INPUT_PARTS: Final[tuple[int, ...]] = (
-    scan.QUERY, scan.INPUT, scan.DOCUMENTS, scan.TEXT_1, scan.MESSAGES, scan.PROMPT,
+    scan.QUERY, scan.INPUT, scan.DOCUMENTS, scan.TEXT_1, scan.MESSAGES, scan.PROMPT, scan.INPUT_IDS,
 )  # fmt: skip
 _USUAL_BEFORE_USER: Final[tuple[bytes, ...]] = (b'{"role":', b'{"role": ')
 _USUAL_AFTER_USER: Final[tuple[bytes, ...]] = (b',"content":"', b', "content": "')
@@ -80,11 +86,17 @@ class PrefixChain:
 NO_CHAIN: Final = PrefixChain(0, (), (), 0)
 
 
-def prefix_chain(kind: PromptKind, scanned: Scanned, session_key: bytes | None) -> PrefixChain:
+def prefix_chain(
+    kind: PromptKind, scanned: Scanned, session_key: bytes | None, tenant: bytes = b""
+) -> PrefixChain:
     """Return the chain of one request. A session key stands in for the opener."""
-    names = _seed(scanned.model, scanned.lora_path or "", scanned.cache_salt or "")
+    names = _seed(scanned.model, scanned.lora_path or "", scanned.cache_salt or "", tenant)
     seed = names
-    head, octets, begin, end = _prompt_parts(kind, scanned)
+    if kind is PromptKind.RESPONSES and scanned.previous_response_id:
+        # The engine puts that answer and all before it in front of this prompt.
+        before = scanned.previous_response_id.encode("utf-8", "surrogatepass")
+        seed = xxh3_64_intdigest(before, names)
+    head, octets, begin, end, boundaries = _prompt_parts(kind, scanned)
     view = memoryview(octets)
     head_bytes = 0
     for part in head:
@@ -94,24 +106,18 @@ def prefix_chain(kind: PromptKind, scanned: Scanned, session_key: bytes | None) 
             head_bytes += last - first
     hashes: list[int] = [seed] if head_bytes else []
     ends: list[int] = [head_bytes] if head_bytes else []
-    # The closing bracket or quote of a prompt that will grow is not part of its prefix.
-    last = max(begin, end - 1)
-    if last > begin and octets[last - 1] in _SPACE:  # nor is the space before it
-        before = octets[max(begin, last - limits.SPACE_BYTES_MAX) : last]
-        last -= len(before) - len(before.rstrip(_SPACE))
-    size = last - begin
-    rolling = seed
-    start = 0
-    for depth in DEPTHS:
-        if depth > size:
-            break
-        rolling = xxh3_64_intdigest(view[begin + start : begin + depth], rolling)
-        hashes.append(rolling)
-        ends.append(head_bytes + depth)
-        start = depth
-    if size > start:
-        hashes.append(xxh3_64_intdigest(view[begin + start : last], rolling))
-        ends.append(head_bytes + size)
+    last = boundaries[-1] if boundaries else _text_end(octets, begin, end)
+    if not boundaries and kind is not PromptKind.INPUT:
+        boundaries = _steps(begin, last)
+    points = _points(begin, last, boundaries)
+    hasher = xxh3_64(b"", seed)
+    read, digest = hasher.update, hasher.intdigest
+    at = begin
+    for point in points:
+        read(view[at:point])
+        hashes.append(digest())
+        ends.append(head_bytes + point - begin)
+        at = point
     if session_key is not None:
         home_key = xxh3_64_intdigest(session_key, names)
     else:
@@ -121,22 +127,81 @@ def prefix_chain(kind: PromptKind, scanned: Scanned, session_key: bytes | None) 
                 octets, begin, end, limits.OPENER_SEARCH_BYTES_MAX, limits.OPENER_BYTES_MAX
             )
         home_key = xxh3_64_intdigest(view[begin : min(opener_end, end)], seed)
-    return PrefixChain(home_key, hashes, ends, head_bytes + size)
+    return PrefixChain(home_key, hashes, ends, head_bytes + last - begin)
 
 
-def _seed(model: str, adapter: str, salt: str) -> int:
+def form_chain(
+    model: str, body: bytes, begin: int, end: int, session_key: bytes | None, tenant: bytes = b""
+) -> PrefixChain:
+    """Return the chain of a form whose prompt is a file of sound, `body[begin:end]`: one prefix."""
+    names = _seed(model, "", "", tenant)
+    name = xxh3_64_intdigest(memoryview(body)[begin:end], names)
+    home_key = name if session_key is None else xxh3_64_intdigest(session_key, names)
+    if begin == end:
+        return PrefixChain(home_key, (), (), 0)
+    tokens = 1 + (end - begin) // limits.AUDIO_BYTES_PER_TOKEN
+    size = tokens * limits.BYTES_PER_TOKEN
+    return PrefixChain(home_key, (name,), (size,), size)
+
+
+def _text_end(octets: bytes, begin: int, end: int) -> int:
+    """Return where a prompt that may grow ends: before its closing bracket or quote, and space."""
+    last = max(begin, end - 1)
+    if last > begin and octets[last - 1] in _SPACE:
+        before = octets[max(begin, last - limits.SPACE_BYTES_MAX) : last]
+        last -= len(before) - len(before.rstrip(_SPACE))
+    return last
+
+
+def _steps(begin: int, last: int) -> tuple[int, ...]:
+    """Return the last multiples of a step: where else to hash a prompt that has no messages.
+
+    A step is a power of two, so that prompts of about one length step alike: text that has grown by
+    no more than a quarter has a point in the last step of what it was.
+    """
+    step = limits.CHAIN_FIRST_BYTES
+    while step * 4 * limits.CHAIN_STEPS_MAX <= last - begin:
+        step *= 2
+    whole = (last - begin) // step
+    first = max(1, whole + 1 - limits.CHAIN_STEPS_MAX)
+    return tuple([begin + step * number for number in range(first, whole + 1)])
+
+
+def _points(begin: int, last: int, boundaries: tuple[int, ...]) -> list[int]:
+    """Return where the prompt `begin` to `last` is hashed, in rising order: no point twice."""
+    points: list[int] = []
+    known = 0
+    for depth in DEPTHS:
+        point = begin + depth
+        if point >= last:
+            break
+        while known < len(boundaries) and boundaries[known] < point:
+            points.append(boundaries[known])
+            known += 1
+        if known < len(boundaries) and boundaries[known] == point:
+            known += 1
+        points.append(point)
+    while known < len(boundaries) and boundaries[known] < last:
+        points.append(boundaries[known])
+        known += 1
+    if last > begin:
+        points.append(last)
+    return points
+
+
+def _seed(model: str, adapter: str, salt: str, tenant: bytes) -> int:
     if len(adapter) + len(salt) > limits.SESSION_KEY_BYTES_MAX:  # as long as a client likes
-        return _fresh_seed(model, adapter, salt)
-    return _known_seed(model, adapter, salt)
+        return _fresh_seed(model, adapter, salt, tenant)
+    return _known_seed(model, adapter, salt, tenant)
 
 
 @lru_cache(_SEEDS_MAX)
-def _known_seed(model: str, adapter: str, salt: str) -> int:
-    return _fresh_seed(model, adapter, salt)
+def _known_seed(model: str, adapter: str, salt: str, tenant: bytes) -> int:
+    return _fresh_seed(model, adapter, salt, tenant)
 
 
-def _fresh_seed(model: str, adapter: str, salt: str) -> int:
-    names = (model, adapter, salt)
+def _fresh_seed(model: str, adapter: str, salt: str, tenant: bytes) -> int:
+    names = (model, adapter, salt, tenant.decode("latin-1"))
     # Lengths first: no text inside one name may stand for the border between two.
     lengths = ",".join([str(len(name)) for name in names]) + ";"
     # surrogatepass: JSON may hold a lone surrogate, and a key only has to be the same each time.
@@ -144,24 +209,33 @@ def _fresh_seed(model: str, adapter: str, salt: str) -> int:
     return xxh3_64_intdigest(CHAIN_VERSION + text)
 
 
-def _prompt_parts(kind: PromptKind, scanned: Scanned) -> tuple[tuple[int, ...], bytes, int, int]:
-    """Return the parts that lead the prompt; and the part that grows: octets, begin, end."""
-    head, grows = _HEAD_NONE, scan.PROMPT
+def _prompt_parts(
+    kind: PromptKind, scanned: Scanned
+) -> tuple[tuple[int, ...], bytes, int, int, tuple[int, ...]]:
+    """Return the parts that lead the prompt; and the part that grows: octets, begin, end, ends.
+
+    The last are where its last messages end.
+    """
+    head, grows, boundaries = _HEAD_NONE, scan.PROMPT, _NO_BOUNDARIES
     match kind:
         case PromptKind.CHAT:
-            head, grows = _HEAD_CHAT, scan.MESSAGES
+            head, grows, boundaries = _HEAD_CHAT, scan.MESSAGES, scanned.message_ends
         case PromptKind.COMPLETION:
             pass
         case PromptKind.RESPONSES:
-            head, grows = _HEAD_RESPONSES, scan.INPUT
+            head, grows, boundaries = _HEAD_RESPONSES, scan.INPUT, scanned.input_ends
         case PromptKind.ANTHROPIC:
-            head, grows = _HEAD_ANTHROPIC, scan.MESSAGES
+            head, grows, boundaries = _HEAD_ANTHROPIC, scan.MESSAGES, scanned.message_ends
         case PromptKind.INPUT:
             octets = b"".join([scanned.part(part) for part in _INPUT_PARTS])
-            return _HEAD_NONE, octets, 0, len(octets)
+            return _HEAD_NONE, octets, 0, len(octets), _NO_BOUNDARIES
         case PromptKind.OPAQUE:
-            return _HEAD_NONE, b"", 0, 0
-    return head, scanned.octets, scanned.spans[2 * grows], scanned.spans[2 * grows + 1]
+            return _HEAD_NONE, b"", 0, 0, _NO_BOUNDARIES
+    spans = scanned.spans
+    begin, end = spans[2 * grows], spans[2 * grows + 1]
+    if begin == end:  # SGLang takes tokens in the place of messages or text
+        begin, end = spans[2 * scan.INPUT_IDS], spans[2 * scan.INPUT_IDS + 1]
+    return head, scanned.octets, begin, end, boundaries
 
 
 def _opener_end(

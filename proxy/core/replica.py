@@ -1,12 +1,22 @@
-"""One replica as the data path sees it: an immutable snapshot, replaced as a whole."""
+"""What a request can be sent to, as the data path sees it: an immutable value, replaced as a whole.
+
+An engine server with several data-parallel ranks has a KV cache and a queue in each of them, and
+takes a request to the rank that a header names. So each rank is a replica here, chosen for itself
+by its `name`. What happens to a server (a refused connection, a probe, a restart) happens to all of
+its ranks; that and its connections go by `replica_id`.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from proxy.contract import ReplicaRecord, ReplicaState
+from msgspec import structs
+
+from proxy.contract import DP_SIZE_MAX, Figures, LoadSample, ReplicaRecord, ReplicaState
+
+RANK_FIELD: Final = b"x-data-parallel-rank"  # both engines read it
 
 _URL: Final = re.compile(
     r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?)(?::([0-9]{1,5}))?/?"
@@ -15,27 +25,36 @@ _URL: Final = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:
-    """One engine server. `suspect` is this worker's own finding; `state` is the manager's."""
+    """One engine server, or one rank of it.
 
-    replica_id: str
+    `suspect` is this worker's own finding; `state` is the manager's.
+    """
+
+    name: str  # `replica_id`, or of one rank `replica_id/rank`
+    replica_id: str  # of the server
+    dp_rank: int | None  # None: the server has but one, or says nothing of them
     host: str
     port: int
     tls: bool
-    host_field: bytes  # `Host: authority` with its line end, ready to send
+    host_field: bytes  # `Host: authority` with its line end, ready to send; then that of its rank
     models: frozenset[str]  # empty: not known, so any
+    adapters: frozenset[str] | None  # LoRA adapters that it lists or uses; None: not known
     pool: str
     region: str
     engine: str
     state: ReplicaState
     max_inputs: int
     kv_capacity_tokens: int
+    weight: float
+    load: LoadSample | None  # its own, without `ranks`
     restarts: int
+    asleep: bool
     suspect: bool = False
 
     @property
     def available(self) -> bool:
         """May take new requests."""
-        return self.state is ReplicaState.READY and not self.suspect
+        return self.state is ReplicaState.READY and not self.suspect and not self.asleep
 
 
 def parse_url(url: str) -> tuple[bool, str, int]:
@@ -53,21 +72,57 @@ def parse_url(url: str) -> tuple[bool, str, int]:
 
 
 def replica_of(record: ReplicaRecord) -> Replica:
-    """Return the replica that a record describes. Raises `ValueError` on a bad URL."""
+    """Return the server that a record describes, as a whole. Raises `ValueError` on a bad URL."""
     tls, host, port = parse_url(record.url)
     shown = f"[{host}]" if ":" in host else host
     return Replica(
+        name=record.replica_id,
         replica_id=record.replica_id,
+        dp_rank=None,
         host=host,
         port=port,
         tls=tls,
         host_field=f"host: {shown}:{port}\r\n".encode(),
         models=frozenset(record.models),
+        adapters=None if record.adapters is None else frozenset(record.adapters),
         pool=record.pool,
         region=record.region,
         engine=record.engine,
         state=record.state,
         max_inputs=record.max_inputs,
         kv_capacity_tokens=record.load.kv_capacity_tokens if record.load else 0,
+        weight=record.weight,
+        load=record.load,
         restarts=record.restarts,
+        asleep=record.asleep,
+    )
+
+
+def replicas_of(record: ReplicaRecord) -> list[Replica]:
+    """Return what of a record's server can be chosen: it, or its ranks. Raises as `replica_of`."""
+    server = replica_of(record)
+    size = min(record.dp_size, DP_SIZE_MAX)
+    if size < 2:
+        return [server]
+    return [_rank(server, rank, size) for rank in range(size)]
+
+
+def _rank(server: Replica, rank: int, size: int) -> Replica:
+    """Return one rank: its own figures where the engine tells them, else an even share."""
+    whole = server.load
+    own = whole.ranks[rank] if whole is not None and rank < len(whole.ranks) else None
+    load = None
+    if whole is not None and own is not None:
+        figures = {field: getattr(own, field) for field in Figures.__struct_fields__}
+        load = structs.replace(whole, ranks=(), **figures)
+    capacity_tokens = own.kv_capacity_tokens if own is not None else 0
+    return replace(
+        server,
+        name=f"{server.replica_id}/{rank}",
+        dp_rank=rank,
+        host_field=b"%b%b: %d\r\n" % (server.host_field, RANK_FIELD, rank),
+        # The limit is the server's; in whole requests, and none at all would mean no limit.
+        max_inputs=-(-server.max_inputs // size),
+        kv_capacity_tokens=capacity_tokens or server.kv_capacity_tokens // size,
+        load=load,
     )

@@ -23,9 +23,11 @@ from msgspec import Raw
 from proxy import errors
 from proxy.core import limits
 
+_Ends = tuple[int, ...]
 _Fields = tuple[
-    str, str | None, str | None, str | None, str | None, str | None, bool | None, tuple[int, ...]
-]
+    str, str | None, str | None, str | None, str | None, str | None, str | None,
+    bool | None, tuple[int, ...], _Ends, _Ends,
+]  # fmt: skip
 _Reader = Callable[[bytes], _Fields | None]
 
 _read: _Reader | None
@@ -44,19 +46,24 @@ QUERY: Final = 5
 INPUT: Final = 6
 DOCUMENTS: Final = 7
 TEXT_1: Final = 8
+INPUT_IDS: Final = 9
+SESSION_PARAMS: Final = 10
 
 _NOTHING: Final = Raw()
+_SPACE: Final = b" \t\r\n"
 
 
 class Scanned:
     """The fields of one body. The prompt's parts are raw JSON octets; what is absent is empty.
 
-    Part `i` is `octets[spans[2 * i] : spans[2 * i + 1]]`, and is not copied to be named.
+    Part `i` is `octets[spans[2 * i] : spans[2 * i + 1]]`, and is not copied to be named. Where the
+    last elements of the messages and of the input end in `octets` is in `message_ends` and
+    `input_ends`, in rising order; both are empty where the part is no array.
     """
 
     __slots__ = (
-        "cache_salt", "lora_path", "model", "octets", "prompt_cache_key", "service_tier",
-        "session_id", "spans", "stream",
+        "cache_salt", "input_ends", "lora_path", "message_ends", "model", "octets",
+        "previous_response_id", "prompt_cache_key", "service_tier", "session_id", "spans", "stream",
     )  # fmt: skip
 
     def __init__(self, fields: _Fields, octets: bytes) -> None:
@@ -66,9 +73,15 @@ class Scanned:
         self.session_id = fields[3]
         self.cache_salt = fields[4]
         self.lora_path = fields[5]
-        self.stream = fields[6]
-        self.spans = fields[7]
+        self.previous_response_id = fields[6]
+        self.stream = fields[7]
+        self.spans = fields[8]
+        self.message_ends = fields[9]
+        self.input_ends = fields[10]
         self.octets = octets
+
+    def has(self, part: int) -> bool:
+        return self.spans[2 * part] < self.spans[2 * part + 1]
 
     def part(self, part: int) -> bytes:
         """Return a copy of one part."""
@@ -84,6 +97,7 @@ class _Typed(msgspec.Struct, gc=False):
     session_id: str | None = None
     cache_salt: str | None = None
     lora_path: str | None = None
+    previous_response_id: str | None = None
     stream: bool | None = None
     messages: Raw = _NOTHING
     prompt: Raw = _NOTHING
@@ -94,6 +108,8 @@ class _Typed(msgspec.Struct, gc=False):
     input: Raw = _NOTHING
     documents: Raw = _NOTHING
     text_1: Raw = _NOTHING
+    input_ids: Raw = _NOTHING
+    session_params: Raw = _NOTHING
 
 
 class _Untyped(msgspec.Struct, gc=False):
@@ -105,6 +121,7 @@ class _Untyped(msgspec.Struct, gc=False):
     session_id: Raw = _NOTHING
     cache_salt: Raw = _NOTHING
     lora_path: Raw = _NOTHING
+    previous_response_id: Raw = _NOTHING
     stream: Raw = _NOTHING
     messages: Raw = _NOTHING
     prompt: Raw = _NOTHING
@@ -115,10 +132,20 @@ class _Untyped(msgspec.Struct, gc=False):
     input: Raw = _NOTHING
     documents: Raw = _NOTHING
     text_1: Raw = _NOTHING
+    input_ids: Raw = _NOTHING
+    session_params: Raw = _NOTHING
+
+
+class _SessionParams(msgspec.Struct, gc=False):
+    """What we read of SGLang's `session_params`."""
+
+    id: str | None = None
 
 
 _decoder: Final = msgspec.json.Decoder(_Typed)
 _untyped: Final = msgspec.json.Decoder(_Untyped)
+_elements: Final[msgspec.json.Decoder[list[Raw]]] = msgspec.json.Decoder(list[Raw])
+_session_params: Final = msgspec.json.Decoder(_SessionParams)
 _string: Final[msgspec.json.Decoder[str | None]] = msgspec.json.Decoder(str | None)
 _flag: Final[msgspec.json.Decoder[bool | None]] = msgspec.json.Decoder(bool | None)
 
@@ -168,11 +195,13 @@ def _scan_any(body: bytes) -> Scanned:
         raise errors.InvalidJSONError(f"the body is not valid JSON: {error}") from error
     octets, spans = _placed((
         typed.messages, typed.prompt, typed.tools, typed.system, typed.instructions, typed.query,
-        typed.input, typed.documents, typed.text_1,
+        typed.input, typed.documents, typed.text_1, typed.input_ids, typed.session_params,
     ))  # fmt: skip
     fields = (
         typed.model, typed.service_tier, typed.prompt_cache_key, typed.session_id,
-        typed.cache_salt, typed.lora_path, typed.stream, spans,
+        typed.cache_salt, typed.lora_path, typed.previous_response_id, typed.stream, spans,
+        element_ends(octets, spans[2 * MESSAGES], spans[2 * MESSAGES + 1]),
+        element_ends(octets, spans[2 * INPUT], spans[2 * INPUT + 1]),
     )  # fmt: skip
     return Scanned(fields, octets)
 
@@ -192,6 +221,80 @@ def _placed(parts: tuple[Raw, ...]) -> tuple[bytes, tuple[int, ...]]:
     return b"".join(present), tuple(spans)
 
 
+def element_ends(octets: bytes, begin: int, end: int) -> _Ends:
+    """Return where the last elements of the array `octets[begin:end]` end; none of what is none."""
+    if begin == end or octets[begin : begin + 1] != b"[":
+        return ()
+    start = _tail_start(octets, begin, end)
+    elements = _last_elements(octets, start, end)
+    if len(elements) < limits.CHAIN_BOUNDARIES_MAX and start > begin + 1:
+        elements = _last_elements(octets, begin + 1, end)
+    ends: list[int] = []
+    at = _space_start(octets, end - 1)
+    for element in reversed(elements[-limits.CHAIN_BOUNDARIES_MAX :]):
+        ends.append(at)
+        at -= len(memoryview(element))
+        if octets[at - 1] in _SPACE:
+            at = _space_start(octets, at)
+        at -= 1  # the comma, or the opening bracket
+        if at > begin and octets[at - 1] in _SPACE:
+            at = _space_start(octets, at)
+    ends.reverse()
+    return tuple(ends)
+
+
+def _tail_start(octets: bytes, begin: int, end: int) -> int:
+    """Return where the last messages of the usual form begin, so that not all need to be read.
+
+    Where there are not so many, it is where the array's elements do.
+    A search is enough: within a string every quote is escaped, so this opens an object. Whether
+    it is an element of the array shows when the rest is read.
+    """
+    at = end
+    for _ in range(limits.CHAIN_BOUNDARIES_MAX):
+        at = octets.rfind(b'{"role":', begin, at)
+        if at < 0:
+            return begin + 1
+    return at
+
+
+def _last_elements(octets: bytes, start: int, end: int) -> list[Raw]:
+    """Return the elements from `start`; none where that is within one, or where they are too many.
+
+    Naming each of many numbers would take thirty times their memory.
+    """
+    most = limits.ELEMENTS_NAMED_MAX
+    if end - start > 2 * most and octets.count(b",", start, end) > most:
+        return []
+    try:
+        return _elements.decode(b"[" + octets[start:end])
+    except msgspec.DecodeError:
+        return []
+
+
+def _space_start(octets: bytes, at: int) -> int:
+    """Return where the space that ends at `at` begins; something else is before it."""
+    if octets[at - 2] not in _SPACE:
+        return at - (octets[at - 1] in _SPACE)
+    size = 16
+    while octets[at - 1] in _SPACE:
+        before = octets[max(0, at - size) : at]
+        at -= len(before) - len(before.rstrip(_SPACE))
+        size *= 4
+    return at
+
+
+def session_params_id(scanned: Scanned) -> str | None:
+    """Return SGLang's id of a session of its own, or None."""
+    octets = scanned.part(SESSION_PARAMS)
+    if not octets:
+        return None
+    try:
+        return _session_params.decode(octets).id
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None  # the engine judges it
+
+
 def _typed(raw: _Untyped) -> _Typed:
     """Judge the fields one by one. Engines take other types as a session or an adapter, too."""
     return _Typed(
@@ -201,8 +304,9 @@ def _typed(raw: _Untyped) -> _Typed:
         _text(raw.session_id, None),
         _text(raw.cache_salt, "cache_salt"),
         _text(raw.lora_path, None),
+        _text(raw.previous_response_id, None),
         _stream(raw.stream),
-        *(getattr(raw, name) for name in _Untyped.__struct_fields__[7:]),
+        *(getattr(raw, name) for name in _Untyped.__struct_fields__[8:]),
     )
 
 

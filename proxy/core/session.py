@@ -1,9 +1,10 @@
 """Which session a request says it belongs to.
 
 The first that is present wins: an explicit routing key, the session headers that engines and other
-routers read, those that agent programs send on their own, then the body's `prompt_cache_key` and
-`session_id`. Request, correlation and trace ids never count: they differ for each request, and
-affinity to them is no affinity. A session orders the ring; it pins nothing.
+routers read, those that agent programs and their routers send on their own, then the body's
+`prompt_cache_key`, `session_id` and `session_params.id`. Request, correlation and trace ids never
+count: they differ for each request, and affinity to them is no affinity. A session orders the ring;
+it pins nothing, unless the operator says so.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ from __future__ import annotations
 from itertools import product
 from typing import Final
 
+from xxhash import xxh3_64_intdigest
+
 from proxy.core import limits
 from proxy.core.http1 import RequestHead
-from proxy.core.scan import Scanned
+from proxy.core.scan import SESSION_PARAMS, Scanned, session_params_id
 
 _IN_ORDER: Final = (
     b"x-doherty-routing-key",
-    b"x-smg-routing-key",
     b"x-session-id",
     b"x-session-affinity",
     b"x-claude-code-session-id",
     b"session-id",
     b"x-parent-session-id",
     b"x-dynamo-session-id",
+    b"x-smg-routing-key",
 )
 
 
@@ -55,9 +58,20 @@ def session_of_head(head: RequestHead) -> bytes | None:
 
 def session_of_body(scanned: Scanned) -> bytes | None:
     """Return the key that the body gives, or None. It counts where the head gives none."""
-    for text in (scanned.prompt_cache_key, scanned.session_id):
-        if text:
-            key = text.encode("utf-8", "surrogatepass")
-            if len(key) <= limits.SESSION_KEY_BYTES_MAX:
-                return key
-    return None
+    key = _key(scanned.prompt_cache_key) or _key(scanned.session_id)
+    if key is None and scanned.has(SESSION_PARAMS):
+        key = _key(session_params_id(scanned))
+    return key
+
+
+def _key(text: str | None) -> bytes | None:
+    """Return what may be a key: not nothing, and not too long."""
+    if not text:
+        return None
+    key = text.encode("utf-8", "surrogatepass")
+    return key if len(key) <= limits.SESSION_KEY_BYTES_MAX else None
+
+
+def response_key(response_id: bytes) -> int:
+    """Return what a stored response is known by, which is never 0; or 0 for no id."""
+    return xxh3_64_intdigest(response_id) or 1 if response_id else 0

@@ -21,14 +21,15 @@ from typing import Final, Protocol
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
-from proxy.core.accounts import Lease
 from proxy.core.asked import read_body
 from proxy.core.chunked import ChunkedDecoder, decode_followed
 from proxy.core.http1 import ResponseHead
+from proxy.core.loads import Lease
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
 from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import find_route
+from proxy.core.usage import read_usage
 from proxy.io.engine_answer import EngineAnswer, keep_error, told_head
 from proxy.io.facts import Facts
 from proxy.io.plane import Plane
@@ -146,15 +147,15 @@ class Exchange(Facts):
 
     def _choose(self) -> Decision | None:
         assert self._pool is not None
-        return self._plane.policy(self._request, self._pool, self._plane.policy_state)
+        plane = self._plane
+        return plane.policy(self._request, self._pool, plane.picture, plane.clock.now_s())
 
     def _go_to(self, decision: Decision) -> None:
         """Take a lease on a replica, and get a connection to it."""
         plane, replica = self._plane, decision.replica
         self._decision = decision
         self._attempts += 1
-        uncached_tokens = self._request.chain.prompt_tokens - decision.cached_tokens
-        self._lease = plane.accounts.acquire(replica.replica_id, max(0, uncached_tokens))
+        self._lease = plane.acquire(decision, self._request)
         upstream = plane.upstreams.take(replica.replica_id)
         if upstream is not None:
             self.connected(upstream)
@@ -177,7 +178,7 @@ class Exchange(Facts):
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
         plane.suspect(replica_id, reason)
-        self._request.tried.add(replica_id)
+        self._request.tried.update(plane.fleet.names_of(replica_id))
         self._release()
         if not may_retry(self._progress, self._attempts, plane.retries_max):
             self.fail(errors.ReplicaUnreachableError(f"replica {replica_id}: {reason}"))
@@ -207,7 +208,6 @@ class Exchange(Facts):
             self._decision.replica.host_field, self.request_id, len(self._body)
         )
         upstream.send(self, head, self._body)
-        self._plane.record.note(self._decision.replica.replica_id, self._request.chain)
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
 
     def response_started(self, head: ResponseHead, length: int) -> None:
@@ -242,7 +242,7 @@ class Exchange(Facts):
 
     def _ask_next(self, replica_id: str) -> bool:
         """A stored response lives on one replica: ask the others before believing a 404."""
-        self._request.tried.add(replica_id)
+        self._request.tried.update(self._plane.fleet.names_of(replica_id))
         decision = self._choose()
         if decision is None or self._upstream is None:
             return False
@@ -260,7 +260,7 @@ class Exchange(Facts):
         if not self._received_bytes:
             self._first_octet_s = now_s
             if self._lease is not None:
-                plane.accounts.end_prefill(self._lease)
+                plane.picture.prefill_ended(self._lease, now_s)
         self._last_octet_s = now_s
         size = len(data)
         self._received_bytes += size
@@ -437,7 +437,7 @@ class Exchange(Facts):
 
     def _release(self) -> None:
         if self._lease is not None:
-            self._plane.accounts.release(self._lease)
+            self._plane.release(self._lease, self._usage, self._first_octet_s)
             self._lease = None
 
     def _finish(self, status: int, outcome: str) -> None:
@@ -446,5 +446,6 @@ class Exchange(Facts):
         self._done = True
         self._plane.exchanges_open -= 1
         self._drop_body()
+        self._usage = read_usage(self._tail) if status == 200 else None
         self._release()
         self._write_down(status, outcome, self._plane.clock.now_s())

@@ -14,7 +14,7 @@ from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble
 from proxy.core.prefix import NO_CHAIN
 from proxy.core.routes import Route
-from proxy.core.usage import read_usage
+from proxy.core.usage import Usage
 from proxy.errors import Dialect, dialect_of
 from proxy.io.access_log import AccessRecord
 from proxy.io.plane import Plane
@@ -41,6 +41,7 @@ class Facts:
         "_started_s",
         "_stream",
         "_tail",
+        "_usage",
         "_whole_s",
         "request_id",
     )
@@ -59,6 +60,7 @@ class Facts:
         self._attempts = 0
         self._received_bytes = 0
         self._tail = b""
+        self._usage: Usage | None = None
         self._started_s = plane.clock.now_s()
         self._whole_s = self._sent_s = self._first_octet_s = 0.0
 
@@ -111,13 +113,17 @@ class Facts:
             plane.telemetry.replica_requests[self._decision.replica.replica_id] += 1
         if self._sent_s:
             plane.telemetry.overhead_s.observe(self._sent_s - self._whole_s)
-        usage = read_usage(self._tail) if status == 200 else None
+        usage = self._usage
         if usage is None:
             plane.telemetry.usage_missing_total += status == 200 and self._decision is not None
         else:
             series.prompt_tokens += usage.prompt_tokens
             series.cached_tokens += usage.cached_tokens or 0
             series.generation_tokens += usage.completion_tokens
+
+    def _tokens(self, octets: int) -> int:
+        """Return how many tokens that should be, where the request went."""
+        return self._plane.picture.tokens_of(octets, self._decision.slot) if self._decision else 0
 
     def _log_line(self, status: int, outcome: str, now_s: float) -> None:
         decision, started_s = self._decision, self._started_s
@@ -136,8 +142,8 @@ class Facts:
                 replica=decision.replica.replica_id if decision else None,
                 decision=decision.reason if decision else None,
                 attempts=self._attempts,
-                prompt_tokens_estimated=self._request.chain.prompt_tokens,
-                cached_tokens_believed=decision.cached_tokens if decision else 0,
+                prompt_tokens_estimated=self._tokens(self._request.chain.prompt_bytes),
+                cached_tokens_believed=self._tokens(decision.cached_octets) if decision else 0,
                 received_bytes=self._received_bytes,
                 overhead_us=int((self._sent_s - self._whole_s) * 1e6) if self._sent_s else None,
                 first_octet_ms=int((first_s - started_s) * 1e6) / 1e3 if first_s else None,

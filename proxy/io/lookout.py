@@ -67,7 +67,12 @@ class Lookout:
         known = self._static.records if self._static is not None else {}
         version = self._static.version if self._static is not None else 0
         self._static = StaticList(
-            config.worker_urls, self._session, config.api_key, known=known, version=version
+            config.worker_urls,
+            self._session,
+            config.api_key,
+            known=known,
+            version=version,
+            scrape_interval_s=config.scrape_interval_secs,
         )
         return self._static
 

@@ -17,13 +17,14 @@ from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core import fleet as fleets
 from proxy.core import limits
-from proxy.core.accounts import Accounts
 from proxy.core.head_memory import HeadMemory
-from proxy.core.index import PrefixRecord
-from proxy.core.policy import POLICIES, PolicyState
+from proxy.core.loads import Lease
+from proxy.core.picture import Picture
+from proxy.core.policy import POLICIES, Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
 from proxy.core.replica import Replica
 from proxy.core.routes import Route, model_of_path
+from proxy.core.usage import Usage
 from proxy.errors import (
     BodyTooLargeError,
     DrainingError,
@@ -60,11 +61,9 @@ class Plane:
         self.clock = clock
         self.telemetry = Telemetry()
         self.access_log = access_log
-        self.accounts = Accounts()
-        self.record = PrefixRecord()
+        self.picture = Picture(clock.draw)
         self.preambles: HeadMemory[Preamble] = HeadMemory(read_preamble)
         self.policy = POLICIES[config.policy]
-        self.policy_state = PolicyState(self.accounts, self.record, clock.draw)
         self.upstreams = Upstreams(
             clock,
             tasks,
@@ -77,6 +76,7 @@ class Plane:
         self.draining = False
         self.relieved = False  # while draining: a successor serves the port, so it is ready
         self.exchanges_open = 0
+        self.leases_open = 0
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
         self.bodies_bytes = 0  # request bodies held
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
@@ -85,7 +85,6 @@ class Plane:
         self._on_doubt = on_doubt
         self._doubted_s: dict[str, float] = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
-        self._restarts: dict[str, int] = {}
         self._key_digest = _digest(config.api_key)
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
@@ -107,23 +106,17 @@ class Plane:
         before = self.fleet.replicas
         self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot))
         self.fleet_known = True
-        for replica_id, replica in self.fleet.replicas.items():
-            if self._restarts.get(replica_id, replica.restarts) != replica.restarts:
-                self.record.forget(replica_id)  # a new process has an empty cache
-            self._restarts[replica_id] = replica.restarts
-            self.record.set_capacity(replica_id, replica.kv_capacity_tokens)
-        present = frozenset(self.fleet.replicas)
-        for gone in [k for k in self._restarts if k not in present]:
-            del self._restarts[gone]
+        self.picture.know(self.fleet.replicas.values(), self.clock.now_s())
+        servers = self.fleet.servers
+        present = frozenset(servers)
+        for gone in {r.replica_id for r in before.values()} - present:
             self._server_errors.pop(gone, None)
             self._doubted_s.pop(gone, None)
-            self.record.forget(gone)
-        self.accounts.retain(present)
         # A connection to the address that a replica had before is one to somebody else.
         moved = {
-            k
-            for k, r in before.items()
-            if k in present and not _same_place(r, self.fleet.replicas[k])
+            r.replica_id
+            for r in before.values()
+            if r.replica_id in present and not _same_place(r, servers[r.replica_id])
         }
         self.upstreams.retain(present - moved)
         self.telemetry.retain_replicas(present)
@@ -170,6 +163,29 @@ class Plane:
         """Whether a request that came now could be served."""
         leaving = self.draining and not self.relieved
         return not leaving and any(r.available for r in self.fleet.replicas.values())
+
+    # --- the load ----------------------------------------------------------------------------
+
+    def acquire(self, decision: Decision, request: Request) -> Lease:
+        """Count a request that goes out now."""
+        self.leases_open += 1
+        return self.picture.acquire(
+            decision.replica,
+            request.chain,
+            cached_octets=decision.cached_octets,
+            now_s=self.clock.now_s(),
+            streamed=request.stream,
+            weight=request.weight,
+            known=decision.known,
+        )
+
+    def release(self, lease: Lease, usage: Usage | None, first_octet_s: float) -> None:
+        """It is over. Exactly once for each lease."""
+        self.leases_open -= 1
+        now_s = self.clock.now_s()
+        if usage is not None and first_octet_s and lease.streamed:
+            self.picture.loads.decoded(lease.slot, usage.completion_tokens, now_s - first_octet_s)
+        self.picture.release(lease, now_s, usage)
 
     # --- answers of our own ------------------------------------------------------------------
 
@@ -273,7 +289,7 @@ class Plane:
 
     def no_replica_reason(self) -> str:
         """Say why nobody can take a request, in words that tell an operator what to do."""
-        replicas = self.fleet.replicas.values()
+        replicas = self.fleet.servers.values()
         if not replicas:
             if self.fleet_known:
                 return "the replica list is empty; start replicas or pass --worker-urls"
@@ -281,6 +297,8 @@ class Plane:
         states: dict[str, int] = {}
         for replica in replicas:
             word = "unreachable" if replica.suspect else str(replica.state)
+            if replica.state is ReplicaState.READY and replica.asleep:
+                word = "asleep"
             states[word] = states.get(word, 0) + 1
         shown = ", ".join(f"{count} {word}" for word, count in sorted(states.items()))
         return f"no replica can take the request now: {shown}"
@@ -302,19 +320,28 @@ class Plane:
             Sample("upstream_connections", (("state", "idle"),), self.upstreams.idle_count),
             Sample("upstream_connections", (("state", "busy"),), busy),
             Sample("request_bodies_bytes", (), self.bodies_bytes),
-            Sample("leases", (), self.accounts.inflight_total()),
-            Sample("prefix_record_entries", (), self.record.entries()),
+            Sample("leases", (), self.leases_open),
+            Sample("prefix_index_entries", (), self.picture.index.entries()),
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
         ]
-        for replica_id in self.fleet.replicas:
-            account = self.accounts[replica_id]
+        for replica_id, server in self.fleet.servers.items():
+            inflight, queued_tokens = self._load_of(replica_id)
             by = (("replica", replica_id),)
             out += (
-                Sample("replica_inflight", by, account.inflight),
-                Sample("replica_queued_tokens", by, account.queued_tokens),
-                Sample("replica_suspect", by, float(self.fleet.replicas[replica_id].suspect)),
+                Sample("replica_inflight", by, inflight),
+                Sample("replica_queued_tokens", by, queued_tokens),
+                Sample("replica_suspect", by, float(server.suspect)),
             )
         return out
+
+    def _load_of(self, replica_id: str) -> tuple[int, int]:
+        """Return the requests and queued tokens of a server, in all of its ranks."""
+        loads, names = self.picture.loads, self.fleet.names_of(replica_id)
+        slots = [self.picture.slots[name] for name in names]
+        return (
+            sum([loads.inflight[slot] for slot in slots]),
+            sum([loads.queued_tokens(slot) for slot in slots]),
+        )
 
 
 def _digest(key: str | None) -> bytes:

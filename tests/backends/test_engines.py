@@ -18,11 +18,10 @@ from backends.engines.base import (
     launch_hash,
     merged,
     option,
-    read_model_names,
     resolve_program,
 )
-from backends.engines.exposition import read_samples
 from backends.spec import ReplicaSpec
+from proxy.contract.exposition import read_samples
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -224,16 +223,3 @@ def test_an_engine_inherits_everything_but_our_own_settings() -> None:
     launch = Launch(("x",), {"A": "engine", "B": "engine"})
     env = merged(environ, launch, spec("vllm", env={"B": "user"}))
     assert env == {"PATH": "/bin", "A": "engine", "B": "user"}
-
-
-@pytest.mark.parametrize(
-    ("body", "names"),
-    [
-        (b'{"data":[{"id":"m"},{"id":"lora","x":1},{"id":"m"}]}', ("m", "lora")),
-        (b'{"data":[]}', ()),
-        (b'{"data":[{}]}', ()),
-        (b"no", ()),
-    ],
-)
-def test_model_names(body: bytes, names: tuple[str, ...]) -> None:
-    assert read_model_names(body) == names

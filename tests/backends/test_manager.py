@@ -16,7 +16,7 @@ from backends.engines.base import launch_hash
 from backends.feed import PUBLISH_PAUSE_S
 from backends.fetch import Answer, Silence
 from backends.journal import Journal, Launch, Ready, Started
-from backends.keeper import SILENCE_S_MAX
+from backends.keeper import LISTING_INTERVAL_S, SILENCE_S_MAX
 from backends.lifecycle import Event
 from backends.log import Log
 from backends.manager import Manager
@@ -277,6 +277,36 @@ async def test_busy_is_not_dead_but_silence_ends(world: World) -> None:
     await world.clock.advance(20.0)
     assert process.signals == [signal.SIGTERM]
     assert "no answer for 300 s" in world.record().reason
+
+
+RANKS = """\
+vllm:num_requests_running{engine="0"} 1
+vllm:num_requests_running{engine="1"} 2
+vllm:lora_requests_info{running_lora_adapters="x",waiting_lora_adapters=""} 1.0
+"""
+LISTED = b'{"data":[{"id":"m","parent":null},{"id":"%b","parent":"m"}]}'
+
+
+async def test_ranks_and_adapters_are_published_and_kept_over_a_restart(world: World) -> None:
+    world.fetch.answers["/metrics"] = Answer(200, RANKS.encode())
+    world.fetch.answers["/v1/models"] = Answer(200, LISTED % b"fr")
+    await world.start(configuration(world.run_dir, "[{engine: simulator, weight: 2.5}]"))
+    record = world.record()
+    assert (record.dp_size, record.adapters, record.weight) == (2, ("fr", "x"), 2.5)
+    assert record.load is not None
+    assert [rank.running for rank in record.load.ranks] == [1, 2]
+    world.fetch.answers["/v1/models"] = Answer(200, LISTED % b"sql")
+    await world.clock.advance(LISTING_INTERVAL_S + 2.0)
+    record = world.record()
+    assert (record.models, record.adapters) == (("m", "sql"), ("sql", "x"))
+    world.provider.spawned[0].exit()
+    await world.clock.advance(0.1)
+    assert world.states() == ["backoff"]
+    assert (world.record().dp_size, world.record().load) == (2, None)
+    world.fetch.busy(0, 0)  # the next one has but one
+    await world.clock.advance(5.0)
+    assert world.states() == ["ready"]
+    assert world.record().dp_size == 1
 
 
 async def test_metrics_that_are_off_are_no_silence(world: World) -> None:

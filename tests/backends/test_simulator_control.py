@@ -284,14 +284,14 @@ async def test_misused_memory_calls_kill_sglang(calls: list[str], reason: str) -
             if call == "busy":
                 task = asyncio.ensure_future(engine.post("/v1/completions", LONG_ASK))
                 await engine.until(
-                    lambda state: state["running"] == 1 or engine.process.engine.dead.done()
+                    lambda state: state["running"] == 1 or engine.process.ranks.dead.done()
                 )
             else:
                 task = asyncio.ensure_future(engine.post(call, {}))
-                while not task.done() and not engine.process.engine.dead.done():
+                while not task.done() and not engine.process.ranks.dead.done():
                     await asyncio.sleep(0.005)
             pending.append(task)
-        assert reason in await engine.process.engine.dead
+        assert reason in await engine.process.ranks.dead
         for task in pending:
             task.cancel()
         await asyncio.wait(pending)
@@ -300,7 +300,9 @@ async def test_misused_memory_calls_kill_sglang(calls: list[str], reason: str) -
 async def test_a_schedule_that_fell_far_behind_starts_afresh_and_says_so() -> None:
     async with simulator() as engine:
         task = await start_long(engine)
-        engine.process.engine.clock._start_s -= 10  # as if the machine had stood still for 10 s
+        engine.process.ranks.first.clock._start_s -= (
+            10  # as if the machine had stood still for 10 s
+        )
         state = await engine.until(lambda state: state["late_s"] > 0)
         assert state["late_s"] > 9 * 4  # simulated seconds, four to a real one
         assert not task.done()  # the lost time is not made up for in a burst
@@ -315,8 +317,8 @@ async def test_the_health_probe_may_generate() -> None:
 
 async def test_an_engine_that_fails_is_dead() -> None:
     async with simulator() as engine:
-        engine.process.engine.clockwork.plan = None  # type: ignore[method-assign,assignment]
+        engine.process.ranks.first.clockwork.plan = None  # type: ignore[method-assign,assignment]
         task = asyncio.ensure_future(engine.post("/v1/completions", ASK))
-        assert "TypeError" in await engine.process.engine.dead
+        assert "TypeError" in await engine.process.ranks.dead
         task.cancel()
         await asyncio.wait([task])

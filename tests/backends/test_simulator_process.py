@@ -156,7 +156,7 @@ async def test_an_error_in_its_loop_is_the_death_of_the_engine(
     def fail() -> None:
         raise ValueError("unexpected")
 
-    monkeypatch.setattr(process.engine.clockwork, "reap", fail)
+    monkeypatch.setattr(process.ranks.first.clockwork, "reap", fail)
     try:
         await process.start()
         async with asyncio.timeout(PATIENCE_S):

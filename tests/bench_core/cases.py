@@ -12,22 +12,24 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from proxy.core import head as heads
-from proxy.core.accounts import Accounts
+from proxy.core import limits
 from proxy.core.engine_errors import client_body
 from proxy.core.http1 import ChunkFollower, parse_request_head, parse_response_head
-from proxy.core.index import PrefixRecord
-from proxy.core.policy import POLICIES, PolicyState, Request
+from proxy.core.index import Index
+from proxy.core.picture import Picture
+from proxy.core.policy import POLICIES, Request
 from proxy.core.preamble import read_preamble
 from proxy.core.prefix import PrefixChain, prefix_chain
 from proxy.core.routes import PromptKind, find_route
 from proxy.core.scan import scan_body
 from proxy.core.usage import read_usage
 from proxy.errors import Dialect
+from tests.core.builders import chain as prompt
 from tests.core.builders import pool, replica
 
 Call = Callable[[], object]
 KB = (1, 16, 128)
-REPLICAS = (4, 16)
+REPLICAS = (8, 64, 512)
 CHUNKS = 64  # of a burst
 
 REQUEST_HEAD = (
@@ -86,8 +88,9 @@ def chain(kilobytes: int) -> Call:
 
 
 def note(kilobytes: int) -> Call:
-    record, noted = PrefixRecord(), chain_of(kilobytes)
-    return lambda: record.note("a", noted)
+    index, noted = Index(), chain_of(kilobytes)
+    index.open(0, 4 * limits.KV_CAPACITY_TOKENS_DEFAULT)
+    return lambda: index.note(0, noted)
 
 
 def upstream_head() -> Call:
@@ -104,18 +107,19 @@ def client_head() -> Call:
 
 def pick(replicas: int) -> Call:
     """A choice for a prompt of 16 KB that one replica has; none is idle."""
-    names = [f"replica-{number:02}" for number in range(replicas)]
+    names = [f"replica-{number:03}" for number in range(replicas)]
     candidates = pool(replica(name) for name in names)
-    accounts, record, wanted = Accounts(), PrefixRecord(), chain_of(16)
+    picture, wanted = Picture(), chain_of(16)
+    picture.know(candidates.replicas.values())
     for number, name in enumerate(names):
-        accounts.acquire(name, 100 * number)
+        found = candidates.replicas[name]
+        picture.acquire(found, prompt(number, 400 * number), cached_octets=0, now_s=0.0)
         for other in range(4):
-            record.note(name, chain_of(1 + other))
-    record.note(names[replicas // 2], wanted)
-    state = PolicyState(accounts, record, lambda: 0.5)
+            picture.index.note(picture.slots[name], chain_of(1 + other))
+    picture.index.note(picture.slots[names[replicas // 2]], wanted)
     request = Request(wanted, has_session=False)
     policy = POLICIES["prefix"]
-    return lambda: policy(request, candidates, state)
+    return lambda: policy(request, candidates, picture, 0.0)
 
 
 def follow_burst() -> Call:

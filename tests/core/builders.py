@@ -24,13 +24,14 @@ def replica(
     state: ReplicaState = ReplicaState.READY,
     max_inputs: int = 0,
     suspect: bool = False,
+    adapters: frozenset[str] | None = None,
 ) -> Replica:
     made = replica_of(record(replica_id, "m", state=state, max_inputs=max_inputs))
-    return dataclasses.replace(made, suspect=suspect)
+    return dataclasses.replace(made, suspect=suspect, adapters=adapters)
 
 
 def pool(replicas: Iterable[Replica]) -> Pool:
-    return make_pool({r.replica_id: r for r in replicas}, {})
+    return make_pool({r.name: r for r in replicas}, {})
 
 
 def fleet(*records: ReplicaRecord, before: Fleet | None = None) -> Fleet:

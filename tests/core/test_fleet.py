@@ -119,13 +119,47 @@ def test_a_bad_url_is_an_error_and_changes_nothing() -> None:
         apply(known, SnapshotReceived(bad))
 
 
+def test_the_ranks_of_a_server_are_members_of_its_pool_each() -> None:
+    known = fleet(record("a", "m", dp_size=2), record("b", "m"))
+    assert known.pools["m"].ring.names == ("a/0", "a/1", "b")
+    assert [r.name for r in known.pools["m"].available] == ["a/0", "a/1", "b"]
+    assert set(known.replicas) == {"a/0", "a/1", "b"}
+    assert set(known.servers) == {"a", "b"}
+
+
+def test_what_happens_to_a_server_happens_to_all_of_its_ranks() -> None:
+    known = fleet(record("a", "m", dp_size=2), record("b", "m"))
+    suspected = apply(known, ReplicaSuspected("a"))
+    assert [r.name for r in suspected.pools["m"].available] == ["b"]
+    assert suspected.pools["m"].ring is known.pools["m"].ring
+    assert apply(suspected, ReplicaSuspected("a")) is suspected
+    grown = fleet(record("a", "m", dp_size=3), record("b", "m"), before=suspected)
+    assert [r.name for r in grown.pools["m"].available] == ["b"]
+    cleared = apply(grown, ReplicaCleared("a"))
+    assert [r.name for r in cleared.pools["m"].available] == ["a/0", "a/1", "a/2", "b"]
+    assert apply(cleared, ReplicaSuspected("a/0")) is cleared, "no server has that name"
+
+
+def test_weights_are_part_of_the_ring() -> None:
+    known = fleet(record("a", "m"), record("b", "m", weight=3.0))
+    homes = [known.pools["m"].ring.home(key << 50) for key in range(1 << 14)]
+    assert 0.6 < homes.count("b") / len(homes) < 0.9
+    same = fleet(record("a", "m"), record("b", "m", weight=3.0, restarts=1), before=known)
+    assert same.pools["m"].ring is known.pools["m"].ring
+    other = fleet(record("a", "m"), record("b", "m", weight=2.0), before=known)
+    assert other.pools["m"].ring is not known.pools["m"].ring
+
+
 _IDS = st.sampled_from("abc")
 _RECORDS = st.builds(
-    lambda name, models, state, restarts: record(name, *models, state=state, restarts=restarts),
+    lambda name, models, state, restarts, ranks: record(
+        name, *models, state=state, restarts=restarts, dp_size=ranks
+    ),
     _IDS,
     st.sets(st.sampled_from("mn")),
     st.sampled_from(ReplicaState),
     st.integers(0, 1),
+    st.integers(1, 3),
 )
 _EVENTS: st.SearchStrategy[Event] = (
     st.builds(
@@ -146,8 +180,8 @@ def test_the_fleet_hangs_together_after_any_events(events: list[Event]) -> None:
     for event in events:
         known = apply(known, event)
         match event:
-            case ReplicaSuspected(replica_id) if replica_id in known.replicas:
-                suspects[replica_id] = known.replicas[replica_id].restarts
+            case ReplicaSuspected(replica_id) if replica_id in known.servers:
+                suspects[replica_id] = known.servers[replica_id].restarts
             case ReplicaCleared(replica_id):
                 suspects.pop(replica_id, None)
             case _:
@@ -155,9 +189,12 @@ def test_the_fleet_hangs_together_after_any_events(events: list[Event]) -> None:
         suspects = {
             k: life
             for k, life in suspects.items()
-            if k in known.replicas and known.replicas[k].restarts == life
+            if k in known.servers and known.servers[k].restarts == life
         }
-        assert {k for k, r in known.replicas.items() if r.suspect} == set(suspects)
+        for name, replica in known.replicas.items():
+            assert replica.name == name
+            assert replica.suspect is (replica.replica_id in suspects)
+        assert set(known.servers) == {r.replica_id for r in known.replicas.values()}
         for model, pool in known.pools.items():
             assert pool.ring.names == tuple(sorted(pool.replicas))
             assert any(model in r.models for r in pool.replicas.values())

@@ -46,6 +46,18 @@ def test_the_head_for_a_replica() -> None:
     )
 
 
+def test_a_rank_that_the_proxy_chose_stands_and_a_clients_goes_on_where_it_chose_none() -> None:
+    line = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nX-Data-Parallel-Rank: 1\r\nAccept: a"
+    preamble = read_preamble(line)
+    chosen = preamble.upstream_head(_HOST + b"x-data-parallel-rank: 3\r\n", b"id", 5)
+    assert chosen == (
+        b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1:30000\r\nx-data-parallel-rank: 3\r\n"
+        b"accept: a\r\ncontent-length: 5\r\nx-request-id: id\r\n\r\n"
+    )
+    for _ in range(2):  # nothing adds up: others have the same preamble
+        assert preamble.upstream_head(_HOST, b"id", 5) == chosen.replace(b": 3", b": 1")
+
+
 @pytest.mark.parametrize(
     ("fields", "sent"),
     [

@@ -1,116 +1,170 @@
-"""The record of what was sent where: bounded, and forgotten from the end of a chain."""
+"""What is believed of caches: prefixes only, least recent out first, bounded, and it learns."""
 
 from __future__ import annotations
 
-import pytest
+import random
+from collections import OrderedDict
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.core import limits
-from proxy.core.index import PrefixRecord
-from proxy.core.prefix import NO_CHAIN, PrefixChain
+from proxy.core.index import Index
+from proxy.core.prefix import PrefixChain
 from tests.core.builders import chain
 
-_T = limits.BYTES_PER_TOKEN
+_KIB = 1024
 
 
-def test_nothing_is_believed_of_a_stranger() -> None:
-    record = PrefixRecord()
-    assert record.matched_tokens("a", chain(1, 512)) == 0
-    assert record.entries() == 0
+def _index(*slots: int, capacity_octets: int = 1 << 40) -> Index:
+    index = Index()
+    for slot in slots:
+        index.open(slot, capacity_octets)
+    return index
 
 
-def test_what_was_sent_is_matched_as_far_as_it_is_shared() -> None:
-    record = PrefixRecord()
-    sent = chain(1, 512, 1024, 1500)
-    record.note("a", sent)
-    assert record.matched_tokens("a", sent) == 1500 // _T
-    assert record.matched_tokens("b", sent) == 0
-    longer = PrefixChain(1, (*sent.hashes[:2], 77, 78), (512, 1024, 1536, 2000), 2000)
-    assert record.matched_tokens("a", longer) == 1024 // _T
-    other = PrefixChain(1, (99, 98, 97, 96), (1, 2, 3, 4), 4)  # each hash is of all before it
-    assert record.matched_tokens("a", other) == 0
+def _prompt(session: int, turns: int) -> PrefixChain:
+    """Turn after turn of one session: each begins with all of the one before."""
+    ends = [(turn + 1) * _KIB for turn in range(turns)]
+    return PrefixChain(session, [session * 1000 + turn for turn in range(turns)], ends, ends[-1])
 
 
-def test_a_replica_that_is_gone_is_forgotten_with_its_capacity() -> None:
-    record = PrefixRecord()
-    record.set_capacity("a", 1)
-    record.note("b", chain(1, 512))
-    record.forget("a")
-    record.note("a", chain(1, 512))
-    assert record.matched_tokens("a", chain(1, 512)) == 512 // _T
-    record.forget("a")
-    record.forget("a")
-    assert record.matched_tokens("a", chain(1, 512)) == 0
-    assert record.entries() == 1
+def test_the_longest_prefix_that_each_holds_is_found_and_the_sets_are_disjoint() -> None:
+    index = _index(0, 1, 2, 3)
+    index.note(0, _prompt(1, 2))
+    index.note(1, _prompt(1, 4))
+    index.note(3, _prompt(1, 2))
+    wanted = _prompt(1, 6)
+    assert index.match(wanted, 0b1111) == [(0b0010, 3), (0b1001, 1)]
+    assert index.match(wanted, 0b1101) == [(0b1001, 1)]
+    assert index.match(_prompt(2, 6), 0b1111) == []
+    assert [index.held_of(slot, wanted) for slot in range(4)] == [2048, 4096, 0, 2048]
 
 
-def test_the_least_recently_sent_is_forgotten_first_and_from_its_end() -> None:
-    record = PrefixRecord()
-    record.set_capacity("a", 2048 // _T)
-    old, new = chain(1, 512, 1024), chain(2, 512, 1024)
-    record.note("a", old)
-    record.note("a", new)
-    assert record.matched_tokens("a", old) == 1024 // _T
-    record.note("a", chain(3, 512))
-    assert record.matched_tokens("a", old) == 512 // _T
-    record.note("a", old)  # sent again: now `new` is the oldest
-    assert record.matched_tokens("a", old) == 1024 // _T
-    assert record.matched_tokens("a", new) == 512 // _T
+def test_a_prompt_is_forgotten_from_its_end_and_the_least_used_first() -> None:
+    index = _index(0, capacity_octets=64 * _KIB)
+    index.note(0, _prompt(1, 8))
+    index.note(0, _prompt(2, 8))
+    for session in range(3, 12):
+        index.note(0, _prompt(1, 8))
+        index.note(0, _prompt(session, 8))
+    assert index.held_of(0, _prompt(1, 8)) == 8 * _KIB  # used again and again
+    assert index.held_of(0, _prompt(2, 8)) == 0
+    assert index.held_of(0, _prompt(11, 8)) == 8 * _KIB
+    assert index.held_octets(0) <= 64 * _KIB
 
 
-def test_a_capacity_that_is_not_said_changes_nothing() -> None:
-    record = PrefixRecord()
-    record.set_capacity("a", 512 // _T)
-    record.set_capacity("a", 0)
-    record.note("a", chain(1, 512, 1024))
-    assert record.matched_tokens("a", chain(1, 512, 1024)) == 512 // _T
+def test_of_a_prompt_that_is_too_long_the_beginning_is_held() -> None:
+    index = _index(0, capacity_octets=3 * _KIB)
+    index.note(0, _prompt(1, 8))
+    assert index.held_of(0, _prompt(1, 8)) == 3 * _KIB
 
 
-def test_entries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "RECORD_ENTRIES_MAX", 5)
-    record = PrefixRecord()
-    for key in range(20):
-        record.note("a", chain(key, 4, 8, 12))
-    assert record.entries() == 5
-
-
-def test_an_empty_chain_is_harmless() -> None:
-    record = PrefixRecord()
-    record.note("a", NO_CHAIN)
-    assert record.entries() == 0
-    assert record.matched_tokens("a", NO_CHAIN) == 0
-
-
-_CHAINS = st.builds(
-    lambda key, depth: chain(key, *(4 * _T * (n + 1) for n in range(depth))),
-    st.integers(1, 6),
-    st.integers(0, 5),
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(1, 6), st.integers(1, 6)), max_size=120),
+    st.integers(4, 200),
 )
+def test_it_is_least_recent_use(notes: list[tuple[int, int, int]], capacity_kib: int) -> None:
+    index = _index(0, 1, capacity_octets=capacity_kib * _KIB)
+    exact: list[OrderedDict[int, None]] = [OrderedDict(), OrderedDict()]
+    for slot, session, turns in notes:
+        prompt = _prompt(session, turns)
+        index.note(slot, prompt)
+        for name in reversed(prompt.hashes):
+            exact[slot].pop(name, None)
+            exact[slot][name] = None
+    for slot in (0, 1):
+        held = [name for name, _ in index.dump(slot)]
+        assert len(held) == len(set(held))
+        assert index.held_octets(slot) == len(held) * _KIB
+        assert held == list(exact[slot])[-capacity_kib:]
+    for bits, depth in index.match(_prompt(1, 6), 0b11):
+        for slot in (0, 1):
+            if bits >> slot & 1:
+                assert index.held_of(slot, _prompt(1, 6)) == (depth + 1) * _KIB
 
 
-@given(st.lists(st.tuples(st.sampled_from("ab"), _CHAINS), max_size=40), st.integers(1, 60))
-def test_what_is_held_fits_and_is_always_a_prefix(
-    sent: list[tuple[str, PrefixChain]], capacity_tokens: int
-) -> None:
-    record = PrefixRecord()
-    for replica_id in "ab":
-        record.set_capacity(replica_id, capacity_tokens)
-    for replica_id, prompt in sent:
-        record.note(replica_id, prompt)
-        if prompt.hashes:
-            believed = record.matched_tokens(replica_id, prompt)
-            assert believed == min(prompt.prompt_bytes // _T, capacity_tokens // 4 * 4)
-    for replica_id in "ab":
-        deepest = [
-            record.matched_tokens(replica_id, chain(key, *(4 * _T * (n + 1) for n in range(5))))
-            for key in range(1, 7)
-        ]
-        assert sum(deepest) <= capacity_tokens
-        # Nothing is held that no prefix reaches: each held entry counts four tokens.
-    held = sum(
-        record.matched_tokens(r, chain(key, *(4 * _T * (n + 1) for n in range(5))))
-        for r in "ab"
-        for key in range(1, 7)
-    )
-    assert record.entries() * 4 == held
+def test_ghosts_come_back_with_a_larger_cache_and_go_with_a_smaller() -> None:
+    index = _index(0, capacity_octets=32 * _KIB)
+    for session in range(1, 17):
+        index.note(0, _prompt(session, 4))
+    assert index.held_of(0, _prompt(2, 4)) == 0
+    before = index.sighting(0, _prompt(2, 4))
+    assert before is not None
+    assert before.octets == 4 * _KIB
+    assert 1.5 < before.away < 2.0
+    index.set_capacity(0, 128 * _KIB)
+    assert index.held_of(0, _prompt(2, 4)) == 4 * _KIB
+    assert index.held_octets(0) == 64 * _KIB
+    index.set_capacity(0, 16 * _KIB)
+    assert index.held_of(0, _prompt(2, 4)) == 0
+    assert index.held_of(0, _prompt(16, 4)) == 4 * _KIB
+    assert index.held_octets(0) <= 16 * _KIB
+
+
+def test_what_is_used_again_is_younger_in_octets_too() -> None:
+    index = _index(0, capacity_octets=64 * _KIB)
+    for session in range(1, 9):
+        index.note(0, _prompt(session, 4))
+    old = index.sighting(0, _prompt(1, 4))
+    index.note(0, _prompt(1, 4))
+    new = index.sighting(0, _prompt(1, 4))
+    assert old is not None
+    assert new is not None
+    assert new.away < old.away < 1.0
+    assert index.sighting(0, _prompt(99, 4)) is None
+    assert index.sighting(7, _prompt(1, 4)) is None
+
+
+def test_what_the_engine_says_is_gone_is_gone() -> None:
+    index = _index(0)
+    index.note(0, _prompt(1, 4))
+    index.drop(0, 1003)
+    assert index.held_of(0, _prompt(1, 4)) == 3 * _KIB
+    index.drop(0, 1003)
+    index.drop(5, 1003)
+    assert index.held_octets(0) == 3 * _KIB
+    index.note(0, _prompt(1, 4))
+    assert index.held_of(0, _prompt(1, 4)) == 4 * _KIB
+
+
+def test_a_replica_that_is_gone_or_empty_holds_nothing() -> None:
+    index = _index(0, 1)
+    index.note(0, _prompt(1, 4))
+    index.note(1, _prompt(1, 4))
+    index.clear(0)
+    assert index.match(_prompt(1, 4), 0b11) == [(0b10, 3)]
+    index.note(0, _prompt(1, 2))
+    index.close(1)
+    assert index.match(_prompt(1, 4), 0b11) == [(0b01, 1)]
+    index.note(1, _prompt(1, 4))  # nobody has this slot
+    assert index.entries() == 2
+
+
+def test_a_dump_taken_over_is_the_same_belief() -> None:
+    index, other = _index(0, capacity_octets=64 * _KIB), _index(0, capacity_octets=64 * _KIB)
+    for session in (1, 2, 3, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20):
+        index.note(0, _prompt(session, 4))
+    for name, octets in index.dump(0):
+        other.load(0, name, octets)
+    for session in range(1, 21):
+        prompt = _prompt(session, 4)
+        assert other.held_of(0, prompt) == index.held_of(0, prompt)
+
+
+def test_entries_are_bounded_however_small_they_are() -> None:
+    index = _index(0)
+    random_keys = random.Random(3)
+    bound = limits.INDEX_ENTRIES_MAX
+    for _ in range(bound // 64 + 500):
+        base = random_keys.getrandbits(50)
+        index.note(0, PrefixChain(1, range(base, base + 64), range(1, 65), 64))
+    assert index.entries() <= bound
+    assert index.held_octets(0) == len(list(index.dump(0)))
+
+
+def test_an_empty_chain_changes_nothing() -> None:
+    index = _index(0)
+    index.note(0, chain(1))
+    assert index.entries() == 0
+    assert index.match(chain(1), 1) == []

@@ -1,4 +1,4 @@
-"""The model field of a form: found where it is a field of its own, and nowhere else."""
+"""The fields of a form: found where each is a field of its own, and nowhere else."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.core import limits
-from proxy.core.multipart import model_field
+from proxy.core.multipart import read_form
 
 _TYPE = b"multipart/form-data; boundary=XX"
+
+
+def model_field(content_type: bytes, body: bytes) -> str:
+    return read_form(content_type, body).model
 
 
 def _part(disposition: bytes, value: bytes, *fields: bytes) -> bytes:
@@ -63,6 +67,20 @@ def test_found(body: bytes, model: str) -> None:
 )
 def test_not_found(body: bytes) -> None:
     assert model_field(_TYPE, body) == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "file"),
+    [
+        (_FILE + _MODEL + b"--XX--", b"\x00\xff--X\r\n"),
+        (_MODEL + _FILE + _part(b'name="file"', b"other") + b"--XX--", b"\x00\xff--X\r\n"),
+        (_MODEL + b"--XX--", b""),
+        (_part(b'name="files"', b"x") + b"--XX--", b""),
+    ],
+)
+def test_where_the_file_lies(body: bytes, file: bytes) -> None:
+    form = read_form(_TYPE, body)
+    assert body[form.file_begin : form.file_end] == file
 
 
 @pytest.mark.parametrize(

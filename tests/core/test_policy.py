@@ -11,273 +11,275 @@ from hypothesis import strategies as st
 
 from proxy.contract import ReplicaState
 from proxy.core import limits
-from proxy.core.accounts import Accounts
 from proxy.core.fleet import Pool
-from proxy.core.index import PrefixRecord
-from proxy.core.policy import (
-    POLICIES,
-    REASONS,
-    Decision,
-    Offer,
-    PolicyState,
-    Request,
-    candidates,
-)
+from proxy.core.loads import Lease
+from proxy.core.picture import Picture
+from proxy.core.policy import POLICIES, REASONS, Decision, Prices, Request, terms
 from proxy.core.prefix import NO_CHAIN, PrefixChain
 from proxy.core.replica import Replica
 from tests.core.builders import chain, pool, replica
 
 _RATE = limits.PREFILL_TOKENS_PER_S_DEFAULT
-# Tokens that make exactly the slack: one more and a home spills.
-_SLACK_TOKENS = int(_RATE * limits.SPILL_SLACK_S)
+_OCTETS = limits.BYTES_PER_TOKEN
 
 
-def _state(accounts: Accounts | None = None, record: PrefixRecord | None = None) -> PolicyState:
-    return PolicyState(accounts or Accounts(), record or PrefixRecord(), random.Random(7).random)
+def _picture(replicas: Pool) -> Picture:
+    picture = Picture(random.Random(7).random)
+    picture.know(replicas.replicas.values())
+    return picture
 
 
 def _request(
-    prompt: PrefixChain | None = None, *, has_session: bool = False, tried: set[str] | None = None
+    prompt: PrefixChain | None = None,
+    *,
+    has_session: bool = False,
+    pinned: bool = False,
+    tried: set[str] | None = None,
 ) -> Request:
-    request = Request(prompt or chain(1, 512), has_session=has_session)
+    request = Request(prompt or chain(1, 512), has_session=has_session, pinned=pinned)
     request.tried |= tried or set()
     return request
 
 
 def _choose(
-    policy: str, replicas: Pool, state: PolicyState, request: Request | None = None
-) -> tuple[str, str, int] | None:
-    decision: Decision | None = POLICIES[policy](request or _request(), replicas, state)
+    policy: str, replicas: Pool, picture: Picture, request: Request | None = None, now_s: float = 0
+) -> tuple[str, str] | None:
+    decision: Decision | None = POLICIES[policy](request or _request(), replicas, picture, now_s)
     if decision is None:
         return None
     assert decision.reason in REASONS
-    return decision.replica.replica_id, decision.reason, decision.cached_tokens
+    return decision.replica.replica_id, decision.reason
+
+
+def _load(picture: Picture, name: str, tokens: int, now_s: float = 0.0) -> Lease:
+    """Put a prompt of so many tokens on a replica, of which it has nothing."""
+    lease = Lease(picture.slots[name], name, prefill_tokens=tokens, prompt_tokens=tokens)
+    picture.loads.acquire(lease, now_s)
+    return lease
 
 
 def _walk(replicas: Pool, key: int = 1) -> list[str]:
     return list(replicas.ring.walk(key))
 
 
-_REPLICAS = st.builds(
-    lambda state, max_inputs, suspect: (state, max_inputs, suspect),
-    st.sampled_from([ReplicaState.READY] * 3 + [ReplicaState.DRAINING, ReplicaState.BACKOFF]),
-    st.integers(0, 3),
-    st.integers(0, 3).map(lambda n: n == 0),
-)
+_STATES = st.sampled_from([ReplicaState.READY] * 3 + [ReplicaState.DRAINING, ReplicaState.BACKOFF])
 
 
 @st.composite
-def _situations(
-    draw: st.DrawFn,
-) -> tuple[list[Replica], dict[str, list[int]], PrefixRecord, Request]:
+def _situations(draw: st.DrawFn) -> tuple[list[Replica], Picture, Request]:
     names = "abcdef"[: draw(st.integers(0, 6))]
-    made = []
-    loads: dict[str, list[int]] = {}
-    record = PrefixRecord()
+    made = [
+        replica(
+            name,
+            state=draw(_STATES),
+            max_inputs=draw(st.integers(0, 3)),
+            suspect=draw(st.integers(0, 3)) == 0,
+        )
+        for name in names
+    ]
+    picture = _picture(pool(made))
     prompt = chain(draw(st.integers(1, 1 << 60)), 4096, 40_000, 400_000)
     for name in names:
-        state, max_inputs, suspect = draw(_REPLICAS)
-        made.append(replica(name, state=state, max_inputs=max_inputs, suspect=suspect))
-        loads[name] = draw(st.lists(st.integers(0, 20_000), max_size=4))
+        for tokens in draw(st.lists(st.integers(0, 20_000), max_size=3)):
+            _load(picture, name, tokens)
         if draw(st.booleans()):
-            record.note(name, prompt)
-    tried = draw(st.sets(st.sampled_from("abcdef"), max_size=3))
-    return made, loads, record, _request(prompt, has_session=draw(st.booleans()), tried=tried)
+            picture.index.note(picture.slots[name], prompt)
+    request = Request(prompt, has_session=draw(st.booleans()), pinned=draw(st.integers(0, 4)) == 0)
+    request.tried |= set(draw(st.lists(st.sampled_from("abcdef"), max_size=3)))
+    return made, picture, request
 
 
-def _accounts(loads: dict[str, list[int]]) -> Accounts:
-    accounts = Accounts()
-    for name, tokens in loads.items():
-        for count in tokens:
-            accounts.acquire(name, count)
-    return accounts
-
-
-@pytest.mark.parametrize("policy", sorted(POLICIES))
-@given(_situations(), st.permutations("abcdef"))
-def test_only_one_that_may_and_whoever_may(
-    policy: str,
-    situation: tuple[list[Replica], dict[str, list[int]], PrefixRecord, Request],
-    order: list[str],
+@pytest.mark.parametrize("policy", POLICIES)
+@given(situation=_situations(), now_s=st.floats(0, 10))
+def test_a_choice_is_one_that_may_take_it_and_is_the_same_each_time(
+    policy: str, situation: tuple[list[Replica], Picture, Request], now_s: float
 ) -> None:
-    replicas, loads, record, request = situation
-    able = {
+    made, picture, request = situation
+    replicas = pool(made)
+    may = {
         r.replica_id
-        for r in replicas
-        if r.state is ReplicaState.READY
-        and not r.suspect
+        for r in made
+        if r.available
         and r.replica_id not in request.tried
-        and not (r.max_inputs and len(loads[r.replica_id]) >= r.max_inputs)
+        and not (r.max_inputs and picture.loads.inflight[picture.slots[r.name]] >= r.max_inputs)
     }
-    chosen = _choose(policy, pool(replicas), _state(_accounts(loads), record), request)
-    assert (chosen is None) == (not able)
+    chosen = _choose(policy, replicas, picture, request, now_s)
+    assert (chosen is None) == (not may)
     if chosen is not None:
-        assert chosen[0] in able
-        held = record.matched_tokens(chosen[0], request.chain)
-        assert chosen[2] == held
-    # The order in which replicas are listed says nothing.
-    replicas.sort(key=lambda replica: order.index(replica.replica_id))
-    again = _choose(policy, pool(replicas), _state(_accounts(loads), record), request)
-    assert again == chosen
+        assert chosen[0] in may
+    if policy in ("prefix", "session", "least_load"):
+        shuffled = pool(reversed(made))
+        assert _choose(policy, shuffled, picture, request, now_s) == chosen
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_when_all_are_full_nobody(policy: str) -> None:
-    replicas = pool([replica("a", max_inputs=1), replica("b", max_inputs=2)])
-    accounts = _accounts({"a": [1], "b": [1]})
-    last = _choose(policy, replicas, _state(accounts))
-    assert last is not None
-    assert last[0] == "b"
-    accounts.acquire("b", 1)
-    assert _choose(policy, replicas, _state(accounts)) is None
-    assert _choose(policy, pool([]), _state()) is None
+@given(situation=_situations(), now_s=st.floats(0, 10))
+def test_the_cheapest_is_taken_and_its_terms_add_up(
+    situation: tuple[list[Replica], Picture, Request], now_s: float
+) -> None:
+    made, picture, request = situation
+    request.pinned, request.has_session = False, False
+    replicas = pool(made)
+    decision = POLICIES["prefix"](request, replicas, picture, now_s)
+    if decision is None:
+        return
+    prices = Prices(request, replicas, picture, now_s)
+    for place, slot in enumerate(prices.seats.slots):
+        if prices.prices_s[place] < float("inf"):
+            one = Decision(prices.seats.replicas[place], slot, "", prices.cached_octets(place))
+            priced = terms(one, request, picture, now_s)
+            assert priced.price_s == pytest.approx(prices.prices_s[place], abs=1e-3)
+            parts = priced.as_dict()
+            total = sum(parts[k] for k in parts if k.endswith("_s") and k != "price_s")
+            assert parts["price_s"] == pytest.approx(total, abs=1e-4)
+    least = min(prices.prices_s)
+    place = prices.seats.slots.index(decision.slot)
+    assert prices.prices_s[place] <= least * limits.SAME_PRICE_BAND + limits.SAME_PRICE_S
 
 
-def test_candidates_are_filtered_in_one_place() -> None:
-    replicas = pool([replica("a"), replica("b", suspect=True), replica("c", max_inputs=1)])
-    accounts = _accounts({"c": [5]})
-    assert [r.replica_id for r in candidates(replicas, accounts, ())] == ["a"]
-    assert candidates(replicas, accounts, {"a"}) == []
-    queued = _accounts({"a": [int(_RATE)]})
-    warm = Request(NO_CHAIN, has_session=False)
-    cold = Request(PrefixChain(0, (), (), int(_RATE) * limits.BYTES_PER_TOKEN), has_session=False)
-    (a,) = candidates(replicas, queued, {"c"})
-    assert Offer(warm, a, _state(queued)).price_s == 1.0
-    assert Offer(cold, a, _state(queued)).price_s == 1.0 + limits.UNCACHED_WEIGHT
+def test_a_conversation_stays_where_its_prefix_is() -> None:
+    replicas = pool([replica(name) for name in "abc"])
+    picture = _picture(replicas)
+    first = _request(chain(1, 4096, 40_000))
+    assert _choose("prefix", replicas, picture, first) == ("a", "new")
+    picture.index.note(picture.slots["b"], first.chain)
+    later = _request(chain(1, 4096, 40_000, 60_000))
+    assert _choose("prefix", replicas, picture, later) == ("b", "prefix")
 
 
-# --- prefix ---------------------------------------------------------------------------------
+def test_staying_costs_more_than_computing_again_and_only_then_it_moves() -> None:
+    replicas = pool([replica(name) for name in "ab"])
+    picture = _picture(replicas)
+    wanted = _request(chain(1, 40_000))
+    picture.index.note(picture.slots["a"], wanted.chain)
+    toll_tokens = int((1 + limits.RECOMPUTE_WEIGHT) * 40_000 / _OCTETS)
+    picture.loads.dispatched_tokens[picture.slots["b"]] = 10**9
+    lease = _load(picture, "a", toll_tokens - 10)
+    assert _choose("prefix", replicas, picture, wanted) == ("a", "prefix")
+    picture.release(lease, 0.0)
+    _load(picture, "a", int(toll_tokens * limits.SAME_PRICE_BAND) + 10)
+    assert _choose("prefix", replicas, picture, wanted) == ("b", "spill")
+    # What must be computed by now no longer counts.
+    assert _choose("prefix", replicas, picture, wanted, 0.5) == ("a", "prefix")
 
 
-def test_prefix_takes_the_home_while_queues_are_even() -> None:
-    replicas = pool(replica(name) for name in "abcd")
-    for key in range(1, 50):
+def test_streams_that_decode_make_a_long_prefill_dearer_there() -> None:
+    replicas = pool([replica(name) for name in "ab"])
+    picture = _picture(replicas)
+    for _ in range(20):
+        picture.prefill_ended(_load(picture, "a", 1), 0.0)
+    picture.loads.dispatched_tokens[picture.slots["b"]] = 10_000  # which alone would have it be a
+    assert _choose("prefix", replicas, picture, _request(chain(3, 40_000))) == ("b", "new")
+    free = Request(chain(3, 40_000), has_session=False, weight=0.0)
+    for _ in range(200):  # work for which nobody waits holds up nobody
+        lease = picture.acquire(
+            replicas.replicas["b"], chain(9, 4), cached_octets=0, now_s=0.0, weight=0.0
+        )
+        picture.prefill_ended(lease, 0.0)
+    assert _choose("prefix", replicas, picture, free) == ("b", "new")
+
+
+def test_prompts_that_share_nothing_go_to_the_least_work() -> None:
+    replicas = pool([replica(name) for name in "abcd"])
+    picture = _picture(replicas)
+    sent: Counter[str] = Counter()
+    for key in range(1, 101):
+        request = _request(chain(key, 4096))
+        decision = POLICIES["prefix"](request, replicas, picture, 0.0)
+        assert decision is not None
+        picture.acquire(decision.replica, request.chain, cached_octets=0, now_s=0.0)
+        sent[decision.replica.name] += 1
+    assert set(sent.values()) == {25}
+
+
+def test_a_prefix_that_all_want_comes_to_lie_everywhere() -> None:
+    replicas = pool([replica(name) for name in "abcd"])
+    picture = _picture(replicas)
+    sent: Counter[str] = Counter()
+    for key in range(1, 101):
+        prompt = PrefixChain(key, (7, key * 1000), (8192, 16_384), 16_384)
+        decision = POLICIES["prefix"](_request(prompt), replicas, picture, 0.0)
+        assert decision is not None
+        octets = decision.cached_octets
+        picture.acquire(decision.replica, prompt, cached_octets=octets, now_s=0.0)
+        sent[decision.replica.name] += 1
+    assert max(sent.values()) <= 27
+
+
+def test_a_session_goes_by_the_ring_while_nothing_of_it_is_known() -> None:
+    replicas = pool([replica(name) for name in "abcdef"])
+    picture = _picture(replicas)
+    for key in range(1, 30):
+        home, after, *_ = _walk(replicas, key)
+        session = _request(chain(key, 4096), has_session=True)
+        assert _choose("prefix", replicas, picture, session) == (home, "session")
+        lease = _load(picture, home, int(_RATE * 2 * limits.SPILL_SLACK_S))
+        assert _choose("prefix", replicas, picture, session) == (after, "spill")
+        picture.release(lease, 0.0)
+
+
+def test_a_pinned_session_waits_at_its_home_however_busy() -> None:
+    replicas = pool([replica(name) for name in "abc"])
+    picture = _picture(replicas)
+    home, after, _ = _walk(replicas)
+    _load(picture, home, 1_000_000)
+    request = _request(has_session=True, pinned=True)
+    assert _choose("prefix", replicas, picture, request) == (home, "session")
+    assert _choose("session", replicas, picture, request) == (home, "session")
+    request.tried.add(home)
+    assert _choose("prefix", replicas, picture, request) == (after, "spill")
+
+
+def test_routers_that_share_nothing_agree_by_the_ring() -> None:
+    replicas = pool([replica(name) for name in "abcdef"])
+    picture = _picture(replicas)
+    for name in "abcdef":
+        picture.loads.reconcile(
+            picture.slots[name], requests=5, waiting_tokens=0, held_tokens=0, now_s=0.0
+        )
+    for key in range(1, 30):
         home = _walk(replicas, key)[0]
-        even = _accounts({name: [5000] for name in "abcd"})
-        assert _choose("prefix", replicas, _state(even), _request(chain(key, 512))) == (
-            home, "home", 0,
-        )  # fmt: skip
+        assert _choose("prefix", replicas, picture, _request(chain(key, 4096))) == (home, "home")
 
 
-def test_prefix_names_a_session_as_its_reason() -> None:
-    replicas = pool(replica(name) for name in "ab")
-    chosen = _choose("prefix", replicas, _state(), _request(has_session=True))
-    assert chosen == (_walk(replicas)[0], "session", 0)
+def test_a_request_without_a_prompt_goes_where_there_is_least_to_do() -> None:
+    replicas = pool([replica(name) for name in "ab"])
+    picture = _picture(replicas)
+    _load(picture, "a", 1000)
+    assert _choose("prefix", replicas, picture, _request(NO_CHAIN)) == ("b", "new")
 
 
-@pytest.mark.parametrize("over", [0, 1])
-def test_a_home_spills_above_the_slack_and_not_at_it(over: int) -> None:
-    replicas = pool(replica(name) for name in "abcd")
-    home, successor, *_ = _walk(replicas)
-    accounts = _accounts({home: [_SLACK_TOKENS + over]})
-    expected = (successor, "spill", 0) if over else (home, "home", 0)
-    assert _choose("prefix", replicas, _state(accounts)) == expected
-
-
-def test_only_the_requests_of_the_hot_replica_spill() -> None:
-    replicas = pool(replica(name) for name in "abcd")
-    accounts = _accounts({"a": [10 * _SLACK_TOKENS]})
-    for key in range(1, 200):
-        walk = _walk(replicas, key)
-        expected = (walk[1], "spill", 0) if walk[0] == "a" else (walk[0], "home", 0)
-        request = _request(chain(key, 512))
-        assert _choose("prefix", replicas, _state(accounts), request) == expected
-
-
-def test_a_spill_is_bounded_by_the_successors_queue_too() -> None:
-    replicas = pool(replica(name) for name in "abc")
-    home, second, third = _walk(replicas)
-    accounts = _accounts({home: [9 * _SLACK_TOKENS], second: [5 * _SLACK_TOKENS]})
-    assert _choose("prefix", replicas, _state(accounts)) == (third, "spill", 0)
-
-
-def test_a_warm_cache_is_worth_a_longer_queue() -> None:
-    replicas = pool(replica(name) for name in "ab")
-    home, other = _walk(replicas)
-    prompt = chain(1, 40_000)
-    saved_tokens = 40_000 // limits.BYTES_PER_TOKEN
-    record = PrefixRecord()
-    record.note(home, prompt)
-    worth = _SLACK_TOKENS + limits.UNCACHED_WEIGHT * saved_tokens
-    for tokens, expected in (
-        (worth - 10, (home, "home", saved_tokens)),
-        (worth + 10, (other, "spill", 0)),
-    ):
-        accounts = _accounts({home: [tokens]})
-        chosen = _choose("prefix", replicas, _state(accounts, record), _request(prompt))
-        assert chosen == expected
-
-
-def test_a_conversation_follows_its_cache_away_from_home() -> None:
-    replicas = pool(replica(name) for name in "ab")
-    home, other = _walk(replicas)
-    record = PrefixRecord()
-    record.note(other, chain(1, 40_000))  # it spilled there in an earlier turn
-    saved_tokens = 40_000 // limits.BYTES_PER_TOKEN
-    request = _request(chain(1, 40_000))
-    chosen = _choose("prefix", replicas, _state(record=record), request)
-    assert chosen == (other, "spill", saved_tokens)
-    assert home != other
-
-
-def test_an_unavailable_home_gives_its_keys_to_the_successor() -> None:
-    replicas = [replica(name) for name in "abc"]
-    home, successor, _ = _walk(pool(replicas))
-    without = pool(r if r.replica_id != home else replica(home, suspect=True) for r in replicas)
-    assert _choose("prefix", without, _state()) == (successor, "spill", 0)
-    assert _choose("prefix", pool(replicas), _state(), _request(tried={home})) == (
-        successor, "spill", 0,
-    )  # fmt: skip
-
-
-# --- the others -----------------------------------------------------------------------------
-
-
-def test_session_stays_however_busy_its_home_is() -> None:
-    replicas = pool(replica(name) for name in "abc")
-    home, successor, _ = _walk(replicas)
-    accounts = _accounts({home: [100 * _SLACK_TOKENS] * 5})
-    assert _choose("session", replicas, _state(accounts)) == (home, "session", 0)
-    assert _choose("session", replicas, _state(accounts), _request(tried={home})) == (
-        successor, "spill", 0,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("loads", "chosen"),
-    [
-        ({"a": [10], "b": [5], "c": [7]}, "b"),
-        ({"a": [0, 0], "b": [0], "c": [0, 0]}, "b"),  # the same tokens: fewer requests
-        ({"a": [], "b": [], "c": []}, "a"),  # all the same: by name
-    ],
-)
-def test_least_load(loads: dict[str, list[int]], chosen: str) -> None:
-    replicas = pool(replica(name) for name in "abc")
-    assert _choose("least_load", replicas, _state(_accounts(loads))) == (chosen, "least_load", 0)
-
-
-def test_least_load_takes_turns_when_nobody_is_busy() -> None:
-    replicas = pool(replica(name) for name in "abc")
-    accounts = Accounts()
-    seen = Counter[str]()
-    for _ in range(30):
-        chosen = _choose("least_load", replicas, _state(accounts))
+def test_least_load_counts_tokens_then_requests_then_past_work() -> None:
+    replicas = pool([replica(name) for name in "abc"])
+    picture = _picture(replicas)
+    for name, tokens in (("a", 100), ("b", 50), ("c", 70)):
+        _load(picture, name, tokens)
+    assert _choose("least_load", replicas, picture) == ("b", "least_load")
+    picture = _picture(replicas)
+    turns = []
+    for _ in range(6):
+        chosen = _choose("least_load", replicas, picture)
         assert chosen is not None
-        accounts.release(accounts.acquire(chosen[0], 100))
-        seen[chosen[0]] += 1
-    assert seen == {"a": 10, "b": 10, "c": 10}
+        turns.append(chosen[0])
+        picture.release(_load(picture, chosen[0], 10), 0.0)
+    assert turns == list("abcabc")
 
 
-def test_round_robin_takes_turns() -> None:
-    replicas = pool(replica(name) for name in "abc")
-    state = _state()
-    turns = [_choose("round_robin", replicas, state) for _ in range(6)]
-    assert [turn[0] for turn in turns if turn] == ["a", "b", "c", "a", "b", "c"]
-    assert {turn[1] for turn in turns if turn} == {"round_robin"}
+def test_round_robin_takes_turns_and_random_takes_all() -> None:
+    replicas = pool([replica(name) for name in "abc"])
+    picture = _picture(replicas)
+    turns = [_choose("round_robin", replicas, picture) for _ in range(6)]
+    assert [turn[0] for turn in turns if turn] == list("abcabc")
+    drawn = Counter(_choose("random", replicas, picture) for _ in range(300))
+    assert len(drawn) == 3
+    assert min(drawn.values()) > 60
 
 
-@pytest.mark.parametrize(("draw", "chosen"), [(0.0, "a"), (0.34, "b"), (0.999999, "c")])
-def test_random_is_what_was_drawn(draw: float, chosen: str) -> None:
-    replicas = pool(replica(name) for name in "cab")
-    state = PolicyState(Accounts(), PrefixRecord(), lambda: draw)
-    assert _choose("random", replicas, state) == (chosen, "random", 0)
+def test_an_adapter_is_asked_for_where_it_is_loaded() -> None:
+    has = replica("b", adapters=frozenset(("french",)))
+    replicas = pool([replica("a", adapters=frozenset()), has, replica("c")])
+    picture = _picture(replicas)
+    picture.loads.dispatched_tokens[picture.slots["b"]] = 10**6
+    picture.loads.dispatched_tokens[picture.slots["c"]] = 10**7
+    wanted = Request(chain(1, 512), has_session=False, adapter="french")
+    assert _choose("prefix", replicas, picture, wanted) == ("b", "new")
+    assert _choose("prefix", replicas, picture, _request()) == ("a", "new")

@@ -23,7 +23,7 @@ from proxy.core.prefix import (
 from proxy.core.routes import PromptKind
 from proxy.core.scan import scan_body
 
-_CHAT_KINDS = (PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES)
+CHAT_KINDS = (PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES)
 _TRAPS = st.sampled_from(
     ['{"role":"user"}', '"role": "user"', "\\", '\\"', '"', "}", "]", "[{", "é😀", "\n", ","]
 )
@@ -42,11 +42,11 @@ def _message(role: str, content: Any, *, role_last: bool) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-_MESSAGES = st.builds(_message, _ROLES, _LONG | _NESTED, role_last=st.booleans())
+MESSAGES = st.builds(_message, _ROLES, _LONG | _NESTED, role_last=st.booleans())
 _USER = st.builds(_message, st.just("user"), _LONG | _NESTED, role_last=st.booleans())
 
 
-def _chain(kind: PromptKind, body: dict[str, Any], key: bytes | None = None) -> PrefixChain:
+def chain_of(kind: PromptKind, body: dict[str, Any], key: bytes | None = None) -> PrefixChain:
     return prefix_chain(kind, scan_body(json.dumps(body).encode()), key)
 
 
@@ -56,11 +56,11 @@ def _conversation(kind: PromptKind, messages: list[Any], **more: Any) -> dict[st
 
 
 @given(
-    kind=st.sampled_from(_CHAT_KINDS),
-    before=st.lists(_MESSAGES, max_size=3),
+    kind=st.sampled_from(CHAT_KINDS),
+    before=st.lists(MESSAGES, max_size=3),
     user=_USER,
-    after=st.lists(_MESSAGES, max_size=2),
-    later=st.lists(_MESSAGES, min_size=1, max_size=3),
+    after=st.lists(MESSAGES, max_size=2),
+    later=st.lists(MESSAGES, min_size=1, max_size=8),
     head=st.sampled_from([{}, {"tools": [{"a": "b"}]}, {"system": "be brief"}]),
     indent=st.sampled_from([None, 0, 2]),
     ascii_only=st.booleans(),
@@ -84,10 +84,11 @@ def test_a_later_turn_begins_with_the_earlier(
     first = turn([*before, user, *after])
     second = turn([*before, user, *after, *later])
     assert first.home_key == second.home_key
-    shared = len(first.hashes) - 1
-    assert first.hashes[:shared] == second.hashes[:shared]
-    assert first.ends[:shared] == second.ends[:shared]
     assert second.prompt_bytes > first.prompt_bytes
+    common = dict(zip(second.ends, second.hashes, strict=True))
+    assert common[first.ends[-1]] == first.hashes[-1]  # all of the earlier turn is in the later
+    for end, name in zip(first.ends, first.hashes, strict=True):
+        assert common.get(end, name) == name
 
 
 @pytest.mark.parametrize("space", [0, 1, 7])
@@ -103,14 +104,13 @@ def test_space_before_the_end_is_no_part_of_a_prefix(space: int) -> None:
     text = b"x" * (limits.CHAIN_FIRST_BYTES - len(start) - 2)  # the message ends at a depth
     first = turn(start + text[space // 2 :] + b'"}' + b"\n" * space + b"]")
     second = turn(start + text[space // 2 :] + b'"},' + b"\n" * space + b'{"role":"assistant"}]')
-    shared = len(first.hashes) - 1
-    assert first.hashes[:shared] == second.hashes[:shared]
-    assert first.prompt_bytes == limits.CHAIN_FIRST_BYTES - space // 2
+    assert first.ends == [limits.CHAIN_FIRST_BYTES - space // 2] == [first.prompt_bytes]
+    assert first.hashes == second.hashes[:1]
 
 
 @given(
-    st.sampled_from(_CHAT_KINDS),
-    st.lists(_MESSAGES, min_size=1, max_size=4),
+    st.sampled_from(CHAT_KINDS),
+    st.lists(MESSAGES, min_size=1, max_size=4),
     st.permutations(["model", "messages", "input", "tools", "stream", "temperature"]),
     st.sampled_from([(", ", ": "), (",", ":"), (" ,\n", "\t:  ")]),
 )
@@ -122,35 +122,36 @@ def test_order_and_space_of_the_object_do_not_matter(
     members = [f'"{name}"{separators[1]}{raw[name]}' for name in order if name in raw]
     octets = ("{" + separators[0].join(members) + "}").encode()
     other = prefix_chain(kind, scan_body(octets), None)
-    chain = _chain(kind, body)
+    chain = chain_of(kind, body)
     assert (chain.home_key, chain.hashes, chain.ends) == (other.home_key, other.hashes, other.ends)
 
 
 _NAMES = st.text(st.sampled_from("ab\0,;1é"), min_size=1, max_size=4)
 
 
-@example(PromptKind.CHAT, ("m", "ab", "c"), ("m", "a", "bc"), None)
-@example(PromptKind.CHAT, ("m", "a\0b", "c"), ("m", "a", "b\0c"), None)
-@example(PromptKind.CHAT, ("m", "1", "2,3;"), ("m,1", "2", "3;"), b"session")
+@example(PromptKind.CHAT, ("m", "ab", "c", ""), ("m", "a", "bc", ""), None)
+@example(PromptKind.CHAT, ("m", "a\0b", "c", ""), ("m", "a", "b", "\0c"), None)
+@example(PromptKind.CHAT, ("m", "1", "2,3;", "1"), ("m,1", "2", "3;", "1"), b"session")
 @given(
-    st.sampled_from([*_CHAT_KINDS, PromptKind.COMPLETION, PromptKind.INPUT]),
-    st.tuples(_NAMES, _NAMES, _NAMES),
-    st.tuples(_NAMES, _NAMES, _NAMES),
+    st.sampled_from([*CHAT_KINDS, PromptKind.COMPLETION, PromptKind.INPUT]),
+    st.tuples(_NAMES, _NAMES, _NAMES, _NAMES),
+    st.tuples(_NAMES, _NAMES, _NAMES, _NAMES),
     st.sampled_from([None, b"session"]),
 )
-def test_model_adapter_and_salt_share_nothing(
+def test_model_adapter_salt_and_tenant_share_nothing(
     kind: PromptKind,
-    names: tuple[str, str, str],
-    other_names: tuple[str, str, str],
+    names: tuple[str, str, str, str],
+    other_names: tuple[str, str, str, str],
     key: bytes | None,
 ) -> None:
     assume(names != other_names)
 
-    def chain(model: str, lora: str, salt: str) -> PrefixChain:
+    def chain(model: str, lora: str, salt: str, tenant: str) -> PrefixChain:
         text = "x" * 3000
         body = {"model": model, "lora_path": lora, "cache_salt": salt, "tools": [1]}
         messages = [{"role": "user", "content": text}]
-        return _chain(kind, body | {"messages": messages, "input": messages, "prompt": text}, key)
+        body |= {"messages": messages, "input": messages, "prompt": text}
+        return prefix_chain(kind, scan_body(json.dumps(body).encode()), key, tenant.encode())
 
     one, two = chain(*names), chain(*other_names)
     assert one.hashes
@@ -249,7 +250,7 @@ def test_the_opener_is_what_places_a_conversation() -> None:
     def home(system: str, user: str, *more: str) -> int:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         messages += [{"role": "assistant", "content": text} for text in more]
-        return _chain(PromptKind.CHAT, {"model": "m", "messages": messages}).home_key
+        return chain_of(PromptKind.CHAT, {"model": "m", "messages": messages}).home_key
 
     assert home("s", "a") == home("s", "a", "b") == home("s", "a", "c", "d")
     assert home("s", "a") != home("s", "b")  # a head that all share never decides alone
@@ -261,7 +262,7 @@ def test_the_opener_is_what_places_a_conversation() -> None:
 
 def test_a_session_key_stands_in_for_the_opener() -> None:
     def keyed(text: str, key: bytes | None) -> PrefixChain:
-        return _chain(PromptKind.COMPLETION, {"model": "m", "prompt": text}, key)
+        return chain_of(PromptKind.COMPLETION, {"model": "m", "prompt": text}, key)
 
     assert keyed("a", b"k").home_key == keyed("b", b"k").home_key
     assert keyed("a", b"k").home_key != keyed("a", b"l").home_key
@@ -270,7 +271,7 @@ def test_a_session_key_stands_in_for_the_opener() -> None:
 
 def test_a_prompt_without_messages_is_placed_by_its_beginning() -> None:
     def home(text: str) -> int:
-        return _chain(PromptKind.COMPLETION, {"model": "m", "prompt": text}).home_key
+        return chain_of(PromptKind.COMPLETION, {"model": "m", "prompt": text}).home_key
 
     far = limits.OPENER_BYTES_MAX
     assert home("a" * far + "b") == home("a" * far + "c")
@@ -290,7 +291,7 @@ def test_a_prompt_without_messages_is_placed_by_its_beginning() -> None:
     ],
 )
 def test_what_the_prompt_is(kind: PromptKind, fields: dict[str, Any], prompt_bytes: int) -> None:
-    assert _chain(kind, {"model": "m", **fields}).prompt_bytes == prompt_bytes
+    assert chain_of(kind, {"model": "m", **fields}).prompt_bytes == prompt_bytes
 
 
 def test_depths_grow_by_half_and_reach_any_body() -> None:
@@ -303,8 +304,8 @@ def test_depths_grow_by_half_and_reach_any_body() -> None:
 
 @given(st.integers(0, 20_000), st.integers(0, 20_000))
 def test_a_shared_prefix_is_known_to_within_a_third(shared: int, own: int) -> None:
-    one = _chain(PromptKind.COMPLETION, {"model": "m", "prompt": "s" * shared + "a" * own})
-    two = _chain(PromptKind.COMPLETION, {"model": "m", "prompt": "s" * shared + "b" * own})
+    one = chain_of(PromptKind.COMPLETION, {"model": "m", "prompt": "s" * shared + "a" * own})
+    two = chain_of(PromptKind.COMPLETION, {"model": "m", "prompt": "s" * shared + "b" * own})
     common = [
         end
         for name, other, end in zip(one.hashes, two.hashes, one.ends, strict=True)
@@ -362,8 +363,8 @@ def test_only_short_names_are_remembered() -> None:
     """A salt is as long as a client likes, and what is remembered stays."""
     prefix._known_seed.cache_clear()
     for number in range(3):
-        _chain(PromptKind.CHAT, {"model": "m", "messages": [], "cache_salt": f"{number}" * 5000})
+        chain_of(PromptKind.CHAT, {"model": "m", "messages": [], "cache_salt": f"{number}" * 5000})
     assert prefix._known_seed.cache_info().currsize == 0
-    one = _chain(PromptKind.CHAT, {"model": "m", "messages": [], "cache_salt": "s"})
+    one = chain_of(PromptKind.CHAT, {"model": "m", "messages": [], "cache_salt": "s"})
     assert prefix._known_seed.cache_info().currsize == 1
-    assert one.home_key != _chain(PromptKind.CHAT, {"model": "m", "messages": []}).home_key
+    assert one.home_key != chain_of(PromptKind.CHAT, {"model": "m", "messages": []}).home_key

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.contract import LoadSample, ReplicaState
-from proxy.core.replica import parse_url, replica_of
+from proxy.contract import DP_SIZE_MAX, LoadSample, RankLoad, ReplicaState
+from proxy.core.replica import parse_url, replica_of, replicas_of
 from tests.core.builders import record, replica
 
 
@@ -70,6 +70,56 @@ def test_a_record_becomes_a_replica() -> None:
     assert (made.pool, made.region, made.engine) == ("p", "eu", "vllm")
     assert (made.max_inputs, made.restarts, made.kv_capacity_tokens) == (3, 2, 5000)
     assert replica_of(record("a")).kv_capacity_tokens == 0
+
+
+def test_a_server_with_one_rank_is_one_replica() -> None:
+    for size in (-1, 0, 1):
+        (only,) = replicas_of(record("a", dp_size=size))
+        assert (only.name, only.replica_id, only.dp_rank) == ("a", "a", None)
+        assert only == replica_of(record("a"))
+
+
+def test_each_rank_of_a_server_is_a_replica() -> None:
+    told = tuple(
+        RankLoad(rank=rank, running=rank + 1, kv_capacity_tokens=1000 + rank, waiting_tokens=7)
+        for rank in range(3)
+    )
+    load = LoadSample(at_s=9.0, running=6, kv_capacity_tokens=3003, ranks=told)
+    ranks = replicas_of(record("a", "m", dp_size=3, load=load, max_inputs=10))
+    assert [(r.name, r.replica_id, r.dp_rank) for r in ranks] == [
+        ("a/0", "a", 0),
+        ("a/1", "a", 1),
+        ("a/2", "a", 2),
+    ]
+    assert [r.kv_capacity_tokens for r in ranks] == [1000, 1001, 1002]
+    assert {r.max_inputs for r in ranks} == {4}
+    assert ranks[1].host_field == b"host: 127.0.0.1:30000\r\nx-data-parallel-rank: 1\r\n"
+    assert ranks[1].load == LoadSample(
+        at_s=9.0, running=2, kv_capacity_tokens=1001, waiting_tokens=7
+    )
+
+
+def test_ranks_whose_figures_are_not_told_apart_share_evenly() -> None:
+    load = LoadSample(at_s=9.0, running=6, kv_capacity_tokens=3000)
+    ranks = replicas_of(record("a", dp_size=3, load=load))
+    assert [(r.kv_capacity_tokens, r.load) for r in ranks] == [(1000, None)] * 3
+    assert {r.max_inputs for r in ranks} == {0}, "no limit stays none"
+    _, second = replicas_of(record("a", dp_size=2))
+    assert (second.kv_capacity_tokens, second.load) == (0, None)
+
+
+def test_ranks_are_bounded() -> None:
+    assert len(replicas_of(record("a", dp_size=10**9))) == DP_SIZE_MAX
+
+
+def test_adapters_may_be_unknown() -> None:
+    assert replica_of(record("a")).adapters is None
+    assert replica_of(record("a", adapters=())).adapters == frozenset()
+    assert replica_of(record("a", adapters=("x", "y"))).adapters == frozenset("xy")
+
+
+def test_who_sleeps_takes_no_requests() -> None:
+    assert not replica_of(record("a", asleep=True)).available
 
 
 @pytest.mark.parametrize("state", list(ReplicaState))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from proxy.core import limits
-from proxy.core.ring import Ring
+from proxy.core.ring import Ring, points_of
 
 _KEYS = st.integers(0, (1 << 64) - 1) | st.sampled_from([0, (1 << 64) - 1])
 _NAMES = st.sets(st.text(max_size=8), min_size=1, max_size=6)
@@ -79,11 +79,69 @@ def test_what_one_replica_loses_goes_to_all_the_others() -> None:
     assert max(heirs.values()) <= 2 * sum(heirs.values()) / 7
 
 
+_WEIGHTS = {"a": 0.5, "b": 4.0, "c": 1.0}
+
+
+@given(_NAMES, st.data())
+def test_whoever_comes_or_goes_moves_nobody_elses_keys_whatever_the_weights(
+    names: set[str], data: st.DataObject
+) -> None:
+    weights = data.draw(st.dictionaries(st.sampled_from(sorted(names)), st.floats(0.01, 10)))
+    gone = data.draw(st.sampled_from(sorted(names)))
+    before = Ring(names, 16, weights)
+    after = Ring(names - {gone}, 16, weights)
+    for key in data.draw(st.lists(_KEYS, max_size=20)):
+        assert list(after.walk(key)) == [name for name in before.walk(key) if name != gone]
+
+
+def test_one_of_n_moves_about_its_share_of_the_keys() -> None:
+    keys = _spread_keys(8_000)
+    names = [f"replica-{number}" for number in range(8)]
+    before, after = Ring(names), Ring([*names, "replica-8"])
+    moved = [(before.home(key), after.home(key)) for key in keys]
+    new = sum(home == "replica-8" for _, home in moved)
+    assert all(now in (was, "replica-8") for was, now in moved)
+    # The share scatters by 1/sqrt(points); four times that is beyond chance.
+    assert abs(new * 9 / len(keys) - 1) <= 4 / limits.VIRTUAL_NODES**0.5
+
+
+def test_a_change_of_weight_moves_keys_to_or_from_that_replica_only() -> None:
+    before, after = Ring("abcd"), Ring("abcd", weights={"b": 3.0})
+    homes = [(before.home(key), after.home(key)) for key in _spread_keys(2_000)]
+    assert all(now in (was, "b") for was, now in homes)
+    assert any(now != was for was, now in homes)
+
+
+def test_shares_follow_weights() -> None:
+    keys = _spread_keys(12_000)
+    for pattern in _PATTERNS:
+        names = [pattern.format(number) for number in range(6)]
+        weights = dict(zip(names, (0.25, 0.5, 1.0, 1.0, 2.0, 4.0), strict=True))
+        ring = Ring(names, weights=weights)
+        homes = Counter(ring.home(key) for key in keys)
+        for name, weight in weights.items():
+            due = weight / sum(weights.values())
+            # What scatters: the replica's points on the circle, and the keys between them.
+            error = (1 / (weight * limits.VIRTUAL_NODES) + 1 / (due * len(keys))) ** 0.5
+            assert abs(homes[name] / len(keys) / due - 1) <= 4 * error, (pattern, weight)
+
+
+def test_equal_weights_are_no_weights() -> None:
+    even = Ring("abc", weights=dict.fromkeys("abc", 1.0))
+    for key in _spread_keys(50):
+        assert list(even.walk(key)) == list(Ring("abc").walk(key))
+
+
+def test_points_are_bounded() -> None:
+    found = [points_of(weight) for weight in (0.0, 0.001, 0.5, 1.0, 3.333, 10.0, 1e9)]
+    assert found == [1, 1, 80, 160, 533, 1600, limits.VIRTUAL_NODES_MAX]
+
+
 _PROGRAM = """
 import json
 from proxy.core.ring import Ring
 names = {"a", "b", "c", "\\u00e9", "http://127.0.0.1:30000"}
-ring = Ring(names)
+ring = Ring(names, weights={"c": 1.0, "b": 4.0, "a": 0.5})
 print(json.dumps([list(ring.walk(n * 0x9E3779B97F4A7C15 % (1 << 64))) for n in range(50)]))
 """
 
@@ -96,7 +154,7 @@ def test_another_process_walks_the_same_way() -> None:
             [sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, check=True
         )
         walks.append(json.loads(run.stdout))
-    ring = Ring({"a", "b", "c", "é", "http://127.0.0.1:30000"})
+    ring = Ring({"a", "b", "c", "é", "http://127.0.0.1:30000"}, weights=_WEIGHTS)
     here = [list(ring.walk(n * 0x9E3779B97F4A7C15 % (1 << 64))) for n in range(50)]
     assert walks == [here, here]
 

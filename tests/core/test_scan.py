@@ -14,10 +14,14 @@ from proxy import errors
 from proxy.core import limits, scan
 from proxy.core.scan import Scanned, scan_body
 
-_OURS = ("model", "stream", "service_tier", "prompt_cache_key", "session_id", "cache_salt")
+_OURS = (
+    "model", "stream", "service_tier", "prompt_cache_key", "session_id", "cache_salt",
+    "previous_response_id",
+)  # fmt: skip
 _PARTS = {
     "messages": scan.MESSAGES, "prompt": scan.PROMPT, "tools": scan.TOOLS, "system": scan.SYSTEM,
-    "instructions": scan.INSTRUCTIONS,
+    "instructions": scan.INSTRUCTIONS, "input": scan.INPUT, "input_ids": scan.INPUT_IDS,
+    "session_params": scan.SESSION_PARAMS,
 }  # fmt: skip
 _TRAPS = st.sampled_from(
     [
@@ -108,7 +112,7 @@ def _check(body: bytes) -> Scanned | None:
     for name in ("service_tier", "prompt_cache_key", "cache_salt"):
         assert getattr(scanned, name) == value.get(name)
     # Engines take other types here; those name no session and no adapter of ours.
-    for name in ("session_id", "lora_path"):
+    for name in ("session_id", "lora_path", "previous_response_id"):
         given_value = value.get(name)
         expected = given_value if isinstance(given_value, str) else None
         assert getattr(scanned, name) == expected
@@ -175,6 +179,62 @@ def test_parts_are_the_octets_that_came() -> None:
     )
     parts = (scan.QUERY, scan.INPUT, scan.DOCUMENTS, scan.TEXT_1)
     assert tuple(map(scanned.part, parts)) == (b'"q"', b"[ 1,2 ]", b'["d"]', b'{"a":1.50}')
+
+
+@pytest.mark.parametrize(
+    ("array", "ends"),
+    [
+        (b"[]", ()),
+        (b"[ ]", ()),
+        (b"[1]", (2,)),
+        (b'[ {"a":[1,2]} , "]" ,[3\n] \n]', (13, 19, 25)),
+        (b"[%b7]" % (b"7," * 30), tuple(range(46, 63, 2))),
+        (b'"[1,2]"', ()),
+        (b"{}", ()),
+        (b"null", ()),
+    ],
+)
+def test_where_the_last_elements_end(array: bytes, ends: tuple[int, ...]) -> None:
+    # An escape in a name has any reader read it the long way.
+    for model in (b'"model":"m"', b'"mod\\u0065l":"m"'):
+        scanned = scan_body(b'{%b,"tools":[4,5],"messages":%b}' % (model, array))
+        begin = scanned.spans[2 * scan.MESSAGES]
+        assert tuple(end - begin for end in scanned.message_ends) == ends
+        assert scanned.input_ends == ()
+
+
+def test_very_many_elements_are_not_named() -> None:
+    many = b"[%b7]" % (b"7," * limits.ELEMENTS_NAMED_MAX)
+    assert len(scan.element_ends(many, 0, len(many))) == limits.CHAIN_BOUNDARIES_MAX
+    many = b"[7,%b" % many[1:]
+    assert scan.element_ends(many, 0, len(many)) == ()
+
+
+@pytest.mark.parametrize("inner", [b"7", b'{"role":"x"}', b'[{"role":"x"}]', b'"{\\"role\\":"'])
+@pytest.mark.parametrize("count", [3, 8, 9, 10, 30])
+def test_messages_of_the_usual_form_are_read_from_the_end(inner: bytes, count: int) -> None:
+    for message in (b'{"role":"user","content":%b}', b'{"content":%b,"role":"user"}'):
+        array = b"[" + b", ".join([b"7", *([message % inner] * count), b"7"]) + b" ]"
+        ends = scan.element_ends(array, 0, len(array))
+        read = [len(json.loads(array[:end] + b"]")) for end in ends]
+        assert read == list(range(count + 3 - limits.CHAIN_BOUNDARIES_MAX, count + 3))[-count - 2 :]
+
+
+@pytest.mark.parametrize(
+    ("octets", "found"),
+    [
+        (b'{"id":"s"}', "s"),
+        (b'{"rid":7,"id":"s"}', "s"),
+        (b'{"id":7}', None),
+        (b'{"id":null}', None),
+        (b'["id"]', None),
+        (b"null", None),
+    ],
+)
+def test_a_session_of_the_engine_may_have_an_id(octets: bytes, found: str | None) -> None:
+    scanned = scan_body(b'{"model":"m","session_params":%b}' % octets)
+    assert scan.session_params_id(scanned) == found
+    assert scan.session_params_id(scan_body(b'{"model":"m"}')) is None
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy import errors
-from proxy.core import prefix, scan
+from proxy.core import limits, prefix, scan
 from proxy.core.usage import Usage, read_any_usage
 from tests.core.test_scan import bodies
 
 _SOURCE = Path(scan.__file__).with_name("_scan.c")
 _COMPILER = shlex.split(sysconfig.get_config_var("CC") or "cc")[0]
-_PLACES = range(9)
+_PLACES = range(11)
 # What a portable build reads with, and what this machine's does.
 _BUILDS = {"wide": (), "portable": ("-DSCAN_PORTABLE",)}
 
@@ -54,9 +54,13 @@ def _seen(read: Any, body: bytes) -> object:
         return type(error), error.param
     fields = (
         scanned.model, scanned.stream, scanned.service_tier, scanned.prompt_cache_key,
-        scanned.session_id, scanned.cache_salt, scanned.lora_path,
+        scanned.session_id, scanned.cache_salt, scanned.lora_path, scanned.previous_response_id,
     )  # fmt: skip
-    return fields, [scanned.part(place) for place in _PLACES]
+    ends = [
+        [end - scanned.spans[2 * part] for end in there]
+        for part, there in ((scan.MESSAGES, scanned.message_ends), (scan.INPUT, scanned.input_ends))
+    ]
+    return fields, [scanned.part(place) for place in _PLACES], ends
 
 
 def _check(native: ModuleType, body: bytes) -> None:
@@ -157,7 +161,7 @@ def test_depth_is_bounded(native: ModuleType, opened: bytes) -> None:
 
 def test_the_usual_form_needs_no_second_reader(native: ModuleType) -> None:
     usual = native.scan(b'{"stream":null,"session_id":"s","model":"m","x":"\\n","lora_path":null}')
-    assert usual == ("m", None, None, "s", None, None, None, (0,) * 18)
+    assert usual == ("m", None, None, "s", None, None, None, None, (0,) * 22, (), ())
     # An escape beyond the end of a name, and read along with it, is none of the name.
     for size in range(1, 80):
         name = b"m" * size
@@ -165,6 +169,29 @@ def test_the_usual_form_needs_no_second_reader(native: ModuleType) -> None:
         assert native.scan(body)[0] == name.decode()
     for unusual in (b'{"mod\\u0065l":"m"}', b'{"model":7}', b"[1]", b'{"model":"\\u006d"}'):
         assert native.scan(unusual) is None
+
+
+@_SAME
+@given(
+    st.lists(st.sampled_from([b"1", b"{}", b'"],["', b"[]", b'{"a":[1,{}]}', b"null", b"[[2], 3]"]),
+             max_size=25),
+    st.sampled_from([b"", b" ", b"\n\t  ", b" " * 70]),
+    st.sampled_from([b"", b'"input":[1,2,3],', b'"messages":[{},[]],', b'"mod\\u0065l":"m",']),
+)  # fmt: skip
+def test_both_find_the_ends_of_the_last_elements(
+    native: ModuleType, elements: list[bytes], space: bytes, before: bytes
+) -> None:
+    array = b"[" + space + (space + b"," + space).join(elements) + space + b"]"
+    for name in (b"messages", b"input", b"prompt"):
+        body = b'{%b"model":"m","%b": %b }' % (before, name, array)
+        _check(native, body)
+        scanned = scan.scan_with(native.scan, body)
+        if name == b"messages":
+            octets, begin = scanned.octets, scanned.spans[2 * scan.MESSAGES]
+            read = [json.loads(octets[begin:end] + b"]") for end in scanned.message_ends]
+            whole = json.loads(array)
+            kept = min(len(whole), limits.CHAIN_BOUNDARIES_MAX)
+            assert read == [whole[: len(whole) - kept + place + 1] for place in range(kept)]
 
 
 def test_only_bytes_are_read(native: ModuleType) -> None:

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from proxy.core import limits
 from proxy.core.http1 import parse_request_head
 from proxy.core.scan import Scanned, scan_body
-from proxy.core.session import session_of_body, session_of_head
+from proxy.core.session import response_key, session_of_body, session_of_head
 
 _IN_ORDER = (
     "x-doherty-routing-key",
-    "x-smg-routing-key",
     "x-session-id",
     "x-session-affinity",
     "x-claude-code-session-id",
     "session-id",
     "x-parent-session-id",
     "x-dynamo-session-id",
+    "x-smg-routing-key",
 )
 
 
@@ -74,6 +74,12 @@ def test_the_first_of_two_equal_names_counts() -> None:
         ({"prompt_cache_key": "p" * 255}, b"p" * 255),
         ({"session_id": "é"}, "é".encode()),
         ({"session_id": 7}, None),
+        ({"session_params": {"id": "i"}}, b"i"),
+        ({"session_id": 7, "session_params": {"id": "i", "rid": None}}, b"i"),
+        ({"session_id": "s", "session_params": {"id": "i"}}, b"s"),
+        ({"session_params": {"id": "i" * 256}}, None),
+        ({"session_params": []}, None),
+        ({"user": "u", "safety_identifier": "u", "metadata": {"session_id": "x"}}, None),
     ],
 )
 def test_the_body_names_a_session(fields: dict[str, object], key: bytes | None) -> None:
@@ -85,6 +91,11 @@ def test_too_long_and_empty_keys_are_none() -> None:
     assert _key([("x-session-id", "k" * size)]) == b"k" * size
     assert _key([("x-session-id", "k" * (size + 1)), ("session-id", "s")]) == b"s"
     assert _key([("x-session-id", ""), ("x-dynamo-session-id", "d")]) == b"d"
+
+
+def test_a_response_is_known_by_its_id() -> None:
+    assert response_key(b"") == 0
+    assert 0 < response_key(b"resp_1") != response_key(b"resp_2") < 1 << 64
 
 
 def test_without_a_body_only_heads_count() -> None:

@@ -59,6 +59,10 @@ class Connection:
 Script = Callable[[Connection, Received], Awaitable[None]]
 
 
+# What a proxy asks of its own accord. The loads it asks for are no loads: it learns nothing.
+_ABOUT_ITSELF = ("/v1/models", "/health", "/metrics", "/v1/loads")
+
+
 async def reply(connection: Connection, request: Received) -> None:
     """Answer with the length of what came."""
     await answer_json(connection, b'{"received":%d}' % len(request.body))
@@ -137,7 +141,7 @@ class ScriptedEngine:
                 length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
                 body = await reader.readexactly(int(length[1])) if length else b""
                 request = Received(head, body, number)
-                if request.target in ("/v1/models", "/health"):
+                if request.target in _ABOUT_ITSELF:
                     await self._say_who(Connection(writer), request)
                     continue
                 self.requests.append(request)

@@ -292,12 +292,21 @@ class Bench:
         assert not self.connections
 
 
+def inflight(plane: Plane, replica_id: str) -> int:
+    return plane.picture.loads.inflight[plane.picture.slots[replica_id]]
+
+
+def queued_tokens(plane: Plane, replica_id: str) -> int:
+    return plane.picture.loads.queued_tokens(plane.picture.slots[replica_id])
+
+
 def assert_nothing_held(plane: Plane) -> None:
     """Every lease is back and every exchange is over."""
     assert plane.exchanges_open == 0
-    assert plane.accounts.inflight_total() == 0
+    assert plane.leases_open == 0
     for replica_id in plane.fleet.replicas:
-        assert plane.accounts[replica_id].queued_tokens == 0
+        assert inflight(plane, replica_id) == 0
+        assert queued_tokens(plane, replica_id) == 0
     assert plane.telemetry.internal_errors_total == 0
 
 

@@ -18,7 +18,9 @@ from proxy.contract import ReplicaRecord
 
 _HEAD_BYTES_MAX = 1 << 20
 # What a proxy asks of its own accord; not counted as delivered.
-_ABOUT_ITSELF = ((b"GET", b"/v1/models"), (b"GET", b"/health"))
+_ABOUT_ITSELF = tuple(
+    (b"GET", path) for path in (b"/v1/models", b"/health", b"/metrics", b"/v1/loads")
+)
 _MODELS = b'{"object":"list","data":[{"id":"m","object":"model"}]}'
 
 

@@ -12,6 +12,7 @@ import struct
 from typing import Any, Final
 
 from proxy import errors
+from proxy.core import limits, scan
 from proxy.core.chunked import BadResponse, ChunkFollower
 from proxy.core.prefix import prefix_chain
 from proxy.core.routes import ROUTES, PromptKind, find_route, model_of_path
@@ -103,7 +104,7 @@ def body(octets: bytes) -> None:
     assert bool(scanned.stream) is bool(value.get("stream"))
     for name in ("service_tier", "prompt_cache_key", "cache_salt"):
         assert getattr(scanned, name) == value.get(name)
-    for name in ("session_id", "lora_path"):
+    for name in ("session_id", "lora_path", "previous_response_id"):
         given = value.get(name)
         assert getattr(scanned, name) == (given if isinstance(given, str) else None)
     names = ("messages", "prompt", "tools", "system", "instructions")
@@ -112,6 +113,18 @@ def body(octets: bytes) -> None:
         assert bool(part) is (name in value)
         if part:
             assert _loads(part) == value[name]
+    _ends(scanned, scan.MESSAGES, scanned.message_ends, value.get("messages"))
+    _ends(scanned, scan.INPUT, scanned.input_ends, value.get("input"))
+
+
+def _ends(scanned: Scanned, part: int, ends: tuple[int, ...], value: object) -> None:
+    """Each is where one of the last elements ends; only an array has any."""
+    elements = value if isinstance(value, list) else []
+    assert len(ends) == min(len(elements), limits.CHAIN_BOUNDARIES_MAX)
+    begin = scanned.spans[2 * part]
+    for left, end in enumerate(reversed(ends)):
+        read = _loads(scanned.octets[begin:end] + b"]")
+        assert read == elements[: len(elements) - left]
 
 
 def chain(octets: bytes) -> None:

@@ -53,6 +53,7 @@ def _bodies() -> list[bytes]:
         json.dumps(whole, ensure_ascii=False, indent=1).encode(),
         b'{"model":"a","model":"b","stream":null,"prompt":["x",[1,2]]}',
         b'{"mod\\u0065l":"\\ud83d\\ude00","input":"\\ud800","instructions":""}',
+        b'{"model":"m","input":[1, [2] ,"]"\n],"previous_response_id":"r","messages":[{},{} ]}',
         b'{"model":"m","x":NaN}',
         b'{"model":"m","x":' + b"[" * 40 + b"]" * 40 + b"}",
         b'\xef\xbb\xbf{"model":"m"}',

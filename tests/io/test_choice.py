@@ -9,7 +9,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from proxy.contract import ReplicaState
+from proxy.contract import ReplicaRecord, ReplicaState
 from tests.fakes.plane import (
     CHAT_BODY,
     Bench,
@@ -82,12 +82,67 @@ async def test_a_stored_response_is_asked_of_each_replica(
     while not client.received:
         engine = await bench.engine()
         asked.append(engine.replica_id)
-        assert bench.plane.accounts.inflight_total() == 1
+        assert bench.plane.leases_open == 1
         found = engine.replica_id == known_by
         engine.send(answer(b'{"id":"resp_1"}' if found else b"{}", status=200 if found else 404))
     got = client.answer(request_line.split()[0].decode())
     assert got.status == status
     assert len(asked) == len(set(asked)) == (3 if not known_by else asked.index(known_by) + 1)
+
+
+def ranked(ids: str, dp_size: int) -> tuple[ReplicaRecord, ...]:
+    return tuple(msgspec.structs.replace(one, dp_size=dp_size) for one in records(ids))
+
+
+async def test_a_server_is_asked_once_for_a_stored_response_however_many_ranks_it_has(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(ranked("ab", 3))
+    client = bench.client()
+    client.send(b"GET /v1/responses/resp_1 HTTP/1.1\r\nhost: p\r\n\r\n")
+    for _ in range(2):
+        (await bench.engine()).send(answer(b"{}", status=404))
+    assert client.answer("GET").status == 404
+    assert sorted(bench.upstreams.dialled) == ["a", "b"]
+
+
+async def test_no_rank_is_tried_of_a_server_that_refuses(make_bench: MakeBench) -> None:
+    bench = make_bench(ranked("ab", 4))
+    bench.upstreams.refusing = {"a"}
+    for _ in range(8):
+        client, engine = await bench.begun()
+        assert engine.replica_id == "b"
+        engine.send(answer())
+        assert client.answer().status == 200
+    assert bench.upstreams.dialled.count("a") <= 1
+    assert [replica_id for replica_id, _ in bench.suspects] == ["a"][: len(bench.suspects)]
+
+
+@pytest.mark.parametrize("policy", ["prefix", "session", "least_load", "round_robin"])
+async def test_every_policy_chooses_among_ranks(make_bench: MakeBench, policy: str) -> None:
+    bench = make_bench(ranked("a", 3), policy=policy)
+    ranks = set()
+    for number in range(30):
+        body = CHAT_BODY.replace(b"hello", b"hello %d" % number)
+        client, engine = await bench.begun(chat_request(body))
+        head = engine.received[: engine.received.index(b"\r\n\r\n")]
+        (line,) = [line for line in head.split(b"\r\n") if line.startswith(b"x-data-parallel")]
+        ranks.add(line)
+        engine.send(answer())
+        assert client.answer().status == 200
+        engine.transport.written.clear()
+    assert ranks == {b"x-data-parallel-rank: %d" % rank for rank in range(3)}
+    (inflight,) = [s.value for s in bench.plane.gauges(0) if s.name == "replica_inflight"]
+    assert inflight == 0
+
+
+async def test_who_sleeps_gets_no_requests_and_it_is_said(make_bench: MakeBench) -> None:
+    (record,) = records("a")
+    bench = make_bench((msgspec.structs.replace(record, asleep=True),))
+    client = bench.client()
+    client.send(chat_request())
+    got = client.answer()
+    assert (got.status, b"1 asleep" in got.body) == (503, True)
 
 
 async def test_a_multipart_form_names_its_model(make_bench: MakeBench) -> None:

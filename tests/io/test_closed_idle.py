@@ -20,7 +20,7 @@ from proxy.io.acknowledged import Acknowledged
 from proxy.io.upstream import Upstream
 from proxy.io.upstreams import Upstreams
 from tests.fakes.engine import RESET
-from tests.fakes.plane import CHAT_BODY, Bench, Client, answer, chat_request, until
+from tests.fakes.plane import CHAT_BODY, Bench, Client, answer, chat_request, inflight, until
 from tests.fakes.talk import on_uvloop
 
 LARGE_BODY = CHAT_BODY[:-1] + b',"x":"' + b"y" * 3_000_000 + b'"}'
@@ -313,9 +313,9 @@ async def test_a_client_that_goes_meanwhile_ends_it(
     bench.upstreams.gate = asyncio.Event()
     engine.transport.hang_up()
     await bench.settle()
-    assert bench.plane.accounts["a"].inflight == 1
+    assert inflight(bench.plane, "a") == 1
     client.transport.hang_up()
     await bench.settle()
-    assert bench.plane.accounts["a"].inflight == 0
+    assert inflight(bench.plane, "a") == 0
     assert len(bench.tasks) == 0
     assert len(bench.upstreams.dialled) == 2

@@ -16,6 +16,8 @@ from tests.fakes.plane import (
     answer,
     chat_request,
     chunk,
+    inflight,
+    queued_tokens,
 )
 
 MakeBench = Callable[..., Bench]
@@ -121,7 +123,7 @@ async def test_the_choice_is_shown_when_asked_for(make_bench: MakeBench) -> None
     engine.send(answer())
     fields = client.answer().fields
     assert fields["x-doherty-replica"] == "a"
-    assert fields["x-doherty-decision"] == "home"
+    assert fields["x-doherty-decision"] == "new"
     assert fields["x-doherty-region"] == "local"
     assert fields["x-doherty-overhead-us"] == "0"
 
@@ -140,12 +142,12 @@ async def test_tokens_are_counted_as_the_engine_reports_them(bench: Bench) -> No
 async def test_the_first_octet_ends_the_prefill(bench: Bench) -> None:
     body = CHAT_BODY.replace(b"hello", b"word " * 400)
     client, engine = await bench.begun(chat_request(body))
-    assert bench.plane.accounts["a"].queued_tokens > 400
+    assert queued_tokens(bench.plane, "a") > 400
     engine.send(STREAM_HEAD)
-    assert bench.plane.accounts["a"].queued_tokens > 400
+    assert queued_tokens(bench.plane, "a") > 400
     engine.send(chunk(EVENTS[0]))
-    assert bench.plane.accounts["a"].queued_tokens == 0
-    assert bench.plane.accounts["a"].inflight == 1
+    assert queued_tokens(bench.plane, "a") == 0
+    assert inflight(bench.plane, "a") == 1
     client.transport.hang_up()
 
 

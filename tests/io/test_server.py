@@ -9,7 +9,7 @@ import pytest
 
 from proxy.core import limits
 from proxy.io import server
-from tests.fakes.plane import CHAT_BODY, Bench, answer, chat_request
+from tests.fakes.plane import CHAT_BODY, Bench, answer, chat_request, inflight
 
 MakeBench = Callable[..., Bench]
 GET_HEALTH = b"GET /health HTTP/1.1\r\nhost: p\r\n\r\n"
@@ -21,11 +21,11 @@ async def test_a_request_goes_there_and_back(bench: Bench) -> None:
     engine = await bench.engine()
     assert engine.received.startswith(b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:")
     assert engine.received.endswith(b"\r\n\r\n" + CHAT_BODY)
-    assert bench.plane.accounts["a"].inflight == 1
+    assert inflight(bench.plane, "a") == 1
     engine.send(answer(b"[1]"))
     got = client.answer()
     assert (got.status, got.body) == (200, b"[1]")
-    assert bench.plane.accounts["a"].inflight == 0
+    assert inflight(bench.plane, "a") == 0
     assert not client.transport.is_closing()
 
 

@@ -1,0 +1,64 @@
+"""What a placement costs, in seconds: the terms, and their sum.
+
+    price = wait for the work that is there (others' prefill, less what must be done by now)
+          + this request's uncached tokens x (1 + recompute + stall x streams) / prefill speed
+          + wait for a slot or for KV space, round trip, load of an adapter
+
+Its own uncached tokens count more than once. Once for its own wait; again (*recompute*) for those
+who come after it and for what its blocks displace; and again for each stream that decodes on the
+replica (*stall*), because a prefill chunk holds up the next token of all of them.
+"""
+
+from __future__ import annotations
+
+from proxy.core import limits
+from proxy.core.loads import Loads
+
+
+class Terms:
+    """The price of one replica for one request, term by term. Seconds, unless tokens."""
+
+    __slots__ = (
+        "adapter_s", "cached_tokens", "extra_s", "prefill_s", "price_s", "recompute_s",
+        "shortage_s", "stall_s", "uncached_tokens", "wait_s",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        loads: Loads,
+        slot: int,
+        now_s: float,
+        *,
+        cached_tokens: int,
+        uncached_tokens: int,
+        adapter_s: float = 0.0,
+    ) -> None:
+        speed = loads.s_per_token[slot]
+        self.cached_tokens = cached_tokens
+        self.uncached_tokens = uncached_tokens
+        self.wait_s = loads.wait_s(slot, now_s)
+        self.prefill_s = uncached_tokens * speed
+        self.recompute_s = self.prefill_s * limits.RECOMPUTE_WEIGHT
+        self.stall_s = self.prefill_s * limits.STALL_WEIGHT * loads.decoding[slot]
+        self.extra_s = loads.extra_s[slot]
+        self.shortage_s = loads.shortage_s(slot, cached_tokens + uncached_tokens)
+        self.adapter_s = adapter_s
+        self.price_s = (
+            self.wait_s + self.prefill_s + self.recompute_s + self.stall_s + self.extra_s
+            + self.shortage_s + adapter_s
+        )  # fmt: skip
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the terms under their names, rounded to what they are worth."""
+        return {
+            "price_s": round(self.price_s, 6),
+            "wait_s": round(self.wait_s, 6),
+            "prefill_s": round(self.prefill_s, 6),
+            "recompute_s": round(self.recompute_s, 6),
+            "stall_s": round(self.stall_s, 6),
+            "extra_s": round(self.extra_s, 6),
+            "shortage_s": round(self.shortage_s, 6),
+            "adapter_s": round(self.adapter_s, 6),
+            "cached_tokens": self.cached_tokens,
+            "uncached_tokens": self.uncached_tokens,
+        }

@@ -1,0 +1,285 @@
+"""All that one proxy worker believes of its replicas: what each holds, has to do, and can do.
+
+Decisions read it, and every decision changes it; what other workers and proxies decided is applied
+by the same calls, so that all of them see what a single router would see. Replicas have slots,
+small numbers that index every list; a slot is given away again only when its replica has gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from proxy.contract import LoadSample
+from proxy.core import limits
+from proxy.core.fleet import Pool
+from proxy.core.index import Index, Sighting
+from proxy.core.loads import Lease, Loads
+from proxy.core.prefix import PrefixChain
+from proxy.core.replica import Replica
+from proxy.core.sketch import HotPrefixes
+from proxy.core.usage import Usage
+
+
+class Seats:
+    """The replicas of a pool that may take requests, and their slots, in the same order."""
+
+    __slots__ = ("bits", "places", "pool", "replicas", "slots")
+
+    def __init__(self, pool: Pool, slots: dict[str, int]) -> None:
+        self.pool = pool
+        self.replicas = [replica for replica in pool.available if replica.name in slots]
+        self.slots = [slots[replica.name] for replica in self.replicas]
+        self.places = {slot: place for place, slot in enumerate(self.slots)}
+        self.bits = sum([1 << slot for slot in self.slots])
+
+
+class _Sizes:
+    """What the answers of one group of replicas have taught: octets a token, and cache sizes."""
+
+    __slots__ = ("applied_share", "cache_share", "octets", "prefill_tokens", "slots", "tokens")
+
+    def __init__(self) -> None:
+        self.octets = float(limits.BYTES_PER_TOKEN * limits.RATIO_PRIOR_TOKENS)
+        self.tokens = float(limits.RATIO_PRIOR_TOKENS)
+        self.cache_share = 1.0  # of the believed capacity that turned out to be there
+        self.applied_share = 1.0
+        self.prefill_tokens = 0.0  # of a usual request
+        self.slots: set[int] = set()
+
+    @property
+    def octets_per_token(self) -> float:
+        return self.octets / self.tokens
+
+
+class Picture:
+    """One writer: the event loop of the worker that owns it."""
+
+    def __init__(self, draw: Callable[[], float] | None = None) -> None:
+        """`draw` returns the next number in [0, 1), for policies that want chance."""
+        self.index = Index()
+        self.loads = Loads()
+        self.hot = HotPrefixes()
+        self.slots: dict[str, int] = {}
+        self.turn = 0  # of round robin
+        self.draw = draw
+        self._names: list[str] = []  # by slot; empty: free
+        self._restarts: dict[str, int] = {}
+        self._read_at_s: dict[str, float] = {}
+        self._sizes: dict[str, _Sizes] = {}
+        self._size_of: list[_Sizes] = []
+        self._seats: dict[int, Seats] = {}
+        self._lease_id = 0
+
+    # --- the fleet ---------------------------------------------------------------------------
+
+    def know(self, replicas: Iterable[Replica], now_s: float = 0.0) -> None:
+        """These are the replicas now. Those that restarted or slept have an empty cache."""
+        present = {replica.name: replica for replica in replicas}
+        for name in [name for name in self.slots if name not in present]:
+            self._vacate(name)
+        for name, replica in present.items():
+            if name not in self.slots:
+                self._settle_in(replica)
+            elif self._restarts[name] != replica.restarts or replica.asleep:
+                self.index.clear(self.slots[name])
+            self._restarts[name] = replica.restarts
+            slot = self.slots[name]
+            running_max = replica.load.running_max if replica.load is not None else 0
+            self.loads.limit(slot, _capacity_tokens(replica), replica.max_inputs, running_max)
+            self._size_cache(slot)
+            if replica.load is not None and replica.load.at_s != self._read_at_s.get(name):
+                self._read_at_s[name] = replica.load.at_s
+                self._reconcile(slot, replica.load, now_s)
+        self._seats.clear()
+
+    def name_of(self, slot: int) -> str:
+        return self._names[slot]
+
+    def seats(self, pool: Pool) -> Seats:
+        found = self._seats.get(id(pool))
+        if found is None or found.pool is not pool:
+            if len(self._seats) >= limits.SEATS_REMEMBERED_MAX:
+                self._seats.clear()
+            found = self._seats[id(pool)] = Seats(pool, self.slots)
+        return found
+
+    def _settle_in(self, replica: Replica) -> None:
+        slot = self._names.index("") if "" in self._names else len(self._names)
+        if slot == len(self._names):
+            self._names.append("")
+            self._size_of.append(_Sizes())
+        self._names[slot] = replica.name
+        self.slots[replica.name] = slot
+        group = group_of(replica)
+        sizes = self._sizes.get(group)
+        if sizes is None:
+            sizes = self._sizes[group] = _Sizes()
+        sizes.slots.add(slot)
+        self._size_of[slot] = sizes
+        tokens = _capacity_tokens(replica)
+        self.loads.open(slot, group, capacity_tokens=tokens, inflight_max=replica.max_inputs)
+        self.index.open(slot, self._cache_octets(slot))
+
+    def _vacate(self, name: str) -> None:
+        slot = self.slots.pop(name)
+        self.index.close(slot)
+        self.loads.close(slot)
+        self._names[slot] = ""
+        self._restarts.pop(name, None)
+        self._read_at_s.pop(name, None)
+        self._size_of[slot].slots.discard(slot)
+        for group in [k for k, sizes in self._sizes.items() if not sizes.slots]:
+            del self._sizes[group]
+
+    def _reconcile(self, slot: int, load: LoadSample, now_s: float) -> None:
+        waiting_tokens = load.waiting_tokens
+        if load.waiting and not waiting_tokens:  # vLLM counts requests: they will be like others
+            waiting_tokens = int(load.waiting * self._size_of[slot].prefill_tokens)
+        self.loads.reconcile(
+            slot,
+            requests=load.running + load.waiting,
+            waiting_tokens=waiting_tokens,
+            held_tokens=load.used_tokens or int(load.kv_used_ratio * load.kv_capacity_tokens),
+            now_s=now_s,
+        )
+
+    # --- one request -------------------------------------------------------------------------
+
+    def tokens_of(self, octets: int, slot: int) -> int:
+        """Return how many tokens so many octets of a prompt are for the model of this replica."""
+        return int(octets / self._size_of[slot].octets_per_token)
+
+    def acquire(
+        self,
+        replica: Replica,
+        chain: PrefixChain,
+        *,
+        cached_octets: int,
+        now_s: float,
+        streamed: bool = True,
+        weight: float = 1.0,
+        known: int = 0,
+    ) -> Lease:
+        """Count a request that goes to this replica now, and what it will leave there.
+
+        `known` is the hash of the longest prefix of it that any replica held; 0: none.
+        """
+        if known:
+            self.hot.count(known)
+        slot = self.slots[replica.name]
+        lease = self.lease(
+            replica.name, slot, chain, cached_octets=cached_octets, streamed=streamed, weight=weight
+        )
+        self.dispatched(lease, chain, now_s)
+        return lease
+
+    def lease(
+        self,
+        name: str,
+        slot: int,
+        chain: PrefixChain,
+        *,
+        cached_octets: int,
+        streamed: bool,
+        weight: float,
+    ) -> Lease:
+        self._lease_id = (self._lease_id + 1) & 0xFFFFFFFF
+        lease = Lease(
+            slot,
+            name,
+            prefill_tokens=self.tokens_of(chain.prompt_bytes - cached_octets, slot),
+            prompt_tokens=self.tokens_of(chain.prompt_bytes, slot),
+            streamed=streamed,
+            weight=weight,
+            lease_id=self._lease_id,
+        )
+        lease.prompt_octets = chain.prompt_bytes
+        lease.cached_octets = cached_octets
+        return lease
+
+    def dispatched(self, lease: Lease, chain: PrefixChain, now_s: float) -> None:
+        """Whoever decided it: this request is on its way."""
+        lease.sighting = self.index.sighting(lease.slot, chain)
+        self.index.note(lease.slot, chain)
+        self.loads.acquire(lease, now_s)
+        sizes = self._size_of[lease.slot]
+        sizes.prefill_tokens += limits.LEARN_SHARE * (lease.prefill_tokens - sizes.prefill_tokens)
+
+    def prefill_ended(self, lease: Lease, now_s: float) -> None:
+        if self._current(lease):
+            self.loads.prefill_ended(lease, now_s)
+
+    def release(self, lease: Lease, now_s: float, usage: Usage | None = None) -> None:
+        """The request is over, for whatever reason; `usage` is what its answer said, if it did."""
+        if not self._current(lease):
+            assert not lease.released, "a lease is released exactly once"
+            lease.released = True
+            return
+        if usage is None:
+            self.loads.release(lease, now_s)
+            return
+        computed_tokens = 0
+        if usage.cached_tokens is not None:
+            computed_tokens = max(1, usage.prompt_tokens - usage.cached_tokens)
+        self.loads.release(lease, now_s, usage.completion_tokens, computed_tokens)
+        self._compare(lease, usage)
+
+    def _current(self, lease: Lease) -> bool:
+        """Whether the replica still has the slot that the lease names."""
+        return self._names[lease.slot] == lease.replica_name
+
+    # --- what answers teach ------------------------------------------------------------------
+
+    def _compare(self, lease: Lease, usage: Usage) -> None:
+        if usage.prompt_tokens <= 0 or lease.prompt_octets <= 0:
+            return
+        sizes = self._size_of[lease.slot]
+        keep = max(0.0, 1.0 - usage.prompt_tokens / limits.RATIO_WINDOW_TOKENS)
+        sizes.octets = sizes.octets * keep + lease.prompt_octets
+        sizes.tokens = sizes.tokens * keep + usage.prompt_tokens
+        if usage.cached_tokens is not None and lease.sighting is not None:
+            cached_octets = int(usage.cached_tokens * lease.prompt_octets / usage.prompt_tokens)
+            self._resize(lease.sighting, sizes, cached_octets)
+
+    def _resize(self, sighting: Sighting, sizes: _Sizes, cached_octets: int) -> None:
+        """Move the believed size of the caches towards where an answer says that it is.
+
+        Under least recent use, what is there is what was used more recently than the cache is
+        large. Something that is there although it was thought too old, or gone although it was
+        thought young enough, moves the border part of the way to it; all else teaches nothing.
+        """
+        present, away = 2 * cached_octets >= sighting.octets, sighting.away
+        if present and away > 1.0:
+            sizes.cache_share *= 1.0 + limits.RESIZE_SHARE * (min(away, 2.0) - 1.0)
+        elif not present and limits.RESIZE_YOUNG_SHARE < away < 1.0:
+            sizes.cache_share *= 1.0 - limits.RESIZE_SHARE * (1.0 - max(away, 0.5))
+        else:
+            return
+        low, high = limits.CACHE_SHARE_MIN, limits.CACHE_SHARE_MAX
+        sizes.cache_share = min(max(sizes.cache_share, low), high)
+        if abs(sizes.cache_share - sizes.applied_share) > 0.02 * sizes.applied_share:
+            sizes.applied_share = sizes.cache_share
+            for slot in sizes.slots:
+                self._size_cache(slot)
+
+    def _cache_octets(self, slot: int) -> int:
+        sizes = self._size_of[slot]
+        tokens = self.loads.capacity_tokens[slot] * sizes.applied_share
+        return max(1, int(tokens * sizes.octets_per_token))
+
+    def _size_cache(self, slot: int) -> None:
+        self.index.set_capacity(slot, self._cache_octets(slot))
+
+    def cache_tokens(self, slot: int) -> int:
+        """Return the KV cache that the replica is believed to have, in tokens."""
+        return int(self.loads.capacity_tokens[slot] * self._size_of[slot].applied_share)
+
+
+def group_of(replica: Replica) -> str:
+    """Name the replicas that should be alike: one model, in one pool, on one engine."""
+    model = min(replica.models) if replica.models else ""
+    return f"{replica.pool}\n{replica.engine}\n{model}"
+
+
+def _capacity_tokens(replica: Replica) -> int:
+    return replica.kv_capacity_tokens or limits.KV_CAPACITY_TOKENS_DEFAULT

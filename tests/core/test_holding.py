@@ -1,0 +1,174 @@
+"""Late binding: who waits goes when a replica is about to run out of work, and nobody starves."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.core import limits
+from proxy.core.fleet import Pool
+from proxy.core.holding import Held, Holding, is_open
+from proxy.core.loads import Lease
+from proxy.core.picture import Picture
+from proxy.core.policy import Decision, Request, prefix
+from tests.core.builders import chain, pool, replica
+
+_RATE = limits.PREFILL_TOKENS_PER_S_DEFAULT
+_OCTETS = limits.BYTES_PER_TOKEN
+
+
+class _World:
+    """Replicas, who waits for them, and who has gone where."""
+
+    def __init__(self, names: str) -> None:
+        self.pool: Pool | None = pool([replica(name) for name in names])
+        self.picture = Picture()
+        self.picture.know(self.pool.replicas.values())
+        self.holding = Holding()
+        self.sent: list[tuple[int, str]] = []
+        self.leases: list[Lease] = []
+
+    def hold(self, key: int, tokens: int, now_s: float) -> Held:
+        request = Request(chain(key, tokens * _OCTETS), has_session=False, stream=True)
+        held = Held(request, lambda: self.pool, lambda _: None, now_s)
+        self.holding.add(held, self.picture)
+        return held
+
+    def release(self, now_s: float) -> None:
+        while (found := self.holding.take(prefix, self.picture, now_s)) is not None:
+            held, decision = found
+            self.sent.append((held.request.chain.home_key, decision.replica.name))
+            self.leases.append(
+                self.picture.acquire(
+                    decision.replica,
+                    held.request.chain,
+                    cached_octets=decision.cached_octets,
+                    now_s=now_s,
+                )
+            )
+
+    def busy(self, name: str, tokens: int, now_s: float = 0.0) -> Lease:
+        lease = Lease(self.picture.slots[name], name, prefill_tokens=tokens, prompt_tokens=tokens)
+        self.picture.loads.acquire(lease, now_s)
+        return lease
+
+
+def test_a_replica_is_open_until_it_has_enough_to_do() -> None:
+    world = _World("a")
+    assert world.pool is not None
+    decision = Decision(world.pool.replicas["a"], 0, "new")
+    short = Request(chain(1, 4), has_session=False)
+    assert is_open(decision, short, world.picture, 0.0)
+    world.busy("a", int(2 * limits.RUNWAY_S * _RATE))
+    assert not is_open(decision, short, world.picture, 0.0)
+    assert is_open(decision, short, world.picture, limits.RUNWAY_S * 1.01)
+
+
+def test_the_shortest_goes_first_and_the_others_when_their_time_has_come() -> None:
+    world = _World("a")
+    lease = world.busy("a", 30_000)
+    for key, tokens in ((1, 60_000), (2, 6_000), (3, 20_000)):
+        world.hold(key, tokens, 0.0)
+    world.release(0.0)
+    assert world.sent == []
+    world.picture.prefill_ended(lease, 1.0)
+    world.release(1.0)
+    assert world.sent == [(2, "a")]
+    assert len(world.holding) == 2
+    world.picture.prefill_ended(world.leases[0], 1.2)
+    world.release(1.2)
+    assert world.sent == [(2, "a"), (3, "a")]
+
+
+def test_who_has_waited_long_goes_before_a_shorter_newcomer() -> None:
+    world = _World("a")
+    lease = world.busy("a", 30_000)
+    world.hold(1, 60_000, 0.0)  # two seconds of prefill
+    world.hold(2, 600, 3.0)
+    world.picture.prefill_ended(lease, 3.0)
+    world.release(3.0)
+    assert world.sent == [(1, "a")]
+
+
+def test_what_waits_goes_to_a_replica_that_comes_up() -> None:
+    world = _World("a")
+    world.busy("a", 300_000)
+    world.hold(1, 6_000, 0.0)
+    world.release(0.0)
+    assert world.sent == []
+    world.pool = pool([replica("a"), replica("b")])
+    world.picture.know(world.pool.replicas.values())
+    world.release(0.1)
+    assert world.sent == [(1, "b")]
+
+
+def test_one_that_waits_for_its_prefix_lets_others_pass() -> None:
+    world = _World("ab")
+    warm = chain(7, 60_000 * _OCTETS)
+    world.picture.index.note(world.picture.slots["a"], warm)
+    world.busy("a", 30_000)
+    world.picture.loads.dispatched_tokens[world.picture.slots["b"]] = 10**9
+    world.hold(7, 60_000, 0.0)
+    world.hold(8, 6_000, 0.0)
+    world.release(0.0)
+    assert world.sent == [(8, "b")]
+    assert world.picture.loads.queued_tokens(world.picture.slots["a"]) == 30_000
+
+
+def test_one_that_is_dropped_is_not_sent_and_leaves_nothing() -> None:
+    world = _World("a")
+    lease = world.busy("a", 30_000)
+    waiting = [world.hold(key, 3000, 0.0) for key in range(1, 1000)]
+    for held in waiting[1:]:
+        world.holding.drop(held)
+        world.holding.drop(held)
+    assert len(world.holding) == 1
+    assert len(world.holding._heap) < 100
+    world.picture.prefill_ended(lease, 1.0)
+    world.release(1.0)
+    assert world.sent == [(1, "a")]
+    assert len(world.holding) == 0
+
+
+def test_a_pool_that_is_gone_sends_nobody() -> None:
+    world = _World("a")
+    world.pool = None
+    world.hold(1, 3000, 0.0)
+    world.release(0.0)
+    assert world.sent == []
+    assert len(world.holding) == 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60_000), st.floats(0, 0.3)), min_size=1, max_size=60),
+    st.integers(1, 4),
+)
+def test_all_go_in_the_end_and_none_waits_for_more_than_what_came_before_and_its_equals(
+    requests: list[tuple[int, float]], replicas: int
+) -> None:
+    world = _World("abcd"[:replicas])
+    now_s = 0.0
+    arrived: dict[int, float] = {}
+    gone: dict[int, float] = {}
+    for key, (tokens, pause_s) in enumerate(requests, 1):
+        now_s += pause_s
+        arrived[key] = now_s
+        world.hold(key, tokens, now_s)
+    while len(gone) < len(requests):
+        world.release(now_s)
+        for key, _ in world.sent[len(gone) :]:
+            gone[key] = now_s
+        heads = [world.picture.loads.line[slot][0] for slot in range(replicas)
+                 if world.picture.loads.line[slot]]  # fmt: skip
+        assert heads or len(gone) == len(requests), "somebody waits, and nobody works"
+        if heads:
+            head = min(heads, key=lambda lease: world.picture.loads.head_end_s[lease.slot])
+            now_s = max(now_s, world.picture.loads.head_end_s[head.slot])
+            world.picture.prefill_ended(head, now_s)
+    # Ageing: a request yields only to work that arrived within its own prefill after it.
+    for key, (tokens, _) in enumerate(requests, 1):
+        latest_s = arrived[key] + limits.AGEING_WEIGHT * tokens / _RATE
+        before = sum(
+            size for other, (size, _) in enumerate(requests, 1) if arrived[other] <= latest_s
+        )
+        assert gone[key] <= max(latest_s, arrived[len(requests)]) + before / _RATE + 1.0
