@@ -63,6 +63,19 @@ async def test_who_comes_late_is_told_what_was() -> None:
         assert (seen.evicted, seen.cleared, seen.state().rebuilds) == ([], [], 0)
 
 
+async def test_each_rank_has_a_cache_of_its_own() -> None:
+    endpoint = Endpoint(replay_port=0)
+    async with simulator(kv_events=endpoint, dp_size=2) as engine, following() as seen:
+        ranks = [Followed(f"a/{rank}", engine.url, dp_rank=rank) for rank in (0, 1)]
+        seen.follower.follow([*ranks, Followed("a", engine.url)])
+        await seen.until(lambda: seen.fresh("a/0") and seen.fresh("a/1"))
+        body = {"model": "demo", "prompt": prompt("a", 10), "max_tokens": 2}
+        await engine.post("/v1/completions", body, {"X-data-parallel-rank": "1"})
+        await seen.until(lambda: seen.resident("a/1") == 10 * BLOCK)
+        assert seen.resident("a/0") == 0
+        assert seen.state("a").grade == "record"  # which of the two it would be, nobody says
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 async def test_a_reset_clears(dialect: str) -> None:
     async with followed(dialect=dialect) as (seen, engine):
@@ -92,8 +105,7 @@ async def test_a_sleep_that_the_manager_tells_of_clears_at_once_and_once() -> No
 async def test_an_engine_that_is_started_anew_is_empty(replay: bool) -> None:
     async with following() as seen:
         async with simulator(kv_events=Endpoint(replay_port=0)) as engine:
-            publisher = engine.process.server.publisher
-            assert publisher is not None
+            (publisher,) = engine.process.server.publishers
             replay_port = publisher.replay_port if replay else None
             where = Endpoint(port=publisher.port, replay_port=replay_port)
             await seen.follow(engine.url)
@@ -157,8 +169,7 @@ class Lossy:
     """Drops what an engine publishes while it is told to."""
 
     def __init__(self, engine: Simulated) -> None:
-        publisher = engine.process.server.publisher
-        assert publisher is not None
+        (publisher,) = engine.process.server.publishers
         self.publisher = publisher
         self.socket = publisher._publisher
         self.dropping = False
@@ -291,10 +302,9 @@ async def test_an_engine_without_events_is_judged_by_the_record() -> None:
 
 async def test_an_engine_that_does_not_say_is_found_as_configured() -> None:
     async with simulator(dialect="sglang", kv_events=Endpoint(replay_port=0)) as engine:
-        publisher = engine.process.server.publisher
-        assert publisher is not None
+        (publisher,) = engine.process.server.publishers
         where = KvSource(f"tcp://*:{publisher.port}", f"tcp://*:{publisher.replay_port}", "")
-        engine.process.server.publisher = None  # it says nothing of it
+        engine.process.server.publishers = []  # it says nothing of it
         async with following(configured=where) as seen:
             await seen.ask(engine.url, prompt("a", 10))
             await seen.follow(engine.url)
