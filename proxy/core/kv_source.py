@@ -42,6 +42,7 @@ class _Named(msgspec.Struct):
     endpoint_host: str | None = None
     replay_endpoint_port_base: int | None = None
     topic: str | None = None
+    dp_size: int = 1
 
 
 class _ServerInfo(msgspec.Struct):
@@ -77,7 +78,7 @@ def named_source(body: bytes, host: str, rank: int | None) -> KvSource | None:
         told = _info.decode(body).kv_events
     except msgspec.MsgspecError as error:
         raise ValueError(f"no server info: {error}") from None
-    if told is None:
+    if told is None or (rank is None and told.dp_size > 1):
         return None
     at = told.endpoint_host or ""
     at = f"[{at}]" if ":" in at and not at.startswith("[") else at or "*"

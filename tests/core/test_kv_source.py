@@ -50,6 +50,7 @@ def named(**fields: Any) -> bytes:
     ("body", "rank", "source"),
     [
         (named(), None, None),
+        (named(endpoint_port_base=5557, dp_size=2), None, None),  # several caches, and one name
         (named(endpoint_port_base=5557), None, KvSource("tcp://h:5557", "", "")),
         (
             named(endpoint_host="0.0.0.0", endpoint_port_base=5557, topic="t",
