@@ -1,14 +1,15 @@
 """What supervisor and worker say to each other, over one socket pair each.
 
-Down: who you are and how that changes, the fleet, a replica that answered its probe, drain, count.
-Up: ready, a replica that failed, counts. Frames of MessagePack behind a four-octet length; both
-ends are ours, of one version. A worker that loses its supervisor drains and ends, so that no port
-is held by an orphan.
+Down: who you are and how that changes, the fleet, a replica that answered its probe, what others
+have decided, drain, count. Up: ready, a replica that failed, what was decided, counts. Frames of
+MessagePack behind a four-octet length; both ends are ours, of one version. A worker that loses its
+supervisor drains and ends, so that no port is held by an orphan.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -63,12 +64,43 @@ class Drain(msgspec.Struct, tag=True, frozen=True):
 
     grace_s: float
     gentle: bool = False
+    stay: bool = False  # though nothing is left to finish: somebody still asks
     keep_port: bool = False  # go on taking connections: whoever sends them does not know yet
     # Gentle without the port: a successor has it, and who asks here hears that the port is ready.
 
 
 class Count(msgspec.Struct, tag=True, frozen=True):
     """Say what you have counted."""
+
+
+class Listen(msgspec.Struct, tag=True, frozen=True):
+    """Whether anybody wants to hear what you decide."""
+
+    on: bool
+
+
+class Whole(msgspec.Struct, tag=True, frozen=True):
+    """Somebody has missed something: tell all that is open."""
+
+
+class Heard(msgspec.Struct, tag=True, frozen=True):
+    """Notes of another; of the oldest of them, when it was written."""
+
+    origin: int
+    at_s: float
+    batch: bytes
+
+
+class Gone(msgspec.Struct, tag=True, frozen=True):
+    """There is no such origin any more: what it holds open is over."""
+
+    origin: int
+
+
+class Recite(msgspec.Struct, tag=True, frozen=True):
+    """Tell what is cached where, in pages of this transfer."""
+
+    transfer: int
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -86,15 +118,43 @@ class Doubt(msgspec.Struct, tag=True, frozen=True):
     replica_id: str
 
 
+class Noted(msgspec.Struct, tag=True, frozen=True):
+    """Notes of this worker; of the oldest of them, when it was written."""
+
+    at_s: float
+    batch: bytes
+
+
+class Page(msgspec.Struct, tag=True, frozen=True):
+    transfer: int
+    batch: bytes
+    last: bool
+
+
+class Garbled(msgspec.Struct, tag=True, frozen=True):
+    """What this origin says cannot be read."""
+
+    origin: int
+    reason: str
+
+
 class Counted(msgspec.Struct, tag=True, frozen=True):
     counters: list[Sample]
     gauges: list[Sample]
 
 
 Down = Start | Accept | Reconfigure | FleetIs | Cleared | Accused | Drain | Count
-Message = Down | Ready | Suspect | Doubt | Counted
+Sharing = Listen | Whole | Heard | Gone | Recite
+FromWorker = Noted | Page | Garbled
+Message = Down | Sharing | FromWorker | Ready | Suspect | Doubt | Counted
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def frame_of(message: Message) -> bytes:
+    """Return the octets of a message, for those who send it to many."""
+    octets = _encoder.encode(message)
+    return _LENGTH.pack(len(octets)) + octets
 
 
 class Channel:
@@ -112,9 +172,21 @@ class Channel:
 
     def send(self, message: Message) -> None:
         """Queue a message; a peer that does not read is found by its silence, not by blocking."""
+        self.send_frame(frame_of(message))
+
+    def send_frame(self, frame: bytes) -> None:
         if not self._writer.is_closing():
-            frame = _encoder.encode(message)
-            self._writer.write(_LENGTH.pack(len(frame)) + frame)
+            self._writer.write(frame)
+
+    async def drained(self) -> None:
+        """Wait until the other end has taken most of what waits, or is gone."""
+        with contextlib.suppress(ConnectionError):
+            await self._writer.drain()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What the other end has not taken yet."""
+        return self._writer.transport.get_write_buffer_size()
 
     async def receive(self) -> Message | None:
         """Return the next message, or None when the other end is gone."""
