@@ -64,6 +64,7 @@ class Worker:
         )
         plane.connections_max = min(plane.connections_max, _connections_possible())
         plane.bodies_bytes_max = _bodies_possible(start.config)
+        plane.noting.connect(self._channel)
         entrance = Entrance(plane, self._listeners)
         self._tasks.start("obey", self._obey(plane, entrance))
         await self._fleet_or_first_silence(plane)
@@ -77,6 +78,7 @@ class Worker:
         self._channel.send(control.Ready())
         await self._drain_asked.wait()
         await self._drain(plane, entrance)
+        plane.noting.close()
         await self._tasks.close()
         plane.upstreams.close()
         plane.access_log.close()
@@ -98,28 +100,40 @@ class Worker:
 
     async def _obey(self, plane: Plane, entrance: Entrance) -> None:
         async for message in self._channel:
-            match message:
-                case control.FleetIs(snapshot):
-                    plane.take_snapshot(snapshot)
-                case control.Cleared(replica_id):
-                    plane.clear(replica_id)
-                case control.Accused(replica_id):
-                    plane.accuse(replica_id)
-                case control.Count():
-                    gauges = plane.gauges(len(entrance))
-                    self._channel.send(control.Counted(plane.counters(), gauges))
-                case control.Accept():
-                    await self._accept(plane, entrance)
-                case control.Reconfigure(config):
-                    await self._reconfigure(plane, entrance, config)
-                case control.Drain():
-                    self._drain_order = message
-                    self._drain_asked.set()
-                case _:
-                    _log.error("the supervisor said %s", type(message).__name__)
+            await self._do(plane, entrance, message)
         if not self._drain_asked.is_set():
             _log.warning("the supervisor is gone; draining")
             self._drain_asked.set()
+
+    async def _do(self, plane: Plane, entrance: Entrance, message: control.Message) -> None:
+        match message:
+            case control.FleetIs(snapshot):
+                plane.take_snapshot(snapshot)
+            case control.Cleared(replica_id):
+                plane.clear(replica_id)
+            case control.Accused(replica_id):
+                plane.accuse(replica_id)
+            case control.Count():
+                gauges = plane.gauges(len(entrance))
+                self._channel.send(control.Counted(plane.counters(), gauges))
+            case control.Accept():
+                await self._accept(plane, entrance)
+            case control.Reconfigure(config):
+                await self._reconfigure(plane, entrance, config)
+            case (
+                control.Heard()
+                | control.Gone()
+                | control.Listen()
+                | control.Whole()
+                | control.Recite()
+            ):
+                plane.sharing.obey(self._channel, message)
+                await asyncio.sleep(0)  # between two batches others have their turn
+            case control.Drain():
+                self._drain_order = message
+                self._drain_asked.set()
+            case _:
+                _log.error("the supervisor said %s", type(message).__name__)
 
     async def _accept(self, plane: Plane, entrance: Entrance) -> None:
         """Take connections, or end: others would wait for ever at sockets that nobody serves."""
@@ -177,7 +191,7 @@ class Worker:
             if not order.gentle:
                 for connection in list(entrance.connections):
                     connection.drain()
-            over = not len(entrance) and not order.keep_port
+            over = not len(entrance) and not order.keep_port and not order.stay
             if over or loop.time() >= until_s:
                 break
             await asyncio.sleep(DRAIN_POLL_S)

@@ -32,6 +32,9 @@ from proxy.io.telemetry import OVERHEAD_BUCKETS, SECONDS_BUCKETS, Labels, Sample
 
 PREFIX = "doherty_"
 
+# Every worker knows of all that is queued, its own and the others'.
+_LARGEST = frozenset(("event_loop_lag_seconds", "replica_queued_tokens"))
+
 _HELP = {
     "requests": "Requests ended, by route, model, status and outcome",
     "request_duration_seconds": "From the head of a request to the end of its answer",
@@ -57,6 +60,15 @@ _HELP = {
     "tls_handshakes_failed": "TLS handshakes with clients that failed, by reason",
     "answers_without_usage": "Answers of 200 that reported no token counts",
     "request_bodies_bytes": "Request bodies held until their replica begins to answer",
+    "leases_of_others": "Leases that workers know of from other workers and proxies",
+    "notes_sent": "Decisions told to other workers and proxies",
+    "notes_heard": "Decisions that others have told; each worker counts its own hearing",
+    "notes_lost": "Decisions that were not told or could not be used, by reason",
+    "note_lag_seconds": "From a decision to its hearing by another worker",
+    "note_batches": "Batches of decisions that the supervisor passed on, by where they came from",
+    "note_batches_dropped": "Batches that somebody did not hear because he was behind",
+    "peers": "Other proxies that this one is linked with",
+    "peer_failures": "Links and attempts at links with other proxies that failed, by reason",
     "leases": "Leases held on replicas; as many as requests that one of them has",
     "access_log_dropped": "Access log lines that found no room",
     "event_loop_lag_seconds": "Longest lateness of the workers' timers since the last reading",
@@ -99,12 +111,12 @@ class _Families(Collector):
 
 
 def sum_samples(samples: Iterable[Sample]) -> list[Sample]:
-    """Add up the series of several workers; the lag is the longest, not the sum."""
+    """Add up the series of several workers; of some the largest counts, not the sum."""
     values: dict[tuple[str, Labels], float] = defaultdict(float)
     buckets: dict[tuple[str, Labels], list[int]] = {}
     for sample in samples:
         key = (sample.name, sample.labels)
-        if sample.name == "event_loop_lag_seconds":
+        if sample.name in _LARGEST:
             values[key] = max(values[key], sample.value)
             continue
         values[key] += sample.value

@@ -23,6 +23,7 @@ from proxy.core.picture import Picture
 from proxy.core.policy import POLICIES, Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
 from proxy.core.replica import Replica
+from proxy.core.responses import Responses
 from proxy.core.routes import Route, model_of_path
 from proxy.core.usage import Usage
 from proxy.errors import (
@@ -39,6 +40,8 @@ from proxy.errors import (
 )
 from proxy.io.access_log import AccessLog
 from proxy.io.clock import Clock
+from proxy.io.noting import Noting
+from proxy.io.sharing import Sharing
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample, Telemetry
 from proxy.io.upstreams import Upstreams
@@ -62,6 +65,10 @@ class Plane:
         self.telemetry = Telemetry()
         self.access_log = access_log
         self.picture = Picture(clock.draw)
+        self._leases: dict[int, Lease] = {}  # those held, by id
+        self.responses = Responses()
+        self.noting = Noting(clock, self.picture, self._leases)
+        self.sharing = Sharing(self.picture, self.responses, self.noting, clock, tasks)
         self.preambles: HeadMemory[Preamble] = HeadMemory(read_preamble)
         self.policy = POLICIES[config.policy]
         self.upstreams = Upstreams(
@@ -76,7 +83,6 @@ class Plane:
         self.draining = False
         self.relieved = False  # while draining: a successor serves the port, so it is ready
         self.exchanges_open = 0
-        self.leases_open = 0
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
         self.bodies_bytes = 0  # request bodies held
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
@@ -107,6 +113,7 @@ class Plane:
         self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot))
         self.fleet_known = True
         self.picture.know(self.fleet.replicas.values(), self.clock.now_s())
+        self.sharing.hearsay.know(self.picture.slots)
         servers = self.fleet.servers
         present = frozenset(servers)
         for gone in {r.replica_id for r in before.values()} - present:
@@ -164,12 +171,15 @@ class Plane:
         leaving = self.draining and not self.relieved
         return not leaving and any(r.available for r in self.fleet.replicas.values())
 
+    @property
+    def leases_open(self) -> int:
+        return len(self._leases)
+
     # --- the load ----------------------------------------------------------------------------
 
     def acquire(self, decision: Decision, request: Request) -> Lease:
         """Count a request that goes out now."""
-        self.leases_open += 1
-        return self.picture.acquire(
+        lease = self.picture.acquire(
             decision.replica,
             request.chain,
             cached_octets=decision.cached_octets,
@@ -178,14 +188,33 @@ class Plane:
             weight=request.weight,
             known=decision.known,
         )
+        self._leases[lease.lease_id] = lease
+        if self.noting.on:
+            self.noting.dispatched(lease, request.chain)
+        return lease
+
+    def prefill_ended(self, lease: Lease, now_s: float) -> None:
+        """The first octet of the answer has come. Harmless when repeated."""
+        if lease.pending:
+            self.picture.prefill_ended(lease, now_s)
+            if self.noting.on:
+                self.noting.prefill_ended(lease)
 
     def release(self, lease: Lease, usage: Usage | None, first_octet_s: float) -> None:
         """It is over. Exactly once for each lease."""
-        self.leases_open -= 1
+        del self._leases[lease.lease_id]
         now_s = self.clock.now_s()
         if usage is not None and first_octet_s and lease.streamed:
             self.picture.loads.decoded(lease.slot, usage.completion_tokens, now_s - first_octet_s)
         self.picture.release(lease, now_s, usage)
+        if self.noting.on:
+            self.noting.released(lease, usage)
+
+    def stored(self, response_key: int, replica_name: str) -> None:
+        """A replica keeps an answer that later requests may go on from."""
+        self.responses.remember(response_key, replica_name)
+        if self.noting.on:
+            self.noting.stored(response_key, replica_name)
 
     # --- answers of our own ------------------------------------------------------------------
 
@@ -310,7 +339,7 @@ class Plane:
 
     def counters(self) -> list[Sample]:
         dropped = Sample("access_log_dropped_total", (), self.access_log.dropped_total)
-        return [*self.telemetry.samples(), dropped]
+        return [*self.telemetry.samples(), *self.sharing.counters(), dropped]
 
     def gauges(self, connections_open: int) -> list[Sample]:
         busy = self.upstreams.open_count - self.upstreams.idle_count
@@ -323,6 +352,7 @@ class Plane:
             Sample("leases", (), self.leases_open),
             Sample("prefix_index_entries", (), self.picture.index.entries()),
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
+            *self.sharing.gauges(),
         ]
         for replica_id, server in self.fleet.servers.items():
             inflight, queued_tokens = self._load_of(replica_id)
@@ -335,11 +365,12 @@ class Plane:
         return out
 
     def _load_of(self, replica_id: str) -> tuple[int, int]:
-        """Return the requests and queued tokens of a server, in all of its ranks."""
+        """Return our requests and all queued tokens of a server, in all of its ranks."""
         loads, names = self.picture.loads, self.fleet.names_of(replica_id)
         slots = [self.picture.slots[name] for name in names]
         return (
-            sum([loads.inflight[slot] for slot in slots]),
+            sum([loads.inflight[slot] for slot in slots])
+            - sum([self.sharing.hearsay.inflight.get(name, 0) for name in names]),
             sum([loads.queued_tokens(slot) for slot in slots]),
         )
 
