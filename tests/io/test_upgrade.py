@@ -403,6 +403,22 @@ async def test_many_sockets_go_over_in_order_and_only_to_those_who_may(
         got.close()
 
 
+async def test_a_successor_that_knows_nothing_of_links_takes_over_as_well() -> None:
+    have = Listeners(open_listeners("127.0.0.1", 0, 1), [])
+    links: list[socket.socket | None] = []
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    handing = asyncio.ensure_future(takeover.hand_over(ours, have, links.append))
+    got = await asyncio.to_thread(takeover.Predecessor(theirs).receive)
+    theirs.setblocking(True)
+    theirs.send(takeover.READY)
+    assert await handing
+    assert theirs.recv(99) == takeover.LEFT
+    assert links == [None]
+    theirs.close()
+    have.close()
+    got.close()
+
+
 async def test_one_that_comes_and_says_nothing_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
