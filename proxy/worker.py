@@ -128,7 +128,8 @@ class Worker:
                 | control.Recite()
             ):
                 plane.sharing.obey(self._channel, message)
-                await asyncio.sleep(0)  # between two batches others have their turn
+                if self._channel.has_more:
+                    await asyncio.sleep(0)  # between two batches others have their turn
             case control.Drain():
                 self._drain_order = message
                 self._drain_asked.set()

@@ -22,6 +22,7 @@ from proxy.io.telemetry import Sample
 
 _LENGTH = struct.Struct("!I")
 FRAME_BYTES_MAX = 64 * 1024 * 1024
+_READ_BYTES = 256 * 1024
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
@@ -163,6 +164,8 @@ class Channel:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
+        self._held = bytearray()  # what was read, taken as far as `_at`: many frames at a time
+        self._at = 0
 
     @classmethod
     async def open(cls, end: socket.socket) -> Channel:
@@ -190,17 +193,33 @@ class Channel:
 
     async def receive(self) -> Message | None:
         """Return the next message, or None when the other end is gone."""
-        try:
-            (size,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
-            if size > FRAME_BYTES_MAX:
+        while True:
+            if len(self._held) >= self._at + _LENGTH.size:
+                (size,) = _LENGTH.unpack_from(self._held, self._at)
+                if size > FRAME_BYTES_MAX:
+                    return None
+                begin = self._at + _LENGTH.size
+                if len(self._held) >= begin + size:
+                    self._at = begin + size
+                    return _decoder.decode(self._held[begin : self._at])
+            try:
+                piece = await self._reader.read(_READ_BYTES)
+            except ConnectionError:
                 return None
-            return _decoder.decode(await self._reader.readexactly(size))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return None
+            if not piece:
+                return None
+            del self._held[: self._at]
+            self._held += piece
+            self._at = 0
 
     async def __aiter__(self) -> AsyncIterator[Message]:
         while (message := await self.receive()) is not None:
             yield message
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the next message has been read already, at least its beginning."""
+        return len(self._held) > self._at
 
     def close(self) -> None:
         self._writer.close()
