@@ -128,7 +128,10 @@ class Hearsay:
         if len(table) >= limits.FOREIGN_LEASES_MAX:
             self.full_total += 1
             return
-        self._picture.loads.join(lease, now_s, prefill_ended=said.prefill_ended)
+        self._picture.loads.acquire(lease, now_s)
+        if said.prefill_ended:
+            self._picture.loads.prefill_ended(lease, now_s)
+            lease.head_s = -1.0  # we have not seen how long it took
         self._keep(table, lease)
 
     def _of_engine(self, note: Note) -> None:

@@ -209,18 +209,6 @@ class Loads:
             self.pending_tokens[slot] += lease.prefill_tokens
         self._reprice(slot)
 
-    def join(self, lease: Lease, now_s: float, *, prefill_ended: bool) -> None:
-        """Count a request that others sent, some time ago."""
-        if not prefill_ended:
-            self.acquire(lease, now_s)
-            return
-        slot = lease.slot
-        lease.started_s = now_s
-        self.inflight[slot] += 1
-        self.held_tokens[slot] += lease.prompt_tokens
-        self._start_decoding(lease)
-        self._reprice(slot)
-
     def prefill_ended(self, lease: Lease, now_s: float) -> None:
         """The first octet came back: the prompt has been computed. Harmless when repeated."""
         if not lease.pending or lease.released:
