@@ -151,7 +151,7 @@ class Hearsay:
             if self._slot(note.replica_key) >= 0:
                 self.states[self._names[note.replica_key]] = note
         elif isinstance(note, notes.Response) and self._slot(note.replica_key) >= 0:
-            self._responses.remember(note.response_key, self._names[note.replica_key])
+            self._responses.stored(note.response_key, self._names[note.replica_key])
 
     def _load(self, key: int, hashes: Sequence[int], sizes: Sequence[int]) -> None:
         slot = self._slot(key)

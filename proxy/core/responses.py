@@ -19,7 +19,7 @@ class Responses:
     def __init__(self) -> None:
         self._places: dict[int, str] = {}
 
-    def remember(self, response_key: int, replica_name: str) -> None:
+    def stored(self, response_key: int, replica_name: str) -> None:
         self._places.pop(response_key, None)
         self._places[response_key] = replica_name
         if len(self._places) > limits.RESPONSES_MAX:

@@ -212,7 +212,7 @@ class Plane:
 
     def stored(self, response_key: int, replica_name: str) -> None:
         """A replica keeps an answer that later requests may go on from."""
-        self.responses.remember(response_key, replica_name)
+        self.responses.stored(response_key, replica_name)
         if self.noting.on:
             self.noting.stored(response_key, replica_name)
 
