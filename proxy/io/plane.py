@@ -210,7 +210,7 @@ class Plane:
         if self.noting.on:
             self.noting.released(lease, usage)
 
-    def stored(self, response_key: int, replica_name: str) -> None:
+    def remember_response(self, response_key: int, replica_name: str) -> None:
         """A replica keeps an answer that later requests may go on from."""
         self.responses.stored(response_key, replica_name)
         if self.noting.on:

@@ -175,7 +175,7 @@ async def test_what_is_cached_where_is_told_in_pages(make_bench: type[Bench]) ->
     filled(plane, "a", 2500)
     filled(plane, "b", 3)
     for n in range(1500):
-        plane.stored(n, "a")
+        plane.remember_response(n, "a")
     responses = Responses()
     other = Hearsay(plane.picture, responses)
     other.know("abc")
