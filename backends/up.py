@@ -46,7 +46,7 @@ RECONNECT_S = 0.5
 HURRY_S_MAX = 10.0
 LOG_CHECK_INTERVAL_S = 30.0
 STOP_MARGIN_S = 10.0  # beyond the grace that a service grants its own work
-SECRETS = ("api_key", "admin_api_key")
+SECRETS = ("api_key", "admin_api_key", "peer_key")
 SOCKET_PATH_BYTES_MAX = 90  # 107 (unix(7)), less what the proxy adds until it has its name
 ACCESS_LOG_NAME = "access.log"
 

@@ -141,6 +141,27 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     expose_routing: Annotated[
         bool, Meta(description="name the replica and the decision in response headers")
     ] = False
+    region: Annotated[
+        Name, Meta(description="region of this proxy, where it is not the one of the whole file")
+    ] = "local"
+    peer_listen: Annotated[
+        Path | None,
+        Meta(
+            description="HOST:PORT or unix:PATH where the other proxies of the region link to this "
+            "one, to share what they decide"
+        ),
+    ] = None
+    peers: Annotated[
+        tuple[Path, ...],
+        Meta(
+            description="addresses at which the other proxies of the region listen for peers; "
+            "this one's own may be among them"
+        ),
+    ] = ()
+    peer_key: Annotated[
+        Key | None,
+        Meta(description="secret that all proxies of the region know, and by which links are kept"),
+    ] = None
     upgrade_socket: Annotated[
         Path | None,
         Meta(description="unix socket by which a new proxy may take over (see --takeover)"),

@@ -33,7 +33,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, tuple):
-            options |= {"nargs": "*", "metavar": "URL"}
+            metavar = "URL" if name.endswith("urls") else "ADDRESS"
+            options |= {"nargs": "*", "metavar": metavar}
         else:
             options["metavar"] = name.rsplit("_", 1)[-1].upper()
         options["help"] = options["help"].replace("%", "%%")
@@ -55,8 +56,11 @@ class Invocation(msgspec.Struct, frozen=True):
         Raises `proxy.config.ConfigError`.
         """
         config = load_config(self.path) if self.path else Config()
+        from_file = config.proxy
+        if from_file.region == ProxyConfig().region:
+            from_file = msgspec.structs.replace(from_file, region=config.region)
         from_environment = override(
-            config.proxy, environment_values(self.environment), ENVIRONMENT_PREFIX + "{env}"
+            from_file, environment_values(self.environment), ENVIRONMENT_PREFIX + "{env}"
         )
         return override(from_environment, self.given, "--{flag}")
 

@@ -16,6 +16,7 @@ from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot
 from proxy.io import control
 from proxy.io.admin import sum_samples
+from proxy.io.hub import Hub
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 
@@ -43,6 +44,7 @@ class Place:
         self.channel: control.Channel | None = None
         self.ready = False
         self.failed_starts = 0
+        self.origin = 0  # of its notes; another for each process
         self.counters: list[Sample] = []
         self.gauges: list[Sample] = []
         self.lag_s_max = 0.0  # longest lateness of its timers that nobody has been told yet
@@ -56,13 +58,18 @@ class Places:
         self,
         hands: Sequence[Sequence[socket.socket]],
         tasks: Tasks,
+        hub: Hub,
         *,
         on_message: Callable[[control.Message], None],
         on_failure: Callable[[str], None],
     ) -> None:
-        """Each place gets one hand of sockets. `on_failure` hears why no worker can serve."""
+        """Each place gets one hand of sockets. `hub` passes on what workers tell each other.
+
+        `on_failure` hears why no worker can serve.
+        """
         self._places = [Place(index, hand) for index, hand in enumerate(hands)]
         self._tasks = tasks
+        self._hub = hub
         self._on_message = on_message
         self._on_failure = on_failure
         self._config = ProxyConfig()
@@ -145,6 +152,7 @@ class Places:
         place.channel = channel = await control.Channel.open(ours)
         try:
             self._greet(channel)
+            place.origin = self._hub.join(channel)
             async for message in channel:
                 self._hear(place, message)
         except msgspec.MsgspecError as error:
@@ -153,6 +161,7 @@ class Places:
         finally:
             place.ready = False
             place.channel = None
+            self._hub.leave(place.origin)
             channel.close()
             self._departed = sum_samples([*self._departed, *place.counters])
             place.counters, place.gauges = [], []
@@ -170,6 +179,8 @@ class Places:
 
     def _hear(self, place: Place, message: control.Message) -> None:
         match message:
+            case control.Noted() | control.Page() | control.Garbled():
+                self._hub.hear(place.origin, message)
             case control.Ready():
                 place.ready = True
                 place.failed_starts = 0

@@ -26,12 +26,15 @@ from aiohttp import web
 from proxy import settings, takeover, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
+from proxy.core.peer_wire import parse_address
 from proxy.core.replica import replica_of
 from proxy.flags import Invocation
 from proxy.io import control
 from proxy.io.admin import make_app
 from proxy.io.entrance import LISTEN_BACKLOG
+from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
+from proxy.io.peers import Peers
 from proxy.io.registry import check_urls
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
@@ -44,6 +47,7 @@ _log = logging.getLogger("doherty.proxy")
 
 WATCH_INTERVAL_S = 1.0
 SUCCESSOR_END_TIMEOUT_S = 5.0  # one that failed cleans up; that is more than it needs
+TELL_TIMEOUT_S = 2.0  # what is cached where, to a successor; that is a few megabytes at most
 END_MARGIN_S = 2.0  # beyond the grace that workers were given
 
 
@@ -62,9 +66,12 @@ class Supervisor:
         self._listeners = listeners
         self._predecessor = predecessor
         self._tasks = Tasks()
+        self.hub = Hub()
+        self._peers = Peers(self._tasks, self.hub)
         self._places = Places(
             deal(listeners.public, config.workers),
             self._tasks,
+            self.hub,
             on_message=self._hear,
             on_failure=self._fail,
         )
@@ -84,6 +91,7 @@ class Supervisor:
         self._terminal = has_terminal()
         self._draining = False
         self._relieved = False  # a successor serves
+        self._linked_successor = False  # and hears what runs here until it ends
         self._successor: asyncio.subprocess.Process | None = None
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -104,6 +112,8 @@ class Supervisor:
                 self._places.accepting = False
                 self._tasks.start("takeover", self._take_over(self._predecessor))
             self._places.start(self._config)
+            self._tasks.start("hub", self.hub.run())
+            self._peers.start(self._config, listen=self._predecessor is None)
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
             await self._drain()
@@ -176,6 +186,7 @@ class Supervisor:
         self._fleet_at_s = time.monotonic()
         self._lookout.prober.know({r.replica_id: r.url for r in snapshot.replicas})
         self._places.tell(control.FleetIs(snapshot))
+        self.hub.know_fleet()
 
     def _usable(self, snapshot: FleetSnapshot) -> FleetSnapshot:
         """Leave out records that nobody can connect to, so that one cannot spoil the rest."""
@@ -213,6 +224,9 @@ class Supervisor:
 
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         counters, gauges = await self._places.samples()
+        told, linked = self.hub.samples()
+        counters += [*told, *self._peers.samples()]
+        gauges += linked
         age_s = time.monotonic() - self._fleet_at_s
         return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
 
@@ -252,6 +266,7 @@ class Supervisor:
         set_up_logging(self._config.log_level)
         if change.changed or tls.files(self._config):
             self._lookout.look(self._config)
+        self._peers.reconfigure(self._config)
         if change.changed or tls.files(self._config) or ordered:
             self._places.tell(control.Reconfigure(self._config))
             _log.info("reloaded; changed: %s", ", ".join(change.changed) or "nothing")
@@ -264,7 +279,10 @@ class Supervisor:
             listener.listen(LISTEN_BACKLOG)
         self._places.tell(control.Accept())
         self._say_where()
-        if await predecessor.relieve():
+        left, link = await predecessor.relieve()
+        self._peers.adopt(link, dialled=True)
+        self._peers.start_listening(self._config)
+        if left:
             _log.info("took over from the proxy that ran before")
         else:
             _log.warning("the proxy that ran before did not say that it leaves")
@@ -288,7 +306,12 @@ class Supervisor:
             self._door.close()
             self._door = None
 
-    def _leave(self) -> None:
+    def _leave(self, link: socket.socket | None) -> None:
+        self._peers.stop_listening()
+        if link is not None:
+            self._linked_successor = True
+            self.hub.told.clear()
+            self._peers.adopt(link, dialled=False)
         self._relieved = self._draining = True
         self._stop.set()
 
@@ -337,6 +360,7 @@ class Supervisor:
             for site in list(self._admin.sites):
                 await site.stop()
             grace_s = self._config.upgrade_grace_period_secs
+            await self._tell_successor(grace_s)
             if await self._ended(control.Drain(grace_s, gentle=True)):
                 return
             self._hurry.clear()
@@ -351,6 +375,13 @@ class Supervisor:
                 await asyncio.wait_for(self._hurry.wait(), settle_s)
         _log.info("draining")
         await self._ended(control.Drain(grace_s))
+
+    async def _tell_successor(self, grace_s: float) -> None:
+        """Idle workers, too, stay until they have told what is cached where."""
+        if self._linked_successor:
+            self._places.drain(control.Drain(grace_s, gentle=True, stay=True))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.hub.told.wait(), TELL_TIMEOUT_S)
 
     async def _ended(self, order: control.Drain) -> bool:
         """Give the order; return whether the workers have ended before anybody is in a hurry."""
@@ -376,6 +407,8 @@ async def _end_of(successor: asyncio.subprocess.Process) -> int:
 def check_source(config: ProxyConfig) -> None:
     """Raise `StartError` or `ValueError` when it is not plain where the fleet is known from."""
     check_urls(config.worker_urls)
+    for address in (*config.peers, *filter(None, (config.peer_listen,))):
+        parse_address(address)
     if not config.worker_urls and not config.manager_url:
         raise StartError(
             "the replica list is empty: pass --worker-urls http://HOST:PORT … or --manager-url"

@@ -3,7 +3,8 @@
     new → old   connects (or was started with the other end of a socket pair)
     old → new   every listening socket (SCM_RIGHTS, unix(7)), in a few messages, then an empty one
     new         starts its workers; they get ready and take nothing yet
-    new → old   READY, and lets its workers take connections
+    new → old   READY, with one end of a link between the two (`proxy.io.peers`), and lets its
+                workers take connections
     old → new   LEFT: it accepts no more, and finishes what it has
 
 A side that goes away before READY changes nothing: the old one goes on as if nobody had come, and
@@ -110,16 +111,21 @@ class Predecessor:
                 listener = socket.socket(fileno=fd)
                 (listeners.admin if kind == ADMIN else listeners.public).append(listener)
 
-    async def relieve(self) -> bool:
-        """Tell it to leave; return whether it said that it does."""
+    async def relieve(self) -> tuple[bool, socket.socket]:
+        """Tell it to leave; return whether it said that it does, and our end of a link to it.
+
+        One that knows nothing of links lets the other end go.
+        """
         loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._end.setblocking(False)
         try:
+            with theirs:
+                socket.send_fds(self._end, [READY], [theirs.fileno()])
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                await loop.sock_sendall(self._end, READY)
-                return await loop.sock_recv(self._end, MESSAGE_BYTES_MAX) == LEFT
+                return await loop.sock_recv(self._end, MESSAGE_BYTES_MAX) == LEFT, ours
         except OSError:  # a timeout is one
-            return False
+            return False, ours
         finally:
             self._end.close()
 
@@ -133,8 +139,12 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     return found
 
 
-async def hand_over(end: socket.socket, listeners: Listeners, leave: Callable[[], None]) -> bool:
-    """Serve one successor; call `leave` once it is ready. Return whether it was, in time."""
+Leave = Callable[[socket.socket | None], None]
+
+
+async def hand_over(end: socket.socket, listeners: Listeners, leave: Leave) -> bool:
+    """Serve one successor; call `leave` once it is ready, with our end of a link to it, if it
+    sent one. Return whether it was, in time."""
     loop = asyncio.get_running_loop()
     end.setblocking(False)
     with end:
@@ -143,17 +153,36 @@ async def hand_over(end: socket.socket, listeners: Listeners, leave: Callable[[]
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await _send(end, listeners)
-                if await loop.sock_recv(end, MESSAGE_BYTES_MAX) != READY:
+                ready, link = await _receive_ready(end)
+                if not ready:
                     return False
         except TimeoutError:
             _log.error("who wanted to take over was not ready within %g s", READY_TIMEOUT_S)
             return False
         except OSError:
             return False
-        leave()
+        leave(link)
         with contextlib.suppress(OSError):
             await loop.sock_sendall(end, LEFT)
         return True
+
+
+async def _receive_ready(end: socket.socket) -> tuple[bool, socket.socket | None]:
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(end, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(end)
+    message, fds, _, _ = socket.recv_fds(end, MESSAGE_BYTES_MAX, 1)
+    link = socket.socket(fileno=fds[0]) if fds else None
+    if link is not None:
+        link.set_inheritable(False)
+        if message != READY:
+            link.close()
+            link = None
+    return message == READY, link
 
 
 async def _send(end: socket.socket, listeners: Listeners) -> None:

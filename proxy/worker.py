@@ -65,6 +65,7 @@ class Worker:
         )
         plane.connections_max = min(plane.connections_max, _connections_possible())
         plane.bodies_bytes_max = _bodies_possible(start.config)
+        plane.noting.connect(self._channel)
         entrance = Entrance(plane, self._listeners)
         self._tasks.start("obey", self._obey(plane, entrance))
         await self._fleet_or_first_silence(plane)
@@ -78,6 +79,7 @@ class Worker:
         self._channel.send(control.Ready())
         await self._drain_asked.wait()
         await self._drain(plane, entrance)
+        plane.noting.close()
         await self._tasks.close()
         plane.upstreams.close()
         plane.access_log.close()
@@ -112,16 +114,23 @@ class Worker:
                 plane.clear(replica_id)
             case control.Accused(replica_id):
                 plane.accuse(replica_id)
-            case control.Count():
-                gauges = plane.gauges(len(entrance))
-                self._channel.send(control.Counted(plane.counters(), gauges))
-            case control.Explain(number, path, fields, body):
-                status, shown = explain(plane, path, fields, body)
-                self._channel.send(control.Explained(number, status, shown))
+            case control.Count() | control.Explain():
+                self._channel.send(_answer(plane, entrance, message))
             case control.Accept():
                 await self._accept(plane, entrance)
             case control.Reconfigure(config):
                 await self._reconfigure(plane, entrance, config)
+            case (
+                control.Heard()
+                | control.Gone()
+                | control.Listen()
+                | control.Whole()
+                | control.Recite()
+            ):
+                plane.sharing.obey(self._channel, message)
+                plane.work_done()  # by others
+                if self._channel.has_more:
+                    await asyncio.sleep(0)  # between two batches others have their turn
             case control.Drain():
                 self._drain_order = message
                 self._drain_asked.set()
@@ -184,7 +193,7 @@ class Worker:
             if not order.gentle:
                 for connection in list(entrance.connections):
                     connection.drain()
-            over = not len(entrance) and not order.keep_port
+            over = not len(entrance) and not order.keep_port and not order.stay
             if over or loop.time() >= until_s:
                 break
             await asyncio.sleep(DRAIN_POLL_S)
@@ -192,6 +201,16 @@ class Worker:
             _log.warning("grace is over; cutting %d connections", len(entrance))
         entrance.close()
         entrance.kill()
+
+
+def _answer(
+    plane: Plane, entrance: Entrance, asked: control.Count | control.Explain
+) -> control.Message:
+    match asked:
+        case control.Count():
+            return control.Counted(plane.counters(), plane.gauges(len(entrance)))
+        case control.Explain(number, path, fields, body):
+            return control.Explained(number, *explain(plane, path, fields, body))
 
 
 def _connections_possible() -> int:

@@ -156,6 +156,11 @@ class Index:
                 return Sighting(chain.ends[depth], 1.0 + since / shelf.capacity_octets)
         return None
 
+    def count(self, slot: int) -> int:
+        """Return how many entries `dump` would yield."""
+        shelf = self._shelves.get(slot)
+        return len(shelf.live) if shelf is not None else 0
+
     def dump(self, slot: int) -> Iterator[tuple[int, int]]:
         """Yield what a replica is believed to hold, least recently used first, with its octets."""
         shelf = self._shelves.get(slot)

@@ -224,6 +224,79 @@ RESPONSE_ID_SEARCH_BYTES_MAX = 2 * KIB
 # A worker explains between requests: a body of this size holds them up for some ten milliseconds.
 EXPLAINED_BYTES_MAX = 8 * MIB
 
+# --- what engines tell of their caches --------------------------------------------------------
+# A step of 8,192 tokens is 60 KB of batch; a whole prompt of a million tokens, at once, 10 MB.
+KV_BATCH_BYTES_MAX = 16 * MIB
+# A million tokens in blocks of 16 are 2^16 blocks. SGLang may make an event of each, so as many
+# events; twice that, because what they displaced is told in the same batch.
+KV_EVENT_BLOCKS_MAX = 1 << 17
+KV_BATCH_EVENTS_MAX = 1 << 17
+# Of one engine: 16 million tokens in blocks of 16, the KV cache of a card and of its host. 110 MB.
+KV_BLOCKS_MAX = 1 << 20
+# Of all engines that one proxy follows: sixty with a million tokens each. 450 MB.
+KV_BLOCKS_TOTAL_MAX = 1 << 22
+# The steps that are looked through for where a prompt went. An engine that writes 10,000 tokens a
+# second fills 600 blocks a second besides its prefills: half a minute.
+KV_GROWTHS_MAX = 1 << 14
+# Chain hashes whose blocks are known, of one engine: as many as the record of what was sent has.
+KV_POINTS_MAX = 1 << 17
+# And of all engines that one proxy follows: a point for each eight blocks. 240 MB.
+KV_POINTS_TOTAL_MAX = KV_BLOCKS_TOTAL_MAX // 8
+# Requests that have begun and not ended, and those that ended and wait for their events.
+KV_OPEN_MAX = 1 << 16
+# A worker says when it sent a request, and an engine's events come when they come: what happened
+# up to this long before what the clock says may still be of the request.
+KV_EARLY_S = 0.05
+# Events arrive 1 ms after their step with vLLM, up to 58 ms with SGLang (measured), and a busy
+# supervisor reads them later.
+KV_LATE_S = 0.25
+# From the event of a prefill's end to its first token: a detokenizer, an HTTP server and a network,
+# none of which is a second behind, or clients would complain.
+KV_FIRST_TOKEN_S = 1.0
+
+# --- sharing decisions ------------------------------------------------------------------------
+# Notes are collected for so long before they are sent: shorter than any prefill, so that a burst
+# over all workers sees itself, and long enough that a busy worker sends one batch for many.
+NOTES_FLUSH_S = 0.0015
+# What is collected before that goes at once: a hundred dispatches, or one page of a digest.
+NOTES_BATCH_BYTES_MAX = 32 * KIB
+# Octets that may wait at one reader of notes, a worker or a peer. A second of the notes of 5,000
+# requests/s; whoever is further behind gets what is open, later, in place of how it came to be.
+NOTES_WAITING_BYTES_MAX = 2 * MIB
+# What is open is told in full so often, if anything has changed: what a lost note spoils is wrong
+# for no longer. It is about 30 octets for each request in flight.
+NOTES_WHOLE_S = 2.0
+NOTE_POINTS_MAX = 32
+NOTE_HASHES_MAX = 1024
+NOTE_LEASES_MAX = 512
+# No prompt has more; no class weighs more. Beyond them a note is broken, and would spoil the sums.
+NOTE_TOKENS_MAX = 1 << 26
+NOTE_WEIGHT_MAX = 1000.0
+# Workers of this and of other proxies whose notes are heard, and the leases of each: twice what a
+# worker holds at the default of --max-concurrent-requests. Some 300 octets a lease.
+ORIGINS_MAX = 1024
+FOREIGN_LEASES_MAX = 16_384
+# One frame between two proxies: the largest batch, which may have grown by its last note.
+PEER_FRAME_BYTES_MAX = 256 * KIB
+# A frame before the other one has shown who it is.
+PEER_HELLO_BYTES_MAX = 1 * KIB
+PEER_LINKS_MAX = 64
+PEER_HANDSHAKE_TIMEOUT_S = 5.0
+# Each side says something so often, and is taken for gone when it was not heard for so long: three
+# beats lost, and some time for a machine that is busy.
+PEER_BEAT_S = 1.0
+PEER_SILENCE_S = 5.0
+PEER_PAUSE_FIRST_S = 0.1
+PEER_PAUSE_MAX_S = 5.0
+# What is cached where, told to one who has just started: 1.4 million entries, as many as twenty
+# replicas of a million tokens have, in pages that hold up neither side for a millisecond.
+DIGEST_BYTES_MAX = 16 * MIB
+DIGEST_PAUSE_S = 0.002
+# One for each worker that has just started, and one for each peer.
+DIGESTS_MAX = 320
+# Stored answers whose replica is remembered: an hour of 18 a second, at some 150 octets each.
+RESPONSES_MAX = 1 << 16
+
 # --- telemetry ------------------------------------------------------------------------------
 REQUEST_SERIES_MAX = 256  # (route, model) pairs in metrics; further models count as "other"
 ACCESS_LOG_LINES_MAX = 65_536  # lines that wait for the writer; more are dropped and counted
@@ -233,3 +306,6 @@ PATH_LOGGED_BYTES_MAX = 256
 assert HEAD_BYTES_MAX > TARGET_BYTES_MAX
 assert WRITE_HIGH_WATER_BYTES >= RESPONSE_HEAD_BYTES_MAX
 assert UPSTREAM_IDLE_WORTH_S < UPSTREAM_IDLE_S_MAX < 5.0
+assert NOTES_WHOLE_S < PEER_SILENCE_S
+assert PEER_BEAT_S * 3 < PEER_SILENCE_S
+assert NOTES_BATCH_BYTES_MAX + 32 * max(NOTE_HASHES_MAX, NOTE_LEASES_MAX) < PEER_FRAME_BYTES_MAX

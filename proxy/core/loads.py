@@ -397,9 +397,7 @@ class Loads:
         self.tight.discard(slot)
 
     def shortage_s(self, slot: int, prompt_tokens: int) -> float:
-        """Return how long a prompt waits for KV space: a whole cache of it comes free in a request's
-        time.
-        """
+        """Return how long a prompt waits for KV space: all of it comes free in a request's time."""
         short = prompt_tokens - self.free_tokens[slot]
         if slot not in self.tight or short <= 0:
             return 0.0

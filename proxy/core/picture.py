@@ -92,6 +92,11 @@ class Picture:
                 self._reconcile(slot, replica.load, now_s)
         self._seats.clear()
 
+    @property
+    def last_lease_id(self) -> int:
+        """The id given last; they count up, and around."""
+        return self._lease_id
+
     def name_of(self, slot: int) -> str:
         return self._names[slot]
 

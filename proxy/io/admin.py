@@ -32,10 +32,11 @@ from proxy.io.telemetry import OVERHEAD_BUCKETS, SECONDS_BUCKETS, Labels, Sample
 
 PREFIX = "doherty_"
 
-# What each worker believes of the same thing: the sum of beliefs is none.
+# What each worker believes of the same thing, its own and the others' decisions in it: no sum.
 _LARGEST = frozenset(
     (
         "event_loop_lag_seconds",
+        "replica_queued_tokens",
         "replica_wait_seconds",
         "replica_decoding",
         "replica_prefill_tokens_per_second",
@@ -74,6 +75,15 @@ _HELP = {
     "request_bodies_bytes": "Request bodies held until their replica begins to answer",
     "queue_depth": "Requests that wait for a replica",
     "queue_wait_seconds": "How long requests waited for a replica, of those that had to",
+    "leases_of_others": "Leases that workers know of from other workers and proxies",
+    "notes_sent": "Decisions told to other workers and proxies",
+    "notes_heard": "Decisions that others have told; each worker counts its own hearing",
+    "notes_lost": "Decisions that were not told or could not be used, by reason",
+    "note_lag_seconds": "From a decision to its hearing by another worker",
+    "note_batches": "Batches of decisions that the supervisor passed on, by where they came from",
+    "note_batches_dropped": "Batches that somebody did not hear because he was behind",
+    "peers": "Other proxies that this one is linked with",
+    "peer_failures": "Links and attempts at links with other proxies that failed, by reason",
     "leases": "Leases held on replicas; as many as requests that one of them has",
     "access_log_dropped": "Access log lines that found no room",
     "event_loop_lag_seconds": "Longest lateness of the workers' timers since the last reading",

@@ -63,10 +63,6 @@ class Choice:
                 return _to_keeper(seats, place, request, picture)
         return self.policy(request, pool, picture, now_s)
 
-    def remember_response(self, key: int, replica_name: str) -> None:
-        """A replica keeps the answer of this key (see `core.session.response_key`)."""
-        self.responses.stored(key, replica_name)
-
     def holds(
         self, decision: Decision | None, request: Request, model: str, *, lookup: bool, now_s: float
     ) -> bool:

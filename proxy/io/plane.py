@@ -41,6 +41,8 @@ from proxy.errors import (
 from proxy.io.access_log import AccessLog
 from proxy.io.choice import Choice
 from proxy.io.clock import Clock
+from proxy.io.noting import Noting
+from proxy.io.sharing import Sharing
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.upstreams import Upstreams
@@ -65,6 +67,9 @@ class Plane(Choice):
         """`on_suspect(replica_id, reason)` has it probed until it answers, `on_doubt` once."""
         super().__init__(config, clock)
         self.access_log = access_log
+        self._leases: dict[int, Lease] = {}  # those held, by id
+        self.noting = Noting(clock, self.picture, self._leases)
+        self.sharing = Sharing(self.picture, self.responses, self.noting, clock, tasks)
         self.preambles: HeadMemory[Preamble] = HeadMemory(read_preamble)
         self.upstreams = Upstreams(
             clock,
@@ -77,7 +82,6 @@ class Plane(Choice):
         self.draining = False
         self.relieved = False  # while draining: a successor serves the port, so it is ready
         self.exchanges_open = 0
-        self.leases_open = 0
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
         self.bodies_bytes = 0  # request bodies held
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
@@ -107,6 +111,7 @@ class Plane(Choice):
         self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot))
         self.fleet_known = True
         self.picture.know(self.fleet.replicas.values(), self.clock.now_s())
+        self.sharing.hearsay.know(self.picture.slots)
         servers = self.fleet.servers
         present = frozenset(servers)
         for gone in {r.replica_id for r in before.values()} - present:
@@ -168,12 +173,15 @@ class Plane(Choice):
         leaving = self.draining and not self.relieved
         return not leaving and any(r.available for r in self.fleet.replicas.values())
 
+    @property
+    def leases_open(self) -> int:
+        return len(self._leases)
+
     # --- the load ----------------------------------------------------------------------------
 
     def acquire(self, decision: Decision, request: Request) -> Lease:
         """Count a request that goes out now."""
-        self.leases_open += 1
-        return self.picture.acquire(
+        lease = self.picture.acquire(
             decision.replica,
             request.chain,
             cached_octets=decision.cached_octets,
@@ -182,20 +190,35 @@ class Plane(Choice):
             weight=request.weight,
             known=decision.known,
         )
+        self._leases[lease.lease_id] = lease
+        if self.noting.on:
+            self.noting.dispatched(lease, request.chain)
+        return lease
 
     def prefill_ended(self, lease: Lease, now_s: float) -> None:
-        """Its first octet has come."""
-        self.picture.prefill_ended(lease, now_s)
-        self.work_done()
+        """The first octet of the answer has come. Harmless when repeated."""
+        if lease.pending:
+            self.picture.prefill_ended(lease, now_s)
+            if self.noting.on:
+                self.noting.prefill_ended(lease)
+            self.work_done()
 
     def release(self, lease: Lease, usage: Usage | None, first_octet_s: float) -> None:
         """It is over. Exactly once for each lease."""
-        self.leases_open -= 1
+        del self._leases[lease.lease_id]
         now_s = self.clock.now_s()
         if usage is not None and first_octet_s and lease.streamed:
             self.picture.loads.decoded(lease.slot, usage.completion_tokens, now_s - first_octet_s)
         self.picture.release(lease, now_s, usage)
+        if self.noting.on:
+            self.noting.released(lease, usage)
         self.work_done()
+
+    def remember_response(self, response_key: int, replica_name: str) -> None:
+        """A replica keeps an answer that later requests may go on from."""
+        self.responses.stored(response_key, replica_name)
+        if self.noting.on:
+            self.noting.stored(response_key, replica_name)
 
     # --- answers of our own ------------------------------------------------------------------
 
@@ -333,7 +356,7 @@ class Plane(Choice):
 
     def counters(self) -> list[Sample]:
         dropped = Sample("access_log_dropped_total", (), self.access_log.dropped_total)
-        return [*self.telemetry.samples(), dropped]
+        return [*self.telemetry.samples(), *self.sharing.counters(), dropped]
 
     def gauges(self, connections_open: int) -> list[Sample]:
         busy = self.upstreams.open_count - self.upstreams.idle_count
@@ -348,6 +371,7 @@ class Plane(Choice):
             Sample("leases", (), self.leases_open),
             Sample("prefix_index_entries", (), self.picture.index.entries()),
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
+            *self.sharing.gauges(),
         ]
         for replica_id, server in self.fleet.servers.items():
             out += self._believed(replica_id, now_s)
@@ -358,11 +382,13 @@ class Plane(Choice):
     def _believed(self, replica_id: str, now_s: float) -> list[Sample]:
         """Return what is believed of a server, with all of its ranks."""
         picture, loads = self.picture, self.picture.loads
-        slots = [picture.slots[name] for name in self.fleet.names_of(replica_id)]
+        names = self.fleet.names_of(replica_id)
+        slots = [picture.slots[name] for name in names]
+        others = sum([self.sharing.hearsay.inflight.get(name, 0) for name in names])
         by = (("replica", replica_id),)
         speed = sum([1.0 / loads.s_per_token[slot] for slot in slots])
         return [
-            Sample("replica_inflight", by, sum([loads.inflight[slot] for slot in slots])),
+            Sample("replica_inflight", by, sum([loads.inflight[slot] for slot in slots]) - others),
             Sample("replica_queued_tokens", by, sum([loads.queued_tokens(slot) for slot in slots])),
             # A newcomer would go to the rank that has least to do.
             Sample("replica_wait_seconds", by, min([loads.wait_s(slot, now_s) for slot in slots])),

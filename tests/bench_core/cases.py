@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from proxy.core import head as heads
-from proxy.core import limits
+from proxy.core import limits, note_wire, notes
 from proxy.core.engine_errors import client_body
+from proxy.core.hearsay import Hearsay
 from proxy.core.http1 import ChunkFollower, parse_request_head, parse_response_head
 from proxy.core.index import Index
 from proxy.core.picture import Picture
 from proxy.core.policy import POLICIES, Request
 from proxy.core.preamble import read_preamble
 from proxy.core.prefix import PrefixChain, prefix_chain
+from proxy.core.responses import Responses
 from proxy.core.routes import PromptKind, find_route
 from proxy.core.scan import scan_body
-from proxy.core.usage import read_usage
+from proxy.core.usage import Usage, read_usage
 from proxy.errors import Dialect
 from tests.core.builders import chain as prompt
 from tests.core.builders import pool, replica
@@ -122,6 +124,31 @@ def pick(replicas: int) -> Call:
     return lambda: policy(request, candidates, picture, 0.0)
 
 
+def write_notes() -> Call:
+    lease, points = notes.OpenLease(1, 2, 4000, 0, 16000, stream=True, weight=1.0), chain_of(16)
+    usage = Usage(4000, 100, 2000)
+
+    def write() -> bytes:
+        sent = note_wire.write_dispatched(lease, points)
+        return sent + note_wire.write_prefill_ended(1) + note_wire.write_released(1, usage)
+
+    return write
+
+
+def hear_notes() -> Call:
+    """What another worker told of one request, from its dispatch to its end."""
+    picture = Picture()
+    picture.know([replica("replica-0")])
+    hearsay = Hearsay(picture, Responses())
+    hearsay.know(picture.slots)
+    lease = notes.OpenLease(
+        1, notes.replica_key("replica-0"), 4000, 0, 16000, stream=True, weight=1.0
+    )
+    batch = note_wire.write_dispatched(lease, chain_of(16)) + note_wire.write_prefill_ended(1)
+    batch += note_wire.write_released(1, Usage(4000, 100, 2000))
+    return lambda: hearsay.hear(1, batch, 0.0)
+
+
 def follow_burst() -> Call:
     burst = b"".join(b"%x\r\n%b\r\n" % (len(EVENT), EVENT) for _ in range(CHUNKS))
     follower = ChunkFollower()
@@ -152,6 +179,8 @@ CASES: tuple[Case, ...] = (
         Case("policy prefix", f"{count} replicas", lambda count=count: pick(count))  # type: ignore[misc]
         for count in REPLICAS
     ),
+    Case("write notes", "a request", write_notes),
+    Case("hear notes", "a request", hear_notes),
     Case("upstream_head", "11 fields", upstream_head),
     Case("client_head", "4 fields", client_head),
     Case("ChunkFollower.feed", f"{CHUNKS} chunks", follow_burst),

@@ -200,6 +200,10 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "access_log": (["off"], "off", "off"),
     "log_level": (["debug"], "debug", "debug"),
     "expose_routing": ([], "1", True),
+    "region": (["eu"], "eu", "eu"),
+    "peer_listen": (["0.0.0.0:7000"], "0.0.0.0:7000", "0.0.0.0:7000"),
+    "peers": (["a:1", "unix:b"], "a:1 unix:b", ("a:1", "unix:b")),
+    "peer_key": (["k"], "k", "k"),
     "upgrade_socket": (["u"], "u", "u"),
     "upgrade_grace_period_secs": (["9"], "9", 9.0),
     "tls_cert_path": (["a.pem"], "a.pem", "a.pem"),
@@ -220,6 +224,16 @@ def test_every_field_has_its_flag_and_its_twin(name: str) -> None:
     flag = ("--no-" if value is False else "--") + name.replace("_", "-")
     assert getattr(flags.read([flag, *words], {}), name) == value
     assert getattr(flags.read([], {"DOHERTY_" + name.upper(): text}), name) == value
+
+
+def test_the_region_is_the_files_unless_something_nearer_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text("region: eu", encoding="utf-8")
+    assert flags.read(["--config", str(file)], {}).region == "eu"
+    assert flags.read(["--config", str(file)], {"DOHERTY_REGION": "us"}).region == "us"
+    assert flags.read(["--config", str(file), "--region", "local"], {}).region == "local"
+    file.write_text("region: eu\nproxy: {region: asia}", encoding="utf-8")
+    assert flags.read(["--config", str(file)], {}).region == "asia"
 
 
 def test_a_switch_can_be_turned_off_again() -> None:

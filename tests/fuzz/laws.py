@@ -7,20 +7,25 @@ reader raises of its own is a crash.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from typing import Any, Final
 
 from proxy import errors
-from proxy.core import limits, scan
+from proxy.core import limits, peer_wire, scan
 from proxy.core.chunked import BadResponse, ChunkFollower
+from proxy.core.hearsay import Hearsay
+from proxy.core.picture import Picture
 from proxy.core.prefix import prefix_chain
+from proxy.core.responses import Responses
 from proxy.core.routes import ROUTES, PromptKind, find_route, model_of_path
 from proxy.core.scan import Scanned, scan_body
 from proxy.core.sse import error_ending
 from proxy.core.usage import read_usage
 from tests.conformance.differential import compare_answers, compare_requests
 from tests.conformance.reader import Verdict, cut_at, read_requests, read_response
+from tests.core.builders import replica
 
 COUNT_MAX: Final = 1 << 40
 _ERROR: Final = b'{"error":{"message":"replica lost"}}'
@@ -217,3 +222,27 @@ def _events(stream: bytes) -> list[bytes]:
         elif name == b"data":
             data.append(value.removeprefix(b" "))
     return events
+
+
+# --- other proxies --------------------------------------------------------------------------------
+
+
+def heard(octets: bytes) -> None:
+    """Whatever a peer says, nothing is held for it once it has gone."""
+    picture = Picture()
+    picture.know([replica("a"), replica("b")])
+    hearsay = Hearsay(picture, Responses())
+    hearsay.know(picture.slots)
+    hearsay.hear(1, octets, 1.0)
+    assert hearsay.leases() <= len(octets)
+    hearsay.forget(1, 2.0)
+    assert hearsay.leases() == 0
+    assert picture.loads.inflight[:2] == [0, 0]
+    assert picture.loads.held_tokens[:2] == [0, 0]
+
+
+def peers(octets: bytes) -> None:
+    """A hello or a frame, or a refusal."""
+    for read in (peer_wire.read_frame, lambda said: peer_wire.read_hello(said, "local", None)):
+        with contextlib.suppress(peer_wire.WireError):
+            read(octets)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from proxy import errors
-from proxy.core.prefix import prefix_chain
+from proxy.core import note_wire, notes, peer_wire
+from proxy.core.prefix import PrefixChain, prefix_chain
 from proxy.core.routes import ROUTES, PromptKind
 from proxy.core.scan import scan_body
-from proxy.core.usage import read_usage
+from proxy.core.usage import Usage, read_usage
 from tests.conformance.engine_vectors import ENGINE
 from tests.conformance.reader import read_requests, read_response
 from tests.conformance.vectors import REQUESTS
@@ -98,6 +99,29 @@ def _paths() -> list[bytes]:
     return [*ROUTES, *made, b"/v1/models/%2e%2e/sleep", b"/v1/responses/..%2f..%2fsleep"]
 
 
+def _batches() -> list[bytes]:
+    lease = notes.OpenLease(7, notes.replica_key("a"), 10, 0, 40, stream=True, weight=1.0)
+    chain = PrefixChain(0, (5, 6), (20, 40), 40)
+    return [
+        note_wire.write_dispatched(lease, chain) + note_wire.write_prefill_ended(7),
+        note_wire.write_released(7, Usage(5, 6, None)) + note_wire.write_cleared(1),
+        b"".join(note_wire.write_open_leases([lease], 8)),
+        note_wire.write_holds(lease.replica_key, [1, 2], [3, 4]) + note_wire.write_evicted(1, [2]),
+        note_wire.write_state(notes.State(1, True, 2, 3, 0.5)) + note_wire.write_response(1, 2),
+    ]
+
+
+def _frames() -> list[bytes]:
+    return [
+        peer_wire.make_hello("local", bytes(16), bytes(32), None),
+        peer_wire.write_notes(1, 0.5, b"batch"),
+        peer_wire.write_page(1, b"batch", last=True),
+        peer_wire.write_beat(peer_wire.BEAT, 1.0),
+        peer_wire.write_gone(1),
+        peer_wire.write_whole(),
+    ]
+
+
 def _usual(read: Callable[[bytes], object]) -> Callable[[bytes], object]:
     """A refusal is a verdict."""
 
@@ -122,6 +146,8 @@ TARGETS: Final[dict[str, Target]] = {
     "chain": Target(laws.chain, _usual(_read_chain), _chains),
     "usage": Target(laws.usage, read_usage, _usages),
     "event_stream": Target(laws.event_stream, laws.event_stream, _event_streams),
+    "notes": Target(laws.heard, laws.heard, _batches),
+    "peers": Target(laws.peers, laws.peers, _frames),
 }
 
 

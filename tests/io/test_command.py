@@ -24,6 +24,7 @@ CASES = {
     "URL with a path": (("--worker-urls", "http://h:1/v1"), {}, 1, r"without path"),
     "bad port in a URL": (("--worker-urls", "http://h:99999"), {}, 1, r"port 99999 is not"),
     "URL twice": (("--worker-urls", "http://h:1", "http://h:1/"), {}, 1, r"is given twice"),
+    "bad peer": (("--peers", "far", *URL), {}, 1, r"'far' must look like HOST:PORT or unix:PATH"),
     "host that is none": (("--host", "no.such.host.invalid", *URL), {}, 1, r"cannot listen on no"),
 }
 

@@ -13,6 +13,7 @@ import pytest
 from proxy import places
 from proxy.config import ProxyConfig
 from proxy.io import control
+from proxy.io.hub import Hub
 from proxy.io.tasks import Tasks
 from proxy.listeners import deal, open_listeners
 from proxy.places import Places
@@ -35,6 +36,7 @@ class Filled:
         self.places = Places(
             deal(open_listeners("127.0.0.1", 0, count), count),
             self.tasks,
+            Hub(),
             on_message=lambda _: None,
             on_failure=self.failures.append,
         )

@@ -373,23 +373,50 @@ async def test_many_sockets_go_over_in_order_and_only_to_those_who_may(
         have = Listeners(public, [admin], frozenset((ADMIN,)))
         left = asyncio.Event()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        handing = asyncio.ensure_future(takeover.hand_over(ours, have, left.set))
+        links: list[socket.socket | None] = []
+
+        def leave(link: socket.socket | None) -> None:
+            links.append(link)
+            left.set()
+
+        handing = asyncio.ensure_future(takeover.hand_over(ours, have, leave))
         successor = takeover.Predecessor(theirs)
         got = await asyncio.to_thread(successor.receive)
         assert [s.getsockname() for s in got.public] == [s.getsockname() for s in public]
         assert [s.getsockname() for s in got.admin] == [admin.getsockname()]
         assert got.pinned == {ADMIN}
         assert not left.is_set()
-        assert await successor.relieve()
+        said, link = await successor.relieve()
+        assert said
         assert left.is_set()
         assert await handing
+        assert links[0] is not None
+        with link, links[0] as other:
+            link.send(b"hello")
+            assert other.recv(9) == b"hello"
         monkeypatch.setattr(takeover, "_trusted", lambda _: False)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        assert not await takeover.hand_over(ours, have, left.set)
+        assert not await takeover.hand_over(ours, have, leave)
         with pytest.raises(StartError, match="does not hand over"):
             takeover.Predecessor(theirs).receive()
         have.close()
         got.close()
+
+
+async def test_a_successor_that_knows_nothing_of_links_takes_over_as_well() -> None:
+    have = Listeners(open_listeners("127.0.0.1", 0, 1), [])
+    links: list[socket.socket | None] = []
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    handing = asyncio.ensure_future(takeover.hand_over(ours, have, links.append))
+    got = await asyncio.to_thread(takeover.Predecessor(theirs).receive)
+    theirs.setblocking(True)
+    theirs.send(takeover.READY)
+    assert await handing
+    assert theirs.recv(99) == takeover.LEFT
+    assert links == [None]
+    theirs.close()
+    have.close()
+    got.close()
 
 
 async def test_one_that_comes_and_says_nothing_holds_up_nobody(
@@ -401,7 +428,7 @@ async def test_one_that_comes_and_says_nothing_holds_up_nobody(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         async with asyncio.timeout(20):  # only so that this ends if the claim is false
-            assert not await takeover.hand_over(ours, have, left.set)
+            assert not await takeover.hand_over(ours, have, lambda _: left.set())
     assert not left.is_set()
     assert "was not ready within 0.05 s" in caplog.text
     have.close()

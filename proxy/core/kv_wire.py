@@ -1,0 +1,275 @@
+"""What an engine tells of its KV cache, out of the octets in which it tells it.
+
+A message is three frames: topic, sequence number (8 octets, big-endian) and a msgpack batch. Three
+generations of batches are about, and all are read: an array of events that are arrays (vLLM to
+0.23, SGLang to 0.5.17), an array of events that are maps by `type` (since vLLM 0.27 and SGLang
+0.5.20), and a map of such maps (builds between). Fields at their default may be missing, and kinds
+of events that nobody here knows are passed over: a new release must not blind us to its old words.
+
+Token ids are most of the octets and never wanted: they are skipped where they lie, whether they are
+numbers or, under EAGLE, pairs. A batch that cannot be read raises `BadBatchError`: what it said is
+lost, so it counts as one that never came.
+
+A module of its own, not translated by mypyc: msgspec reads the annotations.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, NamedTuple
+
+import msgspec
+
+from proxy.core import limits
+
+_Hash = int | bytes  # octets, where VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES is 0
+_AnyHashes = Annotated[list[_Hash], msgspec.Meta(max_length=limits.KV_EVENT_BLOCKS_MAX)]
+_Hashes = Annotated[list[int], msgspec.Meta(max_length=limits.KV_EVENT_BLOCKS_MAX)]
+_Raws = Annotated[list[msgspec.Raw], msgspec.Meta(max_length=limits.KV_BATCH_EVENTS_MAX)]
+_HASH_BYTES: Final = 8
+# Array of up to 15, of 16 bits, of 32 bits: the first octet of a msgpack value says what it is.
+_ARRAYS: Final = frozenset((*range(0x90, 0xA0), 0xDC, 0xDD))
+
+
+class BadBatchError(Exception):
+    """A message that cannot be read; the text says what was wrong, without its octets."""
+
+
+class Stored(NamedTuple):
+    """Blocks of one path became resident in `medium`, after `parent` (None: at the root)."""
+
+    hashes: list[int]
+    parent: int | None
+    block_tokens: int
+    group: int | None
+    kind: str  # of attention, where the engine says
+    medium: str
+    session: str
+
+
+class Removed(NamedTuple):
+    """Blocks left `medium`."""
+
+    hashes: list[int]
+    group: int | None
+    medium: str
+
+
+class Cleared(NamedTuple):
+    """Nothing is resident any more."""
+
+
+Event = Stored | Removed | Cleared
+CLEARED: Final = Cleared()
+
+
+class Batch(NamedTuple):
+    """The events of one step of an engine's rank."""
+
+    at_s: float  # by the engine's clock
+    events: list[Event]
+    rank: int | None
+
+
+class Frames(NamedTuple):
+    """One numbered message; the end of a replay has the number -1."""
+
+    number: int
+    payload: bytes
+
+
+class _StoredMap(msgspec.Struct, tag_field="type", tag="BlockStored", gc=False):
+    block_hashes: _Hashes
+    parent_block_hash: int | None = None
+    block_size: int = 0
+    medium: str | None = None
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
+    session_id: str | None = None
+
+
+class _RemovedMap(msgspec.Struct, tag_field="type", tag="BlockRemoved", gc=False):
+    block_hashes: _Hashes
+    medium: str | None = None
+    group_idx: int | None = None
+
+
+class _StoredAnyMap(msgspec.Struct, tag_field="type", tag="BlockStored", gc=False):
+    block_hashes: _AnyHashes
+    parent_block_hash: _Hash | None = None
+    block_size: int = 0
+    medium: str | None = None
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
+    session_id: str | None = None
+
+
+class _RemovedAnyMap(msgspec.Struct, tag_field="type", tag="BlockRemoved", gc=False):
+    block_hashes: _AnyHashes
+    medium: str | None = None
+    group_idx: int | None = None
+
+
+class _ClearedMap(msgspec.Struct, tag_field="type", tag="AllBlocksCleared", gc=False):
+    pass
+
+
+class _StoredArray(msgspec.Struct, array_like=True, tag="BlockStored", gc=False):
+    block_hashes: _AnyHashes
+    parent_block_hash: _Hash | None = None
+    token_ids: msgspec.Raw = msgspec.Raw()
+    block_size: int = 0
+    lora_id: msgspec.Raw = msgspec.Raw()
+    medium: str | None = None
+    lora_name: msgspec.Raw = msgspec.Raw()
+    extra_keys: msgspec.Raw = msgspec.Raw()
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
+    # No engine of this generation names sessions; the field makes the two forms alike.
+    session_id: None = None
+
+
+class _RemovedArray(msgspec.Struct, array_like=True, tag="BlockRemoved", gc=False):
+    block_hashes: _AnyHashes
+    medium: str | None = None
+    group_idx: int | None = None
+
+
+class _ClearedArray(msgspec.Struct, array_like=True, tag="AllBlocksCleared", gc=False):
+    pass
+
+
+_Map = _StoredMap | _RemovedMap | _ClearedMap
+_AnyMap = _StoredAnyMap | _RemovedAnyMap | _ClearedMap
+_Array = _StoredArray | _RemovedArray | _ClearedArray
+
+
+class _BatchArray(msgspec.Struct, array_like=True, gc=False):
+    ts: float
+    events: _Raws
+    data_parallel_rank: int | None = None
+
+
+class _BatchMap(msgspec.Struct, gc=False):
+    ts: float
+    events: _Raws
+    data_parallel_rank: int | None = None
+
+
+class _BatchOfMaps(msgspec.Struct, array_like=True, gc=False):
+    """The usual form, read in one go."""
+
+    ts: float
+    events: Annotated[list[_Map], msgspec.Meta(max_length=limits.KV_BATCH_EVENTS_MAX)]
+    data_parallel_rank: int | None = None
+
+
+class _MapKind(msgspec.Struct, gc=False):
+    type: str
+
+
+class _ArrayKind(msgspec.Struct, array_like=True, gc=False):
+    type: str
+
+
+_whole: Final = msgspec.msgpack.Decoder(_BatchOfMaps)
+_batch_array: Final = msgspec.msgpack.Decoder(_BatchArray)
+_batch_map: Final = msgspec.msgpack.Decoder(_BatchMap)
+_map: Final[msgspec.msgpack.Decoder[_AnyMap]] = msgspec.msgpack.Decoder(_AnyMap)
+_array: Final[msgspec.msgpack.Decoder[_Array]] = msgspec.msgpack.Decoder(_Array)
+_map_kind: Final = msgspec.msgpack.Decoder(_MapKind)
+_array_kind: Final = msgspec.msgpack.Decoder(_ArrayKind)
+_KNOWN: Final = ("BlockStored", "BlockRemoved", "AllBlocksCleared")
+
+
+def read_frames(frames: list[bytes]) -> Frames:
+    """Return number and payload of a message, published or replayed.
+
+    Replays have an empty frame before it, and older ones no topic: so it is read from the end.
+    """
+    if len(frames) < 2 or len(frames[-2]) != 8:
+        raise BadBatchError(f"a message of {len(frames)} frames has no number")
+    if len(frames[-1]) > limits.KV_BATCH_BYTES_MAX:
+        raise BadBatchError("a batch is larger than it may be")
+    number = frames[-2]
+    return Frames(int.from_bytes(number, "big", signed=True), frames[-1])
+
+
+def read_batch(payload: bytes) -> Batch:
+    """Return the events of a batch. Raises `BadBatchError`."""
+    try:
+        return _read(payload)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise BadBatchError(str(error) or type(error).__name__) from None
+
+
+def _read(payload: bytes) -> Batch:
+    if not payload:
+        raise BadBatchError("a batch is empty")
+    if payload[0] not in _ARRAYS:
+        told: _BatchMap | _BatchArray = _batch_map.decode(payload)
+    else:
+        try:
+            usual = _whole.decode(payload)
+        except msgspec.ValidationError:  # an older form, or an event that is not known
+            told = _batch_array.decode(payload)
+        else:
+            return Batch(
+                usual.ts, [_plain(event) for event in usual.events], usual.data_parallel_rank
+            )
+    events = [_numbered(event) for raw in told.events if (event := _one(raw)) is not None]
+    return Batch(told.ts, events, told.data_parallel_rank)
+
+
+def _one(raw: msgspec.Raw) -> _AnyMap | _Array | None:
+    """Return one event; None when nobody here knows its kind."""
+    octets = memoryview(raw)
+    is_array = octets[0] in _ARRAYS
+    try:
+        if is_array:
+            return _array.decode(octets)
+        return _map.decode(octets)
+    except msgspec.ValidationError:
+        kind = _array_kind.decode(octets).type if is_array else _map_kind.decode(octets).type
+        if kind in _KNOWN:
+            raise
+        return None
+
+
+def _plain(event: _Map) -> Event:
+    if isinstance(event, _StoredMap):
+        return Stored(
+            event.block_hashes,
+            event.parent_block_hash,
+            event.block_size,
+            event.group_idx,
+            event.kv_cache_spec_kind or "",
+            event.medium or "",
+            event.session_id or "",
+        )
+    if isinstance(event, _RemovedMap):
+        return Removed(event.block_hashes, event.group_idx, event.medium or "")
+    return CLEARED
+
+
+def _numbered(event: _AnyMap | _Array) -> Event:
+    """The same of the forms whose hashes may be octets."""
+    if isinstance(event, _StoredAnyMap | _StoredArray):
+        parent = event.parent_block_hash
+        return Stored(
+            [_number(name) for name in event.block_hashes],
+            None if parent is None else _number(parent),
+            event.block_size,
+            event.group_idx,
+            event.kv_cache_spec_kind or "",
+            event.medium or "",
+            event.session_id or "",
+        )
+    if isinstance(event, _RemovedAnyMap | _RemovedArray):
+        hashes = [_number(name) for name in event.block_hashes]
+        return Removed(hashes, event.group_idx, event.medium or "")
+    return CLEARED
+
+
+def _number(name: _Hash) -> int:
+    """Return the number that vLLM itself would give: the low 64 bits."""
+    return name if isinstance(name, int) else int.from_bytes(name[-_HASH_BYTES:], "big")

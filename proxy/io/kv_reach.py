@@ -1,0 +1,74 @@
+"""Where a replica's KV events are: asked of the engine, else as an operator says of all."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import aiohttp
+
+from proxy.core.kv_source import KvSource, listed_source, named_source, seen_from_here
+from proxy.core.replica import parse_url
+
+DISCOVERY_TIMEOUT = aiohttp.ClientTimeout(total=3.0)
+DISCOVERY_BYTES_MAX = 4 * 1024 * 1024  # SGLang's server info is 20 KB
+
+
+class LostError(Exception):
+    """A source cannot be followed at the moment; the text says why."""
+
+
+class Followed(NamedTuple):
+    """A replica, or one rank of its engine, whose cache is to be known."""
+
+    name: str
+    url: str  # scheme and authority
+    dp_rank: int | None = None
+    restarts: int = 0
+
+
+class Reach:
+    """How to find a replica's events."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, api_key: str | None, configured: KvSource | None
+    ) -> None:
+        self._session = session
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._configured = configured
+
+    async def find(self, replica: Followed) -> KvSource | None:
+        """Return where they are, None when it has none. Raises `LostError`, `ValueError`."""
+        _, host, _ = parse_url(replica.url)
+        body = await self._get(replica.url + "/kv_event_sources")
+        if body is not None:
+            return listed_source(body, host, replica.dp_rank)
+        body = await self._get(replica.url + "/server_info")
+        source = None if body is None else named_source(body, host, replica.dp_rank)
+        if source is not None or self._configured is None:
+            return source
+        endpoint, replay, topic = self._configured
+        rank = replica.dp_rank or 0
+        return KvSource(
+            seen_from_here(endpoint, host, rank),
+            seen_from_here(replay, host, rank) if replay else "",
+            topic,
+        )
+
+    async def _get(self, url: str) -> bytes | None:
+        """Return what is there; None when nothing ever will be."""
+        try:
+            async with self._session.get(
+                url, timeout=DISCOVERY_TIMEOUT, headers=self._headers
+            ) as answer:
+                if answer.status in (401, 403, 404, 405, 501):
+                    return None
+                if answer.status != 200:
+                    raise LostError(f"it answers {answer.status} when asked for its events")
+                body = bytearray()
+                async for piece in answer.content.iter_any():
+                    body += piece
+                    if len(body) > DISCOVERY_BYTES_MAX:
+                        raise LostError("it says without end where its events are")
+                return bytes(body)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise LostError(f"it does not answer ({type(error).__name__})") from None

@@ -1,0 +1,272 @@
+"""The links to the other proxies of the region: listened for, dialled, kept to one for each pair.
+
+Every proxy may be given the same list, itself in it: who dials himself hears his own name and lets
+it be. Two who dial each other keep the link of whose name is smaller, and both know which that is.
+A proxy's name is drawn anew for each life. A link that breaks is dialled again, with pauses that
+grow; whatever the other side does wrong ends its link and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections import defaultdict
+
+from proxy.config import ProxyConfig
+from proxy.core import limits, peer_wire
+from proxy.core.peer_wire import WireError
+from proxy.io.hub import Hub
+from proxy.io.peer_link import LinkLostError, PeerLink, accepted, connect
+from proxy.io.tasks import Tasks
+from proxy.io.telemetry import Sample
+
+_log = logging.getLogger("doherty.peers")
+
+_REFUSALS_REMEMBERED_MAX = 256
+_NEAR = (peer_wire.UNIX, "127.", "localhost:", "[::1]:")
+
+
+class _IsSelfError(Exception):
+    """We have dialled ourselves."""
+
+
+class _DoubledError(Exception):
+    """There is a better link to the same proxy."""
+
+    def __init__(self, other: PeerLink) -> None:
+        super().__init__()
+        self.other = other
+
+
+class Peers:
+    """All links of one proxy."""
+
+    def __init__(self, tasks: Tasks, hub: Hub) -> None:
+        self._tasks = tasks
+        self._hub = hub
+        self._proxy_id = os.urandom(peer_wire.PROXY_ID_BYTES)
+        self._region = ""
+        self._key: str | None = None
+        self._may_listen = True
+        self._listen_at: str | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._dialling: dict[str, asyncio.Task[None]] = {}
+        self._links: dict[bytes, PeerLink] = {}  # by the other's name
+        self._greeting: set[PeerLink] = set()  # who has not shown yet who he is
+        self._failures: dict[str, int] = defaultdict(int)
+        self._refusals: dict[str, str] = {}  # what was said last of a place, to say it once
+
+    def start(self, config: ProxyConfig, *, listen: bool) -> None:
+        """Begin; without listening, as long as a predecessor has the address."""
+        self._may_listen = listen
+        self._tasks.start("peer beats", self._beat())
+        self.reconfigure(config)
+
+    def start_listening(self, config: ProxyConfig) -> None:
+        self._may_listen = True
+        self.reconfigure(config)
+
+    def reconfigure(self, config: ProxyConfig) -> None:
+        """Listen and dial as `config` says. Other words of it leave the links as they are."""
+        if (config.region, config.peer_key) != (self._region, self._key):
+            self._region, self._key = config.region, config.peer_key
+            for link in (*self._links.values(), *self._greeting):
+                link.fail("the configuration has changed")
+        self._refusals.clear()
+        listen_at = config.peer_listen if self._may_listen else None
+        if listen_at != self._listen_at:
+            self._close_listener()
+            self._listen_at = listen_at
+            if listen_at is not None:
+                self._listening = self._tasks.spawn("peer listener", self._listen(listen_at))
+        for address in self._dialling.keys() - set(config.peers):
+            self._dialling.pop(address).cancel()
+        for address in config.peers:
+            if address not in self._dialling:
+                work = self._keep_linked(address)
+                self._dialling[address] = self._tasks.spawn(f"peer {address}", work)
+
+    def stop_listening(self) -> None:
+        """Leave the address to a successor. The links remain."""
+        self._may_listen = False
+        self._close_listener()
+
+    def _close_listener(self) -> None:
+        self._listen_at = None
+        if self._listening is not None:
+            self._listening.cancel()
+            self._listening = None
+
+    def adopt(self, end: socket.socket, *, dialled: bool) -> None:
+        """Link by a socket that only a proxy of ours can have."""
+        self._tasks.start("peer by hand", self._adopt(end, dialled=dialled))
+
+    async def _adopt(self, end: socket.socket, *, dialled: bool) -> None:
+        end.setblocking(False)
+        try:
+            reader, writer = await asyncio.open_unix_connection(sock=end)
+        except OSError:
+            end.close()
+            return
+        name = "the proxy before" if dialled else "the proxy that takes over"
+        link = PeerLink(reader, writer, name, "")
+        with contextlib.suppress(_IsSelfError, _DoubledError):
+            await self._run(link, None, dialled=dialled)
+
+    def samples(self) -> list[Sample]:
+        """Return counters."""
+        return [
+            Sample("peer_failures_total", (("reason", reason),), count)
+            for reason, count in self._failures.items()
+        ]
+
+    # --- listening ---------------------------------------------------------------------------
+
+    async def _listen(self, address: str) -> None:
+        """Take links at `address`, as soon as it is free."""
+        pause_s = limits.PEER_PAUSE_FIRST_S
+        while True:
+            try:
+                server = await self._open(address)
+            except OSError as error:
+                if pause_s > limits.PEER_PAUSE_FIRST_S:  # one that leaves may need a moment
+                    self._refuse(address, f"cannot be listened at: {error.strerror or error}")
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, limits.PEER_PAUSE_MAX_S)
+                continue
+            break
+        _log.info("listening for peers at %s", _shown(server, address))
+        if self._key is None and not address.startswith(_NEAR):
+            _log.warning("without a peer_key, whoever reaches %s is believed", address)
+        path = address.removeprefix(peer_wire.UNIX) if address.startswith(peer_wire.UNIX) else None
+        inode = os.stat(path).st_ino if path else 0
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            server.close()
+            with contextlib.suppress(OSError):
+                if path and os.stat(path).st_ino == inode:  # else a successor's
+                    os.unlink(path)
+
+    async def _open(self, address: str) -> asyncio.Server:
+        host, port = peer_wire.parse_address(address)
+        if port >= 0:
+            return await asyncio.start_server(self._accept, host, port)
+        path = host.removeprefix(peer_wire.UNIX)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        fresh = f"{path}.{os.getpid()}"
+        before = os.umask(0o177)  # only the owner may connect
+        try:
+            listener.bind(fresh)
+            os.rename(fresh, path)  # in place of one that has left
+        except OSError:
+            listener.close()
+            raise
+        finally:
+            os.umask(before)
+        return await asyncio.start_unix_server(self._accept, sock=listener)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._greeting) + len(self._links) >= limits.PEER_LINKS_MAX:
+            self._failures["crowded"] += 1
+            writer.transport.abort()
+            return
+        self._tasks.start("peer link", self._serve(accepted(reader, writer)))
+
+    async def _serve(self, link: PeerLink) -> None:
+        with contextlib.suppress(_IsSelfError, _DoubledError):
+            await self._run(link, self._key, dialled=False)
+
+    # --- dialling ----------------------------------------------------------------------------
+
+    async def _keep_linked(self, address: str) -> None:
+        pause_s = limits.PEER_PAUSE_FIRST_S
+        while True:
+            try:
+                link = await connect(address)
+            except OSError as error:  # a timeout is one
+                self._refuse(address, f"cannot be reached: {error.strerror or error}")
+            else:
+                try:
+                    if await self._run(link, self._key, dialled=True):
+                        pause_s = limits.PEER_PAUSE_FIRST_S
+                except _IsSelfError:
+                    return
+                except _DoubledError as doubled:
+                    await doubled.other.ended.wait()
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, limits.PEER_PAUSE_MAX_S)
+
+    # --- one link ----------------------------------------------------------------------------
+
+    async def _run(self, link: PeerLink, key: str | None, *, dialled: bool) -> bool:
+        """Serve a connection to its end; return whether it became a link."""
+        self._greeting.add(link)
+        try:
+            await link.shake_hands(
+                region=self._region, proxy_id=self._proxy_id, key=key, dialled=dialled
+            )
+            self._greeting.discard(link)
+            self._establish(link)
+            while self._links.get(link.peer_id) is link:
+                self._hub.hear_peer(link, await link.receive(), link.delay_s)
+        except WireError as error:
+            self._failed(link, str(error), "refused" if link.peer_id == b"" else "broken")
+        except LinkLostError as error:
+            self._failed(link, str(error), "lost")
+        finally:
+            self._greeting.discard(link)
+            established = self._links.get(link.peer_id) is link
+            if established:
+                del self._links[link.peer_id]
+                self._hub.unlink(link)
+            link.ended.set()
+            link.close()
+        return established
+
+    def _establish(self, link: PeerLink) -> None:
+        """Make it the one link to this proxy. Raises when it should not be."""
+        if link.peer_id == self._proxy_id:
+            raise _IsSelfError
+        other = self._links.get(link.peer_id)
+        if other is not None:
+            smaller = min(self._proxy_id, link.peer_id)
+            if link.dialled_by != smaller or other.dialled_by == smaller:
+                raise _DoubledError(other)
+            del self._links[link.peer_id]
+            self._hub.unlink(other)
+            other.fail("there is another link to the same proxy")
+        self._links[link.peer_id] = link
+        self._refusals.pop(link.place, None)
+        _log.info("linked with the proxy at %s", link.name)
+        self._hub.link(link)
+
+    def _failed(self, link: PeerLink, reason: str, kind: str) -> None:
+        self._failures[kind] += 1
+        if self._links.get(link.peer_id) is link:
+            _log.warning("the link with the proxy at %s has ended: %s", link.name, reason)
+        elif link.peer_id == b"":
+            self._refuse(link.place, f"is not linked with: {reason}")
+
+    def _refuse(self, place: str, text: str) -> None:
+        """Say it once, and again when it is something else."""
+        if place and self._refusals.get(place) != text:
+            if len(self._refusals) >= _REFUSALS_REMEMBERED_MAX:
+                self._refusals.clear()
+            self._refusals[place] = text
+            _log.error("peer %s %s", place, text)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(limits.PEER_BEAT_S)
+            for link in list(self._links.values()):
+                link.beat()
+
+
+def _shown(server: asyncio.Server, address: str) -> str:
+    """Say where it listens: a port 0 has become one."""
+    host, port = peer_wire.parse_address(address)
+    return address if port else f"{host}:{server.sockets[0].getsockname()[1]}"

@@ -1,0 +1,115 @@
+"""What a worker shares: its picture with what others say in it, and what it says itself."""
+
+from __future__ import annotations
+
+import asyncio
+
+from proxy.core import limits, note_wire, notes
+from proxy.core.hearsay import Hearsay
+from proxy.core.picture import Picture
+from proxy.core.responses import Responses
+from proxy.io import control
+from proxy.io.clock import Clock
+from proxy.io.noting import Noting
+from proxy.io.tasks import Tasks
+from proxy.io.telemetry import SECONDS_BUCKETS, Histogram, Sample
+
+PAGE_ENTRIES_MAX = limits.NOTE_HASHES_MAX
+_ENTRY_BYTES = 12  # a hash and a size
+
+
+class Sharing:
+    """Both directions of one worker's notes."""
+
+    def __init__(
+        self, picture: Picture, responses: Responses, noting: Noting, clock: Clock, tasks: Tasks
+    ) -> None:
+        self._picture = picture
+        self._responses = responses
+        self._clock = clock
+        self._tasks = tasks
+        self._lag_s = Histogram(SECONDS_BUCKETS)
+        self._garbled_total = 0
+        self.noting = noting
+        self.hearsay = Hearsay(picture, responses)
+
+    def obey(self, channel: control.Channel, message: control.Sharing) -> None:
+        """Do what the supervisor says of notes."""
+        match message:
+            case control.Heard(origin, at_s, batch):
+                now_s = self._clock.now_s()
+                fault = self.hearsay.hear(origin, batch, now_s)
+                self._lag_s.observe(max(0.0, now_s - at_s))
+                if fault is not None:
+                    self._garbled_total += 1
+                    channel.send(control.Garbled(origin, fault))
+            case control.Gone(origin):
+                self.hearsay.forget(origin, self._clock.now_s())
+            case control.Listen(on):
+                self.noting.listen(on=on)
+            case control.Whole():
+                self.noting.tell_all()
+            case control.Recite(transfer):
+                self._tasks.start("recite", self._recite(channel, transfer))
+
+    async def _recite(self, channel: control.Channel, transfer: int) -> None:
+        """Tell what is cached where, a page at a time, so that nobody is held up for long."""
+        slots = dict(self._picture.slots)
+        entries_max = limits.DIGEST_BYTES_MAX // _ENTRY_BYTES // max(1, len(slots))
+        for name, slot in slots.items():
+            key = notes.replica_key(name)
+            # Of more than we may tell, the most recent count; what is not told is told again.
+            left_out = self._picture.index.count(slot) - entries_max
+            hashes: list[int] = []
+            sizes: list[int] = []
+            for place, (entry, octets) in enumerate(self._picture.index.dump(slot)):
+                if place < left_out:
+                    continue
+                hashes.append(entry)
+                sizes.append(octets)
+                if len(hashes) == PAGE_ENTRIES_MAX:
+                    page = note_wire.write_holds(key, hashes, sizes)
+                    channel.send(control.Page(transfer, page, last=False))
+                    hashes, sizes = [], []
+                    await self._room(channel)
+                    if self._picture.slots.get(name) != slot:
+                        break  # another has it now
+            if hashes:
+                page = note_wire.write_holds(key, hashes, sizes)
+                channel.send(control.Page(transfer, page, last=False))
+                await self._room(channel)
+        await self._recite_responses(channel, transfer)
+        channel.send(control.Page(transfer, b"", last=True))
+
+    async def _recite_responses(self, channel: control.Channel, transfer: int) -> None:
+        page: list[bytes] = []
+        for response_key, name in self._responses.dump():
+            page.append(note_wire.write_response(response_key, notes.replica_key(name)))
+            if len(page) == PAGE_ENTRIES_MAX:
+                channel.send(control.Page(transfer, b"".join(page), last=False))
+                page = []
+                await self._room(channel)
+        if page:
+            channel.send(control.Page(transfer, b"".join(page), last=False))
+
+    async def _room(self, channel: control.Channel) -> None:
+        """Let others have their turn, and the supervisor take what waits."""
+        await asyncio.sleep(limits.DIGEST_PAUSE_S)
+        await channel.drained()
+
+    # --- what is reported --------------------------------------------------------------------
+
+    def counters(self) -> list[Sample]:
+        hearsay, noting = self.hearsay, self.noting
+        return [
+            Sample("notes_sent_total", (), noting.sent_total),
+            Sample("notes_heard_total", (), hearsay.heard_total),
+            Sample("notes_lost_total", (("reason", "supervisor_behind"),), noting.dropped_total),
+            Sample("notes_lost_total", (("reason", "unknown_replica"),), hearsay.unknown_total),
+            Sample("notes_lost_total", (("reason", "no_room"),), hearsay.full_total),
+            Sample("notes_lost_total", (("reason", "garbled"),), self._garbled_total),
+            self._lag_s.sample("note_lag_seconds", ()),
+        ]
+
+    def gauges(self) -> list[Sample]:
+        return [Sample("leases_of_others", (), self.hearsay.leases())]

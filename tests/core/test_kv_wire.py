@@ -1,0 +1,172 @@
+"""Batches of all wire generations come out as the same events; nothing else comes out at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.core import limits
+from proxy.core.kv_wire import (
+    BadBatchError,
+    Batch,
+    Cleared,
+    Event,
+    Removed,
+    Stored,
+    read_batch,
+    read_frames,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+# Written by the engines' own publishers: generation A by vLLM 0.23.0 and SGLang 0.5.17.
+RELEASES = {
+    "vllm 0.33.0": msgspec.json.decode((GOLDEN / "vllm-0.33.0-kv-events.json").read_bytes())["hex"],
+    "sglang 0.5.23": msgspec.json.decode((GOLDEN / "sglang-0.5.23-kv-events.json").read_bytes())[
+        "hex"
+    ],
+    "vllm 0.23.0": (
+        "93cb3ff0000000000000939cab426c6f636b53746f726564920b0cc0940102030402c0a3475055c0c0c0c0c0"
+        "94ac426c6f636b52656d6f766564910ba3475055c091b0416c6c426c6f636b73436c6561726564c0"
+    ),
+    "sglang 0.5.17": (
+        "93cb3ff00000000000009397ab426c6f636b53746f726564920b0cc0940102030402c0a3475055"
+        "93ac426c6f636b52656d6f766564910ba347505591b0416c6c426c6f636b73436c6561726564c0"
+    ),
+}
+TOLD: list[Event] = [
+    Stored([11, 12], None, 2, None, "", "GPU", ""),
+    Removed([11], None, "GPU"),
+    Cleared(),
+]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_release_says_the_same(release: str) -> None:
+    assert read_batch(bytes.fromhex(RELEASES[release])) == Batch(1.0, TOLD, None)
+
+
+def packed(value: Any) -> bytes:
+    return msgspec.msgpack.encode(value)
+
+
+STORED = {
+    "type": "BlockStored",
+    "block_hashes": [2**64 - 1, 5],
+    "parent_block_hash": 7,
+    "token_ids": list(range(32)),
+    "block_size": 16,
+    "lora_id": None,
+    "medium": "CPU",
+    "lora_name": "l",
+    "extra_keys": [None, [["mm", "id", 3]]],
+    "group_idx": 1,
+    "kv_cache_spec_kind": "full_attention",
+    "session_id": "s",
+    "lookahead_token_ids": [1],
+}
+READ = Stored([2**64 - 1, 5], 7, 16, 1, "full_attention", "CPU", "s")
+ARRAY = ["BlockStored", [2**64 - 1, 5], 7, list(range(32)), 16, None, "CPU", "l", [None], 1,
+         "full_attention", None]  # fmt: skip
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return {**STORED, **fields}
+
+
+def without(*names: str) -> dict[str, Any]:
+    return {name: value for name, value in STORED.items() if name not in names}
+
+
+CASES: dict[str, tuple[Any, list[Event]]] = {
+    "array of maps": ([1.5, [STORED], 3], [READ]),
+    "map of maps": ({"ts": 1.5, "events": [STORED], "data_parallel_rank": 3}, [READ]),
+    "array of arrays": ([1.5, [ARRAY], 3], [READ._replace(session="")]),
+    "mixed": ([1.5, [STORED, ARRAY], 3], [READ, READ._replace(session="")]),
+    "a longer batch": ([1.5, [STORED], 3, "new", {"a": 1}], [READ]),
+    "a longer array": ([1.5, [[*ARRAY, 1, "x"]], 3], [READ._replace(session="")]),
+    "a short array": ([1.5, [ARRAY[:5]], 3], [Stored([2**64 - 1, 5], 7, 16, None, "", "", "")]),
+    "pairs of tokens": ([1.5, [changed(token_ids=[[1, 2], [2, 3]])], 3], [READ]),
+    "a new field": ([1.5, [changed(colour="red")], 3], [READ]),
+    "missing fields": (
+        [1.5, [without("parent_block_hash", "medium", "group_idx", "session_id", "lora_id",
+                       "kv_cache_spec_kind", "token_ids", "block_size")], 3],
+        [Stored([2**64 - 1, 5], None, 0, None, "", "", "")],
+    ),
+    "unknown map": ([1.5, [{"type": "BlockMoved", "to": 1}, STORED], 3], [READ]),
+    "unknown array": ([1.5, [["BlockMoved", 1], ["AllBlocksCleared"]], 3], [Cleared()]),
+    "signed": ([1.5, [changed(block_hashes=[-5], parent_block_hash=-7)], 3],
+               [READ._replace(hashes=[-5], parent=-7)]),
+    "octets": (
+        [1.5, [changed(block_hashes=[b"\1" * 24 + b"\0" * 7 + b"\7"], parent_block_hash=b"\2")], 3],
+        [READ._replace(hashes=[7], parent=2)],
+    ),
+    "octets removed": ([1.5, [{"type": "BlockRemoved", "block_hashes": [b"\1", 3]}], 3],
+                       [Removed([1, 3], None, "")]),
+    "no events": ([1.5, [], 3], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_said_is_read(name: str) -> None:
+    value, events = CASES[name]
+    assert read_batch(packed(value)) == Batch(1.5, events, 3)
+
+
+BAD: dict[str, bytes] = {
+    "nothing": b"",
+    "no msgpack": b"\xc1",
+    "a number": packed(5),
+    "cut off": packed([1.5, [STORED], 3])[:-40],
+    "octets after it": packed([1.5, [], 3]) + b"\0",
+    "no events in it": packed([1.5]),
+    "hashes of text": packed([1.5, [changed(block_hashes=["a"])], 3]),
+    "a known array of nothing": packed([1.5, [["BlockStored"]], 3]),
+    "an event that is a number": packed([1.5, [1], 3]),
+    "an event without a kind": packed([1.5, [{"block_hashes": [1]}], 3]),
+    "no text": packed([1.5, [], 3])[:-2] + b"\x91\x82\xa4type\xa2\xff\xff\xa0\xa0\xc0",
+    "deep": b"\x93\x01\x91" + b"\x91" * 100_000,
+    "a list that says it is long": b"\x93\x01\xdd\xff\xff\xff\xff",
+    "more hashes than may be": packed(
+        [1.5, [changed(block_hashes=list(range(limits.KV_EVENT_BLOCKS_MAX + 1)))], 3]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_batch_that_cannot_be_read_is_refused(name: str) -> None:
+    with pytest.raises(BadBatchError):
+        read_batch(BAD[name])
+
+
+@given(st.binary(max_size=60), st.sampled_from([*RELEASES.values()]), st.integers(0, 200))
+def test_garbage_is_refused_or_read_and_nothing_else(junk: bytes, good: str, at: int) -> None:
+    octets = bytes.fromhex(good)
+    for payload in (junk, octets[:at] + junk + octets[at + len(junk) :]):
+        try:
+            batch = read_batch(payload)
+        except BadBatchError:
+            continue
+        assert all(isinstance(event, Stored | Removed | Cleared) for event in batch.events)
+
+
+def test_messages_and_replays_are_read_from_their_end() -> None:
+    number = (5).to_bytes(8, "big")
+    for frames in ([b"kv", number, b"p"], [b"", b"kv", number, b"p"], [b"", number, b"p"]):
+        assert read_frames(frames) == (5, b"p")
+    assert read_frames([b"", b"kv", b"\xff" * 8, b""]).number == -1
+
+
+@pytest.mark.parametrize("frames", [[], [b"a"], [b"a", b"b"], [b"kv", b"\0" * 7, b"p"]])
+def test_a_message_without_a_number_is_refused(frames: list[bytes]) -> None:
+    with pytest.raises(BadBatchError):
+        read_frames(frames)
+
+
+def test_a_batch_has_a_largest_size() -> None:
+    with pytest.raises(BadBatchError):
+        read_frames([b"", b"\0" * 8, bytes(limits.KV_BATCH_BYTES_MAX + 1)])
