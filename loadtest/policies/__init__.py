@@ -1,16 +1,16 @@
 """Which replica should have taken it: routing policies in virtual time, on the same replicas.
 
-Recorded requests are placed by the project's own policy (`doherty`: `proxy.core` itself, not a copy),
-by the rules that other routers publish, and by oracles that see true caches and true remaining work.
-Replicas are a model of continuous batching with chunked prefill and a prefix cache (`--model mixed`)
-or a plain queue (`--model serial`); see `loadtest.policies.engines`.
+Recorded requests are placed by the project's own policy (`doherty`: `proxy.core` itself, not a
+copy), by the rules that other routers publish, and by oracles that see true caches and true
+remaining work. Replicas are a model of continuous batching with chunked prefill and a prefix cache
+(`--model mixed`) or a plain queue (`--model serial`); see `loadtest.policies.engines`.
 
-Relative figures only. A rule is what its router publishes as we read it, not the product. Rules that
-read events of the engines' caches get the truth with no delay. One seed: a second one moves p95 and
-p99 by one or two percent, so smaller differences are none.
+Relative figures only. A rule is what its router publishes as we read it, not the product. Rules
+that read events of the engines' caches get the truth with no delay. One seed: a second one moves
+p95 and p99 by one or two percent, so smaller differences are none.
 
 example:
-  python -m loadtest policies conversation --policies round_robin,llm-d,doherty,oracle --load 0.75,0.9
+  python -m loadtest policies conversation --policies round_robin,llm-d,doherty,oracle --load 0.9
   python -m loadtest policies conversation --targets --processes 2
 """
 
@@ -35,6 +35,7 @@ from loadtest.policies.synthetic import SYNTHETIC
 from loadtest.policies.workload import Picked
 from loadtest.traces import TraceError
 
+MODELS = ("mixed", "serial")
 SUMMARY = "routing policies against rivals and oracles, on modelled replicas in virtual time"
 DEFAULT = (*rivals.RIVALS, "priced", "doherty", "greedy", "oracle")
 
@@ -54,7 +55,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("the fleet, where lists are combined").add_argument
     add("--replicas", type=_counts, default=(8,), help="default 8")
     add("--cache", type=_counts, default=(1_000_000,), metavar="TOKENS", help="of KV, per replica")
-    add("--model", choices=("mixed", "serial"), default="mixed", help="of a replica")
+    add("--model", choices=MODELS, help="of a replica (default: mixed; of targets: both)")
     add("--slow", type=_number, default=1.0, metavar="SPEED", help="of one; nobody is told")
     add("--burst", type=_burst, metavar="FACTOR:SECONDS:BEFORE",
         help="arrivals come so much faster; the rest of the replicas are SECONDS away")  # fmt: skip
@@ -85,8 +86,7 @@ def run(args: argparse.Namespace) -> int:
             check_policy(policy)
         if args.plot:
             plot.check(args.plot)
-        if args.json and args.json != "-" and not Path(args.json).resolve().parent.is_dir():
-            raise ValueError(f"--json {args.json}: no such folder")
+        _check_folder(args.json)
         sources = [source_of(name, args, args.users[0]) for name in args.traces]
         for source in sources:
             workload_of(source)
@@ -99,11 +99,17 @@ def run(args: argparse.Namespace) -> int:
         _write({"decisions": msgspec.to_builtins(costs)}, args)
         return 0
     if args.targets:
-        verdicts = targets.judge(sources, args.processes[0], _sayer(args))
+        models = (args.model,) if args.model else MODELS
+        verdicts = targets.judge(sources, models, args.processes[0], _sayer(args))
         _print(targets.table(verdicts), args)
         _write({"targets": msgspec.to_builtins(verdicts)}, args)
         return 0 if all(verdict.kept for verdict in verdicts) else 1
     return _experiment(args)
+
+
+def _check_folder(path: str | None) -> None:
+    if path and path != "-" and not Path(path).resolve().parent.is_dir():
+        raise ValueError(f"--json {path}: no such folder")
 
 
 def _experiment(args: argparse.Namespace) -> int:
@@ -154,7 +160,7 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
                 replicas=replicas,
                 cache_tokens=cache,
                 load=load,
-                model=args.model,
+                model=args.model or MODELS[0],
                 proxies=proxies,
                 sharing=args.sharing,
                 note_delay_s=args.note_delay,

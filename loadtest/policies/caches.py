@@ -90,11 +90,8 @@ class SharedMemory(Caches):
 
     def lacking(self, replica: int, blocks: Sequence[int], private: int) -> int:
         """Return how many blocks too many a request would need now; 0 or less: it fits."""
-        pins, idle = self._pins[replica], self.idle[replica]
-        pinned = 0
-        for block in blocks:
-            if block in pins:
-                pinned += 1
+        pins = self._pins[replica]
+        pinned = sum(1 for block in blocks if block in pins)
         # Idle blocks can be evicted, unless they are this request's own, which then need no more.
         wanted = len(blocks) - pinned + private
         return len(pins) + self._private[replica] + wanted - self.capacity_blocks

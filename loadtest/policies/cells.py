@@ -24,7 +24,7 @@ from loadtest.policies.caches import Caches
 from loadtest.policies.engines import Flight
 from loadtest.policies.router import Rival
 from loadtest.policies.synthetic import SYNTHETIC
-from loadtest.policies.workload import BLOCK_TOKENS, Job, Workload, Picked, from_trace
+from loadtest.policies.workload import BLOCK_TOKENS, Job, Picked, Workload, from_trace
 from loadtest.policies.world import Chooser, Drive, Fleet, Stage
 
 GOODPUT_STEPS = 7

@@ -1,6 +1,6 @@
 """What one decision of the project's own policy costs, on a warm picture, by number of replicas.
 
-The picture has been filled with the workload's prompts, dealt out by the policy itself, half of them
+The picture has been filled with the workload's prompts, dealt out by the policy itself, the latest
 still under way. Then every further prompt is decided and not sent, several times over; the least of
 the repeats counts, since nothing makes a processor faster than it is.
 

@@ -28,6 +28,7 @@ from collections import deque
 from typing import Final, Protocol
 
 import msgspec
+from typing_extensions import override
 
 from loadtest.policies.caches import Caches, SharedMemory
 from loadtest.policies.workload import BLOCK_TOKENS, Job
@@ -138,6 +139,7 @@ class Serial(Engine):
         self._prefilling: Flight | None = None
         self._until_s = 0.0
 
+    @override
     def submit(self, flight: Flight, now_s: float) -> None:
         self.requests += 1
         self.queue.append(flight)
@@ -157,6 +159,7 @@ class Serial(Engine):
         self._until_s = now_s + duration_s
         self.world.wake(self, self._until_s, flight)
 
+    @override
     def woken(self, token: object, now_s: float) -> None:
         assert isinstance(token, Flight)
         if token is self._prefilling:
@@ -169,9 +172,11 @@ class Serial(Engine):
             self.world.ended(token, now_s)
         self._begin(now_s)
 
+    @override
     def under_way_s(self, now_s: float) -> float:
         return max(0.0, self._until_s - now_s) if self._prefilling else 0.0
 
+    @override
     def room_wait_s(self, job: Job) -> float:
         over = self.running + len(self.queue) + 1 - self.timing.slots_serial
         return over * SLOT_WAIT_S if over > 0 else 0.0
@@ -202,6 +207,7 @@ class Mixed(Engine):
 
     # --- arrivals ---------------------------------------------------------------------------
 
+    @override
     def submit(self, flight: Flight, now_s: float) -> None:
         self.requests += 1
         self.queue.append(flight)
@@ -240,6 +246,7 @@ class Mixed(Engine):
 
     # --- steps ------------------------------------------------------------------------------
 
+    @override
     def woken(self, token: object, now_s: float) -> None:
         if token != self._wake:
             return
@@ -296,7 +303,7 @@ class Mixed(Engine):
             self._state = IDLE
 
     def _fill(self) -> int:
-        """Choose the step's prompt tokens: those begun first, then newcomers while there is room."""
+        """Choose the step's prompt tokens: those begun first, then newcomers while they fit."""
         left = self.timing.chunk_tokens
         begun = self._begun
         while left:
@@ -331,12 +338,14 @@ class Mixed(Engine):
 
     # --- what only an oracle sees -------------------------------------------------------------
 
+    @override
     def under_way_s(self, now_s: float) -> float:
         left_s = sum(flight.left_tokens for flight in self._begun) / self.rate
         if self._state == PREFILLING:
             left_s += self._until_s - now_s
         return left_s
 
+    @override
     def room_wait_s(self, job: Job) -> float:
         """Return how long the answers under way take to make room; those queued come first."""
         blocks = len(job.blocks) + _answer_blocks(job)

@@ -1,9 +1,9 @@
 """The project's own choice, not a copy of it: `proxy.core`'s policies, picture and late binding.
 
-Each proxy has a picture of its own. It decides what comes to it, and learns what a proxy learns: the
-first token, the end, and the usage that the answer reports. Where proxies share, each hears of the
-others' decisions and their outcomes some milliseconds later, by the calls that notes make; where
-they do not, it reads the engines' own gauges from time to time, as a proxy does.
+Each proxy has a picture of its own. It decides what comes to it, and learns what a proxy learns:
+the first token, the end, and the usage that the answer reports. Where proxies share, each hears of
+the others' decisions and their outcomes some milliseconds later, by the calls that notes make;
+where they do not, it reads the engines' own gauges from time to time, as a proxy does.
 
 `doherty` is the default policy with late binding, `doherty:early` the same without, and
 `doherty:NAME` another policy of the core.
@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+
+from typing_extensions import override
 
 from loadtest.policies.chains import chains_of
 from loadtest.policies.engines import Flight
@@ -96,6 +98,7 @@ class Ours(Chooser):
         if delay_s is None and len(self._proxies) > 1:
             stage.call_later(SCRAPE_S, self._scrape)
 
+    @override
     def alive(self, count: int, now_s: float) -> None:
         members = {replica.name: replica for replica in self._replicas[:count]}
         self._pool = make_pool(members, self._rings)
@@ -105,6 +108,7 @@ class Ours(Chooser):
 
     # --- decisions --------------------------------------------------------------------------
 
+    @override
     def choose(self, flight: Flight, now_s: float) -> int:
         proxy = self._proxies[flight.proxy]
         request = Request(self._chains[flight.job.index], has_session=False)
@@ -123,6 +127,7 @@ class Ours(Chooser):
     def _pool_now(self) -> Pool:
         return self._pool
 
+    @override
     def take(self, now_s: float) -> Iterable[tuple[Flight, int]]:
         if not self._stirred:
             return
@@ -153,6 +158,10 @@ class Ours(Chooser):
         self._poked = False
         self._stirred = True  # the stage asks for what goes after every event, this one too
 
+    @override
+    def sent(self, flight: Flight, now_s: float) -> None:
+        """Counted when it was decided: the next decision of `take` has to see it."""
+
     def _acquire(self, proxy: Proxy, flight: Flight, decision: Decision, now_s: float) -> int:
         chain = self._chains[flight.job.index]
         octets = decision.cached_octets
@@ -182,6 +191,7 @@ class Ours(Chooser):
 
     # --- what is learned --------------------------------------------------------------------
 
+    @override
     def first_token(self, flight: Flight, now_s: float) -> None:
         trip = self._trips[flight.job.index]
         picture = self._proxies[flight.proxy].picture
@@ -195,6 +205,7 @@ class Ours(Chooser):
                 picture.prefill_ended(lease, self._stage.now_s)
                 self._stirred = True
 
+    @override
     def ended(self, flight: Flight, now_s: float) -> None:
         job = flight.job
         trip = self._trips.pop(job.index)
@@ -204,6 +215,7 @@ class Ours(Chooser):
             completion_tokens=job.output_tokens,
             cached_tokens=flight.cached_tokens,
         )
+        picture.loads.decoded(trip.lease.slot, job.output_tokens, now_s - flight.first_s)
         picture.release(trip.lease, now_s, usage)
         self._tell(picture, lambda other: self._hear_released(trip, other, usage))
 

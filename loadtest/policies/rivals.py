@@ -13,7 +13,8 @@ llm-d[:prefix:queue:memory]: weighted scores of prefix, queue depth and memory.
 dynamo[:weight]: queued and new prefill blocks, and blocks being decoded.
 preble: exploit what is cached when that is most of the prompt, else explore.
 lmetric: (queued + new prefill tokens) x (requests + 1).
-priced[:beta]: seconds queued less those done, own uncached (1 + beta) times; ties to the least worn.
+priced[:beta]: seconds queued less those done, own uncached (1 + beta) times; ties to the least
+    worn: the rule to start from.
 greedy, oracle[:beta]: true caches and true remaining work; `oracle` prices as `priced` does.
 """
 

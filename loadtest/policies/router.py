@@ -12,6 +12,8 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from typing_extensions import override
+
 from loadtest.policies.caches import Caches
 from loadtest.policies.engines import SLOT_WAIT_S, Flight
 from loadtest.policies.workload import BLOCK_TOKENS, Job
@@ -148,18 +150,23 @@ class Rival(Chooser):
     def _router(self, flight: Flight) -> Router:
         return self._routers[flight.proxy % len(self._routers)]
 
+    @override
     def choose(self, flight: Flight, now_s: float) -> int:
         return self._rule(self._router(flight), flight)
 
+    @override
     def sent(self, flight: Flight, now_s: float) -> None:
         self._router(flight).sent(flight, now_s)
 
+    @override
     def first_token(self, flight: Flight, now_s: float) -> None:
         self._router(flight).first_token(flight, now_s)
 
+    @override
     def ended(self, flight: Flight, now_s: float) -> None:
         self._router(flight).ended(flight)
 
+    @override
     def alive(self, count: int, now_s: float) -> None:
         for router in self._routers:
             router.set_live(count)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from loadtest.policies.cells import Cell, Figures
 from loadtest.policies.runner import label
 
+FIGURE = re.compile(r"[-+0-9x<>=]")
 Column = tuple[str, Callable[[Figures], str]]
 
 COLUMNS: tuple[Column, ...] = (
@@ -49,11 +51,14 @@ def goodput_table(cell: Cell, rates: dict[str, float], ttft_s_max: float) -> str
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows with the first column to the left and all others to the right."""
+    """Return rows: first column and words to the left, figures to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    left = {0} | {column for column, text in enumerate(rows[-1]) if not FIGURE.search(text[:1])}
     lines = []
     for row in rows:
-        cells = [f"{row[0]:<{widths[0]}}"]
-        cells += [f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True)]
+        cells = [
+            f"{text:<{width}}" if column in left else f"{text:>{width}}"
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  " + "  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the lab's replicas are asked: requests named by blocks of 512 tokens, when, and in what order.
+"""What the lab's replicas are asked: requests named by blocks of 512 tokens, and when.
 
 Made from a trace by `from_trace`; `loadtest.policies.synthetic` makes those that no trace has. A
 block's name stands for its tokens and all before them, as in the traces: equal names at the
@@ -217,7 +217,7 @@ def _job(arrival: Arrival, index: int, session: int, names: Names) -> Job:
 
 def _open(trace: Trace, picked: Picked) -> list[Job]:
     names, earlier, sessions = Names(), Earlier(), dict[str, int]()
-    jobs = []
+    jobs: list[Job] = []
     for arrival in trace.arrivals[: picked.limit or None]:
         if arrival.input_tokens > picked.prompt_tokens_max:
             continue

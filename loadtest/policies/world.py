@@ -58,15 +58,19 @@ class Chooser(abc.ABC):
         """Return held requests that go now, and where."""
         return ()
 
+    @abc.abstractmethod
     def sent(self, flight: Flight, now_s: float) -> None:
         """The request is on its way to `flight.replica`."""
 
+    @abc.abstractmethod
     def first_token(self, flight: Flight, now_s: float) -> None:
         """Its first token came."""
 
+    @abc.abstractmethod
     def ended(self, flight: Flight, now_s: float) -> None:
         """Its last token came, and its usage."""
 
+    @abc.abstractmethod
     def alive(self, count: int, now_s: float) -> None:
         """The first `count` replicas are there from now on."""
 
