@@ -115,7 +115,7 @@ def _in_burst(cell: Cell) -> Workload:
         moved = Job(
             job.index, job.session, job.blocks, tokens=(job.prompt_tokens, job.output_tokens)
         )
-        moved.head_blocks, moved.earlier = job.head_blocks, job.earlier
+        moved.head_blocks, moved.earlier, moved.opener = job.head_blocks, job.earlier, job.opener
         inside_s = min(max(0.0, job.at_s - begin_s), end_s - begin_s)
         moved.at_s = job.at_s - inside_s * (1 - 1 / cell.burst.factor)
         jobs.append(moved)

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from loadtest.policies.cells import Cell, Figures, goodput, run_cell
+from loadtest.policies.cells import Cell, Figures, goodput, run_cell, workload_of
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +58,9 @@ def described(task: Task) -> str:
 def label(cell: Cell) -> str:
     """Return a cell in words: what differs from the usual one is named."""
     name = cell.source.name.rsplit("/", 1)[-1].split(".")[0]
-    words = [f"{name} N={cell.replicas} cache={_tokens(cell.cache_tokens)} load={cell.load:.0%}"]
+    closed = workload_of(cell.source).closed_loop
+    load = f"{cell.source.picked.users} users" if closed else f"load={cell.load:.0%}"
+    words = [f"{name} N={cell.replicas} cache={_tokens(cell.cache_tokens)} {load}"]
     usual = Cell()
     for field, text in (
         ("model", "{}"),

@@ -20,6 +20,7 @@ from loadtest.policies import decisions, rivals
 from loadtest.policies.cells import Burst, Cell, Figures, Source, workload_of
 from loadtest.policies.runner import Result, Task, label, run_tasks
 from loadtest.policies.tables import aligned
+from loadtest.policies.workload import Picked
 
 OURS: Final = "doherty"
 LOADS: Final = (0.5, 0.75, 0.9)
@@ -30,6 +31,7 @@ NOTHING_SHARED_MAX: Final = 0.01  # hit rate of any cache
 HIGH: Final = (0.75, 0.9)
 CALM: Final = 0.6  # where something goes wrong: the fleet could carry it
 BELIEF_AFTER: Final = 2000
+SYNTHETIC_REQUESTS: Final = 6000
 GOODPUT_TTFT_S: Final = 2.0
 AGENT_CACHES: Final = (300_000, 1_000_000)
 
@@ -233,10 +235,11 @@ def targets_of(sources: Sequence[Source], model: str) -> list[Target]:
         made += _chat(Cell(source=source, model=model))
     for source in agents:
         made += _agents(Cell(source=source, model=model))
-    lonely = [*nothing, Source(name="nothing-shared")]
+    picked = Picked(limit=SYNTHETIC_REQUESTS)
+    lonely = [*nothing, Source(name="nothing-shared", picked=picked)]
     cells = [Cell(source=source, load=load, model=model) for source in lonely for load in HIGH]
     made.append(OverBest("nothing shared: p99 / best blind rule's", cells, BLIND, 1.05))
-    head = Source(name="shared-head")
+    head = Source(name="shared-head", picked=picked)
     cells = [Cell(source=head, load=load, model=model) for load in HIGH]
     alone: list[Pair] = [(Task(cell=cell, policy=OURS), None) for cell in cells]
     made += [

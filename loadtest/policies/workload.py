@@ -34,8 +34,17 @@ class Job:
     """One request of a workload; what becomes of it in a run is a `Flight`."""
 
     __slots__ = (
-        "at_s", "blocks", "earlier", "follows", "head_blocks", "index", "output_tokens",
-        "prompt_tokens", "session", "think_s",
+        "at_s",
+        "blocks",
+        "earlier",
+        "follows",
+        "head_blocks",
+        "index",
+        "opener",
+        "output_tokens",
+        "prompt_tokens",
+        "session",
+        "think_s",
     )  # fmt: skip
 
     def __init__(
@@ -50,11 +59,7 @@ class Job:
         self.think_s = 0.0
         self.head_blocks = 0  # leading blocks that everybody shares
         self.earlier: tuple[int, ...] = ()  # where earlier prompts of the session end, in tokens
-
-    @property
-    def opener(self) -> int:
-        """Return the first block that is not everybody's: it names the conversation."""
-        return self.blocks[min(self.head_blocks, len(self.blocks) - 1)]
+        self.opener = blocks[0]  # names the conversation: the same block for all of its turns
 
 
 class Workload:
@@ -91,7 +96,7 @@ def _renumbered(kept: Sequence[Job], before: Sequence[Job]) -> list[Job]:
     for place, job in enumerate(kept):
         copy = Job(place, job.session, job.blocks, tokens=(job.prompt_tokens, job.output_tokens))
         copy.at_s, copy.think_s = job.at_s, job.think_s
-        copy.head_blocks, copy.earlier = job.head_blocks, job.earlier
+        copy.head_blocks, copy.earlier, copy.opener = job.head_blocks, job.earlier, job.opener
         follows = job.follows
         while follows >= 0 and follows not in places:
             follows = before[follows].follows
@@ -164,29 +169,33 @@ def next_id(arrival: Arrival, place: int) -> int:
 
 
 class Earlier:
-    """Where the earlier prompts of a session end, when a later one continues them.
+    """Which earlier prompts of its session each prompt continues: where they end, how they began.
 
-    The trace shows whole blocks; that the rest of an earlier prompt is repeated too is an
-    assumption, and worth less than a block.
+    A conversation is named by the first block that is not everybody's, of its first prompt. The
+    trace shows whole blocks; that the rest of an earlier prompt is repeated too is an assumption,
+    and worth less than a block.
     """
 
     def __init__(self) -> None:
-        self._prompts: dict[int, deque[tuple[int, int]]] = {}
+        self._prompts: dict[int, deque[tuple[int, int, int]]] = {}
 
     def add(self, job: Job) -> None:
         prompts = self._prompts.setdefault(job.session, deque(maxlen=EARLIER_KEPT))
-        ends = []
-        for tokens, last_whole in reversed(prompts):
+        job.opener = job.blocks[min(job.head_blocks, len(job.blocks) - 1)]
+        ends: list[int] = []
+        for tokens, last_whole, opener in reversed(prompts):
             whole = tokens // BLOCK_TOKENS
             if tokens >= job.prompt_tokens or tokens in ends or not whole:
                 continue
             if whole <= len(job.blocks) and job.blocks[whole - 1] == last_whole:
                 ends.append(tokens)
+                job.opener = opener
                 if len(ends) == EARLIER_MAX:
                     break
         job.earlier = tuple(sorted(ends))
         whole = job.prompt_tokens // BLOCK_TOKENS
-        prompts.append((job.prompt_tokens, job.blocks[whole - 1] if whole else -1))
+        last_whole = job.blocks[whole - 1] if whole else -1
+        prompts.append((job.prompt_tokens, last_whole, job.opener))
 
 
 class Picked(msgspec.Struct, frozen=True, kw_only=True):
