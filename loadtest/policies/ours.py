@@ -104,7 +104,12 @@ class Ours(Chooser):
         self._pool = make_pool(members, self._rings)
         self._stirred = True
         for proxy in self._proxies:
-            proxy.picture.know(members.values(), now_s)
+            picture = proxy.picture
+            picture.know(members.values(), now_s)
+            for replica in members.values():  # engines say how many requests they compute at a time
+                capacity_tokens = replica.kv_capacity_tokens
+                slot = picture.slots[replica.name]
+                picture.loads.limit(slot, capacity_tokens, running_max=self._stage.fleet.slots)
 
     # --- decisions --------------------------------------------------------------------------
 

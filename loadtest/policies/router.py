@@ -41,9 +41,7 @@ class Router:
         count = fleet.replicas
         self.stage = stage
         self.rate = fleet.timing.prefill_tokens_per_s
-        self.slots = (
-            fleet.timing.slots_serial if fleet.model == "serial" else fleet.timing.slots_mixed
-        )
+        self.slots = fleet.slots
         self.live: list[int] = list(range(count))
         self.requests = [0] * count  # under way
         self.tokens = [0] * count  # of prefill, whose first token was not seen

@@ -33,6 +33,12 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     slow: float = 1.0  # speed of the first replica; nobody is told
     timing: Timing = Timing()
 
+    @property
+    def slots(self) -> int:
+        """Return how many requests a replica computes at a time."""
+        serial = self.model == "serial"
+        return self.timing.slots_serial if serial else self.timing.slots_mixed
+
 
 class Drive(msgspec.Struct, frozen=True, kw_only=True):
     """How the jobs come, and how many proxies place them."""
