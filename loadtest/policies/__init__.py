@@ -75,6 +75,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     add("--sharing", choices=("all", "none"), default="all", help="of decisions, between them")
     add("--note-delay", type=_number, default=0.005, metavar="S", help="until others hear of one")
+    add("--scrape", type=_or_none, default=1.0, metavar="S", help="of gauges; 0: none (default 1)")
     add("--believed", type=_numbers, default=(1.0,), help="capacity of a cache, in true ones")
     add("--points", choices=POINTS, default="chain", help="of the prefix chain")
 
@@ -164,6 +165,7 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
                 proxies=proxies,
                 sharing=args.sharing,
                 note_delay_s=args.note_delay,
+                scrape_s=args.scrape,
                 believed=believed,
                 slow=args.slow,
                 burst=args.burst,
@@ -218,6 +220,10 @@ def _number(text: str) -> float:
     return value
 
 
+def _or_none(text: str) -> float:
+    return 0.0 if text == "0" else _number(text)
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(_number(word) for word in _words(text))
 
@@ -240,5 +246,5 @@ def _burst(text: str) -> Burst:
     words: Sequence[str] = text.split(":")
     if len(words) != 3:
         raise argparse.ArgumentTypeError(f"{text!r} is not FACTOR:SECONDS:BEFORE, such as 2:15:4")
-    cold_s = 0.0 if float(words[1] or 0) == 0 else _number(words[1])
-    return Burst(factor=_number(words[0]), cold_s=cold_s, before=_count(words[2]))
+    factor, cold_s, before = words
+    return Burst(factor=_number(factor), cold_s=_or_none(cold_s), before=_count(before))

@@ -127,6 +127,6 @@ class SharedMemory(Caches):
                 idle[block] = None
         self._private[replica] -= private
 
-    def used_share(self, replica: int) -> float:
-        """Return the share that running requests take."""
-        return (len(self._pins[replica]) + self._private[replica]) / self.capacity_blocks
+    def used_blocks(self, replica: int) -> int:
+        """Return the blocks that running requests take."""
+        return len(self._pins[replica]) + self._private[replica]

@@ -56,6 +56,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     proxies: int = 1
     sharing: str = "all"
     note_delay_s: float = 0.005
+    scrape_s: float = 1.0  # between two readings of the engines' gauges; 0: never
     believed: float = 1.0
     slow: float = 1.0
     burst: Burst | None = None
@@ -126,7 +127,14 @@ def _chooser(policy: str, stage: Stage, cell: Cell) -> Chooser:
     shared = cell.sharing == "all"
     if ours.is_ours(policy):
         delay_s = cell.note_delay_s if shared else None
-        return ours.Ours(stage, policy, believed=cell.believed, delay_s=delay_s, points=cell.points)
+        return ours.Ours(
+            stage,
+            policy,
+            believed=cell.believed,
+            delay_s=delay_s,
+            scrape_s=cell.scrape_s,
+            points=cell.points,
+        )
     return Rival(stage, rivals.rule_of(policy), shared=shared, believed=cell.believed)
 
 

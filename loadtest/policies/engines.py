@@ -123,6 +123,10 @@ class Engine(abc.ABC):
     def under_way_s(self, now_s: float) -> float:
         """Return the prefill seconds that are still to come of requests that have begun."""
 
+    def held_tokens(self) -> int:
+        """Return the KV memory that running requests take; 0 where they take none."""
+        return 0
+
     @abc.abstractmethod
     def room_wait_s(self, job: Job) -> float:
         """Return how long a newcomer would wait for a slot, or for memory."""
@@ -335,6 +339,10 @@ class Mixed(Engine):
         self.running += 1
         self._begun.append(flight)
         return True
+
+    @override
+    def held_tokens(self) -> int:
+        return self.memory.used_blocks(self.place) * BLOCK_TOKENS
 
     # --- what only an oracle sees -------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 Each proxy has a picture of its own. It decides what comes to it, and learns what a proxy learns:
 the first token, the end, and the usage that the answer reports. Where proxies share, each hears of
-the others' decisions and their outcomes some milliseconds later, by the calls that notes make;
-where they do not, it reads the engines' own gauges from time to time, as a proxy does.
+the others' decisions and their outcomes some milliseconds later, by the calls that notes make.
+From time to time it reads the engines' own gauges, as a proxy does.
 
 `doherty` is the default policy with late binding, `doherty:early` the same without, and
 `doherty:NAME` another policy of the core.
@@ -33,7 +33,6 @@ from proxy.core.ring import Ring
 from proxy.core.usage import Usage
 
 NAME = "doherty"
-SCRAPE_S = 1.0  # between two readings of the engines' gauges
 POKE_S_MIN = 0.001
 
 
@@ -78,9 +77,19 @@ class Ours(Chooser):
     """The proxies of one run."""
 
     def __init__(
-        self, stage: Stage, spec: str, *, believed: float, delay_s: float | None, points: str
+        self,
+        stage: Stage,
+        spec: str,
+        *,
+        believed: float,
+        delay_s: float | None,
+        scrape_s: float,
+        points: str,
     ) -> None:
-        """`delay_s` is how long notes take between proxies; None: they tell each other nothing."""
+        """`delay_s` is how long notes take between proxies; None: they tell each other nothing.
+
+        `scrape_s` lies between two readings of the engines' gauges; 0: they are not read.
+        """
         self._stage = stage
         self._policy, self.holds = _parse(spec)
         self._chains = chains_of(stage.workload, points)
@@ -95,8 +104,9 @@ class Ours(Chooser):
         self._trips: dict[int, Trip] = {}
         self._poked = False
         self._stirred = False  # something happened that may let a held request go
-        if delay_s is None and len(self._proxies) > 1:
-            stage.call_later(SCRAPE_S, self._scrape)
+        self._scrape_s = scrape_s
+        if scrape_s:
+            stage.call_later(scrape_s, self._scrape)
 
     @override
     def alive(self, count: int, now_s: float) -> None:
@@ -243,11 +253,11 @@ class Ours(Chooser):
                     proxy.picture.slots[self._replicas[place].name],
                     requests=engine.running + len(engine.queue),
                     waiting_tokens=waiting_tokens,
-                    held_tokens=0,
+                    held_tokens=engine.held_tokens(),
                     now_s=stage.now_s,
                 )
         if self._trips or len(stage.flights) < len(stage.workload.jobs):
-            stage.call_later(SCRAPE_S, self._scrape)
+            stage.call_later(self._scrape_s, self._scrape)
 
 
 def _nothing(_decision: Decision) -> None:

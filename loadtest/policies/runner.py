@@ -60,12 +60,14 @@ def label(cell: Cell) -> str:
     name = cell.source.name.rsplit("/", 1)[-1].split(".")[0]
     closed = workload_of(cell.source).closed_loop
     load = f"{cell.source.picked.users} users" if closed else f"load={cell.load:.0%}"
-    words = [f"{name} N={cell.replicas} cache={_tokens(cell.cache_tokens)} {load}"]
+    words = [f"{name} N={cell.replicas} cache={in_words(cell.cache_tokens)} {load}"]
     usual = Cell()
     for field, text in (
         ("model", "{}"),
         ("proxies", "{} proxies"),
         ("sharing", "sharing {}"),
+        ("note_delay_s", "notes take {:g} s"),
+        ("scrape_s", "gauges every {:g} s"),
         ("believed", "cache believed x{:g}"),
         ("slow", "one at {:g} of the speed"),
         ("points", "points {}"),
@@ -81,5 +83,6 @@ def label(cell: Cell) -> str:
     return ", ".join(words)
 
 
-def _tokens(tokens: int) -> str:
+def in_words(tokens: int) -> str:
+    """Return a number of tokens as people write it."""
     return f"{tokens / 1e6:g}M" if tokens >= 1_000_000 else f"{tokens / 1e3:g}k"

@@ -194,10 +194,10 @@ def test_running_requests_keep_their_blocks_and_all_fits(
         running.append((blocks, answer))
         for held, _ in running:
             assert memory.depth(0, held) == len(held)
-        assert memory.used_share(0) * capacity + len(memory.idle[0]) <= capacity + 1e-9
+        assert memory.used_blocks(0) + len(memory.idle[0]) <= capacity
     for held in running:
         memory.leave(0, *held)
-    assert memory.used_share(0) == 0
+    assert memory.used_blocks(0) == 0
 
 
 # --- workloads ----------------------------------------------------------------------------------
