@@ -6,8 +6,8 @@ remaining work. Replicas are a model of continuous batching with chunked prefill
 (`--model mixed`) or a plain queue (`--model serial`); see `loadtest.policies.engines`.
 
 Relative figures only. A rule is what its router publishes as we read it, not the product. Rules
-that read events of the engines' caches get the truth with no delay. One seed: a second one moves
-p95 and p99 by one or two percent, so smaller differences are none.
+that read events of the engines' caches get the truth with no delay. Another `--seed` moves
+p95 and p99 by one or two percent, where lots are drawn by more: smaller differences are none.
 
 example:
   python -m loadtest policies conversation --policies round_robin,llm-d,doherty,oracle --load 0.9

@@ -54,7 +54,7 @@ class Router:
         self.seen_depth = -1  # blocks that the chosen replica truly has, where a rule knows
         self.window: deque[tuple[float, int, float]] = deque()
         self.window_s = [0.0] * count
-        self.chance = random.Random(stage.drive.seed + 1)
+        self.chance = random.Random(stage.drive.seed)
         self._all_points = sorted(
             (mix(mix(replica) ^ point), replica)
             for replica in range(count)

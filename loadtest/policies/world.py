@@ -97,7 +97,7 @@ class Stage:
         self._heap: list[tuple[float, int, int, object, object]] = []
         self._count = 0
         self._held = 0
-        self._random = random.Random(drive.seed)
+        self._random = random.Random(drive.seed + 1)
         self.truth, self.engines = self._build()
         self.chooser: Chooser | None = None
 
