@@ -19,11 +19,11 @@ from typing_extensions import override
 
 from loadtest.policies.chains import chains_of
 from loadtest.policies.engines import Flight
-from loadtest.policies.workload import BLOCK_TOKENS
+from loadtest.policies.router import uncached
 from loadtest.policies.world import HELD, Chooser, Stage
-from proxy.contract import ReplicaRecord
+from proxy.contract import LoadSample, ReplicaRecord
 from proxy.core import limits
-from proxy.core.fleet import Pool, make_pool
+from proxy.core.fleet import Pool, Shares, make_pool
 from proxy.core.holding import Held, Holding, is_open
 from proxy.core.loads import Lease
 from proxy.core.picture import Picture
@@ -100,7 +100,7 @@ class Ours(Chooser):
         self._proxies = [Proxy() for _ in range(stage.drive.proxies)]
         self._delay_s = delay_s
         self._pool: Pool = make_pool({}, {})
-        self._rings: dict[tuple[str, ...], Ring] = {}
+        self._rings: dict[Shares, Ring] = {}
         self._trips: dict[int, Trip] = {}
         self._poked = False
         self._stirred = False  # something happened that may let a held request go
@@ -110,16 +110,38 @@ class Ours(Chooser):
 
     @override
     def alive(self, count: int, now_s: float) -> None:
-        members = {replica.name: replica for replica in self._replicas[:count]}
-        self._pool = make_pool(members, self._rings)
-        self._stirred = True
+        self._pool = make_pool({r.name: r for r in self._replicas[:count]}, self._rings)
+        self._read_gauges(now_s)
+
+    def _read_gauges(self, now_s: float) -> None:
+        """Tell every proxy what the engines say of themselves, as the fleet's records do."""
+        known = self._pool.available
+        if self._scrape_s:
+            known = tuple(replace(r, load=self._gauges(r, now_s)) for r in known)
         for proxy in self._proxies:
-            picture = proxy.picture
-            picture.know(members.values(), now_s)
-            for replica in members.values():  # engines say how many requests they compute at a time
-                capacity_tokens = replica.kv_capacity_tokens
-                slot = picture.slots[replica.name]
-                picture.loads.limit(slot, capacity_tokens, running_max=self._stage.fleet.slots)
+            proxy.picture.know(known, now_s)
+        self._stirred = True
+
+    def _gauges(self, replica: Replica, now_s: float) -> LoadSample:
+        stage, place = self._stage, self._places[replica.name]
+        engine = stage.engines[place]
+        waiting = [flight.job for flight in engine.queue]
+        return LoadSample(
+            at_s=now_s,
+            running=engine.running,
+            waiting=len(waiting),
+            waiting_tokens=sum(uncached(j, stage.truth.depth(place, j.blocks)) for j in waiting),
+            kv_used_ratio=engine.held_tokens() / stage.fleet.capacity_tokens,
+            kv_capacity_tokens=replica.kv_capacity_tokens,
+            running_max=stage.fleet.slots,
+        )
+
+    def _scrape(self) -> None:
+        """Read the gauges, and again later while anything is under way."""
+        stage = self._stage
+        self._read_gauges(stage.now_s)
+        if self._trips or len(stage.flights) < len(stage.workload.jobs):
+            stage.call_later(self._scrape_s, self._scrape)
 
     # --- decisions --------------------------------------------------------------------------
 
@@ -131,7 +153,7 @@ class Ours(Chooser):
         if not self.holds or not len(proxy.holding):
             decision = self._policy(request, self._pool, proxy.picture, now_s)
             assert decision is not None
-            if not self.holds or is_open(decision, proxy.picture, now_s):
+            if not self.holds or is_open(decision, request, proxy.picture, now_s):
                 return self._acquire(proxy, flight, decision, now_s)
         held = Held(request, self._pool_now, _nothing, now_s)
         proxy.holding.add(held, proxy.picture)
@@ -238,26 +260,6 @@ class Ours(Chooser):
         for picture, lease in trip.others:
             if picture is other:
                 picture.release(lease, self._stage.now_s, usage)
-
-    def _scrape(self) -> None:
-        """Read the engines' gauges, and again later while anything is under way."""
-        stage = self._stage
-        for place in range(len(self._pool.available)):
-            engine = stage.engines[place]
-            waiting_tokens = sum(
-                max(1, f.job.prompt_tokens - stage.truth.depth(place, f.job.blocks) * BLOCK_TOKENS)
-                for f in engine.queue
-            )
-            for proxy in self._proxies:
-                proxy.picture.loads.reconcile(
-                    proxy.picture.slots[self._replicas[place].name],
-                    requests=engine.running + len(engine.queue),
-                    waiting_tokens=waiting_tokens,
-                    held_tokens=engine.held_tokens(),
-                    now_s=stage.now_s,
-                )
-        if self._trips or len(stage.flights) < len(stage.workload.jobs):
-            stage.call_later(self._scrape_s, self._scrape)
 
 
 def _nothing(_decision: Decision) -> None:

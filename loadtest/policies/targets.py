@@ -95,11 +95,19 @@ class Ratio(Target):
             value = self._value(results, task)
             if base is not None:
                 value = _over(value, self._value(results, base))
-            found.append((value, label(task.cell)))
+            found.append((value, label(task.cell) + self._oracle_too(results, task, base)))
         figure, where = min(found) if self._at_least else max(found)
         return Verdict(
             name=self._name, figure=figure, bound=self._bound, at_least=self._at_least, where=where
         )
+
+    def _oracle_too(self, results: Results, task: Task, base: Task | None) -> str:
+        """Return what the oracle reached in the same cell, where it ran and is not the base."""
+        oracle = Task(cell=task.cell, policy="oracle")
+        if base is None or base.cell != task.cell or base == oracle or oracle not in results:
+            return ""
+        value = _over(self._value(results, oracle), self._value(results, base))
+        return f"; the oracle {value:.3f}"
 
     def _value(self, results: Results, task: Task) -> float:
         figures = results[task]
@@ -155,23 +163,24 @@ class Goodput(Target):
 
     @override
     def tasks(self) -> Iterator[Task]:
-        for policy in (OURS, *self._others):
+        for policy in (OURS, *self._others, "oracle"):
             yield self._task(policy)
 
     @override
     def verdict(self, results: Results) -> Verdict:
         rates: dict[str, float] = {}
-        for policy in (OURS, *self._others):
+        for policy in (OURS, *self._others, "oracle"):
             rate = results[self._task(policy)]
             assert isinstance(rate, float)
             rates[policy] = rate
         best = max(self._others, key=rates.__getitem__)
+        oracle = _over(rates["oracle"], rates[best])
         return Verdict(
             name=self._name,
             figure=_over(rates[OURS], rates[best]),
             bound=self._bound,
             at_least=True,
-            where=f"{label(self._cell)}; {best}",
+            where=f"{label(self._cell)}; {best}; the oracle {oracle:.3f}",
         )
 
 
