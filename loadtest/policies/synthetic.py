@@ -19,6 +19,9 @@ from loadtest.policies.workload import BLOCK_TOKENS, Earlier, Job, Workload
 HEAD_BLOCKS: Final = 4
 TURNS_MEAN: Final = 6.0
 THINK_MEAN_S: Final = 30.0
+# Long enough for some turns of each conversation; it begins when as many end as begin.
+WINDOW_S: Final = 120.0
+RAMP_S: Final = 10 * THINK_MEAN_S
 # Log-normal lengths with the medians and spreads of the Azure 2023 chat trace (Patel et al. 2024):
 # prompts of 1,020 tokens in the median and 4,083 at p95, answers of 129 and 451.
 PROMPT: Final = (1020.0, 0.84)
@@ -33,8 +36,9 @@ def shared_head(requests: int, seed: int = 1) -> Workload:
     turns: list[tuple[float, int, int, int, int]] = []  # at, session, turn, prompt, answer
     begin_s = 0.0
     session = 0
-    while len(turns) < requests:
-        begin_s += chance.expovariate(1.0 / 5.0)
+    conversations_per_s = requests / WINDOW_S / TURNS_MEAN
+    while begin_s < RAMP_S + 1.5 * WINDOW_S:
+        begin_s += chance.expovariate(conversations_per_s)
         at_s, prompt = begin_s, HEAD_BLOCKS * BLOCK_TOKENS
         for turn in range(1 + int(chance.expovariate(1.0 / (TURNS_MEAN - 1.0)))):
             prompt += _length(chance, QUESTION)
@@ -43,7 +47,7 @@ def shared_head(requests: int, seed: int = 1) -> Workload:
             prompt += answer
             at_s += chance.expovariate(1.0 / THINK_MEAN_S)
         session += 1
-    turns = sorted(turns)[:requests]
+    turns = sorted(turn for turn in turns if turn[0] >= RAMP_S)[:requests]
     earlier = Earlier()
     jobs = []
     for index, (at_s, owner, _, prompt, answer) in enumerate(turns):
