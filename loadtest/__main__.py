@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import uvloop
 
-from loadtest import bench, faults, plot, report, sdk, siege, soak, storm, upgrade
+from loadtest import bench, faults, plot, policies, report, sdk, siege, soak, storm, upgrade
 from loadtest.client import parse_url
 from loadtest.compare import compare
 from loadtest.fleet import FleetOptions
@@ -47,6 +47,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "bench": bench,
+    "policies": policies,
     "sdk": sdk,
     "siege": siege,
     "soak": soak,
