@@ -36,6 +36,7 @@ _log = logging.getLogger("doherty.worker")
 
 DESCRIPTORS_RESERVED = 32  # the listener, logs, the channel, libraries
 DRAIN_POLL_S = 0.02
+FLEET_WAIT_S = 0.5
 # A request leaves no cycles behind, so looking for them after every 700 objects finds nothing.
 GC_ALLOCATIONS_MAX = 20_000
 GRACE_WITHOUT_SUPERVISOR_S = 60.0
@@ -87,9 +88,14 @@ class Worker:
         return self._status
 
     async def _fleet_or_first_silence(self, plane: Plane) -> None:
-        """The supervisor sends the fleet right after the start; do not answer before it is here."""
-        for _ in range(100):
-            if plane.fleet_known:
+        """Do not answer before there is somebody to ask, unless that takes too long.
+
+        The supervisor sends the fleet right after the start, and again once engines have said what
+        they serve.
+        """
+        until_s = plane.clock.now_s() + FLEET_WAIT_S
+        while plane.clock.now_s() < until_s:
+            if plane.fleet_known and (plane.ready or not plane.fleet.replicas):
                 return
             await asyncio.sleep(0.001)
 

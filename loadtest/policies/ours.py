@@ -202,7 +202,9 @@ class Ours(Chooser):
     def _acquire(self, proxy: Proxy, flight: Flight, decision: Decision, now_s: float) -> int:
         chain = self._chains[flight.job.index]
         octets = decision.cached_octets
-        lease = proxy.picture.acquire(decision.replica, chain, cached_octets=octets, now_s=now_s)
+        lease = proxy.picture.acquire(
+            decision.replica, chain, cached_octets=octets, now_s=now_s, known=decision.known
+        )
         trip = self._trips[flight.job.index] = Trip(lease)
         name = decision.replica.name
         self._tell(proxy.picture, lambda other: self._hear(trip, other, flight, name, octets))

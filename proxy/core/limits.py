@@ -294,8 +294,6 @@ DIGEST_BYTES_MAX = 16 * MIB
 DIGEST_PAUSE_S = 0.002
 # One for each worker that has just started, and one for each peer.
 DIGESTS_MAX = 320
-# Stored answers whose replica is remembered: an hour of 18 a second, at some 150 octets each.
-RESPONSES_MAX = 1 << 16
 
 # --- telemetry ------------------------------------------------------------------------------
 REQUEST_SERIES_MAX = 256  # (route, model) pairs in metrics; further models count as "other"

@@ -6,6 +6,7 @@ of one that another proxy stored and nobody told us of.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from proxy.core import limits
@@ -17,13 +18,13 @@ class Responses:
     __slots__ = ("_places",)
 
     def __init__(self) -> None:
-        self._places: dict[int, str] = {}
+        self._places: OrderedDict[int, str] = OrderedDict()
 
     def stored(self, response_key: int, replica_name: str) -> None:
-        self._places.pop(response_key, None)
         self._places[response_key] = replica_name
+        self._places.move_to_end(response_key)
         if len(self._places) > limits.RESPONSES_MAX:
-            del self._places[next(iter(self._places))]
+            self._places.popitem(last=False)
 
     def place_of(self, response_key: int) -> str | None:
         return self._places.get(response_key)
