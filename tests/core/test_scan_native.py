@@ -217,6 +217,27 @@ def test_both_draw_the_line_at_the_same_octet(native: ModuleType, spaces: int, s
                 _check(native, b'{"model":"m","input":{"data"%b"%b"}}' % (gap, text))
 
 
+_RUN = b"A" * 5000
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        (b'"messages":[{"data":"%b"}],"messages":[{"url":"%b"}]' % (_RUN, _RUN), 1),
+        (b'"messages":[{"data":"%b"}],"messages":[]' % _RUN, 0),
+        (b'"messages":[%b{}]' % (b'{"data":"%b"},' % _RUN * 70), 70),
+        (b'"input":[{"x\\"data":"%b"}]' % _RUN, 0),
+        (b'"input":[{"data":"data:\\",%b"}]' % _RUN, 0),
+        (b'"image_data":"%b","data":{"data":"%b"}' % (_RUN, _RUN), 0),
+    ],
+)
+def test_both_count_media_in_odd_bodies(native: ModuleType, body: bytes, parts: int) -> None:
+    whole = b'{"model":"m",%b}' % body
+    _check(native, whole)
+    scanned = scan.scan_with(native.scan, whole)
+    assert (scanned.media_parts, scanned.media_bytes) == (parts, parts * len(_RUN))
+
+
 def test_only_bytes_are_read(native: ModuleType) -> None:
     """They end with an octet 0 that belongs to them; the C code counts on it."""
     for other in (bytearray(b"{}"), memoryview(b"{}"), "{}", None):
