@@ -21,8 +21,8 @@
 
 typedef uint8_t octet;
 
-/* MEDIA_BYTES_MIN as in `limits.py`: shorter strings weigh what they are long. */
-enum { DEPTH_MAX = 512, MEDIA_BYTES_MIN = 4096 };
+/* MEDIA_WEIGHT_BYTES as in `limits.py`: shorter strings weigh what they are long. */
+enum { DEPTH_MAX = 512, MEDIA_WEIGHT_BYTES = 4096 };
 
 typedef struct Media Media; /* in `_media.h`, and of no concern here */
 
@@ -282,7 +282,7 @@ static inline const octet *skip_word(Text *json, const octet *at, const char *wo
 /* As `skip_string`, for one that is a value. */
 static inline const octet *skip_text(Text *json, const octet *at) {
     const octet *end = skip_string(json, at);
-    if (end != NULL && end - at > MEDIA_BYTES_MIN && json->media != NULL)
+    if (end != NULL && end - at > MEDIA_WEIGHT_BYTES && json->media != NULL)
         note_long_string(json, at, end - 1);
     return end;
 }

@@ -5,7 +5,7 @@
 
 #include "_json.h"
 
-/* As `limits.MEDIA_REGIONS_MAX` and the patterns in `media.py`; MEDIA_BYTES_MIN is in `_json.h`. */
+/* As `limits.MEDIA_REGIONS_MAX` and the patterns in `media.py`. */
 enum { REGIONS_MAX = 64, LEAD_MAX = 128, RUN = 2048, NAME_SPACE_MAX = 40 };
 
 typedef struct {
@@ -52,7 +52,7 @@ static int is_named_media(const octet *begin, const octet *at) {
     return 0;
 }
 
-/* Whether a string of MEDIA_BYTES_MIN or more begins as data does. */
+/* Whether a string of MEDIA_WEIGHT_BYTES or more begins as data does. */
 static int begins_as_media(const octet *at) {
     if (memcmp(at, "data:", 5) == 0) {
         const octet *lead_stop = at + LEAD_MAX;

@@ -52,7 +52,7 @@ def find_media(octets: bytes, begin: int, end: int) -> list[int]:
             at += _STRIDE
             continue
         at = string_end(octets, start)
-        if at - 1 - start >= limits.MEDIA_BYTES_MIN:
+        if at - 1 - start >= limits.MEDIA_WEIGHT_BYTES:
             _add(found, start, at - 1)
     return found
 
@@ -111,7 +111,7 @@ def weighed(places: Sequence[int], regions: Sequence[int]) -> list[int]:
     at = saved = 0
     for place in places:
         while at < len(regions) and regions[at + 1] <= place:
-            text_bytes = regions[at + STRINGS] * limits.MEDIA_TOKENS * limits.BYTES_PER_TOKEN
+            text_bytes = regions[at + STRINGS] * limits.MEDIA_WEIGHT_BYTES
             saved += regions[at + OCTETS] - text_bytes
             at += FIELDS
         within = at < len(regions) and regions[at] < place

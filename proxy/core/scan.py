@@ -237,7 +237,7 @@ def _placed(parts: tuple[Raw, ...]) -> tuple[bytes, tuple[int, ...]]:
 def _media(octets: bytes, spans: tuple[int, ...]) -> tuple[int, ...]:
     found: list[int] = []
     for at in range(0, len(spans), 2):
-        if spans[at + 1] - spans[at] > limits.MEDIA_BYTES_MIN:
+        if spans[at + 1] - spans[at] > limits.MEDIA_WEIGHT_BYTES:
             found += media.find_media(octets, spans[at], spans[at + 1])
     return tuple(found)
 

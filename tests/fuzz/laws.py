@@ -135,7 +135,7 @@ def _media(scanned: Scanned) -> None:
         known[span] = end
         if strings == 1:
             assert len(_loads(scanned.octets[start - 1 : end + 1])) <= size
-        assert strings * limits.MEDIA_BYTES_MIN <= size <= end - start
+        assert strings * limits.MEDIA_WEIGHT_BYTES <= size <= end - start
     assert scanned.media_bytes <= sum(end - begin for begin, end in inside)
     assert len(regions) <= 4 * limits.MEDIA_REGIONS_MAX * len(inside)
 
