@@ -21,7 +21,7 @@
 
 typedef uint8_t octet;
 
-/* MEDIA_WEIGHT_BYTES as in `limits.py`: shorter strings weigh what they are long. */
+/* MEDIA_WEIGHT_BYTES as in `media.py`: shorter strings weigh what they are long. */
 enum { DEPTH_MAX = 512, MEDIA_WEIGHT_BYTES = 4096 };
 
 typedef struct Media Media; /* in `_media.h`, and of no concern here */

@@ -138,8 +138,6 @@ AUDIO_BYTES_PER_TOKEN = 320
 # advise 1,280 as the most; GPT-4o counts 765 for that square, 1,105 for 2,048 x 4,096. Qwen2-Audio
 # makes 25 of a second, so this is 40 s of sound.
 MEDIA_TOKENS = 1024
-# The same in octets of text. Shorter strings are no heavier by their own.
-MEDIA_WEIGHT_BYTES = MEDIA_TOKENS * BYTES_PER_TOKEN
 # Pictures of one part of a prompt whose places are kept: engines allow some ten in a prompt. What
 # more there are, weighs at the place of the last of them.
 MEDIA_REGIONS_MAX = 64

@@ -24,9 +24,14 @@ from typing import Final
 from proxy.core import limits
 
 _BACKSLASH: Final = 0x5C
-# As in `_media.h`, and tests compare them. A run of base64 twice as long as a stride lies over a
-# whole stride somewhere, so that a look at the beginning of each finds it.
+# As in `_media.h`, and tests compare them. Of 2,048 octets of base64, each 64th is base64, 32 in a
+# row; text is hardly ever like that, and nothing else is looked at. There, a run twice as long as a
+# stride lies over a whole stride somewhere.
+_EVERY: Final = 64
 _STRIDE: Final = 1024
+_ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/\\_-"
+_MARKS: Final = bytes([octet in _ALPHABET for octet in range(256)])
+_MARKED: Final = b"\1" * 32
 _NAMED: Final = re.compile(
     rb'(?<!\\)"(?:url|data|image_url|file_data|image|audio|video|image_embeds)"'
     rb"[ \t\r\n]{0,40}:[ \t\r\n]{0,40}\Z"
@@ -35,6 +40,9 @@ _NAMED_BYTES_MAX: Final = 100
 # The backslash is in it for `\/`, as PHP writes the slash, and for `\n`, where lines are broken.
 _BEGINS: Final = re.compile(rb'(?:data:[^",]{0,122},)?[A-Za-z0-9+/\\_-]{2048}')
 _WITHIN: Final = re.compile(rb"[A-Za-z0-9+/\\_-]{1024}")
+
+# What one weighs, in octets of text. A shorter string is no heavier by its own.
+WEIGHT_BYTES: Final = limits.MEDIA_TOKENS * limits.BYTES_PER_TOKEN
 
 # A region as it stands in `Scanned.media`: start, end, octets of data, strings.
 FIELDS: Final = 4
@@ -45,15 +53,22 @@ STRINGS: Final = 3
 def find_media(octets: bytes, begin: int, end: int) -> list[int]:
     """Return the regions within `octets[begin:end]`, which is one part of a prompt, checked."""
     found: list[int] = []
+    marks = octets[begin:end:_EVERY].translate(_MARKS)
+    first = marks.find(_MARKED)
     at = begin
-    while at + _STRIDE <= end:
-        start = _data_start(octets, begin, at, end)
-        if start < 0:
-            at += _STRIDE
-            continue
-        at = string_end(octets, start)
-        if at - 1 - start >= limits.MEDIA_WEIGHT_BYTES:
-            _add(found, start, at - 1)
+    while first >= 0:
+        last = marks.find(b"\0", first)
+        stop = min(end, begin + last * _EVERY) if last >= 0 else end
+        at = max(at, begin + first * _EVERY)
+        while at + _STRIDE <= stop:
+            start = _data_start(octets, begin, at, end)
+            if start < 0:
+                at += _STRIDE
+                continue
+            at = string_end(octets, start)
+            if at - 1 - start >= WEIGHT_BYTES:
+                _add(found, start, at - 1)
+        first = marks.find(_MARKED, last) if last >= 0 else -1
     return found
 
 
@@ -111,7 +126,7 @@ def weighed(places: Sequence[int], regions: Sequence[int]) -> list[int]:
     at = saved = 0
     for place in places:
         while at < len(regions) and regions[at + 1] <= place:
-            text_bytes = regions[at + STRINGS] * limits.MEDIA_WEIGHT_BYTES
+            text_bytes = regions[at + STRINGS] * WEIGHT_BYTES
             saved += regions[at + OCTETS] - text_bytes
             at += FIELDS
         within = at < len(regions) and regions[at] < place

@@ -235,9 +235,11 @@ def _placed(parts: tuple[Raw, ...]) -> tuple[bytes, tuple[int, ...]]:
 
 
 def _media(octets: bytes, spans: tuple[int, ...]) -> tuple[int, ...]:
+    if len(octets) < media.WEIGHT_BYTES:
+        return ()
     found: list[int] = []
     for at in range(0, len(spans), 2):
-        if spans[at + 1] - spans[at] > limits.MEDIA_WEIGHT_BYTES:
+        if spans[at + 1] - spans[at] > media.WEIGHT_BYTES:
             found += media.find_media(octets, spans[at], spans[at + 1])
     return tuple(found)
 

@@ -13,7 +13,7 @@ import struct
 from typing import Any, Final
 
 from proxy import errors
-from proxy.core import limits, peer_wire, scan
+from proxy.core import limits, media, peer_wire, scan
 from proxy.core.chunked import BadResponse, ChunkFollower
 from proxy.core.hearsay import Hearsay
 from proxy.core.picture import Picture
@@ -135,7 +135,7 @@ def _media(scanned: Scanned) -> None:
         known[span] = end
         if strings == 1:
             assert len(_loads(scanned.octets[start - 1 : end + 1])) <= size
-        assert strings * limits.MEDIA_WEIGHT_BYTES <= size <= end - start
+        assert strings * media.WEIGHT_BYTES <= size <= end - start
     assert scanned.media_bytes <= sum(end - begin for begin, end in inside)
     assert len(regions) <= 4 * limits.MEDIA_REGIONS_MAX * len(inside)
 
