@@ -256,6 +256,9 @@ KV_POINTS_MAX = 1 << 17
 KV_POINTS_TOTAL_MAX = KV_BLOCKS_TOTAL_MAX // 8
 # Requests that have begun and not ended, and those that ended and wait for their events.
 KV_OPEN_MAX = 1 << 16
+# Chain hashes told as gone in the last `KV_LATE_S`: an engine that displaces 60,000 blocks a second
+# with a chain hash in each would need more, and none is near it.
+KV_TOLD_MAX = 1 << 14
 # A worker says when it sent a request, and an engine's events come when they come: what happened
 # up to this long before what the clock says may still be of the request.
 KV_EARLY_S = 0.05
