@@ -148,7 +148,7 @@ class KvFollower:
         stream = self._streams.get(self._names.pop(key, ""))
         if stream is not None:
             stream.binding.released(key, usage, at_s)
-            stream.underway.released(key)
+            stream.underway.released(key, self._now_s())
 
     def cleared(self, name: str) -> None:
         """The manager put the engine to sleep, reset its cache or started it anew: it is empty.

@@ -24,10 +24,10 @@ def test_what_a_request_is_made_of_is_not_told_while_it_runs() -> None:
     assert not underway.dispatched(1, chain(11, 12), 1.0, 1.0)
     assert not underway.dispatched(2, chain(11, 13), 1.0, 1.0)
     assert underway.evicted([11, 12, 14], 1.1) == [14]
-    underway.released(1)
+    underway.released(1, 1.2)
     assert underway.evicted([12, 11, 13], 1.2) == [12]
-    underway.released(2)
-    underway.released(2)
+    underway.released(2, 1.3)
+    underway.released(2, 1.3)
     assert underway.evicted([11, 13], 1.3) == [11, 13]
     assert len(underway) == 0
 
@@ -47,11 +47,12 @@ def test_one_heard_of_too_late_is_told_as_held(*, clearing: bool) -> None:
 
 def test_after_a_clearing_those_under_way_are_held() -> None:
     underway = Underway()
-    one, other = chain(11), chain(12)
-    underway.dispatched(1, one, 1.0, 1.0)
-    underway.dispatched(2, other, 1.0, 1.0)
-    underway.released(1)
-    assert underway.cleared(2.0) == [other]
+    chains = [chain(11), chain(12), chain(13)]
+    for key, one in enumerate(chains):
+        underway.dispatched(key, one, 1.0, 1.0)
+    underway.released(0, 1.5)
+    underway.released(1, 1.9)  # whose events may have come before this one
+    assert underway.cleared(2.0) == chains[1:]
 
 
 def test_its_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +111,7 @@ class Play:
 
     def release(self, key: int, way_s: float) -> None:
         if self.running.pop(key, None) is not None:
-            self._later(self._arrival_s(way_s), lambda _: self.underway.released(key))
+            self._later(self._arrival_s(way_s), lambda now_s: self.underway.released(key, now_s))
 
     def evict(self, key: int, _: float) -> None:
         told = self.underway.evicted([key], self.now_s)
