@@ -204,8 +204,7 @@ class Picture:
 
     def dispatched(self, lease: Lease, chain: PrefixChain, now_s: float) -> None:
         """Whoever decided it: this request is on its way."""
-        lease.sighting = self.index.sighting(lease.slot, chain)
-        self.index.note(lease.slot, chain)
+        lease.sighting = self.index.note(lease.slot, chain)
         self.loads.acquire(lease, now_s)
         sizes = self._size_of[lease.slot]
         sizes.prefill_tokens += limits.LEARN_SHARE * (lease.prefill_tokens - sizes.prefill_tokens)
