@@ -1,7 +1,9 @@
 """A worker's decisions, told to the others: collected for a moment, then sent as one batch.
 
-With nobody listening it costs its caller one test of `on`. A supervisor that does not keep up loses
-notes and not this worker's time: what it missed is told again as a whole, as all that is open.
+A batch costs the three processes that it passes through as much as several requests do, so a worker
+that decides much collects for longer. With nobody listening it costs its caller one test of `on`.
+A supervisor that does not keep up loses notes and not this worker's time: what it missed is told
+again as a whole, as all that is open.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ class Noting:
         self._parts: list[bytes] = []
         self._bytes = 0
         self._first_s = 0.0
+        self._busy = False  # the last batch filled up fast
         self._changed = False  # since all was told
         self._timer: asyncio.TimerHandle | None = None
         self._whole_timer: asyncio.TimerHandle | None = None
@@ -119,8 +122,8 @@ class Noting:
         self._bytes += len(note)
         if self._timer is None:
             self._first_s = self._clock.now_s()
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(limits.NOTES_FLUSH_S, self._flush)
+            delay_s = limits.NOTES_FLUSH_BUSY_S if self._busy else limits.NOTES_FLUSH_S
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._flush)
         elif self._bytes >= limits.NOTES_BATCH_BYTES_MAX:
             self._flush()
 
@@ -132,6 +135,8 @@ class Noting:
         if not self._parts or channel is None:
             return
         count = len(self._parts)
+        passed_s = self._clock.now_s() - self._first_s
+        self._busy = count > max(passed_s, limits.NOTES_FLUSH_S) * limits.NOTES_BUSY_PER_S
         if channel.waiting_bytes > limits.NOTES_WAITING_BYTES_MAX:
             self.dropped_total += count
         else:
