@@ -36,7 +36,10 @@ class Seats:
 class _Sizes:
     """What the answers of one group of replicas have taught: octets a token, and cache sizes."""
 
-    __slots__ = ("applied_share", "cache_share", "octets", "prefill_tokens", "slots", "tokens")
+    __slots__ = (
+        "applied_share", "cache_share", "octets", "prefill_squares", "prefill_tokens",
+        "slots", "tokens",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.octets = float(limits.BYTES_PER_TOKEN * limits.RATIO_PRIOR_TOKENS)
@@ -44,6 +47,7 @@ class _Sizes:
         self.cache_share = 1.0  # of the believed capacity that turned out to be there
         self.applied_share = 1.0
         self.prefill_tokens = 0.0  # of a usual request
+        self.prefill_squares = 0.0
         self.slots: set[int] = set()
 
     @property
@@ -137,9 +141,11 @@ class Picture:
             del self._sizes[group]
 
     def _reconcile(self, slot: int, load: LoadSample, now_s: float) -> None:
-        waiting_tokens = load.waiting_tokens
+        sizes, waiting_tokens = self._size_of[slot], load.waiting_tokens
         if load.waiting and not waiting_tokens:  # vLLM counts requests: they will be like others
-            waiting_tokens = int(load.waiting * self._size_of[slot].prefill_tokens)
+            waiting_tokens = int(load.waiting * sizes.prefill_tokens)
+        if waiting_tokens and sizes.prefill_tokens:  # what is left of the one that they wait for
+            waiting_tokens += int(sizes.prefill_squares / sizes.prefill_tokens / 2)
         self.loads.reconcile(
             slot,
             requests=load.running + load.waiting,
@@ -207,7 +213,9 @@ class Picture:
         lease.sighting = self.index.note(lease.slot, chain)
         self.loads.acquire(lease, now_s)
         sizes = self._size_of[lease.slot]
-        sizes.prefill_tokens += limits.LEARN_SHARE * (lease.prefill_tokens - sizes.prefill_tokens)
+        tokens = lease.prefill_tokens
+        sizes.prefill_tokens += limits.MIX_SHARE * (tokens - sizes.prefill_tokens)
+        sizes.prefill_squares += limits.MIX_SHARE * (tokens * tokens - sizes.prefill_squares)
 
     def prefill_ended(self, lease: Lease, now_s: float) -> None:
         if self._current(lease):

@@ -220,7 +220,8 @@ def prefix(request: Request, pool: Pool, picture: Picture, now_s: float) -> Deci
 def _least_used(prices_s: list[float], least_s: float, slots: list[int], picture: Picture) -> int:
     """Return the place, among those of the least price, that was ever sent the least work."""
     place = prices_s.index(least_s)
-    bound_s = least_s * limits.SAME_PRICE_BAND + limits.SAME_PRICE_S
+    bound_s = least_s + min(least_s * limits.SAME_PRICE_SHARE, limits.SAME_PRICE_S_MAX)
+    bound_s += limits.SAME_PRICE_S
     used = picture.loads.dispatched_tokens
     least_used = used[slots[place]]
     for other in range(len(prices_s)):

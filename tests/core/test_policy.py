@@ -133,7 +133,7 @@ def test_the_cheapest_is_taken_and_its_terms_add_up(
             assert parts["price_s"] == pytest.approx(total, abs=1e-4)
     least = min(prices.prices_s)
     place = prices.seats.slots.index(decision.slot)
-    assert prices.prices_s[place] <= least * limits.SAME_PRICE_BAND + limits.SAME_PRICE_S
+    assert prices.prices_s[place] <= least + limits.SAME_PRICE_S_MAX + limits.SAME_PRICE_S
 
 
 def test_a_conversation_stays_where_its_prefix_is() -> None:
@@ -156,7 +156,7 @@ def test_staying_costs_more_than_computing_again_and_only_then_it_moves() -> Non
     lease = _load(picture, "a", toll_tokens - 10)
     assert _choose("prefix", replicas, picture, wanted) == ("a", "prefix")
     picture.release(lease, 0.0)
-    _load(picture, "a", int(toll_tokens * limits.SAME_PRICE_BAND) + 10)
+    _load(picture, "a", int(toll_tokens + limits.SAME_PRICE_S_MAX * _RATE) + 10)
     assert _choose("prefix", replicas, picture, wanted) == ("b", "spill")
     # What must be computed by now no longer counts.
     assert _choose("prefix", replicas, picture, wanted, 0.5) == ("a", "prefix")
