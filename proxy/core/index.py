@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Final
 
 from proxy.core import limits
 from proxy.core.prefix import PrefixChain
 
-_OCTET_BITS = 36  # an entry's octets and the moment of its last use share one integer
-_OCTET_MASK = (1 << _OCTET_BITS) - 1
+# An entry's octets and the moment of its last use share one integer. A longer piece between two
+# points counts as 16 MB, so that days of use fit into a word.
+_OCTET_BITS: Final = 24
+_OCTET_MASK: Final = (1 << _OCTET_BITS) - 1
 
 
 class _Shelf:
@@ -62,9 +65,10 @@ class Sighting:
 class Index:
     """Chain hashes by replica slot, bounded in entries and in octets."""
 
-    __slots__ = ("_holders", "_shelves")
+    __slots__ = ("_holders", "_shelves", "first_noted")
 
     def __init__(self) -> None:
+        self.first_noted = 0  # of the points of what was noted last: all before were young
         self._holders: dict[int, int] = {}
         self._shelves: dict[int, _Shelf] = {}
 
@@ -172,6 +176,7 @@ class Index:
 
         Returns what `sighting` would have said before.
         """
+        self.first_noted = 0
         shelf = self._shelves.get(slot)
         if shelf is None:
             return None
@@ -191,11 +196,12 @@ class Index:
                 if seen is None:
                     seen = _seen_live(shelf, entry, ends[depth], used_octets, live_octets)
                 if entry >= young:
+                    self.first_noted = depth
                     break
                 self._use(shelf, name, entry & _OCTET_MASK)
                 continue
-            entry = shelf.ghosts.pop(name, -1)
-            if entry >= 0:
+            if name in shelf.ghosts:
+                entry = shelf.ghosts.pop(name)
                 if seen is None:
                     seen = _seen_ghost(shelf, entry, ends[depth])
                 shelf.ghost_octets -= entry & _OCTET_MASK
@@ -205,10 +211,15 @@ class Index:
             self._evict(shelf, slot)
         return seen
 
+    def renew(self) -> None:
+        """Nothing is young any more: whoever follows our notes may have missed some."""
+        for shelf in self._shelves.values():
+            shelf.young_octets = shelf.used_octets
+
     def load(self, slot: int, name: int, octets: int) -> None:
         """Take over one entry of somebody else's `dump`, in its order."""
         shelf = self._shelves.get(slot)
-        if shelf is not None and 0 <= octets <= _OCTET_MASK:
+        if shelf is not None and octets >= 0:
             self._touch(shelf, slot, name, octets)
             self._evict(shelf, slot)
 
@@ -240,6 +251,7 @@ class Index:
         shelf.live.move_to_end(name)
 
     def _add(self, shelf: _Shelf, slot: int, name: int, octets: int) -> None:
+        octets = min(octets, _OCTET_MASK)
         shelf.used_octets += octets
         shelf.live_octets += octets
         shelf.live[name] = shelf.used_octets << _OCTET_BITS | octets

@@ -70,7 +70,8 @@ class Noting:
     # --- what happens ------------------------------------------------------------------------
 
     def dispatched(self, lease: Lease, chain: PrefixChain) -> None:
-        self._add(note_wire.write_dispatched(self._open(lease), chain))
+        """Prefixes that were in use just now have been told of just now."""
+        self._add(note_wire.write_dispatched(self._open(lease), chain, lease.first_noted))
 
     def prefill_ended(self, lease: Lease) -> None:
         self._add(note_wire.write_prefill_ended(lease.lease_id))
@@ -83,8 +84,9 @@ class Noting:
         self._add(note_wire.write_response(response_key, self._key(replica_name)))
 
     def tell_all(self) -> None:
-        """Tell all that is open, after what was collected."""
+        """Tell all that is open, after what was collected; and of prefixes when they are used."""
         self._flush()
+        self._picture.index.renew()
         if not self.on:
             return
         leases = [self._open(lease) for lease in self._leases.values()]

@@ -60,9 +60,7 @@ def test_of_a_prompt_that_is_too_long_the_beginning_is_held() -> None:
     assert index.held_of(0, _prompt(1, 8)) == 3 * _KIB
 
 
-_NOTES = st.lists(
-    st.tuples(st.integers(0, 1), st.integers(1, 12), st.integers(1, 6)), max_size=160
-)
+_NOTES = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 12), st.integers(1, 6)), max_size=160)
 
 
 @given(_NOTES, st.integers(4, 60))
