@@ -214,6 +214,13 @@ def run_cell(cell: Cell, policy: str) -> Figures:
     return _figures(policy, stage, first, last)
 
 
+def run_workload(workload: Workload, cell: Cell, policy: str, scale: float) -> Figures:
+    """Return the figures of a policy on requests that are no cell's own, at a given pace."""
+    stage = _stage(cell, workload, Drive(scale=scale, proxies=cell.proxies, seed=cell.seed))
+    stage.run(_chooser(policy, stage, cell))
+    return _figures(policy, stage, len(workload.jobs) // 10, len(workload.jobs))
+
+
 def _stage(cell: Cell, workload: Workload, drive: Drive) -> Stage:
     fleet = Fleet(
         replicas=cell.replicas,
