@@ -164,8 +164,8 @@ def _check_lab(args: argparse.Namespace, fleet_options: FleetOptions, trace: Tra
     beside.check(fleet_options.policies)
     if trace.closed_loop:
         raise ValueError("--lab: expected a trace with times of arrival")
-    if not fleet_options.kv_cache_tokens:
-        raise ValueError("--lab: needs --kv-cache-tokens, since it knows of no profile")
+    if fleet_options.profile != FleetOptions().profile or not fleet_options.kv_cache_tokens:
+        raise ValueError("--lab: needs the usual profile, and --kv-cache-tokens")
 
 
 def _beside_the_lab(
