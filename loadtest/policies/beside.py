@@ -106,9 +106,21 @@ def table(compared: Compared) -> str:
         "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
         for row in zip(*columns, strict=True)
     ]
-    wrong = compared.disagreements
-    lines.append("another order: " + "; ".join(wrong) if wrong else "the same order")
-    return "\n".join(lines)
+    return "\n".join([*lines, _verdict(compared)])
+
+
+def _verdict(compared: Compared) -> str:
+    if compared.disagreements:
+        return "another order: " + "; ".join(compared.disagreements)
+    here, there = list(compared.seen), list(compared.lab)
+    swapped = [
+        f"{one} and {other}"
+        for one, other in itertools.combinations(here, 2)
+        if there.index(one) > there.index(other)
+    ]
+    if swapped:
+        return f"the same order, but for those that are too near to have one: {'; '.join(swapped)}"
+    return "the same order"
 
 
 def disagreements(seen: Mapping[str, Seen], lab: Mapping[str, Seen]) -> list[str]:

@@ -173,6 +173,7 @@ def test_the_order_here_and_in_the_lab() -> None:
     assert beside.table(same).endswith("the same order")
     near = beside.compare(seen, {"slow": Seen(1.0, 0.1, 0.2), "fast": Seen(1.1, 0.1, 0.2)})
     assert not near.disagreements
+    assert beside.table(near).endswith("but for those that are too near to have one: fast and slow")
     other = beside.compare(seen, {"slow": Seen(1.0, 0.1, 0.2), "fast": Seen(1.5, 0.1, 0.2)})
     assert beside.table(other).endswith("another order: slow and fast")
 
