@@ -264,10 +264,11 @@ KV_FIRST_TOKEN_S = 1.0
 # --- sharing decisions ------------------------------------------------------------------------
 # Notes are collected for so long before they are sent: shorter than any prefill, so that a burst
 # over all workers sees itself. A worker that tells of more than a thousand requests a second (three
-# notes each) collects for longer: batches of a few requests cost half as much again as the requests
-# do. So many requests need so many replicas that none gets more than a few in that time.
+# notes each) collects for longer, because a small batch costs more in waking three processes than
+# its requests do: for about one step of an engine, which looks at newcomers between two of them.
+# Such rates need so many replicas that none of them gets more than a request or two in that time.
 NOTES_FLUSH_S = 0.0015
-NOTES_FLUSH_BUSY_S = 0.008
+NOTES_FLUSH_BUSY_S = 0.016
 NOTES_BUSY_PER_S = 3000
 # What is collected before that goes at once: a hundred dispatches, or one page of a digest.
 NOTES_BATCH_BYTES_MAX = 32 * KIB

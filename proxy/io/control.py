@@ -177,7 +177,7 @@ def frame_of(message: Message) -> bytes:
 
 
 class Channel(asyncio.Protocol):
-    """One end of the socket pair: a protocol, since batches of notes come by the hundred a second."""
+    """One end of the socket pair. A protocol: batches of notes come by the hundred a second."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
