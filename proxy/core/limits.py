@@ -133,6 +133,14 @@ BYTES_PER_TOKEN = 4
 # Speech takes an engine 50 positions a second, and 16,000 octets a second as an mp3 of 128 kbit/s:
 # between what a telephone sends and what stands on a CD, each a factor of ten away.
 AUDIO_BYTES_PER_TOKEN = 320
+# What an engine makes of a picture or a piece of sound in a JSON body. LLaVA 1.5 makes 576 tokens
+# of any picture; Qwen2-VL one of each 28 x 28 pixels, 1,369 of a square of 1,024, and its authors
+# advise 1,280 as the most; GPT-4o counts 765 for that square, 1,105 for 2,048 x 4,096. Qwen2-Audio
+# makes 25 of a second, so this is 40 s of sound.
+MEDIA_TOKENS = 1024
+# Pictures of one part of a prompt whose places are kept: engines allow some ten in a prompt. What
+# more there are, weighs at the place of the last of them.
+MEDIA_REGIONS_MAX = 64
 # What a second of a flex request counts against one of the others. OpenAI sells that tier at half
 # the price and promises no latency; half again, so that two of them never outweigh one of these.
 FLEX_WEIGHT = 0.25
@@ -251,6 +259,9 @@ KV_POINTS_MAX = 1 << 17
 KV_POINTS_TOTAL_MAX = KV_BLOCKS_TOTAL_MAX // 8
 # Requests that have begun and not ended, and those that ended and wait for their events.
 KV_OPEN_MAX = 1 << 16
+# Chain hashes told as gone in the last `KV_LATE_S`: an engine that displaces 60,000 blocks a second
+# with a chain hash in each would need more, and none is near it.
+KV_TOLD_MAX = 1 << 14
 # A worker says when it sent a request, and an engine's events come when they come: what happened
 # up to this long before what the clock says may still be of the request.
 KV_EARLY_S = 0.05
