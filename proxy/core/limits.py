@@ -150,7 +150,7 @@ KV_CAPACITY_TOKENS_DEFAULT = 340_000
 INDEX_ENTRIES_MAX = 1 << 17
 # What was used within the last such part of a cache need not be moved to its young end again: the
 # order of use is exact to 3 %, well within what the believed size is.
-YOUNG_PARTS = 32
+YOUNG_SPANS_PER_CACHE = 32
 # Ghosts, in believed caches: one that is eight times as large as believed is found out.
 GHOST_CACHES_MAX = 7
 # How a believed size learns: at most a tenth of the way for one answer, within what an engine's
