@@ -190,7 +190,10 @@ class Index:
         if shelf is None:
             return None
         hashes, ends, live = chain.hashes, chain.ends, shelf.live
-        if shelf.used_octets - shelf.young_octets > shelf.capacity_octets // limits.YOUNG_PARTS:
+        if (
+            shelf.used_octets - shelf.young_octets
+            > shelf.capacity_octets // limits.YOUNG_SPANS_PER_CACHE
+        ):
             shelf.young_octets = shelf.used_octets
         young = (shelf.young_octets + 1) << _OCTET_BITS
         seen: Sighting | None = None

@@ -151,7 +151,7 @@ INDEX_ENTRIES_MAX = 1 << 17
 INDEX_ENTRIES_TOTAL_MAX = 1 << 21  # of all replicas of a worker: half a gigabyte
 # What was used within the last such part of a cache need not be moved to its young end again: the
 # order of use is exact to 3 %, well within what the believed size is.
-YOUNG_PARTS = 32
+YOUNG_SPANS_PER_CACHE = 32
 # Ghosts, in believed caches: one that is eight times as large as believed is found out.
 GHOST_CACHES_MAX = 7
 # How a believed size learns: at most a tenth of the way for one answer, within what an engine's
@@ -290,10 +290,11 @@ KV_FIRST_TOKEN_S = 1.0
 # --- sharing decisions ------------------------------------------------------------------------
 # Notes are collected for so long before they are sent: shorter than any prefill, so that a burst
 # over all workers sees itself. A worker that tells of more than a thousand requests a second (three
-# notes each) collects for longer: batches of a few requests cost half as much again as the requests
-# do. So many requests need so many replicas that none gets more than a few in that time.
+# notes each) collects for longer, because a small batch costs more in waking three processes than
+# its requests do: for about one step of an engine, which looks at newcomers between two of them.
+# Such rates need so many replicas that none of them gets more than a request or two in that time.
 NOTES_FLUSH_S = 0.0015
-NOTES_FLUSH_BUSY_S = 0.008
+NOTES_FLUSH_BUSY_S = 0.016
 NOTES_BUSY_PER_S = 3000
 # What is collected before that goes at once: a hundred dispatches, or one page of a digest.
 NOTES_BATCH_BYTES_MAX = 32 * KIB

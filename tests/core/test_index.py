@@ -76,7 +76,11 @@ def test_it_is_least_recent_use_but_for_the_youngest(
         for name in reversed(prompt.hashes):
             exact[slot].pop(name, None)
             exact[slot][name] = None
-    slack_kib = capacity_kib // limits.YOUNG_PARTS + 6 if capacity_kib >= limits.YOUNG_PARTS else 0
+    slack_kib = (
+        capacity_kib // limits.YOUNG_SPANS_PER_CACHE + 6
+        if capacity_kib >= limits.YOUNG_SPANS_PER_CACHE
+        else 0
+    )
     for slot in (0, 1):
         held = [name for name, _ in index.dump(slot)]
         assert len(held) == len(set(held)) == min(len(exact[slot]), capacity_kib)
@@ -96,7 +100,7 @@ def test_a_prefix_is_as_young_as_what_builds_on_it(
 ) -> None:
     """To the part of the cache within which nothing is moved; and noting tells what was known."""
     index = _index(0, capacity_octets=capacity_kib * _KIB)
-    slack = (capacity_kib // limits.YOUNG_PARTS + 7) / capacity_kib
+    slack = (capacity_kib // limits.YOUNG_SPANS_PER_CACHE + 7) / capacity_kib
     for _, session, turns in notes:
         prompt = _prompt(session, turns)
         before, said = index.sighting(0, prompt), index.note(0, prompt)
