@@ -254,7 +254,7 @@ class Ours(Chooser):
             completion_tokens=job.output_tokens,
             cached_tokens=flight.cached_tokens,
         )
-        picture.loads.decoded(trip.lease.slot, job.output_tokens, now_s - flight.first_s)
+        picture.decoded(trip.lease, job.output_tokens, now_s - flight.first_s)
         picture.release(trip.lease, now_s, usage)
         self._tell(picture, lambda other: self._hear_released(trip, other, usage))
 

@@ -21,14 +21,22 @@
 
 typedef uint8_t octet;
 
-enum { DEPTH_MAX = 512 };
+/* MEDIA_WEIGHT_BYTES as in `media.py`: shorter strings weigh what they are long. */
+enum { DEPTH_MAX = 512, MEDIA_WEIGHT_BYTES = 4096 };
+
+typedef struct Media Media; /* in `_media.h`, and of no concern here */
 
 typedef struct {
     const octet *end;   /* of the text */
     const octet *fault; /* where it is not JSON, and why */
     const char *reason;
     int escaped; /* a string that was skipped held a backslash */
+    const octet *begin; /* of the text */
+    Media *media;       /* where long strings that are data are noted; NULL: nowhere */
 } Text;
+
+static void note_long_string(Text *json, const octet *start, const octet *end);
+
 
 /* A name to look for, and its size, for a table of such. */
 #define NAME(text) {text, sizeof text - 1}
@@ -271,10 +279,18 @@ static inline const octet *skip_word(Text *json, const octet *at, const char *wo
     return at;
 }
 
+/* As `skip_string`, for one that is a value. */
+static inline const octet *skip_text(Text *json, const octet *at) {
+    const octet *end = skip_string(json, at);
+    if (end != NULL && end - at > MEDIA_WEIGHT_BYTES && json->media != NULL)
+        note_long_string(json, at, end - 1);
+    return end;
+}
+
 /* Skip a value that holds no others; `at` is its first octet. */
 static inline const octet *skip_scalar(Text *json, const octet *at) {
     switch (*at) {
-    case '"': return skip_string(json, at + 1);
+    case '"': return skip_text(json, at + 1);
     case 't': return skip_word(json, at, "true");
     case 'f': return skip_word(json, at, "false");
     case 'n': return skip_word(json, at, "null");

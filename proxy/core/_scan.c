@@ -16,12 +16,13 @@
 #include <Python.h>
 
 #include "_json.h"
+#include "_media.h"
 #include "_usage.h"
 
 enum { MODEL_KEPT_BYTES_MAX = 256 };
 
 /* Names of the members that are ours: texts first, then the flag, then the parts of a prompt. */
-enum { TEXTS = 7, STREAM = TEXTS, PARTS = STREAM + 1, NAMES = PARTS + 11 };
+enum { TEXTS = 7, STREAM = TEXTS, PARTS = STREAM + 1, NAMES = PARTS + 11, FIELDS = TEXTS + 5 };
 enum { MESSAGES_PART = PARTS, INPUT_PART = PARTS + 6 };
 
 static const struct {
@@ -52,6 +53,7 @@ typedef struct {
     int unusual; /* values for the Python path to judge */
     Span found[NAMES];
     Ends messages, input;
+    Media *media; /* of each part that was found */
 } Scan;
 
 /* --- the body ------------------------------------------------------------------------------ */
@@ -116,6 +118,11 @@ static const octet *scan_member(Scan *scan, const octet *at) {
         key_end--;
     int name = which_name(key, (size_t)(key_end - key));
     scan->json.escaped = 0;
+    scan->json.media = NULL;
+    if (name >= PARTS && name < NAMES) {
+        scan->json.media = &scan->media[name - PARTS];
+        scan->json.media->count = 0;
+    }
     at = scan_value(scan, name, value);
     if (at == NULL || name == NAMES)
         return at;
@@ -298,6 +305,35 @@ static PyObject *ends_of(const Ends *ends, const octet *body) {
     return numbers;
 }
 
+/* Four numbers for each region of data, in the order of the parts: see `media.py`. */
+static PyObject *media_of(const Scan *scan, const octet *body) {
+    Py_ssize_t count = 0;
+    for (int name = PARTS; name < NAMES; name++)
+        if (scan->found[name].start != NULL)
+            count += (Py_ssize_t)scan->media[name - PARTS].count;
+    PyObject *numbers = PyTuple_New(4 * count);
+    if (count == 0)
+        return numbers;
+    Py_ssize_t at = 0;
+    for (int name = PARTS; numbers != NULL && name < NAMES; name++) {
+        const Media *media = &scan->media[name - PARTS];
+        for (size_t i = 0; scan->found[name].start != NULL && i < media->count; i++) {
+            const Region *region = &media->regions[i];
+            size_t number[4] = {(size_t)(region->start - body), (size_t)(region->end - body),
+                                region->octets, region->strings};
+            for (int field = 0; field < 4; field++) {
+                PyObject *item = PyLong_FromSize_t(number[field]);
+                if (item == NULL) {
+                    Py_DECREF(numbers);
+                    return NULL;
+                }
+                PyTuple_SET_ITEM(numbers, at++, item);
+            }
+        }
+    }
+    return numbers;
+}
+
 static PyObject *scan(PyObject *module, PyObject *argument) {
     (void)module;
     if (!PyBytes_CheckExact(argument)) {
@@ -305,23 +341,27 @@ static PyObject *scan(PyObject *module, PyObject *argument) {
         return NULL;
     }
     const octet *body = (const octet *)PyBytes_AS_STRING(argument);
-    Scan scan = {.json.end = body + PyBytes_GET_SIZE(argument)};
+    Media media[NAMES - PARTS]; /* 22 KB, not cleared: its use begins with a part's */
+    Scan scan = {
+        .json.begin = body, .json.end = body + PyBytes_GET_SIZE(argument), .media = media,
+    };
     if (scan_object(&scan, body) == NULL) {
         PyErr_Format(PyExc_ValueError, "%s (byte %zd)", scan.json.reason, scan.json.fault - body);
         return NULL;
     }
     if (scan.unusual)
         Py_RETURN_NONE;
-    PyObject *result = PyTuple_New(TEXTS + 4);
+    PyObject *result = PyTuple_New(FIELDS);
     if (result == NULL)
         return NULL;
-    for (int i = 0; i < TEXTS + 4; i++) {
+    for (int i = 0; i < FIELDS; i++) {
         PyObject *item = i == 0            ? model_of(scan.found[0])
                          : i < TEXTS       ? text_of(scan.found[i])
                          : i == STREAM     ? stream_of(scan.found[STREAM])
                          : i == STREAM + 1 ? spans_of(&scan, body)
                          : i == STREAM + 2 ? ends_of(&scan.messages, body)
-                                           : ends_of(&scan.input, body);
+                         : i == STREAM + 3 ? ends_of(&scan.input, body)
+                                           : media_of(&scan, body);
         if (item == NULL) {
             Py_DECREF(result);
             return NULL;

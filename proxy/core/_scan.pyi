@@ -15,6 +15,7 @@ def scan(
         tuple[int, ...],
         tuple[int, ...],
         tuple[int, ...],
+        tuple[int, ...],
     ]
     | None
 ): ...

@@ -133,6 +133,14 @@ BYTES_PER_TOKEN = 4
 # Speech takes an engine 50 positions a second, and 16,000 octets a second as an mp3 of 128 kbit/s:
 # between what a telephone sends and what stands on a CD, each a factor of ten away.
 AUDIO_BYTES_PER_TOKEN = 320
+# What an engine makes of a picture or a piece of sound in a JSON body. LLaVA 1.5 makes 576 tokens
+# of any picture; Qwen2-VL one of each 28 x 28 pixels, 1,369 of a square of 1,024, and its authors
+# advise 1,280 as the most; GPT-4o counts 765 for that square, 1,105 for 2,048 x 4,096. Qwen2-Audio
+# makes 25 of a second, so this is 40 s of sound.
+MEDIA_TOKENS = 1024
+# Pictures of one part of a prompt whose places are kept: engines allow some ten in a prompt. What
+# more there are, weighs at the place of the last of them.
+MEDIA_REGIONS_MAX = 64
 # What a second of a flex request counts against one of the others. OpenAI sells that tier at half
 # the price and promises no latency; half again, so that two of them never outweigh one of these.
 FLEX_WEIGHT = 0.25
@@ -140,6 +148,10 @@ FLEX_WEIGHT = 0.25
 KV_CAPACITY_TOKENS_DEFAULT = 340_000
 # Entries of the index per replica, ghosts included; some 250 octets each, so 33 MB at the most.
 INDEX_ENTRIES_MAX = 1 << 17
+INDEX_ENTRIES_TOTAL_MAX = 1 << 21  # of all replicas of a worker: half a gigabyte
+# What was used within the last such part of a cache need not be moved to its young end again: the
+# order of use is exact to 3 %, well within what the believed size is.
+YOUNG_PARTS = 32
 # Ghosts, in believed caches: one that is eight times as large as believed is found out.
 GHOST_CACHES_MAX = 7
 # How a believed size learns: at most a tenth of the way for one answer, within what an engine's
@@ -152,6 +164,17 @@ CACHE_SHARE_MAX = 64.0
 # older than so many is forgotten.
 RATIO_PRIOR_TOKENS = 10_000
 RATIO_WINDOW_TOKENS = 1_000_000
+RATIO_MIN = 1.0  # octets a token: digits; and the longest words, or much space
+RATIO_MAX = 16.0
+# Misses in a row on one replica that may teach the size of its group's caches; a cache that was too
+# large by four still hits one time in four.
+MISSES_TAUGHT_MAX = 3
+# Gauges are read every second, or two; older than this nobody reads them any more.
+GAUGE_AGE_S_MAX = 10.0
+# For so long a replica that refused or failed a request is dearer by that time, twice as long each
+# time in a row up to the eighth: 64 s.
+REFUSED_PAUSE_S = 0.5
+REFUSALS_COUNTED_MAX = 8
 SEATS_REMEMBERED_MAX = 1024  # pools whose slots are looked up once per fleet
 
 # Prefill speed of a replica nobody has measured: an 8 B model on an H200 does 26 to 39 thousand.
@@ -162,6 +185,7 @@ SPEED_HALF_LIFE_S = 20.0
 SPEED_PRIOR_S = 1.0
 SPEED_BAND = 1.25
 LEARN_SHARE = 0.1  # of a new sample in a running mean
+MIX_SHARE = 0.01  # in that of prompts' sizes, which differ a hundredfold
 # What a first token takes beyond its prefill is seen where there is hardly any prefill.
 SMALL_PREFILL_TOKENS = 256
 FIRST_TOKEN_OVERHEAD_S_MAX = 0.1
@@ -176,16 +200,21 @@ STALL_WEIGHT = 0.005
 # which nobody looks whether it would fit.
 KV_FULL_SHARE = 0.95
 KV_TIGHT_SHARE = 0.4
+KV_LONG_SHARE = 0.5  # of a cache: a longer prompt is looked at everywhere
 # A prefix is everybody's when one request in twenty begins with it and no longer one is known; the
 # counters find what one in 256 begins with, and forget by half after so many requests.
 HOT_SHARE = 0.05
 HOT_COUNT_MIN = 8
+# All that is as hot as this must fit into a quarter of every cache.
+HOT_CACHE_SHARE = 0.25
 HOT_COUNTERS_MAX = 256
 HOT_WINDOW_MAX = 16_384
 # Computed on different ways, equal prices differ by rounding.
 SAME_PRICE_S = 1e-6
-# Nor is a difference of less than this worth an unequal use of the caches.
-SAME_PRICE_BAND = 1.03
+# Nor is a difference of less than this worth an unequal use of the caches: a fifth of what a
+# person feels as at once, or less where the price itself is small.
+SAME_PRICE_SHARE = 0.03
+SAME_PRICE_S_MAX = 0.02
 # Prices this close are the same price, and the earliest on the ring's walk wins, where the ring is
 # asked at all. Below it a person notices no difference (Miller 1968; Nielsen 1993: 0.1 s is felt
 # as at once).
@@ -202,8 +231,9 @@ ADAPTER_LOAD_S = 0.5
 # (a round trip and an engine's intake take some 20 ms), too little to regret.
 RUNWAY_S = 0.1
 # Who waits is ordered by the work it brings, less its age: a second waited outweighs so many
-# seconds of prefill.
-AGEING_WEIGHT = 1.0
+# seconds of prefill. With 1 the median falls by a third near saturation, and the 99th percentile,
+# which is the longest prompts, rises by a tenth; with 4 by a tenth and a fiftieth.
+AGEING_WEIGHT = 4.0
 HELD_TRIED_MAX = 16  # requests that one release looks at
 # Requests that leave in one turn of the loop: a millisecond of work; the others leave in the next.
 HELD_TAKEN_MAX = 16
@@ -244,6 +274,9 @@ KV_POINTS_MAX = 1 << 17
 KV_POINTS_TOTAL_MAX = KV_BLOCKS_TOTAL_MAX // 8
 # Requests that have begun and not ended, and those that ended and wait for their events.
 KV_OPEN_MAX = 1 << 16
+# Chain hashes told as gone in the last `KV_LATE_S`: an engine that displaces 60,000 blocks a second
+# with a chain hash in each would need more, and none is near it.
+KV_TOLD_MAX = 1 << 14
 # A worker says when it sent a request, and an engine's events come when they come: what happened
 # up to this long before what the clock says may still be of the request.
 KV_EARLY_S = 0.05
@@ -256,8 +289,12 @@ KV_FIRST_TOKEN_S = 1.0
 
 # --- sharing decisions ------------------------------------------------------------------------
 # Notes are collected for so long before they are sent: shorter than any prefill, so that a burst
-# over all workers sees itself, and long enough that a busy worker sends one batch for many.
+# over all workers sees itself. A worker that tells of more than a thousand requests a second (three
+# notes each) collects for longer: batches of a few requests cost half as much again as the requests
+# do. So many requests need so many replicas that none gets more than a few in that time.
 NOTES_FLUSH_S = 0.0015
+NOTES_FLUSH_BUSY_S = 0.008
+NOTES_BUSY_PER_S = 3000
 # What is collected before that goes at once: a hundred dispatches, or one page of a digest.
 NOTES_BATCH_BYTES_MAX = 32 * KIB
 # Octets that may wait at one reader of notes, a worker or a peer. A second of the notes of 5,000

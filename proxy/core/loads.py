@@ -18,21 +18,23 @@ One writer. Lists by slot and not objects, because a decision reads a few figure
 from __future__ import annotations
 
 from collections import deque
+from math import exp
 from typing import Final
 
 from proxy.core import limits
 from proxy.core.index import Sighting
 
 _NEVER_ZERO_S: Final = 1e-9
+_LN_2: Final = 0.6931471805599453
 
 
 class Lease:
     """The load that one exchange holds on a replica, from dispatch to its one release."""
 
     __slots__ = (
-        "cached_octets", "decoding", "head_s", "lease_id", "pending", "prefill_tokens",
-        "prompt_octets", "prompt_tokens", "released", "replica_name", "sighting",
-        "slot", "started_s", "streamed", "weight",
+        "cached_octets", "decoding", "first_noted", "head_s", "lease_id", "life", "pending",
+        "prefill_tokens", "prompt_octets", "prompt_tokens", "released", "replica_name",
+        "sighting", "slot", "started_s", "streamed", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +56,7 @@ class Lease:
         self.streamed = streamed
         self.weight = weight
         self.lease_id = lease_id
+        self.life = 0  # of its slot
         self.pending = False
         self.decoding = False
         self.released = False
@@ -63,6 +66,7 @@ class Lease:
         self.prompt_octets = 0
         self.cached_octets = 0
         self.sighting: Sighting | None = None
+        self.first_noted = 0  # of its chain's points: those before were in use just now
 
 
 class Group:
@@ -108,6 +112,9 @@ class Loads:
         self._foreign: list[int] = []  # requests of others, by the engine's gauges
         self._others_held_tokens: list[int] = []  # KV in use by the engine's gauge, less ours then
         self._gauged: list[bool] = []
+        self._peak: list[int] = []  # most that were in flight since the last gauge
+        self._refused: list[int] = []  # answers in a row that sent us away
+        self._refused_end_s: list[float] = []
         self._group: list[Group | None] = []
         self._groups: dict[str, Group] = {}
 
@@ -134,6 +141,8 @@ class Loads:
         self.inflight[slot] = self.dispatched_tokens[slot] = self.pending_tokens[slot] = 0
         self.held_tokens[slot] = self._foreign[slot] = self._others_held_tokens[slot] = 0
         self._gauged[slot] = False
+        self._peak[slot] = self._refused[slot] = 0
+        self._refused_end_s[slot] = 0.0
         self.head_end_s[slot] = self.extra_s[slot] = self.decoding[slot] = 0.0
         self.gauge_end_s[slot] = 0.0
         self._busy_s[slot] = self._done_tokens[slot] = self._own_s_per_token[slot] = 0.0
@@ -174,13 +183,13 @@ class Loads:
         for ints in (
             self.inflight, self.inflight_max, self.dispatched_tokens, self.pending_tokens,
             self.held_tokens, self.capacity_tokens, self.running_max, self.free_tokens,
-            self._foreign, self._others_held_tokens,
+            self._foreign, self._others_held_tokens, self._peak, self._refused,
         ):  # fmt: skip
             ints.append(0)
         for floats in (
             self.head_end_s, self.s_per_token, self.price_per_token, self.extra_s, self.decoding,
             self.s_per_output_token, self.request_s, self.gauge_end_s, self._head_start_s,
-            self._busy_s, self._done_tokens, self._own_s_per_token,
+            self._busy_s, self._done_tokens, self._own_s_per_token, self._refused_end_s,
         ):  # fmt: skip
             floats.append(0.0)
         self.line.append(deque())
@@ -198,6 +207,7 @@ class Loads:
         line = self.line[slot]
         line.append(lease)
         self.inflight[slot] += 1
+        self._peak[slot] = max(self._peak[slot], self.inflight[slot])
         self.dispatched_tokens[slot] += lease.prefill_tokens
         self.held_tokens[slot] += lease.prompt_tokens
         if self._foreign[slot]:
@@ -207,14 +217,17 @@ class Loads:
             self._begin(slot, now_s)
         else:
             self.pending_tokens[slot] += lease.prefill_tokens
-        self._reprice(slot)
+        self._recount(slot)
 
     def prefill_ended(self, lease: Lease, now_s: float) -> None:
         """The first octet came back: the prompt has been computed. Harmless when repeated."""
-        if not lease.pending or lease.released:
+        if lease.released:
             return
         slot, line = lease.slot, self.line[lease.slot]
-        alone = bool(line) and line[0] is lease
+        self.settle(slot, now_s)
+        if not lease.pending:  # or its first octet is its last: it has left when it should have
+            return
+        alone = lease.streamed and bool(line) and line[0] is lease
         while line and line[0] is not lease and not line[0].streamed:
             self._leave_head(slot)  # it was before this one, so it is computed too
         if line and line[0] is lease:
@@ -225,17 +238,21 @@ class Loads:
         elif lease in line:  # overtook the head: its work was done in the head's time
             line.remove(lease)
             self.pending_tokens[slot] -= lease.prefill_tokens
-            lease.head_s = 0.0
+            if lease.streamed:
+                lease.head_s = 0.0
             self._start_decoding(lease)
-        self._reprice(slot)
+        self._toll(slot)
 
     def release(
-        self, lease: Lease, now_s: float, output_tokens: int = 0, computed_tokens: int = 0
+        self, lease: Lease, now_s: float, computed_tokens: int = 0, *, served: bool = True
     ) -> None:
-        """`computed_tokens` of the prompt were not cached, as the answer says; 0: it does not."""
+        """`computed_tokens` of the prompt were not cached, as the answer says; 0: it does not.
+
+        What was not `served` teaches nothing: an error comes fast, and computes nothing.
+        """
         assert not lease.released, "a lease is released exactly once"
         slot = lease.slot
-        if lease.head_s >= 0.0 and not self._foreign[slot]:  # else others' work was in that time
+        if served and lease.head_s >= 0.0 and not self._foreign[slot]:  # else it is others' time
             self._learn(slot, computed_tokens or lease.prefill_tokens, lease.head_s)
         if lease.pending:
             self._withdraw(lease, now_s)
@@ -245,11 +262,24 @@ class Loads:
         lease.decoding = False
         self.inflight[slot] = max(0, self.inflight[slot] - 1)
         self.held_tokens[slot] = max(0, self.held_tokens[slot] - lease.prompt_tokens)
-        if output_tokens:
+        if served:
+            self._refused[slot] = 0
             held_s = now_s - lease.started_s
             before_s = self.request_s[slot]
-            self.request_s[slot] = before_s + limits.LEARN_SHARE * (held_s - before_s)
-        self._reprice(slot)
+            share = limits.LEARN_SHARE if before_s else 1.0
+            self.request_s[slot] = before_s + share * (held_s - before_s)
+        self._toll(slot)
+        self._recount(slot)
+
+    def refused(self, slot: int, now_s: float) -> None:
+        """It sent somebody away, or failed: nobody has less to do, and nobody should get less.
+
+        Those that follow go elsewhere for a while, the longer the more often it happens.
+        """
+        self._refused[slot] = min(self._refused[slot] + 1, limits.REFUSALS_COUNTED_MAX)
+        pause_s = limits.REFUSED_PAUSE_S * 2.0 ** (self._refused[slot] - 1)
+        self._refused_end_s[slot] = now_s + pause_s
+        self.gauge_end_s[slot] = max(self.gauge_end_s[slot], now_s + pause_s)
 
     def decoded(self, slot: int, tokens: int, seconds: float) -> None:
         """An answer took so long from its first token to its last."""
@@ -266,7 +296,7 @@ class Loads:
             end_s = self.head_end_s[slot]
             self._leave_head(slot)
             self._advance(slot, end_s)
-            self._reprice(slot)
+            self._toll(slot)
 
     # --- what a newcomer would meet ----------------------------------------------------------
 
@@ -318,13 +348,22 @@ class Loads:
         What is less is not: the gauges are older than our last dispatches.
         """
         self.settle(slot, now_s)
-        self._foreign[slot] = max(0, requests - self.inflight[slot])
+        self._foreign[slot] = max(0, requests - self._peak[slot])
+        self._peak[slot] = self.inflight[slot]
         queued_tokens = sum([lease.prompt_tokens for lease in self.line[slot]])  # hold nothing yet
         self._others_held_tokens[slot] = held_tokens - (self.held_tokens[slot] - queued_tokens)
         self._gauged[slot] = True
-        self.gauge_end_s[slot] = 0.0
+        self.gauge_end_s[slot] = self._refused_end_s[slot]
         if self._foreign[slot]:
-            self.gauge_end_s[slot] = now_s + waiting_tokens * self.s_per_token[slot]
+            end_s = now_s + waiting_tokens * self.s_per_token[slot]
+            self.gauge_end_s[slot] = max(end_s, self._refused_end_s[slot])
+        self._reprice(slot)
+
+    def forget_gauges(self, slot: int) -> None:
+        """They are too old to tell anything."""
+        self._foreign[slot] = self._others_held_tokens[slot] = 0
+        self._gauged[slot] = False
+        self.gauge_end_s[slot] = self._refused_end_s[slot]
         self._reprice(slot)
 
     # --- the line ----------------------------------------------------------------------------
@@ -377,29 +416,36 @@ class Loads:
 
     def _reprice(self, slot: int) -> None:
         """Renew what depends on the slot's load and speed, so that a decision only reads it."""
+        self._toll(slot)
+        self.extra_s[slot] = 0.0
+        self.tight.discard(slot)
+        self._recount(slot)
+
+    def _toll(self, slot: int) -> None:
+        """Its speed is another, or who decodes there."""
         toll = 1.0 + limits.RECOMPUTE_WEIGHT + limits.STALL_WEIGHT * self.decoding[slot]
         self.price_per_token[slot] = self.s_per_token[slot] * toll
-        extra_s = 0.0
-        held_s = self.request_s[slot]
+
+    def _recount(self, slot: int) -> None:
+        """Requests have come or gone: perhaps there is no room for more, where room is known."""
         slots = self.running_max[slot]
         if slots:
             over = self.inflight[slot] + self._foreign[slot] + 1 - slots
-            if over > 0:  # slots come free at `slots` per `held_s`
-                extra_s += over * held_s / slots
-        self.extra_s[slot] = extra_s
+            # Slots come free at `slots` in the time that a request holds one.
+            self.extra_s[slot] = over * self.request_s[slot] / slots if over > 0 else 0.0
         capacity = self.capacity_tokens[slot]
         if capacity and self._gauged[slot]:  # prefixes in common are held once: only it can tell
             used = self.held_tokens[slot] + self._others_held_tokens[slot]
             self.free_tokens[slot] = int(capacity * limits.KV_FULL_SHARE) - used
             if used > capacity * limits.KV_TIGHT_SHARE:
                 self.tight.add(slot)
-                return
-        self.tight.discard(slot)
+            else:
+                self.tight.discard(slot)
 
     def shortage_s(self, slot: int, prompt_tokens: int) -> float:
         """Return how long a prompt waits for KV space: all of it comes free in a request's time."""
         short = prompt_tokens - self.free_tokens[slot]
-        if slot not in self.tight or short <= 0:
+        if short <= 0 or not self._gauged[slot] or not self.inflight[slot] + self._foreign[slot]:
             return 0.0
         return short / self.capacity_tokens[slot] * self.request_s[slot]
 
@@ -413,7 +459,7 @@ class Loads:
             bounded_s = min(max(0.0, beyond_s), limits.FIRST_TOKEN_OVERHEAD_S_MAX)
             group.overhead_s += limits.LEARN_SHARE * (bounded_s - group.overhead_s)
         seconds = max(0.0, seconds - group.overhead_s)
-        keep = 0.5 ** (seconds / limits.SPEED_HALF_LIFE_S)
+        keep = exp(-_LN_2 * seconds / limits.SPEED_HALF_LIFE_S)
         self._busy_s[slot] = self._busy_s[slot] * keep + seconds
         self._done_tokens[slot] = self._done_tokens[slot] * keep + tokens
         prior_s = limits.SPEED_PRIOR_S

@@ -92,8 +92,8 @@ class Prices:
     """
 
     __slots__ = (
-        "_chain", "_picture", "_slots", "distinct", "hot_octets", "known", "most_octets",
-        "prices_s", "seats", "tokens",
+        "_chain", "_found", "_picture", "_slots", "distinct", "hot_octets", "known",
+        "most_octets", "prices_s", "seats", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, pool: Pool, picture: Picture, now_s: float) -> None:
@@ -101,7 +101,7 @@ class Prices:
         loads, slots, chain = picture.loads, seats.slots, request.chain
         self._picture, self._chain, self._slots = picture, chain, slots
         self.prices_s = loads.waits_s(slots, now_s)
-        found = picture.index.match(chain, seats.bits)
+        found = self._found = picture.index.match(chain, seats.bits)
         self.known = self.most_octets = self.hot_octets = self.tokens = 0
         self.distinct = False
         if not slots:
@@ -110,12 +110,12 @@ class Prices:
             depth = found[0][1]
             self.known, self.most_octets = chain.hashes[depth], chain.ends[depth]
             self.distinct = 2 * found[0][0].bit_count() <= len(slots)
-            if picture.hot.is_hot(self.known):
+            cache_octets = picture.cache_octets(slots[0])
+            if picture.hot.is_hot(self.known, self.most_octets, cache_octets):
                 self.hot_octets, self.distinct = self.most_octets, False
                 found = []
         self._add_prefill(found)
-        if loads.tight:
-            self._add_shortage()
+        self._add_shortage()
         self._exclude(request)
 
     def _add_prefill(self, found: list[tuple[int, int]]) -> None:
@@ -151,12 +151,13 @@ class Prices:
 
     def _add_shortage(self) -> None:
         """Where KV space is short, a long prompt waits for it, whether cached or not."""
-        picture = self._picture
-        tokens = picture.tokens_of(self._chain.prompt_bytes, self._slots[0])
-        for slot in picture.loads.tight:
+        loads, slots = self._picture.loads, self._slots
+        tokens = self._picture.tokens_of(self._chain.prompt_bytes, slots[0])
+        long = tokens > loads.capacity_tokens[slots[0]] * limits.KV_LONG_SHARE
+        for slot in slots if long else list(loads.tight):
             place = self.seats.places.get(slot, -1)
             if place >= 0:
-                self.prices_s[place] += picture.loads.shortage_s(slot, tokens)
+                self.prices_s[place] += loads.shortage_s(slot, tokens)
 
     def _exclude(self, request: Request) -> None:
         """Make those infinitely dear that may not take it, and dearer that lack its adapter."""
@@ -175,9 +176,11 @@ class Prices:
 
     def cached_octets(self, place: int) -> int:
         """Return what the replica is believed to hold of the prompt."""
-        if not self.most_octets:
-            return 0
-        return self._picture.index.held_of(self._slots[place], self._chain)
+        slot = self._slots[place]
+        for bits, depth in self._found:
+            if bits >> slot & 1:
+                return self._chain.ends[depth]
+        return 0
 
     def decision(self, place: int, reason: str) -> Decision:
         seats = self.seats
@@ -220,7 +223,8 @@ def prefix(request: Request, pool: Pool, picture: Picture, now_s: float) -> Deci
 def _least_used(prices_s: list[float], least_s: float, slots: list[int], picture: Picture) -> int:
     """Return the place, among those of the least price, that was ever sent the least work."""
     place = prices_s.index(least_s)
-    bound_s = least_s * limits.SAME_PRICE_BAND + limits.SAME_PRICE_S
+    bound_s = least_s + min(least_s * limits.SAME_PRICE_SHARE, limits.SAME_PRICE_S_MAX)
+    bound_s += limits.SAME_PRICE_S
     used = picture.loads.dispatched_tokens
     least_used = used[slots[place]]
     for other in range(len(prices_s)):
@@ -242,10 +246,13 @@ def _by_ring(request: Request, pool: Pool, prices: Prices, bound_s: float) -> De
 
 def session(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
     """The home while it lives, however busy: for state that only one replica has."""
-    seats = picture.seats(pool)
-    by_name = {seats.replicas[place].name: place for place in _able(request, seats, picture)}
+    seats, loads = picture.seats(pool), picture.loads
+    by_name = {replica.name: place for place, replica in enumerate(seats.replicas)}
     for step, name in enumerate(pool.ring.walk(request.chain.home_key)):
-        if name in by_name:
+        if name in by_name and name not in request.tried:
+            slot = seats.slots[by_name[name]]
+            if loads.inflight_max[slot] and loads.inflight[slot] >= loads.inflight_max[slot]:
+                return None  # it has to wait for this one
             return _decide(by_name[name], "spill" if step else "session", request, seats, picture)
     return None
 

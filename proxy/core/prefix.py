@@ -28,13 +28,13 @@ from typing import Final
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from proxy.core import limits, scan
+from proxy.core.media import placed, string_end, weighed
 from proxy.core.routes import PromptKind
 from proxy.core.scan import Scanned
 
 CHAIN_VERSION: Final = b"2"
 
 _QUOTE: Final = 0x22
-_BACKSLASH: Final = 0x5C
 _SPACE: Final = b" \t\r\n"
 _STRUCTURAL: Final = re.compile(rb'["\[\]{}]')
 # A tuple, because members of an Enum are hashed by Python code and compared without.
@@ -65,7 +65,10 @@ DEPTHS: Final = _growing_depths()
 
 
 class PrefixChain:
-    """`home_key` places the request on the ring; `hashes[i]` names its first `ends[i]` octets."""
+    """`home_key` places the request on the ring; `hashes[i]` names the prompt up to `ends[i]`.
+
+    Ends and `prompt_bytes` are for load: octets, of which a picture has as many as it weighs.
+    """
 
     __slots__ = ("ends", "hashes", "home_key", "prompt_bytes")
 
@@ -127,7 +130,20 @@ def prefix_chain(
                 octets, begin, end, limits.OPENER_SEARCH_BYTES_MAX, limits.OPENER_BYTES_MAX
             )
         home_key = xxh3_64_intdigest(view[begin : min(opener_end, end)], seed)
-    return PrefixChain(home_key, hashes, ends, head_bytes + last - begin)
+    prompt_bytes = head_bytes + last - begin
+    if scanned.media:
+        regions = placed(scanned.media, _spans(kind, scanned, head, begin, end))
+        *ends, prompt_bytes = weighed([*ends, prompt_bytes], regions)
+    return PrefixChain(home_key, hashes, ends, prompt_bytes)
+
+
+def _spans(
+    kind: PromptKind, scanned: Scanned, head: tuple[int, ...], begin: int, end: int
+) -> list[tuple[int, int]]:
+    """Return where in the body the prompt lies, in the order in which it is hashed."""
+    parts = _INPUT_PARTS if kind is PromptKind.INPUT else head
+    spans = [(scanned.spans[2 * part], scanned.spans[2 * part + 1]) for part in parts]
+    return spans if kind is PromptKind.INPUT else [*spans, (begin, end)]
 
 
 def form_chain(
@@ -276,7 +292,7 @@ def _object_end(rest: bytes) -> int:
     """Return the index after the object that `rest` begins within, or -1; between two members."""
     for usual in _USUAL_AFTER_USER:  # as most clients write it; all else goes the long way
         if rest.startswith(usual):
-            at = _string_end(rest, len(usual))
+            at = string_end(rest, len(usual))
             if at >= 0 and rest[at : at + 1] == b"}":
                 return at + 1
     depth = 1
@@ -285,7 +301,7 @@ def _object_end(rest: bytes) -> int:
         at = found.end()
         octet = rest[at - 1]
         if octet == _QUOTE:
-            at = _string_end(rest, at)
+            at = string_end(rest, at)
             if at < 0:
                 return -1
         elif octet in b"{[":
@@ -294,18 +310,6 @@ def _object_end(rest: bytes) -> int:
             depth -= 1
             if not depth:
                 return at
-    return -1
-
-
-def _string_end(data: bytes, at: int) -> int:
-    """Return the index after the string whose text begins at `at`, or -1."""
-    while (at := data.find(b'"', at)) >= 0:
-        back = at - 1
-        while data[back] == _BACKSLASH:
-            back -= 1
-        at += 1
-        if (at - back) & 1 == 0:  # an even number of backslashes before the quote
-            return at
     return -1
 
 

@@ -21,12 +21,12 @@ import msgspec
 from msgspec import Raw
 
 from proxy import errors
-from proxy.core import limits
+from proxy.core import limits, media
 
 _Ends = tuple[int, ...]
 _Fields = tuple[
     str, str | None, str | None, str | None, str | None, str | None, str | None,
-    bool | None, tuple[int, ...], _Ends, _Ends,
+    bool | None, tuple[int, ...], _Ends, _Ends, tuple[int, ...],
 ]  # fmt: skip
 _Reader = Callable[[bytes], _Fields | None]
 
@@ -58,11 +58,12 @@ class Scanned:
 
     Part `i` is `octets[spans[2 * i] : spans[2 * i + 1]]`, and is not copied to be named. Where the
     last elements of the messages and of the input end in `octets` is in `message_ends` and
-    `input_ends`, in rising order; both are empty where the part is no array.
+    `input_ends`, in rising order; both are empty where the part is no array. `media` are the
+    regions of data within the parts, four numbers each: see `media.py`.
     """
 
     __slots__ = (
-        "cache_salt", "input_ends", "lora_path", "message_ends", "model", "octets",
+        "cache_salt", "input_ends", "lora_path", "media", "message_ends", "model", "octets",
         "previous_response_id", "prompt_cache_key", "service_tier", "session_id", "spans", "stream",
     )  # fmt: skip
 
@@ -78,10 +79,21 @@ class Scanned:
         self.spans = fields[8]
         self.message_ends = fields[9]
         self.input_ends = fields[10]
+        self.media = fields[11]
         self.octets = octets
 
     def has(self, part: int) -> bool:
         return self.spans[2 * part] < self.spans[2 * part + 1]
+
+    @property
+    def media_bytes(self) -> int:
+        """The octets of pictures and sound within the parts."""
+        return sum(self.media[media.OCTETS :: media.FIELDS])
+
+    @property
+    def media_parts(self) -> int:
+        """How many pictures and pieces of sound there are."""
+        return sum(self.media[media.STRINGS :: media.FIELDS])
 
     def part(self, part: int) -> bytes:
         """Return a copy of one part."""
@@ -202,6 +214,7 @@ def _scan_any(body: bytes) -> Scanned:
         typed.cache_salt, typed.lora_path, typed.previous_response_id, typed.stream, spans,
         element_ends(octets, spans[2 * MESSAGES], spans[2 * MESSAGES + 1]),
         element_ends(octets, spans[2 * INPUT], spans[2 * INPUT + 1]),
+        _media(octets, spans),
     )  # fmt: skip
     return Scanned(fields, octets)
 
@@ -219,6 +232,16 @@ def _placed(parts: tuple[Raw, ...]) -> tuple[bytes, tuple[int, ...]]:
         spans.append(start)
         spans.append(end)
     return b"".join(present), tuple(spans)
+
+
+def _media(octets: bytes, spans: tuple[int, ...]) -> tuple[int, ...]:
+    if len(octets) < media.WEIGHT_BYTES:
+        return ()
+    found: list[int] = []
+    for at in range(0, len(spans), 2):
+        if spans[at + 1] - spans[at] > media.WEIGHT_BYTES:
+            found += media.find_media(octets, spans[at], spans[at + 1])
+    return tuple(found)
 
 
 def element_ends(octets: bytes, begin: int, end: int) -> _Ends:

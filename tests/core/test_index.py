@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,11 +61,13 @@ def test_of_a_prompt_that_is_too_long_the_beginning_is_held() -> None:
     assert index.held_of(0, _prompt(1, 8)) == 3 * _KIB
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 1), st.integers(1, 6), st.integers(1, 6)), max_size=120),
-    st.integers(4, 200),
-)
-def test_it_is_least_recent_use(notes: list[tuple[int, int, int]], capacity_kib: int) -> None:
+_NOTES = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 12), st.integers(1, 6)), max_size=160)
+
+
+@given(_NOTES, st.integers(4, 60))
+def test_it_is_least_recent_use_but_for_the_youngest(
+    notes: list[tuple[int, int, int]], capacity_kib: int
+) -> None:
     index = _index(0, 1, capacity_octets=capacity_kib * _KIB)
     exact: list[OrderedDict[int, None]] = [OrderedDict(), OrderedDict()]
     for slot, session, turns in notes:
@@ -73,15 +76,41 @@ def test_it_is_least_recent_use(notes: list[tuple[int, int, int]], capacity_kib:
         for name in reversed(prompt.hashes):
             exact[slot].pop(name, None)
             exact[slot][name] = None
+    slack_kib = capacity_kib // limits.YOUNG_PARTS + 6 if capacity_kib >= limits.YOUNG_PARTS else 0
     for slot in (0, 1):
         held = [name for name, _ in index.dump(slot)]
-        assert len(held) == len(set(held))
+        assert len(held) == len(set(held)) == min(len(exact[slot]), capacity_kib)
         assert index.held_octets(slot) == len(held) * _KIB
-        assert held == list(exact[slot])[-capacity_kib:]
+        assert set(held) >= set(list(exact[slot])[-(capacity_kib - slack_kib) :])
+        if not slack_kib:
+            assert held == list(exact[slot])[-capacity_kib:]
     for bits, depth in index.match(_prompt(1, 6), 0b11):
         for slot in (0, 1):
             if bits >> slot & 1:
                 assert index.held_of(slot, _prompt(1, 6)) == (depth + 1) * _KIB
+
+
+@given(_NOTES, st.integers(4, 300))
+def test_a_prefix_is_as_young_as_what_builds_on_it(
+    notes: list[tuple[int, int, int]], capacity_kib: int
+) -> None:
+    """To the part of the cache within which nothing is moved; and noting tells what was known."""
+    index = _index(0, capacity_octets=capacity_kib * _KIB)
+    slack = (capacity_kib // limits.YOUNG_PARTS + 7) / capacity_kib
+    for _, session, turns in notes:
+        prompt = _prompt(session, turns)
+        before, said = index.sighting(0, prompt), index.note(0, prompt)
+        assert (before is None) == (said is None)
+        if before is not None and said is not None:
+            assert (said.octets, said.away) == (before.octets, before.away)
+    for session in range(1, 13):
+        for turns in range(2, 7):
+            longer = index.sighting(0, _prompt(session, turns))
+            shorter = index.sighting(0, _prompt(session, turns - 1))
+            if longer is not None and longer.octets == turns * _KIB:
+                assert shorter is not None
+                assert shorter.octets == (turns - 1) * _KIB
+                assert shorter.away <= longer.away + slack
 
 
 def test_ghosts_come_back_with_a_larger_cache_and_go_with_a_smaller() -> None:
@@ -168,3 +197,23 @@ def test_an_empty_chain_changes_nothing() -> None:
     index.note(0, chain(1))
     assert index.entries() == 0
     assert index.match(chain(1), 1) == []
+
+
+def test_a_cache_that_has_not_grown_takes_no_ghosts_back() -> None:
+    index = _index(0, capacity_octets=32 * _KIB)
+    for session in range(1, 17):
+        index.note(0, _prompt(session, 4))
+    index.drop(0, 16_003)
+    index.set_capacity(0, 32 * _KIB)
+    assert index.held_octets(0) == 31 * _KIB
+    index.drop(0, 1003)  # a ghost is gone for good when the engine says so
+    index.set_capacity(0, 1 << 30)
+    assert index.held_of(0, _prompt(1, 4)) == 3 * _KIB
+
+
+def test_entries_are_bounded_over_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "INDEX_ENTRIES_TOTAL_MAX", 4096)
+    index = _index(*range(8))
+    for session in range(1, 2000):
+        index.note(session % 8, _prompt(session, 4))
+    assert index.entries() <= 4096

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from proxy import errors
 from proxy.core import limits, prefix, scan
 from proxy.core.usage import Usage, read_any_usage
+from tests.core.test_media import prompts_with_media
 from tests.core.test_scan import bodies
 
 _SOURCE = Path(scan.__file__).with_name("_scan.c")
@@ -60,7 +61,12 @@ def _seen(read: Any, body: bytes) -> object:
         [end - scanned.spans[2 * part] for end in there]
         for part, there in ((scan.MESSAGES, scanned.message_ends), (scan.INPUT, scanned.input_ends))
     ]
-    return fields, [scanned.part(place) for place in _PLACES], ends
+    media = []
+    for at in range(0, len(scanned.media), 4):
+        start, end, *sizes = scanned.media[at : at + 4]
+        (place,) = [p for p in _PLACES if scanned.spans[2 * p] <= start < scanned.spans[2 * p + 1]]
+        media.append((place, start - scanned.spans[2 * place], end - start, sizes))
+    return fields, [scanned.part(place) for place in _PLACES], ends, media
 
 
 def _check(native: ModuleType, body: bytes) -> None:
@@ -161,7 +167,7 @@ def test_depth_is_bounded(native: ModuleType, opened: bytes) -> None:
 
 def test_the_usual_form_needs_no_second_reader(native: ModuleType) -> None:
     usual = native.scan(b'{"stream":null,"session_id":"s","model":"m","x":"\\n","lora_path":null}')
-    assert usual == ("m", None, None, "s", None, None, None, None, (0,) * 22, (), ())
+    assert usual == ("m", None, None, "s", None, None, None, None, (0,) * 22, (), (), ())
     # An escape beyond the end of a name, and read along with it, is none of the name.
     for size in range(1, 80):
         name = b"m" * size
@@ -192,6 +198,44 @@ def test_both_find_the_ends_of_the_last_elements(
             whole = json.loads(array)
             kept = min(len(whole), limits.CHAIN_BOUNDARIES_MAX)
             assert read == [whole[: len(whole) - kept + place + 1] for place in range(kept)]
+
+
+@_SAME
+@given(prompts_with_media(), st.sampled_from([b"", b'"mod\\u0065l":"m",', b'"messages":[{}],']))
+def test_both_find_the_same_media(native: ModuleType, array: bytes, before: bytes) -> None:
+    for name in (b"messages", b"input", b"prompt", b"documents", b"x"):
+        _check(native, b'{%b"model":"m","tools":%b,"%b":%b}' % (before, array, name, array))
+
+
+@pytest.mark.parametrize("spaces", [0, 1, 39, 40, 41])
+@pytest.mark.parametrize("size", [4094, 4095, 4096, 4097])
+def test_both_draw_the_line_at_the_same_octet(native: ModuleType, spaces: int, size: int) -> None:
+    for lead in (b"", b"data:,", b"data:%b," % (b"x" * 122), b"data:%b," % (b"x" * 123), b"data:"):
+        for run in (b"A" * size, b"A" * 2047 + b"!" + b"A" * size, b"A" * 2048 + b"!" * size):
+            text = (lead + run)[:size]
+            for gap in (b" " * spaces + b":", b":" + b"\t" * spaces):
+                _check(native, b'{"model":"m","input":{"data"%b"%b"}}' % (gap, text))
+
+
+_RUN = b"A" * 5000
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        (b'"messages":[{"data":"%b"}],"messages":[{"url":"%b"}]' % (_RUN, _RUN), 1),
+        (b'"messages":[{"data":"%b"}],"messages":[]' % _RUN, 0),
+        (b'"messages":[%b{}]' % (b'{"data":"%b"},' % _RUN * 70), 70),
+        (b'"input":[{"x\\"data":"%b"}]' % _RUN, 0),
+        (b'"input":[{"data":"data:\\",%b"}]' % _RUN, 0),
+        (b'"image_data":"%b","data":{"data":"%b"}' % (_RUN, _RUN), 0),
+    ],
+)
+def test_both_count_media_in_odd_bodies(native: ModuleType, body: bytes, parts: int) -> None:
+    whole = b'{"model":"m",%b}' % body
+    _check(native, whole)
+    scanned = scan.scan_with(native.scan, whole)
+    assert (scanned.media_parts, scanned.media_bytes) == (parts, parts * len(_RUN))
 
 
 def test_only_bytes_are_read(native: ModuleType) -> None:

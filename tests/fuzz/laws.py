@@ -13,7 +13,7 @@ import struct
 from typing import Any, Final
 
 from proxy import errors
-from proxy.core import limits, peer_wire, scan
+from proxy.core import limits, media, peer_wire, scan
 from proxy.core.chunked import BadResponse, ChunkFollower
 from proxy.core.hearsay import Hearsay
 from proxy.core.picture import Picture
@@ -120,6 +120,24 @@ def body(octets: bytes) -> None:
             assert _loads(part) == value[name]
     _ends(scanned, scan.MESSAGES, scanned.message_ends, value.get("messages"))
     _ends(scanned, scan.INPUT, scanned.input_ends, value.get("input"))
+    _media(scanned)
+
+
+def _media(scanned: Scanned) -> None:
+    """Each region is within one part and between quotes, and no two lie over each other."""
+    spans, regions = scanned.spans, scanned.media
+    inside = [(begin, end) for begin, end in zip(spans[::2], spans[1::2], strict=True) if end]
+    known: dict[tuple[int, int], int] = {}
+    for at in range(0, len(regions), 4):
+        start, end, size, strings = regions[at : at + 4]
+        (span,) = [span for span in inside if span[0] < start <= end < span[1]]
+        assert known.get(span, 0) < start
+        known[span] = end
+        if strings == 1:
+            assert len(_loads(scanned.octets[start - 1 : end + 1])) <= size
+        assert strings * media.WEIGHT_BYTES <= size <= end - start
+    assert scanned.media_bytes <= sum(end - begin for begin, end in inside)
+    assert len(regions) <= 4 * limits.MEDIA_REGIONS_MAX * len(inside)
 
 
 def _ends(scanned: Scanned, part: int, ends: tuple[int, ...], value: object) -> None:
@@ -140,7 +158,7 @@ def chain(octets: bytes) -> None:
     for kind in PromptKind:
         first = prefix_chain(kind, scanned, None)
         ends = list(first.ends)
-        assert ends == sorted(set(ends))
+        assert ends == sorted(ends if scanned.media else set(ends))
         assert len(ends) == len(first.hashes)
         assert not ends or ends[-1] == first.prompt_bytes
         assert all(0 <= name < 1 << 64 for name in (first.home_key, *first.hashes))

@@ -55,6 +55,8 @@ def _bodies() -> list[bytes]:
         b'{"model":"a","model":"b","stream":null,"prompt":["x",[1,2]]}',
         b'{"mod\\u0065l":"\\ud83d\\ude00","input":"\\ud800","instructions":""}',
         b'{"model":"m","input":[1, [2] ,"]"\n],"previous_response_id":"r","messages":[{},{} ]}',
+        b'{"model":"m","messages":[{"data" : "data:a/b;base64,%b"},{"url":"\\/"}]}'
+        % (b"Aa0+" * 1100),
         b'{"model":"m","x":NaN}',
         b'{"model":"m","x":' + b"[" * 40 + b"]" * 40 + b"}",
         b'\xef\xbb\xbf{"model":"m"}',
