@@ -22,6 +22,9 @@ HEARTBEAT_INTERVAL_S = 2.0
 SNAPSHOT_BYTES_MAX = 16 * 1024 * 1024
 # The largest published deployment of one engine has 256 ranks; more would be a mistake.
 DP_SIZE_MAX = 1024
+# A replica's share of conversations; beyond these, one would be home to all or to none.
+WEIGHT_MIN = 0.01
+WEIGHT_MAX = 10.0
 
 
 class ReplicaState(enum.StrEnum):
@@ -93,7 +96,8 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     restarts: int = 0
     pid: int = 0
     load: LoadSample | None = None
-    weight: float = 1.0  # its share of conversations, against that of others
+    # Its share of conversations, against that of others: from WEIGHT_MIN to WEIGHT_MAX.
+    weight: float = 1.0
     # Data-parallel ranks behind this URL, each with a KV cache of its own: 0 to dp_size - 1.
     dp_size: int = 1
     adapters: tuple[str, ...] | None = None  # LoRA adapters that it lists or uses; None: unknown

@@ -85,7 +85,7 @@ def empty_fleet() -> Fleet:
 
 
 def apply(fleet: Fleet, event: Event) -> Fleet:
-    """Return the fleet after `event`. Records with an unusable URL raise `ValueError`."""
+    """Return the fleet after `event`. Records that cannot be used raise `ValueError`."""
     match event:
         case SnapshotReceived(snapshot):
             replicas: dict[str, Replica] = {}
