@@ -31,6 +31,7 @@ Seconds = Annotated[float, Meta(ge=0)]
 Affinity = Literal["soft", "strict"]
 Policy = Literal["prefix", "session", "least_load", "round_robin", "random"]
 ClientAuth = Literal["off", "optional", "required"]
+KvEvents = Literal["auto", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
 
@@ -128,6 +129,17 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
             description="pause between readings of the metrics of --worker-urls engines; 0: none",
         ),
     ] = 1.0
+    kv_events: Annotated[
+        KvEvents,
+        Meta(description="whether what engines tell of their KV caches is heard: auto or off"),
+    ] = "auto"
+    kv_events_port: Annotated[
+        Port,
+        Meta(description="port of it where an engine does not say; its ranks' follow; 0: none"),
+    ] = 0
+    kv_events_replay_port: Annotated[
+        Port, Meta(description="port at which they tell past events again; 0: they do not")
+    ] = 0
     shutdown_grace_period_secs: Annotated[
         Seconds, Meta(description="time that requests in flight may take after SIGTERM")
     ] = 60.0
@@ -330,7 +342,7 @@ def _respell(proxy: dict[Any, Any]) -> None:
     policy = proxy.get("policy")
     if isinstance(policy, str):
         proxy["policy"] = POLICY_ALIASES.get(policy, policy)
-    for name in ("access_log", "tls_client_auth"):
+    for name in ("access_log", "kv_events", "tls_client_auth"):
         if proxy.get(name) is False:  # YAML 1.1 reads a bare off so
             proxy[name] = "off"
 

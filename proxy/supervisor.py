@@ -38,6 +38,7 @@ from proxy.io.peers import Peers
 from proxy.io.registry import check_urls
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
+from proxy.io.witness import Witness
 from proxy.listeners import Listeners, StartError, deal
 from proxy.logs import set_up_logging
 from proxy.places import Places
@@ -68,6 +69,7 @@ class Supervisor:
         self._tasks = Tasks()
         self.hub = Hub()
         self._peers = Peers(self._tasks, self.hub)
+        self._witness = Witness(self._tasks, self.hub)
         self._places = Places(
             deal(listeners.public, config.workers),
             self._tasks,
@@ -105,7 +107,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._on_hang_up)
         try:
             await self._admin.setup()
-            self._lookout.look(self._config)
+            self._look()
             if self._predecessor is None:
                 await self._open_doors()
             else:
@@ -119,6 +121,7 @@ class Supervisor:
             await self._drain()
         finally:
             self._close_door()
+            await self._witness.close()
             await self._tasks.close()
             await self._lookout.close()
             await self._admin.cleanup()
@@ -136,6 +139,10 @@ class Supervisor:
         if self._config.upgrade_socket is not None:
             self._door = takeover.Door(self._config.upgrade_socket)
             self._door_task = self._tasks.spawn("door", self._keep_door(self._door))
+
+    def _look(self) -> None:
+        self._lookout.look(self._config)
+        self._witness.look(self._lookout.session, self._config)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -187,6 +194,7 @@ class Supervisor:
         self._lookout.prober.know({r.replica_id: r.url for r in snapshot.replicas})
         self._places.tell(control.FleetIs(snapshot))
         self.hub.know_fleet()
+        self._witness.know(snapshot)
 
     def _usable(self, snapshot: FleetSnapshot) -> FleetSnapshot:
         """Leave out records that nobody can connect to, so that one cannot spoil the rest."""
@@ -226,7 +234,7 @@ class Supervisor:
         counters, gauges = await self._places.samples()
         told, linked = self.hub.samples()
         counters += [*told, *self._peers.samples()]
-        gauges += linked
+        gauges += [*linked, *self._witness.samples()]
         age_s = time.monotonic() - self._fleet_at_s
         return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
 
@@ -265,7 +273,7 @@ class Supervisor:
         self._fingerprint = settings.fingerprint(self._invocation.path, self._config)
         set_up_logging(self._config.log_level)
         if change.changed or tls.files(self._config):
-            self._lookout.look(self._config)
+            self._look()
         self._peers.reconfigure(self._config)
         if change.changed or tls.files(self._config) or ordered:
             self._places.tell(control.Reconfigure(self._config))

@@ -6,6 +6,7 @@ The terms are those that the policy adds up, out of the same picture, at the sam
 from __future__ import annotations
 
 from proxy.core.fleet import Pool
+from proxy.core.hearsay import Hearsay
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Request, terms
 from proxy.core.replica import Replica
@@ -26,7 +27,9 @@ def chain_shown(request: Request) -> Shown:
     }
 
 
-def candidates(request: Request, pool: Pool, picture: Picture, now_s: float) -> list[Shown]:
+def candidates(
+    request: Request, pool: Pool, picture: Picture, hearsay: Hearsay, now_s: float
+) -> list[Shown]:
     """Return the replicas of a pool: those that may take the request by price, then the others."""
     able: list[tuple[float, str, Shown]] = []
     unable: list[Shown] = []
@@ -42,6 +45,7 @@ def candidates(request: Request, pool: Pool, picture: Picture, now_s: float) -> 
             cached_octets = picture.index.held_of(slot, request.chain)
             found = terms(Decision(replica, slot, "", cached_octets), request, picture, now_s)
             shown |= {**found.as_dict(), **_slot_shown(picture, slot)}
+            shown |= _source_shown(hearsay, name, now_s)
             able.append((found.price_s, name, shown))
         reason = _why_not(replica, slot, picture)
         if reason:
@@ -74,4 +78,16 @@ def _slot_shown(picture: Picture, slot: int) -> Shown:
         "output_tokens_per_s": round(1.0 / output_s, 1) if output_s else None,
         "held_tokens": loads.held_tokens[slot],
         "cache_tokens": picture.cache_tokens(slot),
+    }
+
+
+def _source_shown(hearsay: Hearsay, name: str, now_s: float) -> Shown:
+    """Return what the replica's cache is judged by, and how long ago that was told."""
+    state = hearsay.states.get(name)
+    if state is None or not state.fresh:
+        return {"cache_source": "record"}
+    return {
+        "cache_source": "events",
+        "cache_source_age_s": round(now_s - hearsay.states_at_s[name], 3),
+        "resident_tokens": state.resident_tokens,
     }

@@ -30,6 +30,7 @@ class Hearsay:
         self._origins: dict[int, dict[int, Lease]] = {}
         self.inflight: dict[str, int] = {}  # of others, by replica
         self.states: dict[str, notes.State] = {}  # what engines said last, by replica
+        self.states_at_s: dict[str, float] = {}  # and when
         self.heard_total = 0
         self.unknown_total = 0  # of replicas that we do not know
         self.full_total = 0  # found no room
@@ -39,7 +40,7 @@ class Hearsay:
         self._names = {notes.replica_key(name): name for name in names}
         known = set(self._names.values())
         for gone in [name for name in self.states if name not in known]:
-            del self.states[gone]
+            del self.states[gone], self.states_at_s[gone]
 
     def leases(self) -> int:
         """Return how many leases of others are held."""
@@ -92,7 +93,7 @@ class Hearsay:
         elif isinstance(note, OpenLeases):
             self._compare(table, note, now_s)
         else:
-            self._of_engine(note)
+            self._of_engine(note, now_s)
 
     def _dispatched(self, table: dict[int, Lease], note: notes.Dispatched, now_s: float) -> None:
         before = table.pop(note.lease.lease_id, None)
@@ -134,7 +135,7 @@ class Hearsay:
             lease.head_s = -1.0  # we have not seen how long it took
         self._keep(table, lease)
 
-    def _of_engine(self, note: Note) -> None:
+    def _of_engine(self, note: Note, now_s: float) -> None:
         index = self._picture.index
         if isinstance(note, notes.Evicted):
             slot = self._slot(note.replica_key)
@@ -149,7 +150,8 @@ class Hearsay:
                 index.clear(slot)
         elif isinstance(note, notes.State):
             if self._slot(note.replica_key) >= 0:
-                self.states[self._names[note.replica_key]] = note
+                name = self._names[note.replica_key]
+                self.states[name], self.states_at_s[name] = note, now_s
         elif isinstance(note, notes.Response) and self._slot(note.replica_key) >= 0:
             self._responses.stored(note.response_key, self._names[note.replica_key])
 

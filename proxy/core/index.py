@@ -3,7 +3,8 @@
 One table for all replicas: a chain hash to the set of slots that hold it, as bits of one integer,
 so that a look-up costs the prompt's points and not the fleet's replicas. What a replica holds is
 bounded as its engine bounds it: least recently used goes first, by the octets of its KV cache, and
-of one prompt its end before its beginning.
+of one prompt its end before its beginning. The order is exact to a part of the cache: what has been
+used since that part began is young, and not moved again.
 
 What has aged out is kept a while as a *ghost*: not believed, but when an answer shows that the
 engine had it after all, the cache is larger than believed; and smaller, when something believed was
@@ -15,12 +16,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Final
 
 from proxy.core import limits
 from proxy.core.prefix import PrefixChain
 
-_OCTET_BITS = 36  # an entry's octets and the moment of its last use share one integer
-_OCTET_MASK = (1 << _OCTET_BITS) - 1
+# An entry's octets and the moment of its last use share one integer. A longer piece between two
+# points counts as 16 MB, so that days of use fit into a word.
+_OCTET_BITS: Final = 24
+_OCTET_MASK: Final = (1 << _OCTET_BITS) - 1
 
 
 class _Shelf:
@@ -28,7 +32,7 @@ class _Shelf:
 
     __slots__ = (
         "capacity_octets", "evicted_octets", "ghost_octets", "ghosts", "live", "live_octets",
-        "used_octets",
+        "used_octets", "young_octets",
     )  # fmt: skip
 
     def __init__(self, capacity_octets: int) -> None:
@@ -40,6 +44,7 @@ class _Shelf:
         self.live_octets = 0
         self.ghost_octets = 0
         self.used_octets = 0
+        self.young_octets = 0  # what was used since this moment is young
         self.evicted_octets = 0
 
 
@@ -60,9 +65,10 @@ class Sighting:
 class Index:
     """Chain hashes by replica slot, bounded in entries and in octets."""
 
-    __slots__ = ("_holders", "_shelves")
+    __slots__ = ("_holders", "_shelves", "first_noted")
 
     def __init__(self) -> None:
+        self.first_noted = 0  # of the points of what was noted last: all before were young
         self._holders: dict[int, int] = {}
         self._shelves: dict[int, _Shelf] = {}
 
@@ -138,22 +144,17 @@ class Index:
     def sighting(self, slot: int, chain: PrefixChain) -> Sighting | None:
         """Return when the replica last used the longest prefix that it ever had; None: never."""
         shelf = self._shelves.get(slot)
-        if shelf is None:
-            return None
-        for depth in range(len(chain.hashes) - 1, -1, -1):
-            name = chain.hashes[depth]
-            entry = shelf.live.get(name, -1)
-            if entry >= 0:
-                oldest = shelf.live[next(iter(shelf.live))] >> _OCTET_BITS
-                span = max(1, shelf.used_octets - oldest)
-                age = shelf.used_octets - (entry >> _OCTET_BITS)
-                # A cache that is not full has not shown yet where it ends.
-                full = min(1.0, shelf.live_octets / shelf.capacity_octets)
-                return Sighting(chain.ends[depth], full * age / span)
-            entry = shelf.ghosts.get(name, -1)
-            if entry >= 0:
-                since = shelf.evicted_octets - (entry >> _OCTET_BITS)
-                return Sighting(chain.ends[depth], 1.0 + since / shelf.capacity_octets)
+        if shelf is not None:
+            for depth in range(len(chain.hashes) - 1, -1, -1):
+                name = chain.hashes[depth]
+                entry = shelf.live.get(name, -1)
+                if entry >= 0:
+                    return _seen_live(
+                        shelf, entry, chain.ends[depth], shelf.used_octets, shelf.live_octets
+                    )
+                entry = shelf.ghosts.get(name, -1)
+                if entry >= 0:
+                    return _seen_ghost(shelf, entry, chain.ends[depth])
         return None
 
     def count(self, slot: int) -> int:
@@ -170,22 +171,55 @@ class Index:
 
     # --- writing -----------------------------------------------------------------------------
 
-    def note(self, slot: int, chain: PrefixChain) -> None:
-        """The replica was sent this prompt: it will hold it, as its most recent."""
+    def note(self, slot: int, chain: PrefixChain) -> Sighting | None:
+        """The replica was sent this prompt: it will hold it, as its most recent.
+
+        Returns what `sighting` would have said before.
+        """
+        self.first_noted = 0
         shelf = self._shelves.get(slot)
         if shelf is None:
-            return
-        # Deepest first, so that a prefix is always younger than what builds on it, and a prompt is
-        # forgotten from its end, as engines evict leaf blocks first.
-        for depth in range(len(chain.hashes) - 1, -1, -1):
-            before = chain.ends[depth - 1] if depth else 0
-            self._touch(shelf, slot, chain.hashes[depth], chain.ends[depth] - before)
-        self._evict(shelf, slot)
+            return None
+        hashes, ends, live = chain.hashes, chain.ends, shelf.live
+        if shelf.used_octets - shelf.young_octets > shelf.capacity_octets // limits.YOUNG_PARTS:
+            shelf.young_octets = shelf.used_octets
+        young = (shelf.young_octets + 1) << _OCTET_BITS
+        seen: Sighting | None = None
+        used_octets, live_octets = shelf.used_octets, shelf.live_octets
+        # Deepest first, so that a prefix is never older than what builds on it, and a prompt is
+        # forgotten from its end, as engines evict leaf blocks first. By that, too, whatever comes
+        # before something young is young itself.
+        for depth in range(len(hashes) - 1, -1, -1):
+            name = hashes[depth]
+            entry = live.get(name, -1)
+            if entry >= 0:
+                if seen is None:
+                    seen = _seen_live(shelf, entry, ends[depth], used_octets, live_octets)
+                if entry >= young:
+                    self.first_noted = depth
+                    break
+                self._use(shelf, name, entry & _OCTET_MASK)
+                continue
+            if name in shelf.ghosts:
+                entry = shelf.ghosts.pop(name)
+                if seen is None:
+                    seen = _seen_ghost(shelf, entry, ends[depth])
+                shelf.ghost_octets -= entry & _OCTET_MASK
+            self._add(shelf, slot, name, ends[depth] - (ends[depth - 1] if depth else 0))
+        entries = len(live) + len(shelf.ghosts)
+        if shelf.live_octets > shelf.capacity_octets or entries > limits.INDEX_ENTRIES_MAX:
+            self._evict(shelf, slot)
+        return seen
+
+    def renew(self) -> None:
+        """Nothing is young any more: whoever follows our notes may have missed some."""
+        for shelf in self._shelves.values():
+            shelf.young_octets = shelf.used_octets
 
     def load(self, slot: int, name: int, octets: int) -> None:
         """Take over one entry of somebody else's `dump`, in its order."""
         shelf = self._shelves.get(slot)
-        if shelf is not None and 0 <= octets <= _OCTET_MASK:
+        if shelf is not None and octets >= 0:
             self._touch(shelf, slot, name, octets)
             self._evict(shelf, slot)
 
@@ -201,15 +235,23 @@ class Index:
     def _touch(self, shelf: _Shelf, slot: int, name: int, octets: int) -> None:
         entry = shelf.live.get(name, -1)
         if entry >= 0:
-            # Where other points cut the same prompt, its length since the point before differs.
-            octets = entry & _OCTET_MASK
-            shelf.used_octets += octets
-            shelf.live[name] = shelf.used_octets << _OCTET_BITS | octets
-            shelf.live.move_to_end(name)
+            self._use(shelf, name, entry & _OCTET_MASK)
             return
         ghost = shelf.ghosts.pop(name, -1)
         if ghost >= 0:
             shelf.ghost_octets -= ghost & _OCTET_MASK
+        self._add(shelf, slot, name, octets)
+
+    def _use(self, shelf: _Shelf, name: int, octets: int) -> None:
+        """Where other points cut the same prompt, its length since the point before differs: what
+        it was counted with at first, it is counted with for good.
+        """
+        shelf.used_octets += octets
+        shelf.live[name] = shelf.used_octets << _OCTET_BITS | octets
+        shelf.live.move_to_end(name)
+
+    def _add(self, shelf: _Shelf, slot: int, name: int, octets: int) -> None:
+        octets = min(octets, _OCTET_MASK)
         shelf.used_octets += octets
         shelf.live_octets += octets
         shelf.live[name] = shelf.used_octets << _OCTET_BITS | octets
@@ -244,3 +286,19 @@ class Index:
             self._holders[name] = bits
         else:
             self._holders.pop(name, None)
+
+
+def _seen_live(
+    shelf: _Shelf, entry: int, octets: int, used_octets: int, live_octets: int
+) -> Sighting:
+    """`used_octets` and `live_octets` were the shelf's when the entry was as it is."""
+    oldest = shelf.live[next(iter(shelf.live))] >> _OCTET_BITS
+    age = used_octets - (entry >> _OCTET_BITS)
+    # A cache that is not full has not shown yet where it ends.
+    full = min(1.0, live_octets / shelf.capacity_octets)
+    return Sighting(octets, full * age / max(1, used_octets - oldest))
+
+
+def _seen_ghost(shelf: _Shelf, entry: int, octets: int) -> Sighting:
+    since = shelf.evicted_octets - (entry >> _OCTET_BITS)
+    return Sighting(octets, 1.0 + since / shelf.capacity_octets)

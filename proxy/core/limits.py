@@ -148,6 +148,9 @@ FLEX_WEIGHT = 0.25
 KV_CAPACITY_TOKENS_DEFAULT = 340_000
 # Entries of the index per replica, ghosts included; some 250 octets each, so 33 MB at the most.
 INDEX_ENTRIES_MAX = 1 << 17
+# What was used within the last such part of a cache need not be moved to its young end again: the
+# order of use is exact to 3 %, well within what the believed size is.
+YOUNG_PARTS = 32
 # Ghosts, in believed caches: one that is eight times as large as believed is found out.
 GHOST_CACHES_MAX = 7
 # How a believed size learns: at most a tenth of the way for one answer, within what an engine's
@@ -256,6 +259,9 @@ KV_POINTS_MAX = 1 << 17
 KV_POINTS_TOTAL_MAX = KV_BLOCKS_TOTAL_MAX // 8
 # Requests that have begun and not ended, and those that ended and wait for their events.
 KV_OPEN_MAX = 1 << 16
+# Chain hashes told as gone in the last `KV_LATE_S`: an engine that displaces 60,000 blocks a second
+# with a chain hash in each would need more, and none is near it.
+KV_TOLD_MAX = 1 << 14
 # A worker says when it sent a request, and an engine's events come when they come: what happened
 # up to this long before what the clock says may still be of the request.
 KV_EARLY_S = 0.05
@@ -268,8 +274,12 @@ KV_FIRST_TOKEN_S = 1.0
 
 # --- sharing decisions ------------------------------------------------------------------------
 # Notes are collected for so long before they are sent: shorter than any prefill, so that a burst
-# over all workers sees itself, and long enough that a busy worker sends one batch for many.
+# over all workers sees itself. A worker that tells of more than a thousand requests a second (three
+# notes each) collects for longer: batches of a few requests cost half as much again as the requests
+# do. So many requests need so many replicas that none gets more than a few in that time.
 NOTES_FLUSH_S = 0.0015
+NOTES_FLUSH_BUSY_S = 0.008
+NOTES_BUSY_PER_S = 3000
 # What is collected before that goes at once: a hundred dispatches, or one page of a digest.
 NOTES_BATCH_BYTES_MAX = 32 * KIB
 # Octets that may wait at one reader of notes, a worker or a peer. A second of the notes of 5,000

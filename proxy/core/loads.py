@@ -18,21 +18,23 @@ One writer. Lists by slot and not objects, because a decision reads a few figure
 from __future__ import annotations
 
 from collections import deque
+from math import exp
 from typing import Final
 
 from proxy.core import limits
 from proxy.core.index import Sighting
 
 _NEVER_ZERO_S: Final = 1e-9
+_LN_2: Final = 0.6931471805599453
 
 
 class Lease:
     """The load that one exchange holds on a replica, from dispatch to its one release."""
 
     __slots__ = (
-        "cached_octets", "decoding", "head_s", "lease_id", "pending", "prefill_tokens",
-        "prompt_octets", "prompt_tokens", "released", "replica_name", "sighting",
-        "slot", "started_s", "streamed", "weight",
+        "cached_octets", "decoding", "first_noted", "head_s", "lease_id", "pending",
+        "prefill_tokens", "prompt_octets", "prompt_tokens", "released", "replica_name",
+        "sighting", "slot", "started_s", "streamed", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +65,7 @@ class Lease:
         self.prompt_octets = 0
         self.cached_octets = 0
         self.sighting: Sighting | None = None
+        self.first_noted = 0  # of its chain's points: those before were in use just now
 
 
 class Group:
@@ -207,7 +210,7 @@ class Loads:
             self._begin(slot, now_s)
         else:
             self.pending_tokens[slot] += lease.prefill_tokens
-        self._reprice(slot)
+        self._recount(slot)
 
     def prefill_ended(self, lease: Lease, now_s: float) -> None:
         """The first octet came back: the prompt has been computed. Harmless when repeated."""
@@ -227,7 +230,7 @@ class Loads:
             self.pending_tokens[slot] -= lease.prefill_tokens
             lease.head_s = 0.0
             self._start_decoding(lease)
-        self._reprice(slot)
+        self._toll(slot)
 
     def release(
         self, lease: Lease, now_s: float, output_tokens: int = 0, computed_tokens: int = 0
@@ -249,7 +252,8 @@ class Loads:
             held_s = now_s - lease.started_s
             before_s = self.request_s[slot]
             self.request_s[slot] = before_s + limits.LEARN_SHARE * (held_s - before_s)
-        self._reprice(slot)
+        self._toll(slot)
+        self._recount(slot)
 
     def decoded(self, slot: int, tokens: int, seconds: float) -> None:
         """An answer took so long from its first token to its last."""
@@ -266,7 +270,7 @@ class Loads:
             end_s = self.head_end_s[slot]
             self._leave_head(slot)
             self._advance(slot, end_s)
-            self._reprice(slot)
+            self._toll(slot)
 
     # --- what a newcomer would meet ----------------------------------------------------------
 
@@ -377,24 +381,31 @@ class Loads:
 
     def _reprice(self, slot: int) -> None:
         """Renew what depends on the slot's load and speed, so that a decision only reads it."""
+        self._toll(slot)
+        self.extra_s[slot] = 0.0
+        self.tight.discard(slot)
+        self._recount(slot)
+
+    def _toll(self, slot: int) -> None:
+        """Its speed is another, or who decodes there."""
         toll = 1.0 + limits.RECOMPUTE_WEIGHT + limits.STALL_WEIGHT * self.decoding[slot]
         self.price_per_token[slot] = self.s_per_token[slot] * toll
-        extra_s = 0.0
-        held_s = self.request_s[slot]
+
+    def _recount(self, slot: int) -> None:
+        """Requests have come or gone: perhaps there is no room for more, where room is known."""
         slots = self.running_max[slot]
         if slots:
             over = self.inflight[slot] + self._foreign[slot] + 1 - slots
-            if over > 0:  # slots come free at `slots` per `held_s`
-                extra_s += over * held_s / slots
-        self.extra_s[slot] = extra_s
+            # Slots come free at `slots` in the time that a request holds one.
+            self.extra_s[slot] = over * self.request_s[slot] / slots if over > 0 else 0.0
         capacity = self.capacity_tokens[slot]
         if capacity and self._gauged[slot]:  # prefixes in common are held once: only it can tell
             used = self.held_tokens[slot] + self._others_held_tokens[slot]
             self.free_tokens[slot] = int(capacity * limits.KV_FULL_SHARE) - used
             if used > capacity * limits.KV_TIGHT_SHARE:
                 self.tight.add(slot)
-                return
-        self.tight.discard(slot)
+            else:
+                self.tight.discard(slot)
 
     def shortage_s(self, slot: int, prompt_tokens: int) -> float:
         """Return how long a prompt waits for KV space: all of it comes free in a request's time."""
@@ -413,7 +424,7 @@ class Loads:
             bounded_s = min(max(0.0, beyond_s), limits.FIRST_TOKEN_OVERHEAD_S_MAX)
             group.overhead_s += limits.LEARN_SHARE * (bounded_s - group.overhead_s)
         seconds = max(0.0, seconds - group.overhead_s)
-        keep = 0.5 ** (seconds / limits.SPEED_HALF_LIFE_S)
+        keep = exp(-_LN_2 * seconds / limits.SPEED_HALF_LIFE_S)
         self._busy_s[slot] = self._busy_s[slot] * keep + seconds
         self._done_tokens[slot] = self._done_tokens[slot] * keep + tokens
         prior_s = limits.SPEED_PRIOR_S

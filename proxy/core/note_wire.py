@@ -69,9 +69,11 @@ class NoteError(Exception):
 # --- writing ---------------------------------------------------------------------------------
 
 
-def write_dispatched(lease: OpenLease, chain: PrefixChain) -> bytes:
-    """Of a chain with too many points, the shallowest are told, and the deepest."""
+def write_dispatched(lease: OpenLease, chain: PrefixChain, first: int = 0) -> bytes:
+    """Tell the points from `first` on. Of too many, the shallowest are told, and the deepest."""
     hashes, ends = chain.hashes, chain.ends
+    if first:
+        hashes, ends = hashes[first:], ends[first:]
     count = len(hashes)
     if count > limits.NOTE_POINTS_MAX:
         half = limits.NOTE_POINTS_MAX // 2

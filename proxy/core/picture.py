@@ -210,8 +210,8 @@ class Picture:
 
     def dispatched(self, lease: Lease, chain: PrefixChain, now_s: float) -> None:
         """Whoever decided it: this request is on its way."""
-        lease.sighting = self.index.sighting(lease.slot, chain)
-        self.index.note(lease.slot, chain)
+        lease.sighting = self.index.note(lease.slot, chain)
+        lease.first_noted = self.index.first_noted
         self.loads.acquire(lease, now_s)
         sizes = self._size_of[lease.slot]
         tokens = lease.prefill_tokens

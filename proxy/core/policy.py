@@ -92,8 +92,8 @@ class Prices:
     """
 
     __slots__ = (
-        "_chain", "_picture", "_slots", "distinct", "hot_octets", "known", "most_octets",
-        "prices_s", "seats", "tokens",
+        "_chain", "_found", "_picture", "_slots", "distinct", "hot_octets", "known",
+        "most_octets", "prices_s", "seats", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, pool: Pool, picture: Picture, now_s: float) -> None:
@@ -101,7 +101,7 @@ class Prices:
         loads, slots, chain = picture.loads, seats.slots, request.chain
         self._picture, self._chain, self._slots = picture, chain, slots
         self.prices_s = loads.waits_s(slots, now_s)
-        found = picture.index.match(chain, seats.bits)
+        found = self._found = picture.index.match(chain, seats.bits)
         self.known = self.most_octets = self.hot_octets = self.tokens = 0
         self.distinct = False
         if not slots:
@@ -175,9 +175,11 @@ class Prices:
 
     def cached_octets(self, place: int) -> int:
         """Return what the replica is believed to hold of the prompt."""
-        if not self.most_octets:
-            return 0
-        return self._picture.index.held_of(self._slots[place], self._chain)
+        slot = self._slots[place]
+        for bits, depth in self._found:
+            if bits >> slot & 1:
+                return self._chain.ends[depth]
+        return 0
 
     def decision(self, place: int, reason: str) -> Decision:
         seats = self.seats

@@ -62,6 +62,8 @@ _HELP = {
     "replica_decoding": "Requests past their prefill on a replica, by weight",
     "replica_prefill_tokens_per_second": "Prefill speed that a replica has shown",
     "replica_cache_tokens": "KV cache that a replica is believed to have",
+    "replica_cache_source": "1 for what a replica's cache is judged by: events, or the record",
+    "replica_cache_source_age_seconds": "Since the KV events of a replica were last heard",
     "replica_suspect": "Workers that hold the replica for gone",
     "replica_state": "1 for the state that the fleet gives a replica",
     "connections_accepted": "Client connections accepted",
@@ -289,6 +291,7 @@ def replicas_page(
     page = []
     for record in fleet.replicas if fleet else ():
         by = (("replica", record.replica_id),)
+        by_events = (*by, ("source", "events"))
         load = record.load
         page.append(
             {
@@ -312,6 +315,10 @@ def replicas_page(
                     summed.get(("replica_prefill_tokens_per_second", by), 0.0), 1
                 ),
                 "cache_tokens": int(summed.get(("replica_cache_tokens", by), 0)),
+                "cache_source": "events"
+                if ("replica_cache_source", by_events) in summed
+                else "record",
+                "cache_source_age_s": summed.get(("replica_cache_source_age_seconds", by)),
                 "running": load.running if load else None,
                 "waiting": load.waiting if load else None,
                 "kv_used_ratio": load.kv_used_ratio if load else None,

@@ -59,7 +59,7 @@ def _explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) ->
         shown["decision"] = _decision(decision, request, plane, now_s)
     elif not held:
         shown["error"] = orjson.Fragment(plane.nobody(pool, (), "").body())
-    shown["candidates"] = candidates(request, pool, picture, now_s)
+    shown["candidates"] = candidates(request, pool, picture, plane.sharing.hearsay, now_s)
     return shown
 
 

@@ -43,6 +43,16 @@ class Peer(Protocol):
         """End it."""
 
 
+class Overhearer(Protocol):
+    """One in this process who wants to know what all workers decide."""
+
+    def heard(self, origin: int, at_s: float, batch: bytes) -> None:
+        """A worker, ours or a peer's, has said this; its first note was of this moment."""
+
+    def gone(self, origin: int) -> None:
+        """That worker is no more."""
+
+
 class _Ear:
     """One who is told notes."""
 
@@ -103,14 +113,9 @@ class _Transfer:
 class Hub:
     """All who exchange notes. Its methods are the events; `tick` comes four times a second."""
 
-    def __init__(
-        self,
-        now_s: Callable[[], float] = time.monotonic,
-        on_batch: Callable[[int, float, bytes], None] | None = None,
-    ) -> None:
-        """`on_batch(origin, at_s, batch)` overhears everything that anybody's worker says."""
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
-        self._on_batch = on_batch
+        self._overhearer: Overhearer | None = None
         self._members: dict[int, _Member] = {}
         self._linked: dict[Peer, _Linked] = {}
         self._transfers: dict[int, _Transfer] = {}
@@ -147,6 +152,12 @@ class Hub:
     def say(self, batch: bytes) -> None:
         """Tell our workers what the supervisor knows: of engines' caches and loads."""
         self._tell_members(OURS, self._now_s(), batch)
+
+    def overhear(self, overhearer: Overhearer | None) -> None:
+        """Have everything told to this one as well from now on, or to nobody."""
+        if overhearer is not self._overhearer:
+            self._overhearer = overhearer
+            self._say_who_listens()
 
     def know_fleet(self) -> None:
         """From now on a worker can make use of what others know of replicas."""
@@ -202,8 +213,8 @@ class Hub:
                 linked.tell(frame)
 
     def _tell_members(self, origin: int, at_s: float, batch: bytes) -> None:
-        if self._on_batch is not None and origin != OURS:
-            self._on_batch(origin, at_s, batch)
+        if self._overhearer is not None and origin != OURS:
+            self._overhearer.heard(origin, at_s, batch)
         frame = b""
         for member in self._members.values():
             if member.origin != origin:
@@ -219,6 +230,8 @@ class Hub:
 
     def _forget(self, origin: int) -> None:
         self._order(control.Gone(origin))
+        if self._overhearer is not None:
+            self._overhearer.gone(origin)
 
     def _order(self, message: control.Message) -> None:
         """Tell all workers what none may miss."""
@@ -227,7 +240,7 @@ class Hub:
             member.send(frame)
 
     def _say_who_listens(self) -> None:
-        on = len(self._members) > 1 or bool(self._linked) or self._on_batch is not None
+        on = len(self._members) > 1 or bool(self._linked) or self._overhearer is not None
         self._order(control.Listen(on))
 
     # --- peers -------------------------------------------------------------------------------

@@ -43,23 +43,34 @@ class KvFollower:
         *,
         on_evicted: Callable[[str, list[int]], None],
         on_cleared: Callable[[str], None],
+        on_held: Callable[[str, PrefixChain], None],
         on_state: Callable[[str, bool, int], None],
         api_key: str | None = None,
         configured: KvSource | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """`configured` is for engines that do not say where their events are: what they were
-        started with, such as `tcp://*:5557`. Times of facts are of the clock `now_s`."""
+        started with, such as `tcp://*:5557`. Times of facts are of the clock `now_s`.
+
+        `on_held(name, chain)` takes back, of a request under way, what was told as gone.
+        """
         self._tasks = tasks
         self._context = zmq.asyncio.Context()
         self._reach = Reach(session, api_key, configured)
         self._on_evicted = on_evicted
         self._on_cleared = on_cleared
+        self._on_held = on_held
         self._on_state = on_state
         self._now_s = now_s
         self._streams: dict[str, KvStream] = {}
         self._names: dict[Hashable, str] = {}  # of requests under way
         self._ticker: asyncio.Task[Any] | None = None
+
+    def ask_by(
+        self, session: aiohttp.ClientSession, api_key: str | None, configured: KvSource | None
+    ) -> None:
+        """Ask engines so from now on."""
+        self._reach.ask_by(session, api_key, configured)
 
     async def close(self) -> None:
         """End all that was begun here."""
@@ -96,14 +107,21 @@ class KvFollower:
 
     def _start(self, replica: Followed) -> KvStream:
         stream = KvStream(
-            replica, self._context, self._reach, self._evicted, self._on_cleared, self._now_s
+            replica, self._context, self._reach, self._evicted, self._emptied, self._now_s
         )
         stream.task = self._tasks.spawn(f"kv events {replica.name}", stream.run())
         return stream
 
     def _evicted(self, name: str, hashes: list[int]) -> None:
         if hashes:
-            self._on_evicted(name, hashes)
+            told = self._streams[name].underway.evicted(hashes, self._now_s())
+            if told:
+                self._on_evicted(name, told)
+
+    def _emptied(self, name: str) -> None:
+        self._on_cleared(name)
+        for chain in self._streams[name].underway.cleared(self._now_s()):
+            self._on_held(name, chain)
 
     # --- what passes through the proxy -----------------------------------------------------
 
@@ -116,6 +134,8 @@ class KvFollower:
             del self._names[next(iter(self._names))]
         self._names[key] = name
         stream.binding.dispatched(key, chain, at_s)
+        if stream.underway.dispatched(key, chain, at_s, self._now_s()):
+            self._on_held(name, chain)
 
     def prefill_ended(self, key: Hashable, at_s: float) -> None:
         """The first octet of its answer came."""
@@ -128,6 +148,7 @@ class KvFollower:
         stream = self._streams.get(self._names.pop(key, ""))
         if stream is not None:
             stream.binding.released(key, usage, at_s)
+            stream.underway.released(key, self._now_s())
 
     def cleared(self, name: str) -> None:
         """The manager put the engine to sleep, reset its cache or started it anew: it is empty.

@@ -32,6 +32,12 @@ class Reach:
     def __init__(
         self, session: aiohttp.ClientSession, api_key: str | None, configured: KvSource | None
     ) -> None:
+        self.ask_by(session, api_key, configured)
+
+    def ask_by(
+        self, session: aiohttp.ClientSession, api_key: str | None, configured: KvSource | None
+    ) -> None:
+        """Go on with these."""
         self._session = session
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._configured = configured

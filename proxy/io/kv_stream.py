@@ -22,6 +22,7 @@ from zmq.utils.monitor import recv_monitor_message
 from proxy.core import limits
 from proxy.core.binding import KvBinding
 from proxy.core.kv_source import KvSequence, KvSource, Verdict
+from proxy.core.kv_underway import Underway
 from proxy.core.kv_wire import BadBatchError, Batch, Frames, read_batch, read_frames
 from proxy.io.kv_reach import Followed, LostError, Reach
 
@@ -34,10 +35,12 @@ NO_SOURCE_RETRY_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
 # Engines answer a replay between two batches, when idle within 0.1 s.
 REPLAY_ANSWER_S = 5.0
-IDLE_CHECK_S = 5.0
-# Two idle checks missed: then what the source last said is no longer taken for the truth.
-STALE_AFTER_S = 15.0
-RESIDENT_REPORT_S = 1.0
+IDLE_CHECK_S = 2.0
+# Silent, and a check is not answered: what the source last said is no longer taken for the truth.
+STALE_AFTER_S = 3.0
+HEARTBEAT_S = 5.0
+BROKEN_AFTER_S = 15.0  # not a beat in that time
+REPORT_S = 1.0
 QUEUED_BATCHES_MAX = 4096  # waiting to be read; beyond it they are dropped, and asked for again
 EVENTS_AT_ONCE = 1024  # between two of these, others have their turn
 LATENESS_WINDOW_S = 60.0
@@ -103,13 +106,14 @@ class KvStream:
         self.binding = KvBinding(now_s())
         self._context = context
         self._reach = reach
+        self.underway = Underway()
         self._on_evicted = on_evicted
         self._on_cleared = on_cleared
         self._now_s = now_s
         self._sequence = KvSequence()
         self._lateness = _Lateness()
         self._in_step = False  # nothing that the engine said is missing
-        self._reported: tuple[bool, int] = (False, 0)
+        self._reported: tuple[bool, int, float] = (False, 0, 0.0)
         self._reported_s = 0.0
 
     # --- how good it is --------------------------------------------------------------------
@@ -118,11 +122,13 @@ class KvStream:
         self.state.fresh = self._in_step and now_s - self.state.heard_s < STALE_AFTER_S
 
     def report_due(self, now_s: float) -> bool:
-        """Say whether the state is news: at once when it is another, at times when tokens are."""
-        seen = (self.state.fresh, self.binding.resident_tokens)
+        """Say whether the state is news: at once when it is another, else once in a while."""
+        seen = (self.state.fresh, self.binding.resident_tokens, self.state.heard_s)
+        if not seen[0] and seen[:2] == self._reported[:2]:
+            return False  # that it is still not known is none
         if seen == self._reported:
             return False
-        if seen[0] == self._reported[0] and now_s - self._reported_s < RESIDENT_REPORT_S:
+        if seen[0] == self._reported[0] and now_s - self._reported_s < REPORT_S:
             return False
         self._reported, self._reported_s = seen, now_s
         return True
@@ -146,15 +152,18 @@ class KvStream:
         while True:
             try:
                 source = await self._reach.find(self.followed)
+                self.state.endpoint = source.endpoint if source is not None else ""
                 if source is None:
                     self._lost("the engine publishes none that could be followed")
                     pause_s = NO_SOURCE_RETRY_S
                 else:
                     pause_s = RETRY_FIRST_S
-                    self.state.endpoint = source.endpoint
                     await self._follow(source)
-            except (LostError, ValueError) as error:
+            except LostError as error:
                 self._lost(str(error))
+            except ValueError as error:  # what it says makes no sense, and soon will not
+                self._lost(str(error))
+                pause_s = NO_SOURCE_RETRY_S
             except zmq.ZMQError as error:
                 self._lost(f"its sockets cannot be used ({error})")
             await asyncio.sleep(pause_s)
@@ -193,8 +202,8 @@ class KvStream:
         socket.setsockopt(zmq.MAXMSGSIZE, limits.KV_BATCH_BYTES_MAX)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IPV6, 1)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, int(IDLE_CHECK_S * 1000))
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(STALE_AFTER_S * 1000))
+        socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000))
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(BROKEN_AFTER_S * 1000))
         return socket
 
     async def _listen(self, source: KvSource, subscriber: _Socket, monitor: _Socket) -> None:

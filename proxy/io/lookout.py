@@ -39,6 +39,12 @@ class Lookout:
         self._following: asyncio.Task[None] | None = None
         self.prober = Prober(tasks, on_cleared=on_cleared, on_silent=on_silent)
 
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """The client by which engines are asked now; another one after the next `look`."""
+        assert self._session is not None
+        return self._session
+
     def look(self, config: ProxyConfig) -> None:
         """Begin, or go on as `config` says now."""
         if self._session is not None:
@@ -60,15 +66,14 @@ class Lookout:
         self._following = self._tasks.spawn("fleet", self._source(config).run(self._on_snapshot))
 
     def _source(self, config: ProxyConfig) -> StaticList | ManagerWatch:
-        assert self._session is not None
         if config.manager_url:
             self._static = None
-            return ManagerWatch(config.manager_url, self._session)
+            return ManagerWatch(config.manager_url, self.session)
         known = self._static.records if self._static is not None else {}
         version = self._static.version if self._static is not None else 0
         self._static = StaticList(
             config.worker_urls,
-            self._session,
+            self.session,
             config.api_key,
             known=known,
             version=version,

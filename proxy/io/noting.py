@@ -1,7 +1,9 @@
 """A worker's decisions, told to the others: collected for a moment, then sent as one batch.
 
-With nobody listening it costs its caller one test of `on`. A supervisor that does not keep up loses
-notes and not this worker's time: what it missed is told again as a whole, as all that is open.
+A batch costs the three processes that it passes through as much as several requests do, so a worker
+that decides much collects for longer. With nobody listening it costs its caller one test of `on`.
+A supervisor that does not keep up loses notes and not this worker's time: what it missed is told
+again as a whole, as all that is open.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ class Noting:
         self._parts: list[bytes] = []
         self._bytes = 0
         self._first_s = 0.0
+        self._busy = False  # the last batch filled up fast
         self._changed = False  # since all was told
         self._timer: asyncio.TimerHandle | None = None
         self._whole_timer: asyncio.TimerHandle | None = None
@@ -67,7 +70,8 @@ class Noting:
     # --- what happens ------------------------------------------------------------------------
 
     def dispatched(self, lease: Lease, chain: PrefixChain) -> None:
-        self._add(note_wire.write_dispatched(self._open(lease), chain))
+        """Prefixes that were in use just now have been told of just now."""
+        self._add(note_wire.write_dispatched(self._open(lease), chain, lease.first_noted))
 
     def prefill_ended(self, lease: Lease) -> None:
         self._add(note_wire.write_prefill_ended(lease.lease_id))
@@ -80,8 +84,9 @@ class Noting:
         self._add(note_wire.write_response(response_key, self._key(replica_name)))
 
     def tell_all(self) -> None:
-        """Tell all that is open, after what was collected."""
+        """Tell all that is open, after what was collected; and of prefixes when they are used."""
         self._flush()
+        self._picture.index.renew()
         if not self.on:
             return
         leases = [self._open(lease) for lease in self._leases.values()]
@@ -119,8 +124,8 @@ class Noting:
         self._bytes += len(note)
         if self._timer is None:
             self._first_s = self._clock.now_s()
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(limits.NOTES_FLUSH_S, self._flush)
+            delay_s = limits.NOTES_FLUSH_BUSY_S if self._busy else limits.NOTES_FLUSH_S
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._flush)
         elif self._bytes >= limits.NOTES_BATCH_BYTES_MAX:
             self._flush()
 
@@ -132,6 +137,8 @@ class Noting:
         if not self._parts or channel is None:
             return
         count = len(self._parts)
+        passed_s = self._clock.now_s() - self._first_s
+        self._busy = count > max(passed_s, limits.NOTES_FLUSH_S) * limits.NOTES_BUSY_PER_S
         if channel.waiting_bytes > limits.NOTES_WAITING_BYTES_MAX:
             self.dropped_total += count
         else:

@@ -195,6 +195,9 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "health_check_endpoint": (["/"], "/", "/"),
     "health_check_interval_secs": (["0.05"], "0.05", 0.05),
     "health_check_timeout_secs": (["7"], "7", 7.0),
+    "kv_events": (["off"], "off", "off"),
+    "kv_events_port": (["5557"], "5557", 5557),
+    "kv_events_replay_port": (["5558"], "5558", 5558),
     "shutdown_grace_period_secs": (["0"], "0", 0.0),
     "drain_settle_secs": (["2"], "2", 2.0),
     "access_log": (["off"], "off", "off"),
@@ -356,6 +359,6 @@ def test_what_is_no_snapshot(line: bytes) -> None:
 
 
 def test_a_bare_off_is_the_word() -> None:
-    text = "proxy: {access_log: off, tls_client_auth: off}"
+    text = "proxy: {access_log: off, kv_events: off, tls_client_auth: off}"
     proxy = parse_config(text, "f").proxy
-    assert (proxy.access_log, proxy.tls_client_auth) == ("off", "off")
+    assert (proxy.access_log, proxy.kv_events, proxy.tls_client_auth) == ("off", "off", "off")

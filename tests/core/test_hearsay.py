@@ -213,3 +213,52 @@ def test_whatever_is_lost_one_list_puts_right(
     listener.hearsay.forget(1, 1e6)
     assert listener.inflight("a") == listener.inflight("b") == 0
     assert listener.picture.loads.decoding[:2] == [0.0, 0.0]
+
+
+def _turns(session: int, turns: int) -> PrefixChain:
+    """All sessions begin alike; each turn repeats what was before it."""
+    ends = [(turn + 1) * 1024 for turn in range(turns)]
+    names = [turn if turn < 2 else session * 1000 + turn for turn in range(turns)]
+    return PrefixChain(session, names, ends, ends[-1])
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 6), st.integers(1, 8)), max_size=60),
+    st.integers(0, 60),
+)
+def test_telling_only_what_was_not_in_use_just_now_makes_the_same_picture(
+    requests: list[tuple[bool, int, int]], lost_until: int
+) -> None:
+    teller, listener = Listener(), Listener()
+    for number, (at_a, session, turns) in enumerate(requests):
+        chain, name = _turns(session, turns), "a" if at_a else "b"
+        slot = teller.picture.slots[name]
+        lease = teller.picture.lease(name, slot, chain, cached_octets=0, streamed=True, weight=1.0)
+        teller.picture.dispatched(lease, chain, 0.0)
+        if number == lost_until:
+            teller.picture.index.renew()
+        if number >= lost_until:
+            listener.hear(
+                note_wire.write_dispatched(
+                    opened(number, notes.replica_key(name)), chain, lease.first_noted
+                )
+            )
+    for at_a, session, turns in requests[lost_until + 1 :]:
+        chain, name = _turns(session, turns), "a" if at_a else "b"
+        assert listener.cached(name, chain) == teller.cached(name, chain) == turns * 1024
+        head = _turns(session, 1)  # as good for those that have only the beginning in common
+        assert listener.cached(name, head) == 1024
+
+
+def test_of_a_prompt_that_goes_on_only_the_new_end_is_told() -> None:
+    picture = Listener().picture
+    sizes = []
+    for turns in (6, 7, 8, 8):
+        chain = _turns(1, turns)
+        lease = picture.lease("a", 0, chain, cached_octets=0, streamed=True, weight=1.0)
+        picture.dispatched(lease, chain, 0.0)
+        sizes.append(len(chain.hashes) - lease.first_noted)
+    assert sizes == [6, 2, 2, 1]
+    picture.index.renew()
+    picture.dispatched(lease, _turns(1, 8), 0.0)
+    assert lease.first_noted == 0

@@ -60,11 +60,13 @@ def test_of_a_prompt_that_is_too_long_the_beginning_is_held() -> None:
     assert index.held_of(0, _prompt(1, 8)) == 3 * _KIB
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 1), st.integers(1, 6), st.integers(1, 6)), max_size=120),
-    st.integers(4, 200),
-)
-def test_it_is_least_recent_use(notes: list[tuple[int, int, int]], capacity_kib: int) -> None:
+_NOTES = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 12), st.integers(1, 6)), max_size=160)
+
+
+@given(_NOTES, st.integers(4, 60))
+def test_it_is_least_recent_use_but_for_the_youngest(
+    notes: list[tuple[int, int, int]], capacity_kib: int
+) -> None:
     index = _index(0, 1, capacity_octets=capacity_kib * _KIB)
     exact: list[OrderedDict[int, None]] = [OrderedDict(), OrderedDict()]
     for slot, session, turns in notes:
@@ -73,15 +75,41 @@ def test_it_is_least_recent_use(notes: list[tuple[int, int, int]], capacity_kib:
         for name in reversed(prompt.hashes):
             exact[slot].pop(name, None)
             exact[slot][name] = None
+    slack_kib = capacity_kib // limits.YOUNG_PARTS + 6 if capacity_kib >= limits.YOUNG_PARTS else 0
     for slot in (0, 1):
         held = [name for name, _ in index.dump(slot)]
-        assert len(held) == len(set(held))
+        assert len(held) == len(set(held)) == min(len(exact[slot]), capacity_kib)
         assert index.held_octets(slot) == len(held) * _KIB
-        assert held == list(exact[slot])[-capacity_kib:]
+        assert set(held) >= set(list(exact[slot])[-(capacity_kib - slack_kib) :])
+        if not slack_kib:
+            assert held == list(exact[slot])[-capacity_kib:]
     for bits, depth in index.match(_prompt(1, 6), 0b11):
         for slot in (0, 1):
             if bits >> slot & 1:
                 assert index.held_of(slot, _prompt(1, 6)) == (depth + 1) * _KIB
+
+
+@given(_NOTES, st.integers(4, 300))
+def test_a_prefix_is_as_young_as_what_builds_on_it(
+    notes: list[tuple[int, int, int]], capacity_kib: int
+) -> None:
+    """To the part of the cache within which nothing is moved; and noting tells what was known."""
+    index = _index(0, capacity_octets=capacity_kib * _KIB)
+    slack = (capacity_kib // limits.YOUNG_PARTS + 7) / capacity_kib
+    for _, session, turns in notes:
+        prompt = _prompt(session, turns)
+        before, said = index.sighting(0, prompt), index.note(0, prompt)
+        assert (before is None) == (said is None)
+        if before is not None and said is not None:
+            assert (said.octets, said.away) == (before.octets, before.away)
+    for session in range(1, 13):
+        for turns in range(2, 7):
+            longer = index.sighting(0, _prompt(session, turns))
+            shorter = index.sighting(0, _prompt(session, turns - 1))
+            if longer is not None and longer.octets == turns * _KIB:
+                assert shorter is not None
+                assert shorter.octets == (turns - 1) * _KIB
+                assert shorter.away <= longer.away + slack
 
 
 def test_ghosts_come_back_with_a_larger_cache_and_go_with_a_smaller() -> None:

@@ -59,8 +59,11 @@ class Connection:
 Script = Callable[[Connection, Received], Awaitable[None]]
 
 
-# What a proxy asks of its own accord. The loads it asks for are no loads: it learns nothing.
-_ABOUT_ITSELF = ("/v1/models", "/health", "/metrics", "/v1/loads")
+# What a proxy asks of its own accord. Of loads and events nothing is in the answer.
+_ABOUT_ITSELF = (
+    *("/v1/models", "/health", "/metrics", "/v1/loads"),
+    *("/kv_event_sources", "/server_info"),
+)
 
 
 async def reply(connection: Connection, request: Received) -> None:

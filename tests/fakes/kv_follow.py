@@ -29,6 +29,7 @@ class Following:
         self.session = session
         self.evicted: list[tuple[str, int]] = []
         self.cleared: list[str] = []
+        self.held: list[tuple[str, PrefixChain]] = []
         self.states: list[tuple[str, bool, int]] = []
         self.keys = 0
         self.follower = KvFollower(
@@ -36,6 +37,7 @@ class Following:
             session,
             on_evicted=lambda name, hashes: self.evicted.extend((name, one) for one in hashes),
             on_cleared=self.cleared.append,
+            on_held=lambda *held: self.held.append(held),
             on_state=lambda *state: self.states.append(state),
             **options,
         )

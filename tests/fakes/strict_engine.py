@@ -18,9 +18,8 @@ from proxy.contract import ReplicaRecord
 
 _HEAD_BYTES_MAX = 1 << 20
 # What a proxy asks of its own accord; not counted as delivered.
-_ABOUT_ITSELF = tuple(
-    (b"GET", path) for path in (b"/v1/models", b"/health", b"/metrics", b"/v1/loads")
-)
+_PATHS = b"/v1/models /health /metrics /v1/loads /kv_event_sources /server_info"
+_ABOUT_ITSELF = tuple((b"GET", path) for path in _PATHS.split())
 _MODELS = b'{"object":"list","data":[{"id":"m","object":"model"}]}'
 
 

@@ -110,18 +110,39 @@ def test_workers_speak_while_somebody_listens(workers: int, peers: int, *, on: b
     assert not last or last[-1] == control.Listen(on=False)
 
 
+class Ear:
+    """One who overhears."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, float, bytes]] = []
+        self.left: list[int] = []
+
+    def heard(self, origin: int, at_s: float, batch: bytes) -> None:
+        self.batches.append((origin, at_s, batch))
+
+    def gone(self, origin: int) -> None:
+        self.left.append(origin)
+
+
 def test_the_supervisor_overhears_and_speaks_to_its_workers_alone() -> None:
-    overheard: list[tuple[int, float, bytes]] = []
-    hub = Hub(Clock(), lambda *said: overheard.append(said))
+    ear = Ear()
+    hub = Hub(Clock())
     worker, peer = FakeWorker(hub), FakePeer()
+    assert worker.channel.heard(control.Listen)[-1] == control.Listen(on=False)
+    hub.overhear(ear)
     assert worker.channel.heard(control.Listen)[-1] == control.Listen(on=True)
     hub.link(peer)
     worker.note(b"abc", 1.0)
     hub.hear_peer(peer, peer_wire.read_frame(peer_wire.write_notes(7, 0.0, b"def")), 0.0)
     hub.say(b"ghi")
-    assert [(at_s, batch) for _, at_s, batch in overheard] == [(1.0, b"abc"), (100.0, b"def")]
+    assert [(at_s, batch) for _, at_s, batch in ear.batches] == [(1.0, b"abc"), (100.0, b"def")]
     assert worker.channel.heard(control.Heard)[-1] == control.Heard(OURS, 100.0, b"ghi")
     assert [frame.batch for frame in peer.sent(peer_wire.NOTES)] == [b"abc"]
+    hub.unlink(peer)
+    worker.leave()
+    assert ear.left == [ear.batches[1][0], ear.batches[0][0]]
+    hub.overhear(None)
+    assert FakeWorker(hub).channel.heard(control.Listen)[-1] == control.Listen(on=False)
 
 
 def test_who_is_behind_misses_notes_and_is_told_all_once_he_has_caught_up() -> None:
