@@ -12,9 +12,9 @@ import orjson
 
 from proxy import errors
 from proxy.core.asked import read_body
-from proxy.core.explanation import candidates, chain_shown
+from proxy.core.explanation import candidates, chain_shown, hot_octets, priced
 from proxy.core.http1 import Field
-from proxy.core.policy import Decision, Request, terms
+from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
 from proxy.core.routes import find_route
 from proxy.io.plane import Plane
@@ -80,5 +80,6 @@ def _decision(
         "reason": decision.reason,
         "prompt_tokens": picture.tokens_of(octets, decision.slot),
         "cached_octets": decision.cached_octets,
-        **terms(decision, request, picture, now_s).as_dict(),
+        "hot_octets": hot_octets(decision, request, picture),
+        **priced(decision, request, picture, now_s).as_dict(),
     }

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 
 from proxy.core.cost import Terms
+from proxy.core.explanation import priced
 from proxy.core.fleet import Pool
 from proxy.core.http1 import Field
 from proxy.core.policy import Decision, Request
-from proxy.core.policy import terms as terms_of
 from proxy.core.preamble import Preamble
 from proxy.core.prefix import NO_CHAIN
 from proxy.core.routes import Route
@@ -110,7 +110,7 @@ class Facts:
         """Keep the terms for those who will read them, before the request is itself one of them."""
         plane = self._plane
         if plane.access_log.enabled or self._explained:
-            self._terms = terms_of(decision, self._request, plane.picture, plane.clock.now_s())
+            self._terms = priced(decision, self._request, plane.picture, plane.clock.now_s())
 
     def _write_down(self, status: int, outcome: str, now_s: float) -> None:
         """Take the counts and log the line. Whatever happens here, the client gets its answer."""
