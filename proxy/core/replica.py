@@ -46,7 +46,7 @@ class Replica:
     tls: bool
     host_field: bytes  # `Host: authority` with its line end, ready to send; then that of its rank
     models: frozenset[str]  # empty: not known, so any
-    adapters: frozenset[str] | None  # LoRA adapters that it lists or uses; None: not known
+    adapters: frozenset[str] | None  # LoRA adapters that it has loaded; None: not known
     pool: str
     region: str
     engine: str

@@ -90,6 +90,7 @@ class Facts:
             (b"x-doherty-region", decision.replica.region.encode()),
             (b"x-doherty-decision", decision.reason.encode()),
             (b"x-doherty-price-s", b"%.6f" % terms.price_s),
+            (b"x-doherty-price-terms", _terms_field(terms)),
             (b"x-doherty-wait-s", b"%.6f" % terms.wait_s),
             (b"x-doherty-cached-tokens", b"%d" % terms.cached_tokens),
             (b"x-doherty-uncached-tokens", b"%d" % terms.uncached_tokens),
@@ -178,3 +179,19 @@ class Facts:
                 duration_ms=int((now_s - started_s) * 1e6) / 1e3,
             )
         )
+
+
+def _terms_field(terms: Terms) -> bytes:
+    """Return what a price is the sum of: a dictionary of decimals (RFC 8941 §3.2, §3.3.2)."""
+    return (
+        b"wait_ms=%.3f, prefill_ms=%.3f, recompute_ms=%.3f, stall_ms=%.3f, extra_ms=%.3f, "
+        b"shortage_ms=%.3f, adapter_ms=%.3f"
+    ) % (
+        1e3 * terms.wait_s,
+        1e3 * terms.prefill_s,
+        1e3 * terms.recompute_s,
+        1e3 * terms.stall_s,
+        1e3 * terms.extra_s,
+        1e3 * terms.shortage_s,
+        1e3 * terms.adapter_s,
+    )

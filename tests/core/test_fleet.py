@@ -202,3 +202,11 @@ def test_the_fleet_hangs_together_after_any_events(events: list[Event]) -> None:
                 assert known.replicas[replica_id] is replica
                 assert model in replica.models or not replica.models
                 assert replica.state is not ReplicaState.STOPPED
+
+
+def test_the_adapters_of_a_fleet_are_those_that_some_replica_has_loaded() -> None:
+    known = fleet(
+        record("a", "m", "fr", adapters=("fr",)), record("b", "m", "fr", "sql", adapters=()),
+        record("c", "m", adapters=("x",), state=ReplicaState.STOPPED), record("d", "m"),
+    )  # fmt: skip
+    assert known.adapters == {"fr"}

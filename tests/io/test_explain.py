@@ -13,7 +13,6 @@ import pytest
 
 from proxy.contract import ReplicaRecord, ReplicaState
 from proxy.core import limits
-from proxy.core.asked import read_body
 from proxy.core.policy import Prices
 from proxy.core.preamble import read_preamble
 from proxy.core.routes import find_route
@@ -188,7 +187,7 @@ async def test_under_a_hot_prefix_the_prices_are_those_that_the_policy_compared(
     decision, entries = shown["decision"], shown["candidates"]
     assert decision["reason"] == "hot"
     assert decision["hot_octets"] > 40_000
-    asked = read_body(find_route(b"POST", CHAT), read_preamble(HEAD), wanted)
+    asked = plane.read(find_route(b"POST", CHAT), read_preamble(HEAD), wanted)
     pool = plane.find_pool("m", lookup=False)
     prices = Prices(asked.request, pool, picture, plane.clock.now_s())
     due = sorted(zip(prices.prices_s, [r.name for r in prices.seats.replicas], strict=True))
@@ -254,6 +253,13 @@ async def test_the_price_is_told_when_asked_for_and_logged(
             assert "x-doherty-price-s" not in told
     assert float(told["x-doherty-price-s"]) == pytest.approx(price["price_s"], abs=1e-6)
     assert float(told["x-doherty-wait-s"]) == 0.0
+    terms_ms = dict(term.split("=") for term in told["x-doherty-price-terms"].split(", "))
+    assert {name.removesuffix("_ms") + "_s" for name in terms_ms} == {
+        name for name in price if name.endswith("_s") and name != "price_s"
+    }
+    for name, value in terms_ms.items():
+        assert float(value) == pytest.approx(1e3 * price[name.removesuffix("ms") + "s"], abs=1e-3)
+        assert len(value.partition(".")[2]) == 3, "RFC 8941 knows no more"
     assert int(told["x-doherty-cached-tokens"]) == price["cached_tokens"] > 9000
     assert int(told["x-doherty-uncached-tokens"]) == price["uncached_tokens"] < 10
     bench.plane.access_log.close()
