@@ -20,7 +20,7 @@ from proxy.core import fleet as fleets
 from proxy.core import limits
 from proxy.core.asked import Asked, read_body
 from proxy.core.head_memory import HeadMemory
-from proxy.core.loads import Lease
+from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
 from proxy.core.replica import Replica
@@ -190,6 +190,7 @@ class Plane(Choice):
             streamed=request.stream,
             weight=request.weight,
             known=decision.known,
+            whole=not request.response_key,
         )
         self._leases[lease.lease_id] = lease
         if self.noting.on:
@@ -209,7 +210,7 @@ class Plane(Choice):
         del self._leases[lease.lease_id]
         now_s = self.clock.now_s()
         if usage is not None and first_octet_s and lease.streamed:
-            self.picture.loads.decoded(lease.slot, usage.completion_tokens, now_s - first_octet_s)
+            self.picture.decoded(lease, usage.completion_tokens, now_s - first_octet_s)
         self.picture.release(lease, now_s, usage)
         if self.noting.on:
             self.noting.released(lease, usage)
