@@ -86,6 +86,9 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
         Key | None,
         Meta(description="key that clients must present; it goes on to the engines with a request"),
     ] = None
+    tenant_isolation: Annotated[
+        bool, Meta(description="requests with different keys share no known prefix and no home")
+    ] = False
     admin_api_key: Annotated[
         Key | None, Meta(description="key of the admin listener's pages other than health")
     ] = None
@@ -252,12 +255,7 @@ class PoolConfig(Section, frozen=True, kw_only=True):
         Meta(description="requests in flight on a replica that no proxy worker exceeds; 0: any"),
     ] = 0
     weight: Annotated[
-        float,
-        Meta(
-            ge=0.01,
-            le=10.0,
-            description="conversations that a replica is home to, against one of weight 1",
-        ),
+        float, Meta(ge=0.01, le=10.0, description="share of conversations of each of its replicas")
     ] = 1.0
     start_timeout_secs: Annotated[Seconds, Meta(description="time from start to ready")] = 900.0
     stop_grace_secs: Annotated[

@@ -36,6 +36,7 @@ from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
 from proxy.io.peers import Peers
 from proxy.io.registry import check_urls
+from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.witness import Witness
@@ -48,7 +49,7 @@ _log = logging.getLogger("doherty.proxy")
 
 WATCH_INTERVAL_S = 1.0
 SUCCESSOR_END_TIMEOUT_S = 5.0  # one that failed cleans up; that is more than it needs
-TELL_TIMEOUT_S = 2.0  # what is cached where, to a successor; that is a few megabytes at most
+TELL_MARGIN_S = 1.0  # for asking, beyond what a worker takes to tell what is cached where
 END_MARGIN_S = 2.0  # beyond the grace that workers were given
 
 
@@ -388,8 +389,10 @@ class Supervisor:
         """Idle workers, too, stay until they have told what is cached where."""
         if self._linked_successor:
             self._places.drain(control.Drain(grace_s, gentle=True, stay=True))
+            replicas = self._fleet.replicas if self._fleet else ()
+            timeout_s = recital_s(sum([r.dp_size for r in replicas])) + TELL_MARGIN_S
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.hub.told.wait(), TELL_TIMEOUT_S)
+                await asyncio.wait_for(self.hub.told.wait(), timeout_s)
 
     async def _ended(self, order: control.Drain) -> bool:
         """Give the order; return whether the workers have ended before anybody is in a hurry."""

@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
+import msgspec
 import uvloop
 
 from proxy import tls
@@ -106,11 +107,25 @@ class Worker:
         self._channel.send(control.Doubt(replica_id))
 
     async def _obey(self, plane: Plane, entrance: Entrance) -> None:
-        async for message in self._channel:
-            await self._do(plane, entrance, message)
-        if not self._drain_asked.is_set():
-            _log.warning("the supervisor is gone; draining")
-            self._drain_asked.set()
+        """An order that fails is no reason to be deaf to the next; deaf for good, it drains."""
+        try:
+            while (message := await self._next_order(plane)) is not None:
+                try:
+                    await self._do(plane, entrance, message)
+                except Exception:  # noqa: BLE001 - one order, and not those that follow
+                    _fault(plane, f"obeying {type(message).__name__}")
+        finally:
+            if not self._drain_asked.is_set():
+                _log.warning("the supervisor is gone; draining")
+                self._drain_asked.set()
+
+    async def _next_order(self, plane: Plane) -> control.Message | None:
+        """Return the next one that can be read, or None when the supervisor is gone."""
+        while True:
+            try:
+                return await self._channel.receive()
+            except msgspec.MsgspecError:
+                _fault(plane, "reading an order")
 
     async def _do(self, plane: Plane, entrance: Entrance, message: control.Message) -> None:
         match message:
@@ -208,6 +223,11 @@ class Worker:
             _log.warning("grace is over; cutting %d connections", len(entrance))
         entrance.close()
         entrance.kill()
+
+
+def _fault(plane: Plane, doing: str) -> None:
+    plane.telemetry.internal_errors_total += 1
+    _log.exception("%s", doing)
 
 
 def _answer(

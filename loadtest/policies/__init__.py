@@ -6,7 +6,9 @@ remaining work. Replicas are a model of continuous batching with chunked prefill
 (`--model mixed`) or a plain queue (`--model serial`); see `loadtest.policies.engines`.
 
 Relative figures only. A rule is what its router publishes as we read it, not the product. Rules
-that read events of the engines' caches get the truth with no delay. Another `--seed` moves
+that read events of the engines' caches get the truth with no delay. Left out is what the wire
+brings: every answer streams and tells its usage, none fails, no client leaves, and what a rule or
+the proxy itself costs takes no time. Another `--seed` moves
 p95 and p99 by one or two percent, where lots are drawn by more: smaller differences are none.
 
 example:

@@ -65,7 +65,11 @@ def _measure(source: Source, count: int) -> Cost:
         assert decision is not None
         begin_ns = time.thread_time_ns()
         lease = picture.acquire(
-            decision.replica, request.chain, cached_octets=decision.cached_octets, now_s=now_s
+            decision.replica,
+            request.chain,
+            cached_octets=decision.cached_octets,
+            now_s=now_s,
+            known=decision.known,
         )
         dispatch_ns += time.thread_time_ns() - begin_ns
         under_way.append(lease)

@@ -22,6 +22,9 @@ HEARTBEAT_INTERVAL_S = 2.0
 SNAPSHOT_BYTES_MAX = 16 * 1024 * 1024
 # The largest published deployment of one engine has 256 ranks; more would be a mistake.
 DP_SIZE_MAX = 1024
+# A replica's share of conversations; beyond these, one would be home to all or to none.
+WEIGHT_MIN = 0.01
+WEIGHT_MAX = 10.0
 
 
 class ReplicaState(enum.StrEnum):
@@ -73,7 +76,7 @@ class LoadSample(Figures, frozen=True, kw_only=True, omit_defaults=True):
 
     at_s: float  # Unix time of the reading
     asleep: bool = False  # its memory is given away, its cache is empty
-    busy_adapters: tuple[str, ...] = ()  # LoRA adapters that requests use at this moment
+    busy_adapters: tuple[str, ...] | None = None  # LoRA adapters that requests use at this moment
     ranks: tuple[RankLoad, ...] = ()
 
 
@@ -93,10 +96,13 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     restarts: int = 0
     pid: int = 0
     load: LoadSample | None = None
-    weight: float = 1.0  # its share of conversations, against that of others
+    # Its share of conversations, against that of others: from WEIGHT_MIN to WEIGHT_MAX.
+    weight: float = 1.0
     # Data-parallel ranks behind this URL, each with a KV cache of its own: 0 to dp_size - 1.
     dp_size: int = 1
-    adapters: tuple[str, ...] | None = None  # LoRA adapters that it lists or uses; None: unknown
+    # LoRA adapters that it has loaded: those in use, or, where it does not tell, those that it
+    # lists (which are names among `models` as well); None: unknown.
+    adapters: tuple[str, ...] | None = None
     asleep: bool = False
 
 
@@ -130,10 +136,11 @@ def with_load(
 def known_adapters(
     listed: tuple[str, ...] | None, load: LoadSample | None
 ) -> tuple[str, ...] | None:
-    """Return the adapters that an engine lists or uses; it may fetch some that it never lists."""
-    if load is None or not load.busy_adapters:
-        return listed
-    return tuple(sorted({*(listed or ()), *load.busy_adapters}))
+    """Return the adapters that an engine has loaded, as far as it tells.
+
+    One that it lists may lie on a disk, and it may fetch some that it never lists.
+    """
+    return listed if load is None or load.busy_adapters is None else load.busy_adapters
 
 
 def encode_snapshot(snapshot: FleetSnapshot) -> bytes:

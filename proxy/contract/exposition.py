@@ -83,7 +83,11 @@ def rank_of(text: str | None) -> int:
 
 
 def sample_of(
-    by_rank: ByRank, at_s: float, *, asleep: bool = False, busy_adapters: tuple[str, ...] = ()
+    by_rank: ByRank,
+    at_s: float,
+    *,
+    asleep: bool = False,
+    busy_adapters: tuple[str, ...] | None = None,
 ) -> LoadSample | None:
     """Return a reading; None when the figures do not say what runs."""
     total: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Final
 
 from proxy.core import limits, multipart
@@ -27,12 +28,18 @@ class Asked:
 
 
 def read_body(
-    route: Route, preamble: Preamble, body: bytes, *, strict: bool = False, tenant: bytes = b""
+    route: Route,
+    preamble: Preamble,
+    body: bytes,
+    *,
+    strict: bool = False,
+    tenant: bytes = b"",
+    adapters: Container[str] = (),
 ) -> Asked:
     """Read a body as its route has it. Raises the kinds of `errors.InvalidRequestError`.
 
     `strict`: a request that names a session is pinned to its home. Requests of two tenants share no
-    prefix.
+    prefix. `adapters` are the model names that mean one, and that some replica has loaded.
     """
     if not route.json:
         return _read_form(preamble, body, strict=strict, tenant=tenant)
@@ -46,7 +53,7 @@ def read_body(
         pinned=strict and key is not None,
         stream=bool(scanned.stream),
         weight=limits.FLEX_WEIGHT if scanned.service_tier == "flex" else 1.0,
-        adapter=scanned.lora_path or "",
+        adapter=scanned.lora_path or (scanned.model if scanned.model in adapters else ""),
         response_key=_built_upon(route, scanned),
     )
     return Asked(scanned.model, stream=request.stream, request=request)

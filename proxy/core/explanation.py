@@ -1,14 +1,18 @@
 """Why a request would go where it would: every replica with every term, as plain values.
 
-The terms are those that the policy adds up, out of the same picture, at the same moment.
+The prices and their order are the policy's own, out of the same picture, at the same moment, and
+the terms beside a price add up to it. So under a prefix that is hot, and priced as if it lay
+everywhere, the uncached tokens are those beyond it (`hot_octets`), whatever the replica has cached.
 """
 
 from __future__ import annotations
 
+from proxy.contract import ReplicaState
+from proxy.core.cost import Terms
 from proxy.core.fleet import Pool
 from proxy.core.hearsay import Hearsay
 from proxy.core.picture import Picture
-from proxy.core.policy import Decision, Request, terms
+from proxy.core.policy import Decision, Prices, Request, terms
 from proxy.core.replica import Replica
 
 Shown = dict[str, object]
@@ -27,10 +31,33 @@ def chain_shown(request: Request) -> Shown:
     }
 
 
+def hot_octets(decision: Decision, request: Request, picture: Picture) -> int:
+    """Return how much of the prompt is priced as if every replica had it, at this moment."""
+    chain = request.chain
+    if not decision.known or not picture.hot.is_hot(decision.known):
+        return 0
+    if decision.known not in chain.hashes:
+        return 0
+    return chain.ends[chain.hashes.index(decision.known)]
+
+
+def priced(decision: Decision, request: Request, picture: Picture, now_s: float) -> Terms:
+    """Return the price of a decision as its policy had it, term by term."""
+    found = terms(decision, request, picture, now_s)
+    octets = hot_octets(decision, request, picture)
+    if octets <= decision.cached_octets:
+        return found
+    as_if = Decision(decision.replica, decision.slot, decision.reason, octets, decision.known)
+    hot = terms(as_if, request, picture, now_s)
+    hot.cached_tokens = found.cached_tokens  # what is there; the price is as if more were
+    return hot
+
+
 def candidates(
     request: Request, pool: Pool, picture: Picture, hearsay: Hearsay, now_s: float
 ) -> list[Shown]:
     """Return the replicas of a pool: those that may take the request by price, then the others."""
+    prices = Prices(request, pool, picture, now_s)
     able: list[tuple[float, str, Shown]] = []
     unable: list[Shown] = []
     for name, replica in sorted(pool.replicas.items()):
@@ -41,23 +68,32 @@ def candidates(
             "may_take": True,
         }
         slot = picture.slots.get(name, -1)
+        place = prices.seats.places.get(slot, -1)
         if slot >= 0:
             cached_octets = picture.index.held_of(slot, request.chain)
-            found = terms(Decision(replica, slot, "", cached_octets), request, picture, now_s)
-            shown |= {**found.as_dict(), **_slot_shown(picture, slot)}
+            one = Decision(replica, slot, "", cached_octets, prices.known)
+            shown |= {
+                **priced(one, request, picture, now_s).as_dict(),
+                **_slot_shown(picture, slot),
+            }
             shown |= _source_shown(hearsay, name, now_s)
-            able.append((found.price_s, name, shown))
+            shown["hot_octets"] = prices.hot_octets
         reason = _why_not(replica, slot, picture)
-        if reason:
-            shown |= {"may_take": False, "reason": reason}
+        if reason or place < 0:
+            shown |= {"may_take": False, "reason": reason or "it is not known yet"}
             unable.append(shown)
-            able = [entry for entry in able if entry[2] is not shown]
+            continue
+        shown["price_s"] = round(prices.prices_s[place], 6)
+        able.append((prices.prices_s[place], name, shown))
     return [entry[2] for entry in sorted(able, key=lambda entry: entry[:2])] + unable
 
 
 def _why_not(replica: Replica, slot: int, picture: Picture) -> str:
+    if replica.suspect:
+        return "unreachable"
     if not replica.available:
-        return "unreachable" if replica.suspect else f"it is {replica.state}"
+        ready = replica.state is ReplicaState.READY
+        return "it is asleep" if ready and replica.asleep else f"it is {replica.state}"
     if slot < 0:
         return "it is not known yet"
     most = picture.loads.inflight_max[slot]

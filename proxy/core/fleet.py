@@ -60,6 +60,7 @@ class Fleet:
     pools: Mapping[str, Pool]  # by model name
     any_model: Pool  # replicas whose models are not known
     everyone: Pool  # all of them: for state that some replica holds, and nobody says which
+    adapters: frozenset[str]  # those that some replica has loaded; a model name may be one
 
     def pool_for(self, model: str) -> Pool | None:
         """Return the pool of a model. Replicas that do not say what they serve serve anything."""
@@ -85,7 +86,7 @@ def empty_fleet() -> Fleet:
 
 
 def apply(fleet: Fleet, event: Event) -> Fleet:
-    """Return the fleet after `event`. Records with an unusable URL raise `ValueError`."""
+    """Return the fleet after `event`. Records that cannot be used raise `ValueError`."""
     match event:
         case SnapshotReceived(snapshot):
             replicas: dict[str, Replica] = {}
@@ -151,7 +152,8 @@ def _build(replicas: Mapping[str, Replica], previous: Fleet | None = None) -> Fl
     for name, replica in replicas.items():
         names[replica.replica_id] = (*names.get(replica.replica_id, ()), name)
     any_model, everyone = make_pool(unknown, rings), make_pool(on_ring, rings)
-    return Fleet(replicas, servers, names, pools, any_model, everyone)
+    adapters = frozenset({name for r in on_ring.values() for name in r.adapters or ()})
+    return Fleet(replicas, servers, names, pools, any_model, everyone, adapters)
 
 
 def _shares(pool: Pool) -> Shares:

@@ -330,6 +330,7 @@ PEER_PAUSE_MAX_S = 5.0
 # replicas of a million tokens have, in pages that hold up neither side for a millisecond.
 DIGEST_BYTES_MAX = 16 * MIB
 DIGEST_PAUSE_S = 0.002
+DIGEST_PAGE_S = 0.001  # what one page may take besides
 # One for each worker that has just started, and one for each peer.
 DIGESTS_MAX = 320
 

@@ -80,11 +80,6 @@ class PrefixChain:
         self.ends = ends
         self.prompt_bytes = prompt_bytes
 
-    @property
-    def prompt_tokens(self) -> int:
-        """An estimate, good to a third for text."""
-        return self.prompt_bytes // limits.BYTES_PER_TOKEN
-
 
 NO_CHAIN: Final = PrefixChain(0, (), (), 0)
 

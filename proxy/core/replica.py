@@ -14,7 +14,15 @@ from typing import Final
 
 from msgspec import structs
 
-from proxy.contract import DP_SIZE_MAX, Figures, LoadSample, ReplicaRecord, ReplicaState
+from proxy.contract import (
+    DP_SIZE_MAX,
+    WEIGHT_MAX,
+    WEIGHT_MIN,
+    Figures,
+    LoadSample,
+    ReplicaRecord,
+    ReplicaState,
+)
 
 RANK_FIELD: Final = b"x-data-parallel-rank"  # both engines read it
 
@@ -38,7 +46,7 @@ class Replica:
     tls: bool
     host_field: bytes  # `Host: authority` with its line end, ready to send; then that of its rank
     models: frozenset[str]  # empty: not known, so any
-    adapters: frozenset[str] | None  # LoRA adapters that it lists or uses; None: not known
+    adapters: frozenset[str] | None  # LoRA adapters that it has loaded; None: not known
     pool: str
     region: str
     engine: str
@@ -72,8 +80,13 @@ def parse_url(url: str) -> tuple[bool, str, int]:
 
 
 def replica_of(record: ReplicaRecord) -> Replica:
-    """Return the server that a record describes, as a whole. Raises `ValueError` on a bad URL."""
+    """Return the server that a record describes, as a whole.
+
+    Raises `ValueError` on a URL or a weight that nothing can be done with.
+    """
     tls, host, port = parse_url(record.url)
+    if not WEIGHT_MIN <= record.weight <= WEIGHT_MAX:  # so not a number, either
+        raise ValueError(f"weight {record.weight} is not between {WEIGHT_MIN} and {WEIGHT_MAX:g}")
     shown = f"[{host}]" if ":" in host else host
     return Replica(
         name=record.replica_id,

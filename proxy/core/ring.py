@@ -49,11 +49,6 @@ class Ring:
         self._points = [point for point, _ in placed]
         self._owners = [name for _, name in placed]
 
-    def home(self, key: int) -> str | None:
-        """Return the replica that `walk` yields first; None on an empty ring."""
-        owners = self._owners
-        return owners[bisect_left(self._points, key) % len(owners)] if owners else None
-
     def walk(self, key: int) -> Iterator[str]:
         """Yield every replica once: the key's home, then its successors."""
         owners = self._owners

@@ -22,7 +22,6 @@ from typing import Final
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
-from proxy.core.asked import read_body
 from proxy.core.chunked import ChunkedDecoder, decode_followed
 from proxy.core.http1 import ResponseHead
 from proxy.core.policy import Decision
@@ -90,7 +89,7 @@ class Exchange(Ending):
             if self._route.local:
                 self._answer_locally()
                 return
-            asked = read_body(self._route, self._preamble, body, strict=self._plane.strict)
+            asked = self._plane.read(self._route, self._preamble, body)
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, lookup=lookup)

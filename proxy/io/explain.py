@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import orjson
 
 from proxy import errors
-from proxy.core.asked import read_body
-from proxy.core.explanation import candidates, chain_shown
+from proxy.core.explanation import candidates, chain_shown, hot_octets, priced
 from proxy.core.http1 import Field
-from proxy.core.policy import Decision, Request, terms
+from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
 from proxy.core.routes import find_route
 from proxy.io.plane import Plane
@@ -35,7 +34,7 @@ def _explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) ->
     if route.local:
         raise errors.InvalidRequestError("the proxy answers this path itself")
     plane.judge_length(len(body))
-    asked = read_body(route, preamble, body, strict=plane.strict)
+    asked = plane.read(route, preamble, body)
     request, picture = asked.request, plane.picture
     pool = plane.find_pool(asked.model, lookup=route.lookup)
     now_s, turn = plane.clock.now_s(), picture.turn
@@ -80,5 +79,6 @@ def _decision(
         "reason": decision.reason,
         "prompt_tokens": picture.tokens_of(octets, decision.slot),
         "cached_octets": decision.cached_octets,
-        **terms(decision, request, picture, now_s).as_dict(),
+        "hot_octets": hot_octets(decision, request, picture),
+        **priced(decision, request, picture, now_s).as_dict(),
     }

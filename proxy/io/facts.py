@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 
 from proxy.core.cost import Terms
+from proxy.core.explanation import priced
 from proxy.core.fleet import Pool
 from proxy.core.http1 import Field
 from proxy.core.policy import Decision, Request
-from proxy.core.policy import terms as terms_of
 from proxy.core.preamble import Preamble
 from proxy.core.prefix import NO_CHAIN
 from proxy.core.routes import Route
@@ -90,6 +90,7 @@ class Facts:
             (b"x-doherty-region", decision.replica.region.encode()),
             (b"x-doherty-decision", decision.reason.encode()),
             (b"x-doherty-price-s", b"%.6f" % terms.price_s),
+            (b"x-doherty-price-terms", _terms_field(terms)),
             (b"x-doherty-wait-s", b"%.6f" % terms.wait_s),
             (b"x-doherty-cached-tokens", b"%d" % terms.cached_tokens),
             (b"x-doherty-uncached-tokens", b"%d" % terms.uncached_tokens),
@@ -110,7 +111,7 @@ class Facts:
         """Keep the terms for those who will read them, before the request is itself one of them."""
         plane = self._plane
         if plane.access_log.enabled or self._explained:
-            self._terms = terms_of(decision, self._request, plane.picture, plane.clock.now_s())
+            self._terms = priced(decision, self._request, plane.picture, plane.clock.now_s())
 
     def _write_down(self, status: int, outcome: str, now_s: float) -> None:
         """Take the counts and log the line. Whatever happens here, the client gets its answer."""
@@ -178,3 +179,19 @@ class Facts:
                 duration_ms=int((now_s - started_s) * 1e6) / 1e3,
             )
         )
+
+
+def _terms_field(terms: Terms) -> bytes:
+    """Return what a price is the sum of: a dictionary of decimals (RFC 8941 §3.2, §3.3.2)."""
+    return (
+        b"wait_ms=%.3f, prefill_ms=%.3f, recompute_ms=%.3f, stall_ms=%.3f, extra_ms=%.3f, "
+        b"shortage_ms=%.3f, adapter_ms=%.3f"
+    ) % (
+        1e3 * terms.wait_s,
+        1e3 * terms.prefill_s,
+        1e3 * terms.recompute_s,
+        1e3 * terms.stall_s,
+        1e3 * terms.extra_s,
+        1e3 * terms.shortage_s,
+        1e3 * terms.adapter_s,
+    )

@@ -1,4 +1,4 @@
-"""What all exchanges of one worker share: the fleet, the accounts, the connections, the counts.
+"""What all exchanges of one worker share: the fleet, the picture, the connections, the counts.
 
 One writer: the worker's event loop. Events change the fleet here and nowhere else.
 """
@@ -18,6 +18,7 @@ from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core import fleet as fleets
 from proxy.core import limits
+from proxy.core.asked import Asked, read_body
 from proxy.core.head_memory import HeadMemory
 from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
@@ -287,6 +288,17 @@ class Plane(Choice):
             raise OverloadedError("this proxy holds as many request bodies as it may")
         self.bodies_bytes += more_bytes
         return held_bytes
+
+    def read(self, route: Route, preamble: Preamble, body: bytes) -> Asked:
+        """Read what a whole request asks for. Raises the kinds of `InvalidRequestError`."""
+        return read_body(
+            route,
+            preamble,
+            body,
+            strict=self.strict,
+            tenant=preamble.key_digest if self.config.tenant_isolation else b"",
+            adapters=self.fleet.adapters,
+        )
 
     def find_pool(self, model: str, *, lookup: bool) -> fleets.Pool:
         """Return the replicas that could serve this. Raises `ProxyError` when there are none."""

@@ -18,6 +18,13 @@ PAGE_ENTRIES_MAX = limits.NOTE_HASHES_MAX
 _ENTRY_BYTES = 12  # a hash and a size
 
 
+def recital_s(replicas: int) -> float:
+    """Return how long telling all that may be told of so many replicas takes at most."""
+    entries = limits.DIGEST_BYTES_MAX // _ENTRY_BYTES + limits.RESPONSES_MAX
+    pages = entries // PAGE_ENTRIES_MAX + replicas + 1  # each one's last page need not be full
+    return pages * (limits.DIGEST_PAUSE_S + limits.DIGEST_PAGE_S)
+
+
 class Sharing:
     """Both directions of one worker's notes."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from typing import Any
 
 import pytest
@@ -21,10 +22,17 @@ def _asked(path: str, body: bytes, *fields: str, **options: Any) -> Asked:
     return read_body(preamble.route, preamble, body, **options)
 
 
-def _chat(*fields: str, strict: bool = False, tenant: bytes = b"", **more: Any) -> Asked:
+def _chat(
+    *fields: str,
+    strict: bool = False,
+    tenant: bytes = b"",
+    adapters: Container[str] = (),
+    **more: Any,
+) -> Asked:
     body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], **more}
     octets = json.dumps(body).encode()
-    return _asked("/v1/chat/completions", octets, *fields, strict=strict, tenant=tenant)
+    options = {"strict": strict, "tenant": tenant, "adapters": adapters}
+    return _asked("/v1/chat/completions", octets, *fields, **options)
 
 
 def test_a_plain_request() -> None:
@@ -41,6 +49,12 @@ def test_what_a_body_says_of_itself() -> None:
     assert asked.stream
     assert asked.request.stream
     assert asked.request.adapter == "sql"
+
+
+def test_a_model_that_is_a_loaded_adapter_asks_for_it() -> None:
+    assert _chat(adapters={"m"}).request.adapter == "m"
+    assert _chat(adapters={"other"}).request.adapter == ""
+    assert _chat(adapters={"m"}, lora_path="sql").request.adapter == "sql"
 
 
 @pytest.mark.parametrize("tier", [None, "auto", "default", "priority", "fast", "scale", "other"])

@@ -203,6 +203,7 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "access_log": (["off"], "off", "off"),
     "log_level": (["debug"], "debug", "debug"),
     "expose_routing": ([], "1", True),
+    "tenant_isolation": ([], "1", True),
     "region": (["eu"], "eu", "eu"),
     "peer_listen": (["0.0.0.0:7000"], "0.0.0.0:7000", "0.0.0.0:7000"),
     "peers": (["a:1", "unix:b"], "a:1 unix:b", ("a:1", "unix:b")),

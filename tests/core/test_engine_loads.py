@@ -205,11 +205,14 @@ def test_ranks_only_grow_within_a_life() -> None:
     assert with_load(known, _sample(0), None, anew=True).dp_size == 1
 
 
-def test_adapters_are_those_listed_or_used() -> None:
+def test_adapters_are_those_in_use_or_where_that_is_not_told_those_listed() -> None:
     used = _sample(0, busy_adapters=("sql", "x"))
     assert with_load(BARE, _sample(0), None, anew=True).adapters is None
     assert with_load(BARE, _sample(0), (), anew=True).adapters == ()
-    assert with_load(BARE, used, ("fr", "sql"), anew=True).adapters == ("fr", "sql", "x")
+    assert with_load(BARE, used, ("fr", "sql"), anew=True).adapters == ("sql", "x")
+    unused = _sample(0, busy_adapters=())
+    assert with_load(BARE, unused, ("fr", "sql"), anew=True).adapters == ()
+    assert with_load(BARE, _sample(0), ("fr",), anew=True).adapters == ("fr",)
     assert with_load(BARE, used, None, anew=True).adapters == ("sql", "x")
 
 

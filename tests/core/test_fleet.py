@@ -142,7 +142,7 @@ def test_what_happens_to_a_server_happens_to_all_of_its_ranks() -> None:
 
 def test_weights_are_part_of_the_ring() -> None:
     known = fleet(record("a", "m"), record("b", "m", weight=3.0))
-    homes = [known.pools["m"].ring.home(key << 50) for key in range(1 << 14)]
+    homes = [next(known.pools["m"].ring.walk(key << 50)) for key in range(1 << 14)]
     assert 0.6 < homes.count("b") / len(homes) < 0.9
     same = fleet(record("a", "m"), record("b", "m", weight=3.0, restarts=1), before=known)
     assert same.pools["m"].ring is known.pools["m"].ring
@@ -202,3 +202,11 @@ def test_the_fleet_hangs_together_after_any_events(events: list[Event]) -> None:
                 assert known.replicas[replica_id] is replica
                 assert model in replica.models or not replica.models
                 assert replica.state is not ReplicaState.STOPPED
+
+
+def test_the_adapters_of_a_fleet_are_those_that_some_replica_has_loaded() -> None:
+    known = fleet(
+        record("a", "m", "fr", adapters=("fr",)), record("b", "m", "fr", "sql", adapters=()),
+        record("c", "m", adapters=("x",), state=ReplicaState.STOPPED), record("d", "m"),
+    )  # fmt: skip
+    assert known.adapters == {"fr"}

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from proxy.core import limits, prefix
 from proxy.core.prefix import (
     DEPTHS,
-    NO_CHAIN,
     PrefixChain,
     _opener_end,
     prefix_chain,
@@ -314,11 +313,6 @@ def test_a_shared_prefix_is_known_to_within_a_third(shared: int, own: int) -> No
     known = max(common, default=0)
     assert known <= shared + 1 or own == 0
     assert known >= (shared - limits.CHAIN_FIRST_BYTES) * 2 / 3
-
-
-def test_tokens_are_estimated_from_octets() -> None:
-    assert PrefixChain(0, (), (), 4001).prompt_tokens == 4001 // limits.BYTES_PER_TOKEN
-    assert NO_CHAIN.prompt_tokens == 0
 
 
 # --- cost -----------------------------------------------------------------------------------

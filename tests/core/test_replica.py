@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import get_type_hints
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.contract import DP_SIZE_MAX, LoadSample, RankLoad, ReplicaState
+from proxy.config import PoolConfig
+from proxy.contract import (
+    DP_SIZE_MAX,
+    WEIGHT_MAX,
+    WEIGHT_MIN,
+    LoadSample,
+    RankLoad,
+    ReplicaState,
+)
 from proxy.core.replica import parse_url, replica_of, replicas_of
 from tests.core.builders import record, replica
 
@@ -127,3 +137,14 @@ def test_who_sleeps_takes_no_requests() -> None:
 def test_only_ready_and_unsuspected_takes_requests(state: ReplicaState, suspect: bool) -> None:
     expected = state is ReplicaState.READY and not suspect
     assert replica("a", state=state, suspect=suspect).available is expected
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 0.009, 10.5, float("inf"), float("nan")])
+def test_a_weight_that_no_ring_can_honour_is_refused_with_a_reason(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"weight .* is not between 0.01 and 10"):
+        replica_of(record("a", weight=weight))
+
+
+def test_the_weights_that_a_manager_may_give_are_those_that_a_proxy_takes() -> None:
+    (bounds,) = get_type_hints(PoolConfig, include_extras=True)["weight"].__metadata__
+    assert (bounds.ge, bounds.le) == (WEIGHT_MIN, WEIGHT_MAX)

@@ -221,3 +221,37 @@ async def test_a_replica_that_left_finishes_what_it_has(bench: Bench) -> None:
     assert client.answer().status == 200
     bench.publish(*records("b"))
     assert bench.upstreams.idle_count == 0
+
+
+async def test_an_adapter_named_as_the_model_goes_where_it_is_in_use(make_bench: MakeBench) -> None:
+    fleet = [
+        ReplicaRecord(
+            replica_id=name, url=f"http://127.0.0.1:{port}", models=("m", "sql"), adapters=loaded
+        )
+        for name, port, loaded in (("a", 1, ()), ("b", 2, ()), ("c", 3, ("sql",)))
+    ]
+    bench = make_bench(fleet, expose_routing=True)
+    for turn in range(3):
+        body = b'{"model":"sql","prompt":"%d of its own"}' % turn
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: p\r\ncontent-length: %d\r\n\r\n" % len(body)
+        client, engine = await bench.begun(head + body)
+        engine.send(answer())
+        assert client.answer().fields["x-doherty-replica"] == "c"
+        await bench.settle()
+
+
+@pytest.mark.parametrize("apart", [True, False])
+async def test_keys_share_a_prefix_unless_they_are_tenants(
+    make_bench: MakeBench, apart: bool
+) -> None:
+    bench = make_bench(records("ab"), tenant_isolation=apart, expose_routing=True)
+    body = CHAT_BODY.replace(b"hello", b"hello " * 5000)
+    reasons = []
+    for key in ("one", "one", "two"):
+        sent = chat_request(body, (f"authorization: Bearer {key}",))
+        client, engine = await bench.begun(sent)
+        engine.send(answer())
+        reasons.append(client.answer().fields["x-doherty-decision"])
+        await bench.settle()
+        bench.clock.advance(10)
+    assert reasons == ["new", "prefix", "new" if apart else "prefix"]

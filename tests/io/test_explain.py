@@ -13,6 +13,9 @@ import pytest
 
 from proxy.contract import ReplicaRecord, ReplicaState
 from proxy.core import limits
+from proxy.core.policy import Prices
+from proxy.core.preamble import read_preamble
+from proxy.core.routes import find_route
 from proxy.core.session import response_key
 from proxy.io.access_log import AccessLog
 from proxy.io.explain import explain
@@ -23,6 +26,7 @@ from tests.fakes.talk import ask
 
 MakeBench = Callable[..., Bench]
 CHAT = b"/v1/chat/completions"
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: p"
 
 
 def explained(
@@ -68,7 +72,7 @@ def foretold(shown: dict[str, Any]) -> tuple[object, ...]:
         return (shown["error"]["error"]["code"],)
     decision = dict(shown["decision"])
     replica, reason = decision.pop("replica"), decision.pop("reason")
-    del decision["prompt_tokens"], decision["cached_octets"]
+    del decision["prompt_tokens"], decision["cached_octets"], decision["hot_octets"]
     return (reason, replica, decision)
 
 
@@ -126,6 +130,7 @@ async def test_every_candidate_is_shown_with_its_price_and_its_state(
             replica_id="c", url="http://127.0.0.1:3", models=("m",), state=ReplicaState.STARTING
         ),
         ReplicaRecord(replica_id="d", url="http://127.0.0.1:4", models=("m",)),
+        ReplicaRecord(replica_id="e", url="http://127.0.0.1:5", models=("m",), asleep=True),
     ]
     bench = make_bench(fleet)
     bench.plane.accuse("d")
@@ -152,8 +157,52 @@ async def test_every_candidate_is_shown_with_its_price_and_its_state(
         "b": "it has as many requests as it may hold (1)",
         "c": "it is starting",
         "d": "unreachable",
+        "e": "it is asleep",
     }
     assert explained(bench, body)["session"] is None
+
+
+async def test_under_a_hot_prefix_the_prices_are_those_that_the_policy_compared(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(records("abcd"))
+    plane, picture = bench.plane, bench.plane.picture
+
+    def body(text: str) -> bytes:
+        head = {"role": "system", "content": "a head for all of them " * 2000}
+        return json.dumps(
+            {"model": "m", "messages": [head, {"role": "user", "content": text}]}
+        ).encode()
+
+    for turn in range(limits.HOT_COUNT_MIN + 2):
+        client, engine = await bench.begun(chat_request(body(f"{turn} " + "word " * 3000)))
+        engine.send(answer())
+        client.answer()
+        await bench.settle()
+        for name in "bcd":  # it lies on one replica alone
+            picture.index.clear(picture.slots[name])
+        bench.clock.advance(10)
+    wanted = body("another " * 3000)
+    shown = explained(bench, wanted)
+    decision, entries = shown["decision"], shown["candidates"]
+    assert decision["reason"] == "hot"
+    assert decision["hot_octets"] > 40_000
+    asked = plane.read(find_route(b"POST", CHAT), read_preamble(HEAD), wanted)
+    pool = plane.find_pool("m", lookup=False)
+    prices = Prices(asked.request, pool, picture, plane.clock.now_s())
+    due = sorted(zip(prices.prices_s, [r.name for r in prices.seats.replicas], strict=True))
+    assert [(entry["price_s"], entry["replica"]) for entry in entries] == [
+        (pytest.approx(price_s, abs=1e-6), name) for price_s, name in due
+    ]
+    (chosen,) = [entry for entry in entries if entry["replica"] == decision["replica"]]
+    assert chosen["price_s"] == decision["price_s"]
+    parts = [name for name in entries[0] if name.endswith("_s") and name in decision]
+    for entry in entries:
+        assert entry["hot_octets"] == decision["hot_octets"]
+        assert entry["price_s"] == pytest.approx(
+            sum(entry[part] for part in parts if part != "price_s"), abs=1e-5
+        )
+    assert {entry["cached_tokens"] > 0 for entry in entries} == {True, False}
 
 
 async def test_a_stored_answer_is_part_of_the_choice(make_bench: MakeBench) -> None:
@@ -204,6 +253,13 @@ async def test_the_price_is_told_when_asked_for_and_logged(
             assert "x-doherty-price-s" not in told
     assert float(told["x-doherty-price-s"]) == pytest.approx(price["price_s"], abs=1e-6)
     assert float(told["x-doherty-wait-s"]) == 0.0
+    terms_ms = dict(term.split("=") for term in told["x-doherty-price-terms"].split(", "))
+    assert {name.removesuffix("_ms") + "_s" for name in terms_ms} == {
+        name for name in price if name.endswith("_s") and name != "price_s"
+    }
+    for name, value in terms_ms.items():
+        assert float(value) == pytest.approx(1e3 * price[name.removesuffix("ms") + "s"], abs=1e-3)
+        assert len(value.partition(".")[2]) == 3, "RFC 8941 knows no more"
     assert int(told["x-doherty-cached-tokens"]) == price["cached_tokens"] > 9000
     assert int(told["x-doherty-uncached-tokens"]) == price["uncached_tokens"] < 10
     bench.plane.access_log.close()

@@ -13,6 +13,7 @@ from proxy.core.prefix import PrefixChain
 from proxy.core.responses import Responses
 from proxy.io import control
 from proxy.io.plane import Plane
+from proxy.io.sharing import recital_s
 from tests.fakes.hub import FakeChannel
 from tests.fakes.plane import Bench, answer, records, until
 
@@ -209,6 +210,29 @@ async def test_of_more_than_a_digest_holds_the_most_recent_is_told(
     filled(plane, "a", 250)
     found = await recited(plane, FakeChannel())
     assert found == {KEY: list(range(151, 251))}
+
+
+async def test_whoever_waits_for_a_recital_waits_for_all_of_it(
+    make_bench: type[Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "DIGEST_BYTES_MAX", 12 * 3 * 2500)
+    monkeypatch.setattr(limits, "RESPONSES_MAX", 1500)
+    plane = make_bench(records("abc")).plane
+    for name in "abc":
+        filled(plane, name, 3000)
+    for n in range(2000):
+        plane.remember_response(n, "a")
+    channel = FakeChannel()
+    plane.sharing.obey(channel, control.Recite(9))
+    await until(lambda: channel.told and channel.told[-1] == control.Page(9, b"", last=True))
+    pages = len(channel.heard(control.Page)) - 1
+    assert pages == 3 * 3 + 2
+    assert recital_s(3) >= pages * (limits.DIGEST_PAUSE_S + limits.DIGEST_PAGE_S)
+
+
+def test_a_recital_of_the_most_that_may_be_told_has_more_than_its_pauses() -> None:
+    pages = limits.DIGEST_BYTES_MAX // 12 / limits.NOTE_HASHES_MAX
+    assert pages * limits.DIGEST_PAUSE_S < recital_s(20) < 10
 
 
 async def test_of_a_replica_that_goes_meanwhile_no_more_is_told(make_bench: type[Bench]) -> None:

@@ -95,7 +95,8 @@ async def test_an_engine_enters_the_fleet_with_what_it_tells(dialect: str) -> No
     ):
         await until(lambda: bool(ready(seen)))
         record = ready(seen)[0]
-        assert (record.engine, record.dp_size, record.adapters) == (dialect, 2, ("sql",))
+        loaded = () if dialect == "vllm" else ("sql",)  # which does not tell what it uses
+        assert (record.engine, record.dp_size, record.adapters) == (dialect, 2, loaded)
         assert record.models == ("demo", "sql")
         load = load_of(seen)
         assert (load.running, len(load.ranks), load.block_tokens) == (0, 2, 16)

@@ -116,3 +116,46 @@ async def test_sockets_that_cannot_all_be_opened_anew_are_served_as_before(
         assert door._context is None
         for _ in range(4):
             assert await live(proxy.port) == 200
+
+
+class Broken:
+    """Stands where an order's work was done, and fails."""
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+
+async def test_a_worker_whose_order_fails_obeys_the_next_ones(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with held_worker(monkeypatch, accept=True) as worker:
+        with monkeypatch.context() as patch:
+            patch.setattr("proxy.io.plane.Plane.take_snapshot", Broken())
+            patch.setattr("proxy.io.plane.Plane.clear", Broken())
+            fleet = FleetSnapshot(epoch="e", version=2, replicas=records("b"))
+            worker.channel.send(control.FleetIs(fleet))
+            worker.channel.send(control.Cleared("a"))
+            worker.channel.send_frame(b"\x00\x00\x00\x01\xc1")  # no order at all
+            worker.channel.send(control.Count())
+            counted = await worker.channel.receive()
+        assert isinstance(counted, control.Counted)
+        (faults,) = [s for s in counted.counters if s.name == "internal_errors_total"]
+        assert faults.value == 3
+        assert "obeying FleetIs" in caplog.text
+        assert "a fault of ours" in caplog.text
+        worker.channel.send(control.FleetIs(fleet))
+        worker.channel.send(control.Count())
+        counted = await worker.channel.receive()
+        assert isinstance(counted, control.Counted)
+        assert ("replica", "b") in {label for s in counted.gauges for label in s.labels}
+        worker.channel.send(control.Drain(0.0))
+        assert await worker.end == 0
+
+
+async def test_a_worker_that_can_hear_nothing_any_more_drains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with held_worker(monkeypatch, accept=True) as worker:
+        monkeypatch.setattr("proxy.io.control._decoder", None)  # what is not foreseen
+        worker.channel.send(control.Count())
+        assert await worker.end == 0

@@ -329,6 +329,18 @@ def test_the_rules_rank_as_they_do_elsewhere() -> None:
     assert p99_s["priced"] < 1.05 * p99_s["oracle"]
 
 
+@pytest.mark.parametrize("model", ["serial", "mixed"])
+def test_the_projects_own_policy_ranks_before_those_that_know_no_prefixes(model: str) -> None:
+    """By a margin that a change of order among equals does not eat up."""
+    cell = Cell(source=SHIPPED, model=model, load=0.9)
+    ours, *others = [run_cell(cell, name) for name in ("doherty", "round_robin", "least_requests")]
+    for other in others:
+        assert ours.ttft_p50_s < 0.8 * other.ttft_p50_s
+        assert ours.ttft_p95_s < 0.8 * other.ttft_p95_s
+        assert ours.ttft_p99_s < 0.8 * other.ttft_p99_s
+        assert ours.hit > 2 * other.hit
+
+
 def test_round_robin_has_the_load_that_was_asked_for() -> None:
     for load in (0.5, 0.75):
         found = run_cell(Cell(source=SHIPPED, load=load, model="serial"), "round_robin")
