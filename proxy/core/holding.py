@@ -4,15 +4,20 @@ What has been sent to a replica stays there, whatever happens next; what waits h
 the replica that is free first, or to one that comes up meanwhile. So near saturation requests are
 held, and each replica is given the next one when it is about to run out of work (`RUNWAY_S`).
 
-The order is shortest first with ageing: by the least prefill that the request needs on any replica,
-less the time it has waited. As everybody ages alike, the place in the order never changes: it is
-that prefill plus the time of arrival, each in seconds. A request whose best replica is still busy
-reserves its place there and goes on waiting, and those behind it may pass to other replicas.
+Each waits in the line of the replica that was best for it when it was looked at last, and has a
+place reserved there: who comes later sees that work as if it were on its way. So nobody is held up
+by those who wait for another replica, and one look asks for few: the first of each line that is
+open, then, should nobody want what is open, some out of the lines that are closed, in turn.
+
+The order in a line is shortest first with ageing: by the least prefill that the request needs on
+any replica, less the time it has waited. As everybody ages alike, the place in the order never
+changes: it is that prefill plus the time of arrival, each in seconds.
 """
 
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from typing import Final
 
@@ -24,12 +29,17 @@ from proxy.core.prefix import NO_CHAIN
 
 _NEVER: Final = float("inf")
 _NOBODY: Final = Request(NO_CHAIN, has_session=False)
+# Lines go by the slot of their replica. Those who have not been looked at yet have one, and so has
+# each set of replicas of which none may take those who wait for it: see `_line_of_all`.
+_UNSEEN: Final = -1
 
 
 class Held:
     """One request that waits, and what is called with its decision when that has come."""
 
-    __slots__ = ("gone", "on_decision", "pool_of", "rank_s", "request", "since_s")
+    __slots__ = (
+        "gone", "line", "on_decision", "order", "pool_of", "rank_s", "request", "since_s", "tokens",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -44,73 +54,277 @@ class Held:
         self.on_decision = on_decision
         self.since_s = since_s
         self.rank_s = 0.0
+        self.order = 0
+        self.line = _UNSEEN
+        self.tokens = 0  # what it would have computed where it has reserved its place
         self.gone = False
 
 
-class Holding:
-    """The requests that wait, best first. Bounded by whoever adds."""
+class _Line:
+    """Those who wait for one replica, best first, and the tokens that they bring there."""
 
-    __slots__ = ("_count", "_heap", "_order")
+    __slots__ = ("entries", "next_at", "tokens")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Held]] = []
+        self.entries: list[tuple[float, int, Held]] = []
+        self.tokens = 0
+        self.next_at = 0  # where the next look goes on while the line is closed
+
+
+class Holding:
+    """The requests that wait, by what they wait for. Bounded by whoever adds."""
+
+    __slots__ = ("_count", "_lines", "_order", "_turn")
+
+    def __init__(self) -> None:
+        self._lines: dict[int, _Line] = {}
         self._count = 0
         self._order = 0
+        self._turn = 0
 
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def unseen(self) -> bool:
+        """Whether some have not been looked at yet, so that nobody knows what they wait for."""
+        return _UNSEEN in self._lines
+
+    def awaits(self, slot: int) -> bool:
+        """Whether somebody waits for this replica, or may do so."""
+        if slot in self._lines or _UNSEEN in self._lines:
+            return True
+        bits = 0
+        for name in self._lines:
+            if name < _UNSEEN:
+                bits |= _bits_of(name)
+        return bits >> slot & 1 > 0
+
     def add(self, held: Held, picture: Picture) -> None:
         held.rank_s = held.since_s * limits.AGEING_WEIGHT + _least_prefill_s(held, picture)
         self._order += 1
-        heapq.heappush(self._heap, (held.rank_s, self._order, held))
+        held.order = self._order
         self._count += 1
+        self._enter(held, _UNSEEN, 0)
 
     def drop(self, held: Held) -> None:
         """It waits no longer: cancelled, or its time is over. Harmless when repeated."""
         if not held.gone:
+            self._leave(held)
             held.gone = True
-            held.request = _NOBODY  # what it holds is let go of now, its place in the heap later
+            held.request = _NOBODY
             self._count -= 1
-            if len(self._heap) > 2 * self._count + 64:
-                self._heap = [entry for entry in self._heap if not entry[2].gone]
-                heapq.heapify(self._heap)
 
-    def take(self, policy: Policy, picture: Picture, now_s: float) -> tuple[Held, Decision] | None:
-        """Return who goes next, and where; it waits no longer. Call again when it has gone."""
-        kept: list[tuple[float, int, Held]] = []
-        reserved: list[tuple[int, int]] = []
-        found: tuple[Held, Decision] | None = None
-        pending_tokens = picture.loads.pending_tokens
-        while self._heap and len(kept) < limits.HELD_TRIED_MAX and found is None:
-            entry = heapq.heappop(self._heap)
-            held = entry[2]
-            if held.gone:
-                continue
-            pool = held.pool_of()
-            decision = policy(held.request, pool, picture, now_s) if pool is not None else None
-            if decision is None:
-                kept.append(entry)
-            elif is_open(decision, held.request, picture, now_s):
-                held.gone = True
-                self._count -= 1
-                found = held, decision
-            else:
-                kept.append(entry)
-                octets = held.request.chain.prompt_bytes - decision.cached_octets
-                tokens = picture.tokens_of(octets, decision.slot)
-                pending_tokens[decision.slot] += tokens
-                reserved.append((decision.slot, tokens))
-        for slot, tokens in reserved:
-            pending_tokens[slot] -= tokens
-        for entry in kept:
-            heapq.heappush(self._heap, entry)
+    def take(
+        self, policy: Policy, picture: Picture, now_s: float, *, at_once: bool = False
+    ) -> tuple[Held, Decision] | None:
+        """Return who goes next, and where; it waits no longer. Call again when it has gone.
+
+        `at_once`: whatever there is to do, as far as replicas may take more.
+        """
+        look = _Look(self, policy, picture, now_s, at_once)
+        self._forget_replicas(picture)
+        found = self._among_unseen(look)
+        if found is None:
+            closed: list[int] = []
+            found = self._among_open(look, closed)
+            if found is None and closed:
+                found = self._among_closed(look, closed)
+        if found is not None:
+            held = found[0]
+            self._leave(held)
+            held.gone = True
+            self._count -= 1
         return found
+
+    def _among_unseen(self, look: _Look) -> tuple[Held, Decision] | None:
+        unseen = self._lines.get(_UNSEEN)
+        if unseen is not None:
+            for entry in unseen.entries[: limits.HELD_TRIED_MAX]:
+                decision = look.ask(entry[2], 0)
+                if decision is not None:
+                    return entry[2], decision
+        return None
+
+    def _among_open(self, look: _Look, closed: list[int]) -> tuple[Held, Decision] | None:
+        """Ask the first of each line that may be open, in order; name the others in `closed`."""
+        first = [
+            (line.entries[0][0], line.entries[0][1], name)
+            for name, line in self._lines.items()
+            if name != _UNSEEN
+        ]
+        heapq.heapify(first)
+        left = limits.HELD_TRIED_MAX + len(first)
+        while first:
+            name = heapq.heappop(first)[2]
+            line = self._lines.get(name)
+            if line is None:
+                continue
+            if name >= 0 and not look.open(name):
+                closed.append(name)
+                continue
+            while line.entries and left:
+                left -= 1
+                held = line.entries[0][2]
+                decision = look.ask(held, 0)
+                if decision is not None:
+                    return held, decision
+                if held.line == name:
+                    break  # it has to wait, and those behind it with it
+        return None
+
+    def _among_closed(self, look: _Look, closed: list[int]) -> tuple[Held, Decision] | None:
+        """Ask those who wait for busy replicas whether one that is idle has become as good.
+
+        Whoever is last in a long line gains most from it, so each look goes on where the one before
+        has ended.
+        """
+        left = limits.HELD_TRIED_MAX
+        share = max(1, left // len(closed))
+        self._turn += share < 2
+        for number in range(len(closed)):
+            name = closed[(number + self._turn * (share < 2)) % len(closed)]
+            line = self._lines.get(name)
+            if line is None or left <= 0:
+                continue
+            at = line.next_at if line.next_at < len(line.entries) else 0
+            before_tokens = sum([entry[2].tokens for entry in line.entries[:at]])
+            for _ in range(min(share, left)):
+                if at >= len(line.entries):
+                    break
+                left -= 1
+                held = line.entries[at][2]
+                decision = look.ask(held, before_tokens)
+                if decision is not None:
+                    return held, decision
+                if held.line == name:
+                    at += 1
+                    before_tokens += held.tokens
+            line.next_at = at
+        return None
+
+    def _forget_replicas(self, picture: Picture) -> None:
+        """Who waits for a replica that is gone is looked at anew."""
+        present = picture.slots.values()
+        for name in [name for name in self._lines if name >= 0 and name not in present]:
+            for entry in list(self._lines[name].entries):
+                self.move(entry[2], _UNSEEN, 0)
+
+    def reserve(self, picture: Picture, held: Held, before_tokens: int, sign: int) -> None:
+        """Let the picture show (or no longer) what waits, as `held` sees it: that before it."""
+        pending_tokens = picture.loads.pending_tokens
+        for name, line in self._lines.items():
+            if name >= 0:
+                tokens = before_tokens if name == held.line else line.tokens
+                pending_tokens[name] += sign * tokens
+
+    def overtaken(self, held: Held, slot: int) -> bool:
+        """Whether others wait for this replica to which `held` comes only now."""
+        return slot != held.line and slot in self._lines
+
+    def move(self, held: Held, name: int, tokens: int) -> None:
+        if held.line != name:
+            self._leave(held)
+            self._enter(held, name, tokens)
+        else:
+            self._lines[name].tokens += tokens - held.tokens
+            held.tokens = tokens
+
+    def _enter(self, held: Held, name: int, tokens: int) -> None:
+        line = self._lines.get(name)
+        if line is None:
+            line = self._lines[name] = _Line()
+        insort(line.entries, (held.rank_s, held.order, held))
+        line.tokens += tokens
+        held.line, held.tokens = name, tokens
+
+    def _leave(self, held: Held) -> None:
+        line = self._lines[held.line]
+        del line.entries[bisect_left(line.entries, (held.rank_s, held.order, held))]
+        line.tokens -= held.tokens
+        if not line.entries:
+            del self._lines[held.line]
+
+
+class _Look:
+    """One look at those who wait: what it goes by."""
+
+    __slots__ = ("_at_once", "_holding", "_now_s", "_picture", "_policy")
+
+    def __init__(
+        self, holding: Holding, policy: Policy, picture: Picture, now_s: float, at_once: bool
+    ) -> None:
+        self._holding = holding
+        self._policy = policy
+        self._picture = picture
+        self._now_s = now_s
+        self._at_once = at_once
+
+    def open(self, slot: int) -> bool:
+        """Whether the line of a replica may be open."""
+        return self._at_once or _has_little_to_do(slot, self._picture, self._now_s)
+
+    def ask(self, held: Held, before_tokens: int) -> Decision | None:
+        """Return where it goes; or have it wait where it would go, and return None."""
+        holding, picture, pool = self._holding, self._picture, held.pool_of()
+        if pool is None:
+            holding.move(held, _line_of_all(0), 0)
+            return None
+        holding.reserve(picture, held, before_tokens, 1)
+        try:
+            decision = self._policy(held.request, pool, picture, self._now_s)
+            goes = decision is not None and self._goes(held, decision)
+        finally:
+            holding.reserve(picture, held, before_tokens, -1)
+        if decision is None:
+            holding.move(held, _line_of_all(picture.seats(pool).bits), 0)
+        elif goes:
+            return decision
+        else:
+            octets = held.request.chain.prompt_bytes - decision.cached_octets
+            holding.move(held, decision.slot, picture.tokens_of(octets, decision.slot))
+        return None
+
+    def _goes(self, held: Held, decision: Decision) -> bool:
+        if self._at_once:
+            return not is_full(decision.slot, self._picture)
+        return not self._holding.overtaken(held, decision.slot) and is_open(
+            decision, held.request, self._picture, self._now_s
+        )
+
+
+def _line_of_all(bits: int) -> int:
+    """Name the line of those whom none of these replicas may take: the first with room will do."""
+    return _UNSEEN - 1 - bits
+
+
+def _bits_of(line: int) -> int:
+    return _UNSEEN - 1 - line
+
+
+def is_full(slot: int, picture: Picture) -> bool:
+    """Whether a replica has as many requests as it may have."""
+    most = picture.loads.inflight_max[slot]
+    return most > 0 and picture.loads.inflight[slot] >= most
+
+
+def _has_little_to_do(slot: int, picture: Picture, now_s: float) -> bool:
+    """Whether a replica is open to a request that needs next to nothing."""
+    loads = picture.loads
+    if is_full(slot, picture):
+        return False
+    loads.settle(slot, now_s)
+    return (
+        not loads.inflight[slot]
+        or loads.wait_s(slot, now_s) + loads.extra_s[slot] <= limits.RUNWAY_S
+    )
 
 
 def is_open(decision: Decision, request: Request, picture: Picture, now_s: float) -> bool:
     """Whether the replica can soon begin this, so that sending it there is right."""
     loads, slot = picture.loads, decision.slot
+    if is_full(slot, picture):
+        return False
     if not loads.inflight[slot]:  # whatever is wrong there, waiting for nobody will not mend it
         return True
     wait_s = loads.wait_s(slot, now_s) + loads.extra_s[slot]
@@ -131,14 +345,11 @@ class Opening:
     def __init__(self, pool: Pool, picture: Picture, now_s: float) -> None:
         self.now = False
         self.next_s = _NEVER
-        loads = picture.loads
         for slot in picture.seats(pool).slots:
-            most, inflight = loads.inflight_max[slot], loads.inflight[slot]
-            if most and inflight >= most:
-                continue
-            loads.settle(slot, now_s)
-            if not inflight or loads.wait_s(slot, now_s) + loads.extra_s[slot] <= limits.RUNWAY_S:
+            if _has_little_to_do(slot, picture, now_s):
                 self.now = True
+                continue
+            if is_full(slot, picture):
                 continue
             opens_s = _opens_s(slot, picture, now_s)
             if opens_s > now_s:

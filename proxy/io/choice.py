@@ -1,9 +1,10 @@
 """Which replica takes a request, and whether now: one worker's policy, picture, and queue.
 
-A request goes at once when the replica that the policy has for it is open, and nobody waits before
-it; near saturation it waits (`core.holding` says why). Not held are those that have no other place
-to go to (a pinned session, a stored answer), look-ups, and all under rules that do not ask how busy
-a replica is. Held as well are those for which every replica has as many as it may have.
+A request goes at once when the replica that the policy has for it is open, and nobody waits for
+that one; near saturation it waits (`core.holding` says why). Those that have no other place to go
+to (a pinned session, what goes on from a stored answer) wait only while that one replica has as
+many as it may have. Not held are look-ups, which compute nothing, and all under rules that do not
+ask how busy a replica is. Held as well are those for which every replica is full.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Final
 
 from proxy.config import ProxyConfig
 from proxy.core import fleet as fleets
-from proxy.core.holding import is_open
+from proxy.core.holding import is_full, is_open
 from proxy.core.picture import Picture, Seats
 from proxy.core.policy import POLICIES, Decision, Request
 from proxy.core.responses import Responses
@@ -22,6 +23,7 @@ from proxy.io.clock import Clock
 from proxy.io.telemetry import Telemetry
 from proxy.io.waiting import Waiter, Waiting
 
+_PINNING: Final = ("prefix", "session")  # rules under which a session can be pinned
 _ANY_MODEL: Final = "\n"  # the queue for replicas that do not say what they serve
 
 
@@ -39,6 +41,7 @@ class Choice:
         self._holds_back = _holds_back(config)
         self.responses = Responses()  # answers that requests may go on from
         self.waiting = Waiting(clock, self.picture, self.choose, self.awaited, self._fault)
+        self.waiting.at_once = not self._holds_back
 
     def follow(self, config: ProxyConfig) -> None:
         """Choose as `config` says from now on."""
@@ -46,6 +49,7 @@ class Choice:
         self.policy = POLICIES[config.policy]
         self.strict = config.session_affinity == "strict"
         self._holds_back = _holds_back(config)
+        self.waiting.at_once = not self._holds_back  # who waits by the rules of before goes
         self.work_done()
 
     def choose(
@@ -60,32 +64,49 @@ class Choice:
             seats = picture.seats(pool)
             place = seats.places.get(picture.slots.get(name, -1), -1) if name is not None else -1
             if place >= 0 and name not in request.tried:
-                return _to_keeper(seats, place, request, picture)
+                return self._to_state(seats, place, "response", request)
+        if request.pinned and self.config.policy in _PINNING:
+            return self._to_home(request, pool)
         return self.policy(request, pool, picture, now_s)
+
+    def _to_home(self, request: Request, pool: fleets.Pool) -> Decision | None:
+        """Where its session lives, however busy; the next on the ring only if that is not there."""
+        seats = self.picture.seats(pool)
+        by_name = {replica.name: place for place, replica in enumerate(seats.replicas)}
+        for step, name in enumerate(pool.ring.walk(request.chain.home_key)):
+            if name in by_name and name not in request.tried:
+                reason = "spill" if step else "session"
+                return self._to_state(seats, by_name[name], reason, request)
+        return None
+
+    def _to_state(self, seats: Seats, place: int, reason: str, request: Request) -> Decision | None:
+        """A replica that is full has to be waited for. None: it is, and nobody may wait."""
+        slot = seats.slots[place]
+        if not self.config.queue_size and is_full(slot, self.picture):
+            return None
+        cached_octets = self.picture.index.held_of(slot, request.chain)
+        return Decision(seats.replicas[place], slot, reason, cached_octets)
 
     def holds(
         self, decision: Decision | None, request: Request, model: str, *, lookup: bool, now_s: float
     ) -> bool:
         """Return whether the request has to wait; else it goes where it was decided, if anywhere.
 
-        Those with state on one replica gain nothing from it: they have no other to go to.
+        Those with state on one replica gain nothing from it unless that is full.
         """
-        if (
-            decision is not None
-            and not self.waiting.count
-            and is_open(decision, request, self.picture, now_s)
-        ):
-            return False
-        if not self._holds_back or lookup or request.pinned:
+        if lookup:
             return False
         if decision is None:
-            pool = self.awaited(self._queue_of(model))
+            pool = self.awaited(self._queue_of(model)) if self._holds_back else None
             return pool is not None and bool(pool.available)  # all are full, and none has failed
-        if decision.reason == "response":
+        if request.pinned or decision.reason == "response":
+            return is_full(decision.slot, self.picture)
+        if not self._holds_back:
             return False
         self.picture.loads.settle(decision.slot, now_s)  # not every rule has done it
-        busy = not is_open(decision, request, self.picture, now_s)
-        return busy or self.waiting.any_for(self._queue_of(model))
+        return self.waiting.awaits(decision.slot) or not is_open(
+            decision, request, self.picture, now_s
+        )
 
     def wait(self, model: str, request: Request, on_decision: Callable[[Decision], None]) -> Waiter:
         """Have a request wait for its model's replicas. Raises `QueueFullError`."""
@@ -117,12 +138,3 @@ class Choice:
 def _holds_back(config: ProxyConfig) -> bool:
     """Whether requests wait for a replica that is open: under rules that ask how busy each is."""
     return config.queue_size > 0 and config.policy in ("prefix", "least_load")
-
-
-def _to_keeper(seats: Seats, place: int, request: Request, picture: Picture) -> Decision | None:
-    slot = seats.slots[place]
-    most = picture.loads.inflight_max[slot]
-    if most and picture.loads.inflight[slot] >= most:
-        return None
-    cached_octets = picture.index.held_of(slot, request.chain)
-    return Decision(seats.replicas[place], slot, "response", cached_octets)

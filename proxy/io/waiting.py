@@ -45,7 +45,7 @@ class Waiter(Held):
 
 
 class Waiting:
-    """One queue for each model whose replicas are all busy. Empty ones are not kept."""
+    """All who wait. Models that the same replicas serve (adapters and their base) share these."""
 
     def __init__(
         self,
@@ -55,41 +55,41 @@ class Waiting:
         pool_of: Callable[[str], Pool | None],
         on_fault: Callable[[], None],
     ) -> None:
-        """`pool_of(key)` returns the pool that a queue waits for, as it is now."""
+        """`pool_of(key)` returns the pool that those under this key wait for, as it is now."""
         self.count = 0
         self._clock = clock
         self._picture = picture
         self._choose = choose
         self._pool_of = pool_of
         self._on_fault = on_fault
-        self._holdings: dict[str, Holding] = {}
+        self.at_once = False  # nobody is held back any more: go as soon as there is room
+        self._holding = Holding()
+        self._waiters: dict[str, int] = {}  # for each pool, by its key
         self._look_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._drain = _Drain()
 
-    def any_for(self, key: str) -> bool:
-        return key in self._holdings
+    def awaits(self, slot: int) -> bool:
+        """Whether somebody waits for this replica, so that a newcomer has to wait, too."""
+        return self.count > 0 and self._holding.awaits(slot)
 
     def add(self, key: str, request: Request, on_decision: Callable[[Decision], None]) -> Waiter:
         """Have it wait. `on_decision` is called once, in a later turn, unless it is dropped."""
         now_s = self._clock.now_s()
         waiter = Waiter(key, request, lambda: self._pool_of(key), on_decision, now_s)
-        holding = self._holdings.get(key)
-        if holding is None:
-            holding = self._holdings[key] = Holding()
         if not self.count:
             self._drain.begin(now_s)
-        holding.add(waiter, self._picture)
+        self._holding.add(waiter, self._picture)
+        self._waiters[key] = self._waiters.get(key, 0) + 1
         self.count += 1
         self.work_done()
         return waiter
 
     def drop(self, waiter: Waiter) -> None:
         """It waits no longer. Harmless when repeated, and when its decision has come."""
-        holding = self._holdings.get(waiter.key)
-        if holding is not None and not waiter.gone:
-            holding.drop(waiter)
-            self._left(waiter.key, holding)
+        if not waiter.gone:
+            self._holding.drop(waiter)
+            self._left(waiter.key)
 
     def retry_after_s(self) -> int:
         """Return when as many will have left as wait now, at the pace of the last seconds."""
@@ -107,32 +107,40 @@ class Waiting:
     def _look(self) -> None:
         """Give away what can go now."""
         self._look_due = False
-        next_s = _NEVER
+        now_s = self._clock.now_s()
         left = limits.HELD_TAKEN_MAX
-        for key in list(self._holdings):
+        some_open, next_s = self._openings(now_s)
+        while left and (some_open or (self.at_once and self.count)) and self._take(now_s):
+            left -= 1
             now_s = self._clock.now_s()
-            pool = self._pool_of(key)
-            while pool is not None and key in self._holdings:
-                opening = Opening(pool, self._picture, now_s)
-                if not opening.now or not left:
-                    next_s = min(next_s, opening.next_s)
-                    break
-                if not self._take(key, now_s):
-                    next_s = min(next_s, opening.next_s)
-                    break
-                left -= 1
-        if not left:
+            some_open, next_s = self._openings(now_s)
+        if not left or (some_open and self._holding.unseen):
             self.work_done()
         self._wake_at(next_s if self.count else _NEVER)
 
-    def _take(self, key: str, now_s: float) -> bool:
-        holding = self._holdings[key]
-        found = holding.take(self._choose, self._picture, now_s)
+    def _openings(self, now_s: float) -> tuple[bool, float]:
+        """Return whether any replica that is waited for is open, and else when one should be."""
+        some_open, next_s = False, _NEVER
+        seen: set[int] = set()
+        for key in self._waiters:
+            pool = self._pool_of(key)
+            bits = self._picture.seats(pool).bits if pool is not None else 0
+            if pool is None or bits in seen:
+                continue
+            seen.add(bits)
+            opening = Opening(pool, self._picture, now_s)
+            some_open = some_open or opening.now
+            next_s = min(next_s, opening.next_s)
+        return some_open, next_s
+
+    def _take(self, now_s: float) -> bool:
+        found = self._holding.take(self._choose, self._picture, now_s, at_once=self.at_once)
         if found is None:
             return False
         held, decision = found
+        assert isinstance(held, Waiter)
         self._drain.left(now_s)
-        self._left(key, holding)
+        self._left(held.key)
         try:
             held.on_decision(decision)
         except Exception:  # noqa: BLE001 - of one request: the others are to go on
@@ -140,10 +148,11 @@ class Waiting:
             _log.exception("a request that had waited")
         return True
 
-    def _left(self, key: str, holding: Holding) -> None:
+    def _left(self, key: str) -> None:
         self.count -= 1
-        if not len(holding):
-            del self._holdings[key]
+        self._waiters[key] -= 1
+        if not self._waiters[key]:
+            del self._waiters[key]
         if not self.count:
             self._wake_at(_NEVER)
 

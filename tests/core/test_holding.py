@@ -34,8 +34,9 @@ class _World:
         self.holding.add(held, self.picture)
         return held
 
-    def release(self, now_s: float) -> None:
-        while (found := self.holding.take(prefix, self.picture, now_s)) is not None:
+    def release(self, now_s: float, *, at_once: bool = False) -> None:
+        picture = self.picture
+        while found := self.holding.take(prefix, picture, now_s, at_once=at_once):
             held, decision = found
             self.sent.append((held.request.chain.home_key, decision.replica.name))
             self.leases.append(
@@ -115,6 +116,83 @@ def test_one_that_waits_for_its_prefix_lets_others_pass() -> None:
     assert world.picture.loads.queued_tokens(world.picture.slots["a"]) == 30_000
 
 
+def test_those_who_wait_for_one_replica_hold_up_nobody_who_wants_another() -> None:
+    world = _World("ab")
+    world.picture.index.note(world.picture.slots["a"], chain(7, 60_000 * _OCTETS))
+    world.busy("a", 30_000)
+    lease = world.busy("b", 30_000)
+    for _ in range(2 * limits.HELD_TRIED_MAX):
+        world.hold(7, 60_000, 0.0)
+    world.release(0.0)
+    world.hold(8, 6_000, 0.0)
+    world.release(0.0)
+    assert world.holding.awaits(world.picture.slots["b"])
+    world.picture.prefill_ended(lease, 0.5)
+    world.release(0.5)
+    assert world.sent == [(8, "b")]
+    assert not world.holding.awaits(world.picture.slots["b"])
+
+
+def test_a_long_line_gives_to_an_idle_replica_whoever_gains_by_it() -> None:
+    """Not the first in the line, whose turn is near, but one far behind it."""
+    world = _World("ab")
+    slot = world.picture.slots["a"]
+    world.picture.index.note(slot, chain(7, 60_000 * _OCTETS))
+    world.busy("a", 30_000)
+    lease = world.busy("b", 600_000)
+    for _ in range(limits.HELD_TRIED_MAX):
+        world.hold(7, 60_000, 0.0)
+    for key in range(100, 120):
+        world.hold(key, 20_000, 0.0)
+    while world.holding.unseen:
+        world.release(0.0)
+    world.picture.prefill_ended(lease, 0.5)
+    for _ in range(4):
+        world.release(0.5)
+    assert [(key >= 100, name) for key, name in world.sent] == [(True, "b")]
+
+
+def test_who_waits_for_a_replica_that_goes_is_looked_at_anew() -> None:
+    world = _World("ab")
+    world.picture.index.note(world.picture.slots["a"], chain(7, 60_000 * _OCTETS))
+    world.busy("a", 30_000)
+    world.picture.loads.dispatched_tokens[world.picture.slots["b"]] = 10**9
+    world.hold(7, 60_000, 0.0)
+    world.release(0.0)
+    assert world.sent == []
+    world.pool = pool([replica("b")])
+    world.picture.know(world.pool.replicas.values())
+    world.release(0.0)
+    assert world.sent == [(7, "b")]
+
+
+def test_whom_nobody_may_take_waits_for_whoever_has_room_first() -> None:
+    world = _World("ab")
+    world.pool = pool([replica("a", max_inputs=1), replica("b", max_inputs=1)])
+    world.picture.know(world.pool.replicas.values())
+    leases = [world.busy(name, 1) for name in "ab"]
+    world.hold(1, 6_000, 0.0)
+    world.release(0.0)
+    assert all(world.holding.awaits(slot) for slot in world.picture.slots.values())
+    world.picture.release(leases[1], 1.0)
+    world.release(1.0)
+    assert world.sent == [(1, "b")]
+
+
+def test_at_once_all_go_for_whom_there_is_room() -> None:
+    world = _World("a")
+    world.pool = pool([replica("a", max_inputs=3)])
+    world.picture.know(world.pool.replicas.values())
+    world.busy("a", 300_000)
+    for key in (1, 2, 3):
+        world.hold(key, 6_000, 0.0)
+    world.release(0.0)
+    assert world.sent == []
+    world.release(0.0, at_once=True)
+    assert [name for _, name in world.sent] == ["a", "a"]
+    assert len(world.holding) == 1
+
+
 def test_one_that_is_dropped_is_not_sent_and_leaves_nothing() -> None:
     world = _World("a")
     lease = world.busy("a", 30_000)
@@ -123,7 +201,7 @@ def test_one_that_is_dropped_is_not_sent_and_leaves_nothing() -> None:
         world.holding.drop(held)
         world.holding.drop(held)
     assert len(world.holding) == 1
-    assert len(world.holding._heap) < 100
+    assert sum(len(line.entries) for line in world.holding._lines.values()) == 1
     world.picture.prefill_ended(lease, 1.0)
     world.release(1.0)
     assert world.sent == [(1, "a")]

@@ -304,7 +304,8 @@ def assert_nothing_held(plane: Plane) -> None:
     """Every lease is back, every exchange is over, and nobody waits."""
     assert plane.exchanges_open == 0
     assert plane.waiting.count == 0
-    assert plane.waiting._holdings == {}
+    assert plane.waiting._waiters == {}
+    assert plane.waiting._holding._lines == {}
     assert plane.waiting._timer is None
     assert plane.bodies_bytes == 0
     assert plane.leases_open == 0

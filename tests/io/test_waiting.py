@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from proxy.contract import ReplicaRecord, ReplicaState
 from proxy.core import limits
+from proxy.core.session import response_key
 from tests.fakes.plane import (
     EVENTS,
     LAST_CHUNK,
@@ -76,6 +77,10 @@ class Stage:
 
     async def finish(self, name: str) -> None:
         self.engine(name).send(chunk(EVENTS[-1]) + LAST_CHUNK)
+        await self.bench.settle()
+
+    async def finish_whole(self, name: str) -> None:
+        self.engine(name).send(answer())
         await self.bench.settle()
 
 
@@ -339,6 +344,97 @@ async def test_where_every_replica_is_full_a_request_waits_for_room(
     assert stage.clients["b"].answer().status == 200
 
 
+def _limited(ids: str, max_inputs: int, *models: str) -> tuple[ReplicaRecord, ...]:
+    return tuple(
+        msgspec.structs.replace(record, max_inputs=max_inputs)
+        for record in records(ids, models or ("m",))
+    )
+
+
+def _turn(name: str, previous: str) -> bytes:
+    body = f'{{"model":"m","stream":true,"previous_response_id":"{previous}","input":"<{name}>"}}'
+    head = f"POST /v1/responses HTTP/1.1\r\nhost: p\r\ncontent-length: {len(body)}\r\n\r\n"
+    return (head + body).encode()
+
+
+async def test_who_goes_on_from_an_answer_waits_for_its_keeper_and_in_nobodys_way(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(_limited("ab", 1), queue_timeout_secs=7)
+    bench.plane.remember_response(response_key(b"resp_1"), "a")
+    stage = Stage(bench)
+    names = [f"t{number:02}" for number in range(limits.HELD_TRIED_MAX + 2)]
+    for name in names:
+        stage.clients[name] = bench.client()
+        stage.clients[name].send(_turn(name, "resp_1"))
+        await bench.settle()
+    assert stage.sent == ["t00"]
+    for number in range(3):
+        await stage.send(f"x{number}", PER_S)
+        assert stage.engine(f"x{number}").replica_id == "b"
+        await stage.first_octets(f"x{number}")
+        await stage.finish(f"x{number}")
+        stage.engine(f"x{number}").transport.written.clear()
+    bench.clock.advance(6.5)
+    await stage.finish_whole("t00")
+    assert b'"<t01>' in stage.engine("t01").received
+    assert stage.engine("t01").replica_id == "a"
+    bench.sweep(1.0)
+    assert stage.clients["t02"].answer().status == 408
+
+
+async def test_a_pinned_session_waits_for_its_home_when_that_is_full(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(_limited("abc", 1), session_affinity="strict")
+    stage = Stage(bench)
+    await stage.send("one", 1, fields=("x-session-id: s",))
+    home = stage.engine("one").replica_id
+    await stage.send("two", 1, fields=("x-session-id: s",))
+    assert stage.sent == ["one"]
+    await stage.first_octets("one")
+    await stage.finish("one")
+    assert stage.sent == ["one", "two"]
+    assert stage.engine("two").replica_id == home
+
+
+async def test_a_pinned_session_that_may_not_wait_is_refused_where_its_home_is_full(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(_limited("abc", 1), session_affinity="strict", queue_size=0)
+    stage = Stage(bench)
+    await stage.send("one", 1, fields=("x-session-id: s",))
+    client = await stage.send("two", 1, fields=("x-session-id: s",))
+    assert (client.answer().status, stage.sent) == (429, ["one"])
+
+
+async def test_models_of_the_same_replicas_wait_in_one_order(make_bench: MakeBench) -> None:
+    bench = make_bench(records("a", ("b", "m")))
+    stage = Stage(bench)
+    await stage.send("run", PER_S)
+    await stage.send("long", 3 * PER_S)
+    client = stage.clients["short"] = bench.client()
+    client.send(ask("short", PER_S // 2).replace(b'"model": "m"', b'"model": "b"'))
+    await stage.send("last", 6 * PER_S)
+    for before, due in (("run", "short"), ("short", "long"), ("long", "last")):
+        await stage.first_octets(before)
+        assert stage.sent[-1] == due
+
+
+@pytest.mark.parametrize("change", [{"queue_size": 0}, {"policy": "round_robin"}])
+async def test_who_waits_goes_at_once_when_nobody_is_to_wait_any_more(
+    bench: Bench, change: dict[str, object]
+) -> None:
+    stage = Stage(bench)
+    names = ["a", *[f"b{number:02}" for number in range(limits.HELD_TAKEN_MAX + 3)]]
+    for name in names:
+        await stage.send(name, PER_S)
+    assert stage.sent == ["a"]
+    bench.plane.follow(msgspec.structs.replace(bench.plane.config, **change))
+    await bench.settle()
+    assert sorted(stage.sent) == names
+
+
 async def test_models_that_clients_invent_make_no_queues(make_bench: MakeBench) -> None:
     bench = make_bench(records("a", ()))  # it serves anything
     stage = Stage(bench)
@@ -348,7 +444,7 @@ async def test_models_that_clients_invent_make_no_queues(make_bench: MakeBench) 
         bench.client().send(request)
     await bench.settle()
     assert bench.plane.waiting.count == 5
-    assert len(bench.plane.waiting._holdings) == 1
+    assert len(bench.plane.waiting._waiters) == 1
 
 
 async def test_a_flood_that_may_go_does_not_take_a_whole_turn_of_the_loop(
