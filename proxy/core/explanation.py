@@ -34,11 +34,11 @@ def chain_shown(request: Request) -> Shown:
 def hot_octets(decision: Decision, request: Request, picture: Picture) -> int:
     """Return how much of the prompt is priced as if every replica had it, at this moment."""
     chain = request.chain
-    if not decision.known or not picture.hot.is_hot(decision.known):
+    if not decision.known or decision.known not in chain.hashes:
         return 0
-    if decision.known not in chain.hashes:
-        return 0
-    return chain.ends[chain.hashes.index(decision.known)]
+    octets = chain.ends[chain.hashes.index(decision.known)]
+    hot = picture.hot.is_hot(decision.known, octets, picture.cache_octets(decision.slot))
+    return octets if hot else 0
 
 
 def priced(decision: Decision, request: Request, picture: Picture, now_s: float) -> Terms:

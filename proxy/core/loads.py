@@ -220,6 +220,12 @@ class Loads:
             self._advance(slot, end_s)
             self._toll(slot)
 
+    def settle_due(self, now_s: float) -> None:
+        """Settle every replica where somebody should have left the line by now."""
+        if self.unseen:
+            for slot in [slot for slot in self.unseen if self.head_end_s[slot] <= now_s]:
+                self.settle(slot, now_s)
+
     # --- what a newcomer would meet ----------------------------------------------------------
 
     def wait_s(self, slot: int, now_s: float) -> float:
@@ -232,8 +238,7 @@ class Loads:
 
     def waits_s(self, slots: list[int], now_s: float) -> list[float]:
         """Return `wait_s` of many slots, and what else they would have a newcomer wait for."""
-        for slot in [slot for slot in self.unseen if self.head_end_s[slot] <= now_s]:
-            self.settle(slot, now_s)
+        self.settle_due(now_s)
         pending, speed, ends, extra, gauges = (
             self.pending_tokens, self.s_per_token, self.head_end_s, self.extra_s, self.gauge_end_s,
         )  # fmt: skip

@@ -260,6 +260,7 @@ def session(request: Request, pool: Pool, picture: Picture, now_s: float) -> Dec
 def least_load(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
     """Fewest queued tokens, then requests, then the work it was ever sent, so that ties rotate."""
     seats, loads = picture.seats(pool), picture.loads
+    loads.settle_due(now_s)
     best = -1
     least: tuple[int, int, int] = (0, 0, 0)
     for place in _able(request, seats, picture):
@@ -309,6 +310,7 @@ def _decide(place: int, reason: str, request: Request, seats: Seats, picture: Pi
 
 def terms(decision: Decision, request: Request, picture: Picture, now_s: float) -> Terms:
     """Return the price of one decision, term by term."""
+    picture.loads.settle(decision.slot, now_s)
     octets = request.chain.prompt_bytes - decision.cached_octets
     return Terms(
         picture.loads,
