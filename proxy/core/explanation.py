@@ -31,20 +31,21 @@ def chain_shown(request: Request) -> Shown:
     }
 
 
-def hot_octets(decision: Decision, request: Request, picture: Picture) -> int:
+def hot_octets(decision: Decision, request: Request, pool: Pool, picture: Picture) -> int:
     """Return how much of the prompt is priced as if every replica had it, at this moment."""
-    chain = request.chain
-    if not decision.known or decision.known not in chain.hashes:
+    chain, known, slots = request.chain, decision.known, picture.seats(pool).slots
+    if not known or not slots or known not in chain.hashes:
         return 0
-    octets = chain.ends[chain.hashes.index(decision.known)]
-    hot = picture.hot.is_hot(decision.known, octets, picture.cache_octets(decision.slot))
-    return octets if hot else 0
+    octets = chain.ends[chain.hashes.index(known)]
+    return octets if picture.hot.is_hot(known, octets, picture.cache_octets(slots[0])) else 0
 
 
-def priced(decision: Decision, request: Request, picture: Picture, now_s: float) -> Terms:
+def priced(
+    decision: Decision, request: Request, pool: Pool, picture: Picture, now_s: float
+) -> Terms:
     """Return the price of a decision as its policy had it, term by term."""
     found = terms(decision, request, picture, now_s)
-    octets = hot_octets(decision, request, picture)
+    octets = hot_octets(decision, request, pool, picture)
     if octets <= decision.cached_octets:
         return found
     as_if = Decision(decision.replica, decision.slot, decision.reason, octets, decision.known)
@@ -73,7 +74,7 @@ def candidates(
             cached_octets = picture.index.held_of(slot, request.chain)
             one = Decision(replica, slot, "", cached_octets, prices.known)
             shown |= {
-                **priced(one, request, picture, now_s).as_dict(),
+                **priced(one, request, pool, picture, now_s).as_dict(),
                 **_slot_shown(picture, slot),
             }
             shown |= _source_shown(hearsay, name, now_s)

@@ -12,6 +12,7 @@ import orjson
 
 from proxy import errors
 from proxy.core.explanation import candidates, chain_shown, hot_octets, priced
+from proxy.core.fleet import Pool
 from proxy.core.http1 import Field
 from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
@@ -38,6 +39,8 @@ def _explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) ->
     request, picture = asked.request, plane.picture
     pool = plane.find_pool(asked.model, lookup=route.lookup)
     now_s, turn = plane.clock.now_s(), picture.turn
+    # First, for prices let go of what must be done by now, which not every policy looks at.
+    able = candidates(request, pool, picture, plane.sharing.hearsay, now_s)
     decision = plane.choose(request, pool, picture, now_s)
     picture.turn = turn  # it is still the next one's
     held = plane.holds(decision, request, asked.model, lookup=route.lookup, now_s=now_s)
@@ -55,10 +58,10 @@ def _explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) ->
         "waiting": plane.waiting.count,
     }
     if decision is not None:
-        shown["decision"] = _decision(decision, request, plane, now_s)
+        shown["decision"] = _decision(decision, request, pool, plane, now_s)
     elif not held:
         shown["error"] = orjson.Fragment(plane.nobody(pool, (), "").body())
-    shown["candidates"] = candidates(request, pool, picture, plane.sharing.hearsay, now_s)
+    shown["candidates"] = able
     return shown
 
 
@@ -71,7 +74,7 @@ def _session(request: Request, preamble: Preamble) -> dict[str, object] | None:
 
 
 def _decision(
-    decision: Decision, request: Request, plane: Plane, now_s: float
+    decision: Decision, request: Request, pool: Pool, plane: Plane, now_s: float
 ) -> dict[str, object]:
     octets, picture = request.chain.prompt_bytes, plane.picture
     return {
@@ -79,6 +82,6 @@ def _decision(
         "reason": decision.reason,
         "prompt_tokens": picture.tokens_of(octets, decision.slot),
         "cached_octets": decision.cached_octets,
-        "hot_octets": hot_octets(decision, request, picture),
-        **priced(decision, request, picture, now_s).as_dict(),
+        "hot_octets": hot_octets(decision, request, pool, picture),
+        **priced(decision, request, pool, picture, now_s).as_dict(),
     }

@@ -111,7 +111,9 @@ class Facts:
         """Keep the terms for those who will read them, before the request is itself one of them."""
         plane = self._plane
         if plane.access_log.enabled or self._explained:
-            self._terms = priced(decision, self._request, plane.picture, plane.clock.now_s())
+            assert self._pool is not None
+            now_s = plane.clock.now_s()
+            self._terms = priced(decision, self._request, self._pool, plane.picture, now_s)
 
     def _write_down(self, status: int, outcome: str, now_s: float) -> None:
         """Take the counts and log the line. Whatever happens here, the client gets its answer."""
