@@ -222,7 +222,9 @@ class Picture:
         if self._current(lease):
             self.loads.prefill_ended(lease, now_s)
 
-    def release(self, lease: Lease, now_s: float, usage: Usage | None = None) -> None:
+    def release(
+        self, lease: Lease, now_s: float, usage: Usage | None = None, *, served: bool = True
+    ) -> None:
         """The request is over, for whatever reason; `usage` is what its answer said, if it did."""
         if not self._current(lease):
             assert not lease.released, "a lease is released exactly once"

@@ -203,13 +203,15 @@ class Plane(Choice):
                 self.noting.prefill_ended(lease)
             self.work_done()
 
-    def release(self, lease: Lease, usage: Usage | None, first_octet_s: float) -> None:
-        """It is over. Exactly once for each lease."""
+    def release(
+        self, lease: Lease, usage: Usage | None, first_octet_s: float, *, served: bool
+    ) -> None:
+        """It is over. Exactly once for each lease. `served`: its prompt has been computed."""
         del self._leases[lease.lease_id]
         now_s = self.clock.now_s()
         if usage is not None and first_octet_s and lease.streamed:
             self.picture.loads.decoded(lease.slot, usage.completion_tokens, now_s - first_octet_s)
-        self.picture.release(lease, now_s, usage)
+        self.picture.release(lease, now_s, usage, served=served)
         if self.noting.on:
             self.noting.released(lease, usage)
         self.work_done()
