@@ -153,8 +153,7 @@ class Places:
         try:
             self._greet(channel)
             place.origin = self._hub.join(channel)
-            async for message in channel:
-                self._hear(place, message)
+            await channel.follow(lambda message: self._hear(place, message))
         except msgspec.MsgspecError as error:
             _log.error("worker %d cannot be understood, ending it: %s", place.index, error)
             _kill(process)

@@ -183,6 +183,7 @@ class Worker:
             for connection in list(entrance.connections):
                 connection.check_deadline(now_s)
             plane.upstreams.sweep(now_s)
+            plane.picture.sweep(now_s)
 
     async def _drain(self, plane: Plane, entrance: Entrance) -> None:
         """Answers under way are finished, within the grace; see `control.Drain`."""

@@ -25,7 +25,7 @@ from proxy.contract import LoadSample, ReplicaRecord
 from proxy.core import limits
 from proxy.core.fleet import Pool, Shares, make_pool
 from proxy.core.holding import Held, Holding, is_open
-from proxy.core.loads import Lease
+from proxy.core.lease import Lease
 from proxy.core.picture import Picture
 from proxy.core.policy import POLICIES, Decision, Policy, Request
 from proxy.core.replica import Replica, replica_of
@@ -254,7 +254,7 @@ class Ours(Chooser):
             completion_tokens=job.output_tokens,
             cached_tokens=flight.cached_tokens,
         )
-        picture.loads.decoded(trip.lease.slot, job.output_tokens, now_s - flight.first_s)
+        picture.decoded(trip.lease, job.output_tokens, now_s - flight.first_s)
         picture.release(trip.lease, now_s, usage)
         self._tell(picture, lambda other: self._hear_released(trip, other, usage))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from proxy.core import limits, note_wire, notes
-from proxy.core.loads import Lease
+from proxy.core.lease import Lease
 from proxy.core.note_wire import NoteError
 from proxy.core.notes import Note, OpenLease, OpenLeases
 from proxy.core.picture import Picture
@@ -178,6 +178,7 @@ class Hearsay:
             weight=said.weight,
             lease_id=said.lease_id,
         )
+        lease.life = self._picture.life_of(slot)
         lease.prompt_octets = said.prompt_bytes
         lease.cached_octets = said.prompt_bytes * said.cached_tokens // max(1, prompt_tokens)
         return lease
@@ -200,4 +201,4 @@ class Hearsay:
             self.inflight[lease.replica_name] = left
         else:
             del self.inflight[lease.replica_name]
-        self._picture.release(lease, now_s, usage)
+        self._picture.release(lease, now_s, usage, served=usage is not None)

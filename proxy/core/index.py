@@ -65,21 +65,28 @@ class Sighting:
 class Index:
     """Chain hashes by replica slot, bounded in entries and in octets."""
 
-    __slots__ = ("_holders", "_shelves", "first_noted")
+    __slots__ = ("_entries_max", "_holders", "_shelves", "first_noted")
 
     def __init__(self) -> None:
         self.first_noted = 0  # of the points of what was noted last: all before were young
         self._holders: dict[int, int] = {}
         self._shelves: dict[int, _Shelf] = {}
+        self._entries_max = limits.INDEX_ENTRIES_MAX
 
     def open(self, slot: int, capacity_octets: int) -> None:
         """A replica has taken the slot, with an empty cache."""
         self.close(slot)
         self._shelves[slot] = _Shelf(max(1, capacity_octets))
+        self._share_out()
 
     def close(self, slot: int) -> None:
         self.clear(slot)
         self._shelves.pop(slot, None)
+        self._share_out()
+
+    def _share_out(self) -> None:
+        each = limits.INDEX_ENTRIES_TOTAL_MAX // max(1, len(self._shelves))
+        self._entries_max = min(limits.INDEX_ENTRIES_MAX, each)
 
     def clear(self, slot: int) -> None:
         """Its cache is empty: it restarted, slept, or was told to forget."""
@@ -92,9 +99,11 @@ class Index:
     def set_capacity(self, slot: int, capacity_octets: int) -> None:
         """Believe in a smaller or larger cache; ghosts within a larger one are believed again."""
         shelf = self._shelves[slot]
+        grown = capacity_octets > shelf.capacity_octets
         shelf.capacity_octets = max(1, capacity_octets)
         self._evict(shelf, slot)
-        while shelf.ghosts:
+        oldest = shelf.live[next(iter(shelf.live))] >> _OCTET_BITS if shelf.live else 0
+        while grown and shelf.ghosts:
             name, entry = shelf.ghosts.popitem(last=True)
             octets = entry & _OCTET_MASK
             if shelf.live_octets + octets > shelf.capacity_octets:
@@ -102,7 +111,7 @@ class Index:
                 return
             shelf.ghost_octets -= octets
             shelf.live_octets += octets
-            shelf.live[name] = octets  # last used at moment 0: before all others
+            shelf.live[name] = oldest << _OCTET_BITS | octets
             shelf.live.move_to_end(name, last=False)
             self._holders[name] = self._holders.get(name, 0) | (1 << slot)
 
@@ -181,7 +190,10 @@ class Index:
         if shelf is None:
             return None
         hashes, ends, live = chain.hashes, chain.ends, shelf.live
-        if shelf.used_octets - shelf.young_octets > shelf.capacity_octets // limits.YOUNG_PARTS:
+        if (
+            shelf.used_octets - shelf.young_octets
+            > shelf.capacity_octets // limits.YOUNG_SPANS_PER_CACHE
+        ):
             shelf.young_octets = shelf.used_octets
         young = (shelf.young_octets + 1) << _OCTET_BITS
         seen: Sighting | None = None
@@ -207,7 +219,7 @@ class Index:
                 shelf.ghost_octets -= entry & _OCTET_MASK
             self._add(shelf, slot, name, ends[depth] - (ends[depth - 1] if depth else 0))
         entries = len(live) + len(shelf.ghosts)
-        if shelf.live_octets > shelf.capacity_octets or entries > limits.INDEX_ENTRIES_MAX:
+        if shelf.live_octets > shelf.capacity_octets or entries > self._entries_max:
             self._evict(shelf, slot)
         return seen
 
@@ -231,6 +243,9 @@ class Index:
             if entry >= 0:
                 shelf.live_octets -= entry & _OCTET_MASK
                 self._unset(name, slot)
+            ghost = shelf.ghosts.pop(name, -1)
+            if ghost >= 0:
+                shelf.ghost_octets -= ghost & _OCTET_MASK
 
     def _touch(self, shelf: _Shelf, slot: int, name: int, octets: int) -> None:
         entry = shelf.live.get(name, -1)
@@ -269,12 +284,12 @@ class Index:
         ghost_octets_max = shelf.capacity_octets * limits.GHOST_CACHES_MAX
         entries = len(shelf.live) + len(shelf.ghosts)
         while shelf.ghosts and (
-            shelf.ghost_octets > ghost_octets_max or entries > limits.INDEX_ENTRIES_MAX
+            shelf.ghost_octets > ghost_octets_max or entries > self._entries_max
         ):
             _, entry = shelf.ghosts.popitem(last=False)
             shelf.ghost_octets -= entry & _OCTET_MASK
             entries -= 1
-        while entries > limits.INDEX_ENTRIES_MAX:
+        while entries > self._entries_max:
             name, entry = shelf.live.popitem(last=False)
             shelf.live_octets -= entry & _OCTET_MASK
             self._unset(name, slot)

@@ -148,9 +148,10 @@ FLEX_WEIGHT = 0.25
 KV_CAPACITY_TOKENS_DEFAULT = 340_000
 # Entries of the index per replica, ghosts included; some 250 octets each, so 33 MB at the most.
 INDEX_ENTRIES_MAX = 1 << 17
+INDEX_ENTRIES_TOTAL_MAX = 1 << 21  # of all replicas of a worker: half a gigabyte
 # What was used within the last such part of a cache need not be moved to its young end again: the
 # order of use is exact to 3 %, well within what the believed size is.
-YOUNG_PARTS = 32
+YOUNG_SPANS_PER_CACHE = 32
 # Ghosts, in believed caches: one that is eight times as large as believed is found out.
 GHOST_CACHES_MAX = 7
 # How a believed size learns: at most a tenth of the way for one answer, within what an engine's
@@ -163,6 +164,17 @@ CACHE_SHARE_MAX = 64.0
 # older than so many is forgotten.
 RATIO_PRIOR_TOKENS = 10_000
 RATIO_WINDOW_TOKENS = 1_000_000
+RATIO_MIN = 1.0  # octets a token: digits; and the longest words, or much space
+RATIO_MAX = 16.0
+# Misses in a row on one replica that may teach the size of its group's caches; a cache that was too
+# large by four still hits one time in four.
+MISSES_TAUGHT_MAX = 3
+# Gauges are read every second, or two; older than this nobody reads them any more.
+GAUGE_AGE_S_MAX = 10.0
+# For so long a replica that refused or failed a request is dearer by that time, twice as long each
+# time in a row up to the eighth: 64 s.
+REFUSED_PAUSE_S = 0.5
+REFUSALS_COUNTED_MAX = 8
 SEATS_REMEMBERED_MAX = 1024  # pools whose slots are looked up once per fleet
 
 # Prefill speed of a replica nobody has measured: an 8 B model on an H200 does 26 to 39 thousand.
@@ -188,10 +200,13 @@ STALL_WEIGHT = 0.005
 # which nobody looks whether it would fit.
 KV_FULL_SHARE = 0.95
 KV_TIGHT_SHARE = 0.4
+KV_LONG_SHARE = 0.5  # of a cache: a longer prompt is looked at everywhere
 # A prefix is everybody's when one request in twenty begins with it and no longer one is known; the
 # counters find what one in 256 begins with, and forget by half after so many requests.
 HOT_SHARE = 0.05
 HOT_COUNT_MIN = 8
+# All that is as hot as this must fit into a quarter of every cache.
+HOT_CACHE_SHARE = 0.25
 HOT_COUNTERS_MAX = 256
 HOT_WINDOW_MAX = 16_384
 # Computed on different ways, equal prices differ by rounding.
@@ -207,7 +222,7 @@ SPILL_SLACK_S = 0.1
 # While others route to the same replicas and do not tell: this part of what the engines run.
 FOREIGN_SHARE_MIN = 0.2
 # Then the home may well hold what we do not know of: what that is worth, in times of the prefill.
-RING_WEIGHT = 0.8
+RING_WEIGHT = 1.2
 # Loading a LoRA adapter from disk takes a tenth of a second to a second.
 ADAPTER_LOAD_S = 0.5
 
@@ -278,10 +293,11 @@ KV_FIRST_TOKEN_S = 1.0
 # --- sharing decisions ------------------------------------------------------------------------
 # Notes are collected for so long before they are sent: shorter than any prefill, so that a burst
 # over all workers sees itself. A worker that tells of more than a thousand requests a second (three
-# notes each) collects for longer: batches of a few requests cost half as much again as the requests
-# do. So many requests need so many replicas that none gets more than a few in that time.
+# notes each) collects for longer, because a small batch costs more in waking three processes than
+# its requests do: for about one step of an engine, which looks at newcomers between two of them.
+# Such rates need so many replicas that none of them gets more than a request or two in that time.
 NOTES_FLUSH_S = 0.0015
-NOTES_FLUSH_BUSY_S = 0.008
+NOTES_FLUSH_BUSY_S = 0.016
 NOTES_BUSY_PER_S = 3000
 # What is collected before that goes at once: a hundred dispatches, or one page of a digest.
 NOTES_BATCH_BYTES_MAX = 32 * KIB

@@ -13,7 +13,8 @@ from proxy.contract import LoadSample
 from proxy.core import limits
 from proxy.core.fleet import Pool
 from proxy.core.index import Index, Sighting
-from proxy.core.loads import Lease, Loads
+from proxy.core.lease import Lease
+from proxy.core.loads import Loads
 from proxy.core.prefix import PrefixChain
 from proxy.core.replica import Replica
 from proxy.core.sketch import HotPrefixes
@@ -67,10 +68,13 @@ class Picture:
         self.turn = 0  # of round robin
         self.draw = draw
         self._names: list[str] = []  # by slot; empty: free
+        self._lives: list[int] = []  # by slot: how often it was given away
+        self._misses: list[int] = []  # by slot: prefixes in a row that were not there
         self._restarts: dict[str, int] = {}
         self._read_at_s: dict[str, float] = {}
         self._sizes: dict[str, _Sizes] = {}
         self._size_of: list[_Sizes] = []
+        self._heard_at_s: list[float] = []  # by slot: when its gauges came; below 0: never
         self._seats: dict[int, Seats] = {}
         self._lease_id = 0
 
@@ -93,13 +97,25 @@ class Picture:
             self._size_cache(slot)
             if replica.load is not None and replica.load.at_s != self._read_at_s.get(name):
                 self._read_at_s[name] = replica.load.at_s
+                self._heard_at_s[slot] = now_s
                 self._reconcile(slot, replica.load, now_s)
         self._seats.clear()
+
+    def sweep(self, now_s: float) -> None:
+        """Forget gauges that nobody has renewed."""
+        for slot, heard_s in enumerate(self._heard_at_s):
+            if heard_s >= 0.0 and now_s - heard_s > limits.GAUGE_AGE_S_MAX:
+                self._heard_at_s[slot] = -1.0
+                self.loads.forget_gauges(slot)
 
     @property
     def last_lease_id(self) -> int:
         """The id given last; they count up, and around."""
         return self._lease_id
+
+    def life_of(self, slot: int) -> int:
+        """Return the number of the slot's life, which a lease on it must name."""
+        return self._lives[slot]
 
     def name_of(self, slot: int) -> str:
         return self._names[slot]
@@ -116,8 +132,14 @@ class Picture:
         slot = self._names.index("") if "" in self._names else len(self._names)
         if slot == len(self._names):
             self._names.append("")
+            self._lives.append(-1)
+            self._misses.append(0)
+            self._heard_at_s.append(-1.0)
             self._size_of.append(_Sizes())
         self._names[slot] = replica.name
+        self._lives[slot] += 1
+        self._misses[slot] = 0
+        self._heard_at_s[slot] = -1.0
         self.slots[replica.name] = slot
         group = group_of(replica)
         sizes = self._sizes.get(group)
@@ -127,7 +149,7 @@ class Picture:
         self._size_of[slot] = sizes
         tokens = _capacity_tokens(replica)
         self.loads.open(slot, group, capacity_tokens=tokens, inflight_max=replica.max_inputs)
-        self.index.open(slot, self._cache_octets(slot))
+        self.index.open(slot, self.cache_octets(slot))
 
     def _vacate(self, name: str) -> None:
         slot = self.slots.pop(name)
@@ -170,10 +192,12 @@ class Picture:
         streamed: bool = True,
         weight: float = 1.0,
         known: int = 0,
+        whole: bool = True,
     ) -> Lease:
         """Count a request that goes to this replica now, and what it will leave there.
 
-        `known` is the hash of the longest prefix of it that any replica held; 0: none.
+        `known` is the hash of the longest prefix of it that any replica held; 0: none. `whole`: the
+        prompt is all in the request, and no part of it with the engine.
         """
         if known:
             self.hot.count(known)
@@ -181,6 +205,8 @@ class Picture:
         lease = self.lease(
             replica.name, slot, chain, cached_octets=cached_octets, streamed=streamed, weight=weight
         )
+        if not whole:
+            lease.prompt_octets = 0  # the answer's counts cannot be compared with it
         self.dispatched(lease, chain, now_s)
         return lease
 
@@ -204,6 +230,7 @@ class Picture:
             weight=weight,
             lease_id=self._lease_id,
         )
+        lease.life = self._lives[slot]
         lease.prompt_octets = chain.prompt_bytes
         lease.cached_octets = cached_octets
         return lease
@@ -223,25 +250,39 @@ class Picture:
             self.loads.prefill_ended(lease, now_s)
 
     def release(
-        self, lease: Lease, now_s: float, usage: Usage | None = None, *, served: bool = True
+        self,
+        lease: Lease,
+        now_s: float,
+        usage: Usage | None = None,
+        *,
+        served: bool = True,
+        refused: bool = False,
     ) -> None:
-        """The request is over, for whatever reason; `usage` is what its answer said, if it did."""
+        """The request is over, for whatever reason; `usage` is what its answer said, if it did.
+
+        `served`: it was answered; `refused`: the replica sent it away, or failed.
+        """
         if not self._current(lease):
             assert not lease.released, "a lease is released exactly once"
             lease.released = True
             return
-        if usage is None:
-            self.loads.release(lease, now_s)
-            return
         computed_tokens = 0
-        if usage.cached_tokens is not None:
+        if usage is not None and usage.cached_tokens is not None:
             computed_tokens = max(1, usage.prompt_tokens - usage.cached_tokens)
-        self.loads.release(lease, now_s, usage.completion_tokens, computed_tokens)
-        self._compare(lease, usage)
+        self.loads.release(lease, now_s, computed_tokens, served=served)
+        if refused:
+            self.loads.refused(lease.slot, now_s)
+        if usage is not None:
+            self._compare(lease, usage)
+
+    def decoded(self, lease: Lease, tokens: int, seconds: float) -> None:
+        """An answer took so long from its first token to its last."""
+        if self._current(lease):
+            self.loads.decoded(lease.slot, tokens, seconds)
 
     def _current(self, lease: Lease) -> bool:
-        """Whether the replica still has the slot that the lease names."""
-        return self._names[lease.slot] == lease.replica_name
+        """Whether the slot still is that of the replica that the lease was taken on."""
+        return self._lives[lease.slot] == lease.life and bool(self._names[lease.slot])
 
     # --- what answers teach ------------------------------------------------------------------
 
@@ -249,14 +290,19 @@ class Picture:
         if usage.prompt_tokens <= 0 or lease.prompt_octets <= 0:
             return
         sizes = self._size_of[lease.slot]
-        keep = max(0.0, 1.0 - usage.prompt_tokens / limits.RATIO_WINDOW_TOKENS)
-        sizes.octets = sizes.octets * keep + lease.prompt_octets
-        sizes.tokens = sizes.tokens * keep + usage.prompt_tokens
+        # One answer moves it by a twentieth at the most, and only between what text can be.
+        part = min(1.0, limits.RATIO_WINDOW_TOKENS / 20 / usage.prompt_tokens)
+        tokens = usage.prompt_tokens * part
+        octets = lease.prompt_octets * part
+        octets = min(max(octets, tokens * limits.RATIO_MIN), tokens * limits.RATIO_MAX)
+        keep = 1.0 - tokens / limits.RATIO_WINDOW_TOKENS
+        sizes.octets = sizes.octets * keep + octets
+        sizes.tokens = sizes.tokens * keep + tokens
         if usage.cached_tokens is not None and lease.sighting is not None:
             cached_octets = int(usage.cached_tokens * lease.prompt_octets / usage.prompt_tokens)
-            self._resize(lease.sighting, sizes, cached_octets)
+            self._resize(lease.slot, lease.sighting, sizes, cached_octets)
 
-    def _resize(self, sighting: Sighting, sizes: _Sizes, cached_octets: int) -> None:
+    def _resize(self, slot: int, sighting: Sighting, sizes: _Sizes, cached_octets: int) -> None:
         """Move the believed size of the caches towards where an answer says that it is.
 
         Under least recent use, what is there is what was used more recently than the cache is
@@ -264,6 +310,9 @@ class Picture:
         thought young enough, moves the border part of the way to it; all else teaches nothing.
         """
         present, away = 2 * cached_octets >= sighting.octets, sighting.away
+        self._misses[slot] = 0 if present else self._misses[slot] + 1
+        if self._misses[slot] > limits.MISSES_TAUGHT_MAX:
+            return  # this one has lost its cache; that says nothing of its size
         if present and away > 1.0:
             sizes.cache_share *= 1.0 + limits.RESIZE_SHARE * (min(away, 2.0) - 1.0)
         elif not present and limits.RESIZE_YOUNG_SHARE < away < 1.0:
@@ -274,16 +323,17 @@ class Picture:
         sizes.cache_share = min(max(sizes.cache_share, low), high)
         if abs(sizes.cache_share - sizes.applied_share) > 0.02 * sizes.applied_share:
             sizes.applied_share = sizes.cache_share
-            for slot in sizes.slots:
-                self._size_cache(slot)
+            for each in sizes.slots:
+                self._size_cache(each)
 
-    def _cache_octets(self, slot: int) -> int:
+    def cache_octets(self, slot: int) -> int:
+        """Return the KV cache that the replica is believed to have, in octets of prompts."""
         sizes = self._size_of[slot]
         tokens = self.loads.capacity_tokens[slot] * sizes.applied_share
         return max(1, int(tokens * sizes.octets_per_token))
 
     def _size_cache(self, slot: int) -> None:
-        self.index.set_capacity(slot, self._cache_octets(slot))
+        self.index.set_capacity(slot, self.cache_octets(slot))
 
     def cache_tokens(self, slot: int) -> int:
         """Return the KV cache that the replica is believed to have, in tokens."""

@@ -110,12 +110,12 @@ class Prices:
             depth = found[0][1]
             self.known, self.most_octets = chain.hashes[depth], chain.ends[depth]
             self.distinct = 2 * found[0][0].bit_count() <= len(slots)
-            if picture.hot.is_hot(self.known):
+            cache_octets = picture.cache_octets(slots[0])
+            if picture.hot.is_hot(self.known, self.most_octets, cache_octets):
                 self.hot_octets, self.distinct = self.most_octets, False
                 found = []
         self._add_prefill(found)
-        if loads.tight:
-            self._add_shortage()
+        self._add_shortage()
         self._exclude(request)
 
     def _add_prefill(self, found: list[tuple[int, int]]) -> None:
@@ -151,12 +151,13 @@ class Prices:
 
     def _add_shortage(self) -> None:
         """Where KV space is short, a long prompt waits for it, whether cached or not."""
-        picture = self._picture
-        tokens = picture.tokens_of(self._chain.prompt_bytes, self._slots[0])
-        for slot in picture.loads.tight:
+        loads, slots = self._picture.loads, self._slots
+        tokens = self._picture.tokens_of(self._chain.prompt_bytes, slots[0])
+        long = tokens > loads.capacity_tokens[slots[0]] * limits.KV_LONG_SHARE
+        for slot in slots if long else list(loads.tight):
             place = self.seats.places.get(slot, -1)
             if place >= 0:
-                self.prices_s[place] += picture.loads.shortage_s(slot, tokens)
+                self.prices_s[place] += loads.shortage_s(slot, tokens)
 
     def _exclude(self, request: Request) -> None:
         """Make those infinitely dear that may not take it, and dearer that lack its adapter."""
@@ -245,10 +246,13 @@ def _by_ring(request: Request, pool: Pool, prices: Prices, bound_s: float) -> De
 
 def session(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
     """The home while it lives, however busy: for state that only one replica has."""
-    seats = picture.seats(pool)
-    by_name = {seats.replicas[place].name: place for place in _able(request, seats, picture)}
+    seats, loads = picture.seats(pool), picture.loads
+    by_name = {replica.name: place for place, replica in enumerate(seats.replicas)}
     for step, name in enumerate(pool.ring.walk(request.chain.home_key)):
-        if name in by_name:
+        if name in by_name and name not in request.tried:
+            slot = seats.slots[by_name[name]]
+            if loads.inflight_max[slot] and loads.inflight[slot] >= loads.inflight_max[slot]:
+                return None  # it has to wait for this one
             return _decide(by_name[name], "spill" if step else "session", request, seats, picture)
     return None
 

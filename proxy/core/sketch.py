@@ -38,7 +38,13 @@ class HotPrefixes:
             self._seen //= 2
             self._counts = {each: left // 2 for each, left in self._counts.items() if left > 1}
 
-    def is_hot(self, name: int) -> bool:
-        """Whether a good part of the requests begin like this."""
+    def is_hot(self, name: int, octets: int, cache_octets: int) -> bool:
+        """Whether a good part of the requests begin with these octets, and caches can spare them.
+
+        At most so many can be as frequent as this one, and all of them together must fit into a
+        small part of every cache: else they would displace each other everywhere.
+        """
         count = self._counts.get(name, 0)
-        return count >= limits.HOT_COUNT_MIN and count >= limits.HOT_SHARE * self._seen
+        if count < limits.HOT_COUNT_MIN or count < limits.HOT_SHARE * self._seen:
+            return False
+        return octets * self._seen <= limits.HOT_CACHE_SHARE * cache_octets * count

@@ -9,12 +9,13 @@ A worker that loses its supervisor drains and ends, so that no port is held by a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import cast
 
 import msgspec
+from typing_extensions import override
 
 from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot
@@ -22,7 +23,7 @@ from proxy.io.telemetry import Sample
 
 _LENGTH = struct.Struct("!I")
 FRAME_BYTES_MAX = 64 * 1024 * 1024
-_READ_BYTES = 256 * 1024
+_HELD_BYTES_MAX = 1024 * 1024  # read and not taken; a frame that is larger is read whole
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
@@ -175,68 +176,160 @@ def frame_of(message: Message) -> bytes:
     return _LENGTH.pack(len(octets)) + octets
 
 
-class Channel:
-    """One end of the socket pair."""
+class Channel(asyncio.Protocol):
+    """One end of the socket pair. A protocol: batches of notes come by the hundred a second."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
         self._held = bytearray()  # what was read, taken as far as `_at`: many frames at a time
         self._at = 0
+        self._ended = False  # the other end is gone
+        self._reading = True
+        self._news: asyncio.Future[None] | None = None  # somebody waits for a message
+        self._room: asyncio.Future[None] | None = None  # what was sent is not taken
+        self._on_message: Callable[[Message], None] | None = None
 
     @classmethod
     async def open(cls, end: socket.socket) -> Channel:
         end.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=end, limit=FRAME_BYTES_MAX)
-        return cls(reader, writer)
+        loop = asyncio.get_running_loop()
+        _, channel = await loop.create_unix_connection(cls, sock=end)
+        return channel
+
+    # --- what the event loop says ------------------------------------------------------------
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by name
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        if self._at:
+            del self._held[: self._at]
+            self._at = 0
+        self._held += data
+        if self._on_message is not None:
+            self._hand_over(self._on_message)
+            return
+        if len(self._held) >= _HELD_BYTES_MAX and self._size >= 0 and self._reading:
+            self._reading = False
+            assert self._transport is not None
+            self._transport.pause_reading()
+        _wake(self._news)
+
+    @override
+    def connection_lost(self, error: Exception | None) -> None:
+        self._ended = True
+        _wake(self._news)
+        _wake(self._room)
+
+    @override
+    def pause_writing(self) -> None:
+        self._room = asyncio.get_running_loop().create_future()
+
+    @override
+    def resume_writing(self) -> None:
+        _wake(self._room)
+        self._room = None
+
+    # --- sending -----------------------------------------------------------------------------
 
     def send(self, message: Message) -> None:
         """Queue a message; a peer that does not read is found by its silence, not by blocking."""
         self.send_frame(frame_of(message))
 
     def send_frame(self, frame: bytes) -> None:
-        if not self._writer.is_closing():
-            self._writer.write(frame)
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame)
 
     async def drained(self) -> None:
         """Wait until the other end has taken most of what waits, or is gone."""
-        with contextlib.suppress(ConnectionError):
-            await self._writer.drain()
+        if self._room is not None and not self._ended:
+            await asyncio.shield(self._room)
 
     @property
     def waiting_bytes(self) -> int:
         """What the other end has not taken yet."""
-        return self._writer.transport.get_write_buffer_size()
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    # --- receiving ---------------------------------------------------------------------------
 
     async def receive(self) -> Message | None:
         """Return the next message, or None when the other end is gone."""
         while True:
-            if len(self._held) >= self._at + _LENGTH.size:
-                (size,) = _LENGTH.unpack_from(self._held, self._at)
-                if size > FRAME_BYTES_MAX:
-                    return None
-                begin = self._at + _LENGTH.size
-                if len(self._held) >= begin + size:
-                    self._at = begin + size
-                    return _decoder.decode(self._held[begin : self._at])
+            message = self._take()
+            if message is not None:
+                return message
+            if self._ended:
+                return None
+            if not self._reading:
+                self._reading = True
+                assert self._transport is not None
+                self._transport.resume_reading()
+            self._news = asyncio.get_running_loop().create_future()
             try:
-                piece = await self._reader.read(_READ_BYTES)
-            except ConnectionError:
-                return None
-            if not piece:
-                return None
-            del self._held[: self._at]
-            self._held += piece
-            self._at = 0
+                await self._news
+            finally:
+                self._news = None
 
     async def __aiter__(self) -> AsyncIterator[Message]:
         while (message := await self.receive()) is not None:
             yield message
+
+    async def follow(self, on_message: Callable[[Message], None]) -> None:
+        """Have each message handled when it comes, until the other end is gone.
+
+        Raises what a handler raises, and what is no message.
+        """
+        self._news = asyncio.get_running_loop().create_future()
+        self._on_message = on_message
+        try:
+            self._hand_over(on_message)
+            if not self._ended:
+                await self._news
+        finally:
+            self._on_message = self._news = None
+
+    def _hand_over(self, on_message: Callable[[Message], None]) -> None:
+        try:
+            while (message := self._take()) is not None:
+                on_message(message)
+        except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
+            self._on_message = None
+            if self._news is not None and not self._news.done():
+                self._news.set_exception(error)
 
     @property
     def has_more(self) -> bool:
         """Whether the next message has been read already, at least its beginning."""
         return len(self._held) > self._at
 
-    def close(self) -> None:
-        self._writer.close()
+    @property
+    def _size(self) -> int:
+        """Return the size of the next message, or -1 when it is not here yet."""
+        if len(self._held) < self._at + _LENGTH.size:
+            return -1
+        (size,) = _LENGTH.unpack_from(self._held, self._at)
+        if size > FRAME_BYTES_MAX:
+            self._ended = True
+            self.close()
+            return -1
+        return int(size) if len(self._held) >= self._at + _LENGTH.size + size else -1
+
+    def _take(self) -> Message | None:
+        size = self._size
+        if size < 0:
+            return None
+        begin = self._at + _LENGTH.size
+        self._at = begin + size
+        with memoryview(self._held) as held:
+            return _decoder.decode(held[begin : self._at])
+
+
+def _wake(waiting: asyncio.Future[None] | None) -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_result(None)

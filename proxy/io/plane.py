@@ -19,7 +19,7 @@ from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core import fleet as fleets
 from proxy.core import limits
 from proxy.core.head_memory import HeadMemory
-from proxy.core.loads import Lease
+from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
 from proxy.core.replica import Replica
@@ -189,6 +189,7 @@ class Plane(Choice):
             streamed=request.stream,
             weight=request.weight,
             known=decision.known,
+            whole=not request.response_key,
         )
         self._leases[lease.lease_id] = lease
         if self.noting.on:
@@ -204,14 +205,23 @@ class Plane(Choice):
             self.work_done()
 
     def release(
-        self, lease: Lease, usage: Usage | None, first_octet_s: float, *, served: bool
+        self,
+        lease: Lease,
+        usage: Usage | None,
+        first_octet_s: float,
+        *,
+        served: bool,
+        refused: bool,
     ) -> None:
-        """It is over. Exactly once for each lease. `served`: its prompt has been computed."""
+        """It is over. Exactly once for each lease.
+
+        `served`: its prompt has been computed. `refused`: the replica sent it away.
+        """
         del self._leases[lease.lease_id]
         now_s = self.clock.now_s()
         if usage is not None and first_octet_s and lease.streamed:
-            self.picture.loads.decoded(lease.slot, usage.completion_tokens, now_s - first_octet_s)
-        self.picture.release(lease, now_s, usage, served=served)
+            self.picture.decoded(lease, usage.completion_tokens, now_s - first_octet_s)
+        self.picture.release(lease, now_s, usage, served=served, refused=refused)
         if self.noting.on:
             self.noting.released(lease, usage)
         self.work_done()

@@ -90,9 +90,46 @@ def chain(kilobytes: int) -> Call:
 
 
 def note(kilobytes: int) -> Call:
+    """A prompt that was used before, longer ago than what is young."""
+    index, noted = Index(), chain_of(kilobytes)
+    index.open(0, 4 * limits.KV_CAPACITY_TOKENS_DEFAULT)
+
+    def renewed() -> object:
+        index.renew()
+        return index.note(0, noted)
+
+    return renewed
+
+
+def note_young(kilobytes: int) -> Call:
+    """A prompt that was used just now."""
     index, noted = Index(), chain_of(kilobytes)
     index.open(0, 4 * limits.KV_CAPACITY_TOKENS_DEFAULT)
     return lambda: index.note(0, noted)
+
+
+def hold_lease() -> Call:
+    """A request's load, from its dispatch to its end, beside fifteen others."""
+    picture, used = Picture(), chain_of(16)
+    candidates = pool(replica(f"replica-{number}") for number in range(8))
+    picture.know(candidates.replicas.values())
+    replicas, usage = list(candidates.replicas.values()), Usage(4000, 100, 2000)
+    held = [
+        picture.acquire(replicas[number % 8], used, cached_octets=0, now_s=0.0)
+        for number in range(15)
+    ]
+    turn = 0
+
+    def hold() -> None:
+        nonlocal turn
+        turn += 1
+        now_s = 0.01 * turn
+        held.append(picture.acquire(replicas[turn % 8], used, cached_octets=8192, now_s=now_s))
+        ended = held.pop(0)
+        picture.prefill_ended(ended, now_s)
+        picture.release(ended, now_s, usage)
+
+    return hold
 
 
 def upstream_head() -> Call:
@@ -174,7 +211,9 @@ CASES: tuple[Case, ...] = (
     Case("find_route", "chat", lambda: lambda: find_route(b"POST", b"/v1/chat/completions")),
     *_sized("scan_body", scan),
     *_sized("prefix_chain", chain),
-    *_sized("record.note", note),
+    *_sized("note, old", note),
+    *_sized("note, young", note_young),
+    Case("acquire..release", "of 16", hold_lease),
     *(
         Case("policy prefix", f"{count} replicas", lambda count=count: pick(count))  # type: ignore[misc]
         for count in REPLICAS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,7 +76,11 @@ def test_it_is_least_recent_use_but_for_the_youngest(
         for name in reversed(prompt.hashes):
             exact[slot].pop(name, None)
             exact[slot][name] = None
-    slack_kib = capacity_kib // limits.YOUNG_PARTS + 6 if capacity_kib >= limits.YOUNG_PARTS else 0
+    slack_kib = (
+        capacity_kib // limits.YOUNG_SPANS_PER_CACHE + 6
+        if capacity_kib >= limits.YOUNG_SPANS_PER_CACHE
+        else 0
+    )
     for slot in (0, 1):
         held = [name for name, _ in index.dump(slot)]
         assert len(held) == len(set(held)) == min(len(exact[slot]), capacity_kib)
@@ -95,7 +100,7 @@ def test_a_prefix_is_as_young_as_what_builds_on_it(
 ) -> None:
     """To the part of the cache within which nothing is moved; and noting tells what was known."""
     index = _index(0, capacity_octets=capacity_kib * _KIB)
-    slack = (capacity_kib // limits.YOUNG_PARTS + 7) / capacity_kib
+    slack = (capacity_kib // limits.YOUNG_SPANS_PER_CACHE + 7) / capacity_kib
     for _, session, turns in notes:
         prompt = _prompt(session, turns)
         before, said = index.sighting(0, prompt), index.note(0, prompt)
@@ -196,3 +201,23 @@ def test_an_empty_chain_changes_nothing() -> None:
     index.note(0, chain(1))
     assert index.entries() == 0
     assert index.match(chain(1), 1) == []
+
+
+def test_a_cache_that_has_not_grown_takes_no_ghosts_back() -> None:
+    index = _index(0, capacity_octets=32 * _KIB)
+    for session in range(1, 17):
+        index.note(0, _prompt(session, 4))
+    index.drop(0, 16_003)
+    index.set_capacity(0, 32 * _KIB)
+    assert index.held_octets(0) == 31 * _KIB
+    index.drop(0, 1003)  # a ghost is gone for good when the engine says so
+    index.set_capacity(0, 1 << 30)
+    assert index.held_of(0, _prompt(1, 4)) == 3 * _KIB
+
+
+def test_entries_are_bounded_over_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "INDEX_ENTRIES_TOTAL_MAX", 4096)
+    index = _index(*range(8))
+    for session in range(1, 2000):
+        index.note(session % 8, _prompt(session, 4))
+    assert index.entries() <= 4096

@@ -12,6 +12,7 @@ _UNITS = (
     "_BYTES", "_BYTES_MAX", "_S", "_S_MAX", "_MAX", "_DIGITS_MAX", "_TOKENS_DEFAULT",
     "_PER_S_DEFAULT", "_FIRST_S", "_WEIGHT", "_NODES", "_PER_TOKEN", "_SLACK_S", "_SHARE",
     "_SHARE_MIN", "_SHARE_MAX", "_BAND", "_TOKENS", "_PER_CACHE", "_PRICE_S", "_COUNT_MIN",
+    "RATIO_MIN", "_PAUSE_S", "_PARTS",
     "_S_MIN",
 )  # fmt: skip
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.core import limits
-from proxy.core.loads import Lease, Loads
+from proxy.core.lease import Lease
+from proxy.core.loads import Loads
 
 _RATE = limits.PREFILL_TOKENS_PER_S_DEFAULT
 
@@ -116,7 +117,9 @@ def test_whatever_happens_nothing_is_left_and_nothing_is_negative(
         elif open_leases and what == "first":
             loads.prefill_ended(open_leases[number % len(open_leases)], now_s)
         elif open_leases:
-            loads.release(open_leases.pop(number % len(open_leases)), now_s, number)
+            loads.release(
+                open_leases.pop(number % len(open_leases)), now_s, number, served=streamed
+            )
         for each in range(3):
             line = loads.line[each]
             behind = sum(lease.prefill_tokens for lease in list(line)[1:])
@@ -139,7 +142,7 @@ def _run(loads: Loads, slot: int, *, speed: float, count: int = 40, now_s: float
         lease = _send(loads, 3000, now_s, slot=slot)
         now_s += _seconds(3000) / speed
         loads.prefill_ended(lease, now_s)
-        loads.release(lease, now_s, 0, 3000)
+        loads.release(lease, now_s, 3000)
 
 
 def test_a_slow_replica_is_priced_as_slow_and_noise_is_not() -> None:
@@ -171,7 +174,7 @@ def test_speed_is_learned_from_what_was_computed_and_not_from_what_was_guessed()
         lease = _send(loads, 30_000, now_s)
         now_s += _seconds(3000)
         loads.prefill_ended(lease, now_s)
-        loads.release(lease, now_s, 10, 3000)
+        loads.release(lease, now_s, 3000)
     assert loads.s_per_token[0] == pytest.approx(_seconds(1), rel=0.05)
 
 
@@ -183,7 +186,7 @@ def test_what_a_first_token_takes_anyway_is_no_slowness() -> None:
             lease = _send(loads, tokens, now_s)
             now_s += 0.02 + _seconds(tokens)
             loads.prefill_ended(lease, now_s)
-            loads.release(lease, now_s, 10, tokens)
+            loads.release(lease, now_s, tokens)
     assert loads.s_per_token[0] == pytest.approx(_seconds(1), rel=0.15)
 
 
@@ -198,7 +201,7 @@ def test_a_newcomer_does_not_get_everything_until_it_has_caught_up() -> None:
 def test_slots_and_kv_space_that_are_taken_are_waited_for() -> None:
     loads = _loads(running_max=2)
     for _ in range(20):
-        loads.release(_send(loads, 1000, 0.0), 4.0, 100)
+        loads.release(_send(loads, 1000, 0.0), 4.0, 1000)
     assert loads.request_s[0] == pytest.approx(4.0, rel=0.2)
     leases = [_send(loads, 1000) for _ in range(2)]
     one_more = loads.extra_s[0]
@@ -209,7 +212,7 @@ def test_slots_and_kv_space_that_are_taken_are_waited_for() -> None:
         loads.release(lease, 1.0)
     assert loads.extra_s[0] == 0.0
     assert loads.shortage_s(0, 90_000) == 0.0
-    loads.reconcile(0, requests=0, waiting_tokens=0, held_tokens=80_000, now_s=1.0)
+    loads.reconcile(0, requests=9, waiting_tokens=0, held_tokens=80_000, now_s=1.0)
     assert loads.shortage_s(0, 15_000) == 0.0
     assert loads.shortage_s(0, 55_000) == pytest.approx(0.4 * loads.request_s[0])
     loads.reconcile(0, requests=0, waiting_tokens=0, held_tokens=10_000, now_s=1.0)
@@ -257,3 +260,57 @@ def test_a_lease_is_released_once() -> None:
     loads.prefill_ended(lease, 0.0)  # harmless: it is over
     with pytest.raises(AssertionError):
         loads.release(lease, 0.0)
+
+
+def test_an_error_teaches_no_speed_and_who_refuses_is_left_alone_for_a_while() -> None:
+    loads = _loads()
+    for turn in range(100):  # answered in a millisecond: nothing was computed
+        lease = _send(loads, 10_000, float(turn))
+        loads.prefill_ended(lease, turn + 0.001)
+        loads.release(lease, turn + 0.001, served=False)
+    assert loads.s_per_token[0] == _seconds(1)
+    assert loads.request_s[0] == 0.0
+    loads.refused(0, 200.0)
+    first_s = loads.wait_s(0, 200.0)
+    assert first_s == pytest.approx(limits.REFUSED_PAUSE_S)
+    loads.refused(0, 200.0)
+    assert loads.wait_s(0, 200.0) == pytest.approx(2 * first_s)
+    loads.reconcile(0, requests=0, waiting_tokens=0, held_tokens=0, now_s=200.0)
+    assert loads.wait_s(0, 200.0) == pytest.approx(2 * first_s), "its gauges do not excuse it"
+    for _ in range(20):
+        loads.refused(0, 300.0)
+    assert loads.wait_s(0, 300.0) <= 64.0
+    loads.release(_send(loads, 10, 400.0), 400.1)
+    loads.refused(0, 500.0)
+    assert loads.wait_s(0, 500.0) == pytest.approx(first_s), "a success begins the count anew"
+
+
+def test_the_time_of_a_whole_answer_is_not_that_of_its_prefill() -> None:
+    loads = _loads()
+    for turn in range(10):  # nothing else happens meanwhile
+        lease = _send(loads, 1000, 10.0 * turn, streamed=False)
+        loads.prefill_ended(lease, 10.0 * turn + 5.0)
+        loads.release(lease, 10.0 * turn + 5.0, 1000)
+    assert loads.s_per_token[0] == _seconds(1)
+
+
+def test_a_reading_that_is_older_than_what_ended_since_shows_no_others() -> None:
+    loads = _loads()
+    leases = [_send(loads, 1000) for _ in range(20)]
+    for lease in leases[:15]:
+        loads.release(lease, 0.5)
+    loads.reconcile(0, requests=20, waiting_tokens=9000, held_tokens=0, now_s=0.6)
+    assert loads.foreign_share([0]) == 0.0
+    loads.reconcile(0, requests=20, waiting_tokens=9000, held_tokens=0, now_s=1.6)
+    assert loads.foreign_share([0]) == pytest.approx(0.75)
+    loads.forget_gauges(0)
+    assert loads.foreign_share([0]) == 0.0
+
+
+def test_a_prompt_that_hardly_fits_waits_though_most_is_free() -> None:
+    loads = _loads()
+    loads.release(_send(loads, 10, 0.0), 4.0)
+    _send(loads, 30_000, 5.0)
+    loads.reconcile(0, requests=1, waiting_tokens=0, held_tokens=0, now_s=5.0)
+    assert 0 not in loads.tight
+    assert loads.shortage_s(0, 90_000) > 0.0

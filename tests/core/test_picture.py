@@ -142,3 +142,61 @@ def test_gauges_are_read_once_each() -> None:
     assert first_s == pytest.approx(6000 / limits.PREFILL_TOKENS_PER_S_DEFAULT)
     picture.know([a], first_s)  # the same reading in another snapshot
     assert picture.loads.wait_s(0, first_s) == 0.0
+
+
+def test_a_name_that_comes_back_is_another_life() -> None:
+    a = replica("a")
+    picture = _picture(a)
+    old = [picture.acquire(a, chain(n, 400), cached_octets=0, now_s=0.0) for n in range(5)]
+    picture.know([])
+    picture.know([a])
+    new = [picture.acquire(a, chain(n, 400), cached_octets=0, now_s=0.0) for n in range(5)]
+    for lease in old:
+        picture.prefill_ended(lease, 1.0)
+        picture.decoded(lease, 10, 1.0)
+        picture.release(lease, 1.0)
+    assert picture.loads.inflight[0] == 5
+    for lease in new:
+        picture.release(lease, 1.0)
+    assert picture.loads.inflight[0] == 0
+
+
+def test_a_prompt_whose_history_the_engine_keeps_teaches_no_sizes() -> None:
+    a = replica("a")
+    picture = _picture(a)
+    for key in range(100):
+        prompt = chain(key, 40)
+        lease = picture.acquire(a, prompt, cached_octets=0, now_s=0.0, whole=False)
+        picture.release(lease, 0.1, Usage(50_000, 5, 49_000))
+    assert picture.tokens_of(4000, 0) == 1000
+
+
+def test_no_answer_makes_nonsense_of_the_octets_a_token() -> None:
+    a = replica("a")
+    picture = _picture(a)
+    for tokens in (10**9, 1, 10**12):
+        lease = picture.acquire(a, chain(1, 4000), cached_octets=0, now_s=0.0)
+        picture.release(lease, 0.1, Usage(tokens, 5, 0))
+        assert 4000 / limits.RATIO_MAX <= picture.tokens_of(4000, 0) <= 4000 / limits.RATIO_MIN
+
+
+def test_one_that_lost_its_cache_does_not_shrink_the_others() -> None:
+    replicas = [_sized(name, 100_000) for name in "ab"]
+    picture = _picture(*replicas)
+    prompts = [chain(key, 4000) for key in range(50)]
+    for prompt in prompts:
+        picture.index.note(0, prompt)
+    for prompt in prompts[:40]:
+        lease = picture.acquire(replicas[0], prompt, cached_octets=4000, now_s=0.0)
+        picture.release(lease, 0.1, Usage(1000, 5, 0))
+    assert picture.cache_tokens(1) >= 80_000
+
+
+def test_gauges_that_nobody_renews_are_forgotten() -> None:
+    a = _sized("a", 10_000, load=LoadSample(at_s=5.0, running=9))
+    picture = _picture(a)
+    assert picture.loads.foreign_share([0]) == 1.0
+    picture.sweep(limits.GAUGE_AGE_S_MAX / 2)
+    assert picture.loads.foreign_share([0]) == 1.0
+    picture.sweep(limits.GAUGE_AGE_S_MAX + 1)
+    assert picture.loads.foreign_share([0]) == 0.0

@@ -7,14 +7,16 @@ import random
 from proxy.core import limits
 from proxy.core.sketch import HotPrefixes
 
+_CACHE = 1_000_000
+
 
 def test_a_head_of_many_requests_is_hot_among_thousands_that_are_not() -> None:
     draw = random.Random(1)
     hot = HotPrefixes()
     for number in range(20_000):
         hot.count(7 if draw.random() < 2 * limits.HOT_SHARE else 1000 + number)
-    assert hot.is_hot(7)
-    assert not any(hot.is_hot(1000 + number) for number in range(20_000))
+    assert hot.is_hot(7, 1000, _CACHE)
+    assert not any(hot.is_hot(1000 + number, 1000, _CACHE) for number in range(20_000))
     assert len(hot._counts) <= limits.HOT_COUNTERS_MAX
 
 
@@ -22,17 +24,26 @@ def test_what_was_hot_cools() -> None:
     hot = HotPrefixes()
     for _ in range(1000):
         hot.count(7)
-    assert hot.is_hot(7)
+    assert hot.is_hot(7, 1000, _CACHE)
     for number in range(4 * limits.HOT_WINDOW_MAX):
         hot.count(8 + number % 3)
-    assert not hot.is_hot(7)
-    assert hot.is_hot(8)
+    assert not hot.is_hot(7, 1000, _CACHE)
+    assert hot.is_hot(8, 1000, _CACHE)
 
 
 def test_a_few_requests_are_no_part_of_many() -> None:
     hot = HotPrefixes()
     for _ in range(limits.HOT_COUNT_MIN - 1):
         hot.count(7)
-    assert not hot.is_hot(7)
+    assert not hot.is_hot(7, 1000, _CACHE)
     hot.count(7)
-    assert hot.is_hot(7)
+    assert hot.is_hot(7, 1000, _CACHE)
+
+
+def test_what_caches_cannot_spare_the_room_for_stays_where_it_is() -> None:
+    hot = HotPrefixes()
+    for number in range(1000):  # ten documents, each as frequent as the others
+        hot.count(number % 10)
+    most = int(limits.HOT_CACHE_SHARE * _CACHE / 10)
+    assert hot.is_hot(3, most - 1, _CACHE)
+    assert not hot.is_hot(3, most + 1000, _CACHE)

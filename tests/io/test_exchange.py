@@ -190,20 +190,21 @@ _SHORT = b'{"model":"m","stream":true,"messages":[{"role":"user","content":"hi"}
 
 
 @pytest.mark.parametrize(
-    ("octets", "served"),
+    ("octets", "due"),
     [
-        (answer(), True),
-        (STREAM_HEAD + chunk(EVENTS[0]) + LAST_CHUNK, True),
-        (STREAM_HEAD + chunk(EVENTS[0]), True),  # and then the client goes
-        (STREAM_HEAD, False),
-        (answer(status=400), False),
-        (answer(status=429), False),
-        (answer(status=500), False),
-        (STREAM_HEAD.replace(b"200 OK", b"503 No") + chunk(EVENTS[0]) + LAST_CHUNK, False),
+        (answer(), "served"),
+        (STREAM_HEAD + chunk(EVENTS[0]) + LAST_CHUNK, "served"),
+        (STREAM_HEAD + chunk(EVENTS[0]), "served"),  # and then the client goes
+        (STREAM_HEAD, "not served"),
+        (answer(status=400), "not served"),
+        (answer(status=429), "refused"),
+        (answer(status=500), "refused"),
+        (answer(status=501), "not served"),
+        (STREAM_HEAD.replace(b"200 OK", b"503 No") + chunk(EVENTS[0]) + LAST_CHUNK, "refused"),
     ],
 )
 async def test_only_what_was_computed_counts_as_served(
-    bench: Bench, octets: bytes, served: bool, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, octets: bytes, due: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
     picture = bench.plane.picture
@@ -213,16 +214,16 @@ async def test_only_what_was_computed_counts_as_served(
         told.append("ended")
         ended(*args)
 
-    def released(*args: Any, served: bool) -> None:
-        told.append("served" if served else "not served")
-        release(*args, served=served)
+    def released(*args: Any, served: bool, refused: bool) -> None:
+        told.append("served" if served else "refused" if refused else "not served")
+        release(*args, served=served, refused=refused)
 
     monkeypatch.setattr(picture, "prefill_ended", prefill_ended)
     monkeypatch.setattr(picture, "release", released)
     client, engine = await bench.begun(chat_request(_SHORT))
     engine.send(octets)
     client.transport.hang_up()
-    assert told == (["ended", "served"] if served else ["not served"])
+    assert told == (["ended", "served"] if due == "served" else [due])
 
 
 async def test_a_request_that_is_refused_tries_the_replicas_of_today(make_bench: MakeBench) -> None:

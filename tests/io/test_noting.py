@@ -111,6 +111,23 @@ async def test_a_large_batch_goes_at_once(bench: Bench, monkeypatch: pytest.Monk
     assert len(said(channel)) == 2
 
 
+async def test_who_decides_much_collects_for_longer_until_it_decides_little(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "NOTES_FLUSH_BUSY_S", 0.03)
+    channel = listened_to(bench)
+    loop = asyncio.get_running_loop()
+    for count, slow in ((40, False), (2, True), (2, False)):
+        begun_s = loop.time()
+        for _ in range(count):
+            bench.plane.noting.stored(1, "a")
+        await until(lambda: channel.told)
+        assert len(said(channel)) == count
+        if slow:
+            assert loop.time() - begun_s >= 0.02
+    assert not bench.plane.noting._busy
+
+
 async def test_what_a_supervisor_that_is_behind_misses_is_told_as_a_whole(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

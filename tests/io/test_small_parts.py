@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import orjson
 import pytest
 from hypothesis import given
@@ -99,6 +100,62 @@ async def test_a_frame_that_claims_too_much_ends_the_channel() -> None:
         assert await receiver.receive() is None
         receiver.close()
         await asyncio.sleep(0)
+
+
+async def test_what_nobody_takes_is_left_with_the_sender_and_comes_when_it_is_wanted() -> None:
+    one, other = socket.socketpair()
+    sender, receiver = await control.Channel.open(one), await control.Channel.open(other)
+    batches = [bytes([number]) * (control._HELD_BYTES_MAX // 4) for number in range(40)]
+    for batch in batches:
+        sender.send(control.Noted(1.0, batch))
+    drained = Tasks().spawn("drained", sender.drained())
+    for _ in range(50):
+        await asyncio.sleep(0.001)
+    assert sender.waiting_bytes > 20 * len(batches[0])
+    assert len(receiver._held) < 3 * control._HELD_BYTES_MAX
+    assert not drained.done()
+    for batch in batches:
+        assert await receiver.receive() == control.Noted(1.0, batch)
+    await drained
+    sender.close()
+    assert await receiver.receive() is None
+
+
+async def test_who_follows_hears_all_that_was_read_and_raises_what_its_handler_raises() -> None:
+    one, other = socket.socketpair()
+    sender, receiver = await control.Channel.open(one), await control.Channel.open(other)
+    heard: list[control.Message] = []
+
+    def hear(message: control.Message) -> None:
+        heard.append(message)
+        if message == control.Ready():
+            raise RuntimeError("enough")
+
+    sender.send(control.Count())
+    sender.send(control.Whole())
+    assert await receiver.receive() == control.Count()
+    following = Tasks().spawn("following", receiver.follow(hear))
+    while not heard:
+        await asyncio.sleep(0)
+    sender.send(control.Ready())
+    sender.send(control.Count())
+    with pytest.raises(RuntimeError, match="enough"):
+        await following
+    assert heard == [control.Whole(), control.Ready()]
+    sender.close()
+    await receiver.follow(heard.append)
+    assert heard[2:] == [control.Count()]
+    receiver.close()
+
+
+async def test_octets_that_are_no_message_end_those_who_follow() -> None:
+    one, other = socket.socketpair()
+    receiver = await control.Channel.open(other)
+    with one:
+        one.sendall(struct.pack("!I", 2) + b"\xc1\xc1")
+        with pytest.raises(msgspec.MsgspecError):
+            await receiver.follow(lambda message: None)
+    receiver.close()
 
 
 # --- access log ----------------------------------------------------------------------------------
