@@ -70,6 +70,10 @@ class MessagesPresenter:
         self._reason = "end_turn"
         self._stop: str | None = None
 
+    def ahead(self) -> bytes:
+        """Return nothing: the first event comes with the first token."""
+        return b""
+
     def opening(self) -> bytes:
         """Return the start of the message and of its block."""
         usage = {"input_tokens": self._prompt_tokens, "output_tokens": 0}

@@ -173,6 +173,7 @@ class Exchange:
         # vLLM answers the head at once, SGLang when the first text is there.
         if self._engine.settings.dialect == "vllm":
             await response.prepare(request)
+            await response.write(presenter.ahead())
         unfinished = len(self.sequences)
         opened = False
         while unfinished:

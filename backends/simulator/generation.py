@@ -56,6 +56,9 @@ class Choice(NamedTuple):
 class Presenter(Protocol):
     """How an endpoint words its answers. Texts are made of words, so they need no JSON escapes."""
 
+    def ahead(self) -> bytes:
+        """Return what vLLM sends before it computes anything."""
+
     def opening(self) -> bytes:
         """Return what comes before the first text, sent together with it."""
 

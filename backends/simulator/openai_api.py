@@ -78,6 +78,10 @@ class _OpenAiPresenter:
         }
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
+    def ahead(self) -> bytes:
+        """Return nothing: the first event comes with the first token."""
+        return b""
+
     def frame(self, choice: int) -> tuple[bytes, bytes]:
         """Return what stands around the text of a chunk."""
         frame = self._frames.get(choice)

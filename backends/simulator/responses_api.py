@@ -95,13 +95,22 @@ class ResponsesPresenter:
         }
         self._delta_head = b"event: response.output_text.delta\ndata: " + orjson.dumps(delta)[:-1]
 
-    def opening(self) -> bytes:
-        """Return the events up to the first text."""
-        place: dict[str, object] = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+    def ahead(self) -> bytes:
+        """Return the events that say that it is under way."""
         return b"".join(
             (
                 self._event("response.created", response=self._response("in_progress")),
                 self._event("response.in_progress", response=self._response("in_progress")),
+            )
+        )
+
+    def opening(self) -> bytes:
+        """Return the events up to the first text, but for those that are out already."""
+        ahead = b"" if self._number else self.ahead()
+        place: dict[str, object] = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+        return b"".join(
+            (
+                ahead,
                 self._event(
                     "response.output_item.added",
                     output_index=0,

@@ -249,6 +249,9 @@ DRAIN_HALF_LIFE_S = 10.0
 RESPONSES_MAX = 1 << 16
 # Where in an answer its id is looked for. It is in the first event, or the first field.
 RESPONSE_ID_SEARCH_BYTES_MAX = 2 * KIB
+# Of a stream, in which its first token is looked for: the event that opens it may repeat what was
+# asked, instructions and tools included. After that many, whatever comes is taken for a token.
+OPENINGS_BYTES_MAX = MIB
 
 # --- explanations ---------------------------------------------------------------------------
 # A worker explains between requests: a body of this size holds them up for some ten milliseconds.

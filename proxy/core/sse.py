@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from proxy.core import limits
 from proxy.core.http1 import ResponseHead
 from proxy.core.routes import PromptKind, Route
 
@@ -19,6 +20,44 @@ from proxy.core.routes import PromptKind, Route
 _SIZE_LINE: Final = re.compile(rb"(?:\A|\r\n)[0-9A-Fa-f]{1,16}\r\n\Z")
 # A line end that is all the data of its chunk so far: what stands before it is framing.
 _LONE_LINE_END: Final = re.compile(rb"(?:\A|\r\n)[0-9A-Fa-f]{1,16}\r\n\r?\n\Z")
+
+# The beginning of a line that says which event this is, or of one that is an event's data.
+_EVENT_OR_DATA: Final = re.compile(rb"(?:\A|[\r\n])(?:event:[ ]?([^\r\n]*)(?=[\r\n])|(data:))")
+_LINE_BYTES_KEPT: Final = 64  # no event that is looked for has a longer line
+
+
+class Openings:
+    """Reads a stream as it comes, until the events that open it are over.
+
+    Some engines open a stream while the prompt still waits: those events say nothing of it. JSON
+    has no line end within a string, so no text can look like an event's name.
+    """
+
+    __slots__ = ("_left_bytes", "_line", "_named", "_names")
+
+    def __init__(self, names: tuple[bytes, ...]) -> None:
+        self._names = names
+        self._line = b""  # the beginning of a line that has not ended
+        self._named = False
+        self._left_bytes = limits.OPENINGS_BYTES_MAX
+
+    def over(self, octets: bytes) -> bool:
+        """Take octets, chunk framing included; return whether another event has begun."""
+        self._left_bytes -= len(octets)
+        if self._left_bytes < 0:
+            return True
+        octets = self._line + octets
+        for match in _EVENT_OR_DATA.finditer(octets):
+            if match[2]:
+                if not self._named:
+                    return True  # events without names: all are alike
+            elif match[1].strip() in self._names:
+                self._named = True
+            else:
+                return True
+        begin = max(octets.rfind(b"\n"), octets.rfind(b"\r"), 0)
+        self._line = octets[begin : begin + _LINE_BYTES_KEPT]
+        return False
 
 
 def cut_by_close(route: Route, response: ResponseHead, relayed: bytes) -> bool:

@@ -47,7 +47,7 @@ _LARGEST = frozenset(
 _HELP = {
     "requests": "Requests ended, by route, model, status and outcome",
     "request_duration_seconds": "From the head of a request to the end of its answer",
-    "time_to_first_token_seconds": "From the head of a request to the first octet of its answer",
+    "time_to_first_token_seconds": "From the head of a request to the first that was generated",
     "overhead_seconds": "From the whole request to its departure to a replica",
     "prompt_tokens": "Prompt tokens, of answers that reported usage",
     "prefix_cached_tokens": "Prompt tokens found in a prefix cache, of answers that reported usage",

@@ -134,10 +134,18 @@ class Ending(Facts):
             self._queue_s = self._plane.clock.now_s() - self._waiter.since_s
             self._waiter = None
 
-    def _release(self) -> None:
-        if self._lease is not None:
-            self._plane.release(self._lease, self._usage, self._first_octet_s)
-            self._lease = None
+    def _release(self, *, served: bool = False, refused: bool = False) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            first_s = self._first_octet_s
+            self._plane.release(lease, self._usage, first_s, served=served, refused=refused)
+
+    def _served(self, outcome: str) -> bool:
+        """Whether the replica has computed the prompt: an error, or nothing, does not show it."""
+        response = self._response
+        if response is None or response.status >= 300:
+            return False
+        return outcome == errors.OK or self._first_octet_s > 0.0
 
     def _finish(self, status: int, outcome: str) -> None:
         """Release and record. Exactly once: every path to the end of an exchange leads here."""
@@ -147,5 +155,6 @@ class Ending(Facts):
         self._drop_body()
         self._end_wait()
         self._usage = read_usage(self._tail) if status == 200 else None
-        self._release()
+        refused = outcome == errors.OK and (status == 429 or status >= 500)  # in its own words
+        self._release(served=self._served(outcome), refused=refused and status != 501)
         self._write_down(status, outcome, self._plane.clock.now_s())

@@ -23,6 +23,7 @@ from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
 from proxy.core.chunked import ChunkedDecoder, decode_followed
+from proxy.core.holding import is_full
 from proxy.core.http1 import ResponseHead
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
@@ -30,6 +31,7 @@ from proxy.core.response_id import find_id
 from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import PromptKind, find_route
 from proxy.core.session import response_key
+from proxy.core.sse import Openings
 from proxy.io.endings import Client, Ending
 from proxy.io.engine_answer import EngineAnswer, keep_error, told_head
 from proxy.io.plane import Plane
@@ -43,6 +45,11 @@ _CONNECTING: Final = Progress.CONNECTING
 _REQUEST_SENT: Final = Progress.REQUEST_SENT
 _RESPONSE_STARTED: Final = Progress.RESPONSE_STARTED
 _RESPONSES: Final = PromptKind.RESPONSES
+# Events that an engine sends while the prompt is still to be computed.
+_OPENINGS: Final = {
+    PromptKind.RESPONSES: (b"response.created", b"response.queued", b"response.in_progress"),
+    PromptKind.ANTHROPIC: (b"message_start", b"ping"),
+}
 
 
 class Exchange(Ending):
@@ -52,6 +59,7 @@ class Exchange(Ending):
         "_beginning",
         "_error",
         "_last_octet_s",
+        "_openings",
         "_paused",
         "_progress",
         "_unsent_head",
@@ -64,6 +72,7 @@ class Exchange(Ending):
         self._unsent_head = b""  # of the answer, rendered
         self._error: EngineAnswer | None = None  # the engine's, until it is whole
         self._beginning: bytes | None = None  # of an answer that others may go on from
+        self._openings: Openings | None = None  # of a stream that begins before its first token
         self._paused = False
 
     # --- 1. the head -------------------------------------------------------------------------
@@ -140,6 +149,18 @@ class Exchange(Ending):
         plane = self._plane
         return plane.choose(self._request, self._pool, plane.picture, plane.clock.now_s())
 
+    def _choose_anew(self) -> Decision | None:
+        """Choose among the replicas of today: the fleet may have changed meanwhile."""
+        plane, lookup = self._plane, self._route is not None and self._route.lookup
+        try:
+            self._pool = plane.find_pool(self._model, lookup=lookup)
+        except errors.ProxyError:  # nobody serves it any more
+            return None
+        decision = self._choose()
+        if decision is None or (not lookup and is_full(decision.slot, plane.picture)):
+            return None
+        return decision
+
     def _go_to(self, decision: Decision) -> None:
         """Take a lease on a replica, and get a connection to it."""
         plane, replica = self._plane, decision.replica
@@ -174,7 +195,7 @@ class Exchange(Ending):
         if not may_retry(self._progress, self._attempts, plane.retries_max):
             self.fail(errors.ReplicaUnreachableError(f"replica {replica_id}: {reason}"))
             return
-        decision = self._choose()
+        decision = self._choose_anew()
         if decision is None:
             self.fail(self._nobody(reason))
             return
@@ -220,6 +241,9 @@ class Exchange(Ending):
         self._drop_body()  # it will not be sent again
         if self._route is not None and self._route.prompt is _RESPONSES and head.status == 200:
             self._beginning = b""
+        if head.event_stream and self._route is not None and head.status == 200:
+            names = _OPENINGS.get(self._route.prompt)
+            self._openings = Openings(names) if names else None
         framing = heads.framing_line(head, length, self._preamble.minor)
         if head.chunked and not framing:
             self._decoder = ChunkedDecoder()
@@ -236,7 +260,7 @@ class Exchange(Ending):
     def _ask_next(self, replica_id: str) -> bool:
         """A stored response lives on one replica: ask the others before believing a 404."""
         self._request.tried.update(self._plane.fleet.names_of(replica_id))
-        decision = self._choose()
+        decision = self._choose_anew()
         if decision is None or self._upstream is None:
             return False
         self._upstream.abort()
@@ -250,10 +274,8 @@ class Exchange(Ending):
     def response_octets(self, data: bytes) -> None:
         plane = self._plane
         now_s = plane.clock.now_s()
-        if not self._received_bytes:
-            self._first_octet_s = now_s
-            if self._lease is not None:
-                plane.prefill_ended(self._lease, now_s)
+        if not self._first_octet_s:
+            self._hear_first(data, now_s)
         self._last_octet_s = now_s
         size = len(data)
         self._received_bytes += size
@@ -269,6 +291,17 @@ class Exchange(Ending):
         if self._decoder is not None:
             data = decode_followed(self._decoder, data)
         self._send(data)
+
+    def _hear_first(self, data: bytes, now_s: float) -> None:
+        """What is generated shows that the prompt is computed: neither an opening nor an error."""
+        if self._openings is not None:
+            if not self._openings.over(data):
+                return
+            self._openings = None
+        self._first_octet_s = now_s
+        failed = self._response is None or self._response.status >= 400
+        if self._lease is not None and not failed:
+            self._plane.prefill_ended(self._lease, now_s)
 
     def _find_response_id(self, beginning: bytes) -> None:
         """The answer stays where it was made, so what goes on from it has to come there."""

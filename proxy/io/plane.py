@@ -205,13 +205,24 @@ class Plane(Choice):
                 self.noting.prefill_ended(lease)
             self.work_done()
 
-    def release(self, lease: Lease, usage: Usage | None, first_octet_s: float) -> None:
-        """It is over. Exactly once for each lease."""
+    def release(
+        self,
+        lease: Lease,
+        usage: Usage | None,
+        first_octet_s: float,
+        *,
+        served: bool,
+        refused: bool,
+    ) -> None:
+        """It is over. Exactly once for each lease.
+
+        `served`: its prompt has been computed. `refused`: the replica sent it away.
+        """
         del self._leases[lease.lease_id]
         now_s = self.clock.now_s()
         if usage is not None and first_octet_s and lease.streamed:
             self.picture.decoded(lease, usage.completion_tokens, now_s - first_octet_s)
-        self.picture.release(lease, now_s, usage)
+        self.picture.release(lease, now_s, usage, served=served, refused=refused)
         if self.noting.on:
             self.noting.released(lease, usage)
         self.work_done()

@@ -260,11 +260,13 @@ async def test_embeddings_are_unit_vectors_of_their_prompts() -> None:
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def post_bare(engine: Simulated, body: dict[str, Any]) -> Connection:
+async def post_bare(
+    engine: Simulated, body: dict[str, Any], path: bytes = b"/v1/completions"
+) -> Connection:
     """Post over a bare socket and leave the answer unread."""
     reader, writer = await asyncio.open_connection("127.0.0.1", engine.port)
     data = msgspec.json.encode(body)
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(data)
+    head = b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (path, len(data))
     writer.write(head + data)
     return reader, writer
 
@@ -302,6 +304,21 @@ async def test_a_client_that_goes_while_waiting_is_forgotten() -> None:
         assert (state["running"], state["waiting"]) == (1, 0)
         await leave(first)
         await engine.until(lambda state: state["aborted"] == 2 and not state["running"])
+
+
+async def test_a_response_is_opened_while_it_waits_as_by_vllm() -> None:
+    async with simulator(time_scale=0.5, sequences_max=1) as engine, asyncio.timeout(20):
+        first = await post_bare(engine, {**ENDLESS, "stream": True})
+        await engine.until(lambda state: state["running"] == 1)
+        ask = {"model": "demo", "input": "hello", "max_output_tokens": 2, "stream": True}
+        second = await post_bare(engine, ask, b"/v1/responses")
+        await second[0].readuntil(b"event: response.in_progress\n")
+        await engine.until(lambda state: state["waiting"] == 1)
+        await leave(first)
+        rest = await second[0].readuntil(b"event: response.incomplete\n")
+        assert b"response.created" not in rest
+        assert b'"sequence_number":2' in rest
+        await leave(second)
 
 
 async def test_an_idle_connection_is_closed_after_its_time() -> None:

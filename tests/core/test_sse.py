@@ -7,8 +7,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from proxy.core import limits
 from proxy.core.chunked import ChunkFollower
-from proxy.core.sse import error_ending
+from proxy.core.sse import Openings, error_ending
 
 _ERROR = b'{"error":{"message":"replica lost"}}'
 _ENDING = b"event: error\ndata: " + _ERROR + b"\n\n"
@@ -158,3 +159,52 @@ def test_what_is_added_closes_the_open_chunk(relayed: bytes, left: int, line_end
     body, ended = _body_so_far(before + ending)
     assert not ended
     assert body.endswith(_ENDING)
+
+
+# --- where a stream's first token is --------------------------------------------------------------
+
+_NAMES = (b"response.created", b"response.in_progress")
+
+
+def _named(name: bytes, data: bytes = b"{}") -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (name, data)
+
+
+def _framed(event: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(event), event)
+
+
+_LONG_TEXT = (
+    rb'{"instructions":"\\nevent: response.output_text.delta\\ndata: ' + b"x" * 5000 + b'"}'
+)
+_OPENING = [
+    _named(_NAMES[0], _LONG_TEXT),
+    b": ping\n\n",
+    _named(_NAMES[1]).replace(b"\n", b"\r\n"),
+    b"event:response.created\n\n",
+]
+
+
+@given(st.integers(1, 700), st.booleans())
+def test_an_opening_is_over_with_the_first_event_of_another_name(size: int, framed: bool) -> None:
+    frame = _framed if framed else bytes
+    opening = b"".join(frame(event) for event in _OPENING)
+    openings = Openings(_NAMES)
+    for at in range(0, len(opening), size):
+        assert not openings.over(opening[at : at + size])
+    token = frame(_named(b"response.output_item.added"))
+    pieces = [token[at : at + size] for at in range(0, len(token), size)]
+    assert any(openings.over(piece) for piece in pieces)
+
+
+def test_events_without_names_are_no_opening() -> None:
+    openings = Openings(_NAMES)
+    assert not openings.over(b"1f\r\n")
+    assert openings.over(b'data: {"type": "response.created"}\n\n')
+
+
+def test_an_opening_without_end_is_one_only_for_so_long() -> None:
+    openings = Openings(_NAMES)
+    assert not openings.over(_named(_NAMES[0], b"x" * (limits.OPENINGS_BYTES_MAX - 100)))
+    assert openings.over(b"x" * 200)
+    assert len(openings._line) < 100

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from tests.fakes.plane import (
     chunk,
     inflight,
     queued_tokens,
+    records,
 )
 
 MakeBench = Callable[..., Bench]
@@ -149,6 +152,103 @@ async def test_the_first_octet_ends_the_prefill(bench: Bench) -> None:
     assert queued_tokens(bench.plane, "a") == 0
     assert inflight(bench.plane, "a") == 1
     client.transport.hang_up()
+
+
+def _post(path: str, body: bytes) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nhost: p\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+@pytest.mark.parametrize(
+    ("path", "opening", "token"),
+    [
+        ("/v1/responses", (b"response.created", b"response.in_progress"), b"response.output_item"),
+        ("/v1/messages", (b"message_start", b"ping"), b"content_block_start"),
+    ],
+)
+async def test_what_opens_a_stream_does_not_end_the_prefill(
+    bench: Bench, path: str, opening: tuple[bytes, ...], token: bytes
+) -> None:
+    text = b"word " * 400
+    body = b'{"model":"m","stream":true,"input":"%b","messages":[{"role":"user","content":"%b"}]}'
+    client, engine = await bench.begun(_post(path, body % (text, text)))
+    engine.send(STREAM_HEAD)
+    for name in opening:
+        engine.send(chunk(b"event: %b\ndata: {}\n\n" % name))
+        assert name in client.received
+        assert queued_tokens(bench.plane, "a") > 400
+    bench.clock.advance(2.0)
+    engine.send(chunk(b"event: %b\ndata: {}\n\n" % token))
+    assert queued_tokens(bench.plane, "a") == 0
+    engine.send(LAST_CHUNK)
+    assert client.answer().status == 200
+    (first,) = (s for s in bench.plane.counters() if s.name == "time_to_first_token_seconds")
+    assert first.value == pytest.approx(2.0)
+
+
+_SHORT = b'{"model":"m","stream":true,"messages":[{"role":"user","content":"hi"}]}'
+
+
+@pytest.mark.parametrize(
+    ("octets", "due"),
+    [
+        (answer(), "served"),
+        (STREAM_HEAD + chunk(EVENTS[0]) + LAST_CHUNK, "served"),
+        (STREAM_HEAD + chunk(EVENTS[0]), "served"),  # and then the client goes
+        (STREAM_HEAD, "not served"),
+        (answer(status=400), "not served"),
+        (answer(status=429), "refused"),
+        (answer(status=500), "refused"),
+        (answer(status=501), "not served"),
+        (STREAM_HEAD.replace(b"200 OK", b"503 No") + chunk(EVENTS[0]) + LAST_CHUNK, "refused"),
+    ],
+)
+async def test_only_what_was_computed_counts_as_served(
+    bench: Bench, octets: bytes, due: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    picture = bench.plane.picture
+    ended, release = picture.prefill_ended, picture.release
+
+    def prefill_ended(*args: Any) -> None:
+        told.append("ended")
+        ended(*args)
+
+    def released(*args: Any, served: bool, refused: bool) -> None:
+        told.append("served" if served else "refused" if refused else "not served")
+        release(*args, served=served, refused=refused)
+
+    monkeypatch.setattr(picture, "prefill_ended", prefill_ended)
+    monkeypatch.setattr(picture, "release", released)
+    client, engine = await bench.begun(chat_request(_SHORT))
+    engine.send(octets)
+    client.transport.hang_up()
+    assert told == (["ended", "served"] if due == "served" else [due])
+
+
+async def test_a_request_that_is_refused_tries_the_replicas_of_today(make_bench: MakeBench) -> None:
+    bench = make_bench(records("a"))
+    bench.upstreams.refusing = {"a"}
+    bench.upstreams.gate = asyncio.Event()
+    client = bench.client()
+    client.send(chat_request())
+    await bench.settle()
+    bench.publish(*records("b"))
+    bench.upstreams.gate.set()
+    (await bench.engine()).send(answer())
+    assert client.answer().status == 200
+    assert bench.upstreams.dialled == ["a", "b"]
+
+
+async def test_a_look_up_asks_the_replicas_of_today(make_bench: MakeBench) -> None:
+    bench = make_bench(records("a"))
+    client = bench.client()
+    client.send(b"GET /v1/responses/resp_1 HTTP/1.1\r\nhost: p\r\n\r\n")
+    engine = await bench.engine()
+    bench.publish(*records("ab"))
+    engine.send(answer(b"{}", status=404))
+    (await bench.engine()).send(answer())
+    assert client.answer("GET").status == 200
 
 
 # --- who waits for whom ---------------------------------------------------------------------------
