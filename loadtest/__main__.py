@@ -17,9 +17,10 @@ import uvloop
 
 from loadtest import bench, faults, plot, policies, report, sdk, siege, soak, storm, upgrade
 from loadtest.client import parse_url
-from loadtest.compare import compare
+from loadtest.compare import broken_promises, compare, in_engine_seconds
 from loadtest.fleet import FleetOptions
 from loadtest.measure import warmup_count
+from loadtest.policies import beside
 from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
 from loadtest.traces import Trace, TraceError
 
@@ -30,6 +31,7 @@ example:
 COMPARE_EXAMPLE = """\
 example:
   python -m loadtest compare conversation --policies round_robin,prefix --speed 3 --plot out.png
+  python -m loadtest compare conversation --workers 2 --kv-cache-tokens 750000 --speed 1.6 --lab
 """
 
 
@@ -131,6 +133,11 @@ def _replay(args: argparse.Namespace, options: Options, trace: Trace) -> int:
 
 def _compare(args: argparse.Namespace, options: Options, trace: Trace) -> int:
     fleet_options = FleetOptions(**_fields(args, FleetOptions))
+    try:
+        _check_lab(args, fleet_options, trace)
+    except ValueError as error:
+        print(f"loadtest: {error}", file=sys.stderr)
+        return 2
     runs = uvloop.run(compare(trace, options, fleet_options, lambda text: _say(text, args)))
     title = f"{options.trace}, {trace.request_count:,} requests at speed {options.speed:g}"
     title += f", {fleet_options.replicas} replicas {fleet_options.profile}"
@@ -140,8 +147,46 @@ def _compare(args: argparse.Namespace, options: Options, trace: Trace) -> int:
     _write(args, {"settings": settings, "runs": values})
     if args.plot:
         plot.draw(runs, title, args.plot)
-    made = [run for repeats in runs.values() for run in repeats]
-    return _exit_code(made, {run.label: run.label for run in made})
+    broken = broken_promises(runs)
+    for text in broken:
+        print(f"loadtest: {text}", file=sys.stderr)
+    if any(run.interrupted for repeats in runs.values() for run in repeats):
+        return 130
+    if args.lab and not _beside_the_lab(args, options, fleet_options, trace, runs):
+        broken.append("another order in the lab")
+    return 1 if broken else 0
+
+
+def _check_lab(args: argparse.Namespace, fleet_options: FleetOptions, trace: Trace) -> None:
+    """Raise `ValueError` for what the lab cannot do beside."""
+    if not args.lab:
+        return
+    beside.check(fleet_options.policies)
+    if trace.closed_loop:
+        raise ValueError("--lab: expected a trace with times of arrival")
+    if fleet_options.profile != FleetOptions().profile or not fleet_options.kv_cache_tokens:
+        raise ValueError("--lab: needs the usual profile, and --kv-cache-tokens")
+
+
+def _beside_the_lab(
+    args: argparse.Namespace,
+    options: Options,
+    fleet_options: FleetOptions,
+    trace: Trace,
+    runs: dict[str, list[Run]],
+) -> bool:
+    """Show the order of the policies here and in the lab. Returns whether it is the same."""
+    setting = beside.Setting(
+        replicas=fleet_options.replicas,
+        workers=fleet_options.workers,
+        kv_cache_tokens=fleet_options.kv_cache_tokens,
+        speed=options.speed,
+        time_scale=fleet_options.time_scale,
+    )
+    seen = in_engine_seconds(runs, fleet_options.time_scale)
+    compared = beside.compare(seen, beside.in_the_lab(trace, list(runs), setting))
+    _print(f"\n{beside.table(compared)}", args)
+    return not compared.disagreements
 
 
 def _faults(args: argparse.Namespace) -> int:
@@ -270,6 +315,7 @@ def _add_fleet(command: argparse.ArgumentParser) -> None:
     add("--time-scale", type=_positive, default=1.0, help="simulated seconds a second")
     add("--stream-interval", type=_positive_int, default=0, help="tokens a chunk")
     add("--repeat", type=_positive_int, default=1, help="runs of each policy, interleaved")
+    add("--lab", action="store_true", help="the order of the policies in the lab beside it")
     add("--start-timeout", type=_positive, default=base.start_timeout, help="s, until ready")
     add("--doherty", default="", metavar="COMMAND", help="default: the one installed")
 

@@ -127,6 +127,8 @@ def comparison_table(runs_by_policy: dict[str, list[Run]]) -> str:
             if policy == policies[0] and (middle := spread(values)):
                 base = middle.median
         lines.append(cells)
+    held = [sum(sum(run.left.values()) for run in runs) for runs in runs_by_policy.values()]
+    lines.append(["leases left", *(f"{left:g}" for left in held)])
     lines.append(["replicas' share of prompt tokens", *map(_shares, runs_by_policy.values())])
     widths = [max(len(line[column]) for line in lines) for column in range(len(policies) + 1)]
     rows = ("  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) for line in lines)
@@ -161,6 +163,7 @@ def run_value(run: Run) -> dict[str, Any]:
         "request_count": run.request_count,
         "interrupted": run.interrupted,
         "summary": msgspec.to_builtins(run.summary),
+        "left": run.left,
         "requests": _columns(run.outcomes),
     }
 

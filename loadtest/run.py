@@ -100,6 +100,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     interrupted: bool
     outcomes: tuple[Outcome, ...]
     summary: Summary
+    left: dict[str, float] = {}  # what the proxy still held at the end, by gauge; where one looked
 
 
 class Progress(Protocol):

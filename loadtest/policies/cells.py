@@ -21,7 +21,7 @@ from loadtest.formats import read_trace
 from loadtest.measure import quantile
 from loadtest.policies import ours, rivals
 from loadtest.policies.caches import Caches
-from loadtest.policies.engines import Flight
+from loadtest.policies.engines import Flight, Timing
 from loadtest.policies.router import Rival
 from loadtest.policies.synthetic import SYNTHETIC
 from loadtest.policies.workload import BLOCK_TOKENS, Job, Picked, Workload, from_trace
@@ -30,6 +30,7 @@ from loadtest.policies.world import Chooser, Drive, Fleet, Stage
 GOODPUT_STEPS = 7
 GOODPUT_MOST = 2.5  # times the load of the cell
 BURST_SHARES = (0.4, 0.7)  # which requests come faster
+_USUAL = Timing()
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
@@ -214,8 +215,19 @@ def run_cell(cell: Cell, policy: str) -> Figures:
     return _figures(policy, stage, first, last)
 
 
-def _stage(cell: Cell, workload: Workload, drive: Drive) -> Stage:
+def run_workload(
+    workload: Workload, cell: Cell, policy: str, *, scale: float, timing: Timing
+) -> Figures:
+    """Return the figures of a policy on requests and engines that are no cell's own."""
+    drive = Drive(scale=scale, proxies=cell.proxies, seed=cell.seed)
+    stage = _stage(cell, workload, drive, timing)
+    stage.run(_chooser(policy, stage, cell))
+    return _figures(policy, stage, len(workload.jobs) // 10, len(workload.jobs))
+
+
+def _stage(cell: Cell, workload: Workload, drive: Drive, timing: Timing = _USUAL) -> Stage:
     fleet = Fleet(
+        timing=timing,
         replicas=cell.replicas,
         capacity_tokens=cell.cache_tokens,
         model=cell.model,

@@ -21,7 +21,7 @@ from loadtest.policies.ours import lab_replicas
 from loadtest.policies.tables import aligned
 from proxy.core import policy as core_policy
 from proxy.core.fleet import Pool, make_pool
-from proxy.core.loads import Lease
+from proxy.core.lease import Lease
 from proxy.core.picture import Picture
 from proxy.core.policy import POLICIES, Request
 

@@ -44,6 +44,9 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     prefill_tokens_per_s: float = 30_000.0
+    # Of attention: a chunk from token a to b takes so much of b^2 - a^2. None of it is in the rate
+    # by default, which is that of a usual prompt.
+    prefill_s_per_token_squared: float = 0.0
     chunk_tokens: int = 8_192
     slots_serial: int = 64
     decode_tokens_per_s: float = 50.0  # of one answer; serial only
@@ -199,6 +202,7 @@ class Mixed(Engine):
         self.memory = memory
         self._state = IDLE
         self._begun: deque[Flight] = deque()  # admitted, prefill not done
+        self._squares = 0  # of this step's chunks
         self._done: list[Flight] = []  # whose prefill this step completes
         self._steps = 0  # tokens that every answer under way has got since the beginning
         self._ends: list[tuple[int, int, Flight]] = []  # heap: step, order, answer
@@ -296,6 +300,7 @@ class Mixed(Engine):
         self._since_s = now_s
         if chunk_tokens:
             duration_s = chunk_tokens / self.rate
+            duration_s += self._squares * self.timing.prefill_s_per_token_squared / self.speed
             self.work_s += duration_s
             self._state = PREFILLING
             self._set_wake(now_s + duration_s + self._stretch_s(1) / self.speed)
@@ -310,11 +315,14 @@ class Mixed(Engine):
         """Choose the step's prompt tokens: those begun first, then newcomers while they fit."""
         left = self.timing.chunk_tokens
         begun = self._begun
+        self._squares = 0
         while left:
             if not begun and not self._admit():
                 break
             flight = begun[0]
             tokens = min(left, flight.left_tokens)
+            end = flight.job.prompt_tokens - flight.left_tokens + tokens
+            self._squares += tokens * (2 * end - tokens)
             flight.left_tokens -= tokens
             left -= tokens
             if not flight.left_tokens:

@@ -25,7 +25,7 @@ from proxy.contract import LoadSample, ReplicaRecord
 from proxy.core import limits
 from proxy.core.fleet import Pool, Shares, make_pool
 from proxy.core.holding import Held, Holding, is_open
-from proxy.core.loads import Lease
+from proxy.core.lease import Lease
 from proxy.core.picture import Picture
 from proxy.core.policy import POLICIES, Decision, Policy, Request
 from proxy.core.replica import Replica, replica_of

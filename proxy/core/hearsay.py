@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from proxy.core import limits, note_wire, notes
-from proxy.core.loads import Lease
+from proxy.core.lease import Lease
 from proxy.core.note_wire import NoteError
 from proxy.core.notes import Note, OpenLease, OpenLeases
 from proxy.core.picture import Picture

@@ -1,4 +1,4 @@
-"""What each replica has to do, and how fast it does it: seconds of work, per slot.
+"""What each replica has to do: seconds of work, per slot.
 
 Work is counted in prefill tokens when it is dispatched, since whatever is counted later lets a
 burst pile onto one replica before anybody notices. Engines prefill first come, first served, so the
@@ -7,107 +7,45 @@ computed since the one before it answered, and the part of it that must be done 
 An answer that is not streamed shows no first octet until its end: such a request leaves the line
 when its prefill should be over.
 
-Speed is learned from the same line: tokens computed per second of being at its head, forgotten by
-half after some time of work, and compared with the other replicas of the group (one model on one
-kind of hardware): within a quarter of their median a replica counts as one of them, so that noise
-does not look like a difference; beyond it, it is priced as slow or as fast as it is.
-
 One writer. Lists by slot and not objects, because a decision reads a few figures of every replica.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from math import exp
 from typing import Final
 
 from proxy.core import limits
-from proxy.core.index import Sighting
+from proxy.core.lease import Lease
+from proxy.core.speeds import Speeds
 
 _NEVER_ZERO_S: Final = 1e-9
-_LN_2: Final = 0.6931471805599453
-
-
-class Lease:
-    """The load that one exchange holds on a replica, from dispatch to its one release."""
-
-    __slots__ = (
-        "cached_octets", "decoding", "first_noted", "head_s", "lease_id", "life", "pending",
-        "prefill_tokens", "prompt_octets", "prompt_tokens", "released", "replica_name",
-        "sighting", "slot", "started_s", "streamed", "weight",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        slot: int,
-        replica_name: str,
-        *,
-        prefill_tokens: int,
-        prompt_tokens: int,
-        streamed: bool = True,
-        weight: float = 1.0,
-        lease_id: int = 0,
-    ) -> None:
-        """`weight` is what a second of waiting counts for this class of work, 1 for a person's."""
-        self.slot = slot
-        self.replica_name = replica_name
-        self.prefill_tokens = max(1, prefill_tokens)
-        self.prompt_tokens = prompt_tokens
-        self.streamed = streamed
-        self.weight = weight
-        self.lease_id = lease_id
-        self.life = 0  # of its slot
-        self.pending = False
-        self.decoding = False
-        self.released = False
-        self.started_s = 0.0
-        self.head_s = -1.0  # how long it was at the head of the line, if that was seen
-        # What the index knew when it was dispatched; the answer's counts are judged by it.
-        self.prompt_octets = 0
-        self.cached_octets = 0
-        self.sighting: Sighting | None = None
-        self.first_noted = 0  # of its chain's points: those before were in use just now
-
-
-class Group:
-    """Replicas that should be equally fast: what is typical of them."""
-
-    __slots__ = ("learned", "overhead_s", "s_per_token", "slots")
-
-    def __init__(self) -> None:
-        self.s_per_token = 1.0 / limits.PREFILL_TOKENS_PER_S_DEFAULT
-        self.overhead_s = 0.0  # of a first token, beyond its prefill: network, intake, one step
-        self.slots: set[int] = set()
-        self.learned = 0  # since the median was last taken
 
 
 class Loads:
     """Load and speed of all replicas, by slot."""
 
     def __init__(self) -> None:
-        size = 0
-        self.inflight: list[int] = [0] * size
-        self.inflight_max: list[int] = [0] * size  # 0: no limit
-        self.dispatched_tokens: list[int] = [0] * size  # ever: it evens out the use of caches
-        self.pending_tokens: list[int] = [0] * size  # behind the head of the line
-        self.head_end_s: list[float] = [0.0] * size  # when the head should be done; 0: no head
-        self.s_per_token: list[float] = [0.0] * size
-        self.price_per_token: list[float] = [0.0] * size  # of a newcomer's own uncached tokens
-        self.extra_s: list[float] = [0.0] * size  # waiting for a slot
-        self.free_tokens: list[int] = [0] * size  # of KV, by the engine's gauge and what came since
+        self.inflight: list[int] = []
+        self.inflight_max: list[int] = []  # 0: no limit
+        self.dispatched_tokens: list[int] = []  # ever: it evens out the use of caches
+        self.pending_tokens: list[int] = []  # behind the head of the line
+        self.head_end_s: list[float] = []  # when the head should be done; 0: no head
+        self.speeds = Speeds()
+        self.s_per_token = self.speeds.s_per_token
+        self.price_per_token: list[float] = []  # of a newcomer's own uncached tokens
+        self.extra_s: list[float] = []  # waiting for a slot
+        self.free_tokens: list[int] = []  # of KV, by the engine's gauge and what came since
         self.tight: set[int] = set()  # slots where a prompt might not fit
-        self.decoding: list[float] = [0.0] * size  # requests past their prefill, by weight
-        self.s_per_output_token: list[float] = [0.0] * size  # learned; 0: not yet
-        self.held_tokens: list[int] = [0] * size  # KV of requests under way: prompts
-        self.capacity_tokens: list[int] = [0] * size
-        self.running_max: list[int] = [0] * size  # requests that it computes at a time; 0: any
-        self.request_s: list[float] = [0.0] * size  # how long a request holds its slot; learned
+        self.decoding: list[float] = []  # requests past their prefill, by weight
+        self.s_per_output_token: list[float] = []  # learned; 0: not yet
+        self.held_tokens: list[int] = []  # KV of requests under way: prompts
+        self.capacity_tokens: list[int] = []
+        self.running_max: list[int] = []  # requests that it computes at a time; 0: any
+        self.request_s: list[float] = []  # how long a request holds its slot; learned
         self.line: list[deque[Lease]] = []
         self.unseen: set[int] = set()  # slots whose head shows no first octet
-        self._head_start_s: list[float] = [0.0] * size
-        self._busy_s: list[float] = [0.0] * size
-        self._done_tokens: list[float] = [0.0] * size
-        self._own_s_per_token: list[float] = [0.0] * size
+        self._head_start_s: list[float] = []
         self.gauge_end_s: list[float] = []  # when all that its gauge showed should be done
         self._foreign: list[int] = []  # requests of others, by the engine's gauges
         self._others_held_tokens: list[int] = []  # KV in use by the engine's gauge, less ours then
@@ -115,8 +53,6 @@ class Loads:
         self._peak: list[int] = []  # most that were in flight since the last gauge
         self._refused: list[int] = []  # answers in a row that sent us away
         self._refused_end_s: list[float] = []
-        self._group: list[Group | None] = []
-        self._groups: dict[str, Group] = {}
 
     # --- slots -------------------------------------------------------------------------------
 
@@ -132,12 +68,7 @@ class Loads:
         """A replica has taken the slot, idle and as fast as its group."""
         while len(self.inflight) <= slot:
             self._grow()
-        self._leave_group(slot)
-        found = self._groups.get(group)
-        if found is None:
-            found = self._groups[group] = Group()
-        found.slots.add(slot)
-        self._group[slot] = found
+        self.speeds.open(slot, group)
         self.inflight[slot] = self.dispatched_tokens[slot] = self.pending_tokens[slot] = 0
         self.held_tokens[slot] = self._foreign[slot] = self._others_held_tokens[slot] = 0
         self._gauged[slot] = False
@@ -145,13 +76,11 @@ class Loads:
         self._refused_end_s[slot] = 0.0
         self.head_end_s[slot] = self.extra_s[slot] = self.decoding[slot] = 0.0
         self.gauge_end_s[slot] = 0.0
-        self._busy_s[slot] = self._done_tokens[slot] = self._own_s_per_token[slot] = 0.0
         self.s_per_output_token[slot] = self.request_s[slot] = 0.0
         self.line[slot] = deque()
         self.unseen.discard(slot)
-        self.s_per_token[slot] = found.s_per_token
         # A newcomer that begins as the least used would get everything until it has caught up.
-        used = [self.dispatched_tokens[other] for other in found.slots if other != slot]
+        used = [self.dispatched_tokens[other] for other in self.speeds.fellows(slot)]
         self.dispatched_tokens[slot] = min(used) if used else 0
         self.limit(slot, capacity_tokens, inflight_max, running_max)
 
@@ -166,18 +95,10 @@ class Loads:
 
     def close(self, slot: int) -> None:
         """The replica is gone. Leases on it may still be released; they change nothing more."""
-        self._leave_group(slot)
+        self.speeds.close(slot)
         self.line[slot] = deque()
         self.unseen.discard(slot)
         self.tight.discard(slot)
-
-    def _leave_group(self, slot: int) -> None:
-        group = self._group[slot]
-        if group is not None:
-            group.slots.discard(slot)
-            self._group[slot] = None
-            for name in [k for k, g in self._groups.items() if not g.slots]:
-                del self._groups[name]
 
     def _grow(self) -> None:
         for ints in (
@@ -187,13 +108,12 @@ class Loads:
         ):  # fmt: skip
             ints.append(0)
         for floats in (
-            self.head_end_s, self.s_per_token, self.price_per_token, self.extra_s, self.decoding,
+            self.head_end_s, self.price_per_token, self.extra_s, self.decoding,
             self.s_per_output_token, self.request_s, self.gauge_end_s, self._head_start_s,
-            self._busy_s, self._done_tokens, self._own_s_per_token, self._refused_end_s,
+            self._refused_end_s,
         ):  # fmt: skip
             floats.append(0.0)
         self.line.append(deque())
-        self._group.append(None)
         self._gauged.append(False)
 
     # --- one request -------------------------------------------------------------------------
@@ -253,7 +173,9 @@ class Loads:
         assert not lease.released, "a lease is released exactly once"
         slot = lease.slot
         if served and lease.head_s >= 0.0 and not self._foreign[slot]:  # else it is others' time
-            self._learn(slot, computed_tokens or lease.prefill_tokens, lease.head_s)
+            tokens = computed_tokens or lease.prefill_tokens
+            for each in self.speeds.learn(slot, tokens, lease.head_s):
+                self._toll(each)
         if lease.pending:
             self._withdraw(lease, now_s)
         elif lease.decoding:
@@ -370,8 +292,7 @@ class Loads:
 
     def _begin(self, slot: int, start_s: float) -> None:
         head = self.line[slot][0]
-        group = self._group[slot]
-        overhead_s = group.overhead_s if group is not None else 0.0
+        overhead_s = self.speeds.overhead_s(slot)
         prefill_s = head.prefill_tokens * self.s_per_token[slot]
         self._head_start_s[slot] = start_s
         self.head_end_s[slot] = max(start_s + overhead_s + prefill_s, _NEVER_ZERO_S)
@@ -448,44 +369,3 @@ class Loads:
         if short <= 0 or not self._gauged[slot] or not self.inflight[slot] + self._foreign[slot]:
             return 0.0
         return short / self.capacity_tokens[slot] * self.request_s[slot]
-
-    def _learn(self, slot: int, tokens: int, seconds: float) -> None:
-        """Take in that the head of the line took so long for so many tokens."""
-        group = self._group[slot]
-        if group is None:
-            return
-        if seconds > 0.0 and tokens <= limits.SMALL_PREFILL_TOKENS:
-            beyond_s = seconds - tokens * group.s_per_token
-            bounded_s = min(max(0.0, beyond_s), limits.FIRST_TOKEN_OVERHEAD_S_MAX)
-            group.overhead_s += limits.LEARN_SHARE * (bounded_s - group.overhead_s)
-        seconds = max(0.0, seconds - group.overhead_s)
-        keep = exp(-_LN_2 * seconds / limits.SPEED_HALF_LIFE_S)
-        self._busy_s[slot] = self._busy_s[slot] * keep + seconds
-        self._done_tokens[slot] = self._done_tokens[slot] * keep + tokens
-        prior_s = limits.SPEED_PRIOR_S
-        prior_tokens = prior_s / group.s_per_token
-        self._own_s_per_token[slot] = (self._busy_s[slot] + prior_s) / (
-            self._done_tokens[slot] + prior_tokens
-        )
-        group.learned += 1
-        if group.learned >= len(group.slots):
-            self._take_median(group)
-        self._set_speed(slot, group)
-
-    def _take_median(self, group: Group) -> None:
-        group.learned = 0
-        known = sorted(
-            [s for s in [self._own_s_per_token[slot] for slot in group.slots] if s > 0.0]
-        )
-        if known:
-            group.s_per_token = known[len(known) // 2]
-        for slot in group.slots:
-            self._set_speed(slot, group)
-
-    def _set_speed(self, slot: int, group: Group) -> None:
-        own, typical = self._own_s_per_token[slot], group.s_per_token
-        usual = typical / limits.SPEED_BAND < own < typical * limits.SPEED_BAND
-        speed = typical if usual or own <= 0.0 else own
-        if speed != self.s_per_token[slot]:
-            self.s_per_token[slot] = speed
-            self._reprice(slot)

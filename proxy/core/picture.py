@@ -13,7 +13,8 @@ from proxy.contract import LoadSample
 from proxy.core import limits
 from proxy.core.fleet import Pool
 from proxy.core.index import Index, Sighting
-from proxy.core.loads import Lease, Loads
+from proxy.core.lease import Lease
+from proxy.core.loads import Loads
 from proxy.core.prefix import PrefixChain
 from proxy.core.replica import Replica
 from proxy.core.sketch import HotPrefixes

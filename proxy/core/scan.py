@@ -249,9 +249,9 @@ def element_ends(octets: bytes, begin: int, end: int) -> _Ends:
     if begin == end or octets[begin : begin + 1] != b"[":
         return ()
     start = _tail_start(octets, begin, end)
-    elements = _last_elements(octets, start, end)
+    elements = _last_elements(octets, begin, start, end)
     if len(elements) < limits.CHAIN_BOUNDARIES_MAX and start > begin + 1:
-        elements = _last_elements(octets, begin + 1, end)
+        elements = _last_elements(octets, begin, begin + 1, end)
     ends: list[int] = []
     at = _space_start(octets, end - 1)
     for element in reversed(elements[-limits.CHAIN_BOUNDARIES_MAX :]):
@@ -281,16 +281,20 @@ def _tail_start(octets: bytes, begin: int, end: int) -> int:
     return at
 
 
-def _last_elements(octets: bytes, start: int, end: int) -> list[Raw]:
+def _last_elements(octets: bytes, begin: int, start: int, end: int) -> list[Raw]:
     """Return the elements from `start`; none where that is within one, or where they are too many.
 
-    Naming each of many numbers would take thirty times their memory.
+    Naming each of many numbers would take thirty times their memory. Nor is anything copied that
+    need not be: several large bodies at once are what memory is reckoned for.
     """
     most = limits.ELEMENTS_NAMED_MAX
     if end - start > 2 * most and octets.count(b",", start, end) > most:
         return []
+    view = memoryview(octets)
     try:
-        return _elements.decode(b"[" + octets[start:end])
+        if start == begin + 1:
+            return _elements.decode(view[begin:end])
+        return _elements.decode(b"".join((b"[", view[start:end])))
     except msgspec.DecodeError:
         return []
 

@@ -15,7 +15,7 @@ from proxy.core import head as heads
 from proxy.core import sse
 from proxy.core.chunked import ChunkedDecoder
 from proxy.core.http1 import ResponseHead
-from proxy.core.loads import Lease
+from proxy.core.lease import Lease
 from proxy.core.preamble import Preamble
 from proxy.core.usage import read_usage
 from proxy.io.facts import Facts

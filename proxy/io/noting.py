@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Mapping
 
 from proxy.core import limits, note_wire, notes
-from proxy.core.loads import Lease
+from proxy.core.lease import Lease
 from proxy.core.notes import OpenLease
 from proxy.core.picture import Picture
 from proxy.core.prefix import PrefixChain

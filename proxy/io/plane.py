@@ -19,7 +19,7 @@ from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core import fleet as fleets
 from proxy.core import limits
 from proxy.core.head_memory import HeadMemory
-from proxy.core.loads import Lease
+from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
 from proxy.core.replica import Replica

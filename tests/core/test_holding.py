@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from proxy.core import limits
 from proxy.core.fleet import Pool
 from proxy.core.holding import Held, Holding, Opening, is_open
-from proxy.core.loads import Lease
+from proxy.core.lease import Lease
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Request, prefix
 from tests.core.builders import chain, pool, replica

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.core import limits
-from proxy.core.loads import Lease, Loads
+from proxy.core.lease import Lease
+from proxy.core.loads import Loads
 
 _RATE = limits.PREFILL_TOKENS_PER_S_DEFAULT
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from proxy.contract import ReplicaState
 from proxy.core import limits
 from proxy.core.fleet import Pool
-from proxy.core.loads import Lease
+from proxy.core.lease import Lease
 from proxy.core.picture import Picture
 from proxy.core.policy import POLICIES, REASONS, Decision, Prices, Request, terms
 from proxy.core.prefix import NO_CHAIN, PrefixChain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -208,6 +209,23 @@ def test_very_many_elements_are_not_named() -> None:
     assert len(scan.element_ends(many, 0, len(many))) == limits.CHAIN_BOUNDARIES_MAX
     many = b"[7,%b" % many[1:]
     assert scan.element_ends(many, 0, len(many)) == ()
+
+
+@pytest.mark.parametrize(("count", "copies_max"), [(1, 1.1), (20, 2.1)])
+def test_a_large_body_that_is_read_without_the_native_scan_is_not_held_many_times(
+    count: int, copies_max: float
+) -> None:
+    text = b"x" * (4_000_000 // count)
+    message = b'{"role":"user","content":"%b"}' % text
+    body = b'{"model":"m","messages":[%b]}' % b",".join([message] * count)
+    tracemalloc.start()
+    try:
+        scanned = scan.scan_with(None, body)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(scanned.message_ends) == min(count, limits.CHAIN_BOUNDARIES_MAX)
+    assert peak_bytes < copies_max * len(body)
 
 
 @pytest.mark.parametrize("inner", [b"7", b'{"role":"x"}', b'[{"role":"x"}]', b'"{\\"role\\":"'])

@@ -248,6 +248,39 @@ def test_a_comparison_from_beginning_to_end(
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--policies", "prefix,cache_aware", "--kv-cache-tokens", "9000"], "doherty:cache_aware"),
+        (["--policies", "prefix"], "needs the usual profile, and --kv-cache-tokens"),
+        (["--profile", "fast", "--kv-cache-tokens", "9000"], "needs the usual profile"),
+    ],
+)
+def test_what_the_lab_cannot_do_is_said_before_anything_is_started(
+    arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "conversation", "--lab", "--doherty", "/nonexistent", *arguments]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_a_comparison_with_the_lab_beside_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadtest.rest.REST_TIMEOUT_S", 0.0)
+    code = main(
+        [
+            *("compare", "conversation", "--policies", "prefix", "--replicas", "2", "--quiet"),
+            *("--doherty", f"{sys.executable} {FAKE} --leases 1", "--limit", "5", "--lab"),
+            *("--speed", "1000", "--max-output-tokens", "2", "--kv-cache-tokens", "750000"),
+        ]
+    )
+    assert code == 1
+    printed = capsys.readouterr()
+    assert printed.err == "loadtest: prefix: not back to zero: leases 1\n"
+    assert "leases left                       1" in printed.out
+    assert printed.out.endswith("the same order\n")
+
+
 def test_a_comparison_that_is_ended_stops_what_it_started(tmp_path: Path) -> None:
     notes = tmp_path / "ready"
     command = [sys.executable, "-m", "loadtest", "compare", "conversation", "--limit", "900"]

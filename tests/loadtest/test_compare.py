@@ -6,9 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import orjson
 import pytest
 
+from loadtest import compare
 from loadtest.client import Client, parse_url
 from loadtest.fleet import (
     FleetOptions,
@@ -18,8 +20,12 @@ from loadtest.fleet import (
     fleet_config,
     free_ports,
 )
-from loadtest.run import RunError
+from loadtest.policies import beside
+from loadtest.policies.beside import Seen, Setting
+from loadtest.rest import left_over
+from loadtest.run import Options, RunError, load_trace
 from proxy.config import parse_config
+from tests.loadtest.test_report import made_run
 
 PORTS = Ports(proxy=1001, admin=1002, manager=1003)
 FAKE = Path(__file__).parents[1] / "fakes" / "doherty_command.py"
@@ -130,3 +136,56 @@ async def test_a_fleet_that_does_not_stop_is_killed(
             pass
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
+
+
+async def test_a_proxy_that_says_nothing_of_its_leases_is_not_at_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(RunError, match="without leases, leases_of_others"):
+        await left_over(free_ports().admin)
+    monkeypatch.setattr("loadtest.rest.REST_TIMEOUT_S", 0.0)
+    options = FleetOptions(doherty=f"{sys.executable} {FAKE} --leases 2")
+    async with fleet("prefix", options) as running:
+        assert await left_over(running.ports.admin) == {"leases": 2}
+
+
+def test_what_a_proxy_must_not_do() -> None:
+    run = made_run("prefix")
+    left = msgspec.structs.replace(run, left={"leases": 1, "queue_depth": 2})
+    assert compare.broken_promises({"prefix": [run, left]}) == [
+        "prefix: 1 requests failed: cut",
+        "prefix: 1 requests failed: cut",
+        "prefix: not back to zero: leases 1, queue_depth 2",
+    ]
+    whole = msgspec.structs.replace(run, outcomes=run.outcomes[:-1])
+    assert compare.broken_promises({"prefix": [whole]}) == []
+
+
+def test_the_order_here_and_in_the_lab() -> None:
+    runs = {"slow": [made_run(ttft_s=3.0)], "fast": [made_run(ttft_s=0.5), made_run(ttft_s=0.7)]}
+    seen = compare.in_engine_seconds(runs, 2.0)
+    assert list(seen) == ["slow", "fast"]
+    assert seen["fast"].ttft_p95_s == pytest.approx(1.2)  # both runs' median, in engine seconds
+    assert seen["fast"].hit == 0.6
+    same = beside.compare(seen, {"slow": Seen(30.0, 0.1, 0.2), "fast": Seen(1.0, 0.1, 0.2)})
+    assert list(same.seen) == list(same.lab) == ["fast", "slow"]
+    assert not same.disagreements
+    assert beside.table(same).endswith("the same order")
+    near = beside.compare(seen, {"slow": Seen(1.0, 0.1, 0.2), "fast": Seen(1.1, 0.1, 0.2)})
+    assert not near.disagreements
+    assert beside.table(near).endswith("but for those that are too near to have one: fast and slow")
+    other = beside.compare(seen, {"slow": Seen(1.0, 0.1, 0.2), "fast": Seen(1.5, 0.1, 0.2)})
+    assert beside.table(other).endswith("another order: slow and fast")
+
+
+def test_the_lab_takes_the_same_requests_at_the_same_pace() -> None:
+    trace = load_trace(Options(limit=150))
+    policies = ["round_robin", "prefix"]
+    quick = Setting(replicas=4, workers=2, kv_cache_tokens=750_000, speed=6.0, time_scale=2.0)
+    beside.check(policies)
+    found = beside.in_the_lab(trace, policies, quick)
+    as_slow = msgspec.structs.replace(quick, speed=3.0, time_scale=1.0)
+    assert beside.in_the_lab(trace, policies, as_slow) == found
+    assert found["prefix"].ttft_p95_s < found["round_robin"].ttft_p95_s
+    with pytest.raises(ValueError, match="doherty:nonsense"):
+        beside.check(["nonsense"])

@@ -48,6 +48,20 @@ def run(workload: Workload, fleet: Fleet, policy: str = "round_robin") -> Stage:
     return stage
 
 
+@pytest.mark.parametrize("chunk_tokens", [512, 3000, 100_000])
+def test_attention_costs_the_same_however_a_prompt_is_cut(chunk_tokens: int) -> None:
+    rate, squared = 50_000.0, 5e-10
+    timing = Timing(
+        prefill_tokens_per_s=rate, prefill_s_per_token_squared=squared, chunk_tokens=chunk_tokens
+    )
+    rows = ((0.0, 10_000, 1, tuple(range(20))), (9.0, 20_000, 1, tuple(range(19)) + (20,) * 21))
+    fleet = Fleet(replicas=1, capacity_tokens=1_000_000, timing=timing)
+    (engine,) = run(jobs_of(*rows), fleet).engines
+    cached = 19 * BLOCK_TOKENS
+    tokens, squares = 30_000 - cached, 10_000**2 + 20_000**2 - cached**2
+    assert engine.work_s == pytest.approx(tokens / rate + squares * squared)
+
+
 def drawn(seed: int, count: int = 120) -> Workload:
     """Make requests of all sizes, some of which share what they begin with."""
     chance = random.Random(seed)

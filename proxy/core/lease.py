@@ -1,0 +1,46 @@
+"""The load that one exchange holds on a replica, and what was believed when it was taken."""
+
+from __future__ import annotations
+
+from proxy.core.index import Sighting
+
+
+class Lease:
+    """The load that one exchange holds on a replica, from dispatch to its one release."""
+
+    __slots__ = (
+        "cached_octets", "decoding", "first_noted", "head_s", "lease_id", "life", "pending",
+        "prefill_tokens", "prompt_octets", "prompt_tokens", "released", "replica_name",
+        "sighting", "slot", "started_s", "streamed", "weight",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        slot: int,
+        replica_name: str,
+        *,
+        prefill_tokens: int,
+        prompt_tokens: int,
+        streamed: bool = True,
+        weight: float = 1.0,
+        lease_id: int = 0,
+    ) -> None:
+        """`weight` is what a second of waiting counts for this class of work, 1 for a person's."""
+        self.slot = slot
+        self.replica_name = replica_name
+        self.prefill_tokens = max(1, prefill_tokens)
+        self.prompt_tokens = prompt_tokens
+        self.streamed = streamed
+        self.weight = weight
+        self.lease_id = lease_id
+        self.life = 0  # of its slot
+        self.pending = False
+        self.decoding = False
+        self.released = False
+        self.started_s = 0.0
+        self.head_s = -1.0  # how long it was at the head of the line, if that was seen
+        # What the index knew when it was dispatched; the answer's counts are judged by it.
+        self.prompt_octets = 0
+        self.cached_octets = 0
+        self.sighting: Sighting | None = None
+        self.first_noted = 0  # of its chain's points: those before were in use just now
