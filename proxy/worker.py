@@ -149,7 +149,7 @@ class Worker:
                 | control.Recite()
             ):
                 plane.sharing.obey(self._channel, message)
-                plane.work_done()  # by others
+                plane.heard()
                 if self._channel.has_more:
                     await asyncio.sleep(0)  # between two batches others have their turn
             case control.Drain():

@@ -239,6 +239,9 @@ HELD_TRIED_MAX = 16  # requests that one release looks at
 HELD_TAKEN_MAX = 16
 # The event loop's timers are no finer.
 HELD_TIMER_S_MIN = 0.001
+# Workers see the same replica become open in the same moment. Each looks at a moment of its own
+# within so long, some times what a note takes to the others: the first takes it, the rest hear so.
+HELD_SPREAD_S = 0.006
 # The pace at which requests leave is measured over so long: some prefills, and less than clients
 # wait before they ask again.
 DRAIN_HALF_LIFE_S = 10.0

@@ -121,6 +121,10 @@ class Choice:
         """The picture or the fleet has changed: perhaps somebody who waits can go."""
         self.waiting.work_done()
 
+    def heard(self) -> None:
+        """Other workers or proxies have told what they did: perhaps somebody who waits can go."""
+        self.waiting.heard()
+
     def _queue_of(self, model: str) -> str:
         """Name the queue of a model. Names that clients invent make none of their own."""
         return model if not model or model in self.fleet.pools else _ANY_MODEL

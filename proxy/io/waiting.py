@@ -1,9 +1,11 @@
 """The requests of one worker that wait for a replica, and when they are looked at again.
 
 Who goes next, and where, is `core.holding`'s to say. Here is what brings it to be asked: a request
-that ends or gets its first octet, another fleet, news of others (`work_done`), and one timer for
-the moment at which the first replica should be open. Many of these in one turn of the loop are
-answered by one look; and a look gives away only so many requests before it lets the loop go on.
+that ends or gets its first octet, another fleet (`work_done`), what others tell (`heard`), and one
+timer for the moment at which the first replica should be open. Many of these in one turn of the
+loop are answered by one look; and a look gives away only so many requests before it lets the loop
+go on. What other workers see as well is not acted upon by all in one moment, lest each gives its
+first to the same replica.
 """
 
 from __future__ import annotations
@@ -104,6 +106,14 @@ class Waiting:
             self._look_due = True
             asyncio.get_running_loop().call_soon(self._look)
 
+    def heard(self) -> None:
+        """Others have told what they did: look again soon, each of us at another moment."""
+        if self.count and not self._look_due:
+            delay_s = self._spread_s()
+            due_s = asyncio.get_running_loop().time() + delay_s
+            if self._timer is None or self._timer.when() > due_s:
+                self._wake_in(delay_s)
+
     def _look(self) -> None:
         """Give away what can go now."""
         self._look_due = False
@@ -157,13 +167,21 @@ class Waiting:
             self._wake_at(_NEVER)
 
     def _wake_at(self, moment_s: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         if moment_s < _NEVER:
             # A little late: at the very moment, rounding may still say that it has not come.
             delay_s = max(0.0, moment_s - self._clock.now_s()) + limits.HELD_TIMER_S_MIN
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._woken)
+            self._wake_in(delay_s + self._spread_s())
+        elif self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wake_in(self, delay_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._woken)
+
+    def _spread_s(self) -> float:
+        return self._clock.draw() * limits.HELD_SPREAD_S
 
     def _woken(self) -> None:
         self._timer = None

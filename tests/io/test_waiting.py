@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from proxy.contract import ReplicaRecord, ReplicaState
 from proxy.core import limits
+from proxy.core.lease import Lease
+from proxy.core.prefix import PrefixChain
 from proxy.core.session import response_key
 from tests.fakes.plane import (
     EVENTS,
@@ -207,6 +209,50 @@ async def test_one_that_was_refused_by_a_replica_does_not_wait_again(
     await stage.send("y", PER_S)
     assert bench.upstreams.dialled == [busy, other, busy]
     assert bench.plane.waiting.count == 0
+
+
+async def test_two_workers_do_not_look_at_the_same_moment(make_bench: MakeBench) -> None:
+    moments_s = []
+    for draw in (0.0, 0.999):
+        bench = make_bench()
+        bench.clock.draw = lambda draw=draw: draw  # type: ignore[method-assign,misc]
+        stage = Stage(bench)
+        await stage.send("a", PER_S, stream=False)
+        await stage.send("b", PER_S)
+        timer = bench.plane.waiting._timer
+        assert timer is not None
+        moments_s.append(timer.when())
+    assert moments_s[1] - moments_s[0] >= 0.9 * limits.HELD_SPREAD_S
+
+
+async def test_who_hears_that_a_replica_is_open_hears_also_who_has_taken_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "HELD_SPREAD_S", 30.0)
+    plane, picture = bench.plane, bench.plane.picture
+    stage = Stage(bench)
+
+    def others(size: int) -> Lease:
+        (replica,) = plane.fleet.replicas.values()
+        chain = PrefixChain(size, [], [], size * limits.BYTES_PER_TOKEN)
+        return picture.acquire(replica, chain, cached_octets=0, now_s=bench.clock.now_s())
+
+    lease = others(PER_S)
+    await stage.send("b", PER_S)
+    picture.prefill_ended(lease, bench.clock.now_s())
+    plane.heard()
+    await bench.settle()
+    next_lease = others(PER_S)
+    plane.heard()
+    plane.work_done()  # the moment has come
+    await bench.settle()
+    assert stage.sent == []
+    picture.prefill_ended(next_lease, bench.clock.now_s())
+    monkeypatch.setattr(limits, "HELD_SPREAD_S", 0.0)
+    plane.heard()
+    await until(lambda: stage.sent == ["b"])
+    for each in (lease, next_lease):
+        picture.release(each, bench.clock.now_s())
 
 
 # --- how a wait ends otherwise --------------------------------------------------------------------
