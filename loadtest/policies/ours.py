@@ -149,12 +149,13 @@ class Ours(Chooser):
     def choose(self, flight: Flight, now_s: float) -> int:
         proxy = self._proxies[flight.proxy]
         request = Request(self._chains[flight.job.index], has_session=False)
-        decision = None
-        if not self.holds or not len(proxy.holding):
-            decision = self._policy(request, self._pool, proxy.picture, now_s)
-            assert decision is not None
-            if not self.holds or is_open(decision, request, proxy.picture, now_s):
-                return self._acquire(proxy, flight, decision, now_s)
+        decision = self._policy(request, self._pool, proxy.picture, now_s)
+        assert decision is not None
+        if not self.holds or (
+            not proxy.holding.awaits(decision.slot)
+            and is_open(decision, request, proxy.picture, now_s)
+        ):
+            return self._acquire(proxy, flight, decision, now_s)
         held = Held(request, self._pool_now, _nothing, now_s)
         proxy.holding.add(held, proxy.picture)
         proxy.held[held] = flight

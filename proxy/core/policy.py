@@ -252,7 +252,9 @@ def session(request: Request, pool: Pool, picture: Picture, now_s: float) -> Dec
         if name in by_name and name not in request.tried:
             slot = seats.slots[by_name[name]]
             if loads.inflight_max[slot] and loads.inflight[slot] >= loads.inflight_max[slot]:
-                return None  # it has to wait for this one
+                if request.pinned:
+                    return None  # it has to wait for this one
+                continue
             return _decide(by_name[name], "spill" if step else "session", request, seats, picture)
     return None
 

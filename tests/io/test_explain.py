@@ -86,7 +86,7 @@ def foretold(shown: dict[str, Any]) -> tuple[object, ...]:
         ),
         ({"policy": "least_load"}, {"least_load", "held"}),
         ({"policy": "round_robin"}, {"round_robin", "too_many_requests"}),
-        ({"policy": "session"}, {"session", "too_many_requests"}),
+        ({"policy": "session"}, {"session", "spill", "too_many_requests"}),
     ],
     ids=lambda given: "-".join(map(str, given.values())) if isinstance(given, dict) else "",
 )
