@@ -170,33 +170,28 @@ def workers(stand: Stand, subject: Subject) -> Sample:
 
 
 def placement(stand: Stand, subject: Subject) -> Sample:
-    """The share of requests that two workers give to the replica that one gave them to.
+    """The share of requests that two workers give, the second time, to the replica of the first.
 
     One is sent after the other, so that load has no say, and in connections that both workers have
-    some of.
+    some of: who takes the second has been told of the first by the other, as often as not.
     """
-    one, two = (_placed(stand, subject, count) for count in (1, 2))
-    same = {size: sum(map(int.__eq__, one[1][size], two[1][size])) for size in PLACED_SIZES}
-    total = sum(map(len, one[1].values()))
-    return msgspec.structs.replace(
-        two[0],
-        value=100 * sum(same.values()) / total,
-        errors={**one[0].errors, **two[0].errors},
-        notes={f"different_{size}": len(one[1][size]) - same[size] for size in PLACED_SIZES}
-        | {"of": total, "replicas": len({place for places in one[1].values() for place in places})},
-    )
-
-
-def _placed(stand: Stand, subject: Subject, count: int) -> tuple[Sample, dict[str, list[int]]]:
-    """Return where a fresh proxy of `count` workers sends each request of some sizes."""
-    reports = {}
-    with subject.fresh(count) as to:
+    reports, different, total = [], {}, 0
+    with subject.fresh(2) as to:
         for size in PLACED_SIZES:
             options = stand.options(to, Shape(size=size, connections=PLACED_CONNECTIONS))
             limits = {"requests": bodies.SIZES[size].count, "concurrency": 1, "placement": 1}
-            reports[size] = stand.load(to, options | limits | {"tag": 0})
-        found = sample("placement", to, *reports.values())
-    return found, {size: report.placement for size, report in reports.items()}
+            first, second = (stand.load(to, options | limits | {"tag": 0}) for _ in range(2))
+            same = sum(map(int.__eq__, first.placement, second.placement))
+            different[f"different_{size}"] = len(first.placement) - same
+            total += len(first.placement)
+            reports += [first, second]
+        found = sample("placement", to, *reports)
+    places = {place for report in reports for place in report.placement}
+    return msgspec.structs.replace(
+        found,
+        value=100 * (1 - sum(different.values()) / total),
+        notes=different | {"of": total, "replicas": len(places)},
+    )
 
 
 def _by_the_clock(stand: Stand) -> dict[str, object]:

@@ -51,8 +51,8 @@ async def until_refused(proxy: Endpoint, code: str, count: int) -> None:
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_an_engines_refusal_is_repeated(client: OpenAI, engines: Engines, status: int) -> None:
     with engines.faulty(f"status:{status}:times=1"):
-        # Each replica refuses one request; the same prompt goes to the same replica.
-        assert ask(client, engines.model) == 1
+        # Each of two replicas refuses one request, and one that has is left alone for a moment.
+        assert 1 <= ask(client, engines.model) <= 2
 
 
 def test_a_replica_lost_before_its_answer_is_told_and_repeated_by_the_client(
