@@ -144,7 +144,7 @@ def notes(samples: Sequence[Sample]) -> list[str]:
         n = last["placement"].notes
         lines.append(
             f"placement: of {n['of']:.0f} requests {n['different_1kb']:.0f} of 1 KB and "
-            f"{n['different_16kb']:.0f} of 16 KB go elsewhere the second time, by one of two workers"
+            f"{n['different_16kb']:.0f} of 16 KB go elsewhere the second time, with two workers"
         )
     if "idle" in last:
         lines.append(f"idle clients: {last['idle'].notes['open']:,.0f}")
