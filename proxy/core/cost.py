@@ -2,7 +2,7 @@
 
     price = wait for the work that is there (others' prefill, less what must be done by now)
           + this request's uncached tokens x (1 + recompute + stall x streams) / prefill speed
-          + wait for a slot or for KV space, round trip, load of an adapter
+          + wait for a slot or for KV space, load of an adapter
 
 Its own uncached tokens count more than once. Once for its own wait; again (*recompute*) for those
 who come after it and for what its blocks displace; and again for each stream that decodes on the

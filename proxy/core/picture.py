@@ -117,9 +117,6 @@ class Picture:
         """Return the number of the slot's life, which a lease on it must name."""
         return self._lives[slot]
 
-    def name_of(self, slot: int) -> str:
-        return self._names[slot]
-
     def seats(self, pool: Pool) -> Seats:
         found = self._seats.get(id(pool))
         if found is None or found.pool is not pool:

@@ -7,9 +7,9 @@ hot replica spills its own requests and nobody else's; a prefix that many want c
 many replicas as it takes (`core.sketch`); and where prompts share nothing, the least work is left.
 
 Equal prices go to the replica that has been sent the least work, which evens out the use of caches.
-A prompt of which nobody holds anything goes by the ring instead, as long as that is nearly as
-cheap, when a session key names it or when others route to the same replicas without telling us:
-the ring is what proxies agree on that share nothing.
+A prompt of which nobody holds more than a head that most hold goes by the ring instead, as long as
+that is nearly as cheap, when a session key names it or when others route to the same replicas
+without telling us: the ring is what proxies agree on that share nothing.
 
 Every policy is a function of its arguments; ties go by work, by ring order or name, never by luck.
 """
@@ -32,8 +32,8 @@ _NEVER: Final = float("inf")
 class Request:
     """What a choice depends on.
 
-    `has_session`: the chain's key is a session's; `pinned`: and the session's home is a must.
-    `weight`: what a second of its waiting counts, 1 for a person's.
+    `has_session`: the chain's key is a session's; `pinned`: its home is a must, which `io.choice`
+    sees to before it asks a policy. `weight`: what a second of its waiting counts, 1 for a person's.
     """
 
     __slots__ = (
@@ -196,8 +196,6 @@ def adapter_s(request: Request, replica: Replica) -> float:
 
 
 def prefix(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
-    if request.pinned:
-        return session(request, pool, picture, now_s)
     prices = Prices(request, pool, picture, now_s)
     prices_s = prices.prices_s
     least_s = min(prices_s, default=_NEVER)
@@ -245,15 +243,13 @@ def _by_ring(request: Request, pool: Pool, prices: Prices, bound_s: float) -> De
 
 
 def session(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
-    """The home while it lives, however busy: for state that only one replica has."""
+    """The home while it may take more, however busy: for state that is better not moved."""
     seats, loads = picture.seats(pool), picture.loads
     by_name = {replica.name: place for place, replica in enumerate(seats.replicas)}
     for step, name in enumerate(pool.ring.walk(request.chain.home_key)):
         if name in by_name and name not in request.tried:
             slot = seats.slots[by_name[name]]
             if loads.inflight_max[slot] and loads.inflight[slot] >= loads.inflight_max[slot]:
-                if request.pinned:
-                    return None  # it has to wait for this one
                 continue
             return _decide(by_name[name], "spill" if step else "session", request, seats, picture)
     return None

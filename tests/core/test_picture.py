@@ -39,7 +39,6 @@ def test_slots_stay_while_the_fleet_changes_and_are_given_away_again() -> None:
     assert picture.slots == {"b": kept, "c": 1 - kept}
     assert picture.index.held_of(kept, chain(1, 4096)) == 4096
     assert picture.index.held_of(1 - kept, chain(1, 4096)) == 0
-    assert picture.name_of(1 - kept) == "c"
 
 
 def test_a_new_process_has_an_empty_cache_and_the_old_load_runs_out() -> None:

@@ -33,10 +33,9 @@ def _request(
     prompt: PrefixChain | None = None,
     *,
     has_session: bool = False,
-    pinned: bool = False,
     tried: set[str] | None = None,
 ) -> Request:
-    request = Request(prompt or chain(1, 512), has_session=has_session, pinned=pinned)
+    request = Request(prompt or chain(1, 512), has_session=has_session)
     request.tried |= tried or set()
     return request
 
@@ -84,7 +83,7 @@ def _situations(draw: st.DrawFn) -> tuple[list[Replica], Picture, Request]:
             _load(picture, name, tokens)
         if draw(st.booleans()):
             picture.index.note(picture.slots[name], prompt)
-    request = Request(prompt, has_session=draw(st.booleans()), pinned=draw(st.integers(0, 4)) == 0)
+    request = Request(prompt, has_session=draw(st.booleans()))
     request.tried |= set(draw(st.lists(st.sampled_from("abcdef"), max_size=3)))
     return made, picture, request
 
@@ -104,8 +103,7 @@ def test_a_choice_is_one_that_may_take_it_and_is_the_same_each_time(
         and not (r.max_inputs and picture.loads.inflight[picture.slots[r.name]] >= r.max_inputs)
     }
     chosen = _choose(policy, replicas, picture, request, now_s)
-    if policy != "session" and not request.pinned:  # those wait for one that is full
-        assert (chosen is None) == (not may)
+    assert (chosen is None) == (not may)
     if chosen is not None:
         assert chosen[0] in may
     if policy in ("prefix", "session", "least_load"):
@@ -118,7 +116,7 @@ def test_the_cheapest_is_taken_and_its_terms_add_up(
     situation: tuple[list[Replica], Picture, Request], now_s: float
 ) -> None:
     made, picture, request = situation
-    request.pinned, request.has_session = False, False
+    request.has_session = False
     replicas = pool(made)
     decision = POLICIES["prefix"](request, replicas, picture, now_s)
     if decision is None:
@@ -249,18 +247,18 @@ def test_a_session_goes_by_the_ring_while_nothing_of_it_is_known() -> None:
         picture.release(lease, 0.0)
 
 
-def test_a_pinned_session_waits_at_its_home_however_busy() -> None:
+def test_a_session_stays_at_its_home_however_busy() -> None:
     replicas = pool([replica(name) for name in "abc"])
     picture = _picture(replicas)
     home, after, _ = _walk(replicas)
     _load(picture, home, 1_000_000)
-    request = _request(has_session=True, pinned=True)
-    assert _choose("prefix", replicas, picture, request) == (home, "session")
+    request = _request(has_session=True)
     assert _choose("session", replicas, picture, request) == (home, "session")
     picture.loads.inflight_max[picture.slots[home]] = 1
-    assert _choose("prefix", replicas, picture, request) is None, "it waits for its home"
+    assert _choose("session", replicas, picture, request) == (after, "spill")
+    picture.loads.inflight_max[picture.slots[home]] = 0
     request.tried.add(home)
-    assert _choose("prefix", replicas, picture, request) == (after, "spill")
+    assert _choose("session", replicas, picture, request) == (after, "spill")
 
 
 def test_routers_that_share_nothing_agree_by_the_ring() -> None:
