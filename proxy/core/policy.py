@@ -33,7 +33,7 @@ class Request:
     """What a choice depends on.
 
     `has_session`: the chain's key is a session's; `pinned`: its home is a must, which `io.choice`
-    sees to before it asks a policy. `weight`: what a second of its waiting counts, 1 for a person's.
+    sees to before it asks a policy. `weight`: what a second of its waiting counts, a person's is 1.
     """
 
     __slots__ = (
