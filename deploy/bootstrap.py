@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TextIO
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,7 @@ STAMP = VENV / "doherty-stamp"
 PYTHON_MIN = (3, 11)
 CORE = "proxy/core/"
 CORE_BRANCH_PERCENT_MIN = 95.0
+PURE_TESTS = ("tests/core", "tests/fuzz", "tests/bench_core", "tests/contract")
 CACHES = (".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", ".import_linter_cache")
 PRODUCTS = (".venv", "build", "dist", "doherty.egg-info", ".coverage")
 
@@ -193,18 +195,16 @@ def clean(_argv: Sequence[str]) -> int:
 def test(argv: Sequence[str]) -> int:
     """Run every check in order; with arguments pytest sees a part, and coverage is not judged."""
     ensure(("dev",))
-    with tempfile.TemporaryDirectory(prefix="doherty-test-") as folder:
-        report = Path(folder) / "report.xml"
-        coverage = Path(folder) / "coverage"
-        env = os.environ | {"COVERAGE_FILE": str(coverage)}
+    with tempfile.TemporaryDirectory(prefix="doherty-test-") as name:
+        folder = Path(name)
         steps = [
             *lint_steps(),
             *translation_steps(),
-            Step("tests", lambda: run_pytest(argv, report, env)),
-            Step("coverage", lambda: judge_coverage(coverage, env, partial=bool(argv))),
+            Step("tests", lambda: run_tests(argv, folder)),
+            Step("coverage", lambda: judge_coverage(folder, partial=bool(argv))),
         ]
         status = run_steps(steps)
-        show_skipped(report)
+        show_skipped(folder)
     return status
 
 
@@ -283,24 +283,50 @@ def run_steps(steps: Sequence[Step]) -> int:
     return failure
 
 
-def run_pytest(argv: Sequence[str], report: Path, env: dict[str, str]) -> int:
+def run_tests(argv: Sequence[str], folder: Path) -> int:
+    """Run the tests in two processes side by side: what computes, and what waits for processes.
+
+    The second half spends most of its time waiting, so that two cores serve both. What the first
+    says is shown when the second has ended.
+    """
+    if argv:
+        return start_pytest(argv, folder, "tests").wait()
+    output = folder / "pure.txt"
+    with output.open("w") as file:
+        pure = start_pytest(PURE_TESTS, folder, "pure", file)
+    try:
+        status = start_pytest([f"--ignore={path}" for path in PURE_TESTS], folder, "rest").wait()
+        status = status or pure.wait()
+    finally:
+        if pure.poll() is None:
+            pure.terminate()
+            pure.wait()
+    print(output.read_text(), flush=True)
+    return status
+
+
+def start_pytest(
+    argv: Sequence[str], folder: Path, name: str, output: TextIO | None = None
+) -> subprocess.Popen[bytes]:
     command = [
         *(str(BIN / "coverage"), "run", "-m", "pytest"),
-        f"--junit-xml={report}",
+        *(f"--junit-xml={folder / name}.xml", "-o", f"cache_dir=.pytest_cache/{name}"),
         *argv,
     ]
-    return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+    env = os.environ | {"COVERAGE_FILE": str(folder / f"coverage.{name}")}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
 
 
-def judge_coverage(data: Path, env: dict[str, str], *, partial: bool) -> int:
+def judge_coverage(folder: Path, *, partial: bool) -> int:
     """Print the total, and hold the core's branches to their least share."""
+    env = os.environ | {"COVERAGE_FILE": str(folder / "coverage")}
 
     def coverage(*args: str) -> int:
         return subprocess.run([BIN / "coverage", *args], cwd=ROOT, env=env, check=False).returncode
 
-    if coverage("combine", "--quiet", str(data.parent)):
+    if coverage("combine", "--quiet", str(folder)):
         return 1
-    target = data.with_suffix(".json")
+    target = folder / "coverage.json"
     if coverage("json", "--quiet", "-o", str(target)):
         return 1
     measured = json.loads(target.read_text())
@@ -324,11 +350,12 @@ def core_branch_percent(files: dict[str, dict[str, dict[str, int]]]) -> float | 
     return 100.0 * covered / count if count else None
 
 
-def show_skipped(report: Path) -> None:
+def show_skipped(folder: Path) -> None:
     """List the skipped tests by name, each with its reason."""
-    if not report.exists():
+    reports = sorted(folder.glob("*.xml"))
+    if not reports:
         return
-    skipped = skipped_tests(report.read_text())
+    skipped = [case for report in reports for case in skipped_tests(report.read_text())]
     print(f"\n=== skipped tests: {len(skipped)} ===")
     for name, reason in skipped:
         print(f"{name}: {reason}")
