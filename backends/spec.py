@@ -25,6 +25,9 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str | None = None
     args: tuple[str, ...] = ()
     env: dict[str, str] = {}
+    gpus: int | None = None  # of this replica; None: what its arguments ask for
+    adapters: dict[str, str] = {}  # LoRA: name to folder or hub id
+    sleep: bool = False  # may be put to sleep
     target_inputs: int = 0
     max_inputs: int = 0
     weight: float = 1.0
