@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
+from backends.engines.facts import Facts
 from backends.engines.release import UNKNOWN_RELEASE, Release
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
@@ -134,6 +135,9 @@ class Engine(Protocol):
         self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
     ) -> tuple[Call, ...]:
         """Return what makes the LoRA adapters `loaded` (name to path) those that are `wanted`."""
+
+    def facts(self, spec: ReplicaSpec) -> Facts:
+        """Return how it behaves where that differs between engines."""
 
     def ready_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
         """Return the paths to ask for readiness; the first that is not 404 decides."""

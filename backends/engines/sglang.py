@@ -31,6 +31,8 @@ from backends.engines.base import (
     lora_calls,
     option,
 )
+from backends.engines.facts import SGLANG as FACTS
+from backends.engines.facts import Facts
 from backends.engines.features import SGLANG_RANGE
 from backends.engines.flags import check_flags, check_name, check_range, flag_table, refuse
 from backends.engines.release import Release
@@ -87,6 +89,11 @@ class Sglang:
             )
         warnings = check_range(self.name, release, *SGLANG_RANGE)
         warnings += check_flags(flag_table(self.name), spec.args, release)
+        if given(spec.args, "--api-key", "--admin-api-key"):
+            warnings += (
+                "sglang: a key keeps the manager from its load, its names and its sleep; it "
+                "listens on loopback, so leave keys to the proxy",
+            )
         if spec.adapters:
             warnings += (
                 "sglang serves an adapter to requests with lora_path, or whose model is "
@@ -163,8 +170,11 @@ class Sglang:
     ) -> tuple[Call, ...]:
         return lora_calls(loaded, wanted, "/load_lora_adapter", "/unload_lora_adapter")
 
+    def facts(self, spec: ReplicaSpec) -> Facts:
+        return FACTS
+
     def ready_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
-        return ("/ready", "/health")  # releases before 0.5.20 lack /ready
+        return FACTS.ready_paths
 
     def load_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
         return SGLANG.paths
@@ -173,7 +183,7 @@ class Sglang:
         return SGLANG.read(answers, at_s)
 
     def abort_path(self, spec: ReplicaSpec) -> str | None:
-        return "/abort_request"  # after SIGTERM it waits for its requests without any limit
+        return FACTS.abort_path
 
 
 def _kv_flags(ports: Ports) -> tuple[str, ...]:
