@@ -248,6 +248,17 @@ class PoolConfig(Section, frozen=True, kw_only=True):
     env: Annotated[dict[str, str], Meta(description="further environment of the engine")] = (
         msgspec.field(default_factory=dict)
     )
+    gpus: Annotated[
+        Count | None,
+        Meta(description="GPUs of each replica (default: what its arguments ask for)"),
+    ] = None
+    adapters: Annotated[
+        dict[Name, Path],
+        Meta(description="LoRA adapters to load at the start: name to local folder or hub id"),
+    ] = msgspec.field(default_factory=dict)
+    sleep: Annotated[
+        bool, Meta(description="start engines so that `doherty sleep` can free their GPU memory")
+    ] = False
     target_inputs: Annotated[
         Count, Meta(description="requests in flight per replica to aim at; 0: none")
     ] = 0
@@ -387,6 +398,11 @@ def _check_names(config: Config, source: str) -> None:
             )
         seen.add(model.name)
         for pool in model.pools:
+            if model.name in pool.adapters:
+                raise ConfigError(
+                    f"{source}: model '{model.name}' has an adapter of the same name; clients "
+                    "could not ask for it, so give it another"
+                )
             if pool.max_inputs and pool.target_inputs > pool.max_inputs:
                 raise ConfigError(
                     f"{source}: model '{model.name}': target_inputs "
