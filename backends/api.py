@@ -180,7 +180,7 @@ class _ManagerCollector(Collector):
             record = keeper.record()
             states[record.state] += 1
             restarts.add_metric([replica_id], record.restarts)
-            failures.add_metric([replica_id], keeper.scrape_failures)
+            failures.add_metric([replica_id], keeper.questions.failures)
         for state, count in states.items():
             replicas.add_metric([state.value], count)
         version = GaugeMetricFamily(

@@ -31,7 +31,7 @@ from backends.engines.base import (
     resolve_program,
     url_of,
 )
-from backends.fetch import Answer, Fetch, Silence
+from backends.fetch import Fetch, Silence
 from backends.journal import Ended, Held, Journal, Launch, Ready, Started
 from backends.lifecycle import (
     PUBLISHED,
@@ -47,14 +47,12 @@ from backends.lifecycle import (
 from backends.log import Log
 from backends.ports import NoPortError, PortLeases
 from backends.providers.base import Process, Provider
+from backends.questions import Questions
 from backends.reconcile import Observed, Wanted
 from backends.tasks import cancel_all, spawn
-from proxy.contract import LoadSample, ReplicaRecord, with_load
-from proxy.contract.engines import MODELS_PATH, read_listing
+from proxy.contract import LoadSample, ReplicaRecord
 
 SILENCE_S_MAX = 300.0
-LISTING_INTERVAL_S = 15.0  # adapters come and go at run time
-ASK_TIMEOUT_S = 5.0  # a metrics page behind a busy event loop takes its time
 ADOPT_TIMEOUT_S = 2.0
 READY_POLL_S = (0.05, 1.0)  # the first pause between readiness probes, and the longest
 DRAIN_POLL_S = 0.25
@@ -85,16 +83,10 @@ class Keeper:
     def __init__(self, wanted: Wanted, engine: Engine, around: Surroundings) -> None:
         self.spec = wanted.spec
         self.state = Lifecycle()
-        self.load: LoadSample | None = None
-        self.scrape_failures = 0
         self._engine = engine
         self._around = around
         self._spec_hash = wanted.launch_hash
-        self._models: tuple[str, ...] = (wanted.spec.model,)
-        self._adapters: tuple[str, ...] | None = None
-        self._listed_s = 0.0
-        # What it has told of itself, in its last life too: ranks keep their names over a restart.
-        self._told = ReplicaRecord(replica_id=wanted.spec.replica_id, url="")
+        self.questions = Questions(wanted.spec, engine, around.fetch, around.clock)
         self._port = 0
         self._launch: Launch | None = None  # the life under way
         self._process: Process | None = None
@@ -117,9 +109,9 @@ class Keeper:
         """Return what the fleet is told."""
         serving = self.state.phase in SERVING
         return msgspec.structs.replace(
-            self._told,
+            self.questions.told,
             url=url_of(self._port),
-            models=self._models,
+            models=self.questions.models,
             pool=self.spec.pool,
             region=self._around.region,
             engine=self._engine.name,
@@ -130,15 +122,15 @@ class Keeper:
             weight=self.spec.weight,
             restarts=self.state.restarts,
             pid=self._process.pid if self._process else 0,
-            load=self.load if serving else None,
-            asleep=self._told.asleep and serving,
+            load=self.questions.load if serving else None,
+            asleep=self.questions.told.asleep and serving,
         )
 
     # --- what the manager wishes ----------------------------------------------------------------
 
     def update(self, wanted: Wanted) -> None:
         """Take over a new specification; it is the command of the next start."""
-        self.spec = wanted.spec
+        self.spec = self.questions.spec = wanted.spec
         self._spec_hash = wanted.launch_hash
         self._around.changed()
 
@@ -149,10 +141,11 @@ class Keeper:
         """
         self._launch, self._process, self._port = launch, process, launch.port
         self._around.ports.claim(launch.port)
+        self.questions.begin(launch.port)
         if launch.pid != process.pid:  # the manager before died between the spawn and this note
             self._note_process(launch, process)
         self.state = self._adopted(launch, ready=launch.ready)
-        answer = await self._probe(ADOPT_TIMEOUT_S)
+        answer = await self.questions.probe(ADOPT_TIMEOUT_S)
         silent = answer.silence is not None and answer.silence is not Silence.REFUSED
         ready = answer.status == 200 or (launch.ready and silent)
         self.state = self._adopted(launch, ready=ready)
@@ -235,8 +228,7 @@ class Keeper:
         )
         around.journal.append(launch)
         self._launch = launch
-        self.load = None
-        self._models, self._adapters = (self.spec.model,), None
+        self.questions.begin(self._port)
         environ = merged(os.environ, command, self.spec)
         self._process = around.provider.spawn(argv, environ, launch.launch_id, self.log_path)
         self._watch(self._process, launch.launch_id)
@@ -277,7 +269,7 @@ class Keeper:
             self._journal(Ended(self._launch.launch_id, reason))
         self._launch = None
         self._process = None
-        self.load = None
+        self.questions.end()
         self._alarm.ring()
 
     def _note_process(self, launch: Launch, process: Process) -> None:
@@ -302,11 +294,13 @@ class Keeper:
             if self.state.phase not in SERVING:
                 await alarm.wait(None)
                 continue
-            if self._around.clock.now_s() - self._listed_s >= LISTING_INTERVAL_S:
-                await self._list()
-            answered, load = await self._read()
+            if self.questions.listing_due:
+                await self.questions.list()
+            answered, load = await self.questions.read()
             if not self._current(launch_id):
                 return
+            if load is not None:
+                self._around.changed()
             silent_since_s = None if answered else self._silence(silent_since_s)
             draining = self.state.phase is Phase.DRAINING
             now_s = self._around.clock.now_s()
@@ -322,7 +316,7 @@ class Keeper:
     async def _until_ready(self, launch_id: str, alarm: Alarm) -> None:
         poll_s, poll_s_max = READY_POLL_S
         while self._current(launch_id) and self.state.phase is Phase.STARTING:
-            answer = await self._probe(ASK_TIMEOUT_S)
+            answer = await self.questions.probe()
             if answer.status == 200 and self._current(launch_id):
                 await self._greet(launch_id)
                 return
@@ -332,51 +326,14 @@ class Keeper:
     def _current(self, launch_id: str) -> bool:
         return self._launch is not None and self._launch.launch_id == launch_id
 
-    async def _probe(self, timeout_s: float) -> Answer:
-        """Ask whether it is ready. The first path that the engine knows decides."""
-        answer = Answer(0, silence=Silence.REFUSED)
-        for path in self._engine.ready_paths(self.spec):
-            answer = await self._around.fetch.get(url_of(self._port) + path, timeout_s)
-            if answer.status != 404:
-                break
-        return answer
-
     async def _greet(self, launch_id: str) -> None:
         """It answers: learn its names and its load, so that it enters the fleet complete."""
-        await self._list()
-        await self._read()
+        await self.questions.list()
+        await self.questions.read()
         if not self._current(launch_id) or self.state.phase is not Phase.STARTING:
             return
         self._journal(Ready(launch_id))
         self.apply(Event.ANSWERED)
-
-    async def _list(self) -> None:
-        """Learn which names it answers to."""
-        launch, self._listed_s = self._launch, self._around.clock.now_s()
-        answer = await self._around.fetch.get(url_of(self._port) + MODELS_PATH, ASK_TIMEOUT_S)
-        listing = read_listing(answer.body) if answer.status == 200 else None
-        if launch is self._launch and listing is not None and listing.names:
-            self._models, self._adapters = listing.names, listing.adapters
-
-    async def _read(self) -> tuple[bool, LoadSample | None]:
-        """Take one reading of the load; say whether the engine answered anything at all."""
-        launch, url = self._launch, url_of(self._port)
-        answers = [
-            await self._around.fetch.get(url + path, ASK_TIMEOUT_S)
-            for path in self._engine.load_paths(self.spec)
-        ]
-        bodies = [answer.body if answer.status == 200 else b"" for answer in answers]
-        load = self._engine.read_load(bodies, self._around.clock.unix_s())
-        if launch is not self._launch:
-            return False, None
-        if load is not None:
-            self._told = with_load(self._told, load, self._adapters, anew=self.load is None)
-            self.load = load
-            self._around.changed()
-            return True, load
-        self.scrape_failures += 1
-        answered = any(answer.status for answer in answers)
-        return answered or (await self._probe(ASK_TIMEOUT_S)).status > 0, None
 
     def _silence(self, since_s: float | None) -> float:
         """Count the time without any answer; too much of it ends this life."""

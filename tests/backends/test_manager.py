@@ -16,10 +16,11 @@ from backends.engines.base import launch_hash
 from backends.feed import PUBLISH_PAUSE_S
 from backends.fetch import Answer, Silence
 from backends.journal import Journal, Launch, Ready, Started
-from backends.keeper import LISTING_INTERVAL_S, SILENCE_S_MAX
+from backends.keeper import SILENCE_S_MAX
 from backends.lifecycle import Event
 from backends.log import Log
 from backends.manager import Manager
+from backends.questions import LISTING_INTERVAL_S
 from backends.spec import replica_specs
 from proxy.config import Config, parse_config
 from proxy.contract import ReplicaRecord, ReplicaState
@@ -314,7 +315,7 @@ async def test_metrics_that_are_off_are_no_silence(world: World) -> None:
     world.fetch.answers["/metrics"] = Answer(404)
     await world.clock.advance(SILENCE_S_MAX + 10)
     assert world.states() == ["ready"]
-    assert manager.keepers["m-0"].scrape_failures > 0
+    assert manager.keepers["m-0"].questions.failures > 0
 
 
 async def test_a_start_that_takes_too_long_is_ended_and_tried_again(world: World) -> None:
