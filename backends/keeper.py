@@ -26,11 +26,14 @@ from backends.clock import Alarm, Clock, Timer
 from backends.engines.base import (
     Engine,
     EngineMissingError,
+    FlagError,
+    Ports,
     launch_hash,
     merged,
     resolve_program,
     url_of,
 )
+from backends.engines.release import UNKNOWN_RELEASE
 from backends.fetch import Fetch, Silence
 from backends.journal import Ended, Held, Journal, Launch, Ready, Started
 from backends.lifecycle import (
@@ -196,7 +199,7 @@ class Keeper:
             case Command.SPAWN:
                 try:
                     self._spawn()
-                except (OSError, EngineMissingError, NoPortError) as error:
+                except (OSError, EngineMissingError, FlagError, NoPortError) as error:
                     self._end(f"not started: {error}")
                     self.apply(Event.SPAWN_FAILED, f"not started: {error}")
             case Command.TERMINATE:
@@ -210,7 +213,7 @@ class Keeper:
         """Journal, spawn, journal: in this order a crash at any point leaves a trace."""
         around = self._around
         self._port = around.ports.keep_or_lease(self._port)
-        command = self._engine.command(self.spec, self._port)
+        command = self._engine.command(self.spec, Ports(self._port), UNKNOWN_RELEASE)
         extra = self._engine.name if self._engine.name != "simulator" else ""
         argv = resolve_program(command.argv, extra)
         launch = Launch(
