@@ -112,6 +112,12 @@ class Engine(Protocol):
     def wake_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
         """Return what takes it back after a sleep of this level."""
 
+    def balk_calls(self, spec: ReplicaSpec, level: int, done: int) -> tuple[Call, ...] | None:
+        """Return what takes a sleep back of whose calls `done` were answered and the next failed.
+
+        None: what it has let go of is not known, and a wrong guess may be fatal.
+        """
+
     def adapter_calls(
         self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
     ) -> tuple[Call, ...]:

@@ -122,6 +122,11 @@ class Sglang:
             Call("GET", "/health", why="see that it answers"),
         )
 
+    def balk_calls(self, spec: ReplicaSpec, level: int, done: int) -> tuple[Call, ...] | None:
+        """Before the release nothing is out, and nothing may be resumed: it is only paused."""
+        released = len(self.sleep_calls(spec, level)) - 1
+        return self.wake_calls(spec, level)[1:] if done < released else None
+
     def adapter_calls(
         self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
     ) -> tuple[Call, ...]:

@@ -69,6 +69,9 @@ class Simulator:
     def wake_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
         return _dialect(spec).wake_calls(spec, level)
 
+    def balk_calls(self, spec: ReplicaSpec, level: int, done: int) -> tuple[Call, ...] | None:
+        return _dialect(spec).balk_calls(spec, level, done)
+
     def adapter_calls(
         self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
     ) -> tuple[Call, ...]:

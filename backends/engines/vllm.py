@@ -111,6 +111,10 @@ class Vllm:
         awake = Call("GET", "/is_sleeping", expect=b'{"is_sleeping":false}', why="see it awake")
         return (*wakes, awake)
 
+    def balk_calls(self, spec: ReplicaSpec, level: int, done: int) -> tuple[Call, ...] | None:
+        """To wake it is right whatever it did: awake, it only logs a warning."""
+        return self.wake_calls(spec, level)
+
     def adapter_calls(
         self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
     ) -> tuple[Call, ...]:

@@ -16,12 +16,12 @@ from backends.engines.base import launch_hash
 from backends.feed import PUBLISH_PAUSE_S
 from backends.fetch import Answer, Silence
 from backends.journal import Journal, Launch, Ready, Started
-from backends.keeper import SILENCE_S_MAX
 from backends.lifecycle import Event
 from backends.log import Log
 from backends.manager import Manager
 from backends.questions import LISTING_INTERVAL_S
 from backends.spec import replica_specs
+from backends.watch import SILENCE_S_MAX
 from proxy.config import Config, parse_config
 from proxy.contract import ReplicaRecord, ReplicaState
 from tests.fakes.provider import FakeFetch, FakeProcess, FakeProvider, ManualClock, settle
