@@ -394,6 +394,16 @@ def test_status_of_something_else(
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "ftp://x", "127.0.0.1:8002"])
-def test_status_of_nothing(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "--manager-url", url]) == 1
+@pytest.mark.parametrize("command", [["status"], ["sleep", "m-0"], ["wake", "m-0"]])
+def test_status_of_nothing(
+    command: list[str], url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--manager-url", url]) == 1
     assert url in capsys.readouterr().err
+
+
+def test_a_level_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["sleep", "m-0", "--level", "3"])
+    assert ended.value.code == 2
+    assert "invalid choice: 3" in capsys.readouterr().err
