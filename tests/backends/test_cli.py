@@ -120,6 +120,36 @@ def test_a_faulty_file_is_told_with_status_2(
     assert list(tmp_path.iterdir()) == [path], "nothing was begun"
 
 
+def test_check_asks_whether_the_engine_would_take_its_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with vLLM 0.26.0, and on one without."""
+    package = tmp_path / "vllm"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "_version.py").write_text('version = "0.26.0"\n')
+    path = tmp_path / "c.yaml"
+    text = (
+        "models:\n- name: m\n  pools:\n  - engine: vllm\n    replicas: 2\n"
+        "    args: [--max-num-{}, '3']\n    env: {{PYTHONPATH: {}}}\n"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path.write_text(text.format("sequences", tmp_path))
+    assert main(["check", str(path)]) == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1
+    assert told.err.startswith(f"{path}: model 'm': vllm 0.26.0 has no flag --max-num-sequences")
+    assert told.out == ""
+    path.write_text(text.format("seqs", tmp_path))
+    assert main(["check", str(path)]) == 0
+    assert capsys.readouterr().err == ""
+    path.write_text(text.format("seqs", "/nowhere"))
+    assert main(["check", str(path)]) == 0
+    warned = capsys.readouterr().err
+    assert warned.startswith(f"{path}: warning: model 'm': program 'vllm' was not found")
+    assert warned.count("\n") == 1
+
+
 def test_check_without_a_file_and_with_a_missing_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check"]) == 2
     assert main(["check", "/no/such/file.yaml"]) == 2
