@@ -20,7 +20,7 @@ from backends.engines.base import Engine, launch_hash
 from backends.feed import Feed
 from backends.fetch import Fetch
 from backends.journal import Ended, Journal, Launch
-from backends.keeper import Keeper, Surroundings
+from backends.keeper import Keeper
 from backends.lifecycle import Event
 from backends.log import Log
 from backends.logfile import bound
@@ -37,6 +37,7 @@ from backends.reconcile import (
     reconcile,
 )
 from backends.spec import ReplicaSpec, replica_specs
+from backends.surroundings import Surroundings
 from backends.tasks import spawn
 from proxy.config import Config
 from proxy.contract import ReplicaRecord

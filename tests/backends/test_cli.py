@@ -62,7 +62,7 @@ def test_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert output.splitlines()[-1] == "[]"
-    for command in ("up", "proxy", "manager", "simulator", "check", "status"):
+    for command in ("up", "proxy", "manager", "simulator", "check", "status", "sleep", "wake"):
         assert f"    {command}" in output
 
 
@@ -118,6 +118,36 @@ def test_a_faulty_file_is_told_with_status_2(
     assert "Traceback" not in captured.err
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == [path], "nothing was begun"
+
+
+def test_check_asks_whether_the_engine_would_take_its_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with vLLM 0.26.0, and on one without."""
+    package = tmp_path / "vllm"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "_version.py").write_text('version = "0.26.0"\n')
+    path = tmp_path / "c.yaml"
+    text = (
+        "models:\n- name: m\n  pools:\n  - engine: vllm\n    replicas: 2\n"
+        "    args: [--max-num-{}, '3']\n    env: {{PYTHONPATH: {}}}\n"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path.write_text(text.format("sequences", tmp_path))
+    assert main(["check", str(path)]) == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1
+    assert told.err.startswith(f"{path}: model 'm': vllm 0.26.0 has no flag --max-num-sequences")
+    assert told.out == ""
+    path.write_text(text.format("seqs", tmp_path))
+    assert main(["check", str(path)]) == 0
+    assert capsys.readouterr().err == ""
+    path.write_text(text.format("seqs", "/nowhere"))
+    assert main(["check", str(path)]) == 0
+    warned = capsys.readouterr().err
+    assert warned.startswith(f"{path}: warning: model 'm': program 'vllm' was not found")
+    assert warned.count("\n") == 1
 
 
 def test_check_without_a_file_and_with_a_missing_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,6 +335,8 @@ FLEET = FleetSnapshot(
         ReplicaRecord(
             replica_id="m-0",
             url="http://127.0.0.1:1",
+            engine="vllm",
+            engine_version="0.26.0",
             load=LoadSample(at_s=1.0, running=3, waiting=12, kv_used_ratio=0.456),
         ),
         ReplicaRecord(
@@ -314,16 +346,26 @@ FLEET = FleetSnapshot(
             restarts=7,
             reason="exited with status 1",
         ),
+        ReplicaRecord(
+            replica_id="m-1",
+            url="http://127.0.0.1:3",
+            engine="sglang",
+            asleep=True,
+            reason="asleep at level 1, after 0.36 s",
+        ),
     ),
 )
 
 
 def test_status_table() -> None:
     assert table(FLEET).splitlines() == [
-        "ID           STATE    URL                  RUNNING  WAITING  KV   RESTARTS  REASON",
-        "m-0          ready    http://127.0.0.1:1   3        12       46%  0",
-        "long-name-1  backoff  http://127.0.0.1:22  -        -        -    7         "
+        "ID           STATE    ENGINE       URL                  RUNNING  WAITING  KV   RESTARTS  "
+        "REASON",
+        "m-0          ready    vllm 0.26.0  http://127.0.0.1:1   3        12       46%  0",
+        "long-name-1  backoff  unknown      http://127.0.0.1:22  -        -        -    7         "
         "exited with status 1",
+        "m-1          asleep   sglang       http://127.0.0.1:3   -        -        -    0         "
+        "asleep at level 1, after 0.36 s",
     ]
     assert table(FleetSnapshot(epoch="e", version=1)) == "no replicas"
 
@@ -382,6 +424,16 @@ def test_status_of_something_else(
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "ftp://x", "127.0.0.1:8002"])
-def test_status_of_nothing(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "--manager-url", url]) == 1
+@pytest.mark.parametrize("command", [["status"], ["sleep", "m-0"], ["wake", "m-0"]])
+def test_status_of_nothing(
+    command: list[str], url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--manager-url", url]) == 1
     assert url in capsys.readouterr().err
+
+
+def test_a_level_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["sleep", "m-0", "--level", "3"])
+    assert ended.value.code == 2
+    assert "invalid choice: 3" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from backends.engines.base import Launch, Ports
+from backends.engines.base import Launch, Ports, PortsNeeded
 from backends.engines.release import Release
 from backends.engines.vllm import Vllm
 from backends.failure import StartError
@@ -29,6 +29,14 @@ class TinyEngine(Vllm):
         port = str(ports.http)
         argv = (sys.executable, str(ENGINE), "--port", port, "--model", spec.model, *spec.args)
         return Launch(argv)
+
+    @override
+    def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
+        return ()
+
+    @override
+    def ports_needed(self, spec: ReplicaSpec, release: Release) -> PortsNeeded:
+        return PortsNeeded()
 
 
 def main() -> int:

@@ -118,7 +118,10 @@ class FakeProvider:
 
 
 class FakeFetch:
-    """Answers for every engine: `answers` by path, or `silence` instead of all of them."""
+    """Answers for every engine: `answers` by path, or `silence` instead of all of them.
+
+    A POST is answered by `POST /path`, and 200 where there is no such answer.
+    """
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {
@@ -127,6 +130,7 @@ class FakeFetch:
         }
         self.silence: Silence | None = None
         self.posted: list[str] = []
+        self.asked: list[str] = []  # paths of GET
         self.busy(0, 0)
 
     def busy(self, running: int, waiting: int) -> None:
@@ -138,8 +142,9 @@ class FakeFetch:
         if self.silence is not None:
             return Answer(0, silence=self.silence)
         path = "/" + url.split("/", 3)[3]
+        self.asked.append(path)
         return self.answers.get(path, Answer(404))
 
     async def post(self, url: str, body: bytes, timeout_s: float) -> Answer:
         self.posted.append(url)
-        return Answer(200)
+        return self.answers.get("POST /" + url.split("/", 3)[3], Answer(200))
