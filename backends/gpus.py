@@ -54,17 +54,20 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GpuInventory(msgspec.Struct, frozen=True):
-    """The cards that this manager may use, in order, and how many NUMA nodes have processors."""
+    """The cards that this manager may use, in order, and the NUMA nodes worth binding to.
+
+    None are where there is but one node, or where processes may not be bound.
+    """
 
     gpus: tuple[Gpu, ...]
-    numa_nodes: int = 1
+    bindable_nodes: frozenset[int] = frozenset()
 
     def gpu(self, device: str) -> Gpu | None:
         return next((gpu for gpu in self.gpus if device in {gpu.device, gpu.uuid}), None)
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """Cards of one owner. `numa_node` is told when they share one and there are others."""
+    """Cards of one owner. `numa_node` is told when they share one that can be bound to."""
 
     devices: tuple[str, ...] = ()
     numa_node: int | None = None
@@ -121,8 +124,8 @@ class GpuLeases:
 
     def _lease(self, devices: tuple[str, ...]) -> Lease:
         nodes = {gpu.numa_node if (gpu := self.inventory.gpu(d)) else None for d in devices}
-        single = len(nodes) == 1 and self.inventory.numa_nodes > 1
-        return Lease(devices, nodes.pop() if single else None)
+        node = nodes.pop() if len(nodes) == 1 else None
+        return Lease(devices, node if node in self.inventory.bindable_nodes else None)
 
     def _refusal(self, count: int, free: Sequence[Gpu]) -> str:
         gpus = self.inventory.gpus
@@ -151,7 +154,7 @@ def choose(free: Sequence[Gpu], count: int) -> tuple[Gpu, ...] | None:
     return None
 
 
-def bound_to_node(lease: Lease, args: Sequence[str], *, numactl: bool) -> tuple[str, ...]:
+def bound_to_node(lease: Lease, args: Sequence[str]) -> tuple[str, ...]:
     """Return what to put before an engine's command so that it runs next to its cards.
 
     Copies from host to card cross the link between sockets otherwise. Memory is preferred there,
@@ -159,7 +162,7 @@ def bound_to_node(lease: Lease, args: Sequence[str], *, numactl: bool) -> tuple[
     told to bind itself is left to it.
     """
     own = any(arg.partition("=")[0] in MEMORY_BINDINGS for arg in args)
-    if lease.numa_node is None or own or not numactl:
+    if lease.numa_node is None or own:
         return ()
     return ("numactl", f"--cpunodebind={lease.numa_node}", f"--preferred={lease.numa_node}")
 

@@ -33,7 +33,8 @@ def machine(groups: str, nodes: str, names: str = "") -> GpuInventory:
         )
         for index, (group, node) in enumerate(zip(groups, nodes, strict=True))
     )
-    return GpuInventory(gpus, numa_nodes=len(set(nodes)))
+    several = frozenset(map(int, nodes)) if len(set(nodes)) > 1 else frozenset()
+    return GpuInventory(gpus, several)
 
 
 SWITCHED = machine("00000000", "00001111")  # eight behind NVSwitch, two sockets
@@ -196,6 +197,7 @@ NODES = [
     ("all on one of two nodes", SWITCHED, "4567", 1),
     ("on both", SWITCHED, "34", None),
     ("the only node", PAIRS, "01", None),
+    ("a node that nobody may bind to", GpuInventory(SWITCHED.gpus), "01", None),
     ("a card that nobody listed", SWITCHED, "9", None),
 ]
 
@@ -210,8 +212,7 @@ def test_the_node_of_a_lease(inventory: GpuInventory, devices: str, node: int | 
 def test_binding_to_a_node() -> None:
     lease = Lease(("4",), 1)
     prefix = ("numactl", "--cpunodebind=1", "--preferred=1")
-    assert bound_to_node(lease, ("--tp", "1"), numactl=True) == prefix
-    assert bound_to_node(lease, (), numactl=False) == ()
-    assert bound_to_node(lease, ("--numa-bind",), numactl=True) == ()
-    assert bound_to_node(lease, ("--numa-node=0",), numactl=True) == ()
-    assert bound_to_node(Lease(("4",)), (), numactl=True) == ()
+    assert bound_to_node(lease, ("--tp", "1")) == prefix
+    assert bound_to_node(lease, ("--numa-bind",)) == ()
+    assert bound_to_node(lease, ("--numa-node=0",)) == ()
+    assert bound_to_node(Lease(("4",)), ()) == ()
