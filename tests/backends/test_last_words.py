@@ -29,9 +29,9 @@ CASES = [
         "vLLM finds the card in use",
         log("vllm-card-in-use"),
         "ValueError: Free memory on device cuda:0 (10.21/139.8 GiB) on startup is less than "
-        "desired GPU memory utilization (0.9, 125.82 GiB). Decrease GPU memory utilization or reduce GPU "
-        "memory used by other processes. (another process holds memory of the card (nvidia-smi), "
-        "or lower --gpu-memory-utilization)",
+        "desired GPU memory utilization (0.9, 125.82 GiB). Decrease GPU memory utilization or "
+        "reduce GPU memory used by other processes. (another process holds memory of the card "
+        "(nvidia-smi), or lower --gpu-memory-utilization)",
     ),
     (
         "one rank of vLLM takes the others with it",
