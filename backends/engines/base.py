@@ -77,6 +77,14 @@ class Call(msgspec.Struct, frozen=True):
     expect: bytes = b""
 
 
+class Entry(NamedTuple):
+    """How an engine is run: the words that begin its command, and the module for the same."""
+
+    package: str
+    script: tuple[str, ...]
+    module: tuple[str, ...]
+
+
 class EngineMissingError(Exception):
     """The engine's program is not installed; the text says how to get it."""
 
@@ -90,6 +98,10 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def entry(self) -> Entry | None:
+        """Return how it is run; None: its command names the program itself."""
 
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         """Return the command; the user's own arguments come last, so that they win."""
@@ -178,6 +190,7 @@ def resolve_program(argv: Sequence[str], extra: str) -> tuple[str, ...]:
         found = found or shutil.which(program)
     if found is None:
         remedy = f"; install it with: .venv/bin/pip install -e '.[{extra}]'" if extra else ""
+        remedy += ", or name a Python that has it in DOHERTY_ENGINE_PYTHON" if extra else ""
         raise EngineMissingError(f"program '{program}' was not found{remedy}")
     return (found, *argv[1:])
 

@@ -18,6 +18,7 @@ import msgspec
 from backends.engines.base import (
     HOST,
     Call,
+    Entry,
     FlagError,
     KvEvents,
     Launch,
@@ -28,7 +29,10 @@ from backends.engines.base import (
     kv_endpoints,
     kv_events_of,
     lora_calls,
+    option,
 )
+from backends.engines.features import SGLANG_RANGE
+from backends.engines.flags import check_flags, check_name, check_range, flag_table, refuse
 from backends.engines.release import Release
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
@@ -36,7 +40,18 @@ from proxy.contract.engines import SGLANG
 
 _KV_FLAG = "--kv-events-config"
 _DP_FLAGS = ("--dp-size", "--data-parallel-size", "--dp")
-_TAGS = b'{"tags":["kv_cache","weights"]}'
+_TAGS = b'{"tags":["kv_cache","weights","cuda_graph"]}'  # all, as without tags, but said
+_REFUSED = {
+    "--host": "it is 127.0.0.1, where the manager and the proxy reach it",
+    "--port": "the manager leases it, so that replicas do not meet",
+    "--model-path": "say model_path in the pool",
+    "--model": "say model_path in the pool",
+    "--grpc-mode": "it would serve no HTTP",
+    "--smg-grpc-mode": "it would serve no HTTP",
+    "--encoder-only": "it would serve no chat",
+    "--ssl-keyfile": "replicas are reached by plain HTTP on loopback",
+    "--ssl-certfile": "replicas are reached by plain HTTP on loopback",
+}
 _FLUSH_S = 10
 _COPY_S = 120.0  # weights to host memory and back, slowly where that is touched first
 
@@ -45,6 +60,8 @@ class Sglang:
     """How an SGLang server is launched, probed and read."""
 
     name = "sglang"
+    # Not `-m sglang.cli.main serve`: this module is older than the command line, and still there.
+    entry = Entry("sglang", ("sglang", "serve"), ("-m", "sglang.launch_server"))
 
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         argv = (
@@ -52,19 +69,33 @@ class Sglang:
             *("--host", HOST, "--port", str(ports.http), "--served-model-name", spec.model),
             *("--page-size", "64", "--enable-metrics", "--enable-cache-report"),
             *("--enable-priority-scheduling", "--schedule-low-priority-values-first"),
-            *_kv_flags(ports),
+            *(_kv_flags(ports) if _tells_events(spec) else ()),
             *(("--nccl-port", str(ports.internal)) if ports.internal else ()),
-            *(("--enable-memory-saver", "--enable-weights-cpu-backup") if spec.sleep else ()),
+            *_sleep_flags(spec),
             *_lora_flags(spec),
             *spec.args,
         )
         return Launch(argv, {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"})
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
-        return ()
+        refuse(self.name, spec.args, _REFUSED)
+        check_name(self.name, spec.args, spec.model)
+        if spec.sleep and (option(spec.args, "--weight-cache-mode") or "off") != "off":
+            raise FlagError(
+                "sglang: a weight cache dies of being put to sleep; take --weight-cache-mode out "
+                "of args, or set `sleep: false`"
+            )
+        warnings = check_range(self.name, release, *SGLANG_RANGE)
+        warnings += check_flags(flag_table(self.name), spec.args, release)
+        if spec.adapters:
+            warnings += (
+                "sglang serves an adapter to requests with lora_path, or whose model is "
+                f"'{spec.model}:ADAPTER'; by the adapter's name alone it serves the base model",
+            )
+        return warnings
 
     def ports_needed(self, spec: ReplicaSpec, release: Release) -> PortsNeeded:
-        events = 0 if given(spec.args, _KV_FLAG) else count_option(spec.args, *_DP_FLAGS)
+        events = count_option(spec.args, *_DP_FLAGS) if _tells_events(spec) else 0
         return PortsNeeded(events, events, 0 if given(spec.args, "--nccl-port") else 1)
 
     def gpus_needed(self, spec: ReplicaSpec) -> int:
@@ -77,7 +108,7 @@ class Sglang:
         return ranks * tensor * pipeline // count_option(args, "--nnodes") or 1
 
     def kv_source(self, spec: ReplicaSpec, ports: Ports, release: Release) -> KvEvents | None:
-        return None if given(spec.args, _KV_FLAG) else kv_events_of(ports)
+        return kv_events_of(ports) if _tells_events(spec) else None
 
     def sleep_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
         if not spec.sleep:
@@ -150,6 +181,20 @@ def _kv_flags(ports: Ports) -> tuple[str, ...]:
         return ()
     config = {"publisher": "zmq"} | kv_endpoints(ports)
     return (_KV_FLAG, msgspec.json.encode(config).decode())
+
+
+def _tells_events(spec: ReplicaSpec) -> bool:
+    """Say whether the events are ours to configure, and there are any."""
+    return not given(spec.args, _KV_FLAG, "--disable-radix-cache")
+
+
+def _sleep_flags(spec: ReplicaSpec) -> tuple[str, ...]:
+    """Weights outlive a release only by the copies that these make."""
+    if not spec.sleep:
+        return ()
+    drafts = given(spec.args, "--speculative-draft-model-path", "--speculative-draft-model")
+    draft = ("--enable-draft-weights-cpu-backup",) if drafts else ()
+    return ("--enable-memory-saver", "--enable-weights-cpu-backup", *draft)
 
 
 def _lora_flags(spec: ReplicaSpec) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from backends.engines.base import (
     HOST,
     Call,
     Engine,
+    Entry,
     KvEvents,
     Launch,
     Ports,
@@ -36,6 +37,7 @@ class Simulator:
     """How the simulator is launched; probed and read as the engine whose part it plays."""
 
     name = "simulator"
+    entry: Entry | None = None
 
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         argv = (

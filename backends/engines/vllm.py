@@ -13,6 +13,7 @@ import msgspec
 from backends.engines.base import (
     HOST,
     Call,
+    Entry,
     FlagError,
     KvEvents,
     Launch,
@@ -24,6 +25,9 @@ from backends.engines.base import (
     kv_events_of,
     lora_calls,
 )
+from backends.engines.features import VLLM as FEATURES
+from backends.engines.features import VLLM_RANGE, has
+from backends.engines.flags import check_flags, check_name, check_range, flag_table, refuse
 from backends.engines.release import Release
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
@@ -34,6 +38,18 @@ _DP_FLAGS = ("--data-parallel-size", "-dp")
 _DP_LOCAL_FLAGS = ("--data-parallel-size-local", "-dpl")
 # It scans upwards from VLLM_PORT on (utils/network_utils.py), so this is room, not a limit.
 _INTERNAL_PORTS = 8
+# Adapters of one batch. vLLM makes room for them all; SGLang's default is this many.
+_LORAS_TOGETHER = 8
+_REFUSED = {
+    "--host": "it is 127.0.0.1, where the manager and the proxy reach it",
+    "--port": "the manager leases it, so that replicas do not meet",
+    "--uds": "replicas are reached by TCP",
+    "--model": "say model_path in the pool",
+    "--headless": "it would serve no HTTP",
+    "--grpc": "it would serve no HTTP",
+    "--ssl-keyfile": "replicas are reached by plain HTTP on loopback",
+    "--ssl-certfile": "replicas are reached by plain HTTP on loopback",
+}
 _DRAIN_S = 60.0
 _COPY_S = 120.0  # level 1 copies the weights to host memory, slowly where that is touched first
 
@@ -42,28 +58,37 @@ class Vllm:
     """How a vLLM server is launched, probed and read."""
 
     name = "vllm"
+    entry = Entry("vllm", ("vllm",), ("-m", "vllm.entrypoints.cli.main"))
 
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         """Always with a model: `vllm serve` alone would fetch one of its own choice."""
         argv = (
             *("vllm", "serve", spec.model_path or spec.model),
             *("--host", HOST, "--port", str(ports.http), "--served-model-name", spec.model),
-            *("--scheduling-policy", "priority"),
+            *("--scheduling-policy", "priority", "--enable-prefix-caching"),
             *("--enable-request-id-headers", "--enable-prompt-tokens-details"),
             *("--shutdown-timeout", str(int(spec.stop_grace_s))),
-            *_kv_flags(ports),
+            *(_kv_flags(ports) if _tells_events(spec) else ()),
             *(("--enable-sleep-mode",) if spec.sleep else ()),
             *_lora_flags(spec),
             *spec.args,
         )
-        return Launch(argv, _environment(spec, ports))
+        return Launch(argv, _environment(spec, ports, release))
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
-        return ()
+        refuse(self.name, spec.args, _REFUSED)
+        check_name(self.name, spec.args, spec.model)
+        warnings = check_range(self.name, release, *VLLM_RANGE)
+        warnings += check_flags(flag_table(self.name), spec.args, release)
+        if given(spec.args, "--disable-log-stats"):
+            warnings += (
+                "vllm: --disable-log-stats hides the load; routing goes by its own counts",
+            )
+        return warnings
 
     def ports_needed(self, spec: ReplicaSpec, release: Release) -> PortsNeeded:
         ranks = count_option(spec.args, *_DP_LOCAL_FLAGS, *_DP_FLAGS)
-        events = 0 if given(spec.args, _KV_FLAG) else ranks
+        events = ranks if _tells_events(spec) else 0
         return PortsNeeded(events, events, 0 if "VLLM_PORT" in spec.env else _INTERNAL_PORTS)
 
     def gpus_needed(self, spec: ReplicaSpec) -> int:
@@ -71,10 +96,11 @@ class Vllm:
         ranks = count_option(args, *_DP_LOCAL_FLAGS, *_DP_FLAGS)
         tensor = count_option(args, "--tensor-parallel-size", "-tp")
         pipeline = count_option(args, "--pipeline-parallel-size", "-pp")
-        return ranks * tensor * pipeline // count_option(args, "--nnodes") or 1
+        context = count_option(args, "--prefill-context-parallel-size", "-pcp")
+        return ranks * tensor * pipeline * context // count_option(args, "--nnodes", "-n") or 1
 
     def kv_source(self, spec: ReplicaSpec, ports: Ports, release: Release) -> KvEvents | None:
-        return None if given(spec.args, _KV_FLAG) else kv_events_of(ports)
+        return kv_events_of(ports) if _tells_events(spec) else None
 
     def sleep_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
         """What runs may end first; the answers of both paths say whether it sleeps."""
@@ -140,15 +166,24 @@ def _kv_flags(ports: Ports) -> tuple[str, ...]:
     return (_KV_FLAG, msgspec.json.encode(config).decode())
 
 
+def _tells_events(spec: ReplicaSpec) -> bool:
+    """Say whether the events are ours to configure, and there are any."""
+    return not given(spec.args, _KV_FLAG, "--no-enable-prefix-caching")
+
+
 def _lora_flags(spec: ReplicaSpec) -> tuple[str, ...]:
     if not spec.adapters:
         return ()
-    return ("--enable-lora", "--lora-modules", *(f"{n}={p}" for n, p in spec.adapters.items()))
+    together = str(min(len(spec.adapters), _LORAS_TOGETHER))
+    modules = [f"{name}={path}" for name, path in spec.adapters.items()]
+    return ("--enable-lora", "--max-loras", together, "--lora-modules", *modules)
 
 
-def _environment(spec: ReplicaSpec, ports: Ports) -> dict[str, str]:
+def _environment(spec: ReplicaSpec, ports: Ports, release: Release) -> dict[str, str]:
     # The default keep-alive of 5 s would close connections that the proxy holds in its pool.
-    env = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120", "VLLM_ENABLE_STARTUP_PLAN": "1"}
+    env = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"}
+    if has(FEATURES, "startup_plan", release):
+        env["VLLM_ENABLE_STARTUP_PLAN"] = "1"
     if ports.internal:
         env["VLLM_PORT"] = str(ports.internal)
     if spec.sleep:
