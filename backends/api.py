@@ -1,4 +1,4 @@
-"""The manager's API: the fleet for the proxies, health and metrics, three wishes of operators.
+"""The manager's API: the fleet for the proxies, health and metrics, the wishes of operators.
 
 It has no key and listens on loopback by default. A web page that the operator happens to visit
 could still send it a POST; browsers put an `Origin` on every such request, and no tool does, so a
@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
+import msgspec
 import orjson
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -19,10 +20,11 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from backends.feed import Feed
-from backends.keeper import Keeper
+from backends.keeper import Keeper, RefusedError
 from backends.lifecycle import Event
 from proxy.contract import FLEET_PATH, FLEET_WATCH_PATH, HEARTBEAT_INTERVAL_S, ReplicaState
 
+REPLICA_PATH = "/v1/replicas/{replica_id}"
 BODY_BYTES_MAX = 16 * 1024
 WATCHERS_MAX = 256
 WRITE_TIMEOUT_S = 10.0  # a watcher that takes no bytes for this long is gone
@@ -32,6 +34,7 @@ _WISHES = {
     "undrain": (Event.RELEASE, ""),
     "restart": (Event.RESTART, "restarted by an operator"),
 }
+_NAPS = ("sleep", "wake")
 
 
 class Source(Protocol):
@@ -65,7 +68,8 @@ class Api:
                 web.get("/livez", self._live),
                 web.get("/readyz", self._ready),
                 web.get("/metrics", self._metrics),
-                web.post("/v1/replicas/{replica_id}/{wish}", self._wish),
+                web.get(REPLICA_PATH, self._replica),
+                web.post(REPLICA_PATH + "/{wish}", self._wish),
             ]
         )
         return app
@@ -119,15 +123,42 @@ class Api:
         if "origin" in request.headers:
             raise web.HTTPForbidden(text="requests of web pages are not taken")
         await request.read()  # bounded by client_max_size; nothing in it is needed
-        wish = _WISHES.get(request.match_info["wish"])
-        if wish is None:
-            raise web.HTTPNotFound(text="no such action; there are drain, undrain and restart")
+        wish = request.match_info["wish"]
+        if wish not in _WISHES and wish not in _NAPS:
+            known = ", ".join([*_WISHES, *_NAPS])
+            raise web.HTTPNotFound(text=f"no such action; there are {known}")
+        keeper = self._keeper(request)
+        try:
+            if wish == "sleep":
+                keeper.sleep(_level(request))
+            elif wish == "wake":
+                keeper.wake()
+            else:
+                keeper.apply(*_WISHES[wish])
+        except RefusedError as error:
+            raise web.HTTPConflict(text=f"'{keeper.spec.replica_id}': {error}") from error
+        record = keeper.record()
+        return web.json_response({"replica_id": record.replica_id, "state": record.state.value})
+
+    async def _replica(self, request: web.Request) -> web.Response:
+        """Tell of one replica as it is now; the fleet is told of changes a moment later."""
+        keeper = self._keeper(request)
+        told = msgspec.to_builtins(keeper.record()) | {"phase": keeper.state.phase.value}
+        return web.json_response(told)
+
+    def _keeper(self, request: web.Request) -> Keeper:
         replica_id = request.match_info["replica_id"]
         keeper = self._source.keepers.get(replica_id)
         if keeper is None:
             raise web.HTTPNotFound(text=f"no replica '{replica_id}'; GET {FLEET_PATH} lists them")
-        keeper.apply(*wish)
-        return web.json_response({"replica_id": replica_id, "state": keeper.record().state.value})
+        return keeper
+
+
+def _level(request: web.Request) -> int:
+    text = request.query.get("level", "1")
+    if text not in {"1", "2"}:
+        raise web.HTTPBadRequest(text=f"no sleep level '{text}'; there are 1 and 2")
+    return int(text)
 
 
 @web.middleware
@@ -166,7 +197,7 @@ class _ManagerCollector(Collector):
     @override
     def collect(self) -> list[GaugeMetricFamily | CounterMetricFamily]:
         prefix = "doherty_manager_"
-        states = dict.fromkeys(ReplicaState, 0)
+        states = dict.fromkeys([*(state.value for state in ReplicaState), "asleep"], 0)
         replicas = GaugeMetricFamily(prefix + "replicas", "Replicas by state.", labels=["state"])
         restarts = CounterMetricFamily(
             prefix + "restarts", "Starts of a replica after its first.", labels=["replica"]
@@ -178,11 +209,11 @@ class _ManagerCollector(Collector):
         )
         for replica_id, keeper in self._source.keepers.items():
             record = keeper.record()
-            states[record.state] += 1
+            states["asleep" if record.asleep else record.state.value] += 1
             restarts.add_metric([replica_id], record.restarts)
-            failures.add_metric([replica_id], keeper.scrape_failures)
+            failures.add_metric([replica_id], keeper.questions.failures)
         for state, count in states.items():
-            replicas.add_metric([state.value], count)
+            replicas.add_metric([state], count)
         version = GaugeMetricFamily(
             prefix + "fleet_version", "Snapshots published.", self._source.feed.snapshot.version
         )

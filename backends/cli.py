@@ -84,14 +84,31 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
     check.add_argument("--schema", action="store_true", help="print the file's JSON schema")
     check.set_defaults(run=_check)
     status = commands.add_parser("status", help="show the replicas of a running manager")
-    status.add_argument(
+    _add_manager_url(status)
+    status.set_defaults(run=_status)
+    sleep = commands.add_parser("sleep", help="free the GPU memory of a replica, keep its process")
+    sleep.add_argument(
+        "--level",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="1 keeps the weights in host memory, 2 (vLLM) reads them anew (default: 1)",
+    )
+    wake = commands.add_parser("wake", help="have a sleeping replica serve again")
+    for turn, run in ((sleep, _sleep), (wake, _wake)):
+        turn.add_argument("replica", metavar="REPLICA", help="its id in `doherty status`")
+        _add_manager_url(turn)
+        turn.set_defaults(run=run)
+    return parser
+
+
+def _add_manager_url(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--manager-url",
         default=os.environ.get("DOHERTY_MANAGER_URL", "http://127.0.0.1:8002"),
         metavar="URL",
         help="(default: %(default)s)",
     )
-    status.set_defaults(run=_status)
-    return parser
 
 
 def _add_up_flags(parser: argparse.ArgumentParser) -> None:
@@ -176,6 +193,20 @@ def _status(options: argparse.Namespace) -> int:
     from backends.status import fetch_fleet, table
 
     print(table(fetch_fleet(options.manager_url)))
+    return 0
+
+
+def _sleep(options: argparse.Namespace) -> int:
+    from backends.operate import fall_asleep
+
+    print(fall_asleep(options.manager_url, options.replica, options.level))
+    return 0
+
+
+def _wake(options: argparse.Namespace) -> int:
+    from backends.operate import wake
+
+    print(wake(options.manager_url, options.replica))
     return 0
 
 

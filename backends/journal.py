@@ -6,6 +6,9 @@ finds its child by the launch id that the child carries in its environment. A pi
 nothing, because pids are used again: with the start time from `/proc/PID/stat` and the boot id it
 does.
 
+Whether an engine sleeps is here, too, before it is told and after it has done so: SGLang does not
+say it, and dies of being told to take back what it holds.
+
 The file is rewritten with what still lives at each start, and when it has grown. A torn last line
 (the machine died while it was written) is what an append-only file may lose, and is skipped.
 """
@@ -40,6 +43,11 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, tag="intent", tag_field=
     boot_id: str = ""
     ready: bool = False
     held: bool = False  # drained by an operator
+    ports: dict[str, tuple[int, int]] = {}  # beside `port`, what for: the first, and how many
+    engine_version: str = ""
+    kv_source: tuple[str, str, str] | None = None  # endpoint, replay endpoint and topic
+    nap_level: int | None = None  # how deep it sleeps; None: awake
+    turning: bool = False  # between awake and asleep: what it has let go of is not known
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", tag_field="entry"):
@@ -58,12 +66,20 @@ class Held(msgspec.Struct, frozen=True, tag="held", tag_field="entry"):
     held: bool
 
 
+class Nap(msgspec.Struct, frozen=True, tag="nap", tag_field="entry"):
+    """It falls asleep or wakes (`turning`), or has done so."""
+
+    launch_id: str
+    level: int | None
+    turning: bool
+
+
 class Ended(msgspec.Struct, frozen=True, tag="ended", tag_field="entry"):
     launch_id: str
     reason: str
 
 
-Entry = Launch | Started | Ready | Held | Ended
+Entry = Launch | Started | Ready | Held | Nap | Ended
 _DECODER: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
 
 
@@ -153,6 +169,10 @@ def apply(live: dict[str, Launch], entry: Entry) -> None:
             live[entry.launch_id] = msgspec.structs.replace(launch, ready=True)
         case Held(held=held):
             live[entry.launch_id] = msgspec.structs.replace(launch, held=held)
+        case Nap(level=level, turning=turning):
+            live[entry.launch_id] = msgspec.structs.replace(
+                launch, nap_level=level, turning=turning
+            )
         case Ended():
             del live[entry.launch_id]
 

@@ -2,40 +2,30 @@
 
 Events are applied one after another on the event loop, and their commands are performed before the
 next one: a spawn is a few milliseconds of work here, so no state exists in which it is half done.
-The one lasting task asks the engine questions (`_follow`), one for each life, and every event of an
-older life is recognised by its launch id and dropped.
-
-Busy is not dead. A dead process is noticed at once, by its exit. A process that lives and gives no
-answer is left alone for `SILENCE_S_MAX`: a long prefill, a compilation or a page of swap looks just
-the same from outside, and a restart costs minutes and the whole cache.
+Only which release a program is of may have to be asked first, aside; what ends the start meanwhile
+ends it as if there had been a process. The one lasting task asks the engine questions (`watch`),
+one for each life, and every event of an older life is recognised by its launch id and dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import uuid
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from backends.clock import Alarm, Clock, Timer
-from backends.engines.base import (
-    Engine,
-    EngineMissingError,
-    launch_hash,
-    merged,
-    resolve_program,
-    url_of,
-)
-from backends.fetch import Answer, Fetch, Silence
-from backends.journal import Ended, Held, Journal, Launch, Ready, Started
+from backends.clock import Timer
+from backends.engines.base import Engine, FlagError, url_of
+from backends.engines.release import Release
+from backends.fetch import Silence
+from backends.journal import Ended, Held, Launch, Ready, Started
 from backends.lifecycle import (
     PUBLISHED,
     SERVING,
+    SLEEPING,
     Command,
     Event,
     Lifecycle,
@@ -44,39 +34,23 @@ from backends.lifecycle import (
     adopted,
     step,
 )
-from backends.log import Log
-from backends.ports import NoPortError, PortLeases
-from backends.providers.base import Process, Provider
+from backends.naps import Naps
+from backends.ports import ReplicaPorts
+from backends.providers.base import Process
+from backends.questions import Questions
 from backends.reconcile import Observed, Wanted
+from backends.starting import START_ERRORS, intent, prepare, program_of
+from backends.surroundings import Surroundings
 from backends.tasks import cancel_all, spawn
-from proxy.contract import LoadSample, ReplicaRecord, with_load
-from proxy.contract.engines import MODELS_PATH, read_listing
+from backends.watch import Watch
+from proxy.contract import ReplicaRecord
 
-SILENCE_S_MAX = 300.0
-LISTING_INTERVAL_S = 15.0  # adapters come and go at run time
-ASK_TIMEOUT_S = 5.0  # a metrics page behind a busy event loop takes its time
 ADOPT_TIMEOUT_S = 2.0
-READY_POLL_S = (0.05, 1.0)  # the first pause between readiness probes, and the longest
-DRAIN_POLL_S = 0.25
-IDLE_S = 0.2  # a request that left a proxy before it heard of the drain shows by then
 ABORT_TIMEOUT_S = 2.0
 
 
-class Surroundings(msgspec.Struct, frozen=True):
-    """What every keeper of a manager shares."""
-
-    clock: Clock
-    provider: Provider
-    fetch: Fetch
-    journal: Journal
-    ports: PortLeases
-    log: Log
-    log_folder: Path
-    region: str
-    scrape_interval_s: float
-    backoff_s: float
-    backoff_s_max: float
-    changed: Callable[[], None]
+class RefusedError(Exception):
+    """What an operator wishes cannot be had now; the text says why."""
 
 
 class Keeper:
@@ -85,21 +59,16 @@ class Keeper:
     def __init__(self, wanted: Wanted, engine: Engine, around: Surroundings) -> None:
         self.spec = wanted.spec
         self.state = Lifecycle()
-        self.load: LoadSample | None = None
-        self.scrape_failures = 0
         self._engine = engine
         self._around = around
         self._spec_hash = wanted.launch_hash
-        self._models: tuple[str, ...] = (wanted.spec.model,)
-        self._adapters: tuple[str, ...] | None = None
-        self._listed_s = 0.0
-        # What it has told of itself, in its last life too: ranks keep their names over a restart.
-        self._told = ReplicaRecord(replica_id=wanted.spec.replica_id, url="")
-        self._port = 0
+        self.questions = Questions(wanted.spec, engine, around.fetch, around.clock)
+        self._ports = ReplicaPorts(around.ports)
+        self._naps = Naps(engine, around)
         self._launch: Launch | None = None  # the life under way
         self._process: Process | None = None
         self._timer: Timer | None = None
-        self._alarm = Alarm(around.clock)
+        self._watch: Watch | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- what the manager reads -----------------------------------------------------------------
@@ -110,16 +79,22 @@ class Keeper:
         return Observed(self.spec, running, self.state.phase, self.state.wanted)
 
     @property
+    def url(self) -> str:
+        return url_of(self._ports.http)
+
+    @property
     def log_path(self) -> Path:
         return self._around.log_folder / f"{self.spec.replica_id}.log"
 
     def record(self) -> ReplicaRecord:
         """Return what the fleet is told."""
         serving = self.state.phase in SERVING
+        launch = self._launch
+        events, replay, topic = (launch and launch.kv_source) or ("", "", "")
         return msgspec.structs.replace(
-            self._told,
-            url=url_of(self._port),
-            models=self._models,
+            self.questions.told,
+            url=self.url,
+            models=self.questions.models,
             pool=self.spec.pool,
             region=self._around.region,
             engine=self._engine.name,
@@ -130,15 +105,21 @@ class Keeper:
             weight=self.spec.weight,
             restarts=self.state.restarts,
             pid=self._process.pid if self._process else 0,
-            load=self.load if serving else None,
-            asleep=self._told.asleep and serving,
+            load=self.questions.load if serving else None,
+            asleep=(self.questions.told.asleep and serving) or self.state.phase in SLEEPING,
+            sleep_s=self._naps.sleep_s,
+            wake_s=self._naps.wake_s,
+            engine_version=launch.engine_version if launch else "",
+            kv_events=events,
+            kv_replay=replay,
+            kv_topic=topic,
         )
 
     # --- what the manager wishes ----------------------------------------------------------------
 
     def update(self, wanted: Wanted) -> None:
         """Take over a new specification; it is the command of the next start."""
-        self.spec = wanted.spec
+        self.spec = self.questions.spec = wanted.spec
         self._spec_hash = wanted.launch_hash
         self._around.changed()
 
@@ -147,21 +128,54 @@ class Keeper:
 
         One that was ready stays ready unless nobody listens: it may be too busy to say so.
         """
-        self._launch, self._process, self._port = launch, process, launch.port
-        self._around.ports.claim(launch.port)
+        self._launch, self._process = launch, process
+        self._ports.claim({"http": (launch.port, 1)} | launch.ports)
+        self.questions.begin(launch.port)
+        self._naps.level = launch.nap_level or 0
         if launch.pid != process.pid:  # the manager before died between the spawn and this note
             self._note_process(launch, process)
         self.state = self._adopted(launch, ready=launch.ready)
-        answer = await self._probe(ADOPT_TIMEOUT_S)
-        silent = answer.silence is not None and answer.silence is not Silence.REFUSED
-        ready = answer.status == 200 or (launch.ready and silent)
-        self.state = self._adopted(launch, ready=ready)
+        if self.state.phase is not Phase.ASLEEP:
+            answer = await self.questions.probe(ADOPT_TIMEOUT_S)
+            silent = answer.silence is not None and answer.silence is not Silence.REFUSED
+            ready = answer.status == 200 or (launch.ready and silent)
+            self.state = self._adopted(launch, ready=ready)
         self._around.log.tell(
-            "replica_adopted", replica=self.spec.replica_id, pid=process.pid, ready=ready
+            "replica_adopted",
+            replica=self.spec.replica_id,
+            pid=process.pid,
+            phase=self.state.phase,
         )
-        self._watch(process, launch.launch_id)
+        self._follow(process, launch.launch_id)
         self._set_timer()
         self._around.changed()
+        if launch.turning:
+            self.apply(
+                Event.RESTART, "the manager died while it fell asleep or woke: nobody knows how far"
+            )
+
+    def sleep(self, level: int) -> None:
+        """Free the memory of its GPU. Raises `RefusedError` when it cannot, or not now."""
+        if self.state.phase in {Phase.EMPTYING, Phase.FALLING_ASLEEP, Phase.ASLEEP}:
+            if level != self._naps.level:
+                raise RefusedError(f"it sleeps at level {self._naps.level}; wake it first")
+            return
+        if self.state.phase not in {Phase.READY, Phase.HELD}:
+            raise RefusedError(f"it is {self.state.phase}; only what is ready can be put to sleep")
+        try:
+            self._engine.sleep_calls(self.spec, level)
+        except FlagError as error:
+            raise RefusedError(str(error)) from error
+        self._naps.level = level
+        self.apply(Event.SLEEP, "put to sleep by an operator")
+
+    def wake(self) -> None:
+        """Take the memory back and serve. Raises `RefusedError` when it cannot, or not now."""
+        if self.state.phase in {Phase.READY, Phase.HELD, Phase.WAKING}:
+            return
+        if self.state.phase not in {Phase.ASLEEP, Phase.EMPTYING}:
+            raise RefusedError(f"it is {self.state.phase}; only what sleeps can be woken")
+        self.apply(Event.WAKE, "woken by an operator")
 
     def apply(self, event: Event, reason: str = "") -> None:
         """Let `event` happen and perform what follows from it."""
@@ -176,10 +190,10 @@ class Keeper:
                 cause=event,
                 reason=self.state.reason,
             )
-            self._alarm.ring()
+            self._ring()
         self._set_timer()
         if self.state.held != before.held and self._launch is not None:
-            self._journal(Held(self._launch.launch_id, self.state.held))
+            self._around.note(Held(self._launch.launch_id, self.state.held))
         for command in commands:
             self._perform(command)
         if self.state != before:
@@ -192,71 +206,108 @@ class Keeper:
         if self._process is not None:
             self._process.release()
         await cancel_all(self._tasks)
-        if self._port:
-            self._around.ports.release(self._port)
-            self._port = 0
+        self._ports.release()
 
     # --- commands -------------------------------------------------------------------------------
 
     def _perform(self, command: Command) -> None:
         match command:
             case Command.SPAWN:
-                try:
-                    self._spawn()
-                except (OSError, EngineMissingError, NoPortError) as error:
-                    self._end(f"not started: {error}")
-                    self.apply(Event.SPAWN_FAILED, f"not started: {error}")
+                self._start()
             case Command.TERMINATE:
-                if self._process is not None:
-                    self._own(self._terminate(self._process), "terminate")
+                self._end_process(lambda process: self._own(self._terminate(process), "terminate"))
             case Command.KILL:
-                if self._process is not None:
-                    self._process.signal_group(signal.SIGKILL)
+                self._end_process(lambda process: process.signal_group(signal.SIGKILL))
+            case Command.LULL:
+                assert self._launch is not None
+                self._own(self._lull(self._launch.launch_id), "lull")
+            case Command.ROUSE:
+                assert self._launch is not None
+                assert self._watch is not None
+                self._own(self._rouse(self._launch.launch_id, self._watch), "rouse")
 
-    def _spawn(self) -> None:
+    def _end_process(self, end: Callable[[Process], None]) -> None:
+        if self._process is not None:
+            end(self._process)
+        else:
+            self.apply(Event.EXITED, "it had not been started yet")
+
+    def _start(self) -> None:
+        """Spawn, as soon as it is known which release the program is of."""
+        try:
+            self._ports.take_http()
+            program = program_of(self._engine, self.spec)
+            release = self._around.releases.known(self._engine, program)
+            if release is None:
+                self._own(self._start_asked(program, self.state.starts), "ask for the release")
+            else:
+                self._spawn(release)
+        except START_ERRORS as error:
+            self._not_started(error)
+
+    async def _start_asked(self, program: str, starts: int) -> None:
+        release = await self._around.releases.ask(self._engine, program)
+        if self.state.phase is not Phase.STARTING or self.state.starts != starts:
+            return  # ended meanwhile
+        try:
+            self._spawn(release)
+        except START_ERRORS as error:
+            self._not_started(error)
+
+    def _not_started(self, error: Exception) -> None:
+        self._end(f"not started: {error}")
+        self.apply(Event.SPAWN_FAILED, f"not started: {error}")
+
+    def _spawn(self, release: Release) -> None:
         """Journal, spawn, journal: in this order a crash at any point leaves a trace."""
         around = self._around
-        self._port = around.ports.keep_or_lease(self._port)
-        command = self._engine.command(self.spec, self._port)
-        extra = self._engine.name if self._engine.name != "simulator" else ""
-        argv = resolve_program(command.argv, extra)
-        launch = Launch(
-            launch_id=uuid.uuid4().hex,
-            replica_id=self.spec.replica_id,
-            launch_hash=launch_hash(self._engine, self.spec),
-            engine=self._engine.name,
-            model=self.spec.model,
-            pool=self.spec.pool,
-            port=self._port,
-            stop_grace_s=self.spec.stop_grace_s,
-            starts=self.state.starts,
-            at_s=around.clock.unix_s(),
-            held=self.state.held,
-        )
+        start = prepare(self._engine, self.spec, self._ports, release)
+        for warning in start.warnings:
+            around.log.tell("replica_warning", replica=self.spec.replica_id, warning=warning)
+        launch = intent(self._engine, self.spec, start, self.state, around.clock.unix_s())
         around.journal.append(launch)
         self._launch = launch
-        self.load = None
-        self._models, self._adapters = (self.spec.model,), None
-        environ = merged(os.environ, command, self.spec)
-        self._process = around.provider.spawn(argv, environ, launch.launch_id, self.log_path)
-        self._watch(self._process, launch.launch_id)
+        self.questions.begin(start.port)
+        self._process = around.provider.spawn(
+            start.argv, start.environ, launch.launch_id, self.log_path
+        )
+        self._follow(self._process, launch.launch_id)
         self._note_process(launch, self._process)
         around.log.tell(
             "replica_spawned",
             replica=self.spec.replica_id,
             pid=self._process.pid,
-            url=url_of(self._port),
+            url=self.url,
+            version=launch.engine_version,
             log=str(self.log_path),
         )
+
+    async def _lull(self, launch_id: str) -> None:
+        go_on = self._while(launch_id, Phase.FALLING_ASLEEP)
+        event, reason = await self._naps.fall_asleep(launch_id, self.spec, self.url, go_on)
+        if go_on():
+            self.apply(event, reason)
+
+    async def _rouse(self, launch_id: str, watch: Watch) -> None:
+        go_on = self._while(launch_id, Phase.WAKING)
+        problem = await self._naps.wake(launch_id, self.spec, self.url, go_on)
+        if problem is None:
+            reason = f"awake, after {self._naps.wake_s:.2f} s"
+            await watch.until_ready(Phase.WAKING, reason=reason)
+        elif go_on():
+            self.apply(Event.BROKE, problem)
+
+    def _while(self, launch_id: str, phase: Phase) -> Callable[[], bool]:
+        return lambda: self._current(launch_id) and self.state.phase is phase
 
     async def _terminate(self, process: Process) -> None:
         abort_path = self._engine.abort_path(self.spec)
         if abort_path is not None:
-            url = url_of(self._port) + abort_path
+            url = self.url + abort_path
             await self._around.fetch.post(url, b'{"abort_all":true}', ABORT_TIMEOUT_S)
         process.signal_group(signal.SIGTERM)
 
-    def _watch(self, process: Process, launch_id: str) -> None:
+    def _follow(self, process: Process, launch_id: str) -> None:
         """Follow one life: its end by the process, its answers by a task."""
 
         def ended(exited: asyncio.Future[str]) -> None:
@@ -269,128 +320,45 @@ class Keeper:
             self.apply(Event.EXITED, how)
 
         process.exited.add_done_callback(ended)
-        self._alarm = Alarm(self._around.clock)
-        self._own(self._follow(launch_id, self._alarm), "follow")
+        self._watch = Watch(
+            self.questions,
+            self._around,
+            self,
+            lambda: self.state.phase if self._current(launch_id) else None,
+        )
+        self._own(self._watch.follow(), "follow")
+
+    def _ring(self) -> None:
+        if self._watch is not None:
+            self._watch.ring()
 
     def _end(self, reason: str) -> None:
         if self._launch is not None:
-            self._journal(Ended(self._launch.launch_id, reason))
+            self._around.note(Ended(self._launch.launch_id, reason))
         self._launch = None
         self._process = None
-        self.load = None
-        self._alarm.ring()
+        self.questions.end()
+        self._ring()
 
     def _note_process(self, launch: Launch, process: Process) -> None:
         boot_id = self._around.provider.boot_id
-        self._journal(Started(launch.launch_id, process.pid, process.start_ticks, boot_id))
+        self._around.note(Started(launch.launch_id, process.pid, process.start_ticks, boot_id))
 
-    def _journal(self, entry: Started | Ready | Held | Ended) -> None:
-        """Note what has happened; it has happened whether or not the disk takes the note."""
-        try:
-            self._around.journal.append(entry)
-        except OSError as error:
-            self._around.log.fault("journal_failed", error=str(error))
-
-    # --- questions to the engine ----------------------------------------------------------------
-
-    async def _follow(self, launch_id: str, alarm: Alarm) -> None:
-        """Ask until this life is over: is it ready, how busy is it, does it answer at all."""
-        await self._until_ready(launch_id, alarm)
-        silent_since_s: float | None = None
-        idle_since_s: float | None = None
-        while self._current(launch_id):
-            if self.state.phase not in SERVING:
-                await alarm.wait(None)
-                continue
-            if self._around.clock.now_s() - self._listed_s >= LISTING_INTERVAL_S:
-                await self._list()
-            answered, load = await self._read()
-            if not self._current(launch_id):
-                return
-            silent_since_s = None if answered else self._silence(silent_since_s)
-            draining = self.state.phase is Phase.DRAINING
-            now_s = self._around.clock.now_s()
-            if not (draining and _idle(load)):
-                idle_since_s = None
-            elif idle_since_s is None:
-                idle_since_s = now_s
-            elif now_s - idle_since_s >= IDLE_S:
-                self.apply(Event.IDLE, "drained")
-                continue
-            await alarm.wait(DRAIN_POLL_S if draining else self._around.scrape_interval_s)
-
-    async def _until_ready(self, launch_id: str, alarm: Alarm) -> None:
-        poll_s, poll_s_max = READY_POLL_S
-        while self._current(launch_id) and self.state.phase is Phase.STARTING:
-            answer = await self._probe(ASK_TIMEOUT_S)
-            if answer.status == 200 and self._current(launch_id):
-                await self._greet(launch_id)
-                return
-            await alarm.wait(poll_s)
-            poll_s = min(poll_s * 1.5, poll_s_max)
+    def answered(self, reason: str) -> None:
+        """It is ready."""
+        if self._launch is not None:
+            self._around.note(Ready(self._launch.launch_id))
+            self.apply(Event.ANSWERED, reason)
 
     def _current(self, launch_id: str) -> bool:
         return self._launch is not None and self._launch.launch_id == launch_id
-
-    async def _probe(self, timeout_s: float) -> Answer:
-        """Ask whether it is ready. The first path that the engine knows decides."""
-        answer = Answer(0, silence=Silence.REFUSED)
-        for path in self._engine.ready_paths(self.spec):
-            answer = await self._around.fetch.get(url_of(self._port) + path, timeout_s)
-            if answer.status != 404:
-                break
-        return answer
-
-    async def _greet(self, launch_id: str) -> None:
-        """It answers: learn its names and its load, so that it enters the fleet complete."""
-        await self._list()
-        await self._read()
-        if not self._current(launch_id) or self.state.phase is not Phase.STARTING:
-            return
-        self._journal(Ready(launch_id))
-        self.apply(Event.ANSWERED)
-
-    async def _list(self) -> None:
-        """Learn which names it answers to."""
-        launch, self._listed_s = self._launch, self._around.clock.now_s()
-        answer = await self._around.fetch.get(url_of(self._port) + MODELS_PATH, ASK_TIMEOUT_S)
-        listing = read_listing(answer.body) if answer.status == 200 else None
-        if launch is self._launch and listing is not None and listing.names:
-            self._models, self._adapters = listing.names, listing.adapters
-
-    async def _read(self) -> tuple[bool, LoadSample | None]:
-        """Take one reading of the load; say whether the engine answered anything at all."""
-        launch, url = self._launch, url_of(self._port)
-        answers = [
-            await self._around.fetch.get(url + path, ASK_TIMEOUT_S)
-            for path in self._engine.load_paths(self.spec)
-        ]
-        bodies = [answer.body if answer.status == 200 else b"" for answer in answers]
-        load = self._engine.read_load(bodies, self._around.clock.unix_s())
-        if launch is not self._launch:
-            return False, None
-        if load is not None:
-            self._told = with_load(self._told, load, self._adapters, anew=self.load is None)
-            self.load = load
-            self._around.changed()
-            return True, load
-        self.scrape_failures += 1
-        answered = any(answer.status for answer in answers)
-        return answered or (await self._probe(ASK_TIMEOUT_S)).status > 0, None
-
-    def _silence(self, since_s: float | None) -> float:
-        """Count the time without any answer; too much of it ends this life."""
-        now_s = self._around.clock.now_s()
-        since_s = now_s if since_s is None else since_s
-        if now_s - since_s >= SILENCE_S_MAX:
-            self.apply(Event.UNRESPONSIVE, f"no answer for {SILENCE_S_MAX:.0f} s")
-        return since_s
 
     def _adopted(self, launch: Launch, *, ready: bool) -> Lifecycle:
         now_s = self._around.clock.now_s()
         return adopted(
             ready=ready,
             held=launch.held,
+            asleep=launch.nap_level is not None,
             starts=launch.starts,
             now_s=now_s,
             timing=self._timing(),
@@ -419,6 +387,9 @@ class Keeper:
         reasons = {
             Phase.STARTING: f"not ready after {self.spec.start_timeout_s:g} s",
             Phase.DRAINING: "drain took too long",
+            Phase.EMPTYING: "drain took too long; told to sleep all the same",
+            Phase.FALLING_ASLEEP: "it did not fall asleep in time",
+            Phase.WAKING: "it did not wake in time",
         }
         self.apply(Event.DEADLINE, reasons.get(self.state.phase, self.state.reason))
 
@@ -426,7 +397,3 @@ class Keeper:
         task = spawn(coroutine, f"{name} {self.spec.replica_id}", self._around.log)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _idle(load: LoadSample | None) -> bool:
-    return load is not None and load.running == 0 and load.waiting == 0

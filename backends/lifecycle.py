@@ -13,7 +13,14 @@ started again at once.
 
 The way down is always the same: draining (published, so that the proxies look elsewhere), SIGTERM,
 a grace period, SIGKILL of the whole group. It is entered in the middle where there is nobody to
-wait for: a replica that was never ready is not drained.
+wait for: a replica that was never ready, or that sleeps, is not drained.
+
+Sleep frees the GPU's memory and keeps the process. The way there begins like the way down: the
+replica is published as draining, its requests may finish, and only one that is idle, or out of
+time, is told to sleep. What may follow from that is three things. It sleeps; or it would not and is
+as it was; or nobody knows what it has let go of, and then only a new start helps, because an engine
+that is asked to give or take what it has not may die of it. One that sleeps takes no requests and
+owes nothing: its exit is a fault, a stop needs no waking, and it wakes by an operator's word alone.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ from proxy.contract import ReplicaState
 
 SETTLED_S = 60.0  # a life that was ready this long owes nothing to the failures before it
 KILL_AGAIN_S = 5.0  # a killed process may sit in the kernel (a driver call); ask again
+TURN_S_MAX = 900.0  # to fall asleep or to wake, where a start may take as long as it likes
 DOUBLINGS_MAX = 32  # keeps the power of two finite
 
 
@@ -41,22 +49,31 @@ class Phase(enum.StrEnum):
     DRAINING = "draining"  # on its way down; its requests may finish
     STOPPING = "stopping"  # SIGTERM is out
     KILLING = "killing"  # SIGKILL is out
+    EMPTYING = "emptying"  # is to sleep; its requests may finish
+    FALLING_ASLEEP = "falling_asleep"  # the calls that free its memory are out
+    ASLEEP = "asleep"
+    WAKING = "waking"  # the calls that take it back are out
 
 
 class Event(enum.StrEnum):
-    """What can happen to a replica: three wishes, two for operators, and facts."""
+    """What can happen to a replica: wishes, of which the last four are operators', and facts."""
 
     START = "start"
     STOP = "stop"
     RESTART = "restart"
     HOLD = "hold"
     RELEASE = "release"
+    SLEEP = "sleep"
+    WAKE = "wake"
     HURRY = "hurry"  # do not wait any longer: kill
     ANSWERED = "answered"  # the readiness probe was answered
     SPAWN_FAILED = "spawn_failed"
     EXITED = "exited"
     IDLE = "idle"  # its own metrics say that nothing runs and nothing waits
     UNRESPONSIVE = "unresponsive"  # silent for longer than any work takes
+    SLEPT = "slept"  # its memory is free
+    BALKED = "balked"  # it would not sleep, and serves as before
+    BROKE = "broke"  # it stopped half-way between awake and asleep
     DEADLINE = "deadline"  # the time of this phase is over
 
 
@@ -66,6 +83,8 @@ class Command(enum.StrEnum):
     SPAWN = "spawn"
     TERMINATE = "terminate"
     KILL = "kill"
+    LULL = "lull"  # have it free its memory
+    ROUSE = "rouse"  # have it take its memory back
 
 
 PUBLISHED = MappingProxyType(
@@ -78,10 +97,17 @@ PUBLISHED = MappingProxyType(
         Phase.DRAINING: ReplicaState.DRAINING,
         Phase.STOPPING: ReplicaState.STOPPING,
         Phase.KILLING: ReplicaState.STOPPING,
+        Phase.EMPTYING: ReplicaState.DRAINING,
+        Phase.FALLING_ASLEEP: ReplicaState.DRAINING,
+        # With the record's `asleep`, by which proxies of any release send it nothing.
+        Phase.ASLEEP: ReplicaState.READY,
+        Phase.WAKING: ReplicaState.READY,
     }
 )
 ALIVE = frozenset(Phase) - {Phase.STOPPED, Phase.BACKOFF}  # phases in which a process may exist
-SERVING = frozenset({Phase.READY, Phase.HELD, Phase.DRAINING})  # phases in which it answers
+# Phases in which it may be asked anything; in the others a question may do harm, or is in vain.
+SERVING = frozenset({Phase.READY, Phase.HELD, Phase.DRAINING, Phase.EMPTYING})
+SLEEPING = frozenset({Phase.ASLEEP, Phase.WAKING})  # its memory is away
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -128,12 +154,21 @@ _KILL = Rule(Phase.KILLING, (Command.KILL,))
 _REST = Rule(Phase.STOPPED)  # `_settle` decides whether it stays there
 _FAULT = Rule(Phase.STOPPED, faulted=True)
 _DRAIN = Rule(Phase.DRAINING)
+_LULL = Rule(Phase.FALLING_ASLEEP, (Command.LULL,))
 
-_SERVING_RULES = {
+_SERVING_RULES: dict[Event, Rule] = {
     Event.STOP: _DRAIN,
     Event.RESTART: _DRAIN,
     Event.EXITED: _FAULT,
     Event.UNRESPONSIVE: _TERMINATE_FAULTED,
+    Event.HURRY: _KILL,
+}
+
+# Nobody is served, so nobody is waited for.
+_UNSERVING_RULES: dict[Event, Rule] = {
+    Event.STOP: _TERMINATE,
+    Event.RESTART: _TERMINATE,
+    Event.EXITED: _FAULT,
     Event.HURRY: _KILL,
 }
 
@@ -146,22 +181,21 @@ TABLE: MappingProxyType[Phase, dict[Event, Rule]] = MappingProxyType(
             Event.DEADLINE: _REST,
         },
         Phase.STARTING: {
+            **_UNSERVING_RULES,
             Event.ANSWERED: Rule(Phase.READY),
             Event.SPAWN_FAILED: _FAULT,
-            Event.EXITED: _FAULT,
             Event.DEADLINE: _TERMINATE_FAULTED,
-            Event.STOP: _TERMINATE,
-            Event.RESTART: _TERMINATE,
-            Event.HURRY: _KILL,
         },
         Phase.READY: {
             **_SERVING_RULES,
             Event.HOLD: Rule(Phase.HELD),
+            Event.SLEEP: Rule(Phase.EMPTYING),
             Event.DEADLINE: Rule(Phase.READY),
         },
         Phase.HELD: {
             **_SERVING_RULES,
             Event.RELEASE: Rule(Phase.READY),
+            Event.SLEEP: Rule(Phase.EMPTYING),
             Event.DEADLINE: Rule(Phase.HELD),
         },
         Phase.DRAINING: {
@@ -181,6 +215,30 @@ TABLE: MappingProxyType[Phase, dict[Event, Rule]] = MappingProxyType(
             Event.DEADLINE: _KILL,
             Event.EXITED: _REST,
         },
+        Phase.EMPTYING: {
+            **_SERVING_RULES,
+            Event.WAKE: Rule(Phase.READY),  # awake after all
+            Event.IDLE: _LULL,
+            Event.DEADLINE: _LULL,
+        },
+        Phase.FALLING_ASLEEP: {
+            **_UNSERVING_RULES,
+            Event.SLEPT: Rule(Phase.ASLEEP),
+            Event.BALKED: Rule(Phase.READY),
+            Event.BROKE: _TERMINATE_FAULTED,
+            Event.DEADLINE: _TERMINATE_FAULTED,
+        },
+        Phase.ASLEEP: {
+            **_UNSERVING_RULES,
+            Event.WAKE: Rule(Phase.WAKING, (Command.ROUSE,)),
+            Event.UNRESPONSIVE: _TERMINATE_FAULTED,
+        },
+        Phase.WAKING: {
+            **_UNSERVING_RULES,
+            Event.ANSWERED: Rule(Phase.READY),
+            Event.BROKE: _TERMINATE_FAULTED,
+            Event.DEADLINE: _TERMINATE_FAULTED,
+        },
     }
 )
 _WISHES = {Event.START: True, Event.RESTART: True, Event.STOP: False}
@@ -188,9 +246,12 @@ _HOLDS = {Event.HOLD: True, Event.RELEASE: False}
 _FORGIVING = frozenset({Event.RESTART, Event.DEADLINE})  # these end a back-off
 
 
-def adopted(*, ready: bool, held: bool, starts: int, now_s: float, timing: Timing) -> Lifecycle:
+def adopted(
+    *, ready: bool, held: bool, asleep: bool, starts: int, now_s: float, timing: Timing
+) -> Lifecycle:
     """Return the state of a process that a former manager started."""
     phase = (Phase.HELD if held else Phase.READY) if ready else Phase.STARTING
+    phase = Phase.ASLEEP if asleep else phase
     return Lifecycle(
         phase=phase,
         wanted=True,
@@ -254,7 +315,7 @@ def _settle(
 
 def _deadline_s(phase: Phase, failures: int, now_s: float, timing: Timing) -> float | None:
     match phase:
-        case Phase.STOPPED:
+        case Phase.STOPPED | Phase.ASLEEP:
             return None
         case Phase.BACKOFF:
             return now_s + backoff_s(failures, timing)
@@ -262,7 +323,9 @@ def _deadline_s(phase: Phase, failures: int, now_s: float, timing: Timing) -> fl
             return now_s + timing.start_timeout_s if timing.start_timeout_s else None
         case Phase.READY | Phase.HELD:
             return now_s + SETTLED_S
-        case Phase.DRAINING | Phase.STOPPING:
+        case Phase.DRAINING | Phase.STOPPING | Phase.EMPTYING:
             return now_s + timing.stop_grace_s
+        case Phase.FALLING_ASLEEP | Phase.WAKING:
+            return now_s + (timing.start_timeout_s or TURN_S_MAX)
         case Phase.KILLING:
             return now_s + KILL_AGAIN_S

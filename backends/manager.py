@@ -17,10 +17,11 @@ from pathlib import Path
 from backends.clock import Clock
 from backends.engines import ENGINES
 from backends.engines.base import Engine, launch_hash
+from backends.engines.release import UNKNOWN_RELEASE
 from backends.feed import Feed
 from backends.fetch import Fetch
 from backends.journal import Ended, Journal, Launch
-from backends.keeper import Keeper, Surroundings
+from backends.keeper import Keeper
 from backends.lifecycle import Event
 from backends.log import Log
 from backends.logfile import bound
@@ -36,7 +37,9 @@ from backends.reconcile import (
     Wanted,
     reconcile,
 )
+from backends.releases import Ask, Releases
 from backends.spec import ReplicaSpec, replica_specs
+from backends.surroundings import Surroundings
 from backends.tasks import spawn
 from proxy.config import Config
 from proxy.contract import ReplicaRecord
@@ -57,6 +60,7 @@ class Manager:
         log: Log,
         clock: Clock,
         engines: Mapping[str, Engine] = ENGINES,
+        probe: Ask = lambda _: UNKNOWN_RELEASE,
     ) -> None:
         self._engines = engines
         self._log = log
@@ -77,6 +81,7 @@ class Manager:
             fetch=fetch,
             journal=journal,
             ports=PortLeases(random.Random()),  # noqa: S311  # spreads, hides nothing
+            releases=Releases(probe),
             log=log,
             log_folder=Path(settings.run_dir) / "logs",
             region=config.region,

@@ -1,5 +1,9 @@
 """Leases of loopback ports: a port is one replica's at a time.
 
+A replica has several: its HTTP port, and those that its engine needs for KV events, their replay
+and its own processes, in runs of consecutive ports, because ranks count on from the first. They
+stay its own over restarts, so that what others know of it stays true.
+
 Ports come from below the kernel's range for outgoing connections. An engine takes many seconds from
 being told its port to listening on it, and on a busy proxy host thousands of outgoing connections
 are made meanwhile; a port out of that range would sooner or later be taken by one of them. What is
@@ -10,9 +14,10 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
-from backends.engines.base import HOST
+from backends.engines.base import HOST, Ports, PortsNeeded
 
 PORT_MIN = 20_000
 _PORT_MAX_WANTED = 32_767
@@ -34,37 +39,86 @@ class PortLeases:
         self._port_max = port_max or max(port_min, min(_PORT_MAX_WANTED, _ephemeral_min() - 1))
         self._leased: set[int] = set()
 
-    def lease(self) -> int:
-        """Return a port that is free now and leased to nobody. Raises `NoPortError`.
+    def lease(self, count: int = 1) -> int:
+        """Return the first of `count` ports that are free now and leased to nobody.
 
-        The walk starts anywhere, so that two managers on a host rarely meet.
+        The walk starts anywhere, so that two managers on a host rarely meet. Raises `NoPortError`.
         """
-        count = self._port_max - self._port_min + 1
-        start = self._seed.randrange(count)
-        for offset in range(count):
-            port = self._port_min + (start + offset) % count
-            if port not in self._leased and port_free(HOST, port):
-                self._leased.add(port)
-                return port
-        raise NoPortError(f"no free port on {HOST} in {self._port_min}-{self._port_max}")
+        starts = self._port_max - self._port_min + 2 - count
+        begin = self._seed.randrange(starts) if starts > 0 else 0
+        for offset in range(starts):
+            first = self._port_min + (begin + offset) % starts
+            run = range(first, first + count)
+            if self._leased.isdisjoint(run) and all(port_free(HOST, port) for port in run):
+                self._leased.update(run)
+                return first
+        some = "free port" if count == 1 else f"{count} free ports in a row"
+        raise NoPortError(f"no {some} on {HOST} in {self._port_min}-{self._port_max}")
 
-    def keep_or_lease(self, port: int) -> int:
-        """Return `port`, leased before, unless somebody listens there now; then another one.
+    def keep_or_lease(self, first: int, count: int = 1) -> int:
+        """Return `first`, leased before, unless somebody listens there now; then another one.
 
         Whoever listens would answer the readiness probe in the place of the engine.
         """
-        if port and port_free(HOST, port):
-            return port
-        fresh = self.lease()
-        self.release(port)
+        if first and all(port_free(HOST, port) for port in range(first, first + count)):
+            return first
+        fresh = self.lease(count)
+        self.release(first, count)
         return fresh
 
-    def claim(self, port: int) -> None:
-        """Take the port of a process that already listens on it."""
-        self._leased.add(port)
+    def claim(self, first: int, count: int = 1) -> None:
+        """Take the ports of a process that already listens on them."""
+        self._leased.update(range(first, first + count))
 
-    def release(self, port: int) -> None:
-        self._leased.discard(port)
+    def release(self, first: int, count: int = 1) -> None:
+        self._leased.difference_update(range(first, first + count))
+
+
+class ReplicaPorts:
+    """The leases of one replica."""
+
+    def __init__(self, leases: PortLeases) -> None:
+        self._leases = leases
+        self.runs: dict[str, tuple[int, int]] = {}  # what for: the first, and how many
+
+    @property
+    def http(self) -> int:
+        """Return the port that it listens on; 0 before the first start."""
+        return self.runs.get("http", (0, 0))[0]
+
+    def take_http(self) -> None:
+        """Have an address to be published by, before it is known what else is needed.
+
+        Raises `NoPortError`.
+        """
+        self.runs["http"] = (self._leases.keep_or_lease(self.http), 1)
+
+    def take(self, needed: PortsNeeded) -> Ports:
+        """Return what the next start gets: the ports of the last one where they still do.
+
+        Raises `NoPortError`.
+        """
+        wanted = {"http": 1} | needed._asdict()
+        for kind, count in wanted.items():
+            first, held = self.runs.get(kind, (0, 0))
+            if held != count:
+                self._leases.release(first, held)
+                self.runs.pop(kind, None)
+                first = 0
+            if count:
+                self.runs[kind] = (self._leases.keep_or_lease(first, count), count)
+        return Ports(**{kind: first for kind, (first, _) in self.runs.items()})
+
+    def claim(self, runs: Mapping[str, tuple[int, int]]) -> None:
+        """Take over those of a process that runs."""
+        for first, count in runs.values():
+            self._leases.claim(first, count)
+        self.runs = dict(runs)
+
+    def release(self) -> None:
+        for first, count in self.runs.values():
+            self._leases.release(first, count)
+        self.runs = {}
 
 
 def port_free(host: str, port: int) -> bool:

@@ -6,7 +6,9 @@ event, and a manager that was killed half-way through a change goes on where it 
 
 A changed replica is restarted only while the rest of its pool serves, one of a pool at a time: a
 configuration that cannot start takes down one replica, not the model. Where nothing is lost by it
-(a replica that is not serving, or the only one of its pool) the restart is immediate.
+(a replica that is not serving, or the only one of its pool) the restart is immediate. One that
+sleeps is let be: it takes the new command once it has been woken, for a start would take the GPU
+memory that an operator wanted free; nor does the rest of its pool wait for it.
 """
 
 from __future__ import annotations
@@ -67,7 +69,14 @@ class Remove(msgspec.Struct, frozen=True):
 
 Action = Create | Update | Start | Restart | Stop | Remove
 
-_AWAY = frozenset(Phase) - {Phase.READY, Phase.HELD}
+_AWAY = frozenset(Phase) - {Phase.READY, Phase.HELD, Phase.ASLEEP}
+# On its way somewhere, or at rest where it is: what changed is looked at when it gets there.
+_LET_BE = frozenset(
+    {
+        *(Phase.STOPPING, Phase.KILLING, Phase.DRAINING),
+        *(Phase.EMPTYING, Phase.FALLING_ASLEEP, Phase.ASLEEP, Phase.WAKING),
+    }
+)
 
 
 def reconcile(wanted: Sequence[Wanted], observed: Sequence[Observed]) -> tuple[Action, ...]:
@@ -103,8 +112,8 @@ def _align(want: Wanted, current: Observed, away: dict[tuple[str, str], int]) ->
     if not current.wanted:
         actions.append(Start(replica_id))
     changed = current.launch_hash != want.launch_hash
-    if not changed or current.phase in {Phase.STOPPING, Phase.KILLING, Phase.DRAINING}:
-        return actions  # on its way down: the next start takes the new command anyway
+    if not changed or current.phase in _LET_BE:
+        return actions
     pool = _pool(want)
     if current.phase in _AWAY:
         if current.phase is not Phase.STOPPED:

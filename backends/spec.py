@@ -25,6 +25,9 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str | None = None
     args: tuple[str, ...] = ()
     env: dict[str, str] = {}
+    gpus: int | None = None  # of this replica; None: what its arguments ask for
+    adapters: dict[str, str] = {}  # LoRA: name to folder or hub id
+    sleep: bool = False  # may be put to sleep
     target_inputs: int = 0
     max_inputs: int = 0
     weight: float = 1.0
@@ -68,6 +71,9 @@ def _spec(model: ModelConfig, pool: PoolConfig, base: str, index: int) -> Replic
         model_path=pool.model_path,
         args=pool.args,
         env=pool.env,
+        gpus=pool.gpus,
+        adapters=pool.adapters,
+        sleep=pool.sleep,
         target_inputs=pool.target_inputs,
         max_inputs=pool.max_inputs,
         weight=pool.weight,

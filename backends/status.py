@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -18,18 +19,15 @@ from proxy.contract import (
 )
 
 TIMEOUT_S = 5.0
-HEADINGS = ("ID", "STATE", "URL", "RUNNING", "WAITING", "KV", "RESTARTS", "REASON")
+HEADINGS = ("ID", "STATE", "ENGINE", "URL", "RUNNING", "WAITING", "KV", "RESTARTS", "REASON")
 
 
 def fetch_fleet(manager_url: str) -> FleetSnapshot:
     """Ask the manager. Raises `StartError` saying what to do."""
-    if urlsplit(manager_url).scheme not in {"http", "https"}:
-        raise StartError(f"'{manager_url}' is no manager's address, such as http://127.0.0.1:8002")
+    check_manager_url(manager_url)
     url = manager_url.rstrip("/") + FLEET_PATH
-    # A manager is on this machine or in its private network, never behind the user's web proxy.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=TIMEOUT_S) as response:
+        with open_url(url) as response:
             return decode_snapshot(response.read(SNAPSHOT_BYTES_MAX + 1))
     except urllib.error.HTTPError as error:
         error.close()
@@ -37,10 +35,25 @@ def fetch_fleet(manager_url: str) -> FleetSnapshot:
     except msgspec.MsgspecError as error:
         raise StartError(f"{url} answered something else than a fleet: {error}") from error
     except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise StartError(
-            f"no manager answers on {manager_url} ({reason}); name it with --manager-url"
-        ) from error
+        raise no_manager(manager_url, error) from error
+
+
+def check_manager_url(manager_url: str) -> None:
+    """Raise `StartError` for what cannot be asked."""
+    if urlsplit(manager_url).scheme not in {"http", "https"}:
+        raise StartError(f"'{manager_url}' is no manager's address, such as http://127.0.0.1:8002")
+
+
+def open_url(what: str | urllib.request.Request) -> Any:
+    """Ask a manager: it is on this machine or near, never behind the user's web proxy."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(what, timeout=TIMEOUT_S)
+
+
+def no_manager(manager_url: str, error: Exception) -> StartError:
+    """Return what to say when nobody answered."""
+    reason = getattr(error, "reason", None) or error
+    return StartError(f"no manager answers on {manager_url} ({reason}); name it with --manager-url")
 
 
 def table(fleet: FleetSnapshot) -> str:
@@ -55,7 +68,8 @@ def _row(replica: ReplicaRecord) -> tuple[str, ...]:
     load = replica.load
     return (
         replica.replica_id,
-        replica.state.value,
+        "asleep" if replica.asleep else replica.state.value,
+        f"{replica.engine} {replica.engine_version}".rstrip(),
         replica.url,
         str(load.running) if load else "-",
         str(load.waiting) if load else "-",

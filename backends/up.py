@@ -337,9 +337,12 @@ class Up:
 def describe(replica: ReplicaRecord) -> str:
     """Return the line that tells of a replica's state; empty where there is nothing to tell yet."""
     match replica.state:
+        case ReplicaState.READY if replica.asleep:
+            return f"  {replica.replica_id} is {replica.reason}"
         case ReplicaState.READY:
             again = f", restart {replica.restarts}" if replica.restarts else ""
-            return f"  {replica.replica_id} is ready ({replica.engine}, {replica.url}{again})"
+            engine = f"{replica.engine} {replica.engine_version}".rstrip()
+            return f"  {replica.replica_id} is ready ({engine}, {replica.url}{again})"
         case ReplicaState.BACKOFF:
             return f"  {replica.replica_id} waits to start again: {replica.reason}"
         case ReplicaState.STARTING if not replica.restarts:

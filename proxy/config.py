@@ -6,12 +6,11 @@ environment twins. Precedence: flag, then `DOHERTY_*`, then file, then default. 
 dialect of sglang-router and vllm-router where that dialect has the thing, so that launch scripts
 port over.
 
-Imports nothing of ours; both planes read it.
+Imports nothing of ours but `yaml_marks`; both planes read it.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -19,6 +18,8 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import msgspec
 import yaml
 from msgspec import Meta
+
+from proxy.yaml_marks import explain, repeated_key
 
 ENVIRONMENT_PREFIX = "DOHERTY_"
 
@@ -247,6 +248,17 @@ class PoolConfig(Section, frozen=True, kw_only=True):
     env: Annotated[dict[str, str], Meta(description="further environment of the engine")] = (
         msgspec.field(default_factory=dict)
     )
+    gpus: Annotated[
+        Count | None,
+        Meta(description="GPUs of each replica (default: what its arguments ask for)"),
+    ] = None
+    adapters: Annotated[
+        dict[Name, Path],
+        Meta(description="LoRA adapters to load at the start: name to local folder or hub id"),
+    ] = msgspec.field(default_factory=dict)
+    sleep: Annotated[
+        bool, Meta(description="start engines so that `doherty sleep` can free their GPU memory")
+    ] = False
     target_inputs: Annotated[
         Count, Meta(description="requests in flight per replica to aim at; 0: none")
     ] = 0
@@ -308,8 +320,9 @@ def parse_config(text: str, source: str) -> Config:
     """Return the configuration in `text`; `source` names it in errors. Raises `ConfigError`."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None:
-            _reject_duplicate_keys(node, source)
+        repeated = repeated_key(node) if node is not None else None
+        if repeated is not None:
+            raise ConfigError(f"{source}:{repeated[0]}: '{repeated[1]}' is given twice")
         value = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -330,7 +343,8 @@ def parse_config(text: str, source: str) -> Config:
     try:
         config = msgspec.convert(value, Config)
     except msgspec.ValidationError as error:
-        raise ConfigError(_explain(str(error), node, source)) from error
+        line, text = explain(str(error), node, Config)
+        raise ConfigError(f"{source}:{line}: {text}") from error
     _check_names(config, source)
     return config
 
@@ -384,63 +398,13 @@ def _check_names(config: Config, source: str) -> None:
             )
         seen.add(model.name)
         for pool in model.pools:
+            if model.name in pool.adapters:
+                raise ConfigError(
+                    f"{source}: model '{model.name}' has an adapter of the same name; clients "
+                    "could not ask for it, so give it another"
+                )
             if pool.max_inputs and pool.target_inputs > pool.max_inputs:
                 raise ConfigError(
                     f"{source}: model '{model.name}': target_inputs "
                     f"{pool.target_inputs} is above max_inputs {pool.max_inputs}"
                 )
-
-
-def _reject_duplicate_keys(node: yaml.Node, source: str) -> None:
-    """YAML 1.2 §3.2.1.3: mapping keys are unique; PyYAML would let the last one win."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise ConfigError(
-                        f"{source}:{key.start_mark.line + 1}: '{key.value}' is given twice"
-                    )
-                seen.add(key.value)
-            _reject_duplicate_keys(value, source)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _reject_duplicate_keys(item, source)
-
-
-def _explain(problem: str, root: yaml.Node | None, source: str) -> str:
-    """Turn msgspec's message and JSON path into file, line and the nearest valid name."""
-    text, _, path = problem.partition(" - at `")
-    steps = re.findall(r"\.(\w+)|\[(\d+)\]", path.rstrip("`"))
-    node, section = _descend(root, steps)
-    unknown = re.search(r"unknown field `(.*)`", text)
-    if unknown and isinstance(node, yaml.MappingNode):
-        key = unknown[1]
-        known = list(section.__struct_fields__) if section else []
-        for child, _ in node.value:
-            if child.value == key:
-                node = child
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(known)}"
-        text = f"unknown key '{key}'; {hint}"
-    line = node.start_mark.line + 1 if node else 1
-    where = ".".join(name or f"[{index}]" for name, index in steps).replace(".[", "[")
-    return f"{source}:{line}: {where + ': ' if where else ''}{text}"
-
-
-def _descend(
-    node: yaml.Node | None, steps: list[tuple[str, str]]
-) -> tuple[yaml.Node | None, type[Section] | None]:
-    section: Any = Config
-    for name, index in steps:
-        if name and isinstance(node, yaml.MappingNode):
-            found = [value for key, value in node.value if key.value == name]
-            node = found[0] if found else node
-            hints = get_type_hints(section) if isinstance(section, type) else {}
-            section = hints.get(name, section)
-            inner = [a for a in get_args(section) if isinstance(a, type)]
-            section = inner[0] if inner else section
-        elif index and isinstance(node, yaml.SequenceNode):
-            node = node.value[int(index)]
-    valid = isinstance(section, type) and issubclass(section, Section)
-    return node, section if valid else None

@@ -12,14 +12,22 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
+from backends.engines.release import UNKNOWN_RELEASE, Release
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
 
 HOST = "127.0.0.1"  # engines listen where only this machine can reach them
+KV_TOPIC = "kv"
+LORA_TIMEOUT_S = 120.0  # it reads the adapter's weights, from a hub in the worst case
+
+# Engines bind their event socket only when its endpoint looks like a wildcard: has `*` or `::` in
+# it (vLLM `distributed/kv_events.py`, SGLang `disaggregation/kv_events.py`). `tcp://*` would tell
+# the whole network which tokens pass. This is 127.0.0.1 in a form that they take for a wildcard.
+_BOUND_LOOPBACK = "tcp://[::ffff:127.0.0.1]"
 
 
 class Launch(msgspec.Struct, frozen=True):
@@ -29,8 +37,60 @@ class Launch(msgspec.Struct, frozen=True):
     env: dict[str, str] = {}
 
 
+class Ports(msgspec.Struct, frozen=True):
+    """Leased ports of one replica; 0: none. Those of data-parallel ranks follow one another."""
+
+    http: int
+    kv_events: int = 0
+    kv_replay: int = 0
+    internal: int = 0  # where the engine looks for ports for its own processes
+
+
+class PortsNeeded(NamedTuple):
+    """How many consecutive ports to lease from the first of each kind on; 0: lease none."""
+
+    kv_events: int = 0
+    kv_replay: int = 0
+    internal: int = 0
+
+
+class KvEvents(NamedTuple):
+    """Where a replica's KV events are, as a proxy on this machine connects; of rank 0."""
+
+    endpoint: str
+    replay: str
+    topic: str
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One request of a sequence. An answer outside `statuses` ends the sequence.
+
+    `expect` must then be in the answer's body, whitespace apart; empty: any body will do.
+    """
+
+    method: Literal["GET", "POST"]
+    path: str
+    body: bytes = b""
+    statuses: tuple[int, ...] = (200,)
+    timeout_s: float = 10.0
+    why: str = ""
+    expect: bytes = b""
+
+
+class Entry(NamedTuple):
+    """How an engine is run: the words that begin its command, and the module for the same."""
+
+    package: str
+    script: tuple[str, ...]
+    module: tuple[str, ...]
+
+
 class EngineMissingError(Exception):
     """The engine's program is not installed; the text says how to get it."""
+
+
+class FlagError(Exception):
+    """The engine would not take its arguments, or would break by them; the text says which one."""
 
 
 class Engine(Protocol):
@@ -39,8 +99,41 @@ class Engine(Protocol):
     @property
     def name(self) -> str: ...
 
-    def command(self, spec: ReplicaSpec, port: int) -> Launch:
+    @property
+    def entry(self) -> Entry | None:
+        """Return how it is run; None: its command names the program itself."""
+
+    def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         """Return the command; the user's own arguments come last, so that they win."""
+
+    def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
+        """Return what to warn of. Raises `FlagError` for arguments that cannot work."""
+
+    def ports_needed(self, spec: ReplicaSpec, release: Release) -> PortsNeeded:
+        """Return how many ports `command` wants beside the one of HTTP."""
+
+    def gpus_needed(self, spec: ReplicaSpec) -> int:
+        """Return how many GPUs the arguments ask for: ranks of every kind of parallelism."""
+
+    def kv_source(self, spec: ReplicaSpec, ports: Ports, release: Release) -> KvEvents | None:
+        """Return where `command` has the KV events sent; None: nowhere, or it must be asked."""
+
+    def sleep_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
+        """Return what lets go of the GPU's memory, in order. Raises `FlagError`."""
+
+    def wake_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
+        """Return what takes it back after a sleep of this level."""
+
+    def balk_calls(self, spec: ReplicaSpec, level: int, done: int) -> tuple[Call, ...] | None:
+        """Return what takes a sleep back of whose calls `done` were answered and the next failed.
+
+        None: what it has let go of is not known, and a wrong guess may be fatal.
+        """
+
+    def adapter_calls(
+        self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
+    ) -> tuple[Call, ...]:
+        """Return what makes the LoRA adapters `loaded` (name to path) those that are `wanted`."""
 
     def ready_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
         """Return the paths to ask for readiness; the first that is not 404 decides."""
@@ -55,14 +148,30 @@ class Engine(Protocol):
         """Return the path to post to that ends all requests, where SIGTERM waits for them."""
 
 
+def kv_endpoints(ports: Ports) -> dict[str, str]:
+    """Return the part of an engine's `--kv-events-config` that says where the events go."""
+    endpoints = {"endpoint": f"{_BOUND_LOOPBACK}:{ports.kv_events}", "topic": KV_TOPIC}
+    if ports.kv_replay:
+        endpoints["replay_endpoint"] = f"tcp://{HOST}:{ports.kv_replay}"  # always bound
+    return endpoints
+
+
+def kv_events_of(ports: Ports) -> KvEvents | None:
+    """Return the same as a subscriber sees it."""
+    if not ports.kv_events:
+        return None
+    replay = f"tcp://{HOST}:{ports.kv_replay}" if ports.kv_replay else ""
+    return KvEvents(f"tcp://{HOST}:{ports.kv_events}", replay, KV_TOPIC)
+
+
 def url_of(port: int) -> str:
     """Return the address of a replica as the fleet publishes it."""
     return f"http://{HOST}:{port}"
 
 
 def launch_hash(engine: Engine, spec: ReplicaSpec) -> str:
-    """Name the process that `spec` stands for, its port apart: equal names need no restart."""
-    launch = engine.command(spec, 0)
+    """Name the process that `spec` stands for, its ports apart: equal names need no restart."""
+    launch = engine.command(spec, Ports(0), UNKNOWN_RELEASE)
     text = msgspec.json.encode([engine.name, launch.argv, sorted((launch.env | spec.env).items())])
     return hashlib.sha256(text).hexdigest()[:32]
 
@@ -81,19 +190,57 @@ def resolve_program(argv: Sequence[str], extra: str) -> tuple[str, ...]:
         found = found or shutil.which(program)
     if found is None:
         remedy = f"; install it with: .venv/bin/pip install -e '.[{extra}]'" if extra else ""
+        remedy += ", or name a Python that has it in DOHERTY_ENGINE_PYTHON" if extra else ""
         raise EngineMissingError(f"program '{program}' was not found{remedy}")
     return (found, *argv[1:])
 
 
-def option(args: Sequence[str], flag: str) -> str | None:
-    """Return the last value that `args` give to `flag`, after a space or an equals sign."""
+def option(args: Sequence[str], *flags: str) -> str | None:
+    """Return the last value that `args` give to one of `flags`, after a space or an equals sign."""
     value: str | None = None
     for index, arg in enumerate(args):
-        if arg == flag and index + 1 < len(args):
+        if arg in flags and index + 1 < len(args):
             value = args[index + 1]
-        elif arg.startswith(flag + "="):
-            value = arg[len(flag) + 1 :]
+        elif arg.startswith(tuple(flag + "=" for flag in flags)):
+            value = arg.partition("=")[2]
     return value
+
+
+def count_option(args: Sequence[str], *flags: str, default: int = 1) -> int:
+    """Return the whole number that `args` give to one of `flags`."""
+    text = option(args, *flags)
+    return int(text) if text and text.isascii() and text.isdigit() else default
+
+
+def given(args: Sequence[str], *flags: str) -> bool:
+    """Say whether `args` hold one of `flags`, with or without a value."""
+    return any(arg.partition("=")[0] in flags for arg in args)
+
+
+def lora_calls(
+    loaded: Mapping[str, str], wanted: Mapping[str, str], load_path: str, unload_path: str
+) -> tuple[Call, ...]:
+    """Return the calls that make `loaded` `wanted`; both engines have the same bodies for them.
+
+    What is no longer wanted goes first: engines keep room for so many adapters and no more.
+    """
+    gone = [name for name, path in loaded.items() if wanted.get(name) != path]
+    fresh = [name for name, path in wanted.items() if loaded.get(name) != path]
+    unloads = tuple(
+        Call("POST", unload_path, msgspec.json.encode({"lora_name": name}), why=f"unload '{name}'")
+        for name in gone
+    )
+    loads = tuple(
+        Call(
+            "POST",
+            load_path,
+            msgspec.json.encode({"lora_name": name, "lora_path": wanted[name]}),
+            timeout_s=LORA_TIMEOUT_S,
+            why=f"load '{name}'",
+        )
+        for name in fresh
+    )
+    return unloads + loads
 
 
 def merged(environ: Mapping[str, str], launch: Launch, spec: ReplicaSpec) -> dict[str, str]:

@@ -1,35 +1,167 @@
-"""SGLang: `sglang serve`, ready by `/ready` (0.5.17 to 0.5.23).
+"""SGLang: `sglang serve`, ready by `/ready` (0.5.10 to 0.5.23).
 
-`/health` would run a generation unless it is told not to; the environment tells it. The memory
-saver stays off: a wrong release or resume call kills the server, nothing here makes one, and the
-copy of the weights doubles the host memory. With `--schedule-low-priority-values-first` both
-engines count priority in one direction.
+`/health` would run a generation unless it is told not to; the environment tells it. With
+`--schedule-low-priority-values-first` both engines count priority in one direction.
+
+The memory saver is on only where the pool asks for it (`sleep`): its copy of the weights takes as
+much host memory again, and a wrong release or resume call does not fail but kills the server. So
+the calls are these and no others: idle is insisted on by `/flush_cache`, which tests what release
+asserts, and what is resumed is named, because a tag that is not out is fatal too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from backends.engines.base import HOST, Launch
+import msgspec
+
+from backends.engines.base import (
+    HOST,
+    Call,
+    Entry,
+    FlagError,
+    KvEvents,
+    Launch,
+    Ports,
+    PortsNeeded,
+    count_option,
+    given,
+    kv_endpoints,
+    kv_events_of,
+    lora_calls,
+    option,
+)
+from backends.engines.features import SGLANG_RANGE
+from backends.engines.flags import check_flags, check_name, check_range, flag_table, refuse
+from backends.engines.release import Release
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
 from proxy.contract.engines import SGLANG
+
+_KV_FLAG = "--kv-events-config"
+_DP_FLAGS = ("--dp-size", "--data-parallel-size", "--dp")
+_TAGS = b'{"tags":["kv_cache","weights","cuda_graph"]}'  # all, as without tags, but said
+_REFUSED = {
+    "--host": "it is 127.0.0.1, where the manager and the proxy reach it",
+    "--port": "the manager leases it, so that replicas do not meet",
+    "--model-path": "say model_path in the pool",
+    "--model": "say model_path in the pool",
+    "--grpc-mode": "it would serve no HTTP",
+    "--smg-grpc-mode": "it would serve no HTTP",
+    "--encoder-only": "it would serve no chat",
+    "--ssl-keyfile": "replicas are reached by plain HTTP on loopback",
+    "--ssl-certfile": "replicas are reached by plain HTTP on loopback",
+}
+_FLUSH_S = 10
+_COPY_S = 120.0  # weights to host memory and back, slowly where that is touched first
 
 
 class Sglang:
     """How an SGLang server is launched, probed and read."""
 
     name = "sglang"
+    # Not `-m sglang.cli.main serve`: this module is older than the command line, and still there.
+    entry = Entry("sglang", ("sglang", "serve"), ("-m", "sglang.launch_server"))
 
-    def command(self, spec: ReplicaSpec, port: int) -> Launch:
+    def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         argv = (
             *("sglang", "serve", "--model-path", spec.model_path or spec.model),
-            *("--host", HOST, "--port", str(port), "--served-model-name", spec.model),
+            *("--host", HOST, "--port", str(ports.http), "--served-model-name", spec.model),
             *("--page-size", "64", "--enable-metrics", "--enable-cache-report"),
             *("--enable-priority-scheduling", "--schedule-low-priority-values-first"),
+            *(_kv_flags(ports) if _tells_events(spec) else ()),
+            *(("--nccl-port", str(ports.internal)) if ports.internal else ()),
+            *_sleep_flags(spec),
+            *_lora_flags(spec),
             *spec.args,
         )
         return Launch(argv, {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"})
+
+    def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
+        refuse(self.name, spec.args, _REFUSED)
+        check_name(self.name, spec.args, spec.model)
+        if spec.sleep and (option(spec.args, "--weight-cache-mode") or "off") != "off":
+            raise FlagError(
+                "sglang: a weight cache dies of being put to sleep; take --weight-cache-mode out "
+                "of args, or set `sleep: false`"
+            )
+        warnings = check_range(self.name, release, *SGLANG_RANGE)
+        warnings += check_flags(flag_table(self.name), spec.args, release)
+        if spec.adapters:
+            warnings += (
+                "sglang serves an adapter to requests with lora_path, or whose model is "
+                f"'{spec.model}:ADAPTER'; by the adapter's name alone it serves the base model",
+            )
+        return warnings
+
+    def ports_needed(self, spec: ReplicaSpec, release: Release) -> PortsNeeded:
+        events = count_option(spec.args, *_DP_FLAGS) if _tells_events(spec) else 0
+        return PortsNeeded(events, events, 0 if given(spec.args, "--nccl-port") else 1)
+
+    def gpus_needed(self, spec: ReplicaSpec) -> int:
+        """DP attention shares the tensor-parallel GPUs; plain data parallelism multiplies them."""
+        args = spec.args
+        shared = given(args, "--enable-dp-attention", "--attn-dp-size")
+        ranks = 1 if shared else count_option(args, *_DP_FLAGS)
+        tensor = count_option(args, "--tp-size", "--tensor-parallel-size", "--tp")
+        pipeline = count_option(args, "--pp-size", "--pipeline-parallel-size", "--pp")
+        return ranks * tensor * pipeline // count_option(args, "--nnodes") or 1
+
+    def kv_source(self, spec: ReplicaSpec, ports: Ports, release: Release) -> KvEvents | None:
+        return kv_events_of(ports) if _tells_events(spec) else None
+
+    def sleep_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
+        if not spec.sleep:
+            raise FlagError("sglang has no memory saver; set `sleep: true` in its pool")
+        if level != 1:
+            raise FlagError(f"sglang has no sleep level {level}; take 1")
+        return (
+            Call(
+                "POST",
+                "/pause_generation",
+                b'{"mode":"abort"}',
+                timeout_s=60.0,
+                why="nothing may run, or the release kills the server; new requests wait",
+            ),
+            Call(
+                "POST",
+                f"/flush_cache?timeout={_FLUSH_S}",
+                timeout_s=_FLUSH_S + 10.0,
+                why="refused while anything runs: 200 is the proof that a release is safe",
+            ),
+            Call(
+                "POST",
+                "/release_memory_occupation",
+                _TAGS,
+                timeout_s=_COPY_S,
+                why="free the KV cache, and the weights after a copy to host memory",
+            ),
+        )
+
+    def wake_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
+        return (
+            Call(
+                "POST",
+                "/resume_memory_occupation",
+                _TAGS,
+                timeout_s=_COPY_S,
+                why="exactly what was released: another tag, or twice, kills the server",
+            ),
+            Call("POST", "/continue_generation", b"{}", why="let requests run again"),
+            # 404 before 0.5.20, and /health without a generation says as much then.
+            Call("GET", "/ready", statuses=(200, 404), why="see that it is no longer paused"),
+            Call("GET", "/health", why="see that it answers"),
+        )
+
+    def balk_calls(self, spec: ReplicaSpec, level: int, done: int) -> tuple[Call, ...] | None:
+        """Before the release nothing is out, and nothing may be resumed: it is only paused."""
+        released = len(self.sleep_calls(spec, level)) - 1
+        return self.wake_calls(spec, level)[1:] if done < released else None
+
+    def adapter_calls(
+        self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
+    ) -> tuple[Call, ...]:
+        return lora_calls(loaded, wanted, "/load_lora_adapter", "/unload_lora_adapter")
 
     def ready_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
         return ("/ready", "/health")  # releases before 0.5.20 lack /ready
@@ -42,3 +174,30 @@ class Sglang:
 
     def abort_path(self, spec: ReplicaSpec) -> str | None:
         return "/abort_request"  # after SIGTERM it waits for its requests without any limit
+
+
+def _kv_flags(ports: Ports) -> tuple[str, ...]:
+    if not ports.kv_events:
+        return ()
+    config = {"publisher": "zmq"} | kv_endpoints(ports)
+    return (_KV_FLAG, msgspec.json.encode(config).decode())
+
+
+def _tells_events(spec: ReplicaSpec) -> bool:
+    """Say whether the events are ours to configure, and there are any."""
+    return not given(spec.args, _KV_FLAG, "--disable-radix-cache")
+
+
+def _sleep_flags(spec: ReplicaSpec) -> tuple[str, ...]:
+    """Weights outlive a release only by the copies that these make."""
+    if not spec.sleep:
+        return ()
+    drafts = given(spec.args, "--speculative-draft-model-path", "--speculative-draft-model")
+    draft = ("--enable-draft-weights-cpu-backup",) if drafts else ()
+    return ("--enable-memory-saver", "--enable-weights-cpu-backup", *draft)
+
+
+def _lora_flags(spec: ReplicaSpec) -> tuple[str, ...]:
+    if not spec.adapters:
+        return ()
+    return ("--enable-lora", "--lora-paths", *(f"{n}={p}" for n, p in spec.adapters.items()))

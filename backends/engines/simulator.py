@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from backends.engines.base import HOST, Engine, Launch, option
+import msgspec
+
+from backends.engines.base import (
+    HOST,
+    Call,
+    Engine,
+    Entry,
+    KvEvents,
+    Launch,
+    Ports,
+    PortsNeeded,
+    count_option,
+    given,
+    kv_endpoints,
+    kv_events_of,
+    option,
+)
+from backends.engines.release import Release
 from backends.engines.sglang import Sglang
 from backends.engines.vllm import Vllm
 from backends.spec import ReplicaSpec
@@ -13,21 +30,54 @@ from proxy.contract import LoadSample
 from proxy.contract.engines import read_any
 
 _DIALECTS: dict[str, Engine] = {"vllm": Vllm(), "sglang": Sglang()}
+_KV_FLAGS = ("--kv-events-config", "--kv-events-port")
 
 
 class Simulator:
     """How the simulator is launched; probed and read as the engine whose part it plays."""
 
     name = "simulator"
+    entry: Entry | None = None
 
-    def command(self, spec: ReplicaSpec, port: int) -> Launch:
+    def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         argv = (
             *(sys.executable, "-m", "backends.simulator"),
-            *("--host", HOST, "--port", str(port), "--model", spec.model),
+            *("--host", HOST, "--port", str(ports.http), "--model", spec.model),
+            *_kv_flags(ports),
+            *(("--enable-sleep-mode",) if spec.sleep else ()),
+            *(("--lora-modules", *spec.adapters) if spec.adapters else ()),
             *spec.args,
         )
         # As with vLLM, so that the proxy's pooled connections are not closed under it.
         return Launch(argv, {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"})
+
+    def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
+        return ()
+
+    def ports_needed(self, spec: ReplicaSpec, release: Release) -> PortsNeeded:
+        ranks = count_option(spec.args, "--data-parallel-size", "--dp-size")
+        events = 0 if given(spec.args, *_KV_FLAGS) else ranks
+        return PortsNeeded(events, events)
+
+    def gpus_needed(self, spec: ReplicaSpec) -> int:
+        return 0
+
+    def kv_source(self, spec: ReplicaSpec, ports: Ports, release: Release) -> KvEvents | None:
+        return None if given(spec.args, *_KV_FLAGS) else kv_events_of(ports)
+
+    def sleep_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
+        return _dialect(spec).sleep_calls(spec, level)
+
+    def wake_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
+        return _dialect(spec).wake_calls(spec, level)
+
+    def balk_calls(self, spec: ReplicaSpec, level: int, done: int) -> tuple[Call, ...] | None:
+        return _dialect(spec).balk_calls(spec, level, done)
+
+    def adapter_calls(
+        self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
+    ) -> tuple[Call, ...]:
+        return _dialect(spec).adapter_calls(spec, loaded, wanted)
 
     def ready_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
         return _dialect(spec).ready_paths(spec)
@@ -42,6 +92,12 @@ class Simulator:
 
     def abort_path(self, spec: ReplicaSpec) -> str | None:
         return _dialect(spec).abort_path(spec)
+
+
+def _kv_flags(ports: Ports) -> tuple[str, ...]:
+    if not ports.kv_events:
+        return ()
+    return ("--kv-events-config", msgspec.json.encode(kv_endpoints(ports)).decode())
 
 
 def _dialect(spec: ReplicaSpec) -> Engine:

@@ -1,39 +1,150 @@
-"""vLLM: `vllm serve`, ready when it listens (flags of 0.23 to 0.33).
+"""vLLM: `vllm serve`, ready when it listens (0.23 to 0.33).
 
-The command keeps to flags that every supported release has, and that need no special hardware;
-parallelism, quantisation and queue limits are the pool's own `args`. Dev mode and sleep mode are
-left off: nothing here puts a replica to sleep, and dev mode opens unauthenticated control paths.
+Sleep mode, and the unauthenticated development endpoints that command it, are on only where the
+pool asks for them (`sleep`); the engine listens on loopback, so they are this machine's alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from backends.engines.base import HOST, Launch
+import msgspec
+
+from backends.engines.base import (
+    HOST,
+    Call,
+    Entry,
+    FlagError,
+    KvEvents,
+    Launch,
+    Ports,
+    PortsNeeded,
+    count_option,
+    given,
+    kv_endpoints,
+    kv_events_of,
+    lora_calls,
+)
+from backends.engines.features import VLLM as FEATURES
+from backends.engines.features import VLLM_RANGE, has
+from backends.engines.flags import check_flags, check_name, check_range, flag_table, refuse
+from backends.engines.release import Release
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
 from proxy.contract.engines import VLLM
+
+_KV_FLAG = "--kv-events-config"
+_DP_FLAGS = ("--data-parallel-size", "-dp")
+_DP_LOCAL_FLAGS = ("--data-parallel-size-local", "-dpl")
+# It scans upwards from VLLM_PORT on (utils/network_utils.py), so this is room, not a limit.
+_INTERNAL_PORTS = 8
+# Adapters of one batch. vLLM makes room for them all; SGLang's default is this many.
+_LORAS_TOGETHER = 8
+_REFUSED = {
+    "--host": "it is 127.0.0.1, where the manager and the proxy reach it",
+    "--port": "the manager leases it, so that replicas do not meet",
+    "--uds": "replicas are reached by TCP",
+    "--model": "say model_path in the pool",
+    "--headless": "it would serve no HTTP",
+    "--grpc": "it would serve no HTTP",
+    "--ssl-keyfile": "replicas are reached by plain HTTP on loopback",
+    "--ssl-certfile": "replicas are reached by plain HTTP on loopback",
+}
+_DRAIN_S = 60.0
+_COPY_S = 120.0  # level 1 copies the weights to host memory, slowly where that is touched first
 
 
 class Vllm:
     """How a vLLM server is launched, probed and read."""
 
     name = "vllm"
+    entry = Entry("vllm", ("vllm",), ("-m", "vllm.entrypoints.cli.main"))
 
-    def command(self, spec: ReplicaSpec, port: int) -> Launch:
+    def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         """Always with a model: `vllm serve` alone would fetch one of its own choice."""
         argv = (
             *("vllm", "serve", spec.model_path or spec.model),
-            *("--host", HOST, "--port", str(port), "--served-model-name", spec.model),
-            *("--scheduling-policy", "priority"),
+            *("--host", HOST, "--port", str(ports.http), "--served-model-name", spec.model),
+            *("--scheduling-policy", "priority", "--enable-prefix-caching"),
             *("--enable-request-id-headers", "--enable-prompt-tokens-details"),
             *("--shutdown-timeout", str(int(spec.stop_grace_s))),
+            *(_kv_flags(ports) if _tells_events(spec) else ()),
+            *(("--enable-sleep-mode",) if spec.sleep else ()),
+            *_lora_flags(spec),
             *spec.args,
         )
-        # The default keep-alive of 5 s would close connections that the proxy holds in its pool.
-        return Launch(
-            argv, {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120", "VLLM_ENABLE_STARTUP_PLAN": "1"}
+        return Launch(argv, _environment(spec, ports, release))
+
+    def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
+        refuse(self.name, spec.args, _REFUSED)
+        check_name(self.name, spec.args, spec.model)
+        warnings = check_range(self.name, release, *VLLM_RANGE)
+        warnings += check_flags(flag_table(self.name), spec.args, release)
+        if given(spec.args, "--disable-log-stats"):
+            warnings += (
+                "vllm: --disable-log-stats hides the load; routing goes by its own counts",
+            )
+        return warnings
+
+    def ports_needed(self, spec: ReplicaSpec, release: Release) -> PortsNeeded:
+        ranks = count_option(spec.args, *_DP_LOCAL_FLAGS, *_DP_FLAGS)
+        events = ranks if _tells_events(spec) else 0
+        return PortsNeeded(events, events, 0 if "VLLM_PORT" in spec.env else _INTERNAL_PORTS)
+
+    def gpus_needed(self, spec: ReplicaSpec) -> int:
+        args = spec.args
+        ranks = count_option(args, *_DP_LOCAL_FLAGS, *_DP_FLAGS)
+        tensor = count_option(args, "--tensor-parallel-size", "-tp")
+        pipeline = count_option(args, "--pipeline-parallel-size", "-pp")
+        context = count_option(args, "--prefill-context-parallel-size", "-pcp")
+        return ranks * tensor * pipeline * context // count_option(args, "--nnodes", "-n") or 1
+
+    def kv_source(self, spec: ReplicaSpec, ports: Ports, release: Release) -> KvEvents | None:
+        return kv_events_of(ports) if _tells_events(spec) else None
+
+    def sleep_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
+        """What runs may end first; the answers of both paths say whether it sleeps."""
+        if not spec.sleep:
+            raise FlagError("vllm was not started with sleep mode; set `sleep: true` in its pool")
+        if level not in (1, 2):
+            raise FlagError(f"vllm has no sleep level {level}; take 1 or 2")
+        return (
+            Call(
+                "POST",
+                f"/sleep?level={level}&mode=wait",
+                timeout_s=_DRAIN_S + _COPY_S,
+                why="let requests end, then free the KV cache and the weights",
+            ),
+            Call("GET", "/is_sleeping", expect=b'{"is_sleeping":true}', why="see that it sleeps"),
         )
+
+    def wake_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
+        """After level 2 the weights are read anew, before there is room for anything else."""
+        if level == 2:
+            wakes: tuple[Call, ...] = (
+                Call("POST", "/wake_up?tags=weights", timeout_s=_COPY_S, why="room for weights"),
+                Call(
+                    "POST",
+                    "/collective_rpc",
+                    b'{"method":"reload_weights"}',
+                    timeout_s=spec.start_timeout_s,
+                    why="read the weights, which level 2 threw away",
+                ),
+                Call("POST", "/wake_up?tags=kv_cache", timeout_s=_COPY_S, why="room for the cache"),
+            )
+        else:
+            wakes = (Call("POST", "/wake_up", timeout_s=_COPY_S, why="take everything back"),)
+        awake = Call("GET", "/is_sleeping", expect=b'{"is_sleeping":false}', why="see it awake")
+        return (*wakes, awake)
+
+    def balk_calls(self, spec: ReplicaSpec, level: int, done: int) -> tuple[Call, ...] | None:
+        """To wake it is right whatever it did: awake, it only logs a warning."""
+        return self.wake_calls(spec, level)
+
+    def adapter_calls(
+        self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
+    ) -> tuple[Call, ...]:
+        return lora_calls(loaded, wanted, "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
     def ready_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
         return ("/health",)
@@ -46,3 +157,37 @@ class Vllm:
 
     def abort_path(self, spec: ReplicaSpec) -> str | None:
         return None  # --shutdown-timeout bounds its own drain
+
+
+def _kv_flags(ports: Ports) -> tuple[str, ...]:
+    if not ports.kv_events:
+        return ()
+    config = {"enable_kv_cache_events": True, "publisher": "zmq"} | kv_endpoints(ports)
+    return (_KV_FLAG, msgspec.json.encode(config).decode())
+
+
+def _tells_events(spec: ReplicaSpec) -> bool:
+    """Say whether the events are ours to configure, and there are any."""
+    return not given(spec.args, _KV_FLAG, "--no-enable-prefix-caching")
+
+
+def _lora_flags(spec: ReplicaSpec) -> tuple[str, ...]:
+    if not spec.adapters:
+        return ()
+    together = str(min(len(spec.adapters), _LORAS_TOGETHER))
+    modules = [f"{name}={path}" for name, path in spec.adapters.items()]
+    return ("--enable-lora", "--max-loras", together, "--lora-modules", *modules)
+
+
+def _environment(spec: ReplicaSpec, ports: Ports, release: Release) -> dict[str, str]:
+    # The default keep-alive of 5 s would close connections that the proxy holds in its pool.
+    env = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"}
+    if has(FEATURES, "startup_plan", release):
+        env["VLLM_ENABLE_STARTUP_PLAN"] = "1"
+    if ports.internal:
+        env["VLLM_PORT"] = str(ports.internal)
+    if spec.sleep:
+        env["VLLM_SERVER_DEV_MODE"] = "1"
+    if spec.adapters:
+        env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+    return env

@@ -244,10 +244,10 @@ def _endpoint(flags: argparse.Namespace, fail: Callable[[str], NoReturn]) -> End
 
 
 def _split(endpoint: str, host: str, fail: Callable[[str], NoReturn]) -> tuple[str, int]:
-    match = re.fullmatch(r"tcp://([^:]+):([0-9]{1,5})", endpoint)
-    if match is None or int(match[2]) > 65535:
+    match = re.fullmatch(r"tcp://(?:\[::ffff:([0-9.]+)\]|([^:]+)):([0-9]{1,5})", endpoint)
+    if match is None or int(match[3]) > 65535:
         fail(f"--kv-events-config: '{endpoint}' is not like tcp://*:5557")
-    return match[1].replace("*", host), int(match[2])
+    return match[1] or match[2].replace("*", host), int(match[3])
 
 
 def parse_flags(argv: list[str]) -> Settings:

@@ -103,7 +103,16 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     # LoRA adapters that it has loaded: those in use, or, where it does not tell, those that it
     # lists (which are names among `models` as well); None: unknown.
     adapters: tuple[str, ...] | None = None
+    # Its memory is given away: `ready` or not, it takes no requests until it has been woken.
     asleep: bool = False
+    sleep_s: float = 0.0  # what its last falling asleep took, and its last waking
+    wake_s: float = 0.0
+    engine_version: str = ""  # as installed; "": not known
+    # Where it publishes KV events, as a proxy on the manager's machine reaches it: of rank 0, each
+    # further rank one port on. "": the manager has not arranged it.
+    kv_events: str = ""
+    kv_replay: str = ""
+    kv_topic: str = ""
 
 
 class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,11 +15,13 @@ from backends.engines import ENGINES
 from backends.engines.base import (
     EngineMissingError,
     Launch,
+    Ports,
     launch_hash,
     merged,
     option,
     resolve_program,
 )
+from backends.engines.release import UNKNOWN_RELEASE
 from backends.spec import ReplicaSpec
 from proxy.contract.exposition import read_samples
 
@@ -45,7 +47,7 @@ COMMANDS = [
 @pytest.mark.parametrize(("name", "head"), COMMANDS)
 def test_command(name: str, head: tuple[str, ...]) -> None:
     wanted = spec(name, "--port", "1", "--extra", model_path="/models/x")
-    argv = ENGINES[name].command(wanted, 20_001).argv
+    argv = ENGINES[name].command(wanted, Ports(20_001), UNKNOWN_RELEASE).argv
     assert argv[: len(head)] == head
     assert argv[-3:] == ("--port", "1", "--extra"), "the user's arguments win by coming last"
     assert ("--host", "127.0.0.1") in list(itertools.pairwise(argv))
@@ -53,8 +55,8 @@ def test_command(name: str, head: tuple[str, ...]) -> None:
 
 
 def test_without_a_path_the_model_name_is_what_is_loaded() -> None:
-    assert ENGINES["vllm"].command(spec("vllm"), 1).argv[2] == "m"
-    assert "m" in ENGINES["sglang"].command(spec("sglang"), 1).argv
+    assert ENGINES["vllm"].command(spec("vllm"), Ports(1), UNKNOWN_RELEASE).argv[2] == "m"
+    assert "m" in ENGINES["sglang"].command(spec("sglang"), Ports(1), UNKNOWN_RELEASE).argv
 
 
 @pytest.mark.parametrize(

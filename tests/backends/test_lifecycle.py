@@ -11,7 +11,9 @@ from backends.lifecycle import (
     PUBLISHED,
     SERVING,
     SETTLED_S,
+    SLEEPING,
     TABLE,
+    TURN_S_MAX,
     Command,
     Event,
     Lifecycle,
@@ -150,12 +152,67 @@ HISTORIES = [
         [Command.SPAWN, Command.KILL],
     ),
 ]
+UP = [Event.START, Event.ANSWERED]
+LULLED = [*UP, Event.SLEEP, Event.IDLE]
+ASLEEP = [*LULLED, Event.SLEPT]
+S, L, R, T, K = Command.SPAWN, Command.LULL, Command.ROUSE, Command.TERMINATE, Command.KILL
+NAPS = [
+    ("it is emptied before it sleeps", [*UP, Event.SLEEP], Phase.EMPTYING, [S]),
+    ("empty, it is told to sleep", LULLED, Phase.FALLING_ASLEEP, [S, L]),
+    ("out of time, too", [*UP, Event.SLEEP, Event.DEADLINE], Phase.FALLING_ASLEEP, [S, L]),
+    ("and sleeps", ASLEEP, Phase.ASLEEP, [S, L]),
+    ("it stays so", [*ASLEEP, Event.START, Event.ANSWERED, Event.IDLE], Phase.ASLEEP, [S, L]),
+    ("until it is woken", [*ASLEEP, Event.WAKE], Phase.WAKING, [S, L, R]),
+    ("awake it serves", [*ASLEEP, Event.WAKE, Event.ANSWERED], Phase.READY, [S, L, R]),
+    ("woken before it sleeps", [*UP, Event.SLEEP, Event.WAKE], Phase.READY, [S]),
+    ("too late for that", [*LULLED, Event.WAKE], Phase.FALLING_ASLEEP, [S, L]),
+    ("one that balks serves on", [*LULLED, Event.BALKED], Phase.READY, [S, L]),
+    ("one that broke is started anew", [*LULLED, Event.BROKE], Phase.STOPPING, [S, L, T]),
+    (
+        "which counts as a bad life",
+        [*LULLED, Event.BROKE, Event.EXITED],
+        Phase.BACKOFF,
+        [S, L, T],
+    ),
+    ("a lull too long", [*LULLED, Event.DEADLINE], Phase.STOPPING, [S, L, T]),
+    ("a waking too long", [*ASLEEP, Event.WAKE, Event.DEADLINE], Phase.STOPPING, [S, L, R, T]),
+    ("a waking that broke", [*ASLEEP, Event.WAKE, Event.BROKE], Phase.STOPPING, [S, L, R, T]),
+    ("asleep it is stopped unwoken", [*ASLEEP, Event.STOP], Phase.STOPPING, [S, L, T]),
+    (
+        "and then is at rest",
+        [*ASLEEP, Event.STOP, Event.EXITED],
+        Phase.STOPPED,
+        [S, L, T],
+    ),
+    ("a death asleep is a fault", [*ASLEEP, Event.EXITED], Phase.BACKOFF, [S, L]),
+    (
+        "a restart ends the sleep",
+        [*ASLEEP, Event.RESTART, Event.EXITED],
+        Phase.STARTING,
+        [S, L, T, S],
+    ),
+    ("stopped while emptied", [*UP, Event.SLEEP, Event.STOP], Phase.DRAINING, [S]),
+    ("a hurry kills what sleeps", [*ASLEEP, Event.HURRY], Phase.KILLING, [S, L, K]),
+    ("one that starts cannot sleep", [Event.START, Event.SLEEP], Phase.STARTING, [S]),
+    (
+        "held before, it is held after",
+        [*UP, Event.HOLD, Event.SLEEP, Event.IDLE, Event.SLEPT, Event.WAKE, Event.ANSWERED],
+        Phase.HELD,
+        [S, L, R],
+    ),
+    (
+        "held while it sleeps, it is held when it wakes",
+        [*ASLEEP, Event.HOLD, Event.WAKE, Event.ANSWERED],
+        Phase.HELD,
+        [S, L, R],
+    ),
+]
 
 
 @pytest.mark.parametrize(
     ("events", "phase", "commands"),
-    [case[1:] for case in HISTORIES],
-    ids=[case[0] for case in HISTORIES],
+    [case[1:] for case in HISTORIES + NAPS],
+    ids=[case[0] for case in HISTORIES + NAPS],
 )
 def test_history(events: list[Event], phase: Phase, commands: list[Command]) -> None:
     state, performed = after(*events)
@@ -165,7 +222,8 @@ def test_history(events: list[Event], phase: Phase, commands: list[Command]) -> 
 def test_every_phase_is_in_the_table_and_is_published() -> None:
     assert set(TABLE) == set(Phase) == set(PUBLISHED)
     ready = [phase for phase in Phase if PUBLISHED[phase] is ReplicaState.READY]
-    assert ready == [Phase.READY]
+    assert set(ready) == {Phase.READY} | SLEEPING
+    assert not SLEEPING & SERVING
 
 
 def test_back_off_doubles_up_to_its_limit() -> None:
@@ -198,6 +256,9 @@ def test_no_start_timeout_means_no_deadline() -> None:
     endless = Timing(0.0, 10.0, 0.5, 8.0)
     state, _ = step(Lifecycle(), Event.START, 0.0, endless)
     assert (state.phase, state.deadline_s) == (Phase.STARTING, None)
+    for event in ASLEEP[1:4]:
+        state, _ = step(state, event, 1.0, endless)
+    assert (state.phase, state.deadline_s) == (Phase.FALLING_ASLEEP, 1.0 + TURN_S_MAX)
 
 
 @pytest.mark.parametrize(
@@ -210,10 +271,16 @@ def test_no_start_timeout_means_no_deadline() -> None:
     ],
 )
 def test_an_adopted_life_goes_on_where_it_was(ready: bool, held: bool, phase: Phase) -> None:
-    state = adopted(ready=ready, held=held, starts=3, now_s=5.0, timing=TIMING)
+    state = adopted(ready=ready, held=held, asleep=False, starts=3, now_s=5.0, timing=TIMING)
     assert state.phase is phase
     assert (state.wanted, state.held, state.restarts) == (True, held, 2)
     assert state.deadline_s == 5.0 + (SETTLED_S if ready else TIMING.start_timeout_s)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_one_that_sleeps_is_adopted_asleep(held: bool) -> None:
+    state = adopted(ready=True, held=held, asleep=True, starts=1, now_s=5.0, timing=TIMING)
+    assert (state.phase, state.held, state.deadline_s) == (Phase.ASLEEP, held, None)
 
 
 EVENTS = st.lists(st.sampled_from(list(Event)), max_size=40)
@@ -259,12 +326,28 @@ def test_a_stop_always_ends_at_rest(events: list[Event]) -> None:
 @given(EVENTS, st.sampled_from(list(Event)))
 def test_what_waits_has_a_deadline(events: list[Event], last: Event) -> None:
     state, _ = after(*events, last)
-    waiting = {Phase.BACKOFF, Phase.STARTING, Phase.DRAINING, Phase.STOPPING, Phase.KILLING}
-    assert (state.deadline_s is not None) or state.phase not in waiting
+    at_rest = {Phase.STOPPED, Phase.ASLEEP}
+    forgiven = {Phase.READY, Phase.HELD}
+    assert (state.deadline_s is not None) or state.phase in at_rest | forgiven
     assert state.failures >= 0
     assert state.restarts == max(0, state.starts - 1)
     assert not (state.phase is Phase.READY and state.held)
     assert state.phase not in SERVING or not state.faulted
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(EVENTS)
+def test_only_what_sleeps_is_roused_and_only_what_was_emptied_is_lulled(
+    events: list[Event],
+) -> None:
+    """An engine asked to take back what it has not let go of may die of it."""
+    state = Lifecycle()
+    for now_s, event in enumerate(events):
+        before = state.phase
+        state, commands = step(state, event, float(now_s), TIMING)
+        assert Command.ROUSE not in commands or before is Phase.ASLEEP
+        assert Command.LULL not in commands or before is Phase.EMPTYING
+        assert state.phase is not Phase.ASLEEP or before in {Phase.ASLEEP, Phase.FALLING_ASLEEP}
 
 
 def test_a_kill_is_repeated_soon() -> None:

@@ -1,111 +1,25 @@
-"""The manager over a fake provider, fake answers and a clock that the test holds."""
+"""The manager keeps its replicas, whatever happens to them."""
 
 from __future__ import annotations
 
 import asyncio
-import io
-import json
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from backends.engines import ENGINES
-from backends.engines.base import launch_hash
 from backends.feed import PUBLISH_PAUSE_S
 from backends.fetch import Answer, Silence
-from backends.journal import Journal, Launch, Ready, Started
-from backends.keeper import LISTING_INTERVAL_S, SILENCE_S_MAX
 from backends.lifecycle import Event
-from backends.log import Log
-from backends.manager import Manager
-from backends.spec import replica_specs
-from proxy.config import Config, parse_config
-from proxy.contract import ReplicaRecord, ReplicaState
-from tests.fakes.provider import FakeFetch, FakeProcess, FakeProvider, ManualClock, settle
+from backends.questions import LISTING_INTERVAL_S
+from backends.watch import SILENCE_S_MAX
+from proxy.contract import ReplicaState
+from tests.fakes.provider import FakeProcess, settle
+from tests.fakes.world import World, configuration
 
 STATE = ReplicaState
 NONE = "[{engine: simulator, replicas: 0}]"
-
-
-def configuration(run_dir: Path, pools: str = "[{engine: simulator, replicas: 2}]") -> Config:
-    return parse_config(
-        f"manager: {{run_dir: '{run_dir}', restart_backoff_secs: 4}}\n"
-        f"models: [{{name: m, pools: {pools}}}]",
-        "test",
-    )
-
-
-class World:
-    """A manager and everything around it."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.clock = ManualClock()
-        self.provider = FakeProvider()
-        self.fetch = FakeFetch()
-        self.stream = io.StringIO()
-        self.journal = Journal(run_dir / "journal")
-        self.config = configuration(run_dir)
-        self.manager: Manager | None = None
-
-    async def start(self, config: Config | None = None) -> Manager:
-        self.config = config or self.config
-        self.manager = Manager(
-            self.config,
-            provider=self.provider,
-            fetch=self.fetch,
-            journal=self.journal,
-            log=Log(self.stream),
-            clock=self.clock,
-        )
-        starting = self.manager.start()
-
-        task = asyncio.ensure_future(starting)
-        await self.clock.advance(0.2)
-        await task
-        await self.clock.advance(0.2)
-        return self.manager
-
-    async def close(self) -> None:
-        if self.manager is not None:
-            await self.manager.close()
-        self.journal.close()
-
-    def record(self, index: int = 0) -> ReplicaRecord:
-        assert self.manager is not None
-        return self.manager.feed.snapshot.replicas[index]
-
-    def states(self) -> list[str]:
-        assert self.manager is not None
-        return [record.state.value for record in self.manager.feed.snapshot.replicas]
-
-    def events(self) -> list[dict[str, str]]:
-        return [json.loads(line) for line in self.stream.getvalue().splitlines()]
-
-    def leave_behind(self, replica_id: str, pools: str, *, ready: bool = True) -> FakeProcess:
-        """Be the manager before: journal a life of the first replica of `pools`."""
-        spec = next(iter(replica_specs(configuration(self.run_dir, pools))))
-        launch = Launch(
-            launch_id="before-" + replica_id,
-            replica_id=replica_id,
-            launch_hash=launch_hash(ENGINES[spec.engine], spec),
-            engine=spec.engine,
-            model="m",
-            pool="m",
-            port=20_500,
-            stop_grace_s=7.0,
-            starts=2,
-            at_s=1.0,
-        )
-        process = FakeProcess(77, (), {})
-        self.journal.append(launch)
-        self.journal.append(Started(launch.launch_id, 77, 770, "boot-1"))
-        if ready:
-            self.journal.append(Ready(launch.launch_id))
-        self.provider.left_behind[launch.launch_id] = process
-        return process
 
 
 @pytest.fixture
@@ -314,7 +228,7 @@ async def test_metrics_that_are_off_are_no_silence(world: World) -> None:
     world.fetch.answers["/metrics"] = Answer(404)
     await world.clock.advance(SILENCE_S_MAX + 10)
     assert world.states() == ["ready"]
-    assert manager.keepers["m-0"].scrape_failures > 0
+    assert manager.keepers["m-0"].questions.failures > 0
 
 
 async def test_a_start_that_takes_too_long_is_ended_and_tried_again(world: World) -> None:

@@ -178,7 +178,7 @@ async def test_refusals_have_the_shape_of_openai_errors(
 
 
 async def test_metrics(client: Client) -> None:
-    client.manager.keepers["m-1"].scrape_failures = 7
+    client.manager.keepers["m-1"].questions.failures = 7
     text = (await client.get("/metrics"))[1].decode()
     for line in (
         'doherty_manager_replicas{state="ready"} 2.0',

@@ -115,6 +115,12 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
             _POOL + "        target_inputs: 5\n        max_inputs: 3",
             "f: model 'm': target_inputs 5 is above max_inputs 3",
         ),
+        (_POOL + "        gpus: -1", "f:5: models[0].pools[0].gpus: Expected `int` >= 0"),
+        (
+            _POOL + "        adapters: {m: /lora}",
+            "f: model 'm' has an adapter of the same name; clients could not ask for it",
+        ),
+        (_POOL + "        adapters: {a: ''}", "f:5: models[0].pools[0].adapters"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(text: str, message: str) -> None:
@@ -326,6 +332,11 @@ _RECORDS = st.builds(
     models=st.lists(_WORDS, max_size=2).map(tuple),
     state=st.sampled_from(ReplicaState),
     restarts=st.integers(0, 9),
+    kv_events=_WORDS,
+    kv_replay=_WORDS,
+    kv_topic=_WORDS,
+    engine_version=_WORDS,
+    wake_s=st.floats(0, 1e9),
     load=st.none() | st.builds(LoadSample, at_s=st.floats(0, 1e9), kv_used_ratio=st.floats(0, 1)),
 )
 
@@ -338,6 +349,13 @@ def test_a_snapshot_is_one_line_and_reads_as_it_was(
     line = encode_snapshot(snapshot)
     assert b"\n" not in line
     assert decode_snapshot(line) == snapshot
+
+
+def test_what_an_earlier_manager_does_not_tell_is_not_known() -> None:
+    line = b'{"epoch":"e","version":1,"replicas":[{"replica_id":"a","url":"u"}]}'
+    (record,) = decode_snapshot(line).replicas
+    assert (record.kv_events, record.kv_replay, record.kv_topic) == ("", "", "")
+    assert (record.engine_version, record.sleep_s, record.wake_s) == ("", 0.0, 0.0)
 
 
 def test_a_later_managers_fields_are_passed_over() -> None:

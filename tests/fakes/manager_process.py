@@ -8,7 +8,8 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from backends.engines.base import Launch
+from backends.engines.base import Launch, Ports
+from backends.engines.release import Release
 from backends.engines.vllm import Vllm
 from backends.failure import StartError
 from backends.serve import serve
@@ -24,8 +25,9 @@ class TinyEngine(Vllm):
     name = "simulator"
 
     @override
-    def command(self, spec: ReplicaSpec, port: int) -> Launch:
-        argv = (sys.executable, str(ENGINE), "--port", str(port), "--model", spec.model, *spec.args)
+    def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
+        port = str(ports.http)
+        argv = (sys.executable, str(ENGINE), "--port", port, "--model", spec.model, *spec.args)
         return Launch(argv)
 
 

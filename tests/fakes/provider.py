@@ -118,7 +118,10 @@ class FakeProvider:
 
 
 class FakeFetch:
-    """Answers for every engine: `answers` by path, or `silence` instead of all of them."""
+    """Answers for every engine: `answers` by path, or `silence` instead of all of them.
+
+    A POST is answered by `POST /path`, and 200 where there is no such answer.
+    """
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {
@@ -142,4 +145,4 @@ class FakeFetch:
 
     async def post(self, url: str, body: bytes, timeout_s: float) -> Answer:
         self.posted.append(url)
-        return Answer(200)
+        return self.answers.get("POST /" + url.split("/", 3)[3], Answer(200))

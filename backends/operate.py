@@ -1,0 +1,91 @@
+"""`doherty sleep` and `doherty wake`: tell a manager, and wait until it is so or cannot be."""
+
+from __future__ import annotations
+
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Collection
+from urllib.parse import quote
+
+import msgspec
+
+from backends.failure import StartError
+from backends.lifecycle import Phase
+from backends.status import check_manager_url, no_manager, open_url
+
+POLL_S = 0.1
+TURN_S_MAX = 1200.0  # beyond a drain and the longest turn that a manager waits for
+
+
+class _Seen(msgspec.Struct):
+    """What the manager tells of a replica, as far as it matters here."""
+
+    phase: Phase
+    reason: str = ""
+
+
+class _Refusal(msgspec.Struct):
+    message: str
+
+
+class _Refused(msgspec.Struct):
+    error: _Refusal
+
+
+def fall_asleep(manager_url: str, replica_id: str, level: int) -> str:
+    """Put a replica to sleep; return what came of it. Raises `StartError` when it would not."""
+    url = _url(manager_url, replica_id)
+    _post(manager_url, f"{url}/sleep?level={level}")
+    seen = _after(manager_url, url, {Phase.EMPTYING, Phase.FALLING_ASLEEP})
+    if seen.phase is Phase.ASLEEP:
+        return f"{replica_id} is {seen.reason}"
+    raise StartError(f"{replica_id} is {seen.phase}: {seen.reason}")
+
+
+def wake(manager_url: str, replica_id: str) -> str:
+    """Wake a replica; return what came of it. Raises `StartError` when it would not."""
+    url = _url(manager_url, replica_id)
+    _post(manager_url, f"{url}/wake")
+    seen = _after(manager_url, url, {Phase.WAKING})
+    if seen.phase in {Phase.READY, Phase.HELD}:
+        return f"{replica_id} is {seen.reason or seen.phase}"
+    raise StartError(f"{replica_id} is {seen.phase}: {seen.reason}")
+
+
+def _url(manager_url: str, replica_id: str) -> str:
+    check_manager_url(manager_url)
+    return f"{manager_url.rstrip('/')}/v1/replicas/{quote(replica_id, safe='')}"
+
+
+def _post(manager_url: str, url: str) -> None:
+    _ask(manager_url, urllib.request.Request(url, data=b"", method="POST"))  # noqa: S310  # checked
+
+
+def _after(manager_url: str, url: str, phases: Collection[Phase]) -> _Seen:
+    """Return what is seen of a replica as soon as it is in none of `phases`."""
+    give_up_s = time.monotonic() + TURN_S_MAX
+    while True:
+        body = _ask(manager_url, urllib.request.Request(url))  # noqa: S310  # checked
+        seen = msgspec.json.decode(body, type=_Seen)
+        if seen.phase not in phases:
+            return seen
+        if time.monotonic() >= give_up_s:
+            raise StartError(f"it is still {seen.phase}: {seen.reason}")
+        time.sleep(POLL_S)
+
+
+def _ask(manager_url: str, request: urllib.request.Request) -> bytes:
+    try:
+        with open_url(request) as response:
+            return bytes(response.read())
+    except urllib.error.HTTPError as error:
+        body = error.read()
+        error.close()
+        try:
+            words = msgspec.json.decode(body, type=_Refused).error.message
+        except msgspec.MsgspecError:
+            words = f"{request.full_url} answered {error.code}: is that a manager?"
+        raise StartError(words) from error
+    except (OSError, ValueError) as error:
+        raise no_manager(manager_url, error) from error

@@ -1,0 +1,41 @@
+"""What every keeper of a manager shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from backends.clock import Clock
+from backends.fetch import Fetch
+from backends.journal import Entry, Journal
+from backends.log import Log
+from backends.ports import PortLeases
+from backends.providers.base import Provider
+from backends.releases import Releases
+
+
+class Surroundings(msgspec.Struct, frozen=True):
+    """Where time, processes, answers, ports and the disk come from, and what is configured."""
+
+    clock: Clock
+    provider: Provider
+    fetch: Fetch
+    journal: Journal
+    ports: PortLeases
+    releases: Releases
+    log: Log
+    log_folder: Path
+    region: str
+    scrape_interval_s: float
+    backoff_s: float
+    backoff_s_max: float
+    changed: Callable[[], None]
+
+    def note(self, entry: Entry) -> None:
+        """Note what has happened; it has happened whether or not the disk takes the note."""
+        try:
+            self.journal.append(entry)
+        except OSError as error:
+            self.log.fault("journal_failed", error=str(error))
