@@ -10,6 +10,7 @@ one for each life, and every event of an older life is recognised by its launch 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -19,6 +20,7 @@ import msgspec
 
 from backends.clock import Timer
 from backends.engines.base import Engine, FlagError, url_of
+from backends.engines.probe import Program, known_release, probe_release, program_of
 from backends.engines.release import Release
 from backends.fetch import Silence
 from backends.journal import Ended, Held, Launch, Ready, Started
@@ -39,7 +41,7 @@ from backends.ports import ReplicaPorts
 from backends.providers.base import Process
 from backends.questions import Questions
 from backends.reconcile import Observed, Wanted
-from backends.starting import START_ERRORS, intent, prepare, program_of
+from backends.starting import START_ERRORS, intent, prepare
 from backends.surroundings import Surroundings
 from backends.tasks import cancel_all, spawn
 from backends.watch import Watch
@@ -236,21 +238,21 @@ class Keeper:
         """Spawn, as soon as it is known which release the program is of."""
         try:
             self._ports.take_http()
-            program = program_of(self._engine, self.spec)
-            release = self._around.releases.known(self._engine, program)
+            program = program_of(self._engine, self.spec, os.environ)
+            release = known_release(program)
             if release is None:
                 self._own(self._start_asked(program, self.state.starts), "ask for the release")
             else:
-                self._spawn(release)
+                self._spawn(program, release)
         except START_ERRORS as error:
             self._not_started(error)
 
-    async def _start_asked(self, program: str, starts: int) -> None:
-        release = await self._around.releases.ask(self._engine, program)
+    async def _start_asked(self, program: Program, starts: int) -> None:
+        release = await asyncio.to_thread(probe_release, program)
         if self.state.phase is not Phase.STARTING or self.state.starts != starts:
             return  # ended meanwhile
         try:
-            self._spawn(release)
+            self._spawn(program, release)
         except START_ERRORS as error:
             self._not_started(error)
 
@@ -258,10 +260,10 @@ class Keeper:
         self._end(f"not started: {error}")
         self.apply(Event.SPAWN_FAILED, f"not started: {error}")
 
-    def _spawn(self, release: Release) -> None:
+    def _spawn(self, program: Program, release: Release) -> None:
         """Journal, spawn, journal: in this order a crash at any point leaves a trace."""
         around = self._around
-        start = prepare(self._engine, self.spec, self._ports, release)
+        start = prepare(self._engine, self.spec, self._ports, program, release)
         for warning in start.warnings:
             around.log.tell("replica_warning", replica=self.spec.replica_id, warning=warning)
         launch = intent(self._engine, self.spec, start, self.state, around.clock.unix_s())

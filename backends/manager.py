@@ -17,7 +17,6 @@ from pathlib import Path
 from backends.clock import Clock
 from backends.engines import ENGINES
 from backends.engines.base import Engine, launch_hash
-from backends.engines.release import UNKNOWN_RELEASE
 from backends.feed import Feed
 from backends.fetch import Fetch
 from backends.journal import Ended, Journal, Launch
@@ -37,7 +36,6 @@ from backends.reconcile import (
     Wanted,
     reconcile,
 )
-from backends.releases import Ask, Releases
 from backends.spec import ReplicaSpec, replica_specs
 from backends.surroundings import Surroundings
 from backends.tasks import spawn
@@ -60,7 +58,6 @@ class Manager:
         log: Log,
         clock: Clock,
         engines: Mapping[str, Engine] = ENGINES,
-        probe: Ask = lambda _: UNKNOWN_RELEASE,
     ) -> None:
         self._engines = engines
         self._log = log
@@ -81,7 +78,6 @@ class Manager:
             fetch=fetch,
             journal=journal,
             ports=PortLeases(random.Random()),  # noqa: S311  # spreads, hides nothing
-            releases=Releases(probe),
             log=log,
             log_folder=Path(settings.run_dir) / "logs",
             region=config.region,

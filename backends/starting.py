@@ -11,15 +11,8 @@ import os
 import uuid
 from typing import NamedTuple
 
-from backends.engines.base import (
-    Engine,
-    EngineMissingError,
-    FlagError,
-    Ports,
-    launch_hash,
-    merged,
-    resolve_program,
-)
+from backends.engines.base import Engine, EngineMissingError, FlagError, launch_hash
+from backends.engines.probe import Program, completed
 from backends.engines.release import UNKNOWN_RELEASE, Release
 from backends.journal import Launch
 from backends.lifecycle import Lifecycle
@@ -42,21 +35,17 @@ class Start(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def program_of(engine: Engine, spec: ReplicaSpec) -> str:
-    """Return the path of the program that a start would run. Raises `EngineMissingError`."""
-    command = engine.command(spec, Ports(0), UNKNOWN_RELEASE)
-    return resolve_program(command.argv, _extra(engine))[0]
-
-
-def prepare(engine: Engine, spec: ReplicaSpec, ports: ReplicaPorts, release: Release) -> Start:
-    """Return how to start `spec` with a program of this release. Raises one of `START_ERRORS`."""
+def prepare(
+    engine: Engine, spec: ReplicaSpec, ports: ReplicaPorts, program: Program, release: Release
+) -> Start:
+    """Return how to start `spec` by `program` of `release`. Raises one of `START_ERRORS`."""
     warnings = engine.check(spec, release)
     leased = ports.take(engine.ports_needed(spec, release))
-    command = engine.command(spec, leased, release)
+    argv, environ = completed(program, engine.command(spec, leased, release), spec, os.environ)
     source = engine.kv_source(spec, leased, release)
     return Start(
-        argv=resolve_program(command.argv, _extra(engine)),
-        environ=merged(os.environ, command, spec),
+        argv=argv,
+        environ=environ,
         port=leased.http,
         further_ports={kind: run for kind, run in ports.runs.items() if kind != "http"},
         engine_version=str(release) if release != UNKNOWN_RELEASE else "",
@@ -85,8 +74,3 @@ def intent(
         engine_version=start.engine_version,
         kv_source=start.kv_source,
     )
-
-
-def _extra(engine: Engine) -> str:
-    """Return the extra of this package that brings the engine."""
-    return engine.name if engine.name != "simulator" else ""

@@ -13,7 +13,6 @@ from backends.journal import Entry, Journal
 from backends.log import Log
 from backends.ports import PortLeases
 from backends.providers.base import Provider
-from backends.releases import Releases
 
 
 class Surroundings(msgspec.Struct, frozen=True):
@@ -24,7 +23,6 @@ class Surroundings(msgspec.Struct, frozen=True):
     fetch: Fetch
     journal: Journal
     ports: PortLeases
-    releases: Releases
     log: Log
     log_folder: Path
     region: str

@@ -22,6 +22,7 @@ from backends.engines.base import (
     Engine,
     EngineMissingError,
     Entry,
+    Launch,
     Ports,
     merged,
     resolve_program,
@@ -84,30 +85,6 @@ class Program(msgspec.Struct, frozen=True):
         return (*self.head, *command[self.words :])
 
 
-class Prepared(msgspec.Struct, frozen=True):
-    """Everything that a start needs."""
-
-    argv: tuple[str, ...]
-    env: dict[str, str]
-    release: Release
-    warnings: tuple[str, ...]
-
-
-def prepare(
-    engine: Engine, spec: ReplicaSpec, ports: Ports, environ: Mapping[str, str]
-) -> Prepared:
-    """Return what to start. Raises `EngineMissingError` or `FlagError` where nothing can be."""
-    program = program_of(engine, spec, environ)
-    release = probe_release(program)
-    warnings = engine.check(spec, release)
-    launch = engine.command(spec, ports, release)
-    env = merged(environ, launch, spec)
-    if _MEMORY_SAVER in launch.argv:
-        # Its library is preloaded, before Python could say where the CUDA runtime lies.
-        env = with_library(env, _ask(program).cudart)
-    return Prepared(program.argv(launch.argv), env, release, warnings)
-
-
 def program_of(engine: Engine, spec: ReplicaSpec, environ: Mapping[str, str]) -> Program:
     """Return the program that serves `engine`. Raises `EngineMissingError`."""
     draft = engine.command(spec, Ports(0), UNKNOWN_RELEASE)
@@ -138,8 +115,27 @@ def find_program(entry: Entry, env: Mapping[str, str], python: str = "") -> Prog
 
 
 def probe_release(program: Program) -> Release:
-    """Return the release of `program`; unknown when nobody says."""
+    """Return the release of `program`, asking when need be; unknown when nobody says."""
     return parse_release(_ask(program).version)
+
+
+def known_release(program: Program) -> Release | None:
+    """Return the release when it can be had without asking; None: `probe_release` may take long."""
+    if not program.package or not program.python:
+        return UNKNOWN_RELEASE
+    known = _known(program)
+    return parse_release(known.version) if known else None
+
+
+def completed(
+    program: Program, launch: Launch, spec: ReplicaSpec, environ: Mapping[str, str]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the arguments and the environment of the process that `launch` stands for."""
+    env = merged(environ, launch, spec)
+    if _MEMORY_SAVER in launch.argv:
+        # Its library is preloaded, before Python could say where the CUDA runtime lies.
+        env = with_library(env, _ask(program).cudart)
+    return program.argv(launch.argv), env
 
 
 def interpreter_of(script: str, env: Mapping[str, str]) -> str:
@@ -181,12 +177,17 @@ _asked: dict[Program, tuple[Told, int]] = {}
 
 def _ask(program: Program) -> Told:
     """Ask once, and again when the package's main file is another one."""
-    known = _asked.get(program)
-    if known is not None and known[0].origin and _changed_ns(known[0].origin) == known[1]:
-        return known[0]
+    known = _known(program)
+    if known is not None:
+        return known
     told = _question(program) if program.package and program.python else Told()
     _asked[program] = told, _changed_ns(told.origin)
     return told
+
+
+def _known(program: Program) -> Told | None:
+    told, changed_ns = _asked.get(program, (Told(), 0))
+    return told if told.origin and _changed_ns(told.origin) == changed_ns else None
 
 
 def _changed_ns(path: str) -> int:

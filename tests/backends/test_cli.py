@@ -62,7 +62,7 @@ def test_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert output.splitlines()[-1] == "[]"
-    for command in ("up", "proxy", "manager", "simulator", "check", "status"):
+    for command in ("up", "proxy", "manager", "simulator", "check", "status", "sleep", "wake"):
         assert f"    {command}" in output
 
 
@@ -305,6 +305,8 @@ FLEET = FleetSnapshot(
         ReplicaRecord(
             replica_id="m-0",
             url="http://127.0.0.1:1",
+            engine="vllm",
+            engine_version="0.26.0",
             load=LoadSample(at_s=1.0, running=3, waiting=12, kv_used_ratio=0.456),
         ),
         ReplicaRecord(
@@ -314,16 +316,26 @@ FLEET = FleetSnapshot(
             restarts=7,
             reason="exited with status 1",
         ),
+        ReplicaRecord(
+            replica_id="m-1",
+            url="http://127.0.0.1:3",
+            engine="sglang",
+            asleep=True,
+            reason="asleep at level 1, after 0.36 s",
+        ),
     ),
 )
 
 
 def test_status_table() -> None:
     assert table(FLEET).splitlines() == [
-        "ID           STATE    URL                  RUNNING  WAITING  KV   RESTARTS  REASON",
-        "m-0          ready    http://127.0.0.1:1   3        12       46%  0",
-        "long-name-1  backoff  http://127.0.0.1:22  -        -        -    7         "
+        "ID           STATE    ENGINE       URL                  RUNNING  WAITING  KV   RESTARTS  "
+        "REASON",
+        "m-0          ready    vllm 0.26.0  http://127.0.0.1:1   3        12       46%  0",
+        "long-name-1  backoff  unknown      http://127.0.0.1:22  -        -        -    7         "
         "exited with status 1",
+        "m-1          asleep   sglang       http://127.0.0.1:3   -        -        -    0         "
+        "asleep at level 1, after 0.36 s",
     ]
     assert table(FleetSnapshot(epoch="e", version=1)) == "no replicas"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -12,9 +14,10 @@ import pytest
 from backends.engines import ENGINES
 from backends.engines.base import EngineMissingError, FlagError, Ports
 from backends.engines.probe import (
+    completed,
     find_program,
     interpreter_of,
-    prepare,
+    known_release,
     probe_release,
     program_of,
     with_library,
@@ -25,6 +28,24 @@ from backends.spec import ReplicaSpec
 SPEC = ReplicaSpec(replica_id="m-0", model="m", pool="m", engine="vllm")
 ENTRY = ENGINES["vllm"].entry
 assert ENTRY is not None
+
+
+class Ready(NamedTuple):
+    """What a start comes to."""
+
+    release: Release
+    argv: tuple[str, ...]
+    env: dict[str, str]
+
+
+def prepare(spec: ReplicaSpec, environ: Mapping[str, str]) -> Ready:
+    """Go the way from a specification to a process, as a manager does."""
+    engine = ENGINES[spec.engine]
+    program = program_of(engine, spec, environ)
+    release = probe_release(program)
+    engine.check(spec, release)
+    launch = engine.command(spec, Ports(1), release)
+    return Ready(release, *completed(program, launch, spec, environ))
 
 
 def package(site: Path, name: str, version: str, *, metadata: bool = True) -> None:
@@ -72,10 +93,13 @@ def test_an_upgrade_is_seen(away: Path, tmp_path: Path) -> None:
     package(site, "vllm", "0.26.0")
     env = {"PATH": str(away), "PYTHONPATH": str(site)}
     program = find_program(ENTRY, env)
+    assert known_release(program) is None
     assert probe_release(program) == Release(0, 26)
+    assert known_release(program) == Release(0, 26)
     (site / "vllm-0.26.0.dist-info" / "METADATA").write_text("Name: vllm\nVersion: 0.33.0\n")
     assert probe_release(program) == Release(0, 26), "asked once"
     os.utime(site / "vllm" / "__init__.py", ns=(1, 1))
+    assert known_release(program) is None
     assert probe_release(program) == Release(0, 33)
 
 
@@ -83,11 +107,11 @@ def test_a_package_without_a_script_is_run_as_a_module(away: Path, tmp_path: Pat
     for name, version in (("vllm", "0.26.0"), ("sglang", "0.5.17")):
         package(tmp_path / "site", name, version, metadata=False)
     environ = {"PATH": str(away), "PYTHONPATH": str(tmp_path / "site")}
-    ready = prepare(ENGINES["vllm"], SPEC, Ports(1), environ)
+    ready = prepare(SPEC, environ)
     assert ready.argv[:5] == (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "m")
     assert ready.release == Release(0, 26)
     spec = msgspec.structs.replace(SPEC, engine="sglang", model_path="/w")
-    ready = prepare(ENGINES["sglang"], spec, Ports(1), environ)
+    ready = prepare(spec, environ)
     assert ready.argv[:5] == (sys.executable, "-m", "sglang.launch_server", "--model-path", "/w")
     assert ready.release == Release(0, 5, 17)
 
@@ -95,7 +119,7 @@ def test_a_package_without_a_script_is_run_as_a_module(away: Path, tmp_path: Pat
 def test_a_pool_names_its_own_packages(away: Path, tmp_path: Path) -> None:
     package(tmp_path / "site", "vllm", "0.30.0")
     spec = msgspec.structs.replace(SPEC, env={"PYTHONPATH": str(tmp_path / "site")})
-    ready = prepare(ENGINES["vllm"], spec, Ports(1), {"PATH": str(away)})
+    ready = prepare(spec, {"PATH": str(away)})
     assert ready.release == Release(0, 30)
     assert ready.env["PYTHONPATH"] == str(tmp_path / "site")
 
@@ -108,7 +132,7 @@ def test_an_interpreter_may_be_named(away: Path, tmp_path: Path) -> None:
         "PYTHONPATH": str(tmp_path / "site"),
         "DOHERTY_ENGINE_PYTHON": sys.executable,
     }
-    ready = prepare(ENGINES["vllm"], SPEC, Ports(1), environ)
+    ready = prepare(SPEC, environ)
     assert ready.argv[:3] == (sys.executable, "-m", "vllm.entrypoints.cli.main")
     assert ready.release == Release(0, 32)
     assert "DOHERTY_ENGINE_PYTHON" not in ready.env
@@ -119,7 +143,7 @@ def test_an_interpreter_may_be_named(away: Path, tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_said_with_the_remedy(away: Path) -> None:
     with pytest.raises(EngineMissingError, match=r"\.\[vllm\]'.*DOHERTY_ENGINE_PYTHON"):
-        prepare(ENGINES["vllm"], SPEC, Ports(1), {"PATH": str(away)})
+        prepare(SPEC, {"PATH": str(away)})
 
 
 def test_arguments_are_held_to_the_release_found(away: Path, tmp_path: Path) -> None:
@@ -127,7 +151,7 @@ def test_arguments_are_held_to_the_release_found(away: Path, tmp_path: Path) -> 
     environ = {"PATH": str(away), "PYTHONPATH": str(tmp_path / "site")}
     spec = msgspec.structs.replace(SPEC, args=("--max-num-queued-reqs", "9"))
     with pytest.raises(FlagError, match=r"vllm 0\.26\.0 has no flag --max-num-queued-reqs"):
-        prepare(ENGINES["vllm"], spec, Ports(1), environ)
+        prepare(spec, environ)
 
 
 @pytest.mark.parametrize("first", ["#!/bin/sh", "\x7fELF", "#!", ""])
@@ -175,9 +199,9 @@ def test_the_memory_saver_finds_the_cuda_runtime(away: Path, tmp_path: Path) -> 
     (cuda / "libcudart.so.13").write_text("")
     environ = {"PATH": str(away), "PYTHONPATH": str(site), "LD_LIBRARY_PATH": "/mine"}
     awake = msgspec.structs.replace(SPEC, engine="sglang")
-    assert prepare(ENGINES["sglang"], awake, Ports(1), environ).env["LD_LIBRARY_PATH"] == "/mine"
+    assert prepare(awake, environ).env["LD_LIBRARY_PATH"] == "/mine"
     sleepy = msgspec.structs.replace(awake, sleep=True)
-    env = prepare(ENGINES["sglang"], sleepy, Ports(1), environ).env
+    env = prepare(sleepy, environ).env
     assert env["LD_LIBRARY_PATH"] == f"/mine:{cuda}"
 
 
@@ -189,6 +213,7 @@ def test_libraries_are_added_once_and_last() -> None:
 
 def test_the_simulator_is_run_as_it_is() -> None:
     spec = msgspec.structs.replace(SPEC, engine="simulator", args=("--dialect", "sglang"))
-    ready = prepare(ENGINES["simulator"], spec, Ports(7), {"PATH": "/bin"})
+    ready = prepare(spec, {"PATH": "/bin"})
     assert ready.argv[:3] == (sys.executable, "-m", "backends.simulator")
-    assert (ready.release, ready.warnings) == (UNKNOWN_RELEASE, ())
+    assert ready.release == UNKNOWN_RELEASE
+    assert known_release(program_of(ENGINES["simulator"], spec, {})) == UNKNOWN_RELEASE

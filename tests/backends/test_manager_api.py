@@ -154,9 +154,21 @@ async def test_operators_wishes(client: Client) -> None:
     assert (await client.post("/v1/replicas/m-0/restart"))[1]["state"] == "draining"
 
 
+async def test_one_replica_is_told_as_it_is_now(client: Client) -> None:
+    await client.post("/v1/replicas/m-1/drain")
+    status, body = await client.get("/v1/replicas/m-1")
+    told = json.loads(body)
+    assert (status, told["phase"], told["state"], told["url"][:17]) == (
+        200, "held", "draining", "http://127.0.0.1:"
+    )  # fmt: skip
+    assert (await client.get("/v1/replicas/m-9"))[0] == 404
+
+
 REFUSALS = [
+    ("a sleep it cannot have", "/v1/replicas/m-0/sleep", {}, 409, "set `sleep: true` in its pool"),
+    ("a level there is not", "/v1/replicas/m-0/sleep?level=3", {}, 400, "no sleep level '3'"),
     ("an unknown replica", "/v1/replicas/m-9/drain", {}, 404, "no replica 'm-9'"),
-    ("an unknown wish", "/v1/replicas/m-0/explode", {}, 404, "drain, undrain and restart"),
+    ("an unknown wish", "/v1/replicas/m-0/explode", {}, 404, "drain, undrain, restart"),
     ("an unknown path", "/v2/anything", {}, 404, "Not Found"),
     ("a method that does not fit", "/livez", {}, 405, "Method Not Allowed"),
     ("a body too long", "/v1/replicas/m-0/drain", {"data": b"x" * (BODY_BYTES_MAX + 1)}, 413, ""),
