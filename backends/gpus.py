@@ -174,6 +174,17 @@ def pinned(env: Mapping[str, str]) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in env[VISIBLE].split(",") if name.strip())
 
 
+def described(gpu: Gpu) -> str:
+    """Put a card into words: what is known of it."""
+    known = (
+        gpu.name,
+        f"{gpu.used_mib:,} of {gpu.memory_mib:,} MiB used" if gpu.memory_mib else "",
+        "" if gpu.numa_node is None else f"NUMA node {gpu.numa_node}",
+        "" if gpu.nvlink_group is None else f"NVLink group {gpu.nvlink_group}",
+    )
+    return f"{gpu.device}: {', '.join(filter(None, known)) or 'nothing known'}"
+
+
 def _by_link_and_node(gpu: Gpu) -> Hashable:
     return gpu.name, _link(gpu), gpu.numa_node
 

@@ -45,10 +45,14 @@ _NODE_FOLDER = re.compile(r"node\d+")
 
 
 class Found(msgspec.Struct, frozen=True):
-    """The cards, or None where there is nothing to lease; and what is to be said about it."""
+    """The cards, or None where there is nothing to lease; and what is to be said about it.
+
+    `seen`: nvidia-smi tells of them, so that it can be asked what is used.
+    """
 
     inventory: GpuInventory | None
     note: str = ""
+    seen: bool = False
 
 
 class CardUse(msgspec.Struct, frozen=True):
@@ -79,7 +83,7 @@ def find_gpus(setting: str, environ: Mapping[str, str], sysfs: Path = _SYS) -> F
             raise StartError(f"manager.gpus names {error}") from error
     else:
         chosen, note = _visible(gpus, cards, environ)
-    return Found(GpuInventory(chosen, _bindable(chosen, sysfs)), note)
+    return Found(GpuInventory(chosen, _bindable(chosen, sysfs)), note, seen=True)
 
 
 def _visible(

@@ -93,8 +93,8 @@ def last_words(
 ) -> str:
     """Return why the engine that wrote `path` ended, and then up to `lines_max` lines in all.
 
+    With `lines_max` 0 only what tells of an end, else the last lines where nothing does.
     `since_bytes` is the length of the log when its life began; what is in `hide` is not shown.
-    Empty when it said nothing.
     """
     words = words_in(_end_of(path, since_bytes), lines_max)
     for secret in hide:
@@ -109,6 +109,8 @@ def words_in(text: str, lines_max: int = 1) -> str:
     cause = _known(lines) or _last_end(lines) or _last_logged(raw, lines)
     said = [line.strip() for line in lines if line.strip() and not _ECHO.search(line)]
     if not cause:
+        if not lines_max:
+            return ""
         return " | ".join(_clip(line) for line in said[-max(lines_max, TAIL_LINES) :])
     tail = said[-(lines_max - 1) :] if lines_max > 1 else []
     return "\n".join([cause, *map(_clip, tail)])

@@ -307,6 +307,7 @@ FLEET = FleetSnapshot(
             url="http://127.0.0.1:1",
             engine="vllm",
             engine_version="0.26.0",
+            gpus=("0", "1"),
             load=LoadSample(at_s=1.0, running=3, waiting=12, kv_used_ratio=0.456),
         ),
         ReplicaRecord(
@@ -329,13 +330,13 @@ FLEET = FleetSnapshot(
 
 def test_status_table() -> None:
     assert table(FLEET).splitlines() == [
-        "ID           STATE    ENGINE       URL                  RUNNING  WAITING  KV   RESTARTS  "
-        "REASON",
-        "m-0          ready    vllm 0.26.0  http://127.0.0.1:1   3        12       46%  0",
-        "long-name-1  backoff  unknown      http://127.0.0.1:22  -        -        -    7         "
-        "exited with status 1",
-        "m-1          asleep   sglang       http://127.0.0.1:3   -        -        -    0         "
-        "asleep at level 1, after 0.36 s",
+        "ID           STATE    ENGINE       URL                  GPUS  RUNNING  WAITING  KV   "
+        "RESTARTS  REASON",
+        "m-0          ready    vllm 0.26.0  http://127.0.0.1:1   0,1   3        12       46%  0",
+        "long-name-1  backoff  unknown      http://127.0.0.1:22  -     -        -        -    "
+        "7         exited with status 1",
+        "m-1          asleep   sglang       http://127.0.0.1:3   -     -        -        -    "
+        "0         asleep at level 1, after 0.36 s",
     ]
     assert table(FleetSnapshot(epoch="e", version=1)) == "no replicas"
 
