@@ -171,6 +171,7 @@ def _check(options: argparse.Namespace) -> int:
 
     import yaml
 
+    from backends.checking import check_engines
     from backends.redact import redacted
     from proxy import tls
     from proxy.config import json_schema, load_config
@@ -182,7 +183,11 @@ def _check(options: argparse.Namespace) -> int:
         print("which file? doherty check FILE, or doherty check --schema", file=sys.stderr)
         return USAGE_STATUS
     config = load_config(options.file)
-    for warning in tls.check(config.proxy, datetime.now(UTC)):
+    warnings = [
+        *tls.check(config.proxy, datetime.now(UTC)),
+        *check_engines(config, options.file, os.environ),
+    ]
+    for warning in warnings:
         print(f"{options.file}: warning: {warning}", file=sys.stderr)
     print(f"{options.file}: ok")
     print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")

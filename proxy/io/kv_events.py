@@ -88,7 +88,7 @@ class KvFollower:
         wanted = {replica.name: replica for replica in replicas}
         for name, stream in list(self._streams.items()):
             new = wanted.get(name)
-            if new is None or new[:3] != stream.followed[:3]:
+            if new is None or new[:4] != stream.followed[:4]:
                 stream.task.cancel()
                 del self._streams[name]
             elif new.restarts != stream.followed.restarts:

@@ -1,4 +1,9 @@
-"""Where a replica's KV events are: asked of the engine, else as an operator says of all."""
+"""Where a replica's KV events are: as its manager says, else asked of it, else as configured.
+
+A manager has leased the ports and started the engine with them, so there is nothing to ask, and no
+release of an engine that does not say it. One endpoint stands for all ranks of a server: both
+engines count on from the port of rank 0.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,7 @@ class Followed(NamedTuple):
     name: str
     url: str  # scheme and authority
     dp_rank: int | None = None
+    told: KvSource | None = None  # by the manager, of rank 0
     restarts: int = 0
 
 
@@ -45,6 +51,8 @@ class Reach:
     async def find(self, replica: Followed) -> KvSource | None:
         """Return where they are, None when it has none. Raises `LostError`, `ValueError`."""
         _, host, _ = parse_url(replica.url)
+        if replica.told is not None:
+            return _of_rank(replica.told, host, replica.dp_rank)
         body = await self._get(replica.url + "/kv_event_sources")
         if body is not None:
             return listed_source(body, host, replica.dp_rank)
@@ -52,13 +60,7 @@ class Reach:
         source = None if body is None else named_source(body, host, replica.dp_rank)
         if source is not None or self._configured is None:
             return source
-        endpoint, replay, topic = self._configured
-        rank = replica.dp_rank or 0
-        return KvSource(
-            seen_from_here(endpoint, host, rank),
-            seen_from_here(replay, host, rank) if replay else "",
-            topic,
-        )
+        return _of_rank(self._configured, host, replica.dp_rank)
 
     async def _get(self, url: str) -> bytes | None:
         """Return what is there; None when nothing ever will be."""
@@ -78,3 +80,13 @@ class Reach:
                 return bytes(body)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise LostError(f"it does not answer ({type(error).__name__})") from None
+
+
+def _of_rank(source: KvSource, host: str, dp_rank: int | None) -> KvSource:
+    """Return where the events of one rank are, as seen from here, of the source of rank 0."""
+    rank = dp_rank or 0
+    return KvSource(
+        seen_from_here(source.endpoint, host, rank),
+        seen_from_here(source.replay, host, rank) if source.replay else "",
+        source.topic,
+    )

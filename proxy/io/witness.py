@@ -26,6 +26,8 @@ from proxy.io.kv_reach import Followed
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 
+_FOLLOWED = frozenset((ReplicaState.READY, ReplicaState.DRAINING))
+
 
 class Witness:
     """One for all workers. It begins with `look`."""
@@ -85,16 +87,21 @@ class Witness:
         servers: dict[str, list[str]] = {}
         asleep = []
         for record in snapshot.replicas:
-            if record.state is not ReplicaState.READY:
+            if record.state not in _FOLLOWED:
                 continue
+            told = None
+            if record.kv_events:
+                told = KvSource(record.kv_events, record.kv_replay, record.kv_topic)
             for replica in replicas_of(record):
-                # One that falls asleep is followed on, so that what it says later is no news.
-                if replica.asleep and self._follower.binding(replica.name) is None:
+                # One that drains or falls asleep is followed on, so that what it says later is no
+                # news; it is not worth the beginning.
+                known = self._follower.binding(replica.name) is not None
+                if not known and (replica.asleep or record.state is not ReplicaState.READY):
                     continue
                 if replica.asleep:
                     asleep.append(replica.name)
                 followed.append(
-                    Followed(replica.name, record.url, replica.dp_rank, replica.restarts)
+                    Followed(replica.name, record.url, replica.dp_rank, told, replica.restarts)
                 )
                 servers.setdefault(record.replica_id, []).append(replica.name)
         for name in asleep:

@@ -120,6 +120,36 @@ def test_a_faulty_file_is_told_with_status_2(
     assert list(tmp_path.iterdir()) == [path], "nothing was begun"
 
 
+def test_check_asks_whether_the_engine_would_take_its_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with vLLM 0.26.0, and on one without."""
+    package = tmp_path / "vllm"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "_version.py").write_text('version = "0.26.0"\n')
+    path = tmp_path / "c.yaml"
+    text = (
+        "models:\n- name: m\n  pools:\n  - engine: vllm\n    replicas: 2\n"
+        "    args: [--max-num-{}, '3']\n    env: {{PYTHONPATH: {}}}\n"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path.write_text(text.format("sequences", tmp_path))
+    assert main(["check", str(path)]) == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1
+    assert told.err.startswith(f"{path}: model 'm': vllm 0.26.0 has no flag --max-num-sequences")
+    assert told.out == ""
+    path.write_text(text.format("seqs", tmp_path))
+    assert main(["check", str(path)]) == 0
+    assert capsys.readouterr().err == ""
+    path.write_text(text.format("seqs", "/nowhere"))
+    assert main(["check", str(path)]) == 0
+    warned = capsys.readouterr().err
+    assert warned.startswith(f"{path}: warning: model 'm': program 'vllm' was not found")
+    assert warned.count("\n") == 1
+
+
 def test_check_without_a_file_and_with_a_missing_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check"]) == 2
     assert main(["check", "/no/such/file.yaml"]) == 2
@@ -395,6 +425,16 @@ def test_status_of_something_else(
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "ftp://x", "127.0.0.1:8002"])
-def test_status_of_nothing(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "--manager-url", url]) == 1
+@pytest.mark.parametrize("command", [["status"], ["sleep", "m-0"], ["wake", "m-0"]])
+def test_status_of_nothing(
+    command: list[str], url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--manager-url", url]) == 1
     assert url in capsys.readouterr().err
+
+
+def test_a_level_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["sleep", "m-0", "--level", "3"])
+    assert ended.value.code == 2
+    assert "invalid choice: 3" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends import journal as module
-from backends.journal import Ended, Entry, Held, Journal, Launch, Ready, Started, replay
+from backends.journal import Ended, Entry, Held, Journal, Launch, Nap, Ready, Started, replay
 
 
 def launch(launch_id: str, replica_id: str = "m-0") -> Launch:
@@ -53,6 +53,29 @@ def test_entries_survive_a_new_reader(tmp_path: Path) -> None:
     assert second.damaged_lines == 0
     assert len(path.read_text().splitlines()) == 2, "compacted at start"
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_how_deep_it_sleeps_survives_a_new_reader(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    seen = []
+    for entry in (launch("a"), Nap("a", 2, True), Nap("a", 2, False), Nap("a", None, False)):
+        journal = Journal(path)
+        journal.append(entry)
+        journal.close()
+        again = Journal(path)
+        again.close()
+        seen.append((again.live["a"].nap_level, again.live["a"].turning))
+    assert seen == [(None, False), (2, True), (2, False), (None, False)]
+
+
+def test_an_earlier_managers_entries_are_read() -> None:
+    line = (
+        b'{"entry":"intent","launch_id":"a","replica_id":"m-0","launch_hash":"h","engine":"vllm",'
+        b'"model":"m","pool":"m","port":20000,"stop_grace_s":30.0,"starts":1,"at_s":1.0}'
+    )
+    live, damaged = replay([line])
+    assert (live, damaged) == ({"a": launch("a")}, 0)
+    assert (live["a"].ports, live["a"].nap_level, live["a"].kv_source) == ({}, None, None)
 
 
 def test_a_torn_line_is_skipped_and_the_rest_is_read(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import socket
 
 import pytest
 
-from backends.ports import NoPortError, PortLeases, bind_problem, port_free
+from backends.engines.base import Ports, PortsNeeded
+from backends.ports import NoPortError, PortLeases, ReplicaPorts, bind_problem, port_free
 
 
 def free_range(count: int) -> int:
@@ -49,6 +50,54 @@ def test_a_lease_moves_when_somebody_else_took_the_port() -> None:
         moved = leases.keep_or_lease(port)
     assert moved != port
     assert leases.lease() == port, "what was given up is free again"
+
+
+def test_a_run_of_ports_has_no_gap_and_no_stranger_in_it() -> None:
+    start = free_range(6)
+    leases = PortLeases(random.Random(1), start, start + 5)
+    with socket.create_server(("127.0.0.1", start + 2)):
+        first = leases.lease(3)
+        assert first == start + 3
+        with pytest.raises(NoPortError, match=f"no 3 free ports in a row on .* in {start}-"):
+            leases.lease(3)
+        assert leases.lease(2) == start
+    leases.release(first, 3)
+    assert {leases.lease() for _ in range(4)} == set(range(start + 2, start + 6))
+
+
+def test_more_ports_than_there_are_cannot_be_had() -> None:
+    with pytest.raises(NoPortError):
+        PortLeases(random.Random(1), 21_000, 21_002).lease(4)
+
+
+def test_a_replica_keeps_its_ports_over_restarts_while_it_needs_them() -> None:
+    leases = PortLeases(random.Random(1))
+    ports = ReplicaPorts(leases)
+    ports.take_http()
+    http = ports.http
+    first = ports.take(PortsNeeded(kv_events=2, kv_replay=2, internal=8))
+    assert first.http == http
+    assert ports.take(PortsNeeded(kv_events=2, kv_replay=2, internal=8)) == first
+    with socket.create_server(("127.0.0.1", first.kv_events + 1)):
+        second = ports.take(PortsNeeded(kv_events=2, kv_replay=2, internal=8))
+    assert second.kv_events != first.kv_events, "a stranger listens on one of them"
+    assert (second.http, second.kv_replay) == (first.http, first.kv_replay)
+    third = ports.take(PortsNeeded(kv_events=1))
+    assert (third.kv_replay, third.internal) == (0, 0)
+    assert third == Ports(http=first.http, kv_events=third.kv_events)
+    ports.release()
+    assert (ports.http, leases._leased) == (0, set())
+
+
+def test_the_ports_of_an_adopted_replica_are_nobody_elses() -> None:
+    start = free_range(4)
+    leases = PortLeases(random.Random(1), start, start + 3)
+    ports = ReplicaPorts(leases)
+    ports.claim({"http": (start, 1), "kv_events": (start + 2, 2)})
+    assert leases.lease() == start + 1
+    with pytest.raises(NoPortError):
+        leases.lease()
+    assert ports.runs == {"http": (start, 1), "kv_events": (start + 2, 2)}
 
 
 def test_a_claimed_port_is_not_leased() -> None:

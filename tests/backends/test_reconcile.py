@@ -59,6 +59,15 @@ CASES: list[tuple[str, list[Wanted], list[Observed], list[Action]]] = [
         [Update(want("a", target=9))],
     ),
     ("a changed one", [want("a")], [seen("a", launch="old")], [Restart("a")]),
+    ("changed, and it sleeps", [want("a")], [seen("a", Phase.ASLEEP, "old")], []),
+    ("changed, and it wakes", [want("a")], [seen("a", Phase.WAKING, "old")], []),
+    (
+        "changed, while another sleeps",
+        [want("a"), want("b")],
+        [seen("a", Phase.ASLEEP), seen("b", launch="old")],
+        [Restart("b")],
+    ),
+    ("no longer wanted, and it sleeps", [], [seen("a", Phase.ASLEEP)], [Stop("a")]),
     (
         "changed, one at a time",
         [want("a"), want("b")],

@@ -130,6 +130,7 @@ class FakeFetch:
         }
         self.silence: Silence | None = None
         self.posted: list[str] = []
+        self.asked: list[str] = []  # paths of GET
         self.busy(0, 0)
 
     def busy(self, running: int, waiting: int) -> None:
@@ -141,6 +142,7 @@ class FakeFetch:
         if self.silence is not None:
             return Answer(0, silence=self.silence)
         path = "/" + url.split("/", 3)[3]
+        self.asked.append(path)
         return self.answers.get(path, Answer(404))
 
     async def post(self, url: str, body: bytes, timeout_s: float) -> Answer:

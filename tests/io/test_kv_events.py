@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 import zmq
 
+from backends.ports import PortLeases
 from backends.simulator.kv_events import Endpoint
 from proxy.core.kv_source import KvSource
 from proxy.io.kv_reach import Followed
@@ -74,6 +76,21 @@ async def test_each_rank_has_a_cache_of_its_own() -> None:
         await seen.until(lambda: seen.resident("a/1") == 10 * BLOCK)
         assert seen.resident("a/0") == 0
         assert seen.state("a").grade == "record"  # which of the two it would be, nobody says
+
+
+async def test_what_the_manager_tells_of_rank_0_holds_for_the_ranks_after_it() -> None:
+    leases = PortLeases(random.Random())
+    first, replay = leases.lease(2), leases.lease(2)
+    endpoint = Endpoint(port=first, replay_port=replay)
+    told = KvSource(f"tcp://127.0.0.1:{first}", f"tcp://127.0.0.1:{replay}", "")
+    async with simulator(kv_events=endpoint, dp_size=2) as engine, following() as seen:
+        ranks = [Followed(f"a/{rank}", engine.url, rank, told) for rank in (0, 1)]
+        seen.follower.follow(ranks)
+        await seen.until(lambda: seen.fresh("a/0") and seen.fresh("a/1"))
+        body = {"model": "demo", "prompt": prompt("a", 10), "max_tokens": 2}
+        await engine.post("/v1/completions", body, {"X-data-parallel-rank": "1"})
+        await seen.until(lambda: seen.resident("a/1") == 10 * BLOCK)
+        assert seen.resident("a/0") == 0
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -214,6 +214,9 @@ async def test_workers_speak_while_an_engine_can_be_followed(
     assert seen.listens == [False, True]
     seen.know(state=ReplicaState.DRAINING)
     seen.take()
+    assert seen.listens == [False, True], "it is followed on"
+    seen.know(state=ReplicaState.STOPPING)
+    seen.take()
     assert seen.listens == [False, True, False]
     assert seen.witness.samples() == []
     seen.know(state=ReplicaState.READY)
@@ -240,6 +243,53 @@ async def test_an_engine_that_does_not_say_is_followed_at_the_port_that_is_confi
         await seen.until(seen.fresh)
         await seen.witness.close()
     await tasks.close()
+
+
+async def test_one_is_followed_where_the_manager_says() -> None:
+    """Though nothing answers to the question, and something else is configured."""
+    tasks = Tasks()
+    endpoint = Endpoint(replay_port=0, topic="kv")
+    async with (
+        simulator(dialect="sglang", kv_events=endpoint) as engine,
+        aiohttp.ClientSession() as session,
+    ):
+        (publisher,) = engine.process.server.publishers
+        engine.process.server.publishers = []  # it says nothing of it
+        seen = Heard(tasks, session, engine.url)
+        seen.witness.look(session, ProxyConfig(kv_events_port=1))
+        seen.know(kv_events="tcp://127.0.0.1:1")
+        seen.know(
+            kv_events=f"tcp://*:{publisher.port}",
+            kv_replay=f"tcp://*:{publisher.replay_port}",
+            kv_topic="kv",
+        )
+        await seen.until(seen.fresh)
+        await seen.witness.close()
+    await tasks.close()
+
+
+async def test_asleep_it_is_followed_on_through_the_drain_before(
+    heard: tuple[Heard, Simulated],
+) -> None:
+    """So that nothing of what it held before is read anew once it has woken."""
+    seen, engine = heard
+    seen.know()
+    await seen.until(seen.fresh)
+    body = {"model": "demo", "prompt": "a" * 640, "max_tokens": 1}
+    assert (await engine.post("/v1/completions", body))[0] == 200
+
+    def resident() -> int:
+        assert seen.witness._follower is not None
+        binding = seen.witness._follower.binding("a")
+        return 0 if binding is None else binding.resident_tokens
+
+    await seen.until(resident)
+    seen.know(state=ReplicaState.DRAINING)
+    seen.know(state=ReplicaState.READY, asleep=True)
+    assert resident() == 0
+    seen.know(asleep=False)
+    await asyncio.sleep(limits.KV_LATE_S * 1.1)  # what would be told again has come
+    assert resident() == 0
 
 
 async def test_one_that_falls_asleep_or_begins_anew_is_empty_at_once(
