@@ -30,6 +30,10 @@ class TinyEngine(Vllm):
         argv = (sys.executable, str(ENGINE), "--port", port, "--model", spec.model, *spec.args)
         return Launch(argv)
 
+    @override
+    def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
+        return ()  # it has flags of its own
+
 
 def main() -> int:
     path = sys.argv[1]
