@@ -34,7 +34,8 @@ Policy = Literal["prefix", "session", "least_load", "round_robin", "random"]
 ClientAuth = Literal["off", "optional", "required"]
 KvEvents = Literal["auto", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-CardList = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_/-]+(,[A-Za-z0-9_/-]+)*$")]
+_CARD = r"(\d+(-\d+)?|(GPU|MIG)-[A-Za-z0-9/-]+)"
+CardList = Annotated[str, Meta(pattern=rf"^(auto|none|{_CARD}(, ?{_CARD})*)$")]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
 
 # What the routers that people come from call the same thing.
