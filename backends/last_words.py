@@ -39,7 +39,7 @@ _PREFIX = re.compile(
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt)(?:: .*)?$")
 _USAGE = re.compile(r"[\w ./-]{1,60}: error: .")
 _CRASH = re.compile(r"Fatal Python error: |!+ Segfault encountered|Killed$|Aborted|Bus error")
-_ERROR_LEVEL = re.compile(r"\b(?:ERROR|CRITICAL|FATAL)\b")
+_LOGGED = re.compile(r"\b(?:ERROR|CRITICAL|FATAL)\b|Subprocess \S+ .*crashed with exit code")
 _FRAME = re.compile(r'\s+File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)')
 _NO_MESSAGE = re.compile(r"[\w.]+$")
 _CONTINUES = re.compile(r"\d+ validation errors? for \w+$|:$")  # pydantic tells in the lines below
@@ -50,10 +50,11 @@ _ECHO = re.compile(
     r"|WorkerProc initialization failed"
     r"|EngineDeadError|EngineCore encountered an issue"
     r"|[Ss]ee (?:stack trace|root cause)"
-    r"|sigquit from a child|scheduler died|died unexpectedly"
+    r"|sigquit from a child|SIGQUIT received|scheduler died|died unexpectedly"
+    r"|before crash diagnostics"
     r"|Connection (?:closed|reset) by peer|Broken pipe|EOFError|ChildProcessError"
     r"|SystemExit|KeyboardInterrupt|CancelledError"
-    r"|destroy_process_group|leaked \w+ objects"
+    r"|destroy_process_group|resource_tracker"
 )
 _MEMORY = "give it more GPUs, a smaller context or batch, or smaller weights"
 _KNOWN = tuple(
@@ -135,7 +136,7 @@ def _last_end(lines: Sequence[str]) -> str:
 
 def _last_logged(raw: Sequence[str], lines: Sequence[str]) -> str:
     for before, line in zip(reversed(raw), reversed(lines), strict=True):
-        logged = _ERROR_LEVEL.search(before) and not line[:1].isspace()
+        logged = _LOGGED.search(before) and not line[:1].isspace()
         if logged and line.strip() and not _ECHO.search(line):
             return _clip(line)
     return ""

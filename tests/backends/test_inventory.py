@@ -22,6 +22,7 @@ from backends.nvidia_smi import (
 )
 from tests.fakes import nvidia_smi as fake
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 NUMACTL = """#!/bin/sh
 [ "$1" = --cpunodebind={node} ] && [ "$2" = --preferred={node} ] && shift 2 && exec "$@"
 echo "numactl: setting membind failed: Operation not permitted" >&2
@@ -57,6 +58,11 @@ LINKS = [
 @pytest.mark.parametrize(("machine", "groups"), [x[1:] for x in LINKS], ids=[x[0] for x in LINKS])
 def test_nvlink_groups(machine: fake.Machine, groups: dict[int, int]) -> None:
     assert read_links(machine.links) == groups
+
+
+def test_the_matrix_of_a_machine_with_one_card_as_it_was_printed() -> None:
+    text = (GOLDEN / "nvidia-smi-580.159.04-h100-topo.txt").read_text()
+    assert read_links(text) == {}
 
 
 def test_a_matrix_with_blanks_for_tabs_and_links_over_a_third() -> None:

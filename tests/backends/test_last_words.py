@@ -96,6 +96,17 @@ CASES = [
     ),
     ("a crash", log("crash"), "Fatal Python error: Segmentation fault"),
     ("nothing but a logged error", log("logged-only"), "watchdog: the engine stopped answering"),
+    (
+        "SGLang, whose scheduler was killed",
+        log("sglang-killed"),
+        "Subprocess scheduler_0 (pid=1774) crashed with exit code -9. Triggering SIGQUIT for "
+        "cleanup...",
+    ),
+    (
+        "vLLM, ended in order",
+        log("vllm-ended"),
+        "Shutting down | Waiting for application shutdown. | Application shutdown complete.",
+    ),
     ("nothing told: the end", log("quiet"), "half way | still there | and then"),
     ("nothing at all", "", ""),
 ]
@@ -104,6 +115,12 @@ CASES = [
 @pytest.mark.parametrize(("text", "words"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_the_telling_line(text: str, words: str) -> None:
     assert words_in(text) == words
+
+
+def test_an_end_in_order_is_no_cause(tmp_path: Path) -> None:
+    path = tmp_path / "m-0.log"
+    path.write_text(log("vllm-ended"))
+    assert last_words(path, 0) == ""
 
 
 def test_more_lines_are_those_of_the_end() -> None:

@@ -26,10 +26,10 @@ def _matrix(rows: Sequence[str], more: Sequence[str] = ()) -> str:
     """Write the matrix of `rows` (cells by blanks) with further columns as nvidia-smi does."""
     heads = [f"GPU{index}" for index in range(len(rows))]
     columns = [*heads, *more, "CPU Affinity", "NUMA Affinity", "GPU NUMA ID"]
-    lines = ["\t" + "\t".join(f"\x1b[4m{column}\x1b[0m" for column in columns)]
+    lines = ["\t\x1b[4m" + "\t".join(columns) + "\x1b[0m"]
     for head, row in zip(heads, rows, strict=True):
         cells = [" X " if cell == "X" else cell for cell in row.split()]
-        lines.append("\t".join([head, *cells, "0-95", "0", "N/A"]))
+        lines.append("\t".join([head, *cells, "0-95", "0", "", "N/A"]))
     lines += [f"{nic}\t" + "\t".join(["SYS"] * len(rows)) + "\t X " for nic in more]
     legend = (
         "Legend:",
