@@ -47,6 +47,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, tag="intent", tag_field=
     engine_version: str = ""
     kv_source: tuple[str, str, str] | None = None  # endpoint, replay endpoint and topic
     nap_level: int | None = None  # how deep it sleeps; None: awake
+    gpus: tuple[str, ...] = ()  # leased to it
     turning: bool = False  # between awake and asleep: what it has let go of is not known
 
 

@@ -23,7 +23,9 @@ from backends.engines.base import Engine, FlagError, url_of
 from backends.engines.probe import Program, known_release, probe_release, program_of
 from backends.engines.release import Release
 from backends.fetch import Silence
+from backends.gpus import NoGpuError
 from backends.journal import Ended, Held, Launch, Ready, Started
+from backends.last_words import last_words
 from backends.lifecycle import (
     PUBLISHED,
     SERVING,
@@ -36,12 +38,14 @@ from backends.lifecycle import (
     adopted,
     step,
 )
+from backends.logfile import length
 from backends.naps import Naps
 from backends.ports import ReplicaPorts
 from backends.providers.base import Process
 from backends.questions import Questions
 from backends.reconcile import Observed, Wanted
-from backends.starting import START_ERRORS, intent, prepare
+from backends.redact import secrets_of
+from backends.starting import START_ERRORS, gpus_wanted, intent, prepare, warm_up
 from backends.surroundings import Surroundings
 from backends.tasks import cancel_all, spawn
 from backends.watch import Watch
@@ -69,6 +73,7 @@ class Keeper:
         self._naps = Naps(engine, around)
         self._launch: Launch | None = None  # the life under way
         self._process: Process | None = None
+        self._log_bytes = 0  # its log's length when this life began
         self._timer: Timer | None = None
         self._watch: Watch | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -112,6 +117,7 @@ class Keeper:
             sleep_s=self._naps.sleep_s,
             wake_s=self._naps.wake_s,
             engine_version=launch.engine_version if launch else "",
+            gpus=launch.gpus if launch else (),
             kv_events=events,
             kv_replay=replay,
             kv_topic=topic,
@@ -132,6 +138,7 @@ class Keeper:
         """
         self._launch, self._process = launch, process
         self._ports.claim({"http": (launch.port, 1)} | launch.ports)
+        self._around.cards.claim(self.spec.replica_id, launch.gpus)
         self.questions.begin(launch.port)
         self._naps.level = launch.nap_level or 0
         if launch.pid != process.pid:  # the manager before died between the spawn and this note
@@ -209,6 +216,7 @@ class Keeper:
             self._process.release()
         await cancel_all(self._tasks)
         self._ports.release()
+        self._around.cards.forget(self.spec.replica_id)
 
     # --- commands -------------------------------------------------------------------------------
 
@@ -257,19 +265,29 @@ class Keeper:
             self._not_started(error)
 
     def _not_started(self, error: Exception) -> None:
+        event = Event.CROWDED if isinstance(error, NoGpuError) else Event.SPAWN_FAILED
         self._end(f"not started: {error}")
-        self.apply(Event.SPAWN_FAILED, f"not started: {error}")
+        self.apply(event, f"not started: {error}")
+
+    def _room(self) -> None:
+        """Cards have been given back: try again, if that is what this waits for."""
+        if self.state.phase is Phase.BACKOFF:
+            self.apply(Event.DEADLINE, self.state.reason)
 
     def _spawn(self, program: Program, release: Release) -> None:
         """Journal, spawn, journal: in this order a crash at any point leaves a trace."""
         around = self._around
-        start = prepare(self._engine, self.spec, self._ports, program, release)
+        spec, wanted = self.spec, gpus_wanted(self._engine, self.spec)
+        place = around.cards.take(spec.replica_id, wanted, spec.env, spec.args, self._room)
+        start = prepare(self._engine, spec, self._ports, program, release, place)
         for warning in start.warnings:
             around.log.tell("replica_warning", replica=self.spec.replica_id, warning=warning)
         launch = intent(self._engine, self.spec, start, self.state, around.clock.unix_s())
         around.journal.append(launch)
         self._launch = launch
         self.questions.begin(start.port)
+        self._log_bytes = length(self.log_path)
+        warm_up(around.warmer, spec, start)
         self._process = around.provider.spawn(
             start.argv, start.environ, launch.launch_id, self.log_path
         )
@@ -281,6 +299,7 @@ class Keeper:
             pid=self._process.pid,
             url=self.url,
             version=launch.engine_version,
+            gpus=launch.gpus,
             log=str(self.log_path),
         )
 
@@ -315,9 +334,7 @@ class Keeper:
         def ended(exited: asyncio.Future[str]) -> None:
             if exited.cancelled() or self._launch is None or self._launch.launch_id != launch_id:
                 return
-            how = exited.result()
-            if self.state.phase is Phase.STARTING:  # its own words say more than its status
-                how += f" before it was ready; see {self.log_path}"
+            how = self._told(exited.result())
             self._end(how)
             self.apply(Event.EXITED, how)
 
@@ -330,6 +347,20 @@ class Keeper:
         )
         self._own(self._watch.follow(), "follow")
 
+    def _told(self, how: str) -> str:
+        """Return how a life ended, and what its log says of that: the status alone says little.
+
+        What is killed from outside says nothing, and of what was ended on purpose nobody asks.
+        """
+        starting = self.state.phase is Phase.STARTING
+        if not starting and ("SIGKILL" in how or self.state.phase not in SERVING | SLEEPING):
+            return how
+        hide = secrets_of(self.spec.args, self.spec.env)
+        words = last_words(self.log_path, int(starting), since_bytes=self._log_bytes, hide=hide)
+        how += " before it was ready" if starting else ""
+        how += f": {words}" if words else ""
+        return f"{how}; see {self.log_path}" if starting or words else how
+
     def _ring(self) -> None:
         if self._watch is not None:
             self._watch.ring()
@@ -340,6 +371,7 @@ class Keeper:
         self._launch = None
         self._process = None
         self.questions.end()
+        self._around.cards.ended(self.spec.replica_id)
         self._ring()
 
     def _note_process(self, launch: Launch, process: Process) -> None:

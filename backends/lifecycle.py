@@ -9,7 +9,8 @@ again; only a person, the configuration or the end of the manager changes it. `h
 operator's drain: the process runs on, and takes no new requests. `faulted` says that the life which
 just ended ended badly, and then the next start waits: the back-off doubles with every bad life and
 starts afresh once a life has been ready for `SETTLED_S`. A replica that was stopped on purpose is
-started again at once.
+started again at once. One that finds no GPU has not begun a life, so nothing is counted: it waits
+for the longest back-off, or until somebody gives one back.
 
 The way down is always the same: draining (published, so that the proxies look elsewhere), SIGTERM,
 a grace period, SIGKILL of the whole group. It is entered in the middle where there is nobody to
@@ -68,6 +69,7 @@ class Event(enum.StrEnum):
     HURRY = "hurry"  # do not wait any longer: kill
     ANSWERED = "answered"  # the readiness probe was answered
     SPAWN_FAILED = "spawn_failed"
+    CROWDED = "crowded"  # there was no GPU for it
     EXITED = "exited"
     IDLE = "idle"  # its own metrics say that nothing runs and nothing waits
     UNRESPONSIVE = "unresponsive"  # silent for longer than any work takes
@@ -154,6 +156,7 @@ _KILL = Rule(Phase.KILLING, (Command.KILL,))
 _REST = Rule(Phase.STOPPED)  # `_settle` decides whether it stays there
 _FAULT = Rule(Phase.STOPPED, faulted=True)
 _DRAIN = Rule(Phase.DRAINING)
+_CROWDED = Rule(Phase.BACKOFF)
 _LULL = Rule(Phase.FALLING_ASLEEP, (Command.LULL,))
 
 _SERVING_RULES: dict[Event, Rule] = {
@@ -184,6 +187,7 @@ TABLE: MappingProxyType[Phase, dict[Event, Rule]] = MappingProxyType(
             **_UNSERVING_RULES,
             Event.ANSWERED: Rule(Phase.READY),
             Event.SPAWN_FAILED: _FAULT,
+            Event.CROWDED: _CROWDED,
             Event.DEADLINE: _TERMINATE_FAULTED,
         },
         Phase.READY: {
@@ -282,6 +286,9 @@ def step(
     if event is Event.DEADLINE and state.phase in {Phase.READY, Phase.HELD}:
         return msgspec.structs.replace(state, failures=0, deadline_s=None), ()
     deadline_s = _deadline_s(state.phase, failures, now_s, timing)
+    if event is Event.CROWDED:
+        state = msgspec.structs.replace(state, starts=state.starts - 1)
+        deadline_s = now_s + timing.backoff_s_max
     state = msgspec.structs.replace(state, failures=failures, deadline_s=deadline_s)
     return state, rule.commands + commands
 

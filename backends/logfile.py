@@ -41,6 +41,14 @@ def bound(path: Path, bytes_max: int = LOG_BYTES_MAX, kept_bytes: int = KEPT_BYT
     return True
 
 
+def length(path: Path) -> int:
+    """Return how long a log is now; 0 when there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def last_lines(path: Path, count: int, bytes_max: int = 16_384) -> list[str]:
     """Return the end of a log, for an error message; nothing when there is none."""
     try:

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+from backends.cards import Cards
 from backends.clock import Clock
 from backends.engines import ENGINES
 from backends.engines.base import Engine, launch_hash
@@ -39,6 +40,7 @@ from backends.reconcile import (
 from backends.spec import ReplicaSpec, replica_specs
 from backends.surroundings import Surroundings
 from backends.tasks import spawn
+from backends.warm import Warmer
 from proxy.config import Config
 from proxy.contract import ReplicaRecord
 
@@ -58,6 +60,7 @@ class Manager:
         log: Log,
         clock: Clock,
         engines: Mapping[str, Engine] = ENGINES,
+        cards: Cards | None = None,
     ) -> None:
         self._engines = engines
         self._log = log
@@ -72,12 +75,16 @@ class Manager:
         self.keepers: dict[str, Keeper] = {}
         self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock)
         settings = config.manager
+        self._cards = cards or Cards(None, log)
+        self._warmer = Warmer(log, enabled=settings.warm_page_cache)
         self._around = Surroundings(
             clock=clock,
             provider=provider,
             fetch=fetch,
             journal=journal,
             ports=PortLeases(random.Random()),  # noqa: S311  # spreads, hides nothing
+            cards=self._cards,
+            warmer=self._warmer,
             log=log,
             log_folder=Path(settings.run_dir) / "logs",
             region=config.region,
@@ -119,6 +126,8 @@ class Manager:
         self.feed.close()
         await asyncio.gather(*(keeper.close() for keeper in self.keepers.values()))
         await asyncio.gather(*self._closing)
+        await self._cards.close()
+        await self._warmer.close()
 
     def bound_logs(self) -> None:
         for keeper in self.keepers.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -49,6 +49,17 @@ def redacted_args(args: Sequence[str]) -> list[str]:
         # A flag may take several values; they are hidden up to the next flag.
         hide_next = (is_flag and not equals and secret(flag)) or (hide_next and not is_flag)
     return shown
+
+
+def secrets_of(args: Sequence[str], env: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the values that `redacted` hides of a pool, the longest first, to strike them out.
+
+    Very short ones stay: struck out of a text they would make it unreadable and hide nothing.
+    """
+    hidden = zip(args, redacted_args(args), strict=True)
+    values = {arg.partition("=")[2] or arg for arg, shown in hidden if arg != shown}
+    values |= {value for name, value in env.items() if secret(name)}
+    return tuple(sorted((v for v in values if len(v) > 3), key=lambda v: (-len(v), v)))
 
 
 def secret(name: str) -> bool:

@@ -26,11 +26,14 @@ from pathlib import Path
 from aiohttp import web
 
 from backends.api import Api
+from backends.cards import Cards
 from backends.clock import SystemClock
 from backends.engines import ENGINES
 from backends.engines.base import Engine
 from backends.failure import StartError
 from backends.fetch import HttpFetch
+from backends.gpus import GpuLeases, described
+from backends.inventory import card_use, find_gpus
 from backends.journal import Journal
 from backends.log import Log
 from backends.manager import Manager
@@ -112,6 +115,7 @@ async def serve(
         journal = open_journal(run_folder, log)
         stack.callback(journal.close)
         fetch = HttpFetch()
+        cards = await open_cards(str(settings.gpus), log)
         manager = Manager(
             config,
             provider=ProcessProvider(),
@@ -120,6 +124,7 @@ async def serve(
             log=log,
             clock=SystemClock(),
             engines=engines,
+            cards=cards,
         )
         try:
             await _run(manager, listener, orders, config_path, detach=detach_on_exit, log=log)
@@ -127,6 +132,20 @@ async def serve(
             await manager.close()
             await fetch.close()
     return 0
+
+
+async def open_cards(setting: str, log: Log) -> Cards:
+    """Return the GPUs that may be leased. Raises `StartError` when one is named that is not there.
+
+    nvidia-smi takes seconds where the driver is not loaded yet; nothing has been started so far.
+    """
+    found = await asyncio.to_thread(find_gpus, setting, os.environ)
+    if found.inventory is None:
+        log.tell("gpus_not_leased", reason=found.note)
+        return Cards(None, log)
+    cards = found.inventory.gpus
+    log.tell("gpus_found", gpus=[described(card) for card in cards], note=found.note)
+    return Cards(GpuLeases(found.inventory), log, card_use if found.seen else None)
 
 
 def open_journal(run_folder: Path, log: Log) -> Journal:

@@ -27,6 +27,8 @@ _MANAGER_SETTINGS = (
     ("host", "manager_host", "MANAGER_HOST"),
     ("port", "manager_port", "MANAGER_PORT"),
     ("run_dir", "run_dir", "RUN_DIR"),
+    ("gpus", "gpus", "GPUS"),
+    ("warm_page_cache", "warm_page_cache", "WARM_PAGE_CACHE"),
 )
 
 

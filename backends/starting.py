@@ -1,8 +1,8 @@
-"""What a start of a replica needs before there is a process: ports, a command, an environment.
+"""What a start needs before there is a process: GPUs, ports, a command and an environment.
 
 Everything that can be found wrong without starting anything is found here, in the order of what it
-costs: arguments that the engine would refuse, a program that is not installed, ports that are not
-to be had.
+costs: arguments that the engine would refuse, a program that is not installed, cards and ports that
+are not to be had.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import os
 import uuid
 from typing import NamedTuple
 
+from backends.cards import Placement
 from backends.engines.base import Engine, EngineMissingError, FlagError, launch_hash
+from backends.engines.files import CACHES
 from backends.engines.probe import Program, completed
 from backends.engines.release import UNKNOWN_RELEASE, Release
+from backends.gpus import NoGpuError
 from backends.journal import Launch
 from backends.lifecycle import Lifecycle
 from backends.ports import NoPortError, ReplicaPorts
 from backends.spec import ReplicaSpec
+from backends.warm import Warmer
+from backends.weights import files_read
 
 # Why a start may not come about, each with words for a person.
-START_ERRORS = (OSError, EngineMissingError, FlagError, NoPortError)
+START_ERRORS = (OSError, EngineMissingError, FlagError, NoGpuError, NoPortError)
 
 
 class Start(NamedTuple):
@@ -33,25 +38,45 @@ class Start(NamedTuple):
     kv_source: tuple[str, str, str] | None  # endpoint, replay endpoint and topic
     engine_version: str
     warnings: tuple[str, ...]
+    gpus: tuple[str, ...] = ()
+
+
+def gpus_wanted(engine: Engine, spec: ReplicaSpec) -> int:
+    """Return how many cards a start takes: what the pool says, else what the arguments ask for."""
+    return engine.gpus_needed(spec) if spec.gpus is None else spec.gpus
 
 
 def prepare(
-    engine: Engine, spec: ReplicaSpec, ports: ReplicaPorts, program: Program, release: Release
+    engine: Engine,
+    spec: ReplicaSpec,
+    ports: ReplicaPorts,
+    program: Program,
+    release: Release,
+    placement: Placement,
 ) -> Start:
     """Return how to start `spec` by `program` of `release`. Raises one of `START_ERRORS`."""
     warnings = engine.check(spec, release)
     leased = ports.take(engine.ports_needed(spec, release))
-    argv, environ = completed(program, engine.command(spec, leased, release), spec, os.environ)
+    ours = os.environ | placement.environment
+    argv, environ = completed(program, engine.command(spec, leased, release), spec, ours)
     source = engine.kv_source(spec, leased, release)
     return Start(
-        argv=argv,
+        argv=placement.prefix + argv,
         environ=environ,
         port=leased.http,
         further_ports={kind: run for kind, run in ports.runs.items() if kind != "http"},
         engine_version=str(release) if release != UNKNOWN_RELEASE else "",
         kv_source=None if source is None else (source.endpoint, source.replay, source.topic),
         warnings=warnings,
+        gpus=placement.devices,
     )
+
+
+def warm_up(warmer: Warmer, spec: ReplicaSpec, start: Start) -> None:
+    """Have what this start reads read into memory beside it."""
+    if spec.engine in CACHES:
+        what = f"{spec.engine} {spec.model_path or spec.model}"
+        warmer.warm(what, lambda: files_read(spec, start.environ))
 
 
 def intent(
@@ -73,4 +98,5 @@ def intent(
         ports=start.further_ports,
         engine_version=start.engine_version,
         kv_source=start.kv_source,
+        gpus=start.gpus,
     )

@@ -19,7 +19,18 @@ from proxy.contract import (
 )
 
 TIMEOUT_S = 5.0
-HEADINGS = ("ID", "STATE", "ENGINE", "URL", "RUNNING", "WAITING", "KV", "RESTARTS", "REASON")
+HEADINGS = (
+    "ID",
+    "STATE",
+    "ENGINE",
+    "URL",
+    "GPUS",
+    "RUNNING",
+    "WAITING",
+    "KV",
+    "RESTARTS",
+    "REASON",
+)
 
 
 def fetch_fleet(manager_url: str) -> FleetSnapshot:
@@ -71,6 +82,7 @@ def _row(replica: ReplicaRecord) -> tuple[str, ...]:
         "asleep" if replica.asleep else replica.state.value,
         f"{replica.engine} {replica.engine_version}".rstrip(),
         replica.url,
+        ",".join(replica.gpus) or "-",
         str(load.running) if load else "-",
         str(load.waiting) if load else "-",
         f"{load.kv_used_ratio:.0%}" if load else "-",

@@ -7,22 +7,26 @@ from pathlib import Path
 
 import msgspec
 
+from backends.cards import Cards
 from backends.clock import Clock
 from backends.fetch import Fetch
 from backends.journal import Entry, Journal
 from backends.log import Log
 from backends.ports import PortLeases
 from backends.providers.base import Provider
+from backends.warm import Warmer
 
 
 class Surroundings(msgspec.Struct, frozen=True):
-    """Where time, processes, answers, ports and the disk come from, and what is configured."""
+    """Where time, processes, answers, ports, GPUs and memory come from, and what is configured."""
 
     clock: Clock
     provider: Provider
     fetch: Fetch
     journal: Journal
     ports: PortLeases
+    cards: Cards
+    warmer: Warmer
     log: Log
     log_folder: Path
     region: str

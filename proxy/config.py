@@ -34,6 +34,8 @@ Policy = Literal["prefix", "session", "least_load", "round_robin", "random"]
 ClientAuth = Literal["off", "optional", "required"]
 KvEvents = Literal["auto", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+_CARD = r"(\d+(-\d+)?|(GPU|MIG)-[A-Za-z0-9/-]+)"
+CardList = Annotated[str, Meta(pattern=rf"^(auto|none|{_CARD}(, ?{_CARD})*)$")]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
 
 # What the routers that people come from call the same thing.
@@ -227,6 +229,16 @@ class ManagerConfig(Section, frozen=True, kw_only=True):
     restart_backoff_max_secs: Annotated[
         Seconds, Meta(description="longest pause between restarts")
     ] = 30.0
+    gpus: Annotated[
+        CardList | Count,
+        Meta(
+            description="GPUs to lease to replicas: auto (what nvidia-smi lists), none (leave that "
+            "to engines), or a list such as 0,2-3 (UUIDs and MIG instances, too)"
+        ),
+    ] = "auto"
+    warm_page_cache: Annotated[
+        bool, Meta(description="read weights and compile caches into memory beside a start")
+    ] = True
 
 
 class PoolConfig(Section, frozen=True, kw_only=True):

@@ -176,7 +176,9 @@ def url_of(port: int) -> str:
 def launch_hash(engine: Engine, spec: ReplicaSpec) -> str:
     """Name the process that `spec` stands for, its ports apart: equal names need no restart."""
     launch = engine.command(spec, Ports(0), UNKNOWN_RELEASE)
-    text = msgspec.json.encode([engine.name, launch.argv, sorted((launch.env | spec.env).items())])
+    cards = [] if spec.gpus is None else [spec.gpus]
+    env = sorted((launch.env | spec.env).items())
+    text = msgspec.json.encode([engine.name, launch.argv, env, *cards])
     return hashlib.sha256(text).hexdigest()[:32]
 
 

@@ -107,6 +107,7 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     asleep: bool = False
     sleep_s: float = 0.0  # what its last falling asleep took, and its last waking
     wake_s: float = 0.0
+    gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES calls those that are leased to it
     engine_version: str = ""  # as installed; "": not known
     # Where it publishes KV events, as a proxy on the manager's machine reaches it: of rank 0, each
     # further rank one port on. "": the manager has not arranged it.

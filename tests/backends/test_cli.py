@@ -245,6 +245,20 @@ def test_flag_over_environment_over_file(good: str) -> None:
     assert (config.manager.port, path) == (9400, good)
 
 
+def test_cards_of_the_manager_by_environment_and_file(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text("manager:\n  gpus: 0-3\n  warm_page_cache: false\n")
+    settings = manager_config_of(given(config=str(path)), {})[0].manager
+    assert (settings.gpus, settings.warm_page_cache) == ("0-3", False)
+    environ = {"DOHERTY_GPUS": "1,GPU-8932f937", "DOHERTY_WARM_PAGE_CACHE": "true"}
+    settings = manager_config_of(given(config=str(path)), environ)[0].manager
+    assert (settings.gpus, settings.warm_page_cache) == ("1,GPU-8932f937", True)
+    path.write_text("manager:\n  gpus: 7\n")
+    assert manager_config_of(given(config=str(path)), {})[0].manager.gpus == 7
+    with pytest.raises(ConfigError, match=r"settings of the manager: .*\$\.gpus"):
+        manager_config_of(given(), {"DOHERTY_GPUS": "all"})
+
+
 def test_without_a_file_there_is_a_demo() -> None:
     plan = plan_of(given(), {})
     assert plan.config_path is None
@@ -337,6 +351,7 @@ FLEET = FleetSnapshot(
             url="http://127.0.0.1:1",
             engine="vllm",
             engine_version="0.26.0",
+            gpus=("0", "1"),
             load=LoadSample(at_s=1.0, running=3, waiting=12, kv_used_ratio=0.456),
         ),
         ReplicaRecord(
@@ -359,13 +374,13 @@ FLEET = FleetSnapshot(
 
 def test_status_table() -> None:
     assert table(FLEET).splitlines() == [
-        "ID           STATE    ENGINE       URL                  RUNNING  WAITING  KV   RESTARTS  "
-        "REASON",
-        "m-0          ready    vllm 0.26.0  http://127.0.0.1:1   3        12       46%  0",
-        "long-name-1  backoff  unknown      http://127.0.0.1:22  -        -        -    7         "
-        "exited with status 1",
-        "m-1          asleep   sglang       http://127.0.0.1:3   -        -        -    0         "
-        "asleep at level 1, after 0.36 s",
+        "ID           STATE    ENGINE       URL                  GPUS  RUNNING  WAITING  KV   "
+        "RESTARTS  REASON",
+        "m-0          ready    vllm 0.26.0  http://127.0.0.1:1   0,1   3        12       46%  0",
+        "long-name-1  backoff  unknown      http://127.0.0.1:22  -     -        -        -    "
+        "7         exited with status 1",
+        "m-1          asleep   sglang       http://127.0.0.1:3   -     -        -        -    "
+        "0         asleep at level 1, after 0.36 s",
     ]
     assert table(FleetSnapshot(epoch="e", version=1)) == "no replicas"
 

@@ -110,6 +110,24 @@ HISTORIES = [
         [Command.SPAWN],
     ),
     (
+        "one that finds no card waits for a deadline",
+        [Event.START, Event.CROWDED],
+        Phase.BACKOFF,
+        [Command.SPAWN],
+    ),
+    (
+        "and tries again",
+        [Event.START, Event.CROWDED, Event.DEADLINE],
+        Phase.STARTING,
+        [Command.SPAWN, Command.SPAWN],
+    ),
+    (
+        "a stop ends that wait",
+        [Event.START, Event.CROWDED, Event.STOP],
+        Phase.STOPPED,
+        [Command.SPAWN],
+    ),
+    (
         "a silent replica is not drained",
         [Event.START, Event.ANSWERED, Event.UNRESPONSIVE],
         Phase.STOPPING,

@@ -32,7 +32,7 @@ class TinyEngine(Vllm):
 
     @override
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
-        return ()
+        return ()  # it has flags of its own
 
     @override
     def ports_needed(self, spec: ReplicaSpec, release: Release) -> PortsNeeded:

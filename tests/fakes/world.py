@@ -7,6 +7,7 @@ import io
 import json
 from pathlib import Path
 
+from backends.cards import Cards
 from backends.engines import ENGINES
 from backends.engines.base import launch_hash
 from backends.journal import Journal, Launch, Ready, Started
@@ -37,6 +38,7 @@ class World:
         self.stream = io.StringIO()
         self.journal = Journal(run_dir / "journal")
         self.config = configuration(run_dir)
+        self.cards: Cards | None = None
         self.manager: Manager | None = None
 
     async def start(self, config: Config | None = None) -> Manager:
@@ -48,6 +50,7 @@ class World:
             journal=self.journal,
             log=Log(self.stream),
             clock=self.clock,
+            cards=self.cards,
         )
         starting = self.manager.start()
 
