@@ -24,6 +24,7 @@ _ZEROS = bytes(_BLOCK)
 _HOLES_BYTES_MIN = 1 << 20  # below this a sparse file is not worth its map
 _ARCHIVE_BYTES = 48 << 20  # of content; smaller ones compress worse, larger ones unpack one by one
 _ARCHIVES_MAX = 8
+_WINDOW_BYTES_MIN, _WINDOW_BYTES_MAX = 1 << 20, 64 << 20
 _EPOCH_S = 315532800  # 1980-01-01, the oldest time that a wheel can tell
 
 
@@ -115,7 +116,12 @@ def pack(root: Path, members: Sequence[Member], target: Path, part_bytes: int) -
 
     The files appear under their names only when all of them are whole.
     """
-    filters: list[dict[str, Any]] = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
+    # What is smaller than the window of the strongest preset needs none so large.
+    content_bytes = sum(member.content_bytes for member in members)
+    window_bytes = min(_WINDOW_BYTES_MAX, max(_WINDOW_BYTES_MIN, content_bytes))
+    filters: list[dict[str, Any]] = [
+        {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": window_bytes}
+    ]
     if members and all(_is_library(member) for member in members):
         filters.insert(0, {"id": lzma.FILTER_X86})
     writer = _Parts(target, part_bytes)

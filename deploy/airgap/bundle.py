@@ -86,7 +86,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--keep-fp8", action="store_true", help="keep attention over an FP8 KV cache")
     add("--keep-fp16", action="store_true", help="keep attention in fp16")
     add("--jobs", type=int, default=os.cpu_count() or 1)
-    return parser.parse_args(argv)
+    return parser.parse_args(argv, argparse.Namespace(command=shlex.join(["bundle.py", *argv])))
 
 
 def _host(options: argparse.Namespace) -> Host:
@@ -118,7 +118,7 @@ def bundle(options: argparse.Namespace, host: Host) -> None:
         "cuda": host.cuda,
         "arch": host.arch,
         "versions": {line.name: line.version for line in lacking},
-        "command": shlex.join(["bundle.py", *sys.argv[1:]]),
+        "command": options.command,
         **report,
     }
     records = _archive(options, site)

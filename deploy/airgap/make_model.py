@@ -28,8 +28,8 @@ CONTEXT_TOKENS_MAX = 131072
 PAD, EOS, START = "<|endoftext|>", "<|im_end|>", "<|im_start|>"
 PAD_ID, EOS_ID = 0, 1
 TEMPLATE = (
-    "{%- for m in messages %}" + START + "{{ m['role'] }}\n{{ m['content'] }}" + EOS + "\n"
-    "{%- endfor %}{%- if add_generation_prompt %}" + START + "assistant\n{% endif %}"
+    "{% for m in messages %}" + START + "{{ m['role'] }}\n{{ m['content'] }}" + EOS + "\n"
+    "{% endfor %}{% if add_generation_prompt %}" + START + "assistant\n{% endif %}"
 )
 
 _DECODER: dict[str, Any] = {

@@ -127,19 +127,27 @@ def fetch(
 ) -> tuple[Path, ...]:
     """Have a wheel of each in `folder`, asking only for those that are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    there = find_wheels(folder, host)
-    missing = [line for line in wanted if (line.name, line.version) not in there]
+    places = [place for place in (find_links, folder) if place is not None]
+    missing = _missing(wanted, _found(places, host))
+    if missing and find_links is None:
+        _download(missing, host, folder)
+        missing = _missing(wanted, _found(places, host))
     if missing:
-        _download(missing, host, folder, find_links)
-        there = find_wheels(folder, host)
-    absent = [line for line in wanted if (line.name, line.version) not in there]
-    if absent:
-        line = absent[0]
+        line = missing[0]
         raise WheelError(
-            f"no wheel of {line.name} {line.version} fits Python {host.python_minor}; "
-            "name a version in the lock that has one"
+            f"no wheel of {line.name} {line.version} for Python {host.python_minor} is in "
+            f"{places[0]}; name a version in the lock that has one"
         )
+    there = _found(places, host)
     return tuple(there[line.name, line.version] for line in wanted)
+
+
+def _found(places: Sequence[Path], host: Host) -> dict[tuple[str, str], Path]:
+    return {key: path for place in places for key, path in find_wheels(place, host).items()}
+
+
+def _missing(wanted: Sequence[Wanted], there: Mapping[tuple[str, str], Path]) -> list[Wanted]:
+    return [line for line in wanted if (line.name, line.version) not in there]
 
 
 def find_wheels(folder: Path, host: Host) -> dict[tuple[str, str], Path]:
@@ -170,20 +178,19 @@ def _on(tags: str, host: Host) -> bool:
     return any(tag in allowed for tag in tags.split("."))
 
 
-def _download(missing: Sequence[Wanted], host: Host, folder: Path, find_links: Path | None) -> None:
+def _download(missing: Sequence[Wanted], host: Host, folder: Path) -> None:
     command = [
         *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
         *("--no-deps", "--only-binary=:all:", "--implementation", "cp"),
         *("--python-version", host.python_minor, "--dest", str(folder)),
         *(part for tag in platforms(host.glibc, host.machine) for part in ("--platform", tag)),
-        *(("--no-index", "--find-links", str(find_links)) if find_links else ()),
         *(f"{line.name}=={line.version}" for line in missing),
     ]
     status = subprocess.run(command, check=False).returncode
     if status:
         raise WheelError(
             f"pip could not fetch {len(missing)} wheels (status {status}); its messages are above. "
-            "Is a package index within reach, or does --find-links name their folder?"
+            "Is a package index within reach?"
         )
 
 
