@@ -1,0 +1,100 @@
+"""Model folders: real shapes, a tokenizer that names every id, a template that renders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import tokenizers
+
+from deploy.airgap import make_model
+
+_NAMES = ("qwen3-8b", "eagle3-llama-3.1-8b")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    assert make_model.main([str(folder), *_NAMES, "--layers", "2"]) == 0
+    return folder
+
+
+def _read(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text())
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_every_id_has_a_name_and_text_comes_back(models: Path, name: str) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(models / name / "tokenizer.json"))
+    vocabulary = _read(models / name / "config.json")["vocab_size"]
+    assert tokenizer.get_vocab_size() == vocabulary
+    assert tokenizer.decode([vocabulary - 1]) == f" w{vocabulary - 1}"
+    text = "def räuber(x):\n    return x ** 2  # 漢字\n"
+    encoded = tokenizer.encode(text)
+    assert tokenizer.decode(encoded.ids) == text
+    assert max(encoded.ids) < make_model.TRAINED_TOKENS
+    assert len(encoded.ids) < len(text)
+    assert tokenizer.encode(make_model.EOS).ids == [make_model.EOS_ID]
+
+
+def test_the_template_renders_a_chat(models: Path) -> None:
+    template = _read(models / "qwen3-8b" / "tokenizer_config.json")["chat_template"]
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+    # As the engines do, through transformers.
+    environment = jinja2.Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
+    rendered = environment.from_string(template)
+    assert rendered.render(messages=messages, add_generation_prompt=True) == (
+        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_the_same_octets_come_twice(models: Path, tmp_path: Path) -> None:
+    assert make_model.main([str(tmp_path), "qwen3-8b", "--layers", "2"]) == 0
+    for path in (tmp_path / "qwen3-8b").iterdir():
+        assert path.read_bytes() == (models / "qwen3-8b" / path.name).read_bytes(), path.name
+
+
+def _parameters(config: dict[str, Any]) -> int:
+    """Count the weights of a dense decoder from its sizes."""
+    hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    attention = 2 * hidden * head * (config["num_attention_heads"] + config["num_key_value_heads"])
+    layer = attention + 3 * hidden * inner
+    tables = 1 if config["tie_word_embeddings"] else 2
+    return config["num_hidden_layers"] * layer + tables * config["vocab_size"] * hidden
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),  # as the models' cards give them
+    [("qwen3-8b", 8.2), ("llama-3.1-8b", 8.0), ("qwen3-0.6b", 0.6)],
+)
+def test_the_shapes_are_those_of_the_published_models(name: str, billions: float) -> None:
+    assert round(_parameters(make_model.MODELS[name]) / 1e9, 1) == billions
+
+
+@pytest.mark.parametrize("target", ["qwen3-8b", "llama-3.1-8b"])
+def test_a_draft_matches_its_target(target: str) -> None:
+    draft, model = make_model.shape(f"eagle3-{target}", 9), make_model.shape(target, 9)
+    assert draft["num_hidden_layers"] == 1
+    assert model["num_hidden_layers"] == 9
+    for key in ("hidden_size", "vocab_size", "max_position_embeddings"):
+        assert draft[key] == model[key], key
+    assert draft["draft_vocab_size"] < model["vocab_size"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["gpt-9"], "no model is called 'gpt-9'"), (["--layers", "0"], "--layers must be 1 or more")],
+)
+def test_what_cannot_be_made_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        make_model.main([str(tmp_path), *arguments])
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err
