@@ -1,0 +1,181 @@
+"""Steps: the engine comes up, and answers through the proxy as clients expect it to."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from loadtest.fleet import get
+from loadtest.gpu import events, machine
+from loadtest.gpu.asks import CHAT, COMPLETIONS, ask, chat, completion, ids, words
+from loadtest.gpu.scene import Scene
+from loadtest.gpu.stack import carriers
+from loadtest.gpu.steps import Findings, SkipError
+
+ANSWER_TOKENS = 32
+PROMPT_TOKENS = 2048
+PROMPT_SHARE_MIN = 0.9  # of a prompt that was just computed; engines keep whole blocks
+SHOWN_CHARACTERS = 60
+
+# Lines of the engines' logs that say how long a phase of the start took, as far as they are known.
+_PHASES = (
+    (
+        "weights_s",
+        re.compile(r"(?:Loading weights took|Model loading took.*?GiB.*? and) ([0-9.]+) s"),
+    ),
+    ("compile_s", re.compile(r"torch\.compile took ([0-9.]+) s|torch\.compile takes ([0-9.]+) s")),
+    ("graphs_s", re.compile(r"Graph capturing finished in ([0-9.]+) s")),
+    ("engine_init_s", re.compile(r"init engine .*? took ([0-9.]+) s")),
+    ("weights_s", re.compile(r"Load weight end\..*?elapsed=([0-9.]+) s")),
+    ("graphs_s", re.compile(r"Capture cuda graph end\. Time elapsed: ([0-9.]+) s")),
+)
+
+
+async def ready(scene: Scene, found: Findings) -> None:
+    """The whole start: `doherty up` to a proxy that would serve."""
+    scene.gpu_mib_before = await asyncio.to_thread(machine.used_mib)
+    await scene.stack.start()
+    found.figures |= await scene.stack.until_ready()
+    scene.begin()
+    found.figures |= phases(scene.stack.engine_log)
+    if (used_mib := await asyncio.to_thread(machine.used_mib)) is not None:
+        found.figures["gpu_mib"] = used_mib - (scene.gpu_mib_before or 0)
+    load = await scene.gauge.read()
+    found.figures["kv_capacity_tokens"] = load.kv_capacity_tokens
+    scene.header |= await _versions(scene)
+    replica = await scene.stack.replica()
+    commands = carriers(scene.stack.mark).values()
+    source = await events.find_source(scene.engine, replica, commands)
+    if source is not None:
+        scene.listener = events.Listener(source)
+        found.figures["kv_events"] = f"{source.endpoint}, by {source.told_by}"
+
+
+async def _versions(scene: Scene) -> dict[str, str]:
+    """Return the versions of what runs the engine."""
+    replica = await scene.stack.replica()
+    told = await asyncio.to_thread(machine.versions_of, replica.pid)
+    status, body = await get(scene.engine, "/version")
+    if status == 200:
+        told["engine says"] = str(orjson.loads(body).get("version"))
+    texts = [f"{name} {version}" for name, version in told.items()]
+    return {"engine": f"{scene.stack.options.engine}: {', '.join(texts) or 'not told'}"}
+
+
+def phases(log: Path) -> dict[str, float]:
+    """Return the seconds of the phases that an engine's log tells."""
+    try:
+        text = log.read_text("utf-8", "replace")
+    except OSError:
+        return {}
+    found: dict[str, float] = {}
+    for name, pattern in _PHASES:
+        for match in pattern.finditer(text):
+            value = next(group for group in match.groups() if group)
+            found.setdefault(name, float(value))
+    return found
+
+
+async def official_client(scene: Scene, found: Findings) -> None:
+    """A streamed chat by the OpenAI client."""
+    if importlib.util.find_spec("openai") is None:
+        raise SkipError("the package openai is not installed here")
+    from openai import AsyncOpenAI, OpenAIError  # noqa: PLC0415 - only where it is there
+
+    asked: Any = [{"role": "user", "content": "Say hello to the class."}]
+    loop = asyncio.get_running_loop()
+    begun_s, first_s, pieces = loop.time(), 0.0, []
+    reason, usage = None, None
+    async with AsyncOpenAI(
+        base_url=f"{scene.stack.proxy_url}/v1", api_key="none", max_retries=0
+    ) as official:
+        try:
+            stream = await official.chat.completions.create(
+                model=scene.model,
+                messages=asked,
+                stream=True,
+                stream_options={"include_usage": True},
+                max_tokens=ANSWER_TOKENS,
+                extra_body={"ignore_eos": True},
+            )
+            async for chunk in stream:
+                usage = chunk.usage or usage
+                for choice in chunk.choices:
+                    reason = choice.finish_reason or reason
+                    if choice.delta.content:
+                        first_s = first_s or loop.time() - begun_s
+                        pieces.append(choice.delta.content)
+        except OpenAIError as error:
+            found.claim(False, f"the client raised {type(error).__name__}: {error}")
+            return
+    found.figures |= {
+        "pieces": len(pieces),
+        "first_s": first_s,
+        "whole_s": loop.time() - begun_s,
+        "finish_reason": reason,
+        "text": "".join(pieces)[:SHOWN_CHARACTERS],
+        "completion_tokens": usage.completion_tokens if usage else None,
+    }
+    found.claim(len(pieces) > 1, "the answer came in pieces")
+    found.claim(reason == "length", f"it ended by its length, not by {reason}")
+    found.claim(
+        usage is not None and usage.completion_tokens == ANSWER_TOKENS,
+        f"usage says {ANSWER_TOKENS} tokens",
+    )
+
+
+async def whole_answer(scene: Scene, found: Findings) -> None:
+    """An answer that is no stream: its text and its usage."""
+    asked = [{"role": "user", "content": words(200, scene.draw)}]
+    answer = await ask(scene.proxy, CHAT, chat(scene.model, asked, ANSWER_TOKENS, stream=False))
+    found.figures |= {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "whole_s": answer.total_s,
+        "text": answer.text[:SHOWN_CHARACTERS],
+    }
+    found.claim(bool(answer.text), "it has a text")
+    found.claim(answer.completion_tokens == ANSWER_TOKENS, f"it has {ANSWER_TOKENS} tokens")
+
+
+async def cached_again(scene: Scene, found: Findings) -> None:
+    """The same prompt twice: the second time the engine reports it cached, and is quicker."""
+    prompt = ids(PROMPT_TOKENS, scene.draw)
+    body = completion(scene.model, prompt, 4)
+    cold = await ask(scene.proxy, COMPLETIONS, body)
+    warm = await ask(scene.proxy, COMPLETIONS, body)
+    found.figures |= {
+        "prompt_tokens": warm.prompt_tokens,
+        "cached_cold": cold.cached_tokens,
+        "cached_warm": warm.cached_tokens,
+        "first_cold_s": cold.first_s,
+        "first_warm_s": warm.first_s,
+    }
+    found.claim(cold.cached_tokens == 0, "nothing of a new prompt is reported cached")
+    least = PROMPT_SHARE_MIN * warm.prompt_tokens
+    found.claim((warm.cached_tokens or 0) >= least, f"at least {least:.0f} tokens reported cached")
+    found.claim(warm.first_s < cold.first_s, "the first token comes sooner from the cache")
+
+
+async def conversation(scene: Scene, found: Findings) -> None:
+    """Turns of one conversation: each finds what the turn before left."""
+    head = {"role": "system", "content": words(scene.measure.head_words, scene.draw)}
+    messages, before, rows = [head], 0, []
+    for turn in range(scene.measure.turns):
+        messages.append({"role": "user", "content": words(80, scene.draw)})
+        answer = await ask(
+            scene.proxy, CHAT, chat(scene.model, messages, ANSWER_TOKENS, stream=False)
+        )
+        cached = answer.cached_tokens or 0
+        rows.append(f"turn {turn + 1}: {answer.prompt_tokens} tokens, {cached} cached")
+        if turn:
+            least = PROMPT_SHARE_MIN * before
+            found.claim(cached >= least, f"turn {turn + 1} finds {least:.0f} tokens cached")
+        before = answer.prompt_tokens
+        messages.append({"role": "assistant", "content": answer.text})
+    found.table = "\n".join(rows)
