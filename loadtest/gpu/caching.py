@@ -6,7 +6,8 @@ in percent of the prompt's tokens. Prompts that share nothing are easy to predic
 that is judged leaves them out.
 
 Evictions are caused behind the proxy's back: prompts go to the engine directly until its cache has
-been turned over. Only the engine's events can tell the proxy that what it sent before is gone.
+been turned over. Only the engine's events can tell the proxy that what it sent before is gone. Then
+half as much again, which what was asked last must outlive.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ ERROR_PERCENT_MAX = 5.0
 HEADS = 4
 CONVERSATIONS = 6
 ANSWER_TOKENS = 24
-FRESH, HEAD, TURN, REPEAT, GONE = "fresh", "shared head", "next turn", "repeated", "after eviction"
+FRESH, HEAD, TURN, REPEAT = "fresh", "shared head", "next turn", "repeated"
+GONE, STILL_THERE = "after eviction", "still there"
 SETTLE_S = 0.5  # events are on their way, and the follower tells of them in ticks
 SOURCE_PATIENCE_S = 10.0  # until the proxy judges by events
+RESIDENT_PATIENCE_S = 8.0  # the proxy's figure is told among its parts every few seconds
+RESIDENT_ERROR_MAX = 0.01
 POLL_S = 0.1
 AT_REST_RATIO_MAX = 0.01
 OCCUPANCY_SHARE_MIN = 0.6  # of the engine's largest, that the proxy's largest reading must reach
@@ -172,10 +176,15 @@ async def events_heard(scene: Scene, found: Findings) -> None:
     """What the engine told of its cache, what the proxy made of it."""
     if scene.listener is None:
         raise SkipError("nobody says where this engine's events are")
-    await asyncio.sleep(SETTLE_S)
-    told = scene.listener.told
-    stored_tokens = sum(told.blocks.values())
-    resident_tokens, source = await _resident(scene)
+    told, loop = scene.listener.told, asyncio.get_running_loop()
+    deadline_s = loop.time() + RESIDENT_PATIENCE_S
+    while True:
+        stored_tokens = sum(told.blocks.values())
+        resident_tokens, source = await _resident(scene)
+        near = abs((resident_tokens or 0) - stored_tokens) <= RESIDENT_ERROR_MAX * stored_tokens
+        if near or loop.time() > deadline_s:
+            break
+        await asyncio.sleep(POLL_S)
     found.figures |= {
         "batches": told.batches,
         "holes": told.holes,
@@ -190,7 +199,6 @@ async def events_heard(scene: Scene, found: Findings) -> None:
     found.claim(told.batches > 0, "events were heard")
     found.claim(told.unread == 0 and told.holes == 0, "each was read, none was missed")
     found.claim(source == "events", "the proxy judges by events")
-    near = abs((resident_tokens or 0) - stored_tokens) <= max(64, 0.02 * stored_tokens)
     found.claim(near, "the proxy counts the tokens that the engine told")
 
 
@@ -210,14 +218,12 @@ async def evictions(scene: Scene, found: Findings) -> None:
         raise SkipError(f"a KV cache of {capacity:,} tokens is not flooded")
     asker = scene.asked if scene.asked is not None else Asker(scene)
     old = asker.asked[: measure.revisits]
-    prompts = -(-int(1.1 * capacity) // measure.flood_prompt_tokens)
-    for _ in range(prompts):
-        prompt = asks.ids(measure.flood_prompt_tokens, scene.draw)
-        await asks.ask(scene.engine, COMPLETIONS, asks.completion(scene.model, prompt, 1))
-    await asyncio.sleep(SETTLE_S)
-    guesses = [guess(GONE, await asker.send(messages)) for messages in old]
+    guesses, flood_tokens = [], 0
+    for kind, turnover in ((GONE, 1.1), (STILL_THERE, 0.5)):
+        flood_tokens += await _flood(scene, int(turnover * capacity))
+        guesses += [guess(kind, await asker.send(messages)) for messages in old]
     told = scene.listener.told if scene.listener is not None else events.Told()
-    found.figures |= {"flood_tokens": prompts * measure.flood_prompt_tokens, **judged(guesses)}
+    found.figures |= {"flood_tokens": flood_tokens, **judged(guesses)}
     found.figures["blocks_removed"] = told.removed
     found.table = table(guesses)
     error = found.figures["median_error_percent"]
@@ -225,6 +231,17 @@ async def evictions(scene: Scene, found: Findings) -> None:
         isinstance(error, float) and error <= ERROR_PERCENT_MAX,
         f"the median error is at most {ERROR_PERCENT_MAX:g} % of the prompt",
     )
+
+
+async def _flood(scene: Scene, tokens: int) -> int:
+    """Send new prompts of so many tokens in all to the engine, past the proxy."""
+    each = scene.measure.flood_prompt_tokens
+    prompts = -(-tokens // each)
+    for _ in range(prompts):
+        prompt = asks.ids(each, scene.draw)
+        await asks.ask(scene.engine, COMPLETIONS, asks.completion(scene.model, prompt, 1))
+    await asyncio.sleep(SETTLE_S)
+    return prompts * each
 
 
 async def occupancy(scene: Scene, found: Findings) -> None:
@@ -238,7 +255,7 @@ async def occupancy(scene: Scene, found: Findings) -> None:
                 COMPLETIONS,
                 asks.completion(
                     scene.model,
-                    asks.ids(measure.crowd_tokens, scene.draw),
+                    asks.words(measure.crowd_words, scene.draw),
                     measure.crowd_output_tokens,
                 ),
             )

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import enum
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
-RESAMPLES = 400
+RESAMPLES = 200
 INTERVAL = (0.025, 0.975)
 P50, P99 = 0.5, 0.99
 
@@ -30,6 +30,7 @@ class Judgement(enum.StrEnum):
     KEPT = "kept"
     BROKEN = "broken"
     UNDECIDED = "undecided"  # over the limit, and by no more than direct differs from direct
+    TOO_FEW = "too few"  # values to say anything of that share
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,9 +55,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     control_paired_p50: float
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """Return the value below which `share` of all lie, by linear interpolation."""
-    ordered = sorted(values)
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Return the value below which `share` of all lie, in order, by linear interpolation."""
     if not ordered:
         raise ValueError("no values")
     place = share * (len(ordered) - 1)
@@ -69,21 +69,27 @@ def flat(rounds: Rounds) -> list[float]:
     return [value for one in rounds for value in one]
 
 
-def difference(
-    one: Rounds, other: Rounds, statistic: Callable[[Sequence[float]], float], draw: random.Random
-) -> Difference:
-    """Return `statistic` of `one` less that of `other`, with its interval."""
+def differences(
+    one: Rounds, other: Rounds, shares: Sequence[float], draw: random.Random
+) -> list[Difference]:
+    """Return the quantiles of `one` less those of `other`, each with its interval."""
     count = min(len(one), len(other))
-    drawn = []
+    drawn: list[list[float]] = [[] for _ in shares]
     for _ in range(RESAMPLES):
         places = draw.choices(range(count), k=count)
-        first = statistic(flat([one[at] for at in places]))
-        drawn.append(first - statistic(flat([other[at] for at in places])))
-    return Difference(
-        value=statistic(flat(one)) - statistic(flat(other)),
-        low=quantile(drawn, INTERVAL[0]),
-        high=quantile(drawn, INTERVAL[1]),
-    )
+        first = sorted(flat([one[at] for at in places]))
+        second = sorted(flat([other[at] for at in places]))
+        for share, found in zip(shares, drawn, strict=True):
+            found.append(quantile(first, share) - quantile(second, share))
+    first, second = sorted(flat(one)), sorted(flat(other))
+    return [
+        Difference(
+            value=quantile(first, share) - quantile(second, share),
+            low=quantile(sorted(found), INTERVAL[0]),
+            high=quantile(sorted(found), INTERVAL[1]),
+        )
+        for share, found in zip(shares, drawn, strict=True)
+    ]
 
 
 def paired(one: Rounds, other: Rounds) -> float:
@@ -93,36 +99,33 @@ def paired(one: Rounds, other: Rounds) -> float:
         for left, right in zip(one, other, strict=True)
         for first, second in zip(left, right, strict=False)
     ]
-    return quantile(pairs, P50)
+    return quantile(sorted(pairs), P50)
 
 
 def compare(direct: Rounds, again: Rounds, proxied: Rounds, draw: random.Random) -> Comparison:
     """Compare the arms of one cell. Raises `ValueError` when one is empty."""
 
-    def p50(values: Sequence[float]) -> float:
-        return quantile(values, P50)
-
-    def p99(values: Sequence[float]) -> float:
-        return quantile(values, P99)
-
     # Both direct arms together are the better known distribution; apart they are the control.
     both = [[*one, *other] for one, other in zip(direct, again, strict=True)]
-    values, once, twice = flat(both), flat(direct), flat(again)
+    values, once, twice = (sorted(flat(arm)) for arm in (both, direct, again))
+    p50, p99 = differences(proxied, both, (P50, P99), draw)
     return Comparison(
         samples=len(flat(proxied)),
-        p50_direct=p50(values),
-        p99_direct=p99(values),
-        p50=difference(proxied, both, p50, draw),
-        p99=difference(proxied, both, p99, draw),
+        p50_direct=quantile(values, P50),
+        p99_direct=quantile(values, P99),
+        p50=p50,
+        p99=p99,
         paired_p50=paired(proxied, direct),
-        control_p50=p50(twice) - p50(once),
-        control_p99=p99(twice) - p99(once),
+        control_p50=quantile(twice, P50) - quantile(once, P50),
+        control_p99=quantile(twice, P99) - quantile(once, P99),
         control_paired_p50=paired(again, direct),
     )
 
 
-def judge(value: float, control: float, limit: float) -> Judgement:
+def judge(value: float, control: float, limit: float, samples: int, samples_min: int) -> Judgement:
     """Judge a difference against its limit; noise of its size leaves it undecided."""
+    if samples < samples_min:
+        return Judgement.TOO_FEW
     if value <= limit:
         return Judgement.KEPT
     return Judgement.UNDECIDED if abs(control) >= value - limit else Judgement.BROKEN

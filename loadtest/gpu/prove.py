@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import functools
 import sys
+from collections.abc import Awaitable, Callable
 
 from loadtest.gpu import caching, cost, extra, leaving, machine, serving, sleeping, stopping
 from loadtest.gpu.command import (
@@ -33,7 +34,7 @@ from loadtest.gpu.command import (
 )
 from loadtest.gpu.scene import QUICK, Measure, Scene
 from loadtest.gpu.stack import Stack
-from loadtest.gpu.steps import Step, Verdict, run_steps
+from loadtest.gpu.steps import Findings, Step, Verdict, run_steps
 
 SUMMARY = "one real engine behind the proxy, judged on the wire"
 
@@ -55,14 +56,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+Work = Callable[[Scene, Findings], Awaitable[None]]
+
+
 def all_steps(scene: Scene, args: argparse.Namespace) -> list[Step]:
     """Return the steps in their order; those that come last are left out first."""
     costs = cost.options_of(args)
     timeout_s = scene.stack.options.start_timeout_s
 
-    def step(name: str, work: object, usual_s: float) -> Step:
-        assert callable(work)
-        return Step(name=name, run=functools.partial(work, scene), usual_s=usual_s, needs=READY)
+    def step(name: str, work: Work, usual_s: float, *, spare: bool = False) -> Step:
+        run = functools.partial(work, scene)
+        return Step(name=name, run=run, usual_s=usual_s, needs=READY, spare=spare)
 
     steps = [
         Step(name=READY, run=functools.partial(serving.ready, scene), usual_s=timeout_s / 6 + 5),
@@ -72,12 +76,12 @@ def all_steps(scene: Scene, args: argparse.Namespace) -> list[Step]:
         step("conversation", serving.conversation, 5),
         step("prediction", caching.prediction, 30),
         step("events heard", caching.events_heard, 3),
+        step("evictions", caching.evictions, 25, spare=True),
         step("occupancy", caching.occupancy, 15),
         step("left mid-prefill", leaving.mid_prefill, 15),
         step("left mid-stream", leaving.mid_stream, 8),
-        step("cost", functools.partial(cost.step, costs), costs.usual_s),
         step("sleep and wake", sleeping.sleep_and_wake, 30),
-        step("evictions", caching.evictions, 25),
+        step("cost", functools.partial(cost.step, costs), costs.usual_s),
     ]
     for command in args.also:
         work = functools.partial(extra.run_command, command)

@@ -29,7 +29,7 @@ class Measure(msgspec.Struct, frozen=True, kw_only=True):
     head_words: int = 1400
     turns: int = 5
     crowd: int = 8  # requests that fill KV memory together
-    crowd_tokens: int = 8000
+    crowd_words: int = 6000
     crowd_output_tokens: int = 400
     flood_tokens_max: int = 600_000  # a KV cache beyond this is not flooded
     flood_prompt_tokens: int = 16_000
@@ -46,7 +46,7 @@ QUICK = Measure(
     head_words=300,
     turns=3,
     crowd=4,
-    crowd_tokens=2000,
+    crowd_words=1500,
     crowd_output_tokens=300,
     flood_tokens_max=100_000,
     flood_prompt_tokens=8000,

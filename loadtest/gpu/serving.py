@@ -12,13 +12,13 @@ import orjson
 
 from loadtest.fleet import get
 from loadtest.gpu import events, machine
-from loadtest.gpu.asks import CHAT, COMPLETIONS, ask, chat, completion, ids, words
+from loadtest.gpu.asks import CHAT, COMPLETIONS, ask, chat, completion, words
 from loadtest.gpu.scene import Scene
 from loadtest.gpu.stack import carriers
 from loadtest.gpu.steps import Findings, SkipError
 
 ANSWER_TOKENS = 32
-PROMPT_TOKENS = 2048
+PROMPT_WORDS = 1500
 PROMPT_SHARE_MIN = 0.9  # of a prompt that was just computed; engines keep whole blocks
 SHOWN_CHARACTERS = 60
 
@@ -145,8 +145,7 @@ async def whole_answer(scene: Scene, found: Findings) -> None:
 
 async def cached_again(scene: Scene, found: Findings) -> None:
     """The same prompt twice: the second time the engine reports it cached, and is quicker."""
-    prompt = ids(PROMPT_TOKENS, scene.draw)
-    body = completion(scene.model, prompt, 4)
+    body = completion(scene.model, words(PROMPT_WORDS, scene.draw), 4)
     cold = await ask(scene.proxy, COMPLETIONS, body)
     warm = await ask(scene.proxy, COMPLETIONS, body)
     found.figures |= {

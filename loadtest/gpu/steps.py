@@ -12,6 +12,7 @@ import asyncio
 import enum
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -43,6 +44,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     figures: dict[str, Figure] = {}
     broken: tuple[str, ...] = ()  # claims that did not hold, or why it was not run
     table: str = ""
+    data: list[dict[str, Any]] = []  # what the table shows, for programs
 
 
 class Findings:
@@ -52,6 +54,7 @@ class Findings:
         self.figures: dict[str, Figure] = {}
         self.broken: list[str] = []
         self.table = ""
+        self.data: list[dict[str, Any]] = []
 
     def claim(self, holds: bool, what: str) -> None:
         """Note that `what` had to hold."""
@@ -67,6 +70,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     usual_s: float
     needs: str = ""  # a step that must have passed
     kept: bool = False  # its time is kept for it, and it is done whatever failed
+    spare: bool = False  # done only where the steps after it have time as well
 
 
 async def run_steps(
@@ -76,7 +80,10 @@ async def run_steps(
     deadline_s = time.monotonic() + limit_s if limit_s else float("inf")
     found: list[Finding] = []
     for index, step in enumerate(steps):
-        kept_s = sum(later.usual_s for later in steps[index + 1 :] if later.kept)
+        after = steps[index + 1 :]
+        kept_s = sum(
+            later.usual_s for later in after if later.kept or (step.spare and not later.spare)
+        )
         left_s = deadline_s - time.monotonic() - kept_s
         why_not = _why_not(step, found, left_s)
         finding = _not_run(step, why_not) if why_not else await _run(step, left_s)
@@ -120,6 +127,7 @@ async def _run(step: Step, left_s: float) -> Finding:
         figures=findings.figures,
         broken=tuple(findings.broken),
         table=findings.table,
+        data=findings.data,
     )
 
 
