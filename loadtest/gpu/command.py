@@ -47,14 +47,11 @@ def stack_options(args: argparse.Namespace) -> StackOptions:
         raise ValueError(f"--env {wrong[0]}: expected NAME=VALUE")
     if args.engine != "simulator" and not args.model_path:
         raise ValueError("--model-path: a real engine needs a folder or a hub id")
-    engine_args = list(args.engine_args)
-    if args.engine == "simulator" and not any("kv-events" in arg for arg in engine_args):
-        engine_args += ["--kv-events-port", "0", "--kv-events-replay-port", "0"]
     return StackOptions(
         engine=args.engine,
         model=args.model,
         model_path=args.model_path,
-        args=tuple(engine_args),
+        args=tuple(args.engine_args),
         env={name: value for name, _, value in pairs},
         workers=args.workers,
         start_timeout_s=args.start_timeout,
