@@ -57,7 +57,7 @@ class CostOptions(msgspec.Struct, frozen=True, kw_only=True):
     concurrencies: tuple[int, ...] = (1, 8)
     pairs: int = 200  # of each cell, as far as the time goes
     seconds: float = 120.0
-    tokens: int = 24  # of an answer
+    tokens: int = 12  # of an answer
     seed: int = 1
 
     @property

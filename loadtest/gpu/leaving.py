@@ -15,7 +15,7 @@ import statistics
 from loadtest.client import RequestError
 from loadtest.gpu import asks
 from loadtest.gpu.asks import COMPLETIONS
-from loadtest.gpu.gauges import proxy_series, total
+from loadtest.gpu.gauges import EngineLoad, proxy_series, total
 from loadtest.gpu.scene import Scene
 from loadtest.gpu.steps import Findings
 from loadtest.run import RunError
@@ -76,40 +76,66 @@ async def _told(scene: Scene, found: Findings, times: list[float]) -> None:
     found.claim(gone >= len(times), "the proxy counted the clients that left")
 
 
+class Watch:
+    """Readings of one engine from before a request on: has it been busy, is it idle again?
+
+    Engines tell of a step when it ends, so that for a fraction of a second a request is not seen
+    yet; idle counts only after it was seen. A prompt that SGLang computes piece by piece is neither
+    running nor waiting there, and shows by the KV memory that it holds.
+    """
+
+    def __init__(self, scene: Scene, before: EngineLoad) -> None:
+        self._gauge = scene.gauge
+        self._before = before
+        self.seen_busy = False
+
+    async def busy(self) -> bool:
+        """Read once more."""
+        load = await self._gauge.read()
+        more = load.kv_used_ratio - self._before.kv_used_ratio
+        busy = load.requests > 0 or more > KV_REST_RATIO
+        self.seen_busy = self.seen_busy or busy
+        return busy
+
+
 async def _leave(scene: Scene, body: bytes, after_s: float) -> float:
     """Ask, leave (after some time, or once the stream runs), and return the time to idle."""
     before = await scene.gauge.read()
     if before.requests:
         raise RunError(f"the engine is not idle: {before.requests} requests")
-    reader = AnswerReader()
+    watch, reader, loop = Watch(scene, before), AnswerReader(), asyncio.get_running_loop()
     asked = asyncio.ensure_future(scene.proxy.post(COMPLETIONS, body, reader=reader))
-    loop = asyncio.get_running_loop()
-    begun_s, busy = loop.time(), False
     try:
-        while not busy or loop.time() - begun_s < after_s or not _running(reader, after_s):
-            if asked.done():
-                await asked
-                raise RunError("the answer was whole before its client could leave")
-            if loop.time() - begun_s > BUSY_PATIENCE_S:
-                raise RunError("the engine was never seen busy with the request")
-            busy = busy or (await scene.gauge.read()).requests > 0
-            await asyncio.sleep(POLL_S if busy else 0)
+        if after_s:
+            await asyncio.sleep(after_s)
+        else:
+            await _until_streamed(watch, reader, asked)
+        if asked.done():
+            await asked
+            raise RunError("the answer was whole before its client could leave")
     finally:
         asked.cancel()
         with contextlib.suppress(asyncio.CancelledError, RequestError):
             await asked
     left_s = loop.time()
-    while True:
-        load = await scene.gauge.read()
-        if not load.requests and load.kv_used_ratio <= before.kv_used_ratio + KV_REST_RATIO:
-            return loop.time() - left_s
+    while await watch.busy() or not watch.seen_busy:
         if loop.time() - left_s > IDLE_PATIENCE_S:
-            raise RunError(
-                f"{load.requests} requests run {IDLE_PATIENCE_S:g} s after they were left"
-            )
+            how = "busy" if watch.seen_busy else "never seen busy"
+            raise RunError(f"{IDLE_PATIENCE_S:g} s after its client left the engine is {how}")
         await asyncio.sleep(POLL_S)
+    return loop.time() - left_s
 
 
-def _running(reader: AnswerReader, after_s: float) -> bool:
-    """Return whether a stream has come so far that it is left; a prefill is left by time."""
-    return bool(after_s) or reader.content_events >= EVENTS_BEFORE
+async def _until_streamed(
+    watch: Watch, reader: AnswerReader, asked: asyncio.Future[AnswerReader]
+) -> None:
+    """Wait until a stream has come some way, and the engine is seen busy with it."""
+    loop = asyncio.get_running_loop()
+    begun_s = loop.time()
+    while reader.content_events < EVENTS_BEFORE or not watch.seen_busy:
+        if asked.done():
+            return
+        if loop.time() - begun_s > BUSY_PATIENCE_S:
+            raise RunError("the stream did not begin, or the engine was not seen busy with it")
+        await watch.busy()
+        await asyncio.sleep(POLL_S)
