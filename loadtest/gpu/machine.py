@@ -6,10 +6,12 @@ asked of it, with the engine's own path.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -90,33 +92,33 @@ def described(cards: list[Gpu]) -> str:
     return f"{'; '.join(texts)}; driver {cards[0].driver}"
 
 
-def versions_of(pid: int) -> dict[str, str]:
-    """Return the versions that the interpreter of process `pid` would import; empty: not told."""
-    try:
-        program = Path(f"/proc/{pid}/exe").readlink()
-        environ = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
-    except OSError:
-        return {}
-    if not program.name.startswith("python"):
-        return {}
-    env = dict(item.split("=", 1) for item in environ if "=" in item)
-    # Of a virtual environment /proc shows the interpreter behind it; its prefix is in the variable.
-    if (prefix := env.get("VIRTUAL_ENV")) and Path(prefix, "bin", "python").is_file():
-        program = Path(prefix, "bin", "python")
-    elif program == Path(sys.executable).resolve():
-        program = Path(sys.executable)
-    try:
-        ran = subprocess.run(  # noqa: S603 - the program of a process that we started
-            [str(program), "-c", _ASK, *PACKAGES],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=QUERY_TIMEOUT_S,
-            env={key: value for key, value in env.items() if key != "PYTHONSTARTUP"},
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return dict(line.split(" ", 1) for line in ran.stdout.splitlines() if " " in line)
+def interpreters(engine: str, pid: int = 0) -> list[str]:
+    """Return the interpreters that may be the engine's: its program's first line, its process."""
+    found = []
+    if (program := shutil.which(engine)) is not None:
+        first = Path(program).read_bytes()[:1024].partition(b"\n")[0].decode("utf-8", "replace")
+        if first.startswith("#!") and "python" in first:
+            found.append(first[2:].split()[-1])
+    if pid:
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+            found += [words[0], str(Path(f"/proc/{pid}/exe").readlink())]
+    return [path for path in found if Path(path).name.startswith("python") and Path(path).is_file()]
+
+
+def versions(engine: str, pid: int) -> dict[str, str]:
+    """Return the versions that the interpreter of the engine imports; empty: not told."""
+    told: dict[str, str] = {}
+    for python in interpreters(engine, pid):
+        command = [python, "-c", _ASK, *PACKAGES]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            ran = subprocess.run(  # noqa: S603 - the interpreter of what we started
+                command, capture_output=True, text=True, check=False, timeout=QUERY_TIMEOUT_S
+            )
+            told = dict(line.split(" ", 1) for line in ran.stdout.splitlines() if " " in line)
+            if engine in told:
+                return told
+    return told
 
 
 def own_version() -> str:

@@ -75,6 +75,10 @@ class Scene:
         return self.stack.options.model
 
     @property
+    def engine_name(self) -> str:
+        return self.stack.options.engine
+
+    @property
     def engine(self) -> Client:
         """The engine itself, past the proxy."""
         if self._engine is None:

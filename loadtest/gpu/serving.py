@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
+import json
 import re
+import sys
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from loadtest.fleet import get
-from loadtest.gpu import events, machine
+from loadtest.gpu import events, machine, official
 from loadtest.gpu.asks import CHAT, COMPLETIONS, ask, chat, completion, words
 from loadtest.gpu.scene import Scene
-from loadtest.gpu.stack import carriers
+from loadtest.gpu.stack import carriers, run_program
 from loadtest.gpu.steps import Findings, SkipError
 
 ANSWER_TOKENS = 32
@@ -59,7 +59,7 @@ async def ready(scene: Scene, found: Findings) -> None:
 async def _versions(scene: Scene) -> dict[str, str]:
     """Return the versions of what runs the engine."""
     replica = await scene.stack.replica()
-    told = await asyncio.to_thread(machine.versions_of, replica.pid)
+    told = await asyncio.to_thread(machine.versions, scene.engine_name, replica.pid)
     status, body = await get(scene.engine, "/version")
     if status == 200:
         told["engine says"] = str(orjson.loads(body).get("version"))
@@ -82,50 +82,23 @@ def phases(log: Path) -> dict[str, float]:
 
 
 async def official_client(scene: Scene, found: Findings) -> None:
-    """A streamed chat by the OpenAI client."""
-    if importlib.util.find_spec("openai") is None:
-        raise SkipError("the package openai is not installed here")
-    from openai import AsyncOpenAI, OpenAIError  # noqa: PLC0415 - only where it is there
-
-    asked: Any = [{"role": "user", "content": "Say hello to the class."}]
-    loop = asyncio.get_running_loop()
-    begun_s, first_s, pieces = loop.time(), 0.0, []
-    reason, usage = None, None
-    async with AsyncOpenAI(
-        base_url=f"{scene.stack.proxy_url}/v1", api_key="none", max_retries=0
-    ) as official:
-        try:
-            stream = await official.chat.completions.create(
-                model=scene.model,
-                messages=asked,
-                stream=True,
-                stream_options={"include_usage": True},
-                max_tokens=ANSWER_TOKENS,
-                extra_body={"ignore_eos": True},
-            )
-            async for chunk in stream:
-                usage = chunk.usage or usage
-                for choice in chunk.choices:
-                    reason = choice.finish_reason or reason
-                    if choice.delta.content:
-                        first_s = first_s or loop.time() - begun_s
-                        pieces.append(choice.delta.content)
-        except OpenAIError as error:
-            found.claim(False, f"the client raised {type(error).__name__}: {error}")
-            return
-    found.figures |= {
-        "pieces": len(pieces),
-        "first_s": first_s,
-        "whole_s": loop.time() - begun_s,
-        "finish_reason": reason,
-        "text": "".join(pieces)[:SHOWN_CHARACTERS],
-        "completion_tokens": usage.completion_tokens if usage else None,
-    }
-    found.claim(len(pieces) > 1, "the answer came in pieces")
-    found.claim(reason == "length", f"it ended by its length, not by {reason}")
+    """A streamed chat by the OpenAI client, by the first interpreter that has it."""
+    url, words_of = f"{scene.stack.proxy_url}/v1", (scene.model, str(ANSWER_TOKENS))
+    for python in dict.fromkeys((sys.executable, *machine.interpreters(scene.engine_name))):
+        status, out, err = await run_program((python, "-P", official.__file__, url, *words_of))
+        if status != official.MISSING_STATUS:
+            break
+    else:
+        raise SkipError("the package openai is installed neither here nor beside the engine")
+    if status:
+        said = err.strip().splitlines()[-1:] or ["it said nothing"]
+        found.claim(False, f"the client failed: {said[0]}")
+        return
+    found.figures |= json.loads(out)
+    found.claim(int(found.figures["pieces"] or 0) > 1, "the answer came in pieces")
+    found.claim(found.figures["finish_reason"] == "length", "it ended by its length")
     found.claim(
-        usage is not None and usage.completion_tokens == ANSWER_TOKENS,
-        f"usage says {ANSWER_TOKENS} tokens",
+        found.figures["completion_tokens"] == ANSWER_TOKENS, f"usage says {ANSWER_TOKENS} tokens"
     )
 
 

@@ -158,26 +158,7 @@ class Stack:
 
     async def run(self, *arguments: str) -> tuple[int, str, str]:
         """Run another command of Doherty; return status, output and errors."""
-        process = await asyncio.create_subprocess_exec(
-            *self.command,
-            *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        try:
-            async with asyncio.timeout(COMMAND_TIMEOUT_S):
-                out, err = await process.communicate()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-            raise
-        return (
-            process.returncode or 0,
-            out.decode("utf-8", "replace"),
-            err.decode("utf-8", "replace"),
-        )
+        return await run_program((*self.command, *arguments))
 
     async def until_ready(self) -> dict[str, float]:
         """Wait for the engine and the proxy; return the seconds from the start to each state.
@@ -249,6 +230,26 @@ class Stack:
                 os.kill(pid, signal.SIGKILL)
         if self.process is not None:
             await self.process.wait()
+
+
+async def run_program(words: Sequence[str]) -> tuple[int, str, str]:
+    """Run a program; return status, output and errors. Raises `OSError`, `TimeoutError`."""
+    process = await asyncio.create_subprocess_exec(
+        *words,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(COMMAND_TIMEOUT_S):
+            out, err = await process.communicate()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        raise
+    texts = [output.decode("utf-8", "replace") for output in (out, err)]
+    return process.returncode or 0, texts[0], texts[1]
 
 
 def client(url: str, *, explain: bool = False) -> Client:
