@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -119,6 +120,15 @@ def versions(engine: str, pid: int) -> dict[str, str]:
             if engine in told:
                 return told
     return told
+
+
+def proxy_kind(pids: Iterable[int]) -> str:
+    """Say whether one of these processes runs the translation of the data path."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if "__mypyc." in Path(f"/proc/{pid}/maps").read_text("utf-8", "replace"):
+                return "as machine code"
+    return "from the sources"
 
 
 def own_version() -> str:

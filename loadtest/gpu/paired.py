@@ -29,7 +29,7 @@ class Judgement(enum.StrEnum):
 
     KEPT = "kept"
     BROKEN = "broken"
-    UNDECIDED = "undecided"  # over the limit, and by no more than direct differs from direct
+    UNDECIDED = "undecided"  # over it, with an interval that is not, or by no more than the control
     TOO_FEW = "too few"  # values to say anything of that share
 
 
@@ -122,10 +122,14 @@ def compare(direct: Rounds, again: Rounds, proxied: Rounds, draw: random.Random)
     )
 
 
-def judge(value: float, control: float, limit: float, samples: int, samples_min: int) -> Judgement:
-    """Judge a difference against its limit; noise of its size leaves it undecided."""
+def judge(
+    found: Difference, control: float, limit: float, samples: int, samples_min: int
+) -> Judgement:
+    """Judge a difference against its limit. Broken is only what noise does not explain."""
     if samples < samples_min:
         return Judgement.TOO_FEW
-    if value <= limit:
+    if found.value <= limit:
         return Judgement.KEPT
-    return Judgement.UNDECIDED if abs(control) >= value - limit else Judgement.BROKEN
+    if found.low <= limit or abs(control) >= found.value - limit:
+        return Judgement.UNDECIDED
+    return Judgement.BROKEN

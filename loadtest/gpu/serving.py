@@ -45,6 +45,7 @@ async def ready(scene: Scene, found: Findings) -> None:
     found.figures |= phases(scene.stack.engine_log)
     if (used_mib := await asyncio.to_thread(machine.used_mib)) is not None:
         found.figures["gpu_mib"] = used_mib - (scene.gpu_mib_before or 0)
+    found.figures["proxy_runs"] = machine.proxy_kind(carriers(scene.stack.mark))
     load = await scene.gauge.read()
     found.figures["kv_capacity_tokens"] = load.kv_capacity_tokens
     scene.header |= await _versions(scene)

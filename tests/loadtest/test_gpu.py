@@ -17,7 +17,7 @@ from loadtest.gpu.asks import cached_tokens
 from loadtest.gpu.caching import FRESH, HEAD, Guess
 from loadtest.gpu.cost import Cell, CostOptions, GapReader
 from loadtest.gpu.events import Listener, Source, here
-from loadtest.gpu.paired import Judgement
+from loadtest.gpu.paired import Difference, Judgement
 from loadtest.gpu.scene import Measure, Scene
 from loadtest.gpu.stack import Stack, StackOptions, config_of, pool_keys_of
 from loadtest.gpu.steps import (
@@ -354,18 +354,20 @@ def test_a_difference_is_found_and_noise_is_not_taken_for_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "control", "samples", "verdict"),
+    ("value", "low", "control", "samples", "verdict"),
     [
-        (0.9, 5.0, 100, Judgement.KEPT),
-        (1.4, 0.1, 100, Judgement.BROKEN),
-        (1.4, -0.5, 100, Judgement.UNDECIDED),
-        (9.0, 0.0, 19, Judgement.TOO_FEW),
+        (0.9, 0.5, 5.0, 100, Judgement.KEPT),
+        (1.4, 1.2, 0.1, 100, Judgement.BROKEN),
+        (1.4, 0.8, 0.1, 100, Judgement.UNDECIDED),
+        (1.4, 1.2, -0.5, 100, Judgement.UNDECIDED),
+        (9.0, 8.0, 0.0, 19, Judgement.TOO_FEW),
     ],
 )
-def test_a_promise_is_judged_beside_the_control(
-    value: float, control: float, samples: int, verdict: Judgement
+def test_a_promise_is_judged_beside_its_noise(
+    value: float, low: float, control: float, samples: int, verdict: Judgement
 ) -> None:
-    assert paired.judge(value, control, 1.0, samples, 20) is verdict
+    found = Difference(value=value, low=low, high=value + 1)
+    assert paired.judge(found, control, 1.0, samples, 20) is verdict
 
 
 def test_every_round_has_every_arm_and_crowds_count_their_streams() -> None:
