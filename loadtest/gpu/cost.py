@@ -3,7 +3,9 @@
 One client process asks one engine, directly and through the proxy, in turn and in random order: the
 same cached prompts, so that the engine's own time is short and steady, streamed. In each round
 every cell (a prompt size at a concurrency) is asked three times: directly, directly again, through
-the proxy. *Directly again* is the control: what it differs by is noise.
+the proxy. *Directly again* is the control: what it differs by is noise. The streams of a crowd
+begin at moments that are drawn, the same on each way, as those of clients that know nothing of each
+other.
 
 The client is the same code on both ways (a socket, no JSON for tokens); what it costs itself is in
 all three. Time per token is taken at each event after the first. Promised are p50 within 1 ms and
@@ -46,6 +48,7 @@ SUMMARY = "what the proxy adds to each token, direct against through it"
 ARMS = ("direct", "again", "proxied")
 P50_LIMIT_MS, P99_LIMIT_MS = 1.0, 3.0
 ANSWER_TIMEOUT_S = 60.0
+SPREAD_S = 0.05  # over which the streams of a crowd begin: clients do not ask all at once
 FIRST, GAP = "first token", "per token"
 QUICK_ROUNDS = 6
 
@@ -131,8 +134,10 @@ def plan(options: CostOptions, draw: random.Random) -> list[list[tuple[Cell, str
     return rounds
 
 
-async def one(target: Client, body: bytes) -> tuple[float, list[float]]:
+async def one(target: Client, body: bytes, delay_s: float = 0.0) -> tuple[float, list[float]]:
     """Ask once; return the ms to the first token and between the others. Raises `RunError`."""
+    if delay_s:
+        await asyncio.sleep(delay_s)
     reader, begun_s = GapReader(), target.now_s()
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
@@ -151,24 +156,32 @@ async def measure(
 ) -> tuple[Table, int]:
     """Ask everything; return what was taken, and how many rounds there was time for."""
     draw, loop = random.Random(options.seed), asyncio.get_running_loop()
-    bodies = {
-        Cell(size, concurrency): [
-            asks.completion(model, asks.ids(size, draw), options.tokens) for _ in range(concurrency)
+    cells = [Cell(size, count) for size in options.sizes for count in options.concurrencies]
+    prompts = {cell: [asks.ids(cell.size, draw) for _ in range(cell.concurrency)] for cell in cells}
+    table: Table = {cell: {arm: Samples() for arm in ARMS} for cell in cells}
+
+    async def crowd(
+        cell: Cell, arm: str, tokens: int, delays_s: Sequence[float] = (0.0,)
+    ) -> list[tuple[float, list[float]]]:
+        asked = [
+            one(targets[arm], asks.completion(model, prompt, tokens), delay_s)
+            for prompt, delay_s in zip(prompts[cell], itertools.cycle(delays_s), strict=False)
         ]
-        for size in options.sizes
-        for concurrency in options.concurrencies
-    }
-    table: Table = {cell: {arm: Samples() for arm in ARMS} for cell in bodies}
-    for cell, prompts in bodies.items():  # into the cache, and connections opened on every way
-        for arm in ARMS:
-            await asyncio.gather(*(one(targets[arm], body) for body in prompts))
-        assert cell in table
+        return await asyncio.gather(*asked)
+
+    for cell in cells:  # into the cache
+        await crowd(cell, ARMS[0], 1)
     deadline_s, done = loop.time() + options.seconds, 0
     for due in plan(options, draw):
         if loop.time() > deadline_s:
             break
         for cell, arm in due:
-            taken = await asyncio.gather(*(one(targets[arm], body) for body in bodies[cell]))
+            delays_s = [0.0]
+            if cell.concurrency > 1:  # its connections may have been idle too long: open them
+                await crowd(cell, arm, 1)
+                same = random.Random(f"{options.seed} {done} {cell.name}")  # for each arm
+                delays_s = [same.uniform(0, SPREAD_S) for _ in range(cell.concurrency)]
+            taken = await crowd(cell, arm, options.tokens, delays_s)
             samples = table[cell][arm]
             samples.first.append([first for first, _ in taken])
             samples.gaps.append([gap for _, gaps in taken for gap in gaps])

@@ -24,15 +24,12 @@ SHOWN_CHARACTERS = 60
 
 # Lines of the engines' logs that say how long a phase of the start took, as far as they are known.
 _PHASES = (
-    (
-        "weights_s",
-        re.compile(r"(?:Loading weights took|Model loading took.*?GiB.*? and) ([0-9.]+) s"),
-    ),
+    ("weights_s", re.compile(r"Model loading took \S+ GiB(?: memory)? and ([0-9.]+) s")),
     ("compile_s", re.compile(r"torch\.compile took ([0-9.]+) s|torch\.compile takes ([0-9.]+) s")),
     ("graphs_s", re.compile(r"Graph capturing finished in ([0-9.]+) s")),
     ("engine_init_s", re.compile(r"init engine .*? took ([0-9.]+) s")),
     ("weights_s", re.compile(r"Load weight end\..*?elapsed=([0-9.]+) s")),
-    ("graphs_s", re.compile(r"Capture cuda graph end\. Time elapsed: ([0-9.]+) s")),
+    ("graphs_s", re.compile(r"Capture (?:\w+ )?(?:CUDA|cuda) graph end\. .*?([0-9.]+) s")),
 )
 
 
@@ -78,7 +75,7 @@ def phases(log: Path) -> dict[str, float]:
     for name, pattern in _PHASES:
         for match in pattern.finditer(text):
             value = next(group for group in match.groups() if group)
-            found.setdefault(name, float(value))
+            found[name] = round(found.get(name, 0.0) + float(value), 2)
     return found
 
 

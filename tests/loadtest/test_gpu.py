@@ -262,7 +262,7 @@ def test_cards_are_read_and_counted() -> None:
 def test_the_phases_of_a_start_are_read_from_the_log(tmp_path: Path) -> None:
     log = tmp_path / "m-0.log"
     log.write_text(
-        "INFO [gpu_model_runner.py] Loading weights took 1.40 seconds\n"
+        "INFO [gpu_model_runner.py] Model loading took 15.27 GiB memory and 1.400000 seconds\n"
         "INFO [monitor.py] torch.compile took 4.41 s in total\n"
         "INFO [gpu_model_runner.py] Graph capturing finished in 4 secs, took 0.61 GiB\n"
         "INFO [core.py] init engine (profile, create kv cache, warmup model) took 9.95 seconds\n"
@@ -273,6 +273,12 @@ def test_the_phases_of_a_start_are_read_from_the_log(tmp_path: Path) -> None:
         "graphs_s": 4.0,
         "engine_init_s": 9.95,
     }
+    log.write_text(
+        "[2026-01-01 TP0] Load weight end. elapsed=0.31 s, type=Qwen3ForCausalLM, avail mem=1 GB\n"
+        "[2026-01-01 TP0] Capture prefill CUDA graph end. elapsed=10.50 s, mem usage=0.9 GB\n"
+        "[2026-01-01 TP0] Capture decode CUDA graph end. elapsed=4.50 s, mem usage=0.8 GB\n"
+    )
+    assert serving.phases(log) == {"weights_s": 0.31, "graphs_s": 15.0}
     assert serving.phases(tmp_path / "none") == {}
 
 
