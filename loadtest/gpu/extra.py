@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shlex
+import sys
 
 from loadtest.gpu.scene import Scene
 from loadtest.gpu.steps import Findings
@@ -15,11 +16,13 @@ LINES_SHOWN = 60
 
 
 async def run_command(command: str, scene: Scene, found: Findings) -> None:
-    """Run it, its output as the table. Raises `RunError` when it cannot be started."""
+    """Run it, its output as the table; `python` is ours. Raises `RunError` when it cannot start."""
     filled = command.format(
         engine=scene.stack.engine_url, proxy=scene.stack.proxy_url, model=scene.model
     )
     words = shlex.split(filled)
+    if words[0] in ("python", "python3"):
+        words[0] = sys.executable
     try:
         process = await asyncio.create_subprocess_exec(
             *words,
