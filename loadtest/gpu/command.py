@@ -18,7 +18,6 @@ from loadtest.gpu.steps import Finding, report
 from loadtest.run import RunError
 
 ENGINES = ("vllm", "sglang", "simulator")
-READY = "ready"
 
 
 def add_stack_arguments(command: argparse.ArgumentParser) -> None:

@@ -31,7 +31,6 @@ from loadtest.client import Client, RequestError
 from loadtest.gpu import asks, machine, paired, serving, stopping
 from loadtest.gpu.asks import COMPLETIONS
 from loadtest.gpu.command import (
-    READY,
     add_stack_arguments,
     finish,
     run_in_folder,
@@ -40,7 +39,7 @@ from loadtest.gpu.command import (
 from loadtest.gpu.paired import Comparison, Judgement
 from loadtest.gpu.scene import Measure, Scene
 from loadtest.gpu.stack import Stack, client
-from loadtest.gpu.steps import Finding, Findings, Step, Verdict, run_steps
+from loadtest.gpu.steps import Finding, Findings, Step, run_steps, status_of
 from loadtest.run import RunError
 from loadtest.wire import AnswerReader
 
@@ -336,12 +335,12 @@ async def _started(args: argparse.Namespace, stack: Stack) -> int:
     scene, options = Scene(stack, Measure(), args.seed), options_of(args)
     scene.header |= machine.header(await asyncio.to_thread(machine.gpus))
     steps = [
-        Step(name=READY, run=functools.partial(serving.ready, scene), usual_s=60),
+        serving.ready_step(scene),
         Step(
             name="cost",
             run=functools.partial(step, options, scene),
             usual_s=options.usual_s,
-            needs=READY,
+            needs=serving.READY,
         ),
         Step(
             name="drain and stop",
@@ -362,4 +361,4 @@ async def _told(args: argparse.Namespace, steps: list[Step], header: dict[str, s
         steps, args.limit_s, lambda text: print(text, flush=True)
     )
     finish(args, "Cost", header, found)
-    return 1 if any(finding.verdict is Verdict.FAIL for finding in found) else 0
+    return status_of(found)

@@ -26,7 +26,6 @@ from collections.abc import Awaitable, Callable
 
 from loadtest.gpu import caching, cost, extra, leaving, machine, serving, sleeping, stopping
 from loadtest.gpu.command import (
-    READY,
     add_stack_arguments,
     finish,
     run_in_folder,
@@ -34,7 +33,7 @@ from loadtest.gpu.command import (
 )
 from loadtest.gpu.scene import QUICK, Measure, Scene
 from loadtest.gpu.stack import Stack
-from loadtest.gpu.steps import Findings, Step, Verdict, run_steps
+from loadtest.gpu.steps import Findings, Step, run_steps, status_of
 
 SUMMARY = "one real engine behind the proxy, judged on the wire"
 
@@ -62,14 +61,13 @@ Work = Callable[[Scene, Findings], Awaitable[None]]
 def all_steps(scene: Scene, args: argparse.Namespace) -> list[Step]:
     """Return the steps in their order; those that come last are left out first."""
     costs = cost.options_of(args)
-    timeout_s = scene.stack.options.start_timeout_s
 
     def step(name: str, work: Work, usual_s: float, *, spare: bool = False) -> Step:
         run = functools.partial(work, scene)
-        return Step(name=name, run=run, usual_s=usual_s, needs=READY, spare=spare)
+        return Step(name=name, run=run, usual_s=usual_s, needs=serving.READY, spare=spare)
 
     steps = [
-        Step(name=READY, run=functools.partial(serving.ready, scene), usual_s=timeout_s / 6 + 5),
+        serving.ready_step(scene),
         step("official client", serving.official_client, 3),
         step("whole answer", serving.whole_answer, 2),
         step("cached again", serving.cached_again, 2),
@@ -121,4 +119,4 @@ async def _prove(args: argparse.Namespace, stack: Stack) -> int:
         await scene.close()
         await stack.end()
     finish(args, "Proofs", scene.header, found)
-    return 1 if any(finding.verdict is Verdict.FAIL for finding in found) else 0
+    return status_of(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 import sys
@@ -15,8 +16,10 @@ from loadtest.gpu import events, machine, official
 from loadtest.gpu.asks import CHAT, COMPLETIONS, ask, chat, completion, words
 from loadtest.gpu.scene import Scene
 from loadtest.gpu.stack import carriers, run_program
-from loadtest.gpu.steps import Findings, SkipError
+from loadtest.gpu.steps import Findings, SkipError, Step
 
+READY = "ready"
+USUAL_START_S = 60.0  # of a real engine whose compile caches are warm
 ANSWER_TOKENS = 32
 PROMPT_WORDS = 1500
 PROMPT_SHARE_MIN = 0.9  # of a prompt that was just computed; engines keep whole blocks
@@ -31,6 +34,16 @@ _PHASES = (
     ("weights_s", re.compile(r"Load weight end\..*?elapsed=([0-9.]+) s")),
     ("graphs_s", re.compile(r"Capture (?:\w+ )?(?:CUDA|cuda) graph end\. .*?([0-9.]+) s")),
 )
+
+
+def ready_step(scene: Scene) -> Step:
+    """Return the first step: a start takes what it takes, up to the limit of its own."""
+    return Step(
+        name=READY,
+        run=functools.partial(ready, scene),
+        usual_s=USUAL_START_S if scene.engine_name != "simulator" else 3.0,
+        limit_s=scene.stack.options.start_timeout_s + 10.0,
+    )
 
 
 async def ready(scene: Scene, found: Findings) -> None:

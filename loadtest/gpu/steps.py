@@ -68,6 +68,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     run: Callable[[Findings], Awaitable[None]]
     usual_s: float
+    limit_s: float = 0.0  # given up after it; 0: some times the usual
     needs: str = ""  # a step that must have passed
     kept: bool = False  # its time is kept for it, and it is done whatever failed
     spare: bool = False  # done only where the steps after it have time as well
@@ -108,7 +109,7 @@ def _not_run(step: Step, why: str) -> Finding:
 async def _run(step: Step, left_s: float) -> Finding:
     findings = Findings()
     begun_s = time.monotonic()
-    limit_s = step.usual_s * SLACK
+    limit_s = step.limit_s or step.usual_s * SLACK
     if not step.kept:
         limit_s = min(limit_s, left_s)
     try:
@@ -129,6 +130,12 @@ async def _run(step: Step, left_s: float) -> Finding:
         table=findings.table,
         data=findings.data,
     )
+
+
+def status_of(found: Sequence[Finding]) -> int:
+    """Return the exit status: 1 when a step failed, or when not even the first was done."""
+    failed = any(finding.verdict is Verdict.FAIL for finding in found)
+    return 1 if failed or found[0].verdict is not Verdict.PASS else 0
 
 
 # --- what is printed ------------------------------------------------------------------------------

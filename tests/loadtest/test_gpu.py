@@ -30,6 +30,7 @@ from loadtest.gpu.steps import (
     report,
     run_steps,
     shown,
+    status_of,
 )
 from loadtest.run import RunError
 
@@ -118,8 +119,10 @@ async def test_short_time_leaves_out_the_last_steps_but_never_the_end() -> None:
     steps = [_step("one", 20), _step("two", 100), _step("three", 60), _step("end", 30, kept=True)]
     found = await run_steps(steps, 100, lambda _: None)
     assert [one.verdict.value for one in found] == ["PASS", "NOT RUN", "PASS", "PASS"]
+    assert status_of(found) == 0
     found = await run_steps(steps, 1, lambda _: None)
     assert [one.verdict.value for one in found] == ["NOT RUN", "NOT RUN", "NOT RUN", "PASS"]
+    assert status_of(found) == 1  # nothing was proved
 
 
 async def test_a_spare_step_makes_way_for_those_after_it() -> None:
@@ -134,9 +137,13 @@ async def test_a_step_that_hangs_is_given_up() -> None:
     async def hang(_: Findings) -> None:
         await asyncio.Event().wait()
 
-    found = await run_steps([Step(name="hang", run=hang, usual_s=0.01)], 0, lambda _: None)
-    assert found[0].verdict is Verdict.FAIL
-    assert "had not ended" in found[0].broken[0]
+    steps = [
+        Step(name="hang", run=hang, usual_s=0.01),
+        Step(name="hang at its limit", run=hang, usual_s=100, limit_s=0.01),
+    ]
+    for found in await run_steps(steps, 0, lambda _: None):
+        assert found.verdict is Verdict.FAIL
+        assert "had not ended" in found.broken[0]
 
 
 def test_the_report_counts_the_verdicts() -> None:
