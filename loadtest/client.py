@@ -166,7 +166,9 @@ class Client:
         *,
         api_key: str | None = None,
         idle_s_max: float = IDLE_S_MAX,
+        explain: bool = True,
     ) -> None:
+        """`explain`: ask a Doherty why it decided as it did, which costs it some microseconds."""
         self._target = target
         self._clock = clock
         self._idle_s_max = idle_s_max
@@ -175,14 +177,19 @@ class Client:
         lines = [
             f"host: {target.authority}",
             "user-agent: doherty-loadtest",
-            "x-doherty-explain: 1",
         ]
+        if explain:
+            lines.append("x-doherty-explain: 1")
         if api_key:
             lines.append(f"authorization: Bearer {api_key}")
         elif target.credentials:
             encoded = base64.b64encode(target.credentials.encode()).decode()
             lines.append(f"authorization: Basic {encoded}")
         self._common_head = "\r\n".join(lines)
+
+    def now_s(self) -> float:
+        """Return the time by the clock that answers are stamped with."""
+        return self._clock()
 
     async def post(
         self, path: str, body: bytes, headers: str = "", reader: AnswerReader | None = None

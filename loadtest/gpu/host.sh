@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# One engine proved on a bare GPU host, from bundles to results, within a number of seconds.
+#
+#   bash loadtest/gpu/host.sh ENGINE BUNDLES OUT SECONDS [ARGUMENTS OF prove] [-- FURTHER ENGINE ARGUMENTS]
+#
+# from the repository's root. BUNDLES holds what deploy/airgap/bundle.py made, by name (BUNDLES/vllm,
+# BUNDLES/doherty). OUT gets ENGINE.txt, ENGINE.json, the logs, and the compile cache to carry along
+# the next time. MODEL names the shape (default qwen3-8b), STAGE where things are unpacked; what is
+# unpacked already is kept, so that a second run on a warm host starts at once.
+#
+# The proxy runs as machine code where BUNDLES/compiled.tar.xz fits the sources here. It is made by
+#   DOHERTY_COMPILED=FOLDER python3.12 -m proxy.compile && tar cJf BUNDLES/compiled.tar.xz -C FOLDER .
+# with the host's minor release of Python.
+set -u
+if [ $# -lt 4 ]; then
+  echo "usage: host.sh ENGINE BUNDLES OUT SECONDS [arguments of prove] [-- engine arguments]" >&2
+  exit 2
+fi
+engine=$1 bundles=$2 out=$3 limit=$4
+shift 4
+begun=$(date +%s)
+model=${MODEL:-qwen3-8b}
+stage=${STAGE:-${TMPDIR:-/tmp}/doherty-stage}
+mkdir -p "$out" "$stage"
+
+own=() engine_args=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do own+=("$1"); shift; done
+[ $# -gt 0 ] && shift
+case $engine in
+  vllm)
+    engine_args=(--load-format dummy --max-model-len 40960 --gpu-memory-utilization 0.45 --seed 0) ;;
+  sglang)
+    engine_args=(--load-format dummy --context-length 40960 --mem-fraction-static 0.45 --random-seed 0
+      --attention-backend fa3 --sampling-backend pytorch --grammar-backend none
+      --mm-feature-transport cpu) ;;
+  simulator) ;;
+  *) echo "host.sh: no engine '$engine'; there are vllm, sglang and simulator" >&2; exit 2 ;;
+esac
+engine_args+=("$@")
+
+step() {  # runs a command, and says how long it took
+  local at; at=$(date +%s)
+  "$@" || { echo "host.sh: failed: $*" >&2; exit 1; }
+  echo "host.sh: $(( $(date +%s) - at )) s: $*"
+}
+
+folders=()
+for name in doherty "$engine"; do [ -d "$bundles/$name" ] && folders+=("$bundles/$name"); done
+if [ ${#folders[@]} -gt 0 ]; then
+  step python3 deploy/airgap/unpack.py "${folders[@]}" --to "$stage"
+  # shellcheck disable=SC1091
+  . "$stage/env.sh"
+fi
+
+path=()
+if [ "$engine" != simulator ]; then
+  [ -d "$stage/models/$model" ] || step python3 deploy/airgap/make_model.py "$stage/models" "$model"
+  path=(--model-path "$stage/models/$model")
+fi
+
+if [ -e "$bundles/compiled.tar.xz" ] && [ ! -d "$stage/compiled" ]; then
+  mkdir -p "$stage/compiled"
+  tar xJf "$bundles/compiled.tar.xz" -C "$stage/compiled"
+  made=$(echo "$stage"/compiled/*)
+  if diff -rq -x '*.so' -x __pycache__ "$made/proxy" proxy > "$out/compiled.diff"; then
+    mv "$made" "$stage/compiled/$(python3 -c 'from proxy.compile import digest; print(digest())')"
+  else
+    echo "host.sh: compiled.tar.xz is of other sources, see compiled.diff; the sources run" >&2
+  fi
+fi
+[ -d "$stage/compiled" ] && export DOHERTY_COMPILED=$stage/compiled
+
+left=$(( limit - ( $(date +%s) - begun ) - 5 ))
+python3 -m loadtest gpu prove --engine "$engine" "${path[@]}" --limit-s "$left" \
+  --out "$out/$engine.txt" --json "$out/$engine.json" --logs "$out/$engine-logs" \
+  "${own[@]}" -- "${engine_args[@]}" 2>&1 | tee "$out/$engine.log"
+status=${PIPESTATUS[0]}
+
+if [ -d "$stage/cache/$engine" ]; then
+  python3 deploy/airgap/pack_cache.py "$stage" "$engine" "$out" || true
+fi
+echo "host.sh: $(( $(date +%s) - begun )) s in all, prove ended with $status"
+exit "$status"
