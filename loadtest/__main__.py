@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import uvloop
 
-from loadtest import bench, faults, plot, policies, report, sdk, siege, soak, storm, upgrade
+from loadtest import bench, faults, gpu, plot, policies, report, sdk, siege, soak, storm, upgrade
 from loadtest.client import parse_url
 from loadtest.compare import broken_promises, compare, in_engine_seconds
 from loadtest.fleet import FleetOptions
@@ -49,6 +49,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "bench": bench,
+    "gpu": gpu,
     "policies": policies,
     "sdk": sdk,
     "siege": siege,

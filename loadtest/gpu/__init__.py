@@ -1,0 +1,51 @@
+"""Runs in front of real engines, on a machine with GPUs: what is proved there, and what it costs.
+
+Each command starts what it needs as a user would, judges on the wire, and writes a text that says
+when, where, with which versions and by which command it was made. Without a GPU the simulator takes
+the engine's part, so that a run can be rehearsed; the text then says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Protocol
+
+from loadtest.gpu import fidelity, fit, floors, speeds
+
+SUMMARY = "real engines: proofs, costs, floors, calibration"
+
+
+class Command(Protocol):
+    """A module that is a command of its own."""
+
+    __doc__: str | None
+    SUMMARY: str
+
+    def add_arguments(self, command: argparse.ArgumentParser) -> None: ...
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Return the exit status. Raises `RunError` when the run failed."""
+
+
+COMMANDS: dict[str, Command] = {
+    "fidelity": fidelity,
+    "fit": fit,
+    "floors": floors,
+    "speeds": speeds,
+}
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    commands = command.add_subparsers(dest="gpu_command", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        added = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(added)
+
+
+def run(args: argparse.Namespace) -> int:
+    return COMMANDS[args.gpu_command].run(args)
