@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from loadtest.gpu import fidelity, fit, floors, speeds
+from loadtest.gpu import fidelity, fit, floors, paths, speeds
 
 SUMMARY = "real engines: proofs, costs, floors, calibration"
 
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "fidelity": fidelity,
     "fit": fit,
     "floors": floors,
+    "paths": paths,
     "speeds": speeds,
 }
 

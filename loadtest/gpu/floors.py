@@ -13,9 +13,6 @@ engine's rows can be added to those of an earlier run: --measured FILE.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
-import os
 import subprocess
 import sys
 import time
@@ -26,15 +23,16 @@ import msgspec
 import uvloop
 
 from loadtest.gpu import predictions
+from loadtest.gpu.abreast import abreast, visible_devices
 from loadtest.gpu.direct import (
     ENGINES,
     EngineOptions,
     Running,
     add_engine_arguments,
     engine_options,
-    started,
 )
 from loadtest.gpu.hardware import Machine, command_line, this_machine, today
+from loadtest.gpu.paths import names_of
 from loadtest.gpu.predictions import (
     Configuration,
     Outlook,
@@ -60,9 +58,15 @@ WEIGHTS = ("bf16", "fp8")
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--engines", type=_engines, default=ENGINES, metavar="E,E", help="default: both")
+    add("--engines", type=names_of(ENGINES), default=ENGINES, metavar="E,E", help="default: both")
     add("--tp", type=sizes, default=(1, 2, 4), metavar="N,N", help="default: 1,2,4")
-    add("--weights", type=_weights, default=WEIGHTS, metavar="W,W", help="default: bf16,fp8")
+    add(
+        "--weights",
+        type=names_of(WEIGHTS),
+        default=WEIGHTS,
+        metavar="W,W",
+        help="default: bf16,fp8",
+    )
     add("--gpu", default="", metavar="TYPE", help="for the planner (default: by nvidia-smi)")
     add("--gpus", type=int, default=0, metavar="N", help="cards to use (default: all)")
     add("--fp8-model-path", default="", help="a folder in FP8 already (default: on loading)")
@@ -73,23 +77,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--limit-s", type=float, default=560.0, help="no start after that (default %(default)s)")
     add("--out", metavar="FILE", help="also write the report as text")
     add("--json", metavar="FILE", help="also write the rows, for --measured")
-
-
-def _engines(text: str) -> tuple[str, ...]:
-    return _chosen(text, ENGINES)
-
-
-def _weights(text: str) -> tuple[str, ...]:
-    return _chosen(text, WEIGHTS)
-
-
-def _chosen(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Parse names with commas between; nothing is none, for a table of earlier rows alone."""
-    names = tuple(name for name in text.split(",") if name)
-    for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(known)}")
-    return names
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         "hardware": machine.hardware,
         "driver": machine.driver,
         "software": ", ".join(f"{name} {text}" for name, text in machine.software.items()),
-        "model": Path(args.model_path).name or "simulated",
+        "model": Path(args.model_path).name,
+        "engines": "rehearsed: the simulator in their place" if args.rehearse else "",
         "command": command_line(),
     }
     text, kept = report(facts, rows, outlook)
@@ -158,26 +146,19 @@ async def _measured(args: argparse.Namespace, machine: Machine) -> list[Row]:
 
 async def _wave(args: argparse.Namespace, wave: Sequence[Configuration]) -> list[Row]:
     """Start configurations beside each other, each on its own cards; measure one by one."""
+    free, options = visible_devices(), []
+    for each in wave:
+        devices, free = free[: each.tensor_parallel], free[each.tensor_parallel :]
+        options.append(options_for(args, each, ",".join(devices)))
+
+    async def use(place: int, running: Running) -> Row:
+        return await _one(wave[place], running, args.answer_tokens)
+
     rows = []
-    free = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    async with contextlib.AsyncExitStack() as stack:
-        contexts = []
-        for each in wave:
-            devices, free = free[: each.tensor_parallel], free[each.tensor_parallel :]
-            contexts.append(started(options_for(args, each, ",".join(devices))))
-        starts = await asyncio.gather(
-            *(stack.enter_async_context(context) for context in contexts), return_exceptions=True
-        )
-        for each, start in zip(wave, starts, strict=True):
-            try:
-                if isinstance(start, BaseException):
-                    raise start
-                rows.append(await _one(each, start, args.answer_tokens))
-            except RunError as error:
-                say(f"{each.text}: {error}")
-                rows.append(predictions.failed(each, str(error)))
-                continue
-            say(f"{each.text}: {rows[-1].token_ms:.2f} ms a token")
+    for each, found in zip(wave, await abreast(options, use), strict=True):
+        row = predictions.failed(each, str(found)) if isinstance(found, RunError) else found
+        say(f"{each.text}: {row.failure or f'{row.token_ms:.2f} ms a token'}")
+        rows.append(row)
     return rows
 
 
@@ -189,12 +170,6 @@ def options_for(args: argparse.Namespace, each: Configuration, devices: str) -> 
     elif each.weights == "fp8":
         more["quantization"] = "fp8"
     return engine_options(args, each.engine, **more)
-
-
-def visible_devices(variable: str) -> list[str]:
-    """Return the names of the cards that may be used, the first first."""
-    named = [name for name in variable.split(",") if name]
-    return named or [str(index) for index in range(64)]
 
 
 async def _one(each: Configuration, running: Running, answer_tokens: int) -> Row:
