@@ -49,6 +49,20 @@ _PHASE = re.compile(
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PROGRESS_BAR = "%|"
 
+# NVLink multicast stays off where several cards work together: the switch that carries it is the
+# host's, which may be shared. NCCL, PyTorch and NVSHMEM read these; vLLM's own way is the fourth.
+_NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+}
+# And FlashInfer's fused all-reduce sets multicast up by itself; both engines take it where it is.
+_NO_FUSED_ALL_REDUCE = {
+    "vllm": "--compilation-config.pass_config.fuse_allreduce_rms=false",
+    "sglang": "--enforce-disable-flashinfer-allreduce-fusion",
+}
+
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Which engine is started, and how."""
@@ -129,6 +143,8 @@ def engine_command(options: EngineOptions, port: int) -> list[str]:
     path, parallel = options.model_path, str(options.tensor_parallel)
     quantized = ["--quantization", options.quantization] if options.quantization else []
     common += ["--load-format", options.load_format, *quantized]
+    if options.tensor_parallel > 1:
+        common.append(_NO_FUSED_ALL_REDUCE[options.engine])
     if options.engine == "vllm":
         ours = ["--max-model-len", str(MODEL_LEN_TOKENS), "--tensor-parallel-size", parallel]
         ours += ["--enable-prefix-caching", "--enable-prompt-tokens-details", "--seed", "0"]
@@ -158,6 +174,8 @@ def environment(options: EngineOptions) -> dict[str, str]:
         # Else each look at /health computes a token.
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
     }
+    if options.tensor_parallel > 1:
+        made |= _NO_MULTICAST
     if options.devices:
         made["CUDA_VISIBLE_DEVICES"] = options.devices
     return made

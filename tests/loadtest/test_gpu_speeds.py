@@ -121,13 +121,16 @@ def test_phases_come_when_they_are_first_seen() -> None:
         (
             "vllm",
             "serve /m --host 127.0.0.1 --port 7 --served-model-name m --load-format dummy "
-            "--quantization fp8 --max-model-len 40960 --tensor-parallel-size 2 "
+            "--quantization fp8 "
+            "--compilation-config.pass_config.fuse_allreduce_rms=false --max-model-len 40960 "
+            "--tensor-parallel-size 2 "
             "--enable-prefix-caching --enable-prompt-tokens-details --seed 0 --more 1",
         ),
         (
             "sglang",
             "serve --model-path /m --host 127.0.0.1 --port 7 --served-model-name m "
-            "--load-format dummy --quantization fp8 --context-length 40960 --tp-size 2 "
+            "--load-format dummy --quantization fp8 "
+            "--enforce-disable-flashinfer-allreduce-fusion --context-length 40960 --tp-size 2 "
             "--page-size 16 --enable-metrics --enable-cache-report --random-seed 0 --more 1",
         ),
     ],
@@ -144,7 +147,11 @@ def test_engines_are_started_by_their_own_command(
         args=("--more", "1"), devices="3,4",
     )  # fmt: skip
     assert engine_command(options, 7) == [str(script), *words.split()]
-    assert environment(options)["CUDA_VISIBLE_DEVICES"] == "3,4"
+    variables = environment(options)
+    assert variables["CUDA_VISIBLE_DEVICES"] == "3,4"
+    # Cards that work together leave the switch's multicast alone.
+    assert (variables["NCCL_NVLS_ENABLE"], variables["VLLM_ALLREDUCE_USE_SYMM_MEM"]) == ("0", "0")
+    assert "NCCL_NVLS_ENABLE" not in environment(EngineOptions(engine=engine))
 
 
 def test_an_engine_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
