@@ -6,8 +6,9 @@ must be read, at the full bandwidth) and the prediction of `doherty plan`. Then 
 constant of each engine is fitted to what was measured, by least squares of relative errors, and
 the predictions are shown again. Promised: then each is within 25 %.
 
-Configurations that fit beside each other are started together, and measured one after another. One
-engine's rows can be added to those of an earlier run: --measured FILE.
+Configurations that fit beside each other are started together, and measured one after another. What
+another run measured of single answers (of this command, `speeds` or `paths`) is taken in by
+--measured FILE, and not measured again.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     except OutlookError as error:
         print(f"loadtest: {error}", file=sys.stderr)
         return 2
-    rows += uvloop.run(_measured(args, machine))
+    known = {row.configuration for row in rows if row.token_ms}
+    rows += uvloop.run(_measured(args, machine, known))
     facts = {
         "date": today(),
         "hardware": machine.hardware,
@@ -115,7 +117,10 @@ def _outlook(args: argparse.Namespace, machine: Machine) -> Outlook:
     command = [sys.executable, "-m", "backends.cli", "plan", args.model_path, "--gpu", gpu]
     try:
         done = subprocess.run(  # noqa: S603 - our own program
-            [*command, "--json"], capture_output=True, timeout=PLAN_TIMEOUT_S, check=False
+            [*command, "--class", "online", "--json"],
+            capture_output=True,
+            timeout=PLAN_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise OutlookError(f"`doherty plan` took over {PLAN_TIMEOUT_S:g} s") from error
@@ -125,13 +130,16 @@ def _outlook(args: argparse.Namespace, machine: Machine) -> Outlook:
     return read_outlook(done.stdout)
 
 
-async def _measured(args: argparse.Namespace, machine: Machine) -> list[Row]:
-    wanted = [
+async def _measured(
+    args: argparse.Namespace, machine: Machine, known: set[Configuration]
+) -> list[Row]:
+    every = [
         Configuration(engine, parallel, weights)
         for engine in args.engines
         for parallel in args.tp
         for weights in args.weights
     ]
+    wanted = [each for each in every if each not in known]
     cards = args.gpus or len(machine.gpus)
     deadline_s = time.monotonic() + args.limit_s
     runnable, rows = predictions.that_fit(wanted, cards)

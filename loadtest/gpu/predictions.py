@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from loadtest.gpu.records import milliseconds, table
+from loadtest.gpu.records import Recording, milliseconds, table
 
 PROMISED_SHARE = 0.25
 GPU_TYPES = ("h100", "h200", "a100", "l40s", "gb200", "b200", "b300")
@@ -87,6 +87,22 @@ class _Rows(msgspec.Struct):
     rows: list[Row]
 
 
+class _Tried(msgspec.Struct):
+    engine: str
+    path: str
+
+
+class _Finding(msgspec.Struct):
+    trial: _Tried
+    version: str = ""
+    token_ms: float = 0.0
+    ready_s: float = 0.0
+
+
+class _Findings(msgspec.Struct):
+    findings: list[_Finding]
+
+
 def read_outlook(octets: bytes) -> Outlook:
     """Return the predictions in a plan. Raises `OutlookError`."""
     try:
@@ -98,13 +114,46 @@ def read_outlook(octets: bytes) -> Outlook:
 
 
 def read_rows(file: str) -> list[Row]:
-    """Return the rows of an earlier run. Raises `OutlookError`."""
+    """Return the rows of an earlier run, of whichever command. Raises `OutlookError`."""
     try:
-        return msgspec.json.decode(Path(file).read_bytes(), type=_Rows).rows
+        octets = Path(file).read_bytes()
     except OSError as error:
         raise OutlookError(f"{file}: cannot be read: {error.strerror}") from error
-    except msgspec.DecodeError as error:
-        raise OutlookError(f"{file}: {error}; expected what `gpu floors --json` wrote") from error
+    kinds: tuple[type[_Rows | _Findings | Recording], ...] = (_Rows, _Findings, Recording)
+    for kind in kinds:
+        try:
+            return _rows_of(msgspec.json.decode(octets, type=kind))
+        except msgspec.DecodeError:
+            continue
+    raise OutlookError(f"{file}: expected what `gpu floors`, `paths` or `speeds` wrote as --json")
+
+
+def _rows_of(found: _Rows | _Findings | Recording) -> list[Row]:
+    """Return what there is of single answers without speculation."""
+    if isinstance(found, _Rows):
+        return [row for row in found.rows if not row.not_run]
+    if isinstance(found, _Findings):
+        return [
+            Row(
+                configuration=Configuration(each.trial.engine, 1, each.trial.path),
+                version=each.version,
+                token_ms=each.token_ms,
+                ready_s=each.ready_s,
+            )
+            for each in found.findings
+            if each.token_ms and each.trial.path in ("bf16", "fp8")
+        ]
+    engine = found.engine.partition(" ")[0]
+    alone = [row for row in found.decode if row.batch == 1]
+    return [
+        Row(
+            configuration=Configuration(engine, found.tensor_parallel, found.weights),
+            version=found.version,
+            token_ms=row.token_ms,
+            ready_s=found.ready_s,
+        )
+        for row in sorted(alone, key=lambda row: row.context_tokens)[:1]
+    ]
 
 
 def gpu_type(names: Sequence[str]) -> str:

@@ -31,6 +31,7 @@ from loadtest.gpu.speculation import Speculation, read_speculation, weights_gb
 from loadtest.run import RunError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+RESULTS = Path(__file__).parents[2] / "loadtest" / "results"
 FAST = ["--rehearse", "--args", "--profile fast --drain-poll-seconds 0.1"]
 
 
@@ -261,6 +262,20 @@ def test_a_plan_without_predictions_is_refused() -> None:
         predictions.read_outlook(b"{}")
 
 
+def test_rows_come_from_whatever_measured_single_answers(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    found = [finding("fp8", token_ms=4.0, version="9"), finding("eagle3", token_ms=7.0)]
+    file.write_bytes(msgspec.json.encode({"findings": found, "facts": {}}))
+    rows = predictions.read_rows(str(file))
+    assert [(row.configuration.text, row.token_ms) for row in rows] == [("vllm TP1 fp8", 4.0)]
+    recording = RESULTS / "speeds-h200-sglang-0.5.17.json"
+    rows = predictions.read_rows(str(recording))
+    assert [(row.configuration.text, row.token_ms) for row in rows] == [("sglang TP1 bf16", 5.013)]
+    file.write_text("{}")
+    with pytest.raises(OutlookError, match="wrote as --json"):
+        predictions.read_rows(str(file))
+
+
 def test_vllm_counts_its_drafts() -> None:
     page = (
         'vllm:spec_decode_num_drafts_total{engine="0"} 50.0\n'
@@ -402,9 +417,10 @@ def test_floors_are_rehearsed_and_earlier_rows_added(
     said = capsys.readouterr().out
     assert "NOT RUN: vllm TP2 bf16: needs 2 GPUs, here are 1" in said
     assert "rehearsed" in said
-    again = ["gpu", "floors", "--predictions", str(plan), "--engines", "", "--measured", str(rows)]
-    assert main([*again, "--rehearse"]) == 0
-    assert "vllm TP1 bf16" in capsys.readouterr().out
+    assert main([*command, "--measured", str(rows)]) == 0
+    again = capsys.readouterr()
+    assert "starting" not in again.err  # it is not measured again
+    assert "vllm TP1 bf16" in again.out
 
 
 def test_paths_are_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
