@@ -26,7 +26,7 @@ from typing import Final
 import msgspec
 
 from loadtest.client import Client, RequestError, parse_url
-from loadtest.gpu.records import Phase
+from loadtest.gpu.records import CHUNK_TOKENS, Phase
 from loadtest.run import RunError
 
 ENGINES: Final = ("vllm", "sglang")
@@ -46,6 +46,8 @@ _PHASE = re.compile(
     r"|graph capturing finished|Capture .*graph (begin|end)|init engine|attention backend"
     r"|Application startup complete|fired up|listening on"
 )
+# SGLang prints its own and vLLM's word for it; vLLM with or without commas.
+_CHUNK = re.compile(r"(?:chunked_prefill_size|max_num_batched_tokens)=([0-9]{3,6})\b")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PROGRESS_BAR = "%|"
 
@@ -87,7 +89,7 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     log: Path
     ready_s: float
     phases: tuple[Phase, ...]
-    pid: int
+    chunk_tokens: int
 
 
 def add_engine_arguments(command: argparse.ArgumentParser) -> None:
@@ -188,6 +190,12 @@ def read_phases(log: str, at_s: float, known: Sequence[Phase]) -> tuple[Phase, .
     return (*known, *(Phase(round(at_s, 1), line) for line in told[len(known) :]))
 
 
+def read_chunk_tokens(log: str) -> int:
+    """Return the tokens of a step of prefill as the engine logs them, else the usual number."""
+    found = _CHUNK.search(log)
+    return int(found[1]) if found else CHUNK_TOKENS
+
+
 @contextlib.asynccontextmanager
 async def started(options: EngineOptions) -> AsyncIterator[Running]:
     """A fresh engine that is ready; gone at the end, with all its processes.
@@ -209,7 +217,7 @@ async def started(options: EngineOptions) -> AsyncIterator[Running]:
             log=log,
             ready_s=round(time.monotonic() - begun_s, 1),
             phases=phases,
-            pid=process.pid,
+            chunk_tokens=read_chunk_tokens(_read(log)),
         )
         failed = False
     finally:

@@ -65,7 +65,10 @@ async def _measured(args: argparse.Namespace, recording: Recording) -> tuple[Mea
     options = EngineOptions(
         engine=fit_dialect(recording.engine),
         rehearse=True,
-        args=("--profile", args.profile, "--time-scale", f"{1 / args.slow:g}"),
+        args=(
+            *("--profile", args.profile, "--time-scale", f"{1 / args.slow:g}"),
+            *("--max-num-batched-tokens", str(recording.chunk_tokens)),
+        ),
     )
     plan = plan_for(recording, args.repeats, args.prompts, args.batches, args.slow)
     async with started(options) as running, client_of(running.url) as client:

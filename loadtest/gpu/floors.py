@@ -160,7 +160,8 @@ async def _wave(args: argparse.Namespace, wave: Sequence[Configuration]) -> list
         options.append(options_for(args, each, ",".join(devices)))
 
     async def use(place: int, running: Running) -> Row:
-        return await _one(wave[place], running, args.answer_tokens)
+        row = await _one(wave[place], running, args.answer_tokens)
+        return msgspec.structs.replace(row, gpu=this_machine().hardware)
 
     rows = []
     for each, found in zip(wave, await abreast(options, use), strict=True):

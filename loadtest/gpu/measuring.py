@@ -66,7 +66,11 @@ async def measure(
     for tokens in plan.prompts:
         if _over(deadline_s, measured, f"time to first token of {tokens:,} tokens"):
             continue
-        row = await probe.first_token(tokens, plan.repeats)
+        try:
+            row = await probe.first_token(tokens, plan.repeats)
+        except RunError as error:
+            measured.left_out.append(f"time to first token: {error}")
+            continue
         measured.first_token.append(row)
         shown = ", ".join(f"{kind} {value:.1f}" for kind, value in row.times().items())
         told(f"{tokens:,} tokens: first token after {shown} ms")

@@ -39,6 +39,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     configuration: Configuration
     version: str = ""
+    gpu: str = ""  # the cards of the machine
     token_ms: float = 0.0
     ready_s: float = 0.0
     failure: str = ""
@@ -68,6 +69,7 @@ class Outlook(msgspec.Struct, frozen=True):
 
     predictions: list[Prediction]
     calibration: dict[str, Constant] = {}
+    gpu: str = ""
 
     def of(self, wanted: Configuration) -> Prediction | None:
         """Return the prediction for a configuration."""
@@ -101,6 +103,7 @@ class _Finding(msgspec.Struct):
 
 class _Findings(msgspec.Struct):
     findings: list[_Finding]
+    facts: dict[str, str] = {}
 
 
 def read_outlook(octets: bytes) -> Outlook:
@@ -137,6 +140,7 @@ def _rows_of(found: _Rows | _Findings | Recording) -> list[Row]:
             Row(
                 configuration=Configuration(each.trial.engine, 1, each.trial.path),
                 version=each.version,
+                gpu=found.facts.get("hardware", ""),
                 token_ms=each.token_ms,
                 ready_s=each.ready_s,
             )
@@ -149,6 +153,7 @@ def _rows_of(found: _Rows | _Findings | Recording) -> list[Row]:
         Row(
             configuration=Configuration(engine, found.tensor_parallel, found.weights),
             version=found.version,
+            gpu=found.gpu,
             token_ms=row.token_ms,
             ready_s=found.ready_s,
         )
@@ -232,7 +237,8 @@ def report(facts: dict[str, str], rows: Sequence[Row], outlook: Outlook) -> tupl
              "error", "ready s")  # fmt: skip
     parts = [
         "\n".join(f"{name:<9} {value}" for name, value in facts.items() if value),
-        f"time per token at batch 1, {_versions(rows)}",
+        f"time per token at batch 1; measured: {_measured_on(rows)}; predicted for a GPU "
+        f"of type {outlook.gpu or 'not told'}",
         table(heads, cells),
         *(_constant_text(engine, factors[engine], outlook) for engine in engines),
         *(f"NOT RUN: {row.configuration.text}: {row.not_run}" for row in rows if row.not_run),
@@ -266,9 +272,13 @@ def _cells(row: Row, prediction: Prediction | None, factor: float | None) -> tup
     )
 
 
-def _versions(rows: Sequence[Row]) -> str:
-    found = {f"{row.configuration.engine} {row.version}" for row in rows if row.version}
-    return ", ".join(sorted(found)) or "nothing measured"
+def _measured_on(rows: Sequence[Row]) -> str:
+    found = {
+        f"{row.configuration.engine} {row.version} on {row.gpu or 'cards not told'}"
+        for row in rows
+        if row.token_ms
+    }
+    return ", ".join(sorted(found)) or "nothing"
 
 
 def _constant_text(engine: str, factor: float | None, outlook: Outlook) -> str:

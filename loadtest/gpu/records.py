@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 STEP_HEADS = ("batch", "context", "ms a token", "tokens/s")
+CHUNK_TOKENS = 8192  # of a step of prefill: what both engines take on cards of 80 GB and more
 TAIL_TOKENS = 200  # new ones after a cached prefix
 
 
@@ -63,7 +64,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     driver: str = ""
     software: dict[str, str] = {}
     kv_cache_tokens: int = 0
-    chunk_tokens: int = 8192  # of a step of prefill
+    chunk_tokens: int = CHUNK_TOKENS
     ready_s: float = 0.0
     phases: tuple[Phase, ...] = ()
     first_token: tuple[FirstToken, ...] = ()

@@ -30,7 +30,7 @@ from loadtest.gpu.direct import (
 from loadtest.gpu.hardware import command_line, this_machine, today
 from loadtest.gpu.measuring import QUICK, Measured, Plan, measure
 from loadtest.gpu.probing import engine_version
-from loadtest.gpu.records import Recording, shown
+from loadtest.gpu.records import CHUNK_TOKENS, Recording, shown
 from loadtest.report import to_json
 from loadtest.run import RunError
 
@@ -159,6 +159,7 @@ def _recording(
         date=today(),
         command=f"{command_line()}\n{'':<10}{running.command}" if running else command_line(),
         kv_cache_tokens=measured.kv_cache_tokens,
+        chunk_tokens=running.chunk_tokens if running else CHUNK_TOKENS,
         ready_s=running.ready_s if running else 0.0,
         phases=running.phases if running else (),
         first_token=tuple(measured.first_token),

@@ -20,6 +20,7 @@ from loadtest.gpu.direct import (
     EngineOptions,
     engine_command,
     environment,
+    read_chunk_tokens,
     read_phases,
     words_for,
 )
@@ -114,6 +115,18 @@ def test_phases_come_when_they_are_first_seen() -> None:
         (10.0, "model loading took 15.27 GiB"),
         (20.0, "Graph capturing finished in 4 secs"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("log", "tokens"),
+    [
+        ("max_total_num_tokens=343968, chunked_prefill_size=4096, max_prefill_tokens=16384", 4096),
+        ("Chunked prefill is enabled with max_num_batched_tokens=16384.", 16_384),
+        ("server_args=ServerArgs(chunked_prefill_size=None)", 8192),
+    ],
+)
+def test_the_tokens_of_a_step_are_read_from_the_log(log: str, tokens: int) -> None:
+    assert read_chunk_tokens(log) == tokens
 
 
 @pytest.mark.parametrize(
@@ -415,6 +428,7 @@ def test_floors_are_rehearsed_and_earlier_rows_added(
     command += ["--tp", "1,2", "--weights", "bf16", "--answer-tokens", "40", "--rehearse"]
     assert main([*command, "--json", str(rows)]) == 0  # one constant fits one row
     said = capsys.readouterr().out
+    assert "vllm 0.33.0 on no GPU" in said
     assert "NOT RUN: vllm TP2 bf16: needs 2 GPUs, here are 1" in said
     assert "rehearsed" in said
     assert main([*command, "--measured", str(rows)]) == 0
