@@ -181,16 +181,17 @@ class Clockwork:
         blocks = -(-(prompt_tokens + max_tokens - 1) // self.cache.block_tokens)
         return blocks <= self.cache.blocks_max
 
-    def submit(self, sequence: Sequence, now_s: float) -> None:
-        """Take a sequence into the intake; it is seen by `plan` once that is done."""
+    def submit(self, sequence: Sequence, now_s: float, spent_s: float = 0.0) -> None:
+        """Take a sequence into the intake, which began `spent_s` ago; it is seen by `plan` once
+        that is done, never before now."""
         assert self.fits(sequence.prompt_tokens, sequence.max_tokens)
         extend_chain(sequence.chain, sequence.root, sequence.tokens, self.cache.block_tokens)
         self._submitted += 1
         sequence.order = self._submitted
-        sequence.submitted_s = now_s
-        start_s = max(now_s, self._intake_free_s)
+        sequence.submitted_s = now_s - spent_s
+        start_s = max(now_s - spent_s, self._intake_free_s)
         self._intake_free_s = start_s + self.profile.intake_work_s(sequence.prompt_tokens)
-        sequence.ready_s = self._intake_free_s + self.profile.intake_s
+        sequence.ready_s = max(now_s, self._intake_free_s + self.profile.intake_s)
         self._intake.append(sequence)
         self.tally.requests[sequence.streaming] += 1
 

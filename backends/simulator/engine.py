@@ -116,12 +116,16 @@ class Engine:
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._slept_before = False
 
-    def submit(self, sequences: list[Sequence]) -> Outbox:
-        """Take the sequences of one exchange."""
+    def submit(self, sequences: list[Sequence], spent_s: float = 0.0) -> Outbox:
+        """Take the sequences of one exchange.
+
+        `spent_s` are real seconds that reading the request took here: they are part of the intake
+        that the profile has, not an addition to it. (32,000 token ids: 5 ms in this program.)
+        """
         outbox = Outbox(sequences)
         now_s = self.clock.now_s()
         for sequence in sequences:
-            self.clockwork.submit(sequence, now_s)
+            self.clockwork.submit(sequence, now_s, spent_s * self.clock.scale)
         if self.gate is Gate.ABORT:
             self.abort(sequences)
         self._wake.set()

@@ -100,8 +100,15 @@ class Disturbance:
 class Exchange:
     """One request with its sequences."""
 
-    def __init__(self, engine: Engine, generation: Generation, sequences: list[Sequence]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        generation: Generation,
+        sequences: list[Sequence],
+        spent_s: float = 0.0,
+    ) -> None:
         self.request_id = generation.request_id
+        self._spent_s = spent_s  # real, on reading the request
         self._engine = engine
         self._generation = generation
         self.sequences = sequences
@@ -110,7 +117,7 @@ class Exchange:
         self, request: web.Request, presenter: Presenter, disturbance: Disturbance
     ) -> web.StreamResponse:
         """Compute and answer."""
-        outbox = self._engine.submit(self.sequences)
+        outbox = self._engine.submit(self.sequences, self._spent_s)
         try:
             if self._generation.stream:
                 return await self._stream(request, presenter, outbox, disturbance)
@@ -127,7 +134,7 @@ class Exchange:
 
     async def compute(self) -> list[Choice]:
         """Compute and return the answers."""
-        outbox = self._engine.submit(self.sequences)
+        outbox = self._engine.submit(self.sequences, self._spent_s)
         try:
             return await self._collect(outbox)
         finally:

@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
@@ -18,7 +19,7 @@ import msgspec
 from backends.arguments import port_number
 from backends.simulator.faults import FaultError, parse_fault
 from backends.simulator.kv_events import Dialect, Endpoint
-from backends.simulator.profiles import PROFILES
+from backends.simulator.profiles import PROFILES, Profile, parse_profile
 from backends.simulator.settings import (
     CHAT_TOKENS_DEFAULT,
     COMPLETION_TOKENS_DEFAULT,
@@ -88,6 +89,20 @@ def _factor(text: str) -> float:
     return value
 
 
+def _profile(text: str) -> Profile:
+    if text in PROFILES:
+        return PROFILES[text]
+    if not text.endswith(".json"):
+        known = ", ".join(sorted(PROFILES))
+        raise argparse.ArgumentTypeError(f"no profile '{text}'; there are {known}, or a .json file")
+    try:
+        return parse_profile(Path(text).read_bytes())
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+
+
 def _fault(text: str) -> str:
     try:
         parse_fault(text)
@@ -142,7 +157,11 @@ def _add_identity(group: argparse._ArgumentGroup) -> None:
 def _add_capacity(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
-        "--profile", choices=sorted(PROFILES), default="h200-8b", help="model and GPU (%(default)s)"
+        "--profile",
+        type=_profile,
+        default="h200-8b",
+        metavar="NAME",
+        help=f"model and GPU: {', '.join(sorted(PROFILES))}, or a .json file (%(default)s)",
     )
     add(
         "--time-scale",
@@ -288,7 +307,7 @@ def parse_flags(argv: list[str]) -> Settings:
         adapters=tuple(name.partition("=")[0] for name in flags.lora_modules),
         dialect=flags.dialect,
         task=flags.task,
-        profile=PROFILES[flags.profile],
+        profile=flags.profile,
         time_scale=flags.time_scale,
         block_tokens=flags.block_size,
         kv_cache_tokens=flags.kv_cache_tokens,

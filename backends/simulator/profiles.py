@@ -3,23 +3,30 @@
 One step is one pass over the weights for everything that is scheduled: prefill chunks and one token
 of each decoding sequence share it (a mixed batch, as chunked prefill makes them). Its duration is
 
-    max(decode_base(batch), prefill_floor if any prefill, compute) + context bytes / bandwidth
+    max(decode_base(batch), prefill_floor if any prefill, linear) + attention + context / bandwidth
 
-where `compute` is the linear cost of all its tokens plus the attention of the prefill chunks. The
-maximum is right because a small batch waits for the weights and a large one for the arithmetic;
-the measured growth of a decode step, 20 us a sequence, is the 21.5 us a prompt token costs. The
-attention of a chunk from position a to b is q * (b^2 - a^2): it telescopes, so the chunks of a
-prompt cost what the whole prompt costs, however they are cut and whatever prefix was cached.
+where `linear` is what all its tokens cost by themselves. The maximum is right because a small batch
+waits for the weights and a large one for the arithmetic; the measured growth of a decode step,
+20 us a sequence, is the 21.5 us a prompt token costs. Attention comes on top: few new tokens after
+a long cached prefix still wait for the weights, and then read that prefix (SGLang with 32,000
+tokens cached: 23 ms with one block new, 32 with 200 tokens). The attention of a chunk from position
+a to b is q * (b^2 - a^2): it telescopes, so the chunks of a prompt cost what the whole prompt
+costs, however they are cut and whatever prefix was cached.
 
 In front of the steps stands the intake (HTTP, tokenizer, hashing): a latency that requests wait
 side by side, and a part per prompt token that one thread does for one request after the other.
-With it the measured times of prompts that were wholly cached come out as well.
+With it the measured times of prompts that were wholly cached come out as well. Here the engines
+differ most: vLLM hashes a prompt's tokens anew for each request, 1 us a token, SGLang walks a tree.
+
+Measured profiles are data, one file of `measured/` each, as `python -m loadtest gpu fit` writes
+them from a recorded run; derived ones are estimates from data sheets.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
+from importlib import resources
 from typing import NamedTuple
 
 import msgspec
@@ -29,6 +36,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """One model on one kind of GPU. Durations are seconds of the simulated machine."""
 
     name: str
+    source: str = ""  # which run it was fitted to; empty: nobody measured it
     intake_s: float  # latency from the request to the waiting queue
     intake_s_per_token: float  # serial work on the prompt before that
     prefill_s_per_token: float
@@ -69,10 +77,14 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         between them, and the prefill `chunks` as (start, end) positions."""
         compute_s = self.prefill_s_per_token * decodes
         floor_s = self.decode_floor_s(decodes) if decodes else 0.0
+        attention_s = 0.0
         for start_tokens, end_tokens in chunks:
-            compute_s += self.prefill_s(start_tokens, end_tokens)
+            linear_s = self.prefill_s_per_token * (end_tokens - start_tokens)
+            compute_s += linear_s
+            attention_s += self.prefill_s(start_tokens, end_tokens) - linear_s
             floor_s = max(floor_s, self.prefill_floor_s)
-        return max(floor_s, compute_s) + context_tokens * self.decode_s_per_context_token
+        context_s = context_tokens * self.decode_s_per_context_token
+        return max(floor_s, compute_s) + attention_s + context_s
 
 
 class _Model(NamedTuple):
@@ -118,26 +130,24 @@ def _derived(name: str, model: _Model, card: _Card) -> Profile:
     )
 
 
+def parse_profile(octets: bytes) -> Profile:
+    """Return the profile of a file. Raises `ValueError` when that is none."""
+    profile = msgspec.json.decode(octets, type=Profile)
+    batches = [batch for batch, _ in profile.decode_base_s]
+    if len(batches) < 2 or batches != sorted(set(batches)):
+        raise ValueError("decode_base_s: expected two or more batches, each larger than the last")
+    return profile
+
+
+def _measured() -> list[Profile]:
+    """Return the profiles that are shipped as data."""
+    folder = resources.files("backends.simulator") / "measured"
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=str)
+    return [parse_profile(file.read_bytes()) for file in files]
+
+
 _PROFILES = (
-    # Measured: vLLM 0.26.0, the shape of Qwen3-8B in bf16 on one H200, 0.45 of the card. The fit
-    # 8 ms + 22.7 us n + 5.05e-10 n^2 is split into intake (8 ms + 1.2 us n) and compute; the decode
-    # bases have the 256 tokens of context taken out that they were measured with.
-    Profile(
-        name="h200-8b",
-        intake_s=8e-3,
-        intake_s_per_token=1.2e-6,
-        prefill_s_per_token=21.5e-6,
-        prefill_s_per_token_squared=5.05e-10,
-        prefill_floor_s=7.3e-3,
-        decode_base_s=((1, 5.19e-3), (8, 5.46e-3), (32, 5.48e-3), (64, 5.77e-3), (128, 6.77e-3)),
-        decode_s_per_context_token=147_456 / 4.9e12,
-        kv_cache_tokens=336_064,
-        sleep_first_s=10.9,
-        sleep_s=0.36,
-        wake_s=0.47,
-        discard_s=0.05,
-        remap_s=0.09,
-    ),
+    *_measured(),
     # H100 SXM: 80 GB, 3.35 TB/s, 989 dense bf16 TFLOPS; Qwen3-8B, 147,456 bytes of KV a token.
     _derived("h100-8b", _Model(8.2e9, 2, 147_456), _Card(80e9, 3.35e12, 989e12)),
     # Two H200: 2 x (141 GB, 4.8 TB/s, 1,979 FP8 TFLOPS); Llama-3.3-70B in FP8, 327,680 bytes.

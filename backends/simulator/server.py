@@ -12,6 +12,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
 
 import msgspec
 from aiohttp import web
@@ -68,6 +69,8 @@ _VLLM_GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 _SGLANG_OPEN = ("/health", "/ready", "/metrics")
 _REQUEST_ID = re.compile(r"[!-~]{1,256}")
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
+
+_begun_s: ContextVar[float] = ContextVar("begun_s")  # when the head of this request was here
 
 _log = logging.getLogger(__name__)
 
@@ -132,6 +135,7 @@ class Server:
 
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Check the key and put every error into the engine's shape."""
+        _begun_s.set(time.monotonic())
         try:
             self._check_key(request)
             response = await handler(request)
@@ -233,10 +237,11 @@ class Server:
         self.check_ready()
         engine = self._choose_rank(request)
         sequences = make_sequences(generation, self.settings, engine.clockwork)
+        spent_s = time.monotonic() - _begun_s.get()
         disturbance = Disturbance(self.faults.strike(), self.exit_process)
         await disturbance.before_answer(request)
         self.check_gate()
-        exchange = Exchange(engine, generation, sequences)
+        exchange = Exchange(engine, generation, sequences, spent_s)
         self._exchanges.add(exchange)
         try:
             return await exchange.answer(request, presenter, disturbance)

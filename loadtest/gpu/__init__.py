@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from loadtest.gpu import cost, prove
+from loadtest.gpu import cost, fidelity, fit, floors, paths, prove, speeds
 
 SUMMARY = "real engines: proofs, costs, floors, calibration"
 
@@ -29,7 +29,12 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "cost": cost,
+    "fidelity": fidelity,
+    "fit": fit,
+    "floors": floors,
+    "paths": paths,
     "prove": prove,
+    "speeds": speeds,
 }
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.simulator.clockwork import Clockwork, Emission, Limits, Phase, Sequence
 from backends.simulator.kv_cache import KvCache
-from backends.simulator.profiles import PROFILES, Profile
+from backends.simulator.profiles import PROFILES, Profile, parse_profile
 from backends.simulator.tally import Tally
 from backends.simulator.tokens import StopFinder, WordSource, pack_ids
 
@@ -323,3 +324,30 @@ def test_a_slow_engine_takes_so_many_times_as_long() -> None:
         engine.submit(sequence(prompt_of(40), 5), 0.0)
         ends.append(run(engine)[-1].at_s)
     assert ends[1] == pytest.approx(3 * ends[0])
+
+
+def test_what_reading_a_request_took_is_part_of_its_intake() -> None:
+    first_s = []
+    for spent_s in (0.0, 0.005, 3.0):
+        engine = clockwork()
+        engine.submit(sequence(prompt_of(128)), 5.0, spent_s)
+        first_s.append(run(engine, 5.0)[0].at_s - 5.0)
+    at_once_s, read_in_5_ms_s, slowly_sent_s = first_s
+    assert read_in_5_ms_s == pytest.approx(at_once_s - 0.005)
+    # However long the client took to send it: nothing is computed before it is here.
+    assert slowly_sent_s == pytest.approx(H200.prefill_floor_s, rel=0.05)
+
+
+def test_few_new_tokens_wait_for_the_weights_and_then_read_a_long_prefix() -> None:
+    short_s, long_s = (H200.step_s(0, 0, [(start, start + 16)]) for start in (0, 32_000))
+    assert short_s == pytest.approx(H200.prefill_floor_s, rel=0.01)
+    assert long_s - short_s == pytest.approx(16 * 64_000 * H200.prefill_s_per_token_squared)
+
+
+def test_a_profile_of_a_file_has_its_batches_in_order() -> None:
+    octets = msgspec.json.encode(H200)
+    assert parse_profile(octets) == H200
+    for table in ([[1, 5e-3]], [[8, 5e-3], [1, 5e-3]], [[1, 5e-3], [1, 6e-3]]):
+        broken = msgspec.json.encode({**msgspec.to_builtins(H200), "decode_base_s": table})
+        with pytest.raises(ValueError, match="each larger than the last"):
+            parse_profile(broken)

@@ -1,0 +1,186 @@
+"""Whether the simulator, in real time, has the speed of the engine that its profile was fitted to.
+
+It is measured by the program that measured the engine, over HTTP, prompt by prompt and batch by
+batch, and each figure is put beside the recorded one. Promised: within 15 % for the first token of
+prompts of 1k to 32k tokens, new or seen before, and for time per token at batches of 1 to 64; the
+command fails otherwise. Smaller prompts, larger batches and partly seen prompts are shown in
+brackets. On a machine that is short of processors, --slow 4 lets the simulator run at a quarter of
+its speed, so that its own work weighs a quarter; the figures are scaled back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import orjson
+import uvloop
+
+from loadtest.client import Client
+from loadtest.gpu.direct import EngineOptions, started
+from loadtest.gpu.fit import Row, decode_text, first_token_text, is_promised, ratio_table
+from loadtest.gpu.hardware import command_line, this_machine, today
+from loadtest.gpu.measuring import LONG_CONTEXT_TOKENS, Measured, Plan, measure
+from loadtest.gpu.probing import get_text
+from loadtest.gpu.records import Recording, RecordingError, head, read_recording
+from loadtest.gpu.speeds import client_of, say, sizes, write
+from loadtest.report import to_json
+
+SUMMARY = "the simulator's speed beside a recorded engine's"
+PROMISED_SHARE = 0.15
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("recording", help="of an engine: what `gpu speeds --json` wrote")
+    add("--profile", required=True, help="of the simulator: a name, or a file that `fit` wrote")
+    add("--slow", type=float, default=1.0, metavar="X", help="times slower than the engine")
+    add("--repeats", type=int, default=5, help="of each prompt (default %(default)s)")
+    add("--prompts", type=sizes, default=(), metavar="N,N", help="only these sizes")
+    add("--batches", type=sizes, default=(), metavar="N,N", help="only these batches")
+    add("--out", metavar="FILE", help="also write the report as text")
+    add("--json", metavar="FILE", help="also write the rows")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare. Returns 1 when a promised figure is too far off, 2 when there is no recording."""
+    try:
+        recording = read_recording(args.recording)
+    except RecordingError as error:
+        print(f"loadtest: {error}", file=sys.stderr)
+        return 2
+    measured, late_s = uvloop.run(_measured(args, recording))
+    rows = compared(recording, measured, args.slow)
+    text = report(args, recording, rows, late_s)
+    print(text)
+    write(args.out, f"{text}\n".encode())
+    write(args.json, to_json({"rows": msgspec.to_builtins(rows), "late_s": late_s}))
+    return 0 if rows and not broken(rows) else 1
+
+
+async def _measured(args: argparse.Namespace, recording: Recording) -> tuple[Measured, float]:
+    options = EngineOptions(
+        engine=fit_dialect(recording.engine),
+        rehearse=True,
+        args=(
+            *("--profile", args.profile, "--time-scale", f"{1 / args.slow:g}"),
+            *("--max-num-batched-tokens", str(recording.chunk_tokens)),
+        ),
+    )
+    plan = plan_for(recording, args.repeats, args.prompts, args.batches, args.slow)
+    async with started(options) as running, client_of(running.url) as client:
+        measured = await measure(client, plan, time.time_ns(), say)
+        return measured, await _late_s(client)
+
+
+async def _late_s(client: Client) -> float:
+    """Return by how much the simulator lost its schedule; such figures are not the profile's."""
+    try:
+        state = orjson.loads(await get_text(client, "/simulator/state") or "null")
+    except orjson.JSONDecodeError:
+        return 0.0
+    return float(state.get("late_s", 0.0)) if isinstance(state, dict) else 0.0
+
+
+def fit_dialect(engine: str) -> str:
+    """Return the manners in which the simulator plays an engine."""
+    return "sglang" if engine.startswith("sglang") else "vllm"
+
+
+def plan_for(
+    recording: Recording,
+    repeats: int,
+    prompts: Sequence[int],
+    batches: Sequence[int],
+    slow: float,
+) -> Plan:
+    """Return the measurements that a recording has, of those that were asked for."""
+    contexts: dict[bool, list[int]] = {False: [], True: []}
+    for row in recording.decode:
+        contexts[_is_long(row.context_tokens)].append(row.batch)
+    return Plan(
+        prompts=_chosen((row.prompt_tokens for row in recording.first_token), prompts),
+        repeats=repeats,
+        batches=_chosen(contexts[False], batches),
+        long_batches=_chosen(contexts[True], batches),
+        limit_s=600.0 * max(1.0, slow),
+    )
+
+
+def _chosen(recorded: Iterable[int], wanted: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted({size for size in recorded if not wanted or size in wanted}))
+
+
+def _is_long(context_tokens: int) -> bool:
+    return context_tokens > LONG_CONTEXT_TOKENS / 2
+
+
+def compared(recording: Recording, measured: Measured, slow: float) -> list[Row]:
+    """Return each recorded figure that was measured again, beside its like."""
+    again = {row.prompt_tokens: row.times() for row in measured.first_token}
+    rows = []
+    for row in recording.first_token:
+        for kind, engine_ms in row.times().items():
+            simulated_ms = again.get(row.prompt_tokens, {}).get(kind)
+            if simulated_ms is not None:
+                rows.append(
+                    Row(
+                        what=first_token_text(row.prompt_tokens, kind),
+                        engine_ms=engine_ms,
+                        simulated_ms=simulated_ms / slow,
+                        promised=is_promised(row.prompt_tokens, kind),
+                    )
+                )
+    steps = {(row.batch, _is_long(row.context_tokens)): row.token_ms for row in measured.decode}
+    for decode in recording.decode:
+        token_ms = steps.get((decode.batch, _is_long(decode.context_tokens)))
+        if token_ms is not None:
+            rows.append(
+                Row(
+                    what=decode_text(decode.batch, decode.context_tokens),
+                    engine_ms=decode.token_ms,
+                    simulated_ms=token_ms / slow,
+                    promised=decode.batch <= 64,
+                )
+            )
+    return rows
+
+
+def broken(rows: Sequence[Row]) -> list[Row]:
+    """Return the promised figures that are too far off."""
+    return [row for row in rows if row.promised and abs(row.ratio - 1) > PROMISED_SHARE]
+
+
+def report(
+    args: argparse.Namespace, recording: Recording, rows: Sequence[Row], late_s: float
+) -> str:
+    """Return the text of a comparison."""
+    here = this_machine()
+    too_far = broken(rows)
+    promised = [row for row in rows if row.promised]
+    worst = max((abs(row.ratio - 1) for row in promised), default=0.0)
+    within = f"within {PROMISED_SHARE:.0%}"
+    verdict = f"FAIL: {len(too_far)} of {len(promised)} not {within}: "
+    verdict += "; ".join(f"{row.what} {row.ratio:.3f}" for row in too_far)
+    if not too_far:
+        verdict = f"PASS: all {len(promised)} {within}, the farthest {worst:.1%} off"
+    slowed = f", {args.slow:g} times slower" if args.slow != 1 else ""
+    return "\n".join(
+        (
+            "the engine, as recorded",
+            head(recording),
+            "",
+            f"the simulator, in real time{slowed}: profile {args.profile}",
+            f"date      {today()}",
+            f"hardware  {here.hardware}",
+            f"command   {command_line()}",
+            f"late      {late_s:.2f} s behind its own schedule",
+            "",
+            ratio_table(rows, "simulator"),
+            "",
+            verdict,
+        )
+    )
