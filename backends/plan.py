@@ -8,11 +8,13 @@ meet it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from backends.planning import floors, launch, parallel, rules
+from backends.planning.drafts import CHAIN_TOKENS
 from backends.planning.failure import PlanError
 from backends.planning.floors import Draft, Replica
 from backends.planning.formats import NVFP4, Format, w4a16
@@ -87,7 +89,7 @@ def make_plan(goal: Goal, shape: ModelShape, gpu: Gpu) -> Plan:
         chosen, about_gpus = parallel.choose_for_latency(goal, gpu, found)
     engine, about_engine = rules.choose_engine(goal, chosen.replica.gpus == 1)
     replica = msgspec.structs.replace(chosen.replica, engine=engine)
-    replica, about_draft = rules.keep_draft_if_quicker(goal, replica, about_draft)
+    about_draft = rules.describe_draft(goal, replica, draft, about_draft)
     step_tokens, about_step = rules.choose_step_tokens(goal, replica)
     replica = msgspec.structs.replace(replica, step_tokens_max=step_tokens)
     chosen = parallel.candidate(goal, replica)
@@ -109,7 +111,8 @@ def make_plan(goal: Goal, shape: ModelShape, gpu: Gpu) -> Plan:
         cost=_cost(goal, replica, most),
         snapshot=engine == "vllm" and replica.gpus == 1 and replica.draft is None,
         decisions=(
-            *(about_engine, about_format, about_gpus, about_replicas, about_draft, about_kv),
+            *(about_engine, about_format, about_gpus, parallel.describe_layout(replica)),
+            *(about_replicas, about_draft, about_kv),
             *(rules.choose_scheduling(goal, engine), about_step, about_context, about_limits),
         ),
         missed=missed,
@@ -216,7 +219,12 @@ def _alternatives(goal: Goal, replica: Replica) -> Iterator[tuple[str, str, Repl
             yield "gpus", text, msgspec.structs.replace(replica, gpus=count), batch
     for fewer in (batch // 2, batch // 4, 1):
         if 0 < fewer < batch:
-            yield "batch", f"{fewer} requests at once instead of {batch}", replica, fewer
+            text = f"{fewer} request{'s' * (fewer > 1)} at once instead of {batch}"
+            yield "batch", text, replica, fewer
+    quicker = _quicker_draft(goal, replica)
+    if quicker is not None:
+        text = f"a draft that yields {quicker.accept_length:g} tokens a step"
+        yield "draft", text, msgspec.structs.replace(replica, draft=quicker), batch
     narrow = _narrower(shape, replica)
     if narrow is not None:
         text = f"a checkpoint in {narrow.name}, if its quality bears it"
@@ -228,6 +236,18 @@ def _alternatives(goal: Goal, replica: Replica) -> Iterator[tuple[str, str, Repl
             for count in _linked_counts(goal, other):
                 text = f"{count} x {gpu.name} a replica"
                 yield gpu.name, text, msgspec.structs.replace(other, gpus=count), batch
+
+
+def _quicker_draft(goal: Goal, replica: Replica) -> Draft | None:
+    """Return the least draft that would meet the target; None where the best one would not."""
+    if goal.token_target_s is None:
+        return None
+    tokens = replica.draft.tokens if replica.draft else CHAIN_TOKENS
+    draft = Draft(name="a draft", tokens=tokens, accept_length=1.0, source="wanted")
+    one = msgspec.structs.replace(replica, draft=draft)
+    round_s = floors.token_time(one, goal.concurrency, goal.decode_context_tokens).expected_s
+    wanted = math.ceil(10 * round_s / goal.token_target_s) / 10
+    return None if wanted > tokens + 1 else msgspec.structs.replace(draft, accept_length=wanted)
 
 
 def _linked_counts(goal: Goal, replica: Replica) -> tuple[int, ...]:

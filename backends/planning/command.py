@@ -146,6 +146,8 @@ def find_model(model: str, environ: Mapping[str, str]) -> Path:
         return path
     if path.is_dir():
         raise RequestError(f"{model}: the folder has no config.json; give one of a model")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        raise RequestError(f"{model}: there is no such folder, and it is no hub id either")
     cache = _hub_cache(environ)
     snapshots = cache / f"models--{model.replace('/', '--')}" / "snapshots"
     main = snapshots.parent / "refs" / "main"

@@ -33,6 +33,7 @@ FP8 = Format("fp8", 8, 1.0, "fp8")  # one scale per tensor or channel: nothing t
 FP8_BLOCK = Format("fp8", 8, 1.0 + 4 / 128**2, "fp8", group=128)  # a float for 128 x 128
 INT8 = Format("int8", 8, 1.0, "int8")
 NVFP4 = Format("nvfp4", 4, 0.5 + 1 / 16, "fp4", group=16)  # an FP8 scale for 16
+NVFP4_EXPERTS = Format("nvfp4", 4, 0.5 + 1 / 16, "fp4", "experts", group=16)
 MXFP4 = Format("mxfp4", 4, 0.5 + 1 / 32, "fp4", "experts")  # an 8-bit exponent for 32
 
 

@@ -27,7 +27,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 _NO_STRINGS = frozenset(
     ("yes", "no", "on", "off", "true", "false", "null", "y", "n")
 )  # of YAML 1.1
-_VLLM_AT_LOAD = {"fp8": "fp8", "nvfp4": "nvfp4_per_token"}
+# vLLM 0.33 refuses plain fp8 for a checkpoint of 16 bits; both NVFP4 makers take experts only.
+_VLLM_AT_LOAD = {"fp8": "fp8_per_tensor", "nvfp4": "nvfp4_per_token"}
 _SGLANG_AT_LOAD = {"fp8": "fp8", "nvfp4": "nvfp4_online"}
 
 
@@ -47,13 +48,16 @@ def _vllm(replica: Replica, precision: Precision, limits: Limits) -> tuple[str, 
             config = {"method": "mtp"}
         config["num_speculative_tokens"] = draft.tokens
         speculation = ("--speculative-config", json.dumps(config, separators=(",", ":")))
+    groups = replica.attention_groups
+    apart = ("--data-parallel-size", str(groups), "--enable-expert-parallel")
     return (
-        *("--tensor-parallel-size", str(replica.gpus)),
+        *("--tensor-parallel-size", str(replica.gpus // groups)),
+        *(apart if groups > 1 else ()),
         *_at_load(_VLLM_AT_LOAD, precision),
         *(("--kv-cache-dtype", "fp8_e4m3") if replica.kv_value_bytes == 1 else ()),
         *("--gpu-memory-utilization", f"{replica.memory_share:g}"),
         *("--max-model-len", str(limits.context_tokens)),
-        *("--max-num-seqs", str(limits.most)),
+        *("--max-num-seqs", str(-(-limits.most // groups))),  # of each group
         *("--max-num-batched-tokens", str(limits.step_tokens)),
         *("--enable-chunked-prefill", "--async-scheduling"),
         *speculation,
@@ -61,7 +65,7 @@ def _vllm(replica: Replica, precision: Precision, limits: Limits) -> tuple[str, 
 
 
 def _sglang(replica: Replica, precision: Precision, limits: Limits) -> tuple[str, ...]:
-    draft = replica.draft
+    draft, groups = replica.draft, replica.attention_groups
     speculation: tuple[str, ...] = ()
     if draft is not None:
         named = ("--speculative-draft-model-path", draft.name) if draft.name else ()
@@ -73,12 +77,13 @@ def _sglang(replica: Replica, precision: Precision, limits: Limits) -> tuple[str
         )
     return (
         *("--tensor-parallel-size", str(replica.gpus)),
+        *(("--attn-dp-size", str(groups)) if groups > 1 else ()),
         *_at_load(_SGLANG_AT_LOAD, precision),
         *(("--kv-cache-dtype", "fp8_e4m3") if replica.kv_value_bytes == 1 else ()),
         *("--mem-fraction-static", f"{static_share(replica):.2f}"),
         *("--context-length", str(limits.context_tokens)),
         *("--max-running-requests", str(limits.most)),
-        *("--cuda-graph-max-bs-decode", str(limits.most)),
+        *("--cuda-graph-max-bs-decode", str(-(-limits.most // groups))),  # of each group
         *("--chunked-prefill-size", str(limits.step_tokens)),
         *speculation,
     )

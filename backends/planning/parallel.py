@@ -26,7 +26,7 @@ from backends.planning.floors import (
 from backends.planning.formats import Format
 from backends.planning.goal import Decision, Goal
 from backends.planning.hardware import Gpu
-from backends.planning.rules import BATCH_MAX
+from backends.planning.rules import BATCH_MAX, without_idle_draft
 from backends.planning.shape import ModelShape
 
 GPUS_MAX = 8  # the NVLink domain of a board; larger ones are racks, which one launch does not span
@@ -65,11 +65,42 @@ def splits(shape: ModelShape, weights: Format, gpus: int) -> str:
 def candidates(goal: Goal, base: Replica) -> tuple[Candidate, ...]:
     """Return every number of GPUs that the model can be cut for, within a node."""
     return tuple(
-        candidate(goal, msgspec.structs.replace(base, gpus=count))
+        _better_layout(goal, without_idle_draft(goal, msgspec.structs.replace(base, gpus=count)))
         for count in COUNTS
         if count <= min(goal.gpus_per_node, GPUS_MAX)
         and not splits(base.shape, base.weights, count)
     )
+
+
+def _better_layout(goal: Goal, replica: Replica) -> Candidate:
+    """Cut the attention, too, or keep it whole on each GPU where that serves more.
+
+    A compressed cache (MLA) cannot be cut by heads, so that cutting the attention keeps it once
+    for each GPU. With whole attention each GPU has sequences of its own, and only the experts are
+    shared: more fit, but a single token takes longer, so it is for offline work.
+    """
+    cut = candidate(goal, replica)
+    shape = replica.shape
+    if goal.work != "offline" or replica.gpus == 1 or not (shape.mla and shape.moe):
+        return cut
+    whole = candidate(goal, msgspec.structs.replace(replica, attention_groups=replica.gpus))
+    better = whole.fits and (not cut.fits or whole.tokens_per_s > cut.tokens_per_s)
+    return whole if better else cut
+
+
+def describe_layout(replica: Replica) -> Decision:
+    """Say how the GPUs of a replica share the model."""
+    rule, count = "layout", replica.gpus
+    if replica.attention_groups > 1:
+        why = f"cut by heads, the compressed cache would be kept {count} times; so each GPU has "
+        why += "sequences of its own, and all share the experts"
+        return Decision(rule, f"attention on each of {count} GPUs, experts shared", why)
+    if count == 1:
+        return Decision(rule, "one GPU", "nothing is cut, nothing waits for a link")
+    why = "each token reads from all GPUs at once"
+    if replica.shape.mla:
+        why += f"; the price is that the compressed cache is kept {count} times"
+    return Decision(rule, f"tensor parallelism over {count} GPUs", why)
 
 
 def candidate(goal: Goal, replica: Replica) -> Candidate:

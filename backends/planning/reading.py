@@ -82,6 +82,8 @@ def _shape(
     vocabulary = sizes.need("vocab_size")
     heads = sizes.need("num_attention_heads", "n_head")
     head_dim = _head_dim(sizes) or hidden // heads
+    if not head_dim:
+        raise RequestError(f"config.json: {heads} heads do not fit a hidden_size of {hidden}")
     kv_heads = sizes.maybe("num_key_value_heads") or heads
     tied = sizes.config.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     if tied is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from backends.planning.shape import kv_bytes_per_token, step_bytes, weight_bytes
 
 JSON_VERSION = 1
 GB = 1e9
+_DEEP = " " * 6
 
 
 def text_report(comparison: Comparison, pool: Pool, *, with_gpus: bool) -> str:
@@ -64,7 +66,7 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"  cache    {kv_bytes_per_token(shape, replica.kv_value_bytes):,.0f} bytes a token"
         + (f"; {windowed} layers keep no more than their window" if windowed else "")
         + (
-            f"; compressed (MLA), so each of {replica.gpus} GPUs keeps all of it"
+            f"; compressed (MLA), copies among {replica.gpus} GPUs: {replica.kv_copies:.0f}"
             if shape.mla
             else ""
         )
@@ -142,7 +144,7 @@ def _choices(plan: Plan) -> Iterator[str]:
     yield "choices"
     for decision in plan.decisions:
         yield f"  {decision.rule}: {decision.choice}"
-        yield f"      {decision.why}"
+        yield from textwrap.wrap(decision.why, 96, initial_indent=_DEEP, subsequent_indent=_DEEP)
 
 
 def _targets(plan: Plan) -> Iterator[str]:
@@ -180,6 +182,7 @@ def _plan_values(plan: Plan) -> dict[str, Any]:
         "format": replica.weights.name,
         "format_is": plan.precision.shipping,
         "gpus_per_replica": replica.gpus,
+        "attention_groups": replica.attention_groups,
         "replicas_per_node": plan.replicas,
         "kv_cache_bits": int(8 * replica.kv_value_bytes),
         "draft": None

@@ -14,7 +14,7 @@ import msgspec
 from backends.planning.calibration import CALIBRATION, EngineName
 from backends.planning.drafts import find_draft
 from backends.planning.floors import Draft, Replica, batch_max, prefill, token_time
-from backends.planning.formats import FP8, INT8, NVFP4, Format, w4a16
+from backends.planning.formats import FP8, INT8, NVFP4, NVFP4_EXPERTS, Format, w4a16
 from backends.planning.goal import Decision, Goal, WorkClass
 from backends.planning.hardware import Gpu
 from backends.planning.shape import ModelShape
@@ -67,7 +67,11 @@ def choose_format(shape: ModelShape, gpu: Gpu) -> tuple[Precision, Decision]:
     if large and "fp4" in gpu.flops:
         why = f"{size} are above some 70 B: four bits cost little there, and {gpu.generation} "
         why += "multiplies FP4"
-        return Precision(NVFP4, "at load"), Decision("format", "nvfp4, made at load", why)
+        if shape.moe:
+            return Precision(NVFP4_EXPERTS, "at load"), Decision("format", "nvfp4, at load", why)
+        why += "; of dense layers engines make none at load"
+        needed = Precision(NVFP4, "needs its checkpoint")
+        return needed, Decision("format", "nvfp4, needs its checkpoint", why)
     if "fp8" in gpu.flops:
         why = f"{gpu.generation} multiplies FP8; "
         why += (
@@ -76,7 +80,7 @@ def choose_format(shape: ModelShape, gpu: Gpu) -> tuple[Precision, Decision]:
             if large
             else f"{size} are not above some 70 B, so four bits would cost quality"
         )
-        return Precision(FP8, "at load"), Decision("format", "fp8, made at load", why)
+        return Precision(FP8, "at load"), Decision("format", "fp8, at load", why)
     if large:
         why = f"{gpu.generation} has no FP8, and {size} are above some 70 B: four bits, "
         why += "widened as they are read (AWQ or GPTQ)"
@@ -127,24 +131,38 @@ def choose_draft(goal: Goal, shape: ModelShape) -> tuple[Draft | None, Decision]
         why += "" if goal.draft == "none" else "give one with --draft"
         return None, Decision(rule, "off", why)
     named = f"EAGLE-3 with {draft.name}" if draft.name else "the model's own drafting layers (MTP)"
-    why = f"reading bounds decode, so checking {draft.tokens} proposed tokens is nearly free; "
+    count = f"{draft.tokens} proposed token{'s' * (draft.tokens > 1)}"
+    why = f"reading bounds decode, so {count} are checked with the next at little cost; "
     why += f"{draft.accept_length:g} tokens a step are expected ({draft.source})"
     return draft, Decision(rule, named, why)
 
 
-def keep_draft_if_quicker(goal: Goal, replica: Replica, said: Decision) -> tuple[Replica, Decision]:
-    """Drop a draft that does not pay at the batch that is asked for."""
-    if replica.draft is None:
-        return replica, said
+def drafting_gain(goal: Goal, replica: Replica) -> float:
+    """Return the share that the replica's draft takes off the time per token; negative: it adds."""
     plain = msgspec.structs.replace(replica, draft=None)
     batch, context = goal.concurrency, goal.decode_context_tokens
-    without = token_time(plain, batch, context).expected_s
     with_it = token_time(replica, batch, context).expected_s
-    gain = 1.0 - with_it / without
-    ways = f"{with_it * 1e3:.2f} ms a token against {without * 1e3:.2f}, at batch {batch}"
-    if gain < SPECULATION_GAIN_MIN:
-        return plain, Decision(said.rule, "off", f"{said.choice} would not pay: {ways}")
-    return replica, Decision(said.rule, said.choice, f"{said.why}; {ways}")
+    return 1.0 - with_it / token_time(plain, batch, context).expected_s
+
+
+def without_idle_draft(goal: Goal, replica: Replica) -> Replica:
+    """Drop a draft that does not pay at the batch that is asked for."""
+    if replica.draft is None or drafting_gain(goal, replica) >= SPECULATION_GAIN_MIN:
+        return replica
+    return msgspec.structs.replace(replica, draft=None)
+
+
+def describe_draft(goal: Goal, replica: Replica, draft: Draft | None, said: Decision) -> Decision:
+    """Say what became of `draft` on the chosen replica."""
+    if draft is None:
+        return said
+    gain = drafting_gain(goal, msgspec.structs.replace(replica, draft=draft))
+    if replica.draft is None:
+        change = f"takes only {gain:.0%} off" if gain >= 0 else f"adds {-gain:.0%} to"
+        why = f"{said.choice} {change} a token's time at batch {goal.concurrency}; {said.why}"
+        return Decision(said.rule, "off", why)
+    why = f"{said.why}; {gain:.0%} off a token's time at batch {goal.concurrency}"
+    return Decision(said.rule, said.choice, why)
 
 
 def choose_scheduling(goal: Goal, engine: EngineName) -> Decision:
@@ -174,15 +192,20 @@ def choose_step_tokens(goal: Goal, replica: Replica) -> tuple[int, Decision]:
 
 
 def choose_limits(goal: Goal, replica: Replica) -> tuple[int, int, Decision]:
-    """Return the requests in flight to aim at and never to exceed, for one replica."""
+    """Return the requests in flight to aim at and never to exceed, for one replica.
+
+    Where the target cannot be met at all, the batch that was asked for is aimed at. Twice the aim
+    is room for a burst while other replicas start, so no aim takes more than half of the cache.
+    """
     rule = "requests in flight"
     fit = batch_max(replica, goal.sequence_tokens)
     most = max(1, min(fit, BATCH_MAX[goal.work]))
     if goal.token_target_s is None:
         why = f"{fit:,} requests of {goal.sequence_tokens:,} tokens fit the cache"
         return 0, most, Decision(rule, f"at most {most}", why)
-    aim = max(1, _largest_batch(goal, replica, goal.token_target_s, most))
-    most = max(aim, min(most, 2 * aim))
+    meeting = _largest_batch(goal, replica, goal.token_target_s, most)
+    aim = max(1, min(max(meeting, goal.concurrency), (most + 1) // 2))
+    most = min(most, 2 * aim)
     why = f"at {aim} a token is expected to take "
     why += f"{token_time(replica, aim, goal.decode_context_tokens).expected_s * 1e3:.1f} ms; "
     why += f"up to {most} are taken while others start ({fit:,} fit the cache)"
