@@ -10,6 +10,7 @@ from backends.plan import Plan
 from backends.planning import floors
 from backends.planning.compare import Comparison
 from backends.planning.launch import Pool, snippet
+from backends.planning.predictions import decode_outlook
 from backends.planning.shape import kv_bytes_per_token, step_bytes, weight_bytes
 
 JSON_VERSION = 1
@@ -37,6 +38,7 @@ def json_report(comparison: Comparison, pool: Pool, *, with_gpus: bool) -> dict[
         "ranked_by": comparison.rule,
         "plans": [_plan_values(plan) for plan in comparison.plans],
         "refused": dict(comparison.refused),
+        "decode": decode_outlook(comparison.best.shape, comparison.best.gpu),
         "configuration": snippet(pool, with_gpus=with_gpus, note=comparison.best.note),
     }
 

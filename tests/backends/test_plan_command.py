@@ -116,6 +116,27 @@ def test_json_is_versioned_and_whole(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
 
 
+def test_predictions_stand_beside_the_plan_for_every_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder(tmp_path, "qwen3-8b")
+    _, text, _ = run(capsys, path, "--gpu", "h200", "--class", "online", "--json")
+    outlook = json.loads(text)["decode"]
+    found = {(p["engine"], p["tp"], p["weights"]): p for p in outlook["predictions"]}
+    assert len(found) == 2 * 4 * 2
+    one = found["vllm", 1, "bf16"]
+    assert one["expected_ms"] == pytest.approx(5.2, rel=0.01)
+    assert one["floor_ms"] == pytest.approx(3.15, rel=0.01)
+    assert one["collective_ms"] == 0.0
+    layer_s = outlook["calibration"]["vllm"]["value"]
+    assert one["overhead_ms"] == pytest.approx(36 * layer_s * 1e3)
+    for prediction in found.values():
+        assert prediction["expected_ms"] > prediction["overhead_ms"] + prediction["floor_ms"]
+    shipped = folder(tmp_path, "gpt-oss-20b")
+    _, text, _ = run(capsys, shipped, "--gpu", "b200", "--class", "online", "--json")
+    assert {p["weights"] for p in json.loads(text)["decode"]["predictions"]} == {"mxfp4"}
+
+
 def test_all_types_are_compared_and_the_best_is_told_in_full(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
