@@ -23,6 +23,7 @@ class PublishedDraft(msgspec.Struct, frozen=True):
     layers: int
     hidden: int
     vocabulary: int
+    experts: int
     draft: str
     accept_length: float
     source: str
@@ -30,55 +31,55 @@ class PublishedDraft(msgspec.Struct, frozen=True):
 
 PUBLISHED = (
     PublishedDraft(
-        *("llama-3.1-8b", 32, 4096, 128256),
+        *("llama-3.1-8b", 32, 4096, 128256, 0),
         "RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3",
         2.8,
         "2.8 to 3.5 published, with chains of up to seven; the lowest is taken",
     ),
     PublishedDraft(
-        *("llama-3.3-70b", 80, 8192, 128256),
+        *("llama-3.3-70b", 80, 8192, 128256, 0),
         "lmsys/SGLang-EAGLE3-Llama-3.3-70B-Instruct-SpecForge",
         2.9,
         "2.9 to 3.6 published for heads of this model; the lowest is taken",
     ),
     PublishedDraft(
-        *("llama-4-maverick", 48, 5120, 202048),
+        *("llama-4-maverick", 48, 5120, 202048, 128),
         "lmsys/sglang-EAGLE3-Llama-4-Maverick-17B-128E-Instruct-v1",
         2.45,
         "its model card, with three steps",
     ),
     PublishedDraft(
-        *("qwen3-8b", 36, 4096, 151936),
+        *("qwen3-8b", 36, 4096, 151936, 0),
         "RedHatAI/Qwen3-8B-speculator.eagle3",
         2.0,
         "1.8 to 2.2 published for heads of Qwen3 models; the middle is taken",
     ),
     PublishedDraft(
-        *("qwen3-32b", 64, 5120, 151936),
+        *("qwen3-32b", 64, 5120, 151936, 0),
         "RedHatAI/Qwen3-32B-speculator.eagle3",
         2.0,
         "1.8 to 2.2 published for heads of Qwen3 models; the middle is taken",
     ),
     PublishedDraft(
-        *("qwen3-30b-a3b", 48, 2048, 151936),
+        *("qwen3-30b-a3b", 48, 2048, 151936, 128),
         "RedHatAI/Qwen3-30B-A3B-Instruct-2507-speculator.eagle3",
         2.0,
         "1.8 to 2.2 published for heads of Qwen3 models; the middle is taken",
     ),
     PublishedDraft(
-        *("qwen3-235b-a22b", 94, 4096, 151936),
+        *("qwen3-235b-a22b", 94, 4096, 151936, 128),
         "nvidia/Qwen3-235B-A22B-Eagle3",
         2.0,
         "1.8 to 2.2 published for heads of Qwen3 models; the middle is taken",
     ),
     PublishedDraft(
-        *("gpt-oss-20b", 24, 2880, 201088),
+        *("gpt-oss-20b", 24, 2880, 201088, 32),
         "RedHatAI/gpt-oss-20b-speculator.eagle3",
         2.1,
         "as published for gpt-oss-120b (positions accepted .58, .31, .16, .08)",
     ),
     PublishedDraft(
-        *("gpt-oss-120b", 36, 2880, 201088),
+        *("gpt-oss-120b", 36, 2880, 201088, 128),
         "nvidia/gpt-oss-120b-Eagle3-short-context",
         2.1,
         "published: positions accepted .58, .31, .16, .08",
@@ -88,8 +89,8 @@ PUBLISHED = (
 
 def published_draft(shape: ModelShape) -> PublishedDraft | None:
     """Return the head that is known for a model of these sizes."""
-    sizes = (shape.layers, shape.hidden, shape.vocabulary)
-    found = (d for d in PUBLISHED if (d.layers, d.hidden, d.vocabulary) == sizes)
+    sizes = (shape.layers, shape.hidden, shape.vocabulary, shape.experts)
+    found = (d for d in PUBLISHED if (d.layers, d.hidden, d.vocabulary, d.experts) == sizes)
     return next(found, None)
 
 

@@ -36,7 +36,9 @@ def configuration(report: str) -> Config:
     return parse_config(report.split("\nconfiguration\n")[1], "snippet")
 
 
-@pytest.mark.parametrize("model", sorted(CONFIGS))
+@pytest.mark.parametrize(
+    "model", ["llama-3.1-8b", "llama-3.1-405b", "gpt-oss-20b", "deepseek-v3", "gemma-3-27b"]
+)
 @pytest.mark.parametrize("work", ["online", "offline", "semi-online"])
 @pytest.mark.parametrize("gpu", ["h200", "b300"])
 def test_every_snippet_is_a_valid_configuration(

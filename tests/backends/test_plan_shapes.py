@@ -60,6 +60,8 @@ def test_windowed_layers_stop_growing() -> None:
     assert shape.windows[:3] == (128, 0, 128)
     token_of_a_layer = 49_152 / 24
     assert kv_bytes(shape, 1128, 2.0) == 12 * (128 + 1128) * token_of_a_layer
+    chunked = read_shape(config("llama-4-maverick"))
+    assert chunked.windows[:4] == (8192, 8192, 8192, 0)
     gemma = read_shape(config("gemma-3-27b"))
     assert [index for index, window in enumerate(gemma.windows[:12]) if not window] == [5, 11]
 
@@ -109,12 +111,12 @@ def test_every_family_names_its_experts_differently() -> None:
         "gpt-oss-120b": (128, 4, 36),
         "mixtral-8x7b": (8, 2, 32),
         "deepseek-v3": (256, 8, 58),  # the first three layers are dense
+        "kimi-k2": (384, 8, 60),
+        "qwen3-30b-a3b": (128, 8, 48),
+        "llama-4-maverick": (128, 1, 24),  # every other layer is dense
     }
     sparse = read_shape(config("qwen3-235b-a22b", decoder_sparse_step=2, mlp_only_layers=[1]))
     assert sparse.expert_layers == 46
-    maverick = config("qwen3-235b-a22b", model_type="llama4_text", interleave_moe_layer_step=2)
-    maverick.pop("decoder_sparse_step")
-    assert read_shape(maverick).expert_layers == 47
     assert read_shape(config("qwen3-235b-a22b", moe_layers=[3, 5])).expert_layers == 2
 
 
