@@ -131,6 +131,7 @@ def _base(
         gpu=gpu,
         gpus=1,
         engine=engine,
+        loads_wide=rules.loads_wide(engine, precision),
         step_tokens_max=rules.OFFLINE_STEP_TOKENS if goal.work == "offline" else 8192,
         draft=draft,
     )
@@ -228,11 +229,10 @@ def _alternatives(goal: Goal, replica: Replica) -> Iterator[tuple[str, str, Repl
     narrow = _narrower(shape, replica)
     if narrow is not None:
         text = f"a checkpoint in {narrow.name}, if its quality bears it"
-        yield "format", text, msgspec.structs.replace(replica, weights=narrow), batch
+        yield "format", text, _as_checkpoint(replica, narrow), batch
     for gpu in GPUS.values():
         if gpu.name != replica.gpu.name:
-            precision, _ = rules.choose_format(shape, gpu)
-            other = msgspec.structs.replace(replica, gpu=gpu, weights=precision.weights)
+            other = _on_type(replica, gpu)
             for count in _linked_counts(goal, other):
                 text = f"{count} x {gpu.name} a replica"
                 yield gpu.name, text, msgspec.structs.replace(other, gpus=count), batch
@@ -265,18 +265,31 @@ def _narrower(shape: ModelShape, replica: Replica) -> Format | None:
     return NVFP4 if "fp4" in replica.gpu.flops else w4a16("w4a16", 128)
 
 
+def _as_checkpoint(replica: Replica, weights: Format) -> Replica:
+    return msgspec.structs.replace(replica, weights=weights, loads_wide=False)
+
+
+def _on_type(replica: Replica, gpu: Gpu) -> Replica:
+    """Return the replica on another GPU type, in the format that is right there."""
+    precision, _ = rules.choose_format(replica.shape, gpu)
+    wide = rules.loads_wide(replica.engine, precision)
+    return msgspec.structs.replace(replica, gpu=gpu, weights=precision.weights, loads_wide=wide)
+
+
 def _nothing_fits(goal: Goal, base: Replica, found: Sequence[Candidate]) -> PlanError:
     """Return the error, with the GPU types and formats on which it would fit."""
     error = parallel.no_fit(goal, base, found)
     would: list[str] = []
+    if base.loads_wide:
+        same = _as_checkpoint(base, base.weights)
+        if any(c.fits for c in parallel.candidates(goal, same)):
+            would.append(f"a checkpoint in {base.weights.name}")
     narrow = _narrower(base.shape, base)
-    if narrow is not None:
-        smaller = msgspec.structs.replace(base, weights=narrow)
-        if any(c.fits for c in parallel.candidates(goal, smaller)):
-            would.append(f"a checkpoint in {narrow.name}")
+    smaller = None if narrow is None else parallel.candidates(goal, _as_checkpoint(base, narrow))
+    if narrow is not None and any(c.fits for c in smaller or ()):
+        would.append(f"a checkpoint in {narrow.name}")
     for gpu in GPUS.values():
-        precision, _ = rules.choose_format(base.shape, gpu)
-        other = msgspec.structs.replace(base, gpu=gpu, weights=precision.weights)
+        other = _on_type(base, gpu)
         fits = [c.replica.gpus for c in parallel.candidates(goal, other) if c.fits]
         if fits and gpu.name != base.gpu.name:
             would.append(f"{fits[0]} x {gpu.name}")

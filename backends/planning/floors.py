@@ -54,6 +54,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     memory_share: float = 0.92
     step_tokens_max: int = 8192
     draft: Draft | None = None
+    loads_wide: bool = False  # holds all weights in 16 bits before it narrows them
     attention_groups: int = 1  # that share the experts, each with sequences of its own
 
     @property
@@ -170,6 +171,14 @@ def kv_room_per_gpu(replica: Replica) -> float:
     """Return the bytes that are left for keys and values; negative where weights do not fit."""
     share = replica.gpu.memory_bytes * replica.memory_share
     return share - weights_per_gpu(replica) - reserve_per_gpu(replica)
+
+
+def loads(replica: Replica) -> bool:
+    """Return whether the weights fit while they are loaded."""
+    if not replica.loads_wide:
+        return kv_room_per_gpu(replica) > 0
+    wide = weight_bytes(replica.shape, BF16) / replica.gpus
+    return wide + FIXED_BYTES <= replica.gpu.memory_bytes * replica.memory_share
 
 
 def sequence_bytes_per_gpu(replica: Replica, context: float) -> float:

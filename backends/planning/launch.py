@@ -68,7 +68,11 @@ def _sglang(replica: Replica, precision: Precision, limits: Limits) -> tuple[str
     draft, groups = replica.draft, replica.attention_groups
     speculation: tuple[str, ...] = ()
     if draft is not None:
-        named = ("--speculative-draft-model-path", draft.name) if draft.name else ()
+        named: tuple[str, ...] = ()
+        if draft.name:
+            named = ("--speculative-draft-model-path", draft.name)
+            # It would take the model's --quantization otherwise, and accept less.
+            named += ("--speculative-draft-model-quantization", "unquant")
         speculation = (
             *("--speculative-algorithm", "EAGLE3" if draft.name else "NEXTN"),
             *named,

@@ -21,6 +21,7 @@ from backends.planning.floors import (
     crossover_batch,
     first_token_s,
     kv_room_per_gpu,
+    loads,
     token_time,
 )
 from backends.planning.formats import Format
@@ -106,12 +107,13 @@ def describe_layout(replica: Replica) -> Decision:
 def candidate(goal: Goal, replica: Replica) -> Candidate:
     holds = batch_max(replica, goal.sequence_tokens)
     longest = context_max(replica)
-    wanted = goal.context_tokens or min(goal.sequence_tokens, replica.shape.context_tokens_max)
+    wanted = goal.context_tokens or goal.sequence_tokens
+    room = loads(replica) and kv_room_per_gpu(replica) > 0
     return Candidate(
         replica=replica,
         batch_max=holds,
         context_max=longest,
-        fits=kv_room_per_gpu(replica) > 0 and holds >= goal.concurrency and longest >= wanted,
+        fits=room and holds >= goal.concurrency and longest >= wanted,
         token_s=token_time(replica, goal.concurrency, goal.decode_context_tokens).expected_s,
         first_token_s=first_token_s(replica, goal.prompt_tokens),
         tokens_per_s=throughput(goal, replica, saturating_batch(goal, replica)),
@@ -153,6 +155,9 @@ def choose_for_latency(
     chosen = fitting[0]
     need = _count(chosen.replica.gpus)
     why = f"memory needs {need}"
+    if any(not loads(c.replica) and kv_room_per_gpu(c.replica) > 0 for c in found):
+        why += ", because SGLang loads all 16 bits before it narrows them (a checkpoint in "
+        why += f"{chosen.replica.weights.name} would not)"
     for wider in fitting[1:]:
         if meets(goal, chosen):
             break
@@ -193,10 +198,12 @@ def no_fit(goal: Goal, base: Replica, found: Sequence[Candidate]) -> PlanError:
         count = min(goal.gpus_per_node, GPUS_MAX)
         return PlanError(f"the model cannot be cut for {node}: {splits_text(base, count)}")
     best = found[-1]
+    where = f"{_count(best.replica.gpus)} of type {base.gpu.name}"
     if kv_room_per_gpu(best.replica) <= 0:
+        return PlanError(f"the weights in {base.weights.name} do not fit {where}")
+    if not loads(best.replica):
         return PlanError(
-            f"the weights in {base.weights.name} do not fit {_count(best.replica.gpus)} of type "
-            f"{base.gpu.name}"
+            f"the weights in 16 bits, which SGLang loads before it narrows them, do not fit {where}"
         )
     return PlanError(
         f"{goal.concurrency} requests of {goal.sequence_tokens:,} tokens, or one of "

@@ -101,6 +101,14 @@ def _shipped(shape: ModelShape, gpu: Gpu, stored: Format) -> Decision:
     return Decision("format", f"{stored.name}, as shipped", why)
 
 
+def loads_wide(engine: EngineName, precision: Precision) -> bool:
+    """Say whether an engine holds all 16 bits before it narrows them.
+
+    SGLang 0.5.23 narrows a model once it is loaded; vLLM 0.33 goes layer by layer.
+    """
+    return engine == "sglang" and precision.shipping == "at load"
+
+
 def choose_kv(goal: Goal, gpu: Gpu, fits_16bit: bool) -> tuple[float, Decision]:
     """16 bits, since fewer change the answers; eight where asked for or where nothing fits else."""
     if goal.kv_fp8 and "fp8" in gpu.flops:

@@ -23,6 +23,9 @@ from backends.planning.shape import ModelShape
 from tests.fakes.model_shapes import CONFIGS
 
 SHAPES = {name: read_shape(config) for name, config in CONFIGS.items()}
+SHAPES["llama-3.3-70b-fp8"] = read_shape(
+    {**CONFIGS["llama-3.3-70b"], "quantization_config": {"quant_method": "fp8"}}
+)
 
 
 def goal(work: WorkClass = "online", **values: Any) -> Goal:
@@ -119,6 +122,18 @@ def test_experts_of_large_models_become_fp4_at_load() -> None:
     assert (precision.weights.covers, precision.shipping) == ("experts", "at load")
 
 
+def test_sglang_needs_room_for_16_bits_to_narrow_them() -> None:
+    narrowed = planned("llama-3.3-70b", "h200", token_target_s=0.010)
+    assert narrowed.replica.gpus == 2
+    assert "loads all 16 bits" in why(narrowed, "GPUs per replica")
+    shipped = planned("llama-3.3-70b-fp8", "h200", token_target_s=0.010)
+    assert shipped.replica.gpus == 1
+    by_layer = planned("llama-3.3-70b", "h200", token_target_s=0.010, engine="vllm")
+    assert by_layer.replica.gpus == 1
+    with pytest.raises(PlanError, match=r"in 16 bits, which SGLang .*: a checkpoint in fp8"):
+        planned("llama-3.3-70b", "h200", gpus_per_node=1)
+
+
 def test_a_needed_checkpoint_is_noted_where_it_is_needed() -> None:
     assert "INT8" in planned("llama-3.1-8b", "a100").note
     assert planned("llama-3.1-8b", "h200").note == ""
@@ -128,8 +143,8 @@ def test_a_needed_checkpoint_is_noted_where_it_is_needed() -> None:
 
 
 def test_online_grows_beyond_memory_until_the_target_is_met() -> None:
-    easy = planned("llama-3.3-70b", "h200", token_target_s=0.010)
-    hard = planned("llama-3.3-70b", "h200", token_target_s=0.004)
+    easy = planned("llama-3.3-70b-fp8", "h200", token_target_s=0.010)
+    hard = planned("llama-3.3-70b-fp8", "h200", token_target_s=0.004)
     assert easy.replica.gpus == 1
     assert hard.replica.gpus == 4
     assert not hard.missed
@@ -156,8 +171,8 @@ def test_online_stays_within_nvlink() -> None:
 
 
 def test_a_first_token_target_adds_gpus_too() -> None:
-    relaxed = planned("llama-3.3-70b", "h200", token_target_s=1.0)
-    strict = planned("llama-3.3-70b", "h200", token_target_s=1.0, first_token_target_s=0.15)
+    relaxed = planned("llama-3.3-70b-fp8", "h200", token_target_s=1.0)
+    strict = planned("llama-3.3-70b-fp8", "h200", token_target_s=1.0, first_token_target_s=0.15)
     assert strict.replica.gpus > relaxed.replica.gpus
     assert strict.chosen.first_token_s <= 0.15
 
@@ -255,7 +270,7 @@ def test_a_draft_found_by_size_alone_is_doubted() -> None:
 def test_every_published_draft_is_found_by_its_model() -> None:
     for name, shape in SHAPES.items():
         known = published_draft(shape)
-        assert known is None or known.model == name
+        assert known is None or known.model == name.removesuffix("-fp8")
     assert len({d.draft for d in PUBLISHED}) == len(PUBLISHED)
     assert all(1 < d.accept_length <= 4 for d in PUBLISHED)
 
@@ -268,6 +283,7 @@ def test_the_user_has_the_last_word_on_drafts() -> None:
     none = planned("llama-3.1-8b", "h200", draft="none")
     assert none.replica.draft is None
     assert none.chosen.token_s > mine.chosen.token_s
+    assert after(mine, "--speculative-draft-model-quantization") == "unquant"
     unknown = planned("llama-3.1-405b", "b200")
     assert "no draft is known" in why(unknown, "speculation")
 
@@ -328,10 +344,10 @@ def test_the_aim_leaves_room_for_a_burst_and_meets_the_target() -> None:
 
 
 def test_the_context_is_cut_to_what_the_cache_holds() -> None:
-    tight = planned("llama-3.3-70b", "h200", gpus_per_node=1, concurrency=1, draft="none")
-    whole = planned("llama-3.3-70b", "h200", gpus_per_node=2, concurrency=1, draft="none")
+    tight = planned("llama-3.3-70b-fp8", "h200", gpus_per_node=1, concurrency=1, draft="none")
+    whole = planned("llama-3.3-70b-fp8", "h200", gpus_per_node=2, concurrency=1, draft="none")
     assert tight.limits.context_tokens <= whole.limits.context_tokens == 131_072
-    narrow = planned("llama-3.3-70b", "h100", gpus_per_node=1, concurrency=1, kv_fp8=True)
+    narrow = planned("llama-3.3-70b-fp8", "h100", gpus_per_node=1, concurrency=1, kv_fp8=True)
     assert narrow.limits.context_tokens < 131_072
     assert narrow.limits.context_tokens % 1024 == 0
     assert "the cache holds one sequence" in why(narrow, "context")
