@@ -77,8 +77,8 @@ def make_plan(goal: Goal, shape: ModelShape, gpu: Gpu) -> Plan:
     """Return the plan for `goal`. Raises `PlanError` where nothing fits, naming what would."""
     precision, about_format = rules.choose_format(shape, gpu)
     draft, about_draft = rules.choose_draft(goal, shape)
-    kv_value_bytes, about_kv = rules.choose_kv(goal, gpu, _fits(goal, shape, gpu, precision, draft))
     base = _base(goal, shape, gpu, precision, draft)
+    kv_value_bytes, about_kv = rules.choose_kv(goal, gpu, _fewest_gpus(goal, base) > 0)
     base = msgspec.structs.replace(base, kv_value_bytes=kv_value_bytes)
     found = parallel.candidates(goal, base)
     if not any(c.fits for c in found):
@@ -135,13 +135,6 @@ def _base(
         step_tokens_max=rules.OFFLINE_STEP_TOKENS if goal.work == "offline" else 8192,
         draft=draft,
     )
-
-
-def _fits(
-    goal: Goal, shape: ModelShape, gpu: Gpu, precision: Precision, draft: Draft | None
-) -> bool:
-    found = parallel.candidates(goal, _base(goal, shape, gpu, precision, draft))
-    return any(c.fits for c in found)
 
 
 def _choose_context(goal: Goal, chosen: Candidate) -> tuple[int, Decision]:
@@ -279,20 +272,22 @@ def _on_type(replica: Replica, gpu: Gpu) -> Replica:
 def _nothing_fits(goal: Goal, base: Replica, found: Sequence[Candidate]) -> PlanError:
     """Return the error, with the GPU types and formats on which it would fit."""
     error = parallel.no_fit(goal, base, found)
-    would: list[str] = []
-    if base.loads_wide:
-        same = _as_checkpoint(base, base.weights)
-        if any(c.fits for c in parallel.candidates(goal, same)):
-            would.append(f"a checkpoint in {base.weights.name}")
     narrow = _narrower(base.shape, base)
-    smaller = None if narrow is None else parallel.candidates(goal, _as_checkpoint(base, narrow))
-    if narrow is not None and any(c.fits for c in smaller or ()):
-        would.append(f"a checkpoint in {narrow.name}")
+    checkpoints = [*([base.weights] if base.loads_wide else []), *([narrow] if narrow else [])]
+    would = [
+        f"a checkpoint in {weights.name}"
+        for weights in checkpoints
+        if _fewest_gpus(goal, _as_checkpoint(base, weights))
+    ]
     for gpu in GPUS.values():
-        other = _on_type(base, gpu)
-        fits = [c.replica.gpus for c in parallel.candidates(goal, other) if c.fits]
-        if fits and gpu.name != base.gpu.name:
-            would.append(f"{fits[0]} x {gpu.name}")
+        fewest = _fewest_gpus(goal, _on_type(base, gpu))
+        if fewest and gpu.name != base.gpu.name:
+            would.append(f"{fewest} x {gpu.name}")
     return PlanError(
         f"{error}; it would fit: {', '.join(would) if would else 'on no node of these'}"
     )
+
+
+def _fewest_gpus(goal: Goal, base: Replica) -> int:
+    """Return the fewest GPUs in a node that would do; 0 if none would."""
+    return next((c.replica.gpus for c in parallel.candidates(goal, base) if c.fits), 0)

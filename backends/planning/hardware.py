@@ -43,10 +43,6 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
             return "bf16"
         return "fp8" if weights.name == "mxfp4" else weights.arithmetic
 
-    @property
-    def linked(self) -> bool:
-        return self.link_gpus > 1
-
 
 _A100 = Gpu(
     name="a100",

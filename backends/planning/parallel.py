@@ -51,6 +51,8 @@ class Candidate(msgspec.Struct, frozen=True):
 
 def splits(shape: ModelShape, weights: Format, gpus: int) -> str:
     """Return why a model cannot be cut into so many parts; empty if it can."""
+    if gpus == 1:
+        return ""
     if shape.query_heads % gpus:
         return f"{shape.query_heads} attention heads are no multiple of {gpus}"
     if not shape.mla and shape.kv_heads % gpus and gpus % shape.kv_heads:
@@ -194,9 +196,6 @@ def choose_for_throughput(goal: Goal, found: Sequence[Candidate]) -> tuple[Candi
 def no_fit(goal: Goal, base: Replica, found: Sequence[Candidate]) -> PlanError:
     """Return the error that says what is too large."""
     node = f"{min(goal.gpus_per_node, GPUS_MAX)} x {base.gpu.name}"
-    if not found:
-        count = min(goal.gpus_per_node, GPUS_MAX)
-        return PlanError(f"the model cannot be cut for {node}: {splits_text(base, count)}")
     best = found[-1]
     where = f"{_count(best.replica.gpus)} of type {base.gpu.name}"
     if kv_room_per_gpu(best.replica) <= 0:
@@ -210,10 +209,6 @@ def no_fit(goal: Goal, base: Replica, found: Sequence[Candidate]) -> PlanError:
         f"{goal.context_tokens or goal.sequence_tokens:,}, do not fit {node}: there is room for "
         f"{best.batch_max:,} and for one of {best.context_max:,}; lower --concurrency or --context"
     )
-
-
-def splits_text(base: Replica, count: int) -> str:
-    return splits(base.shape, base.weights, count) or "no number of GPUs divides it"
 
 
 def _gain(goal: Goal, now: Candidate, wider: Candidate) -> float:

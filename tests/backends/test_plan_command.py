@@ -247,6 +247,8 @@ def test_modelopt_tells_its_format_in_a_file_of_its_own(
         (("--gpu", "h200", "--class", "online", "--prices", "/no/file"), 2, "cannot be read"),
         (("--gpu", "h200", "--class", "online", "--context", "100"), 2, "shorter than a request"),
         (("--gpu", "h200", "--class", "online", "--accept-length", "0.5"), 2, "at least 1"),
+        (("--gpu", "h200", "--class", "online", "--price", "h200=much"), 2, "no price per hour"),
+        (("--gpu", "h200", "--class", "online", "--tpot-ms", "fast"), 2, "no number above 0"),
         (("--gpu", "h200", "--class", "online", "--tpot-ms", "0"), 2, "no number above 0"),
         (("--gpu", "h200", "--class", "online", "--gpus-per-node", "0"), 2, "no whole number"),
         (("--gpu", "h200", "--class", "online", "--concurrency", "99999"), 1, "--concurrency"),
@@ -285,6 +287,20 @@ def test_a_broken_file_is_named(
     status, _, error = run(capsys, str(tmp_path), "--gpu", "h200", "--class", "online")
     assert status == 2
     assert said in error
+
+
+def test_a_file_that_cannot_be_a_configuration_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder(tmp_path, "qwen3-0.6b")
+    monkeypatch.setattr("backends.planning.command.INDEX_BYTES_MAX", 10)
+    args = (path, "--gpu", "h200", "--class", "online")
+    assert "too large to be" in run(capsys, *args)[2]
+    monkeypatch.undo()
+    index = tmp_path / "qwen3-0.6b" / "model.safetensors.index.json"
+    index.write_text('{"metadata": {"total_size": "?"}}')
+    (index.parent / "model.safetensors").write_bytes(b"\0" * 100)  # weighed instead
+    assert "the larger is planned with" in run(capsys, *args)[1]
 
 
 def test_a_folder_without_a_model_and_a_path_without_a_folder_differ(

@@ -182,6 +182,7 @@ def test_a_first_token_target_adds_gpus_too() -> None:
     [
         ("llama-3.3-70b", FP8, 8, ""),
         ("llama-3.3-70b", FP8, 16, ""),  # each head twice
+        ("llama-3.3-70b", w4a16("awq", 100_000), 1, ""),  # nothing is cut
         ("llama-3.3-70b", FP8, 3, "64 attention heads are no multiple of 3"),
         ("gpt-oss-20b", FP8, 8, ""),
         ("qwen3-235b-a22b", w4a16("awq", 128), 8, "a width of 1,536 cannot be cut into 8"),
@@ -379,6 +380,14 @@ def test_a_missed_target_names_what_would_meet_it() -> None:
     hopeless = planned("llama-3.3-70b", "h200", token_target_s=0.0001)
     assert hopeless.remedies == ("nothing in the table of GPUs would; ask for less",)
     assert "even the floor is" in hopeless.missed[0]
+
+
+def test_a_first_token_alone_can_be_missed() -> None:
+    plan = planned("llama-3.1-8b", "l40s", token_target_s=None, first_token_target_s=0.02)
+    (missed,) = plan.missed
+    assert missed.startswith("time to first token")
+    assert "2,048 tokens of which none is cached" in missed
+    assert any("h100 a replica" in remedy for remedy in plan.remedies)
 
 
 def test_more_gpus_are_named_where_the_gain_was_thought_too_small() -> None:

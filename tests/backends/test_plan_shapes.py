@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.planning.failure import PlanError, RequestError
-from backends.planning.formats import BF16, FP8, INT8, NVFP4, checkpoint_format
+from backends.planning.formats import BF16, FP8, INT8, NVFP4, checkpoint_format, w4a16, w8a16
 from backends.planning.reading import read_shape
 from backends.planning.shape import (
     NO_CACHE,
@@ -152,13 +152,15 @@ def test_formats_of_checkpoints(quantization: dict[str, Any], name: str, bytes_e
 @pytest.mark.parametrize(
     ("weights", "activations", "expected"),
     [
-        ({"num_bits": 8, "type": "float"}, {}, FP8),
-        ({"num_bits": 4, "type": "float"}, {}, NVFP4),
+        ({"num_bits": 8, "type": "float"}, None, FP8),
+        ({"num_bits": 4, "type": "float"}, None, NVFP4),
         ({"num_bits": 8, "type": "int"}, {"num_bits": 8}, INT8),
+        ({"num_bits": 8, "type": "int"}, None, w8a16("compressed-tensors")),
+        ({"num_bits": 4, "group_size": 32}, None, w4a16("compressed-tensors", 32)),
     ],
 )
 def test_formats_of_compressed_tensors(
-    weights: dict[str, Any], activations: dict[str, Any], expected: object
+    weights: dict[str, Any], activations: dict[str, Any] | None, expected: object
 ) -> None:
     group = {"weights": weights, "input_activations": activations}
     stored = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
@@ -226,6 +228,8 @@ def test_what_cannot_be_sized_is_refused() -> None:
         read_shape({"model_type": "mamba2"})
     with pytest.raises(RequestError, match="negative"):
         read_shape(config("llama-3.1-8b", hidden_size=-1))
+    with pytest.raises(RequestError, match="64 heads do not fit a hidden_size of 32"):
+        read_shape(config("llama-3.3-70b", hidden_size=32))
     lacking = config("mixtral-8x7b")
     lacking.pop("num_experts_per_tok")
     with pytest.raises(RequestError, match="num_experts_per_tok"):
