@@ -75,7 +75,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def make_plan(goal: Goal, shape: ModelShape, gpu: Gpu) -> Plan:
     """Return the plan for `goal`. Raises `PlanError` where nothing fits, naming what would."""
-    precision, about_format = rules.choose_format(shape, gpu)
+    precision, about_format = rules.choose_format(shape, gpu, as_shipped=goal.as_shipped)
     draft, about_draft = rules.choose_draft(goal, shape)
     base = _base(goal, shape, gpu, precision, draft)
     kv_value_bytes, about_kv = rules.choose_kv(goal, gpu, _fewest_gpus(goal, base) > 0)
@@ -225,7 +225,7 @@ def _alternatives(goal: Goal, replica: Replica) -> Iterator[tuple[str, str, Repl
         yield "format", text, _as_checkpoint(replica, narrow), batch
     for gpu in GPUS.values():
         if gpu.name != replica.gpu.name:
-            other = _on_type(replica, gpu)
+            other = _on_type(goal, replica, gpu)
             for count in _linked_counts(goal, other):
                 text = f"{count} x {gpu.name} a replica"
                 yield gpu.name, text, msgspec.structs.replace(other, gpus=count), batch
@@ -262,9 +262,9 @@ def _as_checkpoint(replica: Replica, weights: Format) -> Replica:
     return msgspec.structs.replace(replica, weights=weights, loads_wide=False)
 
 
-def _on_type(replica: Replica, gpu: Gpu) -> Replica:
+def _on_type(goal: Goal, replica: Replica, gpu: Gpu) -> Replica:
     """Return the replica on another GPU type, in the format that is right there."""
-    precision, _ = rules.choose_format(replica.shape, gpu)
+    precision, _ = rules.choose_format(replica.shape, gpu, as_shipped=goal.as_shipped)
     wide = rules.loads_wide(replica.engine, precision)
     return msgspec.structs.replace(replica, gpu=gpu, weights=precision.weights, loads_wide=wide)
 
@@ -280,7 +280,7 @@ def _nothing_fits(goal: Goal, base: Replica, found: Sequence[Candidate]) -> Plan
         if _fewest_gpus(goal, _as_checkpoint(base, weights))
     ]
     for gpu in GPUS.values():
-        fewest = _fewest_gpus(goal, _on_type(base, gpu))
+        fewest = _fewest_gpus(goal, _on_type(goal, base, gpu))
         if fewest and gpu.name != base.gpu.name:
             would.append(f"{fewest} x {gpu.name}")
     return PlanError(

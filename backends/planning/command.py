@@ -47,6 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--engine", choices=("vllm", "sglang"), help="instead of the class's")
     add("--draft", default="", metavar="MODEL", help="EAGLE-3 head; none: no speculation")
     add("--accept-length", type=_positive, metavar="L", help="tokens a step yields with it")
+    add("--format", choices=("auto", "shipped"), default="auto", help="of the weights")
     add("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of the KV cache")
     add("--price", action="append", default=[], metavar="TYPE=PER_HOUR", help="of one GPU")
     add("--prices", metavar="FILE", help="YAML: a price per hour for each GPU type")
@@ -104,6 +105,7 @@ def goal_of(options: argparse.Namespace) -> Goal:
         engine=options.engine,
         draft=options.draft,
         accept_length=options.accept_length or 0.0,
+        as_shipped=options.format == "shipped",
         kv_fp8=options.kv_dtype == "fp8",
         prices_per_hour=_prices(options.prices, options.price),
     )

@@ -33,6 +33,7 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True):
     draft: str = ""  # "": one that is known; "none": no speculation
     accept_length: float = 0.0  # 0: as published for the draft
     kv_fp8: bool = False
+    as_shipped: bool = False  # leave the weights in the checkpoint's format
     prices_per_hour: dict[str, float] = {}  # of one GPU of each type, in any currency
 
     @property

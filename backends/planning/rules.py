@@ -56,9 +56,16 @@ def choose_engine(goal: Goal, single_gpu: bool) -> tuple[EngineName, Decision]:
             return "vllm", Decision("engine", "vllm", why)
 
 
-def choose_format(shape: ModelShape, gpu: Gpu) -> tuple[Precision, Decision]:
+def choose_format(
+    shape: ModelShape, gpu: Gpu, *, as_shipped: bool = False
+) -> tuple[Precision, Decision]:
     """As shipped if narrow already; else by what the GPU multiplies and what the size bears."""
     stored = shape.checkpoint
+    if as_shipped:
+        why = "asked for by --format shipped"
+        return Precision(stored, "as shipped"), Decision(
+            "format", f"{stored.name}, as shipped", why
+        )
     if stored.bits < 16:
         return Precision(stored, "as shipped"), _shipped(shape, gpu, stored)
     parameters = shape.parameters_active

@@ -158,6 +158,10 @@ def test_all_types_are_compared_and_the_best_is_told_in_full(
         *("--gpu", "all", "--class", "offline", "--prices", str(prices), "--price", "b300=900"),
     )
     assert "offline on B300" not in report.splitlines()[0]
+    _, report, _ = run(
+        capsys, path, *("--gpu", "b200", "--class", "offline", "--format", "shipped")
+    )
+    assert "asked for by --format shipped" in report
 
 
 # finding models

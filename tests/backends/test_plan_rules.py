@@ -122,6 +122,14 @@ def test_experts_of_large_models_become_fp4_at_load() -> None:
     assert (precision.weights.covers, precision.shipping) == ("experts", "at load")
 
 
+def test_weights_stay_as_shipped_where_that_is_asked_for() -> None:
+    plan = planned("llama-3.1-8b", "h200", as_shipped=True)
+    assert plan.precision.weights.name == "bf16"
+    assert "--quantization" not in plan.args
+    assert not plan.replica.loads_wide
+    assert "--format shipped" in why(plan, "format")
+
+
 def test_sglang_needs_room_for_16_bits_to_narrow_them() -> None:
     narrowed = planned("llama-3.3-70b", "h200", token_target_s=0.010)
     assert narrowed.replica.gpus == 2
