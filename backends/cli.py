@@ -181,7 +181,10 @@ def _check(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from backends.planning.command import run_plan
 
-    print(run_plan(options, os.environ))
+    try:
+        print(run_plan(options, os.environ), flush=True)
+    except BrokenPipeError:  # the reader has seen enough; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

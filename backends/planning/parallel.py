@@ -178,19 +178,37 @@ def choose_for_latency(
 
 
 def choose_for_throughput(goal: Goal, found: Sequence[Candidate]) -> tuple[Candidate, Decision]:
-    """Take the fewest GPUs that hold a saturating batch; else those that yield most for each."""
+    """Take the fewest GPUs that hold a saturating batch, or fewer where they yield more for each.
+
+    Fewer may: chunks of prefill keep the arithmetic busy, too, and every further GPU costs links.
+    """
     fitting = [c for c in found if c.fits]
-    for one in fitting:
-        wanted = min(crossover_batch(one.replica), BATCH_MAX[goal.work])
-        if one.batch_max >= wanted:
-            why = f"the fewest that hold a saturating batch: {wanted:,} requests keep the "
-            why += f"arithmetic busy, {one.batch_max:,} fit; other GPUs are other replicas"
-            return one, Decision("GPUs per replica", _count(one.replica.gpus), why)
-    best = max(fitting, key=lambda c: (c.tokens_per_s / c.replica.gpus, -c.replica.gpus))
-    wanted = min(crossover_batch(best.replica), BATCH_MAX[goal.work])
-    why = f"no number in a node holds a saturating batch ({wanted:,} requests); this one yields "
-    why += "most for each GPU"
+    first = next((c for c in fitting if c.batch_max >= _saturating(goal, c)), fitting[-1])
+    up_to = fitting[: fitting.index(first) + 1]
+    best = max(up_to, key=lambda c: (_yield(c), -c.replica.gpus))
+    wanted = _saturating(goal, best)
+    if best.batch_max >= wanted:
+        why = f"the fewest that hold a saturating batch: {wanted:,} requests keep the arithmetic "
+        why += f"busy, {best.batch_max:,} fit; other GPUs are other replicas"
+    elif first.batch_max >= _saturating(goal, first):
+        why = f"{best.batch_max:,} of the {wanted:,} requests fit that saturate it; "
+        why += (
+            f"{first.replica.gpus} GPUs would hold them, but yield {_yield(first):,.0f} tokens a "
+        )
+        why += f"second each instead of {_yield(best):,.0f}"
+    else:
+        why = f"no number in a node holds a saturating batch ({wanted:,} requests); this one "
+        why += "yields most for each GPU"
     return best, Decision("GPUs per replica", _count(best.replica.gpus), why)
+
+
+def _saturating(goal: Goal, found: Candidate) -> int:
+    return min(crossover_batch(found.replica), BATCH_MAX[goal.work])
+
+
+def _yield(found: Candidate) -> float:
+    """Return answer tokens a second for each GPU of a replica that is kept full."""
+    return found.tokens_per_s / found.replica.gpus
 
 
 def no_fit(goal: Goal, base: Replica, found: Sequence[Candidate]) -> PlanError:

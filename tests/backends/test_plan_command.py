@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from typing_extensions import override
 
 from backends.cli import main
 from backends.planning.launch import Limits, Pool, snippet
@@ -101,6 +103,25 @@ def test_a_missed_target_is_told_with_what_would_do(
     assert "  would do: " in report
 
 
+def test_a_reader_that_leaves_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        @override
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        @override
+        def fileno(self) -> int:
+            return descriptor
+
+    descriptor = os.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY)
+    path = folder(tmp_path, "qwen3-0.6b")
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", Closed())
+        assert main(["plan", path, "--gpu", "h200", "--class", "online"]) == 0
+    assert os.readlink(f"/proc/self/fd/{descriptor}") == os.devnull
+    os.close(descriptor)
+
+
 def test_json_is_versioned_and_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder(tmp_path, "gpt-oss-120b")
     args = ("--gpu", "h100,a100,h100", "--class", "offline", "--price", "h100=2.5", "--json")
@@ -127,7 +148,7 @@ def test_predictions_stand_beside_the_plan_for_every_layout(
     found = {(p["engine"], p["tp"], p["weights"]): p for p in outlook["predictions"]}
     assert len(found) == 2 * 4 * 2
     one = found["vllm", 1, "bf16"]
-    assert one["expected_ms"] == pytest.approx(5.2, rel=0.01)
+    assert one["expected_ms"] == pytest.approx(5.2, rel=0.15)
     assert one["floor_ms"] == pytest.approx(3.15, rel=0.01)
     assert one["collective_ms"] == 0.0
     layer_s = outlook["calibration"]["vllm"]["value"]

@@ -217,14 +217,25 @@ def test_key_value_heads_must_match_too() -> None:
 
 
 def test_offline_takes_the_fewest_gpus_that_hold_a_saturating_batch() -> None:
-    small, large = (planned(m, "h200", "offline") for m in ("llama-3.1-8b", "llama-3.3-70b"))
+    small = planned("llama-3.1-8b", "h200", "offline")
+    large = planned("llama-3.1-405b", "b200", "offline")
     assert (small.replica.gpus, small.replicas) == (1, 8)
-    assert (large.replica.gpus, large.replicas) == (2, 4)  # one holds the weights, not the batch
+    assert (large.replica.gpus, large.replicas) == (4, 2)  # two hold the weights, not the batch
     wanted = floors.crossover_batch(large.replica)
-    fewer = next(c for c in large.considered if c.replica.gpus == 1)
+    fewer = next(c for c in large.considered if c.replica.gpus == 2)
     assert fewer.fits
     assert fewer.batch_max < wanted <= large.chosen.batch_max
+    assert "the fewest that hold a saturating batch" in why(large, "GPUs per replica")
     assert not large.missed  # it has no targets
+
+
+def test_offline_takes_fewer_where_they_yield_more_for_each() -> None:
+    plan = planned("llama-3.1-8b", "l40s", "offline")
+    assert plan.replica.gpus == 1
+    assert plan.chosen.batch_max < floors.crossover_batch(plan.replica)
+    assert "4 GPUs would hold them, but yield" in why(plan, "GPUs per replica")
+    wide = next(c for c in plan.considered if c.replica.gpus == 4)
+    assert wide.tokens_per_s / 4 < plan.chosen.tokens_per_s
 
 
 def test_offline_takes_the_best_yield_where_nothing_holds_one() -> None:
