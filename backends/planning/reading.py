@@ -185,6 +185,9 @@ def _windows(sizes: _Sizes, layers: int) -> tuple[int, ...]:
     kinds = sizes.config.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == layers:
         return tuple(_window_of(str(kind), window) for kind in kinds)
+    interval = sizes.maybe("full_attention_interval")
+    if interval:
+        return tuple(0 if (index + 1) % interval == 0 else NO_CACHE for index in range(layers))
     if not window or sizes.config.get("use_sliding_window") is False:
         return (0,) * layers
     period = {"gpt_oss": 2, "gemma2": 2, "llama4_text": 4}.get(sizes.kind, 0)
@@ -227,8 +230,7 @@ def _notes(sizes: _Sizes, *, nested: bool, stored_bytes: int) -> tuple[str, ...]
         )
     if nested and not stored_bytes:
         notes.append("only the language model is counted, not what else the checkpoint holds")
-    kinds = sizes.config.get("layer_types")
-    if isinstance(kinds, list) and any(_window_of(str(kind), 1) == NO_CACHE for kind in kinds):
+    if NO_CACHE in _windows(sizes, sizes.maybe("num_hidden_layers")):
         notes.append("linear-attention layers are counted as attention, their states not at all")
     if not sizes.maybe("max_position_embeddings", "n_positions"):
         notes.append("the longest context is not told: 32,768 tokens are assumed")

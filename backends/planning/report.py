@@ -11,7 +11,7 @@ from backends.planning import floors
 from backends.planning.compare import Comparison
 from backends.planning.launch import Pool, snippet
 from backends.planning.predictions import decode_outlook
-from backends.planning.shape import kv_bytes_per_token, step_bytes, weight_bytes
+from backends.planning.shape import NO_CACHE, kv_bytes_per_token, step_bytes, weight_bytes
 
 JSON_VERSION = 1
 GB = 1e9
@@ -64,9 +64,11 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"({replica.weights.name}); {first / GB:.2f} GB are read for a token at batch 1"
     )
     windowed = sum(window > 0 for window in shape.windows)
+    without = sum(window == NO_CACHE for window in shape.windows)
     yield (
         f"  cache    {kv_bytes_per_token(shape, replica.kv_value_bytes):,.0f} bytes a token"
         + (f"; {windowed} layers keep no more than their window" if windowed else "")
+        + (f"; {without} layers keep none" if without else "")
         + (
             f"; compressed (MLA), copies among {replica.gpus} GPUs: {replica.kv_copies:.0f}"
             if shape.mla
@@ -102,11 +104,11 @@ def _table(plan: Plan) -> Iterator[str]:
     goal, batch = plan.goal, plan.batch
     yield (
         f"GPUs a replica: {goal.prompt_tokens:,} tokens of prompt, {goal.answer_tokens:,} of "
-        "answer; times a token"
+        f"answer; times a token{_yield(plan)}"
     )
     yield (
         f"  GPUs  weights/GPU  floor, batch 1  expected  floor, batch {batch:<4d} "
-        "expected  to first token  requests  longest context"
+        "expected  prefill floor  to first token  requests  longest context"
     )
     for found in plan.considered:
         if found.replica.gpus == plan.replica.gpus:
@@ -118,13 +120,19 @@ def _table(plan: Plan) -> Iterator[str]:
             f" {mark}{found.replica.gpus:4d} {floors.weights_per_gpu(found.replica) / GB:9.1f} GB "
             f"{one.floor_s * 1e3:12.2f} ms {one.expected_s * 1e3:6.2f} ms "
             f"{many.floor_s * 1e3:15.2f} ms {many.expected_s * 1e3:6.2f} ms "
-            f"{found.first_token_s * 1e3:12.0f} ms {found.batch_max:9,d} {found.context_max:16,d}"
+            f"{floors.prefill(found.replica, goal.prompt_tokens)[0] * 1e3:10.0f} ms "
+            f"{found.first_token_s * 1e3:13.0f} ms {found.batch_max:9,d} {found.context_max:16,d}"
             + ("" if found.fits else "  does not fit")
         )
     yield (
-        "  floor: bytes over peak bandwidth, or arithmetic over its peak; expected: through one "
-        "constant an engine"
+        "  floor: the speed of light, bytes over peak bandwidth or arithmetic over its peak; "
+        "expected: through the engine's constant"
     )
+
+
+def _yield(plan: Plan) -> str:
+    draft = plan.replica.draft
+    return "" if draft is None else f", at {draft.accept_length:g} tokens a step"
 
 
 def _budget(plan: Plan) -> Iterator[str]:
@@ -180,6 +188,7 @@ def _plan_values(plan: Plan) -> dict[str, Any]:
     replica, goal = plan.replica, plan.goal
     return {
         "gpu": plan.gpu.name,
+        "gpu_source": plan.gpu.source,
         "engine": replica.engine,
         "format": replica.weights.name,
         "format_is": plan.precision.shipping,

@@ -81,6 +81,8 @@ def test_the_report_names_floors_budget_and_reasons(
         "327,680 bytes a token",
         "NVIDIA H200 data sheet",
         "floor, batch 1",
+        "times a token, at 2.9 tokens a step",
+        "speed of light",
         "memory of a GPU: 150.8 GB",
         "GPUs per replica: ",
         "targets met: 5 ms a token at batch 8, 400 ms to the first",

@@ -78,6 +78,7 @@ def test_windowed_layers_stop_growing() -> None:
             {"sliding_window": 4096, "model_type": "mistral", "use_sliding_window": None},
             (4096,) * 4,
         ),
+        ({"full_attention_interval": 2}, (NO_CACHE, 0, NO_CACHE, 0)),
         (
             {
                 "sliding_window": 64,
