@@ -83,6 +83,12 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
     check.add_argument("file", nargs="?", metavar="FILE")
     check.add_argument("--schema", action="store_true", help="print the file's JSON schema")
     check.set_defaults(run=_check)
+    plan = commands.add_parser("plan", help="plan a launch: GPUs, format, limits, and why")
+    plan.set_defaults(run=_plan)
+    if list(command) == ["plan"]:
+        from backends.planning.command import add_flags
+
+        add_flags(plan)
     status = commands.add_parser("status", help="show the replicas of a running manager")
     _add_manager_url(status)
     status.set_defaults(run=_status)
@@ -191,6 +197,16 @@ def _check(options: argparse.Namespace) -> int:
         print(f"{options.file}: warning: {warning}", file=sys.stderr)
     print(f"{options.file}: ok")
     print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from backends.planning.command import run_plan
+
+    try:
+        print(run_plan(options, os.environ), flush=True)
+    except BrokenPipeError:  # the reader has seen enough; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -1,0 +1,1 @@
+"""The planner's parts: from a model's shape and a GPU type to a launch, and why."""
