@@ -38,6 +38,8 @@ from proxy.contract.engines import VLLM
 _KV_FLAG = "--kv-events-config"
 _DP_FLAGS = ("--data-parallel-size", "-dp")
 _DP_LOCAL_FLAGS = ("--data-parallel-size-local", "-dpl")
+# A rank of a server elsewhere publishes so many ports on, and nobody leased those.
+_RANK_FLAGS = ("--data-parallel-rank", "-dpn", "--data-parallel-start-rank", "-dpr")
 # It scans upwards from VLLM_PORT on (utils/network_utils.py), so this is room, not a limit.
 _INTERNAL_PORTS = 8
 # Adapters of one batch. vLLM makes room for them all; SGLang's default is this many.
@@ -181,7 +183,7 @@ def _kv_flags(ports: Ports) -> tuple[str, ...]:
 
 def _tells_events(spec: ReplicaSpec) -> bool:
     """Say whether the events are ours to configure, and there are any."""
-    return not given(spec.args, _KV_FLAG, "--no-enable-prefix-caching")
+    return not given(spec.args, _KV_FLAG, "--no-enable-prefix-caching", *_RANK_FLAGS)
 
 
 def _lora_flags(spec: ReplicaSpec) -> tuple[str, ...]:
