@@ -136,7 +136,7 @@ class Api:
             else:
                 keeper.apply(*_WISHES[wish])
         except RefusedError as error:
-            raise web.HTTPConflict(text=f"'{keeper.spec.replica_id}': {error}") from error
+            raise web.HTTPConflict(text=f"{keeper.spec.replica_id}: {error}") from error
         record = keeper.record()
         return web.json_response({"replica_id": record.replica_id, "state": record.state.value})
 

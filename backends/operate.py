@@ -67,7 +67,10 @@ def _after(manager_url: str, url: str, phases: Collection[Phase]) -> _Seen:
     give_up_s = time.monotonic() + TURN_S_MAX
     while True:
         body = _ask(manager_url, urllib.request.Request(url))  # noqa: S310  # checked
-        seen = msgspec.json.decode(body, type=_Seen)
+        try:
+            seen = msgspec.json.decode(body, type=_Seen)
+        except msgspec.MsgspecError as error:
+            raise StartError(f"{url} answered something else than a replica: {error}") from error
         if seen.phase not in phases:
             return seen
         if time.monotonic() >= give_up_s:

@@ -338,7 +338,7 @@ def describe(replica: ReplicaRecord) -> str:
     """Return the line that tells of a replica's state; empty where there is nothing to tell yet."""
     match replica.state:
         case ReplicaState.READY if replica.asleep:
-            return f"  {replica.replica_id} is {replica.reason}"
+            return f"  {replica.replica_id}: {replica.reason}"
         case ReplicaState.READY:
             again = f", restart {replica.restarts}" if replica.restarts else ""
             engine = f"{replica.engine} {replica.engine_version}".rstrip()

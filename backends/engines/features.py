@@ -39,7 +39,7 @@ SGLANG_RANGE: Final = Range(Release(0, 5, 10), Release(0, 5, 23))
 VLLM: Final[Mapping[str, Span]] = MappingProxyType(
     {
         "kv_event_maps": _since(0, 26, 0, "events are maps; arrays before"),
-        "kv_replay_topic": _since(0, 27, 1, "the topic is a frame of replay answers too"),
+        "kv_replay_topic": _since(0, 26, 0, "the topic is a frame of replay answers too"),
         "startup_plan": _since(0, 27, 1, "VLLM_ENABLE_STARTUP_PLAN skips the memory profiling"),
         "fixed_root_hash": _since(0, 30, 0, "block hashes agree without PYTHONHASHSEED"),
         "queue_limits": _since(0, 30, 0, "--max-num-queued-reqs and --max-num-queued-tokens"),

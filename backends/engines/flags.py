@@ -84,6 +84,11 @@ def check_flags(table: FlagTable, args: Sequence[str], release: Release) -> tupl
     return tuple(dict.fromkeys(warnings))
 
 
+def starts_flag(word: str) -> bool:
+    """Say whether an argument is a flag; a negative number is none."""
+    return _FLAG.match(word) is not None
+
+
 def refuse(engine: str, args: Sequence[str], refused: Mapping[str, str]) -> None:
     """Raise `FlagError` for the first of `args` that is in `refused`, with the reason there."""
     for arg in args:
@@ -103,7 +108,7 @@ def check_name(engine: str, args: Sequence[str], model: str) -> None:
             names = [arg.partition("=")[2]]
         elif arg == "--served-model-name":
             rest = args[index + 1 :]
-            end = next((i for i, word in enumerate(rest) if _FLAG.match(word)), len(rest))
+            end = next((i for i, word in enumerate(rest) if starts_flag(word)), len(rest))
             names = list(rest[:end])
     if names is not None and model not in names:
         raise FlagError(
@@ -172,7 +177,7 @@ def nearest(table: FlagTable, name: str, release: Release) -> str:
 
 def _flags_of(table: FlagTable, args: Sequence[str]) -> Iterator[_Given]:
     for index, arg in enumerate(args):
-        if not _FLAG.match(arg):
+        if not starts_flag(arg):
             continue
         if table.engine == "vllm" and _OPTIMIZATION.fullmatch(arg):
             continue  # -O2 is --optimization-level 2
@@ -182,7 +187,7 @@ def _flags_of(table: FlagTable, args: Sequence[str]) -> Iterator[_Given]:
             base, dot = text, ""
         elif base.startswith("--"):
             base = base.replace("_", "-")
-        followed = index + 1 < len(args) and not _FLAG.match(args[index + 1])
+        followed = index + 1 < len(args) and not starts_flag(args[index + 1])
         yield _Given(text, base, bool(equals or dot), followed)
 
 

@@ -50,6 +50,7 @@ _REFUSED = {
     "--ssl-keyfile": "replicas are reached by plain HTTP on loopback",
     "--ssl-certfile": "replicas are reached by plain HTTP on loopback",
 }
+_DRAFT_FLAGS = ("--speculative-config", "-sc", "--spec-model", "--spec-method")
 _DRAIN_S = 60.0
 _COPY_S = 120.0  # level 1 copies the weights to host memory, slowly where that is touched first
 
@@ -107,7 +108,9 @@ class Vllm:
         if not spec.sleep:
             raise FlagError("vllm was not started with sleep mode; set `sleep: true` in its pool")
         if level not in (1, 2):
-            raise FlagError(f"vllm has no sleep level {level}; take 1 or 2")
+            raise FlagError(f"vllm has no sleep level {level} that frees memory; take 1 or 2")
+        if level == 2 and given(spec.args, *_DRAFT_FLAGS):
+            raise FlagError("vllm reloads no draft model after sleep level 2; take 1")
         return (
             Call(
                 "POST",

@@ -55,6 +55,12 @@ class PauseBody(msgspec.Struct):
     mode: Literal["abort", "retract", "in_place"] = "abort"
 
 
+class RpcBody(msgspec.Struct):
+    """vLLM's /collective_rpc: what every worker of the engine is to do."""
+
+    method: str
+
+
 class FaultsBody(msgspec.Struct):
     """The simulator's own /simulator/faults."""
 
@@ -105,6 +111,7 @@ class Control:
         router.add_post("/pause", self._pause)
         router.add_post("/resume", self._resume)
         router.add_get("/is_paused", self._is_paused)
+        router.add_post("/collective_rpc", self._collective_rpc)
         if self._settings.sleep_mode:
             router.add_post("/sleep", self._sleep)
             router.add_post("/wake_up", self._wake_up)
@@ -304,6 +311,14 @@ class Control:
     async def _is_sleeping(self, _request: web.Request) -> web.StreamResponse:
         return json_answer({"is_sleeping": self._ranks.sleep_level is not None})
 
+    async def _collective_rpc(self, request: web.Request) -> web.StreamResponse:
+        body = await self._server.read(request, RpcBody)
+        if body.method != "reload_weights":
+            raise ApiError(400, f"workers have no method {body.method}", param="method")
+        for engine in self._ranks:
+            engine.reload()
+        return json_answer({"results": [None] * self._settings.dp_size})
+
     async def _pause(self, request: web.Request) -> web.StreamResponse:
         mode = _choose(request, "mode", ("abort", "wait", "keep"))
         await self._ranks.each(lambda engine: engine.pause(mode))
@@ -400,6 +415,7 @@ class Control:
                 "late_s": max(engine.late_s for engine in ranks),
                 "gate": ranks.gate.value,
                 "sleep_level": ranks.sleep_level,
+                "blank": ranks.first.blank,
                 "released": sorted(ranks.first.released),
                 "ready": self._server.ready,
                 "draining": self._server.draining,

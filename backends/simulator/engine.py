@@ -108,6 +108,7 @@ class Engine:
         self.frozen = False  # no step begins
         self.released: set[str] = set()  # parts of memory that are not there
         self.sleep_level: int | None = None
+        self.blank = False  # the memory of the weights is there, and nothing has been read into it
         self.late_s = 0.0
         self.dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._publisher = publisher
@@ -178,6 +179,7 @@ class Engine:
             await self.pass_s(profile.sleep_s if self._slept_before else profile.sleep_first_s)
             self._slept_before = True
         else:
+            self.blank = True
             await self.pass_s(profile.discard_s)
 
     async def wake_up(self, tags: list[str]) -> None:
@@ -192,6 +194,10 @@ class Engine:
         if not self.released:
             self.sleep_level = None
             self.resume()
+
+    def reload(self) -> None:
+        """Read the weights again, where there is memory for them."""
+        self.blank = self.blank and WEIGHTS in self.released
 
     def release(self, tags: frozenset[str]) -> None:
         """Let go of parts of the memory, SGLang's way: fatal unless nothing is going on."""

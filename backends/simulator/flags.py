@@ -1,7 +1,8 @@
 """The flags of `doherty simulator` and the settings that they make.
 
 Flags go by vLLM's names; where SGLang calls the same thing otherwise, its name is understood too,
-so that a manager can start a simulator by the line it would start the engine with.
+so that a manager can start a simulator by the line it would start the engine with. What is left of
+that line and means nothing here is left out (`ignored`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ import msgspec
 
 from backends.arguments import port_number
 from backends.simulator.faults import FaultError, parse_fault
-from backends.simulator.kv_events import Endpoint
+from backends.simulator.kv_events import Dialect, Endpoint
 from backends.simulator.profiles import PROFILES
-from backends.simulator.settings import CHAT_TOKENS_DEFAULT, COMPLETION_TOKENS_DEFAULT, Settings
+from backends.simulator.settings import (
+    CHAT_TOKENS_DEFAULT,
+    COMPLETION_TOKENS_DEFAULT,
+    VERSIONS,
+    Settings,
+)
 
 KEEP_ALIVE_VARIABLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 HEALTH_VARIABLE = "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
@@ -116,7 +122,11 @@ def _add_identity(group: argparse._ArgumentGroup) -> None:
         "--served-model-name", nargs="+", default=[], help="names it answers to instead"
     )
     group.add_argument(
-        "--lora-modules", nargs="+", default=[], help="further names, each with its own cache"
+        "--lora-modules",
+        "--lora-paths",
+        nargs="+",
+        default=[],
+        help="further names, each with its own cache",
     )
     group.add_argument(
         "--dialect", choices=("vllm", "sglang"), default="vllm", help="whose manners (%(default)s)"
@@ -250,10 +260,21 @@ def _split(endpoint: str, host: str, fail: Callable[[str], NoReturn]) -> tuple[s
     return match[1] or match[2].replace("*", host), int(match[3])
 
 
+def _ignore(dialect: Dialect, rest: list[str], fail: Callable[[str], NoReturn]) -> None:
+    """Let pass what the engine would understand. The table of its flags is read only then."""
+    from backends.simulator.ignored import problem_of  # noqa: PLC0415  # 60 ms of every start
+
+    problem = problem_of(dialect, VERSIONS[dialect], rest)
+    if problem:
+        fail(problem)
+
+
 def parse_flags(argv: list[str]) -> Settings:
     """Return the settings; exits with a message when they make no sense."""
     parser = _parser()
-    flags = parser.parse_args(argv)
+    flags, rest = parser.parse_known_args(argv)
+    if rest:
+        _ignore(flags.dialect, rest, parser.error)
     keep_alive_s: float = flags.keep_alive_timeout
     if flags.keep_alive_timeout is None:
         try:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import msgspec
 import pytest
 from typing_extensions import override
 
@@ -329,6 +330,10 @@ def test_progress_tells_what_matters() -> None:
     assert describe(record(ReplicaState.BACKOFF)) == "  m-0 waits to start again: why"
     assert describe(record(ReplicaState.STARTING)) == "  m-0 is starting"
     assert describe(record(ReplicaState.STOPPING)) == ""
+    asleep = msgspec.structs.replace(record(ReplicaState.READY), asleep=True)
+    assert describe(asleep) == "  m-0: why"
+    known = msgspec.structs.replace(record(ReplicaState.READY), engine_version="0.26.0")
+    assert describe(known) == "  m-0 is ready (unknown 0.26.0, http://h:1)"
 
 
 def test_redaction() -> None:

@@ -8,20 +8,24 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.engines import ENGINES
+from backends.engines import ENGINES, features
 from backends.engines.base import (
     EngineMissingError,
     Launch,
     Ports,
+    PortsNeeded,
+    kv_endpoints,
     launch_hash,
     merged,
     option,
     resolve_program,
 )
-from backends.engines.release import UNKNOWN_RELEASE
+from backends.engines.flags import available, flag_table
+from backends.engines.release import UNKNOWN_RELEASE, Release
 from backends.spec import ReplicaSpec
 from proxy.contract.exposition import read_samples
 
@@ -225,3 +229,173 @@ def test_an_engine_inherits_everything_but_our_own_settings() -> None:
     launch = Launch(("x",), {"A": "engine", "B": "engine"})
     env = merged(environ, launch, spec("vllm", env={"B": "user"}))
     assert env == {"PATH": "/bin", "A": "engine", "B": "user"}
+
+
+def words(name: str, ports: Ports, release: Release = UNKNOWN_RELEASE, **fields: object) -> str:
+    """Return a command as one line."""
+    wanted = spec(name, *fields.pop("args", ()), **fields)  # type: ignore[misc]
+    return " ".join(ENGINES[name].command(wanted, ports, release).argv)
+
+
+LEASED = Ports(20_001, 20_002, 20_004, 20_006)
+LOOPBACK_ONLY = '"endpoint":"tcp://[::ffff:127.0.0.1]:20002"'
+
+
+@pytest.mark.parametrize("name", sorted(ENGINES))
+def test_events_are_published_on_leased_ports(name: str) -> None:
+    line = words(name, LEASED)
+    assert LOOPBACK_ONLY in line
+    assert '"replay_endpoint":"tcp://127.0.0.1:20004"' in line
+    source = ENGINES[name].kv_source(spec(name), LEASED, UNKNOWN_RELEASE)
+    assert source == ("tcp://127.0.0.1:20002", "tcp://127.0.0.1:20004", "kv")
+    assert ENGINES[name].kv_source(spec(name), Ports(20_001), UNKNOWN_RELEASE) is None
+    assert "kv-events" not in words(name, Ports(20_001))
+
+
+def test_the_event_endpoint_is_bound_on_loopback_alone() -> None:
+    """What engines take for a wildcard is 127.0.0.1 to ZeroMQ: nobody outside hears a token."""
+    endpoint = kv_endpoints(Ports(0, kv_events=1))["endpoint"]
+    assert "::" in endpoint
+    with zmq.Context() as context, context.socket(zmq.PUB) as publisher:
+        publisher.bind(endpoint.rpartition(":")[0] + ":0")
+        bound = publisher.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(bound, bytes)
+        assert bound.startswith(b"tcp://127.0.0.1:")
+
+
+NO_EVENTS = [
+    ("vllm", ("--kv-events-config", "{}")),
+    ("vllm", ("--no-enable-prefix-caching",)),
+    ("sglang", ("--kv-events-config={}",)),
+    ("sglang", ("--disable-radix-cache",)),
+    ("simulator", ("--kv-events-port", "0")),
+    ("simulator", ("--kv-events-config", "{}")),
+]
+
+
+@pytest.mark.parametrize(("name", "args"), NO_EVENTS)
+def test_events_of_ones_own_are_left_alone(name: str, args: tuple[str, ...]) -> None:
+    engine, wanted = ENGINES[name], spec(name, *args)
+    assert engine.ports_needed(wanted, UNKNOWN_RELEASE).kv_events == 0
+    assert engine.kv_source(wanted, LEASED, UNKNOWN_RELEASE) is None
+
+
+PORTS = [
+    ("vllm", (), PortsNeeded(1, 1, 8)),
+    ("vllm", ("-dp", "4"), PortsNeeded(4, 4, 8)),
+    ("vllm", ("--data-parallel-size=4", "--data-parallel-size-local", "2"), PortsNeeded(2, 2, 8)),
+    ("sglang", (), PortsNeeded(1, 1, 1)),
+    ("sglang", ("--dp-size", "2"), PortsNeeded(2, 2, 1)),
+    ("sglang", ("--nccl-port", "5"), PortsNeeded(1, 1, 0)),
+    ("simulator", (), PortsNeeded(1, 1, 0)),
+    ("simulator", ("--dp-size", "3"), PortsNeeded(3, 3, 0)),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "needed"), PORTS)
+def test_ports_needed(name: str, args: tuple[str, ...], needed: PortsNeeded) -> None:
+    assert ENGINES[name].ports_needed(spec(name, *args), UNKNOWN_RELEASE) == needed
+
+
+GPUS = [
+    ("vllm", (), 1),
+    ("vllm", ("-tp", "4"), 4),
+    ("vllm", ("--tensor-parallel-size=2", "-pp", "2", "-dp", "2"), 8),
+    ("vllm", ("-tp", "2", "-pcp", "2"), 4),
+    ("vllm", ("-tp", "16", "--nnodes", "2"), 8),
+    ("vllm", ("-dp", "8", "-dpl", "4"), 4),
+    ("vllm", ("-tp", "none"), 1),
+    ("sglang", (), 1),
+    ("sglang", ("--tp-size", "4"), 4),
+    ("sglang", ("--tp", "2", "--pp-size", "2"), 4),
+    ("sglang", ("--tp-size", "2", "--dp-size", "2"), 4),
+    ("sglang", ("--tp-size", "8", "--dp-size", "8", "--enable-dp-attention"), 8),
+    ("sglang", ("--tp-size", "8", "--attn-dp-size", "4"), 8),
+    ("sglang", ("--tp-size", "16", "--nnodes", "2"), 8),
+    ("simulator", ("--dp-size", "3"), 0),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "gpus"), GPUS)
+def test_gpus_needed(name: str, args: tuple[str, ...], gpus: int) -> None:
+    assert ENGINES[name].gpus_needed(spec(name, *args)) == gpus
+
+
+def test_sleep_opens_what_it_needs_and_nothing_else_does() -> None:
+    for name, flag in (("vllm", "--enable-sleep-mode"), ("sglang", "--enable-memory-saver")):
+        assert flag in words(name, LEASED, sleep=True)
+        assert flag not in words(name, LEASED)
+    for sleep in (True, False):
+        env = ENGINES["vllm"].command(spec("vllm", sleep=sleep), LEASED, UNKNOWN_RELEASE).env
+        assert ("VLLM_SERVER_DEV_MODE" in env) is sleep, "its paths take orders from anybody"
+    assert "--enable-weights-cpu-backup" in words("sglang", LEASED, sleep=True)
+    draft = ("--speculative-draft-model-path", "/d")
+    both = words("sglang", LEASED, sleep=True, args=draft)
+    assert "--enable-draft-weights-cpu-backup" in both
+    assert "--enable-draft-weights-cpu-backup" not in words("sglang", LEASED, args=draft)
+
+
+def test_adapters_are_loaded_at_the_start() -> None:
+    adapters = {"a": "/x/a", "b": "hub/b"}
+    line = words("vllm", LEASED, adapters=adapters)
+    assert "--enable-lora --max-loras 2 --lora-modules a=/x/a b=hub/b" in line
+    env = ENGINES["vllm"].command(spec("vllm", adapters=adapters), LEASED, UNKNOWN_RELEASE).env
+    assert env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+    line = words("sglang", LEASED, adapters=adapters)
+    assert "--enable-lora --lora-paths a=/x/a b=hub/b" in line
+    many = {str(number): "/x" for number in range(20)}
+    assert "--max-loras 8 " in words("vllm", LEASED, adapters=many)
+
+
+@pytest.mark.parametrize(
+    ("release", "planned"), [(Release(0, 26), False), (Release(0, 27, 1), True)]
+)
+def test_the_start_up_plan_is_for_releases_that_have_it(release: Release, planned: bool) -> None:
+    """An older one warns of a variable that it does not know."""
+    env = ENGINES["vllm"].command(spec("vllm"), LEASED, release).env
+    assert ("VLLM_ENABLE_STARTUP_PLAN" in env) is planned
+    assert env["VLLM_PORT"] == "20006"
+
+
+def test_both_engines_run_the_lower_priority_first_and_tell_cached_tokens() -> None:
+    vllm, sglang = words("vllm", LEASED), words("sglang", LEASED)
+    assert "--scheduling-policy priority" in vllm
+    assert "--enable-priority-scheduling --schedule-low-priority-values-first" in sglang
+    assert "--enable-prompt-tokens-details" in vllm
+    assert "--enable-cache-report" in sglang
+    assert "--page-size 64" in sglang, "with its default of 1 every token would be an event"
+
+
+SPANS = [
+    (features.VLLM, "kv_event_sources", Release(0, 31, 9), False),
+    (features.VLLM, "kv_event_sources", Release(0, 32), True),
+    (features.VLLM, "refuses_asleep", Release(0, 32), False),
+    (features.SGLANG, "ready_path", Release(0, 5, 17), False),
+    (features.SGLANG, "ready_path", Release(0, 5, 23), True),
+    (features.SGLANG, "cuda_graph_max_bs", Release(0, 5, 17), True),
+    (features.SGLANG, "cuda_graph_max_bs", Release(0, 5, 20), False),
+    (features.SGLANG, "ready_path", UNKNOWN_RELEASE, False),
+]
+
+
+@pytest.mark.parametrize(("table", "name", "release", "there"), SPANS)
+def test_features(
+    table: dict[str, features.Span], name: str, release: Release, there: bool
+) -> None:
+    assert features.has(table, name, release) is there
+
+
+def test_the_table_of_features_agrees_with_the_flags_that_were_read() -> None:
+    for table, engine, name, flag in (
+        (features.VLLM, "vllm", "queue_limits", "--max-num-queued-reqs"),
+        (features.VLLM, "vllm", "sse_keep_alive", "--sse-keep-alive-interval"),
+        (features.SGLANG, "sglang", "gated_launch", "--gated-launch-port"),
+        (features.SGLANG, "sglang", "load_socket", "--load-publish-endpoint"),
+        (features.SGLANG, "sglang", "weight_cache", "--weight-cache-mode"),
+        (features.SGLANG, "sglang", "cuda_graph_max_bs", "--cuda-graph-max-bs"),
+    ):
+        flags = flag_table(engine)
+        for release in flags.releases:
+            assert features.has(table, name, release) == available(
+                flags, flags.flags[flag], release
+            ), (flag, release)

@@ -128,6 +128,16 @@ async def test_one_that_would_not_sleep_serves_on(world: World) -> None:
     assert (launch.nap_level, launch.turning) == (None, False)
 
 
+async def test_one_that_would_neither_sleep_nor_serve_again_is_started_anew(world: World) -> None:
+    world.fetch.answers["POST /flush_cache?timeout=10"] = Answer(400, b"busy\n")
+    world.fetch.answers["POST /continue_generation"] = Answer(500)
+    await world.start(configuration(world.run_dir, SGLANG))
+    keeper(world).sleep(1)
+    await world.clock.advance(DRAINED_S)
+    assert world.provider.spawned[0].signals == [signal.SIGTERM]
+    assert "nor serve again: POST /continue_generation" in world.record().reason
+
+
 async def test_one_that_broke_half_way_is_started_anew(world: World) -> None:
     world.fetch.answers["POST /release_memory_occupation"] = Answer(0, silence=Silence.TIMEOUT)
     await world.start(configuration(world.run_dir, SGLANG))

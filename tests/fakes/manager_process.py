@@ -8,7 +8,7 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from backends.engines.base import Launch, Ports
+from backends.engines.base import Launch, Ports, PortsNeeded
 from backends.engines.release import Release
 from backends.engines.vllm import Vllm
 from backends.failure import StartError
@@ -32,7 +32,11 @@ class TinyEngine(Vllm):
 
     @override
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
-        return ()  # it has flags of its own
+        return ()
+
+    @override
+    def ports_needed(self, spec: ReplicaSpec, release: Release) -> PortsNeeded:
+        return PortsNeeded()
 
 
 def main() -> int:

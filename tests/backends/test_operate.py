@@ -1,0 +1,123 @@
+"""`doherty sleep` and `doherty wake` against a manager that answers as the test says."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from typing_extensions import override
+
+from backends import operate as module
+from backends.cli import main
+
+
+class Manager:
+    """What it is asked, and what it answers: to the POST first, the last of the rest for ever."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.asked: list[str] = []
+        self.posted: tuple[int, bytes] = (200, b"{}")
+        self.phases: list[tuple[str, str]] = []
+
+    def answer(self, method: str, path: str) -> tuple[int, bytes]:
+        self.asked.append(f"{method} {path}")
+        if method == "POST":
+            return self.posted
+        phase, reason = self.phases.pop(0) if len(self.phases) > 1 else self.phases[0]
+        return 200, json.dumps({"phase": phase, "reason": reason, "replica_id": "m-0"}).encode()
+
+
+@pytest.fixture
+def manager() -> Iterator[Manager]:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = made.answer(self.command, self.path)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        @override
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        made = Manager(f"http://127.0.0.1:{server.server_port}/")
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield made
+        server.shutdown()
+        thread.join()
+
+
+def run(manager: Manager, *words: str) -> int:
+    return main([*words, "--manager-url", manager.url])
+
+
+def test_it_waits_until_it_sleeps(manager: Manager, capsys: pytest.CaptureFixture[str]) -> None:
+    manager.phases = [("emptying", ""), ("falling_asleep", ""), ("asleep", "asleep at level 2")]
+    assert run(manager, "sleep", "a/b", "--level", "2") == 0
+    assert manager.asked == [
+        "POST /v1/replicas/a%2Fb/sleep?level=2", *(["GET /v1/replicas/a%2Fb"] * 3),
+    ]  # fmt: skip
+    assert capsys.readouterr().out == "a/b is asleep at level 2\n"
+
+
+def test_it_waits_until_it_is_awake(manager: Manager, capsys: pytest.CaptureFixture[str]) -> None:
+    manager.phases = [("waking", ""), ("held", "")]
+    assert run(manager, "wake", "m-0") == 0
+    assert manager.asked[0] == "POST /v1/replicas/m-0/wake"
+    assert capsys.readouterr().out == "m-0 is held\n"
+
+
+ENDS = [
+    ("sleep", "ready", "it would not sleep, and serves on"),
+    ("sleep", "stopping", "it broke while it fell asleep"),
+    ("wake", "stopping", "it would not wake"),
+    ("wake", "backoff", "killed by SIGKILL"),
+]
+
+
+@pytest.mark.parametrize(("command", "phase", "reason"), ENDS)
+def test_what_did_not_come_about_is_a_failed_run(
+    manager: Manager, command: str, phase: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager.phases = [(phase, reason)]
+    assert run(manager, command, "m-0") == 1
+    assert capsys.readouterr().err == f"m-0 is {phase}: {reason}\n"
+
+
+def test_a_turn_without_an_end_is_given_up(
+    manager: Manager, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TURN_S_MAX", 0.0)
+    manager.phases = [("waking", "woken by an operator")]
+    assert run(manager, "wake", "m-0") == 1
+    assert capsys.readouterr().err == "it is still waking: woken by an operator\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ((409, b'{"error": {"message": "m-0: it is starting"}}'), "m-0: it is starting"),
+        ((404, b"<html>"), "answered 404: is that a manager?"),
+    ],
+)
+def test_a_refusal_is_told_in_the_managers_words(
+    manager: Manager, answer: tuple[int, bytes], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager.posted = answer
+    assert run(manager, "sleep", "m-0") == 1
+    assert capsys.readouterr().err.strip().endswith(words)
+
+
+def test_something_else_that_answers(manager: Manager, capsys: pytest.CaptureFixture[str]) -> None:
+    manager.phases = [("unheard-of", "")]
+    assert run(manager, "sleep", "m-0") == 1
+    assert "answered something else than a replica" in capsys.readouterr().err
