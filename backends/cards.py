@@ -73,7 +73,7 @@ class Cards:
             return Placement()
         self._cancel(owner)
         self._waiting.pop(owner, None)
-        own = pinned(env)
+        own = pinned(env, args, count)
         if own is not None:
             lease = self._leases.claim(owner, own)
             environment: dict[str, str] = {}  # its own says it already

@@ -23,8 +23,8 @@ bus. UUIDs would be the safer name, but vLLM took nothing but numbers until its 
 CUDA takes, so it goes by its UUID; it is leased when it is named, never found.
 
 **Facts over rules.** What a manager before has started runs where it runs, and a pool may pin its
-replicas by `CUDA_VISIBLE_DEVICES` of its own, two to a card if its owner likes. Such claims are
-taken as they come; a lease never gives out a card that anybody has.
+replicas by `CUDA_VISIBLE_DEVICES` or flags of its own, two to a card if its owner likes. Such
+claims are taken as they come; a lease never gives out a card that anybody has.
 
 A replica that needs more cards than are free waits until some are given back. Nothing is kept for
 it meanwhile: an order in which small ones wait for large ones leaves cards idle.
@@ -39,6 +39,9 @@ import msgspec
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 MEMORY_BINDINGS = ("--numa-bind", "--numa-node")  # vLLM's and SGLang's own
+
+DEVICE_LIST = "--device-ids"  # vLLM's
+FIRST_DEVICE, DEVICE_STEP = "--base-gpu-id", "--gpu-id-step"  # SGLang's
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,8 +65,9 @@ class GpuInventory(msgspec.Struct, frozen=True):
     gpus: tuple[Gpu, ...]
     bindable_nodes: frozenset[int] = frozenset()
 
-    def gpu(self, device: str) -> Gpu | None:
-        return next((gpu for gpu in self.gpus if device in {gpu.device, gpu.uuid}), None)
+    def gpu(self, name: str) -> Gpu | None:
+        """Return the card that goes by this name, a UUID perhaps cut short as CUDA takes it."""
+        return next((gpu for gpu in self.gpus if goes_by(gpu, name)), None)
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -167,11 +171,27 @@ def bound_to_node(lease: Lease, args: Sequence[str]) -> tuple[str, ...]:
     return ("numactl", f"--cpunodebind={lease.numa_node}", f"--preferred={lease.numa_node}")
 
 
-def pinned(env: Mapping[str, str]) -> tuple[str, ...] | None:
-    """Return the cards that a pool's own environment names; None when it leaves them to us."""
-    if VISIBLE not in env:
+def pinned(env: Mapping[str, str], args: Sequence[str], count: int) -> tuple[str, ...] | None:
+    """Return the cards that a pool names itself; None when it leaves them to us.
+
+    By its environment, or by the flags that count cards from the first that the engine sees: these
+    would miss among the cards of a lease.
+    """
+    if VISIBLE in env:
+        return tuple(name.strip() for name in env[VISIBLE].split(",") if name.strip())
+    values = dict(zip(args, [*args[1:], ""], strict=False))
+    values |= {flag: value for flag, sign, value in (a.partition("=") for a in args) if sign}
+    if DEVICE_LIST in values:
+        return tuple(name.strip() for name in values[DEVICE_LIST].split(",") if name.strip())
+    first, step = values.get(FIRST_DEVICE, ""), values.get(DEVICE_STEP, "1")
+    if not (first.isdecimal() and step.isdecimal()):
         return None
-    return tuple(name.strip() for name in env[VISIBLE].split(",") if name.strip())
+    return tuple(str(int(first) + int(step) * rank) for rank in range(count))
+
+
+def goes_by(gpu: Gpu, name: str) -> bool:
+    """Say whether CUDA would take `name` for this card."""
+    return gpu.uuid.startswith(name) if name.startswith("GPU-") else gpu.device == name
 
 
 def described(gpu: Gpu) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from backends.gpus import Gpu
+from backends.gpus import Gpu, goes_by
 
 QUERY_CARDS = (
     "--query-gpu=index,uuid,name,memory.total,memory.used,pci.bus_id,mig.mode.current",
@@ -146,7 +146,7 @@ def select(gpus: Sequence[Gpu], names: Iterable[str]) -> tuple[Gpu, ...]:
         if name.startswith("MIG-"):
             chosen.append(Gpu(device=name, uuid=name, name="MIG"))
             continue
-        found = [gpu for gpu in gpus if _names(name, gpu)]
+        found = [gpu for gpu in gpus if goes_by(gpu, name)]
         if len(found) != 1:
             listed = ", ".join(gpu.device for gpu in gpus) or "none"
             what = "which is not there" if not found else "which several match"
@@ -161,12 +161,6 @@ def unlisted(names: Iterable[str]) -> tuple[Gpu, ...]:
     return tuple(
         Gpu(device=name, uuid=name if name.startswith(_UUID_PREFIXES) else "") for name in names
     )
-
-
-def _names(name: str, gpu: Gpu) -> bool:
-    if name.startswith("GPU-"):
-        return gpu.uuid.startswith(name)
-    return gpu.device == name
 
 
 def _rows(text: str, columns: int) -> Iterable[list[str]]:

@@ -17,6 +17,7 @@ from backends.gpus import (
     NoGpuError,
     bound_to_node,
     choose,
+    described,
     pinned,
 )
 
@@ -131,8 +132,10 @@ def test_a_lease_is_kept_over_a_restart_and_changed_with_its_size() -> None:
 
 
 def test_a_claim_is_a_fact_and_a_lease_keeps_clear_of_it() -> None:
-    leases = GpuLeases(machine("..", "01"))
-    assert leases.claim("old-0", ["GPU-0"]).devices == ("0",), "known by its UUID, too"
+    cards = (Gpu(device="0", uuid="GPU-8932f937-7d72", numa_node=0), Gpu(device="1", numa_node=1))
+    leases = GpuLeases(GpuInventory(cards, frozenset({0, 1})))
+    assert leases.claim("old-0", ["GPU-8932f937"]).devices == ("0",), "a UUID cut short"
+    assert leases.claim("old-0", ["GPU-8932f937-7d72"]).devices == ("0",), "known by its UUID, too"
     assert leases.claim("old-1", ["0"]).devices == ("0",), "two that run there run there"
     assert leases.lease("m-0", 1) == Lease(("1",), 1)
     leases.release("old-0")
@@ -188,9 +191,27 @@ def test_what_the_engine_is_told() -> None:
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     }
     assert Lease().environment == {}
-    assert pinned({}) is None
-    assert pinned({"CUDA_VISIBLE_DEVICES": " 0, GPU-1,"}) == ("0", "GPU-1")
-    assert pinned({"CUDA_VISIBLE_DEVICES": ""}) == ()
+
+
+PINS = [
+    ("nothing", {}, "--tp 2", None),
+    ("the environment", {"CUDA_VISIBLE_DEVICES": " 0, GPU-1,"}, "", ("0", "GPU-1")),
+    ("no card at all", {"CUDA_VISIBLE_DEVICES": ""}, "--device-ids 1", ()),
+    ("vLLM's list", {}, "--device-ids 2,3 --tp 2", ("2", "3")),
+    ("vLLM's list, joined", {}, "--device-ids=2,3", ("2", "3")),
+    ("SGLang's first", {}, "--base-gpu-id 4", ("4", "5")),
+    ("SGLang's first and step", {}, "--base-gpu-id=1 --gpu-id-step 2", ("1", "3")),
+    ("no arguments", {}, "", None),
+    ("what is no number", {}, "--base-gpu-id x", None),
+    ("a flag without a value", {}, "--tp 2 --base-gpu-id", None),
+]
+
+
+@pytest.mark.parametrize(("env", "args", "cards"), [p[1:] for p in PINS], ids=[p[0] for p in PINS])
+def test_pools_that_name_their_cards(
+    env: dict[str, str], args: str, cards: tuple[str, ...] | None
+) -> None:
+    assert pinned(env, args.split(), 2) == cards
 
 
 NODES = [
@@ -207,6 +228,13 @@ NODES = [
 )
 def test_the_node_of_a_lease(inventory: GpuInventory, devices: str, node: int | None) -> None:
     assert GpuLeases(inventory).claim("m-0", devices).numa_node == node
+
+
+def test_a_card_in_words() -> None:
+    gpu = SWITCHED.gpus[5]
+    assert described(gpu) == "5: H, NUMA node 1, NVLink group 0"
+    assert described(Gpu(device="0", memory_mib=81_920, used_mib=4)) == "0: 4 of 81,920 MiB used"
+    assert described(Gpu(device="0")) == "0: nothing known"
 
 
 def test_binding_to_a_node() -> None:

@@ -110,6 +110,13 @@ def test_selection() -> None:
         select(gpus, ["GPU-"])
 
 
+def test_lines_that_are_no_cards() -> None:
+    text = (
+        "index, uuid, name, memory.total [MiB], memory.used [MiB], pci.bus_id\n0, x, y, 1, 1, z\n"
+    )
+    assert read_cards(text) == ()
+
+
 def test_a_machine_as_it_is(path: Path, tmp_path: Path) -> None:
     fake.install(path, fake.SWITCHED)
     put_numactl(path, 1)
@@ -139,6 +146,9 @@ def test_memory_of_a_card_is_no_node_to_run_on(tmp_path: Path) -> None:
 
 def test_binding_is_tried_before_it_is_used(path: Path) -> None:
     assert not numactl_works(0), "there is none"
+    (path / "numactl").write_bytes(b"\x7fELF, but not quite")
+    (path / "numactl").chmod(0o755)
+    assert not numactl_works(1)
     put_numactl(path, 1)
     assert numactl_works(1)
     assert not numactl_works(0)

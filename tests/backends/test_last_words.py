@@ -108,6 +108,7 @@ CASES = [
         "Shutting down | Waiting for application shutdown. | Application shutdown complete.",
     ),
     ("nothing told: the end", log("quiet"), "half way | still there | and then"),
+    ("an exception without words or place", "KeyError\n", "KeyError"),
     ("nothing at all", "", ""),
 ]
 

@@ -16,6 +16,7 @@ from backends import warm
 from backends.engines.files import caches_read, models_read
 from backends.log import Log
 from backends.spec import ReplicaSpec
+from backends.starting import Start, warm_up
 from backends.warm import Warmer, available_bytes, may_ask, resident_bytes, warm_files
 from backends.weights import cache_files, files_read, model_files, model_folder
 
@@ -268,6 +269,20 @@ def test_which_caches_a_start_reads() -> None:
     assert caches_read(spec("simulator"), environ) == ()
 
 
+async def test_a_start_has_its_model_read(disk: Path) -> None:
+    path = cold_file(disk / "model.safetensors", MIB)
+    warmer = Warmer(Log(io.StringIO()))
+    environ = {"VLLM_CACHE_ROOT": str(disk / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(disk / "no")}
+    start = Start(("vllm",), environ, 1, {}, None, "", ())
+    warm_up(warmer, spec("simulator", model_path=str(disk)), start)
+    await warmer.idle()
+    assert resident(path) < MIB, "the simulator reads none"
+    warm_up(warmer, spec("vllm", model_path=str(disk)), start)
+    await warmer.idle()
+    assert resident(path) == MIB
+    await warmer.close()
+
+
 def test_caches_come_before_weights(tmp_path: Path) -> None:
     (tmp_path / "cache" / "b").mkdir(parents=True)
     (tmp_path / "cache" / "b" / "kernel").write_text("x")
@@ -278,6 +293,8 @@ def test_caches_come_before_weights(tmp_path: Path) -> None:
     found = files_read(spec(model_path=str(tmp_path / "m")), environ)
     assert [path.name for path in found] == ["a", "kernel", "model.safetensors"]
     assert list(files_read(spec("simulator"), environ)) == []
+    elsewhere = files_read(spec(model_path="not/here"), {**environ, "HF_HOME": str(tmp_path)})
+    assert [path.name for path in elsewhere] == ["a", "kernel"]
 
 
 def test_a_cache_that_was_never_cleaned_is_not_read_whole(
