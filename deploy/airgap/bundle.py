@@ -101,14 +101,16 @@ def bundle(options: argparse.Namespace, host: Host) -> None:
     cache = options.cache or Path.home() / ".cache" / "doherty-airgap"
     lock = options.lock or _newest_lock(options.name)
     try:
-        wanted = wheels.read_lock(lock.read_text(), lock.name)
+        text = lock.read_text()
     except OSError as error:
         raise WheelError(f"the lock {lock} cannot be read: {error.strerror}") from error
+    wanted = wheels.read_lock(text, lock.name)
     lacking = wheels.lacking(wanted, host)
     step = _Steps()
     fetched = wheels.fetch(lacking, host, cache / "wheels", options.find_links)
     step.end(f"{len(fetched)} wheels of {len(wanted)} packages, the host has the others")
     site, report = _site(options, kind, host, fetched, cache)
+    unmet = wheels.unmet(site, host, wheels.goes_without(text))
     step.end(f"site of {report['files']} files, {report['bytes'] / MIB:.0f} MiB")
     manifest = {
         "format": archives.FORMAT,
@@ -117,6 +119,7 @@ def bundle(options: argparse.Namespace, host: Host) -> None:
         "torch": host.torch,
         "cuda": host.cuda,
         "arch": host.arch,
+        "unmet": unmet,
         "versions": {line.name: line.version for line in lacking},
         "command": options.command,
         **report,
@@ -129,7 +132,7 @@ def bundle(options: argparse.Namespace, host: Host) -> None:
         for part in record["parts"]:
             print(f"{part['bytes']:>12,} {part['file']}")
     print(f"{total_bytes:>12,} in all ({total_bytes / MIB:.1f} MiB), in {options.out}")
-    for name in report["unmet"]:
+    for name in unmet:
         print(f"neither here nor on the host: {name}")
     if options.total_mib is not None and total_bytes > options.total_mib * MIB:
         raise TooLargeError(_what_is_large(options.total_mib, total_bytes, report))
@@ -201,7 +204,6 @@ def _site(
         "bytes": sum(member.content_bytes for member in members),
         "left_out": {pattern: rule._asdict() for pattern, rule in sorted(left.items())},
         "slimmed": slimmed,
-        "unmet": wheels.unmet(site, host),
     }
     _write(stamp, report)
     return site, report

@@ -25,6 +25,12 @@ _GLIBC_NAMES = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
 _LINE = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;#]+)\s*(?:#\s*(.*))?$")
 
 
+# A host that was not described has torch, and what torch brings along.
+HOST_PACKAGES = frozenset(
+    {"torch", "triton", "setuptools", "sympy", "networkx", "jinja2", "fsspec"}
+)
+
+
 class WheelError(Exception):
     """One line: what is wrong and what to do."""
 
@@ -102,6 +108,12 @@ def read_lock(text: str, name: str) -> tuple[Wanted, ...]:
     if not found:
         raise WheelError(f"{name} names no package; write one NAME==VERSION a line")
     return tuple(found.values())
+
+
+def goes_without(text: str) -> frozenset[str]:
+    """Return what a lock says was not there when it was tried: `# goes without: NAME NAME …`."""
+    found = re.findall(r"^#\s*goes without:(.*)$", text, re.MULTILINE)
+    return frozenset(canonical(name) for names in found for name in names.split())
 
 
 def lacking(wanted: Iterable[Wanted], host: Host) -> tuple[Wanted, ...]:
@@ -232,12 +244,13 @@ def _place(name: str) -> str | None:
     return f"bin/{inner}" if scheme == "scripts" and inner else None
 
 
-def unmet(site: Path, host: Host) -> list[str]:
+def unmet(site: Path, host: Host, without: frozenset[str]) -> list[str]:
     """Return what the packages of `site` ask for, and neither it nor the host has.
 
-    Names alone: the versions in a lock are those that were tried, whatever the packages say.
+    Names alone: the versions in a lock are those that were tried, whatever the packages say. Torch
+    is the host's, whether it was described or not.
     """
-    there = {canonical(name) for name in host.packages}
+    there = {canonical(name) for name in host.packages} | without | HOST_PACKAGES
     asked: dict[str, str] = {}
     for metadata in sorted(site.glob("*.dist-info/METADATA")):
         head = metadata.read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0]
