@@ -32,6 +32,8 @@ _WORDS = tuple(
     all can when there other will more some only into than may any these no each how about many
     """.split()  # noqa: SIM905 - read as text
 )
+_NAMES = ("a", "b", "i", "n", "x", "ptr", "buf", "len")
+_SIGNS = ("=", "+=", "&", "|", "<<", "->", "!=", "%")
 
 Message = dict[str, str]
 
@@ -53,6 +55,15 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 def words(count: int, draw: random.Random) -> str:
     """Return some text of `count` words."""
     return " ".join(draw.choices(_WORDS, k=count))
+
+
+def code(lines: int, draw: random.Random) -> str:
+    """Return text of so many lines that has more tokens to its octets than words have."""
+    return "".join(
+        f"{draw.choice(_NAMES)}[{draw.randrange(1000)}]{draw.choice(_SIGNS)}"
+        f"({draw.choice(_NAMES)}{draw.choice(_SIGNS)}0x{draw.randrange(1 << 16):x});\n"
+        for _ in range(lines)
+    )
 
 
 def ids(count: int, draw: random.Random) -> list[int]:

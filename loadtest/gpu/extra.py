@@ -11,7 +11,6 @@ from loadtest.gpu.scene import Scene
 from loadtest.gpu.steps import Findings
 from loadtest.run import RunError
 
-USUAL_S = 60.0
 LINES_SHOWN = 60
 
 

@@ -63,7 +63,8 @@ if [ -e "$bundles/compiled.tar.xz" ] && [ ! -d "$stage/compiled" ]; then
   tar xJf "$bundles/compiled.tar.xz" -C "$stage/compiled"
   made=$(echo "$stage"/compiled/*)
   if diff -rq -x '*.so' -x __pycache__ "$made/proxy" proxy > "$out/compiled.diff"; then
-    mv "$made" "$stage/compiled/$(python3 -c 'from proxy.compile import digest; print(digest())')"
+    fits=$stage/compiled/$(python3 -c 'from proxy.compile import digest; print(digest())')
+    [ "$made" = "$fits" ] || mv "$made" "$fits"  # the name has the full release of Python in it
   else
     echo "host.sh: compiled.tar.xz is of other sources, see compiled.diff; the sources run" >&2
   fi

@@ -53,6 +53,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="COMMAND",
         help="run this before the end; {engine}, {proxy} and {model} are filled in",
     )
+    add("--also-s", type=float, default=60.0, help="what each of them usually takes")
 
 
 Work = Callable[[Scene, Findings], Awaitable[None]]
@@ -83,7 +84,7 @@ def all_steps(scene: Scene, args: argparse.Namespace) -> list[Step]:
     ]
     for command in args.also:
         work = functools.partial(extra.run_command, command)
-        steps.append(step(f"also: {command.split(' --')[0]}", work, extra.USUAL_S))
+        steps.append(step(f"also: {command.split(' --')[0]}", work, args.also_s))
     stop = functools.partial(stopping.drain_and_stop, scene)
     steps.append(Step(name="drain and stop", run=stop, usual_s=20, kept=True))
     return steps

@@ -7,19 +7,24 @@ import asyncio
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import msgspec
 import pytest
 
 from loadtest.__main__ import main
+from loadtest.client import Client
 from loadtest.gpu import caching, cost, gauges, machine, paired, prove, serving
 from loadtest.gpu.asks import cached_tokens
 from loadtest.gpu.caching import FRESH, HEAD, Guess
 from loadtest.gpu.cost import Cell, CostOptions, GapReader
-from loadtest.gpu.events import Listener, Source, here
+from loadtest.gpu.events import Listener, Source, find_source, here
+from loadtest.gpu.gauges import EngineLoad
+from loadtest.gpu.leaving import Watch
 from loadtest.gpu.paired import Difference, Judgement
 from loadtest.gpu.scene import Measure, Scene
-from loadtest.gpu.stack import Stack, StackOptions, config_of, pool_keys_of
+from loadtest.gpu.stack import Replica, Stack, StackOptions, config_of, pool_keys_of
 from loadtest.gpu.steps import (
     Finding,
     Findings,
@@ -43,20 +48,23 @@ def test_a_small_proof_in_front_of_the_simulator(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, value = tmp_path / "proof.txt", tmp_path / "proof.json"
-    steps = "cached again,left mid-stream"
+    steps = "whole answer,prediction,events heard"
     command = ["gpu", "prove", "--quick", "--steps", steps, "--out", str(text)]
-    assert main([*command, "--json", str(value), "--", "--kv-cache-tokens", "60000"]) == 0
+    engine = ["--kv-cache-tokens", "60000", "--kv-events-port", "0", "--time-scale", "3"]
+    assert main([*command, "--json", str(value), "--", *engine]) == 0
     said = capsys.readouterr().out
     assert "PASS     ready" in said
     written = text.read_text()
     assert written.startswith("Proofs: simulator\n")
     assert machine.NO_GPU in written or "driver" in written
-    assert "4 PASS, 0 FAIL, 0 NOT RUN" in written
-    found = {one["name"]: one for one in json.loads(value.read_text())["findings"]}
-    assert list(found) == ["ready", "cached again", "left mid-stream", "drain and stop"]
-    assert found["cached again"]["figures"]["cached_warm"] > 1000
-    assert found["drain and stop"]["figures"]["processes_left"] == 0
-    assert found["drain and stop"]["figures"]["tokens"] == 200
+    assert "5 PASS, 0 FAIL, 0 NOT RUN" in written
+    found = {one["name"]: one["figures"] for one in json.loads(value.read_text())["findings"]}
+    assert list(found) == ["ready", *steps.split(","), "drain and stop"]
+    assert found["whole answer"]["completion_tokens"] == serving.ANSWER_TOKENS
+    assert found["prediction"]["median_error_percent"] <= caching.ERROR_PERCENT_MAX
+    assert found["events heard"]["stored_tokens_told"] > 5000
+    assert found["drain and stop"]["processes_left"] == 0
+    assert found["drain and stop"]["tokens"] == 200
 
 
 @pytest.mark.parametrize(
@@ -320,10 +328,97 @@ async def test_what_older_releases_tell_is_read_and_holes_are_seen() -> None:
         await listener.close()
 
 
+class _Engine:
+    """Answers GET from a table."""
+
+    def __init__(self, pages: dict[str, object]) -> None:
+        self._pages = pages
+
+    async def get(self, path: str) -> SimpleNamespace:
+        page = self._pages.get(path)
+        status = 404 if page is None else 200
+        return SimpleNamespace(status=status, body=json.dumps(page).encode())
+
+
+_FLAGS = '{"enable_kv_cache_events":true,"endpoint":"tcp://*:5600","topic":"kv"}'
+
+
+@pytest.mark.parametrize(
+    ("record", "pages", "command", "endpoint", "told_by"),
+    [
+        (
+            {"kv_events": "tcp://127.0.0.1:1", "kv_topic": "t"},
+            {},
+            "",
+            "tcp://127.0.0.1:1",
+            "the manager",
+        ),
+        (
+            {},
+            {"/kv_event_sources": {"0": {"endpoint": "tcp://0.0.0.0:2", "topic": None}}},
+            "",
+            "tcp://127.0.0.1:2",
+            "/kv_event_sources",
+        ),
+        (
+            {},
+            {"/server_info": {"kv_events": {"endpoint_port_base": 3, "topic": ""}}},
+            "",
+            "tcp://127.0.0.1:3",
+            "/server_info",
+        ),
+        (
+            {},
+            {"/server_info": {"kv_events": None}},
+            f"python vllm serve m --kv-events-config {_FLAGS} --seed 0",
+            "tcp://127.0.0.1:5600",
+            "its flags",
+        ),
+    ],
+)
+async def test_where_events_are_is_asked_of_whoever_knows(
+    record: dict[str, str], pages: dict[str, object], command: str, endpoint: str, told_by: str
+) -> None:
+    engine = cast("Client", _Engine(pages))
+    source = await find_source(engine, Replica(**record), ["python -m backends.cli up", command])
+    assert source is not None
+    assert (source.endpoint, source.told_by) == (endpoint, told_by)
+
+
+async def test_nobody_may_know_where_events_are() -> None:
+    assert await find_source(cast("Client", _Engine({})), Replica(), ["vllm serve m"]) is None
+
+
 def test_a_bound_address_is_one_of_this_machine() -> None:
     assert here("tcp://*:5557") == "tcp://127.0.0.1:5557"
     assert here("tcp://0.0.0.0:5557") == "tcp://127.0.0.1:5557"
     assert here("tcp://10.0.0.1:5557") == "tcp://10.0.0.1:5557"
+
+
+# --- leaving --------------------------------------------------------------------------------------
+
+
+async def test_idle_counts_only_after_the_engine_was_seen_busy() -> None:
+    rest = EngineLoad(kv_used_ratio=0.001, kv_capacity_tokens=100_000)
+    readings = [
+        rest,  # of the time before the request
+        msgspec.structs.replace(rest, kv_used_ratio=0.08),  # a piece of its prompt is computed
+        msgspec.structs.replace(rest, running=1),
+        rest,
+    ]
+
+    async def read() -> EngineLoad:
+        return readings.pop(0)
+
+    scene = cast("Scene", SimpleNamespace(gauge=SimpleNamespace(read=read)))
+    watch = Watch(scene, rest)
+    assert not await watch.busy()
+    assert not watch.seen_busy
+    assert await watch.busy()
+    assert watch.seen_busy
+    assert await watch.busy()
+    assert not await watch.busy()
+    assert watch.seen_busy
 
 
 # --- predictions ----------------------------------------------------------------------------------
