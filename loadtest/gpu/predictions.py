@@ -248,8 +248,8 @@ def report(facts: dict[str, str], rows: Sequence[Row], outlook: Outlook) -> tupl
     kept = bool(errors) and worst <= PROMISED_SHARE and not any(row.failure for row in rows)
     if errors:
         parts.append(
-            f"{'PASS' if kept else 'FAIL'}: {len(errors)} predictions, the farthest {worst:.1%} off "
-            f"with one constant per engine; promised {PROMISED_SHARE:.0%}"
+            f"{'PASS' if kept else 'FAIL'}: {len(errors)} predictions, the farthest {worst:.1%} "
+            f"off with one constant per engine; promised {PROMISED_SHARE:.0%}"
         )
     else:
         parts.append("FAIL: nothing was measured that has a prediction")
