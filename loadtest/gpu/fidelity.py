@@ -11,6 +11,7 @@ its speed, so that its own work weighs a quarter; the figures are scaled back.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,8 @@ from loadtest.report import to_json
 
 SUMMARY = "the simulator's speed beside a recorded engine's"
 PROMISED_SHARE = 0.15
+TIMER_S = 0.02  # about a cached prompt's time to its first token
+TIMERS = 20  # before and after
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -52,16 +55,37 @@ def run(args: argparse.Namespace) -> int:
     except RecordingError as error:
         print(f"loadtest: {error}", file=sys.stderr)
         return 2
-    measured, late_s = uvloop.run(_measured(args, recording))
+    measured, machine = uvloop.run(_measured(args, recording))
     rows = compared(recording, measured, args.slow)
-    text = report(args, recording, rows, late_s)
+    text = report(args, recording, rows, machine)
     print(text)
     write(args.out, f"{text}\n".encode())
-    write(args.json, to_json({"rows": msgspec.to_builtins(rows), "late_s": late_s}))
+    write(
+        args.json,
+        to_json({"rows": msgspec.to_builtins(rows), "machine": msgspec.to_builtins(machine)}),
+    )
     return 0 if rows and not broken(rows) else 1
 
 
-async def _measured(args: argparse.Namespace, recording: Recording) -> tuple[Measured, float]:
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """What the machine had to spare while the simulator ran on it."""
+
+    behind_s: float  # that the simulator lost of its own schedule
+    timers_late_s: list[float]  # sorted
+
+    @property
+    def text(self) -> str:
+        """Return it for people."""
+        median_ms, tenth_ms = (
+            self.timers_late_s[int(len(self.timers_late_s) * share)] * 1e3 for share in (0.5, 0.9)
+        )
+        return (
+            f"timers of {TIMER_S * 1e3:g} ms {median_ms:.1f} ms late in the median, {tenth_ms:.1f} "
+            f"for one in ten; the simulator {self.behind_s:.2f} s behind its schedule"
+        )
+
+
+async def _measured(args: argparse.Namespace, recording: Recording) -> tuple[Measured, Machine]:
     options = EngineOptions(
         engine=fit_dialect(recording.engine),
         rehearse=True,
@@ -72,8 +96,21 @@ async def _measured(args: argparse.Namespace, recording: Recording) -> tuple[Mea
     )
     plan = plan_for(recording, args.repeats, args.prompts, args.batches, args.slow)
     async with started(options) as running, client_of(running.url) as client:
+        before_s = await _timers_late_s()
         measured = await measure(client, plan, time.time_ns(), say)
-        return measured, await _late_s(client)
+        timers_late_s = sorted([*before_s, *(await _timers_late_s())])
+        behind_s = await _late_s(client)
+    return measured, Machine(behind_s=behind_s, timers_late_s=timers_late_s)
+
+
+async def _timers_late_s() -> list[float]:
+    """Return by how much timers of this machine are late just now, the least first."""
+    late_s = []
+    for _ in range(TIMERS):
+        begun_s = time.monotonic()
+        await asyncio.sleep(TIMER_S)
+        late_s.append(max(0.0, time.monotonic() - begun_s - TIMER_S))
+    return sorted(late_s)
 
 
 async def _late_s(client: Client) -> float:
@@ -155,7 +192,7 @@ def broken(rows: Sequence[Row]) -> list[Row]:
 
 
 def report(
-    args: argparse.Namespace, recording: Recording, rows: Sequence[Row], late_s: float
+    args: argparse.Namespace, recording: Recording, rows: Sequence[Row], machine: Machine
 ) -> str:
     """Return the text of a comparison."""
     here = this_machine()
@@ -177,7 +214,7 @@ def report(
             f"date      {today()}",
             f"hardware  {here.hardware}",
             f"command   {command_line()}",
-            f"late      {late_s:.2f} s behind its own schedule",
+            f"late      {machine.text}",
             "",
             ratio_table(rows, "simulator"),
             "",

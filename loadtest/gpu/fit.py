@@ -1,6 +1,7 @@
 """A profile of the simulator from a recorded run of an engine, and how well it repeats that run.
 
-The constants are fitted by least squares of relative errors; the file that comes out is a profile
+The constants are fitted by least squares of relative errors, and then so that no promised figure is
+far off, as far as that can be had; the file that comes out is a profile
 as it stands: `doherty simulator --profile FILE` takes it, and so does the folder of shipped ones.
 What a run of `speeds` does not measure (sleep and wake) is taken over from a profile named by
 --like.
@@ -83,7 +84,8 @@ def _taken_over(file: str) -> dict[str, object]:
 def fitted(recording: Recording, name: str, taken_over: dict[str, object]) -> Profile:
     """Return the profile of a run. Raises `FitError` when the run does not say enough."""
     prompts = model.prompts_of(recording.first_token)
-    constants = model.fit_first_token(prompts, recording.chunk_tokens)
+    promised = [is_promised(prompt.tokens, prompt.kind) for prompt in prompts]
+    constants = model.closest_first_token(prompts, recording.chunk_tokens, promised)
     bases, context_s = model.fit_decode(recording.decode)
     where = f"{recording.model}, {recording.weights} on {recording.gpu}"
     source = f"{recording.engine} {recording.version}, {where}, {recording.date}"

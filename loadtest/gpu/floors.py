@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     machine = this_machine()
     try:
         rows = [row for file in args.measured for row in read_rows(file)]
-        outlook = _outlook(args, machine)
+        outlook = _read_outlook(args.predictions) if args.predictions else _planned(args, machine)
     except OutlookError as error:
         print(f"loadtest: {error}", file=sys.stderr)
         return 2
@@ -107,27 +107,38 @@ def run(args: argparse.Namespace) -> int:
     return 0 if kept else 1
 
 
-def _outlook(args: argparse.Namespace, machine: Machine) -> Outlook:
-    """Return what the planner says. Raises `OutlookError`."""
-    if args.predictions:
-        return read_outlook(Path(args.predictions).read_bytes())
-    gpu = args.gpu or predictions.gpu_type(machine.gpus)
+def _read_outlook(file: str) -> Outlook:
+    try:
+        return read_outlook(Path(file).read_bytes())
+    except OSError as error:
+        raise OutlookError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _planned(args: argparse.Namespace, machine: Machine) -> Outlook:
+    """Return what the planner says; nothing when it fails, because what is measured can be held
+    against a plan at any time, and cards cannot be had at any time."""
+    try:
+        return read_outlook(_plan(args, args.gpu or predictions.gpu_type(machine.gpus)))
+    except OutlookError as error:
+        say(f"no predictions: {error}; give --predictions with the rows afterwards")
+        return Outlook(predictions=[])
+
+
+def _plan(args: argparse.Namespace, gpu: str) -> bytes:
     if not args.model_path or not gpu:
-        raise OutlookError("the planner needs --model-path and --gpu, or give --predictions")
+        raise OutlookError("the planner needs --model-path and --gpu")
     command = [sys.executable, "-m", "backends.cli", "plan", args.model_path, "--gpu", gpu]
+    command += ["--class", "online", "--json"]
     try:
         done = subprocess.run(  # noqa: S603 - our own program
-            [*command, "--class", "online", "--json"],
-            capture_output=True,
-            timeout=PLAN_TIMEOUT_S,
-            check=False,
+            command, capture_output=True, timeout=PLAN_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired as error:
         raise OutlookError(f"`doherty plan` took over {PLAN_TIMEOUT_S:g} s") from error
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip()[-500:]
         raise OutlookError(f"`doherty plan` ended with {done.returncode}: {said}")
-    return read_outlook(done.stdout)
+    return done.stdout
 
 
 async def _measured(

@@ -9,7 +9,7 @@ token of context, which is linear anyhow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import msgspec
@@ -19,6 +19,7 @@ from loadtest.gpu.records import TAIL_TOKENS, Decode, FirstToken
 BLOCK_TOKENS = 16
 ROUNDS_MAX = 50
 SMALL_CHUNK_TOKENS = 340  # a first guess at what waits for the floor: 7.3 ms of 21.5 us a token
+NEAR_SHARE = 0.075  # half of what is promised of a simulator
 PIVOT_MIN = 1e-14
 CONSTANTS = ("intake", "intake_per_token", "floor", "linear", "attention")
 
@@ -84,11 +85,22 @@ def chunks_of(prompt: Prompt, chunk_tokens: int) -> list[tuple[int, int]]:
 
 def predicted_first_s(profile: Profile, prompt: Prompt, chunk_tokens: int) -> float:
     """Return the time to the first token of a prompt alone."""
-    total_s = profile.intake_s + profile.intake_s_per_token * prompt.tokens
+    constants = {
+        "intake": profile.intake_s,
+        "intake_per_token": profile.intake_s_per_token,
+        "floor": profile.prefill_floor_s,
+        "linear": profile.prefill_s_per_token,
+        "attention": profile.prefill_s_per_token_squared,
+    }
+    return first_s(constants, prompt, chunk_tokens)
+
+
+def first_s(constants: Mapping[str, float], prompt: Prompt, chunk_tokens: int) -> float:
+    """Return that time by the constants."""
+    total_s = constants["intake"] + constants["intake_per_token"] * prompt.tokens
     for start, end in chunks_of(prompt, chunk_tokens):
-        linear_s = profile.prefill_s_per_token * (end - start)
-        total_s += max(profile.prefill_floor_s, linear_s)
-        total_s += profile.prefill_s_per_token_squared * (end * end - start * start)
+        total_s += max(constants["floor"], constants["linear"] * (end - start))
+        total_s += constants["attention"] * (end * end - start * start)
     return total_s
 
 
@@ -98,8 +110,14 @@ def predicted_token_s(profile: Profile, batch: int, context_tokens: int) -> floa
     return base_s + batch * context_tokens * profile.decode_s_per_context_token
 
 
-def fit_first_token(prompts: Sequence[Prompt], chunk_tokens: int) -> dict[str, float]:
-    """Return the five constants. Raises `FitError` when the prompts do not tell them apart."""
+def fit_first_token(
+    prompts: Sequence[Prompt], chunk_tokens: int, weights: Sequence[float] = ()
+) -> dict[str, float]:
+    """Return the five constants, each prompt's error counting by its weight.
+
+    Raises `FitError` when the prompts do not tell the constants apart.
+    """
+    weights = weights or [1.0] * len(prompts)
     kinds = {prompt.kind for prompt in prompts}
     if len({p.tokens for p in prompts if p.kind == "cold"}) < 3 or "cached" not in kinds:
         raise FitError("needs cold prompts of three lengths or more, and cached ones")
@@ -112,9 +130,9 @@ def fit_first_token(prompts: Sequence[Prompt], chunk_tokens: int) -> dict[str, f
     best: tuple[float, dict[str, float]] | None = None
     for _ in range(ROUNDS_MAX):
         rows = [_coefficients(prompt, chunk_tokens, at_floor) for prompt in prompts]
-        values = non_negative(rows, [prompt.first_s for prompt in prompts])
+        values = non_negative(rows, [prompt.first_s for prompt in prompts], weights)
         constants = dict(zip(CONSTANTS, values, strict=True))
-        error = _squares(rows, values, [prompt.first_s for prompt in prompts])
+        error = _squares(rows, values, [prompt.first_s for prompt in prompts], weights)
         said = {
             (start, end)
             for prompt in prompts
@@ -126,6 +144,36 @@ def fit_first_token(prompts: Sequence[Prompt], chunk_tokens: int) -> dict[str, f
         if best is None or error < best[0]:
             best = error, constants
         at_floor = said
+    assert best is not None
+    return best[1]
+
+
+def closest_first_token(
+    prompts: Sequence[Prompt], chunk_tokens: int, promised: Sequence[bool]
+) -> dict[str, float]:
+    """Return constants that keep every promised prompt near, as far as any do.
+
+    Least squares to begin with; while a promised prompt is farther off than `NEAR_SHARE`, weight is
+    moved to what is far off (Lawson's algorithm). Not further: a few figures can be met exactly at
+    the price of all others. Those keep their weight, so they still say what nobody else does.
+    """
+    weights = [1.0] * len(prompts)
+    best: tuple[float, dict[str, float]] | None = None
+    for _ in range(ROUNDS_MAX):
+        constants = fit_first_token(prompts, chunk_tokens, weights)
+        errors = [
+            abs(first_s(constants, prompt, chunk_tokens) / prompt.first_s - 1) if counts else 0.0
+            for prompt, counts in zip(prompts, promised, strict=True)
+        ]
+        worst = max(errors, default=0.0)
+        if best is None or worst < best[0]:
+            best = worst, constants
+        if worst <= NEAR_SHARE:
+            break
+        weights = [
+            weight * (0.5 + error / worst) if counts else weight
+            for weight, error, counts in zip(weights, errors, promised, strict=True)
+        ]
     assert best is not None
     return best[1]
 
@@ -169,8 +217,11 @@ def fit_decode(rows: Sequence[Decode]) -> tuple[tuple[tuple[int, float], ...], f
     return tuple(table), context_s
 
 
-def non_negative(rows: Sequence[Sequence[float]], measured: Sequence[float]) -> list[float]:
-    """Return the values, none below 0, with the least squared relative errors."""
+def non_negative(
+    rows: Sequence[Sequence[float]], measured: Sequence[float], weights: Sequence[float] = ()
+) -> list[float]:
+    """Return the values, none below 0, with the least (weighted) squared relative errors."""
+    weights = weights or [1.0] * len(rows)
     width = len(rows[0])
     scales = [max(abs(row[column]) for row in rows) or 1.0 for column in range(width)]
     scaled = [
@@ -180,8 +231,14 @@ def non_negative(rows: Sequence[Sequence[float]], measured: Sequence[float]) -> 
     free = list(range(width))
     while free:
         values = _solve(
-            [[sum(row[a] * row[b] for row in scaled) for b in free] for a in free],
-            [sum(row[a] for row in scaled) for a in free],
+            [
+                [
+                    sum(w * row[a] * row[b] for w, row in zip(weights, scaled, strict=True))
+                    for b in free
+                ]
+                for a in free
+            ],
+            [sum(w * row[a] for w, row in zip(weights, scaled, strict=True)) for a in free],
         )
         worst = min(range(len(free)), key=lambda index: values[index])
         if values[worst] >= 0:
@@ -212,10 +269,13 @@ def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
 
 
 def _squares(
-    rows: Sequence[Sequence[float]], values: Sequence[float], measured: Sequence[float]
+    rows: Sequence[Sequence[float]],
+    values: Sequence[float],
+    measured: Sequence[float],
+    weights: Sequence[float],
 ) -> float:
     total = 0.0
-    for row, goal in zip(rows, measured, strict=True):
+    for row, goal, weight in zip(rows, measured, weights, strict=True):
         predicted = sum(a * b for a, b in zip(row, values, strict=True))
-        total += (predicted / goal - 1) ** 2
+        total += weight * (predicted / goal - 1) ** 2
     return total

@@ -246,11 +246,13 @@ def report(facts: dict[str, str], rows: Sequence[Row], outlook: Outlook) -> tupl
     ]
     worst = max((abs(error) for error in errors), default=0.0)
     kept = bool(errors) and worst <= PROMISED_SHARE and not any(row.failure for row in rows)
-    verdict = "PASS" if kept else "FAIL"
-    parts.append(
-        f"{verdict}: {len(errors)} predictions, the farthest {worst:.1%} off with one constant per "
-        f"engine; promised {PROMISED_SHARE:.0%}"
-    )
+    if errors:
+        parts.append(
+            f"{'PASS' if kept else 'FAIL'}: {len(errors)} predictions, the farthest {worst:.1%} "
+            f"off with one constant per engine; promised {PROMISED_SHARE:.0%}"
+        )
+    else:
+        parts.append("FAIL: nothing was measured that has a prediction")
     return "\n\n".join(part for part in parts if part), kept
 
 

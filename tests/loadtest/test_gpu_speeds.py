@@ -437,6 +437,20 @@ def test_floors_are_rehearsed_and_earlier_rows_added(
     assert "vllm TP1 bf16" in again.out
 
 
+def test_rows_are_kept_when_there_is_no_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.json"
+    command = ["gpu", "floors", "--rehearse", "--engines", "", "--json", str(rows)]
+    command += ["--measured", str(RESULTS / "speeds-h200-vllm-0.26.0.json")]
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert "no predictions" in said.err
+    assert "vllm: nothing to fit its constant to" in said.out
+    assert predictions.read_rows(str(rows))[0].token_ms == 5.201
+    assert main([*command, "--predictions", str(tmp_path / "none.json")]) == 2
+
+
 def test_paths_are_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["gpu", "paths", "--engines", "vllm", "--together", "2", *FAST]
     assert main(command) == 0
