@@ -43,6 +43,7 @@ _LIBRARIES = "LD_LIBRARY_PATH"
 _QUESTION = r"""
 import glob, importlib.metadata, importlib.util, json, os, re, shutil, sys
 name = sys.argv[1]
+sys.path = [place for place in sys.path if place]  # not the folder that the manager runs in
 found = importlib.util.find_spec(name)
 origin = found.origin or "" if found else ""
 try:
@@ -210,6 +211,7 @@ def _question(program: Program) -> Told:
             timeout=PROBE_TIMEOUT_S,
             check=False,
         )
-        return msgspec.json.decode(run.stdout, type=Told)
+        answer = run.stdout.strip().rpartition(b"\n")[2]  # hooks of a site may print before it
+        return msgspec.json.decode(answer, type=Told)
     except (OSError, subprocess.TimeoutExpired, msgspec.MsgspecError):
         return Told()

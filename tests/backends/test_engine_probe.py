@@ -168,6 +168,24 @@ def test_a_silent_interpreter_has_no_release(away: Path) -> None:
     assert probe_release(find_program(ENTRY, {"PATH": str(away)})) == UNKNOWN_RELEASE
 
 
+def test_a_site_that_prints_is_understood(away: Path, tmp_path: Path) -> None:
+    script(away, "vllm", f"#!{sys.executable}")
+    site = tmp_path / "site"
+    package(site, "vllm", "0.32.0")
+    (site / "sitecustomize.py").write_text("print('{\"version\": \"9.9.9\"}')\nprint('hello')\n")
+    env = {"PATH": str(away), "PYTHONPATH": str(site)}
+    assert probe_release(find_program(ENTRY, env)) == Release(0, 32)
+
+
+def test_the_folder_of_the_manager_does_not_count(
+    away: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(away, "vllm", f"#!{sys.executable}")
+    package(tmp_path / "here", "vllm", "0.1.0")
+    monkeypatch.chdir(tmp_path / "here")
+    assert probe_release(find_program(ENTRY, {"PATH": str(away)})) == UNKNOWN_RELEASE
+
+
 INTERPRETERS = [
     ("#!/opt/e/bin/python3.12", "/opt/e/bin/python3.12"),
     ("#!/opt/e/bin/python -sE", "/opt/e/bin/python"),
