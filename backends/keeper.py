@@ -171,6 +171,8 @@ class Keeper:
             return
         if self.state.phase not in {Phase.READY, Phase.HELD}:
             raise RefusedError(f"it is {self.state.phase}; only what is ready can be put to sleep")
+        if self.observed.launch_hash != self._spec_hash:  # so it may lack what a sleep needs
+            raise RefusedError("it is about to be started anew with a changed command")
         try:
             self._engine.sleep_calls(self.spec, level)
         except FlagError as error:

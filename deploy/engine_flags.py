@@ -41,7 +41,7 @@ def vllm_flags(root: Path) -> Flags:
 def sglang_flags(root: Path) -> Flags:
     """Flags of `sglang serve`: annotated fields, and what is added by hand."""
     args = root / "srt/server_args.py"
-    flags = dict(_HELP)
+    flags = _HELP | {"--model-type": ((), VALUE)}  # read by the command line itself
     for path in (args, *sorted((root / "srt/arg_groups/fields").glob("*.py"))):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
+from backends.engines.facts import Facts
 from backends.engines.release import UNKNOWN_RELEASE, Release
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
@@ -135,6 +136,9 @@ class Engine(Protocol):
     ) -> tuple[Call, ...]:
         """Return what makes the LoRA adapters `loaded` (name to path) those that are `wanted`."""
 
+    def facts(self, spec: ReplicaSpec) -> Facts:
+        """Return how it behaves where that differs between engines."""
+
     def ready_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
         """Return the paths to ask for readiness; the first that is not 404 decides."""
 
@@ -201,10 +205,13 @@ def option(args: Sequence[str], *flags: str) -> str | None:
     """Return the last value that `args` give to one of `flags`, after a space or an equals sign."""
     value: str | None = None
     for index, arg in enumerate(args):
-        if arg in flags and index + 1 < len(args):
+        name, equals, joined = arg.partition("=")
+        if _dashed(name) not in flags:
+            continue
+        if equals:
+            value = joined
+        elif index + 1 < len(args):
             value = args[index + 1]
-        elif arg.startswith(tuple(flag + "=" for flag in flags)):
-            value = arg.partition("=")[2]
     return value
 
 
@@ -215,8 +222,13 @@ def count_option(args: Sequence[str], *flags: str, default: int = 1) -> int:
 
 
 def given(args: Sequence[str], *flags: str) -> bool:
-    """Say whether `args` hold one of `flags`, with or without a value."""
-    return any(arg.partition("=")[0] in flags for arg in args)
+    """Say whether `args` hold one of `flags`, whole, or a key of its JSON value (vLLM: --x.y)."""
+    return any(_dashed(arg.partition("=")[0]).partition(".")[0] in flags for arg in args)
+
+
+def _dashed(name: str) -> str:
+    """vLLM takes --max_num_seqs too."""
+    return name.replace("_", "-") if name.startswith("--") else name
 
 
 def lora_calls(

@@ -51,6 +51,7 @@ VLLM: Final[Mapping[str, Span]] = MappingProxyType(
 )
 SGLANG: Final[Mapping[str, Span]] = MappingProxyType(
     {
+        "kv_events_by_rank": _since(0, 5, 15, "ranks of plain DP or PP have event ports apart"),
         "kv_events_in_info": _since(0, 5, 15, "/server_info tells where the events are"),
         "weight_cache": _since(0, 5, 17, "--weight-cache-mode, which excludes the memory saver"),
         "kv_event_maps": _since(0, 5, 20, "events are maps; arrays before"),

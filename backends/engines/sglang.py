@@ -31,7 +31,10 @@ from backends.engines.base import (
     lora_calls,
     option,
 )
-from backends.engines.features import SGLANG_RANGE
+from backends.engines.facts import SGLANG as FACTS
+from backends.engines.facts import Facts
+from backends.engines.features import SGLANG as FEATURES
+from backends.engines.features import SGLANG_RANGE, has
 from backends.engines.flags import check_flags, check_name, check_range, flag_table, refuse
 from backends.engines.release import Release
 from backends.spec import ReplicaSpec
@@ -40,6 +43,7 @@ from proxy.contract.engines import SGLANG
 
 _KV_FLAG = "--kv-events-config"
 _DP_FLAGS = ("--dp-size", "--data-parallel-size", "--dp")
+_PP_FLAGS = ("--pp-size", "--pipeline-parallel-size", "--pp")
 _TAGS = b'{"tags":["kv_cache","weights","cuda_graph"]}'  # all, as without tags, but said
 _REFUSED = {
     "--host": "it is 127.0.0.1, where the manager and the proxy reach it",
@@ -69,7 +73,7 @@ class Sglang:
             *("--host", HOST, "--port", str(ports.http), "--served-model-name", spec.model),
             *("--page-size", "64", "--enable-metrics", "--enable-cache-report"),
             *("--enable-priority-scheduling", "--schedule-low-priority-values-first"),
-            *(_kv_flags(ports) if _tells_events(spec) else ()),
+            *(_kv_flags(ports) if _tells_events(spec, release) else ()),
             *(("--nccl-port", str(ports.internal)) if ports.internal else ()),
             *_sleep_flags(spec),
             *_lora_flags(spec),
@@ -87,6 +91,11 @@ class Sglang:
             )
         warnings = check_range(self.name, release, *SGLANG_RANGE)
         warnings += check_flags(flag_table(self.name), spec.args, release)
+        if given(spec.args, "--api-key", "--admin-api-key"):
+            warnings += (
+                "sglang: a key keeps the manager from its load, its names and its sleep; it "
+                "listens on loopback, so leave keys to the proxy",
+            )
         if spec.adapters:
             warnings += (
                 "sglang serves an adapter to requests with lora_path, or whose model is "
@@ -95,20 +104,18 @@ class Sglang:
         return warnings
 
     def ports_needed(self, spec: ReplicaSpec, release: Release) -> PortsNeeded:
-        events = count_option(spec.args, *_DP_FLAGS) if _tells_events(spec) else 0
+        events = _ranks(spec) if _tells_events(spec, release) else 0
         return PortsNeeded(events, events, 0 if given(spec.args, "--nccl-port") else 1)
 
     def gpus_needed(self, spec: ReplicaSpec) -> int:
-        """DP attention shares the tensor-parallel GPUs; plain data parallelism multiplies them."""
         args = spec.args
-        shared = given(args, "--enable-dp-attention", "--attn-dp-size")
-        ranks = 1 if shared else count_option(args, *_DP_FLAGS)
+        ranks = 1 if _shares_gpus(spec) else count_option(args, *_DP_FLAGS)
         tensor = count_option(args, "--tp-size", "--tensor-parallel-size", "--tp")
-        pipeline = count_option(args, "--pp-size", "--pipeline-parallel-size", "--pp")
+        pipeline = count_option(args, *_PP_FLAGS)
         return ranks * tensor * pipeline // count_option(args, "--nnodes") or 1
 
     def kv_source(self, spec: ReplicaSpec, ports: Ports, release: Release) -> KvEvents | None:
-        return kv_events_of(ports) if _tells_events(spec) else None
+        return kv_events_of(ports) if _tells_events(spec, release) else None
 
     def sleep_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
         if not spec.sleep:
@@ -163,8 +170,11 @@ class Sglang:
     ) -> tuple[Call, ...]:
         return lora_calls(loaded, wanted, "/load_lora_adapter", "/unload_lora_adapter")
 
+    def facts(self, spec: ReplicaSpec) -> Facts:
+        return FACTS
+
     def ready_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
-        return ("/ready", "/health")  # releases before 0.5.20 lack /ready
+        return FACTS.ready_paths
 
     def load_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
         return SGLANG.paths
@@ -173,7 +183,7 @@ class Sglang:
         return SGLANG.read(answers, at_s)
 
     def abort_path(self, spec: ReplicaSpec) -> str | None:
-        return "/abort_request"  # after SIGTERM it waits for its requests without any limit
+        return FACTS.abort_path
 
 
 def _kv_flags(ports: Ports) -> tuple[str, ...]:
@@ -183,9 +193,23 @@ def _kv_flags(ports: Ports) -> tuple[str, ...]:
     return (_KV_FLAG, msgspec.json.encode(config).decode())
 
 
-def _tells_events(spec: ReplicaSpec) -> bool:
-    """Say whether the events are ours to configure, and there are any."""
-    return not given(spec.args, _KV_FLAG, "--disable-radix-cache")
+def _tells_events(spec: ReplicaSpec, release: Release) -> bool:
+    """Say whether the events are ours to configure, there are any, and nothing dies of them."""
+    if given(spec.args, _KV_FLAG, "--disable-radix-cache"):
+        return False
+    ranks = 1 if _shares_gpus(spec) else count_option(spec.args, *_DP_FLAGS)
+    alone = ranks * count_option(spec.args, *_PP_FLAGS) == 1
+    return alone or has(FEATURES, "kv_events_by_rank", release)
+
+
+def _ranks(spec: ReplicaSpec) -> int:
+    """Return how many caches there are, each with events of its own."""
+    return max(count_option(spec.args, *_DP_FLAGS), count_option(spec.args, "--attn-dp-size"))
+
+
+def _shares_gpus(spec: ReplicaSpec) -> bool:
+    """DP attention shares the tensor-parallel GPUs; plain data parallelism multiplies them."""
+    return given(spec.args, "--enable-dp-attention", "--attn-dp-size")
 
 
 def _sleep_flags(spec: ReplicaSpec) -> tuple[str, ...]:

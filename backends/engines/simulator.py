@@ -22,6 +22,7 @@ from backends.engines.base import (
     kv_events_of,
     option,
 )
+from backends.engines.facts import Facts
 from backends.engines.release import Release
 from backends.engines.sglang import Sglang
 from backends.engines.vllm import Vllm
@@ -78,6 +79,9 @@ class Simulator:
         self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
     ) -> tuple[Call, ...]:
         return _dialect(spec).adapter_calls(spec, loaded, wanted)
+
+    def facts(self, spec: ReplicaSpec) -> Facts:
+        return _dialect(spec).facts(spec)
 
     def ready_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
         return _dialect(spec).ready_paths(spec)

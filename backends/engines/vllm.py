@@ -25,6 +25,8 @@ from backends.engines.base import (
     kv_events_of,
     lora_calls,
 )
+from backends.engines.facts import VLLM as FACTS
+from backends.engines.facts import Facts
 from backends.engines.features import VLLM as FEATURES
 from backends.engines.features import VLLM_RANGE, has
 from backends.engines.flags import check_flags, check_name, check_range, flag_table, refuse
@@ -36,6 +38,8 @@ from proxy.contract.engines import VLLM
 _KV_FLAG = "--kv-events-config"
 _DP_FLAGS = ("--data-parallel-size", "-dp")
 _DP_LOCAL_FLAGS = ("--data-parallel-size-local", "-dpl")
+# A rank of a server elsewhere publishes so many ports on, and nobody leased those.
+_RANK_FLAGS = ("--data-parallel-rank", "-dpn", "--data-parallel-start-rank", "-dpr")
 # It scans upwards from VLLM_PORT on (utils/network_utils.py), so this is room, not a limit.
 _INTERNAL_PORTS = 8
 # Adapters of one batch. vLLM makes room for them all; SGLang's default is this many.
@@ -84,6 +88,11 @@ class Vllm:
         if given(spec.args, "--disable-log-stats"):
             warnings += (
                 "vllm: --disable-log-stats hides the load; routing goes by its own counts",
+            )
+        if given(spec.args, "--api-key"):
+            warnings += (
+                "vllm: a key keeps the manager from the names of adapters; it listens on "
+                "loopback, so leave keys to the proxy",
             )
         return warnings
 
@@ -149,8 +158,11 @@ class Vllm:
     ) -> tuple[Call, ...]:
         return lora_calls(loaded, wanted, "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
+    def facts(self, spec: ReplicaSpec) -> Facts:
+        return FACTS
+
     def ready_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
-        return ("/health",)
+        return FACTS.ready_paths
 
     def load_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
         return VLLM.paths
@@ -159,7 +171,7 @@ class Vllm:
         return VLLM.read(answers, at_s)
 
     def abort_path(self, spec: ReplicaSpec) -> str | None:
-        return None  # --shutdown-timeout bounds its own drain
+        return FACTS.abort_path
 
 
 def _kv_flags(ports: Ports) -> tuple[str, ...]:
@@ -171,7 +183,7 @@ def _kv_flags(ports: Ports) -> tuple[str, ...]:
 
 def _tells_events(spec: ReplicaSpec) -> bool:
     """Say whether the events are ours to configure, and there are any."""
-    return not given(spec.args, _KV_FLAG, "--no-enable-prefix-caching")
+    return not given(spec.args, _KV_FLAG, "--no-enable-prefix-caching", *_RANK_FLAGS)
 
 
 def _lora_flags(spec: ReplicaSpec) -> tuple[str, ...]:

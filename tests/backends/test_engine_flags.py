@@ -193,6 +193,8 @@ WARNED = [
     ("vllm", {"args": ("--served-model-name", "m", "b")}, "0.33.0", ""),
     ("vllm", {"args": ("--disable-log-stats",)}, "0.33.0", "hides the load"),
     ("sglang", {"args": ("--weight-cache-mode", "client")}, "0.5.23", ""),
+    ("sglang", {"args": ("--admin-api-key", "k")}, "0.5.23", "leave keys to the proxy"),
+    ("vllm", {"args": ("--api-key", "k")}, "0.33.0", "leave keys to the proxy"),
 ]
 
 

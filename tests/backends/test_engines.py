@@ -266,6 +266,11 @@ def test_the_event_endpoint_is_bound_on_loopback_alone() -> None:
 NO_EVENTS = [
     ("vllm", ("--kv-events-config", "{}")),
     ("vllm", ("--no-enable-prefix-caching",)),
+    ("vllm", ("--data-parallel-rank", "1")),
+    ("vllm", ("--kv_events_config", "{}")),
+    ("vllm", ("--kv-events-config.topic", "x")),
+    ("sglang", ("--dp-size", "2")),
+    ("sglang", ("--pp-size", "2")),
     ("sglang", ("--kv-events-config={}",)),
     ("sglang", ("--disable-radix-cache",)),
     ("simulator", ("--kv-events-port", "0")),
@@ -285,7 +290,8 @@ PORTS = [
     ("vllm", ("-dp", "4"), PortsNeeded(4, 4, 8)),
     ("vllm", ("--data-parallel-size=4", "--data-parallel-size-local", "2"), PortsNeeded(2, 2, 8)),
     ("sglang", (), PortsNeeded(1, 1, 1)),
-    ("sglang", ("--dp-size", "2"), PortsNeeded(2, 2, 1)),
+    ("sglang", ("--dp-size", "2", "--enable-dp-attention"), PortsNeeded(2, 2, 1)),
+    ("sglang", ("--attn-dp-size", "4"), PortsNeeded(4, 4, 1)),
     ("sglang", ("--nccl-port", "5"), PortsNeeded(1, 1, 0)),
     ("simulator", (), PortsNeeded(1, 1, 0)),
     ("simulator", ("--dp-size", "3"), PortsNeeded(3, 3, 0)),
@@ -297,6 +303,15 @@ def test_ports_needed(name: str, args: tuple[str, ...], needed: PortsNeeded) -> 
     assert ENGINES[name].ports_needed(spec(name, *args), UNKNOWN_RELEASE) == needed
 
 
+@pytest.mark.parametrize(("release", "events"), [(Release(0, 5, 10), 0), (Release(0, 5, 15), 2)])
+def test_ranks_that_would_bind_one_port_tell_no_events(release: Release, events: int) -> None:
+    """Before 0.5.15 every worker of plain data parallelism bound the first port, and one lived."""
+    engine, wanted = ENGINES["sglang"], spec("sglang", "--dp-size", "2")
+    assert engine.ports_needed(wanted, release).kv_events == events
+    line = " ".join(engine.command(wanted, LEASED, release).argv)
+    assert ("--kv-events-config" in line) == bool(events)
+
+
 GPUS = [
     ("vllm", (), 1),
     ("vllm", ("-tp", "4"), 4),
@@ -305,6 +320,7 @@ GPUS = [
     ("vllm", ("-tp", "16", "--nnodes", "2"), 8),
     ("vllm", ("-dp", "8", "-dpl", "4"), 4),
     ("vllm", ("-tp", "none"), 1),
+    ("vllm", ("--tensor_parallel_size", "2", "--tensor-parallel-size=4"), 4),
     ("sglang", (), 1),
     ("sglang", ("--tp-size", "4"), 4),
     ("sglang", ("--tp", "2", "--pp-size", "2"), 4),

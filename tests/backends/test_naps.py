@@ -219,6 +219,17 @@ async def test_what_cannot_sleep_says_why(world: World, pools: str, words: str) 
         keeper(world).sleep(1)
 
 
+async def test_one_that_runs_by_another_command_is_started_anew_first(world: World) -> None:
+    """It was not started for sleep, whatever the configuration says now."""
+    manager = await world.start(configuration(world.run_dir, "[{engine: simulator, replicas: 2}]"))
+    manager.keepers["m-1"].apply(Event.RESTART)  # so that the first has to wait
+    manager.reload(configuration(world.run_dir, "[{engine: simulator, replicas: 2, sleep: true}]"))
+    await world.clock.advance(1.0)
+    assert keeper(world).state.phase is Phase.READY
+    with pytest.raises(RefusedError, match="about to be started anew with a changed command"):
+        keeper(world).sleep(1)
+
+
 async def test_asked_twice_it_is_told_once(world: World) -> None:
     kept = await asleep(world)
     count = len(posted(world))

@@ -23,26 +23,24 @@ from proxy.core.kv_wire import (
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-# Written by the engines' own publishers: generation A by vLLM 0.23.0 and SGLang 0.5.17.
+# One batch as the publisher of each release writes it: arrays first, maps later.
 RELEASES = {
-    "vllm 0.33.0": msgspec.json.decode((GOLDEN / "vllm-0.33.0-kv-events.json").read_bytes())["hex"],
-    "sglang 0.5.23": msgspec.json.decode((GOLDEN / "sglang-0.5.23-kv-events.json").read_bytes())[
-        "hex"
-    ],
-    "vllm 0.23.0": (
-        "93cb3ff0000000000000939cab426c6f636b53746f726564920b0cc0940102030402c0a3475055c0c0c0c0c0"
-        "94ac426c6f636b52656d6f766564910ba3475055c091b0416c6c426c6f636b73436c6561726564c0"
-    ),
-    "sglang 0.5.17": (
-        "93cb3ff00000000000009397ab426c6f636b53746f726564920b0cc0940102030402c0a3475055"
-        "93ac426c6f636b52656d6f766564910ba347505591b0416c6c426c6f636b73436c6561726564c0"
-    ),
+    path.name.removesuffix("-kv-events.json"): msgspec.json.decode(path.read_bytes())["hex"]
+    for path in sorted(GOLDEN.glob("*-kv-events.json"))
 }
 TOLD: list[Event] = [
     Stored([11, 12], None, 2, None, "", "GPU", ""),
     Removed([11], None, "GPU"),
     Cleared(),
 ]
+
+
+def test_both_forms_of_both_engines_are_here() -> None:
+    assert len(RELEASES) >= 9
+    for engine in ("vllm", "sglang"):
+        texts = [text for name, text in RELEASES.items() if name.startswith(engine)]
+        key = b"type".hex()
+        assert {key in text for text in texts} == {True, False}
 
 
 @pytest.mark.parametrize("release", RELEASES)

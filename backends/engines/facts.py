@@ -1,0 +1,65 @@
+"""How each engine behaves where a manager or a proxy must act differently, as one row a fact.
+
+What differs between releases is in `features`; what is here holds for all that are supported. The
+commands of this package are presumed: with another scheduling policy, say, the priority has no
+direction at all. Sources are named by their path in the engine's package.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine."""
+
+    # Answered at once and without computing, while it sleeps too.
+    alive_path: str
+    # Ready when the first of these that is not 404 says 200.
+    ready_paths: tuple[str, ...]
+    # Whether that also says no while it is paused, asleep or on its way down.
+    ready_tells_rest: bool
+    # Computes a token: fatal, or unanswered, while it sleeps.
+    generating_paths: tuple[str, ...]
+    # Where to post that everything is to end, and the body; none: SIGTERM does it in bounded time.
+    abort_path: str | None
+    abort_body: bytes
+    # What a number in a request's `priority` means as we start it.
+    lower_priority_first: bool
+    # Where a request's own id is read, and whether an answer carries it back.
+    request_id: tuple[Literal["header", "body"], str]
+    echoes_request_id: bool
+    # The data-parallel rank that a request is pinned to.
+    rank_header: str
+    # {"error": {...}}, or the same fields at the top.
+    error_shape: Literal["nested", "flat"]
+
+
+VLLM: Final = Facts(
+    alive_path="/health",  # entrypoints/serve: 503 only when the engine is dead
+    ready_paths=("/health",),
+    ready_tells_rest=False,
+    generating_paths=(),
+    abort_path=None,  # --shutdown-timeout bounds its drain (entrypoints/launchers/launcher.py)
+    abort_body=b"",
+    lower_priority_first=True,
+    request_id=("header", "X-Request-Id"),
+    echoes_request_id=True,  # with --enable-request-id-headers
+    rank_header="X-data-parallel-rank",
+    error_shape="nested",
+)
+SGLANG: Final = Facts(
+    alive_path="/ping",
+    ready_paths=("/ready", "/health"),  # releases before 0.5.20 lack /ready
+    ready_tells_rest=True,
+    generating_paths=("/health_generate",),  # the environment keeps /health from it, not this one
+    abort_path="/abort_request",  # after SIGTERM it waits without limit (tokenizer_manager.py)
+    abort_body=b'{"abort_all":true}',
+    lower_priority_first=True,  # with --schedule-low-priority-values-first
+    request_id=("body", "rid"),
+    echoes_request_id=False,
+    rank_header="X-Data-Parallel-Rank",
+    error_shape="flat",
+)
