@@ -112,6 +112,16 @@ class Cards:
         """Let `owner` wait for nothing any more."""
         self._waiting.pop(owner, None)
 
+    async def settled(self) -> None:
+        """Wait until all that is being given back is free, or has been told of."""
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def hurry(self) -> None:
+        """Wait for nothing from now on: cards are given back unseen."""
+        self._use = None
+        for task in self._tasks.values():
+            task.cancel()
+
     async def close(self) -> None:
         await cancel_all(list(self._tasks.values()))
 

@@ -144,7 +144,8 @@ class GpuLeases:
         held = "; ".join(f"{owner} has {_list(devices)}" for owner, devices in self._held.items())
         return (
             f"it needs {_cards(count)} and {_free(free)} free ({held}); it starts when "
-            "enough are given back: stop one of these or lower the replicas of a pool"
+            "enough are given back: stop one of these, lower the replicas of a pool, or let pools "
+            f"share a card by {VISIBLE} in their env"
         )
 
 

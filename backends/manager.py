@@ -110,16 +110,21 @@ class Manager:
         self._reconcile()
 
     async def stop(self) -> None:
-        """Stop every replica in order: drain, SIGTERM, SIGKILL; return when all are at rest."""
+        """Stop every replica in order: drain, SIGTERM, SIGKILL; return when all are at rest.
+
+        At rest they have let go of their GPUs, or it has been told what is still held.
+        """
         self.serving = False
         self._wanted = ()
         self._reconcile()
         await self._stopped.wait()
+        await self._cards.settled()
 
     def hurry(self) -> None:
         """Stop waiting for anybody."""
         for keeper in list(self.keepers.values()):
             keeper.apply(Event.HURRY, "stopped in a hurry")
+        self._cards.hurry()
 
     async def close(self) -> None:
         """Let go of what still runs."""

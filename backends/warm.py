@@ -17,6 +17,7 @@ import asyncio
 import ctypes
 import mmap
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,7 @@ MEMORY_SHARE = 0.5  # of what is available; the engine needs host memory of its 
 WINDOW_BYTES = 64 * 1024 * 1024
 _BUFFER_BYTES = 4 * 1024 * 1024
 _MEMINFO = Path("/proc/meminfo")
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -162,10 +164,20 @@ def may_ask(path: Path) -> bool:
     return user in {0, path.stat().st_uid} or os.access(path, os.W_OK)
 
 
-def available_bytes(meminfo: Path = _MEMINFO) -> int:
-    """Return the memory that can be had without swapping; 0 when nobody says."""
+def available_bytes(meminfo: Path = _MEMINFO, limit: Path = _CGROUP_LIMIT) -> int:
+    """Return the memory that can be had without swapping; 0 when nobody says.
+
+    A container is told of the whole machine's memory, and has its limit beside it.
+    """
     with suppress(OSError, ValueError, IndexError):
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return min(int(line.split()[1]) * 1024, _limit_bytes(limit))
     return 0
+
+
+def _limit_bytes(limit: Path) -> int:
+    try:
+        return int(limit.read_text())
+    except (OSError, ValueError):  # there is none, or it says "max"
+        return sys.maxsize

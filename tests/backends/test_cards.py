@@ -102,6 +102,29 @@ async def test_memory_that_stays_is_told_with_who_has_it(stage: Stage) -> None:
     assert '"held":"GPU 0: 1,957 MiB by pid 4242 (1,957 MiB)"' in stage.stream.getvalue()
 
 
+async def test_an_end_waits_for_memory_unless_hurried(stage: Stage) -> None:
+    stage.take("m-0")
+    await stage.noted("m-0")
+    stage.used_mib["0"] = 80_000
+    stage.cards.ended("m-0")
+    settling = asyncio.ensure_future(stage.cards.settled())
+    asked = stage.asked
+    await stage.until(lambda: stage.asked > asked + 2)
+    assert not settling.done()
+    stage.used_mib["0"] = 4
+    await settling
+    stage.take("m-0")
+    await stage.noted("m-0")
+    stage.used_mib["0"] = 80_000
+    stage.cards.ended("m-0")
+    stage.cards.hurry()
+    await stage.cards.settled()
+    stage.take("m-1")
+    stage.cards.ended("m-1")
+    assert "m-1" not in stage.leases.holders, "at once, from then on"
+    assert "gpu_memory_held" not in stage.stream.getvalue()
+
+
 async def test_memory_of_nobody_is_told_too(stage: Stage) -> None:
     stage.cards.claim("old-0", ["1"])  # of a manager before: nobody knows what was used
     stage.used_mib["1"] = 5_000

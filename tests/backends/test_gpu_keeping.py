@@ -50,7 +50,8 @@ async def test_two_start_and_the_third_waits_for_a_card(world: World) -> None:
     assert (waiting.state.value, waiting.restarts) == ("backoff", 0)
     assert waiting.reason == (
         "not started: it needs 1 GPU and none is free (m-0 has GPU 0; m-1 has GPU 1); it starts "
-        "when enough are given back: stop one of these or lower the replicas of a pool"
+        "when enough are given back: stop one of these, lower the replicas of a pool, or let pools "
+        "share a card by CUDA_VISIBLE_DEVICES in their env"
     )
     manager.keepers["m-0"].apply(Event.STOP)
     await world.clock.advance(1.0)

@@ -152,7 +152,8 @@ REFUSALS = [
         {"m-0": "01", "m-1": "2", "m-2": "3"},
         1,
         "it needs 1 GPU and none is free (m-0 has GPUs 0, 1; m-1 has GPU 2; m-2 has GPU 3); "
-        "it starts when enough are given back: stop one of these or lower the replicas of a pool",
+        "it starts when enough are given back: stop one of these, lower the replicas of a pool, or "
+        "let pools share a card by CUDA_VISIBLE_DEVICES in their env",
     ),
     ("some taken", {"m-0": "01"}, 3, "it needs 3 GPUs and GPUs 2, 3 are free (m-0 has GPUs 0, 1)"),
     ("one left", {"m-0": "012"}, 2, "it needs 2 GPUs and GPU 3 is free (m-0 has GPUs 0, 1, 2)"),

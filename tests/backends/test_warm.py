@@ -133,7 +133,10 @@ def test_the_kernels_answer_counts_pages(disk: Path) -> None:
 def test_available_memory(tmp_path: Path) -> None:
     assert available_bytes() > 0
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   2048 kB\n")
-    assert available_bytes(tmp_path / "meminfo") == 2 * MIB
+    assert available_bytes(tmp_path / "meminfo", tmp_path / "none") == 2 * MIB
+    for text, size in (("max\n", 2 * MIB), (f"{MIB}\n", MIB), (f"{9 * MIB}\n", 2 * MIB)):
+        (tmp_path / "memory.max").write_text(text)
+        assert available_bytes(tmp_path / "meminfo", tmp_path / "memory.max") == size
     (tmp_path / "meminfo").write_text("MemAvailable: much\n")
     assert available_bytes(tmp_path / "meminfo") == 0
     assert available_bytes(tmp_path / "none") == 0
