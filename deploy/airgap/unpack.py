@@ -29,6 +29,7 @@ import shutil
 import sys
 import tarfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,13 +175,15 @@ def _compile(manifest: dict[str, Any], environment: Path, jobs: int) -> None:
     stamp = environment / ".compiled"
     if stamp.exists() and stamp.read_text() == manifest["key"]:
         return
-    compileall.compile_dir(
-        packages(environment),
-        maxlevels=30,
-        quiet=2,  # packages carry templates that are no Python
-        workers=jobs,
-        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other people's escapes
+        compileall.compile_dir(
+            packages(environment),
+            maxlevels=30,
+            quiet=2,  # packages carry templates that are no Python
+            workers=jobs,
+            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+        )
     _replace(stamp, manifest["key"])
 
 

@@ -161,6 +161,17 @@ def test_what_the_host_has_stays_out(index: Path) -> None:
     assert manifest["unmet"] == ["absent-one (asked for by noisy)"]
 
 
+def test_what_a_set_was_tried_without_is_not_missed(
+    index: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = "# goes without: other Absent_One\n# goes without: more\nnoisy==1.0\n"
+    (index / "set.lock").write_text(text)
+    assert _bundle(index) == 0
+    told = capfd.readouterr().out
+    assert "neither here nor on the host: tiny (asked for by noisy)" in told
+    assert "absent" not in told
+
+
 def test_full_leaves_nothing_behind(index: Path) -> None:
     assert _bundle(index, "--full") == 0
     manifest = json.loads((index.parent / "out" / "manifest.json").read_text())
