@@ -91,7 +91,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
 def _host(options: argparse.Namespace) -> Host:
     if options.host is not None:
-        return wheels.read_host(options.host)
+        host = wheels.read_host(options.host)
+        return host if host.arch else host._replace(arch=options.arch)  # its card was not seen
     return Host(options.python, options.torch, options.cuda, options.arch)
 
 
@@ -170,10 +171,11 @@ def _site(
     cache: Path,
 ) -> tuple[Path, dict[str, Any]]:
     """Make the folder of these wheels under these rules, once."""
-    pruned = not options.full and host.arch >= kind.smallest_arch
-    leave = (
-        [(rule.pattern, rule.why) for rule in (*kinds.EVERYWHERE, *kind.leave)] if pruned else []
-    )
+    pruned = not options.full and kind.arch in (0, host.arch)
+    if not options.full and not pruned:
+        print(f"no rules for {host.arch / 10}, only for {kind.arch / 10}: little is left out")
+    rules = (*(() if options.full else kinds.EVERYWHERE), *(kind.leave if pruned else ()))
+    leave = [(rule.pattern, rule.why) for rule in rules]
     heads = tuple(int(text) for text in options.heads.split(","))
     drop = kinds.attention_drop(heads, keep_fp8=options.keep_fp8, keep_fp16=options.keep_fp16)
     slims = {rule.pattern: drop if rule.attention else "" for rule in kind.slim} if pruned else {}

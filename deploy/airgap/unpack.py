@@ -48,10 +48,9 @@ import sys
 
 for name, value in {env!r}.items():
     os.environ.setdefault(name, value)
-folders = {libraries!r}
-if folders:
-    there = os.environ.get("LD_LIBRARY_PATH", "")
-    os.environ["LD_LIBRARY_PATH"] = ":".join([*folders, *([there] if there else [])])
+for name, folders in {paths!r}.items():
+    there = [path for path in os.environ.get(name, "").split(":") if path and path not in folders]
+    os.environ[name] = ":".join([*folders, *there])
 os.execv(sys.executable, [sys.executable, "-m", {module!r}, *sys.argv[1:]])
 '''
 
@@ -227,12 +226,15 @@ def write_launcher(stage: Path, name: str, kind: kinds.Kind) -> None:
     packages(environment).mkdir(parents=True, exist_ok=True)
     _replace(packages(environment) / "zz_host.pth", "".join(f"{line}\n" for line in lines))
     caches = {key: str(stage / "cache" / name / value) for key, value in kind.caches.items()}
+    paths = {"PATH": [str(stage / "bin")]}
+    if kind.cuda_libraries and (libraries := _cuda_libraries()):
+        paths["LD_LIBRARY_PATH"] = libraries
     text = LAUNCHER.format(
         python=python,
         program=kind.program,
         environment=environment,
         env=kind.env | caches,
-        libraries=_cuda_libraries() if kind.cuda_libraries else [],
+        paths=paths,
         module=kind.module,
     )
     program = stage / "bin" / kind.program

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from deploy.airgap import archives, bundle, host, pack_cache, unpack, wheels
+from deploy.airgap import archives, bundle, host, kinds, pack_cache, unpack, wheels
 from deploy.airgap.archives import ArchiveError, Member, Part
 
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -243,6 +243,65 @@ def test_a_folder_without_archives_is_refused(
 ) -> None:
     assert unpack.main([str(tmp_path), "--to", str(tmp_path / "stage")]) == 1
     assert "has no manifest.json" in capfd.readouterr().err
+
+
+_TELLS = b"""import json, os, sys
+names = ("HF_HUB_OFFLINE", "TRITON_CACHE_DIR", "LD_LIBRARY_PATH", "PATH")
+print(json.dumps([sys.argv[1:], sys.executable, {name: os.environ.get(name) for name in names}]))
+"""
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_an_engine_starts_with_what_it_needs_unless_it_is_told_otherwise(
+    index: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    stage = index.parent / "stage"
+    module = kinds.KINDS[name].module.replace(".", "/") + ".py"
+    _write_wheel(index, name, "1", {module: _TELLS})
+    (index / "set.lock").write_text(f"{name}==1\n")
+    toolkit = index.parent / "cuda"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "lib64").mkdir()
+    (toolkit / "bin" / "nvcc").write_text("")
+    (toolkit / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{toolkit / 'bin'}:/usr/bin:/bin")
+    assert _bundle(index, name=name) == 0
+    out = str(index.parent / "out")
+    assert unpack.main([out, "--to", str(stage), "--jobs", "1", "--any-host"]) == 0
+
+    def start(**environment: str) -> tuple[list[str], str, dict[str, str | None]]:
+        ran = subprocess.run(
+            [stage / "bin" / name, "serve", "--port", "1"],
+            env={"PATH": "/bin"} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+        arguments, python, seen = json.loads(ran.stdout)
+        return arguments, python, seen
+
+    arguments, python, seen = start(LD_LIBRARY_PATH="/there")
+    assert arguments == ["serve", "--port", "1"]
+    assert python == str(stage / name / "bin" / "python")
+    assert seen["HF_HUB_OFFLINE"] == "1"
+    assert seen["TRITON_CACHE_DIR"] == str(stage / "cache" / name / "triton")
+    assert seen["PATH"] == f"{stage / 'bin'}:/bin"  # an engine is found by whoever was started
+    needs_libraries = kinds.KINDS[name].cuda_libraries
+    assert seen["LD_LIBRARY_PATH"] == (f"{toolkit}/lib64:/there" if needs_libraries else "/there")
+    _, _, seen = start(HF_HUB_OFFLINE="0", TRITON_CACHE_DIR="/mine")
+    assert (seen["HF_HUB_OFFLINE"], seen["TRITON_CACHE_DIR"]) == ("0", "/mine")
+
+
+@pytest.mark.parametrize(("arch", "left"), [(90, True), (100, False)])
+def test_rules_for_one_architecture_are_for_no_other(index: Path, arch: int, *, left: bool) -> None:
+    files = {"vllm/_moe_C.abi3.so": b"moe", "vllm/a.pyi": b"", "vllm/__init__.py": b""}
+    _write_wheel(index, "vllm", "1", files)
+    (index / "set.lock").write_text("vllm==1\n")
+    assert _bundle(index, "--arch", str(arch), name="vllm") == 0
+    manifest = archives.read_manifest(index.parent / "out")
+    assert ("vllm/_moe_C*" in manifest["left_out"]) == left
+    assert "*.pyi" in manifest["left_out"]
 
 
 def test_caches_go_out_and_come_back(index: Path, capfd: pytest.CaptureFixture[str]) -> None:
