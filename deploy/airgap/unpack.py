@@ -219,7 +219,8 @@ def write_launcher(stage: Path, name: str, kind: kinds.Kind) -> None:
         link.unlink(missing_ok=True)
         link.symlink_to(base)
     version = ".".join(map(str, sys.version_info[:3]))
-    _replace(environment / "pyvenv.cfg", f"home = {base.parent}\nversion = {version}\n")
+    settings = ("include-system-site-packages = false", f"version = {version}")  # zz_host.pth adds
+    _replace(environment / "pyvenv.cfg", "\n".join((f"home = {base.parent}", *settings, "")))
     lines = [f"import site; site.addsitedir({path!r})" for path in _host_packages(stage)]
     if not kind.slim:
         lines.insert(0, str(ROOT))  # the project as sources
@@ -227,7 +228,7 @@ def write_launcher(stage: Path, name: str, kind: kinds.Kind) -> None:
     _replace(packages(environment) / "zz_host.pth", "".join(f"{line}\n" for line in lines))
     caches = {key: str(stage / "cache" / name / value) for key, value in kind.caches.items()}
     paths = {"PATH": [str(stage / "bin")]}
-    if kind.cuda_libraries and (libraries := _cuda_libraries()):
+    if kind.cuda_libraries and (libraries := _cuda_libraries(stage)):
         paths["LD_LIBRARY_PATH"] = libraries
     text = LAUNCHER.format(
         python=python,
@@ -253,13 +254,13 @@ def _host_packages(stage: Path) -> list[str]:
     ]
 
 
-def _cuda_libraries() -> list[str]:
-    """Return the folder of the toolkit's libraries, beside the nvcc that is found."""
+def _cuda_libraries(stage: Path) -> list[str]:
+    """Return the folder of libcudart: of the toolkit that nvcc is of, else of torch's packages."""
     nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        return []
-    folder = Path(nvcc).resolve().parents[1] / "lib64"
-    return [str(folder)] if folder.is_dir() else []
+    folders = [Path(nvcc).resolve().parents[1] / "lib64"] if nvcc else []
+    for packages_folder in _host_packages(stage):
+        folders += sorted(Path(packages_folder).glob("nvidia/*/lib"))
+    return next(([str(path)] for path in folders if any(path.glob("libcudart.so*"))), [])
 
 
 def write_environment(stage: Path) -> None:

@@ -102,12 +102,13 @@ def test_a_bundle_becomes_a_program(index: Path, capfd: pytest.CaptureFixture[st
     assert sum(sizes) == manifest["bytes"] > 500_000
 
     assert unpack.main([str(out), "--to", str(stage), "--jobs", "1"]) == 0
-    script = "import noisy, tiny, noisy_extra, proxy, sys; print(noisy.size, tiny.size, sys.prefix)"
+    script = "import noisy, tiny, noisy_extra, proxy, site, sys; print(noisy.size, tiny.size)"
+    script += "; print(sys.prefix, site.ENABLE_USER_SITE)"
     python = stage / "doherty" / "bin" / "python"
     told = subprocess.run(
         [python, "-c", script], cwd=stage, capture_output=True, text=True, check=False
     )
-    assert told.stdout.split() == ["5", "2", str(stage / "doherty")], told.stderr
+    assert told.stdout.split() == ["5", "2", str(stage / "doherty"), "False"], told.stderr
     packages = unpack.packages(stage / "doherty")
     assert (packages / "noisy" / "lib.so").read_bytes() == _NOISE
     assert list((packages / "noisy" / "__pycache__").glob("*.pyc"))
@@ -262,6 +263,7 @@ def test_an_engine_starts_with_what_it_needs_unless_it_is_told_otherwise(
     toolkit = index.parent / "cuda"
     (toolkit / "bin").mkdir(parents=True)
     (toolkit / "lib64").mkdir()
+    (toolkit / "lib64" / "libcudart.so.13").touch()
     (toolkit / "bin" / "nvcc").write_text("")
     (toolkit / "bin" / "nvcc").chmod(0o755)
     monkeypatch.setenv("PATH", f"{toolkit / 'bin'}:/usr/bin:/bin")
