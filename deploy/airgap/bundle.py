@@ -38,6 +38,7 @@ LOCKS = Path(__file__).resolve().parent / "locks"
 MIB = 1 << 20
 # Small libraries gain nothing from strip, and each call costs a process.
 STRIP_BYTES_MIN = 300_000
+SITES_KEPT = 3
 TOOLS = ("zstandard>=0.22,<1",)  # BSD-3; to look inside compressed GPU code
 
 
@@ -208,7 +209,16 @@ def _site(
         "slimmed": slimmed,
     }
     _write(stamp, report)
+    _forget_sites(site.parent, options.name)
     return site, report
+
+
+def _forget_sites(folder: Path, name: str) -> None:
+    """Keep the newest sites of a bundle: one with FP8 and one without, say. Each is a gigabyte."""
+    stamps = sorted(folder.glob(f"{name}-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    for stamp in stamps[:-SITES_KEPT]:
+        shutil.rmtree(stamp.with_suffix(""), ignore_errors=True)
+        stamp.unlink()
 
 
 def _sources() -> str:

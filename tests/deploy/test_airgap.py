@@ -180,6 +180,19 @@ def test_full_leaves_nothing_behind(index: Path) -> None:
     assert manifest["files"] == 12
 
 
+def test_old_sites_are_forgotten(index: Path) -> None:
+    for release in range(bundle.SITES_KEPT + 2):
+        _write_wheel(index, "tiny", f"2.{release}", {"tiny.py": b"size = %d\n" % release})
+        (index / "set.lock").write_text(f"tiny==2.{release}\n")
+        assert _bundle(index) == 0
+    sites = index.parent / "cache" / "sites"
+    assert len(list(sites.glob("*.json"))) == bundle.SITES_KEPT
+    kept = [path for path in sites.iterdir() if path.is_dir()]
+    assert len(kept) == bundle.SITES_KEPT
+    last = f"size = {bundle.SITES_KEPT + 1}\n"
+    assert last in [(path / "tiny.py").read_text() for path in kept]
+
+
 def test_more_than_the_total_is_an_error(index: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert _bundle(index, "--total-mib", "0.1") == 1
     assert "more than --total-mib allows; give --host" in capfd.readouterr().err
