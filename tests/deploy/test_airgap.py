@@ -134,11 +134,14 @@ def test_what_is_there_is_not_made_again(index: Path, capfd: pytest.CaptureFixtu
     assert len(before) == 2
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "doherty-2.tar.xz").unlink()  # as if it had been cut off there
+    (out / ".doherty-2.tar.xz.01.new").write_bytes(b"a beginning")
+    (out / "manifest.json").rename(out / ".progress.json")
     assert _bundle(index) == 0
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar.xz")}
     assert after["doherty-1.tar.xz"] == before["doherty-1.tar.xz"]
     assert after["doherty-2.tar.xz"] != before["doherty-2.tar.xz"]
     assert json.loads((out / "manifest.json").read_text()) == manifest  # the same octets, too
+    assert sorted(path.name for path in out.iterdir()) == [*sorted(before), "manifest.json"]
 
     assert unpack.main([str(out), "--to", str(stage), "--jobs", "1"]) == 0
     assert "doherty: 10 files unpacked" in capfd.readouterr().out
