@@ -366,7 +366,7 @@ def _whole(out: Path, parts: Sequence[dict[str, Any]]) -> bool:
 def _sweep(out: Path, kept: set[str]) -> None:
     """Remove archives of other runs, and beginnings."""
     (out / archives.MANIFEST).unlink(missing_ok=True)
-    for path in (*out.glob("*.tar.xz*"), *out.glob(".*.new")):
+    for path in {*out.glob("*.tar.xz*"), *out.glob(".*.new")}:
         if path.name not in kept:
             path.unlink()
 
