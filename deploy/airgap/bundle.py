@@ -38,6 +38,7 @@ LOCKS = Path(__file__).resolve().parent / "locks"
 MIB = 1 << 20
 # Small libraries gain nothing from strip, and each call costs a process.
 STRIP_BYTES_MIN = 300_000
+SITES_KEPT = 3
 TOOLS = ("zstandard>=0.22,<1",)  # BSD-3; to look inside compressed GPU code
 
 
@@ -91,7 +92,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
 def _host(options: argparse.Namespace) -> Host:
     if options.host is not None:
-        return wheels.read_host(options.host)
+        host = wheels.read_host(options.host)
+        return host if host.arch else host._replace(arch=options.arch)  # its card was not seen
     return Host(options.python, options.torch, options.cuda, options.arch)
 
 
@@ -170,10 +172,11 @@ def _site(
     cache: Path,
 ) -> tuple[Path, dict[str, Any]]:
     """Make the folder of these wheels under these rules, once."""
-    pruned = not options.full and host.arch >= kind.smallest_arch
-    leave = (
-        [(rule.pattern, rule.why) for rule in (*kinds.EVERYWHERE, *kind.leave)] if pruned else []
-    )
+    pruned = not options.full and kind.arch in (0, host.arch)
+    if not options.full and not pruned:
+        print(f"no rules for {host.arch / 10}, only for {kind.arch / 10}: little is left out")
+    rules = (*(() if options.full else kinds.EVERYWHERE), *(kind.leave if pruned else ()))
+    leave = [(rule.pattern, rule.why) for rule in rules]
     heads = tuple(int(text) for text in options.heads.split(","))
     drop = kinds.attention_drop(heads, keep_fp8=options.keep_fp8, keep_fp16=options.keep_fp16)
     slims = {rule.pattern: drop if rule.attention else "" for rule in kind.slim} if pruned else {}
@@ -206,7 +209,16 @@ def _site(
         "slimmed": slimmed,
     }
     _write(stamp, report)
+    _forget_sites(site.parent, options.name)
     return site, report
+
+
+def _forget_sites(folder: Path, name: str) -> None:
+    """Keep the newest sites of a bundle: one with FP8 and one without, say. Each is a gigabyte."""
+    stamps = sorted(folder.glob(f"{name}-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    for stamp in stamps[:-SITES_KEPT]:
+        shutil.rmtree(stamp.with_suffix(""), ignore_errors=True)
+        stamp.unlink()
 
 
 def _sources() -> str:
@@ -354,7 +366,7 @@ def _whole(out: Path, parts: Sequence[dict[str, Any]]) -> bool:
 def _sweep(out: Path, kept: set[str]) -> None:
     """Remove archives of other runs, and beginnings."""
     (out / archives.MANIFEST).unlink(missing_ok=True)
-    for path in (*out.glob("*.tar.xz*"), *out.glob(".*.new")):
+    for path in {*out.glob("*.tar.xz*"), *out.glob(".*.new")}:
         if path.name not in kept:
             path.unlink()
 

@@ -4,8 +4,9 @@ What stays behind is what a dense model in bf16 or with FP8 weights, with heads 
 on one architecture. Kept on purpose: `cutlass_scaled_mm` and the quantisation kernels of vLLM's
 `_C`, `fp8_scaled_mm` of sgl-kernel's `common_ops` and sgl-deep-gemm (FP8 weights on Hopper), all of
 speculative decoding, custom all-reduce, and what either engine compiles from at run time.
-`--full` leaves nothing behind. What is left behind and asked for all the same fails by its name:
-a missing module, an operator that is not registered, "no kernel image is available".
+`--full` leaves nothing behind; for another architecture only what no engine reads stays behind.
+What is missing and asked for all the same fails by its name: a missing module, an operator that is
+not registered, "no kernel image is available".
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Kind(NamedTuple):
     cuda_libraries: bool = False  # the libraries of the CUDA toolkit go on the loader's path
     leave: tuple[Leave, ...] = ()
     slim: tuple[Slim, ...] = ()
-    smallest_arch: int = 0  # the rules were made for this and newer
+    arch: int = 0  # the rules are for this compute capability (90: 9.0) and no other; 0: any
 
 
 OFFLINE = {
@@ -88,7 +89,7 @@ KINDS: dict[str, Kind] = {
             Leave("vllm/*.cu", "sources; nothing is built from them here"),
         ),
         slim=(Slim("vllm/_C_stable_libtorch.abi3.so"), Slim("vllm/_C.abi3.so")),
-        smallest_arch=90,
+        arch=90,
     ),
     "sglang": Kind(
         package="sglang",
@@ -123,7 +124,7 @@ KINDS: dict[str, Kind] = {
             Slim("sgl_kernel/sm90/common_ops.abi3.so"),
             Slim("sgl_kernel/flash_ops.abi3.so", attention=True),
         ),
-        smallest_arch=90,
+        arch=90,
     ),
     "doherty": Kind(
         package="doherty",

@@ -44,6 +44,7 @@ _DECODER: dict[str, Any] = {
     "num_key_value_heads": 8,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",  # whose form this is; without one, 5.17 warns of a tokenizer
     "use_cache": True,
 }
 # Sizes as in config.json of Qwen/Qwen3-8B and Qwen/Qwen3-0.6B.

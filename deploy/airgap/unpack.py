@@ -48,10 +48,9 @@ import sys
 
 for name, value in {env!r}.items():
     os.environ.setdefault(name, value)
-folders = {libraries!r}
-if folders:
-    there = os.environ.get("LD_LIBRARY_PATH", "")
-    os.environ["LD_LIBRARY_PATH"] = ":".join([*folders, *([there] if there else [])])
+for name, folders in {paths!r}.items():
+    there = [path for path in os.environ.get(name, "").split(":") if path and path not in folders]
+    os.environ[name] = ":".join([*folders, *there])
 os.execv(sys.executable, [sys.executable, "-m", {module!r}, *sys.argv[1:]])
 '''
 
@@ -220,19 +219,23 @@ def write_launcher(stage: Path, name: str, kind: kinds.Kind) -> None:
         link.unlink(missing_ok=True)
         link.symlink_to(base)
     version = ".".join(map(str, sys.version_info[:3]))
-    _replace(environment / "pyvenv.cfg", f"home = {base.parent}\nversion = {version}\n")
+    settings = ("include-system-site-packages = false", f"version = {version}")  # zz_host.pth adds
+    _replace(environment / "pyvenv.cfg", "\n".join((f"home = {base.parent}", *settings, "")))
     lines = [f"import site; site.addsitedir({path!r})" for path in _host_packages(stage)]
     if not kind.slim:
         lines.insert(0, str(ROOT))  # the project as sources
     packages(environment).mkdir(parents=True, exist_ok=True)
     _replace(packages(environment) / "zz_host.pth", "".join(f"{line}\n" for line in lines))
     caches = {key: str(stage / "cache" / name / value) for key, value in kind.caches.items()}
+    paths = {"PATH": [str(stage / "bin")]}
+    if kind.cuda_libraries and (libraries := _cuda_libraries(stage)):
+        paths["LD_LIBRARY_PATH"] = libraries
     text = LAUNCHER.format(
         python=python,
         program=kind.program,
         environment=environment,
         env=kind.env | caches,
-        libraries=_cuda_libraries() if kind.cuda_libraries else [],
+        paths=paths,
         module=kind.module,
     )
     program = stage / "bin" / kind.program
@@ -251,13 +254,13 @@ def _host_packages(stage: Path) -> list[str]:
     ]
 
 
-def _cuda_libraries() -> list[str]:
-    """Return the folder of the toolkit's libraries, beside the nvcc that is found."""
+def _cuda_libraries(stage: Path) -> list[str]:
+    """Return the folder of libcudart: of the toolkit that nvcc is of, else of torch's packages."""
     nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        return []
-    folder = Path(nvcc).resolve().parents[1] / "lib64"
-    return [str(folder)] if folder.is_dir() else []
+    folders = [Path(nvcc).resolve().parents[1] / "lib64"] if nvcc else []
+    for packages_folder in _host_packages(stage):
+        folders += sorted(Path(packages_folder).glob("nvidia/*/lib"))
+    return next(([str(path)] for path in folders if any(path.glob("libcudart.so*"))), [])
 
 
 def write_environment(stage: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from deploy.airgap import archives, bundle, host, pack_cache, unpack, wheels
+from deploy.airgap import archives, bundle, host, kinds, pack_cache, unpack, wheels
 from deploy.airgap.archives import ArchiveError, Member, Part
 
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -102,12 +102,13 @@ def test_a_bundle_becomes_a_program(index: Path, capfd: pytest.CaptureFixture[st
     assert sum(sizes) == manifest["bytes"] > 500_000
 
     assert unpack.main([str(out), "--to", str(stage), "--jobs", "1"]) == 0
-    script = "import noisy, tiny, noisy_extra, proxy, sys; print(noisy.size, tiny.size, sys.prefix)"
+    script = "import noisy, tiny, noisy_extra, proxy, site, sys; print(noisy.size, tiny.size)"
+    script += "; print(sys.prefix, site.ENABLE_USER_SITE)"
     python = stage / "doherty" / "bin" / "python"
     told = subprocess.run(
         [python, "-c", script], cwd=stage, capture_output=True, text=True, check=False
     )
-    assert told.stdout.split() == ["5", "2", str(stage / "doherty")], told.stderr
+    assert told.stdout.split() == ["5", "2", str(stage / "doherty"), "False"], told.stderr
     packages = unpack.packages(stage / "doherty")
     assert (packages / "noisy" / "lib.so").read_bytes() == _NOISE
     assert list((packages / "noisy" / "__pycache__").glob("*.pyc"))
@@ -133,11 +134,14 @@ def test_what_is_there_is_not_made_again(index: Path, capfd: pytest.CaptureFixtu
     assert len(before) == 2
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "doherty-2.tar.xz").unlink()  # as if it had been cut off there
+    (out / ".doherty-2.tar.xz.01.new").write_bytes(b"a beginning")
+    (out / "manifest.json").rename(out / ".progress.json")
     assert _bundle(index) == 0
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar.xz")}
     assert after["doherty-1.tar.xz"] == before["doherty-1.tar.xz"]
     assert after["doherty-2.tar.xz"] != before["doherty-2.tar.xz"]
     assert json.loads((out / "manifest.json").read_text()) == manifest  # the same octets, too
+    assert sorted(path.name for path in out.iterdir()) == [*sorted(before), "manifest.json"]
 
     assert unpack.main([str(out), "--to", str(stage), "--jobs", "1"]) == 0
     assert "doherty: 10 files unpacked" in capfd.readouterr().out
@@ -177,6 +181,19 @@ def test_full_leaves_nothing_behind(index: Path) -> None:
     manifest = json.loads((index.parent / "out" / "manifest.json").read_text())
     assert manifest["left_out"] == {}
     assert manifest["files"] == 12
+
+
+def test_old_sites_are_forgotten(index: Path) -> None:
+    for release in range(bundle.SITES_KEPT + 2):
+        _write_wheel(index, "tiny", f"2.{release}", {"tiny.py": b"size = %d\n" % release})
+        (index / "set.lock").write_text(f"tiny==2.{release}\n")
+        assert _bundle(index) == 0
+    sites = index.parent / "cache" / "sites"
+    assert len(list(sites.glob("*.json"))) == bundle.SITES_KEPT
+    kept = [path for path in sites.iterdir() if path.is_dir()]
+    assert len(kept) == bundle.SITES_KEPT
+    last = f"size = {bundle.SITES_KEPT + 1}\n"
+    assert last in [(path / "tiny.py").read_text() for path in kept]
 
 
 def test_more_than_the_total_is_an_error(index: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -243,6 +260,66 @@ def test_a_folder_without_archives_is_refused(
 ) -> None:
     assert unpack.main([str(tmp_path), "--to", str(tmp_path / "stage")]) == 1
     assert "has no manifest.json" in capfd.readouterr().err
+
+
+_TELLS = b"""import json, os, sys
+names = ("HF_HUB_OFFLINE", "TRITON_CACHE_DIR", "LD_LIBRARY_PATH", "PATH")
+print(json.dumps([sys.argv[1:], sys.executable, {name: os.environ.get(name) for name in names}]))
+"""
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_an_engine_starts_with_what_it_needs_unless_it_is_told_otherwise(
+    index: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    stage = index.parent / "stage"
+    module = kinds.KINDS[name].module.replace(".", "/") + ".py"
+    _write_wheel(index, name, "1", {module: _TELLS})
+    (index / "set.lock").write_text(f"{name}==1\n")
+    toolkit = index.parent / "cuda"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "lib64").mkdir()
+    (toolkit / "lib64" / "libcudart.so.13").touch()
+    (toolkit / "bin" / "nvcc").write_text("")
+    (toolkit / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{toolkit / 'bin'}:/usr/bin:/bin")
+    assert _bundle(index, name=name) == 0
+    out = str(index.parent / "out")
+    assert unpack.main([out, "--to", str(stage), "--jobs", "1", "--any-host"]) == 0
+
+    def start(**environment: str) -> tuple[list[str], str, dict[str, str | None]]:
+        ran = subprocess.run(
+            [stage / "bin" / name, "serve", "--port", "1"],
+            env={"PATH": "/bin"} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+        arguments, python, seen = json.loads(ran.stdout)
+        return arguments, python, seen
+
+    arguments, python, seen = start(LD_LIBRARY_PATH="/there")
+    assert arguments == ["serve", "--port", "1"]
+    assert python == str(stage / name / "bin" / "python")
+    assert seen["HF_HUB_OFFLINE"] == "1"
+    assert seen["TRITON_CACHE_DIR"] == str(stage / "cache" / name / "triton")
+    assert seen["PATH"] == f"{stage / 'bin'}:/bin"  # an engine is found by whoever was started
+    needs_libraries = kinds.KINDS[name].cuda_libraries
+    assert seen["LD_LIBRARY_PATH"] == (f"{toolkit}/lib64:/there" if needs_libraries else "/there")
+    _, _, seen = start(HF_HUB_OFFLINE="0", TRITON_CACHE_DIR="/mine")
+    assert (seen["HF_HUB_OFFLINE"], seen["TRITON_CACHE_DIR"]) == ("0", "/mine")
+
+
+@pytest.mark.parametrize(("arch", "left"), [(90, True), (100, False)])
+def test_rules_for_one_architecture_are_for_no_other(index: Path, arch: int, *, left: bool) -> None:
+    files = {"vllm/_moe_C.abi3.so": b"moe", "vllm/a.pyi": b"", "vllm/__init__.py": b""}
+    _write_wheel(index, "vllm", "1", files)
+    (index / "set.lock").write_text("vllm==1\n")
+    assert _bundle(index, "--arch", str(arch), name="vllm") == 0
+    manifest = archives.read_manifest(index.parent / "out")
+    assert ("vllm/_moe_C*" in manifest["left_out"]) == left
+    assert "*.pyi" in manifest["left_out"]
 
 
 def test_caches_go_out_and_come_back(index: Path, capfd: pytest.CaptureFixture[str]) -> None:
