@@ -23,6 +23,8 @@ from loadtest.fleet import get
 from loadtest.gpu.gauges import Series
 from loadtest.gpu.stack import Replica
 
+CONNECT_PATIENCE_S = 10.0
+SUBSCRIBE_S = 0.2  # the subscription follows the handshake, and nobody says when it has come
 _HOST_ALL = re.compile(r"^tcp://(\*|0\.0\.0\.0|\[::\])(?=:)")
 
 
@@ -81,14 +83,26 @@ class Listener:
         self._number: int | None = None
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.SUB)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._socket.connect(source.endpoint)
         self._socket.setsockopt(zmq.SUBSCRIBE, source.topic.encode())
         self._task = asyncio.get_running_loop().create_task(self._listen())
+
+    async def connected(self) -> bool:
+        """Wait until nothing that is told from now on is missed; False: nobody is there."""
+        try:
+            async with asyncio.timeout(CONNECT_PATIENCE_S):
+                await self._monitor.recv_multipart()
+        except TimeoutError:
+            return False
+        await asyncio.sleep(SUBSCRIBE_S)
+        return True
 
     async def close(self) -> None:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
+        self._socket.disable_monitor()
         self._socket.close(0)
         self._context.destroy(0)
 

@@ -22,7 +22,7 @@ import msgspec
 
 PACKAGES = ("vllm", "sglang", "torch", "transformers")
 QUERY_TIMEOUT_S = 20.0
-NO_GPU = "no GPU: simulator"
+NO_GPU = "no GPU"
 
 _ASK = (
     "import importlib.metadata as m, sys\n"

@@ -91,6 +91,10 @@ class Scene:
             raise RunError("the engine is not up")
         return self._gauge
 
+    @property
+    def begun(self) -> bool:
+        return self._engine is not None
+
     def begin(self) -> None:
         self._engine = client(self.stack.engine_url)
         self._gauge = Gauge(self._engine)

@@ -65,6 +65,7 @@ async def ready(scene: Scene, found: Findings) -> None:
     if source is not None:
         scene.listener = events.Listener(source)
         found.figures["kv_events"] = f"{source.endpoint}, by {source.told_by}"
+        found.claim(await scene.listener.connected(), "the engine's events can be subscribed to")
 
 
 async def _versions(scene: Scene) -> dict[str, str]:

@@ -26,7 +26,7 @@ async def drain_and_stop(scene: Scene, found: Findings) -> None:
     process = scene.stack.process
     if process is None:
         raise SkipError("nothing was started")
-    if process.returncode is None and scene.stack.engine_url:
+    if process.returncode is None and scene.begun:
         await _drain(scene, found)
     else:
         await scene.stack.stop()

@@ -341,6 +341,9 @@ DIGEST_PAGE_S = 0.001  # what one page may take besides
 # One for each worker that has just started, and one for each peer.
 DIGESTS_MAX = 320
 
+# Beginnings of prompts whose tokens a worker knows: two of each answer, some 100 octets each.
+LENGTHS_REMEMBERED_MAX = 32_768
+
 # --- telemetry ------------------------------------------------------------------------------
 REQUEST_SERIES_MAX = 256  # (route, model) pairs in metrics; further models count as "other"
 ACCESS_LOG_LINES_MAX = 65_536  # lines that wait for the writer; more are dropped and counted

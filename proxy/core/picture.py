@@ -14,6 +14,7 @@ from proxy.core import limits
 from proxy.core.fleet import Pool
 from proxy.core.index import Index, Sighting
 from proxy.core.lease import Lease
+from proxy.core.lengths import Lengths
 from proxy.core.loads import Loads
 from proxy.core.prefix import PrefixChain
 from proxy.core.replica import Replica
@@ -64,6 +65,7 @@ class Picture:
         self.index = Index()
         self.loads = Loads()
         self.hot = HotPrefixes()
+        self.lengths = Lengths()
         self.slots: dict[str, int] = {}
         self.turn = 0  # of round robin
         self.draw = draw
@@ -178,6 +180,11 @@ class Picture:
     def tokens_of(self, octets: int, slot: int) -> int:
         """Return how many tokens so many octets of a prompt are for the model of this replica."""
         return int(octets / self._size_of[slot].octets_per_token)
+
+    def cached_tokens_of(self, chain: PrefixChain, cached_octets: int, slot: int) -> int:
+        """Return the tokens of what is believed cached: as an answer told, or by the mean."""
+        told = self.lengths.tokens_at(chain, cached_octets) if cached_octets else 0
+        return told if told >= 0 else self.tokens_of(cached_octets, slot)
 
     def acquire(
         self,

@@ -314,7 +314,9 @@ def terms(decision: Decision, request: Request, picture: Picture, now_s: float) 
         picture.loads,
         decision.slot,
         now_s,
-        cached_tokens=picture.tokens_of(decision.cached_octets, decision.slot),
+        cached_tokens=picture.cached_tokens_of(
+            request.chain, decision.cached_octets, decision.slot
+        ),
         uncached_tokens=picture.tokens_of(octets, decision.slot),
         adapter_s=adapter_s(request, decision.replica),
     )

@@ -149,6 +149,14 @@ class Facts:
             series.prompt_tokens += usage.prompt_tokens
             series.cached_tokens += usage.cached_tokens or 0
             series.generation_tokens += usage.completion_tokens
+            if self._decision is not None and not self._request.response_key:
+                # With one, the engine put into the prompt what is not in the request.
+                plane.picture.lengths.learn(
+                    self._request.chain,
+                    self._decision.cached_octets,
+                    usage.prompt_tokens,
+                    usage.cached_tokens or 0,
+                )
 
     def _tokens(self, octets: int) -> int:
         """Return how many tokens that should be, where the request went."""
@@ -172,7 +180,7 @@ class Facts:
                 decision=decision.reason if decision else None,
                 attempts=self._attempts,
                 prompt_tokens_estimated=self._tokens(self._request.chain.prompt_bytes),
-                cached_tokens_believed=self._tokens(decision.cached_octets) if decision else 0,
+                cached_tokens_believed=self._terms.cached_tokens if self._terms else 0,
                 received_bytes=self._received_bytes,
                 price=self._terms,
                 queue_ms=int(self._queue_s * 1e6) / 1e3 if self._queue_s >= 0.0 else 0.0,

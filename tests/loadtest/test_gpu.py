@@ -62,6 +62,7 @@ def test_a_small_proof_in_front_of_the_simulator(
     assert list(found) == ["ready", *steps.split(","), "drain and stop"]
     assert found["whole answer"]["completion_tokens"] == serving.ANSWER_TOKENS
     assert found["prediction"]["median_error_percent"] <= caching.ERROR_PERCENT_MAX
+    assert found["prediction"]["other_text_median_error_percent"] <= 2.0  # by the mean: 8
     assert found["events heard"]["stored_tokens_told"] > 5000
     assert found["drain and stop"]["processes_left"] == 0
     assert found["drain and stop"]["tokens"] == 200
