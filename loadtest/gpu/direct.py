@@ -66,6 +66,10 @@ _NO_FUSED_ALL_REDUCE = {
 }
 
 
+SHARE_OF_CARD = 0.84  # of its memory, for all engines on it together
+NEIGHBOUR_TOKENS = 8192  # context of an engine that shares its card
+
+
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Which engine is started, and how."""
 
@@ -133,6 +137,24 @@ def words_for(engine: str, given: Sequence[str]) -> list[str]:
         elif prefix not in ENGINES:
             words += shlex.split(text)
     return words
+
+
+def neighbour_words(engine: str, together: int) -> list[str]:
+    """Return the arguments of an engine that starts while others fill the same card.
+
+    Engines size their KV memory by what is free, and are misled by neighbours that grow meanwhile.
+    So the size is given: enough for one answer. vLLM still wants its share to be free at the start,
+    and SGLang judges what is free beside all that is on the card, which therefore gets all of it.
+    """
+    if together < 2:
+        return []
+    tokens = str(NEIGHBOUR_TOKENS)
+    if engine == "vllm":
+        share = f"{SHARE_OF_CARD / together:.2f}"
+        words = ["--max-model-len", tokens, "--kv-cache-memory-bytes", "2G"]
+        return [*words, "--gpu-memory-utilization", share]
+    words = ["--context-length", tokens, "--max-total-tokens", str(2 * NEIGHBOUR_TOKENS)]
+    return [*words, "--mem-fraction-static", str(SHARE_OF_CARD)]
 
 
 def engine_command(options: EngineOptions, port: int) -> list[str]:

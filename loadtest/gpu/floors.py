@@ -6,7 +6,8 @@ must be read, at the full bandwidth) and the prediction of `doherty plan`. Then 
 constant of each engine is fitted to what was measured, by least squares of relative errors, and
 the predictions are shown again. Promised: then each is within 25 %.
 
-Configurations that fit beside each other are started together, and measured one after another. What
+Configurations that fit beside each other are started together, and measured one after another;
+--together N lets N of them share a card, since an engine that waits takes nothing but memory. What
 another run measured of single answers (of this command, `speeds` or `paths`) is taken in by
 --measured FILE, and not measured again.
 """
@@ -31,6 +32,7 @@ from loadtest.gpu.direct import (
     Running,
     add_engine_arguments,
     engine_options,
+    neighbour_words,
 )
 from loadtest.gpu.hardware import Machine, command_line, this_machine, today
 from loadtest.gpu.paths import names_of
@@ -39,6 +41,7 @@ from loadtest.gpu.predictions import (
     Outlook,
     OutlookError,
     Row,
+    placed,
     read_outlook,
     read_rows,
     report,
@@ -70,6 +73,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     add("--gpu", default="", metavar="TYPE", help="for the planner (default: by nvidia-smi)")
     add("--gpus", type=int, default=0, metavar="N", help="cards to use (default: all)")
+    add("--together", type=int, default=1, metavar="N", help="engines on a card (default 1)")
     add("--fp8-model-path", default="", help="a folder in FP8 already (default: on loading)")
     add("--predictions", default="", metavar="FILE", help="what `doherty plan --json` said")
     add("--measured", action="append", default=[], metavar="FILE", help="rows of an earlier run")
@@ -154,7 +158,7 @@ async def _measured(
     cards = args.gpus or len(machine.gpus)
     deadline_s = time.monotonic() + args.limit_s
     runnable, rows = predictions.that_fit(wanted, cards)
-    for wave in waves(runnable, cards):
+    for wave in waves(runnable, cards, args.together):
         if time.monotonic() > deadline_s:
             rows += [predictions.not_run(each, "the time was up") for each in wave]
             continue
@@ -165,10 +169,11 @@ async def _measured(
 
 async def _wave(args: argparse.Namespace, wave: Sequence[Configuration]) -> list[Row]:
     """Start configurations beside each other, each on its own cards; measure one by one."""
-    free, options = visible_devices(), []
-    for each in wave:
-        devices, free = free[: each.tensor_parallel], free[each.tensor_parallel :]
-        options.append(options_for(args, each, ",".join(devices)))
+    cards = visible_devices()[: args.gpus or len(this_machine().gpus) or None]
+    options = [
+        options_for(args, each, ",".join(devices))
+        for each, devices in zip(wave, placed(wave, cards), strict=True)
+    ]
 
     async def use(place: int, running: Running) -> Row:
         row = await _one(wave[place], running, args.answer_tokens)
@@ -189,7 +194,9 @@ def options_for(args: argparse.Namespace, each: Configuration, devices: str) -> 
         more["model_path"] = args.fp8_model_path
     elif each.weights == "fp8":
         more["quantization"] = "fp8"
-    return engine_options(args, each.engine, **more)
+    options = engine_options(args, each.engine, **more)
+    words = () if args.rehearse else neighbour_words(each.engine, args.together)
+    return msgspec.structs.replace(options, args=(*options.args, *words))
 
 
 async def _one(each: Configuration, running: Running, answer_tokens: int) -> Row:

@@ -108,6 +108,7 @@ async def _leave(scene: Scene, body: bytes, after_s: float) -> float:
     try:
         if after_s:
             await asyncio.sleep(after_s)
+            await _until_busy(watch, asked)
         else:
             await _until_streamed(watch, reader, asked)
         if asked.done():
@@ -124,6 +125,20 @@ async def _leave(scene: Scene, body: bytes, after_s: float) -> float:
             raise RunError(f"{IDLE_PATIENCE_S:g} s after its client left the engine is {how}")
         await asyncio.sleep(POLL_S)
     return loop.time() - left_s
+
+
+async def _until_busy(watch: Watch, asked: asyncio.Future[AnswerReader]) -> None:
+    """Wait until the engine tells of the prompt: vLLM does so once a first piece is computed.
+
+    A client that left earlier would leave nothing to be seen: the engine drops the request at the
+    end of the same step that would have told of it.
+    """
+    loop = asyncio.get_running_loop()
+    begun_s = loop.time()
+    while not await watch.busy() and not asked.done():
+        if loop.time() - begun_s > BUSY_PATIENCE_S:
+            raise RunError("the engine was not seen busy with the prompt")
+        await asyncio.sleep(POLL_S)
 
 
 async def _until_streamed(

@@ -26,6 +26,7 @@ from loadtest.gpu.direct import (
     Running,
     add_engine_arguments,
     engine_options,
+    neighbour_words,
 )
 from loadtest.gpu.hardware import command_line, this_machine, today
 from loadtest.gpu.probing import Probe, engine_version, get_text, model_name
@@ -43,7 +44,6 @@ CHAT_TOKENS = 32
 COMPLETION_TOKENS = 128  # SGLang's gauges follow every 40 steps
 CHAT_TIMEOUT_S = 120.0  # a first batch may compile kernels
 DRAFT_STEPS = 3
-SHARE_OF_CARD = 0.84  # of its memory, for all engines on it together
 
 
 class Trial(msgspec.Struct, frozen=True):
@@ -169,16 +169,12 @@ def options_for(args: argparse.Namespace, trial: Trial, device: str) -> EngineOp
         more["quantization"] = "fp8"
     options = engine_options(args, trial.engine, **more)
     if trial_args := [] if args.rehearse else _trial_args(args, trial):
-        options = msgspec.structs.replace(options, args=(*trial_args, *options.args))
+        options = msgspec.structs.replace(options, args=(*options.args, *trial_args))
     return options
 
 
 def _trial_args(args: argparse.Namespace, trial: Trial) -> list[str]:
-    words = []
-    if args.together > 1:
-        share = f"{SHARE_OF_CARD / args.together:.2f}"
-        flags = {"vllm": "--gpu-memory-utilization", "sglang": "--mem-fraction-static"}
-        words += [flags[trial.engine], share]
+    words = neighbour_words(trial.engine, args.together)
     if not trial.speculates:
         return words
     if trial.engine == "vllm":

@@ -180,16 +180,34 @@ def that_fit(wanted: Sequence[Configuration], cards: int) -> tuple[list[Configur
     return runnable, rows
 
 
-def waves(wanted: Sequence[Configuration], cards: int) -> list[list[Configuration]]:
-    """Return which configurations are started together: in order, as many as have cards."""
+def waves(
+    wanted: Sequence[Configuration], cards: int, together: int = 1
+) -> list[list[Configuration]]:
+    """Return which configurations are started beside each other: in order, as many as have room.
+
+    One engine after the other, while a card is for one alone; of both, where cards are shared.
+    """
     found: list[list[Configuration]] = []
     left = 0
     for each in sorted(wanted, key=lambda each: (each.engine, each.tensor_parallel)):
-        if each.tensor_parallel > left or found[-1][0].engine != each.engine:
+        other = together == 1 and bool(found) and found[-1][0].engine != each.engine
+        if each.tensor_parallel > left or other:
             found.append([])
-            left = cards
+            left = cards * together
         found[-1].append(each)
         left -= each.tensor_parallel
+    return found
+
+
+def placed(wave: Sequence[Configuration], cards: Sequence[str]) -> list[list[str]]:
+    """Return the cards of each configuration: those with the fewest engines, each at most once."""
+    engines = dict.fromkeys(cards, 0)
+    found = []
+    for each in wave:
+        chosen = sorted(engines, key=lambda card: engines[card])[: each.tensor_parallel]
+        for card in chosen:
+            engines[card] += 1
+        found.append(sorted(chosen, key=list(cards).index))
     return found
 
 
