@@ -64,7 +64,7 @@ def read_gpus(listing: str) -> list[Gpu]:
 
 
 def gpus() -> list[Gpu]:
-    """Return the cards of this machine; none where there is no `nvidia-smi`."""
+    """Return the cards that may be used here; none where there is no `nvidia-smi`."""
     fields = "index,name,memory.total,memory.used,driver_version"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
@@ -73,7 +73,9 @@ def gpus() -> list[Gpu]:
         )
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return read_gpus(ran.stdout)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    named = {int(index) for index in visible if index.isdecimal()}
+    return [gpu for gpu in read_gpus(ran.stdout) if not named or gpu.index in named]
 
 
 def used_mib() -> int | None:
