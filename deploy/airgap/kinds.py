@@ -29,7 +29,7 @@ class Slim(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """One bundle: `program` runs `module` with `env` where nothing else is set."""
+    """One bundle: `program` runs `main` of `module` with `env` where nothing else is set."""
 
     package: str
     program: str

@@ -51,8 +51,18 @@ for name, value in {env!r}.items():
 for name, folders in {paths!r}.items():
     there = [path for path in os.environ.get(name, "").split(":") if path and path not in folders]
     os.environ[name] = ":".join([*folders, *there])
-os.execv(sys.executable, [sys.executable, "-m", {module!r}, *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, {entry!r}, *sys.argv[1:]])
 '''
+# As pip would have it. SGLang's module does nothing when it is run by `-m`; and what the engines
+# spawn reads the main file again.
+ENTRY = """import sys
+
+from {module} import main
+
+if __name__ == "__main__":
+    sys.argv[0] = {program!r}
+    sys.exit(main())
+"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -230,13 +240,15 @@ def write_launcher(stage: Path, name: str, kind: kinds.Kind) -> None:
     paths = {"PATH": [str(stage / "bin")]}
     if kind.cuda_libraries and (libraries := _cuda_libraries(stage)):
         paths["LD_LIBRARY_PATH"] = libraries
+    entry = environment / "bin" / f"{kind.program}-entry.py"
+    _replace(entry, ENTRY.format(module=kind.module, program=kind.program))
     text = LAUNCHER.format(
         python=python,
         program=kind.program,
         environment=environment,
         env=kind.env | caches,
         paths=paths,
-        module=kind.module,
+        entry=str(entry),
     )
     program = stage / "bin" / kind.program
     program.parent.mkdir(parents=True, exist_ok=True)

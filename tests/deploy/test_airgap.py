@@ -262,9 +262,12 @@ def test_a_folder_without_archives_is_refused(
     assert "has no manifest.json" in capfd.readouterr().err
 
 
+# As SGLang's, it does nothing when it is run as a module; only its `main` does.
 _TELLS = b"""import json, os, sys
 names = ("HF_HUB_OFFLINE", "TRITON_CACHE_DIR", "LD_LIBRARY_PATH", "PATH")
-print(json.dumps([sys.argv[1:], sys.executable, {name: os.environ.get(name) for name in names}]))
+def main():
+    there = {name: os.environ.get(name) for name in names}
+    print(json.dumps([sys.argv[1:], sys.executable, there]))
 """
 
 
