@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
@@ -25,7 +25,7 @@ except ImportError:
 _OBJECT: Final = re.compile(rb"\s*:\s*\{")
 
 
-class Usage(NamedTuple):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Counts as the engine reports them; None where it does not say."""
 
     prompt_tokens: int
