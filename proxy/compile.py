@@ -30,8 +30,8 @@ _CORE: Final = """asked chunked cost engine_errors explanation fleet head head_m
 holding http1 idle index lease limits loads multipart note_wire notes picture pieces policy preamble
 prefix replica response_id responses retry ring routes scan session shelf sketch speeds sse usage"""
 _IO: Final = (
-    "access_log choice clock endings engine_answer exchange facts noting plane server telemetry "
-    "upstream upstreams waiting"
+    "access_log choice clock endings engine_answer exchange facts noting outbox plane server "
+    "telemetry upstream upstreams waiting"
 )
 MODULES: Final = (
     "errors",

@@ -94,6 +94,9 @@ UPSTREAM_IDLE_WORTH_S: Final = 0.1
 UPSTREAM_IDLE_CONNECTIONS_MAX = 512
 # Up to here copying a body behind its head costs less than a write of two pieces.
 JOINED_BYTES_MAX: Final = 16 * KIB
+# Writes that wait for each other within a turn of the loop. The first waits while so many requests
+# are read, a quarter of a millisecond; more would save little of what is left of waking others.
+WRITES_HELD_MAX: Final = 8
 SUSPECT_PROBE_FIRST_S: Final = 0.1
 # A request that has heard nothing for so long asks whether its replica is there at all. A busy
 # engine answers the probe; one that is frozen does not, and takes no further requests.

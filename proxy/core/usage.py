@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -25,7 +25,7 @@ except ImportError:
 _OBJECT: Final = re.compile(rb"\s*:\s*\{")
 
 
-class Usage(msgspec.Struct, frozen=True, gc=False):
+class Usage(NamedTuple):
     """Counts as the engine reports them; None where it does not say."""
 
     prompt_tokens: int
@@ -40,7 +40,8 @@ def read_usage(tail: bytes) -> Usage | None:
         if counts is not None:
             prompt_tokens, completion_tokens, cached_tokens = counts
             cached = cached_tokens if cached_tokens >= 0 else None
-            return Usage(prompt_tokens, completion_tokens, cached)
+            # Its own constructor is interpreted, of which every request would pay.
+            return tuple.__new__(Usage, (prompt_tokens, completion_tokens, cached))
     return read_any_usage(tail)
 
 

@@ -224,6 +224,8 @@ class Exchange(Ending):
 
     def response_started(self, head: ResponseHead, length: int) -> None:
         assert self._decision is not None
+        assert self._upstream is not None
+        self._sent_s = max(self._sent_s, self._upstream.sent_s)  # it may have been held a little
         replica = self._decision.replica
         self._plane.answered(replica.replica_id, head.status)
         lookup = self._route is not None and self._route.lookup

@@ -43,6 +43,7 @@ from proxy.io.access_log import AccessLog
 from proxy.io.choice import Choice
 from proxy.io.clock import Clock
 from proxy.io.noting import Noting
+from proxy.io.outbox import Outbox
 from proxy.io.sharing import Sharing
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
@@ -72,12 +73,14 @@ class Plane(Choice):
         self.noting = Noting(clock, self.picture, self._leases)
         self.sharing = Sharing(self.picture, self.responses, self.noting, clock, tasks)
         self.preambles: HeadMemory[Preamble] = HeadMemory(read_preamble)
+        self.outbox = Outbox(clock, self._fault)
         self.upstreams = Upstreams(
             clock,
             tasks,
             config.connect_timeout_secs,
             self._unsolicited,
             partial(tls.replica_context, config),
+            self.outbox,
         )
         self.fleet_known = False
         self.draining = False
