@@ -28,7 +28,7 @@ FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sour
 # What a request passes through. The rest runs when somebody asks, or once.
 _CORE: Final = """asked chunked cost engine_errors explanation fleet head head_memory hearsay
 holding http1 idle index lease limits loads multipart note_wire notes picture pieces policy preamble
-prefix replica response_id responses retry ring routes scan session shelf sketch speeds sse usage"""
+prefix replica response_id responses retry ring routes scan session sketch speeds sse usage"""
 _IO: Final = (
     "access_log choice clock endings engine_answer exchange facts noting outbox plane server "
     "telemetry upstream upstreams waiting"

@@ -14,11 +14,52 @@ costs a prefill, and no wrong answer.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 from proxy.core import limits
 from proxy.core.prefix import PrefixChain
-from proxy.core.shelf import Shelf, Sighting, is_ghost
+
+# An entry's octets and the moment of its last use share one integer. A longer piece between two
+# points counts as 16 MB, so that days of use fit into a word.
+_OCTET_BITS: Final = 24
+_OCTET_MASK: Final = (1 << _OCTET_BITS) - 1
+
+
+class _Shelf:
+    """What one replica is believed to hold. Time is counted in octets used."""
+
+    __slots__ = (
+        "capacity_octets", "evicted_octets", "ghost_octets", "ghosts", "live", "live_octets",
+        "used_octets", "young_octets",
+    )  # fmt: skip
+
+    def __init__(self, capacity_octets: int) -> None:
+        self.capacity_octets = capacity_octets
+        # Hash: moment << _OCTET_BITS | octets; the least recently used first. Of ghosts the moment
+        # is the one at which they were evicted, in octets evicted.
+        self.live: OrderedDict[int, int] = OrderedDict()
+        self.ghosts: OrderedDict[int, int] = OrderedDict()
+        self.live_octets = 0
+        self.ghost_octets = 0
+        self.used_octets = 0
+        self.young_octets = 0  # what was used since this moment is young
+        self.evicted_octets = 0
+
+
+class Sighting:
+    """How long ago a replica last used the longest prefix that it is known to have had.
+
+    `octets` is that prefix's length; `away` its place in the order of use: below 1 within the
+    believed cache, 0 just used, 1 about to go; above 1 beyond it, by as many caches.
+    """
+
+    __slots__ = ("away", "octets")
+
+    def __init__(self, octets: int, away: float) -> None:
+        self.octets = octets
+        self.away = away
 
 
 class Index:
@@ -29,13 +70,13 @@ class Index:
     def __init__(self) -> None:
         self.first_noted = 0  # of the points of what was noted last: all before were young
         self._holders: dict[int, int] = {}
-        self._shelves: dict[int, Shelf] = {}
+        self._shelves: dict[int, _Shelf] = {}
         self._entries_max = limits.INDEX_ENTRIES_MAX
 
     def open(self, slot: int, capacity_octets: int) -> None:
         """A replica has taken the slot, with an empty cache."""
         self.close(slot)
-        self._shelves[slot] = Shelf(max(1, capacity_octets))
+        self._shelves[slot] = _Shelf(max(1, capacity_octets))
         self._share_out()
 
     def close(self, slot: int) -> None:
@@ -51,10 +92,9 @@ class Index:
         """Its cache is empty: it restarted, slept, or was told to forget."""
         shelf = self._shelves.get(slot)
         if shelf is not None:
-            for name, entry in shelf.known.items():
-                if not is_ghost(entry):
-                    self._unset(name, slot)
-            self._shelves[slot] = Shelf(shelf.capacity_octets)
+            for name in shelf.live:
+                self._unset(name, slot)
+            self._shelves[slot] = _Shelf(shelf.capacity_octets)
 
     def set_capacity(self, slot: int, capacity_octets: int) -> None:
         """Believe in a smaller or larger cache; ghosts within a larger one are believed again."""
@@ -62,13 +102,22 @@ class Index:
         grown = capacity_octets > shelf.capacity_octets
         shelf.capacity_octets = max(1, capacity_octets)
         self._evict(shelf, slot)
-        if grown:
-            for name in shelf.revive():
-                self._holders[name] = self._holders.get(name, 0) | (1 << slot)
+        oldest = shelf.live[next(iter(shelf.live))] >> _OCTET_BITS if shelf.live else 0
+        while grown and shelf.ghosts:
+            name, entry = shelf.ghosts.popitem(last=True)
+            octets = entry & _OCTET_MASK
+            if shelf.live_octets + octets > shelf.capacity_octets:
+                shelf.ghosts[name] = entry
+                return
+            shelf.ghost_octets -= octets
+            shelf.live_octets += octets
+            shelf.live[name] = oldest << _OCTET_BITS | octets
+            shelf.live.move_to_end(name, last=False)
+            self._holders[name] = self._holders.get(name, 0) | (1 << slot)
 
     def entries(self) -> int:
         """Entries of all replicas, ghosts included."""
-        return sum([len(shelf.known) for shelf in self._shelves.values()])
+        return sum([len(shelf.live) + len(shelf.ghosts) for shelf in self._shelves.values()])
 
     def held_octets(self, slot: int) -> int:
         shelf = self._shelves.get(slot)
@@ -106,23 +155,28 @@ class Index:
         shelf = self._shelves.get(slot)
         if shelf is not None:
             for depth in range(len(chain.hashes) - 1, -1, -1):
-                entry = shelf.known.get(chain.hashes[depth], -1)
+                name = chain.hashes[depth]
+                entry = shelf.live.get(name, -1)
                 if entry >= 0:
-                    return shelf.seen(
-                        entry, chain.ends[depth], shelf.used_octets, shelf.live_octets
+                    return _seen_live(
+                        shelf, entry, chain.ends[depth], shelf.used_octets, shelf.live_octets
                     )
+                entry = shelf.ghosts.get(name, -1)
+                if entry >= 0:
+                    return _seen_ghost(shelf, entry, chain.ends[depth])
         return None
 
     def count(self, slot: int) -> int:
         """Return how many entries `dump` would yield."""
         shelf = self._shelves.get(slot)
-        return shelf.live_count if shelf is not None else 0
+        return len(shelf.live) if shelf is not None else 0
 
     def dump(self, slot: int) -> Iterator[tuple[int, int]]:
         """Yield what a replica is believed to hold, least recently used first, with its octets."""
         shelf = self._shelves.get(slot)
         if shelf is not None:
-            yield from shelf.live().items()
+            for name, entry in list(shelf.live.items()):
+                yield name, entry & _OCTET_MASK
 
     # --- writing -----------------------------------------------------------------------------
 
@@ -135,8 +189,13 @@ class Index:
         shelf = self._shelves.get(slot)
         if shelf is None:
             return None
-        hashes, ends, known = _listed(chain.hashes), _listed(chain.ends), shelf.known
-        young = shelf.begin_young(limits.YOUNG_SPANS_PER_CACHE)
+        hashes, ends, live = _listed(chain.hashes), _listed(chain.ends), shelf.live
+        if (
+            shelf.used_octets - shelf.young_octets
+            > shelf.capacity_octets // limits.YOUNG_SPANS_PER_CACHE
+        ):
+            shelf.young_octets = shelf.used_octets
+        young = (shelf.young_octets + 1) << _OCTET_BITS
         seen: Sighting | None = None
         used_octets, live_octets = shelf.used_octets, shelf.live_octets
         # Deepest first, so that a prefix is never older than what builds on it, and a prompt is
@@ -144,19 +203,23 @@ class Index:
         # before something young is young itself.
         for depth in range(len(hashes) - 1, -1, -1):
             name = hashes[depth]
-            entry = known.get(name, -1)
+            entry = live.get(name, -1)
             if entry >= 0:
                 if seen is None:
-                    seen = shelf.seen(entry, ends[depth], used_octets, live_octets)
-                if not is_ghost(entry):
-                    if entry >= young:
-                        self.first_noted = depth
-                        break
-                    shelf.use(name, entry)
-                    continue
-                shelf.forget_ghost(entry)
+                    seen = _seen_live(shelf, entry, ends[depth], used_octets, live_octets)
+                if entry >= young:
+                    self.first_noted = depth
+                    break
+                self._use(shelf, name, entry & _OCTET_MASK)
+                continue
+            if name in shelf.ghosts:
+                entry = shelf.ghosts.pop(name)
+                if seen is None:
+                    seen = _seen_ghost(shelf, entry, ends[depth])
+                shelf.ghost_octets -= entry & _OCTET_MASK
             self._add(shelf, slot, name, ends[depth] - (ends[depth - 1] if depth else 0))
-        if shelf.live_octets > shelf.capacity_octets or len(known) > self._entries_max:
+        entries = len(live) + len(shelf.ghosts)
+        if shelf.live_octets > shelf.capacity_octets or entries > self._entries_max:
             self._evict(shelf, slot)
         return seen
 
@@ -175,32 +238,62 @@ class Index:
     def drop(self, slot: int, name: int) -> None:
         """The engine said that this is gone."""
         shelf = self._shelves.get(slot)
-        if shelf is not None and shelf.drop(name):
-            self._unset(name, slot)
+        if shelf is not None:
+            entry = shelf.live.pop(name, -1)
+            if entry >= 0:
+                shelf.live_octets -= entry & _OCTET_MASK
+                self._unset(name, slot)
+            ghost = shelf.ghosts.pop(name, -1)
+            if ghost >= 0:
+                shelf.ghost_octets -= ghost & _OCTET_MASK
 
-    def _touch(self, shelf: Shelf, slot: int, name: int, octets: int) -> None:
-        entry = shelf.known.get(name, -1)
-        if entry >= 0 and not is_ghost(entry):
-            shelf.use(name, entry)
-            return
+    def _touch(self, shelf: _Shelf, slot: int, name: int, octets: int) -> None:
+        entry = shelf.live.get(name, -1)
         if entry >= 0:
-            shelf.forget_ghost(entry)
+            self._use(shelf, name, entry & _OCTET_MASK)
+            return
+        ghost = shelf.ghosts.pop(name, -1)
+        if ghost >= 0:
+            shelf.ghost_octets -= ghost & _OCTET_MASK
         self._add(shelf, slot, name, octets)
 
-    def _add(self, shelf: Shelf, slot: int, name: int, octets: int) -> None:
-        shelf.add(name, octets)
+    def _use(self, shelf: _Shelf, name: int, octets: int) -> None:
+        """Where other points cut the same prompt, its length since the point before differs: what
+        it was counted with at first, it is counted with for good.
+        """
+        shelf.used_octets += octets
+        shelf.live[name] = shelf.used_octets << _OCTET_BITS | octets
+        shelf.live.move_to_end(name)
+
+    def _add(self, shelf: _Shelf, slot: int, name: int, octets: int) -> None:
+        octets = min(octets, _OCTET_MASK)
+        shelf.used_octets += octets
+        shelf.live_octets += octets
+        shelf.live[name] = shelf.used_octets << _OCTET_BITS | octets
         self._holders[name] = self._holders.get(name, 0) | (1 << slot)
 
-    def _evict(self, shelf: Shelf, slot: int) -> None:
-        while shelf.live_octets > shelf.capacity_octets and shelf.live_count:
-            self._unset(shelf.evict(), slot)
+    def _evict(self, shelf: _Shelf, slot: int) -> None:
+        while shelf.live_octets > shelf.capacity_octets and shelf.live:
+            name, entry = shelf.live.popitem(last=False)
+            octets = entry & _OCTET_MASK
+            shelf.live_octets -= octets
+            shelf.ghost_octets += octets
+            shelf.evicted_octets += octets
+            shelf.ghosts[name] = shelf.evicted_octets << _OCTET_BITS | octets
+            self._unset(name, slot)
         ghost_octets_max = shelf.capacity_octets * limits.GHOST_CACHES_MAX
-        while shelf.ghost_count and (
-            shelf.ghost_octets > ghost_octets_max or len(shelf.known) > self._entries_max
+        entries = len(shelf.live) + len(shelf.ghosts)
+        while shelf.ghosts and (
+            shelf.ghost_octets > ghost_octets_max or entries > self._entries_max
         ):
-            shelf.lay_ghost()
-        while len(shelf.known) > self._entries_max:
-            self._unset(shelf.evict_for_good(), slot)
+            _, entry = shelf.ghosts.popitem(last=False)
+            shelf.ghost_octets -= entry & _OCTET_MASK
+            entries -= 1
+        while entries > self._entries_max:
+            name, entry = shelf.live.popitem(last=False)
+            shelf.live_octets -= entry & _OCTET_MASK
+            self._unset(name, slot)
+            entries -= 1
 
     def _unset(self, name: int, slot: int) -> None:
         bits = self._holders.get(name, 0) & ~(1 << slot)
@@ -208,6 +301,22 @@ class Index:
             self._holders[name] = bits
         else:
             self._holders.pop(name, None)
+
+
+def _seen_live(
+    shelf: _Shelf, entry: int, octets: int, used_octets: int, live_octets: int
+) -> Sighting:
+    """`used_octets` and `live_octets` were the shelf's when the entry was as it is."""
+    oldest = shelf.live[next(iter(shelf.live))] >> _OCTET_BITS
+    age = used_octets - (entry >> _OCTET_BITS)
+    # A cache that is not full has not shown yet where it ends.
+    full = min(1.0, live_octets / shelf.capacity_octets)
+    return Sighting(octets, full * age / max(1, used_octets - oldest))
+
+
+def _seen_ghost(shelf: _Shelf, entry: int, octets: int) -> Sighting:
+    since = shelf.evicted_octets - (entry >> _OCTET_BITS)
+    return Sighting(octets, 1.0 + since / shelf.capacity_octets)
 
 
 def _listed(numbers: Sequence[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proxy.core.shelf import Sighting
+from proxy.core.index import Sighting
 
 
 class Lease:

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable
 from proxy.contract import LoadSample
 from proxy.core import limits
 from proxy.core.fleet import Pool
-from proxy.core.index import Index
+from proxy.core.index import Index, Sighting
 from proxy.core.lease import Lease
 from proxy.core.loads import Loads
 from proxy.core.prefix import PrefixChain
 from proxy.core.replica import Replica
-from proxy.core.shelf import Sighting
 from proxy.core.sketch import HotPrefixes
 from proxy.core.usage import Usage
 
