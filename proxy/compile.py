@@ -40,6 +40,10 @@ MODULES: Final = (
 )
 
 
+# Nothing outside calls the translation's functions by name, so the compiler may inline them.
+_C_FLAGS: Final = "-w -fvisibility=hidden -fno-semantic-interposition"
+
+
 class CompileError(Exception):
     """The data path cannot be translated here; the text says why and what would help."""
 
@@ -94,7 +98,7 @@ def compile_all(*, force: bool = False) -> Path:
         made = subprocess.run(  # noqa: S603 - our own command
             [sys.executable, "-P", "-c", _SETUP, "build_ext", "--inplace", "--", *sources],
             cwd=build,
-            env=os.environ | {"CFLAGS": os.environ.get("CFLAGS", "") + " -w"},
+            env=os.environ | {"CFLAGS": f"{os.environ.get('CFLAGS', '')} {_C_FLAGS}"},
             capture_output=True,
             text=True,
             check=False,
