@@ -28,16 +28,21 @@ FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sour
 # What a request passes through. The rest runs when somebody asks, or once.
 _CORE: Final = """asked chunked cost engine_errors explanation fleet head head_memory hearsay
 holding http1 idle index lease lengths limits loads multipart note_wire notes picture pieces policy
-preamble prefix replica response_id responses retry ring routes session sketch speeds sse usage"""
+preamble prefix replica response_id responses retry ring routes scan session sketch speeds sse
+usage"""
 _IO: Final = (
-    "access_log choice clock endings engine_answer exchange facts noting plane server telemetry "
-    "upstream upstreams waiting"
+    "access_log choice clock endings engine_answer exchange facts noting outbox plane server "
+    "telemetry upstream upstreams waiting"
 )
 MODULES: Final = (
     "errors",
     *(f"core/{name}" for name in _CORE.split()),
     *(f"io/{name}" for name in _IO.split()),
 )
+
+
+# Nothing outside calls the translation's functions by name, so the compiler may inline them.
+_C_FLAGS: Final = "-w -fvisibility=hidden -fno-semantic-interposition"
 
 
 class CompileError(Exception):
@@ -94,7 +99,7 @@ def compile_all(*, force: bool = False) -> Path:
         made = subprocess.run(  # noqa: S603 - our own command
             [sys.executable, "-P", "-c", _SETUP, "build_ext", "--inplace", "--", *sources],
             cwd=build,
-            env=os.environ | {"CFLAGS": os.environ.get("CFLAGS", "") + " -w"},
+            env=os.environ | {"CFLAGS": f"{os.environ.get('CFLAGS', '')} {_C_FLAGS}"},
             capture_output=True,
             text=True,
             check=False,

@@ -68,6 +68,7 @@ class Worker:
         plane.connections_max = min(plane.connections_max, _connections_possible())
         plane.bodies_bytes_max = _bodies_possible(start.config)
         plane.noting.connect(self._channel)
+        plane.outbox.on = True
         entrance = Entrance(plane, self._listeners)
         self._tasks.start("obey", self._obey(plane, entrance))
         await self._fleet_or_first_silence(plane)

@@ -33,7 +33,7 @@ DRAFT_VOCABULARY = 32_000  # tokens that EAGLE-3 heads choose among, as most are
 # this much of an independent choice. With it, gpt-oss-120b gains by its draft what was published
 # for it, 25 % at batch 8 with three to four proposed tokens; independent choices would make that a
 # loss.
-EXPERT_NOVELTY = 0.4
+EXPERT_NOVELTY = 0.3
 # What an engine keeps beside weights and cache: the CUDA context, graphs, work space. An engine
 # that was given 0.45 of an H200 with 16.4 GB of weights had 336,064 tokens of 147,456 bytes left,
 # so 1.9 GB in all; what of that grows with the tokens of a step is taken as eight hidden states of

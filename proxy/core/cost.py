@@ -11,8 +11,12 @@ replica (*stall*), because a prefill chunk holds up the next token of all of the
 
 from __future__ import annotations
 
+from typing import Final
+
 from proxy.core import limits
 from proxy.core.loads import Loads
+
+_ROUNDED_S_MAX: Final = 1e9  # their microseconds are exact in a float
 
 
 class Terms:
@@ -51,14 +55,21 @@ class Terms:
     def as_dict(self) -> dict[str, float]:
         """Return the terms under their names, rounded to what they are worth."""
         return {
-            "price_s": round(self.price_s, 6),
-            "wait_s": round(self.wait_s, 6),
-            "prefill_s": round(self.prefill_s, 6),
-            "recompute_s": round(self.recompute_s, 6),
-            "stall_s": round(self.stall_s, 6),
-            "extra_s": round(self.extra_s, 6),
-            "shortage_s": round(self.shortage_s, 6),
-            "adapter_s": round(self.adapter_s, 6),
+            "price_s": _rounded(self.price_s),
+            "wait_s": _rounded(self.wait_s),
+            "prefill_s": _rounded(self.prefill_s),
+            "recompute_s": _rounded(self.recompute_s),
+            "stall_s": _rounded(self.stall_s),
+            "extra_s": _rounded(self.extra_s),
+            "shortage_s": _rounded(self.shortage_s),
+            "adapter_s": _rounded(self.adapter_s),
             "cached_tokens": self.cached_tokens,
             "uncached_tokens": self.uncached_tokens,
         }
+
+
+def _rounded(seconds: float) -> float:
+    """Return whole microseconds: a tenth of the work of `round`, which makes decimals of them."""
+    if 0.0 <= seconds < _ROUNDED_S_MAX:
+        return int(seconds * 1e6 + 0.5) / 1e6
+    return round(seconds, 6)

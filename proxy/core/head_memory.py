@@ -14,9 +14,12 @@ from typing import Final, Generic, Protocol, TypeVar
 from proxy.core import limits
 
 # The usual spellings: a field in any other is read afresh each time, and judged by the reader.
-_LENGTH: Final[tuple[bytes, ...]] = (b"\r\ncontent-length: ", b"\r\nContent-Length: ")
+_LENGTH_LOW: Final = b"\r\ncontent-length: "
+_LENGTH_HIGH: Final = b"\r\nContent-Length: "
 _LENGTH_BYTES: Final = 18  # of either of them
 _DIGITS_MAX: Final = 18
+_ZERO: Final = 0x30
+_NINE: Final = 0x39
 
 
 class Head(Protocol):
@@ -33,20 +36,25 @@ class Head(Protocol):
 H = TypeVar("H", bound=Head)
 
 
-def _digits(block: bytes) -> tuple[int, int]:
-    """Return where the digits of Content-Length are; (-1, -1) where they are not plainly digits."""
-    at = block.find(_LENGTH[0])
+def _digits(block: bytes) -> tuple[int, int, int]:
+    """Return where the digits of Content-Length are, and their number; -1 where they are not plain.
+
+    They are digits of ASCII, and nothing but the line's end, or the block's, comes after them.
+    """
+    at = block.find(_LENGTH_LOW)
     if at < 0:
-        at = block.find(_LENGTH[1])
+        at = block.find(_LENGTH_HIGH)
         if at < 0:
-            return -1, -1
-    start = at + _LENGTH_BYTES
-    end = block.find(b"\r\n", start)
-    if end < 0:
-        end = len(block)
-    if end - start > _DIGITS_MAX or not block[start:end].isdigit():  # of octets: ASCII digits alone
-        return -1, -1
-    return start, end
+            return -1, -1, 0
+    start = end = at + _LENGTH_BYTES
+    stop = min(len(block), start + _DIGITS_MAX)
+    number = 0
+    while end < stop and _ZERO <= (octet := block[end]) <= _NINE:
+        number = number * 10 + octet - _ZERO
+        end += 1
+    if end == start or (end < len(block) and block[end : end + 2] != b"\r\n"):
+        return -1, -1, 0
+    return start, end, number
 
 
 class HeadMemory(Generic[H]):
@@ -64,7 +72,7 @@ class HeadMemory(Generic[H]):
 
     def read(self, block: bytes) -> tuple[H, int]:
         """Return the head and the length that it gives its body. Raises what the reader raises."""
-        start, end = _digits(block)
+        start, end, number = _digits(block)
         if start < 0:
             head = self._plain.get(block)
             if head is None:
@@ -77,7 +85,7 @@ class HeadMemory(Generic[H]):
             head = self._parse(block)
             if key.lower().count(b"content-length") == 1:  # equal doubles hold further digits
                 self._remember(self._counted, key, head)
-        return head, int(block[start:end]) if head.counted else head.content_length
+        return head, number if head.counted else head.content_length
 
     def _remember(self, known: dict[bytes, H], key: bytes, head: H) -> None:
         if len(key) > limits.REMEMBERED_HEAD_BYTES_MAX:

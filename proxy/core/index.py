@@ -15,7 +15,7 @@ costs a prefill, and no wrong answer.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from proxy.core import limits
@@ -132,7 +132,7 @@ class Index:
         """
         found: list[tuple[int, int]] = []
         left = among
-        holders, hashes = self._holders, chain.hashes
+        holders, hashes = self._holders, _listed(chain.hashes)
         for depth in range(len(hashes) - 1, -1, -1):
             bits = holders.get(hashes[depth], 0) & left
             if bits:
@@ -189,7 +189,7 @@ class Index:
         shelf = self._shelves.get(slot)
         if shelf is None:
             return None
-        hashes, ends, live = chain.hashes, chain.ends, shelf.live
+        hashes, ends, live = _listed(chain.hashes), _listed(chain.ends), shelf.live
         if (
             shelf.used_octets - shelf.young_octets
             > shelf.capacity_octets // limits.YOUNG_SPANS_PER_CACHE
@@ -317,3 +317,8 @@ def _seen_live(
 def _seen_ghost(shelf: _Shelf, entry: int, octets: int) -> Sighting:
     since = shelf.evicted_octets - (entry >> _OCTET_BITS)
     return Sighting(octets, 1.0 + since / shelf.capacity_octets)
+
+
+def _listed(numbers: Sequence[int]) -> list[int]:
+    """Return numbers, mostly as they are, in what the translation reads by place."""
+    return numbers if isinstance(numbers, list) else list(numbers)

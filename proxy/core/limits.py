@@ -1,284 +1,294 @@
 """Every bound of the data path, with its unit and the reason for the number.
 
-What an operator may change lives in `proxy.config`; what is here is a property of the design.
+What an operator may change lives in `proxy.config`; what is here is a property of the design. A
+`Final` one is a plain number in the translation, where each of the others is looked up by its name
+at every use, as a request does some forty times: those that tests set are the ones without.
 """
 
 from __future__ import annotations
 
-KIB = 1024
-MIB = 1024 * KIB
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
 
 # --- requests -------------------------------------------------------------------------------
 # nginx: 4 buffers of 8 KiB; Node: 16 KiB; Apache: 8 KiB a field, 100 fields. Bearer tokens and
 # tracing baggage of a few KiB are common, so we sit at the generous end.
-HEAD_BYTES_MAX = 64 * KIB
-TARGET_BYTES_MAX = 8 * KIB
+HEAD_BYTES_MAX: Final = 64 * KIB
+TARGET_BYTES_MAX: Final = 8 * KIB
 # Heads that a worker remembers, and the largest of them: half a megabyte of octets for clients of
 # a few hundred programs and keys, and twice that for what was worked out of them.
-HEADS_REMEMBERED_MAX = 512
-REMEMBERED_HEAD_BYTES_MAX = 2 * KIB
-FIELDS_MAX = 128
+HEADS_REMEMBERED_MAX: Final = 512
+REMEMBERED_HEAD_BYTES_MAX: Final = 2 * KIB
+FIELDS_MAX: Final = 128
 # A connection may send ahead this much while its current request is served; then we stop reading.
-PIPELINED_BYTES_MAX = 64 * KIB
+PIPELINED_BYTES_MAX: Final = 64 * KIB
 # While we do not read, the loop does not tell us that the client has gone; so we look.
 PAUSED_LOOK_S = 0.05
-CHUNK_SIZE_DIGITS_MAX = 16
-CHUNK_EXTENSION_BYTES_MAX = 1 * KIB
-TRAILER_BYTES_MAX = 8 * KIB
+CHUNK_SIZE_DIGITS_MAX: Final = 16
+CHUNK_EXTENSION_BYTES_MAX: Final = 1 * KIB
+TRAILER_BYTES_MAX: Final = 8 * KIB
 
 # HAProxy's advice for timeout http-request is 5 to 10 s: a head comes in one piece or is an attack.
 # With the sweep's interval and the linger after the answer, its connection is gone within 10 s.
-HEAD_TIMEOUT_S = 6.5
+HEAD_TIMEOUT_S: Final = 6.5
 # Request bodies held in memory by one worker, until their replica has begun to answer. At the
 # default size limit this is 32 of the largest, or ten thousand prompts of 25 thousand tokens. Less
 # where the machine, or the container, has less memory.
 BODIES_BYTES_MAX = 1024 * MIB
 # Client connections of one worker; fewer where the process may not open as many descriptors.
-CLIENT_CONNECTIONS_MAX = 65_536
+CLIENT_CONNECTIONS_MAX: Final = 65_536
 # Between two pieces of a request body.
-BODY_IDLE_TIMEOUT_S = 30.0
+BODY_IDLE_TIMEOUT_S: Final = 30.0
 # So many octets a second is the least pace of a body, after some patience; else one octet now and
 # then would hold a connection for ever. Apache's mod_reqtimeout: 500 a second after 20 s.
-BODY_PATIENCE_S = 6.5
-BODY_PACE_BYTES = 1 * KIB
+BODY_PATIENCE_S: Final = 6.5
+BODY_PACE_BYTES: Final = 1 * KIB
 # An idle client connection; nginx keeps 75 s.
-CLIENT_KEEP_ALIVE_S = 75.0
+CLIENT_KEEP_ALIVE_S: Final = 75.0
 # After an error answer we read on, so that the client sees the answer and not a reset
 # (RFC 9112 §9.6); as nginx's lingering_close, bounded in time and octets. Past those octets the
 # client has the rest of the time, and no room to send.
-LINGER_S = 2.0
-LINGER_BYTES_MAX = 4 * MIB
+LINGER_S: Final = 2.0
+LINGER_BYTES_MAX: Final = 4 * MIB
 # After a smaller piece than this we wait a moment, so that what comes next is read in one.
-LINGER_GULP_BYTES = 4 * KIB
+LINGER_GULP_BYTES: Final = 4 * KIB
 LINGER_PAUSE_S = 0.01
 # A client that takes none of the octets waiting for it.
-WRITE_STALL_TIMEOUT_S = 120.0
+WRITE_STALL_TIMEOUT_S: Final = 120.0
 # Hello to finished: three round trips and some arithmetic, or a client that means none of it.
 TLS_HANDSHAKE_TIMEOUT_S = HEAD_TIMEOUT_S
 # From our last octet to the end of the session. The sweep ends what does not go on (a client that
 # does not say goodbye after LINGER_S, one that takes nothing after WRITE_STALL_TIMEOUT_S); this is
 # for one that takes what waits ever so slowly.
-TLS_SHUTDOWN_TIMEOUT_S = 600.0
+TLS_SHUTDOWN_TIMEOUT_S: Final = 600.0
 # Deadlines are checked by one sweep over all connections, not by a timer each.
-SWEEP_INTERVAL_S = 0.5
+SWEEP_INTERVAL_S: Final = 0.5
 
 # --- responses ------------------------------------------------------------------------------
-RESPONSE_HEAD_BYTES_MAX = 64 * KIB
-INFORMATIONAL_RESPONSES_MAX = 8
+RESPONSE_HEAD_BYTES_MAX: Final = 64 * KIB
+INFORMATIONAL_RESPONSES_MAX: Final = 8
 # Octets that wait for a slow client before its replica is paused. One read, of up to 256,000
 # octets, may come on top; with both, 500 slow readers of fast streams held 226 KiB each.
-WRITE_HIGH_WATER_BYTES = 128 * KIB
+WRITE_HIGH_WATER_BYTES: Final = 128 * KIB
 # Octets that the kernel takes for a client beyond those under way to it. Some milliseconds of
 # work for a fast network; one that is drained is filled again at once.
-UNSENT_BYTES_MAX = 128 * KIB
+UNSENT_BYTES_MAX: Final = 128 * KIB
 # The end of an answer is kept to read `usage` from.
-USAGE_TAIL_BYTES = 2 * KIB
+USAGE_TAIL_BYTES: Final = 2 * KIB
 # More tokens than any answer has: a count beyond it is no count, and must not spoil the sums.
-USAGE_TOKENS_MAX = 1 << 40
+USAGE_TOKENS_MAX: Final = 1 << 40
 
 # An engine's error is read whole, to be told as the client reads errors. Engines' own stay below
 # 16 KiB; what is longer is no error object and passes as it comes.
-ENGINE_ERROR_BYTES_MAX = 64 * KIB
-ENGINE_MESSAGE_CHARS_MAX = 8 * KIB
+ENGINE_ERROR_BYTES_MAX: Final = 64 * KIB
+ENGINE_MESSAGE_CHARS_MAX: Final = 8 * KIB
 
 # --- replicas -------------------------------------------------------------------------------
 # vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); we must be first, or a
 # request can meet the close.
-UPSTREAM_IDLE_S_MAX = 4.0
+UPSTREAM_IDLE_S_MAX: Final = 4.0
 # Engines that close earlier are learnt of; what could be trusted for less than this is not reused.
-UPSTREAM_IDLE_WORTH_S = 0.1
+UPSTREAM_IDLE_WORTH_S: Final = 0.1
 UPSTREAM_IDLE_CONNECTIONS_MAX = 512
 # Up to here copying a body behind its head costs less than a write of two pieces.
-JOINED_BYTES_MAX = 16 * KIB
-SUSPECT_PROBE_FIRST_S = 0.1
+JOINED_BYTES_MAX: Final = 16 * KIB
+# Writes that wait for each other within a turn of the loop. The first waits while so many requests
+# are read, a quarter of a millisecond. With 24 in the place of 8 a request of 1 KB cost 2 % less in
+# `loadtest bench`, and one of 16 KB nothing.
+WRITES_HELD_MAX: Final = 8
+SUSPECT_PROBE_FIRST_S: Final = 0.1
 # A request that has heard nothing for so long asks whether its replica is there at all. A busy
 # engine answers the probe; one that is frozen does not, and takes no further requests.
-SILENCE_DOUBT_S = 5.0
+SILENCE_DOUBT_S: Final = 5.0
 # Answers of 500, 502, 503, 504 in a row, with no other answer between, that make a suspect.
 # Client errors never count: a bad client must not empty the fleet.
-SERVER_ERRORS_IN_ROW_MAX = 5
+SERVER_ERRORS_IN_ROW_MAX: Final = 5
 
 # --- routing --------------------------------------------------------------------------------
-MODEL_BYTES_MAX = 256
-SESSION_KEY_BYTES_MAX = 255
+MODEL_BYTES_MAX: Final = 256
+SESSION_KEY_BYTES_MAX: Final = 255
 # Ring points per replica. The share of the fullest of n replicas is about 1 + 2.5/sqrt(points).
-VIRTUAL_NODES = 160
+VIRTUAL_NODES: Final = 160
 # Of a replica of the largest weight. A ring of n of them takes n milliseconds to build.
-VIRTUAL_NODES_MAX = 1600
+VIRTUAL_NODES_MAX: Final = 1600
 # How far into the first user message, or into a prompt without messages, a conversation is named.
 # 4 KiB is about a thousand tokens: past the usual shared head, before turns begin to differ.
-OPENER_BYTES_MAX = 4 * KIB
+OPENER_BYTES_MAX: Final = 4 * KIB
 # How far that message is looked for. A system prompt of 64 thousand tokens fits; beyond it, the
 # beginning alone names the conversation. Text that is nothing but quotes costs a step for each.
-OPENER_SEARCH_BYTES_MAX = 256 * KIB
+OPENER_SEARCH_BYTES_MAX: Final = 256 * KIB
 # First depth of the prefix chain; later depths grow by half, so that a prompt of n octets costs
 # O(log n) hashes over n octets and a shared prefix is known to within a third.
-CHAIN_FIRST_BYTES = 512
-CHAIN_DEPTHS_MAX = 48
+CHAIN_FIRST_BYTES: Final = 512
+CHAIN_DEPTHS_MAX: Final = 48
+# A copy of so few octets costs less than a view of them (at 512 octets, 110 ns against 180).
+PIECE_COPIED_BYTES_MAX: Final = 2 * KIB
 # Ends of messages in a chain: the last, and the eight before it. A turn appends an answer and a
 # question, or a call of tools and what each of them returned; more than eight at once are rare, and
 # then the depths still tell two thirds of what is shared.
-CHAIN_BOUNDARIES_MAX = 9
+CHAIN_BOUNDARIES_MAX: Final = 9
 # A prompt without messages has its last eight multiples of a step instead, a sixteenth of it or
 # less: they reach back by a quarter, and what a text shares with one that it has grown from, by no
 # more than that, is known to within a step.
-CHAIN_STEPS_MAX = 8
+CHAIN_STEPS_MAX: Final = 8
 # Elements that the scan without C may name to find where the last of them end: 2 ms, 2 MB. More
 # commas than that stand in half a megabyte of code, or in a list of numbers.
-ELEMENTS_NAMED_MAX = 32 * KIB
+ELEMENTS_NAMED_MAX: Final = 32 * KIB
 # Space before the end of a prompt that is left out of its chain: an indented bracket's, no more.
-SPACE_BYTES_MAX = 1 * KIB
+SPACE_BYTES_MAX: Final = 1 * KIB
 # English text and JSON run at about four octets a token in today's vocabularies.
-BYTES_PER_TOKEN = 4
+BYTES_PER_TOKEN: Final = 4
 # Speech takes an engine 50 positions a second, and 16,000 octets a second as an mp3 of 128 kbit/s:
 # between what a telephone sends and what stands on a CD, each a factor of ten away.
-AUDIO_BYTES_PER_TOKEN = 320
+AUDIO_BYTES_PER_TOKEN: Final = 320
 # What an engine makes of a picture or a piece of sound in a JSON body. LLaVA 1.5 makes 576 tokens
 # of any picture; Qwen2-VL one of each 28 x 28 pixels, 1,369 of a square of 1,024, and its authors
 # advise 1,280 as the most; GPT-4o counts 765 for that square, 1,105 for 2,048 x 4,096. Qwen2-Audio
 # makes 25 of a second, so this is 40 s of sound.
-MEDIA_TOKENS = 1024
+MEDIA_TOKENS: Final = 1024
 # Pictures of one part of a prompt whose places are kept: engines allow some ten in a prompt. What
 # more there are, weighs at the place of the last of them.
-MEDIA_REGIONS_MAX = 64
+MEDIA_REGIONS_MAX: Final = 64
 # What a second of a flex request counts against one of the others. OpenAI sells that tier at half
 # the price and promises no latency; half again, so that two of them never outweigh one of these.
-FLEX_WEIGHT = 0.25
+FLEX_WEIGHT: Final = 0.25
 # Believed cache of a replica that does not say: 8 B shape at 0.45 of a 141 GB card.
-KV_CAPACITY_TOKENS_DEFAULT = 340_000
+KV_CAPACITY_TOKENS_DEFAULT: Final = 340_000
 # Entries of the index per replica, ghosts included; some 250 octets each, so 33 MB at the most.
-INDEX_ENTRIES_MAX = 1 << 17
+INDEX_ENTRIES_MAX: Final = 1 << 17
 INDEX_ENTRIES_TOTAL_MAX = 1 << 21  # of all replicas of a worker: half a gigabyte
 # What was used within the last such part of a cache need not be moved to its young end again: the
 # order of use is exact to 3 %, well within what the believed size is.
-YOUNG_SPANS_PER_CACHE = 32
+YOUNG_SPANS_PER_CACHE: Final = 32
 # Ghosts, in believed caches: one that is eight times as large as believed is found out.
-GHOST_CACHES_MAX = 7
+GHOST_CACHES_MAX: Final = 7
 # How a believed size learns: at most a tenth of the way for one answer, within what an engine's
 # flags can make of a card. What was used in the last twentieth may still be under way.
-RESIZE_SHARE = 0.1
-RESIZE_YOUNG_SHARE = 0.05
-CACHE_SHARE_MIN = 1 / 64
-CACHE_SHARE_MAX = 64.0
+RESIZE_SHARE: Final = 0.1
+RESIZE_YOUNG_SHARE: Final = 0.05
+CACHE_SHARE_MIN: Final = 1 / 64
+CACHE_SHARE_MAX: Final = 64.0
 # Octets a token, learned from answers: the guess counts as much as so many tokens, and what is
 # older than so many is forgotten.
-RATIO_PRIOR_TOKENS = 10_000
-RATIO_WINDOW_TOKENS = 1_000_000
-RATIO_MIN = 1.0  # octets a token: digits; and the longest words, or much space
-RATIO_MAX = 16.0
+RATIO_PRIOR_TOKENS: Final = 10_000
+RATIO_WINDOW_TOKENS: Final = 1_000_000
+RATIO_MIN: Final = 1.0  # octets a token: digits; and the longest words, or much space
+RATIO_MAX: Final = 16.0
 # Misses in a row on one replica that may teach the size of its group's caches; a cache that was too
 # large by four still hits one time in four.
-MISSES_TAUGHT_MAX = 3
+MISSES_TAUGHT_MAX: Final = 3
 # Gauges are read every second, or two; older than this nobody reads them any more.
-GAUGE_AGE_S_MAX = 10.0
+GAUGE_AGE_S_MAX: Final = 10.0
 # For so long a replica that refused or failed a request is dearer by that time, twice as long each
 # time in a row up to the eighth: 64 s.
-REFUSED_PAUSE_S = 0.5
-REFUSALS_COUNTED_MAX = 8
-SEATS_REMEMBERED_MAX = 1024  # pools whose slots are looked up once per fleet
+REFUSED_PAUSE_S: Final = 0.5
+REFUSALS_COUNTED_MAX: Final = 8
+SEATS_REMEMBERED_MAX: Final = 1024  # pools whose slots are looked up once per fleet
 
 # Prefill speed of a replica nobody has measured: an 8 B model on an H200 does 26 to 39 thousand.
-PREFILL_TOKENS_PER_S_DEFAULT = 30_000.0
+PREFILL_TOKENS_PER_S_DEFAULT: Final = 30_000.0
 # What was measured counts half after so much work; the group's speed counts as much as a second
 # of it. Within a quarter, differences are the spread of measured prefills of one card.
-SPEED_HALF_LIFE_S = 20.0
-SPEED_PRIOR_S = 1.0
-SPEED_BAND = 1.25
-LEARN_SHARE = 0.1  # of a new sample in a running mean
-MIX_SHARE = 0.01  # in that of prompts' sizes, which differ a hundredfold
+SPEED_HALF_LIFE_S: Final = 20.0
+SPEED_PRIOR_S: Final = 1.0
+SPEED_BAND: Final = 1.25
+LEARN_SHARE: Final = 0.1  # of a new sample in a running mean
+MIX_SHARE: Final = 0.01  # in that of prompts' sizes, which differ a hundredfold
 # What a first token takes beyond its prefill is seen where there is hardly any prefill.
-SMALL_PREFILL_TOKENS = 256
-FIRST_TOKEN_OVERHEAD_S_MAX = 0.1
+SMALL_PREFILL_TOKENS: Final = 256
+FIRST_TOKEN_OVERHEAD_S_MAX: Final = 0.1
 # A request's own uncached tokens count once for its own wait, and twice more for those who come
 # next and to whom its blocks displace: between 1 and 4 the optimum is flat on recorded traces.
-RECOMPUTE_WEIGHT = 2.0
+RECOMPUTE_WEIGHT: Final = 2.0
 # A second of prefill holds up each decoding stream by a second. Who reads a stream minds that less
 # than who waits for its first word, and there are many of them: a fiftieth and a tenth, tried on
 # recorded traces, evened out the streams instead of the work, and cost first tokens 5 % and more at
 # the 99th percentile; this lowers the median time per token by a tenth, and costs them nothing.
-STALL_WEIGHT = 0.005
+STALL_WEIGHT: Final = 0.005
 # KV space beyond which a newcomer waits for somebody to end, or has somebody preempted; and below
 # which nobody looks whether it would fit.
-KV_FULL_SHARE = 0.95
-KV_TIGHT_SHARE = 0.4
-KV_LONG_SHARE = 0.5  # of a cache: a longer prompt is looked at everywhere
+KV_FULL_SHARE: Final = 0.95
+KV_TIGHT_SHARE: Final = 0.4
+KV_LONG_SHARE: Final = 0.5  # of a cache: a longer prompt is looked at everywhere
 # A prefix is everybody's when one request in twenty begins with it and no longer one is known; the
 # counters find what one in 256 begins with, and forget by half after so many requests.
-HOT_SHARE = 0.05
-HOT_COUNT_MIN = 8
+HOT_SHARE: Final = 0.05
+HOT_COUNT_MIN: Final = 8
 # All that is as hot as this must fit into a quarter of every cache.
-HOT_CACHE_SHARE = 0.25
-HOT_COUNTERS_MAX = 256
-HOT_WINDOW_MAX = 16_384
+HOT_CACHE_SHARE: Final = 0.25
+HOT_COUNTERS_MAX: Final = 256
+HOT_WINDOW_MAX: Final = 16_384
 # Computed on different ways, equal prices differ by rounding.
-SAME_PRICE_S = 1e-6
+SAME_PRICE_S: Final = 1e-6
 # Nor is a difference of less than this worth an unequal use of the caches: a fifth of what a
 # person feels as at once, or less where the price itself is small.
-SAME_PRICE_SHARE = 0.03
-SAME_PRICE_S_MAX = 0.02
+SAME_PRICE_SHARE: Final = 0.03
+SAME_PRICE_S_MAX: Final = 0.02
 # Prices this close are the same price, and the earliest on the ring's walk wins, where the ring is
 # asked at all. Below it a person notices no difference (Miller 1968; Nielsen 1993: 0.1 s is felt
 # as at once).
-SPILL_SLACK_S = 0.1
+SPILL_SLACK_S: Final = 0.1
 # While others route to the same replicas and do not tell: this part of what the engines run.
-FOREIGN_SHARE_MIN = 0.2
+FOREIGN_SHARE_MIN: Final = 0.2
 # Then the home may well hold what we do not know of: what that is worth, in times of the prefill.
-RING_WEIGHT = 1.2
+RING_WEIGHT: Final = 1.2
 # Loading a LoRA adapter from disk takes a tenth of a second to a second.
-ADAPTER_LOAD_S = 0.5
+ADAPTER_LOAD_S: Final = 0.5
 
 # --- late binding ---------------------------------------------------------------------------
 # A replica with less work than this is open: an engine fills each step with up to 8,192 tokens of
 # whatever waits, 0.27 s of an 8 B model on an H200, and with less before it runs steps half empty.
-RUNWAY_S = 0.3
+RUNWAY_S: Final = 0.3
 # Who waits is ordered by the work it brings, less its age: a second waited outweighs so many
 # seconds of prefill. With 1 the median falls by a third near saturation, and the 99th percentile,
 # which is the longest prompts, rises by a tenth; with 4 by a tenth and a fiftieth.
-AGEING_WEIGHT = 4.0
-HELD_TRIED_MAX = 16  # requests that one release looks at
+AGEING_WEIGHT: Final = 4.0
+HELD_TRIED_MAX: Final = 16  # requests that one release looks at
 # Requests that leave in one turn of the loop: a millisecond of work; the others leave in the next.
-HELD_TAKEN_MAX = 16
+HELD_TAKEN_MAX: Final = 16
 # The event loop's timers are no finer.
-HELD_TIMER_S_MIN = 0.001
+HELD_TIMER_S_MIN: Final = 0.001
 # Workers see the same replica become open in the same moment. Each looks at a moment of its own
 # within so long, some times what a note takes to the others: the first takes it, the rest hear so.
 HELD_SPREAD_S = 0.006
 # The pace at which requests leave is measured over so long: some prefills, and less than clients
 # wait before they ask again.
-DRAIN_HALF_LIFE_S = 10.0
+DRAIN_HALF_LIFE_S: Final = 10.0
 
 # --- stored responses -----------------------------------------------------------------------
 # Answers whose replica is remembered, since only that one can go on from them: two hours at ten a
 # second, some 150 octets each. Engines keep them in memory, too, and lose them with the process.
 RESPONSES_MAX = 1 << 16
 # Where in an answer its id is looked for. It is in the first event, or the first field.
-RESPONSE_ID_SEARCH_BYTES_MAX = 2 * KIB
+RESPONSE_ID_SEARCH_BYTES_MAX: Final = 2 * KIB
 # Of a stream, in which its first token is looked for: the event that opens it may repeat what was
 # asked, instructions and tools included. After that many, whatever comes is taken for a token.
-OPENINGS_BYTES_MAX = MIB
+OPENINGS_BYTES_MAX: Final = MIB
 
 # --- explanations ---------------------------------------------------------------------------
 # A worker explains between requests: a body of this size holds them up for some ten milliseconds.
-EXPLAINED_BYTES_MAX = 8 * MIB
+EXPLAINED_BYTES_MAX: Final = 8 * MIB
 
 # --- what engines tell of their caches --------------------------------------------------------
 # A step of 8,192 tokens is 60 KB of batch; a whole prompt of a million tokens, at once, 10 MB.
 KV_BATCH_BYTES_MAX = 16 * MIB
 # A million tokens in blocks of 16 are 2^16 blocks. SGLang may make an event of each, so as many
 # events; twice that, because what they displaced is told in the same batch.
-KV_EVENT_BLOCKS_MAX = 1 << 17
-KV_BATCH_EVENTS_MAX = 1 << 17
+KV_EVENT_BLOCKS_MAX: Final = 1 << 17
+KV_BATCH_EVENTS_MAX: Final = 1 << 17
 # Of one engine: 16 million tokens in blocks of 16, the KV cache of a card and of its host. 110 MB.
-KV_BLOCKS_MAX = 1 << 20
+KV_BLOCKS_MAX: Final = 1 << 20
 # Of all engines that one proxy follows: sixty with a million tokens each. 450 MB.
-KV_BLOCKS_TOTAL_MAX = 1 << 22
+KV_BLOCKS_TOTAL_MAX: Final = 1 << 22
 # The steps that are looked through for where a prompt went. An engine that writes 10,000 tokens a
 # second fills 600 blocks a second besides its prefills: half a minute.
-KV_GROWTHS_MAX = 1 << 14
+KV_GROWTHS_MAX: Final = 1 << 14
 # Chain hashes whose blocks are known, of one engine: as many as the record of what was sent has.
-KV_POINTS_MAX = 1 << 17
+KV_POINTS_MAX: Final = 1 << 17
 # And of all engines that one proxy follows: a point for each eight blocks. 240 MB.
-KV_POINTS_TOTAL_MAX = KV_BLOCKS_TOTAL_MAX // 8
+KV_POINTS_TOTAL_MAX: Final = KV_BLOCKS_TOTAL_MAX // 8
 # Requests that have begun and not ended, and those that ended and wait for their events.
 KV_OPEN_MAX = 1 << 16
 # Chain hashes told as gone in the last `KV_LATE_S`: an engine that displaces 60,000 blocks a second
@@ -286,13 +296,13 @@ KV_OPEN_MAX = 1 << 16
 KV_TOLD_MAX = 1 << 14
 # A worker says when it sent a request, and an engine's events come when they come: what happened
 # up to this long before what the clock says may still be of the request.
-KV_EARLY_S = 0.05
+KV_EARLY_S: Final = 0.05
 # Events arrive 1 ms after their step with vLLM, up to 58 ms with SGLang (measured), and a busy
 # supervisor reads them later.
-KV_LATE_S = 0.25
+KV_LATE_S: Final = 0.25
 # From the event of a prefill's end to its first token: a detokenizer, an HTTP server and a network,
 # none of which is a second behind, or clients would complain.
-KV_FIRST_TOKEN_S = 1.0
+KV_FIRST_TOKEN_S: Final = 1.0
 
 # --- sharing decisions ------------------------------------------------------------------------
 # Notes are collected for so long before they are sent: shorter than any prefill, so that a burst
@@ -302,7 +312,7 @@ KV_FIRST_TOKEN_S = 1.0
 # Such rates need so many replicas that none of them gets more than a request or two in that time.
 NOTES_FLUSH_S = 0.0015
 NOTES_FLUSH_BUSY_S = 0.016
-NOTES_BUSY_PER_S = 3000
+NOTES_BUSY_PER_S: Final = 3000
 # What is collected before that goes at once: a hundred dispatches, or one page of a digest.
 NOTES_BATCH_BYTES_MAX = 32 * KIB
 # Octets that may wait at one reader of notes, a worker or a peer. A second of the notes of 5,000
@@ -311,20 +321,20 @@ NOTES_WAITING_BYTES_MAX = 2 * MIB
 # What is open is told in full so often, if anything has changed: what a lost note spoils is wrong
 # for no longer. It is about 30 octets for each request in flight.
 NOTES_WHOLE_S = 2.0
-NOTE_POINTS_MAX = 32
-NOTE_HASHES_MAX = 1024
-NOTE_LEASES_MAX = 512
+NOTE_POINTS_MAX: Final = 32
+NOTE_HASHES_MAX: Final = 1024
+NOTE_LEASES_MAX: Final = 512
 # No prompt has more; no class weighs more. Beyond them a note is broken, and would spoil the sums.
-NOTE_TOKENS_MAX = 1 << 26
-NOTE_WEIGHT_MAX = 1000.0
+NOTE_TOKENS_MAX: Final = 1 << 26
+NOTE_WEIGHT_MAX: Final = 1000.0
 # Workers of this and of other proxies whose notes are heard, and the leases of each: twice what a
 # worker holds at the default of --max-concurrent-requests. Some 300 octets a lease.
 ORIGINS_MAX = 1024
 FOREIGN_LEASES_MAX = 16_384
 # One frame between two proxies: the largest batch, which may have grown by its last note.
-PEER_FRAME_BYTES_MAX = 256 * KIB
+PEER_FRAME_BYTES_MAX: Final = 256 * KIB
 # A frame before the other one has shown who it is.
-PEER_HELLO_BYTES_MAX = 1 * KIB
+PEER_HELLO_BYTES_MAX: Final = 1 * KIB
 PEER_LINKS_MAX = 64
 PEER_HANDSHAKE_TIMEOUT_S = 5.0
 # Each side says something so often, and is taken for gone when it was not heard for so long: three
@@ -336,19 +346,19 @@ PEER_PAUSE_MAX_S = 5.0
 # What is cached where, told to one who has just started: 1.4 million entries, as many as twenty
 # replicas of a million tokens have, in pages that hold up neither side for a millisecond.
 DIGEST_BYTES_MAX = 16 * MIB
-DIGEST_PAUSE_S = 0.002
-DIGEST_PAGE_S = 0.001  # what one page may take besides
+DIGEST_PAUSE_S: Final = 0.002
+DIGEST_PAGE_S: Final = 0.001  # what one page may take besides
 # One for each worker that has just started, and one for each peer.
-DIGESTS_MAX = 320
+DIGESTS_MAX: Final = 320
 
 # Beginnings of prompts whose tokens a worker knows: two of each answer, some 100 octets each.
 LENGTHS_REMEMBERED_MAX = 32_768
 
 # --- telemetry ------------------------------------------------------------------------------
-REQUEST_SERIES_MAX = 256  # (route, model) pairs in metrics; further models count as "other"
+REQUEST_SERIES_MAX: Final = 256  # (route, model) pairs in metrics; further models count as "other"
 ACCESS_LOG_LINES_MAX = 65_536  # lines that wait for the writer; more are dropped and counted
-REQUEST_ID_BYTES_MAX = 128
-PATH_LOGGED_BYTES_MAX = 256
+REQUEST_ID_BYTES_MAX: Final = 128
+PATH_LOGGED_BYTES_MAX: Final = 256
 
 assert HEAD_BYTES_MAX > TARGET_BYTES_MAX
 assert WRITE_HIGH_WATER_BYTES >= RESPONSE_HEAD_BYTES_MAX

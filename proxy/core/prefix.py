@@ -38,7 +38,12 @@ _QUOTE: Final = 0x22
 _SPACE: Final = b" \t\r\n"
 _STRUCTURAL: Final = re.compile(rb'["\[\]{}]')
 # A tuple, because members of an Enum are hashed by Python code and compared without.
-_WITH_MESSAGES: Final = (PromptKind.CHAT, PromptKind.ANTHROPIC, PromptKind.RESPONSES)
+_CHAT: Final = PromptKind.CHAT  # looked up once: every request asks
+_RESPONSES: Final = PromptKind.RESPONSES
+_ANTHROPIC: Final = PromptKind.ANTHROPIC
+_INPUT: Final = PromptKind.INPUT
+_OPAQUE: Final = PromptKind.OPAQUE
+_WITH_MESSAGES: Final = (_CHAT, _ANTHROPIC, _RESPONSES)
 _SEEDS_MAX: Final = 1024
 _HEAD_NONE: Final[tuple[int, ...]] = ()
 _NO_BOUNDARIES: Final[tuple[int, ...]] = ()
@@ -90,32 +95,23 @@ def prefix_chain(
     """Return the chain of one request. A session key stands in for the opener."""
     names = _seed(scanned.model, scanned.lora_path or "", scanned.cache_salt or "", tenant)
     seed = names
-    if kind is PromptKind.RESPONSES and scanned.previous_response_id:
+    if kind is _RESPONSES and scanned.previous_response_id:
         # The engine puts that answer and all before it in front of this prompt.
         before = scanned.previous_response_id.encode("utf-8", "surrogatepass")
         seed = xxh3_64_intdigest(before, names)
     head, octets, begin, end, boundaries = _prompt_parts(kind, scanned)
-    view = memoryview(octets)
     head_bytes = 0
     for part in head:
         first, last = scanned.spans[2 * part], scanned.spans[2 * part + 1]
         if first < last:
-            seed = xxh3_64_intdigest(view[first:last], seed)
+            seed = xxh3_64_intdigest(_piece(octets, first, last), seed)
             head_bytes += last - first
     hashes: list[int] = [seed] if head_bytes else []
     ends: list[int] = [head_bytes] if head_bytes else []
     last = boundaries[-1] if boundaries else _text_end(octets, begin, end)
-    if not boundaries and kind is not PromptKind.INPUT:
+    if not boundaries and kind is not _INPUT:
         boundaries = _steps(begin, last)
-    points = _points(begin, last, boundaries)
-    hasher = xxh3_64(b"", seed)
-    read, digest = hasher.update, hasher.intdigest
-    at = begin
-    for point in points:
-        read(view[at:point])
-        hashes.append(digest())
-        ends.append(head_bytes + point - begin)
-        at = point
+    _hash_on(octets, begin, _points(begin, last, boundaries), seed, hashes, ends)
     if session_key is not None:
         home_key = xxh3_64_intdigest(session_key, names)
     else:
@@ -124,7 +120,7 @@ def prefix_chain(
             opener_end = _find_opener_end(
                 octets, begin, end, limits.OPENER_SEARCH_BYTES_MAX, limits.OPENER_BYTES_MAX
             )
-        home_key = xxh3_64_intdigest(view[begin : min(opener_end, end)], seed)
+        home_key = xxh3_64_intdigest(_piece(octets, begin, min(opener_end, end)), seed)
     prompt_bytes = head_bytes + last - begin
     if scanned.media:
         regions = placed(scanned.media, _spans(kind, scanned, head, begin, end))
@@ -132,13 +128,41 @@ def prefix_chain(
     return PrefixChain(home_key, hashes, ends, prompt_bytes)
 
 
+def _piece(octets: bytes, begin: int, end: int) -> bytes | memoryview:
+    """Return octets to hash. A few are copied, which costs less than a view of them."""
+    if end - begin <= limits.PIECE_COPIED_BYTES_MAX:
+        return octets[begin:end]
+    return memoryview(octets)[begin:end]
+
+
+def _hash_on(
+    octets: bytes, begin: int, points: list[int], seed: int, hashes: list[int], ends: list[int]
+) -> None:
+    """Append the hash of `octets[begin:point]` for each point, and where that ends in the prompt.
+
+    The prompt is what was hashed before, up to the last of `ends`, and these.
+    """
+    if not points:
+        return
+    before_bytes = (ends[-1] if ends else 0) - begin
+    at = points[0]
+    hasher = xxh3_64(_piece(octets, begin, at), seed)
+    read, digest = hasher.update, hasher.intdigest
+    for point in points:
+        if point > at:
+            read(_piece(octets, at, point))
+            at = point
+        hashes.append(digest())
+        ends.append(before_bytes + point)
+
+
 def _spans(
     kind: PromptKind, scanned: Scanned, head: tuple[int, ...], begin: int, end: int
 ) -> list[tuple[int, int]]:
     """Return where in the body the prompt lies, in the order in which it is hashed."""
-    parts = _INPUT_PARTS if kind is PromptKind.INPUT else head
+    parts = _INPUT_PARTS if kind is _INPUT else head
     spans = [(scanned.spans[2 * part], scanned.spans[2 * part + 1]) for part in parts]
-    return spans if kind is PromptKind.INPUT else [*spans, (begin, end)]
+    return spans if kind is _INPUT else [*spans, (begin, end)]
 
 
 def form_chain(
@@ -228,20 +252,17 @@ def _prompt_parts(
     The last are where its last messages end.
     """
     head, grows, boundaries = _HEAD_NONE, scan.PROMPT, _NO_BOUNDARIES
-    match kind:
-        case PromptKind.CHAT:
-            head, grows, boundaries = _HEAD_CHAT, scan.MESSAGES, scanned.message_ends
-        case PromptKind.COMPLETION:
-            pass
-        case PromptKind.RESPONSES:
-            head, grows, boundaries = _HEAD_RESPONSES, scan.INPUT, scanned.input_ends
-        case PromptKind.ANTHROPIC:
-            head, grows, boundaries = _HEAD_ANTHROPIC, scan.MESSAGES, scanned.message_ends
-        case PromptKind.INPUT:
-            octets = b"".join([scanned.part(part) for part in _INPUT_PARTS])
-            return _HEAD_NONE, octets, 0, len(octets), _NO_BOUNDARIES
-        case PromptKind.OPAQUE:
-            return _HEAD_NONE, b"", 0, 0, _NO_BOUNDARIES
+    if kind is _CHAT:
+        head, grows, boundaries = _HEAD_CHAT, scan.MESSAGES, scanned.message_ends
+    elif kind is _RESPONSES:
+        head, grows, boundaries = _HEAD_RESPONSES, scan.INPUT, scanned.input_ends
+    elif kind is _ANTHROPIC:
+        head, grows, boundaries = _HEAD_ANTHROPIC, scan.MESSAGES, scanned.message_ends
+    elif kind is _INPUT:
+        octets = b"".join([scanned.part(part) for part in _INPUT_PARTS])
+        return _HEAD_NONE, octets, 0, len(octets), _NO_BOUNDARIES
+    elif kind is _OPAQUE:
+        return _HEAD_NONE, b"", 0, 0, _NO_BOUNDARIES
     spans = scanned.spans
     begin, end = spans[2 * grows], spans[2 * grows + 1]
     if begin == end:  # SGLang takes tokens in the place of messages or text

@@ -21,7 +21,8 @@ import msgspec
 from msgspec import Raw
 
 from proxy import errors
-from proxy.core import limits, media
+from proxy.core import body_wire, limits, media
+from proxy.core.body_wire import NOTHING, Typed, Untyped
 
 _Ends = tuple[int, ...]
 _Fields = tuple[
@@ -49,7 +50,6 @@ TEXT_1: Final = 8
 INPUT_IDS: Final = 9
 SESSION_PARAMS: Final = 10
 
-_NOTHING: Final = Raw()
 _SPACE: Final = b" \t\r\n"
 
 
@@ -100,68 +100,6 @@ class Scanned:
         return self.octets[self.spans[2 * part] : self.spans[2 * part + 1]]
 
 
-class _Typed(msgspec.Struct, gc=False):
-    """The fields as msgspec reads them: the names that are ours, in the order of `_Fields`."""
-
-    model: str = ""
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    session_id: str | None = None
-    cache_salt: str | None = None
-    lora_path: str | None = None
-    previous_response_id: str | None = None
-    stream: bool | None = None
-    messages: Raw = _NOTHING
-    prompt: Raw = _NOTHING
-    tools: Raw = _NOTHING
-    system: Raw = _NOTHING
-    instructions: Raw = _NOTHING
-    query: Raw = _NOTHING
-    input: Raw = _NOTHING
-    documents: Raw = _NOTHING
-    text_1: Raw = _NOTHING
-    input_ids: Raw = _NOTHING
-    session_params: Raw = _NOTHING
-
-
-class _Untyped(msgspec.Struct, gc=False):
-    """The same fields where one of them is not of its type, to say which, or to leave it out."""
-
-    model: Raw = _NOTHING
-    service_tier: Raw = _NOTHING
-    prompt_cache_key: Raw = _NOTHING
-    session_id: Raw = _NOTHING
-    cache_salt: Raw = _NOTHING
-    lora_path: Raw = _NOTHING
-    previous_response_id: Raw = _NOTHING
-    stream: Raw = _NOTHING
-    messages: Raw = _NOTHING
-    prompt: Raw = _NOTHING
-    tools: Raw = _NOTHING
-    system: Raw = _NOTHING
-    instructions: Raw = _NOTHING
-    query: Raw = _NOTHING
-    input: Raw = _NOTHING
-    documents: Raw = _NOTHING
-    text_1: Raw = _NOTHING
-    input_ids: Raw = _NOTHING
-    session_params: Raw = _NOTHING
-
-
-class _SessionParams(msgspec.Struct, gc=False):
-    """What we read of SGLang's `session_params`."""
-
-    id: str | None = None
-
-
-_decoder: Final = msgspec.json.Decoder(_Typed)
-_untyped: Final = msgspec.json.Decoder(_Untyped)
-_elements: Final[msgspec.json.Decoder[list[Raw]]] = msgspec.json.Decoder(list[Raw])
-_session_params: Final = msgspec.json.Decoder(_SessionParams)
-_string: Final[msgspec.json.Decoder[str | None]] = msgspec.json.Decoder(str | None)
-_flag: Final[msgspec.json.Decoder[bool | None]] = msgspec.json.Decoder(bool | None)
-
-
 def scan_body(body: bytes) -> Scanned:
     """Read a JSON request body. Raises the kinds of `errors.InvalidRequestError`."""
     return scan_with(_read, body)
@@ -196,9 +134,9 @@ def _scan_any(body: bytes) -> Scanned:
         if not body.isascii():
             body.decode()  # the decoder leaves text that is not ours unread; engines do not
         try:
-            typed = _decoder.decode(body)
+            typed = body_wire.decoder.decode(body)
         except msgspec.ValidationError:
-            typed = _typed(_untyped.decode(body))
+            typed = _typed(body_wire.untyped.decode(body))
     except msgspec.ValidationError as error:
         raise errors.InvalidRequestError(
             'the body must be a JSON object, such as {"model": …, "messages": […]}'
@@ -226,7 +164,7 @@ def _placed(parts: tuple[Raw, ...]) -> tuple[bytes, tuple[int, ...]]:
     end = 0
     for part in parts:
         start = end
-        if part is not _NOTHING:
+        if part is not NOTHING:
             present.append(part)
             end += len(memoryview(part))
         spans.append(start)
@@ -293,8 +231,8 @@ def _last_elements(octets: bytes, begin: int, start: int, end: int) -> list[Raw]
     view = memoryview(octets)
     try:
         if start == begin + 1:
-            return _elements.decode(view[begin:end])
-        return _elements.decode(b"".join((b"[", view[start:end])))
+            return body_wire.elements.decode(view[begin:end])
+        return body_wire.elements.decode(b"".join((b"[", view[start:end])))
     except msgspec.DecodeError:
         return []
 
@@ -317,14 +255,14 @@ def session_params_id(scanned: Scanned) -> str | None:
     if not octets:
         return None
     try:
-        return _session_params.decode(octets).id
+        return body_wire.session_params.decode(octets).id
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None  # the engine judges it
 
 
-def _typed(raw: _Untyped) -> _Typed:
+def _typed(raw: Untyped) -> Typed:
     """Judge the fields one by one. Engines take other types as a session or an adapter, too."""
-    return _Typed(
+    return Typed(
         _model(raw.model),
         _text(raw.service_tier, "service_tier"),
         _text(raw.prompt_cache_key, "prompt_cache_key"),
@@ -333,7 +271,7 @@ def _typed(raw: _Untyped) -> _Typed:
         _text(raw.lora_path, None),
         _text(raw.previous_response_id, None),
         _stream(raw.stream),
-        *(getattr(raw, name) for name in _Untyped.__struct_fields__[8:]),
+        *(getattr(raw, name) for name in Untyped.__struct_fields__[8:]),
     )
 
 
@@ -350,7 +288,7 @@ def _stream(raw: Raw) -> bool | None:
     if not memoryview(raw):
         return None
     try:
-        return _flag.decode(raw)
+        return body_wire.flag.decode(raw)
     except msgspec.MsgspecError as error:
         raise errors.InvalidRequestError('"stream" must be true or false', "stream") from error
 
@@ -360,7 +298,7 @@ def _text(raw: Raw, name: str | None) -> str | None:
     if not memoryview(raw):
         return None
     try:
-        return _string.decode(raw)
+        return body_wire.string.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         if name is None:
             return None

@@ -40,7 +40,8 @@ def read_usage(tail: bytes) -> Usage | None:
         if counts is not None:
             prompt_tokens, completion_tokens, cached_tokens = counts
             cached = cached_tokens if cached_tokens >= 0 else None
-            return Usage(prompt_tokens, completion_tokens, cached)
+            # Its own constructor is interpreted, of which every request would pay.
+            return tuple.__new__(Usage, (prompt_tokens, completion_tokens, cached))
     return read_any_usage(tail)
 
 

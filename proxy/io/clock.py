@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import random
 import time
+from typing import Final
+
+_LOW: Final = tuple([b"%02x" % low for low in range(256)])
 
 
 class Clock:
@@ -12,12 +15,14 @@ class Clock:
 
     def __init__(self) -> None:
         self._random = random.Random(os.urandom(16))  # noqa: S311 - spreads load, keeps no secret
-        self._prefix = os.urandom(6).hex().encode()
-        self._count = 0
+        self._name = b"req-%b-" % os.urandom(6).hex().encode()
+        self._count = -1
+        self._ids = b""  # what the present 256 names have in common
+        self._monotonic = time.monotonic  # looked up once: a request asks a dozen times
 
     def now_s(self) -> float:
         """Monotonic seconds: for durations and deadlines."""
-        return time.monotonic()
+        return self._monotonic()
 
     def unix_s(self) -> float:
         """Seconds since 1970: for logs."""
@@ -30,4 +35,7 @@ class Clock:
     def request_id(self) -> bytes:
         """A name that is unique over workers and restarts: random prefix, then a count."""
         self._count += 1
-        return b"req-%b-%08x" % (self._prefix, self._count)
+        low = self._count & 0xFF
+        if not low:
+            self._ids = b"%b%06x" % (self._name, self._count >> 8)
+        return self._ids + _LOW[low]

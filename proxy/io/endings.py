@@ -134,11 +134,11 @@ class Ending(Facts):
             self._queue_s = self._plane.clock.now_s() - self._waiter.since_s
             self._waiter = None
 
-    def _release(self, *, served: bool = False, refused: bool = False) -> None:
+    def _release(self, now_s: float, *, served: bool = False, refused: bool = False) -> None:
         lease, self._lease = self._lease, None
         if lease is not None:
             first_s = self._first_octet_s
-            self._plane.release(lease, self._usage, first_s, served=served, refused=refused)
+            self._plane.release(lease, self._usage, first_s, now_s, served=served, refused=refused)
 
     def _served(self, outcome: str) -> bool:
         """Whether the replica has computed the prompt: an error, or nothing, does not show it."""
@@ -156,5 +156,6 @@ class Ending(Facts):
         self._end_wait()
         self._usage = read_usage(self._tail) if status == 200 else None
         refused = outcome == errors.OK and (status == 429 or status >= 500)  # in its own words
-        self._release(served=self._served(outcome), refused=refused and status != 501)
-        self._write_down(status, outcome, self._plane.clock.now_s())
+        now_s = self._plane.clock.now_s()
+        self._release(now_s, served=self._served(outcome), refused=refused and status != 501)
+        self._write_down(status, outcome, now_s)

@@ -102,7 +102,7 @@ class Exchange(Ending):
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, lookup=lookup)
-            decision = self._choose()
+            decision = self._choose(self._whole_s)
             if self._plane.holds(
                 decision, self._request, self._model, lookup=lookup, now_s=self._whole_s
             ):
@@ -144,10 +144,10 @@ class Exchange(Ending):
         )
         self._answer_ourselves(200, answer)
 
-    def _choose(self) -> Decision | None:
+    def _choose(self, now_s: float) -> Decision | None:
         assert self._pool is not None
         plane = self._plane
-        return plane.choose(self._request, self._pool, plane.picture, plane.clock.now_s())
+        return plane.choose(self._request, self._pool, plane.picture, now_s)
 
     def _choose_anew(self) -> Decision | None:
         """Choose among the replicas of today: the fleet may have changed meanwhile."""
@@ -156,7 +156,7 @@ class Exchange(Ending):
             self._pool = plane.find_pool(self._model, lookup=lookup)
         except errors.ProxyError:  # nobody serves it any more
             return None
-        decision = self._choose()
+        decision = self._choose(plane.clock.now_s())
         if decision is None or (not lookup and is_full(decision.slot, plane.picture)):
             return None
         return decision
@@ -164,10 +164,11 @@ class Exchange(Ending):
     def _go_to(self, decision: Decision) -> None:
         """Take a lease on a replica, and get a connection to it."""
         plane, replica = self._plane, decision.replica
+        now_s = plane.clock.now_s()
         self._decision = decision
         self._attempts += 1
-        self._know_price(decision)
-        self._lease = plane.acquire(decision, self._request)
+        self._know_price(decision, now_s)
+        self._lease = plane.acquire(decision, self._request, now_s)
         upstream = plane.upstreams.take(replica.replica_id)
         if upstream is not None:
             self.connected(upstream)
@@ -191,7 +192,7 @@ class Exchange(Ending):
         replica_id = self._decision.replica.replica_id
         plane.suspect(replica_id, reason)
         self._request.tried.update(plane.fleet.names_of(replica_id))
-        self._release()
+        self._release(self._plane.clock.now_s())
         if not may_retry(self._progress, self._attempts, plane.retries_max):
             self.fail(errors.ReplicaUnreachableError(f"replica {replica_id}: {reason}"))
             return
@@ -224,6 +225,8 @@ class Exchange(Ending):
 
     def response_started(self, head: ResponseHead, length: int) -> None:
         assert self._decision is not None
+        assert self._upstream is not None
+        self._sent_s = max(self._sent_s, self._upstream.sent_s)  # it may have been held a little
         replica = self._decision.replica
         self._plane.answered(replica.replica_id, head.status)
         lookup = self._route is not None and self._route.lookup
@@ -265,7 +268,7 @@ class Exchange(Ending):
             return False
         self._upstream.abort()
         self._upstream = None
-        self._release()
+        self._release(self._plane.clock.now_s())
         self._go_to(decision)
         return True
 

@@ -107,12 +107,11 @@ class Facts:
         """What the proxy itself took before the request left: not the wait for a replica."""
         return self._sent_s - self._whole_s - max(0.0, self._queue_s)
 
-    def _know_price(self, decision: Decision) -> None:
+    def _know_price(self, decision: Decision, now_s: float) -> None:
         """Keep the terms for those who will read them, before the request is itself one of them."""
         plane = self._plane
         if plane.access_log.enabled or self._explained:
             assert self._pool is not None
-            now_s = plane.clock.now_s()
             self._terms = priced(decision, self._request, self._pool, plane.picture, now_s)
 
     def _write_down(self, status: int, outcome: str, now_s: float) -> None:

@@ -43,6 +43,7 @@ from proxy.io.access_log import AccessLog
 from proxy.io.choice import Choice
 from proxy.io.clock import Clock
 from proxy.io.noting import Noting
+from proxy.io.outbox import Outbox
 from proxy.io.sharing import Sharing
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
@@ -72,12 +73,14 @@ class Plane(Choice):
         self.noting = Noting(clock, self.picture, self._leases)
         self.sharing = Sharing(self.picture, self.responses, self.noting, clock, tasks)
         self.preambles: HeadMemory[Preamble] = HeadMemory(read_preamble)
+        self.outbox = Outbox(clock, self._fault)
         self.upstreams = Upstreams(
             clock,
             tasks,
             config.connect_timeout_secs,
             self._unsolicited,
             partial(tls.replica_context, config),
+            self.outbox,
         )
         self.fleet_known = False
         self.draining = False
@@ -180,13 +183,13 @@ class Plane(Choice):
 
     # --- the load ----------------------------------------------------------------------------
 
-    def acquire(self, decision: Decision, request: Request) -> Lease:
+    def acquire(self, decision: Decision, request: Request, now_s: float) -> Lease:
         """Count a request that goes out now."""
         lease = self.picture.acquire(
             decision.replica,
             request.chain,
             cached_octets=decision.cached_octets,
-            now_s=self.clock.now_s(),
+            now_s=now_s,
             streamed=request.stream,
             weight=request.weight,
             known=decision.known,
@@ -210,6 +213,7 @@ class Plane(Choice):
         lease: Lease,
         usage: Usage | None,
         first_octet_s: float,
+        now_s: float,
         *,
         served: bool,
         refused: bool,
@@ -219,7 +223,6 @@ class Plane(Choice):
         `served`: its prompt has been computed. `refused`: the replica sent it away.
         """
         del self._leases[lease.lease_id]
-        now_s = self.clock.now_s()
         if usage is not None and first_octet_s and lease.streamed:
             self.picture.decoded(lease, usage.completion_tokens, now_s - first_octet_s)
         self.picture.release(lease, now_s, usage, served=served, refused=refused)

@@ -22,6 +22,7 @@ from proxy.core import limits
 from proxy.core.http1 import ChunkedDecoder, check_partial_head
 from proxy.core.pieces import Pieces
 from proxy.io.exchange import Exchange
+from proxy.io.outbox import Writer
 from proxy.io.plane import Plane
 
 _log = logging.getLogger("doherty.server")
@@ -49,7 +50,7 @@ _LINGERING: Final = _State.LINGERING
 _CLOSED: Final = _State.CLOSED
 
 
-class ServerProtocol:
+class ServerProtocol(Writer):
     """One client connection."""
 
     __slots__ = (
@@ -69,16 +70,14 @@ class ServerProtocol:
         "_reading_paused",
         "_stalled_since_s",
         "_state",
-        "_transport",
         "_waiting_bytes",
         "_write_paused",
         "carrier",
         "peer",
     )
 
-    _transport: asyncio.Transport
-
     def __init__(self, plane: Plane, connections: set[ServerProtocol]) -> None:
+        super().__init__(plane.outbox)
         self._plane = plane
         self._connections = connections
         self._state = _IDLE
@@ -141,6 +140,7 @@ class ServerProtocol:
         # A client that has closed its sending side cannot be told from one that has gone; what it
         # asked for would be computed for nobody (nginx and Caddy read it so, too). Not left to
         # connection_lost: that waits for octets which such a client may never take.
+        self.write_due()
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             self._state = _CLOSED
@@ -231,7 +231,7 @@ class ServerProtocol:
         else:
             self._left = length
         if preamble.head.expects_continue and not rest:
-            self._transport.write(_CONTINUE)
+            self.write(_CONTINUE)
         self._body_since_s = self._plane.clock.now_s()
         self._deadline_s = self._body_since_s + limits.BODY_IDLE_TIMEOUT_S
         if rest:
@@ -273,6 +273,8 @@ class ServerProtocol:
         self._state = _SERVING
         if rest:
             self._keep_for_later(rest)
+        if len(body) > limits.JOINED_BYTES_MAX:
+            self._outbox.write()  # reading this one takes a while
         exchange.begin(body)
 
     def _keep_for_later(self, data: bytes) -> None:
@@ -302,9 +304,6 @@ class ServerProtocol:
 
     # --- from the exchange -------------------------------------------------------------------
 
-    def write(self, data: bytes) -> None:
-        self._transport.write(data)
-
     def finished(self, *, keep_alive: bool) -> None:
         """The answer is out. Go on with the next request, or close."""
         self._exchange = None
@@ -322,6 +321,7 @@ class ServerProtocol:
     def cut(self, *, reset: bool) -> None:
         """End the connection without ending the message; `reset` where a close would end it."""
         self._exchange = None
+        self.write_due()
         if reset:
             self._state = _CLOSED
             connected = self._transport.get_extra_info("socket")
@@ -352,7 +352,7 @@ class ServerProtocol:
             return
         self._plane.telemetry.series("none", "").outcomes[error.status, error.code] += 1
         request_id = self._plane.clock.request_id()
-        self._transport.write(heads.error_answer(error, request_id, keep_alive=False))
+        self.write(heads.error_answer(error, request_id, keep_alive=False))
         self._close_gently(unread=True)
 
     def _close_gently(self, *, unread: bool) -> None:
@@ -363,6 +363,7 @@ class ServerProtocol:
         if unread and not self._transport.is_closing() and self._transport.can_write_eof():
             self._state = _LINGERING
             self._deadline_s = self._plane.clock.now_s() + limits.LINGER_S
+            self.write_due()
             self._transport.write_eof()
             if self._reading_paused:
                 self._reading_paused = False
@@ -374,6 +375,7 @@ class ServerProtocol:
         """Close once what waits is taken. A goodbye of TLS is not waited for beyond the linger."""
         self._state = _CLOSED
         self._deadline_s = self._plane.clock.now_s() + limits.LINGER_S
+        self.write_due()
         self._transport.close()
 
     def _linger(self, size: int) -> None:

@@ -16,10 +16,13 @@ import select
 from abc import ABC, abstractmethod
 from typing import Final, Protocol, cast
 
+from typing_extensions import override
+
 from proxy import tls
 from proxy.core import http1, limits
 from proxy.core.head_memory import HeadMemory
 from proxy.io.acknowledged import Acknowledged
+from proxy.io.outbox import Outbox, Outlet
 
 
 class Consumer(Protocol):
@@ -40,6 +43,7 @@ class Keeper(ABC):
     """Who keeps the connections between exchanges: `io/upstreams.py`."""
 
     answer_heads: HeadMemory[http1.ResponseHead]
+    outbox: Outbox
 
     @abstractmethod
     def give_back(self, upstream: Upstream) -> None:
@@ -72,13 +76,15 @@ _BODY: Final = _Phase.BODY
 _DONE: Final = _Phase.DONE
 
 
-class Upstream:
+class Upstream(Outlet):
     """One connection to one replica."""
 
     __slots__ = (
         "_acknowledged",
         "_buffer",
         "_consumer",
+        "_due_body",
+        "_due_head",
         "_end_met",
         "_follower",
         "_informational",
@@ -94,6 +100,7 @@ class Upstream:
         "idle_since_s",
         "moved",
         "replica_id",
+        "sent_s",
         "transport",
     )
 
@@ -116,6 +123,9 @@ class Upstream:
         self._sent_bytes = 0  # of all requests
         self._sent_before_bytes = 0  # of those before the present one
         self._end_met = False  # the other side has said that nothing more will come
+        self._due_head = b""  # of a request that is still to be written
+        self._due_body = b""
+        self.sent_s = 0.0  # when the last request was written
         self.idle_since_s = 0.0
         self.moved = False  # the replica is gone from here; somebody else may answer
 
@@ -129,6 +139,16 @@ class Upstream:
         self._informational = 0
         self._sent_before_bytes = self._sent_bytes
         self._sent_bytes += len(head) + len(body)
+        self._due_head, self._due_body = head, body
+        self._keeper.outbox.hold(self)
+
+    @override
+    def write_due(self) -> None:
+        head, body = self._due_head, self._due_body
+        if not head or self.transport.is_closing():  # cut meanwhile; or `connection_lost` tells
+            return
+        self._due_head = self._due_body = b""
+        self.sent_s = self._keeper.outbox.written_at_s
         if len(body) > limits.JOINED_BYTES_MAX:
             self.transport.writelines((head, body))
         elif body:
@@ -145,6 +165,7 @@ class Upstream:
         """Cut the connection: this is how an engine learns that nobody wants the answer."""
         self._consumer = None
         self._phase = _DONE
+        self._due_head = self._due_body = b""
         self.transport.abort()
 
     def pause(self) -> None:
@@ -202,6 +223,8 @@ class Upstream:
     def data_received(self, data: bytes) -> None:
         if self._phase is _BODY:
             self._body(data)
+        elif self._phase is _HEAD and self._due_head:
+            self._answered_early()
         elif self._phase is _HEAD:
             self._head(data)
         elif self._phase is _IDLE:
@@ -222,14 +245,25 @@ class Upstream:
         if phase is _BODY and self._until_close and self._end_met and exc is None:
             consumer.response_ended(reusable=False)  # RFC 9112 §6.3: the close is the end
             return
+        undelivered = bool(self._due_head)
+        self._due_head = self._due_body = b""
         detail = "" if exc is None else f": {tls.explain(exc)}"
         reason = f"connection lost{detail}"
         if phase is _HEAD and self._sent_before_bytes:
             self._keeper.closed_idle(self)  # as it seems: the request met the close
-        if phase is _HEAD and self._closed_unseen(exc):
+        if phase is _HEAD and (undelivered or self._closed_unseen(exc)):
             consumer.never_delivered(reason, reused=self._sent_before_bytes > 0)
         else:
             consumer.response_failed(reason)
+
+    def _answered_early(self) -> None:
+        """Octets have come before the request was written: nobody asked for them."""
+        consumer = self._consumer
+        self._keeper.unsolicited(self)
+        self.abort()
+        if consumer is not None:
+            reused = self._sent_before_bytes > 0
+            consumer.never_delivered("octets came before the request went", reused=reused)
 
     def _closed_unseen(self, exc: Exception | None) -> bool:
         """Whether the engine closed, and provably before any octet of the request reached it."""

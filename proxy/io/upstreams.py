@@ -21,6 +21,7 @@ from proxy.core.head_memory import HeadMemory
 from proxy.core.idle import IdleTrust
 from proxy.core.replica import Replica
 from proxy.io.clock import Clock
+from proxy.io.outbox import Outbox
 from proxy.io.tasks import Tasks
 from proxy.io.upstream import Consumer, Keeper, Upstream
 
@@ -40,7 +41,10 @@ class Upstreams(Keeper):
         connect_timeout_s: float,
         on_unsolicited: Callable[[], None],
         tls_context: Callable[[], ssl.SSLContext] = ssl.create_default_context,
+        outbox: Outbox | None = None,
     ) -> None:
+        """`outbox` is that of the worker; without one everything is written at once."""
+        self.outbox = outbox or Outbox(clock, lambda: None)
         self._clock = clock
         self._tasks = tasks
         self._connect_timeout_s = connect_timeout_s

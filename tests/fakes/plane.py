@@ -184,7 +184,7 @@ class FakeUpstreams(Upstreams):
     """Connections to replicas that the test plays."""
 
     def __init__(self, plane: Plane, clock: Clock, tasks: Tasks) -> None:
-        super().__init__(clock, tasks, 5.0, plane._unsolicited)
+        super().__init__(clock, tasks, 5.0, plane._unsolicited, outbox=plane.outbox)
         self.engines: list[Engine] = []
         self.dialled: list[str] = []  # by replica, refused ones too
         self.refusing: set[str] = set()
@@ -333,6 +333,7 @@ class RealPlane:
             lambda replica_id, reason: self.suspects.append((replica_id, reason)),
             self.doubts.append,
         )
+        self.plane.outbox.on = True
         self.plane.take_snapshot(FleetSnapshot(epoch="test", version=1, replicas=tuple(replicas)))
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
