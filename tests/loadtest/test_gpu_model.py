@@ -24,6 +24,7 @@ from loadtest.gpu.records import Decode, FirstToken, read_recording
 LAWS = settings(derandomize=True, max_examples=40, deadline=None)
 RESULTS = Path(__file__).parents[2] / "loadtest" / "results"
 VLLM = str(RESULTS / "speeds-h200-vllm-0.26.0.json")
+VLLM_WHOLE = str(RESULTS / "speeds-h200-vllm.json")  # by `gpu speeds` itself: every size and batch
 SGLANG = str(RESULTS / "speeds-h200-sglang-0.5.17.json")
 SIZES = (128, 512, 1024, 2048, 4096, 8192, 16_384, 32_000)
 
@@ -146,7 +147,7 @@ def test_no_value_is_negative_and_the_errors_are_relative() -> None:
     assert model.non_negative([(1,), (1,)], [1, 2]) == pytest.approx([1.2])
 
 
-@pytest.mark.parametrize("name", ["h200-8b", "h200-8b-sglang"])
+@pytest.mark.parametrize("name", ["h200-8b", "h200-8b-sglang", "h200-8b-vllm"])
 @pytest.mark.parametrize(
     ("tokens", "cached"), [(128, 0), (2048, 0), (32_000, 0), (8192, 8176), (32_000, 31_792)]
 )
@@ -176,7 +177,11 @@ def test_the_arithmetic_is_the_simulators(name: str, tokens: int, cached: int) -
 
 @pytest.mark.parametrize(
     ("recording", "name", "share"),
-    [(VLLM, "h200-8b", 0.15), (SGLANG, "h200-8b-sglang", 0.05)],
+    [
+        (VLLM, "h200-8b", 0.15),
+        (VLLM_WHOLE, "h200-8b-vllm", 0.15),
+        (SGLANG, "h200-8b-sglang", 0.05),
+    ],
 )
 def test_shipped_profiles_are_close_to_their_recordings(
     recording: str, name: str, share: float
