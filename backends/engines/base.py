@@ -23,7 +23,9 @@ from proxy.contract import LoadSample
 
 HOST = "127.0.0.1"  # engines listen where only this machine can reach them
 KV_TOPIC = "kv"
-LORA_TIMEOUT_S = 120.0  # it reads the adapter's weights, from a hub in the worst case
+# It reads the adapter's weights, from a hub in the worst case. To unload one SGLang waits for the
+# requests that use it (managers/tokenizer_control_mixin.py).
+LORA_TIMEOUT_S = 120.0
 
 # Engines bind their event socket only when its endpoint looks like a wildcard: has `*` or `::` in
 # it (vLLM `distributed/kv_events.py`, SGLang `disaggregation/kv_events.py`). `tcp://*` would tell
@@ -241,7 +243,13 @@ def lora_calls(
     gone = [name for name, path in loaded.items() if wanted.get(name) != path]
     fresh = [name for name, path in wanted.items() if loaded.get(name) != path]
     unloads = tuple(
-        Call("POST", unload_path, msgspec.json.encode({"lora_name": name}), why=f"unload '{name}'")
+        Call(
+            "POST",
+            unload_path,
+            msgspec.json.encode({"lora_name": name}),
+            timeout_s=LORA_TIMEOUT_S,
+            why=f"unload '{name}'",
+        )
         for name in gone
     )
     loads = tuple(
