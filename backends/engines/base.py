@@ -176,8 +176,12 @@ def url_of(port: int) -> str:
 
 
 def launch_hash(engine: Engine, spec: ReplicaSpec) -> str:
-    """Name the process that `spec` stands for, its ports apart: equal names need no restart."""
-    launch = engine.command(spec, Ports(0), UNKNOWN_RELEASE)
+    """Name the process that `spec` stands for, its ports apart: equal names need no restart.
+
+    Nor does it name the adapters, which come and go while it runs (`backends.adapters`).
+    """
+    bare = msgspec.structs.replace(spec, adapters={})
+    launch = engine.command(bare, Ports(0), UNKNOWN_RELEASE)
     cards = [] if spec.gpus is None else [spec.gpus]
     env = sorted((launch.env | spec.env).items())
     text = msgspec.json.encode([engine.name, launch.argv, env, *cards])

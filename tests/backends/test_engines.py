@@ -219,6 +219,7 @@ def test_the_hash_follows_what_needs_a_restart() -> None:
     engine = ENGINES["vllm"]
     base = launch_hash(engine, spec("vllm"))
     assert base == launch_hash(engine, spec("vllm", target_inputs=3, replica_id="m-1"))
+    assert base == launch_hash(engine, spec("vllm", adapters={"a": "/a"})), "they come by calls"
     assert base != launch_hash(engine, spec("vllm", "--x"))
     assert base != launch_hash(engine, spec("vllm", env={"A": "1"}))
     assert base != launch_hash(engine, spec("vllm", model_path="/other"))
