@@ -9,6 +9,8 @@ does.
 Whether an engine sleeps is here, too, before it is told and after it has done so: SGLang does not
 say it, and dies of being told to take back what it holds.
 
+Which adapters it has loaded is here as well: its own list has their names and not their weights.
+
 The file is rewritten with what still lives at each start, and when it has grown. A torn last line
 (the machine died while it was written) is what an append-only file may lose, and is skipped.
 """
@@ -20,6 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
+
+from backends.adapters import Loaded
 
 JOURNAL_BYTES_MAX = 1024 * 1024
 _MODE = 0o600
@@ -49,6 +53,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, tag="intent", tag_field=
     nap_level: int | None = None  # how deep it sleeps; None: awake
     gpus: tuple[str, ...] = ()  # leased to it
     turning: bool = False  # between awake and asleep: what it has let go of is not known
+    loras: Loaded = Loaded()
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", tag_field="entry"):
@@ -75,12 +80,19 @@ class Nap(msgspec.Struct, frozen=True, tag="nap", tag_field="entry"):
     turning: bool
 
 
+class Adapted(msgspec.Struct, frozen=True, tag="adapted", tag_field="entry"):
+    """It is told to have other adapters (not `settled`), or has them."""
+
+    launch_id: str
+    loras: Loaded
+
+
 class Ended(msgspec.Struct, frozen=True, tag="ended", tag_field="entry"):
     launch_id: str
     reason: str
 
 
-Entry = Launch | Started | Ready | Held | Nap | Ended
+Entry = Launch | Started | Ready | Held | Nap | Adapted | Ended
 _DECODER: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
 
 
@@ -174,6 +186,8 @@ def apply(live: dict[str, Launch], entry: Entry) -> None:
             live[entry.launch_id] = msgspec.structs.replace(
                 launch, nap_level=level, turning=turning
             )
+        case Adapted(loras=loras):
+            live[entry.launch_id] = msgspec.structs.replace(launch, loras=loras)
         case Ended():
             del live[entry.launch_id]
 

@@ -34,11 +34,12 @@ from backends.lifecycle import (
     Event,
     Lifecycle,
     Phase,
-    Timing,
     adopted,
+    overdue,
     step,
 )
 from backends.logfile import length
+from backends.loras import Loras, of_start
 from backends.naps import Naps
 from backends.ports import ReplicaPorts
 from backends.providers.base import Process
@@ -71,6 +72,7 @@ class Keeper:
         self.questions = Questions(wanted.spec, engine, around.fetch, around.clock)
         self._ports = ReplicaPorts(around.ports)
         self._naps = Naps(engine, around)
+        self._loras: Loras | None = None  # of the life under way
         self._launch: Launch | None = None  # the life under way
         self._process: Process | None = None
         self._log_bytes = 0  # its log's length when this life began
@@ -83,7 +85,11 @@ class Keeper:
     @property
     def observed(self) -> Observed:
         running = self._launch.launch_hash if self._launch else self._spec_hash
-        return Observed(self.spec, running, self.state.phase, self.state.wanted)
+        loras = self._loras
+        loaded = loras.loaded if loras else of_start(self._engine, self.spec)
+        adapting = loras is not None and loras.changing
+        state = self.state
+        return Observed(self.spec, running, state.phase, state.wanted, loaded, adapting)
 
     @property
     def url(self) -> str:
@@ -131,6 +137,12 @@ class Keeper:
         self._spec_hash = wanted.launch_hash
         self._around.changed()
 
+    def adapt(self) -> None:
+        """Have it load and unload adapters, so that it has those of its specification."""
+        if self._launch is not None and self._loras is not None:
+            self._loras.changing = True
+            self._own(self._adapt(self._loras, self._launch.launch_id), "change adapters of")
+
     async def adopt(self, launch: Launch, process: Process) -> None:
         """Go on with a process of the manager before.
 
@@ -155,7 +167,7 @@ class Keeper:
             pid=process.pid,
             phase=self.state.phase,
         )
-        self._follow(process, launch.launch_id)
+        self._follow(process, launch)
         self._set_timer()
         self._around.changed()
         if launch.turning:
@@ -173,6 +185,8 @@ class Keeper:
             raise RefusedError(f"it is {self.state.phase}; only what is ready can be put to sleep")
         if self.observed.launch_hash != self._spec_hash:  # so it may lack what a sleep needs
             raise RefusedError("it is about to be started anew with a changed command")
+        if self.observed.adapting:
+            raise RefusedError("its adapters are being changed; ask again when that is done")
         try:
             self._engine.sleep_calls(self.spec, level)
         except FlagError as error:
@@ -192,7 +206,7 @@ class Keeper:
         """Let `event` happen and perform what follows from it."""
         before = self.state
         now_s = self._around.clock.now_s()
-        self.state, commands = step(before, event, now_s, self._timing(), reason)
+        self.state, commands = step(before, event, now_s, self._around.timing(self.spec), reason)
         if self.state.phase is not before.phase or commands:
             self._around.log.tell(
                 f"replica_{self.state.phase}",
@@ -293,7 +307,7 @@ class Keeper:
         self._process = around.provider.spawn(
             start.argv, start.environ, launch.launch_id, self.log_path
         )
-        self._follow(self._process, launch.launch_id)
+        self._follow(self._process, launch)
         self._note_process(launch, self._process)
         around.log.tell(
             "replica_spawned",
@@ -320,8 +334,15 @@ class Keeper:
         elif go_on():
             self.apply(Event.BROKE, problem)
 
-    def _while(self, launch_id: str, phase: Phase) -> Callable[[], bool]:
-        return lambda: self._current(launch_id) and self.state.phase is phase
+    async def _adapt(self, loras: Loras, launch_id: str) -> None:
+        go_on = self._while(launch_id, Phase.READY, Phase.HELD)
+        await loras.change(self.spec, self.url, go_on)
+        self.questions.outdate_listing()
+        self._ring()
+        self._around.changed()
+
+    def _while(self, launch_id: str, *phases: Phase) -> Callable[[], bool]:
+        return lambda: self._current(launch_id) and self.state.phase in phases
 
     async def _terminate(self, process: Process) -> None:
         abort_path = self._engine.abort_path(self.spec)
@@ -330,8 +351,10 @@ class Keeper:
             await self._around.fetch.post(url, b'{"abort_all":true}', ABORT_TIMEOUT_S)
         process.signal_group(signal.SIGTERM)
 
-    def _follow(self, process: Process, launch_id: str) -> None:
+    def _follow(self, process: Process, launch: Launch) -> None:
         """Follow one life: its end by the process, its answers by a task."""
+        launch_id = launch.launch_id
+        self._loras = Loras(launch, self._engine, self._around)
 
         def ended(exited: asyncio.Future[str]) -> None:
             if exited.cancelled() or self._launch is None or self._launch.launch_id != launch_id:
@@ -370,8 +393,7 @@ class Keeper:
     def _end(self, reason: str) -> None:
         if self._launch is not None:
             self._around.note(Ended(self._launch.launch_id, reason))
-        self._launch = None
-        self._process = None
+        self._launch = self._process = self._loras = None
         self.questions.end()
         self._around.cards.ended(self.spec.replica_id)
         self._ring()
@@ -397,18 +419,10 @@ class Keeper:
             asleep=launch.nap_level is not None,
             starts=launch.starts,
             now_s=now_s,
-            timing=self._timing(),
+            timing=self._around.timing(self.spec),
         )
 
     # --- time and tasks -------------------------------------------------------------------------
-
-    def _timing(self) -> Timing:
-        return Timing(
-            start_timeout_s=self.spec.start_timeout_s,
-            stop_grace_s=self.spec.stop_grace_s,
-            backoff_s=self._around.backoff_s,
-            backoff_s_max=self._around.backoff_s_max,
-        )
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -420,14 +434,8 @@ class Keeper:
             self._timer = self._around.clock.call_later(delay_s, self._deadline)
 
     def _deadline(self) -> None:
-        reasons = {
-            Phase.STARTING: f"not ready after {self.spec.start_timeout_s:g} s",
-            Phase.DRAINING: "drain took too long",
-            Phase.EMPTYING: "drain took too long; told to sleep all the same",
-            Phase.FALLING_ASLEEP: "it did not fall asleep in time",
-            Phase.WAKING: "it did not wake in time",
-        }
-        self.apply(Event.DEADLINE, reasons.get(self.state.phase, self.state.reason))
+        reason = overdue(self.state.phase, self._around.timing(self.spec)) or self.state.reason
+        self.apply(Event.DEADLINE, reason)
 
     def _own(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = spawn(coroutine, f"{name} {self.spec.replica_id}", self._around.log)

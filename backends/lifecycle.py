@@ -293,6 +293,23 @@ def step(
     return state, rule.commands + commands
 
 
+def overdue(phase: Phase, timing: Timing) -> str | None:
+    """Say what a deadline that is over means; None: nothing new."""
+    match phase:
+        case Phase.STARTING:
+            return f"not ready after {timing.start_timeout_s:g} s"
+        case Phase.DRAINING:
+            return "drain took too long"
+        case Phase.EMPTYING:
+            return "drain took too long; told to sleep all the same"
+        case Phase.FALLING_ASLEEP:
+            return "it did not fall asleep in time"
+        case Phase.WAKING:
+            return "it did not wake in time"
+        case _:
+            return None
+
+
 def backoff_s(failures: int, timing: Timing) -> float:
     """Return the wait before the start that follows `failures` bad lives in a row."""
     doublings = min(max(failures - 1, 0), DOUBLINGS_MAX)

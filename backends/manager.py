@@ -28,6 +28,7 @@ from backends.logfile import bound
 from backends.ports import PortLeases
 from backends.providers.base import Process, Provider
 from backends.reconcile import (
+    Adapt,
     Create,
     Remove,
     Restart,
@@ -171,6 +172,8 @@ class Manager:
                     self.keepers[replica_id].apply(Event.START)
                 case Restart(replica_id):
                     self.keepers[replica_id].apply(Event.RESTART, "its command changed")
+                case Adapt(replica_id):
+                    self.keepers[replica_id].adapt()
                 case Stop(replica_id):
                     self.keepers[replica_id].apply(Event.STOP, "no longer wanted")
                 case Remove(replica_id):

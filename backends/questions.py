@@ -8,6 +8,8 @@ it answers to and its load do not.
 
 from __future__ import annotations
 
+import math
+
 from backends.clock import Clock
 from backends.engines.base import Engine, url_of
 from backends.fetch import Answer, Fetch, Silence
@@ -60,6 +62,10 @@ class Questions:
     @property
     def listing_due(self) -> bool:
         return self._clock.now_s() - self._listed_s >= LISTING_INTERVAL_S
+
+    def outdate_listing(self) -> None:
+        """It may answer to other names now."""
+        self._listed_s = -math.inf
 
     async def list(self) -> None:
         """Learn which names it answers to."""

@@ -9,6 +9,9 @@ configuration that cannot start takes down one replica, not the model. Where not
 (a replica that is not serving, or the only one of its pool) the restart is immediate. One that
 sleeps is let be: it takes the new command once it has been woken, for a start would take the GPU
 memory that an operator wanted free; nor does the rest of its pool wait for it.
+
+Where only adapters changed and calls can give them (`adapters`), one that is ready is told and
+serves on, all of a pool at once; one that starts is told once it is ready, for a start costs more.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from backends.adapters import Loaded, Way, way
 from backends.lifecycle import ALIVE, Phase
 from backends.spec import ReplicaSpec
 
@@ -35,6 +39,8 @@ class Observed(msgspec.Struct, frozen=True):
     launch_hash: str
     phase: Phase
     wanted: bool
+    loaded: Loaded = Loaded()  # adapters of the process, or of the spec
+    adapting: bool = False  # they are being changed
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -57,6 +63,12 @@ class Restart(msgspec.Struct, frozen=True):
     replica_id: str
 
 
+class Adapt(msgspec.Struct, frozen=True):
+    """Have it load and unload adapters while it runs."""
+
+    replica_id: str
+
+
 class Stop(msgspec.Struct, frozen=True):
     replica_id: str
 
@@ -67,9 +79,10 @@ class Remove(msgspec.Struct, frozen=True):
     replica_id: str
 
 
-Action = Create | Update | Start | Restart | Stop | Remove
+Action = Create | Update | Start | Restart | Adapt | Stop | Remove
 
 _AWAY = frozenset(Phase) - {Phase.READY, Phase.HELD, Phase.ASLEEP}
+_NO_PROCESS = frozenset(Phase) - ALIVE
 # On its way somewhere, or at rest where it is: what changed is looked at when it gets there.
 _LET_BE = frozenset(
     {
@@ -111,8 +124,12 @@ def _align(want: Wanted, current: Observed, away: dict[tuple[str, str], int]) ->
         actions.append(Update(want))
     if not current.wanted:
         actions.append(Start(replica_id))
-    changed = current.launch_hash != want.launch_hash
-    if not changed or current.phase in _LET_BE:
+    change = _change(want, current)
+    if change is Way.NONE or current.phase in _LET_BE:
+        return actions
+    if change is Way.CALLS and current.phase not in _NO_PROCESS:
+        if current.phase is not Phase.STARTING and not current.adapting:
+            actions.append(Adapt(replica_id))
         return actions
     pool = _pool(want)
     if current.phase in _AWAY:
@@ -122,6 +139,12 @@ def _align(want: Wanted, current: Observed, away: dict[tuple[str, str], int]) ->
         away[pool] += 1
         actions.append(Restart(replica_id))
     return actions
+
+
+def _change(want: Wanted, current: Observed) -> Way:
+    if current.launch_hash != want.launch_hash:
+        return Way.START
+    return way(current.loaded, want.spec.adapters)
 
 
 def _away_by_pool(

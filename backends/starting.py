@@ -19,6 +19,7 @@ from backends.engines.release import UNKNOWN_RELEASE, Release
 from backends.gpus import NoGpuError
 from backends.journal import Launch
 from backends.lifecycle import Lifecycle
+from backends.loras import of_start
 from backends.ports import NoPortError, ReplicaPorts
 from backends.spec import ReplicaSpec
 from backends.warm import Warmer
@@ -99,4 +100,5 @@ def intent(
         engine_version=start.engine_version,
         kv_source=start.kv_source,
         gpus=start.gpus,
+        loras=of_start(engine, spec),
     )

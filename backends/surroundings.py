@@ -11,9 +11,11 @@ from backends.cards import Cards
 from backends.clock import Clock
 from backends.fetch import Fetch
 from backends.journal import Entry, Journal
+from backends.lifecycle import Timing
 from backends.log import Log
 from backends.ports import PortLeases
 from backends.providers.base import Provider
+from backends.spec import ReplicaSpec
 from backends.warm import Warmer
 
 
@@ -34,6 +36,15 @@ class Surroundings(msgspec.Struct, frozen=True):
     backoff_s: float
     backoff_s_max: float
     changed: Callable[[], None]
+
+    def timing(self, spec: ReplicaSpec) -> Timing:
+        """Return the waits of a replica."""
+        return Timing(
+            start_timeout_s=spec.start_timeout_s,
+            stop_grace_s=spec.stop_grace_s,
+            backoff_s=self.backoff_s,
+            backoff_s_max=self.backoff_s_max,
+        )
 
     def note(self, entry: Entry) -> None:
         """Note what has happened; it has happened whether or not the disk takes the note."""

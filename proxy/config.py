@@ -266,7 +266,7 @@ class PoolConfig(Section, frozen=True, kw_only=True):
     ] = None
     adapters: Annotated[
         dict[Name, Path],
-        Meta(description="LoRA adapters to load at the start: name to local folder or hub id"),
+        Meta(description="LoRA adapters to load: name to local folder or hub id"),
     ] = msgspec.field(default_factory=dict)
     sleep: Annotated[
         bool, Meta(description="start engines so that `doherty sleep` can free their GPU memory")

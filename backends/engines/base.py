@@ -23,7 +23,9 @@ from proxy.contract import LoadSample
 
 HOST = "127.0.0.1"  # engines listen where only this machine can reach them
 KV_TOPIC = "kv"
-LORA_TIMEOUT_S = 120.0  # it reads the adapter's weights, from a hub in the worst case
+# It reads the adapter's weights, from a hub in the worst case. To unload one SGLang waits for the
+# requests that use it (managers/tokenizer_control_mixin.py).
+LORA_TIMEOUT_S = 120.0
 
 # Engines bind their event socket only when its endpoint looks like a wildcard: has `*` or `::` in
 # it (vLLM `distributed/kv_events.py`, SGLang `disaggregation/kv_events.py`). `tcp://*` would tell
@@ -174,8 +176,12 @@ def url_of(port: int) -> str:
 
 
 def launch_hash(engine: Engine, spec: ReplicaSpec) -> str:
-    """Name the process that `spec` stands for, its ports apart: equal names need no restart."""
-    launch = engine.command(spec, Ports(0), UNKNOWN_RELEASE)
+    """Name the process that `spec` stands for, its ports apart: equal names need no restart.
+
+    Nor does it name the adapters, which come and go while it runs (`backends.adapters`).
+    """
+    bare = msgspec.structs.replace(spec, adapters={})
+    launch = engine.command(bare, Ports(0), UNKNOWN_RELEASE)
     cards = [] if spec.gpus is None else [spec.gpus]
     env = sorted((launch.env | spec.env).items())
     text = msgspec.json.encode([engine.name, launch.argv, env, *cards])
@@ -241,7 +247,13 @@ def lora_calls(
     gone = [name for name, path in loaded.items() if wanted.get(name) != path]
     fresh = [name for name, path in wanted.items() if loaded.get(name) != path]
     unloads = tuple(
-        Call("POST", unload_path, msgspec.json.encode({"lora_name": name}), why=f"unload '{name}'")
+        Call(
+            "POST",
+            unload_path,
+            msgspec.json.encode({"lora_name": name}),
+            timeout_s=LORA_TIMEOUT_S,
+            why=f"unload '{name}'",
+        )
         for name in gone
     )
     loads = tuple(

@@ -35,6 +35,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     rank_header: str
     # {"error": {...}}, or the same fields at the top.
     error_shape: Literal["nested", "flat"]
+    # Whether adapters come and go by calls.
+    adapters_at_run_time: bool
+    # Whether its prefix cache knows an adapter by its name, so that other weights need another.
+    adapter_names_once: bool
 
 
 VLLM: Final = Facts(
@@ -49,6 +53,8 @@ VLLM: Final = Facts(
     echoes_request_id=True,  # with --enable-request-id-headers
     rank_header="X-data-parallel-rank",
     error_shape="nested",
+    adapters_at_run_time=True,
+    adapter_names_once=True,  # v1/core/kv_cache_utils.py: its block hashes have the name in them
 )
 SGLANG: Final = Facts(
     alive_path="/ping",
@@ -62,4 +68,6 @@ SGLANG: Final = Facts(
     echoes_request_id=False,
     rank_header="X-Data-Parallel-Rank",
     error_shape="flat",
+    adapters_at_run_time=True,
+    adapter_names_once=False,  # srt/lora/lora_registry.py: a new id for each load
 )

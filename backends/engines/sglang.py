@@ -171,7 +171,10 @@ class Sglang:
         return lora_calls(loaded, wanted, "/load_lora_adapter", "/unload_lora_adapter")
 
     def facts(self, spec: ReplicaSpec) -> Facts:
-        return FACTS
+        """Adapters change only where one scheduler, or DP attention, hears of it all."""
+        if _shares_gpus(spec) or count_option(spec.args, *_DP_FLAGS) == 1:
+            return FACTS
+        return msgspec.structs.replace(FACTS, adapters_at_run_time=False)
 
     def ready_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
         return FACTS.ready_paths

@@ -50,7 +50,10 @@ class Simulator:
             *spec.args,
         )
         # As with vLLM, so that the proxy's pooled connections are not closed under it.
-        return Launch(argv, {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"})
+        env = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"}
+        if spec.adapters:
+            env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+        return Launch(argv, env)
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         return ()

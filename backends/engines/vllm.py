@@ -44,6 +44,9 @@ _RANK_FLAGS = ("--data-parallel-rank", "-dpn", "--data-parallel-start-rank", "-d
 _INTERNAL_PORTS = 8
 # Adapters of one batch. vLLM makes room for them all; SGLang's default is this many.
 _LORAS_TOGETHER = 8
+# Adapters in host memory. Its default, those of one batch, would have it read an adapter from disk
+# at each turn once more have come at run time (lora/worker_manager.py); unused room costs nothing.
+_LORAS_KEPT = 32
 _REFUSED = {
     "--host": "it is 127.0.0.1, where the manager and the proxy reach it",
     "--port": "the manager leases it, so that replicas do not meet",
@@ -159,7 +162,10 @@ class Vllm:
         return lora_calls(loaded, wanted, "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
     def facts(self, spec: ReplicaSpec) -> Facts:
-        return FACTS
+        """Of several API servers one would hear of an adapter, so vLLM refuses to start them so."""
+        if _api_servers(spec) == 1:
+            return FACTS
+        return msgspec.structs.replace(FACTS, adapters_at_run_time=False)
 
     def ready_paths(self, spec: ReplicaSpec) -> tuple[str, ...]:
         return FACTS.ready_paths
@@ -190,8 +196,16 @@ def _lora_flags(spec: ReplicaSpec) -> tuple[str, ...]:
     if not spec.adapters:
         return ()
     together = str(min(len(spec.adapters), _LORAS_TOGETHER))
+    kept = ("--max-cpu-loras", str(max(len(spec.adapters), _LORAS_KEPT)))
+    room = () if given(spec.args, "--max-loras") else kept  # it may not be less than a batch has
     modules = [f"{name}={path}" for name, path in spec.adapters.items()]
-    return ("--enable-lora", "--max-loras", together, "--lora-modules", *modules)
+    return ("--enable-lora", "--max-loras", together, *room, "--lora-modules", *modules)
+
+
+def _api_servers(spec: ReplicaSpec) -> int:
+    """Return how many there are: as many as ranks, where nobody says (entrypoints/cli/serve.py)."""
+    ranks = max(count_option(spec.args, *flags) for flags in (_DP_FLAGS, _DP_LOCAL_FLAGS))
+    return count_option(spec.args, "--api-server-count", "-asc", default=ranks)
 
 
 def _environment(spec: ReplicaSpec, ports: Ports, release: Release) -> dict[str, str]:
@@ -203,6 +217,6 @@ def _environment(spec: ReplicaSpec, ports: Ports, release: Release) -> dict[str,
         env["VLLM_PORT"] = str(ports.internal)
     if spec.sleep:
         env["VLLM_SERVER_DEV_MODE"] = "1"
-    if spec.adapters:
+    if spec.adapters and _api_servers(spec) == 1:
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     return env

@@ -156,7 +156,7 @@ class Control:
             max_tokens=1,
         )
         sequences: list[Sequence] = make_sequences(
-            generation, self._settings, self._ranks.first.clockwork
+            generation, self._settings, (), self._ranks.first.clockwork
         )
         outbox = self._ranks.first.submit(sequences)
         try:

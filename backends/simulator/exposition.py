@@ -97,19 +97,13 @@ def _render_vllm(ranks: Ranks) -> str:
     page = _Page("vllm:", {"model_name": ranks.settings.models[0]})
     for rank, engine in enumerate(ranks):
         page.join(_vllm_rank(engine, str(rank)))
-    if ranks.settings.adapters:
-        running, waiting = _adapters_in_use(ranks)
+    if ranks.settings.adapters or ranks.settings.lora_updates:
+        running, waiting = ranks.adapters_in_use()
         labels = {"running_lora_adapters": ",".join(running)}
         labels |= {"waiting_lora_adapters": ",".join(waiting)}
         labels |= {"max_lora": str(len(ranks.settings.adapters))}
         page.family("lora_requests_info", "gauge", [(labels, time.time())])
     return page.text()
-
-
-def _adapters_in_use(ranks: Ranks) -> tuple[list[str], list[str]]:
-    running = {s.adapter for engine in ranks for s in engine.clockwork.running}
-    waiting = {s.adapter for engine in ranks for s in engine.clockwork.waiting}
-    return sorted(running - {""}), sorted(waiting - {""})
 
 
 def _vllm_rank(engine: Engine, rank: str) -> _Page:

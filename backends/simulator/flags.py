@@ -29,6 +29,7 @@ from backends.simulator.settings import (
 
 KEEP_ALIVE_VARIABLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 HEALTH_VARIABLE = "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
+LORA_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 _DESCRIPTION = f"""\
 An OpenAI-compatible engine without a GPU: continuous batching, a KV cache with prefix hits, and the
@@ -142,6 +143,9 @@ def _add_identity(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[],
         help="further names, each with its own cache",
+    )
+    group.add_argument(
+        "--enable-lora", action="store_true", help="room for adapters that come at run time"
     )
     group.add_argument(
         "--dialect", choices=("vllm", "sglang"), default="vllm", help="whose manners (%(default)s)"
@@ -272,6 +276,16 @@ def _endpoint(flags: argparse.Namespace, fail: Callable[[str], NoReturn]) -> End
     return Endpoint(host=host, port=port, replay_port=replay_port, topic=config.topic)
 
 
+def _updates_loras(flags: argparse.Namespace) -> bool:
+    """Say whether adapters may come and go: vLLM wants a word of the environment beside room."""
+    room = flags.enable_lora or bool(flags.lora_modules)
+    return room and (flags.dialect == "sglang" or _says_yes(LORA_VARIABLE))
+
+
+def _says_yes(variable: str) -> bool:
+    return os.environ.get(variable, "0").lower() in ("1", "true")
+
+
 def _split(endpoint: str, host: str, fail: Callable[[str], NoReturn]) -> tuple[str, int]:
     match = re.fullmatch(r"tcp://(?:\[::ffff:([0-9.]+)\]|([^:]+)):([0-9]{1,5})", endpoint)
     if match is None or int(match[3]) > 65535:
@@ -305,6 +319,7 @@ def parse_flags(argv: list[str]) -> Settings:
         port=flags.port,
         models=tuple(flags.served_model_name) or (flags.model,),
         adapters=tuple(name.partition("=")[0] for name in flags.lora_modules),
+        lora_updates=_updates_loras(flags),
         dialect=flags.dialect,
         task=flags.task,
         profile=flags.profile,
@@ -323,7 +338,7 @@ def parse_flags(argv: list[str]) -> Settings:
         sleep_mode=flags.enable_sleep_mode,
         load_tracking=flags.enable_server_load_tracking,
         echo_request_id=flags.enable_request_id_headers,
-        health_generation=os.environ.get(HEALTH_VARIABLE, "0").lower() in ("1", "true"),
+        health_generation=_says_yes(HEALTH_VARIABLE),
         api_keys=tuple(flags.api_key),
         kv_events=_endpoint(flags, parser.error),
         startup_s=flags.startup_seconds,

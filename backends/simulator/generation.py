@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -83,21 +84,21 @@ def sse(value: object) -> bytes:
     return b"data: %b\n\n" % orjson.dumps(value)
 
 
-def known_model(settings: Settings, name: str) -> str:
+def known_model(settings: Settings, adapters: Container[str], name: str) -> str:
     """Return the adapter that `name` means, "" for the model itself. Raises `ApiError` 404."""
     if name in settings.models:
         return ""
-    if name in settings.adapters:
+    if name in adapters:
         return name
     raise ApiError(404, f"The model `{name}` does not exist.", param="model")
 
 
 def make_sequences(
-    generation: Generation, settings: Settings, clockwork: Clockwork
+    generation: Generation, settings: Settings, adapters: Container[str], clockwork: Clockwork
 ) -> list[Sequence]:
     """Return the sequences of a request, prompt by prompt. Raises `ApiError` 400 for those that
     could never be computed."""
-    adapter = known_model(settings, generation.model)
+    adapter = known_model(settings, adapters, generation.model)
     root = root_hash(adapter, generation.salt)
     if len(generation.prompts) * generation.choices_per_prompt > CHOICES_MAX:
         raise ApiError(400, f"at most {CHOICES_MAX} choices can be asked for at once", param="n")

@@ -25,6 +25,7 @@ class Ranks:
 
     def __init__(self, settings: Settings, publishers: Sequence[EventPublisher]) -> None:
         self.settings = settings
+        self.adapters = {name: name for name in settings.adapters}  # to where each came from
         self.engines = tuple(
             Engine(settings, publishers[rank] if publishers else None)
             for rank in range(settings.dp_size)
@@ -97,6 +98,12 @@ class Ranks:
         """Let all steps take so many times as long."""
         for engine in self.engines:
             engine.clockwork.slowdown = factor
+
+    def adapters_in_use(self) -> tuple[list[str], list[str]]:
+        """Return the adapters of what is computed, and of what waits."""
+        running = {s.adapter for engine in self.engines for s in engine.clockwork.running}
+        waiting = {s.adapter for engine in self.engines for s in engine.clockwork.waiting}
+        return sorted(running - {""}), sorted(waiting - {""})
 
     async def each(self, command: Callable[[Engine], Awaitable[None]]) -> None:
         """Do something with all of them at once."""

@@ -36,6 +36,7 @@ from backends.simulator.bodies import (
     parse_completion,
     parse_prompts,
 )
+from backends.simulator.clockwork import Sequence as TokenSequence
 from backends.simulator.control_api import Control, json_answer
 from backends.simulator.engine import Engine, Gate
 from backends.simulator.exchange import Disturbance, Exchange
@@ -43,6 +44,7 @@ from backends.simulator.exposition import render_metrics
 from backends.simulator.faults import FaultPlan
 from backends.simulator.generation import Generation, Presenter, known_model, make_sequences
 from backends.simulator.kv_events import EventPublisher
+from backends.simulator.lora_api import LoraControl
 from backends.simulator.openai_api import (
     EMBEDDING_DIMENSIONS,
     ChatPresenter,
@@ -131,6 +133,7 @@ class Server:
         router.add_post("/tokenize", self._tokenize)
         router.add_post("/detokenize", self._detokenize)
         Control(self).add_routes(router)
+        LoraControl(self.settings, self.ranks).add_routes(router)
         return application
 
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -236,7 +239,7 @@ class Server:
     ) -> web.StreamResponse:
         self.check_ready()
         engine = self._choose_rank(request)
-        sequences = make_sequences(generation, self.settings, engine.clockwork)
+        sequences = self._sequences(generation, engine)
         spent_s = time.monotonic() - _begun_s.get()
         disturbance = Disturbance(self.faults.strike(), self.exit_process)
         await disturbance.before_answer(request)
@@ -247,6 +250,9 @@ class Server:
             return await exchange.answer(request, presenter, disturbance)
         finally:
             self._exchanges.discard(exchange)
+
+    def _sequences(self, generation: Generation, engine: Engine) -> list[TokenSequence]:
+        return make_sequences(generation, self.settings, self.ranks.adapters, engine.clockwork)
 
     def _choose_rank(self, request: web.Request) -> Engine:
         return self.ranks.choose(request.headers.get("X-Data-Parallel-Rank"))
@@ -272,7 +278,7 @@ class Server:
             max_tokens=1,  # the step that computes the prompt yields the vector in a token's place
         )
         engine = self._choose_rank(request)
-        sequences = make_sequences(generation, self.settings, engine.clockwork)
+        sequences = self._sequences(generation, engine)
         await Disturbance(self.faults.strike(), self.exit_process).before_answer(request)
         self.check_gate()
         exchange = Exchange(engine, generation, sequences)
@@ -285,21 +291,21 @@ class Server:
 
     async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
         body = await self.read(request, CountBody)
-        known_model(self.settings, body.model)
+        known_model(self.settings, self.ranks.adapters, body.model)
         return json_answer({"input_tokens": count_tokens(render_messages(body))})
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         settings = self.settings
         created = int(time.time())
         rows = []
-        for name in (*settings.models, *settings.adapters):
+        for name in (*settings.models, *self.ranks.adapters):
             row: dict[str, object] = {
                 "id": name,
                 "object": "model",
                 "created": created,
                 "owned_by": settings.dialect,
                 "root": settings.models[0] if settings.dialect == "vllm" else name,
-                "parent": settings.models[0] if name in settings.adapters else None,
+                "parent": settings.models[0] if name in self.ranks.adapters else None,
                 "max_model_len": settings.context_tokens_max,
             }
             if settings.dialect == "vllm":

@@ -22,6 +22,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 0
     models: tuple[str, ...] = ("demo",)  # names of the one model
     adapters: tuple[str, ...] = ()  # LoRA names, each a model name with a prefix cache of its own
+    lora_updates: bool = False  # whether adapters come and go at run time
     dialect: Dialect = "vllm"
     task: Literal["generate", "embed"] = "generate"
     profile: Profile = PROFILES["h200-8b"]

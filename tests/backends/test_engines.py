@@ -219,6 +219,7 @@ def test_the_hash_follows_what_needs_a_restart() -> None:
     engine = ENGINES["vllm"]
     base = launch_hash(engine, spec("vllm"))
     assert base == launch_hash(engine, spec("vllm", target_inputs=3, replica_id="m-1"))
+    assert base == launch_hash(engine, spec("vllm", adapters={"a": "/a"})), "they come by calls"
     assert base != launch_hash(engine, spec("vllm", "--x"))
     assert base != launch_hash(engine, spec("vllm", env={"A": "1"}))
     assert base != launch_hash(engine, spec("vllm", model_path="/other"))
@@ -354,13 +355,19 @@ def test_sleep_opens_what_it_needs_and_nothing_else_does() -> None:
 def test_adapters_are_loaded_at_the_start() -> None:
     adapters = {"a": "/x/a", "b": "hub/b"}
     line = words("vllm", LEASED, adapters=adapters)
-    assert "--enable-lora --max-loras 2 --lora-modules a=/x/a b=hub/b" in line
+    assert "--enable-lora --max-loras 2 --max-cpu-loras 32 --lora-modules a=/x/a b=hub/b" in line
     env = ENGINES["vllm"].command(spec("vllm", adapters=adapters), LEASED, UNKNOWN_RELEASE).env
     assert env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
     line = words("sglang", LEASED, adapters=adapters)
     assert "--enable-lora --lora-paths a=/x/a b=hub/b" in line
     many = {str(number): "/x" for number in range(20)}
     assert "--max-loras 8 " in words("vllm", LEASED, adapters=many)
+    ranks = spec("vllm", "-dp", "2", adapters=adapters)
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in (
+        ENGINES["vllm"].command(ranks, LEASED, UNKNOWN_RELEASE).env
+    ), "vLLM does not start several API servers with it"
+    own = words("vllm", LEASED, adapters=many, args=("--max-loras", "64"))
+    assert "--max-cpu-loras" not in own, "which would have to be as many"
 
 
 @pytest.mark.parametrize(

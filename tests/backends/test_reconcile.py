@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backends.adapters import Loaded
 from backends.lifecycle import Phase
 from backends.reconcile import (
     Action,
+    Adapt,
     Create,
     Observed,
     Remove,
@@ -37,6 +40,27 @@ def seen(
     replica_id: str, phase: Phase = Phase.READY, launch: str = "new", *, wanted: bool = True
 ) -> Observed:
     return Observed(spec(replica_id), launch, phase, wanted)
+
+
+NEW, OLD = {"a": "/new"}, {"a": "/old"}
+LOADED_NEW, LOADED_OLD = Loaded(NEW, room=True), Loaded(OLD, room=True)
+
+
+def want_adapters(replica_id: str, adapters: dict[str, str]) -> Wanted:
+    return Wanted(msgspec.structs.replace(spec(replica_id), adapters=adapters), "new")
+
+
+def has(
+    replica_id: str,
+    loaded: Loaded,
+    phase: Phase = Phase.READY,
+    wants: dict[str, str] = NEW,
+    *,
+    adapting: bool = False,
+) -> Observed:
+    """Return one whose specification has been taken over already."""
+    wanted = want_adapters(replica_id, wants).spec
+    return Observed(wanted, "new", phase, wanted=True, loaded=loaded, adapting=adapting)
 
 
 CASES: list[tuple[str, list[Wanted], list[Observed], list[Action]]] = [
@@ -103,6 +127,68 @@ CASES: list[tuple[str, list[Wanted], list[Observed], list[Action]]] = [
         "held replicas may be restarted",
         [want("a")],
         [seen("a", Phase.HELD, "old")],
+        [Restart("a")],
+    ),
+    ("adapters are as wanted", [want_adapters("a", NEW)], [has("a", LOADED_NEW)], []),
+    (
+        "adapters changed: all that are ready are told at once",
+        [want_adapters(name, NEW) for name in "abc"],
+        [has("a", LOADED_OLD), has("b", Loaded(room=True), Phase.HELD), has("c", LOADED_OLD)],
+        [Adapt("a"), Adapt("b"), Adapt("c")],
+    ),
+    (
+        "adapters changed: the specification is taken over first",
+        [want_adapters("a", NEW)],
+        [has("a", LOADED_OLD, wants=OLD)],
+        [Update(want_adapters("a", NEW)), Adapt("a")],
+    ),
+    (
+        "adapters are being changed",
+        [want_adapters("a", NEW)],
+        [has("a", LOADED_OLD, adapting=True)],
+        [],
+    ),
+    *(
+        (
+            f"adapters changed, and it is {phase}: it waits",
+            [want_adapters("a", NEW)],
+            [has("a", LOADED_OLD, phase)],
+            [],
+        )
+        for phase in (Phase.STARTING, Phase.ASLEEP, Phase.WAKING, Phase.EMPTYING)
+    ),
+    (
+        "adapters changed where no process is",
+        [want_adapters("a", NEW)],
+        [has("a", LOADED_OLD, Phase.BACKOFF)],
+        [Restart("a")],
+    ),
+    ("the first adapters", [want_adapters("a", NEW)], [has("a", Loaded())], [Restart("a")]),
+    (
+        "the last adapters go",
+        [want_adapters("a", {})],
+        [has("a", LOADED_OLD, wants={})],
+        [Adapt("a")],
+    ),
+    (
+        "a name that its cache knows for other weights",
+        [want_adapters("a", NEW)],
+        [has("a", Loaded(OLD, ("a",), room=True))],
+        [Restart("a")],
+    ),
+    (
+        "nobody knows which adapters they have: one at a time",
+        [want_adapters("a", NEW), want_adapters("b", NEW)],
+        [
+            has("a", Loaded(NEW, settled=False, room=True)),
+            has("b", Loaded(NEW, settled=False, room=True)),
+        ],
+        [Restart("a")],
+    ),
+    (
+        "adapters and the command changed",
+        [want_adapters("a", NEW)],
+        [msgspec.structs.replace(has("a", LOADED_OLD), launch_hash="old")],
         [Restart("a")],
     ),
 ]

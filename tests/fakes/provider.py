@@ -130,6 +130,9 @@ class FakeFetch:
         }
         self.silence: Silence | None = None
         self.posted: list[str] = []
+        self.bodies: list[bytes] = []  # of the same
+        self.answering = asyncio.Event()  # cleared: a POST waits
+        self.answering.set()
         self.asked: list[str] = []  # paths of GET
         self.busy(0, 0)
 
@@ -147,4 +150,6 @@ class FakeFetch:
 
     async def post(self, url: str, body: bytes, timeout_s: float) -> Answer:
         self.posted.append(url)
+        self.bodies.append(body)
+        await self.answering.wait()
         return self.answers.get("POST /" + url.split("/", 3)[3], Answer(200))
