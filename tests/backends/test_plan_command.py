@@ -279,6 +279,9 @@ def test_modelopt_tells_its_format_in_a_file_of_its_own(
         (("--gpu", "h200", "--class", "online", "--tpot-ms", "0"), 2, "no number above 0"),
         (("--gpu", "h200", "--class", "online", "--gpus-per-node", "0"), 2, "no whole number"),
         (("--gpu", "h200", "--class", "online", "--concurrency", "99999"), 1, "--concurrency"),
+        (("--gpu", "h200", "--class", "online", "--context", "200000"), 2, "context is 131,072"),
+        (("--gpu", "h200", "--class", "online", "--prompt-tokens", "131072"), 2, "is longer than"),
+        (("--gpu", "h200,h20", "--class", "online"), 2, "did you mean h200?"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_status(
@@ -339,6 +342,17 @@ def test_a_folder_without_a_model_and_a_path_without_a_folder_differ(
 
 
 # the snippet
+
+
+def test_a_model_named_by_its_file_is_launched_by_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder(tmp_path, "qwen3-8b")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in (f"{path}/config.json", "~/qwen3-8b", "~/qwen3-8b/config.json"):
+        report = run(capsys, given, "--gpu", "H100, h200,h100", "--class", "offline")[1]
+        (model,) = configuration(report).models
+        assert (model.name, model.pools[0].model_path) == ("qwen3-8b", path)
 
 
 @pytest.mark.parametrize("name", ["plain", "no", "a:b", "x.y_z"])
