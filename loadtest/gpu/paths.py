@@ -28,7 +28,7 @@ from loadtest.gpu.direct import (
     engine_options,
     neighbour_words,
 )
-from loadtest.gpu.hardware import command_line, this_machine, today
+from loadtest.gpu.machine import command_line, this_machine, today
 from loadtest.gpu.probing import Probe, engine_version, get_text, model_name
 from loadtest.gpu.records import milliseconds, table
 from loadtest.gpu.speculation import Speculation, read_speculation, weights_gb
