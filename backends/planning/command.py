@@ -25,7 +25,7 @@ from backends.planning.launch import Pool
 from backends.planning.reading import read_shape
 from backends.planning.report import json_report, text_report
 from backends.planning.shape import ModelShape
-from proxy.config import ConfigError, PoolConfig
+from proxy.config import ConfigError
 
 WORK_CLASSES = ("online", "offline", "semi-online")
 INDEX_BYTES_MAX = 64 * 1024 * 1024  # of one of these files; the largest indices known have some MB
@@ -68,11 +68,10 @@ def run_plan(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
     except PlanError as error:
         raise StartError(f"doherty plan: {error}") from error
     pool = pool_of(comparison.best, options.name)
-    with_gpus = "gpus" in PoolConfig.__struct_fields__
     if options.json:
-        values = json_report(comparison, pool, with_gpus=with_gpus)
+        values = json_report(comparison, pool)
         return json.dumps(values, indent=2)
-    return text_report(comparison, pool, with_gpus=with_gpus).rstrip("\n")
+    return text_report(comparison, pool).rstrip("\n")
 
 
 def gpus_of(text: str) -> tuple[Gpu, ...]:

@@ -18,18 +18,18 @@ GB = 1e9
 _DEEP = " " * 6
 
 
-def text_report(comparison: Comparison, pool: Pool, *, with_gpus: bool) -> str:
+def text_report(comparison: Comparison, pool: Pool) -> str:
     """Return the whole report; of several GPU types the best one's plan is told in full."""
     plan = comparison.best
     lines = [*_heading(plan), ""]
     if len(comparison.plans) + len(comparison.refused) > 1:
         lines += [*_types(comparison), ""]
     lines += [*_table(plan), "", *_budget(plan), "", *_choices(plan), "", *_targets(plan), ""]
-    lines += ["configuration", "", snippet(pool, with_gpus=with_gpus, note=plan.note)]
+    lines += ["configuration", "", snippet(pool, note=plan.note)]
     return "\n".join(lines)
 
 
-def json_report(comparison: Comparison, pool: Pool, *, with_gpus: bool) -> dict[str, Any]:
+def json_report(comparison: Comparison, pool: Pool) -> dict[str, Any]:
     """Return the report as values; a change of what a key means raises `version`."""
     return {
         "version": JSON_VERSION,
@@ -39,7 +39,7 @@ def json_report(comparison: Comparison, pool: Pool, *, with_gpus: bool) -> dict[
         "plans": [_plan_values(plan) for plan in comparison.plans],
         "refused": dict(comparison.refused),
         "decode": decode_outlook(comparison.best.shape, comparison.best.gpu),
-        "configuration": snippet(pool, with_gpus=with_gpus, note=comparison.best.note),
+        "configuration": snippet(pool, note=comparison.best.note),
     }
 
 

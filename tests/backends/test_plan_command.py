@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from typing_extensions import override
 
 from backends.cli import main
 from backends.planning.launch import Limits, Pool, snippet
-from proxy.config import Config, PoolConfig, parse_config
+from proxy.config import Config, parse_config
 from tests.fakes.model_shapes import CONFIGS
 
 
@@ -363,18 +362,8 @@ def test_names_and_paths_are_read_back_as_they_are(name: str, path: str) -> None
     pool = Pool(
         name=name, engine="vllm", model_path=path, replicas=2, args=args, gpus=4, limits=limits
     )
-    text = snippet(pool, with_gpus=False, note="a note: with a colon")
+    text = snippet(pool, note="a note: with a colon")
     (model,) = parse_config(text, "snippet").models
     assert (model.name, model.pools[0].model_path, model.pools[0].args) == (name, path, args)
     assert (model.pools[0].max_inputs, model.pools[0].target_inputs) == (3, 0)
-
-
-def test_the_number_of_gpus_is_a_key_where_there_is_one() -> None:
-    limits = Limits(context_tokens=1, step_tokens=1, aim=1, most=3)
-    pool = Pool(
-        name="m", engine="vllm", model_path="/m", replicas=2, args=("--a",), gpus=4, limits=limits
-    )
-    (model,) = yaml.safe_load(snippet(pool, with_gpus=True))["models"]
-    assert model["pools"][0]["gpus"] == 4
-    with_key = "gpus" in PoolConfig.__struct_fields__
-    assert parse_config(snippet(pool, with_gpus=with_key), "snippet").models
+    assert model.pools[0].gpus == 4
