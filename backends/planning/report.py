@@ -94,10 +94,16 @@ def _types(comparison: Comparison) -> Iterator[str]:
             f"{f'{replica.gpus} x {plan.replicas}':>15s} {plan.chosen.token_s * 1e3:11.2f} "
             f"{plan.chosen.first_token_s * 1e3:12.0f} {cost.tokens_per_s:19,.0f} "
             f"{cost.gpu_s_per_million:18,.0f} {price:>18s}  "
-            f"{'missed' if plan.missed else 'met' if plan.goal.token_target_s else '-'}"
+            f"{_verdict(plan)}"
         )
     for name, why in comparison.refused:
         yield f"  {name:6s} {why}"
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.missed:
+        return "missed"
+    return "met" if plan.goal.token_target_s or plan.goal.first_token_target_s else "-"
 
 
 def _table(plan: Plan) -> Iterator[str]:
@@ -159,12 +165,13 @@ def _choices(plan: Plan) -> Iterator[str]:
 
 def _targets(plan: Plan) -> Iterator[str]:
     goal, cost = plan.goal, plan.cost
-    if not plan.missed and goal.token_target_s is not None:
-        first_s = goal.first_token_target_s or 0.0
-        yield (
-            f"targets met: {goal.token_target_s * 1e3:g} ms a token at batch {goal.concurrency}, "
-            f"{first_s * 1e3:g} ms to the first"
-        )
+    token_s, first_s = goal.token_target_s, goal.first_token_target_s
+    targets = [
+        *([f"{token_s * 1e3:g} ms a token at batch {goal.concurrency}"] if token_s else []),
+        *([f"{first_s * 1e3:g} ms to the first"] if first_s else []),
+    ]
+    if targets and not plan.missed:
+        yield f"targets met: {', '.join(targets)}"
     for missed in plan.missed:
         yield f"MISSED {missed}"
     for remedy in plan.remedies:

@@ -104,6 +104,28 @@ def test_a_missed_target_is_told_with_what_would_do(
     assert "  would do: " in report
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--tpot-ms", "50"), "targets met: 50 ms a token at batch 1"),
+        (("--ttft-ms", "900"), "targets met: 900 ms to the first"),
+        (
+            ("--tpot-ms", "50", "--ttft-ms", "900"),
+            "targets met: 50 ms a token at batch 1, 900 ms to the first",
+        ),
+        ((), ""),
+    ],
+)
+def test_only_targets_that_were_set_are_told_as_met(
+    given: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder(tmp_path, "qwen3-8b")
+    report = run(capsys, path, "--gpu", "h200,h100", "--class", "offline", *given)[1]
+    assert [line for line in report.splitlines() if "targets met" in line] == [said] * bool(said)
+    (row,) = (line for line in report.splitlines() if line.startswith("  h200 "))
+    assert row.endswith("  met" if said else "  -")
+
+
 def test_a_reader_that_leaves_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed(io.StringIO):
         @override
