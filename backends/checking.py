@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from backends.engines import ENGINES
 from backends.engines.base import Engine, EngineMissingError, FlagError
+from backends.engines.flags import check_flags, flag_table
 from backends.engines.probe import probe_release, program_of
 from backends.engines.release import UNKNOWN_RELEASE
 from backends.spec import ReplicaSpec, replica_specs
@@ -40,5 +41,5 @@ def _check(engine: Engine, spec: ReplicaSpec, environ: Mapping[str, str]) -> tup
         release = probe_release(program_of(engine, spec, environ))
     except EngineMissingError as error:
         engine.check(spec, UNKNOWN_RELEASE)
-        return (str(error),)
+        return (str(error), *check_flags(flag_table(engine.name), spec.args, UNKNOWN_RELEASE))
     return engine.check(spec, release)

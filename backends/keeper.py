@@ -345,10 +345,10 @@ class Keeper:
         return lambda: self._current(launch_id) and self.state.phase in phases
 
     async def _terminate(self, process: Process) -> None:
-        abort_path = self._engine.abort_path(self.spec)
-        if abort_path is not None:
-            url = self.url + abort_path
-            await self._around.fetch.post(url, b'{"abort_all":true}', ABORT_TIMEOUT_S)
+        facts = self._engine.facts(self.spec)
+        if facts.abort_path is not None:
+            url = self.url + facts.abort_path
+            await self._around.fetch.post(url, facts.abort_body, ABORT_TIMEOUT_S)
         process.signal_group(signal.SIGTERM)
 
     def _follow(self, process: Process, launch: Launch) -> None:

@@ -150,9 +150,6 @@ class Engine(Protocol):
     def read_load(self, answers: Sequence[bytes], at_s: float) -> LoadSample | None:
         """Return what `answers` (in the order of `load_paths`, empty where missing) tell."""
 
-    def abort_path(self, spec: ReplicaSpec) -> str | None:
-        """Return the path to post to that ends all requests, where SIGTERM waits for them."""
-
 
 def kv_endpoints(ports: Ports) -> dict[str, str]:
     """Return the part of an engine's `--kv-events-config` that says where the events go."""

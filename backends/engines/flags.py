@@ -137,7 +137,8 @@ def _check(table: FlagTable, given: _Given, release: Release) -> str:
         if short:
             raise FlagError(f"{_who(table, release)}: {given.text} may be {_either(short)}")
         if _may_have_others(table, release):
-            return f"{_who(table, release)}: {given.text} is not known here; let pass"
+            hint = _hint(table, given.name, release)
+            return f"{_who(table, release)}: {given.text} is not known here{hint}; let pass"
         raise FlagError(_unknown(table, given, release, None))
     if not available(table, flag, release):
         if flag.until is not None and release > table.releases[-1]:
@@ -218,9 +219,13 @@ def _unknown(table: FlagTable, given: _Given, release: Release, flag: Flag | Non
     if flag is not None:
         gone = flag.until is not None and release > flag.until
         when = f" ({flag.until} had it)" if gone else f" ({flag.since} has it)"
-    near = nearest(table, given.name, release)
-    hint = f"; did you mean {near}?" if near else ""
+    hint = _hint(table, given.name, release)
     return f"{_who(table, release)} has no flag {given.text}{when}{hint}"
+
+
+def _hint(table: FlagTable, name: str, release: Release) -> str:
+    near = nearest(table, name, release)
+    return f"; did you mean {near}?" if near else ""
 
 
 def _who(table: FlagTable, release: Release) -> str:

@@ -185,9 +185,6 @@ class Sglang:
     def read_load(self, answers: Sequence[bytes], at_s: float) -> LoadSample | None:
         return SGLANG.read(answers, at_s)
 
-    def abort_path(self, spec: ReplicaSpec) -> str | None:
-        return FACTS.abort_path
-
 
 def _kv_flags(ports: Ports) -> tuple[str, ...]:
     if not ports.kv_events:

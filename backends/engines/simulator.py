@@ -97,9 +97,6 @@ class Simulator:
         found = read_any(answers, at_s)
         return found[1] if found else None
 
-    def abort_path(self, spec: ReplicaSpec) -> str | None:
-        return _dialect(spec).abort_path(spec)
-
 
 def _kv_flags(ports: Ports) -> tuple[str, ...]:
     if not ports.kv_events:

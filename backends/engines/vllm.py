@@ -176,9 +176,6 @@ class Vllm:
     def read_load(self, answers: Sequence[bytes], at_s: float) -> LoadSample | None:
         return VLLM.read(answers, at_s)
 
-    def abort_path(self, spec: ReplicaSpec) -> str | None:
-        return FACTS.abort_path
-
 
 def _kv_flags(ports: Ports) -> tuple[str, ...]:
     if not ports.kv_events:

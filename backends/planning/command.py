@@ -25,7 +25,7 @@ from backends.planning.launch import Pool
 from backends.planning.reading import read_shape
 from backends.planning.report import json_report, text_report
 from backends.planning.shape import ModelShape
-from proxy.config import ConfigError, PoolConfig
+from proxy.config import ConfigError
 
 WORK_CLASSES = ("online", "offline", "semi-online")
 INDEX_BYTES_MAX = 64 * 1024 * 1024  # of one of these files; the largest indices known have some MB
@@ -60,24 +60,25 @@ def run_plan(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
     try:
         gpus = gpus_of(options.gpu)
         goal = goal_of(options)
-        shape = load_shape(options.model, environ)
+        shape = load_shape(goal.model, environ)
+        _check_lengths(goal, shape)
         comparison = compare(goal, shape, gpus)
     except RequestError as error:
         raise ConfigError(f"doherty plan: {error}") from error
     except PlanError as error:
         raise StartError(f"doherty plan: {error}") from error
     pool = pool_of(comparison.best, options.name)
-    with_gpus = "gpus" in PoolConfig.__struct_fields__
     if options.json:
-        values = json_report(comparison, pool, with_gpus=with_gpus)
+        values = json_report(comparison, pool)
         return json.dumps(values, indent=2)
-    return text_report(comparison, pool, with_gpus=with_gpus).rstrip("\n")
+    return text_report(comparison, pool).rstrip("\n")
 
 
 def gpus_of(text: str) -> tuple[Gpu, ...]:
     if text == "all":
         return tuple(GPUS.values())
-    return tuple(gpu_named(name) for name in dict.fromkeys(text.split(",")))
+    names = [name.strip().lower() for name in text.split(",")]
+    return tuple(gpu_named(name) for name in dict.fromkeys(names))
 
 
 def goal_of(options: argparse.Namespace) -> Goal:
@@ -93,7 +94,7 @@ def goal_of(options: argparse.Namespace) -> Goal:
     if options.accept_length is not None and options.accept_length < 1:
         raise RequestError("--accept-length: a step yields at least 1 token")
     return Goal(
-        model=options.model,
+        model=_model_of(options.model),
         work=options.work,
         gpus_per_node=options.gpus_per_node,
         prompt_tokens=options.prompt_tokens,
@@ -109,6 +110,27 @@ def goal_of(options: argparse.Namespace) -> Goal:
         kv_fp8=options.kv_dtype == "fp8",
         prices_per_hour=_prices(options.prices, options.price),
     )
+
+
+def _model_of(given: str) -> str:
+    """Return the model as an engine takes it: the folder, where its file was named."""
+    path = Path(given)
+    if path.name == "config.json" and path.expanduser().is_file():
+        path = path.parent
+        given = str(path)
+    return str(path.expanduser()) if given.startswith("~") else given
+
+
+def _check_lengths(goal: Goal, shape: ModelShape) -> None:
+    """Raise `RequestError` for lengths that the model has on no GPU."""
+    most = shape.context_tokens_max
+    if goal.sequence_tokens > most:
+        raise RequestError(
+            f"a request of {goal.prompt_tokens:,} + {goal.answer_tokens:,} tokens is longer than "
+            f"the model's context of {most:,}; lower --prompt-tokens or --answer-tokens"
+        )
+    if goal.context_tokens > most:
+        raise RequestError(f"--context {goal.context_tokens}: the model's context is {most:,}")
 
 
 def pool_of(plan: Plan, name: str | None) -> Pool:
@@ -142,8 +164,6 @@ def load_shape(model: str, environ: Mapping[str, str]) -> ModelShape:
 def find_model(model: str, environ: Mapping[str, str]) -> Path:
     """Return the folder of a model: as given, or its newest snapshot in the hub's cache."""
     path = Path(model).expanduser()
-    if path.name == "config.json" and path.is_file():
-        return path.parent
     if (path / "config.json").is_file():
         return path
     if path.is_dir():

@@ -85,7 +85,13 @@ def _grouped(quantization: Mapping[str, Any]) -> Format | None:
     name, bits = str(quantization["quant_method"]), quantization.get("bits", 4)
     if bits == 8:
         return w8a16(name)
-    return w4a16(name, int(quantization.get("group_size", 128))) if bits == 4 else None
+    return w4a16(name, _group(quantization)) if bits == 4 else None
+
+
+def _group(quantization: Mapping[str, Any]) -> int:
+    """Return how many parameters share a scale; the usual 128 where it is not told."""
+    size = quantization.get("group_size")
+    return size if isinstance(size, int) and size else 128
 
 
 def _bitsandbytes(quantization: Mapping[str, Any]) -> Format:
@@ -97,8 +103,8 @@ def _bitsandbytes(quantization: Mapping[str, Any]) -> Format:
 def _compressed_tensors(quantization: Mapping[str, Any]) -> Format | None:
     groups = quantization.get("config_groups")
     every = groups.values() if isinstance(groups, Mapping) else ()
-    first: Mapping[str, Any] = next(iter(every), {})
-    weights = first.get("weights") or {}
+    first = _mapping(next(iter(every), None))
+    weights = _mapping(first.get("weights"))
     bits, kind = weights.get("num_bits"), str(weights.get("type", ""))
     if bits == 4 and kind == "float":
         return NVFP4
@@ -107,5 +113,9 @@ def _compressed_tensors(quantization: Mapping[str, Any]) -> Format | None:
     if bits == 8:
         return INT8 if first.get("input_activations") else w8a16("compressed-tensors")
     if bits == 4:
-        return w4a16("compressed-tensors", int(weights.get("group_size") or 128))
+        return w4a16("compressed-tensors", _group(weights))
     return None
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

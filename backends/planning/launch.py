@@ -123,18 +123,15 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits
 
 
-def snippet(pool: Pool, *, with_gpus: bool, note: str = "") -> str:
-    """Return the YAML of one model with one pool; `note` becomes a comment above it.
-
-    `with_gpus`: whether the configuration knows the number of GPUs of a replica as a key.
-    """
+def snippet(pool: Pool, *, note: str = "") -> str:
+    """Return the YAML of one model with one pool; `note` becomes a comment above it."""
     lines = [f"# {note}"] if note else []
     lines += ["models:", f"  - name: {_text(pool.name)}", "    pools:"]
     keys = [
         ("engine", pool.engine),
         ("model_path", _text(pool.model_path)),
         ("replicas", str(pool.replicas)),
-        *([("gpus", str(pool.gpus))] if with_gpus else []),
+        ("gpus", str(pool.gpus)),
         *([("target_inputs", str(pool.limits.aim))] if pool.limits.aim else []),
         ("max_inputs", str(pool.limits.most)),
     ]

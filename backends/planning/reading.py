@@ -25,6 +25,8 @@ KNOWN = frozenset(
 _UNGATED = frozenset(("gpt_neox", "starcoder2", "phi", "nemotron", "opt", "falcon"))
 _RECURRENT = frozenset(("mamba", "mamba2", "rwkv", "jamba", "nemotron_h", "falcon_h1", "zamba2"))
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+LAYERS_MAX = 1024  # each is sized by itself; the deepest known models have some 130
+SIZE_MAX = 1 << 40  # beyond it a number is no size, and its products are no floats
 _EXPERTS_ACTIVE = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_k")
 
 
@@ -42,8 +44,15 @@ class _Sizes:
             if isinstance(value, int) and not isinstance(value, bool):
                 if value < 0:
                     raise RequestError(f"config.json: {name} is {value}; a size cannot be negative")
+                if value > SIZE_MAX:
+                    raise RequestError(f"config.json: {name} is larger than any model's")
                 return value
         return 0
+
+    def listed(self, name: str) -> list[Any]:
+        """Return the list of that name; empty where there is none."""
+        value = self.config.get(name)
+        return value if isinstance(value, list) else []
 
     def need(self, *names: str) -> int:
         value = self.maybe(*names)
@@ -78,6 +87,8 @@ def _shape(
     config: Mapping[str, Any], sizes: _Sizes, checkpoint: Format, notes: tuple[str, ...]
 ) -> ModelShape:
     layers = sizes.need("num_hidden_layers", "n_layer")
+    if layers > LAYERS_MAX:
+        raise RequestError(f"config.json: {layers} layers are more than any model's ({LAYERS_MAX})")
     hidden = sizes.need("hidden_size", "n_embd")
     vocabulary = sizes.need("vocab_size")
     heads = sizes.need("num_attention_heads", "n_head")
@@ -89,6 +100,11 @@ def _shape(
     if tied is None:
         tied = sizes.kind.startswith("gemma")
     windows = _windows(sizes, layers)
+    if all(window == NO_CACHE for window in windows):
+        raise RequestError(
+            "config.json: no layer keeps keys and values, and states are not sized by this "
+            "planner; start one replica and read the engine's own report"
+        )
     routed_layers = _routed_layers(sizes, layers)
     experts = sizes.maybe(*_EXPERTS) if routed_layers else 0
     matrices = 2 if sizes.kind in _UNGATED else 3
@@ -97,7 +113,7 @@ def _shape(
     shared = _shared_width(sizes, width)
     mlp = matrices * hidden * ((layers - routed_layers) * dense_width + routed_layers * shared)
     return ModelShape(
-        architecture=next(iter(config.get("architectures") or ()), sizes.kind or "unknown"),
+        architecture=_architecture(config, sizes),
         layers=layers,
         hidden=hidden,
         vocabulary=vocabulary,
@@ -121,6 +137,12 @@ def _shape(
         checkpoint=checkpoint,
         assumptions=notes,
     )
+
+
+def _architecture(config: Mapping[str, Any], sizes: _Sizes) -> str:
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    return first if isinstance(first, str) else sizes.kind or "unknown"
 
 
 def _shards(routed_layers: int, layers: int, dense_width: int, width: int) -> tuple[int, ...]:
@@ -162,10 +184,10 @@ def _routed_layers(sizes: _Sizes, layers: int) -> int:
         return 0
     dense_first = sizes.maybe("first_k_dense_replace")
     step = sizes.maybe("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step") or 1
-    listed = sizes.config.get("moe_layers")
-    if isinstance(listed, list) and listed:
-        return len(listed)
-    only_dense = sizes.config.get("mlp_only_layers") or ()
+    listed = sizes.listed("moe_layers")
+    if listed:
+        return min(len(listed), layers)
+    only_dense = sizes.listed("mlp_only_layers")
     return sum(
         index >= dense_first and (index + 1) % step == 0 and index not in only_dense
         for index in range(layers)
@@ -182,8 +204,8 @@ def _shared_width(sizes: _Sizes, width: int) -> int:
 def _windows(sizes: _Sizes, layers: int) -> tuple[int, ...]:
     """Return what each layer sees: `layer_types` where it is told, else the family's habit."""
     window = sizes.maybe("sliding_window", "attention_chunk_size")
-    kinds = sizes.config.get("layer_types")
-    if isinstance(kinds, list) and len(kinds) == layers:
+    kinds = sizes.listed("layer_types")
+    if len(kinds) == layers:
         return tuple(_window_of(str(kind), window) for kind in kinds)
     interval = sizes.maybe("full_attention_interval")
     if interval:

@@ -18,18 +18,18 @@ GB = 1e9
 _DEEP = " " * 6
 
 
-def text_report(comparison: Comparison, pool: Pool, *, with_gpus: bool) -> str:
+def text_report(comparison: Comparison, pool: Pool) -> str:
     """Return the whole report; of several GPU types the best one's plan is told in full."""
     plan = comparison.best
     lines = [*_heading(plan), ""]
     if len(comparison.plans) + len(comparison.refused) > 1:
         lines += [*_types(comparison), ""]
     lines += [*_table(plan), "", *_budget(plan), "", *_choices(plan), "", *_targets(plan), ""]
-    lines += ["configuration", "", snippet(pool, with_gpus=with_gpus, note=plan.note)]
+    lines += ["configuration", "", snippet(pool, note=plan.note)]
     return "\n".join(lines)
 
 
-def json_report(comparison: Comparison, pool: Pool, *, with_gpus: bool) -> dict[str, Any]:
+def json_report(comparison: Comparison, pool: Pool) -> dict[str, Any]:
     """Return the report as values; a change of what a key means raises `version`."""
     return {
         "version": JSON_VERSION,
@@ -39,7 +39,7 @@ def json_report(comparison: Comparison, pool: Pool, *, with_gpus: bool) -> dict[
         "plans": [_plan_values(plan) for plan in comparison.plans],
         "refused": dict(comparison.refused),
         "decode": decode_outlook(comparison.best.shape, comparison.best.gpu),
-        "configuration": snippet(pool, with_gpus=with_gpus, note=comparison.best.note),
+        "configuration": snippet(pool, note=comparison.best.note),
     }
 
 
@@ -94,10 +94,16 @@ def _types(comparison: Comparison) -> Iterator[str]:
             f"{f'{replica.gpus} x {plan.replicas}':>15s} {plan.chosen.token_s * 1e3:11.2f} "
             f"{plan.chosen.first_token_s * 1e3:12.0f} {cost.tokens_per_s:19,.0f} "
             f"{cost.gpu_s_per_million:18,.0f} {price:>18s}  "
-            f"{'missed' if plan.missed else 'met' if plan.goal.token_target_s else '-'}"
+            f"{_verdict(plan)}"
         )
     for name, why in comparison.refused:
         yield f"  {name:6s} {why}"
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.missed:
+        return "missed"
+    return "met" if plan.goal.token_target_s or plan.goal.first_token_target_s else "-"
 
 
 def _table(plan: Plan) -> Iterator[str]:
@@ -159,12 +165,13 @@ def _choices(plan: Plan) -> Iterator[str]:
 
 def _targets(plan: Plan) -> Iterator[str]:
     goal, cost = plan.goal, plan.cost
-    if not plan.missed and goal.token_target_s is not None:
-        first_s = goal.first_token_target_s or 0.0
-        yield (
-            f"targets met: {goal.token_target_s * 1e3:g} ms a token at batch {goal.concurrency}, "
-            f"{first_s * 1e3:g} ms to the first"
-        )
+    token_s, first_s = goal.token_target_s, goal.first_token_target_s
+    targets = [
+        *([f"{token_s * 1e3:g} ms a token at batch {goal.concurrency}"] if token_s else []),
+        *([f"{first_s * 1e3:g} ms to the first"] if first_s else []),
+    ]
+    if targets and not plan.missed:
+        yield f"targets met: {', '.join(targets)}"
     for missed in plan.missed:
         yield f"MISSED {missed}"
     for remedy in plan.remedies:

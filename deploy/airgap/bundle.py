@@ -16,6 +16,7 @@ import concurrent.futures
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -73,13 +74,15 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("name", choices=sorted(kinds.KINDS))
     add("--out", type=Path, required=True, help="folder of the archives")
     add("--host", type=Path, help="what host.py printed on the host")
-    add("--python", default="3.12", help="of the host, without --host (%(default)s)")
-    add("--torch", default="2.11.0", help="of the host, without --host (%(default)s)")
-    add("--cuda", default="13.0", help="of the host, without --host (%(default)s)")
+    add("--python", type=_release, default="3.12", help="of the host, without --host (%(default)s)")
+    add(
+        "--torch", type=_release, default="2.11.0", help="of the host, without --host (%(default)s)"
+    )
+    add("--cuda", type=_release, default="13.0", help="of the host, without --host (%(default)s)")
     add("--arch", type=int, default=90, help="compute capability times ten (%(default)s)")
     add("--lock", type=Path, help="packages and versions (the newest of the bundle in locks/)")
-    add("--archive-mib", type=float, default=60, help="bound of one file (%(default)s)")
-    add("--total-mib", type=float, help="bound of all files together")
+    add("--archive-mib", type=_positive, default=60, help="bound of one file (%(default)s)")
+    add("--total-mib", type=_positive, help="bound of all files together")
     add("--cache", type=Path, help="folder of wheels and sites (~/.cache/doherty-airgap)")
     add("--find-links", type=Path, help="folder of wheels, in place of a package index")
     add("--full", action="store_true", help="leave nothing behind, blank nothing")
@@ -88,6 +91,19 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--keep-fp16", action="store_true", help="keep attention in fp16")
     add("--jobs", type=int, default=os.cpu_count() or 1)
     return parser.parse_args(argv, argparse.Namespace(command=shlex.join(["bundle.py", *argv])))
+
+
+def _release(text: str) -> str:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)+", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no release, such as 3.12")
+    return text
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
+    return value
 
 
 def _host(options: argparse.Namespace) -> Host:

@@ -23,7 +23,7 @@ import uvloop
 from loadtest.client import Client
 from loadtest.gpu.direct import EngineOptions, started
 from loadtest.gpu.fit import Row, decode_text, first_token_text, is_promised, ratio_table
-from loadtest.gpu.hardware import command_line, this_machine, today
+from loadtest.gpu.machine import command_line, this_machine, today
 from loadtest.gpu.measuring import LONG_CONTEXT_TOKENS, Measured, Plan, measure
 from loadtest.gpu.probing import get_text
 from loadtest.gpu.records import Recording, RecordingError, head, read_recording

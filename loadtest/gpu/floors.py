@@ -34,7 +34,7 @@ from loadtest.gpu.direct import (
     engine_options,
     neighbour_words,
 )
-from loadtest.gpu.hardware import Machine, command_line, this_machine, today
+from loadtest.gpu.machine import Machine, command_line, this_machine, today
 from loadtest.gpu.paths import names_of
 from loadtest.gpu.predictions import (
     Configuration,

@@ -11,9 +11,11 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +23,7 @@ from pathlib import Path
 import msgspec
 
 PACKAGES = ("vllm", "sglang", "torch", "transformers")
+OWN_PACKAGES = ("torch", "triton", "transformers", "flashinfer-python", "sglang-kernel", "doherty")
 QUERY_TIMEOUT_S = 20.0
 NO_GPU = "no GPU"
 
@@ -88,9 +91,7 @@ def described(cards: list[Gpu]) -> str:
     """Return the cards in a line: `2 x NVIDIA H200, 143771 MiB each, driver 580.1`."""
     if not cards:
         return NO_GPU
-    kinds: dict[tuple[str, int], int] = {}
-    for card in cards:
-        kinds[card.name, card.memory_mib] = kinds.get((card.name, card.memory_mib), 0) + 1
+    kinds = Counter((card.name, card.memory_mib) for card in cards)
     texts = [f"{count} x {name}, {mib} MiB each" for (name, mib), count in kinds.items()]
     return f"{'; '.join(texts)}; driver {cards[0].driver}"
 
@@ -163,13 +164,49 @@ def _read(path: Path) -> str:
         return ""
 
 
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """This host, and the versions that this interpreter would import."""
+
+    gpus: tuple[str, ...] = ()  # the name of each card
+    driver: str = ""
+    software: dict[str, str] = {}
+
+    @property
+    def hardware(self) -> str:
+        """Return the cards for people."""
+        if not self.gpus:
+            return f"{NO_GPU}: {platform.machine()} processor"
+        return ", ".join(f"{count} x {name}" for name, count in Counter(self.gpus).items())
+
+
+def this_machine() -> Machine:
+    """Return what this host says of itself."""
+    cards = gpus()
+    software = {"Python": platform.python_version()}
+    for name in OWN_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            software[name] = importlib.metadata.version(name)
+    names = tuple(card.name for card in cards)
+    return Machine(gpus=names, driver=cards[0].driver if cards else "", software=software)
+
+
+def today() -> str:
+    """Return the date and time in UTC."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def command_line() -> str:
+    """Return how this program was called."""
+    return shlex.join(["python", "-m", "loadtest", *sys.argv[1:]])
+
+
 def header(cards: list[Gpu]) -> dict[str, str]:
     """Return what is known before anything is started."""
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": today(),
         "hardware": described(cards),
         "host": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}",
         "doherty": own_version(),
         "client": f"Python {platform.python_version()}",
-        "command": "python -m loadtest " + " ".join(sys.argv[1:]),
+        "command": command_line(),
     }

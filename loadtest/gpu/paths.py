@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from loadtest.gpu.direct import (
     engine_options,
     neighbour_words,
 )
-from loadtest.gpu.hardware import command_line, this_machine, today
+from loadtest.gpu.machine import command_line, this_machine, today
 from loadtest.gpu.probing import Probe, engine_version, get_text, model_name
 from loadtest.gpu.records import milliseconds, table
 from loadtest.gpu.speculation import Speculation, read_speculation, weights_gb
@@ -105,7 +106,11 @@ def run(args: argparse.Namespace) -> int:
     """Try each path. Returns 1 when one does not start, serve, or speculate as it should."""
     trials = [Trial(engine, path) for engine in args.engines for path in args.paths]
     if any(trial.speculates for trial in trials) and not (args.draft_path or args.rehearse):
-        raise RunError("EAGLE-3 needs a draft head: name its folder with --draft-path")
+        print(
+            "loadtest: EAGLE-3 needs a draft head: name its folder with --draft-path",
+            file=sys.stderr,
+        )
+        return 2
     machine = this_machine()
     findings = uvloop.run(_tried(args, trials, max(1, args.gpus or len(machine.gpus))))
     facts = {

@@ -188,9 +188,16 @@ async def engine_version(client: Client) -> str:
 
 
 async def model_name(client: Client) -> str:
-    """Return the name of the model. Raises `RunError` when the engine has none."""
+    """Return the name of the model. Raises `RunError` when nobody answers, or names none."""
     try:
-        rows = orjson.loads(await get_text(client, "/v1/models") or "null")["data"]
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            answer = await client.get("/v1/models")
+    except RequestError as error:
+        raise RunError(f"{error.detail}; is the engine running there?") from error
+    except TimeoutError as error:
+        raise RunError(f"/v1/models: no answer in {REQUEST_TIMEOUT_S:g} s") from error
+    try:
+        rows = orjson.loads(answer.body)["data"]
         return str(rows[0]["id"])
     except (orjson.JSONDecodeError, TypeError, KeyError, IndexError) as error:
         raise RunError("/v1/models names no model; is this an OpenAI endpoint?") from error

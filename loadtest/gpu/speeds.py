@@ -27,7 +27,7 @@ from loadtest.gpu.direct import (
     engine_options,
     started,
 )
-from loadtest.gpu.hardware import command_line, this_machine, today
+from loadtest.gpu.machine import command_line, this_machine, today
 from loadtest.gpu.measuring import QUICK, Measured, Plan, measure
 from loadtest.gpu.probing import engine_version
 from loadtest.gpu.records import CHUNK_TOKENS, Recording, shown

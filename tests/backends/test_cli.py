@@ -149,6 +149,9 @@ def test_check_asks_whether_the_engine_would_take_its_arguments(
     warned = capsys.readouterr().err
     assert warned.startswith(f"{path}: warning: model 'm': program 'vllm' was not found")
     assert warned.count("\n") == 1
+    path.write_text(text.format("sequences", "/nowhere"))
+    assert main(["check", str(path)]) == 0
+    assert "--max-num-sequences is not known here; did you mean --" in capsys.readouterr().err
 
 
 def test_check_without_a_file_and_with_a_missing_one(capsys: pytest.CaptureFixture[str]) -> None:

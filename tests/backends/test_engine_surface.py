@@ -46,7 +46,7 @@ def asked(engine: str) -> Iterator[tuple[str, str]]:
         yield call.method, call.path.partition("?")[0]
     for path in (*adapter.ready_paths(wanted), *adapter.load_paths(wanted), contract.MODELS_PATH):
         yield "GET", path
-    abort = adapter.abort_path(wanted)
+    abort = adapter.facts(wanted).abort_path
     if abort:
         yield "POST", abort
 

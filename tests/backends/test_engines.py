@@ -85,7 +85,7 @@ def test_paths(
     engine, wanted = ENGINES[name], spec(name, *args)
     assert engine.ready_paths(wanted) == ready
     assert engine.load_paths(wanted) == load
-    assert engine.abort_path(wanted) == abort
+    assert engine.facts(wanted).abort_path == abort
 
 
 @pytest.mark.parametrize("name", ["vllm", "simulator"])

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from typing_extensions import override
 
 from backends.cli import main
 from backends.planning.launch import Limits, Pool, snippet
-from proxy.config import Config, PoolConfig, parse_config
+from proxy.config import Config, parse_config
 from tests.fakes.model_shapes import CONFIGS
 
 
@@ -103,6 +102,28 @@ def test_a_missed_target_is_told_with_what_would_do(
     assert "MISSED time per token" in report
     assert "MISSED time to first token" in report
     assert "  would do: " in report
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--tpot-ms", "50"), "targets met: 50 ms a token at batch 1"),
+        (("--ttft-ms", "900"), "targets met: 900 ms to the first"),
+        (
+            ("--tpot-ms", "50", "--ttft-ms", "900"),
+            "targets met: 50 ms a token at batch 1, 900 ms to the first",
+        ),
+        ((), ""),
+    ],
+)
+def test_only_targets_that_were_set_are_told_as_met(
+    given: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder(tmp_path, "qwen3-8b")
+    report = run(capsys, path, "--gpu", "h200,h100", "--class", "offline", *given)[1]
+    assert [line for line in report.splitlines() if "targets met" in line] == [said] * bool(said)
+    (row,) = (line for line in report.splitlines() if line.startswith("  h200 "))
+    assert row.endswith("  met" if said else "  -")
 
 
 def test_a_reader_that_leaves_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +300,9 @@ def test_modelopt_tells_its_format_in_a_file_of_its_own(
         (("--gpu", "h200", "--class", "online", "--tpot-ms", "0"), 2, "no number above 0"),
         (("--gpu", "h200", "--class", "online", "--gpus-per-node", "0"), 2, "no whole number"),
         (("--gpu", "h200", "--class", "online", "--concurrency", "99999"), 1, "--concurrency"),
+        (("--gpu", "h200", "--class", "online", "--context", "200000"), 2, "context is 131,072"),
+        (("--gpu", "h200", "--class", "online", "--prompt-tokens", "131072"), 2, "is longer than"),
+        (("--gpu", "h200,h20", "--class", "online"), 2, "did you mean h200?"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_status(
@@ -341,6 +365,17 @@ def test_a_folder_without_a_model_and_a_path_without_a_folder_differ(
 # the snippet
 
 
+def test_a_model_named_by_its_file_is_launched_by_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder(tmp_path, "qwen3-8b")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in (f"{path}/config.json", "~/qwen3-8b", "~/qwen3-8b/config.json"):
+        report = run(capsys, given, "--gpu", "H100, h200,h100", "--class", "offline")[1]
+        (model,) = configuration(report).models
+        assert (model.name, model.pools[0].model_path) == ("qwen3-8b", path)
+
+
 @pytest.mark.parametrize("name", ["plain", "no", "a:b", "x.y_z"])
 @pytest.mark.parametrize("path", ["/models/x", "on", "org/name", "/with space/#x"])
 def test_names_and_paths_are_read_back_as_they_are(name: str, path: str) -> None:
@@ -349,18 +384,8 @@ def test_names_and_paths_are_read_back_as_they_are(name: str, path: str) -> None
     pool = Pool(
         name=name, engine="vllm", model_path=path, replicas=2, args=args, gpus=4, limits=limits
     )
-    text = snippet(pool, with_gpus=False, note="a note: with a colon")
+    text = snippet(pool, note="a note: with a colon")
     (model,) = parse_config(text, "snippet").models
     assert (model.name, model.pools[0].model_path, model.pools[0].args) == (name, path, args)
     assert (model.pools[0].max_inputs, model.pools[0].target_inputs) == (3, 0)
-
-
-def test_the_number_of_gpus_is_a_key_where_there_is_one() -> None:
-    limits = Limits(context_tokens=1, step_tokens=1, aim=1, most=3)
-    pool = Pool(
-        name="m", engine="vllm", model_path="/m", replicas=2, args=("--a",), gpus=4, limits=limits
-    )
-    (model,) = yaml.safe_load(snippet(pool, with_gpus=True))["models"]
-    assert model["pools"][0]["gpus"] == 4
-    with_key = "gpus" in PoolConfig.__struct_fields__
-    assert parse_config(snippet(pool, with_gpus=with_key), "snippet").models
+    assert model.pools[0].gpus == 4

@@ -235,6 +235,38 @@ def test_what_cannot_be_sized_is_refused() -> None:
     lacking.pop("num_experts_per_tok")
     with pytest.raises(RequestError, match="num_experts_per_tok"):
         read_shape(lacking)
+    with pytest.raises(RequestError, match="100000000 layers are more"):
+        read_shape(config("llama-3.1-8b", num_hidden_layers=10**8))
+    with pytest.raises(RequestError, match="vocab_size is larger than any"):
+        read_shape(config("llama-3.1-8b", vocab_size=10**400))
+    states = config("qwen3-8b", num_hidden_layers=2, layer_types=["linear_attention"] * 2)
+    with pytest.raises(RequestError, match="no layer keeps keys and values"):
+        read_shape(states)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama-3.1-8b", {"architectures": 5}),
+        ("llama-3.1-8b", {"architectures": [5]}),
+        ("qwen3-30b-a3b", {"mlp_only_layers": 5}),
+        ("llama-3.1-8b", {"quantization_config": {"quant_method": "gptq", "group_size": "x"}}),
+        ("llama-3.1-8b", {"quantization_config": {"quant_method": "awq", "group_size": None}}),
+        (
+            "llama-3.1-8b",
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "config_groups": {"g": 1},
+                }
+            },
+        ),
+    ],
+)
+def test_a_value_of_another_kind_is_as_one_that_is_not_told(
+    name: str, changes: dict[str, Any]
+) -> None:
+    assert read_shape(config(name, **changes)).parameters == read_shape(config(name)).parameters
 
 
 def test_heads_are_split_until_there_are_none_left() -> None:
@@ -254,6 +286,7 @@ _SIZE = st.integers(1, 200_000)
                 *("num_key_value_heads", "intermediate_size", "head_dim", "num_local_experts"),
                 *("num_experts_per_tok", "sliding_window", "kv_lora_rank", "model_type"),
                 *("layer_types", "quantization_config", "text_config", "tie_word_embeddings"),
+                *("architectures", "mlp_only_layers", "moe_layers"),
             )
         ),
         st.one_of(

@@ -201,6 +201,25 @@ def test_more_than_the_total_is_an_error(index: Path, capfd: pytest.CaptureFixtu
     assert "more than --total-mib allows; give --host" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--python", "x", "'x' is no release, such as 3.12"),
+        ("--cuda", "13", "'13' is no release"),
+        ("--archive-mib", "0", "'0' is no number above 0"),
+        ("--archive-mib", "nan", "'nan' is no number above 0"),
+        ("--total-mib", "much", "invalid"),
+    ],
+)
+def test_a_host_or_a_bound_that_is_none_is_refused(
+    flag: str, value: str, says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        bundle.main(["doherty", "--out", str(tmp_path / "out"), flag, value])
+    assert left.value.code == 2
+    assert says in capfd.readouterr().err.splitlines()[-1]
+
+
 def test_a_wheel_that_nobody_has_is_named(index: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (index / "set.lock").write_text("tiny==2.0\nunheard-of==9\n")
     assert _bundle(index) == 2

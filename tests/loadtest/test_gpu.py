@@ -275,6 +275,22 @@ def test_cards_are_read_and_counted() -> None:
     assert machine.described([]) == machine.NO_GPU
 
 
+def test_every_report_tells_the_cards_that_may_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by the floors, too: a card that is hidden must not be planned with."""
+    program = tmp_path / "nvidia-smi"
+    rows = "".join(f"{at}, NVIDIA H200, 143771, 0, 580.1\n" for at in range(4))
+    program.write_text(f"#!/bin/sh\nprintf '%s' '{rows}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    told = machine.this_machine()
+    assert (told.hardware, told.driver) == ("2 x NVIDIA H200", "580.1")
+    assert machine.header(machine.gpus())["hardware"].startswith("2 x NVIDIA H200")
+    assert machine.Machine().hardware.startswith(machine.NO_GPU)
+
+
 def test_the_phases_of_a_start_are_read_from_the_log(tmp_path: Path) -> None:
     log = tmp_path / "m-0.log"
     log.write_text(

@@ -7,6 +7,7 @@ busy machine's and are not judged here.
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +400,18 @@ def test_speeds_of_a_running_simulator_are_kept_for_the_others(
     assert main(["gpu", "fit", str(kept), "--name", "x"]) == 2
 
 
+def test_an_engine_that_is_not_there_is_told_from_one_without_a_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        assert main(["gpu", "speeds", "--engine", "vllm", "--url", url]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "is the engine running there?" in said
+
+
 def test_the_comparison_runs_and_says_what_it_found(tmp_path: Path) -> None:
     recording = Recording(
         engine="vllm",
@@ -469,5 +482,5 @@ def test_an_engine_that_ends_at_once_is_told_with_its_last_words(
 
 
 def test_eagle3_without_a_head_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["gpu", "paths", "--model-path", "/m"]) == 1
+    assert main(["gpu", "paths", "--model-path", "/m"]) == 2
     assert "--draft-path" in capsys.readouterr().err
