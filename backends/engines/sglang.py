@@ -112,7 +112,7 @@ class Sglang:
         ranks = 1 if _shares_gpus(spec) else count_option(args, *_DP_FLAGS)
         tensor = count_option(args, "--tp-size", "--tensor-parallel-size", "--tp")
         pipeline = count_option(args, *_PP_FLAGS)
-        return ranks * tensor * pipeline // count_option(args, "--nnodes") or 1
+        return ranks * tensor * pipeline // (count_option(args, "--nnodes") or 1) or 1
 
     def kv_source(self, spec: ReplicaSpec, ports: Ports, release: Release) -> KvEvents | None:
         return kv_events_of(ports) if _tells_events(spec, release) else None

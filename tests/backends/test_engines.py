@@ -319,6 +319,8 @@ GPUS = [
     ("vllm", ("-tp", "2", "-pcp", "2"), 4),
     ("vllm", ("-tp", "16", "--nnodes", "2"), 8),
     ("vllm", ("-dp", "8", "-dpl", "4"), 4),
+    ("vllm", ("-dpl", "4", "-dp", "8"), 4),
+    ("vllm", ("-tp", "2", "--nnodes", "0"), 2),
     ("vllm", ("-tp", "none"), 1),
     ("vllm", ("--tensor_parallel_size", "2", "--tensor-parallel-size=4"), 4),
     ("sglang", (), 1),
@@ -328,6 +330,7 @@ GPUS = [
     ("sglang", ("--tp-size", "8", "--dp-size", "8", "--enable-dp-attention"), 8),
     ("sglang", ("--tp-size", "8", "--attn-dp-size", "4"), 8),
     ("sglang", ("--tp-size", "16", "--nnodes", "2"), 8),
+    ("sglang", ("--tp-size", "2", "--nnodes", "0"), 2),
     ("simulator", ("--dp-size", "3"), 0),
 ]
 
