@@ -104,9 +104,12 @@ def check_name(engine: str, args: Sequence[str], model: str) -> None:
     """
     names: list[str] | None = None
     for index, arg in enumerate(args):
-        if arg.startswith("--served-model-name="):
-            names = [arg.partition("=")[2]]
-        elif arg == "--served-model-name":
+        flag, equals, value = arg.partition("=")
+        if flag.replace("_", "-") != "--served-model-name":
+            continue
+        if equals:
+            names = [value]
+        else:
             rest = args[index + 1 :]
             end = next((i for i, word in enumerate(rest) if starts_flag(word)), len(rest))
             names = list(rest[:end])

@@ -166,6 +166,7 @@ REFUSED = [
     ("sglang", {"args": ("--model-path", "x")}, "say model_path in the pool"),
     ("vllm", {"args": ("--served-model-name", "a", "b", "--seed", "1")}, "a b leaves out 'm'"),
     ("sglang", {"args": ("--served-model-name=x",)}, "x leaves out 'm'"),
+    ("vllm", {"args": ("--served_model_name", "x")}, "x leaves out 'm'"),
     ("sglang", {"args": ("--weight-cache-mode", "client"), "sleep": True}, "put to sleep"),
     ("vllm", {"args": ("--max-num-sqs", "1")}, "did you mean --max-num-seqs?"),
 ]
