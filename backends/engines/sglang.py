@@ -82,7 +82,7 @@ class Sglang:
         return Launch(argv, {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"})
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
-        refuse(self.name, spec.args, _REFUSED)
+        refuse(flag_table(self.name), spec.args, _REFUSED, release)
         check_name(self.name, spec.args, spec.model)
         if spec.sleep and (option(spec.args, "--weight-cache-mode") or "off") != "off":
             raise FlagError(

@@ -81,7 +81,7 @@ class Vllm:
         return Launch(argv, _environment(spec, ports, release))
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
-        refuse(self.name, spec.args, _REFUSED)
+        refuse(flag_table(self.name), spec.args, _REFUSED, release)
         check_name(self.name, spec.args, spec.model)
         warnings = check_range(self.name, release, *VLLM_RANGE)
         warnings += check_flags(flag_table(self.name), spec.args, release)
