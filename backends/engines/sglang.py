@@ -56,6 +56,10 @@ _REFUSED = {
     "--ssl-keyfile": "replicas are reached by plain HTTP on loopback",
     "--ssl-certfile": "replicas are reached by plain HTTP on loopback",
 }
+_DRAFT_FLAGS = (
+    *("--speculative-algorithm", "--speculative-draft-model-path"),
+    "--speculative-draft-model",
+)
 _FLUSH_S = 10
 _COPY_S = 120.0  # weights to host memory and back, slowly where that is touched first
 
@@ -210,10 +214,13 @@ def _shares_gpus(spec: ReplicaSpec) -> bool:
 
 
 def _sleep_flags(spec: ReplicaSpec) -> tuple[str, ...]:
-    """Weights outlive a release only by the copies that these make."""
+    """Weights outlive a release only by the copies that these make.
+
+    Those of a draft, too, which need not be named: NEXTN drafts with layers of the model's own.
+    """
     if not spec.sleep:
         return ()
-    drafts = given(spec.args, "--speculative-draft-model-path", "--speculative-draft-model")
+    drafts = given(spec.args, *_DRAFT_FLAGS)
     draft = ("--enable-draft-weights-cpu-backup",) if drafts else ()
     return ("--enable-memory-saver", "--enable-weights-cpu-backup", *draft)
 

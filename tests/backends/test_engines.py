@@ -348,10 +348,10 @@ def test_sleep_opens_what_it_needs_and_nothing_else_does() -> None:
         env = ENGINES["vllm"].command(spec("vllm", sleep=sleep), LEASED, UNKNOWN_RELEASE).env
         assert ("VLLM_SERVER_DEV_MODE" in env) is sleep, "its paths take orders from anybody"
     assert "--enable-weights-cpu-backup" in words("sglang", LEASED, sleep=True)
-    draft = ("--speculative-draft-model-path", "/d")
-    both = words("sglang", LEASED, sleep=True, args=draft)
-    assert "--enable-draft-weights-cpu-backup" in both
-    assert "--enable-draft-weights-cpu-backup" not in words("sglang", LEASED, args=draft)
+    for draft in (("--speculative-draft-model-path", "/d"), ("--speculative-algorithm", "NEXTN")):
+        both = words("sglang", LEASED, sleep=True, args=draft)
+        assert "--enable-draft-weights-cpu-backup" in both
+        assert "--enable-draft-weights-cpu-backup" not in words("sglang", LEASED, args=draft)
 
 
 def test_adapters_are_loaded_at_the_start() -> None:
