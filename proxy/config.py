@@ -34,7 +34,7 @@ Policy = Literal["prefix", "session", "least_load", "round_robin", "random"]
 ClientAuth = Literal["off", "optional", "required"]
 KvEvents = Literal["auto", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-_CARD = r"(\d+(-\d+)?|(GPU|MIG)-[A-Za-z0-9/-]+)"
+_CARD = r"(\d{1,3}(-\d{1,3})?|(GPU|MIG)-[A-Za-z0-9/-]+)"
 CardList = Annotated[str, Meta(pattern=rf"^(auto|none|{_CARD}(, ?{_CARD})*)$")]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
 

@@ -89,12 +89,20 @@ def starts_flag(word: str) -> bool:
     return _FLAG.match(word) is not None
 
 
-def refuse(engine: str, args: Sequence[str], refused: Mapping[str, str]) -> None:
-    """Raise `FlagError` for the first of `args` that is in `refused`, with the reason there."""
-    for arg in args:
-        why = refused.get(arg.partition("=")[0].replace("_", "-"))
-        if why:
-            raise FlagError(f"{engine}: {arg.partition('=')[0]} cannot be an argument: {why}")
+def refuse(
+    table: FlagTable, args: Sequence[str], refused: Mapping[str, str], release: Release
+) -> None:
+    """Raise `FlagError` for the first of `args` that is in `refused`, with the reason there.
+
+    Cut short, too: argparse takes --hos for --host, and the last one wins.
+    """
+    for given in _flags_of(table, args):
+        name = given.name
+        if name not in table.flags and name not in refused:
+            meant = _completions(table, name, release)
+            name = meant[0] if len(meant) == 1 else name
+        if name in refused:
+            raise FlagError(f"{table.engine}: {given.text} cannot be an argument: {refused[name]}")
 
 
 def check_name(engine: str, args: Sequence[str], model: str) -> None:
@@ -104,9 +112,12 @@ def check_name(engine: str, args: Sequence[str], model: str) -> None:
     """
     names: list[str] | None = None
     for index, arg in enumerate(args):
-        if arg.startswith("--served-model-name="):
-            names = [arg.partition("=")[2]]
-        elif arg == "--served-model-name":
+        flag, equals, value = arg.partition("=")
+        if flag.replace("_", "-") != "--served-model-name":
+            continue
+        if equals:
+            names = [value]
+        else:
             rest = args[index + 1 :]
             end = next((i for i, word in enumerate(rest) if starts_flag(word)), len(rest))
             names = list(rest[:end])

@@ -56,6 +56,10 @@ _REFUSED = {
     "--ssl-keyfile": "replicas are reached by plain HTTP on loopback",
     "--ssl-certfile": "replicas are reached by plain HTTP on loopback",
 }
+_DRAFT_FLAGS = (
+    *("--speculative-algorithm", "--speculative-draft-model-path"),
+    "--speculative-draft-model",
+)
 _FLUSH_S = 10
 _COPY_S = 120.0  # weights to host memory and back, slowly where that is touched first
 
@@ -82,7 +86,7 @@ class Sglang:
         return Launch(argv, {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"})
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
-        refuse(self.name, spec.args, _REFUSED)
+        refuse(flag_table(self.name), spec.args, _REFUSED, release)
         check_name(self.name, spec.args, spec.model)
         if spec.sleep and (option(spec.args, "--weight-cache-mode") or "off") != "off":
             raise FlagError(
@@ -112,7 +116,7 @@ class Sglang:
         ranks = 1 if _shares_gpus(spec) else count_option(args, *_DP_FLAGS)
         tensor = count_option(args, "--tp-size", "--tensor-parallel-size", "--tp")
         pipeline = count_option(args, *_PP_FLAGS)
-        return ranks * tensor * pipeline // count_option(args, "--nnodes") or 1
+        return ranks * tensor * pipeline // (count_option(args, "--nnodes") or 1) or 1
 
     def kv_source(self, spec: ReplicaSpec, ports: Ports, release: Release) -> KvEvents | None:
         return kv_events_of(ports) if _tells_events(spec, release) else None
@@ -213,10 +217,13 @@ def _shares_gpus(spec: ReplicaSpec) -> bool:
 
 
 def _sleep_flags(spec: ReplicaSpec) -> tuple[str, ...]:
-    """Weights outlive a release only by the copies that these make."""
+    """Weights outlive a release only by the copies that these make.
+
+    Those of a draft, too, which need not be named: NEXTN drafts with layers of the model's own.
+    """
     if not spec.sleep:
         return ()
-    drafts = given(spec.args, "--speculative-draft-model-path", "--speculative-draft-model")
+    drafts = given(spec.args, *_DRAFT_FLAGS)
     draft = ("--enable-draft-weights-cpu-backup",) if drafts else ()
     return ("--enable-memory-saver", "--enable-weights-cpu-backup", *draft)
 

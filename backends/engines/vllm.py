@@ -84,7 +84,7 @@ class Vllm:
         return Launch(argv, _environment(spec, ports, release))
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
-        refuse(self.name, spec.args, _REFUSED)
+        refuse(flag_table(self.name), spec.args, _REFUSED, release)
         check_name(self.name, spec.args, spec.model)
         warnings = check_range(self.name, release, *VLLM_RANGE)
         warnings += check_flags(flag_table(self.name), spec.args, release)
@@ -100,17 +100,18 @@ class Vllm:
         return warnings
 
     def ports_needed(self, spec: ReplicaSpec, release: Release) -> PortsNeeded:
-        ranks = count_option(spec.args, *_DP_LOCAL_FLAGS, *_DP_FLAGS)
+        ranks = _ranks_here(spec.args)
         events = ranks if _tells_events(spec) else 0
         return PortsNeeded(events, events, 0 if "VLLM_PORT" in spec.env else _INTERNAL_PORTS)
 
     def gpus_needed(self, spec: ReplicaSpec) -> int:
         args = spec.args
-        ranks = count_option(args, *_DP_LOCAL_FLAGS, *_DP_FLAGS)
+        ranks = _ranks_here(args)
         tensor = count_option(args, "--tensor-parallel-size", "-tp")
         pipeline = count_option(args, "--pipeline-parallel-size", "-pp")
         context = count_option(args, "--prefill-context-parallel-size", "-pcp")
-        return ranks * tensor * pipeline * context // count_option(args, "--nnodes", "-n") or 1
+        nodes = count_option(args, "--nnodes", "-n") or 1
+        return ranks * tensor * pipeline * context // nodes or 1
 
     def kv_source(self, spec: ReplicaSpec, ports: Ports, release: Release) -> KvEvents | None:
         return kv_events_of(ports) if _tells_events(spec) else None
@@ -182,6 +183,11 @@ def _kv_flags(ports: Ports) -> tuple[str, ...]:
         return ()
     config = {"enable_kv_cache_events": True, "publisher": "zmq"} | kv_endpoints(ports)
     return (_KV_FLAG, msgspec.json.encode(config).decode())
+
+
+def _ranks_here(args: Sequence[str]) -> int:
+    """Return the data-parallel ranks of this machine: all of them unless it is told how many."""
+    return count_option(args, *_DP_LOCAL_FLAGS, default=0) or count_option(args, *_DP_FLAGS)
 
 
 def _tells_events(spec: ReplicaSpec) -> bool:

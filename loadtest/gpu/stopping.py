@@ -15,7 +15,6 @@ from loadtest.wire import AnswerReader
 EVENTS_BEFORE = 5
 POLL_S = 0.02
 PATIENCE_S = 10.0
-STREAM_SECONDS = 3.0  # of an answer that outlives the signal
 STREAM_TOKENS_MAX = 1000
 GPU_MIB_SLACK = 64  # what the driver itself may keep or give back meanwhile
 SHOWN = 4

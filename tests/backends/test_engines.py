@@ -320,6 +320,8 @@ GPUS = [
     ("vllm", ("-tp", "2", "-pcp", "2"), 4),
     ("vllm", ("-tp", "16", "--nnodes", "2"), 8),
     ("vllm", ("-dp", "8", "-dpl", "4"), 4),
+    ("vllm", ("-dpl", "4", "-dp", "8"), 4),
+    ("vllm", ("-tp", "2", "--nnodes", "0"), 2),
     ("vllm", ("-tp", "none"), 1),
     ("vllm", ("--tensor_parallel_size", "2", "--tensor-parallel-size=4"), 4),
     ("sglang", (), 1),
@@ -329,6 +331,7 @@ GPUS = [
     ("sglang", ("--tp-size", "8", "--dp-size", "8", "--enable-dp-attention"), 8),
     ("sglang", ("--tp-size", "8", "--attn-dp-size", "4"), 8),
     ("sglang", ("--tp-size", "16", "--nnodes", "2"), 8),
+    ("sglang", ("--tp-size", "2", "--nnodes", "0"), 2),
     ("simulator", ("--dp-size", "3"), 0),
 ]
 
@@ -346,10 +349,10 @@ def test_sleep_opens_what_it_needs_and_nothing_else_does() -> None:
         env = ENGINES["vllm"].command(spec("vllm", sleep=sleep), LEASED, UNKNOWN_RELEASE).env
         assert ("VLLM_SERVER_DEV_MODE" in env) is sleep, "its paths take orders from anybody"
     assert "--enable-weights-cpu-backup" in words("sglang", LEASED, sleep=True)
-    draft = ("--speculative-draft-model-path", "/d")
-    both = words("sglang", LEASED, sleep=True, args=draft)
-    assert "--enable-draft-weights-cpu-backup" in both
-    assert "--enable-draft-weights-cpu-backup" not in words("sglang", LEASED, args=draft)
+    for draft in (("--speculative-draft-model-path", "/d"), ("--speculative-algorithm", "NEXTN")):
+        both = words("sglang", LEASED, sleep=True, args=draft)
+        assert "--enable-draft-weights-cpu-backup" in both
+        assert "--enable-draft-weights-cpu-backup" not in words("sglang", LEASED, args=draft)
 
 
 def test_adapters_are_loaded_at_the_start() -> None:
