@@ -45,7 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--tpot-ms", type=_positive, metavar="MS", help="time per token to meet")
     add("--ttft-ms", type=_positive, metavar="MS", help="time to first token to meet")
     add("--engine", choices=("vllm", "sglang"), help="instead of the class's")
-    add("--draft", default="", metavar="MODEL", help="EAGLE-3 head; none: no speculation")
+    add("--draft", default="", metavar="MODEL", help="EAGLE-3 head; auto: one that is known; none")
     add("--accept-length", type=_positive, metavar="L", help="tokens a step yields with it")
     add("--format", choices=("auto", "shipped"), default="auto", help="of the weights")
     add("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of the KV cache")

@@ -99,9 +99,11 @@ def find_draft(shape: ModelShape, model: str, given: str, accept_length: float) 
     known = published_draft(shape)
     if given == "none":
         return None
-    if given:
+    if given not in ("", "auto"):
         length = accept_length or (known.accept_length if known else UNKNOWN_LENGTH)
         source = "given" if accept_length else "assumed for a chain of three"
+        if known and given == known.draft and not accept_length:
+            source = known.source
         return Draft(name=given, tokens=CHAIN_TOKENS, accept_length=length, source=source)
     if shape.drafting_layers:
         source = "DeepSeek-V3 technical report: the second token is accepted in 85 to 90 %"

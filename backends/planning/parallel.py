@@ -27,7 +27,8 @@ from backends.planning.floors import (
 from backends.planning.formats import Format
 from backends.planning.goal import Decision, Goal
 from backends.planning.hardware import Gpu
-from backends.planning.rules import BATCH_MAX, without_idle_draft
+from backends.planning.rules import without_idle_draft
+from backends.planning.saturation import BATCH_MAX, saturating_batch, throughput
 from backends.planning.shape import ModelShape
 
 GPUS_MAX = 8  # the NVLink domain of a board; larger ones are racks, which one launch does not span
@@ -120,26 +121,6 @@ def candidate(goal: Goal, replica: Replica) -> Candidate:
         first_token_s=first_token_s(replica, goal.prompt_tokens),
         tokens_per_s=throughput(goal, replica, saturating_batch(goal, replica)),
     )
-
-
-def throughput(goal: Goal, replica: Replica, batch: int) -> float:
-    """Return answer tokens a second of a replica that always has `batch` requests.
-
-    The time of a request is its prefill and its share of the decode steps, one after the other:
-    chunks of prefill that ride along in decode steps save some of the reading, so it is a little
-    more than this.
-    """
-    if batch < 1:
-        return 0.0
-    prompt_s = first_token_s(replica, goal.prompt_tokens)
-    step_s = token_time(replica, batch, goal.decode_context_tokens).expected_s
-    return batch * goal.answer_tokens / (batch * prompt_s + goal.answer_tokens * step_s)
-
-
-def saturating_batch(goal: Goal, replica: Replica) -> int:
-    """Return the batch that keeps the arithmetic busy, or as much of it as fits."""
-    wanted = min(crossover_batch(replica), BATCH_MAX[goal.work])
-    return min(wanted, batch_max(replica, goal.sequence_tokens))
 
 
 def meets(goal: Goal, found: Candidate) -> bool:

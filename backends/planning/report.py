@@ -176,12 +176,34 @@ def _targets(plan: Plan) -> Iterator[str]:
         f"kept full, a replica is expected to yield {cost.tokens_per_s:,.0f} tokens of answers a "
         f"second: a million take {cost.gpu_s_per_million:,.0f} GPU-seconds{price}"
     )
+    yield from _left_out(plan)
     start_s = floors.start_s(plan.replica)
     yield (
         f"start, with warm caches and files in memory: {start_s:.0f} s; "
         + ("`vllm snapshot` applies" if plan.snapshot else "`vllm snapshot` does not apply")
         + " (one GPU, vLLM, no speculation)"
     )
+
+
+def _left_out(plan: Plan) -> Iterator[str]:
+    """Yield what the figures of offline work do not count, and what is cheaper by them."""
+    if plan.goal.work != "offline":
+        return
+    text = (
+        "  left out: these count prefill and decode one after the other; wholly mixed, at best, a "
+        f"million would take {plan.cost.mixed_gpu_s_per_million:,.0f}. How far an engine mixes "
+        "them is not measured here, nor how many tokens a draft yields in a full batch. Engines' "
+        "constants are of one model on one GPU type: differences of some per cent say little"
+    )
+    yield from textwrap.wrap(text, 110, subsequent_indent="  ")
+    for other in plan.cheaper:
+        yield (
+            f"  cheaper by these figures, not chosen: {other.flags}: "
+            f"{other.gpu_s_per_million:,.0f} GPU-seconds "
+            f"({other.mixed_gpu_s_per_million:,.0f} wholly mixed)"
+        )
+    if plan.cheaper:
+        yield "  measure yours before you choose one"
 
 
 def _plan_values(plan: Plan) -> dict[str, Any]:
@@ -228,8 +250,17 @@ def _plan_values(plan: Plan) -> dict[str, Any]:
         "yield": {
             "tokens_per_s": plan.cost.tokens_per_s,
             "gpu_s_per_million": plan.cost.gpu_s_per_million,
+            "gpu_s_per_million_mixed": plan.cost.mixed_gpu_s_per_million,
             "price_per_million": plan.cost.price_per_million,
         },
+        "cheaper": [
+            {
+                "flags": other.flags,
+                "gpu_s_per_million": other.gpu_s_per_million,
+                "gpu_s_per_million_mixed": other.mixed_gpu_s_per_million,
+            }
+            for other in plan.cheaper
+        ],
         "start_s": floors.start_s(replica),
         "snapshot": plan.snapshot,
         "args": list(plan.args),

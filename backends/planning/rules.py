@@ -15,8 +15,9 @@ from backends.planning.calibration import CALIBRATION, EngineName
 from backends.planning.drafts import find_draft
 from backends.planning.floors import Draft, Replica, batch_max, prefill, token_time
 from backends.planning.formats import FP8, INT8, NVFP4, NVFP4_EXPERTS, Format, w4a16
-from backends.planning.goal import Decision, Goal, WorkClass
+from backends.planning.goal import Decision, Goal
 from backends.planning.hardware import Gpu
+from backends.planning.saturation import BATCH_MAX, drafting_yield, saturating_batch
 from backends.planning.shape import ModelShape
 
 # "Some 70 B": models named 70B or 72B (70.6 and 72.7 billion parameters) still count as of that
@@ -24,7 +25,6 @@ from backends.planning.shape import ModelShape
 FOUR_BIT_PARAMETERS_MIN = 75e9
 # What a draft must take off the time per token to be worth its memory and its risk.
 SPECULATION_GAIN_MIN = 0.05
-BATCH_MAX: dict[WorkClass, int] = {"online": 256, "semi-online": 512, "offline": 1024}
 OFFLINE_STEP_TOKENS = 16_384
 Shipping = Literal["as shipped", "at load", "needs its checkpoint"]
 
@@ -45,7 +45,8 @@ def choose_engine(goal: Goal, single_gpu: bool) -> tuple[EngineName, Decision]:
             why = "its host work per step is the least, and it runs EAGLE-3 best"
             return "sglang", Decision("engine", "sglang", why)
         case "offline":
-            why = "it mixes chunks of prefill into decode steps best, which is throughput"
+            why = "it mixes chunks of prefill into decode steps best, which the figures below, "
+            why += "prefill and decode one after the other, do not count"
             return "vllm", Decision("engine", "vllm", why)
         case "semi-online":
             ours, theirs = CALIBRATION["vllm"].warm_start_s, CALIBRATION["sglang"].warm_start_s
@@ -132,10 +133,12 @@ def choose_kv(goal: Goal, gpu: Gpu, fits_16bit: bool) -> tuple[float, Decision]:
 
 
 def choose_draft(goal: Goal, shape: ModelShape) -> tuple[Draft | None, Decision]:
-    """A draft where people wait for tokens and one is known."""
+    """A draft where people wait for tokens and one is known; elsewhere one that is asked for."""
     rule = "speculation"
-    if goal.work == "offline":
-        why = "a saturated batch has no idle arithmetic to check proposed tokens with"
+    if goal.work == "offline" and not goal.draft:
+        why = "mixed-in chunks of prefill use arithmetic that decode leaves idle, and what a draft "
+        why += "yields in a full batch is not published; what one would save by these figures "
+        why += "stands below (--draft auto takes it)"
         return None, Decision(rule, "off", why)
     if goal.work == "semi-online" and not goal.draft:
         why = "bursts make large batches, and a replica that speculates cannot be snapshotted"
@@ -153,7 +156,12 @@ def choose_draft(goal: Goal, shape: ModelShape) -> tuple[Draft | None, Decision]
 
 
 def drafting_gain(goal: Goal, replica: Replica) -> float:
-    """Return the share that the replica's draft takes off the time per token; negative: it adds."""
+    """Return the share that the replica's draft takes off a token's time; negative: it adds.
+
+    Offline nobody waits for a token, so that there it is the share of the GPUs' time.
+    """
+    if goal.work == "offline":
+        return drafting_yield(goal, replica)
     plain = msgspec.structs.replace(replica, draft=None)
     batch, context = goal.concurrency, goal.decode_context_tokens
     with_it = token_time(replica, batch, context).expected_s
@@ -171,13 +179,22 @@ def describe_draft(goal: Goal, replica: Replica, draft: Draft | None, said: Deci
     """Say what became of `draft` on the chosen replica."""
     if draft is None:
         return said
-    gain = drafting_gain(goal, msgspec.structs.replace(replica, draft=draft))
+    drafting = msgspec.structs.replace(replica, draft=draft)
+    gain = drafting_gain(goal, drafting)
+    of_what = f"a token's time at batch {goal.concurrency}"
+    if goal.work == "offline":
+        batch = saturating_batch(goal, drafting)
+        of_what = f"the GPU-seconds of a token at batch {batch}, prefill and decode one after the "
+        of_what += f"other ({_change(drafting_yield(goal, drafting, mixed=True))} were prefill "
+        of_what += "wholly mixed into decode steps)"
     if replica.draft is None:
         change = f"takes only {gain:.0%} off" if gain >= 0 else f"adds {-gain:.0%} to"
-        why = f"{said.choice} {change} a token's time at batch {goal.concurrency}; {said.why}"
-        return Decision(said.rule, "off", why)
-    why = f"{said.why}; {gain:.0%} off a token's time at batch {goal.concurrency}"
-    return Decision(said.rule, said.choice, why)
+        return Decision(said.rule, "off", f"{said.choice} {change} {of_what}; {said.why}")
+    return Decision(said.rule, said.choice, f"{said.why}; {gain:.0%} off {of_what}")
+
+
+def _change(gain: float) -> str:
+    return f"{gain:.0%} off" if gain >= 0 else f"{-gain:.0%} more"
 
 
 def choose_scheduling(goal: Goal, engine: EngineName) -> Decision:

@@ -124,6 +124,21 @@ def test_a_reader_that_leaves_is_no_fault(tmp_path: Path, monkeypatch: pytest.Mo
     os.close(descriptor)
 
 
+def test_offline_work_says_what_its_figures_leave_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder(tmp_path, "llama-3.3-70b")
+    _, report, _ = run(capsys, path, "--gpu", "h100", "--class", "offline")
+    assert "left out: these count prefill and decode one after the other" in report
+    assert "cheaper by these figures, not chosen: --engine sglang --draft auto: 1,3" in report
+    _, report, _ = run(capsys, path, "--gpu", "h100", "--class", "online")
+    assert "left out" not in report
+    _, text, _ = run(capsys, path, "--gpu", "h100", "--class", "offline", "--json")
+    (plan,) = json.loads(text)["plans"]
+    assert plan["cheaper"][0]["flags"] == "--engine sglang --draft auto"
+    assert plan["yield"]["gpu_s_per_million_mixed"] < plan["yield"]["gpu_s_per_million"]
+
+
 def test_json_is_versioned_and_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder(tmp_path, "gpt-oss-120b")
     args = ("--gpu", "h100,a100,h100", "--class", "offline", "--price", "h100=2.5", "--json")

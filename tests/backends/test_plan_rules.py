@@ -250,7 +250,46 @@ def test_offline_mixes_chunks_with_a_large_budget() -> None:
     assert {"--async-scheduling", "--enable-chunked-prefill"} <= set(plan.args)
     assert after(plan, "--max-num-batched-tokens") == "16384"
     assert plan.replica.draft is None
-    assert "saturated" in why(plan, "speculation")
+    assert "leaves idle" in why(plan, "speculation")
+
+
+def test_offline_names_what_is_cheaper_by_its_own_figures() -> None:
+    plan = planned("llama-3.3-70b", "h100", "offline")
+    assert [other.flags for other in plan.cheaper] == [
+        "--engine sglang --draft auto",
+        "--draft auto",
+        "--engine sglang",
+    ]
+    for other in plan.cheaper:
+        flags = dict(zip(*[iter(other.flags.split())] * 2, strict=True))
+        asked = {name.removeprefix("--"): value for name, value in flags.items()}
+        cost = planned("llama-3.3-70b", "h100", "offline", **asked).cost
+        assert cost.gpu_s_per_million == other.gpu_s_per_million < plan.cost.gpu_s_per_million
+    # With prefill wholly mixed in, arithmetic bounds this one, and no draft shortens that.
+    drafting = next(other for other in plan.cheaper if other.flags == "--draft auto")
+    assert drafting.mixed_gpu_s_per_million == pytest.approx(
+        plan.cost.mixed_gpu_s_per_million, rel=0.01
+    )
+    assert plan.cost.mixed_gpu_s_per_million < plan.cost.gpu_s_per_million
+    settled = planned("llama-3.3-70b", "h100", "offline", engine="sglang", draft="auto")
+    assert settled.cheaper == ()
+    assert planned("llama-3.3-70b", "h100").cheaper == ()  # its targets decide online
+
+
+def test_offline_takes_a_draft_that_is_asked_for_and_weighs_it() -> None:
+    plan = planned("qwen3-8b", "h100", "offline", draft="/drafts/mine", accept_length=2.0)
+    assert plan.replica.draft is not None
+    assert "/drafts/mine" in str(after(plan, "--speculative-config"))
+    assert not plan.snapshot
+    said = why(plan, "speculation")
+    assert "off the GPU-seconds of a token" in said
+    plain = planned("qwen3-8b", "h100", "offline")
+    share = 1 - plan.cost.gpu_s_per_million / plain.cost.gpu_s_per_million
+    assert f"; {share:.0%} off" in said
+    bad = planned("qwen3-8b", "h100", "offline", draft="/drafts/bad", accept_length=1.0)
+    assert bad.replica.draft is None
+    assert "/drafts/bad adds" in why(bad, "speculation")
+    assert "asked for" in why(planned("qwen3-8b", "h100", "offline", draft="none"), "speculation")
 
 
 def test_offline_keeps_compressed_attention_whole() -> None:
