@@ -16,7 +16,7 @@ import msgspec
 
 from backends.planning import floors, launch, parallel, rules, saturation
 from backends.planning.drafts import CHAIN_TOKENS
-from backends.planning.failure import PlanError
+from backends.planning.failure import PlanError, RequestError
 from backends.planning.floors import Draft, Replica
 from backends.planning.formats import NVFP4, Format, w4a16
 from backends.planning.goal import Decision, Goal
@@ -93,10 +93,24 @@ def make_plan(goal: Goal, shape: ModelShape, gpu: Gpu) -> Plan:
     Offline work has no target but its cost, so there the plan also names what costs less by the
     same figures, and was not chosen for what they leave out.
     """
+    _check_length(goal, shape)
     plan = _make_plan(goal, shape, gpu)
     if goal.work != "offline":
         return plan
     return msgspec.structs.replace(plan, cheaper=_cheaper(plan))
+
+
+def _check_length(goal: Goal, shape: ModelShape) -> None:
+    """Refuse sequences that the model was not made for. Raises `RequestError`."""
+    wanted = max(goal.context_tokens, goal.sequence_tokens)
+    if wanted <= shape.context_tokens_max:
+        return
+    flag = "--context" if goal.context_tokens >= wanted else "--prompt-tokens or --answer-tokens"
+    raise RequestError(
+        f"the model takes {shape.context_tokens_max:,} tokens (max_position_embeddings of its "
+        f"config.json; 32,768 if that has none), {wanted:,} are asked for; lower {flag}, or change "
+        "the file together with the rope scaling that allows more"
+    )
 
 
 def _cheaper(plan: Plan) -> tuple[Cheaper, ...]:
@@ -203,6 +217,8 @@ def _choose_replicas(goal: Goal, replica: Replica) -> tuple[int, Decision]:
     count = goal.gpus_per_node // replica.gpus
     idle = goal.gpus_per_node - count * replica.gpus
     why = f"{goal.gpus_per_node} GPUs in a node" + (f", {idle} stay idle" if idle else "")
+    if goal.gpus_per_node > parallel.GPUS_MAX:
+        why += f"; a replica has at most {parallel.GPUS_MAX}, those of one board"
     return count, Decision("replicas per node", str(count), why)
 
 

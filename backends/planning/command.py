@@ -18,6 +18,7 @@ import yaml
 from backends.failure import StartError
 from backends.plan import Plan
 from backends.planning.compare import compare
+from backends.planning.drafts import CHAIN_TOKENS, check_length
 from backends.planning.failure import PlanError, RequestError
 from backends.planning.goal import DEFAULT_TARGETS, Goal
 from backends.planning.hardware import GPUS, Gpu, gpu_named
@@ -60,6 +61,7 @@ def run_plan(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
     try:
         gpus = gpus_of(options.gpu)
         goal = goal_of(options)
+        check_draft(options.draft)
         shape = load_shape(options.model, environ)
         comparison = compare(goal, shape, gpus)
     except RequestError as error:
@@ -90,8 +92,8 @@ def goal_of(options: argparse.Namespace) -> Goal:
             f"--context {options.context} is shorter than a request of "
             f"{options.prompt_tokens} + {options.answer_tokens} tokens; lower --prompt-tokens"
         )
-    if options.accept_length is not None and options.accept_length < 1:
-        raise RequestError("--accept-length: a step yields at least 1 token")
+    if options.accept_length is not None:
+        check_length(options.accept_length, CHAIN_TOKENS)
     return Goal(
         model=options.model,
         work=options.work,
@@ -109,6 +111,21 @@ def goal_of(options: argparse.Namespace) -> Goal:
         kv_fp8=options.kv_dtype == "fp8",
         prices_per_hour=_prices(options.prices, options.price),
     )
+
+
+def check_draft(draft: str) -> None:
+    """Refuse what is neither a folder of a model nor could be a hub id. Raises `RequestError`."""
+    if draft in ("", "none", "auto"):
+        return
+    folder = Path(draft).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise RequestError(f"--draft {draft}: the folder has no config.json")
+    elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", draft):
+        raise RequestError(
+            f"--draft {draft}: there is no such folder, and it is no hub id (OWNER/NAME); "
+            "auto takes one that is known, none leaves it away"
+        )
 
 
 def pool_of(plan: Plan, name: str | None) -> Pool:

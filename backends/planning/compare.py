@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import msgspec
 
 from backends.plan import Plan, make_plan
-from backends.planning.failure import PlanError
+from backends.planning.failure import PlanError, RequestError
 from backends.planning.goal import Goal
 from backends.planning.hardware import Gpu
 from backends.planning.shape import ModelShape
@@ -38,6 +38,8 @@ def compare(goal: Goal, shape: ModelShape, gpus: Sequence[Gpu]) -> Comparison:
     for gpu in gpus:
         try:
             plans.append(make_plan(goal, shape, gpu))
+        except RequestError:  # the same on every type
+            raise
         except PlanError as error:
             if len(gpus) == 1:
                 raise

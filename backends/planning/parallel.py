@@ -194,9 +194,12 @@ def _yield(found: Candidate) -> float:
 
 def no_fit(goal: Goal, base: Replica, found: Sequence[Candidate]) -> PlanError:
     """Return the error that says what is too large."""
-    node = f"{min(goal.gpus_per_node, GPUS_MAX)} x {base.gpu.name}"
+    most = ""
+    if goal.gpus_per_node > GPUS_MAX:
+        most = f" (a replica has at most {GPUS_MAX}, those of one board)"
+    node = f"{min(goal.gpus_per_node, GPUS_MAX)} x {base.gpu.name}{most}"
     best = found[-1]
-    where = f"{_count(best.replica.gpus)} of type {base.gpu.name}"
+    where = f"{_count(best.replica.gpus)} of type {base.gpu.name}{most}"
     if kv_room_per_gpu(best.replica) <= 0:
         return PlanError(f"the weights in {base.weights.name} do not fit {where}")
     if not loads(best.replica):

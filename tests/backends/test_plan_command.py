@@ -289,6 +289,10 @@ def test_modelopt_tells_its_format_in_a_file_of_its_own(
         (("--gpu", "h200", "--class", "online", "--prices", "/no/file"), 2, "cannot be read"),
         (("--gpu", "h200", "--class", "online", "--context", "100"), 2, "shorter than a request"),
         (("--gpu", "h200", "--class", "online", "--accept-length", "0.5"), 2, "at least 1"),
+        (("--gpu", "h200", "--class", "online", "--accept-length", "9"), 2, "at most 4"),
+        (("--gpu", "h200", "--class", "online", "--draft", "/nope"), 2, "no such folder"),
+        (("--gpu", "h200", "--class", "online", "--draft", "."), 2, "has no config.json"),
+        (("--gpu", "all", "--class", "online", "--context", "200000"), 2, "takes 131,072 tokens"),
         (("--gpu", "h200", "--class", "online", "--price", "h200=much"), 2, "no price per hour"),
         (("--gpu", "h200", "--class", "online", "--tpot-ms", "fast"), 2, "no number above 0"),
         (("--gpu", "h200", "--class", "online", "--tpot-ms", "0"), 2, "no number above 0"),
@@ -306,6 +310,18 @@ def test_a_mistake_is_one_line_and_a_status(
     got, out, error = run(capsys, folder(tmp_path, "llama-3.1-8b"), *args)
     assert (got, out) == (status, "")
     assert said in error.splitlines()[-1]
+
+
+def test_a_draft_may_be_a_folder_or_a_hub_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder(tmp_path, "llama-3.1-8b")
+    for draft in (folder(tmp_path, "qwen3-0.6b"), "owner/head-1.0"):
+        status, report, _ = run(
+            capsys, path, "--gpu", "h200", "--class", "online", "--draft", draft
+        )
+        assert status == 0
+        assert f"EAGLE-3 with {draft}" in report
 
 
 def test_prices_that_are_no_table_are_refused(

@@ -13,7 +13,7 @@ from backends.plan import Plan, make_plan
 from backends.planning import floors, parallel, rules
 from backends.planning.compare import compare
 from backends.planning.drafts import PUBLISHED, find_draft, published_draft
-from backends.planning.failure import PlanError
+from backends.planning.failure import PlanError, RequestError
 from backends.planning.formats import FP8, w4a16
 from backends.planning.goal import DEFAULT_TARGETS, Goal, WorkClass
 from backends.planning.hardware import GPUS
@@ -347,6 +347,22 @@ def test_the_user_has_the_last_word_on_drafts() -> None:
     assert "no draft is known" in why(unknown, "speculation")
 
 
+def test_no_step_yields_more_than_its_own_token_and_those_proposed() -> None:
+    most = planned("llama-3.1-8b", "h200", draft="/drafts/mine", accept_length=4.0)
+    assert most.replica.draft is not None
+    for model, length in (("llama-3.1-8b", 4.1), ("deepseek-v3", 2.1), ("llama-3.1-8b", 0.9)):
+        with pytest.raises(RequestError, match=r"at least 1 token and at most [24], its own"):
+            planned(model, "h200", accept_length=length)
+    with pytest.raises(RequestError, match="at most 4"):  # not as if it did not fit
+        compare(goal(accept_length=9.0), SHAPES["llama-3.1-8b"], tuple(GPUS.values()))
+
+
+def test_a_node_of_more_gpus_than_a_board_has_more_replicas() -> None:
+    plan = planned("qwen3-8b", "h100", gpus_per_node=16)
+    assert plan.replicas * plan.replica.gpus == 16
+    assert "a replica has at most 8" in why(plan, "replicas per node")
+
+
 def test_a_draft_that_does_not_pay_is_dropped() -> None:
     plan = planned("llama-3.1-8b", "h200", draft="/drafts/bad", accept_length=1.0)
     assert plan.replica.draft is None
@@ -468,7 +484,15 @@ def test_a_narrower_format_is_named_where_it_would_do() -> None:
         ("deepseek-v3", "h100", {}, "it would fit: 8 x h200"),
         ("llama-3.1-405b", "l40s", {}, "a checkpoint in w4a16"),
         ("llama-3.1-8b", "h100", {"concurrency": 9000}, "lower --concurrency or --context"),
-        ("llama-3.1-8b", "h100", {"context_tokens": 200_000}, "one of 200,000"),
+        ("llama-3.1-8b", "h100", {"context_tokens": 200_000}, "the model takes 131,072 tokens"),
+        ("llama-3.1-8b", "h100", {"prompt_tokens": 200_000}, "lower --prompt-tokens or --answer-"),
+        ("deepseek-v3", "h100", {"gpus_per_node": 16}, "a replica has at most 8, those of one"),
+        (
+            "llama-3.1-8b",
+            "h100",
+            {"concurrency": 9000, "gpus_per_node": 16},
+            "8 x h100 (a replica has at most 8",
+        ),
     ],
 )
 def test_what_fits_no_node_says_what_would(
@@ -543,6 +567,9 @@ def goals(draw: st.DrawFn) -> Goal:
 def planned_or_none(asked: Goal, shape: ModelShape, gpu: str) -> Plan | None:
     try:
         return make_plan(asked, shape, GPUS[gpu])
+    except RequestError:
+        assert asked.sequence_tokens > shape.context_tokens_max
+        return None
     except PlanError as error:
         if "; it would fit: " not in str(error):
             raise
