@@ -9,7 +9,8 @@ from typing import Any
 from backends.plan import Plan
 from backends.planning import floors
 from backends.planning.compare import Comparison
-from backends.planning.launch import Pool, snippet
+from backends.planning.floors import draft_bytes
+from backends.planning.launch import Pool, snippet, static_share
 from backends.planning.predictions import decode_outlook
 from backends.planning.shape import NO_CACHE, kv_bytes_per_token, step_bytes, weight_bytes
 
@@ -148,6 +149,15 @@ def _budget(plan: Plan) -> Iterator[str]:
     )
     unused = gpu.memory_bytes * (1 - replica.memory_share)
     yield f"  left alone         {unused / GB:7.1f} GB"
+    if replica.engine == "vllm":
+        yield f"  --gpu-memory-utilization {replica.memory_share:g}: all but what is left alone"
+        return
+    drafted = draft_bytes(replica) / replica.gpus
+    yield (
+        f"  --mem-fraction-static {static_share(replica):g}: weights and cache, "
+        f"{(floors.weights_per_gpu(replica) - drafted + room) / GB:.1f} GB"
+        + (f"; the draft's {drafted / GB:.1f} GB are beside it" if drafted else "")
+    )
 
 
 def _choices(plan: Plan) -> Iterator[str]:

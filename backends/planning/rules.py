@@ -226,21 +226,27 @@ def choose_step_tokens(goal: Goal, replica: Replica) -> tuple[int, Decision]:
 def choose_limits(goal: Goal, replica: Replica) -> tuple[int, int, Decision]:
     """Return the requests in flight to aim at and never to exceed, for one replica.
 
-    Where the target cannot be met at all, the batch that was asked for is aimed at. Twice the aim
-    is room for a burst while other replicas start, so no aim takes more than half of the cache.
+    The batch that was asked for is aimed at, met or not: the plan is judged at it. Beyond it, as
+    many as meet the target are; but twice the aim is room for a burst while other replicas start,
+    so no more than half of the cache.
     """
     rule = "requests in flight"
     fit = batch_max(replica, goal.sequence_tokens)
-    most = max(1, min(fit, BATCH_MAX[goal.work]))
+    most = max(1, min(fit, max(BATCH_MAX[goal.work], goal.concurrency)))
     if goal.token_target_s is None:
         why = f"{fit:,} requests of {goal.sequence_tokens:,} tokens fit the cache"
         return 0, most, Decision(rule, f"at most {most}", why)
     meeting = _largest_batch(goal, replica, goal.token_target_s, most)
-    aim = max(1, min(max(meeting, goal.concurrency), (most + 1) // 2))
+    aim = max(1, min(goal.concurrency, most), min(meeting, (most + 1) // 2))
     most = min(most, 2 * aim)
     why = f"at {aim} a token is expected to take "
     why += f"{token_time(replica, aim, goal.decode_context_tokens).expected_s * 1e3:.1f} ms; "
     why += f"up to {most} are taken while others start ({fit:,} fit the cache)"
+    if aim == goal.concurrency and most < 2 * aim:
+        why += f"; aimed at as asked for (--concurrency), which leaves room for {most - aim} more "
+        why += "in a burst instead of as many again"
+    if aim > goal.concurrency:
+        why += f"; {goal.concurrency} were asked for, and so many more meet the target"
     return aim, most, Decision(rule, f"{aim}, at most {most}", why)
 
 

@@ -84,6 +84,8 @@ def test_the_report_names_floors_budget_and_reasons(
         "times a token, at 2.9 tokens a step",
         "speed of light",
         "memory of a GPU: 150.8 GB",
+        "the draft's ",
+        "  --mem-fraction-static 0.",
         "GPUs per replica: ",
         "targets met: 5 ms a token at batch 8, 400 ms to the first",
         "a million take",

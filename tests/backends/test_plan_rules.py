@@ -418,6 +418,18 @@ def test_the_aim_leaves_room_for_a_burst_and_meets_the_target() -> None:
     assert seen.expected_s <= (plan.goal.token_target_s or 0)
 
 
+def test_the_aim_is_what_was_asked_for_or_more() -> None:
+    asked = planned("qwen3-8b", "h100", concurrency=180, token_target_s=0.050)
+    assert not asked.missed
+    assert asked.limits.aim == 180 < asked.limits.most < 360
+    assert f"room for {asked.limits.most - 180} more" in why(asked, "requests in flight")
+    many = planned("qwen3-8b", "b300", concurrency=300, token_target_s=0.050)
+    assert many.limits.aim == 300 <= many.limits.most
+    few = planned("qwen3-8b", "h100", concurrency=8, token_target_s=0.050)
+    assert few.limits.aim == (few.chosen.batch_max + 1) // 2
+    assert "8 were asked for" in why(few, "requests in flight")
+
+
 def test_the_context_is_cut_to_what_the_cache_holds() -> None:
     tight = planned("llama-3.3-70b-fp8", "h200", gpus_per_node=1, concurrency=1, draft="none")
     whole = planned("llama-3.3-70b-fp8", "h200", gpus_per_node=2, concurrency=1, draft="none")
@@ -436,7 +448,17 @@ def test_sglang_is_given_weights_and_cache_alone() -> None:
     assert share < plan.replica.memory_share
     kept = share * plan.gpu.memory_bytes + floors.reserve_per_gpu(plan.replica)
     assert kept <= plan.replica.memory_share * plan.gpu.memory_bytes
-    assert after(plan, "--mem-fraction-static") == f"{share:.2f}"
+    assert after(plan, "--mem-fraction-static") == f"{share:g}"
+
+
+@pytest.mark.parametrize("draft", ["none", "auto"])
+@pytest.mark.parametrize("gpu", ["l40s", "h100", "b300"])
+def test_sglang_is_given_what_the_budget_counts(draft: str, gpu: str) -> None:
+    replica = planned("qwen3-8b", gpu, draft=draft, concurrency=1).replica
+    beside = floors.draft_bytes(replica) / replica.gpus
+    counted = floors.weights_per_gpu(replica) - beside + floors.kv_room_per_gpu(replica)
+    given = static_share(replica) * replica.gpu.memory_bytes
+    assert 0 <= counted - given < 0.001 * replica.gpu.memory_bytes
 
 
 # what cannot be
@@ -588,7 +610,8 @@ def test_a_plan_stays_within_its_node_and_its_memory(asked: Goal, model: str, gp
     each = floors.sequence_bytes_per_gpu(replica, asked.sequence_tokens)
     held = floors.weights_per_gpu(replica) + floors.reserve_per_gpu(replica) + limits.most * each
     assert held <= replica.gpu.memory_bytes * replica.memory_share
-    assert 0 <= limits.aim <= limits.most
+    assert min(asked.concurrency, limits.most) <= limits.aim <= limits.most or not limits.aim
+    assert bool(limits.aim) == (asked.token_target_s is not None)
     assert asked.sequence_tokens <= limits.context_tokens <= shape.context_tokens_max
     assert bool(plan.missed) == (not parallel.meets(asked, plan.chosen))
     assert bool(plan.remedies) == bool(plan.missed)
