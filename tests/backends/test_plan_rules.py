@@ -546,6 +546,20 @@ def test_prices_rank_offline_and_their_lack_is_told() -> None:
     assert cost.price_per_million == pytest.approx(cost.gpu_s_per_million * 0.1 / 3600)
 
 
+def test_types_without_a_price_come_after_those_with_one() -> None:
+    prices = {"h100": 2.0, "l40s": 90.0}
+    found = compare(
+        goal("offline", prices_per_hour=prices), SHAPES["qwen3-8b"], tuple(GPUS.values())
+    )
+    names = [plan.gpu.name for plan in found.plans]
+    assert names[:2] == ["h100", "l40s"]
+    seconds = [plan.cost.gpu_s_per_million for plan in found.plans[2:]]
+    assert seconds == sorted(seconds)
+    assert "no price for a100, h200, b200, gb200, b300: these come after" in found.rule
+    other = compare(goal("offline", prices_per_hour=prices), SHAPES["qwen3-8b"], (GPUS["a100"],))
+    assert "as if a second of each cost the same" in other.rule
+
+
 def test_semi_online_prefers_what_is_easy_to_get() -> None:
     found = compare(goal("semi-online"), SHAPES["llama-3.1-8b"], tuple(GPUS.values()))
     assert found.best.gpu.name == "h200"
