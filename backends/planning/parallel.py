@@ -192,6 +192,20 @@ def _yield(found: Candidate) -> float:
     return found.tokens_per_s / found.replica.gpus
 
 
+def why_not(goal: Goal, found: Candidate) -> str:
+    """Return why a candidate does not fit; empty if it does."""
+    wanted = goal.context_tokens or goal.sequence_tokens
+    if found.fits:
+        return ""
+    if kv_room_per_gpu(found.replica) <= 0:
+        return "the weights do not fit"
+    if not loads(found.replica):
+        return "does not fit while it loads in 16 bits"
+    if found.batch_max < goal.concurrency:
+        return f"holds {found.batch_max:,} of {goal.concurrency:,} requests"
+    return f"holds no sequence of {wanted:,} tokens"
+
+
 def no_fit(goal: Goal, base: Replica, found: Sequence[Candidate]) -> PlanError:
     """Return the error that says what is too large."""
     most = ""

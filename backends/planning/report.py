@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from backends.plan import Plan
-from backends.planning import floors
+from backends.planning import floors, parallel
 from backends.planning.compare import Comparison
 from backends.planning.floors import draft_bytes
 from backends.planning.launch import Pool, snippet, static_share
@@ -123,7 +123,7 @@ def _table(plan: Plan) -> Iterator[str]:
             f"{many.floor_s * 1e3:15.2f} ms {many.expected_s * 1e3:6.2f} ms "
             f"{floors.prefill(found.replica, goal.prompt_tokens)[0] * 1e3:10.0f} ms "
             f"{found.first_token_s * 1e3:13.0f} ms {found.batch_max:9,d} {found.context_max:16,d}"
-            + ("" if found.fits else "  does not fit")
+            + (f"  {why}" if (why := parallel.why_not(goal, found)) else "")
         )
     yield (
         "  floor: the speed of light, bytes over peak bandwidth or arithmetic over its peak; "
@@ -297,6 +297,7 @@ def _considered(plan: Plan) -> Sequence[dict[str, Any]]:
                 "batch_max": settled.batch_max,
                 "context_tokens_max": settled.context_max,
                 "fits": settled.fits,
+                "why_not": parallel.why_not(goal, settled),
             }
         )
     return values

@@ -86,7 +86,7 @@ def choose_format(
             f"{size} would bear four bits, but they would be widened here: only worth it "
             "where memory or latency demands"
             if large
-            else f"{size} are not above some 70 B, so four bits would cost quality"
+            else f"up to some 70 B four bits would cost quality, and it has {size}"
         )
         return Precision(FP8, "at load"), Decision("format", "fp8, at load", why)
     if large:
@@ -94,7 +94,8 @@ def choose_format(
         why += "widened as they are read (AWQ or GPTQ)"
         needed = Precision(w4a16("w4a16", 128), "needs its checkpoint")
         return needed, Decision("format", "w4a16, needs its checkpoint", why)
-    why = f"{gpu.generation} has no FP8 but multiplies INT8; {size} are not above some 70 B"
+    why = f"{gpu.generation} has no FP8 but multiplies INT8; up to some 70 B four bits would "
+    why += f"cost quality, and it has {size}"
     needed = Precision(INT8, "needs its checkpoint")
     return needed, Decision("format", "int8, needs its checkpoint", why)
 
@@ -149,8 +150,8 @@ def choose_draft(goal: Goal, shape: ModelShape) -> tuple[Draft | None, Decision]
         why += "" if goal.draft == "none" else "give one with --draft"
         return None, Decision(rule, "off", why)
     named = f"EAGLE-3 with {draft.name}" if draft.name else "the model's own drafting layers (MTP)"
-    count = f"{draft.tokens} proposed token{'s' * (draft.tokens > 1)}"
-    why = f"reading bounds decode, so {count} are checked with the next at little cost; "
+    count = "1 proposed token is" if draft.tokens == 1 else f"{draft.tokens} proposed tokens are"
+    why = f"reading bounds decode, so {count} checked with the next at little cost; "
     why += f"{draft.accept_length:g} tokens a step are expected ({draft.source})"
     return draft, Decision(rule, named, why)
 

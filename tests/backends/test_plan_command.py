@@ -287,7 +287,12 @@ def test_modelopt_tells_its_format_in_a_file_of_its_own(
         (("--gpu", "h200", "--class", "fast"), 2, "invalid choice"),
         (("--gpu", "h200", "--class", "online", "--price", "h200"), 2, "TYPE=PER_HOUR"),
         (("--gpu", "h200", "--class", "online", "--price", "h200=-1"), 2, "no price per hour"),
-        (("--gpu", "h200", "--class", "online", "--price", "x=1"), 2, "no such GPU type"),
+        (
+            ("--gpu", "h200", "--class", "online", "--price", "x=1"),
+            2,
+            "--price x: no such GPU type",
+        ),
+        (("--gpu", "h200", "--class", "online", "--price", "h10=1"), 2, "--price h10: no such"),
         (("--gpu", "h200", "--class", "online", "--prices", "/no/file"), 2, "cannot be read"),
         (("--gpu", "h200", "--class", "online", "--context", "100"), 2, "shorter than a request"),
         (("--gpu", "h200", "--class", "online", "--accept-length", "0.5"), 2, "at least 1"),
@@ -334,6 +339,45 @@ def test_prices_that_are_no_table_are_refused(
     prices.write_text("- 3\n")
     args = (path, "--gpu", "h200", "--class", "online", "--prices", str(prices))
     assert "one line a GPU type" in run(capsys, *args)[2]
+    prices.write_text("h10: 3\n")
+    assert f"--prices {prices}: h10: no such GPU type; did you mean h100?" in run(capsys, *args)[2]
+    prices.write_text("h200: dear\n")
+    assert f"--prices {prices}: h200: 'dear' is no price per hour" in run(capsys, *args)[2]
+
+
+def test_help_tells_the_classes_and_their_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text, _ = run(capsys, "--help")
+    assert status == 0
+    for part in (
+        "somebody waits for every token",
+        "5 ms a token with 8 requests at once (--concurrency), 400 ms to the first",
+        "50 ms a token with 32 requests at once (--concurrency), 5000 ms to the first",
+        "no targets; cost is what counts",
+        "such as `h200: 3.20`",
+    ):
+        assert part in text
+
+
+def test_rows_that_do_not_fit_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder(tmp_path, "llama-3.3-70b")
+
+    def rows(*args: str) -> list[str]:
+        report = run(capsys, path, "--gpu", "h100", *args)[1]
+        table = report.split("GPUs a replica:")[1].split("floor: the speed")[0].splitlines()[2:]
+        return [row.split("  ")[-1].strip() for row in table if row.strip()]
+
+    asked = ("--class", "online", "--engine", "vllm", "--concurrency")
+    assert rows(*asked, "200", "--draft", "none")[:2] == [
+        "holds 4 of 200 requests",
+        "holds 105 of 200 requests",
+    ]
+    assert rows(*asked, "1", "--context", "100000", "--draft", "none")[0] == (
+        "holds no sequence of 100,000 tokens"
+    )
+    assert rows("--class", "online", "--draft", "none")[0] == (
+        "does not fit while it loads in 16 bits"
+    )
+    assert "do not fit" not in rows("--class", "offline")[0]
 
 
 @pytest.mark.parametrize(

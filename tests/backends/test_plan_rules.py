@@ -105,6 +105,7 @@ def test_the_format_follows_the_gpu_and_the_active_size(
     precision, said = rules.choose_format(SHAPES[model], GPUS[gpu])
     assert (precision.weights.name, precision.shipping) == (name, shipping)
     assert said.rule == "format"
+    assert "are not above" not in said.why
     assert said.why
 
 
@@ -372,6 +373,7 @@ def test_a_draft_that_does_not_pay_is_dropped() -> None:
 def test_a_model_that_drafts_itself_does() -> None:
     plan = planned("deepseek-v3", "h200")
     assert after(plan, "--speculative-algorithm") == "NEXTN"
+    assert "1 proposed token is checked" in why(plan, "speculation")
     assert "--speculative-draft-model-path" not in plan.args
     theirs = planned("deepseek-v3", "h200", engine="vllm")
     assert after(theirs, "--speculative-config") == '{"method":"mtp","num_speculative_tokens":1}'
