@@ -122,6 +122,10 @@ def goal_of(options: argparse.Namespace) -> Goal:
         )
     if options.accept_length is not None:
         check_length(options.accept_length, CHAIN_TOKENS)
+        if options.draft == "none" or (options.work != "online" and not options.draft):
+            raise RequestError(
+                "--accept-length counts only with a draft; add --draft auto or MODEL"
+            )
     return Goal(
         model=options.model,
         work=options.work,

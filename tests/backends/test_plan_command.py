@@ -297,6 +297,7 @@ def test_modelopt_tells_its_format_in_a_file_of_its_own(
         (("--gpu", "h200", "--class", "online", "--context", "100"), 2, "shorter than a request"),
         (("--gpu", "h200", "--class", "online", "--accept-length", "0.5"), 2, "at least 1"),
         (("--gpu", "h200", "--class", "online", "--accept-length", "9"), 2, "at most 4"),
+        (("--gpu", "h200", "--class", "offline", "--accept-length", "2"), 2, "add --draft auto"),
         (("--gpu", "h200", "--class", "online", "--draft", "/nope"), 2, "no such folder"),
         (("--gpu", "h200", "--class", "online", "--draft", "."), 2, "has no config.json"),
         (("--gpu", "all", "--class", "online", "--context", "200000"), 2, "takes 131,072 tokens"),

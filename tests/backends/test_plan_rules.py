@@ -364,6 +364,19 @@ def test_a_node_of_more_gpus_than_a_board_has_more_replicas() -> None:
     assert "a replica has at most 8" in why(plan, "replicas per node")
 
 
+@pytest.mark.parametrize("work", ["online", "semi-online", "offline"])
+def test_the_known_draft_can_be_asked_for_in_every_class(work: WorkClass) -> None:
+    known = planned("llama-3.1-8b", "h200", work, draft="auto", concurrency=1).replica.draft
+    assert known is not None
+    assert known.name == "RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3"
+    own = planned("deepseek-v3", "h200", work, draft="auto", concurrency=1).replica.draft
+    assert own is not None
+    assert (own.name, own.tokens) == ("", 1)
+    none = planned("llama-3.1-405b", "b200", work, draft="auto", concurrency=1)
+    assert none.replica.draft is None
+    assert "no draft is known" in why(none, "speculation")
+
+
 def test_a_draft_that_does_not_pay_is_dropped() -> None:
     plan = planned("llama-3.1-8b", "h200", draft="/drafts/bad", accept_length=1.0)
     assert plan.replica.draft is None
