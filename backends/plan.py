@@ -8,14 +8,15 @@ meet it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from backends.planning import floors, launch, parallel, rules
+from backends.planning import floors, launch, parallel, rules, saturation
 from backends.planning.drafts import CHAIN_TOKENS
-from backends.planning.failure import PlanError
+from backends.planning.failure import PlanError, RequestError
 from backends.planning.floors import Draft, Replica
 from backends.planning.formats import NVFP4, Format, w4a16
 from backends.planning.goal import Decision, Goal
@@ -32,7 +33,19 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
 
     tokens_per_s: float  # of answers, their prompts computed too
     gpu_s_per_million: float  # GPU-seconds for a million tokens of answers
+    mixed_gpu_s_per_million: float  # at best, with prefill wholly mixed into decode steps
     price_per_million: float | None  # None without a price
+
+
+class Cheaper(msgspec.Struct, frozen=True):
+    """What was not chosen, though by the planner's own figures it takes fewer GPU-seconds."""
+
+    flags: str  # that would choose it
+    gpu_s_per_million: float
+    mixed_gpu_s_per_million: float  # at best, with prefill wholly mixed into decode steps
+
+    def saves_on(self, plan: Plan) -> bool:
+        return self.gpu_s_per_million < plan.cost.gpu_s_per_million
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +65,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     decisions: tuple[Decision, ...]
     missed: tuple[str, ...]
     remedies: tuple[str, ...]
+    cheaper: tuple[Cheaper, ...] = ()
 
     @property
     def replica(self) -> Replica:
@@ -62,7 +76,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         """Return the batch that the plan is judged at: as asked for, offline the saturating one."""
         if self.goal.work != "offline":
             return self.goal.concurrency
-        return max(1, parallel.saturating_batch(self.goal, self.replica))
+        return max(1, saturation.saturating_batch(self.goal, self.replica))
 
     @property
     def note(self) -> str:
@@ -74,7 +88,56 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_plan(goal: Goal, shape: ModelShape, gpu: Gpu) -> Plan:
-    """Return the plan for `goal`. Raises `PlanError` where nothing fits, naming what would."""
+    """Return the plan for `goal`. Raises `PlanError` where nothing fits, naming what would.
+
+    Offline work has no target but its cost, so there the plan also names what costs less by the
+    same figures, and was not chosen for what they leave out.
+    """
+    _check_length(goal, shape)
+    plan = _make_plan(goal, shape, gpu)
+    if goal.work != "offline":
+        return plan
+    return msgspec.structs.replace(plan, cheaper=_cheaper(plan))
+
+
+def _check_length(goal: Goal, shape: ModelShape) -> None:
+    """Refuse sequences that the model was not made for. Raises `RequestError`."""
+    wanted = max(goal.context_tokens, goal.sequence_tokens)
+    if wanted <= shape.context_tokens_max:
+        return
+    flag = "--context" if goal.context_tokens >= wanted else "--prompt-tokens or --answer-tokens"
+    raise RequestError(
+        f"the model takes {shape.context_tokens_max:,} tokens (max_position_embeddings of its "
+        f"config.json; 32,768 if that has none), {wanted:,} are asked for; lower {flag}, or change "
+        "the file together with the rope scaling that allows more"
+    )
+
+
+def _cheaper(plan: Plan) -> tuple[Cheaper, ...]:
+    """Return what was left to the class and would take less, cheapest first."""
+    found = [other for other in _others(plan) if other.saves_on(plan)]
+    return tuple(sorted(found, key=lambda other: other.gpu_s_per_million))
+
+
+def _others(plan: Plan) -> Iterator[Cheaper]:
+    """Yield each engine with each draft, of those that the user left open."""
+    goal = plan.goal
+    engines = (None, "sglang") if goal.engine is None else (goal.engine,)
+    drafts = (goal.draft,) if goal.draft else ("", "auto")
+    for engine, draft in itertools.product(engines, drafts):
+        asked = msgspec.structs.replace(goal, engine=engine, draft=draft)
+        flags = [f"--engine {engine}"] if engine != goal.engine else []
+        flags += [f"--draft {draft}"] if draft != goal.draft else []
+        try:
+            cost = _make_plan(asked, plan.shape, plan.gpu).cost
+        except PlanError:  # what does not fit is no choice
+            continue
+        if flags:
+            yield Cheaper(" ".join(flags), cost.gpu_s_per_million, cost.mixed_gpu_s_per_million)
+
+
+def _make_plan(goal: Goal, shape: ModelShape, gpu: Gpu) -> Plan:
+    """Return the plan, with nothing beside it."""
     precision, about_format = rules.choose_format(shape, gpu, as_shipped=goal.as_shipped)
     draft, about_draft = rules.choose_draft(goal, shape)
     base = _base(goal, shape, gpu, precision, draft)
@@ -154,18 +217,22 @@ def _choose_replicas(goal: Goal, replica: Replica) -> tuple[int, Decision]:
     count = goal.gpus_per_node // replica.gpus
     idle = goal.gpus_per_node - count * replica.gpus
     why = f"{goal.gpus_per_node} GPUs in a node" + (f", {idle} stay idle" if idle else "")
+    if goal.gpus_per_node > parallel.GPUS_MAX:
+        why += f"; a replica has at most {parallel.GPUS_MAX}, those of one board"
     return count, Decision("replicas per node", str(count), why)
 
 
 def _cost(goal: Goal, replica: Replica, most: int) -> Cost:
     """Return what a full replica yields: at a saturating batch offline, else at its limit."""
-    batch = parallel.saturating_batch(goal, replica) if goal.work == "offline" else most
-    rate = parallel.throughput(goal, replica, max(1, batch))
+    batch = saturation.saturating_batch(goal, replica) if goal.work == "offline" else most
+    rate = saturation.throughput(goal, replica, max(1, batch))
+    mixed = saturation.throughput(goal, replica, max(1, batch), mixed=True)
     gpu_s = 1e6 * replica.gpus / rate
     price = goal.prices_per_hour.get(replica.gpu.name)
     return Cost(
         tokens_per_s=rate,
         gpu_s_per_million=gpu_s,
+        mixed_gpu_s_per_million=1e6 * replica.gpus / mixed,
         price_per_million=None if price is None else gpu_s * price / 3600,
     )
 

@@ -18,41 +18,70 @@ import yaml
 from backends.failure import StartError
 from backends.plan import Plan
 from backends.planning.compare import compare
+from backends.planning.drafts import CHAIN_TOKENS, check_length
 from backends.planning.failure import PlanError, RequestError
-from backends.planning.goal import DEFAULT_TARGETS, Goal
+from backends.planning.goal import DEFAULT_TARGETS, Goal, WorkClass
 from backends.planning.hardware import GPUS, Gpu, gpu_named
 from backends.planning.launch import Pool
+from backends.planning.parallel import GPUS_MAX
 from backends.planning.reading import read_shape
 from backends.planning.report import json_report, text_report
 from backends.planning.shape import ModelShape
 from proxy.config import ConfigError
 
-WORK_CLASSES = ("online", "offline", "semi-online")
+WORK_CLASSES: tuple[WorkClass, ...] = ("online", "semi-online", "offline")
+_MEANING: dict[WorkClass, str] = {
+    "online": "somebody waits for every token: SGLang, GPUs until the targets are met",
+    "semi-online": "bursts that must begin soon: what starts fast, on GPUs that are easy to get",
+    "offline": "nobody waits: vLLM, the fewest GPUs that hold a full batch, the rest as replicas",
+}
+_NODE_HELP = f"(default: %(default)s); a replica has at most {GPUS_MAX} of them"
+_DRAFT_HELP = "EAGLE-3 head, a folder or hub id; auto: one that is known; none: no speculation"
 INDEX_BYTES_MAX = 64 * 1024 * 1024  # of one of these files; the largest indices known have some MB
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add what `doherty plan` takes."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = "Plan a launch: GPUs of a replica, format, limits, and why; no network."
+    parser.epilog = _explained()
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder with a config.json, or a hub id in the local cache")
     add("--gpu", required=True, metavar="TYPE", help=f"{', '.join(GPUS)}; several by commas; all")
-    add("--class", dest="work", required=True, choices=WORK_CLASSES, help="class of the work")
-    add("--gpus-per-node", type=_count, default=8, metavar="N", help="(default: %(default)s)")
+    add("--class", dest="work", required=True, choices=WORK_CLASSES, help="of the work: see below")
+    add("--gpus-per-node", type=_count, default=8, metavar="N", help=_NODE_HELP)
     add("--prompt-tokens", type=_count, default=2048, metavar="N", help="of a request (2048)")
     add("--answer-tokens", type=_count, default=256, metavar="N", help="of a request (256)")
     add("--context", type=_count, default=0, metavar="N", help="longest sequence to serve")
-    add("--concurrency", type=_count, metavar="N", help="requests on a replica to plan for")
+    add("--concurrency", type=_count, metavar="N", help="requests at once on each replica")
     add("--tpot-ms", type=_positive, metavar="MS", help="time per token to meet")
     add("--ttft-ms", type=_positive, metavar="MS", help="time to first token to meet")
     add("--engine", choices=("vllm", "sglang"), help="instead of the class's")
-    add("--draft", default="", metavar="MODEL", help="EAGLE-3 head; none: no speculation")
+    add("--draft", default="", metavar="MODEL", help=_DRAFT_HELP)
     add("--accept-length", type=_positive, metavar="L", help="tokens a step yields with it")
     add("--format", choices=("auto", "shipped"), default="auto", help="of the weights")
     add("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of the KV cache")
     add("--price", action="append", default=[], metavar="TYPE=PER_HOUR", help="of one GPU")
-    add("--prices", metavar="FILE", help="YAML: a price per hour for each GPU type")
+    add("--prices", metavar="FILE", help="YAML, a line for each GPU type, such as `h200: 3.20`")
     add("--name", metavar="NAME", help="that clients will ask for (default: the model's)")
     add("--json", action="store_true", help="print values instead of a report")
+
+
+def _explained() -> str:
+    """Return what the classes are, with their targets where the command line is silent."""
+    lines = ["classes of work, and the targets that hold without --tpot-ms and --ttft-ms:"]
+    for work in WORK_CLASSES:
+        targets = DEFAULT_TARGETS[work]
+        if targets.token_s is None or targets.first_token_s is None:
+            said = "no targets; cost is what counts"
+        else:
+            said = (
+                f"{targets.token_s * 1e3:g} ms a token with {targets.concurrency} requests at once "
+                f"(--concurrency), {targets.first_token_s * 1e3:g} ms to the first"
+            )
+        lines += [f"  {work:12s} {_MEANING[work]}", f"  {'':12s} {said}"]
+    lines += ["", "prices are per hour of one GPU, in any currency; --price overrides --prices."]
+    return "\n".join(lines)
 
 
 def run_plan(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
@@ -60,8 +89,8 @@ def run_plan(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
     try:
         gpus = gpus_of(options.gpu)
         goal = goal_of(options)
+        check_draft(options.draft)
         shape = load_shape(goal.model, environ)
-        _check_lengths(goal, shape)
         comparison = compare(goal, shape, gpus)
     except RequestError as error:
         raise ConfigError(f"doherty plan: {error}") from error
@@ -91,8 +120,12 @@ def goal_of(options: argparse.Namespace) -> Goal:
             f"--context {options.context} is shorter than a request of "
             f"{options.prompt_tokens} + {options.answer_tokens} tokens; lower --prompt-tokens"
         )
-    if options.accept_length is not None and options.accept_length < 1:
-        raise RequestError("--accept-length: a step yields at least 1 token")
+    if options.accept_length is not None:
+        check_length(options.accept_length, CHAIN_TOKENS)
+        if options.draft == "none" or (options.work != "online" and not options.draft):
+            raise RequestError(
+                "--accept-length counts only with a draft; add --draft auto or MODEL"
+            )
     return Goal(
         model=_model_of(options.model),
         work=options.work,
@@ -121,16 +154,19 @@ def _model_of(given: str) -> str:
     return str(path.expanduser()) if given.startswith("~") else given
 
 
-def _check_lengths(goal: Goal, shape: ModelShape) -> None:
-    """Raise `RequestError` for lengths that the model has on no GPU."""
-    most = shape.context_tokens_max
-    if goal.sequence_tokens > most:
+def check_draft(draft: str) -> None:
+    """Refuse what is neither a folder of a model nor could be a hub id. Raises `RequestError`."""
+    if draft in ("", "none", "auto"):
+        return
+    folder = Path(draft).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise RequestError(f"--draft {draft}: the folder has no config.json")
+    elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", draft):
         raise RequestError(
-            f"a request of {goal.prompt_tokens:,} + {goal.answer_tokens:,} tokens is longer than "
-            f"the model's context of {most:,}; lower --prompt-tokens or --answer-tokens"
+            f"--draft {draft}: there is no such folder, and it is no hub id (OWNER/NAME); "
+            "auto takes one that is known, none leaves it away"
         )
-    if goal.context_tokens > most:
-        raise RequestError(f"--context {goal.context_tokens}: the model's context is {most:,}")
 
 
 def pool_of(plan: Plan, name: str | None) -> Pool:
@@ -221,21 +257,23 @@ def _stored_bytes(folder: Path) -> int:
 
 def _prices(path: str | None, given: Sequence[str]) -> dict[str, float]:
     """Return the price of each GPU type: the file's, and over them the command line's."""
-    values: dict[str, Any] = {}
+    found: dict[str, float] = {}
     if path is not None:
+        flag = f"--prices {path}:"
         try:
             read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RequestError(f"--prices {path}: cannot be read: {error}") from error
+            raise RequestError(f"{flag} cannot be read: {error}") from error
         if not isinstance(read, dict):
-            raise RequestError(f"--prices {path}: one line a GPU type, such as `h200: 3.20`")
-        values = {str(name): price for name, price in read.items()}
+            raise RequestError(f"{flag} one line a GPU type, such as `h200: 3.20`")
+        for name, value in read.items():
+            found[gpu_named(str(name), flag).name] = _price(f"{flag} {name}", value)
     for text in given:
         name, equals, price = text.partition("=")
         if not equals:
             raise RequestError(f"--price {text}: write TYPE=PER_HOUR, such as h200=3.20")
-        values[name] = price
-    return {gpu_named(name).name: _price(name, value) for name, value in values.items()}
+        found[gpu_named(name, "--price").name] = _price(f"--price {name}", price)
+    return found
 
 
 def _price(name: str, value: object) -> float:
@@ -244,7 +282,7 @@ def _price(name: str, value: object) -> float:
     except ValueError:
         price = -1.0
     if not 0 < price < 1e6:
-        raise RequestError(f"price of {name}: '{value}' is no price per hour")
+        raise RequestError(f"{name}: '{value}' is no price per hour")
     return price
 
 

@@ -3,7 +3,8 @@
 Offline the cheapest token wins, whatever GPU makes it; online the types that meet the targets, then
 the cheapest; semi-online likewise, but GPUs that are easy to get come before scarce ones, since a
 burst is served by what can be had within minutes. Without prices, GPU-seconds stand in for money,
-which flatters the newest types: the report says so.
+which flatters the newest types: the report says so. Where only some types have a price, they come
+before those that have none, since seconds and money do not compare.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from backends.plan import Plan, make_plan
-from backends.planning.failure import PlanError
+from backends.planning.failure import PlanError, RequestError
 from backends.planning.goal import Goal
 from backends.planning.hardware import Gpu
 from backends.planning.shape import ModelShape
@@ -38,36 +39,44 @@ def compare(goal: Goal, shape: ModelShape, gpus: Sequence[Gpu]) -> Comparison:
     for gpu in gpus:
         try:
             plans.append(make_plan(goal, shape, gpu))
+        except RequestError:  # the same on every type
+            raise
         except PlanError as error:
             if len(gpus) == 1:
                 raise
             refused.append((gpu.name, str(error).split("; it would fit")[0]))
     if not plans:
         raise PlanError(f"it fits none of them: {'; '.join(f'{n}: {why}' for n, why in refused)}")
-    priced = all(p.cost.price_per_million is not None for p in plans)
     return Comparison(
-        plans=tuple(sorted(plans, key=lambda plan: _rank(plan, priced=priced))),
+        plans=tuple(sorted(plans, key=_rank)),
         refused=tuple(refused),
-        rule=_rule(goal, priced=priced),
+        rule=_rule(goal, plans),
     )
 
 
-def _rank(plan: Plan, *, priced: bool) -> tuple[bool, bool, float, str]:
-    price = plan.cost.price_per_million if priced else None
+def _rank(plan: Plan) -> tuple[bool, bool, bool, float, str]:
+    """Return the place of a plan. One without a price cannot be held against one that has it."""
+    price = plan.cost.price_per_million
     cost = plan.cost.gpu_s_per_million if price is None else price
     scarce = plan.goal.work == "semi-online" and plan.gpu.scarce
-    return bool(plan.missed), scarce, cost, plan.gpu.name
+    return bool(plan.missed), scarce, price is None, cost, plan.gpu.name
 
 
-def _rule(goal: Goal, *, priced: bool) -> str:
+def _rule(goal: Goal, plans: Sequence[Plan]) -> str:
     first = {
         "online": "those that meet the targets first, then ",
         "semi-online": "those that meet the targets first, then those that are easy to get, then ",
         "offline": "",
     }[goal.work]
-    if priced:
+    unpriced = [plan.gpu.name for plan in plans if plan.cost.price_per_million is None]
+    if not unpriced:
         return first + "by price per million tokens"
+    if len(unpriced) < len(plans):
+        return first + (
+            f"by price per million tokens; no price for {', '.join(unpriced)}: these come after "
+            "those that have one, by GPU-seconds"
+        )
     return first + (
         "by GPU-seconds per million tokens, as if a second of each cost the same; set prices "
-        "with --price GPU=PER_HOUR or --prices FILE"
+        "with --price TYPE=PER_HOUR or --prices FILE"
     )

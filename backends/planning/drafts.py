@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
+from backends.planning.failure import RequestError
 from backends.planning.floors import Draft
 from backends.planning.shape import ModelShape
 
@@ -87,6 +88,15 @@ PUBLISHED = (
 )
 
 
+def check_length(accept_length: float, tokens: int) -> None:
+    """Refuse what no step can yield: its own token, and those proposed. Raises `RequestError`."""
+    if not 1 <= accept_length <= tokens + 1:
+        raise RequestError(
+            f"--accept-length {accept_length:g}: a step yields at least 1 token and at most "
+            f"{tokens + 1}, its own and the {tokens} proposed"
+        )
+
+
 def published_draft(shape: ModelShape) -> PublishedDraft | None:
     """Return the head that is known for a model of these sizes."""
     sizes = (shape.layers, shape.hidden, shape.vocabulary, shape.experts)
@@ -99,18 +109,24 @@ def find_draft(shape: ModelShape, model: str, given: str, accept_length: float) 
     known = published_draft(shape)
     if given == "none":
         return None
-    if given:
+    own = given in ("", "auto")
+    tokens = 1 if own and shape.drafting_layers else CHAIN_TOKENS
+    if accept_length and (not own or shape.drafting_layers or known):
+        check_length(accept_length, tokens)
+    if not own:
         length = accept_length or (known.accept_length if known else UNKNOWN_LENGTH)
         source = "given" if accept_length else "assumed for a chain of three"
-        return Draft(name=given, tokens=CHAIN_TOKENS, accept_length=length, source=source)
+        if known and given == known.draft and not accept_length:
+            source = known.source
+        return Draft(name=given, tokens=tokens, accept_length=length, source=source)
     if shape.drafting_layers:
         source = "DeepSeek-V3 technical report: the second token is accepted in 85 to 90 %"
         length = accept_length or 1.85
-        return Draft(name="", tokens=1, accept_length=length, source=source)
+        return Draft(name="", tokens=tokens, accept_length=length, source=source)
     if known is None:
         return None
     source = known.source
     if known.model not in model.lower():
         source += f"; the sizes are those of {known.model}: make sure that it is that model"
     length = accept_length or known.accept_length
-    return Draft(name=known.draft, tokens=CHAIN_TOKENS, accept_length=length, source=source)
+    return Draft(name=known.draft, tokens=tokens, accept_length=length, source=source)

@@ -30,7 +30,7 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True):
     token_target_s: float | None = None  # time per token
     first_token_target_s: float | None = None
     engine: EngineName | None = None
-    draft: str = ""  # "": one that is known; "none": no speculation
+    draft: str = ""  # "": as the class has it; "auto": one that is known; "none": no speculation
     accept_length: float = 0.0  # 0: as published for the draft
     kv_fp8: bool = False
     as_shipped: bool = False  # leave the weights in the checkpoint's format

@@ -136,14 +136,14 @@ _B300 = Gpu(
 GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in (_A100, _L40S, _H100, _H200, _B200, _GB200, _B300)}
 
 
-def gpu_named(name: str) -> Gpu:
-    """Return the GPU type of that name. Raises `RequestError` with the nearest."""
+def gpu_named(name: str, flag: str = "--gpu") -> Gpu:
+    """Return the GPU type of that name. Raises `RequestError` with `flag` and the nearest."""
     key = name.lower().removeprefix("nvidia-").removeprefix("nvidia ")
     if key in GPUS:
         return GPUS[key]
     near = difflib.get_close_matches(key, GPUS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(GPUS)}"
-    raise RequestError(f"--gpu {name}: no such GPU type; {hint}")
+    raise RequestError(f"{flag} {name}: no such GPU type; {hint}")
 
 
 # Seconds of one all-reduce of some kilobytes among 2, 4 and 8 GPUs; two stand in every layer.

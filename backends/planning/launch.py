@@ -84,7 +84,7 @@ def _sglang(replica: Replica, precision: Precision, limits: Limits) -> tuple[str
         *(("--attn-dp-size", str(groups)) if groups > 1 else ()),
         *_at_load(_SGLANG_AT_LOAD, precision),
         *(("--kv-cache-dtype", "fp8_e4m3") if replica.kv_value_bytes == 1 else ()),
-        *("--mem-fraction-static", f"{static_share(replica):.2f}"),
+        *("--mem-fraction-static", f"{static_share(replica):g}"),
         *("--context-length", str(limits.context_tokens)),
         *("--max-running-requests", str(limits.most)),
         *("--cuda-graph-max-bs-decode", str(-(-limits.most // groups))),  # of each group
@@ -100,7 +100,7 @@ def static_share(replica: Replica) -> float:
     """
     memory = replica.gpu.memory_bytes
     rest = reserve_per_gpu(replica) + draft_bytes(replica) / replica.gpus
-    return int(100 * (replica.memory_share - rest / memory)) / 100
+    return int(1000 * (replica.memory_share - rest / memory)) / 1000
 
 
 def _at_load(names: dict[str, str], precision: Precision) -> tuple[str, ...]:

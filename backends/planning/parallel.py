@@ -27,7 +27,8 @@ from backends.planning.floors import (
 from backends.planning.formats import Format
 from backends.planning.goal import Decision, Goal
 from backends.planning.hardware import Gpu
-from backends.planning.rules import BATCH_MAX, without_idle_draft
+from backends.planning.rules import without_idle_draft
+from backends.planning.saturation import BATCH_MAX, saturating_batch, throughput
 from backends.planning.shape import ModelShape
 
 GPUS_MAX = 8  # the NVLink domain of a board; larger ones are racks, which one launch does not span
@@ -122,26 +123,6 @@ def candidate(goal: Goal, replica: Replica) -> Candidate:
     )
 
 
-def throughput(goal: Goal, replica: Replica, batch: int) -> float:
-    """Return answer tokens a second of a replica that always has `batch` requests.
-
-    The time of a request is its prefill and its share of the decode steps, one after the other:
-    chunks of prefill that ride along in decode steps save some of the reading, so it is a little
-    more than this.
-    """
-    if batch < 1:
-        return 0.0
-    prompt_s = first_token_s(replica, goal.prompt_tokens)
-    step_s = token_time(replica, batch, goal.decode_context_tokens).expected_s
-    return batch * goal.answer_tokens / (batch * prompt_s + goal.answer_tokens * step_s)
-
-
-def saturating_batch(goal: Goal, replica: Replica) -> int:
-    """Return the batch that keeps the arithmetic busy, or as much of it as fits."""
-    wanted = min(crossover_batch(replica), BATCH_MAX[goal.work])
-    return min(wanted, batch_max(replica, goal.sequence_tokens))
-
-
 def meets(goal: Goal, found: Candidate) -> bool:
     token_s, first_s = goal.token_target_s, goal.first_token_target_s
     return (token_s is None or found.token_s <= token_s) and (
@@ -211,11 +192,28 @@ def _yield(found: Candidate) -> float:
     return found.tokens_per_s / found.replica.gpus
 
 
+def why_not(goal: Goal, found: Candidate) -> str:
+    """Return why a candidate does not fit; empty if it does."""
+    wanted = goal.context_tokens or goal.sequence_tokens
+    if found.fits:
+        return ""
+    if kv_room_per_gpu(found.replica) <= 0:
+        return "the weights do not fit"
+    if not loads(found.replica):
+        return "does not fit while it loads in 16 bits"
+    if found.batch_max < goal.concurrency:
+        return f"holds {found.batch_max:,} of {goal.concurrency:,} requests"
+    return f"holds no sequence of {wanted:,} tokens"
+
+
 def no_fit(goal: Goal, base: Replica, found: Sequence[Candidate]) -> PlanError:
     """Return the error that says what is too large."""
-    node = f"{min(goal.gpus_per_node, GPUS_MAX)} x {base.gpu.name}"
+    most = ""
+    if goal.gpus_per_node > GPUS_MAX:
+        most = f" (a replica has at most {GPUS_MAX}, those of one board)"
+    node = f"{min(goal.gpus_per_node, GPUS_MAX)} x {base.gpu.name}{most}"
     best = found[-1]
-    where = f"{_count(best.replica.gpus)} of type {base.gpu.name}"
+    where = f"{_count(best.replica.gpus)} of type {base.gpu.name}{most}"
     if kv_room_per_gpu(best.replica) <= 0:
         return PlanError(f"the weights in {base.weights.name} do not fit {where}")
     if not loads(best.replica):

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from backends.plan import Plan
-from backends.planning import floors
+from backends.planning import floors, parallel
 from backends.planning.compare import Comparison
-from backends.planning.launch import Pool, snippet
+from backends.planning.floors import draft_bytes
+from backends.planning.launch import Pool, snippet, static_share
 from backends.planning.predictions import decode_outlook
 from backends.planning.shape import NO_CACHE, kv_bytes_per_token, step_bytes, weight_bytes
 
@@ -128,7 +129,7 @@ def _table(plan: Plan) -> Iterator[str]:
             f"{many.floor_s * 1e3:15.2f} ms {many.expected_s * 1e3:6.2f} ms "
             f"{floors.prefill(found.replica, goal.prompt_tokens)[0] * 1e3:10.0f} ms "
             f"{found.first_token_s * 1e3:13.0f} ms {found.batch_max:9,d} {found.context_max:16,d}"
-            + ("" if found.fits else "  does not fit")
+            + (f"  {why}" if (why := parallel.why_not(goal, found)) else "")
         )
     yield (
         "  floor: the speed of light, bytes over peak bandwidth or arithmetic over its peak; "
@@ -154,6 +155,15 @@ def _budget(plan: Plan) -> Iterator[str]:
     )
     unused = gpu.memory_bytes * (1 - replica.memory_share)
     yield f"  left alone         {unused / GB:7.1f} GB"
+    if replica.engine == "vllm":
+        yield f"  --gpu-memory-utilization {replica.memory_share:g}: all but what is left alone"
+        return
+    drafted = draft_bytes(replica) / replica.gpus
+    yield (
+        f"  --mem-fraction-static {static_share(replica):g}: weights and cache, "
+        f"{(floors.weights_per_gpu(replica) - drafted + room) / GB:.1f} GB"
+        + (f"; the draft's {drafted / GB:.1f} GB are beside it" if drafted else "")
+    )
 
 
 def _choices(plan: Plan) -> Iterator[str]:
@@ -183,12 +193,34 @@ def _targets(plan: Plan) -> Iterator[str]:
         f"kept full, a replica is expected to yield {cost.tokens_per_s:,.0f} tokens of answers a "
         f"second: a million take {cost.gpu_s_per_million:,.0f} GPU-seconds{price}"
     )
+    yield from _left_out(plan)
     start_s = floors.start_s(plan.replica)
     yield (
         f"start, with warm caches and files in memory: {start_s:.0f} s; "
         + ("`vllm snapshot` applies" if plan.snapshot else "`vllm snapshot` does not apply")
         + " (one GPU, vLLM, no speculation)"
     )
+
+
+def _left_out(plan: Plan) -> Iterator[str]:
+    """Yield what the figures of offline work do not count, and what is cheaper by them."""
+    if plan.goal.work != "offline":
+        return
+    text = (
+        "  left out: these count prefill and decode one after the other; wholly mixed, at best, a "
+        f"million would take {plan.cost.mixed_gpu_s_per_million:,.0f}. How far an engine mixes "
+        "them is not measured here, nor how many tokens a draft yields in a full batch. Engines' "
+        "constants are of one model on one GPU type: differences of some per cent say little"
+    )
+    yield from textwrap.wrap(text, 110, subsequent_indent="  ")
+    for other in plan.cheaper:
+        yield (
+            f"  cheaper by these figures, not chosen: {other.flags}: "
+            f"{other.gpu_s_per_million:,.0f} GPU-seconds "
+            f"({other.mixed_gpu_s_per_million:,.0f} wholly mixed)"
+        )
+    if plan.cheaper:
+        yield "  measure yours before you choose one"
 
 
 def _plan_values(plan: Plan) -> dict[str, Any]:
@@ -235,8 +267,17 @@ def _plan_values(plan: Plan) -> dict[str, Any]:
         "yield": {
             "tokens_per_s": plan.cost.tokens_per_s,
             "gpu_s_per_million": plan.cost.gpu_s_per_million,
+            "gpu_s_per_million_mixed": plan.cost.mixed_gpu_s_per_million,
             "price_per_million": plan.cost.price_per_million,
         },
+        "cheaper": [
+            {
+                "flags": other.flags,
+                "gpu_s_per_million": other.gpu_s_per_million,
+                "gpu_s_per_million_mixed": other.mixed_gpu_s_per_million,
+            }
+            for other in plan.cheaper
+        ],
         "start_s": floors.start_s(replica),
         "snapshot": plan.snapshot,
         "args": list(plan.args),
@@ -263,6 +304,7 @@ def _considered(plan: Plan) -> Sequence[dict[str, Any]]:
                 "batch_max": settled.batch_max,
                 "context_tokens_max": settled.context_max,
                 "fits": settled.fits,
+                "why_not": parallel.why_not(goal, settled),
             }
         )
     return values

@@ -15,8 +15,9 @@ from backends.planning.calibration import CALIBRATION, EngineName
 from backends.planning.drafts import find_draft
 from backends.planning.floors import Draft, Replica, batch_max, prefill, token_time
 from backends.planning.formats import FP8, INT8, NVFP4, NVFP4_EXPERTS, Format, w4a16
-from backends.planning.goal import Decision, Goal, WorkClass
+from backends.planning.goal import Decision, Goal
 from backends.planning.hardware import Gpu
+from backends.planning.saturation import BATCH_MAX, drafting_yield, saturating_batch
 from backends.planning.shape import ModelShape
 
 # "Some 70 B": models named 70B or 72B (70.6 and 72.7 billion parameters) still count as of that
@@ -24,7 +25,6 @@ from backends.planning.shape import ModelShape
 FOUR_BIT_PARAMETERS_MIN = 75e9
 # What a draft must take off the time per token to be worth its memory and its risk.
 SPECULATION_GAIN_MIN = 0.05
-BATCH_MAX: dict[WorkClass, int] = {"online": 256, "semi-online": 512, "offline": 1024}
 OFFLINE_STEP_TOKENS = 16_384
 Shipping = Literal["as shipped", "at load", "needs its checkpoint"]
 
@@ -45,7 +45,8 @@ def choose_engine(goal: Goal, single_gpu: bool) -> tuple[EngineName, Decision]:
             why = "its host work per step is the least, and it runs EAGLE-3 best"
             return "sglang", Decision("engine", "sglang", why)
         case "offline":
-            why = "it mixes chunks of prefill into decode steps best, which is throughput"
+            why = "it mixes chunks of prefill into decode steps best, which the figures below, "
+            why += "prefill and decode one after the other, do not count"
             return "vllm", Decision("engine", "vllm", why)
         case "semi-online":
             ours, theirs = CALIBRATION["vllm"].warm_start_s, CALIBRATION["sglang"].warm_start_s
@@ -85,7 +86,7 @@ def choose_format(
             f"{size} would bear four bits, but they would be widened here: only worth it "
             "where memory or latency demands"
             if large
-            else f"{size} are not above some 70 B, so four bits would cost quality"
+            else f"up to some 70 B four bits would cost quality, and it has {size}"
         )
         return Precision(FP8, "at load"), Decision("format", "fp8, at load", why)
     if large:
@@ -93,7 +94,8 @@ def choose_format(
         why += "widened as they are read (AWQ or GPTQ)"
         needed = Precision(w4a16("w4a16", 128), "needs its checkpoint")
         return needed, Decision("format", "w4a16, needs its checkpoint", why)
-    why = f"{gpu.generation} has no FP8 but multiplies INT8; {size} are not above some 70 B"
+    why = f"{gpu.generation} has no FP8 but multiplies INT8; up to some 70 B four bits would "
+    why += f"cost quality, and it has {size}"
     needed = Precision(INT8, "needs its checkpoint")
     return needed, Decision("format", "int8, needs its checkpoint", why)
 
@@ -132,10 +134,12 @@ def choose_kv(goal: Goal, gpu: Gpu, fits_16bit: bool) -> tuple[float, Decision]:
 
 
 def choose_draft(goal: Goal, shape: ModelShape) -> tuple[Draft | None, Decision]:
-    """A draft where people wait for tokens and one is known."""
+    """A draft where people wait for tokens and one is known; elsewhere one that is asked for."""
     rule = "speculation"
-    if goal.work == "offline":
-        why = "a saturated batch has no idle arithmetic to check proposed tokens with"
+    if goal.work == "offline" and not goal.draft:
+        why = "mixed-in chunks of prefill use arithmetic that decode leaves idle, and what a draft "
+        why += "yields in a full batch is not published; what one would save by these figures "
+        why += "stands below (--draft auto takes it)"
         return None, Decision(rule, "off", why)
     if goal.work == "semi-online" and not goal.draft:
         why = "bursts make large batches, and a replica that speculates cannot be snapshotted"
@@ -146,14 +150,19 @@ def choose_draft(goal: Goal, shape: ModelShape) -> tuple[Draft | None, Decision]
         why += "" if goal.draft == "none" else "give one with --draft"
         return None, Decision(rule, "off", why)
     named = f"EAGLE-3 with {draft.name}" if draft.name else "the model's own drafting layers (MTP)"
-    count = f"{draft.tokens} proposed token{'s' * (draft.tokens > 1)}"
-    why = f"reading bounds decode, so {count} are checked with the next at little cost; "
+    count = "1 proposed token is" if draft.tokens == 1 else f"{draft.tokens} proposed tokens are"
+    why = f"reading bounds decode, so {count} checked with the next at little cost; "
     why += f"{draft.accept_length:g} tokens a step are expected ({draft.source})"
     return draft, Decision(rule, named, why)
 
 
 def drafting_gain(goal: Goal, replica: Replica) -> float:
-    """Return the share that the replica's draft takes off the time per token; negative: it adds."""
+    """Return the share that the replica's draft takes off a token's time; negative: it adds.
+
+    Offline nobody waits for a token, so that there it is the share of the GPUs' time.
+    """
+    if goal.work == "offline":
+        return drafting_yield(goal, replica)
     plain = msgspec.structs.replace(replica, draft=None)
     batch, context = goal.concurrency, goal.decode_context_tokens
     with_it = token_time(replica, batch, context).expected_s
@@ -171,13 +180,22 @@ def describe_draft(goal: Goal, replica: Replica, draft: Draft | None, said: Deci
     """Say what became of `draft` on the chosen replica."""
     if draft is None:
         return said
-    gain = drafting_gain(goal, msgspec.structs.replace(replica, draft=draft))
+    drafting = msgspec.structs.replace(replica, draft=draft)
+    gain = drafting_gain(goal, drafting)
+    of_what = f"a token's time at batch {goal.concurrency}"
+    if goal.work == "offline":
+        batch = saturating_batch(goal, drafting)
+        of_what = f"the GPU-seconds of a token at batch {batch}, prefill and decode one after the "
+        of_what += f"other ({_change(drafting_yield(goal, drafting, mixed=True))} were prefill "
+        of_what += "wholly mixed into decode steps)"
     if replica.draft is None:
         change = f"takes only {gain:.0%} off" if gain >= 0 else f"adds {-gain:.0%} to"
-        why = f"{said.choice} {change} a token's time at batch {goal.concurrency}; {said.why}"
-        return Decision(said.rule, "off", why)
-    why = f"{said.why}; {gain:.0%} off a token's time at batch {goal.concurrency}"
-    return Decision(said.rule, said.choice, why)
+        return Decision(said.rule, "off", f"{said.choice} {change} {of_what}; {said.why}")
+    return Decision(said.rule, said.choice, f"{said.why}; {gain:.0%} off {of_what}")
+
+
+def _change(gain: float) -> str:
+    return f"{gain:.0%} off" if gain >= 0 else f"{-gain:.0%} more"
 
 
 def choose_scheduling(goal: Goal, engine: EngineName) -> Decision:
@@ -209,21 +227,27 @@ def choose_step_tokens(goal: Goal, replica: Replica) -> tuple[int, Decision]:
 def choose_limits(goal: Goal, replica: Replica) -> tuple[int, int, Decision]:
     """Return the requests in flight to aim at and never to exceed, for one replica.
 
-    Where the target cannot be met at all, the batch that was asked for is aimed at. Twice the aim
-    is room for a burst while other replicas start, so no aim takes more than half of the cache.
+    The batch that was asked for is aimed at, met or not: the plan is judged at it. Beyond it, as
+    many as meet the target are; but twice the aim is room for a burst while other replicas start,
+    so no more than half of the cache.
     """
     rule = "requests in flight"
     fit = batch_max(replica, goal.sequence_tokens)
-    most = max(1, min(fit, BATCH_MAX[goal.work]))
+    most = max(1, min(fit, max(BATCH_MAX[goal.work], goal.concurrency)))
     if goal.token_target_s is None:
         why = f"{fit:,} requests of {goal.sequence_tokens:,} tokens fit the cache"
         return 0, most, Decision(rule, f"at most {most}", why)
     meeting = _largest_batch(goal, replica, goal.token_target_s, most)
-    aim = max(1, min(max(meeting, goal.concurrency), (most + 1) // 2))
+    aim = max(1, min(goal.concurrency, most), min(meeting, (most + 1) // 2))
     most = min(most, 2 * aim)
     why = f"at {aim} a token is expected to take "
     why += f"{token_time(replica, aim, goal.decode_context_tokens).expected_s * 1e3:.1f} ms; "
     why += f"up to {most} are taken while others start ({fit:,} fit the cache)"
+    if aim == goal.concurrency and most < 2 * aim:
+        why += f"; aimed at as asked for (--concurrency), which leaves room for {most - aim} more "
+        why += "in a burst instead of as many again"
+    if aim > goal.concurrency:
+        why += f"; {goal.concurrency} were asked for, and so many more meet the target"
     return aim, most, Decision(rule, f"{aim}, at most {most}", why)
 
 

@@ -83,6 +83,8 @@ def test_the_report_names_floors_budget_and_reasons(
         "times a token, at 2.9 tokens a step",
         "speed of light",
         "memory of a GPU: 150.8 GB",
+        "the draft's ",
+        "  --mem-fraction-static 0.",
         "GPUs per replica: ",
         "targets met: 5 ms a token at batch 8, 400 ms to the first",
         "a million take",
@@ -143,6 +145,21 @@ def test_a_reader_that_leaves_is_no_fault(tmp_path: Path, monkeypatch: pytest.Mo
         assert main(["plan", path, "--gpu", "h200", "--class", "online"]) == 0
     assert os.readlink(f"/proc/self/fd/{descriptor}") == os.devnull
     os.close(descriptor)
+
+
+def test_offline_work_says_what_its_figures_leave_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder(tmp_path, "llama-3.3-70b")
+    _, report, _ = run(capsys, path, "--gpu", "h100", "--class", "offline")
+    assert "left out: these count prefill and decode one after the other" in report
+    assert "cheaper by these figures, not chosen: --engine sglang --draft auto: 1,3" in report
+    _, report, _ = run(capsys, path, "--gpu", "h100", "--class", "online")
+    assert "left out" not in report
+    _, text, _ = run(capsys, path, "--gpu", "h100", "--class", "offline", "--json")
+    (plan,) = json.loads(text)["plans"]
+    assert plan["cheaper"][0]["flags"] == "--engine sglang --draft auto"
+    assert plan["yield"]["gpu_s_per_million_mixed"] < plan["yield"]["gpu_s_per_million"]
 
 
 def test_json_is_versioned_and_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,17 +308,27 @@ def test_modelopt_tells_its_format_in_a_file_of_its_own(
         (("--gpu", "h200", "--class", "fast"), 2, "invalid choice"),
         (("--gpu", "h200", "--class", "online", "--price", "h200"), 2, "TYPE=PER_HOUR"),
         (("--gpu", "h200", "--class", "online", "--price", "h200=-1"), 2, "no price per hour"),
-        (("--gpu", "h200", "--class", "online", "--price", "x=1"), 2, "no such GPU type"),
+        (
+            ("--gpu", "h200", "--class", "online", "--price", "x=1"),
+            2,
+            "--price x: no such GPU type",
+        ),
+        (("--gpu", "h200", "--class", "online", "--price", "h10=1"), 2, "--price h10: no such"),
         (("--gpu", "h200", "--class", "online", "--prices", "/no/file"), 2, "cannot be read"),
         (("--gpu", "h200", "--class", "online", "--context", "100"), 2, "shorter than a request"),
         (("--gpu", "h200", "--class", "online", "--accept-length", "0.5"), 2, "at least 1"),
+        (("--gpu", "h200", "--class", "online", "--accept-length", "9"), 2, "at most 4"),
+        (("--gpu", "h200", "--class", "offline", "--accept-length", "2"), 2, "add --draft auto"),
+        (("--gpu", "h200", "--class", "online", "--draft", "/nope"), 2, "no such folder"),
+        (("--gpu", "h200", "--class", "online", "--draft", "."), 2, "has no config.json"),
+        (("--gpu", "all", "--class", "online", "--context", "200000"), 2, "takes 131,072 tokens"),
         (("--gpu", "h200", "--class", "online", "--price", "h200=much"), 2, "no price per hour"),
         (("--gpu", "h200", "--class", "online", "--tpot-ms", "fast"), 2, "no number above 0"),
         (("--gpu", "h200", "--class", "online", "--tpot-ms", "0"), 2, "no number above 0"),
         (("--gpu", "h200", "--class", "online", "--gpus-per-node", "0"), 2, "no whole number"),
         (("--gpu", "h200", "--class", "online", "--concurrency", "99999"), 1, "--concurrency"),
-        (("--gpu", "h200", "--class", "online", "--context", "200000"), 2, "context is 131,072"),
-        (("--gpu", "h200", "--class", "online", "--prompt-tokens", "131072"), 2, "is longer than"),
+        (("--gpu", "h200", "--class", "online", "--context", "200000"), 2, "the model takes 131,072 tokens"),
+        (("--gpu", "h200", "--class", "online", "--prompt-tokens", "131072"), 2, "the model takes 131,072 tokens"),
         (("--gpu", "h200,h20", "--class", "online"), 2, "did you mean h200?"),
     ],
 )
@@ -317,6 +344,18 @@ def test_a_mistake_is_one_line_and_a_status(
     assert said in error.splitlines()[-1]
 
 
+def test_a_draft_may_be_a_folder_or_a_hub_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder(tmp_path, "llama-3.1-8b")
+    for draft in (folder(tmp_path, "qwen3-0.6b"), "owner/head-1.0"):
+        status, report, _ = run(
+            capsys, path, "--gpu", "h200", "--class", "online", "--draft", draft
+        )
+        assert status == 0
+        assert f"EAGLE-3 with {draft}" in report
+
+
 def test_prices_that_are_no_table_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,6 +364,45 @@ def test_prices_that_are_no_table_are_refused(
     prices.write_text("- 3\n")
     args = (path, "--gpu", "h200", "--class", "online", "--prices", str(prices))
     assert "one line a GPU type" in run(capsys, *args)[2]
+    prices.write_text("h10: 3\n")
+    assert f"--prices {prices}: h10: no such GPU type; did you mean h100?" in run(capsys, *args)[2]
+    prices.write_text("h200: dear\n")
+    assert f"--prices {prices}: h200: 'dear' is no price per hour" in run(capsys, *args)[2]
+
+
+def test_help_tells_the_classes_and_their_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text, _ = run(capsys, "--help")
+    assert status == 0
+    for part in (
+        "somebody waits for every token",
+        "5 ms a token with 8 requests at once (--concurrency), 400 ms to the first",
+        "50 ms a token with 32 requests at once (--concurrency), 5000 ms to the first",
+        "no targets; cost is what counts",
+        "such as `h200: 3.20`",
+    ):
+        assert part in text
+
+
+def test_rows_that_do_not_fit_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder(tmp_path, "llama-3.3-70b")
+
+    def rows(*args: str) -> list[str]:
+        report = run(capsys, path, "--gpu", "h100", *args)[1]
+        table = report.split("GPUs a replica:")[1].split("floor: the speed")[0].splitlines()[2:]
+        return [row.split("  ")[-1].strip() for row in table if row.strip()]
+
+    asked = ("--class", "online", "--engine", "vllm", "--concurrency")
+    assert rows(*asked, "200", "--draft", "none")[:2] == [
+        "holds 4 of 200 requests",
+        "holds 105 of 200 requests",
+    ]
+    assert rows(*asked, "1", "--context", "100000", "--draft", "none")[0] == (
+        "holds no sequence of 100,000 tokens"
+    )
+    assert rows("--class", "online", "--draft", "none")[0] == (
+        "does not fit while it loads in 16 bits"
+    )
+    assert "do not fit" not in rows("--class", "offline")[0]
 
 
 @pytest.mark.parametrize(

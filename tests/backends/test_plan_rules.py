@@ -13,7 +13,7 @@ from backends.plan import Plan, make_plan
 from backends.planning import floors, parallel, rules
 from backends.planning.compare import compare
 from backends.planning.drafts import PUBLISHED, find_draft, published_draft
-from backends.planning.failure import PlanError
+from backends.planning.failure import PlanError, RequestError
 from backends.planning.formats import FP8, w4a16
 from backends.planning.goal import DEFAULT_TARGETS, Goal, WorkClass
 from backends.planning.hardware import GPUS
@@ -105,6 +105,7 @@ def test_the_format_follows_the_gpu_and_the_active_size(
     precision, said = rules.choose_format(SHAPES[model], GPUS[gpu])
     assert (precision.weights.name, precision.shipping) == (name, shipping)
     assert said.rule == "format"
+    assert "are not above" not in said.why
     assert said.why
 
 
@@ -250,7 +251,46 @@ def test_offline_mixes_chunks_with_a_large_budget() -> None:
     assert {"--async-scheduling", "--enable-chunked-prefill"} <= set(plan.args)
     assert after(plan, "--max-num-batched-tokens") == "16384"
     assert plan.replica.draft is None
-    assert "saturated" in why(plan, "speculation")
+    assert "leaves idle" in why(plan, "speculation")
+
+
+def test_offline_names_what_is_cheaper_by_its_own_figures() -> None:
+    plan = planned("llama-3.3-70b", "h100", "offline")
+    assert [other.flags for other in plan.cheaper] == [
+        "--engine sglang --draft auto",
+        "--draft auto",
+        "--engine sglang",
+    ]
+    for other in plan.cheaper:
+        flags = dict(zip(*[iter(other.flags.split())] * 2, strict=True))
+        asked = {name.removeprefix("--"): value for name, value in flags.items()}
+        cost = planned("llama-3.3-70b", "h100", "offline", **asked).cost
+        assert cost.gpu_s_per_million == other.gpu_s_per_million < plan.cost.gpu_s_per_million
+    # With prefill wholly mixed in, arithmetic bounds this one, and no draft shortens that.
+    drafting = next(other for other in plan.cheaper if other.flags == "--draft auto")
+    assert drafting.mixed_gpu_s_per_million == pytest.approx(
+        plan.cost.mixed_gpu_s_per_million, rel=0.01
+    )
+    assert plan.cost.mixed_gpu_s_per_million < plan.cost.gpu_s_per_million
+    settled = planned("llama-3.3-70b", "h100", "offline", engine="sglang", draft="auto")
+    assert settled.cheaper == ()
+    assert planned("llama-3.3-70b", "h100").cheaper == ()  # its targets decide online
+
+
+def test_offline_takes_a_draft_that_is_asked_for_and_weighs_it() -> None:
+    plan = planned("qwen3-8b", "h100", "offline", draft="/drafts/mine", accept_length=2.0)
+    assert plan.replica.draft is not None
+    assert "/drafts/mine" in str(after(plan, "--speculative-config"))
+    assert not plan.snapshot
+    said = why(plan, "speculation")
+    assert "off the GPU-seconds of a token" in said
+    plain = planned("qwen3-8b", "h100", "offline")
+    share = 1 - plan.cost.gpu_s_per_million / plain.cost.gpu_s_per_million
+    assert f"; {share:.0%} off" in said
+    bad = planned("qwen3-8b", "h100", "offline", draft="/drafts/bad", accept_length=1.0)
+    assert bad.replica.draft is None
+    assert "/drafts/bad adds" in why(bad, "speculation")
+    assert "asked for" in why(planned("qwen3-8b", "h100", "offline", draft="none"), "speculation")
 
 
 def test_offline_keeps_compressed_attention_whole() -> None:
@@ -308,6 +348,35 @@ def test_the_user_has_the_last_word_on_drafts() -> None:
     assert "no draft is known" in why(unknown, "speculation")
 
 
+def test_no_step_yields_more_than_its_own_token_and_those_proposed() -> None:
+    most = planned("llama-3.1-8b", "h200", draft="/drafts/mine", accept_length=4.0)
+    assert most.replica.draft is not None
+    for model, length in (("llama-3.1-8b", 4.1), ("deepseek-v3", 2.1), ("llama-3.1-8b", 0.9)):
+        with pytest.raises(RequestError, match=r"at least 1 token and at most [24], its own"):
+            planned(model, "h200", accept_length=length)
+    with pytest.raises(RequestError, match="at most 4"):  # not as if it did not fit
+        compare(goal(accept_length=9.0), SHAPES["llama-3.1-8b"], tuple(GPUS.values()))
+
+
+def test_a_node_of_more_gpus_than_a_board_has_more_replicas() -> None:
+    plan = planned("qwen3-8b", "h100", gpus_per_node=16)
+    assert plan.replicas * plan.replica.gpus == 16
+    assert "a replica has at most 8" in why(plan, "replicas per node")
+
+
+@pytest.mark.parametrize("work", ["online", "semi-online", "offline"])
+def test_the_known_draft_can_be_asked_for_in_every_class(work: WorkClass) -> None:
+    known = planned("llama-3.1-8b", "h200", work, draft="auto", concurrency=1).replica.draft
+    assert known is not None
+    assert known.name == "RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3"
+    own = planned("deepseek-v3", "h200", work, draft="auto", concurrency=1).replica.draft
+    assert own is not None
+    assert (own.name, own.tokens) == ("", 1)
+    none = planned("llama-3.1-405b", "b200", work, draft="auto", concurrency=1)
+    assert none.replica.draft is None
+    assert "no draft is known" in why(none, "speculation")
+
+
 def test_a_draft_that_does_not_pay_is_dropped() -> None:
     plan = planned("llama-3.1-8b", "h200", draft="/drafts/bad", accept_length=1.0)
     assert plan.replica.draft is None
@@ -317,6 +386,7 @@ def test_a_draft_that_does_not_pay_is_dropped() -> None:
 def test_a_model_that_drafts_itself_does() -> None:
     plan = planned("deepseek-v3", "h200")
     assert after(plan, "--speculative-algorithm") == "NEXTN"
+    assert "1 proposed token is checked" in why(plan, "speculation")
     assert "--speculative-draft-model-path" not in plan.args
     theirs = planned("deepseek-v3", "h200", engine="vllm")
     assert after(theirs, "--speculative-config") == '{"method":"mtp","num_speculative_tokens":1}'
@@ -363,6 +433,18 @@ def test_the_aim_leaves_room_for_a_burst_and_meets_the_target() -> None:
     assert seen.expected_s <= (plan.goal.token_target_s or 0)
 
 
+def test_the_aim_is_what_was_asked_for_or_more() -> None:
+    asked = planned("qwen3-8b", "h100", concurrency=180, token_target_s=0.050)
+    assert not asked.missed
+    assert asked.limits.aim == 180 < asked.limits.most < 360
+    assert f"room for {asked.limits.most - 180} more" in why(asked, "requests in flight")
+    many = planned("qwen3-8b", "b300", concurrency=300, token_target_s=0.050)
+    assert many.limits.aim == 300 <= many.limits.most
+    few = planned("qwen3-8b", "h100", concurrency=8, token_target_s=0.050)
+    assert few.limits.aim == (few.chosen.batch_max + 1) // 2
+    assert "8 were asked for" in why(few, "requests in flight")
+
+
 def test_the_context_is_cut_to_what_the_cache_holds() -> None:
     tight = planned("llama-3.3-70b-fp8", "h200", gpus_per_node=1, concurrency=1, draft="none")
     whole = planned("llama-3.3-70b-fp8", "h200", gpus_per_node=2, concurrency=1, draft="none")
@@ -381,7 +463,17 @@ def test_sglang_is_given_weights_and_cache_alone() -> None:
     assert share < plan.replica.memory_share
     kept = share * plan.gpu.memory_bytes + floors.reserve_per_gpu(plan.replica)
     assert kept <= plan.replica.memory_share * plan.gpu.memory_bytes
-    assert after(plan, "--mem-fraction-static") == f"{share:.2f}"
+    assert after(plan, "--mem-fraction-static") == f"{share:g}"
+
+
+@pytest.mark.parametrize("draft", ["none", "auto"])
+@pytest.mark.parametrize("gpu", ["l40s", "h100", "b300"])
+def test_sglang_is_given_what_the_budget_counts(draft: str, gpu: str) -> None:
+    replica = planned("qwen3-8b", gpu, draft=draft, concurrency=1).replica
+    beside = floors.draft_bytes(replica) / replica.gpus
+    counted = floors.weights_per_gpu(replica) - beside + floors.kv_room_per_gpu(replica)
+    given = static_share(replica) * replica.gpu.memory_bytes
+    assert 0 <= counted - given < 0.001 * replica.gpu.memory_bytes
 
 
 # what cannot be
@@ -429,7 +521,15 @@ def test_a_narrower_format_is_named_where_it_would_do() -> None:
         ("deepseek-v3", "h100", {}, "it would fit: 8 x h200"),
         ("llama-3.1-405b", "l40s", {}, "a checkpoint in w4a16"),
         ("llama-3.1-8b", "h100", {"concurrency": 9000}, "lower --concurrency or --context"),
-        ("llama-3.1-8b", "h100", {"context_tokens": 200_000}, "one of 200,000"),
+        ("llama-3.1-8b", "h100", {"context_tokens": 200_000}, "the model takes 131,072 tokens"),
+        ("llama-3.1-8b", "h100", {"prompt_tokens": 200_000}, "lower --prompt-tokens or --answer-"),
+        ("deepseek-v3", "h100", {"gpus_per_node": 16}, "a replica has at most 8, those of one"),
+        (
+            "llama-3.1-8b",
+            "h100",
+            {"concurrency": 9000, "gpus_per_node": 16},
+            "8 x h100 (a replica has at most 8",
+        ),
     ],
 )
 def test_what_fits_no_node_says_what_would(
@@ -459,6 +559,20 @@ def test_prices_rank_offline_and_their_lack_is_told() -> None:
     assert priced.best.gpu.name == "l40s"
     cost = priced.best.cost
     assert cost.price_per_million == pytest.approx(cost.gpu_s_per_million * 0.1 / 3600)
+
+
+def test_types_without_a_price_come_after_those_with_one() -> None:
+    prices = {"h100": 2.0, "l40s": 90.0}
+    found = compare(
+        goal("offline", prices_per_hour=prices), SHAPES["qwen3-8b"], tuple(GPUS.values())
+    )
+    names = [plan.gpu.name for plan in found.plans]
+    assert names[:2] == ["h100", "l40s"]
+    seconds = [plan.cost.gpu_s_per_million for plan in found.plans[2:]]
+    assert seconds == sorted(seconds)
+    assert "no price for a100, h200, b200, gb200, b300: these come after" in found.rule
+    other = compare(goal("offline", prices_per_hour=prices), SHAPES["qwen3-8b"], (GPUS["a100"],))
+    assert "as if a second of each cost the same" in other.rule
 
 
 def test_semi_online_prefers_what_is_easy_to_get() -> None:
@@ -504,6 +618,9 @@ def goals(draw: st.DrawFn) -> Goal:
 def planned_or_none(asked: Goal, shape: ModelShape, gpu: str) -> Plan | None:
     try:
         return make_plan(asked, shape, GPUS[gpu])
+    except RequestError:
+        assert asked.sequence_tokens > shape.context_tokens_max
+        return None
     except PlanError as error:
         if "; it would fit: " not in str(error):
             raise
@@ -522,7 +639,8 @@ def test_a_plan_stays_within_its_node_and_its_memory(asked: Goal, model: str, gp
     each = floors.sequence_bytes_per_gpu(replica, asked.sequence_tokens)
     held = floors.weights_per_gpu(replica) + floors.reserve_per_gpu(replica) + limits.most * each
     assert held <= replica.gpu.memory_bytes * replica.memory_share
-    assert 0 <= limits.aim <= limits.most
+    assert min(asked.concurrency, limits.most) <= limits.aim <= limits.most or not limits.aim
+    assert bool(limits.aim) == (asked.token_target_s is not None)
     assert asked.sequence_tokens <= limits.context_tokens <= shape.context_tokens_max
     assert bool(plan.missed) == (not parallel.meets(asked, plan.chosen))
     assert bool(plan.remedies) == bool(plan.missed)
