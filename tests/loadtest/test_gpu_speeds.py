@@ -6,7 +6,9 @@ busy machine's and are not judged here.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,17 @@ import orjson
 import pytest
 
 from loadtest.__main__ import main
-from loadtest.gpu import fidelity, fit, measuring, paths, predictions, probing, records
+from loadtest.gpu import (
+    abreast,
+    fidelity,
+    fit,
+    floors,
+    measuring,
+    paths,
+    predictions,
+    probing,
+    records,
+)
 from loadtest.gpu.direct import (
     EngineOptions,
     engine_command,
@@ -426,26 +438,51 @@ def test_floors_are_rehearsed_and_earlier_rows_added(
     plan.write_bytes(msgspec.json.encode({"decode": outlook()}))
     command = ["gpu", "floors", "--predictions", str(plan), "--gpus", "1", "--engines", "vllm"]
     command += ["--tp", "1,2", "--weights", "bf16", "--answer-tokens", "40", "--rehearse"]
-    assert main([*command, "--json", str(rows)]) == 0  # one constant fits one row
+    assert main([*command, "--json", str(rows)]) == 0
     said = capsys.readouterr().out
+    assert said.endswith("\n\nrehearsed: no verdict\n")
     assert "vllm 0.33.0 on no GPU" in said
     assert "NOT RUN: vllm TP2 bf16: needs 2 GPUs, here are 1" in said
-    assert "rehearsed" in said
     assert main([*command, "--measured", str(rows)]) == 0
     again = capsys.readouterr()
     assert "starting" not in again.err  # it is not measured again
     assert "vllm TP1 bf16" in again.out
 
 
+def test_a_rehearsal_needs_no_cards_and_judges_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def one(each: Configuration, *_: object) -> Row:
+        if each.tensor_parallel > 1:
+            return predictions.failed(each, "died")
+        return row("vllm", each.weights, 99.0)
+
+    @contextlib.asynccontextmanager
+    async def started(_: EngineOptions) -> AsyncIterator[None]:
+        yield None
+
+    monkeypatch.setattr(floors, "_one", one)
+    monkeypatch.setattr(abreast, "started", started)
+    monkeypatch.setattr(floors, "_plan", lambda *_: msgspec.json.encode({"decode": outlook()}))
+    command = ["gpu", "floors", "--rehearse", "--engines", "vllm"]
+    assert main([*command, "--tp", "1"]) == 0  # though 99 ms are far from what is predicted
+    assert main([*command, "--tp", "1,4"]) == 1  # what does not start fails a rehearsal, too
+    said = capsys.readouterr().out
+    assert "NOT RUN" not in said
+    assert "FAIL: vllm TP4 bf16: died" in said
+    assert said.count("rehearsed: no verdict") == 2
+
+
 def test_rows_are_kept_when_there_is_no_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "rows.json"
-    command = ["gpu", "floors", "--rehearse", "--engines", "", "--json", str(rows)]
+    command = ["gpu", "floors", "--gpu", "h200", "--engines", "", "--json", str(rows)]
     command += ["--measured", str(RESULTS / "speeds-h200-vllm-0.26.0.json")]
     assert main(command) == 1
     said = capsys.readouterr()
-    assert "no predictions" in said.err
+    assert "no predictions: the planner needs --model-path; give --predictions" in said.err
+    assert "nothing predicted for a GPU of type h200" in said.out
     assert "vllm: nothing to fit its constant to" in said.out
     assert predictions.read_rows(str(rows))[0].token_ms == 5.201
     assert main([*command, "--predictions", str(tmp_path / "none.json")]) == 2
