@@ -87,20 +87,21 @@ async def run_steps(
         kept_s = sum(
             later.usual_s for later in after if later.kept or (step.spare and not later.spare)
         )
-        left_s = deadline_s - time.monotonic() - kept_s
-        why_not = _why_not(step, found, left_s)
-        finding = _not_run(step, why_not) if why_not else await _run(step, left_s)
+        left_s = deadline_s - time.monotonic()
+        why_not = _why_not(step, found, left_s, kept_s)
+        finding = _not_run(step, why_not) if why_not else await _run(step, left_s - kept_s)
         found.append(finding)
         say(shown(finding))
     return found
 
 
-def _why_not(step: Step, found: Iterable[Finding], left_s: float) -> str:
+def _why_not(step: Step, found: Iterable[Finding], left_s: float, kept_s: float) -> str:
     passed = {finding.name for finding in found if finding.verdict is Verdict.PASS}
     if step.needs and step.needs not in passed:
         return f"needs the step '{step.needs}'"
-    if not step.kept and left_s < step.usual_s:
-        return f"it usually takes {step.usual_s:g} s, and {max(0.0, left_s):.0f} s are left"
+    if not step.kept and left_s - kept_s < step.usual_s:
+        need = f", and the steps after it need {kept_s:.0f}" if kept_s else ""
+        return f"it usually takes {step.usual_s:g} s; {max(0.0, left_s):.0f} s are left{need}"
     return ""
 
 

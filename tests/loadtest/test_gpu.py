@@ -139,6 +139,9 @@ async def test_a_spare_step_makes_way_for_those_after_it() -> None:
     steps = [_step("spare", 50, spare=True), _step("needed", 60), _step("end", 30, kept=True)]
     found = await run_steps(steps, 100, lambda _: None)
     assert [one.verdict.value for one in found] == ["NOT RUN", "PASS", "PASS"]
+    assert found[0].broken == (
+        "it usually takes 50 s; 100 s are left, and the steps after it need 90",
+    )
     found = await run_steps(steps, 200, lambda _: None)
     assert [one.verdict.value for one in found] == ["PASS"] * 3
 

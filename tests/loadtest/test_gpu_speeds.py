@@ -389,6 +389,17 @@ def test_a_comparison_fails_for_promised_figures_alone() -> None:
         "first token, 2,048 tokens seen before"
     ]
     assert rows[1].ratio == pytest.approx(1.14)
+    told, kept = fidelity.verdict(rows, ())
+    assert (told[:19], kept) == ("FAIL: 1 of 4 not wi", False)
+    close = [each for each in rows if each not in fidelity.broken(rows)]
+    assert fidelity.verdict(close, ()) == (
+        "PASS: all 3 within 15%, the farthest 14.0% off", True,
+    )  # fmt: skip
+    told, kept = fidelity.verdict(close, ["decode at batch 64: the time was up"])
+    assert told.endswith("14.0% off, but 1 could not be measured")
+    assert not kept
+    # Prompts of 512 tokens alone: all of their figures are in brackets.
+    assert fidelity.verdict(rows[:1], ()) == ("FAIL: nothing that is promised was compared", False)
     plan = fidelity.plan_for(recording, 3, (), (1,), 1.0)
     assert (plan.prompts, plan.batches, plan.long_batches) == ((512, 2048), (1,), (1,))
 
