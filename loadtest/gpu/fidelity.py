@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare. Returns 1 when a promised figure is too far off, 2 when there is no recording."""
     try:
         recording = read_recording(args.recording)
+        recorded(recording, args.prompts, args.batches)
     except RecordingError as error:
         print(f"loadtest: {error}", file=sys.stderr)
         return 2
@@ -121,6 +122,17 @@ async def _late_s(client: Client) -> float:
     except orjson.JSONDecodeError:
         return 0.0
     return float(state.get("late_s", 0.0)) if isinstance(state, dict) else 0.0
+
+
+def recorded(recording: Recording, prompts: Sequence[int], batches: Sequence[int]) -> None:
+    """Raise `RecordingError` for a size that was asked for and is not recorded."""
+    for name, wanted, known in (
+        ("--prompts", prompts, {row.prompt_tokens for row in recording.first_token}),
+        ("--batches", batches, {row.batch for row in recording.decode}),
+    ):
+        if unknown := sorted(set(wanted) - known):
+            there = ", ".join(map(str, sorted(known))) or "none"
+            raise RecordingError(f"{name}: {unknown[0]} is not recorded; there are {there}")
 
 
 def fit_dialect(engine: str) -> str:

@@ -442,6 +442,16 @@ def test_the_comparison_runs_and_says_what_it_found(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_size_that_is_not_recorded_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    recording = str(RESULTS / "speeds-h200-sglang-0.5.17.json")
+    command = ["gpu", "fidelity", recording, "--profile", "h200-8b-sglang"]
+    assert main([*command, "--prompts", "2048,4096"]) == 2
+    told = "--prompts: 4096 is not recorded; there are 128, 512, 2048, 8192, 32000\n"
+    assert capsys.readouterr().err == f"loadtest: {told}"
+    assert main([*command, "--batches", "7"]) == 2
+    assert "--batches: 7 is not recorded; there are 1, 8, 32, 64, 128" in capsys.readouterr().err
+
+
 def test_floors_are_rehearsed_and_earlier_rows_added(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
