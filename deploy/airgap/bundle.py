@@ -16,6 +16,7 @@ import concurrent.futures
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -78,13 +79,13 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("name", choices=sorted(kinds.KINDS))
     add("--out", type=Path, required=True, help="folder of the archives")
     add("--host", type=Path, help="what host.py printed on the host")
-    add("--python", help=f"of the host, without --host ({DEFAULTS.python})")
-    add("--torch", help=f"of the host, without --host ({DEFAULTS.torch})")
-    add("--cuda", help=f"of the host, without --host ({DEFAULTS.cuda})")
+    add("--python", type=_release, help=f"of the host, without --host ({DEFAULTS.python})")
+    add("--torch", type=_release, help=f"of the host, without --host ({DEFAULTS.torch})")
+    add("--cuda", type=_release, help=f"of the host, without --host ({DEFAULTS.cuda})")
     add("--arch", type=int, help=f"compute capability times ten ({DEFAULTS.arch})")
     add("--lock", type=Path, help="packages and versions (the newest of the bundle in locks/)")
-    add("--archive-mib", type=float, default=60, help="bound of one file (%(default)s)")
-    add("--total-mib", type=float, help="bound of all files together")
+    add("--archive-mib", type=_positive, default=60, help="bound of one file (%(default)s)")
+    add("--total-mib", type=_positive, help="bound of all files together")
     add("--cache", type=Path, help="folder of wheels and sites (~/.cache/doherty-airgap)")
     add("--find-links", type=Path, help="folder of wheels, in place of a package index")
     add("--full", action="store_true", help="leave nothing behind, blank nothing")
@@ -95,12 +96,21 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv, argparse.Namespace(command=shlex.join(["bundle.py", *argv])))
 
 
+def _release(text: str) -> str:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)+", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no release, such as 3.12")
+    return text
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
+    return value
+
+
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what could only be found wrong, or passed over, after minutes of work."""
-    for name in ("archive_mib", "total_mib"):
-        value = getattr(options, name)
-        if value is not None and int(value * MIB) < 1:
-            raise ArchiveError(f"--{name.replace('_', '-')} must be more than 0")
+    """Refuse what would be passed over, or only found wrong after minutes of work."""
     if options.find_links is not None and not options.find_links.is_dir():
         raise WheelError(f"--find-links: there is no folder {options.find_links}")
 
@@ -315,6 +325,8 @@ def _archive(options: argparse.Namespace, site: Path) -> list[dict[str, Any]]:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     part_bytes = int(options.archive_mib * MIB)
+    if part_bytes < 1:
+        raise ArchiveError("--archive-mib must be more than 0")
     shares = archives.share_out(archives.list_members(site))
     known = _known(out)
     plan = {

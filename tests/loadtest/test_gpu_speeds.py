@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -478,12 +477,8 @@ def test_a_rehearsal_needs_no_cards_and_judges_nothing(
             return predictions.failed(each, "died")
         return row("vllm", each.weights, 99.0)
 
-    @contextlib.asynccontextmanager
-    async def started(_: EngineOptions) -> AsyncIterator[None]:
-        yield None
-
     monkeypatch.setattr(floors, "_one", one)
-    monkeypatch.setattr(abreast, "started", started)
+    monkeypatch.setattr(abreast, "started", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(floors, "_plan", lambda *_: msgspec.json.encode({"decode": outlook()}))
     command = ["gpu", "floors", "--rehearse", "--engines", "vllm"]
     assert main([*command, "--tp", "1"]) == 0  # though 99 ms are far from what is predicted
