@@ -13,7 +13,7 @@ import json
 import lzma
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -111,10 +111,21 @@ def _bins(members: Sequence[Member], *, by_folder: bool) -> list[list[Member]]:
     return [sorted(held) for held in bins]
 
 
-def pack(root: Path, members: Sequence[Member], target: Path, part_bytes: int) -> list[Part]:
+def _no_limit(size_bytes: int) -> None:
+    """Let it be written."""
+
+
+def pack(
+    root: Path,
+    members: Sequence[Member],
+    target: Path,
+    part_bytes: int,
+    spend: Callable[[int], None] = _no_limit,
+) -> list[Part]:
     """Write `members` to `target` (NAME.tar.xz), or to NAME.tar.xz.01, .02, … when it is long.
 
-    The files appear under their names only when all of them are whole.
+    The files appear under their names only when all of them are whole. `spend` hears of each piece
+    that is written; what it raises ends the work.
     """
     # What is smaller than the window of the strongest preset needs none so large.
     content_bytes = sum(member.content_bytes for member in members)
@@ -124,22 +135,27 @@ def pack(root: Path, members: Sequence[Member], target: Path, part_bytes: int) -
     ]
     if members and all(_is_library(member) for member in members):
         filters.insert(0, {"id": lzma.FILTER_X86})
-    writer = _Parts(target, part_bytes)
-    with (
-        lzma.open(cast("IO[bytes]", writer), "wb", filters=filters) as stream,
-        tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as archive,
-    ):
-        for member in members:
-            _add(archive, root / member.name, member)
+    writer = _Parts(target, part_bytes, spend)
+    try:
+        with (
+            lzma.open(cast("IO[bytes]", writer), "wb", filters=filters) as stream,
+            tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for member in members:
+                _add(archive, root / member.name, member)
+    except BaseException:
+        writer.abandon()
+        raise
     return writer.finish()
 
 
 class _Parts:
     """A file that goes on in the next one when it is full."""
 
-    def __init__(self, target: Path, part_bytes: int) -> None:
+    def __init__(self, target: Path, part_bytes: int, spend: Callable[[int], None]) -> None:
         self._target = target
         self._part_bytes = part_bytes
+        self._spend = spend
         self._left = 0
         self._sink: IO[bytes] | None = None
         self._written: list[Path] = []
@@ -153,6 +169,7 @@ class _Parts:
                 self._next()
             piece = view[done : done + self._left]
             assert self._sink is not None
+            self._spend(len(piece))
             self._sink.write(piece)
             size, digest = self._parts[-1]
             digest.update(piece)
@@ -169,6 +186,13 @@ class _Parts:
         self._written.append(path)
         self._parts.append((0, hashlib.sha256()))
         self._left = self._part_bytes
+
+    def abandon(self) -> None:
+        """Leave nothing of it."""
+        if self._sink is not None:
+            self._sink.close()
+        for path in self._written:
+            path.unlink(missing_ok=True)
 
     def finish(self) -> list[Part]:
         """Give the files their names and return them."""

@@ -23,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,9 @@ MIB = 1 << 20
 # Small libraries gain nothing from strip, and each call costs a process.
 STRIP_BYTES_MIN = 300_000
 SITES_KEPT = 3
+# Of a host that is not described: what the locks were made for.
+DEFAULTS = Host(python="3.12", torch="2.11.0", cuda="13.0", arch=90)
+DESCRIBED_BY = ("python", "torch", "cuda", "arch")  # options of these names
 TOOLS = ("zstandard>=0.22,<1",)  # BSD-3; to look inside compressed GPU code
 
 
@@ -50,6 +54,7 @@ class TooLargeError(Exception):
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
     try:
+        _check(options)
         host = _host(options)
         bundle(options, host)
     except (WheelError, ArchiveError) as error:
@@ -74,12 +79,10 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("name", choices=sorted(kinds.KINDS))
     add("--out", type=Path, required=True, help="folder of the archives")
     add("--host", type=Path, help="what host.py printed on the host")
-    add("--python", type=_release, default="3.12", help="of the host, without --host (%(default)s)")
-    add(
-        "--torch", type=_release, default="2.11.0", help="of the host, without --host (%(default)s)"
-    )
-    add("--cuda", type=_release, default="13.0", help="of the host, without --host (%(default)s)")
-    add("--arch", type=int, default=90, help="compute capability times ten (%(default)s)")
+    add("--python", type=_release, help=f"of the host, without --host ({DEFAULTS.python})")
+    add("--torch", type=_release, help=f"of the host, without --host ({DEFAULTS.torch})")
+    add("--cuda", type=_release, help=f"of the host, without --host ({DEFAULTS.cuda})")
+    add("--arch", type=int, help=f"compute capability times ten ({DEFAULTS.arch})")
     add("--lock", type=Path, help="packages and versions (the newest of the bundle in locks/)")
     add("--archive-mib", type=_positive, default=60, help="bound of one file (%(default)s)")
     add("--total-mib", type=_positive, help="bound of all files together")
@@ -106,11 +109,23 @@ def _positive(text: str) -> float:
     return value
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what would be passed over, or only found wrong after minutes of work."""
+    if options.find_links is not None and not options.find_links.is_dir():
+        raise WheelError(f"--find-links: there is no folder {options.find_links}")
+
+
 def _host(options: argparse.Namespace) -> Host:
-    if options.host is not None:
-        host = wheels.read_host(options.host)
-        return host if host.arch else host._replace(arch=options.arch)  # its card was not seen
-    return Host(options.python, options.torch, options.cuda, options.arch)
+    values = {name: getattr(options, name) for name in DESCRIBED_BY}
+    told = {name: value for name, value in values.items() if value is not None}
+    if options.host is None:
+        return DEFAULTS._replace(**told)
+    host = wheels.read_host(options.host)
+    if not host.arch:  # its card was not seen
+        host = host._replace(arch=told.pop("arch", DEFAULTS.arch))
+    if told:
+        raise WheelError(f"--{next(iter(told))}: {options.host} tells it; leave one of them out")
+    return host
 
 
 def bundle(options: argparse.Namespace, host: Host) -> None:
@@ -152,8 +167,6 @@ def bundle(options: argparse.Namespace, host: Host) -> None:
     print(f"{total_bytes:>12,} in all ({total_bytes / MIB:.1f} MiB), in {options.out}")
     for name in unmet:
         print(f"neither here nor on the host: {name}")
-    if options.total_mib is not None and total_bytes > options.total_mib * MIB:
-        raise TooLargeError(_what_is_large(options.total_mib, total_bytes, report))
 
 
 def _newest_lock(name: str) -> Path:
@@ -328,30 +341,60 @@ def _archive(options: argparse.Namespace, site: Path) -> list[dict[str, Any]]:
         for stem, (digest, _) in plan.items()
         if digest in known and _whole(out, known[digest]["parts"])
     }
-    _sweep(out, {part["file"] for record in records.values() for part in record["parts"]})
+    parts = [part for record in records.values() for part in record["parts"]]
+    budget = _Budget(options)
+    budget.spend(sum(part["bytes"] for part in parts))
+    _sweep(out, {part["file"] for part in parts})
     largest_first = sorted(
         (stem for stem in plan if stem not in records),
         key=lambda stem: -sum(member.content_bytes for member in plan[stem][1]),
     )
-    with concurrent.futures.ThreadPoolExecutor(
-        max(1, options.jobs)
-    ) as pool:  # xz lets go of the GIL
+    pool = concurrent.futures.ThreadPoolExecutor(max(1, options.jobs))  # xz lets go of the GIL
+    try:
         work = {
-            pool.submit(_pack, site, plan[stem], out / stem, part_bytes): stem
+            pool.submit(_pack, site, plan[stem], out / stem, part_bytes, budget.spend): stem
             for stem in largest_first
         }
         for done in concurrent.futures.as_completed(work):
             records[work[done]] = done.result()
             _write(out / ".progress.json", {"archives": list(records.values())})
+    finally:
+        pool.shutdown(cancel_futures=True)
     (out / ".progress.json").unlink(missing_ok=True)
     return [records[stem] for stem in plan]
 
 
+class _Budget:
+    """What all archives together may come to, so that too much is told while they are written."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._lock = threading.Lock()
+        self._spent_bytes = 0
+
+    def spend(self, size_bytes: int) -> None:
+        total_mib = self._options.total_mib
+        with self._lock:
+            self._spent_bytes += size_bytes
+            if total_mib is None or self._spent_bytes <= total_mib * MIB:
+                return
+        remedy = "allow more"
+        if self._options.full:
+            remedy = "leave out --full"
+        elif self._options.host is None:
+            remedy = "give --host, so that what the host has stays out"
+        raise TooLargeError(f"the archives are more than --total-mib allows; {remedy}")
+
+
 def _pack(
-    site: Path, planned: tuple[str, list[Member]], target: Path, part_bytes: int
+    site: Path,
+    planned: tuple[str, list[Member]],
+    target: Path,
+    part_bytes: int,
+    spend: Callable[[int], None],
 ) -> dict[str, Any]:
     digest, share = planned
-    parts = archives.pack(site, share, target, part_bytes)
+    parts = archives.pack(site, share, target, part_bytes, spend)
     return {
         "digest": digest,
         "files": len(share),
@@ -385,14 +428,6 @@ def _sweep(out: Path, kept: set[str]) -> None:
     for path in {*out.glob("*.tar.xz*"), *out.glob(".*.new")}:
         if path.name not in kept:
             path.unlink()
-
-
-def _what_is_large(total_mib: float, total_bytes: int, report: dict[str, Any]) -> str:
-    over = total_bytes / MIB - total_mib
-    remedy = "give --host, so that what the host has stays out"
-    if not report["left_out"]:
-        remedy = "leave out --full"
-    return f"{total_bytes / MIB:.1f} MiB are {over:.1f} more than --total-mib allows; {remedy}"
 
 
 def _digest(texts: Any) -> str:

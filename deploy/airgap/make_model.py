@@ -8,7 +8,8 @@ A model with random weights may pick any id, so every id of the vocabulary has a
 the trained ones decode to a word and are never encoded. `--layers` makes a smaller one for smoke
 tests; drafts have one layer anyway. The same Python and tokenizers give the same octets.
 
-Needs the package tokenizers, which comes with transformers and so with either engine.
+Needs the package tokenizers, which comes with transformers and so with either engine. A Python that
+lacks it hands over to an engine's of the unpacked stage that `env.sh` names.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,7 @@ from typing import Any
 TRAINED_TOKENS = 8192
 CORPUS_FILES_MAX = 120
 CONTEXT_TOKENS_MAX = 131072
+ENGINES = ("vllm", "sglang")  # whose bundles bring tokenizers along
 PAD, EOS, START = "<|endoftext|>", "<|im_end|>", "<|im_start|>"
 PAD_ID, EOS_ID = 0, 1
 TEMPLATE = (
@@ -125,9 +128,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         learned = train()
     except ImportError:
+        if python := engine_python(os.environ.get("STAGE", "")):
+            os.execv(python, [python, __file__, *argv])
         print(
-            f"make_model: {sys.executable} has no tokenizers; use a Python that has (an engine's: "
-            "STAGE/vllm/bin/python)",
+            f"make_model: {sys.executable} has no tokenizers; use a Python that has, or unpack an "
+            "engine's bundle, source its env.sh and try again",
             file=sys.stderr,
         )
         return 1
@@ -136,6 +141,24 @@ def main(argv: Sequence[str]) -> int:
         write_model(folder, shape(name, options.layers), learned)
         print(folder)
     return 0
+
+
+def engine_python(stage: str) -> str:
+    """Return the Python of an engine in this stage that has tokenizers; empty when there is none.
+
+    It is asked to import them, not only where they lie: what it is then started for would come back
+    here otherwise, for ever.
+    """
+    for engine in ENGINES if stage else ():
+        python = str(Path(stage) / engine / "bin" / "python")
+        try:
+            if not subprocess.run(
+                [python, "-c", "import tokenizers"], stderr=subprocess.DEVNULL, check=False
+            ).returncode:
+                return python
+        except OSError:
+            continue  # this engine was not unpacked
+    return ""
 
 
 def shape(name: str, layers: int | None) -> dict[str, Any]:

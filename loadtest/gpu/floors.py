@@ -10,6 +10,9 @@ Configurations that fit beside each other are started together, and measured one
 --together N lets N of them share a card, since an engine that waits takes nothing but memory. What
 another run measured of single answers (of this command, `speeds` or `paths`) is taken in by
 --measured FILE, and not measured again.
+
+A rehearsal has the simulator in the engines' place, which has one speed whatever its cards and
+weights. So it asks for no cards, and its figures are held against nothing.
 """
 
 from __future__ import annotations
@@ -72,7 +75,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="default: bf16,fp8",
     )
     add("--gpu", default="", metavar="TYPE", help="for the planner (default: by nvidia-smi)")
-    add("--gpus", type=int, default=0, metavar="N", help="cards to use (default: all)")
+    add("--gpus", type=int, default=0, metavar="N",
+        help="cards to use (default: all; in a rehearsal the largest of --tp)")  # fmt: skip
     add("--together", type=int, default=1, metavar="N", help="engines on a card (default 1)")
     add("--fp8-model-path", default="", help="a folder in FP8 already (default: on loading)")
     add("--predictions", default="", metavar="FILE", help="what `doherty plan --json` said")
@@ -87,6 +91,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, compare and fit. Returns 1 when a prediction is too far off or a start failed."""
     machine = this_machine()
+    if args.rehearse:
+        args.gpus = args.gpus or max(args.tp, default=1)
     try:
         rows = [row for file in args.measured for row in read_rows(file)]
         outlook = _read_outlook(args.predictions) if args.predictions else _planned(args, machine)
@@ -104,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         "engines": "rehearsed: the simulator in their place" if args.rehearse else "",
         "command": command_line(),
     }
-    text, kept = report(facts, rows, outlook)
+    text, kept = report(facts, rows, outlook, rehearsed=args.rehearse)
     print(text)
     write(args.out, f"{text}\n".encode())
     write(args.json, to_json({"rows": msgspec.to_builtins(rows), "facts": facts}))
@@ -121,16 +127,18 @@ def _read_outlook(file: str) -> Outlook:
 def _planned(args: argparse.Namespace, machine: Machine) -> Outlook:
     """Return what the planner says; nothing when it fails, because what is measured can be held
     against a plan at any time, and cards cannot be had at any time."""
+    gpu = args.gpu or predictions.gpu_type(machine.gpus)
     try:
-        return read_outlook(_plan(args, args.gpu or predictions.gpu_type(machine.gpus)))
+        return read_outlook(_plan(args, gpu))
     except OutlookError as error:
         say(f"no predictions: {error}; give --predictions with the rows afterwards")
-        return Outlook(predictions=[])
+        return Outlook(predictions=[], gpu=gpu)
 
 
 def _plan(args: argparse.Namespace, gpu: str) -> bytes:
-    if not args.model_path or not gpu:
-        raise OutlookError("the planner needs --model-path and --gpu")
+    lacking = {"--model-path": args.model_path, "--gpu": gpu}
+    if names := [name for name, value in lacking.items() if not value]:
+        raise OutlookError(f"the planner needs {' and '.join(names)}")
     command = [sys.executable, "-m", "backends.cli", "plan", args.model_path, "--gpu", gpu]
     command += ["--class", "online", "--json"]
     try:

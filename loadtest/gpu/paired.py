@@ -7,6 +7,12 @@ noise, and a difference of the proxy that is no larger says nothing.
 
 An interval by resampling whole rounds says how sure a difference is; rounds, because requests of
 one round share what the engine did at that moment.
+
+A promise is kept when the whole interval is within its limit, and broken when the whole interval is
+beyond it; anything else is undecided, however near the middle of the interval is. Rounds that stand
+for each other do not know of a drift that all of them saw, so the control has a say, too: where
+being off by as much as it is would bring the difference to the other side of the limit, nothing is
+decided either. More rounds narrow the interval; no rule here moves the limit.
 """
 
 from __future__ import annotations
@@ -28,8 +34,8 @@ class Judgement(enum.StrEnum):
     """Whether a promise was kept."""
 
     KEPT = "kept"
-    BROKEN = "broken"
-    UNDECIDED = "undecided"  # over it, with an interval that is not, or by no more than the control
+    BROKEN = "BROKEN"
+    UNDECIDED = "UNDECIDED"  # the interval has the limit inside, or the control is as far off
     TOO_FEW = "too few"  # values to say anything of that share
 
 
@@ -125,11 +131,11 @@ def compare(direct: Rounds, again: Rounds, proxied: Rounds, draw: random.Random)
 def judge(
     found: Difference, control: float, limit: float, samples: int, samples_min: int
 ) -> Judgement:
-    """Judge a difference against its limit. Broken is only what noise does not explain."""
+    """Judge a difference against its limit: by its interval, and beside its noise."""
     if samples < samples_min:
         return Judgement.TOO_FEW
-    if found.value <= limit:
+    if found.high <= limit and found.value + abs(control) <= limit:
         return Judgement.KEPT
-    if found.low <= limit or abs(control) >= found.value - limit:
-        return Judgement.UNDECIDED
-    return Judgement.BROKEN
+    if found.low > limit and found.value - abs(control) > limit:
+        return Judgement.BROKEN
+    return Judgement.UNDECIDED

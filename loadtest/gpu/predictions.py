@@ -239,8 +239,10 @@ def refitted_ms(prediction: Prediction, factor: float) -> float:
     return prediction.expected_ms + prediction.overhead_ms * (factor - 1)
 
 
-def report(facts: dict[str, str], rows: Sequence[Row], outlook: Outlook) -> tuple[str, bool]:
-    """Return the text of a run, and whether its promise is kept."""
+def report(
+    facts: dict[str, str], rows: Sequence[Row], outlook: Outlook, *, rehearsed: bool = False
+) -> tuple[str, bool]:
+    """Return the text of a run, and whether its promise is kept (rehearsed: whether it ran)."""
     engines = sorted({row.configuration.engine for row in rows})
     factors = {engine: refit(engine, rows, outlook) for engine in engines}
     cells, errors = [], []
@@ -255,23 +257,32 @@ def report(facts: dict[str, str], rows: Sequence[Row], outlook: Outlook) -> tupl
              "error", "ready s")  # fmt: skip
     parts = [
         "\n".join(f"{name:<9} {value}" for name, value in facts.items() if value),
-        f"time per token at batch 1; measured: {_measured_on(rows)}; predicted for a GPU "
+        f"time per token at batch 1; measured: {_measured_on(rows)}; "
+        f"{'predicted' if outlook.predictions else 'nothing predicted'} for a GPU "
         f"of type {outlook.gpu or 'not told'}",
         table(heads, cells),
         *(_constant_text(engine, factors[engine], outlook) for engine in engines),
         *(f"NOT RUN: {row.configuration.text}: {row.not_run}" for row in rows if row.not_run),
         *(f"FAIL: {row.configuration.text}: {row.failure}" for row in rows if row.failure),
     ]
-    worst = max((abs(error) for error in errors), default=0.0)
-    kept = bool(errors) and worst <= PROMISED_SHARE and not any(row.failure for row in rows)
-    if errors:
-        parts.append(
-            f"{'PASS' if kept else 'FAIL'}: {len(errors)} predictions, the farthest {worst:.1%} "
-            f"off with one constant per engine; promised {PROMISED_SHARE:.0%}"
-        )
+    started = not any(row.failure for row in rows)
+    if rehearsed:
+        text, kept = "rehearsed: no verdict", started
     else:
-        parts.append("FAIL: nothing was measured that has a prediction")
-    return "\n\n".join(part for part in parts if part), kept
+        text, kept = _verdict(errors, started)
+    return "\n\n".join(part for part in (*parts, text) if part), kept
+
+
+def _verdict(errors: Sequence[float], started: bool) -> tuple[str, bool]:
+    """Return the last line, and whether everything started and each prediction is close."""
+    if not errors:
+        return "FAIL: nothing was measured that has a prediction", False
+    worst = max(abs(error) for error in errors)
+    kept = worst <= PROMISED_SHARE and started
+    return (
+        f"{'PASS' if kept else 'FAIL'}: {len(errors)} predictions, the farthest {worst:.1%} "
+        f"off with one constant per engine; promised {PROMISED_SHARE:.0%}"
+    ), kept
 
 
 def _cells(row: Row, prediction: Prediction | None, factor: float | None) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ UNKNOWN_COMMAND_STATUS = 2
 
 async def sleep_and_wake(scene: Scene, found: Findings) -> None:
     """Twice: the first sleep touches host memory that the second finds ready."""
+    if not scene.stack.options.sleep:
+        raise SkipError("the engine was started without sleep mode: --no-sleep")
     prompts = [asks.words(PROMPT_WORDS, scene.draw) for _ in range(PROMPTS)]
     before = [await _greedy(scene, prompt) for prompt in prompts]
     again = [await _greedy(scene, prompt) for prompt in prompts]

@@ -1,9 +1,10 @@
 """Steps of a proof: each says what it claims, and ends as PASS, FAIL or NOT RUN with its figures.
 
 A step that fails does not end the run: on a machine that is lent for minutes, the other answers are
-worth as much. Time is short there, too, so each step says how long it usually takes, and the last
-ones are left out by name when they do not fit; one that must be done (the engine has to be stopped)
-has its time kept for it.
+worth as much. A step that was done and could not tell is NOT RUN, with its figures: it has shown
+nothing either way. Time is short there, too, so each step says how long it usually takes, and the
+last ones are left out by name when they do not fit; one that must be done (the engine has to be
+stopped) has its time kept for it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Findings:
     def __init__(self) -> None:
         self.figures: dict[str, Figure] = {}
         self.broken: list[str] = []
+        self.undecided: list[str] = []  # neither shown nor refuted, and why
         self.table = ""
         self.data: list[dict[str, Any]] = []
 
@@ -85,20 +87,21 @@ async def run_steps(
         kept_s = sum(
             later.usual_s for later in after if later.kept or (step.spare and not later.spare)
         )
-        left_s = deadline_s - time.monotonic() - kept_s
-        why_not = _why_not(step, found, left_s)
-        finding = _not_run(step, why_not) if why_not else await _run(step, left_s)
+        left_s = deadline_s - time.monotonic()
+        why_not = _why_not(step, found, left_s, kept_s)
+        finding = _not_run(step, why_not) if why_not else await _run(step, left_s - kept_s)
         found.append(finding)
         say(shown(finding))
     return found
 
 
-def _why_not(step: Step, found: Iterable[Finding], left_s: float) -> str:
+def _why_not(step: Step, found: Iterable[Finding], left_s: float, kept_s: float) -> str:
     passed = {finding.name for finding in found if finding.verdict is Verdict.PASS}
     if step.needs and step.needs not in passed:
         return f"needs the step '{step.needs}'"
-    if not step.kept and left_s < step.usual_s:
-        return f"it usually takes {step.usual_s:g} s, and {max(0.0, left_s):.0f} s are left"
+    if not step.kept and left_s - kept_s < step.usual_s:
+        need = f", and the steps after it need {kept_s:.0f}" if kept_s else ""
+        return f"it usually takes {step.usual_s:g} s; {max(0.0, left_s):.0f} s are left{need}"
     return ""
 
 
@@ -116,20 +119,26 @@ async def _run(step: Step, left_s: float) -> Finding:
         async with asyncio.timeout(limit_s):
             await step.run(findings)
     except SkipError as error:
-        return _not_run(step, str(error))
+        findings.undecided.append(str(error))
     except TimeoutError:
         findings.broken.append(f"it had not ended after {limit_s:.0f} s")
     except (RequestError, RunError, OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
         findings.broken.append(f"{type(error).__name__}: {error}")
     return Finding(
         name=step.name,
-        verdict=Verdict.FAIL if findings.broken else Verdict.PASS,
+        verdict=_verdict(findings),
         took_s=round(time.monotonic() - begun_s, 3),
         figures=findings.figures,
-        broken=tuple(findings.broken),
+        broken=(*findings.broken, *findings.undecided),
         table=findings.table,
         data=findings.data,
     )
+
+
+def _verdict(findings: Findings) -> Verdict:
+    if findings.broken:
+        return Verdict.FAIL
+    return Verdict.NOT_RUN if findings.undecided else Verdict.PASS
 
 
 def status_of(found: Sequence[Finding]) -> int:

@@ -76,7 +76,9 @@ def _write_wheel(
 
 def _bundle(index: Path, *more: str, name: str = "doherty") -> int:
     root = index.parent
-    options = ("--python", _PYTHON, "--lock", str(index / "set.lock"), "--jobs", "1")
+    options = ["--lock", str(index / "set.lock"), "--jobs", "1"]
+    if "--host" not in more:
+        options += ["--python", _PYTHON]
     places = (
         "--find-links",
         str(index),
@@ -196,9 +198,38 @@ def test_old_sites_are_forgotten(index: Path) -> None:
     assert last in [(path / "tiny.py").read_text() for path in kept]
 
 
-def test_more_than_the_total_is_an_error(index: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert _bundle(index, "--total-mib", "0.1") == 1
+def test_more_than_the_total_ends_the_packing(
+    index: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = index.parent / "out"
+    # 600 kB of noise: in two parts it would have ended in the second.
+    assert _bundle(index, "--total-mib", "0.1", "--archive-mib", "0.05") == 1
     assert "more than --total-mib allows; give --host" in capfd.readouterr().err
+    assert [path.name for path in out.iterdir() if path.stat().st_size > 10_000] == []
+    assert not (out / "manifest.json").exists()
+    assert _bundle(index, "--total-mib", "1") == 0
+    assert _bundle(index, "--total-mib", "0.1") == 1  # what is there counts, and stays
+    assert (out / "manifest.json").exists()
+
+
+def test_what_would_be_passed_over_is_refused(
+    index: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    known = {"python": _PYTHON, "torch": "2.11.0", "cuda": "13.0", "arch": 90, "packages": {}}
+    described, unseen = tmp_path / "host.json", tmp_path / "unseen.json"
+    described.write_text(json.dumps(known))
+    unseen.write_text(json.dumps(known | {"arch": 0}))
+    for more, says in (
+        (("--find-links", str(tmp_path / "none")), f"--find-links: there is no folder {tmp_path}"),
+        (("--host", str(described), "--python", "3.9"), "--python: "),
+        (("--host", str(described), "--arch", "80"), f"{described} tells it; leave one of them"),
+    ):
+        assert _bundle(index, *more) == 2
+        told = capfd.readouterr()
+        assert says in told.err
+        assert not told.out  # nothing was begun
+    assert _bundle(index, "--host", str(unseen), "--arch", "80") == 0
+    assert json.loads((index.parent / "out" / "manifest.json").read_text())["arch"] == 80
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +101,20 @@ def test_what_cannot_be_made_is_refused(
         make_model.main([str(tmp_path), *arguments])
     assert caught.value.code == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", ""])
+def test_a_python_without_tokenizers_hands_over_to_an_engines(tmp_path: Path, engine: str) -> None:
+    # As after env.sh, whose python3 is not an engine's. The last stage's one engine has none, too.
+    python = tmp_path / (engine or "vllm") / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {0 if engine else 1}\necho $0 "$@"\n')
+    python.chmod(0o755)
+    command = [sys.executable, "-S", make_model.__file__, "models", "qwen3-8b", "--layers", "2"]
+    environment = {"PATH": os.environ["PATH"], "STAGE": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if engine:
+        assert done.stdout.split() == [str(python), *command[2:]]
+    else:
+        assert done.returncode == 1
+        assert "has no tokenizers; use a Python that has, or unpack an engine's" in done.stderr

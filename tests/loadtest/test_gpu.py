@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import random
 from pathlib import Path
@@ -15,14 +16,14 @@ import pytest
 
 from loadtest.__main__ import main
 from loadtest.client import Client
-from loadtest.gpu import caching, cost, gauges, machine, paired, prove, serving
+from loadtest.gpu import caching, cost, gauges, machine, paired, prove, serving, sleeping
 from loadtest.gpu.asks import cached_tokens
 from loadtest.gpu.caching import FRESH, HEAD, Guess
 from loadtest.gpu.cost import Cell, CostOptions, GapReader
 from loadtest.gpu.events import Listener, Source, find_source, here
 from loadtest.gpu.gauges import EngineLoad
 from loadtest.gpu.leaving import Watch
-from loadtest.gpu.paired import Difference, Judgement
+from loadtest.gpu.paired import Comparison, Difference, Judgement
 from loadtest.gpu.scene import Measure, Scene
 from loadtest.gpu.stack import Replica, Stack, StackOptions, config_of, pool_keys_of
 from loadtest.gpu.steps import (
@@ -138,6 +139,9 @@ async def test_a_spare_step_makes_way_for_those_after_it() -> None:
     steps = [_step("spare", 50, spare=True), _step("needed", 60), _step("end", 30, kept=True)]
     found = await run_steps(steps, 100, lambda _: None)
     assert [one.verdict.value for one in found] == ["NOT RUN", "PASS", "PASS"]
+    assert found[0].broken == (
+        "it usually takes 50 s; 100 s are left, and the steps after it need 90",
+    )
     found = await run_steps(steps, 200, lambda _: None)
     assert [one.verdict.value for one in found] == ["PASS"] * 3
 
@@ -187,6 +191,16 @@ def _scene_and_args(tmp_path: Path, *arguments: str) -> tuple[Scene, argparse.Na
     parser = argparse.ArgumentParser()
     prove.add_arguments(parser)
     return Scene(Stack(StackOptions(), tmp_path), Measure(), 1), parser.parse_args(arguments)
+
+
+async def test_an_engine_without_sleep_mode_is_not_put_to_sleep(tmp_path: Path) -> None:
+    scene = Scene(Stack(StackOptions(sleep=False), tmp_path), Measure(), 1)
+    step = Step(name="sleep", run=functools.partial(sleeping.sleep_and_wake, scene), usual_s=30)
+    (found,) = await run_steps([step], 0.0, lambda _: None)
+    assert (found.verdict, found.broken) == (
+        Verdict.NOT_RUN, ("the engine was started without sleep mode: --no-sleep",)
+    )  # fmt: skip
+    await scene.close()
 
 
 def test_the_first_and_the_last_step_are_always_there(tmp_path: Path) -> None:
@@ -479,20 +493,66 @@ def test_a_difference_is_found_and_noise_is_not_taken_for_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "low", "control", "samples", "verdict"),
+    ("low", "value", "high", "control", "samples", "verdict"),
     [
-        (0.9, 0.5, 5.0, 100, Judgement.KEPT),
-        (1.4, 1.2, 0.1, 100, Judgement.BROKEN),
-        (1.4, 0.8, 0.1, 100, Judgement.UNDECIDED),
-        (1.4, 1.2, -0.5, 100, Judgement.UNDECIDED),
-        (9.0, 8.0, 0.0, 19, Judgement.TOO_FEW),
+        (0.5, 0.8, 1.0, 0.1, 100, Judgement.KEPT),
+        (0.5, 0.8, 1.1, 0.1, 100, Judgement.UNDECIDED),  # though the value itself is within
+        (0.8, 1.4, 1.9, 0.1, 100, Judgement.UNDECIDED),
+        (1.1, 1.4, 1.9, 0.1, 100, Judgement.BROKEN),
+        (1.1, 1.4, 1.9, -0.5, 100, Judgement.UNDECIDED),  # the control is as far off
+        (-9.0, -4.0, 0.9, 6.0, 100, Judgement.UNDECIDED),
+        (7.0, 8.0, 9.0, 0.0, 19, Judgement.TOO_FEW),
     ],
 )
-def test_a_promise_is_judged_beside_its_noise(
-    value: float, low: float, control: float, samples: int, verdict: Judgement
+def test_a_promise_is_judged_by_its_interval_and_beside_its_noise(
+    low: float, value: float, high: float, control: float, samples: int, verdict: Judgement
 ) -> None:
-    found = Difference(value=value, low=low, high=value + 1)
+    found = Difference(value=value, low=low, high=high)
     assert paired.judge(found, control, 1.0, samples, 20) is verdict
+
+
+def _comparison(low: float, high: float) -> Comparison:
+    p50 = Difference(value=(low + high) / 2, low=low, high=high)
+    return Comparison(
+        samples=200, p50_direct=5.0, p99_direct=6.0, p50=p50,
+        p99=Difference(value=0.0, low=-0.1, high=0.1), paired_p50=0.0, control_p50=0.0,
+        control_p99=0.0, control_paired_p50=0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pooled", "verdict", "told"),
+    [
+        ((0.1, 0.9), Verdict.PASS, ()),
+        ((0.1, 1.1), Verdict.NOT_RUN, ("+0.600 ms [0.100, 1.100], within 1: UNDECIDED",)),
+        ((1.1, 1.3), Verdict.FAIL, ("+1.200 ms [1.100, 1.300], within 1: BROKEN",)),
+    ],
+)
+async def test_the_cost_is_judged_by_all_sizes_together(
+    pooled: tuple[float, float], verdict: Verdict, told: tuple[str, ...]
+) -> None:
+    result = {
+        ("32 tokens x 1", cost.FIRST): _comparison(2.0, 3.0),  # one cell decides nothing
+        ("64 tokens x 1", cost.FIRST): _comparison(-9.0, 9.0),
+        ("all sizes x 1", cost.FIRST): _comparison(*pooled),
+        ("all sizes x 8", cost.GAP): _comparison(0.0, 0.1),
+    }
+
+    async def work(found: Findings) -> None:
+        found.table = cost.shown(result)
+        cost.conclude(result, found)
+
+    step = Step(name="cost", run=work, usual_s=1.0)
+    (found,) = await run_steps([step], 0.0, lambda _: None)
+    assert found.verdict is verdict
+    assert found.figures == {"single_cells_beyond": 1}
+    assert found.broken == tuple(f"all sizes x 1, first token: p50 {text}" for text in told)
+    rows = [line for line in found.table.splitlines() if " x " in line]
+    assert [
+        line.endswith(end) for line, end in zip(rows, ("BROKEN", "p50 UNDECIDED"), strict=False)
+    ]
+    assert rows[0].split()[6:8] == ["200", "5.000"]
+    assert rows[2].split()[6:9] == ["200", "-", "+6.000"]  # relative: its zero is the median
 
 
 def test_every_round_has_every_arm_and_crowds_count_their_streams() -> None:

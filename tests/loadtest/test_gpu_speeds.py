@@ -6,6 +6,7 @@ busy machine's and are not judged here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -16,7 +17,17 @@ import orjson
 import pytest
 
 from loadtest.__main__ import main
-from loadtest.gpu import fidelity, fit, measuring, paths, predictions, probing, records
+from loadtest.gpu import (
+    abreast,
+    fidelity,
+    fit,
+    floors,
+    measuring,
+    paths,
+    predictions,
+    probing,
+    records,
+)
 from loadtest.gpu.direct import (
     EngineOptions,
     engine_command,
@@ -378,6 +389,17 @@ def test_a_comparison_fails_for_promised_figures_alone() -> None:
         "first token, 2,048 tokens seen before"
     ]
     assert rows[1].ratio == pytest.approx(1.14)
+    told, kept = fidelity.verdict(rows, ())
+    assert (told[:19], kept) == ("FAIL: 1 of 4 not wi", False)
+    close = [each for each in rows if each not in fidelity.broken(rows)]
+    assert fidelity.verdict(close, ()) == (
+        "PASS: all 3 within 15%, the farthest 14.0% off", True,
+    )  # fmt: skip
+    told, kept = fidelity.verdict(close, ["decode at batch 64: the time was up"])
+    assert told.endswith("14.0% off, but 1 could not be measured")
+    assert not kept
+    # Prompts of 512 tokens alone: all of their figures are in brackets.
+    assert fidelity.verdict(rows[:1], ()) == ("FAIL: nothing that is promised was compared", False)
     plan = fidelity.plan_for(recording, 3, (), (1,), 1.0)
     assert (plan.prompts, plan.batches, plan.long_batches) == ((512, 2048), (1,), (1,))
 
@@ -432,6 +454,16 @@ def test_the_comparison_runs_and_says_what_it_found(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_size_that_is_not_recorded_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    recording = str(RESULTS / "speeds-h200-sglang-0.5.17.json")
+    command = ["gpu", "fidelity", recording, "--profile", "h200-8b-sglang"]
+    assert main([*command, "--prompts", "2048,4096"]) == 2
+    told = "--prompts: 4096 is not recorded; there are 128, 512, 2048, 8192, 32000\n"
+    assert capsys.readouterr().err == f"loadtest: {told}"
+    assert main([*command, "--batches", "7"]) == 2
+    assert "--batches: 7 is not recorded; there are 1, 8, 32, 64, 128" in capsys.readouterr().err
+
+
 def test_floors_are_rehearsed_and_earlier_rows_added(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -439,26 +471,47 @@ def test_floors_are_rehearsed_and_earlier_rows_added(
     plan.write_bytes(msgspec.json.encode({"decode": outlook()}))
     command = ["gpu", "floors", "--predictions", str(plan), "--gpus", "1", "--engines", "vllm"]
     command += ["--tp", "1,2", "--weights", "bf16", "--answer-tokens", "40", "--rehearse"]
-    assert main([*command, "--json", str(rows)]) == 0  # one constant fits one row
+    assert main([*command, "--json", str(rows)]) == 0
     said = capsys.readouterr().out
+    assert said.endswith("\n\nrehearsed: no verdict\n")
     assert "vllm 0.33.0 on no GPU" in said
     assert "NOT RUN: vllm TP2 bf16: needs 2 GPUs, here are 1" in said
-    assert "rehearsed" in said
     assert main([*command, "--measured", str(rows)]) == 0
     again = capsys.readouterr()
     assert "starting" not in again.err  # it is not measured again
     assert "vllm TP1 bf16" in again.out
 
 
+def test_a_rehearsal_needs_no_cards_and_judges_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def one(each: Configuration, *_: object) -> Row:
+        if each.tensor_parallel > 1:
+            return predictions.failed(each, "died")
+        return row("vllm", each.weights, 99.0)
+
+    monkeypatch.setattr(floors, "_one", one)
+    monkeypatch.setattr(abreast, "started", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(floors, "_plan", lambda *_: msgspec.json.encode({"decode": outlook()}))
+    command = ["gpu", "floors", "--rehearse", "--engines", "vllm"]
+    assert main([*command, "--tp", "1"]) == 0  # though 99 ms are far from what is predicted
+    assert main([*command, "--tp", "1,4"]) == 1  # what does not start fails a rehearsal, too
+    said = capsys.readouterr().out
+    assert "NOT RUN" not in said
+    assert "FAIL: vllm TP4 bf16: died" in said
+    assert said.count("rehearsed: no verdict") == 2
+
+
 def test_rows_are_kept_when_there_is_no_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "rows.json"
-    command = ["gpu", "floors", "--rehearse", "--engines", "", "--json", str(rows)]
+    command = ["gpu", "floors", "--gpu", "h200", "--engines", "", "--json", str(rows)]
     command += ["--measured", str(RESULTS / "speeds-h200-vllm-0.26.0.json")]
     assert main(command) == 1
     said = capsys.readouterr()
-    assert "no predictions" in said.err
+    assert "no predictions: the planner needs --model-path; give --predictions" in said.err
+    assert "nothing predicted for a GPU of type h200" in said.out
     assert "vllm: nothing to fit its constant to" in said.out
     assert predictions.read_rows(str(rows))[0].token_ms == 5.201
     assert main([*command, "--predictions", str(tmp_path / "none.json")]) == 2
