@@ -293,6 +293,8 @@ class Keeper:
         self._process = around.provider.spawn(
             start.argv, start.environ, launch.launch_id, self.log_path
         )
+        # It lives, and nothing from here on may raise what `_start` takes for a failed spawn:
+        # notes and log lines that cannot be written are lost.
         self._follow(self._process, launch.launch_id)
         self._note_process(launch, self._process)
         around.log.tell(
