@@ -78,15 +78,17 @@ def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
 def _manager_settings(
     base: ManagerConfig, given: Mapping[str, Any], environ: Mapping[str, str]
 ) -> ManagerConfig:
-    values: dict[str, Any] = {}
+    merged = {name: getattr(base, name) for name in base.__struct_fields__}
     for field, flag, variable in _MANAGER_SETTINGS:
-        value = given.get(flag)
+        value, source = given.get(flag), "--" + flag.replace("_", "-")
         if value is None:
-            value = environ.get(ENVIRONMENT_PREFIX + variable)
-        if value is not None:
-            values[field] = value
-    merged = {name: getattr(base, name) for name in base.__struct_fields__} | values
-    try:
-        return msgspec.convert(merged, ManagerConfig, strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"settings of the manager: {error}") from error
+            source = ENVIRONMENT_PREFIX + variable
+            value = environ.get(source)
+        if value is None:
+            continue
+        merged[field] = value
+        try:  # one by one, so that an error names who said it
+            msgspec.convert({field: value}, ManagerConfig, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{source}: {str(error).split(' - at ')[0]}") from error
+    return msgspec.convert(merged, ManagerConfig, strict=False)

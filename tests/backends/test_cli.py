@@ -256,8 +256,27 @@ def test_cards_of_the_manager_by_environment_and_file(tmp_path: Path) -> None:
     assert (settings.gpus, settings.warm_page_cache) == ("1,GPU-8932f937", True)
     path.write_text("manager:\n  gpus: 7\n")
     assert manager_config_of(given(config=str(path)), {})[0].manager.gpus == 7
-    with pytest.raises(ConfigError, match=r"settings of the manager: .*\$\.gpus"):
-        manager_config_of(given(), {"DOHERTY_GPUS": "all"})
+    path.write_text("manager: {gpus: [0, 2-3, GPU-8932f937]}\n")
+    settings = manager_config_of(given(config=str(path)), {})[0].manager
+    assert settings.cards == "0,2-3,GPU-8932f937"
+
+
+@pytest.mark.parametrize("value", ["a", "all", "", "2-0", "0,5-4", "0,,1", "none,1"])
+def test_cards_that_are_none_are_refused_by_whoever_names_them(value: str, tmp_path: Path) -> None:
+    problem = rf"gpus: '{value}' is none of auto, none, or a list such as 0,2-3"
+    with pytest.raises(ConfigError, match=f"^DOHERTY_GPUS: {problem}"):
+        manager_config_of(given(), {"DOHERTY_GPUS": value})
+    path = tmp_path / "f.yaml"
+    path.write_text(f"manager:\n  gpus: '{value}'\n")
+    with pytest.raises(ConfigError, match=f"f.yaml:2: manager: {problem}"):
+        manager_config_of(given(config=str(path)), {})
+
+
+def test_settings_of_the_manager_are_refused_by_the_name_they_came_by() -> None:
+    with pytest.raises(ConfigError, match=r"^DOHERTY_MANAGER_PORT: Expected `int`"):
+        manager_config_of(given(), {"DOHERTY_MANAGER_PORT": "http"})
+    with pytest.raises(ConfigError, match=r"^DOHERTY_WARM_PAGE_CACHE: Expected `bool`"):
+        manager_config_of(given(), {"DOHERTY_WARM_PAGE_CACHE": "perhaps"})
 
 
 def test_without_a_file_there_is_a_demo() -> None:
