@@ -170,7 +170,9 @@ class Keeper:
                 raise RefusedError(f"it sleeps at level {self._naps.level}; wake it first")
             return
         if self.state.phase not in {Phase.READY, Phase.HELD}:
-            raise RefusedError(f"it is {self.state.phase}; only what is ready can be put to sleep")
+            raise RefusedError(
+                f"it is {self.state.phase.words}; only what is ready can be put to sleep"
+            )
         if self.observed.launch_hash != self._spec_hash:  # so it may lack what a sleep needs
             raise RefusedError("it is about to be started anew with a changed command")
         try:
@@ -178,14 +180,14 @@ class Keeper:
         except FlagError as error:
             raise RefusedError(str(error)) from error
         self._naps.level = level
-        self.apply(Event.SLEEP, "put to sleep by an operator")
+        self.apply(Event.SLEEP, "going to sleep, as an operator asked")
 
     def wake(self) -> None:
         """Take the memory back and serve. Raises `RefusedError` when it cannot, or not now."""
         if self.state.phase in {Phase.READY, Phase.HELD, Phase.WAKING}:
             return
         if self.state.phase not in {Phase.ASLEEP, Phase.EMPTYING}:
-            raise RefusedError(f"it is {self.state.phase}; only what sleeps can be woken")
+            raise RefusedError(f"it is {self.state.phase.words}; only what sleeps can be woken")
         self.apply(Event.WAKE, "woken by an operator")
 
     def apply(self, event: Event, reason: str = "") -> None:
