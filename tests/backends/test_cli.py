@@ -23,7 +23,7 @@ from backends.redact import HIDDEN, redacted, redacted_args
 from backends.service import flags_of
 from backends.settings import manager_config_of, plan_of
 from backends.status import table
-from backends.up import banner, describe, refuse_left_proxy, services
+from backends.up import banner, describe, models_down, refuse_left_proxy, services
 from proxy.config import ConfigError, parse_config
 from proxy.contract import (
     FleetSnapshot,
@@ -313,6 +313,28 @@ def test_flags_are_written_so_that_they_are_read_again() -> None:
     assert flags_of({"a_b": True, "c": False, "d": ("x", "y"), "e": 1, "f": "-"}) == (
         *("--a-b", "--no-c", "--d", "x", "y", "--e=1", "--f=-"),
     )
+
+
+def test_the_banner_tells_which_models_nobody_serves(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    pools = "pools: [{engine: simulator}]"
+    path.write_text("models:\n" + "".join(f"  - {{name: {m}, {pools}}}\n" for m in "mvw"))
+    plan = plan_of(given(config=str(path)), {})
+    ready, backoff = ReplicaState.READY, ReplicaState.BACKOFF
+    replicas = [
+        ReplicaRecord(replica_id=name, url="http://h:1", models=models, state=state, asleep=asleep)
+        for name, models, state, asleep in (
+            ("m-0", ("m",), backoff, False),
+            ("v-0", ("v",), backoff, False),
+            ("v-1", ("v", "v-lora"), ready, False),
+            ("w-0", ("w",), ready, True),
+        )
+    ]
+    down = models_down(plan.config, replicas)
+    assert down == ("m", "w")
+    text = banner(plan, down)
+    assert "Ready, without m, w: http://127.0.0.1:8000/v1\n" in text
+    assert 'model="v"' in text
 
 
 def test_the_banner_can_be_pasted(good: str) -> None:
