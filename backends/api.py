@@ -150,7 +150,9 @@ class Api:
         replica_id = request.match_info["replica_id"]
         keeper = self._source.keepers.get(replica_id)
         if keeper is None:
-            raise web.HTTPNotFound(text=f"no replica '{replica_id}'; GET {FLEET_PATH} lists them")
+            raise web.HTTPNotFound(
+                text=f"no replica '{replica_id}'; `doherty status` and GET {FLEET_PATH} list them"
+            )
         return keeper
 
 

@@ -2,7 +2,9 @@
 
 A misspelt flag, or one of another release, would else be found by a start that fails. What cannot
 be told here (an engine that is not installed on this machine, a release that nobody read) is a
-warning, because the file may be meant for another machine.
+warning, because the file may be meant for another machine. The flags for an engine that is not
+here are judged by the newest release that is known. Pools that need more cards than are named are
+a warning, too: what else there is serves, and the rest waits.
 """
 
 from __future__ import annotations
@@ -11,11 +13,16 @@ from collections.abc import Mapping
 
 from backends.engines import ENGINES
 from backends.engines.base import Engine, EngineMissingError, FlagError
-from backends.engines.flags import check_flags, flag_table
+from backends.engines.features import SGLANG_RANGE, VLLM_RANGE
 from backends.engines.probe import probe_release, program_of
 from backends.engines.release import UNKNOWN_RELEASE
+from backends.gpus import pinned
+from backends.nvidia_smi import AUTO, NONE, names_of
 from backends.spec import ReplicaSpec, replica_specs
+from backends.starting import gpus_wanted
 from proxy.config import Config, ConfigError
+
+_NEWEST = {"sglang": SGLANG_RANGE.newest, "vllm": VLLM_RANGE.newest}
 
 
 def check_engines(
@@ -40,6 +47,34 @@ def _check(engine: Engine, spec: ReplicaSpec, environ: Mapping[str, str]) -> tup
     try:
         release = probe_release(program_of(engine, spec, environ))
     except EngineMissingError as error:
-        engine.check(spec, UNKNOWN_RELEASE)
-        return (str(error), *check_flags(flag_table(engine.name), spec.args, UNKNOWN_RELEASE))
+        engine.check(spec, UNKNOWN_RELEASE)  # no release would take what this refuses
+        newest = _NEWEST.get(engine.name, UNKNOWN_RELEASE)
+        try:
+            return (str(error), *engine.check(spec, newest))
+        except FlagError as problem:
+            return (str(error), f"by the newest release that is known: {problem}")
     return engine.check(spec, release)
+
+
+def check_cards(
+    config: Config, cards: str, engines: Mapping[str, Engine] = ENGINES
+) -> tuple[str, ...]:
+    """Return warnings about replicas that need more GPUs than `cards`, the manager's, names."""
+    if cards in (AUTO, NONE):
+        return ()
+    named = len(names_of(cards))
+    needed: dict[str, int] = {}
+    for spec in replica_specs(config):
+        count = gpus_wanted(engines[spec.engine], spec)
+        if count and pinned(spec.env, spec.args, count) is None:
+            needed[spec.replica_id] = count
+    if sum(needed.values()) <= named:
+        return ()
+    large = {name: count for name, count in needed.items() if count > named}
+    if large:
+        who = ", ".join(f"{name} ({count})" for name, count in large.items())
+        return (f"more GPUs than the {named} of manager.gpus ({cards}) are needed by {who}",)
+    return (
+        f"the replicas need {sum(needed.values())} GPUs together, and manager.gpus ({cards}) names "
+        f"{named}: some will wait",
+    )

@@ -177,8 +177,9 @@ def _check(options: argparse.Namespace) -> int:
 
     import yaml
 
-    from backends.checking import check_engines
+    from backends.checking import check_cards, check_engines
     from backends.redact import redacted
+    from backends.settings import manager_settings
     from proxy import tls
     from proxy.config import json_schema, load_config
 
@@ -192,6 +193,7 @@ def _check(options: argparse.Namespace) -> int:
     warnings = [
         *tls.check(config.proxy, datetime.now(UTC)),
         *check_engines(config, options.file, os.environ),
+        *check_cards(config, manager_settings(config.manager, {}, os.environ).cards),
     ]
     for warning in warnings:
         print(f"{options.file}: warning: {warning}", file=sys.stderr)

@@ -182,7 +182,9 @@ class Keeper:
                 raise RefusedError(f"it sleeps at level {self._naps.level}; wake it first")
             return
         if self.state.phase not in {Phase.READY, Phase.HELD}:
-            raise RefusedError(f"it is {self.state.phase}; only what is ready can be put to sleep")
+            raise RefusedError(
+                f"it is {self.state.phase.words}; only what is ready can be put to sleep"
+            )
         if self.observed.launch_hash != self._spec_hash:  # so it may lack what a sleep needs
             raise RefusedError("it is about to be started anew with a changed command")
         if self.observed.adapting:
@@ -192,14 +194,14 @@ class Keeper:
         except FlagError as error:
             raise RefusedError(str(error)) from error
         self._naps.level = level
-        self.apply(Event.SLEEP, "put to sleep by an operator")
+        self.apply(Event.SLEEP, "going to sleep, as an operator asked")
 
     def wake(self) -> None:
         """Take the memory back and serve. Raises `RefusedError` when it cannot, or not now."""
         if self.state.phase in {Phase.READY, Phase.HELD, Phase.WAKING}:
             return
         if self.state.phase not in {Phase.ASLEEP, Phase.EMPTYING}:
-            raise RefusedError(f"it is {self.state.phase}; only what sleeps can be woken")
+            raise RefusedError(f"it is {self.state.phase.words}; only what sleeps can be woken")
         self.apply(Event.WAKE, "woken by an operator")
 
     def apply(self, event: Event, reason: str = "") -> None:
@@ -307,6 +309,8 @@ class Keeper:
         self._process = around.provider.spawn(
             start.argv, start.environ, launch.launch_id, self.log_path
         )
+        # It lives, and nothing from here on may raise what `_start` takes for a failed spawn:
+        # notes and log lines that cannot be written are lost.
         self._follow(self._process, launch)
         self._note_process(launch, self._process)
         around.log.tell(

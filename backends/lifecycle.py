@@ -55,6 +55,13 @@ class Phase(enum.StrEnum):
     ASLEEP = "asleep"
     WAKING = "waking"  # the calls that take it back are out
 
+    @property
+    def words(self) -> str:
+        """What a replica in it is, to a person: it is ..."""
+        going = {Phase.BACKOFF: "in backoff", Phase.HELD: "drained"}
+        going |= dict.fromkeys((Phase.EMPTYING, Phase.FALLING_ASLEEP), "going to sleep")
+        return going.get(self, self.value)
+
 
 class Event(enum.StrEnum):
     """What can happen to a replica: wishes, of which the last four are operators', and facts."""

@@ -2,11 +2,17 @@
 
 Fields are chosen by the caller from a closed set of harmless things (ids, ports, states, reasons);
 environments, argument lists and bodies are never logged, because keys live in them.
+
+A line that cannot be written is lost, and nothing else happens: its reader may have gone or its
+disk be full, and whoever tells an event has more to do than to tell it. The manager tells of an
+engine that it has just started.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -37,5 +43,19 @@ class Log:
         }
         line = orjson.dumps({"at": at, "level": level, "event": event, **clipped}, default=str)
         stream = self._stream or sys.stderr
-        stream.write(line.decode() + "\n")
-        stream.flush()
+        try:
+            stream.write(line.decode() + "\n")
+            stream.flush()
+        except BrokenPipeError:
+            if stream is sys.stderr:
+                _divert_stderr()
+        except (OSError, ValueError, AttributeError):  # closed, or None: closed at our start
+            pass
+
+
+def _divert_stderr() -> None:
+    """Write to nowhere from now on: no reader comes back, and Python ends with 120 for the rest."""
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)

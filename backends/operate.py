@@ -40,7 +40,7 @@ def fall_asleep(manager_url: str, replica_id: str, level: int) -> str:
     seen = _after(manager_url, url, {Phase.EMPTYING, Phase.FALLING_ASLEEP})
     if seen.phase is Phase.ASLEEP:
         return f"{replica_id} is {seen.reason}"
-    raise StartError(f"{replica_id} is {seen.phase}: {seen.reason}")
+    raise StartError(f"{replica_id} is {seen.phase.words}: {seen.reason}")
 
 
 def wake(manager_url: str, replica_id: str) -> str:
@@ -49,8 +49,8 @@ def wake(manager_url: str, replica_id: str) -> str:
     _post(manager_url, f"{url}/wake")
     seen = _after(manager_url, url, {Phase.WAKING})
     if seen.phase in {Phase.READY, Phase.HELD}:
-        return f"{replica_id} is {seen.reason or seen.phase}"
-    raise StartError(f"{replica_id} is {seen.phase}: {seen.reason}")
+        return f"{replica_id} is {seen.reason or seen.phase.words}"
+    raise StartError(f"{replica_id} is {seen.phase.words}: {seen.reason}")
 
 
 def _url(manager_url: str, replica_id: str) -> str:
@@ -74,7 +74,7 @@ def _after(manager_url: str, url: str, phases: Collection[Phase]) -> _Seen:
         if seen.phase not in phases:
             return seen
         if time.monotonic() >= give_up_s:
-            raise StartError(f"it is still {seen.phase}: {seen.reason}")
+            raise StartError(f"it is still {seen.phase.words}: {seen.reason}")
         time.sleep(POLL_S)
 
 

@@ -115,7 +115,7 @@ async def serve(
         journal = open_journal(run_folder, log)
         stack.callback(journal.close)
         fetch = HttpFetch()
-        cards = await open_cards(str(settings.gpus), log)
+        cards = await open_cards(settings.cards, log)
         manager = Manager(
             config,
             provider=ProcessProvider(),

@@ -48,7 +48,7 @@ def manager_config_of(
 ) -> tuple[Config, str | None]:
     """Return the configuration of `doherty manager`. Raises `ConfigError`."""
     config, path = read_config(given["config"], environ)
-    manager = _manager_settings(config.manager, given, environ)
+    manager = manager_settings(config.manager, given, environ)
     return msgspec.structs.replace(config, manager=manager), path
 
 
@@ -69,24 +69,27 @@ def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
             )
     proxy = override(config.proxy, environment_values(environ), ENVIRONMENT_PREFIX + "{env}")
     proxy = override(proxy, flags, "--{flag}")
-    manager = _manager_settings(config.manager, given, environ)
+    manager = manager_settings(config.manager, given, environ)
     if proxy.access_log == "-":  # the terminal belongs to the progress of `up`
         flags["access_log"] = f"{manager.run_dir}/logs/access.log"
     return Plan(config_path=path, config=config, proxy=proxy, proxy_flags=flags, manager=manager)
 
 
-def _manager_settings(
+def manager_settings(
     base: ManagerConfig, given: Mapping[str, Any], environ: Mapping[str, str]
 ) -> ManagerConfig:
-    values: dict[str, Any] = {}
+    """Return `base` with flags and environment laid over it. Raises `ConfigError`."""
+    merged = {name: getattr(base, name) for name in base.__struct_fields__}
     for field, flag, variable in _MANAGER_SETTINGS:
-        value = given.get(flag)
+        value, source = given.get(flag), "--" + flag.replace("_", "-")
         if value is None:
-            value = environ.get(ENVIRONMENT_PREFIX + variable)
-        if value is not None:
-            values[field] = value
-    merged = {name: getattr(base, name) for name in base.__struct_fields__} | values
-    try:
-        return msgspec.convert(merged, ManagerConfig, strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"settings of the manager: {error}") from error
+            source = ENVIRONMENT_PREFIX + variable
+            value = environ.get(source)
+        if value is None:
+            continue
+        merged[field] = value
+        try:  # one by one, so that an error names who said it
+            msgspec.convert({field: value}, ManagerConfig, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{source}: {str(error).split(' - at ')[0]}") from error
+    return msgspec.convert(merged, ManagerConfig, strict=False)

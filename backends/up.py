@@ -16,7 +16,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from backends.service import Command, Service, environment, flags_of
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ManagerConfig, ProxyConfig
 from proxy.contract import (
+    FLEET_PATH,
     FLEET_WATCH_PATH,
     SNAPSHOT_BYTES_MAX,
     ReplicaRecord,
@@ -204,7 +205,7 @@ class Up:
         if ready:
             self._manager.settle()
             self._proxy.settle()
-            self._say(banner(self._plan))
+            self._say(banner(self._plan, await self._models_down()))
             await self._stop.wait()
         await cancel_all(self._chores)
         await self._stop_all(proxy, manager)
@@ -240,6 +241,18 @@ class Up:
                         if response.status == 200:
                             return
                 await asyncio.sleep(POLL_S)
+
+    async def _models_down(self) -> Sequence[str]:
+        """Return the models that nobody serves although the endpoint is ready, if they are told."""
+        with suppress(aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError):
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session,
+                session.get(self._plan.manager_url + FLEET_PATH) as response,
+            ):
+                return models_down(
+                    self._plan.config, decode_snapshot(await response.read()).replicas
+                )
+        return ()
 
     async def _follow(self) -> None:
         """Tell of each replica that comes up or cannot; a manager that is away is waited for."""
@@ -351,9 +364,18 @@ def describe(replica: ReplicaRecord) -> str:
             return ""
 
 
-def banner(plan: Plan) -> str:
-    """Return what to do with a running endpoint, ready to be pasted."""
-    model = plan.config.models[0].name if plan.config.models else "MODEL"
+def models_down(config: Config, replicas: Iterable[ReplicaRecord]) -> tuple[str, ...]:
+    """Return the configured models that no replica serves now."""
+    able = [r for r in replicas if r.state is ReplicaState.READY and not r.asleep]
+    served = {name for replica in able for name in replica.models}
+    return tuple(model.name for model in config.models if model.name not in served)
+
+
+def banner(plan: Plan, down: Sequence[str] = ()) -> str:
+    """Return what to do with a running endpoint, ready to be pasted; models `down` are told."""
+    names = [model.name for model in plan.config.models]
+    model = next((name for name in names if name not in down), (*names, "MODEL")[0])
+    without = f", without {', '.join(down)}" if down else ""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "Say hello."}],
@@ -364,7 +386,7 @@ def banner(plan: Plan) -> str:
         key, auth = 'os.environ["DOHERTY_API_KEY"]', ' -H "authorization: Bearer $DOHERTY_API_KEY"'
     lines = [
         "",
-        f"Ready: {plan.url}/v1",
+        f"Ready{without}: {plan.url}/v1",
         "",
         f"curl -N {plan.url}/v1/chat/completions -H 'content-type: application/json'{auth} \\",
         f"  -d '{json.dumps(body)}'",

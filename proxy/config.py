@@ -35,7 +35,8 @@ ClientAuth = Literal["off", "optional", "required"]
 KvEvents = Literal["auto", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 _CARD = r"(\d{1,3}(-\d{1,3})?|(GPU|MIG)-[A-Za-z0-9/-]+)"
-CardList = Annotated[str, Meta(pattern=rf"^(auto|none|{_CARD}(, ?{_CARD})*)$")]
+_CARDS = re.compile(rf"auto|none|{_CARD}(, ?{_CARD})*")
+_SPAN = re.compile(r"(?<![\w-])(\d+)-(\d+)(?![\w-])")
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
 
 # What the routers that people come from call the same thing.
@@ -230,7 +231,7 @@ class ManagerConfig(Section, frozen=True, kw_only=True):
         Seconds, Meta(description="longest pause between restarts")
     ] = 30.0
     gpus: Annotated[
-        CardList | Count,
+        str | Count | tuple[str | Count, ...],
         Meta(
             description="GPUs to lease to replicas: auto (what nvidia-smi lists), none (leave that "
             "to engines), or a list such as 0,2-3 (UUIDs and MIG instances, too)"
@@ -239,6 +240,20 @@ class ManagerConfig(Section, frozen=True, kw_only=True):
     warm_page_cache: Annotated[
         bool, Meta(description="read weights and compile caches into memory beside a start")
     ] = True
+
+    @property
+    def cards(self) -> str:
+        """`gpus` as one text."""
+        return ",".join(map(str, self.gpus)) if isinstance(self.gpus, tuple) else str(self.gpus)
+
+    def __post_init__(self) -> None:
+        """Refuse a list that names no cards, or seems to and names none (a range 2-0)."""
+        spans = _SPAN.findall(self.cards)
+        if not _CARDS.fullmatch(self.cards) or any(int(a) > int(b) for a, b in spans):
+            raise ValueError(
+                f"gpus: '{self.cards}' is none of auto, none, or a list such as 0,2-3 or "
+                "GPU-8932f937 (names of nvidia-smi, ranges upwards)"
+            )
 
 
 class PoolConfig(Section, frozen=True, kw_only=True):

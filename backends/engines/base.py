@@ -8,6 +8,7 @@ every fact can be tested without an engine.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -198,10 +199,18 @@ def resolve_program(argv: Sequence[str], extra: str) -> tuple[str, ...]:
         found = shutil.which(program, path=str(Path(sys.executable).parent))
         found = found or shutil.which(program)
     if found is None:
-        remedy = f"; install it with: .venv/bin/pip install -e '.[{extra}]'" if extra else ""
+        remedy = f"; install it with: {_install(extra)}" if extra else ""
         remedy += ", or name a Python that has it in DOHERTY_ENGINE_PYTHON" if extra else ""
         raise EngineMissingError(f"program '{program}' was not found{remedy}")
     return (found, *argv[1:])
+
+
+def _install(extra: str) -> str:
+    """Return the command that installs an engine beside us, from whatever folder it is called."""
+    checkout = Path(__file__).resolve().parents[2]
+    is_one = (checkout / "pyproject.toml").is_file()
+    what = ("-e", f"{checkout}[{extra}]") if is_one else (f"doherty[{extra}]",)
+    return shlex.join((sys.executable, "-m", "pip", "install", *what))
 
 
 def option(args: Sequence[str], *flags: str) -> str | None:

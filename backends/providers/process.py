@@ -52,7 +52,11 @@ class LocalProcess:
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[str] = self._loop.create_future()
         self._pidfd = os.pidfd_open(pid)
-        self._loop.add_reader(self._pidfd, self._ended)
+        try:
+            self._loop.add_reader(self._pidfd, self._ended)
+        except OSError:
+            os.close(self._pidfd)
+            raise
 
     def signal_group(self, number: int) -> None:
         if self._pidfd < 0 or not self._same():
@@ -110,11 +114,10 @@ class ProcessProvider:
                 setsigdef=_RESET_SIGNALS,
             )
         finally:
-            os.close(log_fd)
-        stat = read_stat(pid)
-        assert stat is not None  # our child stays in the table until we reap it
+            with suppress(OSError):  # a full or distant disk may say so here; the child lives
+                os.close(log_fd)
         try:
-            return LocalProcess(pid, stat.start_ticks, launch_id, owned=True)
+            return _child(pid, launch_id)
         except OSError:  # out of descriptors: what cannot be watched must not run
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -144,6 +147,14 @@ class ProcessProvider:
         if launch.pid:
             return None  # it has ended; its number may be another's by now
         return next((stat for stat in carriers if stat.pid == stat.group), None)
+
+
+def _child(pid: int, launch_id: str) -> LocalProcess:
+    """Watch our child, which stays in the table until we reap it. Raises `OSError`."""
+    stat = read_stat(pid)
+    if stat is None:
+        raise OSError(f"/proc/{pid}/stat cannot be read; are too many files open?")
+    return LocalProcess(pid, stat.start_ticks, launch_id, owned=True)
 
 
 def read_stat(pid: int) -> ProcessStat | None:

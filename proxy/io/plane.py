@@ -345,13 +345,13 @@ class Plane(Choice):
             )
         if pool.available:
             return OverloadedError("every replica has as many requests as it may hold")
-        return NoReplicaError(self.no_replica_reason())
+        return NoReplicaError(self.no_replica_reason(pool))
 
     def end_of_wait(self, waiter: Waiter, now_s: float) -> ProxyError | None:
         """Return why a request should wait no longer, if so."""
         pool = self.awaited(waiter.key)
         if pool is None or not any(r.state in _COMING for r in pool.replicas.values()):
-            return NoReplicaError(self.no_replica_reason())
+            return NoReplicaError(self.no_replica_reason(pool))
         waited_s = now_s - waiter.since_s
         if waited_s <= self.config.queue_timeout_secs:
             return None
@@ -360,9 +360,18 @@ class Plane(Choice):
             wait_s=self.waiting.retry_after_s(),
         )
 
-    def no_replica_reason(self) -> str:
-        """Say why nobody can take a request, in words that tell an operator what to do."""
-        replicas = self.fleet.servers.values()
+    def no_replica_reason(self, pool: fleets.Pool | None = None) -> str:
+        """Say why nobody can take a request, in words that tell an operator what to do.
+
+        With `pool`, of its replicas alone: those of other models could not take it anyway.
+        """
+        replicas, whose = list(self.fleet.servers.values()), ""
+        if pool is not None and pool.replicas:
+            replicas = list({r.replica_id: r for r in pool.replicas.values()}.values())
+            same = [
+                m for m, p in self.fleet.pools.items() if p.replicas.keys() == pool.replicas.keys()
+            ]
+            whose = f" of {' or '.join(sorted(same)[:3])}" if same else ""
         if not replicas:
             if self.fleet_known:
                 return "the replica list is empty; start replicas or pass --worker-urls"
@@ -374,7 +383,7 @@ class Plane(Choice):
                 word = "asleep"
             states[word] = states.get(word, 0) + 1
         shown = ", ".join(f"{count} {word}" for word, count in sorted(states.items()))
-        return f"no replica can take the request now: {shown}"
+        return f"no replica{whose} can take the request now: {shown}"
 
     def _unsolicited(self) -> None:
         self.telemetry.unsolicited_total += 1

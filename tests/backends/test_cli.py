@@ -23,7 +23,7 @@ from backends.redact import HIDDEN, redacted, redacted_args
 from backends.service import flags_of
 from backends.settings import manager_config_of, plan_of
 from backends.status import table
-from backends.up import banner, describe, refuse_left_proxy, services
+from backends.up import banner, describe, models_down, refuse_left_proxy, services
 from proxy.config import ConfigError, parse_config
 from proxy.contract import (
     FleetSnapshot,
@@ -151,7 +151,7 @@ def test_check_asks_whether_the_engine_would_take_its_arguments(
     assert warned.count("\n") == 1
     path.write_text(text.format("sequences", "/nowhere"))
     assert main(["check", str(path)]) == 0
-    assert "--max-num-sequences is not known here; did you mean --" in capsys.readouterr().err
+    assert "vllm 0.33.0 has no flag --max-num-sequences; did you mean" in capsys.readouterr().err
 
 
 def test_check_without_a_file_and_with_a_missing_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,8 +259,27 @@ def test_cards_of_the_manager_by_environment_and_file(tmp_path: Path) -> None:
     assert (settings.gpus, settings.warm_page_cache) == ("1,GPU-8932f937", True)
     path.write_text("manager:\n  gpus: 7\n")
     assert manager_config_of(given(config=str(path)), {})[0].manager.gpus == 7
-    with pytest.raises(ConfigError, match=r"settings of the manager: .*\$\.gpus"):
-        manager_config_of(given(), {"DOHERTY_GPUS": "all"})
+    path.write_text("manager: {gpus: [0, 2-3, GPU-8932f937]}\n")
+    settings = manager_config_of(given(config=str(path)), {})[0].manager
+    assert settings.cards == "0,2-3,GPU-8932f937"
+
+
+@pytest.mark.parametrize("value", ["a", "all", "", "2-0", "0,5-4", "0,,1", "none,1"])
+def test_cards_that_are_none_are_refused_by_whoever_names_them(value: str, tmp_path: Path) -> None:
+    problem = rf"gpus: '{value}' is none of auto, none, or a list such as 0,2-3"
+    with pytest.raises(ConfigError, match=f"^DOHERTY_GPUS: {problem}"):
+        manager_config_of(given(), {"DOHERTY_GPUS": value})
+    path = tmp_path / "f.yaml"
+    path.write_text(f"manager:\n  gpus: '{value}'\n")
+    with pytest.raises(ConfigError, match=f"f.yaml:2: manager: {problem}"):
+        manager_config_of(given(config=str(path)), {})
+
+
+def test_settings_of_the_manager_are_refused_by_the_name_they_came_by() -> None:
+    with pytest.raises(ConfigError, match=r"^DOHERTY_MANAGER_PORT: Expected `int`"):
+        manager_config_of(given(), {"DOHERTY_MANAGER_PORT": "http"})
+    with pytest.raises(ConfigError, match=r"^DOHERTY_WARM_PAGE_CACHE: Expected `bool`"):
+        manager_config_of(given(), {"DOHERTY_WARM_PAGE_CACHE": "perhaps"})
 
 
 def test_without_a_file_there_is_a_demo() -> None:
@@ -297,6 +316,28 @@ def test_flags_are_written_so_that_they_are_read_again() -> None:
     assert flags_of({"a_b": True, "c": False, "d": ("x", "y"), "e": 1, "f": "-"}) == (
         *("--a-b", "--no-c", "--d", "x", "y", "--e=1", "--f=-"),
     )
+
+
+def test_the_banner_tells_which_models_nobody_serves(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    pools = "pools: [{engine: simulator}]"
+    path.write_text("models:\n" + "".join(f"  - {{name: {m}, {pools}}}\n" for m in "mvw"))
+    plan = plan_of(given(config=str(path)), {})
+    ready, backoff = ReplicaState.READY, ReplicaState.BACKOFF
+    replicas = [
+        ReplicaRecord(replica_id=name, url="http://h:1", models=models, state=state, asleep=asleep)
+        for name, models, state, asleep in (
+            ("m-0", ("m",), backoff, False),
+            ("v-0", ("v",), backoff, False),
+            ("v-1", ("v", "v-lora"), ready, False),
+            ("w-0", ("w",), ready, True),
+        )
+    ]
+    down = models_down(plan.config, replicas)
+    assert down == ("m", "w")
+    text = banner(plan, down)
+    assert "Ready, without m, w: http://127.0.0.1:8000/v1\n" in text
+    assert 'model="v"' in text
 
 
 def test_the_banner_can_be_pasted(good: str) -> None:

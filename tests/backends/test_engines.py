@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -205,7 +206,9 @@ def test_a_missing_program_names_the_extra_that_brings_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EngineMissingError, match=r"pip install -e '\.\[vllm\]'"):
+    checkout = Path(__file__).parents[2]
+    command = re.escape(f"{sys.executable} -m pip install -e '{checkout}[vllm]'")
+    with pytest.raises(EngineMissingError, match=f"; install it with: {command}, or"):
         resolve_program(("no-such-engine", "serve"), "vllm")
     with pytest.raises(EngineMissingError, match="was not found"):
         resolve_program((str(tmp_path / "gone"),), "")

@@ -196,3 +196,20 @@ def test_a_second_signal_hurries(region: Region) -> None:
     manager.terminate()
     assert manager.wait(PATIENCE_S) == 0
     assert not alive(replica.pid)
+
+
+def test_nobody_reads_the_log_and_its_engines_are_kept_all_the_same(region: Region) -> None:
+    region.write(replicas=2, args=["--ready-after-s", "0.2"])
+    reader, writer = os.pipe()
+    os.close(reader)
+    manager = region.start("--detach", output=writer)
+    os.close(writer)
+    before = {replica.pid for replica in region.replicas("ready", 2)}
+    assert "not started" not in (region.run_dir / "journal").read_text()
+    manager.terminate()
+    assert manager.wait(PATIENCE_S) == 0
+    last = region.start()
+    assert {replica.pid for replica in region.replicas("ready", 2)} == before
+    last.terminate()
+    assert last.wait(PATIENCE_S) == 0
+    assert not any(map(alive, before))

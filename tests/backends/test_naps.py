@@ -195,6 +195,19 @@ async def test_a_stop_on_the_way_to_sleep_ends_the_calls(world: World) -> None:
     assert kept.state.phase is Phase.STOPPING
 
 
+async def test_on_the_way_to_sleep_and_in_backoff_it_is_called_so(world: World) -> None:
+    await world.start(configuration(world.run_dir, VLLM))
+    kept = keeper(world)
+    kept.sleep(1)
+    assert kept.record().reason == "going to sleep, as an operator asked"
+    kept.apply(Event.STOP)
+    kept.apply(Event.EXITED)
+    world.provider.failure = OSError("no more processes")
+    kept.apply(Event.START)
+    with pytest.raises(RefusedError, match=r"^it is in backoff; only what is ready"):
+        kept.sleep(1)
+
+
 async def test_a_death_asleep_is_followed_by_a_start_awake(world: World) -> None:
     await asleep(world)
     world.provider.spawned[0].exit("killed by SIGKILL")

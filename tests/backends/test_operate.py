@@ -73,7 +73,7 @@ def test_it_waits_until_it_is_awake(manager: Manager, capsys: pytest.CaptureFixt
     manager.phases = [("waking", ""), ("held", "")]
     assert run(manager, "wake", "m-0") == 0
     assert manager.asked[0] == "POST /v1/replicas/m-0/wake"
-    assert capsys.readouterr().out == "m-0 is held\n"
+    assert capsys.readouterr().out == "m-0 is drained\n"
 
 
 ENDS = [
@@ -88,9 +88,10 @@ ENDS = [
 def test_what_did_not_come_about_is_a_failed_run(
     manager: Manager, command: str, phase: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    words = "in backoff" if phase == "backoff" else phase
     manager.phases = [(phase, reason)]
     assert run(manager, command, "m-0") == 1
-    assert capsys.readouterr().err == f"m-0 is {phase}: {reason}\n"
+    assert capsys.readouterr().err == f"m-0 is {words}: {reason}\n"
 
 
 def test_a_turn_without_an_end_is_given_up(

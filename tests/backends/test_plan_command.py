@@ -327,8 +327,16 @@ def test_modelopt_tells_its_format_in_a_file_of_its_own(
         (("--gpu", "h200", "--class", "online", "--tpot-ms", "0"), 2, "no number above 0"),
         (("--gpu", "h200", "--class", "online", "--gpus-per-node", "0"), 2, "no whole number"),
         (("--gpu", "h200", "--class", "online", "--concurrency", "99999"), 1, "--concurrency"),
-        (("--gpu", "h200", "--class", "online", "--context", "200000"), 2, "the model takes 131,072 tokens"),
-        (("--gpu", "h200", "--class", "online", "--prompt-tokens", "131072"), 2, "the model takes 131,072 tokens"),
+        (
+            ("--gpu", "h200", "--class", "online", "--context", "200000"),
+            2,
+            "the model takes 131,072 tokens",
+        ),
+        (
+            ("--gpu", "h200", "--class", "online", "--prompt-tokens", "131072"),
+            2,
+            "the model takes 131,072 tokens",
+        ),
         (("--gpu", "h200,h20", "--class", "online"), 2, "did you mean h200?"),
     ],
 )

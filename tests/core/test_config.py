@@ -121,7 +121,7 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
             "f: model 'm' has an adapter of the same name; clients could not ask for it",
         ),
         (_POOL + "        adapters: {a: ''}", "f:5: models[0].pools[0].adapters"),
-        ("manager: {gpus: 0-999999999}", "f:1: manager.gpus"),
+        ("manager: {gpus: 0-999999999}", "f:1: manager: gpus: '0-999999999' is none of"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(text: str, message: str) -> None:

@@ -66,13 +66,14 @@ class Region:
         }
         self.path.write_text(json.dumps(config))
 
-    def start(self, *flags: str) -> subprocess.Popen[bytes]:
+    def start(self, *flags: str, output: int | None = None) -> subprocess.Popen[bytes]:
+        """Start a manager that writes to the log, or to `output`."""
         with (self.folder / "manager.log").open("ab") as log:
             manager = subprocess.Popen(
                 [sys.executable, str(MANAGER), str(self.path), *flags],
                 env=self.environ | {"PYTHONPATH": str(ROOT)},
-                stdout=log,
-                stderr=log,
+                stdout=log if output is None else output,
+                stderr=log if output is None else output,
             )
         self.managers.append(manager)
         return manager

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from proxy.contract import ReplicaRecord
+from proxy.contract import ReplicaRecord, ReplicaState
 from proxy.core import limits
 from tests.fakes.plane import (
     CHAT_BODY,
@@ -305,3 +305,25 @@ async def test_health_paths(bench: Bench, draining: bool, path: bytes, status: i
     client = bench.client()
     client.send(b"GET %b HTTP/1.1\r\nhost: p\r\n\r\n" % path)
     assert client.answer("GET").status == status
+
+
+async def test_who_cannot_take_it_are_the_replicas_of_the_model_that_was_asked_for(
+    make_bench: MakeBench,
+) -> None:
+    def record(name: str, model: str, state: ReplicaState) -> ReplicaRecord:
+        return ReplicaRecord(
+            replica_id=name, url="http://127.0.0.1:20001", models=(model,), state=state
+        )
+
+    backoff = ReplicaState.BACKOFF
+    replicas = (
+        record("m-0", "m", ReplicaState.READY),
+        record("v-0", "v", backoff),
+        record("v-1", "v", backoff),
+        record("w-0", "w", backoff),
+    )
+    client = make_bench(replicas=replicas).client()
+    client.send(chat_request(CHAT_BODY.replace(b'"m"', b'"v"')))
+    refused = client.answer()
+    assert refused.status == 503
+    assert b'"no replica of v can take the request now: 2 backoff"' in refused.body

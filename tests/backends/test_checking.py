@@ -1,0 +1,105 @@
+"""`doherty check` on a machine without engines, and without the cards that the pools need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backends.checking import check_cards
+from backends.cli import main
+from proxy.config import parse_config
+
+MODEL = "  - {{name: {name}, pools: [{{engine: {engine}, args: [{args}], {more}}}]}}\n"
+
+
+def model(name: str, engine: str = "vllm", args: str = "", more: str = "") -> str:
+    return MODEL.format(name=name, engine=engine, args=args, more=more)
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with no engine at all; returns the path of a file to check."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    for name in ("DOHERTY_ENGINE_PYTHON", "DOHERTY_GPUS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "f.yaml"
+
+
+@pytest.mark.parametrize(
+    ("engine", "args", "warning"),
+    [
+        (
+            "vllm",
+            "--gpu-memory-utilisation, '0.5'",
+            "vllm 0.33.0 has no flag --gpu-memory-utilisation; did you mean "
+            "--gpu-memory-utilization?",
+        ),
+        (
+            "sglang",
+            "--tensor-paralel-size, '2'",
+            "sglang 0.5.23 has no flag --tensor-paralel-size; did you mean --tensor-parallel-size?",
+        ),
+    ],
+)
+def test_a_wrong_flag_of_an_engine_that_is_not_here_is_warned_of(
+    bare: Path, capsys: pytest.CaptureFixture[str], engine: str, args: str, warning: str
+) -> None:
+    bare.write_text("models:\n" + model("m", engine, args))
+    assert main(["check", str(bare)]) == 0
+    told = capsys.readouterr()
+    assert (
+        f"{bare}: warning: model 'm': by the newest release that is known: {warning}\n" in told.err
+    )
+    assert f"program '{engine}' was not found" in told.err
+
+
+def test_a_good_file_for_another_machine_is_told_only_what_is_missing(
+    bare: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare.write_text("models:\n" + model("m", args="-tp, '2'"))
+    assert main(["check", str(bare)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "was not found" in line
+
+
+CARDS = [
+    pytest.param("0-1", model("m", args="-tp, '2'"), (), id="enough"),
+    pytest.param("auto", model("m", args="-tp, '8'"), (), id="auto"),
+    pytest.param("none", model("m", args="-tp, '8'"), (), id="none"),
+    pytest.param("0", model("m", "simulator", more="replicas: 9"), (), id="simulators"),
+    pytest.param(
+        "0", model("m", more="replicas: 3, env: {CUDA_VISIBLE_DEVICES: '0'}"), (), id="own"
+    ),
+    pytest.param(
+        "0-1",
+        model("m") + model("v", args="-tp, '4'"),
+        ("more GPUs than the 2 of manager.gpus (0-1) are needed by v-0 (4)",),
+        id="one that is too large",
+    ),
+    pytest.param(
+        "0-1",
+        model("m", more="replicas: 2") + model("v", more="gpus: 1"),
+        ("the replicas need 3 GPUs together, and manager.gpus (0-1) names 2: some will wait",),
+        id="too many",
+    ),
+]
+
+
+@pytest.mark.parametrize(("cards", "models", "warnings"), CARDS)
+def test_cards_that_are_named_and_needed(
+    cards: str, models: str, warnings: tuple[str, ...]
+) -> None:
+    assert check_cards(parse_config("models:\n" + models, "f"), cards) == warnings
+
+
+def test_the_cards_are_those_of_the_environment_before_the_file(
+    bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare.write_text("manager: {gpus: 0-3}\nmodels:\n" + model("m", args="-tp, '4'"))
+    assert main(["check", str(bare)]) == 0
+    assert "more GPUs" not in capsys.readouterr().err
+    monkeypatch.setenv("DOHERTY_GPUS", "0-1")
+    assert main(["check", str(bare)]) == 0
+    assert "more GPUs than the 2 of manager.gpus (0-1)" in capsys.readouterr().err
