@@ -142,7 +142,7 @@ def test_an_interpreter_may_be_named(away: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_said_with_the_remedy(away: Path) -> None:
-    with pytest.raises(EngineMissingError, match=r"\.\[vllm\]'.*DOHERTY_ENGINE_PYTHON"):
+    with pytest.raises(EngineMissingError, match=r"\[vllm\]'.*DOHERTY_ENGINE_PYTHON"):
         prepare(SPEC, {"PATH": str(away)})
 
 
