@@ -9,6 +9,7 @@ Bounded in chain hashes; the oldest binding goes first and is merely unknown aga
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Final
 
 _NO_CHAINS: Final[tuple[int, ...]] = ()
@@ -34,7 +35,8 @@ class Points:
 
     def __init__(self, chains_max: int) -> None:
         self.chains_max = chains_max
-        self._by_chain: dict[int, Point] = {}  # oldest binding first
+        # Oldest binding first; a plain dict that loses its first keys searches ever longer for one.
+        self._by_chain: OrderedDict[int, Point] = OrderedDict()
         self._by_block: dict[int, Point] = {}
 
     def __len__(self) -> int:
@@ -58,8 +60,8 @@ class Points:
             point.chains = (*point.chains, chain)
         self._by_chain[chain] = point
         while len(self._by_chain) > self.chains_max:
-            oldest = next(iter(self._by_chain))
-            self._unbind(self._by_chain.pop(oldest), oldest)
+            oldest, point_of_oldest = self._by_chain.popitem(last=False)
+            self._unbind(point_of_oldest, oldest)
         return point
 
     def join(self, above: Point, below: Point) -> None:

@@ -11,7 +11,7 @@ Of one engine, or one rank of it. Times are of one clock.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 
 from proxy.core import limits
@@ -27,7 +27,8 @@ class Underway:
         self._open: dict[Hashable, PrefixChain] = {}
         self._ended: deque[tuple[float, PrefixChain]] = deque(maxlen=limits.KV_OPEN_MAX)
         self._wanted: dict[int, int] = {}  # chain hashes, and how many requests have each
-        self._told: dict[int, float] = {}  # those told as gone, and when; the oldest first
+        # Those told as gone, and when, the oldest first (whose search must stay cheap, see kv_points).
+        self._told: OrderedDict[int, float] = OrderedDict()
         self._cleared_s = float("-inf")
 
     def __len__(self) -> int:
@@ -77,7 +78,7 @@ class Underway:
             self._told.pop(name, None)
             self._told[name] = now_s
         while len(self._told) > limits.KV_TOLD_MAX:
-            del self._told[next(iter(self._told))]
+            self._told.popitem(last=False)
         return told
 
     def cleared(self, now_s: float) -> list[PrefixChain]:

@@ -22,19 +22,26 @@ NEAR_LOW, NEAR_HIGH = 0.6, 1.4  # of its share by octets; parts of a prompt diff
 
 
 class Lengths:
-    """Tokens by the hash of a point; what was told longest ago is forgotten first."""
+    """Tokens by the hash of a point; what was told longest ago is forgotten first.
 
-    __slots__ = ("_tokens",)
+    In two generations: a dict that loses its first key for each new one leaves holes that the next
+    search for a first key passes over one by one.
+    """
+
+    __slots__ = ("_older", "_tokens")
 
     def __init__(self) -> None:
         self._tokens: dict[int, int] = {}
+        self._older: dict[int, int] = {}
 
     def tokens_at(self, chain: PrefixChain, octets: int) -> int:
         """Return how many tokens the prompt has up to its point at `octets`; -1: nobody told."""
         for depth in range(len(chain.ends) - 1, -1, -1):
             if chain.ends[depth] <= octets:
                 if chain.ends[depth] == octets and depth < len(chain.hashes):
-                    return self._tokens.get(chain.hashes[depth], -1)
+                    name = chain.hashes[depth]
+                    told = self._tokens.get(name, -1)
+                    return told if told >= 0 else self._older.get(name, -1)
                 break
         return -1
 
@@ -53,11 +60,9 @@ class Lengths:
     def _keep(self, chain: PrefixChain, octets: int, tokens: int) -> None:
         for depth in range(len(chain.hashes) - 1, -1, -1):
             if chain.ends[depth] == octets:
-                name = chain.hashes[depth]
-                self._tokens.pop(name, 0)
-                self._tokens[name] = tokens
-                if len(self._tokens) > limits.LENGTHS_REMEMBERED_MAX:
-                    del self._tokens[next(iter(self._tokens))]
+                self._tokens[chain.hashes[depth]] = tokens
+                if 2 * len(self._tokens) >= limits.LENGTHS_REMEMBERED_MAX:
+                    self._older, self._tokens = self._tokens, {}
                 return
             if chain.ends[depth] < octets:
                 return

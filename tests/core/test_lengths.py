@@ -61,7 +61,7 @@ def test_only_points_of_the_chain_have_a_length() -> None:
 
 
 def test_what_was_told_longest_ago_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "LENGTHS_REMEMBERED_MAX", 2)
+    monkeypatch.setattr(limits, "LENGTHS_REMEMBERED_MAX", 4)
     lengths = Lengths()
     for name in (1, 2, 1, 3):
         lengths.learn(chain((name, 1000)), 0, 100 * name, 0)
