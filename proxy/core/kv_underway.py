@@ -27,7 +27,7 @@ class Underway:
         self._open: dict[Hashable, PrefixChain] = {}
         self._ended: deque[tuple[float, PrefixChain]] = deque(maxlen=limits.KV_OPEN_MAX)
         self._wanted: dict[int, int] = {}  # chain hashes, and how many requests have each
-        # Those told as gone, and when, the oldest first; ordered as in `kv_points`, and for its reason.
+        # Those told as gone, and when, the oldest first; ordered for the reason in `kv_points`.
         self._told: OrderedDict[int, float] = OrderedDict()
         self._cleared_s = float("-inf")
 
