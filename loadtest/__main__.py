@@ -10,13 +10,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import uvloop
 
 from loadtest import bench, faults, gpu, plot, policies, report, sdk, siege, soak, storm, upgrade
 from loadtest.client import parse_url
+from loadtest.command import Command
 from loadtest.compare import broken_promises, compare, in_engine_seconds
 from loadtest.fleet import FleetOptions
 from loadtest.measure import warmup_count
@@ -33,18 +34,6 @@ example:
   python -m loadtest compare conversation --policies round_robin,prefix --speed 3 --plot out.png
   python -m loadtest compare conversation --workers 2 --kv-cache-tokens 750000 --speed 1.6 --lab
 """
-
-
-class Command(Protocol):
-    """A module that is a command of its own."""
-
-    __doc__: str | None
-    SUMMARY: str
-
-    def add_arguments(self, command: argparse.ArgumentParser) -> None: ...
-
-    def run(self, args: argparse.Namespace) -> int:
-        """Return the exit status. Raises `RunError` when the run failed."""
 
 
 COMMANDS: dict[str, Command] = {

@@ -8,23 +8,11 @@ the engine's part, so that a run can be rehearsed; the text then says so.
 from __future__ import annotations
 
 import argparse
-from typing import Protocol
 
+from loadtest.command import Command
 from loadtest.gpu import cost, fidelity, fit, floors, paths, prove, speeds
 
 SUMMARY = "real engines: proofs, costs, floors, calibration"
-
-
-class Command(Protocol):
-    """A module that is a command of its own."""
-
-    __doc__: str | None
-    SUMMARY: str
-
-    def add_arguments(self, command: argparse.ArgumentParser) -> None: ...
-
-    def run(self, args: argparse.Namespace) -> int:
-        """Return the exit status. Raises `RunError` when the run failed."""
 
 
 COMMANDS: dict[str, Command] = {
