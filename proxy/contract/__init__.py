@@ -116,6 +116,24 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     kv_topic: str = ""
 
 
+class PoolRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A pool that the manager scales: what a proxy must know when nothing of it is awake."""
+
+    model: str
+    pool: str
+    work_class: str = (
+        "online"  # of its requests that do not say another: online, semi-online, offline
+    )
+    wakes: bool = False  # demand brings replicas up, so that a request may be held for them
+    awake: int = 0
+    coming: int = 0  # replicas on their way up
+    ready_in_s: float = 0.0  # when the next of these should serve; 0: none comes, or nobody knows
+    start_s: float = 0.0  # what a start takes, as measured; 0: not known
+    max_tokens: int = (
+        0  # uncached prompt tokens queued on a replica that it may never exceed; 0: any
+    )
+
+
 class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """All replicas of a region at one moment."""
 
@@ -123,6 +141,7 @@ class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     region: str = "local"
     replicas: tuple[ReplicaRecord, ...] = ()
+    pools: tuple[PoolRecord, ...] = ()  # those that are scaled
 
 
 def with_load(

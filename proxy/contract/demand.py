@@ -1,0 +1,57 @@
+"""What a proxy tells its manager of the work that it has: the manager scales by it.
+
+An engine's own metrics say what it computes; what waits in front of all engines, and for a model
+that has none awake, only a proxy knows. A report is a whole: one that is lost is made good by the
+next, and a proxy that has said nothing for `DEMAND_AGE_S_MAX` is gone, its requests with it. It
+comes every `DEMAND_INTERVAL_S`, and at once when a request begins to wait for a model that has
+nothing awake: such a burst is not to lose the interval as well.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+DEMAND_PATH = "/v1/demand"
+DEMAND_INTERVAL_S = 0.5
+DEMAND_AGE_S_MAX = 5.0
+DEMAND_BYTES_MAX = 4 * 1024 * 1024
+
+
+class ReplicaDemand(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one proxy has on one replica."""
+
+    in_flight: int = 0  # requests sent there and not ended
+    tokens: int = 0  # prompt tokens of these that no cache held and no answer has begun for
+
+
+class ModelDemand(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one proxy has for one model. Counters are since the proxy's start."""
+
+    in_flight: int = 0
+    in_flight_tokens: int = 0
+    queued: int = 0  # requests that wait for a replica
+    queued_tokens: int = 0  # prompt tokens of these that no cache holds
+    queued_s: float = 0.0  # the longest wait of those that wait now
+    arrivals_total: int = 0
+    refused_total: int = 0  # 429s: there was no room to wait
+
+
+class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """All of one proxy, over its workers. Models by the names that pools serve."""
+
+    proxy_id: str
+    sequence: int  # grows with each report of this proxy
+    models: dict[str, ModelDemand] = {}
+    replicas: dict[str, ReplicaDemand] = {}
+
+
+def encode_demand(demand: Demand) -> bytes:
+    return msgspec.json.encode(demand)
+
+
+def decode_demand(body: bytes) -> Demand:
+    """Return the report in `body`; raises `msgspec.MsgspecError` when it is not one."""
+    return _DECODER.decode(body)
+
+
+_DECODER = msgspec.json.Decoder(Demand)
