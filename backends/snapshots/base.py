@@ -14,6 +14,7 @@ class Capability(msgspec.Struct, frozen=True):
 
     works: bool
     reason: str = ""
+    moves: bool = False  # of a suspender: it resumes on other cards of the same model, too
 
 
 class SuspendError(Exception):
