@@ -67,7 +67,7 @@ class Manager:
         clock: Clock,
         engines: Mapping[str, Engine] = ENGINES,
         cards: Cards | None = None,
-        suspender_of: Callable[[str], Suspender] = lambda _engine: NoSuspender(),
+        suspender_of: Callable[[Engine], Suspender] = lambda _engine: NoSuspender(),
         snapshots: Snapshots | None = None,
         demand: Demanded | None = None,
     ) -> None:

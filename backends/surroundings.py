@@ -10,6 +10,7 @@ import msgspec
 
 from backends.cards import Cards
 from backends.clock import Clock
+from backends.engines.base import Engine
 from backends.fetch import Fetch
 from backends.journal import Entry, Journal
 from backends.lifecycle import Timing
@@ -46,7 +47,7 @@ class Surroundings(msgspec.Struct, frozen=True):
     backoff_s: float
     backoff_s_max: float
     changed: Callable[[], None]
-    suspender_of: Callable[[str], Suspender] = lambda _engine: NoSuspender()
+    suspender_of: Callable[[Engine], Suspender] = lambda _engine: NoSuspender()
     snapshots: Snapshots = NoSnapshots()
     demand: Demanded = NobodyTells()
 

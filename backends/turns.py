@@ -72,7 +72,7 @@ class Turns:
 
     @property
     def suspender(self) -> Suspender:
-        return self._around.suspender_of(self._engine.name)
+        return self._around.suspender_of(self._engine)
 
     @property
     def rung(self) -> Rung:

@@ -46,7 +46,15 @@ class NoSnapshots:
         return None
 
     async def create(
-        self, pid: int, key: SnapshotKey, port: int, told: Callable[[str, float], None]
+        self,
+        pid: int,
+        key: SnapshotKey,
+        port: int,
+        told: Callable[[str, float], None],
+        *,
+        suspended: bool = False,
+        nap_level: int = 0,
+        devices: Sequence[str] = (),
     ) -> Snapshot:
         raise SnapshotError(_NOT_HERE, running=True)
 
