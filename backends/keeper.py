@@ -139,7 +139,7 @@ class Keeper:
             sleep_s=self._turns.down_s,
             wake_s=self._turns.up_s,
             engine_version=launch.engine_version if launch else "",
-            gpus=launch.gpus if launch else (),
+            gpus=self._turns.gpus if launch else (),
             kv_events=events,
             kv_replay=replay,
             kv_topic=topic,
@@ -166,10 +166,6 @@ class Keeper:
         """
         self._launch, self._process = launch, process
         self._ports.claim({"http": (launch.port, 1)} | launch.ports)
-        if launch.suspended and not launch.suspending:
-            self._around.cards.lend(self.spec.replica_id, launch.gpus)
-        else:
-            self._around.cards.claim(self.spec.replica_id, launch.gpus)
         self.questions.begin(launch.port)
         self._turns.adopt(launch)
         if launch.pid != process.pid:  # the manager before died between the spawn and this note
@@ -308,7 +304,7 @@ class Keeper:
         launch = intent(self._engine, self.spec, start, self.state, around.clock.unix_s())
         around.journal.append(launch)
         self._launch = launch
-        self._turns.begin()
+        self._turns.begin(launch.gpus)
         self.questions.begin(start.port)
         self._log_bytes = length(self.log_path)
         warm_up(around.warmer, spec, start)

@@ -60,6 +60,7 @@ class Turns:
     def __init__(self, engine: Engine, around: Surroundings) -> None:
         self.aim = Rung.AWAKE  # where it is, or goes down to
         self.suspended = False
+        self.gpus: tuple[str, ...] = ()  # that it runs on; suspended, none
         self.naps = Naps(engine, around)
         self.costs: dict[Rung, RungCost] = {}  # 0.0: not measured yet
         self._around = around
@@ -96,6 +97,12 @@ class Turns:
         self.naps.level = launch.nap_level or 0
         self.suspended = launch.suspended or launch.suspending
         self.aim = self.rung
+        cards, owner = self._around.cards, launch.replica_id
+        if launch.suspended and not launch.suspending:
+            cards.lend(owner, launch.gpus)
+        else:
+            self.gpus = launch.gpus
+            cards.claim(owner, launch.gpus)
 
     def take_aim(self, rung: Rung, level: int, seen: Observed, *, stale: bool) -> bool:
         """Aim at `rung`; say whether that wants a turn to be begun. Raises `RefusedError`."""
@@ -135,9 +142,10 @@ class Turns:
             self.failed(rung)
             raise RefusedError(f"it cannot be suspended here: {capability.reason}")
 
-    def begin(self) -> None:
-        """A new life is awake."""
+    def begin(self, gpus: tuple[str, ...]) -> None:
+        """A new life is awake, on `gpus`."""
         self.aim, self.suspended, self.naps.asleep = Rung.AWAKE, False, False
+        self.gpus = gpus
         self._resumes_failed = 0
 
     @property
@@ -189,7 +197,7 @@ class Turns:
                 return Event.BROKE, f"it broke while it was suspended: {_words(error)}"
             around.note(Suspension(life.launch_id, suspended=False, turning=False))
             return self._not_suspended(error)
-        self.suspended = True
+        self.suspended, self.gpus = True, ()
         around.note(Suspension(life.launch_id, suspended=True, turning=False))
         self.down_s = down_s = around.clock.now_s() - began_s
         self.measured(Rung.SUSPENDED, down_s=down_s, host_bytes=moved)
@@ -236,7 +244,7 @@ class Turns:
             around.note(msgspec.structs.replace(turn, turning=False))
             around.cards.lend(owner)
             return Event.CROWDED, f"not resumed, and tried again: {_words(error)}"
-        self.suspended, self._resumes_failed = False, 0
+        self.suspended, self.gpus, self._resumes_failed = False, back.devices, 0
         around.note(Suspension(life.launch_id, suspended=False, turning=False))
         return None
 
