@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from backends.engines.base import (
-    HOST,
     Call,
     Entry,
     FlagError,
@@ -70,11 +69,12 @@ class Sglang:
     name = "sglang"
     # Not `-m sglang.cli.main serve`: this module is older than the command line, and still there.
     entry = Entry("sglang", ("sglang", "serve"), ("-m", "sglang.launch_server"))
+    uses_gpu = True
 
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         argv = (
             *("sglang", "serve", "--model-path", spec.model_path or spec.model),
-            *("--host", HOST, "--port", str(ports.http), "--served-model-name", spec.model),
+            *("--host", ports.host, "--port", str(ports.http), "--served-model-name", spec.model),
             *("--page-size", "64", "--enable-metrics", "--enable-cache-report"),
             *("--enable-priority-scheduling", "--schedule-low-priority-values-first"),
             *(_kv_flags(ports) if _tells_events(spec, release) else ()),

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from backends.engines.base import (
-    HOST,
     Call,
     Engine,
     Entry,
@@ -39,11 +38,12 @@ class Simulator:
 
     name = "simulator"
     entry: Entry | None = None
+    uses_gpu = False
 
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         argv = (
             *(sys.executable, "-m", "backends.simulator"),
-            *("--host", HOST, "--port", str(ports.http), "--model", spec.model),
+            *("--host", ports.host, "--port", str(ports.http), "--model", spec.model),
             *_kv_flags(ports),
             *(("--enable-sleep-mode",) if spec.sleep else ()),
             *(("--lora-modules", *spec.adapters) if spec.adapters else ()),

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from backends.engines.base import (
-    HOST,
     Call,
     Entry,
     FlagError,
@@ -67,12 +66,13 @@ class Vllm:
 
     name = "vllm"
     entry = Entry("vllm", ("vllm",), ("-m", "vllm.entrypoints.cli.main"))
+    uses_gpu = True
 
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         """Always with a model: `vllm serve` alone would fetch one of its own choice."""
         argv = (
             *("vllm", "serve", spec.model_path or spec.model),
-            *("--host", HOST, "--port", str(ports.http), "--served-model-name", spec.model),
+            *("--host", ports.host, "--port", str(ports.http), "--served-model-name", spec.model),
             *("--scheduling-policy", "priority", "--enable-prefix-caching"),
             *("--enable-request-id-headers", "--enable-prompt-tokens-details"),
             *("--shutdown-timeout", str(int(spec.stop_grace_s))),
