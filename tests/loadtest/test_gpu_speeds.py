@@ -458,10 +458,12 @@ def test_a_size_that_is_not_recorded_is_refused(capsys: pytest.CaptureFixture[st
     recording = str(RESULTS / "speeds-h200-sglang.json")
     command = ["gpu", "fidelity", recording, "--profile", "h200-8b-sglang"]
     assert main([*command, "--prompts", "2048,4000"]) == 2
-    told = "--prompts: 4000 is not recorded; there are 128, 512, 1024, 2048, 4096, 8192, 16384, 32000\n"
+    sizes = "128, 512, 1024, 2048, 4096, 8192, 16384, 32000"
+    told = f"--prompts: 4000 is not recorded; there are {sizes}\n"
     assert capsys.readouterr().err == f"loadtest: {told}"
     assert main([*command, "--batches", "7"]) == 2
-    assert "--batches: 7 is not recorded; there are 1, 2, 4, 8, 16, 32, 64" in capsys.readouterr().err
+    told = "--batches: 7 is not recorded; there are 1, 2, 4, 8, 16, 32, 64"
+    assert told in capsys.readouterr().err
 
 
 def test_floors_are_rehearsed_and_earlier_rows_added(
