@@ -404,10 +404,10 @@ class Keeper:
 
     def answered(self) -> None:
         """It is ready."""
+        if self._process is not None:
+            self._around.warmer.answered(self._process.pid)
         if self._launch is not None:
             self._around.note(Ready(self._launch.launch_id))
-            if self._process is not None:
-                self._around.warmer.answered(self._process.pid)
             self.apply(Event.ANSWERED, self._turns.risen())
 
     def _current(self, launch_id: str) -> bool:
