@@ -17,7 +17,7 @@ import msgspec
 
 from loadtest.client import Client, RequestError
 from loadtest.fleet import get
-from loadtest.gpu import asks, holding
+from loadtest.gpu import asks, holding, machine
 from loadtest.gpu.asks import COMPLETIONS, Answer
 from loadtest.gpu.scene import Scene
 from loadtest.gpu.stack import Replica, carriers, client, replicas
@@ -28,6 +28,7 @@ PROMPTS, PROMPT_WORDS, ANSWER_TOKENS = 4, 400, 32
 POLL_S = 0.01
 ASK_S = 5.0  # how long one try of a client may take while the replica comes back
 PATIENCE_S = 240.0
+COPIES_S_MAX = 90.0
 KEPT_SHARE_MIN = 0.9  # of a prompt's tokens, from the prefix cache
 FREED_MIB_MAX = 700  # on a card that was let go of: what a driver may keep for itself
 RESTORED = " restore "  # a word in the command line of a cell that came from an image
@@ -297,25 +298,35 @@ async def copies(ladder: Ladder, found: Findings, count: int) -> None:
     """Several replicas from one image at once, each on a card of its own."""
     if not ladder.image_mib:
         raise SkipError("there is no image")
-    begun_s = time.monotonic()
     await ladder.scale(0)
     await ladder.until(("gone",), (), PATIENCE_S)
     begun_s = time.monotonic()
     await ladder.scale(count)
-    ready: list[Replica] = []
-    while len(ready) < count:
-        if time.monotonic() - begun_s > PATIENCE_S:
-            states = ", ".join(f"{r.replica_id} {r.state}" for r in await ladder.replicas())
-            raise RunError(f"not {count} copies in {PATIENCE_S:g} s: {states}")
+    try:
+        ready = await _all_ready(ladder, count, begun_s)
+        found.figures["all_ready_s"] = time.monotonic() - begun_s
+        texts = await asyncio.gather(*(ladder.texts(replica.url) for replica in ready))
+        for replica, told in zip(ready, texts, strict=True):
+            found.figures[f"{replica.replica_id}_at"] = replica.url
+            found.claim(told == ladder.reference, f"{replica.replica_id} answers as the first did")
+        cards = await asyncio.to_thread(machine.gpus)
+        found.figures["gpu_mib_held"] = ", ".join(f"{card.used_mib:,}" for card in cards)
+        urls = {replica.url for replica in ready}
+        found.claim(len(urls) == count, "each has an address of its own")
+        words = [line for line in carriers(ladder.scene.stack.mark).values() if RESTORED in line]
+        found.claim(len(words) >= count, "all came from the image")
+    finally:
+        await ladder.scale(1)
+
+
+async def _all_ready(ladder: Ladder, count: int, begun_s: float) -> list[Replica]:
+    """Wait for so many replicas. Raises `RunError` with what became of them."""
+    while True:
+        known = await ladder.replicas()
+        ready = [replica for replica in known if replica.state == "ready"]
+        if len(ready) >= count:
+            return ready
+        if time.monotonic() - begun_s > COPIES_S_MAX:
+            told = "; ".join(f"{r.replica_id} {r.state} {r.reason}" for r in known)
+            raise RunError(f"not {count} copies in {COPIES_S_MAX:g} s: {told}")
         await asyncio.sleep(POLL_S)
-        ready = [r for r in await ladder.replicas() if r.state == "ready"]
-    found.figures["all_ready_s"] = time.monotonic() - begun_s
-    for replica in ready:
-        texts = await ladder.texts(replica.url)
-        found.figures[f"{replica.replica_id}_at"] = replica.url
-        found.claim(texts == ladder.reference, f"{replica.replica_id} answers as the first did")
-    urls = {replica.url for replica in ready}
-    found.claim(len(urls) == count, "each has an address of its own")
-    words = [line for line in carriers(ladder.scene.stack.mark).values() if RESTORED in line]
-    found.claim(len(words) >= count, "all came from the image")
-    await ladder.scale(1)
