@@ -102,6 +102,7 @@ async def _ready(ladder: Ladder, found: Findings) -> None:
     starting, ready = (found.figures.get(f"engine_{state}") for state in ("starting", "ready"))
     if isinstance(starting, float) and isinstance(ready, float):
         ladder.start_s = ready - starting
+    await ladder.remember(found)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -205,7 +205,6 @@ async def with_its_cache(ladder: Ladder, found: Findings) -> None:
     The start before it is what it is held against: a later one finds the same caches, or fuller
     ones, and is held against that (`start_again`).
     """
-    await ladder.remember(found)
     ups = [await down_and_up(ladder, found, "suspended", name) for name in ("first", "second")]
     await ladder.same_as_before(found, cache_kept=True)
     compared(ladder, found, min(ups), 12)
