@@ -20,7 +20,7 @@ from loadtest.fleet import get
 from loadtest.gpu import asks, holding, machine
 from loadtest.gpu.asks import COMPLETIONS, Answer
 from loadtest.gpu.scene import Scene
-from loadtest.gpu.stack import Replica, carriers, client, replicas
+from loadtest.gpu.stack import Replica, client, replicas
 from loadtest.gpu.steps import Findings, SkipError
 from loadtest.run import RunError
 
@@ -31,7 +31,7 @@ PATIENCE_S = 240.0
 COPIES_S_MAX = 90.0
 KEPT_SHARE_MIN = 0.9  # of a prompt's tokens, from the prefix cache
 FREED_MIB_MAX = 700  # on a card that was let go of: what a driver may keep for itself
-RESTORED = " restore "  # a word in the command line of a cell that came from an image
+RESTORED = "restored"  # the manager's word for what came from an image
 
 
 class Seen(msgspec.Struct):
@@ -282,9 +282,9 @@ async def from_disk(ladder: Ladder, found: Findings, times: int) -> None:
         await ladder.scale(1)
         ups.append(await ladder.first_answer() - begun_s)
         found.figures[f"up_{number + 1}_s"] = ups[-1]
-        restored = any(RESTORED in words for words in carriers(ladder.scene.stack.mark).values())
-        found.claim(restored, "it came from the image, not from a start")
-        await ladder.until(("ready",), ("backoff",), ASK_S)
+        seen = await ladder.until(("ready",), ("backoff",), ASK_S)
+        found.figures[f"manager_says_{number + 1}"] = seen.reason
+        found.claim(RESTORED in seen.reason, "it came from the image, not from a start")
     await ladder.same_as_before(found, cache_kept=False)
     held = await ladder.held()
     found.figures |= {"image_mib": ladder.image_mib, "host_mib_held": held.host_mib}
@@ -306,14 +306,14 @@ async def copies(ladder: Ladder, found: Findings, count: int) -> None:
         found.figures["all_ready_s"] = time.monotonic() - begun_s
         texts = await asyncio.gather(*(ladder.texts(replica.url) for replica in ready))
         for replica, told in zip(ready, texts, strict=True):
-            found.figures[f"{replica.replica_id}_at"] = replica.url
+            reason = (await ladder.seen(replica.replica_id)).reason
+            found.figures[replica.replica_id] = f"{replica.url}, {reason}"
+            found.claim(RESTORED in reason, f"{replica.replica_id} came from the image")
             found.claim(told == ladder.reference, f"{replica.replica_id} answers as the first did")
         cards = await asyncio.to_thread(machine.gpus)
         found.figures["gpu_mib_held"] = ", ".join(f"{card.used_mib:,}" for card in cards)
         urls = {replica.url for replica in ready}
         found.claim(len(urls) == count, "each has an address of its own")
-        words = [line for line in carriers(ladder.scene.stack.mark).values() if RESTORED in line]
-        found.claim(len(words) >= count, "all came from the image")
     finally:
         await ladder.scale(1)
 
