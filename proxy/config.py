@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig
+from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig, WorkClass
 from proxy.config_reading import (
     ConfigError,
     Count,
@@ -37,7 +37,14 @@ from proxy.config_reading import (
 )
 
 # Beside what is defined here.
-__all__ = ("AutoscaleConfig", "ConfigError", "ModelConfig", "PoolConfig", "describe_fields")
+__all__ = (
+    "AutoscaleConfig",
+    "ConfigError",
+    "ModelConfig",
+    "PoolConfig",
+    "WorkClass",
+    "describe_fields",
+)
 
 ENVIRONMENT_PREFIX = "DOHERTY_"
 
