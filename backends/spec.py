@@ -33,6 +33,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 1.0
     start_timeout_s: float = 900.0
     stop_grace_s: float = 30.0
+    snapshot: bool = False  # starts from an image of a warm one, and makes it where there is none
 
 
 def replica_specs(config: Config) -> tuple[ReplicaSpec, ...]:
