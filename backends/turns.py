@@ -191,6 +191,7 @@ class Turns:
         What holds memory of a card has to let go of it, or it cannot be dumped.
         """
         self.risen()  # what follows is no part of the start
+        self.naps.level = 1
         if self._engine.uses_gpu:
             self.aim = Rung.SUSPENDED
         elif life.spec.sleep:
