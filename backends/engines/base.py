@@ -8,6 +8,7 @@ every fact can be tested without an engine.
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import shutil
 import sys
@@ -41,6 +42,7 @@ class Launch(msgspec.Struct, frozen=True):
 
     argv: tuple[str, ...]
     env: dict[str, str] = {}
+    python_path: str = ""  # put before what PYTHONPATH says
 
 
 class Ports(msgspec.Struct, frozen=True):
@@ -140,6 +142,9 @@ class Engine(Protocol):
 
         None: what it has let go of is not known, and a wrong guess may be fatal.
         """
+
+    def dump_level(self, spec: ReplicaSpec) -> int:
+        """Return how deep it sleeps while its processes are dumped: an image holds what it kept."""
 
     def adapter_calls(
         self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
@@ -288,4 +293,8 @@ def lora_calls(
 def merged(environ: Mapping[str, str], launch: Launch, spec: ReplicaSpec) -> dict[str, str]:
     """Return the environment of an engine: ours without our secrets, the engine's, the user's."""
     own = {k: v for k, v in environ.items() if not k.startswith("DOHERTY_")}
-    return own | launch.env | spec.env
+    env = own | launch.env | spec.env
+    if launch.python_path:
+        further = [env["PYTHONPATH"]] if env.get("PYTHONPATH") else []
+        env["PYTHONPATH"] = os.pathsep.join([launch.python_path, *further])
+    return env

@@ -45,7 +45,7 @@ class Simulator:
             *(sys.executable, "-m", "backends.simulator"),
             *("--host", ports.host, "--port", str(ports.http), "--model", spec.model),
             *_kv_flags(ports),
-            *(("--enable-sleep-mode",) if spec.sleep else ()),
+            *(("--enable-sleep-mode",) if spec.sleep or spec.snapshot else ()),
             *(("--lora-modules", *spec.adapters) if spec.adapters else ()),
             *spec.args,
         )
@@ -77,6 +77,9 @@ class Simulator:
 
     def balk_calls(self, spec: ReplicaSpec, level: int, done: int) -> tuple[Call, ...] | None:
         return _dialect(spec).balk_calls(spec, level, done)
+
+    def dump_level(self, spec: ReplicaSpec) -> int:
+        return _dialect(spec).dump_level(spec)
 
     def adapter_calls(
         self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
