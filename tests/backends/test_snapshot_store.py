@@ -31,7 +31,7 @@ def made(name: str, at_s: float = 1.0, key: SnapshotKey = KEY, **more: object) -
         suspended=False,
         nap_level=0,
         criu_version="4.2.1",
-        cell=manifest.CellFacts(1000, (), 5.0),
+        cell=manifest.CellFacts(1000, ()),
         files=(),
     )
     return msgspec.structs.replace(base, **more)
