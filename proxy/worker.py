@@ -67,6 +67,7 @@ class Worker:
         )
         plane.connections_max = min(plane.connections_max, _connections_possible())
         plane.bodies_bytes_max = _bodies_possible(start.config)
+        plane.make_room()
         plane.noting.connect(self._channel)
         plane.outbox.on = True
         entrance = Entrance(plane, self._listeners)

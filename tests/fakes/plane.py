@@ -304,11 +304,12 @@ def assert_nothing_held(plane: Plane) -> None:
     """Every lease is back, every exchange is over, and nobody waits."""
     assert plane.exchanges_open == 0
     assert plane.waiting.count == 0
-    assert plane.waiting._waiters == {}
+    assert not any(queue.waiters or queue.tokens for queue in plane.waiting.queues.values())
+    assert not len(plane.waiting.room) and not sum(plane.waiting.room._bytes)
     assert plane.waiting._holding._lines == {}
     assert plane.waiting._timer is None
     assert plane.bodies_bytes == 0
-    assert plane.leases_open == 0
+    assert len(plane.leases) == 0
     for replica_id in plane.fleet.replicas:
         assert inflight(plane, replica_id) == 0
         assert queued_tokens(plane, replica_id) == 0
