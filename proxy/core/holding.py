@@ -117,11 +117,12 @@ class Holding:
 
     def add(self, held: Held, picture: Picture) -> None:
         arrival_s = held.since_s + YIELD_S[class_of(held)]
-        held.rank_s = arrival_s * limits.AGEING_WEIGHT + _least_prefill_s(held, picture)
+        prefill_s = _least_prefill_s(held, picture)
+        held.rank_s = arrival_s * limits.AGEING_WEIGHT + max(0.0, prefill_s)
         self._order += 1
         held.order = self._order
         self._count += 1
-        self._enter(held, _UNSEEN, 0)
+        self._enter(held, _UNSEEN if prefill_s >= 0.0 else _line_of_nobody(held.queue), 0)
 
     def drop(self, held: Held) -> None:
         """It waits no longer: cancelled, or its time is over. Harmless when repeated."""
@@ -131,15 +132,16 @@ class Holding:
             held.request = _NOBODY
             self._count -= 1
 
-    def renew(self, queue: int) -> None:
+    def renew(self, queue: int, *, empty: bool) -> None:
         """Other replicas may take those of a queue now: look anew at who waited for any of them.
 
-        Until that has been done no newcomer gets before them.
+        Until that has been done no newcomer gets before them. `empty`: none may.
         """
-        for name in [name for name in self._lines if name < _UNSEEN]:
+        to = _line_of_nobody(queue) if empty else _UNSEEN
+        for name in [name for name in self._lines if name < 0 and name != to]:
             for entry in list(self._lines[name].entries):
                 if entry[2].queue == queue:
-                    self.move(entry[2], _UNSEEN, 0)
+                    self.move(entry[2], to, 0)
 
     def take(
         self, policy: Policy, picture: Picture, now_s: float, *, at_once: bool = False
@@ -425,12 +427,15 @@ def _opens_s(slot: int, picture: Picture, now_s: float) -> float:
 
 
 def _least_prefill_s(held: Held, picture: Picture) -> float:
-    """Return the prefill that it needs where most of it is cached; its tokens are kept."""
+    """Return the prefill that it needs where most of it is cached; its tokens are kept.
+
+    Below 0: there is no replica.
+    """
     pool, chain = held.pool_of(), held.request.chain
     seats = picture.seats(pool) if pool is not None else None
     if seats is None or not seats.slots:
         held.needed_tokens = chain.prompt_bytes // limits.BYTES_PER_TOKEN
-        return 0.0
+        return -1.0
     found = picture.index.match(chain, seats.bits)
     most_octets = chain.ends[found[0][1]] if found else 0
     tokens = picture.tokens_of(chain.prompt_bytes - most_octets, seats.slots[0])

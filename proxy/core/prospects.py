@@ -42,8 +42,9 @@ def prospects_of(
     found: dict[str, Prospect] = {}
     for model in sorted({record.model for record in records} | pools_of.keys()):
         pools = pools_of.get(model, frozenset())
-        theirs = [record for record in records if record.model == model or record.pool in pools]
-        for record in theirs:
+        theirs = {record.pool: record for record in records if record.pool in pools}
+        theirs |= {record.pool: record for record in records if record.model == model}
+        for record in theirs.values():  # a pool may be told of by each of its names
             one = _prospect(record)
             before = found.get(model)
             found[model] = one if before is None else _together(before, one)

@@ -184,7 +184,7 @@ class Exchange(Ending):
     def _nobody(self, reason: str = "") -> errors.ProxyError:
         assert self._pool is not None
         in_vain = self._request.tried if self._progress is _CONNECTING else ()
-        return self._plane.nobody(self._model, self._pool, in_vain, reason)
+        return self._plane.turn_away(self._model, self._pool, in_vain, reason)
 
     # --- 3. the replica ----------------------------------------------------------------------
 

@@ -72,6 +72,7 @@ class Plane(Refusal):
             partial(tls.replica_context, config),
             self.outbox,
         )
+        self.fleet_epoch, self.fleet_version = "", 0  # of the snapshot taken last
         self.draining = False
         self.relieved = False  # while draining: a successor serves the port, so it is ready
         self.exchanges_open = 0

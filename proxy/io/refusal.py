@@ -73,6 +73,17 @@ class Refusal(Choice):
             )
         return NoReplicaError(self.no_replica_reason(pool))
 
+    def turn_away(
+        self, model: str, pool: fleets.Pool, in_vain: Collection[str], reason: str
+    ) -> ProxyError:
+        """Say `nobody` to a request: what it asked for counts, though it does not wait."""
+        error = self.nobody(model, pool, in_vain, reason)
+        if isinstance(error, OverloadedError | NotAwakeError):
+            self.waiting.queue(self.queue_of(model)).refused_total += 1
+        if isinstance(error, NotAwakeError):
+            self.waiting.on_hold()
+        return error
+
     def end_of_wait(self, waiter: Waiter, now_s: float) -> ProxyError | None:
         """Return why a request should wait no longer, if so."""
         pool, config = self.awaited(waiter.key), self.config

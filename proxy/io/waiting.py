@@ -213,7 +213,7 @@ class Waiting:
         bits = self._picture.seats(pool).bits if pool is not None else 0
         if bits != queue.bits:
             queue.bits = bits
-            self._holding.renew(queue.number)
+            self._holding.renew(queue.number, empty=not bits)
         if bits:
             if queue.empty_since_s >= 0.0:
                 queue.open_since_s = now_s
