@@ -160,8 +160,7 @@ def _build(
     # Those that have not been asked yet are not known to serve anything at all.
     unknown = {k: r for k, r in on_ring.items() if not r.models and r.state is ReplicaState.READY}
     models = sorted(
-        {model for r in on_ring.values() for model in r.models}
-        | {p.model for p in scaled if p.wakes or p.coming}
+        {model for r in on_ring.values() for model in r.models} | {p.model for p in scaled}
     )
     pools = {
         model: make_pool(
