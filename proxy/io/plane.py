@@ -253,7 +253,8 @@ class Plane(Refusal):
         """OpenAI's model list: what the fleet can serve, whether or not a replica is up now."""
         listed = [
             {"id": model, "object": "model", "created": 0, "owned_by": "doherty"}
-            for model in sorted(self.fleet.pools)
+            for model, pool in sorted(self.fleet.pools.items())
+            if pool.replicas or self.fleet.prospect_of(model).wakes
         ]
         if not wanted:
             return orjson.dumps({"object": "list", "data": listed})
