@@ -83,10 +83,10 @@ class Manager:
         self._stopped = asyncio.Event()
         self.serving = False
         self.keepers: dict[str, Keeper] = {}
-        self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock)
+        book = DemandBook()
+        self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock, book.publish)
         settings = config.manager
         self._cards = cards or Cards(None, log)
-        book = DemandBook()
         self._warmer = Warmer(log, enabled=settings.warm_page_cache)
         self._around = Surroundings(
             clock=clock,
