@@ -17,6 +17,7 @@ import uvloop
 
 from loadtest import (
     bench,
+    burst,
     faults,
     gpu,
     plot,
@@ -51,6 +52,7 @@ example:
 
 COMMANDS: dict[str, Command] = {
     "bench": bench,
+    "burst": burst,
     "gpu": gpu,
     "policies": policies,
     "sdk": sdk,
