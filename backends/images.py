@@ -42,8 +42,8 @@ CREATE_S_MAX = 1800.0  # the same to be written
 WARM_UP_WORDS = (1, 60, 700, 3000)  # decode alone, and prefills below and above usual chunks
 WARM_UP_TOKENS = 16
 WARM_UP_TIMEOUT_S = 120.0
-_DRIVER = Path("/sys/module/nvidia/version")
 _CPU = Path("/proc/cpuinfo")
+_DRIVER = Path("/sys/module/nvidia/version")
 
 
 class Images:
@@ -62,7 +62,7 @@ class Images:
         self, spec: ReplicaSpec, release: Release, gpus: Sequence[str]
     ) -> Snapshot | None:
         """Return the image that a start of `spec` on these cards takes; None: none fits."""
-        if not self._works(spec):
+        if not await asyncio.to_thread(self._works, spec):  # the first answer takes a second
             return None
         cards = self._around.cards.described(gpus)
         self._key = await asyncio.to_thread(key_of, self._engine, spec, str(release), cards)
