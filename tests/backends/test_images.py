@@ -269,6 +269,37 @@ async def test_one_that_broke_for_its_image_is_started_anew(world: World) -> Non
     assert "create" not in world.snapshots.asked
 
 
+async def test_one_that_dies_in_its_warm_up_is_started_without_one(world: World) -> None:
+    world.fetch.answering.clear()
+    await world.start(configuration(world.run_dir, PLAIN))
+    await until(world, lambda: posted(world) == ["/v1/completions"])
+    world.provider.spawned[0].exit("exited with status 1")
+    world.fetch.answering.set()
+    await until(world, lambda: len(world.provider.spawned) == 2)
+    await until(world, lambda: keeper(world).state.phase is Phase.READY)
+    assert "create" not in world.snapshots.asked
+    assert posted(world) == ["/v1/completions"]
+
+
+async def test_one_that_never_becomes_ready_is_ended_as_ever(world: World) -> None:
+    world.fetch.answers["/ready"] = Answer(503)
+    pools = PLAIN.replace("snapshot", "start_timeout_secs: 5, snapshot")
+    await world.start(configuration(world.run_dir, pools))
+    await until(world, lambda: signal.SIGTERM in signals(world))
+    assert keeper(world).state.reason == "not ready after 5 s"
+    assert "create" not in world.snapshots.asked
+
+
+async def test_a_copy_that_does_not_wake_is_ended_and_its_image_discarded(world: World) -> None:
+    await ready(world)
+    world.fetch.answers["/ready"] = Answer(503)
+    world.provider.spawned[0].exit("exited with status 1")
+    await until(world, lambda: signal.SIGKILL in signals(world, 1))
+    world.provider.spawned[1].exit("killed by SIGKILL")
+    await until(world, lambda: len(world.provider.spawned) == 3)
+    assert world.provider.spawned[2].argv[:2] == ("cell", "run")
+
+
 async def test_a_dump_without_end_is_given_up(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,34 @@ def test_a_manager_that_dies_while_an_image_is_made_or_restored(region: MortalRe
     assert second.reason.startswith("restored, after ")
     region.check()
     assert len({launch.replica_id for launch in region.live().values()}) == 1
+
+
+def test_one_that_dies_in_its_warm_up_serves_without_an_image(region: MortalRegion) -> None:
+    region.is_("p-0", "ready")
+    region.write([POOL | {"args": ["--fault", "exit:0"]}])
+    os.kill(region.manager, signal.SIGHUP)
+    region.until(lambda: '"cause":"exited"' in region.log, "a death in the warm-up")
+    region.is_("p-0", "ready")
+    assert region.log.count('"event":"image_made"') == 1, "the first one's"
+    region.check()
+
+
+def test_a_full_disk_costs_no_replica(tmp_path: Path) -> None:
+    need_criu()
+    small = tmp_path / "small"
+    small.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "none", small], check=True)
+    region = MortalRegion(tmp_path, [POOL], gpus="none", snapshot_dir=str(small))
+    try:
+        region.start()
+        record = region.is_("p-0", "ready")
+        assert said(record)
+        assert "No space left on device" in region.log
+        assert '"event":"no_image"' in region.log
+        assert not any((small / "images").iterdir())
+    finally:
+        region.clean()
+        subprocess.run(["umount", "-l", small], check=True)
 
 
 def test_a_suspended_cell_comes_back(region: MortalRegion) -> None:
