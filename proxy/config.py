@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig
+from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig, WorkClass
 from proxy.config_reading import (
     ConfigError,
     Count,
@@ -37,7 +37,14 @@ from proxy.config_reading import (
 )
 
 # Beside what is defined here.
-__all__ = ("AutoscaleConfig", "ConfigError", "ModelConfig", "PoolConfig", "describe_fields")
+__all__ = (
+    "AutoscaleConfig",
+    "ConfigError",
+    "ModelConfig",
+    "PoolConfig",
+    "WorkClass",
+    "describe_fields",
+)
 
 ENVIRONMENT_PREFIX = "DOHERTY_"
 
@@ -218,6 +225,16 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     verify_replica_tls: Annotated[
         bool, Meta(description="verify the certificates and names of replicas with https URLs")
     ] = True
+    queue_bytes: Annotated[
+        PositiveInt, Meta(description="bodies of those requests, in bytes per worker")
+    ] = 512 * 1024 * 1024
+    hold_timeout_secs: Annotated[
+        Seconds, Meta(description="time that a request may wait for a model of which none is awake")
+    ] = 600.0  # as long as the official clients wait for an answer
+    keepalive_comment_secs: Annotated[
+        Seconds,
+        Meta(description="pause between comments to a stream that waits (status 200); 0: none"),
+    ] = 0.0
 
 
 class ManagerConfig(Section, frozen=True, kw_only=True):
