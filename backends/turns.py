@@ -31,8 +31,9 @@ from backends.snapshots.base import Snapshot, Suspender, SuspendError
 from backends.spec import ReplicaSpec
 from backends.surroundings import Surroundings
 
-# 140 GB to the host at the 10 GB/s of pageable memory are 14 s; the rest is for a busy machine.
-SUSPEND_S_MAX = 120.0
+# Only against what hangs: a suspender has limits of its own for each of its steps (`suspend`), of
+# which the longest is for 140 GB into host memory that nobody has touched yet.
+SUSPEND_S_MAX = 600.0
 RESUMES_MAX = 3  # failed ones in a row, after which only a new start helps
 OUT_S = 30.0
 OUT_S_MAX = 1800.0

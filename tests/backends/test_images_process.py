@@ -85,7 +85,7 @@ def test_dumped_once_and_restored_after_each_death(region: MortalRegion) -> None
     assert said(third) == words
     os.kill(region.manager, signal.SIGTERM)
     region.until(lambda: not alive(region.manager), "the end of the manager")
-    assert region.processes() == {}
+    assert (region.processes(), region.engines()) == ({}, set())
 
 
 def test_a_manager_that_dies_while_an_image_is_made_or_restored(region: MortalRegion) -> None:
@@ -101,7 +101,8 @@ def test_a_manager_that_dies_while_an_image_is_made_or_restored(region: MortalRe
     second = again(region, first)
     assert second.reason.startswith("restored, after ")
     region.check()
-    assert len({launch.replica_id for launch in region.live().values()}) == 1
+    assert len(region.live()) == 1
+    region.until(lambda: len(region.engines()) == 1, "one engine, and no other")
 
 
 def test_one_that_dies_in_its_warm_up_serves_without_an_image(region: MortalRegion) -> None:
@@ -144,3 +145,9 @@ def test_a_suspended_cell_comes_back(region: MortalRegion) -> None:
     region.wish("p-0", "wake")
     after = region.is_("p-0", "ready")
     assert (after.pid, after.url, said(after)) == (first.pid, first.url, words)
+    assert len(region.engines()) == 1
+    region.wish("p-0", "sleep?rung=suspended")
+    region.is_("p-0", "ready", asleep=True)
+    os.kill(region.manager, signal.SIGTERM)
+    region.until(lambda: not alive(region.manager), "the end of the manager")
+    region.until(lambda: not region.engines(), "the end of what stood still")
