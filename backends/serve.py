@@ -38,7 +38,7 @@ from backends.journal import Journal
 from backends.log import Log
 from backends.manager import Manager
 from backends.providers.process import ProcessProvider
-from backends.snapshots.suspend import suspender_of
+from backends.snapshots.choice import look_ahead, open_snapshots, suspenders
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ConfigError, load_config
 
@@ -117,6 +117,7 @@ async def serve(
         stack.callback(journal.close)
         fetch = HttpFetch()
         cards = await open_cards(settings.cards, log)
+        await asyncio.to_thread(look_ahead, config, engines)
         manager = Manager(
             config,
             provider=ProcessProvider(),
@@ -126,7 +127,8 @@ async def serve(
             clock=SystemClock(),
             engines=engines,
             cards=cards,
-            suspender_of=suspender_of,
+            suspender_of=suspenders(config),
+            snapshots=open_snapshots(config, log),
         )
         try:
             await _run(manager, listener, orders, config_path, detach=detach_on_exit, log=log)
