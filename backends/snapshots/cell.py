@@ -331,7 +331,7 @@ def _restore(options: Any, state: State) -> int:
     os.mkfifo(verdict, 0o600)
     problem = whole.first_problem(image, big=False)
     if problem:
-        raise CellError(problem)
+        raise CellError(f"damaged: {problem}")
     reader = _fork(lambda: whole.judge(image, verdict))
     if (image / SHM_ARCHIVE).exists():
         with tarfile.open(image / SHM_ARCHIVE) as archive:
@@ -362,8 +362,9 @@ def _criu_restore(options: Any, dumped: Any, log: Path) -> list[str]:
     return [
         *shlex.split(options.criu), "restore", "--restore-detached",
         "--images-dir", options.image, "--work-dir", WORK, "--log-file", log.name, "-v2",
-        "--tcp-close", "--ext-unix-sk", "--file-locks", "--link-remap", "--manage-cgroups=ignore",
-        "--action-script", str(Path(options.image, "script")), *inherited,
+        "--tcp-established", "--ext-unix-sk", "--file-locks", "--link-remap",
+        "--manage-cgroups=ignore", "--action-script", str(Path(options.image, "script")),
+        *inherited,
     ]  # fmt: skip
 
 
@@ -372,10 +373,16 @@ def _why(log: Path, verdict: Path) -> str:
         problem = verdict.with_suffix(".problem").read_text()
         return f"damaged: {problem}"
     with contextlib.suppress(OSError):
-        lines = [line for line in log.read_text("utf-8", "replace").splitlines() if "Error" in line]
+        lines = errors_in(log.read_text("utf-8", "replace"))
         if lines:
             return f"CRIU could not restore it: {' / '.join(lines[:3])}"
     return "CRIU could not restore it and did not say why"
+
+
+def errors_in(log: str) -> list[str]:
+    """Return the errors that CRIU tells of; that its own limit of files stays is none."""
+    lines = log.splitlines()
+    return [line for line in lines if "Error" in line and "RLIMIT_NOFILE" not in line]
 
 
 def _fork(act: Callable[[], None]) -> int:

@@ -148,6 +148,10 @@ def inside(pid: int) -> Inside:
     except (ValueError, IndexError, StopIteration):
         text = f"process {pid} is no cell with an engine in it, so it cannot be dumped"
         raise SnapshotError(text, running=alive(pid)) from None
+    strays = [_name(one) for one in _children(init) if one != engine_pid]
+    if strays:
+        text = f"the engine has left processes on their own, which would be lost: {strays[:5]}"
+        raise SnapshotError(text, running=True)
     return Inside(init, state.engine, engine_pid)
 
 
@@ -186,6 +190,12 @@ def _children(pid: int) -> list[int]:
         for task in (_PROC / str(pid) / "task").iterdir():
             found += map(int, (task / "children").read_text().split())
     return found
+
+
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        return (_PROC / str(pid) / "comm").read_text("utf-8", "replace").strip()
+    return "gone"
 
 
 def _pid_inside(pid: int) -> int:
