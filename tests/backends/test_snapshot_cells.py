@@ -109,8 +109,8 @@ def test_the_probe_asks_for_root_and_for_programs(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert "need root" in probing.find_criu({}, tmp_path).capability.reason
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr("shutil.which", lambda name: None if name == "ip" else f"/bin/{name}")
-    assert "iproute2" in probing.find_criu({}, tmp_path).capability.reason
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "nsenter" else f"/bin/{name}")
+    assert "util-linux" in probing.find_criu({}, tmp_path).capability.reason
     monkeypatch.setattr("shutil.which", lambda name: None if name == "criu" else f"/bin/{name}")
     assert "deploy/criu.sh" in probing.find_criu({}, tmp_path).capability.reason
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")

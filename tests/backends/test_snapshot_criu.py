@@ -191,15 +191,14 @@ async def test_a_damaged_image_is_found_before_it_is_used(here: Stage) -> None:
 
 
 async def test_the_end_of_the_keeper_is_the_end_of_all(here: Stage) -> None:
-    before = in_use()
     cell = here.start(("sleep", "1000"))
     engine = until(lambda: _engine_if_any(cell), "the engine")
-    assert len(in_use() - before) == 1
+    assert cell.number in in_use()
 
     cell.process.kill()
 
     until(lambda: not Path(f"/proc/{engine}").exists(), "the end of the engine")
-    until(lambda: in_use() <= before, "the end of the link")
+    until(lambda: cell.number not in in_use(), "the end of the link")
 
 
 async def test_a_cell_ends_as_its_engine_ends(here: Stage) -> None:
