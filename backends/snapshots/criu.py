@@ -170,7 +170,6 @@ class CriuSnapshots:
     ) -> dict[str, str]:
         """Remove what is of no use or beyond the bound; return what went, and why."""
         keys = [*self._wanted.values(), *wanted]
-        self._cells.sweep()
         return self.store.prune(keys, self._bytes_max if bytes_max is None else bytes_max)
 
     def _criu(self) -> Found:
