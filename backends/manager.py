@@ -29,6 +29,7 @@ from backends.log import Log
 from backends.logfile import bound
 from backends.ports import PortLeases
 from backends.providers.base import Process, Provider
+from backends.readahead import Lists
 from backends.reconcile import (
     Adapt,
     Create,
@@ -87,7 +88,8 @@ class Manager:
         self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock, book.publish)
         settings = config.manager
         self._cards = cards or Cards(None, log)
-        self._warmer = Warmer(log, enabled=settings.warm_page_cache)
+        lists = Lists(Path(settings.run_dir) / "reads")
+        self._warmer = Warmer(log, enabled=settings.warm_page_cache, lists=lists)
         self._around = Surroundings(
             clock=clock,
             provider=provider,
