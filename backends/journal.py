@@ -54,6 +54,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, tag="intent", tag_field=
     gpus: tuple[str, ...] = ()  # leased to it
     turning: bool = False  # between awake and asleep: what it has let go of is not known
     loras: Loaded = Loaded()
+    image: str = ""  # of its container; empty: it is a process of this machine
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", tag_field="entry"):

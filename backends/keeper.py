@@ -10,7 +10,6 @@ one for each life, and every event of an older life is recognised by its launch 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -20,7 +19,7 @@ import msgspec
 
 from backends.clock import Timer
 from backends.engines.base import Engine, FlagError, url_of
-from backends.engines.probe import Program, known_release, probe_release, program_of
+from backends.engines.probe import Program, known_release, probe_release
 from backends.engines.release import Release
 from backends.fetch import Silence
 from backends.gpus import NoGpuError
@@ -264,7 +263,7 @@ class Keeper:
         """Spawn, as soon as it is known which release the program is of."""
         try:
             self._ports.take_http()
-            program = program_of(self._engine, self.spec, os.environ)
+            program = self._around.provider.program(self._engine, self.spec)
             release = known_release(program)
             if release is None:
                 self._own(self._start_asked(program, self.state.starts), "ask for the release")

@@ -58,7 +58,8 @@ def prepare(
     """Return how to start `spec` by `program` of `release`. Raises one of `START_ERRORS`."""
     warnings = engine.check(spec, release)
     leased = ports.take(engine.ports_needed(spec, release))
-    ours = os.environ | placement.environment
+    ours = os.environ if program.inherits is None else dict(program.inherits)
+    ours = ours | placement.environment
     argv, environ = completed(program, engine.command(spec, leased, release), spec, ours)
     source = engine.kv_source(spec, leased, release)
     return Start(
@@ -101,4 +102,5 @@ def intent(
         kv_source=start.kv_source,
         gpus=start.gpus,
         loras=of_start(engine, spec),
+        image=spec.image,
     )
