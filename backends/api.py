@@ -20,8 +20,10 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from backends.feed import Feed
-from backends.keeper import Keeper, RefusedError
+from backends.keeper import Keeper
+from backends.ladder import Rung
 from backends.lifecycle import Event
+from backends.turns import RefusedError
 from proxy.contract import FLEET_PATH, FLEET_WATCH_PATH, HEARTBEAT_INTERVAL_S, ReplicaState
 
 REPLICA_PATH = "/v1/replicas/{replica_id}"
@@ -130,9 +132,9 @@ class Api:
         keeper = self._keeper(request)
         try:
             if wish == "sleep":
-                keeper.sleep(_level(request))
+                keeper.lower(_rung(request), "going down, as an operator asked", _level(request))
             elif wish == "wake":
-                keeper.wake()
+                keeper.raise_("woken by an operator")
             else:
                 keeper.apply(*_WISHES[wish])
         except RefusedError as error:
@@ -154,6 +156,13 @@ class Api:
                 text=f"no replica '{replica_id}'; `doherty status` and GET {FLEET_PATH} list them"
             )
         return keeper
+
+
+def _rung(request: web.Request) -> Rung:
+    text = request.query.get("rung", Rung.ASLEEP.value)
+    if text not in {Rung.ASLEEP, Rung.SUSPENDED}:
+        raise web.HTTPBadRequest(text=f"rung={text}: use {Rung.ASLEEP} or {Rung.SUSPENDED}")
+    return Rung(text)
 
 
 def _level(request: web.Request) -> int:

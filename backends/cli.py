@@ -89,6 +89,11 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
         from backends.planning.command import add_flags
 
         add_flags(plan)
+    snapshot = commands.add_parser("snapshot", help="images of warm replicas: make, list, try")
+    if list(command) == ["snapshot"]:
+        from backends.snapshots.commands import add_flags
+
+        add_flags(snapshot)
     status = commands.add_parser("status", help="show the replicas of a running manager")
     _add_manager_url(status)
     status.set_defaults(run=_status)

@@ -7,7 +7,8 @@ nothing, because pids are used again: with the start time from `/proc/PID/stat` 
 does.
 
 Whether an engine sleeps is here, too, before it is told and after it has done so: SGLang does not
-say it, and dies of being told to take back what it holds.
+say it, and dies of being told to take back what it holds. So is whether it is suspended, and which
+cards it was resumed on.
 
 Which adapters it has loaded is here as well: its own list has their names and not their weights.
 
@@ -53,6 +54,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, tag="intent", tag_field=
     nap_level: int | None = None  # how deep it sleeps; None: awake
     gpus: tuple[str, ...] = ()  # leased to it
     turning: bool = False  # between awake and asleep: what it has let go of is not known
+    suspended: bool = False  # stands still; its cards are given back
+    suspending: bool = False  # between standing still and running
     loras: Loaded = Loaded()
     image: str = ""  # of its container; empty: it is a process of this machine
 
@@ -81,6 +84,15 @@ class Nap(msgspec.Struct, frozen=True, tag="nap", tag_field="entry"):
     turning: bool
 
 
+class Suspension(msgspec.Struct, frozen=True, tag="suspension", tag_field="entry"):
+    """It is being suspended or resumed (`turning`), or has been."""
+
+    launch_id: str
+    suspended: bool
+    turning: bool
+    gpus: tuple[str, ...] | None = None  # those that it is resumed on; None: as before
+
+
 class Adapted(msgspec.Struct, frozen=True, tag="adapted", tag_field="entry"):
     """It is told to have other adapters (not `settled`), or has them."""
 
@@ -93,7 +105,7 @@ class Ended(msgspec.Struct, frozen=True, tag="ended", tag_field="entry"):
     reason: str
 
 
-Entry = Launch | Started | Ready | Held | Nap | Adapted | Ended
+Entry = Launch | Started | Ready | Held | Nap | Suspension | Adapted | Ended
 _DECODER: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
 
 
@@ -186,6 +198,13 @@ def apply(live: dict[str, Launch], entry: Entry) -> None:
         case Nap(level=level, turning=turning):
             live[entry.launch_id] = msgspec.structs.replace(
                 launch, nap_level=level, turning=turning
+            )
+        case Suspension(suspended=suspended, turning=turning, gpus=gpus):
+            live[entry.launch_id] = msgspec.structs.replace(
+                launch,
+                suspended=suspended,
+                suspending=turning,
+                gpus=launch.gpus if gpus is None else gpus,
             )
         case Adapted(loras=loras):
             live[entry.launch_id] = msgspec.structs.replace(launch, loras=loras)

@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from backends.clock import Timer
-from backends.engines.base import Engine, FlagError, url_of
+from backends.ending import end_in_words
+from backends.engines.base import Engine, url_of
 from backends.engines.probe import Program, known_release, probe_release
 from backends.engines.release import Release
 from backends.fetch import Silence
 from backends.gpus import NoGpuError
 from backends.journal import Ended, Held, Launch, Ready, Started
-from backends.last_words import last_words
+from backends.ladder import Rung, RungCost
 from backends.lifecycle import (
     PUBLISHED,
     SERVING,
@@ -39,24 +40,19 @@ from backends.lifecycle import (
 )
 from backends.logfile import length
 from backends.loras import Loras, of_start
-from backends.naps import Naps
 from backends.ports import ReplicaPorts
 from backends.providers.base import Process
 from backends.questions import Questions
 from backends.reconcile import Observed, Wanted
-from backends.redact import secrets_of
 from backends.starting import START_ERRORS, gpus_wanted, intent, prepare, warm_up
 from backends.surroundings import Surroundings
 from backends.tasks import cancel_all, spawn
+from backends.turns import Life, RefusedError, Turns
 from backends.watch import Watch
 from proxy.contract import ReplicaRecord
 
 ADOPT_TIMEOUT_S = 2.0
 ABORT_TIMEOUT_S = 2.0
-
-
-class RefusedError(Exception):
-    """What an operator wishes cannot be had now; the text says why."""
 
 
 class Keeper:
@@ -70,7 +66,7 @@ class Keeper:
         self._spec_hash = wanted.launch_hash
         self.questions = Questions(wanted.spec, engine, around.fetch, around.clock)
         self._ports = ReplicaPorts(around.ports)
-        self._naps = Naps(engine, around)
+        self._turns = Turns(engine, around)
         self._loras: Loras | None = None  # of the life under way
         self._launch: Launch | None = None  # the life under way
         self._process: Process | None = None
@@ -88,7 +84,27 @@ class Keeper:
         loaded = loras.loaded if loras else of_start(self._engine, self.spec)
         adapting = loras is not None and loras.changing
         state = self.state
-        return Observed(self.spec, running, state.phase, state.wanted, loaded, adapting)
+        return Observed(
+            spec=self.spec,
+            launch_hash=running,
+            phase=state.phase,
+            wanted=state.wanted,
+            loaded=loaded,
+            adapting=adapting,
+            aim=self._turns.aim,
+            rising=state.phase is Phase.SUSPENDED and state.deadline_s is not None,
+            out=self._turns.out,
+        )
+
+    @property
+    def rung(self) -> Rung:
+        """Return where it stands; on its way down, that is where it came from."""
+        return self._turns.rung if self.state.alive else Rung.COLD
+
+    @property
+    def turns(self) -> Mapping[Rung, RungCost]:
+        """Return what the rungs have cost that it has been on; 0.0: not measured yet."""
+        return self._turns.costs
 
     @property
     def url(self) -> str:
@@ -119,10 +135,10 @@ class Keeper:
             pid=self._process.pid if self._process else 0,
             load=self.questions.load if serving else None,
             asleep=(self.questions.told.asleep and serving) or self.state.phase in SLEEPING,
-            sleep_s=self._naps.sleep_s,
-            wake_s=self._naps.wake_s,
+            sleep_s=self._turns.down_s,
+            wake_s=self._turns.up_s,
             engine_version=launch.engine_version if launch else "",
-            gpus=launch.gpus if launch else (),
+            gpus=self._turns.gpus if launch else (),
             kv_events=events,
             kv_replay=replay,
             kv_topic=topic,
@@ -149,23 +165,18 @@ class Keeper:
         """
         self._launch, self._process = launch, process
         self._ports.claim({"http": (launch.port, 1)} | launch.ports)
-        self._around.cards.claim(self.spec.replica_id, launch.gpus)
         self.questions.begin(launch.port)
-        self._naps.level = launch.nap_level or 0
+        self._turns.adopt(launch)
         if launch.pid != process.pid:  # the manager before died between the spawn and this note
             self._note_process(launch, process)
         self.state = self._adopted(launch, ready=launch.ready)
-        if self.state.phase is not Phase.ASLEEP:
+        if self.state.phase not in SLEEPING:
             answer = await self.questions.probe(ADOPT_TIMEOUT_S)
             silent = answer.silence is not None and answer.silence is not Silence.REFUSED
             ready = answer.status == 200 or (launch.ready and silent)
             self.state = self._adopted(launch, ready=ready)
-        self._around.log.tell(
-            "replica_adopted",
-            replica=self.spec.replica_id,
-            pid=process.pid,
-            phase=self.state.phase,
-        )
+        name, phase = self.spec.replica_id, self.state.phase
+        self._around.log.tell("replica_adopted", replica=name, pid=process.pid, phase=phase)
         self._follow(process, launch)
         self._set_timer()
         self._around.changed()
@@ -173,35 +184,31 @@ class Keeper:
             self.apply(
                 Event.RESTART, "the manager died while it fell asleep or woke: nobody knows how far"
             )
+        elif launch.suspending:
+            self.apply(Event.WAKE, "the manager died while it was suspended or resumed")
 
-    def sleep(self, level: int) -> None:
-        """Free the memory of its GPU. Raises `RefusedError` when it cannot, or not now."""
-        if self.state.phase in {Phase.EMPTYING, Phase.FALLING_ASLEEP, Phase.ASLEEP}:
-            if level != self._naps.level:
-                raise RefusedError(f"it sleeps at level {self._naps.level}; wake it first")
-            return
-        if self.state.phase not in {Phase.READY, Phase.HELD}:
-            raise RefusedError(
-                f"it is {self.state.phase.words}; only what is ready can be put to sleep"
-            )
-        if self.observed.launch_hash != self._spec_hash:  # so it may lack what a sleep needs
-            raise RefusedError("it is about to be started anew with a changed command")
-        if self.observed.adapting:
-            raise RefusedError("its adapters are being changed; ask again when that is done")
-        try:
-            self._engine.sleep_calls(self.spec, level)
-        except FlagError as error:
-            raise RefusedError(str(error)) from error
-        self._naps.level = level
-        self.apply(Event.SLEEP, "going to sleep, as an operator asked")
+    def lower(self, rung: Rung, reason: str, level: int = 1) -> None:
+        """Take it down to ASLEEP or SUSPENDED; `level`: of its engine's own sleep.
 
-    def wake(self) -> None:
-        """Take the memory back and serve. Raises `RefusedError` when it cannot, or not now."""
+        Raises `RefusedError` when it cannot, or not now.
+        """
+        observed = self.observed
+        if observed.rising and rung is Rung.SUSPENDED:
+            self._around.cards.wait_no_more(self.spec.replica_id)
+            self.apply(Event.SLEEP, reason)
+        stale = observed.launch_hash != self._spec_hash  # so it may lack what a rung needs
+        if self._turns.take_aim(rung, level, observed, stale=stale):
+            self.apply(Event.SLEEP, reason)
+
+    def raise_(self, reason: str) -> None:
+        """Have it serve again. Raises `RefusedError` when it cannot, or not now."""
         if self.state.phase in {Phase.READY, Phase.HELD, Phase.WAKING}:
             return
-        if self.state.phase not in {Phase.ASLEEP, Phase.EMPTYING}:
+        if self.state.phase not in {Phase.ASLEEP, Phase.SUSPENDED, Phase.EMPTYING}:
             raise RefusedError(f"it is {self.state.phase.words}; only what sleeps can be woken")
-        self.apply(Event.WAKE, "woken by an operator")
+        if self.state.phase is Phase.EMPTYING:
+            self._turns.aim = Rung.AWAKE
+        self.apply(Event.WAKE, reason)
 
     def apply(self, event: Event, reason: str = "") -> None:
         """Let `event` happen and perform what follows from it."""
@@ -209,13 +216,9 @@ class Keeper:
         now_s = self._around.clock.now_s()
         self.state, commands = step(before, event, now_s, self._around.timing(self.spec), reason)
         if self.state.phase is not before.phase or commands:
-            self._around.log.tell(
-                f"replica_{self.state.phase}",
-                replica=self.spec.replica_id,
-                was=before.phase,
-                cause=event,
-                reason=self.state.reason,
-            )
+            told = {"was": before.phase, "cause": event, "reason": self.state.reason}
+            name = self.spec.replica_id
+            self._around.log.tell(f"replica_{self.state.phase}", replica=name, **told)
             self._ring()
         self._set_timer()
         if self.state.held != before.held and self._launch is not None:
@@ -246,12 +249,10 @@ class Keeper:
             case Command.KILL:
                 self._end_process(lambda process: process.signal_group(signal.SIGKILL))
             case Command.LULL:
-                assert self._launch is not None
-                self._own(self._lull(self._launch.launch_id), "lull")
+                self._own(self._lull(self._life(Phase.FALLING_ASLEEP)), "lull")
             case Command.ROUSE:
-                assert self._launch is not None
                 assert self._watch is not None
-                self._own(self._rouse(self._launch.launch_id, self._watch), "rouse")
+                self._own(self._rouse(self._life(Phase.WAKING), self._watch), "rouse")
 
     def _end_process(self, end: Callable[[Process], None]) -> None:
         if self._process is not None:
@@ -288,7 +289,7 @@ class Keeper:
 
     def _room(self) -> None:
         """Cards have been given back: try again, if that is what this waits for."""
-        if self.state.phase is Phase.BACKOFF:
+        if self.state.phase is Phase.BACKOFF or self.observed.rising:
             self.apply(Event.DEADLINE, self.state.reason)
 
     def _spawn(self, program: Program, release: Release) -> None:
@@ -302,12 +303,12 @@ class Keeper:
         launch = intent(self._engine, self.spec, start, self.state, around.clock.unix_s())
         around.journal.append(launch)
         self._launch = launch
+        self._turns.begin(launch.gpus)
         self.questions.begin(start.port)
         self._log_bytes = length(self.log_path)
         warm_up(around.warmer, spec, start)
-        self._process = around.provider.spawn(
-            start.argv, start.environ, launch.launch_id, self.log_path
-        )
+        spawned = (start.argv, start.environ, launch.launch_id, self.log_path)
+        self._process = around.provider.spawn(*spawned)
         # It lives, and nothing from here on may raise what `_start` takes for a failed spawn:
         # notes and log lines that cannot be written are lost.
         self._follow(self._process, launch)
@@ -322,20 +323,28 @@ class Keeper:
             log=str(self.log_path),
         )
 
-    async def _lull(self, launch_id: str) -> None:
-        go_on = self._while(launch_id, Phase.FALLING_ASLEEP)
-        event, reason = await self._naps.fall_asleep(launch_id, self.spec, self.url, go_on)
-        if go_on():
+    async def _lull(self, life: Life) -> None:
+        event, reason = await self._turns.lower(life)
+        if life.go_on():
             self.apply(event, reason)
 
-    async def _rouse(self, launch_id: str, watch: Watch) -> None:
-        go_on = self._while(launch_id, Phase.WAKING)
-        problem = await self._naps.wake(launch_id, self.spec, self.url, go_on)
+    async def _rouse(self, life: Life, watch: Watch) -> None:
+        try:
+            problem = await self._turns.rise(life, self._room)
+        except NoGpuError as error:
+            problem = Event.CROWDED, f"not resumed: {error}"
         if problem is None:
-            reason = f"awake, after {self._naps.wake_s:.2f} s"
-            await watch.until_ready(Phase.WAKING, reason=reason)
-        elif go_on():
-            self.apply(Event.BROKE, problem)
+            await watch.until_ready(Phase.WAKING)
+        elif life.go_on():
+            self.apply(*problem)
+
+    def _life(self, phase: Phase) -> Life:
+        """Return the life under way, as long as it is in `phase`."""
+        assert self._launch is not None
+        assert self._process is not None
+        launch_id = self._launch.launch_id
+        go_on = self._while(launch_id, phase)
+        return Life(launch_id, self.spec, self.url, self._process.pid, go_on)
 
     async def _adapt(self, loras: Loras, launch_id: str) -> None:
         go_on = self._while(launch_id, Phase.READY, Phase.HELD)
@@ -362,7 +371,8 @@ class Keeper:
         def ended(exited: asyncio.Future[str]) -> None:
             if exited.cancelled() or self._launch is None or self._launch.launch_id != launch_id:
                 return
-            how = self._told(exited.result())
+            phase, log, since_bytes = self.state.phase, self.log_path, self._log_bytes
+            how = end_in_words(exited.result(), phase, self.spec, log, since_bytes)
             self._end(how)
             self.apply(Event.EXITED, how)
 
@@ -374,20 +384,6 @@ class Keeper:
             lambda: self.state.phase if self._current(launch_id) else None,
         )
         self._own(self._watch.follow(), "follow")
-
-    def _told(self, how: str) -> str:
-        """Return how a life ended, and what its log says of that: the status alone says little.
-
-        What is killed from outside says nothing, and of what was ended on purpose nobody asks.
-        """
-        starting = self.state.phase is Phase.STARTING
-        if not starting and ("SIGKILL" in how or self.state.phase not in SERVING | SLEEPING):
-            return how
-        hide = secrets_of(self.spec.args, self.spec.env)
-        words = last_words(self.log_path, int(starting), since_bytes=self._log_bytes, hide=hide)
-        how += " before it was ready" if starting else ""
-        how += f": {words}" if words else ""
-        return f"{how}; see {self.log_path}" if starting or words else how
 
     def _ring(self) -> None:
         if self._watch is not None:
@@ -405,23 +401,22 @@ class Keeper:
         boot_id = self._around.provider.boot_id
         self._around.note(Started(launch.launch_id, process.pid, process.start_ticks, boot_id))
 
-    def answered(self, reason: str) -> None:
+    def answered(self) -> None:
         """It is ready."""
         if self._launch is not None:
             self._around.note(Ready(self._launch.launch_id))
-            self.apply(Event.ANSWERED, reason)
+            self.apply(Event.ANSWERED, self._turns.risen())
 
     def _current(self, launch_id: str) -> bool:
         return self._launch is not None and self._launch.launch_id == launch_id
 
     def _adopted(self, launch: Launch, *, ready: bool) -> Lifecycle:
-        now_s = self._around.clock.now_s()
         return adopted(
             ready=ready,
             held=launch.held,
-            asleep=launch.nap_level is not None,
+            rest=self._turns.rest,
             starts=launch.starts,
-            now_s=now_s,
+            now_s=self._around.clock.now_s(),
             timing=self._around.timing(self.spec),
         )
 

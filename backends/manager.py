@@ -11,7 +11,7 @@ import asyncio
 import random
 import signal
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from backends.cards import Cards
@@ -30,6 +30,8 @@ from backends.providers.base import Process, Provider
 from backends.reconcile import (
     Adapt,
     Create,
+    Lower,
+    Raise,
     Remove,
     Restart,
     Start,
@@ -38,9 +40,12 @@ from backends.reconcile import (
     Wanted,
     reconcile,
 )
+from backends.snapshots.absent import NobodyTells, NoSnapshots, NoSuspender
+from backends.snapshots.base import Snapshots, Suspender
 from backends.spec import ReplicaSpec, replica_specs
-from backends.surroundings import Surroundings
+from backends.surroundings import Demanded, Surroundings
 from backends.tasks import spawn
+from backends.turns import RefusedError
 from backends.warm import Warmer
 from proxy.config import Config
 from proxy.contract import ReplicaRecord
@@ -62,6 +67,9 @@ class Manager:
         clock: Clock,
         engines: Mapping[str, Engine] = ENGINES,
         cards: Cards | None = None,
+        suspender_of: Callable[[Engine], Suspender] = lambda _engine: NoSuspender(),
+        snapshots: Snapshots | None = None,
+        demand: Demanded | None = None,
     ) -> None:
         self._engines = engines
         self._log = log
@@ -93,6 +101,9 @@ class Manager:
             backoff_s=settings.restart_backoff_secs,
             backoff_s_max=settings.restart_backoff_max_secs,
             changed=self._changed,
+            suspender_of=suspender_of,
+            snapshots=snapshots or NoSnapshots(),
+            demand=demand or NobodyTells(),
         )
         self._want(config)
 
@@ -168,20 +179,32 @@ class Manager:
                     keeper.apply(Event.START)
                 case Update(wanted):
                     self.keepers[wanted.spec.replica_id].update(wanted)
-                case Start(replica_id):
-                    self.keepers[replica_id].apply(Event.START)
-                case Restart(replica_id):
-                    self.keepers[replica_id].apply(Event.RESTART, "its command changed")
-                case Adapt(replica_id):
-                    self.keepers[replica_id].adapt()
-                case Stop(replica_id):
-                    self.keepers[replica_id].apply(Event.STOP, "no longer wanted")
                 case Remove(replica_id):
                     self._forget(replica_id)
+                case _:
+                    self._tell(self.keepers[action.replica_id], action)
         if not self._wanted and not self.keepers:
             self._stopped.set()
         else:
             self._stopped.clear()
+
+    def _tell(self, keeper: Keeper, action: Start | Restart | Adapt | Lower | Raise | Stop) -> None:
+        try:
+            match action:
+                case Start():
+                    keeper.apply(Event.START)
+                case Restart():
+                    keeper.apply(Event.RESTART, "its command changed")
+                case Adapt():
+                    keeper.adapt()
+                case Lower(rung=rung):
+                    keeper.lower(rung, "it is not needed now")
+                case Raise():
+                    keeper.raise_("it is needed")
+                case Stop():
+                    keeper.apply(Event.STOP, "no longer wanted")
+        except RefusedError as error:
+            self._log.tell("refused", replica=action.replica_id, reason=str(error))
 
     def _keep(self, wanted: Wanted) -> Keeper:
         keeper = Keeper(wanted, self._engines[wanted.spec.engine], self._around)

@@ -93,7 +93,7 @@ class ReplicaPorts:
         """
         self.runs["http"] = (self._leases.keep_or_lease(self.http), 1)
 
-    def take(self, needed: PortsNeeded) -> Ports:
+    def take(self, needed: PortsNeeded, host: str = HOST) -> Ports:
         """Return what the next start gets: the ports of the last one where they still do.
 
         Raises `NoPortError`.
@@ -107,7 +107,9 @@ class ReplicaPorts:
                 first = 0
             if count:
                 self.runs[kind] = (self._leases.keep_or_lease(first, count), count)
-        return Ports(**{kind: first for kind, (first, _) in self.runs.items()})
+        firsts = {kind: first for kind, (first, _) in self.runs.items()}
+        events, replay, internal = (firsts.get(kind, 0) for kind in PortsNeeded._fields)
+        return Ports(firsts["http"], events, replay, internal, host)
 
     def claim(self, runs: Mapping[str, tuple[int, int]]) -> None:
         """Take over those of a process that runs."""

@@ -17,6 +17,7 @@ from backends.spec import replica_specs
 from proxy.config import Config, parse_config
 from proxy.contract import ReplicaRecord
 from tests.fakes.provider import FakeFetch, FakeProcess, FakeProvider, ManualClock
+from tests.fakes.suspender import FakeDemand, FakeSuspender
 
 
 def configuration(run_dir: Path, pools: str = "[{engine: simulator, replicas: 2}]") -> Config:
@@ -39,6 +40,8 @@ class World:
         self.journal = Journal(run_dir / "journal")
         self.config = configuration(run_dir)
         self.cards: Cards | None = None
+        self.suspender = FakeSuspender()
+        self.demand = FakeDemand()
         self.manager: Manager | None = None
 
     async def start(self, config: Config | None = None) -> Manager:
@@ -51,6 +54,8 @@ class World:
             log=Log(self.stream),
             clock=self.clock,
             cards=self.cards,
+            suspender_of=lambda _engine: self.suspender,
+            demand=self.demand,
         )
         starting = self.manager.start()
 
