@@ -68,6 +68,11 @@ class Cards:
         self._waiting: dict[str, Callable[[], None]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
+    @property
+    def leases(self) -> GpuLeases | None:
+        """What is given out now; None: no cards are managed."""
+        return self._leases
+
     def take(
         self,
         owner: str,

@@ -1,8 +1,8 @@
 """What clouds say before they take a machine away, and how it is asked for.
 
 - AWS: `latest/meta-data/spot/instance-action` is not found until two minutes before the end, then
-  an action with its time. (EC2 user guide, "Spot Instance interruption notices".) Where a machine is
-  set up so, it wants the token of IMDSv2.
+  an action with its time. (EC2 user guide, "Spot Instance interruption notices".) Many machines are
+  set up so that it wants the token of IMDSv2.
 - Google: `instance/preempted` turns TRUE, and 30 s remain. (Compute Engine, "Spot VMs".)
 - Azure: `scheduledevents` lists events; one of type Preempt or Terminate names the machine among
   its resources and has the time before which nothing happens, empty once it is under way.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import assert_never
 
 import msgspec
 
@@ -60,30 +59,27 @@ class _File(msgspec.Struct):
     gpus: list[str] = []
 
 
+_ASKS = {
+    "aws": Ask(
+        f"{_LINK_LOCAL}/latest/meta-data/spot/instance-action",
+        token_url=f"{_LINK_LOCAL}/latest/api/token",
+    ),
+    "gcp": Ask(
+        "http://metadata.google.internal/computeMetadata/v1/instance/preempted",
+        {"Metadata-Flavor": "Google"},
+    ),
+    "azure": Ask(
+        f"{_LINK_LOCAL}/metadata/scheduledevents?api-version=2020-07-01",
+        {"Metadata": "true"},
+        name_url=f"{_LINK_LOCAL}/metadata/instance/compute/name?api-version=2021-02-01&format=text",
+    ),
+    "file": Ask(""),
+}
+
+
 def ask_of(config: ReclaimNoticeConfig) -> Ask:
-    """Return how the notice of `config` is asked for; a file is its path."""
-    match config.kind:
-        case "aws":
-            ask = Ask(
-                f"{_LINK_LOCAL}/latest/meta-data/spot/instance-action",
-                token_url=f"{_LINK_LOCAL}/latest/api/token",
-            )
-        case "gcp":
-            ask = Ask(
-                "http://metadata.google.internal/computeMetadata/v1/instance/preempted",
-                {"Metadata-Flavor": "Google"},
-            )
-        case "azure":
-            ask = Ask(
-                f"{_LINK_LOCAL}/metadata/scheduledevents?api-version=2020-07-01",
-                {"Metadata": "true"},
-                name_url=f"{_LINK_LOCAL}/metadata/instance/compute/name"
-                "?api-version=2021-02-01&format=text",
-            )
-        case "file":
-            ask = Ask("")
-        case _ as never:
-            assert_never(never)
+    """Return how the notice of `config` is asked for; of a file the path is the URL."""
+    ask = _ASKS[config.kind]
     return msgspec.structs.replace(ask, url=config.source) if config.source else ask
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from proxy.config import AutoscaleConfig, Config, ModelConfig, PoolConfig
+from proxy.config import AutoscaleConfig, Config, ModelConfig, PoolConfig, WorkClass
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +35,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     stop_grace_s: float = 30.0
     target_tokens: int = 0
     max_tokens: int = 0
-    work_class: str = "online"
+    work_class: WorkClass = "online"
     image: str = ""  # of its containers; empty: it is a process of this machine
     snapshot: bool = False  # starts from an image of a warm one, and makes it where there is none
 

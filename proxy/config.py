@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from proxy.config_machines import DockerConfig, ReclaimNoticeConfig
-from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig
+from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig, WorkClass
 from proxy.config_reading import (
     ConfigError,
     Count,
@@ -45,6 +45,7 @@ __all__ = (
     "ModelConfig",
     "PoolConfig",
     "ReclaimNoticeConfig",
+    "WorkClass",
     "describe_fields",
 )
 

@@ -135,6 +135,10 @@ class PoolConfig(Section, frozen=True, kw_only=True, rename={"work_class": "clas
         """Refuse settings that contradict each other."""
         if self.autoscale is not None and self.replicas is not None:
             raise ValueError("replicas and autoscale exclude each other; take autoscale.min")
+        if self.autoscale is not None and not self.target_inputs and not self.max_inputs:
+            raise ValueError(
+                "autoscale needs target_inputs: how many requests a replica should have in flight"
+            )
         for unit in ("inputs", "tokens"):
             target, most = getattr(self, f"target_{unit}"), getattr(self, f"max_{unit}")
             if most and target > most:

@@ -26,11 +26,12 @@ def test_unsaid_they_are_off() -> None:
 
 
 def test_a_scaled_pool_names_replicas_by_number_and_none_for_ever() -> None:
-    text = "models: [{name: org/m, pools: [{engine: vllm, class: offline, autoscale: {max: 3}}]}]"
+    pool = "{engine: vllm, class: offline, max_inputs: 8, autoscale: {max: 3}}"
+    text = f"models: [{{name: org/m, pools: [{pool}]}}]"
     config = parse_config(text, "f")
     assert replica_specs(config) == ()
-    (pool,) = pool_specs(config)
-    assert (pool.pool_id, pool.replicas, pool.first.work_class) == ("org-m", None, "offline")
-    assert pool.replica(7) == msgspec.structs.replace(pool.first, replica_id="org-m-7")
-    assert pool.number_of("org-m-7") == 7
-    assert {pool.number_of(name) for name in ("org-m", "m-7", "org-m-x", "org-m--1")} == {None}
+    (made,) = pool_specs(config)
+    assert (made.pool_id, made.replicas, made.first.work_class) == ("org-m", None, "offline")
+    assert made.replica(7) == msgspec.structs.replace(made.first, replica_id="org-m-7")
+    assert made.number_of("org-m-7") == 7
+    assert {made.number_of(name) for name in ("org-m", "m-7", "org-m-x", "org-m--1")} == {None}

@@ -134,6 +134,10 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
             "f:5: models[0].pools[0].autoscale: panic_window_secs 90 is above stable_window_secs",
         ),
         (
+            _POOL + "        autoscale: {max: 3}",
+            "f:4: models[0].pools[0]: autoscale needs target_inputs: how many requests",
+        ),
+        (
             _POOL + "        autoscale: {min: 0}",
             "f:5: models[0].pools[0].autoscale: Object missing required field `max`",
         ),
@@ -169,6 +173,7 @@ def test_what_is_wrong_is_said_with_its_place(text: str, message: str) -> None:
 def test_a_scaled_pool_is_read_and_written() -> None:
     text = _POOL + (
         "        class: semi-online\n        snapshot: true\n        target_tokens: 4000\n"
+        "        target_inputs: 8\n"
         "        autoscale: {min: 1, max: 8, buffer: 1, rungs: [asleep, cold]}\n"
     )
     config = parse_config(text, "f")

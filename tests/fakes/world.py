@@ -13,7 +13,7 @@ from backends.engines.base import launch_hash
 from backends.journal import Journal, Launch, Ready, Started
 from backends.log import Log
 from backends.manager import Manager
-from backends.spec import replica_specs
+from backends.spec import pool_specs
 from proxy.config import Config, parse_config
 from proxy.contract import ReplicaRecord
 from tests.fakes.provider import FakeFetch, FakeProcess, FakeProvider, ManualClock
@@ -83,7 +83,7 @@ class World:
 
     def leave_behind(self, replica_id: str, pools: str, *, ready: bool = True) -> FakeProcess:
         """Be the manager before: journal a life of the first replica of `pools`."""
-        spec = next(iter(replica_specs(configuration(self.run_dir, pools))))
+        spec = pool_specs(configuration(self.run_dir, pools))[0].first
         launch = Launch(
             launch_id="before-" + replica_id,
             replica_id=replica_id,
