@@ -107,6 +107,11 @@ class Keeper:
         return self._turns.costs
 
     @property
+    def move_s(self) -> float | None:
+        """Return what bringing it to other cards as it is would take; None: it cannot be done."""
+        return self._turns.move_s(self.spec)
+
+    @property
     def url(self) -> str:
         return url_of(self._ports.http)
 

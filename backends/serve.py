@@ -37,6 +37,7 @@ from backends.inventory import card_use, find_gpus
 from backends.journal import Journal
 from backends.log import Log
 from backends.manager import Manager
+from backends.notice_watch import watch_notice
 from backends.providers.choice import open_provider
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ConfigError, load_config
@@ -129,6 +130,9 @@ async def serve(
             cards=cards,
         )
         stack.push_async_callback(manager.close)
+        if (place := settings.reclaim_notice) is not None:
+            task = spawn(watch_notice(place, manager.reclaims, SystemClock(), log), "notices", log)
+            stack.push_async_callback(cancel_all, [task])
         await _run(manager, listener, orders, config_path, detach=detach_on_exit, log=log)
     return 0
 
