@@ -21,6 +21,7 @@ knows).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from backends.claims import Claim, Holder, Lower, Raise, Refusal, Room, Transit, Verdict, Wait
@@ -131,7 +132,7 @@ class _Table:
             return
         movable = [h for h in claim.serving if h.movable and h.transit is Transit.NONE]
         if movable:
-            wanted = bool(self.short or self.waits)
+            wanted = self._scarce()
             self._lower(claim, min(movable, key=_yields), "it is not needed", gpu_wanted=wanted)
 
     def relieve_host(self) -> None:
@@ -147,6 +148,13 @@ class _Table:
                 return
             if holder.replica_id not in self._used:
                 self._lower(claim, holder, "the host's memory is short", gpu_wanted=False)
+
+    def _scarce(self) -> bool:
+        """Whether somebody wants cards and gets none."""
+        shares = self.shares.replicas
+        return bool(self.short) or any(
+            claim.gpus_each and shares[claim.pool] < claim.wants for claim in self.claims.values()
+        )
 
     def refusals(self) -> Iterable[Refusal]:
         """Yield what is wanted and will not come as things are."""
@@ -225,27 +233,58 @@ class _Table:
     def _victims(
         self, claim: Claim, holder: Holder | None, near: set[str]
     ) -> list[tuple[Claim, Holder]]:
-        """Return whose cards, with those that are near, make room; nobody, if none would."""
-        spare = dict(self._spare)
-        offered: list[tuple[Claim, Holder]] = []
-        for other, victim in sorted(self._offers(), key=lambda pair: _yields(pair[1])):
-            if victim.rung is Rung.AWAKE:
-                if spare[other.pool] <= 0:
-                    continue
-                spare[other.pool] -= 1
-            offered.append((other, victim))
-        best = self._choose(near | _devices(offered), claim, holder)
-        if best is None:
+        """Return whose cards, with those that are near, make room; nobody, if none would.
+
+        The best cards for a replica of several are freed if that keeps within what each pool can
+        spare; otherwise those of whoever yields first.
+        """
+        offers = sorted(self._offers(), key=lambda pair: _yields(pair[1]))
+        if claim.gpus_each == 1:
+            sufficing = (
+                pair
+                for pair in offers
+                if self._choose(near | _devices([pair]), claim, holder) is not None
+            )
+            return list(itertools.islice(sufficing, 1))
+        best = self._fewest(claim, holder, near, offers)
+        if self._within_spare(best) == best:
+            return best
+        return self._fewest(claim, holder, near, self._within_spare(offers))
+
+    def _fewest(
+        self,
+        claim: Claim,
+        holder: Holder | None,
+        near: set[str],
+        offers: list[tuple[Claim, Holder]],
+    ) -> list[tuple[Claim, Holder]]:
+        """Drop offers, the last to yield first, for as long as cards as close can be chosen."""
+        chosen = self._choose(near | _devices(offers), claim, holder)
+        if chosen is None:
             return []
-        offered.sort(key=lambda pair: set(best).isdisjoint(pair[1].devices))
-        taken: list[tuple[Claim, Holder]] = []
-        while self._choose(near | _devices(taken), claim, holder) is None:
-            taken.append(offered[len(taken)])
-        for pair in taken[:-1]:  # an earlier one may have become needless
-            rest = [other for other in taken if other is not pair]
-            if self._choose(near | _devices(rest), claim, holder) is not None:
-                taken = rest
-        return taken
+        apart = self._apart(chosen)
+        for pair in reversed(offers):
+            fewer = [other for other in offers if other is not pair]
+            chosen = self._choose(near | _devices(fewer), claim, holder)
+            if chosen is not None and self._apart(chosen) <= apart:
+                offers = fewer
+        return offers
+
+    def _within_spare(self, offers: list[tuple[Claim, Holder]]) -> list[tuple[Claim, Holder]]:
+        spare = dict(self._spare)
+        within = []
+        for claim, holder in offers:
+            serves = holder.rung is Rung.AWAKE
+            if not serves or spare[claim.pool] > 0:
+                spare[claim.pool] -= serves
+                within.append((claim, holder))
+        return within
+
+    def _apart(self, devices: Iterable[str]) -> tuple[int, int]:
+        """Say over how many groups of linked cards and over how many nodes these lie."""
+        gpus = [gpu for gpu in self._room.gpus if gpu.device in devices]
+        links = {g.device if g.nvlink_group is None else g.nvlink_group for g in gpus}
+        return len(links), len({gpu.numa_node for gpu in gpus})
 
     def _offers(self) -> Iterable[tuple[Claim, Holder]]:
         """Yield each replica whose cards another pool could have."""
@@ -253,7 +292,11 @@ class _Table:
             for holder in claim.holders:
                 if not holder.movable or not holder.devices or holder.replica_id in self._used:
                     continue
-                if holder.rung is Rung.AWAKE or holder.replica_id not in self._kept_asleep:
+                if holder.rung is Rung.AWAKE:
+                    may = self._spare[claim.pool] > 0
+                else:
+                    may = holder.replica_id not in self._kept_asleep
+                if may:
                     yield claim, holder
 
     def _lower(self, claim: Claim, holder: Holder, reason: str, *, gpu_wanted: bool) -> None:
@@ -285,6 +328,7 @@ def _terms(claim: Claim, shares: Shares) -> dict[str, float]:
     return {
         "desired": claim.desired,
         "min": claim.min,
+        "wants": claim.wants,
         "serving": len(claim.serving),
         "share": shares.replicas[claim.pool],
         "queued": claim.queued,

@@ -133,7 +133,7 @@ class Cards:
         """Return where `owner` is to be resumed. Raises `NoGpuError`, as `take` does."""
         lent = self._lent.get(owner, ())
         if self._leases is None or not lent:
-            return Back()
+            return Back(self._leases.holders.get(owner, ()) if self._leases is not None else ())
         self._cancel(owner)
         self._waiting.pop(owner, None)
         if pinned(env, args, len(lent)) is not None:
@@ -190,6 +190,16 @@ class Cards:
         self._used_before.pop(owner, None)
         if devices and self._use is not None:
             self._start(owner, self._note_use(owner, self._use))
+
+    def uuids(self, devices: Sequence[str]) -> tuple[str, ...]:
+        """Return what the driver calls these cards."""
+        return tuple(map(self._uuid, devices))
+
+    def described(self, devices: Sequence[str]) -> str:
+        """Return the models of these cards, in words: an image fits no other ones."""
+        leases = self._leases
+        known = [leases.inventory.gpu(device) for device in devices] if leases is not None else []
+        return ", ".join(gpu.name or gpu.device for gpu in known if gpu is not None)
 
     def _uuid(self, device: str) -> str:
         gpu = self._leases.inventory.gpu(device) if self._leases is not None else None

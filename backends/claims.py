@@ -88,12 +88,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def serving(self) -> tuple[Holder, ...]:
-        """Those that serve or come, the last to be given up first."""
-        return tuple(sorted((h for h in self.holders if h.serves), key=_kept_first))
-
-
-def _kept_first(holder: Holder) -> tuple[float | str, ...]:
-    return (holder.movable, *(-figure for figure in holder.yields), holder.replica_id)
+        """Those that serve or come."""
+        return tuple(holder for holder in self.holders if holder.serves)
 
 
 class Room(msgspec.Struct, frozen=True, kw_only=True):

@@ -56,6 +56,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, tag="intent", tag_field=
     turning: bool = False  # between awake and asleep: what it has let go of is not known
     suspended: bool = False  # stands still; its cards are given back
     suspending: bool = False  # between standing still and running
+    host: str = "127.0.0.1"  # where this machine reaches it
+    staged: bool = False  # being restored from an image, or made into one
     loras: Loaded = Loaded()
     image: str = ""  # of its container; empty: it is a process of this machine
 
@@ -93,6 +95,13 @@ class Suspension(msgspec.Struct, frozen=True, tag="suspension", tag_field="entry
     gpus: tuple[str, ...] | None = None  # those that it is resumed on; None: as before
 
 
+class Staged(msgspec.Struct, frozen=True, tag="staged", tag_field="entry"):
+    """It is being made into an image, or that is over."""
+
+    launch_id: str
+    staged: bool
+
+
 class Adapted(msgspec.Struct, frozen=True, tag="adapted", tag_field="entry"):
     """It is told to have other adapters (not `settled`), or has them."""
 
@@ -105,7 +114,8 @@ class Ended(msgspec.Struct, frozen=True, tag="ended", tag_field="entry"):
     reason: str
 
 
-Entry = Launch | Started | Ready | Held | Nap | Suspension | Adapted | Ended
+_Fact = Started | Ready | Held | Nap | Suspension | Staged | Adapted
+Entry = Launch | _Fact | Ended
 _DECODER: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
 
 
@@ -186,30 +196,31 @@ def apply(live: dict[str, Launch], entry: Entry) -> None:
     launch = live.get(entry.launch_id)
     if launch is None:
         return
+    if isinstance(entry, Ended):
+        del live[entry.launch_id]
+    else:
+        live[entry.launch_id] = _with(launch, entry)
+
+
+def _with(launch: Launch, entry: _Fact) -> Launch:
+    changes: dict[str, object] = {}
     match entry:
         case Started(pid=pid, start_ticks=ticks, boot_id=boot_id):
-            live[entry.launch_id] = msgspec.structs.replace(
-                launch, pid=pid, start_ticks=ticks, boot_id=boot_id
-            )
+            changes = {"pid": pid, "start_ticks": ticks, "boot_id": boot_id}
         case Ready():
-            live[entry.launch_id] = msgspec.structs.replace(launch, ready=True)
+            changes = {"ready": True, "staged": False}
+        case Staged(staged=staged):
+            changes = {"staged": staged}
         case Held(held=held):
-            live[entry.launch_id] = msgspec.structs.replace(launch, held=held)
+            changes = {"held": held}
         case Nap(level=level, turning=turning):
-            live[entry.launch_id] = msgspec.structs.replace(
-                launch, nap_level=level, turning=turning
-            )
+            changes = {"nap_level": level, "turning": turning}
         case Suspension(suspended=suspended, turning=turning, gpus=gpus):
-            live[entry.launch_id] = msgspec.structs.replace(
-                launch,
-                suspended=suspended,
-                suspending=turning,
-                gpus=launch.gpus if gpus is None else gpus,
-            )
+            changes = {"suspended": suspended, "suspending": turning}
+            changes |= {} if gpus is None else {"gpus": gpus}
         case Adapted(loras=loras):
-            live[entry.launch_id] = msgspec.structs.replace(launch, loras=loras)
-        case Ended():
-            del live[entry.launch_id]
+            changes = {"loras": loras}
+    return msgspec.structs.replace(launch, **changes)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -105,7 +105,7 @@ class Resting(msgspec.Struct, frozen=True):
 SMOOTHING: Final = 0.3  # weight of the newest turn: the last three make two thirds of the value
 OUT_S_MIN: Final = 30.0  # a rung that failed once; doubled with each failure in a row
 OUT_S_MAX: Final = 3600.0
-LAUNCHES_MAX: Final = 1024  # launches that are remembered; the one not heard of longest goes first
+ENTRIES_MAX: Final = 1024  # launches, and turns of each, that are remembered; the oldest go
 
 MIB: Final = 1 << 20
 
@@ -275,5 +275,5 @@ def _bounded(table: dict[_Key, _Value], key: _Key, value: _Value) -> None:
     """Put a value at the end of the table, and let the oldest go when that is too many."""
     table.pop(key, None)
     table[key] = value
-    if len(table) > LAUNCHES_MAX:
+    if len(table) > ENTRIES_MAX:
         del table[next(iter(table))]

@@ -80,6 +80,8 @@ class Event(enum.StrEnum):
     WAKE = "wake"
     HURRY = "hurry"  # do not wait any longer: kill
     ANSWERED = "answered"  # the readiness probe was answered
+    RIPE = "ripe"  # it would be ready; an image of it is made first
+    UNRESTORED = "unrestored"  # it ended before the image that it was made from had served
     SPAWN_FAILED = "spawn_failed"
     CROWDED = "crowded"  # there was no GPU for it
     EXITED = "exited"
@@ -201,6 +203,8 @@ TABLE: MappingProxyType[Phase, dict[Event, Rule]] = MappingProxyType(
         Phase.STARTING: {
             **_UNSERVING_RULES,
             Event.ANSWERED: Rule(Phase.READY),
+            Event.RIPE: Rule(Phase.STARTING),
+            Event.UNRESTORED: _REST,  # not its fault: the next start is a cold one, at once
             Event.SPAWN_FAILED: _FAULT,
             Event.CROWDED: _CROWDED,
             Event.DEADLINE: _TERMINATE_FAULTED,

@@ -111,7 +111,7 @@ class Manager:
         self.scaler = Autoscaler(self._around, engines, self.keepers, book, self._reconcile)
         self.scaler.want(config)
         path = Path(settings.run_dir) / "reclaim.json"
-        self.reclaims = Reclaims(self._around, self.keepers, path, self._changed)
+        self.reclaims = Reclaims(self._around, engines, self.keepers, path, self._changed)
 
     async def start(self) -> None:
         """Adopt what runs, start what does not, and publish the first snapshot."""

@@ -39,6 +39,8 @@ class Naps:
             calls = self._engine.sleep_calls(spec, self.level)
             self._around.journal.append(Nap(launch_id, self.level, turning=True))
             await perform(calls, url, self._around.fetch, go_on)
+            if not go_on():
+                return Event.BROKE, "it is not to go on"
         except (FlagError, OSError) as error:
             return Event.BALKED, f"not put to sleep: {error}"
         except CallFailedError as error:
@@ -74,6 +76,8 @@ class Naps:
             await perform(calls, url, self._around.fetch, go_on)
         except CallFailedError as error:
             return f"it would not wake: {error}"
+        if not go_on():
+            return "it is not to go on"
         self.asleep = False
         self.wake_s = self._around.clock.now_s() - began_s
         self._around.note(Nap(launch_id, None, turning=False))

@@ -27,22 +27,32 @@ nothing only when there was nothing for all of `scaledown_window_s`.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
-from backends.load_history import Bucket, LoadHistory
+from backends.load_history import LoadHistory, Totals
 
 WIDTH_S = 1.0  # of a bucket of the history
 ROUND_SHARE = 0.1  # of a replica: not started for so little, the room above the target has it
-DEPARTURES_MIN = 20  # that a measured stay rests on
+PASSED_MIN = 20  # that a measured stay rests on
+FIRST_PASSED_MIN = 8  # the first one: better than none
+FULL_SURE = 1.0  # deviations that the throughput of full replicas is believed more
+KV_FULL = 0.95  # of its cache: a replica that holds more has requests that wait inside
+MIN_CARRIED = 1e-3
+BACKLOG_SHARE = 0.15  # of a burst's replicas: how many more may work off what has piled up
 STAY_FORGET_S = 600.0  # time constant with which a stay measured near the target is let go
 NEAR_TARGET = (0.6, 1.2)  # load over target at which a measured stay is that at the target
 HOLD_STARTS = 1.0  # starts that a replica is held for when it is not needed
-CHANCE = 0.5  # deviations that a step of a trend is believed less
-PANIC_CALM = 2.0  # panic windows below the threshold until a panic is over
+RECENT_SURE = 1.5  # deviations that the mean of less than the stable window is believed less
+TREND_PARTS = 12  # that the history is cut into to find a trend
+TREND_SURE = 2.0  # deviations that its slope is believed less
+SURE = 3.0  # deviations below what came, that a burst must be over the limit with
+SURE_QUEUED = 2.0  # the same where requests wait already: chance alone does not fill every replica
+LIKELY = 0.5  # and that it is answered with
+BURST_OVER = 0.5  # of its mean rate: where it falls below, the burst is over
 
 
 class ScalingPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +99,13 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     terms: dict[str, float] = {}
 
 
+class Stay(NamedTuple):
+    """How long a request stayed while a replica had so many."""
+
+    inputs: float
+    stay_s: float
+
+
 class Scaler:
     """The law for one pool. It remembers a bounded history and nothing else; `policy` may be
     replaced at any time."""
@@ -97,10 +114,12 @@ class Scaler:
         self.policy = policy
         self._history = LoadHistory(WIDTH_S, _span_s(policy))
         self._last: Observation | None = None
-        self._stay_s: float | None = None  # of a request on a replica at its target
+        self._carried = policy.target_inputs  # requests that a replica should have
+        self._calm: Stay | None = None
+        self._full: Stay | None = None  # the last that was at the target or above it
         self._full_since_s: float | None = None  # since when replicas have all they aim at
+        self._full_ready = 0
         self._burst_since_s: float | None = None
-        self._panic_until_s = -math.inf
 
     def decide(self, seen: Observation) -> Decision:
         """Return what should be, given what is. `seen.at_s` never goes back."""
@@ -111,7 +130,7 @@ class Scaler:
         terms = {"ready": float(seen.ready), "coming": float(len(seen.coming_in_s))}
         wants = self._wants(seen, terms)
         burst = self._burst(seen, total, terms)
-        panicking = seen.at_s < self._panic_until_s
+        panicking = self._burst_since_s is not None
         need, name = max((value, name) for name, value in {**wants, "burst": burst}.items())
         terms["need"] = need
         up = math.ceil(need - ROUND_SHARE)
@@ -134,92 +153,119 @@ class Scaler:
     # --- what has been --------------------------------------------------------------------------
 
     def _record(self, seen: Observation) -> None:
-        self._history.keep(_span_s(self.policy))
-        last, self._last = self._last, seen
-        bucket = self._history.bucket(seen.at_s)
-        if last is None:
-            return
+        self._history.keep(_span_s(self.policy, seen.start_s))
+        last, self._last = self._last or seen, seen
         span_s = max(0.0, seen.at_s - last.at_s)
-        bucket.span_s += span_s
-        bucket.flight_s += span_s * seen.in_flight
-        bucket.stock_s += span_s * (seen.in_flight + seen.queued)
-        bucket.ready_s += span_s * seen.ready
-        bucket.tokens_s += span_s * (seen.queued_tokens + seen.in_flight_tokens)
-        preemptions = max(0, seen.preemptions_total - last.preemptions_total)
-        bucket.kv_s += span_s * seen.ready * (1.0 if preemptions else seen.kv_used_ratio)
-        bucket.preemptions += preemptions
         arrivals = max(0, seen.arrivals_total - last.arrivals_total)
         refused = max(0, seen.refused_total - last.refused_total)
-        stock = seen.in_flight + seen.queued
-        gone = max(0, arrivals - refused - stock + last.in_flight + last.queued)
-        bucket.arrivals += arrivals
-        bucket.departures += gone
-        bucket.admitted += max(0, gone + seen.in_flight - last.in_flight)
+        rise = seen.in_flight - last.in_flight
+        departures = max(0, arrivals - refused - rise - seen.queued + last.queued)
+        preempted = seen.preemptions_total > last.preemptions_total
+        kv_ratio = 1.0 if preempted else seen.kv_used_ratio
+        calm = seen.in_flight <= NEAR_TARGET[1] * self._carried * seen.ready
+        calm &= kv_ratio < KV_FULL
+        self._history.add(
+            Totals(
+                at_s=seen.at_s,
+                span_s=span_s,
+                stock_s=span_s * (seen.in_flight + seen.queued),
+                flight_s=span_s * seen.in_flight,
+                ready_s=span_s * seen.ready,
+                kv_s=span_s * seen.ready * kv_ratio,
+                tokens_s=span_s * (seen.queued_tokens + seen.in_flight_tokens),
+                arrivals=arrivals,
+                departures=departures,
+                calm_flight_s=calm * span_s * seen.in_flight,
+                calm_ready_s=calm * span_s * seen.ready,
+                calm_kv_s=calm * span_s * seen.ready * kv_ratio,
+                calm_passed=calm * max(0.0, departures + rise / 2),
+            )
+        )
 
     def _measure(self, seen: Observation) -> None:
-        """Learn how long a request stays on a replica that has as many as it should."""
-        target = self.policy.target_inputs
-        full = seen.ready > 0 and seen.in_flight >= target * seen.ready
-        if not full:
+        """Learn how long a request stays beside few others, and beside as many as there should be
+        or more."""
+        target = self._carried
+        if seen.ready == 0 or seen.in_flight < target * seen.ready:
             self._full_since_s = None
-        elif self._full_since_s is None:
-            self._full_since_s = seen.at_s
-        window = self._history.summed(seen.at_s - self.policy.stable_window_s)
-        if window.departures < DEPARTURES_MIN or not window.ready_s or not window.flight_s:
+        elif self._full_since_s is None or seen.ready > self._full_ready:
+            self._full_since_s = seen.at_s  # what begins on a new one ends a stay later
+        self._full_ready = seen.ready
+        if self._full_since_s is not None:
+            self._measure_full(seen, self._full_since_s)
+        window = self._history.window(seen.at_s - self.policy.stable_window_s)
+        known = FIRST_PASSED_MIN if self._calm is None else PASSED_MIN
+        if window.calm_passed < known or not window.calm_flight_s:
             return
-        stay_s = window.flight_s / ((window.departures + window.admitted) / 2)
-        load = window.flight_s / window.ready_s / target
-        if self._stay_s is None or NEAR_TARGET[0] <= load <= NEAR_TARGET[1]:
-            self._stay_s = stay_s
-        elif load < NEAR_TARGET[0]:
-            slow_s = (stay_s - self._stay_s) * WIDTH_S / STAY_FORGET_S
-            self._stay_s = max(stay_s, self._stay_s + slow_s)
-        else:
-            self._stay_s = max(self._stay_s, self._stay_when_full(seen, self._stay_s))
+        self._carried = self.policy.target_inputs
+        if window.calm_kv_s > 0.0:  # a request's part of a cache says how many fill it
+            kv_inputs = self.policy.kv_target * window.calm_flight_s / window.calm_kv_s
+            self._carried = max(MIN_CARRIED, min(self._carried, kv_inputs))
+        inputs = window.calm_flight_s / window.calm_ready_s
+        self._calm = Stay(inputs, window.calm_flight_s / window.calm_passed)
+        if inputs >= NEAR_TARGET[0] * target:
+            self._full = self._calm
+        elif self._full is not None:
+            forgotten = min(1.0, WIDTH_S / STAY_FORGET_S)
+            stay_s = self._full.stay_s + (self._calm.stay_s - self._full.stay_s) * forgotten
+            self._full = Stay(self._full.inputs, stay_s)
 
-    def _stay_when_full(self, seen: Observation, stay_s: float) -> float:
-        """Return the least stay at the target that the throughput of full replicas allows."""
-        if self._full_since_s is None:
-            return 0.0
-        since_s = max(self._full_since_s + stay_s, seen.at_s - self.policy.stable_window_s)
-        window = self._history.summed(since_s)
-        if window.departures < DEPARTURES_MIN:
-            return 0.0
-        certain = window.departures + math.sqrt(window.departures)
-        return self.policy.target_inputs * window.ready_s / certain
+    def _measure_full(self, seen: Observation, full_since_s: float) -> None:
+        """Learn from replicas that are full what is certain: a stay by what they get done."""
+        stay_s = self._stay_s() or self.policy.panic_window_s
+        since_s = max(full_since_s + stay_s, seen.at_s - self.policy.stable_window_s)
+        window = self._history.window(since_s)
+        if window.departures < PASSED_MIN or not window.ready_s:
+            return
+        certain = window.departures + FULL_SURE * math.sqrt(window.departures)
+        found = Stay(window.flight_s / window.ready_s, window.flight_s / certain)
+        if self._full is None or found.stay_s > self._full.stay_s:
+            self._full = found
+
+    def _stay_s(self) -> float | None:
+        """Return how long a request stays on a replica that has what it should have; None if
+        nothing was measured. Between few and many it grows by the same with each one more."""
+        few, many, target = self._calm, self._full, self._carried
+        if many is None:
+            return few.stay_s if few else None
+        if few is None:  # the throughput of one that is full is at least that of one at its target
+            few = Stay(0.0, many.stay_s * min(1.0, target / many.inputs))
+        if few.inputs >= NEAR_TARGET[0] * target or many.inputs <= few.inputs:
+            return few.stay_s
+        slope = (many.stay_s - few.stay_s) / (many.inputs - few.inputs)
+        return min(max(few.stay_s, few.stay_s + slope * (target - few.inputs)), many.stay_s)
 
     # --- what is needed -------------------------------------------------------------------------
-
-    def _carried(self, window: Bucket) -> float:
-        """Return how many requests a replica is taken to carry: fewer where their KV is large."""
-        target = self.policy.target_inputs
-        if window.kv_s > 0.0 and window.flight_s > 0.0:
-            target = min(target, self.policy.kv_target * window.flight_s / window.kv_s)
-        return max(target, 1e-3)
 
     def _inputs(self, seen: Observation, rate: float) -> float:
         """Return the requests in flight that arrivals at `rate` come to."""
         now = seen.in_flight + seen.queued
-        if self._stay_s is None:
+        stay_s = self._stay_s()
+        if stay_s is None:
             return min(now, rate * self.policy.panic_window_s)
-        panic = self._history.summed(seen.at_s - self.policy.panic_window_s)
+        panic = self._history.window(seen.at_s - self.policy.panic_window_s)
         ahead_s = max(seen.start_s, self.policy.panic_window_s)
-        return min(rate * self._stay_s, now + _rate(panic) * ahead_s)
+        return min(rate * stay_s, now + panic.rate * ahead_s)
 
     def _wants(self, seen: Observation, terms: dict[str, float]) -> dict[str, float]:
         """Return what each of the slow signals asks for, in replicas."""
         policy = self.policy
-        window = self._history.summed(seen.at_s - policy.stable_window_s)
-        carried = self._carried(window)
-        rate = _rate(window)
+        window = self._history.window(seen.at_s - policy.stable_window_s)
+        carried = self._carried
+        latest = self._history.window(seen.at_s - 2 * policy.panic_window_s)
+        rate = min(window.rate, latest.rate_more(RECENT_SURE))  # what is over is not asked for
         terms["arrivals_per_s"] = rate
-        terms["stay_s"] = self._stay_s or 0.0
+        terms["stay_s"] = self._stay_s() or 0.0
         terms["carried"] = carried
-        wants = {"stable": self._inputs(seen, rate) / carried}
-        rise = self._rise(seen.at_s)
-        if rise > 0.0:
-            ahead_s = seen.start_s + policy.stable_window_s / 2
-            wants["trend"] = self._inputs(seen, rate + rise * ahead_s) / carried
+        whole = window.span_s >= policy.stable_window_s / 2
+        wants = {"stable": self._inputs(seen, rate) / carried if whole else 0.0}
+        for part in (2, 4):
+            less = self._history.window(seen.at_s - policy.stable_window_s / part)
+            recent = self._inputs(seen, less.rate_less(RECENT_SURE)) / carried
+            wants["recent"] = max(wants.get("recent", 0.0), recent)
+        trend = self._trend(seen)
+        if trend > rate:
+            wants["trend"] = self._inputs(seen, trend) / carried
         if policy.target_tokens and window.span_s:
             wants["tokens"] = self._tokens(seen, window)
         if window.kv_s and window.span_s:
@@ -227,28 +273,33 @@ class Scaler:
         terms.update(wants)
         return wants
 
-    def _tokens(self, seen: Observation, window: Bucket) -> float:
+    def _tokens(self, seen: Observation, window: Totals) -> float:
         """Return the replicas that waiting prompts ask for: those that came within a panic window.
         Older ones wait for what has been ordered for them."""
         stock = seen.in_flight + seen.queued
-        panic = self._history.summed(seen.at_s - self.policy.panic_window_s)
+        panic = self._history.window(seen.at_s - self.policy.panic_window_s)
         recent = min(1.0, panic.arrivals / stock) if stock else 0.0
         tokens = recent * panic.tokens_s / panic.span_s if panic.span_s else 0.0
         return min(tokens, window.tokens_s / window.span_s) / self.policy.target_tokens
 
-    def _rise(self, at_s: float) -> float:
-        """Return by how much the rate grows a second: what each step between the quarters of the
-        stable window shows beyond chance. A sudden one shows in two of the three at most."""
-        quarter_s = self.policy.stable_window_s / 4
-        ends = [at_s - k * quarter_s for k in (3, 2, 1, 0)]
-        quarters = [self._history.summed(end_s - quarter_s, end_s) for end_s in ends]
-        if any(quarter.span_s < 0.8 * quarter_s for quarter in quarters):
-            return 0.0
-        steps = [
-            _rate(after) - _rate(before) - CHANCE * math.hypot(_chance(before), _chance(after))
-            for before, after in itertools.pairwise(quarters)
+    def _trend(self, seen: Observation) -> float:
+        """Return the rate of arrivals when a start that begins now would serve, if the history is
+        a line that rises or falls beyond chance; 0.0 where it is none.
+
+        One looks twice as far back as one wants to see ahead, and no less than the stable window.
+        """
+        span_s = max(self.policy.stable_window_s, 2 * seen.start_s)
+        width_s = span_s / TREND_PARTS
+        begin_s = seen.at_s - span_s
+        parts = [
+            self._history.window(begin_s + k * width_s, begin_s + (k + 1) * width_s)
+            for k in range(TREND_PARTS)
         ]
-        return max(0.0, min(steps)) / quarter_s
+        if any(part.span_s < width_s / 2 for part in parts):
+            return 0.0
+        slope, slope_chance, mean = line_through([part.rate for part in parts])
+        sure = max(0.0, abs(slope) - TREND_SURE * slope_chance) / width_s
+        return mean + math.copysign(sure, slope) * (span_s / 2 + seen.start_s) if sure else 0.0
 
     def _burst(self, seen: Observation, total: int, terms: dict[str, float]) -> float:
         """Return what the last seconds ask for; 0 where the room above the target has it."""
@@ -257,38 +308,41 @@ class Scaler:
         if policy.max_inputs:
             room = min(room, policy.max_inputs / policy.target_inputs)
         limit = max(1, total) * room
-        panic = self._history.summed(seen.at_s - policy.panic_window_s)
-        carried = self._carried(panic)
-        sure = max(self._bounds(seen, 2.0), default=0.0)
-        sure_replicas = self._inputs(seen, sure) / carried
-        terms["burst_floor"] = sure_replicas
+        panic = self._history.window(seen.at_s - policy.panic_window_s)
+        carried = self._carried
+        rate, span_s = self._sure(seen)
+        sure = self._inputs(seen, rate) / carried
+        terms["burst_floor"] = sure
         terms["burst_limit"] = limit
-        began = sure_replicas > limit
-        if began:
-            self._panic_until_s = seen.at_s + PANIC_CALM * policy.panic_window_s
-            if self._burst_since_s is None:
-                self._burst_since_s = seen.at_s - policy.panic_window_s / 2
-        elif seen.at_s >= self._panic_until_s:
-            self._burst_since_s = None
+        if sure > limit and self._burst_since_s is None:
+            self._burst_since_s = seen.at_s - span_s
         if self._burst_since_s is None:
             return 0.0
-        likely = max(self._bounds(seen, 1.0), default=0.0)
-        return self._inputs(seen, likely) / carried
+        since = self._history.window(self._burst_since_s)
+        lasted_s = seen.at_s - self._burst_since_s
+        if sure <= limit and (
+            lasted_s > policy.stable_window_s
+            or (lasted_s > policy.panic_window_s and panic.rate < BURST_OVER * since.rate)
+        ):
+            self._burst_since_s = None
+            return 0.0
+        likely = self._inputs(seen, since.rate_less(LIKELY)) / carried
+        backlog = min(seen.queued / carried, max(1.0, BACKLOG_SHARE * likely))
+        return max(sure, likely) + backlog
 
-    def _bounds(self, seen: Observation, deviations: float) -> Iterator[float]:
-        """Yield lower bounds of the rate of arrivals, over the panic window and parts of it."""
-        spans = [self.policy.panic_window_s / part for part in (1, 2, 3)]
-        if self._burst_since_s is not None:
-            since_s = seen.at_s - self._burst_since_s
-            spans.append(min(since_s, self.policy.stable_window_s))
-        for span_s in spans:
-            window = self._history.summed(seen.at_s - span_s)
-            if window.span_s > 0.0:
-                less = deviations * math.sqrt(window.arrivals)
-                yield max(0.0, window.arrivals - less) / window.span_s
+    def _sure(self, seen: Observation) -> tuple[float, float]:
+        """Return the highest rate that the panic window or a part of it shows beyond chance, and
+        how long it has been so."""
+        sure = SURE_QUEUED if seen.queued else SURE
+        best = (0.0, self.policy.panic_window_s)
+        for part in (1, 2, 3, 6):
+            span_s = self.policy.panic_window_s / part
+            window = self._history.window(seen.at_s - span_s)
+            best = max(best, (window.rate_less(sure), span_s))
+        return best
 
     def _active(self, seen: Observation) -> bool:
-        window = self._history.summed(seen.at_s - self.policy.scaledown_window_s)
+        window = self._history.window(seen.at_s - self.policy.scaledown_window_s)
         return window.stock_s > 0.0 or window.arrivals > 0 or seen.in_flight + seen.queued > 0
 
     # --- down, and the bounds -------------------------------------------------------------------
@@ -308,9 +362,9 @@ class Scaler:
             if self._active(seen):
                 return 1, "the last one is kept while there is work"
             return 0, f"nothing came for {policy.scaledown_window_s:g} s"
-        window = self._history.summed(seen.at_s - hold_s)
-        carried = self._carried(window)
-        held = self._inputs(seen, _rate(window)) / carried
+        window = self._history.window(seen.at_s - hold_s)
+        carried = self._carried
+        held = self._inputs(seen, window.rate) / carried
         held = max(held, seen.in_flight / carried)
         terms["held"] = held
         if window.span_s < 0.8 * hold_s or held > policy.scaledown_share * (total - 1):
@@ -323,14 +377,27 @@ class Scaler:
         return min(max(desired, policy.min), limit)
 
 
-def _span_s(policy: ScalingPolicy) -> float:
-    return max(policy.stable_window_s, policy.scaledown_window_s, policy.panic_window_s)
+def _span_s(policy: ScalingPolicy, start_s: float = 0.0) -> float:
+    return max(
+        policy.stable_window_s, policy.scaledown_window_s, policy.panic_window_s, 2 * start_s
+    )
 
 
-def _rate(window: Bucket) -> float:
-    return window.arrivals / window.span_s if window.span_s else 0.0
+def line_through(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return slope and its deviation, per value, and the mean, of the line through equidistant
+    values. A slope of 0.0 where two levels, with a step between, explain them better."""
+    count = len(values)
+    mean = sum(values) / count
+    middle = (count - 1) / 2
+    spread = sum((k - middle) ** 2 for k in range(count))
+    slope = sum((k - middle) * value for k, value in enumerate(values)) / spread
+    about_line = sum((value - mean - slope * (k - middle)) ** 2 for k, value in enumerate(values))
+    about_steps = min(_scatter(values[:k]) + _scatter(values[k:]) for k in range(1, count))
+    if about_steps < about_line:
+        return 0.0, 0.0, mean
+    return slope, math.sqrt(about_line / (count - 2) / spread), mean
 
 
-def _chance(window: Bucket) -> float:
-    """Return one deviation of the rate, if arrivals are Poisson."""
-    return math.sqrt(window.arrivals) / window.span_s if window.span_s else 0.0
+def _scatter(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return sum((value - mean) ** 2 for value in values)

@@ -39,6 +39,7 @@ from backends.log import Log
 from backends.manager import Manager
 from backends.notice_watch import watch_notice
 from backends.providers.choice import open_provider
+from backends.snapshots.suspend import suspender_of
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ConfigError, load_config
 
@@ -128,6 +129,7 @@ async def serve(
             clock=SystemClock(),
             engines=engines,
             cards=cards,
+            suspender_of=suspender_of,
         )
         stack.push_async_callback(manager.close)
         if (place := settings.reclaim_notice) is not None:

@@ -22,9 +22,11 @@ of them besides what `min` keeps, a pool that wants one has it within
 
 For once it is patient no more, only pools that have waited longer come before it, at most N - 1;
 each that comes up leaves that company; and as long as one waits, no replica but those within their
-turn is given to anybody else: in each T + u + d all S places are given out anew. (With replicas of
-several sizes S counts places of the largest.) Once up, a replica of a lower class has its own start
-time and no turn: then an online pool may take the cards again.
+turn is given to anybody else: in each T + u + d all S places are given out anew. With replicas of
+several sizes S counts places of the largest: where one that is next needs more cards than can be
+moved yet, nobody after it gets a new replica, or small ones would pass it for ever. Once up, a
+replica of a lower class has its own start time and no turn: then an online pool may take the cards
+again.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from typing import Final
 
 import msgspec
 
-from backends.claims import RANKS, Claim
+from backends.claims import RANKS, Claim, Holder
 from backends.planning.goal import WorkClass
 
 TURN_STARTS: Final = 4.0
@@ -58,10 +60,7 @@ def share_out(claims: Sequence[Claim], cards: int) -> Shares:
     """Return what each pool may have of this many cards, those in use included."""
     deal = _Deal(claims, cards)
     for claim in claims:
-        for holder in claim.holders:
-            deal.note_fixed(claim, serves=holder.serves and not holder.movable)
-            if holder.kept and not holder.serves:
-                deal.left -= len(holder.devices)
+        deal.note_fixed(claim)
     by_rank = sorted(claims, key=lambda claim: (RANKS[claim.work_class], claim.pool))
     for claim in by_rank:
         deal.grant_up_to(claim, min(claim.min, len(claim.serving)))
@@ -80,11 +79,19 @@ class _Deal:
         self.left = cards
         self.granted = {claim.pool: 0 for claim in claims}
         self.order: list[str] = []
-        self._serving = {claim.pool: claim.serving for claim in claims}
+        self._serving = {claim.pool: sorted(claim.serving, key=_kept_first) for claim in claims}
+        self._soon = dict.fromkeys(RANKS.values(), 0)  # cards that cannot be moved yet, by class
+        self._saving = False  # for a pool that is next and needs more cards than can be moved yet
 
-    def note_fixed(self, claim: Claim, *, serves: bool) -> None:
-        if serves:
-            self._give(claim)
+    def note_fixed(self, claim: Claim) -> None:
+        """Take what cannot be moved as it is."""
+        for holder in claim.holders:
+            if holder.serves and not holder.movable:
+                self._give(claim)
+                if not holder.kept and self.granted[claim.pool] > claim.min:
+                    self._soon[RANKS[claim.work_class]] += claim.gpus_each
+            elif holder.kept and not holder.serves:
+                self.left -= len(holder.devices)
 
     def grant_up_to(self, claim: Claim, count: int) -> None:
         while self.granted[claim.pool] < count and self._fits(claim):
@@ -92,6 +99,7 @@ class _Deal:
 
     def share(self, rank: int) -> None:
         """Give out what is left among the pools of one class."""
+        in_time = self.left + sum(cards for other, cards in self._soon.items() if other >= rank)
         firsts = [
             claim
             for claim in self.claims
@@ -99,6 +107,8 @@ class _Deal:
         ]
         for claim in sorted(firsts, key=self._first_key):
             self.grant_up_to(claim, 1)
+            waits = not self.granted[claim.pool] and claim.unserved_s >= FRESH_S
+            self._saving = self._saving or (waits and claim.gpus_each <= in_time)
         members = [c for c in self.claims if RANKS[c.work_class] == rank]
         while able := [c for c in members if self.granted[c.pool] < c.wants and self._fits(c)]:
             self._give(min(able, key=self._next_key))
@@ -128,12 +138,19 @@ class _Deal:
         return level, 1.0, -need(claim), 0.0, 0.0, claim.pool
 
     def _fits(self, claim: Claim) -> bool:
-        return claim.gpus_each <= self.left or not claim.gpus_each
+        if not claim.gpus_each:
+            return True
+        new = self.granted[claim.pool] >= len(self._serving[claim.pool])
+        return claim.gpus_each <= self.left and not (new and self._saving)
 
     def _give(self, claim: Claim) -> None:
         self.left -= claim.gpus_each
         self.granted[claim.pool] += 1
         self.order.append(claim.pool)
+
+
+def _kept_first(holder: Holder) -> tuple[float | str, ...]:
+    return (holder.movable, *(-figure for figure in holder.yields), holder.replica_id)
 
 
 def turn_s(claim: Claim) -> float:

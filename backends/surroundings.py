@@ -19,6 +19,7 @@ from backends.ports import PortLeases
 from backends.providers.base import Provider
 from backends.snapshots.absent import NobodyTells, NoSnapshots, NoSuspender
 from backends.snapshots.base import Snapshots, Suspender
+from backends.snapshots.shelf import Shelf
 from backends.spec import ReplicaSpec
 from backends.warm import Warmer
 
@@ -50,6 +51,7 @@ class Surroundings(msgspec.Struct, frozen=True):
     suspender_of: Callable[[Engine], Suspender] = lambda _engine: NoSuspender()
     snapshots: Snapshots = NoSnapshots()
     demand: Demanded = NobodyTells()
+    shelf: Shelf = msgspec.field(default_factory=Shelf)
 
     def timing(self, spec: ReplicaSpec) -> Timing:
         """Return the waits of a replica."""

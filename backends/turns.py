@@ -27,18 +27,17 @@ from backends.ladder import Rung, RungCost
 from backends.lifecycle import Event, Phase
 from backends.naps import Naps
 from backends.reconcile import Observed
-from backends.snapshots.base import Suspender, SuspendError
+from backends.snapshots.base import Snapshot, Suspender, SuspendError
 from backends.spec import ReplicaSpec
 from backends.surroundings import Surroundings
 
 # 140 GB to the host at the 10 GB/s of pageable memory are 14 s; the rest is for a busy machine.
 SUSPEND_S_MAX = 120.0
-# Until it is measured: an 8 B model on an H200 served again after 3.5 s; most are larger.
-MOVE_S = 10.0
 RESUMES_MAX = 3  # failed ones in a row, after which only a new start helps
 OUT_S = 30.0
 OUT_S_MAX = 1800.0
 _DOUBLINGS_MAX = 16
+_OVER = Event.BROKE, "it is not to go on"  # the life is over: nothing here is of the next one
 _GOING_DOWN = frozenset({Phase.EMPTYING, Phase.FALLING_ASLEEP, Phase.ASLEEP})
 
 
@@ -69,7 +68,8 @@ class Turns:
         self._engine = engine
         self._failures: dict[Rung, tuple[int, float]] = {}  # how many in a row, out until when
         self._resumes_failed = 0
-        self._rising_since_s: float | None = None
+        self._rising: tuple[Rung, float] | None = None  # from where, since when
+        self._moved: dict[str, str] | None = None  # cards of a copy by those of its image
         self.down_s = 0.0  # the last turns
         self.up_s = 0.0
 
@@ -144,19 +144,11 @@ class Turns:
             self.failed(rung)
             raise RefusedError(f"it cannot be suspended here: {capability.reason}")
 
-    def move_s(self, spec: ReplicaSpec) -> float | None:
-        """Return what it takes to suspend it and resume it elsewhere; None: that cannot be done."""
-        capability = self.suspender.probe()
-        able = spec.sleep and capability.works and capability.moves
-        if not able or Rung.SUSPENDED in self.out:
-            return None
-        cost = self.costs.get(Rung.SUSPENDED, RungCost(up_s=0.0))
-        return cost.down_s + cost.up_s if cost.down_s and cost.up_s else MOVE_S
-
-    def begin(self, gpus: tuple[str, ...]) -> None:
-        """A new life is awake, on `gpus`."""
+    def begin(self, gpus: tuple[str, ...], rung: Rung) -> None:
+        """A new life begins on `gpus`, from COLD or SNAPSHOTTED, and is awake."""
         self.aim, self.suspended, self.naps.asleep = Rung.AWAKE, False, False
-        self.gpus = gpus
+        self.gpus, self._moved = gpus, None
+        self._rising = rung, self._around.clock.now_s()
         self._resumes_failed = 0
 
     @property
@@ -177,8 +169,40 @@ class Turns:
         known = self.costs.get(rung, RungCost(up_s=0.0))
         self.costs[rung] = msgspec.structs.replace(known, **figures)
 
+    def revived(self, image: Snapshot) -> None:
+        """It is a copy: it rests as the one rested that was dumped."""
+        self.suspended = image.suspended
+        self.naps.asleep, self.naps.level = image.nap_level > 0, image.nap_level
+        cards = self._around.cards.uuids(self.gpus)
+        if len(cards) == len(image.devices) and cards != image.devices:
+            self._moved = dict(zip(image.devices, cards, strict=True))
+
     async def lower(self, life: Life) -> tuple[Event, str]:
-        """Take it down to `aim`; return what came of it, and why."""
+        """Take it down to `aim`; return what came of it, and why. Suspended, it lends its cards."""
+        event, reason = await self._lower(life)
+        if event is Event.SUSPENDED:
+            self.gpus = ()
+            self._around.cards.lend(life.spec.replica_id)
+        return event, reason
+
+    async def lower_for_image(self, life: Life) -> tuple[Event, str]:
+        """Take it down as far as makes its image small, for a moment: its cards stay its own.
+
+        What holds memory of a card has to let go of it, or it cannot be dumped.
+        """
+        self.risen()  # what follows is no part of the start
+        self.naps.level = 1
+        if self._engine.uses_gpu:
+            self.aim = Rung.SUSPENDED
+        elif life.spec.sleep:
+            self.aim = Rung.ASLEEP
+        else:
+            return Event.SLEPT, ""
+        event, reason = await self._lower(life)
+        fell_short = event is Event.SLEPT and self._engine.uses_gpu
+        return (Event.BALKED, reason) if fell_short else (event, reason)
+
+    async def _lower(self, life: Life) -> tuple[Event, str]:
         began_s = self._around.clock.now_s()
         if not self.naps.asleep and (self.aim is Rung.ASLEEP or life.spec.sleep):
             event, reason = await self.naps.fall_asleep(*life[:3], life.go_on)
@@ -194,6 +218,8 @@ class Turns:
 
     async def _suspend(self, life: Life, began_s: float) -> tuple[Event, str]:
         around = self._around
+        if not life.go_on():
+            return _OVER
         try:
             around.journal.append(Suspension(life.launch_id, suspended=False, turning=True))
         except OSError as error:
@@ -208,11 +234,12 @@ class Turns:
                 return Event.BROKE, f"it broke while it was suspended: {_words(error)}"
             around.note(Suspension(life.launch_id, suspended=False, turning=False))
             return self._not_suspended(error)
-        self.suspended, self.gpus = True, ()
+        if not life.go_on():
+            return _OVER
+        self.suspended = True
         around.note(Suspension(life.launch_id, suspended=True, turning=False))
         self.down_s = down_s = around.clock.now_s() - began_s
         self.measured(Rung.SUSPENDED, down_s=down_s, host_bytes=moved)
-        around.cards.lend(life.spec.replica_id)
         return Event.SUSPENDED, f"suspended, after {down_s:.2f} s"
 
     def _not_suspended(self, error: Exception) -> tuple[Event, str]:
@@ -229,7 +256,15 @@ class Turns:
 
         `room` is called when cards have been given back and it had found none.
         """
-        self._rising_since_s = self._around.clock.now_s()
+        self._rising = self.rung, self._around.clock.now_s()
+        return await self.up(life, room)
+
+    async def up(
+        self, life: Life, room: Callable[[], None] = lambda: None
+    ) -> tuple[Event, str] | None:
+        """Do the same with what is no rest of its own: a copy, or one that has been dumped."""
+        if not life.go_on():
+            return _OVER
         if self.suspended and (problem := await self._resume(life, room)) is not None:
             return problem
         if self.naps.asleep:
@@ -246,8 +281,10 @@ class Turns:
         around.note(turn)
         try:
             async with asyncio.timeout(SUSPEND_S_MAX):
-                await self.suspender.resume(life.pid, back.moved)
+                await self.suspender.resume(life.pid, back.moved or self._moved)
         except (SuspendError, TimeoutError) as error:
+            if not life.go_on():
+                return _OVER
             self._resumes_failed += 1
             if not _intact(error) or self._resumes_failed >= RESUMES_MAX:
                 self.failed(Rung.SUSPENDED)
@@ -255,18 +292,24 @@ class Turns:
             around.note(msgspec.structs.replace(turn, turning=False))
             around.cards.lend(owner)
             return Event.CROWDED, f"not resumed, and tried again: {_words(error)}"
+        if not life.go_on():
+            return _OVER
         self.suspended, self.gpus, self._resumes_failed = False, back.devices, 0
         around.note(Suspension(life.launch_id, suspended=False, turning=False))
         return None
 
     def risen(self) -> str:
-        """It is ready; return the words for what that took, if it rested."""
-        if self._rising_since_s is None:
+        """It is ready; return the words for what that took, unless it was an ordinary start."""
+        rising, self._rising, self.aim = self._rising, None, Rung.AWAKE
+        if rising is None:
             return ""
-        self.up_s = self._around.clock.now_s() - self._rising_since_s
-        self.measured(self.aim, up_s=self.up_s)
-        self.aim, self._rising_since_s = Rung.AWAKE, None
-        return f"awake, after {self.up_s:.2f} s"
+        rung, since_s = rising
+        took_s = self._around.clock.now_s() - since_s
+        self.measured(rung, up_s=took_s)
+        if rung is Rung.COLD:
+            return ""
+        self.up_s = took_s
+        return f"{'restored' if rung is Rung.SNAPSHOTTED else 'awake'}, after {took_s:.2f} s"
 
 
 def _intact(error: Exception) -> bool:

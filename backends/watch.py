@@ -35,6 +35,9 @@ class Told(Protocol):
 
     def apply(self, event: Event, reason: str = "") -> None: ...
 
+    async def ripen(self) -> bool:
+        """Do what is to be done before it is ready; say whether it is to be asked again."""
+
     def answered(self) -> None:
         """It is ready."""
 
@@ -81,6 +84,8 @@ class Watch:
         while self._phase() is during:
             answer = await self._questions.probe()
             if answer.status == 200 and self._phase() is during:
+                if during is Phase.STARTING and await self._told.ripen():
+                    continue
                 # Its names and its load, so that it enters the fleet complete.
                 await self._questions.list()
                 await self._questions.read()

@@ -15,7 +15,20 @@ from typing import Any
 import msgspec
 import uvloop
 
-from loadtest import bench, faults, gpu, plot, policies, report, sdk, siege, soak, storm, upgrade
+from loadtest import (
+    bench,
+    faults,
+    gpu,
+    plot,
+    policies,
+    report,
+    sdk,
+    siege,
+    snapshots,
+    soak,
+    storm,
+    upgrade,
+)
 from loadtest.client import parse_url
 from loadtest.command import Command
 from loadtest.compare import broken_promises, compare, in_engine_seconds
@@ -42,6 +55,7 @@ COMMANDS: dict[str, Command] = {
     "policies": policies,
     "sdk": sdk,
     "siege": siege,
+    "snapshots": snapshots,
     "soak": soak,
     "storm": storm,
     "upgrade": upgrade,

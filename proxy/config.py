@@ -228,6 +228,16 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     verify_replica_tls: Annotated[
         bool, Meta(description="verify the certificates and names of replicas with https URLs")
     ] = True
+    queue_bytes: Annotated[
+        PositiveInt, Meta(description="bodies of those requests, in bytes per worker")
+    ] = 512 * 1024 * 1024
+    hold_timeout_secs: Annotated[
+        Seconds, Meta(description="time that a request may wait for a model of which none is awake")
+    ] = 600.0  # as long as the official clients wait for an answer
+    keepalive_comment_secs: Annotated[
+        Seconds,
+        Meta(description="pause between comments to a stream that waits (status 200); 0: none"),
+    ] = 0.0
 
 
 class ManagerConfig(Section, frozen=True, kw_only=True):
@@ -307,7 +317,7 @@ class Config(Section, frozen=True, kw_only=True):
         if self.manager.provider == "docker":
             for model in self.models:
                 for pool in model.pools:
-                    self._need_image(model.name, pool)
+                    self._check_container(model.name, pool)
 
     def image_of(self, pool: PoolConfig) -> str:
         """Return the image that its containers are made of; empty where they are processes."""
@@ -315,11 +325,16 @@ class Config(Section, frozen=True, kw_only=True):
             return ""
         return pool.image or self.manager.docker.images.get(pool.engine, "")
 
-    def _need_image(self, model: str, pool: PoolConfig) -> None:
+    def _check_container(self, model: str, pool: PoolConfig) -> None:
         if not self.image_of(pool):
             raise ValueError(
                 f"model '{model}': no image for {pool.engine}; name one in "
                 f"manager.docker.images.{pool.engine} or in the pool's image"
+            )
+        if pool.snapshot:
+            raise ValueError(
+                f"model '{model}': snapshot keeps images of processes, not of containers; leave it "
+                "out, or set manager.provider: process"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import platform
 import signal
 import tempfile
 import time
@@ -18,7 +19,6 @@ from backends.logfile import last_lines, open_log
 from backends.providers.base import LAUNCH_ID_VARIABLE
 from backends.snapshots.base import Enclosure, Snapshot, SnapshotError, SnapshotKey
 from backends.snapshots.criu import CriuSnapshots
-from backends.snapshots.probing import host_words
 
 _POLL_S = 0.01
 _ANSWER_S_MAX = 5.0
@@ -77,7 +77,7 @@ async def create(
         engine=Path(command[0]).name,
         engine_version="",
         launch_hash=hashlib.sha256("\0".join(command).encode()).hexdigest()[:16],
-        host=host_words(),
+        host=platform.release(),
     )
     async with _started(snapshots.enclose(launch_id, command), launch_id) as cell:
         told("starting", 0.0)

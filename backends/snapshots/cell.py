@@ -14,8 +14,8 @@ The keeper's end, however sudden, ends the init. A signal that asks for the end 
 to the init to the engine's group, once. The cell ends when the engine ends, and by its status.
 
 Engines inside start at pid 1000, so that CRIU, which is run inside as well, is never in the way of
-an old pid. Monotonic clocks go on where they stood at the dump: to the engine no time has passed,
-and an image survives the machine's next boot.
+an old pid. CRIU has monotonic clocks go on where they stood at the dump, in a time namespace: to
+the engine no time has passed, and an image survives the machine's next boot.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -117,13 +116,7 @@ def _fail(state: State, reason: str) -> int:
 
 def _make_init(options: Any, state: State) -> tuple[int, int]:
     """Start the init; return its pid, and where it will say how the engine ended."""
-    if options.role == "restore":
-        dumped = json.loads((Path(options.image) / "manifest.json").read_bytes())["cell"]
-        kernel.unshare(kernel.CLONE_NEWPID | kernel.CLONE_NEWTIME)
-        kernel.shift_clocks(dumped["monotonic_s"] - time.clock_gettime(time.CLOCK_MONOTONIC))
-    else:
-        dumped = {}
-        kernel.unshare(kernel.CLONE_NEWPID)
+    kernel.unshare(kernel.CLONE_NEWPID)
     inside_read, inside_write = os.pipe()  # the init: my network is there
     linked_read, linked_write = os.pipe()  # the keeper: you are linked
     status_read, status_write = os.pipe()
@@ -132,7 +125,7 @@ def _make_init(options: Any, state: State) -> tuple[int, int]:
         os.close(linked_write)
         os.close(inside_read)
         os.close(status_read)
-        _be_init(options, dumped, state, (inside_write, linked_read, status_write))
+        _be_init(options, state, (inside_write, linked_read, status_write))
     os.close(inside_write)
     os.close(linked_read)
     os.close(status_write)
@@ -226,7 +219,7 @@ def _die_by(number: int) -> None:
 # --- the init -------------------------------------------------------------------------------------
 
 
-def _be_init(options: Any, dumped: Any, state: State, pipes: tuple[int, int, int]) -> NoReturn:
+def _be_init(options: Any, state: State, pipes: tuple[int, int, int]) -> NoReturn:
     """Be process 1 of the cell; the process ends here, whatever happens."""
     inside_write, linked_read, status_write = pipes
     status = FAILED_STATUS << 8
@@ -239,10 +232,7 @@ def _be_init(options: Any, dumped: Any, state: State, pipes: tuple[int, int, int
         _await(linked_read, "the keeper is gone")
         _ip(("link", "set", "lo", "up"))
         _address(INSIDE_LINK, options.host, options.peer)
-        if options.role == "run":
-            engine = _start(options.command)
-        else:
-            engine = _restore(options, dumped, state)
+        engine = _start(options.command) if options.role == "run" else _restore(options, state)
         state.tell(state="running", engine=engine)
         status = _reap_until(engine)
     except (OSError, CellError) as error:
@@ -326,7 +316,7 @@ def _reap(engine: int) -> int | None:
 # --- restoring ------------------------------------------------------------------------------------
 
 
-def _restore(options: Any, dumped: Any, state: State) -> int:
+def _restore(options: Any, state: State) -> int:
     """Bring back what an image holds; return the pid of the engine.
 
     Nothing of it runs before every byte has been read and found whole: CRIU stops before it lets
@@ -336,6 +326,7 @@ def _restore(options: Any, dumped: Any, state: State) -> int:
 
     image = Path(options.image)
     lock = whole.use(image)
+    dumped = json.loads((image / whole.MANIFEST).read_bytes())["cell"]
     verdict = Path(WORK, "verdict")
     os.mkfifo(verdict, 0o600)
     problem = whole.first_problem(image, big=False)

@@ -125,16 +125,7 @@ class Inside:
         names = {os.readlink(_PROC / str(self._engine_pid) / "fd" / fd) for fd in ("1", "2")}
         # CRIU's names: of a file the path from the root on, of a pipe what its link says.
         outputs = tuple(sorted(n.removeprefix("/") for n in names if n != os.devnull))
-        return CellFacts(self.engine, outputs, self._monotonic_s())
-
-    def _monotonic_s(self) -> float:
-        """Return what the engine's clock stands at: a copy's is not that of the machine."""
-        offset_s = 0.0
-        with suppress(OSError, ValueError):
-            lines = (_PROC / str(self._engine_pid) / "timens_offsets").read_text().splitlines()
-            parts = next(line.split() for line in lines if line.startswith("monotonic"))
-            offset_s = int(parts[1]) + int(parts[2]) / 1e9
-        return time.clock_gettime(time.CLOCK_MONOTONIC) + offset_s
+        return CellFacts(self.engine, outputs)
 
     def resident_bytes(self) -> int:
         """Return the memory of the engine's own process and its children, roughly."""

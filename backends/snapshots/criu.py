@@ -90,11 +90,12 @@ class CriuSnapshots:
         *,
         suspended: bool = False,
         nap_level: int = 0,
+        devices: Sequence[str] = (),
     ) -> Snapshot:
         """Dump the cell of which `pid` is the keeper; its processes run on.
 
-        `suspended`, `nap_level`: the state that the engine was brought to for it, and that its
-        copies come back in. Raises `SnapshotError`.
+        The rest is the state that the engine was brought to, and that its copies come back in.
+        Raises `SnapshotError`.
         """
         self._ready()
         inside = cells.inside(pid)
@@ -117,6 +118,7 @@ class CriuSnapshots:
                 port=port,
                 suspended=suspended,
                 nap_level=nap_level,
+                devices=tuple(devices),
                 criu_version=self._criu().version,
                 cell=inside.facts(),
                 files=(),

@@ -8,9 +8,8 @@ import os
 import platform
 import signal
 import struct
-from pathlib import Path
 
-CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWNET = 0x80, 0x20000, 0x20000000, 0x40000000
+CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_SLAVE = 0x2, 0x4, 0x8, 0x4000, 0x80000
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SECCOMP_MODE_FILTER = 2
@@ -65,18 +64,6 @@ def refuse_io_uring() -> None:
     if os.geteuid() != 0:
         _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     _checked(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header, 0, 0), "seccomp")
-
-
-def shift_clocks(seconds: float) -> None:
-    """Have the monotonic clocks of the time namespace of our children run `seconds` ahead.
-
-    To be called after `unshare(CLONE_NEWTIME)` and before the first child. Raises `OSError`.
-    """
-    whole = int(seconds // 1)
-    nanos = int((seconds - whole) * 1e9)
-    Path("/proc/self/timens_offsets").write_text(
-        f"monotonic {whole} {nanos}\nboottime {whole} {nanos}\n"
-    )
 
 
 def _checked(result: int, what: str) -> None:

@@ -31,7 +31,6 @@ class CellFacts(msgspec.Struct, frozen=True):
 
     engine: int  # its pid inside
     outputs: tuple[str, ...]  # where it wrote, as CRIU names it: re-attached to the new log
-    monotonic_s: float  # what the clock stood at
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +42,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     suspended: bool
     nap_level: int
+    devices: tuple[str, ...] = ()
     criu_version: str
     cell: CellFacts
     files: tuple[File, ...]
@@ -64,6 +64,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             port=self.port,
             suspended=self.suspended,
             nap_level=self.nap_level,
+            devices=self.devices,
         )
 
 

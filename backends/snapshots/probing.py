@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import random
 import re
 import shlex
@@ -44,20 +43,6 @@ def find_criu(environ: Mapping[str, str], folder: Path) -> Found:
     except SnapshotError as error:
         return Found(Capability(works=False, reason=str(error)))
     return Found(Capability(works=True, reason=f"CRIU {version}"), argv, version)
-
-
-def host_words() -> str:
-    """Return what of this machine an image depends on: kernel and processor."""
-    model = flags = ""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    for line in text.partition("\n\n")[0].splitlines():
-        name, _, value = line.partition(":")
-        model = value.strip() if name.strip() in ("model name", "CPU part") else model
-        flags = value.strip() if name.strip() in ("flags", "Features") else flags
-    return f"{platform.release()}, {model}, {len(flags.split())} features"
 
 
 def _ask_machine(argv: Sequence[str], folder: Path) -> None:

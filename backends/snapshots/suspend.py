@@ -28,12 +28,11 @@ import msgspec
 
 from backends.engines.base import Engine
 from backends.inventory import ask, card_use
-from backends.nvidia_smi import QUERY_CARDS, SelectionError, gpus_of, names_of, read_cards, select
+from backends.nvidia_smi import QUERY_CARDS, read_cards
 from backends.snapshots.base import Capability, Suspender, SuspendError
 from backends.snapshots.driver import ADVICE
 from backends.snapshots.tree import (
     catches,
-    environment,
     members,
     open_devices,
     resident_bytes,
@@ -51,6 +50,7 @@ TIMEOUTS_S: Mapping[Action, float] = {
     "unlock": 20.0,
 }
 PROBE_TIMEOUT_S = 20.0
+MOVES_SINCE = 13000  # the CUDA, driver 580, that restores on other cards of the same model
 FROZEN_S_MAX = 5.0
 POLL_S = 0.02
 NVML_SIGNAL = signal.SIGUSR2  # `hook` lets go of NVML at it
@@ -139,7 +139,7 @@ class Freezer:
     """By SIGSTOP: for an engine without a GPU, whose memory need not move."""
 
     def probe(self) -> Capability:
-        return Capability(works=True)
+        return Capability(works=True, moves=True)  # it is on no card
 
     async def suspend(self, pid: int) -> int:
         """Stop parents first: what they would start meanwhile is found by the next look."""
@@ -172,21 +172,6 @@ def suspender_of(engine: Engine) -> Suspender:
     return _DRIVER if engine.uses_gpu else _FREEZER
 
 
-def gpus_of_process(pid: int) -> tuple[str, ...]:
-    """Return the UUIDs of the cards that a process was started on, as its environment has them.
-
-    For one that came back from an image: that is where it was when the image was made. Empty where
-    it was not told of any.
-    """
-    named = names_of(environment(pid).get("CUDA_VISIBLE_DEVICES", ""))
-    text, _ = ask(QUERY_CARDS)
-    try:
-        found = {name: select(gpus_of(read_cards(text or ""), {}, {}), [name])[0] for name in named}
-    except SelectionError:
-        return ()
-    return tuple(found[name].uuid for name in named)
-
-
 # --- the driver's calls -----------------------------------------------------------------------
 
 
@@ -212,7 +197,10 @@ def _probe() -> Capability:
         told = json.loads(ran.stdout or b"{}")
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         return Capability(works=False, reason=f"the NVIDIA driver does not answer: {error}")
-    return Capability(works=bool(told.get("works")), reason=str(told.get("reason", "")))
+    moves = told.get("cuda", 0) >= MOVES_SINCE
+    return Capability(
+        works=bool(told.get("works")), reason=str(told.get("reason", "")), moves=moves
+    )
 
 
 async def _step(action: Action, pids: Sequence[int], pairs: Sequence[str] = ()) -> None:

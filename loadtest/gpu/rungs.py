@@ -50,7 +50,7 @@ class Ladder:
         self.manager = client(scene.stack.manager_url)
         self.prompts: list[str] = []
         self.reference: list[str] = []
-        self.start_s = 0.0  # with warm caches, the measure of all
+        self.start_s = 0.0  # the measure of all; with warm caches, once there has been such
         self.image_mib = 0
 
     @property
@@ -185,18 +185,25 @@ async def down_and_up(ladder: Ladder, found: Findings, rung: str, name: str = ""
 
 
 def compared(ladder: Ladder, found: Findings, up_s: float, share: int) -> None:
-    """Claim that a way up took at most a part of a start with warm caches in this run."""
-    if ladder.start_s:
-        found.figures["start_with_warm_caches_s"] = ladder.start_s
-        found.figures["sooner_by"] = f"{ladder.start_s / up_s:.1f} x"
-        found.claim(up_s * share <= ladder.start_s, f"at most 1/{share} of a start")
+    """Claim that a way up took at most a part of a start with warm caches in this run.
+
+    A simulator's start takes what it is told to take, so of that it is only told.
+    """
+    start_s = ladder.start_s
+    found.figures |= {"start_s": start_s, "sooner_by": f"{start_s / up_s:.1f} x"}
+    if ladder.scene.engine_name != "simulator":
+        found.claim(up_s * share <= start_s, f"at most 1/{share} of a start with warm caches")
 
 
 # --- steps ------------------------------------------------------------------------------------
 
 
 async def with_its_cache(ladder: Ladder, found: Findings) -> None:
-    """Awake, all of it moved to the host and back: its prefix cache comes along."""
+    """Awake, all of it moved to the host and back: its prefix cache comes along.
+
+    The start before it is what it is held against: a later one finds the same caches, or fuller
+    ones, and is held against that (`start_again`).
+    """
     await ladder.remember(found)
     ups = [await down_and_up(ladder, found, "suspended", name) for name in ("first", "second")]
     await ladder.same_as_before(found, cache_kept=True)

@@ -302,6 +302,7 @@ def test_one_that_rests_is_adopted_at_rest(held: bool, rest: Phase) -> None:
     assert (state.phase, state.held, state.deadline_s) == (rest, held, None)
 
 
+ENDS = {Event.EXITED, Event.UNRESTORED, Event.SPAWN_FAILED}
 EVENTS = st.lists(st.sampled_from(list(Event)), max_size=40)
 
 
@@ -311,12 +312,12 @@ def test_there_is_never_a_second_process(events: list[Event]) -> None:
     """Whatever happens, a process is spawned only when the last one has ended."""
     state, alive = Lifecycle(), False
     for now_s, event in enumerate(events):
-        if event in {Event.EXITED, Event.SPAWN_FAILED} and not alive:
+        if event in ENDS and not alive:
             continue  # nothing there that could end
-        if event is Event.SPAWN_FAILED and state.phase is not Phase.STARTING:
+        if event in ENDS - {Event.EXITED} and state.phase is not Phase.STARTING:
             continue
         unborn = event is Event.CROWDED and state.phase is Phase.STARTING
-        alive = alive and event not in {Event.EXITED, Event.SPAWN_FAILED} and not unborn
+        alive = alive and event not in ENDS and not unborn
         state, commands = step(state, event, float(now_s), TIMING)
         for command in commands:
             assert (command is Command.SPAWN) == (not alive)

@@ -16,7 +16,7 @@ import pytest
 
 from backends.engines import ENGINES
 from backends.snapshots import suspend, tree
-from backends.snapshots.base import SuspendError
+from backends.snapshots.base import Capability, SuspendError
 from backends.snapshots.suspend import DriverSuspender, Freezer, suspender_of
 
 SOURCE = Path(__file__).parents[1] / "fakes" / "cuda.c"
@@ -242,7 +242,9 @@ async def test_what_the_host_has_no_room_for_is_not_begun(
 
 
 def test_the_probe_says_what_is_missing(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert DriverSuspender().probe().works
+    assert DriverSuspender().probe() == Capability(works=True, moves=True)
+    monkeypatch.setenv("FAKE_CUDA_VERSION", "12080")
+    assert DriverSuspender().probe() == Capability(works=True)
     monkeypatch.setenv("FAKE_CUDA_VERSION", "12040")
     told = DriverSuspender().probe()
     assert (told.works, "570" in told.reason) == (False, True)

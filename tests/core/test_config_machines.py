@@ -40,6 +40,7 @@ def test_without_docker_nobody_has_an_image() -> None:
     ("text", "says"),
     [
         (docker_text(images=""), "manager.docker.images.vllm"),
+        (docker_text(image=", snapshot: true"), "snapshot"),
         (docker_text(images="tgi: x"), "tgi"),
         (docker_text(mounts="data"), "mounts"),
         (docker_text(mounts="/a:b"), "mounts"),

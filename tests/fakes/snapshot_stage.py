@@ -53,6 +53,7 @@ class Celled:
     """One cell as a manager would have started it."""
 
     def __init__(self, argv: Sequence[str], host: str, launch_id: str, log_path: Path) -> None:
+        self.host = host
         self.url = f"http://{host}:{PORT}"
         self.launch_id = launch_id
         self.log_path = log_path

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from backends.cards import Cards
 from backends.engines import ENGINES
-from backends.engines.base import launch_hash
+from backends.engines.base import Engine, launch_hash
 from backends.journal import Journal, Launch, Ready, Started
 from backends.log import Log
 from backends.manager import Manager
@@ -17,6 +18,7 @@ from backends.spec import pool_specs
 from proxy.config import Config, parse_config
 from proxy.contract import ReplicaRecord
 from tests.fakes.provider import FakeFetch, FakeProcess, FakeProvider, ManualClock
+from tests.fakes.snapshots import FakeSnapshots
 from tests.fakes.suspender import FakeDemand, FakeSuspender
 
 
@@ -41,6 +43,8 @@ class World:
         self.config = configuration(run_dir)
         self.cards: Cards | None = None
         self.suspender = FakeSuspender()
+        self.snapshots = FakeSnapshots()
+        self.engines: Mapping[str, Engine] = ENGINES
         self.demand = FakeDemand()
         self.manager: Manager | None = None
 
@@ -54,6 +58,8 @@ class World:
             log=Log(self.stream),
             clock=self.clock,
             cards=self.cards,
+            engines=self.engines,
+            snapshots=self.snapshots,
             suspender_of=lambda _engine: self.suspender,
             demand=self.demand,
         )
