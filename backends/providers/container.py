@@ -47,7 +47,14 @@ _SHELL_SIGNAL = 128  # tini tells a child's death by a signal as shells do
 
 
 class NotStartedError(Exception):
-    """A container could not be made or started; the text says why, and what would help."""
+    """A container could not be made or started; the text says why, and what would help.
+
+    `made`: it may be there nevertheless.
+    """
+
+    def __init__(self, text: str, *, made: bool) -> None:
+        super().__init__(text)
+        self.made = made
 
 
 # Makes the container and starts it; returns its id. Raises `NotStartedError` or one of `AWAY`.
@@ -72,6 +79,7 @@ class Container:
         self._ended = asyncio.Event()
         self._starting: asyncio.Task[None] | None = None
         self._problem = ""
+        self._made = True  # for all that is known
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_ns = 0  # Unix time of the last line of its output that the log has
 
@@ -111,7 +119,12 @@ class Container:
                 await self._asked(self._delete)
 
     async def _delete(self) -> None:
-        await self._container.delete(force=True, v=True)
+        try:
+            await self._container.delete(force=True, v=True)
+        except DockerError as error:
+            if error.status < 500 or (await self._container.show())["State"]["Running"]:
+                raise
+            # It holds nothing any more; what cannot be removed now, the next manager finds.
 
     async def _start(self, make: Maker) -> None:
         try:
@@ -120,7 +133,7 @@ class Container:
             told = await self._container.show()
             self._runs(told["State"]["Pid"])
         except NotStartedError as error:
-            self._problem = str(error)
+            self._problem, self._made = str(error), error.made
         except DockerError as error:
             self._problem = f"its container was not started: {error.message}"
         except AWAY as error:
@@ -135,13 +148,15 @@ class Container:
         if starting is not None:
             await asyncio.wait({starting})
             if not self._started.is_set():
-                await self.remove(certain=True)
+                if self._made:
+                    await self.remove(certain=True)
                 self._tell(self._problem)
                 return
         lines = self._own(self._copy_lines(), "log")
         how = await self._until_ended()
         self._ended.set()
         await asyncio.wait({lines}, timeout=LAST_LINES_S_MAX)
+        lines.cancel()
         await self.remove(certain=False)
         self._tell(how)
 

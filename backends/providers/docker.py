@@ -156,9 +156,14 @@ class DockerProvider:
     async def _make(self, name: str, body: dict[str, Any]) -> str:
         try:
             container = await self._create(name, body)
+        except DockerError as error:
+            # Refused, or nobody was there to be asked, which aiodocker tells by what it caught.
+            sure = error.status < 500 or isinstance(error.__context__, aiohttp.ClientConnectorError)
+            raise NotStartedError(explain(error, self._config), made=not sure) from error
+        try:
             await container.start()
         except DockerError as error:
-            raise NotStartedError(explain(error, self._config)) from error
+            raise NotStartedError(explain(error, self._config), made=True) from error
         return container.id
 
     async def _create(self, name: str, body: dict[str, Any]) -> DockerContainer:
