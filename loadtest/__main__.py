@@ -15,7 +15,20 @@ from typing import Any
 import msgspec
 import uvloop
 
-from loadtest import bench, faults, gpu, plot, policies, report, sdk, siege, soak, storm, upgrade
+from loadtest import (
+    bench,
+    faults,
+    gpu,
+    plot,
+    policies,
+    report,
+    scaling,
+    sdk,
+    siege,
+    soak,
+    storm,
+    upgrade,
+)
 from loadtest.client import parse_url
 from loadtest.command import Command
 from loadtest.compare import broken_promises, compare, in_engine_seconds
@@ -40,6 +53,7 @@ COMMANDS: dict[str, Command] = {
     "bench": bench,
     "gpu": gpu,
     "policies": policies,
+    "scaling": scaling,
     "sdk": sdk,
     "siege": siege,
     "soak": soak,
