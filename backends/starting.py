@@ -119,7 +119,8 @@ def _start(
     placement: Placement,
 ) -> Start:
     warnings = engine.check(spec, release)
-    ours = os.environ | placement.environment
+    ours = os.environ if program.inherits is None else dict(program.inherits)
+    ours = ours | placement.environment
     argv, environ = completed(program, engine.command(spec, leased, release), spec, ours)
     source = engine.kv_source(spec, leased, release)
     return Start(
@@ -167,4 +168,5 @@ def intent(
         kv_source=start.kv_source,
         gpus=start.gpus,
         loras=of_start(engine, spec),
+        image=spec.image,
     )
