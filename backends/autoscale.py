@@ -15,13 +15,13 @@ what it would need is not known yet, and a manager that came back must not send 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
 from backends.arbiter import Unserved, arbitrate, replicas_possible
 from backends.card_room import free_cards, room_of
-from backends.claims import Claim, Verdict, Wait
+from backends.claims import RANKS, Claim, Verdict, Wait
 from backends.clock import Timer
 from backends.demand import DemandBook, summed
 from backends.engines.base import Engine, launch_hash
@@ -343,10 +343,10 @@ class Autoscaler:
 
     def _decide(self, now_s: float) -> None:
         """Ask the law what each pool needs."""
-        room, _ = room_of(self._around.cards.leases, self._views.values(), host_bytes_free())
+        room, freeing = room_of(self._around.cards.leases, self._views.values(), host_bytes_free())
         claims = [self._claim(pool_id, now_s) for pool_id in self.pools]
         for pool_id, claim in zip(self.pools, claims, strict=True):
-            limit = replicas_possible(claim, claims, room) if room.gpus else None
+            limit = replicas_possible(claim, [*claims, *freeing], room) if room.gpus else None
             self.pools[pool_id].decide(self._views[pool_id], self.ladder, now_s, limit)
 
     def _judge(self, now_s: float) -> Verdict:
@@ -358,13 +358,28 @@ class Autoscaler:
             if pool.desired and not self._views[pool_id].have
         ]
         unserved = self._unserved.note(wanting, now_s)
+        short = [pool_id for pool_id in wanting if self._gpus_each[pool_id] > len(room.free)]
         claims = [
             msgspec.structs.replace(
-                self._claim(pool_id, now_s), unserved_s=unserved.get(pool_id, 0.0)
+                claim,
+                unserved_s=unserved.get(claim.pool, 0.0),
+                desired=claim.min if self._spares(claim, short) else claim.desired,
             )
-            for pool_id in self.pools
+            for claim in (self._claim(pool_id, now_s) for pool_id in self.pools)
         ]
         return arbitrate([*claims, *freeing], room)
+
+    def _spares(self, claim: Claim, short: Sequence[str]) -> bool:
+        """Say whether a pool keeps replicas only in case, while another of no lower class has none.
+
+        A pool keeps its last ones for its `scaledown_window` because coming back costs something.
+        Those who wait for a card pay more.
+        """
+        rank = RANKS[claim.work_class]
+        ranks = (RANKS[self.pools[pool_id].pool.first.work_class] for pool_id in short)
+        return (
+            claim.gpus_each > 0 and self._views[claim.pool].idle and min(ranks, default=9) <= rank
+        )
 
     def _cut(self, replica_ids: Iterable[str]) -> None:
         """Wait no longer for the requests of these: whoever sent them asks again.

@@ -59,7 +59,9 @@ class Scaled(World):
         self.report(queued=1, arrived=1)
         await self.clock.advance(1.0)
         self.fetch.answers["/health"] = Answer(200)
-        await self.clock.advance(1.0)
+        await self.clock.advance(0.5)
+        self.report(in_flight=1)
+        await self.clock.advance(0.5)
 
     def phases(self) -> dict[str, str]:
         assert self.manager is not None
@@ -185,6 +187,7 @@ async def test_reload_raises_the_least_and_ends_scaling(world: Scaled) -> None:
 
 
 async def test_a_start_that_keeps_failing_is_not_multiplied(world: Scaled) -> None:
+    world.fetch.answers["/health"] = Answer(503)
     await world.start(configuration(world.run_dir, scaled()))
     for _ in range(30):
         world.report(queued=4, arrived=1)
@@ -228,7 +231,7 @@ async def test_two_models_take_turns_on_one_card(world: Scaled, tmp_path: Path) 
     ask("m", 1)
     await world.clock.advance(0.5)
     assert world.phases() == {"one-0": "ready"}
-    for sequence in range(2, 60):
+    for sequence in range(2, 8):  # 3 s, less than it is kept for in case
         ask("n", sequence)
         await world.clock.advance(0.5)
         first = world.provider.spawned[0]
@@ -247,9 +250,7 @@ async def test_one_on_its_way_out_is_called_back_when_it_is_needed_after_all(
     pools = scaled(scale="min: 0, max: 4, rungs: [cold]")
     await world.start(configuration(world.run_dir, pools))
     await world.come_up()
-    world.fetch.answers["/metrics"] = running(
-        1
-    )  # by itself it is busy, so that it drains for a while
+    world.fetch.answers["/metrics"] = running(1)  # by itself it is busy: it drains for a while
     await world.busy(12.0)
     assert world.phases() == {"m-0": "draining"}
     world.report(queued=2, arrived=2)
