@@ -25,6 +25,8 @@ from backends.feed import Feed
 from backends.keeper import Keeper
 from backends.ladder import Rung
 from backends.lifecycle import Event
+from backends.notices import Reclaims
+from backends.reclaim_api import ReclaimApi
 from backends.scaling_api import ScalingApi, refuse_web_pages
 from backends.turns import RefusedError
 from proxy.contract import FLEET_PATH, FLEET_WATCH_PATH, HEARTBEAT_INTERVAL_S, ReplicaState
@@ -55,6 +57,9 @@ class Source(Protocol):
     def scaler(self) -> Autoscaler: ...
 
     @property
+    def reclaims(self) -> Reclaims: ...
+
+    @property
     def serving(self) -> bool: ...
 
 
@@ -64,6 +69,7 @@ class Api:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._scaling = ScalingApi(source.scaler)
+        self._reclaim = ReclaimApi(source.reclaims)
         self._watchers: set[asyncio.Task[Any]] = set()
         self._registry = CollectorRegistry()
         self._registry.register(_ManagerCollector(source, self._watchers))
@@ -80,6 +86,7 @@ class Api:
                 web.get(REPLICA_PATH, self._replica),
                 web.post(REPLICA_PATH + "/{wish}", self._wish),
                 *self._scaling.routes(),
+                *self._reclaim.routes(),
             ]
         )
         return app

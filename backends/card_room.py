@@ -36,11 +36,9 @@ def room_of(
         if owner not in having
     )
     freeing = (Claim(pool=FREEING, gpus_each=0, holders=holders),) if holders else ()
-    gpus = leases.inventory.gpus
-    return Room(gpus=gpus, free=free_cards(leases), host_bytes_free=host_bytes_free), freeing
+    return Room(gpus=leases.gpus, free=free_cards(leases), host_bytes_free=host_bytes_free), freeing
 
 
 def free_cards(leases: GpuLeases) -> frozenset[str]:
     """Return the cards that nobody has."""
-    taken = {device for devices in leases.holders.values() for device in devices}
-    return frozenset(gpu.device for gpu in leases.inventory.gpus if gpu.device not in taken)
+    return frozenset(gpu.device for gpu in leases.free)

@@ -103,6 +103,12 @@ class Cards:
         self._look_before(owner, lease.devices)
         return Placement(lease.devices, environment, bound_to_node(lease, args))
 
+    def withdraw(self, devices: frozenset[str]) -> None:
+        """Give these out no more, and others again that were not given out so far."""
+        if self._leases is not None and devices != self._leases.withdrawn:
+            self._leases.withdrawn = devices
+            self._wake()
+
     def claim(self, owner: str, devices: Sequence[str]) -> None:
         """Note the cards of a process that a manager before has started."""
         if self._leases is not None and devices:
@@ -236,8 +242,10 @@ class Cards:
         return any(set(devices) & set(theirs) for theirs in others)
 
     def _release(self, owner: str) -> None:
-        if self._leases is None or not self._leases.release(owner):
-            return
+        if self._leases is not None and self._leases.release(owner):
+            self._wake()
+
+    def _wake(self) -> None:
         waiting, self._waiting = self._waiting, {}
         for wake in waiting.values():  # afterwards: whoever gives them back may be about to start
             asyncio.get_running_loop().call_soon(wake)

@@ -10,7 +10,6 @@ one for each life, and every event of an older life is recognised by its launch 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from backends.cards import Placement
 from backends.clock import Deadline
 from backends.ending import end_in_words, terminate
 from backends.engines.base import HOST, Engine, url_of
-from backends.engines.probe import Program, known_release, probe_release, program_of
+from backends.engines.probe import Program, known_release, probe_release
 from backends.engines.release import Release
 from backends.fetch import Silence
 from backends.gpus import NoGpuError
@@ -254,7 +253,7 @@ class Keeper:
         """Spawn, as soon as it is known which release the program is of, and of which image."""
         try:
             self._ports.take_http()
-            program = program_of(self._engine, self.spec, os.environ)
+            program = self._around.provider.program(self._engine, self.spec)
             release = known_release(program)
             if release is None or self.spec.snapshot:
                 self._own(self._start_asked(program, release, self.state.starts), "prepare")
@@ -421,6 +420,8 @@ class Keeper:
 
     def answered(self) -> None:
         """It is ready."""
+        if self._process is not None:
+            self._around.warmer.answered(self._process.pid)
         if self._launch is not None:
             self._around.note(Ready(self._launch.launch_id))
             self._images.ready()

@@ -27,8 +27,10 @@ from backends.keeper import Keeper
 from backends.lifecycle import Event
 from backends.log import Log
 from backends.logfile import bound
+from backends.notices import Reclaims
 from backends.ports import PortLeases
 from backends.providers.base import Process, Provider
+from backends.readahead import Lists
 from backends.reconcile import (
     Adapt,
     Create,
@@ -83,11 +85,12 @@ class Manager:
         self._stopped = asyncio.Event()
         self.serving = False
         self.keepers: dict[str, Keeper] = {}
-        self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock)
+        book = DemandBook()
+        self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock, book.publish)
         settings = config.manager
         self._cards = cards or Cards(None, log)
-        book = DemandBook()
-        self._warmer = Warmer(log, enabled=settings.warm_page_cache)
+        lists = Lists(Path(settings.run_dir) / "reads")
+        self._warmer = Warmer(log, enabled=settings.warm_page_cache, lists=lists)
         self._around = Surroundings(
             clock=clock,
             provider=provider,
@@ -109,6 +112,8 @@ class Manager:
         )
         self.scaler = Autoscaler(self._around, engines, self.keepers, book, self._reconcile)
         self.scaler.want(config)
+        path = Path(settings.run_dir) / "reclaim.json"
+        self.reclaims = Reclaims(self._around, engines, self.keepers, path, self._changed)
 
     async def start(self) -> None:
         """Adopt what runs, start what does not, and publish the first snapshot."""
@@ -144,6 +149,7 @@ class Manager:
     async def close(self) -> None:
         """Let go of what still runs."""
         self.scaler.close()
+        self.reclaims.close()
         self.feed.close()
         await asyncio.gather(*(keeper.close() for keeper in self.keepers.values()))
         await asyncio.gather(*self._closing)
@@ -170,7 +176,7 @@ class Manager:
 
     def _reconcile(self) -> None:
         self._pending = False
-        all_wanted = self.scaler.wanted()
+        all_wanted = self.reclaims.shaped(self.scaler.wanted())
         observed = [keeper.observed for keeper in self.keepers.values()]
         for action in reconcile(all_wanted, observed):
             match action:

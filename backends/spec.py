@@ -36,6 +36,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     target_tokens: int = 0
     max_tokens: int = 0
     work_class: WorkClass = "online"
+    image: str = ""  # of its containers; empty: it is a process of this machine
     snapshot: bool = False  # starts from an image of a warm one, and makes it where there is none
 
 
@@ -63,7 +64,7 @@ def pool_specs(config: Config) -> tuple[PoolSpec, ...]:
     return tuple(
         PoolSpec(
             pool_id=pool_id,
-            first=_spec(model, pool, f"{pool_id}-0"),
+            first=_spec(model, pool, f"{pool_id}-0", config.image_of(pool)),
             replicas=pool.replicas_fixed,
             autoscale=pool.autoscale,
         )
@@ -96,7 +97,7 @@ def _named_pools(config: Config) -> Iterator[tuple[ModelConfig, PoolConfig, str]
             yield model, pool, name
 
 
-def _spec(model: ModelConfig, pool: PoolConfig, replica_id: str) -> ReplicaSpec:
+def _spec(model: ModelConfig, pool: PoolConfig, replica_id: str, image: str) -> ReplicaSpec:
     return ReplicaSpec(
         replica_id=replica_id,
         model=model.name,
@@ -117,6 +118,7 @@ def _spec(model: ModelConfig, pool: PoolConfig, replica_id: str) -> ReplicaSpec:
         max_tokens=pool.max_tokens,
         work_class=pool.work_class,
         snapshot=pool.snapshot,
+        image=image,
     )
 
 

@@ -119,7 +119,8 @@ def _start(
     placement: Placement,
 ) -> Start:
     warnings = engine.check(spec, release)
-    ours = os.environ | placement.environment
+    ours = os.environ if program.inherits is None else dict(program.inherits)
+    ours = ours | placement.environment
     argv, environ = completed(program, engine.command(spec, leased, release), spec, ours)
     source = engine.kv_source(spec, leased, release)
     return Start(
@@ -136,8 +137,10 @@ def _start(
 
 
 def warm_up(warmer: Warmer, spec: ReplicaSpec, start: Start) -> None:
-    """Have what this start reads read into memory beside it."""
+    """Have what this start reads read into memory beside it: its programs first, weights last."""
     if spec.engine in CACHES:
+        if start.engine_version:
+            warmer.ahead(f"{spec.engine} {start.engine_version}", start.environ)
         what = f"{spec.engine} {spec.model_path or spec.model}"
         warmer.warm(what, lambda: files_read(spec, start.environ))
 
@@ -165,4 +168,5 @@ def intent(
         kv_source=start.kv_source,
         gpus=start.gpus,
         loras=of_start(engine, spec),
+        image=spec.image,
     )

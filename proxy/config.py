@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from proxy.config_machines import DockerConfig, ReclaimNoticeConfig
 from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig, WorkClass
 from proxy.config_reading import (
     ConfigError,
@@ -40,8 +41,10 @@ from proxy.config_reading import (
 __all__ = (
     "AutoscaleConfig",
     "ConfigError",
+    "DockerConfig",
     "ModelConfig",
     "PoolConfig",
+    "ReclaimNoticeConfig",
     "WorkClass",
     "describe_fields",
 )
@@ -274,6 +277,13 @@ class ManagerConfig(Section, frozen=True, kw_only=True):
     provider: Annotated[
         Literal["process", "docker"], Meta(description="what engines are started as")
     ] = "process"
+    docker: Annotated[
+        DockerConfig, Meta(description="with provider docker: how containers are made")
+    ] = DockerConfig()
+    reclaim_notice: Annotated[
+        ReclaimNoticeConfig | None,
+        Meta(description="where a cloud says that this machine will be taken away"),
+    ] = None
 
     @property
     def cards(self) -> str:
@@ -304,6 +314,28 @@ class Config(Section, frozen=True, kw_only=True):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"model '{name}' is defined twice; give it several pools instead")
+        if self.manager.provider == "docker":
+            for model in self.models:
+                for pool in model.pools:
+                    self._check_container(model.name, pool)
+
+    def image_of(self, pool: PoolConfig) -> str:
+        """Return the image that its containers are made of; empty where they are processes."""
+        if self.manager.provider != "docker":
+            return ""
+        return pool.image or self.manager.docker.images.get(pool.engine, "")
+
+    def _check_container(self, model: str, pool: PoolConfig) -> None:
+        if not self.image_of(pool):
+            raise ValueError(
+                f"model '{model}': no image for {pool.engine}; name one in "
+                f"manager.docker.images.{pool.engine} or in the pool's image"
+            )
+        if pool.snapshot:
+            raise ValueError(
+                f"model '{model}': snapshot keeps images of processes, not of containers; leave it "
+                "out, or set manager.provider: process"
+            )
 
 
 # What `doherty up` runs when nobody says otherwise.

@@ -119,6 +119,10 @@ class PoolConfig(Section, frozen=True, kw_only=True, rename={"work_class": "clas
     snapshot: Annotated[
         bool, Meta(description="keep an image of a warm replica on disk and start from it")
     ] = False
+    image: Annotated[
+        Path | None,
+        Meta(description="with provider docker: image of its containers (default: its engine's)"),
+    ] = None
 
     @property
     def replicas_fixed(self) -> int | None:

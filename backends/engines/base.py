@@ -197,7 +197,8 @@ def launch_hash(engine: Engine, spec: ReplicaSpec) -> str:
     launch = engine.command(bare, Ports(0), UNKNOWN_RELEASE)
     cards = [] if spec.gpus is None else [spec.gpus]
     env = sorted((launch.env | spec.env).items())
-    text = msgspec.json.encode([engine.name, launch.argv, env, *cards])
+    image = [spec.image] if spec.image else []
+    text = msgspec.json.encode([engine.name, launch.argv, env, *cards, *image])
     return hashlib.sha256(text).hexdigest()[:32]
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from backends.engines.base import Engine
+from backends.engines.probe import Program, program_of
 from backends.fetch import Answer, Silence
 from backends.journal import Launch
+from backends.spec import ReplicaSpec
 
 METRICS = """\
 vllm:num_requests_running{{engine="0"}} {running}
@@ -102,6 +106,9 @@ class FakeProvider:
         self.spawned: list[FakeProcess] = []
         self.left_behind: dict[str, FakeProcess] = {}
         self.failure: OSError | None = None
+
+    def program(self, engine: Engine, spec: ReplicaSpec) -> Program:
+        return program_of(engine, spec, os.environ)
 
     def spawn(
         self, argv: Sequence[str], env: Mapping[str, str], launch_id: str, log_path: Path
