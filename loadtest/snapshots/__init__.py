@@ -52,7 +52,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     options = Options(tables_mib=args.tables_mib, restores=args.restores)
     if args.quick:
-        options = Options(tables_mib=8, restores=2, pairs=1, loaded=1, kills=1, judge_gain=False)
+        options = Options(tables_mib=1, restores=1, pairs=1, loaded=1, kills=1, judge_gain=False)
     finding = asyncio.run(measure(options))
     print(table(finding))
     if args.json:
