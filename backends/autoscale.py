@@ -27,7 +27,7 @@ from backends.demand import DemandBook, summed
 from backends.engines.base import Engine, launch_hash
 from backends.gpus import pinned
 from backends.keeper import Keeper
-from backends.ladder import Ladder, Rung, RungCost
+from backends.ladder import Ladder, Rung
 from backends.lifecycle import Phase
 from backends.members import Look, Member, Memory, Standing
 from backends.pools import Vessel, View, pour, target_inputs
@@ -247,9 +247,7 @@ class Autoscaler:
             members[pool.pool.pool_id].append(member)
             if rise is not None:
                 self.tally.rose(rise)
-                if rise.rung not in _DOWN:  # of those the keeper knows more
-                    cost = RungCost(rise.up_s)
-                    self.ladder.learn(rise.launch_hash, replica_id, {rise.rung: cost})
+            pool.imaged |= Rung.SNAPSHOTTED in keeper.turns
             self._learn(keeper, member, now_s)
             if member.standing is Standing.SERVES:
                 self._released.discard(replica_id)
@@ -268,7 +266,7 @@ class Autoscaler:
 
     def _seen(self, keeper: Keeper) -> Look:
         observed, leases = keeper.observed, self._around.cards.leases
-        replica_id = keeper.spec.replica_id
+        replica_id, restored = keeper.spec.replica_id, keeper.turns.get(Rung.SNAPSHOTTED)
         return Look(
             replica_id=replica_id,
             launch_hash=observed.launch_hash,
@@ -279,6 +277,7 @@ class Autoscaler:
             in_flight=self.book.in_flight(replica_id),
             tokens=self.book.tokens(replica_id),
             names=keeper.questions.models,
+            restored_s=restored.up_s if restored else 0.0,
         )
 
     def _learn(self, keeper: Keeper, member: Member, now_s: float) -> None:

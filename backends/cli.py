@@ -107,7 +107,13 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
         default=1,
         help="1 keeps the weights in host memory, 2 (vLLM) reads them anew (default: 1)",
     )
-    wake = commands.add_parser("wake", help="have a sleeping replica serve again")
+    sleep.add_argument(
+        "--rung",
+        choices=("asleep", "suspended"),
+        default="asleep",
+        help="suspended: its process stands still and others may have its GPU (default: asleep)",
+    )
+    wake = commands.add_parser("wake", help="have a resting replica serve again")
     for turn, run in ((sleep, _sleep), (wake, _wake)):
         turn.add_argument("replica", metavar="REPLICA", help="its id in `doherty status`")
         _add_manager_url(turn)
@@ -267,9 +273,11 @@ def _scale(options: argparse.Namespace) -> int:
 
 
 def _sleep(options: argparse.Namespace) -> int:
+    from backends.ladder import Rung
     from backends.operate import fall_asleep
 
-    print(fall_asleep(options.manager_url, options.replica, options.level))
+    rung = Rung(options.rung)
+    print(fall_asleep(options.manager_url, options.replica, options.level, rung))
     return 0
 
 

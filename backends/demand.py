@@ -7,6 +7,11 @@ Counters of a proxy begin at its own start, and the sum must only grow: what a r
 one before it is added here. What a proxy had counted before this manager first heard of it is
 history, not a burst of this moment, and is left out, unless it says that it has only just begun.
 
+Whoever drains a replica waits until no proxy has requests on it. A count that was taken before all
+workers of a proxy had heard of the draining is no such count: one of them may just have chosen it.
+So reports name the fleet that was known, and until it is one that tells of the draining, a proxy
+counts as having a request there.
+
 Bounded: by the proxies that may report at once, and by the names of pools and replicas that there
 are; what a proxy reports beside these is dropped.
 """
@@ -17,6 +22,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
+from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.contract.demand import DEMAND_AGE_S_MAX, Demand, ModelDemand
 
 PROXIES_MAX = 256
@@ -37,6 +43,8 @@ class DemandBook:
         self._heard: dict[str, _Heard] = {}
         self._arrivals: dict[str, int] = {}  # by model, of all proxies that ever reported
         self._refused: dict[str, int] = {}
+        self._epoch = ""
+        self._closed: dict[str, int] = {}  # replicas that take nothing new: since which snapshot
 
     @property
     def proxies(self) -> int:
@@ -48,6 +56,12 @@ class DemandBook:
         for counts in (self._arrivals, self._refused):
             for gone in counts.keys() - self._models:
                 del counts[gone]
+
+    def publish(self, fleet: FleetSnapshot) -> None:
+        """Note what the proxies are told of who takes new requests."""
+        closed = (r for r in fleet.replicas if r.asleep or r.state is not ReplicaState.READY)
+        self._epoch = fleet.epoch
+        self._closed = {r.replica_id: self._closed.get(r.replica_id, fleet.version) for r in closed}
 
     def take(self, demand: Demand, now_s: float) -> bool:
         """Note a report; say whether it was news: an older one than the last is not."""
@@ -85,7 +99,18 @@ class DemandBook:
         if not self._heard:
             return None
         told = (heard.demand.replicas.get(replica_id) for heard in self._heard.values())
-        return sum(each.in_flight for each in told if each is not None)
+        count = sum(each.in_flight for each in told if each is not None)
+        return max(count, int(self._may_be_chosen(replica_id)))
+
+    def _may_be_chosen(self, replica_id: str) -> bool:
+        """Say whether a proxy may not have heard yet that this one takes nothing new."""
+        since = self._closed.get(replica_id)
+        if since is None:
+            return False
+        known = [(h.demand.fleet_epoch, h.demand.fleet_version) for h in self._heard.values()]
+        return any(
+            epoch != self._epoch or version < since for epoch, version in known if version > 0
+        )
 
     def tokens(self, replica_id: str) -> int:
         """Return the uncached prompt tokens that the proxies have waiting on this replica."""

@@ -26,8 +26,11 @@ class Feed:
         region: str,
         collect: Callable[[], tuple[tuple[ReplicaRecord, ...], tuple[PoolRecord, ...]]],
         clock: Clock,
+        told: Callable[[FleetSnapshot], None] = lambda _snapshot: None,
     ) -> None:
+        """`told` hears of each snapshot, before anybody who waits for it."""
         self._collect = collect
+        self._told = told
         self._clock = clock
         self._timer: Timer | None = None
         self._published_s = float("-inf")
@@ -71,5 +74,6 @@ class Feed:
             pools=pools,
         )
         self.line = encode_snapshot(self.snapshot)
+        self._told(self.snapshot)
         self._news.set()
         self._news = asyncio.Event()

@@ -42,8 +42,8 @@ CREATE_S_MAX = 1800.0  # the same to be written
 WARM_UP_WORDS = (1, 60, 700, 3000)  # decode alone, and prefills below and above usual chunks
 WARM_UP_TOKENS = 16
 WARM_UP_TIMEOUT_S = 120.0
-_DRIVER = Path("/sys/module/nvidia/version")
 _CPU = Path("/proc/cpuinfo")
+_DRIVER = Path("/sys/module/nvidia/version")
 
 
 class Images:
@@ -54,6 +54,7 @@ class Images:
         self._source: Snapshot | None = None  # of the life under way, until it is ready
         self._key: SnapshotKey | None = None  # of what the life under way may be made into
         self._port = 0
+        self._posing = False  # it is being made into one
         self._engine = engine
         self._around = around
         self._turns = turns
@@ -62,7 +63,7 @@ class Images:
         self, spec: ReplicaSpec, release: Release, gpus: Sequence[str]
     ) -> Snapshot | None:
         """Return the image that a start of `spec` on these cards takes; None: none fits."""
-        if not self._works(spec):
+        if not await asyncio.to_thread(self._works, spec):  # the first answer takes a second
             return None
         cards = self._around.cards.described(gpus)
         self._key = await asyncio.to_thread(key_of, self._engine, spec, str(release), cards)
@@ -128,6 +129,8 @@ class Images:
 
     def ended(self) -> bool:
         """The life under way is over; say whether its image is to blame."""
+        if self._posing:  # in its warm-up, say: without one it might have served
+            self._turns.failed(Rung.SNAPSHOTTED)
         source, self._source, self._key = self._source, None, None
         if source is not None:
             self._discard(source)
@@ -150,12 +153,12 @@ class Images:
 
     async def make(self, life: Life) -> tuple[Event, str] | None:
         """Make an image of it; return what went wrong if it cannot serve on."""
-        self._around.shelf.making = True
+        self._around.shelf.making = self._posing = True
         began_s = self._around.clock.now_s()
         try:
             return await self._make(life, began_s)
         finally:
-            self._around.shelf.making = False
+            self._around.shelf.making = self._posing = False
 
     async def _make(self, life: Life, began_s: float) -> tuple[Event, str] | None:
         around = self._around

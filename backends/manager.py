@@ -30,6 +30,7 @@ from backends.logfile import bound
 from backends.notices import Reclaims
 from backends.ports import PortLeases
 from backends.providers.base import Process, Provider
+from backends.readahead import Lists
 from backends.reconcile import (
     Adapt,
     Create,
@@ -84,11 +85,12 @@ class Manager:
         self._stopped = asyncio.Event()
         self.serving = False
         self.keepers: dict[str, Keeper] = {}
-        self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock)
+        book = DemandBook()
+        self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock, book.publish)
         settings = config.manager
         self._cards = cards or Cards(None, log)
-        book = DemandBook()
-        self._warmer = Warmer(log, enabled=settings.warm_page_cache)
+        lists = Lists(Path(settings.run_dir) / "reads")
+        self._warmer = Warmer(log, enabled=settings.warm_page_cache, lists=lists)
         self._around = Surroundings(
             clock=clock,
             provider=provider,

@@ -94,7 +94,7 @@ class Look(NamedTuple):
     in_flight: int | None  # by the proxies; None: they do not tell
     tokens: int
     names: tuple[str, ...] = ()  # that it answers to
-    imaged: bool = False  # its start was one from an image
+    restored_s: float = 0.0  # what its last start from an image took; 0: it had none
 
 
 class Rise(NamedTuple):
@@ -152,6 +152,7 @@ class _Remembered(msgspec.Struct):
     rests: bool = False
     rested_on: Rung = Rung.COLD  # before it last came up
     start_s: float = 0.0
+    restored_s: float = 0.0  # as it was told last
     busy_s: float = 0.0  # when it last had work
     heat: float = 0.0
     cached_total: int = 0
@@ -222,8 +223,8 @@ def _turn(known: _Remembered, standing: Standing, look: Look, now_s: float) -> R
         known.rested_on = Rung.COLD
     if before is not Standing.COMING or standing is not Standing.SERVES:
         return None
-    if look.imaged and known.rested_on is Rung.COLD:
-        known.rested_on = Rung.SNAPSHOTTED
+    if look.restored_s != known.restored_s:
+        known.rested_on, known.restored_s = Rung.SNAPSHOTTED, look.restored_s
     known.start_s = now_s - since_s
     return Rise(look.replica_id, look.launch_hash, known.rested_on, known.start_s)
 

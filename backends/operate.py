@@ -11,6 +11,7 @@ from urllib.parse import quote
 import msgspec
 
 from backends.failure import StartError
+from backends.ladder import Rung
 from backends.lifecycle import Phase
 from backends.status import check_manager_url, no_manager, open_url
 
@@ -33,12 +34,15 @@ class _Refused(msgspec.Struct):
     error: _Refusal
 
 
-def fall_asleep(manager_url: str, replica_id: str, level: int) -> str:
-    """Put a replica to sleep; return what came of it. Raises `StartError` when it would not."""
+def fall_asleep(manager_url: str, replica_id: str, level: int, rung: Rung = Rung.ASLEEP) -> str:
+    """Put a replica to sleep, or suspend it; return what came of it.
+
+    Raises `StartError` when it would not.
+    """
     url = _url(manager_url, replica_id)
-    _post(manager_url, f"{url}/sleep?level={level}")
+    _post(manager_url, f"{url}/sleep?level={level}&rung={rung}")
     seen = _after(manager_url, url, {Phase.EMPTYING, Phase.FALLING_ASLEEP})
-    if seen.phase is Phase.ASLEEP:
+    if seen.phase is (Phase.SUSPENDED if rung is Rung.SUSPENDED else Phase.ASLEEP):
         return f"{replica_id} is {seen.reason}"
     raise StartError(f"{replica_id} is {seen.phase.words}: {seen.reason}")
 

@@ -136,7 +136,9 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
         """Return for each that comes in how many seconds it should serve, the soonest first."""
         left = []
         for member in self.standing(Standing.COMING):
-            cost = ladder.cost(member.launch_hash, member.came_from, self.rungs.engine)
+            imaged = member.came_from is Rung.COLD and self.rungs.imaged
+            rung = Rung.SNAPSHOTTED if imaged else member.came_from
+            cost = ladder.cost(member.launch_hash, rung, self.rungs.engine)
             left.append(max(0.0, cost.up_s - member.for_s))
         return tuple(sorted(left))
 

@@ -39,7 +39,7 @@ from backends.log import Log
 from backends.manager import Manager
 from backends.notice_watch import watch_notice
 from backends.providers.choice import open_provider
-from backends.snapshots.suspend import suspender_of
+from backends.snapshots.choice import look_ahead, open_snapshots, suspenders
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ConfigError, load_config
 
@@ -120,6 +120,7 @@ async def serve(
         stack.push_async_callback(fetch.close)
         provider = await stack.enter_async_context(open_provider(settings, journal, log))
         cards = await open_cards(settings.cards, log)
+        await asyncio.to_thread(look_ahead, config, engines)
         manager = Manager(
             config,
             provider=provider,
@@ -129,7 +130,8 @@ async def serve(
             clock=SystemClock(),
             engines=engines,
             cards=cards,
-            suspender_of=suspender_of,
+            suspender_of=suspenders(config),
+            snapshots=open_snapshots(config, log),
         )
         stack.push_async_callback(manager.close)
         if (place := settings.reclaim_notice) is not None:

@@ -137,8 +137,10 @@ def _start(
 
 
 def warm_up(warmer: Warmer, spec: ReplicaSpec, start: Start) -> None:
-    """Have what this start reads read into memory beside it."""
+    """Have what this start reads read into memory beside it: its programs first, weights last."""
     if spec.engine in CACHES:
+        if start.engine_version:
+            warmer.ahead(f"{spec.engine} {start.engine_version}", start.environ)
         what = f"{spec.engine} {spec.model_path or spec.model}"
         warmer.warm(what, lambda: files_read(spec, start.environ))
 

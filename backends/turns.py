@@ -31,8 +31,9 @@ from backends.snapshots.base import Snapshot, Suspender, SuspendError
 from backends.spec import ReplicaSpec
 from backends.surroundings import Surroundings
 
-# 140 GB to the host at the 10 GB/s of pageable memory are 14 s; the rest is for a busy machine.
-SUSPEND_S_MAX = 120.0
+# Only against what hangs: a suspender has limits of its own for each of its steps (`suspend`), of
+# which the longest is for 140 GB into host memory that nobody has touched yet.
+SUSPEND_S_MAX = 600.0
 RESUMES_MAX = 3  # failed ones in a row, after which only a new start helps
 OUT_S = 30.0
 OUT_S_MAX = 1800.0
@@ -179,7 +180,8 @@ class Turns:
 
     async def lower(self, life: Life) -> tuple[Event, str]:
         """Take it down to `aim`; return what came of it, and why. Suspended, it lends its cards."""
-        event, reason = await self._lower(life)
+        sleeps = self.aim is Rung.ASLEEP or life.spec.sleep
+        event, reason = await self._lower(life, sleeps=sleeps)
         if event is Event.SUSPENDED:
             self.gpus = ()
             self._around.cards.lend(life.spec.replica_id)
@@ -191,20 +193,15 @@ class Turns:
         What holds memory of a card has to let go of it, or it cannot be dumped.
         """
         self.risen()  # what follows is no part of the start
-        self.naps.level = 1
-        if self._engine.uses_gpu:
-            self.aim = Rung.SUSPENDED
-        elif life.spec.sleep:
-            self.aim = Rung.ASLEEP
-        else:
-            return Event.SLEPT, ""
-        event, reason = await self._lower(life)
+        self.naps.level = self._engine.dump_level(life.spec)
+        self.aim = Rung.SUSPENDED if self._engine.uses_gpu else Rung.ASLEEP
+        event, reason = await self._lower(life, sleeps=True)
         fell_short = event is Event.SLEPT and self._engine.uses_gpu
         return (Event.BALKED, reason) if fell_short else (event, reason)
 
-    async def _lower(self, life: Life) -> tuple[Event, str]:
+    async def _lower(self, life: Life, *, sleeps: bool) -> tuple[Event, str]:
         began_s = self._around.clock.now_s()
-        if not self.naps.asleep and (self.aim is Rung.ASLEEP or life.spec.sleep):
+        if sleeps and not self.naps.asleep:
             event, reason = await self.naps.fall_asleep(*life[:3], life.go_on)
             if event is not Event.SLEPT:
                 self.failed(self.aim)

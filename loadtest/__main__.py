@@ -17,11 +17,14 @@ import uvloop
 
 from loadtest import (
     bench,
+    burst,
     faults,
     gpu,
     plot,
     policies,
+    readahead,
     report,
+    scaling,
     sdk,
     siege,
     snapshots,
@@ -51,8 +54,11 @@ example:
 
 COMMANDS: dict[str, Command] = {
     "bench": bench,
+    "burst": burst,
     "gpu": gpu,
     "policies": policies,
+    "readahead": readahead,
+    "scaling": scaling,
     "sdk": sdk,
     "siege": siege,
     "snapshots": snapshots,

@@ -4,7 +4,8 @@ They may have no pool of compilers at work, no connection to anything, and no de
 are dumped. These variables are those of NVIDIA's own snapshots of vLLM and SGLang (Dynamo) and of
 Modal's: `TORCHINDUCTOR_COMPILE_THREADS` keeps torch from having compilers wait in processes of
 their own, the rest keeps NCCL and what watches it from opening sockets and InfiniBand devices that
-one card does not need. `HOOK` is a folder for PYTHONPATH: see there.
+one card does not need. `HOOK` is a folder for PYTHONPATH, for every start of an engine in Python:
+it lets go of devices, and tells what was read, when it is asked to.
 """
 
 from __future__ import annotations

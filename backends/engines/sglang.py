@@ -86,9 +86,7 @@ class Sglang:
             *spec.args,
         )
         env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
-        if spec.snapshot:
-            return Launch(argv, {**env, **ENVIRONMENT}, HOOK)
-        return Launch(argv, env)
+        return Launch(argv, {**env, **ENVIRONMENT} if spec.snapshot else env, HOOK)
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         refuse(flag_table(self.name), spec.args, _REFUSED, release)

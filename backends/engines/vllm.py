@@ -83,8 +83,7 @@ class Vllm:
             *_lora_flags(spec),
             *spec.args,
         )
-        env = _environment(spec, ports, release)
-        return Launch(argv, env, HOOK if spec.snapshot else "")
+        return Launch(argv, _environment(spec, ports, release), HOOK)
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         refuse(flag_table(self.name), spec.args, _REFUSED, release)

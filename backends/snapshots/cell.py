@@ -31,10 +31,11 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Sequence
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, NoReturn
 
-from backends.snapshots import kernel
+from backends.snapshots import kernel, netlink
 
 LAUNCH_ID_VARIABLE = "DOHERTY_LAUNCH_ID"
 FIRST_PID = 1000
@@ -78,11 +79,12 @@ class State:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._keeper = os.getpid()  # before there is an init, which sees other numbers
 
     def tell(self, **facts: object) -> None:
         beside = self._path.with_suffix(".new")
         with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(facts, file)
+            json.dump({"keeper": self._keeper, **facts}, file)
         beside.replace(self._path)
 
     def remove(self) -> None:
@@ -150,12 +152,14 @@ def _await(pipe: int, otherwise: str) -> None:
 def _link(options: Any, init: int) -> None:
     """Make the link, by a name that the kernel gives once, and our end of it."""
     # Without a link, the address is this machine's own loopback, on which others may listen.
-    _ip(("route", "replace", "unreachable", ADDRESSES, "table", "local"))
-    # By a descriptor: `ip`, a child of ours, is in the new pid namespace, where pids are others.
+    netlink.make_unreachable(IPv4Network(ADDRESSES))
     inside = os.open(f"/proc/{init}/ns/net", os.O_RDONLY)
-    peer = ("peer", "name", INSIDE_LINK, "netns", f"/proc/self/fd/{inside}")
-    _ip(("link", "add", options.link, "type", "veth", *peer), fds=(inside,))
-    os.close(inside)
+    try:
+        netlink.add_pair(options.link, INSIDE_LINK, inside)
+    except FileExistsError:
+        raise CellError(f"another cell has the link {options.link}") from None
+    finally:
+        os.close(inside)
     _address(options.link, options.peer, options.host)
 
 
@@ -166,29 +170,11 @@ def _address(link: str, own: str, other: str) -> None:
     the two ends only they are let pass, by routes before those that keep loopback to itself.
     """
     Path(f"/proc/sys/net/ipv4/conf/{link}/route_localnet").write_text("1")
-    _ip(
-        ("link", "set", link, "addrgenmode", "none", "up"),
-        ("addr", "add", f"{own}/32", "dev", link),
-        ("route", "add", f"{other}/32", "dev", link, "table", "local", "src", own),
-    )
-
-
-def _ip(*commands: Sequence[str], fds: tuple[int, ...] = ()) -> None:
-    """Raises `CellError`."""
-    batch = "".join(" ".join(command) + "\n" for command in commands)
-    try:
-        run = subprocess.run(
-            ["ip", "-batch", "-"],  # noqa: S607
-            input=batch,
-            capture_output=True,
-            text=True,
-            check=False,
-            pass_fds=fds,
-        )
-    except FileNotFoundError as error:
-        raise CellError("`ip` is not installed (package iproute2)") from error
-    if run.returncode:
-        raise CellError(f"the network could not be made: {run.stderr.strip()}")
+    with contextlib.suppress(OSError):  # there may be no IPv6 at all
+        Path(f"/proc/sys/net/ipv6/conf/{link}/disable_ipv6").write_text("1")
+    netlink.set_up(link)
+    netlink.add_address(link, own)
+    netlink.add_local_route(link, other, own)
 
 
 def _keep(init: int, status_read: int) -> int:
@@ -230,7 +216,7 @@ def _be_init(options: Any, state: State, pipes: tuple[int, int, int]) -> NoRetur
         _reopen_output()
         os.write(inside_write, b"\n")
         _await(linked_read, "the keeper is gone")
-        _ip(("link", "set", "lo", "up"))
+        netlink.set_up("lo")
         _address(INSIDE_LINK, options.host, options.peer)
         engine = _start(options.command) if options.role == "run" else _restore(options, state)
         state.tell(state="running", engine=engine)
@@ -331,7 +317,7 @@ def _restore(options: Any, state: State) -> int:
     os.mkfifo(verdict, 0o600)
     problem = whole.first_problem(image, big=False)
     if problem:
-        raise CellError(problem)
+        raise CellError(f"damaged: {problem}")
     reader = _fork(lambda: whole.judge(image, verdict))
     if (image / SHM_ARCHIVE).exists():
         with tarfile.open(image / SHM_ARCHIVE) as archive:
@@ -362,8 +348,9 @@ def _criu_restore(options: Any, dumped: Any, log: Path) -> list[str]:
     return [
         *shlex.split(options.criu), "restore", "--restore-detached",
         "--images-dir", options.image, "--work-dir", WORK, "--log-file", log.name, "-v2",
-        "--tcp-close", "--ext-unix-sk", "--file-locks", "--link-remap", "--manage-cgroups=ignore",
-        "--action-script", str(Path(options.image, "script")), *inherited,
+        "--tcp-established", "--ext-unix-sk", "--file-locks", "--link-remap",
+        "--manage-cgroups=ignore", "--action-script", str(Path(options.image, "script")),
+        *inherited,
     ]  # fmt: skip
 
 
@@ -372,10 +359,16 @@ def _why(log: Path, verdict: Path) -> str:
         problem = verdict.with_suffix(".problem").read_text()
         return f"damaged: {problem}"
     with contextlib.suppress(OSError):
-        lines = [line for line in log.read_text("utf-8", "replace").splitlines() if "Error" in line]
+        lines = errors_in(log.read_text("utf-8", "replace"))
         if lines:
             return f"CRIU could not restore it: {' / '.join(lines[:3])}"
     return "CRIU could not restore it and did not say why"
+
+
+def errors_in(log: str) -> list[str]:
+    """Return the errors that CRIU tells of; that its own limit of files stays is none."""
+    lines = log.splitlines()
+    return [line for line in lines if "Error" in line and "RLIMIT_NOFILE" not in line]
 
 
 def _fork(act: Callable[[], None]) -> int:

@@ -30,7 +30,7 @@ _FIRST = int(ip_network(ADDRESSES).network_address)
 _LINKS = Path("/sys/class/net")
 _PROC = Path("/proc")
 _GIVEN_S = 60.0  # an address is ours that long before its link must be there
-_STATE_AGE_S_MAX = 24 * 3600.0
+_STATE_AGE_S_MIN = 60.0  # somebody may still want to know why it failed
 
 
 class CellState(msgspec.Struct, frozen=True):
@@ -39,6 +39,7 @@ class CellState(msgspec.Struct, frozen=True):
     state: str = ""
     reason: str = ""
     engine: int = 0
+    keeper: int = 0
 
 
 class Cells:
@@ -50,9 +51,10 @@ class Cells:
         self._given: dict[int, float] = {}  # numbers of cells that are not up yet
 
     def open(self) -> None:
-        """Raises `SnapshotError`."""
+        """Make the folder, and remove what dead cells have left there. Raises `SnapshotError`."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._sweep()
         except OSError as error:
             raise SnapshotError(f"{self._folder}: {error.strerror}", running=True) from error
 
@@ -74,12 +76,12 @@ class Cells:
         with suppress(OSError):
             self._path(launch_id).unlink()
 
-    def sweep(self) -> None:
-        """Remove the states of cells that failed while nobody was there to ask."""
-        with suppress(OSError):
-            for path in self._folder.iterdir():
-                old = path.stat().st_mtime < time.time() - _STATE_AGE_S_MAX
-                if old and read_state(path).state != "running":
+    def _sweep(self) -> None:
+        """Remove the states of cells that are gone: those that were killed leave theirs behind."""
+        for path in self._folder.iterdir():
+            with suppress(OSError):
+                young = path.stat().st_mtime > time.time() - _STATE_AGE_S_MIN
+                if not young and not _keeps(read_state(path).keeper, path):
                     path.unlink()
 
     def _path(self, launch_id: str) -> Path:
@@ -140,14 +142,17 @@ class Inside:
 
 def inside(pid: int) -> Inside:
     """Return what is in the cell of which `pid` is the keeper. Raises `SnapshotError`."""
-    words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0") if alive(pid) else []
     try:
-        state = read_state(Path(words[words.index(b"--state") + 1].decode()))
+        state = read_state(_state_path(pid))
         init = _children(pid)[0]
         engine_pid = next(one for one in _children(init) if _pid_inside(one) == state.engine)
     except (ValueError, IndexError, StopIteration):
         text = f"process {pid} is no cell with an engine in it, so it cannot be dumped"
         raise SnapshotError(text, running=alive(pid)) from None
+    strays = [_name(one) for one in _children(init) if one != engine_pid]
+    if strays:
+        text = f"the engine has left processes on their own, which would be lost: {strays[:5]}"
+        raise SnapshotError(text, running=True)
     return Inside(init, state.engine, engine_pid)
 
 
@@ -180,12 +185,33 @@ def alive(pid: int) -> bool:
     return text[text.rfind(b")") + 2 :][:1] not in (b"Z", b"X")
 
 
+def _state_path(pid: int) -> Path:
+    """Return where the cell that `pid` keeps tells its state. Raises `ValueError` if it is none."""
+    words: list[bytes] = []
+    with suppress(OSError):
+        words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
+    return Path(words[words.index(b"--state") + 1].decode())
+
+
+def _keeps(pid: int, state: Path) -> bool:
+    try:
+        return alive(pid) and _state_path(pid) == state
+    except (ValueError, IndexError):
+        return False
+
+
 def _children(pid: int) -> list[int]:
     found: list[int] = []
     with suppress(OSError, ValueError):
         for task in (_PROC / str(pid) / "task").iterdir():
             found += map(int, (task / "children").read_text().split())
     return found
+
+
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        return (_PROC / str(pid) / "comm").read_text("utf-8", "replace").strip()
+    return "gone"
 
 
 def _pid_inside(pid: int) -> int:

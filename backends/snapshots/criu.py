@@ -1,8 +1,10 @@
 """Images of warm replicas on disk, by CRIU: dumped out of a cell, restored into new ones.
 
 CRIU is run inside the cell's namespaces, where nothing of them is to be dumped: processes, memory,
-files and sockets only. Connections are not kept (`--tcp-close`): they are closed on the side of the
-copy, and its clients are others. The original runs on after a dump, and after one that failed.
+files and sockets only. Connections are kept (`--tcp-established`): those between an engine's own
+processes go on in the copy. Those to the outside are to addresses that are the copy's own loopback,
+so the first packet of it finds nobody there, and they end. The original runs on after a dump, and
+after one that failed.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from backends.snapshots.base import (
     SnapshotError,
     SnapshotKey,
 )
-from backends.snapshots.cell import SHM_ARCHIVE
+from backends.snapshots.cell import SHM_ARCHIVE, errors_in
 from backends.snapshots.probing import Found, find_criu
 from backends.snapshots.store import Store, secure
 
@@ -123,7 +125,7 @@ class CriuSnapshots:
                 cell=inside.facts(),
                 files=(),
             )
-            final = await asyncio.to_thread(self._publish, folder, made)
+            made, final = await asyncio.to_thread(self._publish, folder, made)
         except OSError as error:
             raise SnapshotError(f"the image could not be written: {error}", running=True) from error
         finally:
@@ -132,7 +134,7 @@ class CriuSnapshots:
         told("done", 1.0)
         self._wanted[key.pool] = key
         await asyncio.to_thread(self.prune)
-        return self.store.look(final.name).manifest.snapshot(final)  # type: ignore[union-attr]
+        return made.snapshot(final)
 
     def restore(self, snapshot: Snapshot, launch_id: str) -> Enclosure:
         self._ready()
@@ -168,7 +170,6 @@ class CriuSnapshots:
     ) -> dict[str, str]:
         """Remove what is of no use or beyond the bound; return what went, and why."""
         keys = [*self._wanted.values(), *wanted]
-        self._cells.sweep()
         return self.store.prune(keys, self._bytes_max if bytes_max is None else bytes_max)
 
     def _criu(self) -> Found:
@@ -195,7 +196,7 @@ class CriuSnapshots:
             *(*enter, "--", *self._criu().argv, "dump"),
             *("--tree", str(inside.engine), "--images-dir", str(folder), "--leave-running"),
             *("--log-file", "dump.log", "-v2", "--action-script", str(script)),
-            *("--tcp-close", "--ext-unix-sk", "--file-locks", "--link-remap"),
+            *("--tcp-established", "--ext-unix-sk", "--file-locks", "--link-remap"),
             *("--manage-cgroups=ignore", "--network-lock", "skip", "--ghost-limit", "512M"),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
@@ -216,8 +217,8 @@ class CriuSnapshots:
         if process.returncode:
             raise SnapshotError(why_not(folder / "dump.log"), running=inside.lives())
 
-    def _publish(self, folder: Path, made: manifest.Manifest) -> Path:
-        """Raises `OSError`."""
+    def _publish(self, folder: Path, made: manifest.Manifest) -> tuple[manifest.Manifest, Path]:
+        """Complete the manifest and have the image under its name. Raises `OSError`."""
         for name in _REPORTS:
             (folder / name).unlink(missing_ok=True)
         secure(folder)
@@ -227,7 +228,8 @@ class CriuSnapshots:
             manifest.File(path.name, path.stat().st_size, tuple(hashes[path.name]))
             for path in paths
         )
-        return self.store.publish(folder, manifest.with_files(made, files))
+        made = manifest.with_files(made, files)
+        return made, self.store.publish(folder, made)
 
 
 async def _watched(
@@ -253,10 +255,10 @@ def _bytes_in(folder: Path) -> int:
 def why_not(log: Path) -> str:
     """Return what CRIU says of a failed dump, and what helps where that is known."""
     try:
-        lines = [line for line in log.read_text("utf-8", "replace").splitlines() if "Error" in line]
+        lines = errors_in(log.read_text("utf-8", "replace"))
     except OSError:
         lines = []
-    text = " / ".join(line.partition("): ")[2] or line for line in lines[1:4] or lines)
+    text = " / ".join(line.partition("): ")[2] or line for line in lines[:3])
     if "No space left" in text:
         return f"the disk is full: {text}"
     if "io_uring" in text:

@@ -48,7 +48,7 @@ def find_criu(environ: Mapping[str, str], folder: Path) -> Found:
 def _ask_machine(argv: Sequence[str], folder: Path) -> None:
     if os.geteuid() != 0:
         raise SnapshotError("snapshots need root: CRIU and cells are made of what only root may do")
-    for tool, package in (("ip", "iproute2"), ("nsenter", "util-linux"), ("tar", "tar")):
+    for tool, package in (("nsenter", "util-linux"), ("tar", "tar")):
         if shutil.which(tool) is None:
             raise SnapshotError(f"`{tool}` is not installed (package {package})")
     program = shutil.which(argv[0])

@@ -77,3 +77,13 @@ def catches(pid: int, number: int) -> bool:
         mask = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
         return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
     return False
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """Return the environment that a process began with; empty when it is gone, or not for us."""
+    try:
+        pairs = (_PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    texts = (pair.decode("utf-8", "surrogateescape").partition("=") for pair in pairs)
+    return {name: value for name, equals, value in texts if equals}

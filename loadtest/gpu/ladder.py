@@ -13,7 +13,7 @@ same run.
 Weights should be those of files (`make_model.py --weights 1`): what an engine draws itself cannot
 be read again, so its image would hold it. The simulator takes the engine's part without a GPU:
 
-    python -m loadtest gpu ladder --engine simulator --swap 10
+    python -m loadtest gpu ladder --engine simulator --gpus 0 --swap 10 -- --startup-seconds 10
 """
 
 from __future__ import annotations
@@ -81,10 +81,11 @@ def all_steps(ladder: Ladder, args: argparse.Namespace) -> list[Step]:
             )
         )
     if args.swap:
+        second = functools.partial(swapping.second_model, cards=_cards(args.gpus))
         rounds = functools.partial(swapping.swap, rounds=args.swap)
         steps += [
             msgspec.structs.replace(
-                step(SECOND, swapping.second_model, 80), limit_s=6 * start_s + args.start_timeout
+                step(SECOND, second, 80), limit_s=6 * start_s + args.start_timeout
             ),
             step(f"swapped {args.swap} times", rounds, 8.0 * args.swap, SECOND),
         ]
@@ -101,6 +102,7 @@ async def _ready(ladder: Ladder, found: Findings) -> None:
     starting, ready = (found.figures.get(f"engine_{state}") for state in ("starting", "ready"))
     if isinstance(starting, float) and isinstance(ready, float):
         ladder.start_s = ready - starting
+    await ladder.remember(found)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,6 +123,13 @@ def _options(args: argparse.Namespace) -> StackOptions:
     manager = {} if args.gpus == "auto" else {"gpus": args.gpus}
     pool = {"gpus": 1} if args.gpus != "auto" else {}
     return msgspec.structs.replace(options, sleep=False, manager=manager, pool=pool)
+
+
+def _cards(selection: str) -> int:
+    """Return how many cards the manager has; a rehearsal without any pretends to have one."""
+    if selection == "auto":
+        return len(machine.gpus()) or 1
+    return len(selection.split(","))
 
 
 async def _climb(args: argparse.Namespace, stack: Stack) -> int:

@@ -17,10 +17,10 @@ import msgspec
 
 from loadtest.client import Client, RequestError
 from loadtest.fleet import get
-from loadtest.gpu import asks, holding
+from loadtest.gpu import asks, holding, machine
 from loadtest.gpu.asks import COMPLETIONS, Answer
 from loadtest.gpu.scene import Scene
-from loadtest.gpu.stack import Replica, carriers, client, replicas
+from loadtest.gpu.stack import Replica, client, replicas
 from loadtest.gpu.steps import Findings, SkipError
 from loadtest.run import RunError
 
@@ -28,9 +28,10 @@ PROMPTS, PROMPT_WORDS, ANSWER_TOKENS = 4, 400, 32
 POLL_S = 0.01
 ASK_S = 5.0  # how long one try of a client may take while the replica comes back
 PATIENCE_S = 240.0
+COPIES_S_MAX = 90.0
 KEPT_SHARE_MIN = 0.9  # of a prompt's tokens, from the prefix cache
 FREED_MIB_MAX = 700  # on a card that was let go of: what a driver may keep for itself
-RESTORED = " restore "  # a word in the command line of a cell that came from an image
+RESTORED = "restored"  # the manager's word for what came from an image
 
 
 class Seen(msgspec.Struct):
@@ -204,7 +205,6 @@ async def with_its_cache(ladder: Ladder, found: Findings) -> None:
     The start before it is what it is held against: a later one finds the same caches, or fuller
     ones, and is held against that (`start_again`).
     """
-    await ladder.remember(found)
     ups = [await down_and_up(ladder, found, "suspended", name) for name in ("first", "second")]
     await ladder.same_as_before(found, cache_kept=True)
     compared(ladder, found, min(ups), 12)
@@ -282,9 +282,9 @@ async def from_disk(ladder: Ladder, found: Findings, times: int) -> None:
         await ladder.scale(1)
         ups.append(await ladder.first_answer() - begun_s)
         found.figures[f"up_{number + 1}_s"] = ups[-1]
-        restored = any(RESTORED in words for words in carriers(ladder.scene.stack.mark).values())
-        found.claim(restored, "it came from the image, not from a start")
-        await ladder.until(("ready",), ("backoff",), ASK_S)
+        seen = await ladder.until(("ready",), ("backoff",), ASK_S)
+        found.figures[f"manager_says_{number + 1}"] = seen.reason
+        found.claim(RESTORED in seen.reason, "it came from the image, not from a start")
     await ladder.same_as_before(found, cache_kept=False)
     held = await ladder.held()
     found.figures |= {"image_mib": ladder.image_mib, "host_mib_held": held.host_mib}
@@ -297,25 +297,35 @@ async def copies(ladder: Ladder, found: Findings, count: int) -> None:
     """Several replicas from one image at once, each on a card of its own."""
     if not ladder.image_mib:
         raise SkipError("there is no image")
-    begun_s = time.monotonic()
     await ladder.scale(0)
     await ladder.until(("gone",), (), PATIENCE_S)
     begun_s = time.monotonic()
     await ladder.scale(count)
-    ready: list[Replica] = []
-    while len(ready) < count:
-        if time.monotonic() - begun_s > PATIENCE_S:
-            states = ", ".join(f"{r.replica_id} {r.state}" for r in await ladder.replicas())
-            raise RunError(f"not {count} copies in {PATIENCE_S:g} s: {states}")
+    try:
+        ready = await _all_ready(ladder, count, begun_s)
+        found.figures["all_ready_s"] = time.monotonic() - begun_s
+        texts = await asyncio.gather(*(ladder.texts(replica.url) for replica in ready))
+        for replica, told in zip(ready, texts, strict=True):
+            reason = (await ladder.seen(replica.replica_id)).reason
+            found.figures[replica.replica_id] = f"{replica.url}, {reason}"
+            found.claim(RESTORED in reason, f"{replica.replica_id} came from the image")
+            found.claim(told == ladder.reference, f"{replica.replica_id} answers as the first did")
+        cards = await asyncio.to_thread(machine.gpus)
+        found.figures["gpu_mib_held"] = ", ".join(f"{card.used_mib:,}" for card in cards)
+        urls = {replica.url for replica in ready}
+        found.claim(len(urls) == count, "each has an address of its own")
+    finally:
+        await ladder.scale(1)
+
+
+async def _all_ready(ladder: Ladder, count: int, begun_s: float) -> list[Replica]:
+    """Wait for so many replicas. Raises `RunError` with what became of them."""
+    while True:
+        known = await ladder.replicas()
+        ready = [replica for replica in known if replica.state == "ready"]
+        if len(ready) >= count:
+            return ready
+        if time.monotonic() - begun_s > COPIES_S_MAX:
+            told = "; ".join(f"{r.replica_id} {r.state} {r.reason}" for r in known)
+            raise RunError(f"not {count} copies in {COPIES_S_MAX:g} s: {told}")
         await asyncio.sleep(POLL_S)
-        ready = [r for r in await ladder.replicas() if r.state == "ready"]
-    found.figures["all_ready_s"] = time.monotonic() - begun_s
-    for replica in ready:
-        texts = await ladder.texts(replica.url)
-        found.figures[f"{replica.replica_id}_at"] = replica.url
-        found.claim(texts == ladder.reference, f"{replica.replica_id} answers as the first did")
-    urls = {replica.url for replica in ready}
-    found.claim(len(urls) == count, "each has an address of its own")
-    words = [line for line in carriers(ladder.scene.stack.mark).values() if RESTORED in line]
-    found.claim(len(words) >= count, "all came from the image")
-    await ladder.scale(1)

@@ -12,16 +12,18 @@ import statistics
 
 import msgspec
 
+from loadtest.fleet import get
 from loadtest.gpu import asks
 from loadtest.gpu.asks import COMPLETIONS
 from loadtest.gpu.rungs import Ladder
-from loadtest.gpu.steps import Findings
+from loadtest.gpu.steps import Findings, SkipError
 from loadtest.run import RunError
 
 OTHER = "other"
 STREAMS, STREAM_TOKENS = 3, 200
 ASKERS, ASK_TOKENS = 6, 8
 ASK_S = 120.0
+LISTED_S_MAX = 10.0
 AUTOSCALE = {
     "min": 0,
     "max": 1,
@@ -31,16 +33,29 @@ AUTOSCALE = {
 TARGET_INPUTS = 64
 
 
-async def second_model(ladder: Ladder, found: Findings) -> None:
+async def second_model(ladder: Ladder, found: Findings, cards: int) -> None:
     """The first requests of a model that has no process yet: it is started for them."""
+    if cards != 1:
+        raise SkipError(f"{cards} cards have room for both; name one by --gpus")
     stack, loop = ladder.scene.stack, asyncio.get_running_loop()
     pool = {name: value for name, value in stack.options.pool.items() if name != "snapshot"}
     pool |= {"autoscale": AUTOSCALE, "target_inputs": TARGET_INPUTS, "gpus": 1}
     await stack.reload(msgspec.structs.replace(stack.options, pool=pool, others=(OTHER,)))
+    await _listed(ladder, OTHER)
     begun_s = loop.time()
     for model in (ladder.scene.model, OTHER):
         await _ask(ladder, model, ASK_TOKENS, stack.options.start_timeout_s)
         found.figures[f"{model}_answered_after_s"] = loop.time() - begun_s
+
+
+async def _listed(ladder: Ladder, model: str) -> None:
+    """Wait until the proxy knows a model. Raises `RunError`."""
+    loop = asyncio.get_running_loop()
+    give_up_s = loop.time() + LISTED_S_MAX
+    while model.encode() not in (await get(ladder.scene.proxy, "/v1/models"))[1]:
+        if loop.time() > give_up_s:
+            raise RunError(f"{LISTED_S_MAX:g} s after a reload the proxy knows no '{model}'")
+        await asyncio.sleep(0.05)
 
 
 async def swap(ladder: Ladder, found: Findings, rounds: int) -> None:

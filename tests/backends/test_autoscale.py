@@ -12,7 +12,7 @@ import pytest
 from backends.cards import Cards
 from backends.fetch import Answer
 from backends.gpus import Gpu, GpuInventory, GpuLeases
-from backends.ladder import Rung
+from backends.ladder import Rung, RungCost
 from backends.lifecycle import Event, Phase
 from backends.log import Log
 from proxy.contract.demand import Demand, ModelDemand
@@ -102,9 +102,11 @@ async def test_it_rests_when_nobody_asks_and_comes_back_from_there(world: Scaled
 
 
 async def test_those_at_rest_do_not_pile_up_where_a_new_start_is_quicker(world: Scaled) -> None:
-    await world.start(configuration(world.run_dir, scaled(scale="min: 0, max: 2")))
-    for _ in range(4):  # a start takes no time here, and waking is taken to take some
+    manager = await world.start(configuration(world.run_dir, scaled(scale="min: 0, max: 2")))
+    for _ in range(4):
         world.report(queued=1, arrived=1)
+        told = manager.keepers["m-0"].observed.launch_hash
+        manager.scaler.ladder.learn(told, "m-9", {Rung.COLD: RungCost(0.001)})
         await world.busy(15.0)
         for process in world.provider.spawned:
             if process.signals and not process.exited.done():

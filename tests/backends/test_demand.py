@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.demand import PROXIES_MAX, DemandBook
+from proxy.contract import FleetSnapshot, ReplicaRecord, ReplicaState
 from proxy.contract.demand import DEMAND_AGE_S_MAX, Demand, ModelDemand, ReplicaDemand
 
 
@@ -61,6 +62,46 @@ def test_counters_only_grow() -> None:
     made.expire(60.0)
     made.take(report("a", 1, arrivals_total=2), 60.0)
     assert (made.of("m").arrivals_total, made.of("m").refused_total) == (15, 1)
+
+
+def fleet(version: int, state: str = "ready", asleep: bool = False) -> FleetSnapshot:
+    record = ReplicaRecord(
+        replica_id="m-0", url="http://127.0.0.1:1", state=ReplicaState(state), asleep=asleep
+    )
+    return FleetSnapshot(epoch="e", version=version, replicas=(record,))
+
+
+def known(sequence: int, version: int, epoch: str = "e", proxy_id: str = "a") -> Demand:
+    return Demand(proxy_id=proxy_id, sequence=sequence, fleet_epoch=epoch, fleet_version=version)
+
+
+def test_a_count_from_before_the_draining_was_known_is_no_count_of_none() -> None:
+    """A worker that had not heard of it may just have sent a request there."""
+    made = book()
+    made.publish(fleet(4))
+    made.take(known(1, 4), 0.0)
+    assert made.in_flight("m-0") == 0
+    made.publish(fleet(5, "draining"))
+    made.publish(fleet(6, "draining"))
+    assert made.in_flight("m-0") == 1
+    made.take(known(2, 5), 0.5)
+    assert made.in_flight("m-0") == 0
+    made.take(known(1, 9, epoch="of a former manager", proxy_id="b"), 0.5)
+    assert made.in_flight("m-0") == 1
+    made.take(known(2, 0, proxy_id="b"), 0.6)
+    assert made.in_flight("m-0") == 0, "one that knows no fleet has chosen nobody"
+
+
+def test_one_that_comes_back_is_forgotten_and_one_asleep_takes_nothing() -> None:
+    made = book()
+    made.take(known(1, 4), 0.0)
+    made.publish(fleet(5, asleep=True))
+    assert made.in_flight("m-0") == 1
+    made.publish(fleet(6))
+    assert made.in_flight("m-0") == 0
+    made.publish(fleet(7, "draining"))
+    made.take(known(2, 6), 0.1)
+    assert made.in_flight("m-0") == 1
 
 
 def test_names_that_no_pool_has_and_too_many_proxies_leave_nothing() -> None:

@@ -28,9 +28,10 @@ from tests.fakes.provider import FakeProcess
 from tests.fakes.snapshots import CELL, COPY
 from tests.fakes.world import World, configuration
 
-PLAIN = "[{engine: simulator, snapshot: true}]"
+PLAIN = "[{engine: simulator, snapshot: true, args: [--dialect, sglang]}]"
 SLEEPY = "[{engine: simulator, snapshot: true, sleep: true, args: [--dialect, sglang]}]"
-CARD = "[{engine: simulator, snapshot: true, gpus: 1}]"
+CARD = "[{engine: simulator, snapshot: true, gpus: 1, args: [--dialect, sglang]}]"
+SLEPT = ["/pause_generation", "/flush_cache?timeout=10", "/release_memory_occupation"]
 LOOKS_MAX = 400
 
 
@@ -43,7 +44,8 @@ class OnCards(Simulator):
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     world = World(tmp_path)
-    world.fetch.answers |= {"/ready": Answer(200), "/is_sleeping": Answer(200)}
+    reread = Answer(200, b'{"success": true}')
+    world.fetch.answers |= {"/ready": Answer(200), "POST /update_weights_from_disk": reread}
     yield world
     await world.close()
 
@@ -97,8 +99,9 @@ async def test_the_first_start_makes_an_image_before_it_serves(world: World) -> 
     assert world.provider.spawned[0].argv[:2] == ("cell", "run")
     assert "0.0.0.0" in world.provider.spawned[0].argv
     assert (record.state.value, record.reason) == ("starting", "an image of it is made")
-    assert posted(world) == ["/v1/completions"] * len(images.WARM_UP_WORDS)
-    lengths = [len(body) for body in world.fetch.bodies]
+    count = len(images.WARM_UP_WORDS)
+    assert posted(world) == ["/v1/completions"] * count + SLEPT, "it is as small as it gets"
+    lengths = [len(body) for body in world.fetch.bodies[:count]]
     assert lengths == sorted(set(lengths)), "several lengths"
     assert record.url in world.fetch.dropped
     (launch,) = world.journal.live.values()
@@ -108,7 +111,7 @@ async def test_the_first_start_makes_an_image_before_it_serves(world: World) -> 
     await world.clock.advance(0.2)
     assert (world.states(), world.record().url) == (["ready"], f"http://{CELL}:8000")
     assert world.record().kv_events == f"tcp://{CELL}:8001"
-    assert world.snapshots.states == [(False, 0, ())]
+    assert world.snapshots.states == [(False, 2, ())]
     (launch,) = world.journal.live.values()
     assert (launch.staged, launch.ready, launch.host) == (False, True, CELL)
     turns = keeper(world).turns
@@ -128,7 +131,7 @@ async def test_the_next_start_is_a_copy(world: World) -> None:
     await world.clock.advance(0.2)
     assert world.snapshots.asked[3:] == ["find", "restore", "restored"]
     assert world.provider.spawned[1].argv == ("cell", "restore", "image-1")
-    assert posted(world) == [], "what was warmed up is warm"
+    assert "/v1/completions" not in posted(world), "what was warmed up is warm"
     record = world.record()
     assert (record.url, record.asleep) == (f"http://{COPY}:8000", False)
     assert record.reason.startswith("restored, after ")
@@ -156,7 +159,7 @@ async def test_what_holds_a_card_is_suspended_for_its_image_and_keeps_its_lease(
     world.engines = {"simulator": OnCards()}
     kept = await ready(world, CARD)
     assert world.suspender.words == ["suspend", "resume"]
-    assert world.snapshots.states == [(True, 0, ("GPU-0",))]
+    assert world.snapshots.states == [(True, 2, ("GPU-0",))]
     assert world.snapshots.image is not None
     assert world.snapshots.image.key.gpu == "H"
     assert world.record().gpus == ("0",)
@@ -266,6 +269,37 @@ async def test_one_that_broke_for_its_image_is_started_anew(world: World) -> Non
     assert "create" not in world.snapshots.asked
 
 
+async def test_one_that_dies_in_its_warm_up_is_started_without_one(world: World) -> None:
+    world.fetch.answering.clear()
+    await world.start(configuration(world.run_dir, PLAIN))
+    await until(world, lambda: posted(world) == ["/v1/completions"])
+    world.provider.spawned[0].exit("exited with status 1")
+    world.fetch.answering.set()
+    await until(world, lambda: len(world.provider.spawned) == 2)
+    await until(world, lambda: keeper(world).state.phase is Phase.READY)
+    assert "create" not in world.snapshots.asked
+    assert posted(world) == ["/v1/completions"]
+
+
+async def test_one_that_never_becomes_ready_is_ended_as_ever(world: World) -> None:
+    world.fetch.answers["/ready"] = Answer(503)
+    pools = PLAIN.replace("snapshot", "start_timeout_secs: 5, snapshot")
+    await world.start(configuration(world.run_dir, pools))
+    await until(world, lambda: signal.SIGTERM in signals(world))
+    assert keeper(world).state.reason == "not ready after 5 s"
+    assert "create" not in world.snapshots.asked
+
+
+async def test_a_copy_that_does_not_wake_is_ended_and_its_image_discarded(world: World) -> None:
+    await ready(world)
+    world.fetch.answers["/ready"] = Answer(503)
+    world.provider.spawned[0].exit("exited with status 1")
+    await until(world, lambda: signal.SIGKILL in signals(world, 1))
+    world.provider.spawned[1].exit("killed by SIGKILL")
+    await until(world, lambda: len(world.provider.spawned) == 3)
+    assert world.provider.spawned[2].argv[:2] == ("cell", "run")
+
+
 async def test_a_dump_without_end_is_given_up(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +313,7 @@ async def test_a_dump_without_end_is_given_up(
 async def test_one_image_is_made_at_a_time(world: World) -> None:
     world.snapshots.free.clear()
     await world.start(
-        configuration(world.run_dir, "[{engine: simulator, snapshot: true, replicas: 2}]")
+        configuration(world.run_dir, PLAIN.replace("snapshot", "replicas: 2, snapshot"))
     )
     await until(world, lambda: sorted(world.states()) == ["ready", "starting"])
     await world.clock.advance(1.0)

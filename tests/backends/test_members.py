@@ -55,9 +55,15 @@ class Seen:
         self.memory = Memory()
 
     def __call__(
-        self, phase: Phase, at_s: float, aim: Rung = Rung.AWAKE, load: LoadSample | None = None
+        self,
+        phase: Phase,
+        at_s: float,
+        aim: Rung = Rung.AWAKE,
+        load: LoadSample | None = None,
+        restored_s: float = 0.0,
     ):  # type: ignore[no-untyped-def]
-        look = Look("m-0", "h", state(phase, faulted=True), aim, load, (), None, 0)
+        it_is = state(phase, faulted=True)
+        look = Look("m-0", "h", it_is, aim, load, (), None, 0, restored_s=restored_s)
         return self.memory.see(look, at_s)
 
 
@@ -73,6 +79,16 @@ def test_a_rise_is_measured_from_where_it_rested() -> None:
     assert (warm.rung, warm.up_s) == (Rung.ASLEEP, 0.5)
     assert (member.start_s, member.for_s) == (0.5, 0.0)
     assert see(Phase.READY, 31.0)[1] is None, "told once"
+
+
+def test_a_start_from_an_image_is_told_from_a_cold_one() -> None:
+    see = Seen()
+    see(Phase.STARTING, 0.0)
+    _, rise = see(Phase.READY, 1.5, restored_s=1.4)
+    assert rise.rung is Rung.SNAPSHOTTED
+    see(Phase.BACKOFF, 2.0, restored_s=1.4)
+    _, again = see(Phase.READY, 9.0, restored_s=1.4)
+    assert again.rung is Rung.COLD, "that was the former one's"
 
 
 def test_what_is_awake_after_all_has_not_risen() -> None:

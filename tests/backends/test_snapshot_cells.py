@@ -65,14 +65,18 @@ def test_a_state_is_what_the_cell_has_told_last(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_states_of_failed_cells_are_swept_and_those_of_running_ones_stay(tmp_path: Path) -> None:
+def test_states_that_dead_cells_left_are_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = cells.Cells(tmp_path, random.Random(1))
-    for name, words in (("a", "failed"), ("b", "running"), ("c", "failed")):
-        cell.State(tmp_path / f"{name}.json").tell(state=words)
-    for name in "ab":
+    for name in ("gone", "alive", "young"):
+        cell.State(tmp_path / f"{name}.json").tell(state="running")
+    for name in ("gone", "alive"):
         os.utime(tmp_path / f"{name}.json", (1.0, 1.0))
-    made.sweep()
-    assert sorted(path.stem for path in tmp_path.iterdir()) == ["b", "c"]
+    # All tell of this process, which keeps one of them.
+    monkeypatch.setattr(cells, "_state_path", lambda _pid: tmp_path / "alive.json")
+    made.open()
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["alive", "young"]
 
 
 def test_a_process_that_is_no_cell_cannot_be_dumped() -> None:
@@ -109,8 +113,8 @@ def test_the_probe_asks_for_root_and_for_programs(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert "need root" in probing.find_criu({}, tmp_path).capability.reason
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr("shutil.which", lambda name: None if name == "ip" else f"/bin/{name}")
-    assert "iproute2" in probing.find_criu({}, tmp_path).capability.reason
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "nsenter" else f"/bin/{name}")
+    assert "util-linux" in probing.find_criu({}, tmp_path).capability.reason
     monkeypatch.setattr("shutil.which", lambda name: None if name == "criu" else f"/bin/{name}")
     assert "deploy/criu.sh" in probing.find_criu({}, tmp_path).capability.reason
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")

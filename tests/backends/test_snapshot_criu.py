@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -46,6 +47,7 @@ def _state(pid: int) -> str:
 
 def _subscriber(host: str) -> zmq.Socket[bytes]:
     made: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+    made.setsockopt(zmq.LINGER, 0)
     made.subscribe(b"")
     made.connect(f"tcp://{host}:5557")
     return made
@@ -99,9 +101,8 @@ async def test_a_copy_of_a_copy_and_open_connections(here: Stage) -> None:
     original = here.start((*SIMULATOR, "--kv-events-config", KV_EVENTS))
     original.get("/health")
     words = original.ask("the same")
-    idle = socket.create_connection((original.host, PORT))
-    events = _subscriber(original.host)
-    first = await here.create(original)
+    with socket.create_connection((original.host, PORT)), _subscriber(original.host):
+        first = await here.create(original)
     copy = here.restore(first)
     await here.snapshots.restored(copy.pid, copy.launch_id)
     assert copy.ask("the same") == words
@@ -111,12 +112,10 @@ async def test_a_copy_of_a_copy_and_open_connections(here: Stage) -> None:
     await here.snapshots.restored(again.pid, again.launch_id)
 
     assert again.ask("the same") == words
-    listening = _subscriber(again.host)
-    until(lambda: again.ask("more words " * 40) and listening.poll(100), "an event of the copy")
+    with _subscriber(again.host) as events:
+        prompts = (f"{number} new words " * 40 for number in itertools.count())
+        until(lambda: again.ask(next(prompts)) and events.poll(100), "an event of the copy")
     assert original.ask("the same") == words
-    idle.close()
-    for one in (events, listening):
-        one.close(0)
 
 
 async def test_clocks_go_on_where_they_stood(here: Stage) -> None:
@@ -138,16 +137,18 @@ async def test_clocks_go_on_where_they_stood(here: Stage) -> None:
     assert float(copy.get("/").text) < float(original.get("/").text) - 0.5
 
 
-async def test_files_in_shared_memory_belong_to_each_copy(here: Stage) -> None:
+async def test_shared_memory_and_own_connections_belong_to_each_copy(here: Stage) -> None:
     writer = (
         "import http.server,mmap,os,tempfile\n"
         "path='/dev/shm/block'; open(path,'wb').write(bytes(4096))\n"
         "block=mmap.mmap(os.open(path,os.O_RDWR),4096)\n"
+        "import socket; listener=socket.create_server(('127.0.0.1',7777))\n"
+        "near=socket.create_connection(('127.0.0.1',7777)); far,_=listener.accept()\n"
         "beside=tempfile.NamedTemporaryFile(); beside.write(b'kept'); beside.flush()\n"
         "class H(http.server.BaseHTTPRequestHandler):\n"
         "  def do_GET(self):\n"
         "    block[0]+=1; self.send_response(200); self.end_headers()\n"
-        "    kept=open(beside.name,'rb').read()\n"
+        "    near.sendall(open(beside.name,'rb').read()); kept=far.recv(99)\n"
         "    self.wfile.write(b'%d %b' % (open(path,'rb').read()[0], kept))\n"
         f"http.server.HTTPServer(('0.0.0.0',{PORT}),H).serve_forever()\n"
     )
@@ -159,6 +160,14 @@ async def test_files_in_shared_memory_belong_to_each_copy(here: Stage) -> None:
         await here.snapshots.restored(copy.pid, copy.launch_id)
     seen = [one.get("/").text for one in (copies[0], copies[0], copies[1], original)]
     assert seen == ["2 kept", "3 kept", "2 kept", "2 kept"]
+
+
+async def test_an_engine_with_strays_is_not_dumped(here: Stage) -> None:
+    cell = here.start(("sh", "-c", "(sleep 1000 &); exec sleep 1000"))
+    until(lambda: [len(children(init)) for init in children(cell.pid)] == [2], "the stray")
+    with pytest.raises(SnapshotError, match="on their own") as caught:
+        await here.create(cell)
+    assert caught.value.running
 
 
 async def test_a_damaged_image_is_found_before_it_is_used(here: Stage) -> None:
@@ -182,15 +191,14 @@ async def test_a_damaged_image_is_found_before_it_is_used(here: Stage) -> None:
 
 
 async def test_the_end_of_the_keeper_is_the_end_of_all(here: Stage) -> None:
-    before = in_use()
     cell = here.start(("sleep", "1000"))
     engine = until(lambda: _engine_if_any(cell), "the engine")
-    assert len(in_use() - before) == 1
+    assert cell.number in in_use()
 
     cell.process.kill()
 
     until(lambda: not Path(f"/proc/{engine}").exists(), "the end of the engine")
-    until(lambda: in_use() <= before, "the end of the link")
+    until(lambda: cell.number not in in_use(), "the end of the link")
 
 
 async def test_a_cell_ends_as_its_engine_ends(here: Stage) -> None:

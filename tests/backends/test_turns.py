@@ -308,7 +308,8 @@ async def want(world: World, rung: Rung | None) -> None:
     """Be the scaler: want every replica on this rung."""
     manager = world.manager
     assert manager is not None
-    manager._wanted = tuple(Wanted(w.spec, w.launch_hash, rung) for w in manager._wanted)
+    wanted = tuple(Wanted(w.spec, w.launch_hash, rung) for w in manager.scaler.wanted())
+    manager.scaler.wanted = lambda: wanted  # type: ignore[method-assign]
     manager._changed()
     await world.clock.advance(DRAINED_S)
 

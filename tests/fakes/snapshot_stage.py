@@ -21,6 +21,7 @@ import pytest
 
 from backends.providers.base import LAUNCH_ID_VARIABLE
 from backends.snapshots.base import Capability, Snapshot, SnapshotKey
+from backends.snapshots.cells import LINK_PREFIX
 from backends.snapshots.criu import CriuSnapshots
 from backends.snapshots.probing import find_criu
 from tests.fakes.programs import ROOT, environment, fetch, until
@@ -54,6 +55,8 @@ class Celled:
 
     def __init__(self, argv: Sequence[str], host: str, launch_id: str, log_path: Path) -> None:
         self.host = host
+        link = argv[argv.index("--link") + 1]
+        self.number = int(link.removeprefix(LINK_PREFIX))
         self.url = f"http://{host}:{PORT}"
         self.launch_id = launch_id
         self.log_path = log_path
