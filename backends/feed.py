@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Callable
 
 from backends.clock import Clock, Timer
-from proxy.contract import FleetSnapshot, ReplicaRecord, encode_snapshot
+from proxy.contract import FleetSnapshot, PoolRecord, ReplicaRecord, encode_snapshot
 
 PUBLISH_PAUSE_S = 0.05
 
@@ -24,7 +24,7 @@ class Feed:
         self,
         epoch: str,
         region: str,
-        collect: Callable[[], tuple[ReplicaRecord, ...]],
+        collect: Callable[[], tuple[tuple[ReplicaRecord, ...], tuple[PoolRecord, ...]]],
         clock: Clock,
     ) -> None:
         self._collect = collect
@@ -58,8 +58,9 @@ class Feed:
 
     def _publish(self) -> None:
         self._timer = None
-        replicas = self._collect()
-        if replicas == self.snapshot.replicas and self.snapshot.version:
+        replicas, pools = self._collect()
+        before = self.snapshot
+        if (replicas, pools) == (before.replicas, before.pools) and before.version:
             return
         self._published_s = self._clock.now_s()
         self.snapshot = FleetSnapshot(
@@ -67,6 +68,7 @@ class Feed:
             version=self.snapshot.version + 1,
             region=self.snapshot.region,
             replicas=replicas,
+            pools=pools,
         )
         self.line = encode_snapshot(self.snapshot)
         self._news.set()

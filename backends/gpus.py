@@ -116,6 +116,26 @@ class GpuLeases:
         self._held[owner] = tuple(gpu.device for gpu in chosen)
         return self._lease(self._held[owner])
 
+    def lease_again(self, owner: str, devices: Sequence[str], *, moves: bool) -> tuple[str, ...]:
+        """Give `owner` the cards that it had, or if it `moves` as many of the same model.
+
+        Raises `NoGpuError`, and then it has none.
+        """
+        if self._held.get(owner) == tuple(devices):
+            return tuple(devices)
+        self.release(owner)
+        taken = {device for held in self._held.values() for device in held}
+        if taken.isdisjoint(devices):
+            self._held[owner] = tuple(devices)
+            return tuple(devices)
+        names = {gpu.name for device in devices if (gpu := self.inventory.gpu(device))}
+        free = [g for g in self.inventory.gpus if g.device not in taken]
+        chosen = choose([g for g in free if {g.name} == names], len(devices)) if moves else None
+        if chosen is None:
+            raise NoGpuError(self._refusal(len(devices), free if moves else ()))
+        self._held[owner] = tuple(gpu.device for gpu in chosen)
+        return self._held[owner]
+
     def claim(self, owner: str, devices: Iterable[str]) -> Lease:
         """Note that `owner` uses these cards, whatever else is noted of them."""
         known = ((name, self.inventory.gpu(name)) for name in devices)

@@ -59,14 +59,14 @@ def _url(manager_url: str, replica_id: str) -> str:
 
 
 def _post(manager_url: str, url: str) -> None:
-    _ask(manager_url, urllib.request.Request(url, data=b"", method="POST"))  # noqa: S310  # checked
+    ask(manager_url, urllib.request.Request(url, data=b"", method="POST"))  # noqa: S310  # checked
 
 
 def _after(manager_url: str, url: str, phases: Collection[Phase]) -> _Seen:
     """Return what is seen of a replica as soon as it is in none of `phases`."""
     give_up_s = time.monotonic() + TURN_S_MAX
     while True:
-        body = _ask(manager_url, urllib.request.Request(url))  # noqa: S310  # checked
+        body = ask(manager_url, urllib.request.Request(url))  # noqa: S310  # checked
         try:
             seen = msgspec.json.decode(body, type=_Seen)
         except msgspec.MsgspecError as error:
@@ -78,7 +78,8 @@ def _after(manager_url: str, url: str, phases: Collection[Phase]) -> _Seen:
         time.sleep(POLL_S)
 
 
-def _ask(manager_url: str, request: urllib.request.Request) -> bytes:
+def ask(manager_url: str, request: urllib.request.Request) -> bytes:
+    """Return what a manager answers. Raises `StartError` with its own words when it refuses."""
     try:
         with open_url(request) as response:
             return bytes(response.read())

@@ -38,6 +38,7 @@ from backends.journal import Journal
 from backends.log import Log
 from backends.manager import Manager
 from backends.providers.process import ProcessProvider
+from backends.snapshots.suspend import suspender_of
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ConfigError, load_config
 
@@ -125,6 +126,7 @@ async def serve(
             clock=SystemClock(),
             engines=engines,
             cards=cards,
+            suspender_of=suspender_of,
         )
         try:
             await _run(manager, listener, orders, config_path, detach=detach_on_exit, log=log)

@@ -23,7 +23,7 @@ from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
 from proxy.core.chunked import ChunkedDecoder, decode_followed
-from proxy.core.holding import is_full
+from proxy.core.holding import has_room
 from proxy.core.http1 import ResponseHead
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
@@ -102,11 +102,14 @@ class Exchange(Ending):
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, lookup=lookup)
+            self._plane.arrived(self._model)
             decision = self._choose(self._whole_s)
             if self._plane.holds(
                 decision, self._request, self._model, lookup=lookup, now_s=self._whole_s
             ):
-                self._waiter = self._plane.wait(self._model, self._request, self.open_for)
+                self._waiter = self._plane.wait(
+                    self._model, self._request, self._held_bytes, self.open_for, self.fail
+                )
                 self._progress = _QUEUED
             elif decision is not None:
                 self._go_to(decision)
@@ -157,7 +160,9 @@ class Exchange(Ending):
         except errors.ProxyError:  # nobody serves it any more
             return None
         decision = self._choose(plane.clock.now_s())
-        if decision is None or (not lookup and is_full(decision.slot, plane.picture)):
+        if decision is None or (
+            not lookup and not has_room(decision, self._request, plane.picture)
+        ):
             return None
         return decision
 
@@ -179,7 +184,7 @@ class Exchange(Ending):
     def _nobody(self, reason: str = "") -> errors.ProxyError:
         assert self._pool is not None
         in_vain = self._request.tried if self._progress is _CONNECTING else ()
-        return self._plane.nobody(self._pool, in_vain, reason)
+        return self._plane.turn_away(self._model, self._pool, in_vain, reason)
 
     # --- 3. the replica ----------------------------------------------------------------------
 

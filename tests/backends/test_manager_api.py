@@ -46,11 +46,11 @@ class Client:
 
 
 @asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[Client]:
+async def running(
+    folder: Path, pools: str = "[{engine: simulator, replicas: 2}]"
+) -> AsyncIterator[Client]:
     config = parse_config(
-        f"manager: {{run_dir: '{folder}'}}\n"
-        "models: [{name: m, pools: [{engine: simulator, replicas: 2}]}]",
-        "test",
+        f"manager: {{run_dir: '{folder}'}}\nmodels: [{{name: m, pools: {pools}}}]", "test"
     )
     journal = Journal(folder / "journal")
     manager = Manager(

@@ -130,6 +130,7 @@ class FakeFetch:
         }
         self.silence: Silence | None = None
         self.posted: list[str] = []
+        self.dropped: list[str] = []
         self.bodies: list[bytes] = []  # of the same
         self.answering = asyncio.Event()  # cleared: a POST waits
         self.answering.set()
@@ -147,6 +148,9 @@ class FakeFetch:
         path = "/" + url.split("/", 3)[3]
         self.asked.append(path)
         return self.answers.get(path, Answer(404))
+
+    async def drop(self, url: str) -> None:
+        self.dropped.append(url)
 
     async def post(self, url: str, body: bytes, timeout_s: float) -> Answer:
         self.posted.append(url)

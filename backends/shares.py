@@ -1,0 +1,166 @@
+"""How many replicas each pool may have of the machine's cards: the rule of who comes before whom.
+
+1. What cannot be moved (on its way up, younger than its own start took, an operator's) is as it is.
+2. Every pool's `min`, what it has of it before what it lacks.
+3. The rest by class: online, then semi-online, then offline. Within a class every pool that wants
+   one gets its first replica before any gets a second, and then whoever has least for its weight
+   gets the next (max-min fairness, by cards). Of equals whoever has it already keeps it, so that
+   equal claims do not take from each other; then who has most work waiting per second that its
+   replica takes to come.
+
+**Turns.** Where a class has more pools than replicas fit, the first ones go round: a pool keeps its
+last replica for its turn, `TURN_STARTS` times what the replica's start took (times the pool's
+weight, so that lasting scarcity is shared by weight too); after that it goes to the pool that has
+waited longest. A turn is that long so that starts take no more than a fifth of the time.
+
+**Nobody starves.** A pool that has wanted a replica for `PATIENCE_S` of its class and had none asks
+for its first one as if it were online, and comes before all that have waited less. So with N pools
+whose replicas have a turn of at most T seconds, take at most u to come and d to go, and room for S
+of them besides what `min` keeps, a pool that wants one has it within
+
+    patience + ceil(N / S) x (T + u + d).
+
+For once it is patient no more, only pools that have waited longer come before it, at most N - 1;
+each that comes up leaves that company; and as long as one waits, no replica but those within their
+turn is given to anybody else: in each T + u + d all S places are given out anew. With replicas of
+several sizes S counts places of the largest: where one that is next needs more cards than can be
+moved yet, nobody after it gets a new replica, or small ones would pass it for ever. Once up, a
+replica of a lower class has its own start time and no turn: then an online pool may take the cards
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final
+
+import msgspec
+
+from backends.claims import RANKS, Claim, Holder
+from backends.planning.goal import WorkClass
+
+TURN_STARTS: Final = 4.0
+TURN_S_MIN: Final = 10.0  # where starts take no time
+REQUEST_TOKENS: Final = 256  # what a request that waits weighs beside its prompt: its answer
+FRESH_S: Final = 5.0  # up to here a pool's work decides, from here on how long it has waited
+PATIENCE_S: Final[Mapping[WorkClass, float]] = MappingProxyType(
+    {"online": FRESH_S, "semi-online": 60.0, "offline": 600.0}
+)
+
+
+class Shares(msgspec.Struct, frozen=True):
+    """How many replicas each pool may have, and in which order they were given out."""
+
+    replicas: Mapping[str, int]
+    order: tuple[str, ...] = ()  # a pool for each replica
+
+
+def share_out(claims: Sequence[Claim], cards: int) -> Shares:
+    """Return what each pool may have of this many cards, those in use included."""
+    deal = _Deal(claims, cards)
+    for claim in claims:
+        deal.note_fixed(claim)
+    by_rank = sorted(claims, key=lambda claim: (RANKS[claim.work_class], claim.pool))
+    for claim in by_rank:
+        deal.grant_up_to(claim, min(claim.min, len(claim.serving)))
+    for claim in by_rank:
+        deal.grant_up_to(claim, claim.min)
+    for rank in sorted(set(RANKS.values())):
+        deal.share(rank)
+    return Shares(deal.granted, tuple(deal.order))
+
+
+class _Deal:
+    """Cards while they are given out."""
+
+    def __init__(self, claims: Sequence[Claim], cards: int) -> None:
+        self.claims = claims
+        self.left = cards
+        self.granted = {claim.pool: 0 for claim in claims}
+        self.order: list[str] = []
+        self._serving = {claim.pool: sorted(claim.serving, key=_kept_first) for claim in claims}
+        self._soon = dict.fromkeys(RANKS.values(), 0)  # cards that cannot be moved yet, by class
+        self._saving = False  # for a pool that is next and needs more cards than can be moved yet
+
+    def note_fixed(self, claim: Claim) -> None:
+        """Take what cannot be moved as it is."""
+        for holder in claim.holders:
+            if holder.serves and not holder.movable:
+                self._give(claim)
+                if not holder.kept and self.granted[claim.pool] > claim.min:
+                    self._soon[RANKS[claim.work_class]] += claim.gpus_each
+            elif holder.kept and not holder.serves:
+                self.left -= len(holder.devices)
+
+    def grant_up_to(self, claim: Claim, count: int) -> None:
+        while self.granted[claim.pool] < count and self._fits(claim):
+            self._give(claim)
+
+    def share(self, rank: int) -> None:
+        """Give out what is left among the pools of one class."""
+        in_time = self.left + sum(cards for other, cards in self._soon.items() if other >= rank)
+        firsts = [
+            claim
+            for claim in self.claims
+            if claim.wants and not self.granted[claim.pool] and self._rank(claim) == rank
+        ]
+        for claim in sorted(firsts, key=self._first_key):
+            self.grant_up_to(claim, 1)
+            waits = not self.granted[claim.pool] and claim.unserved_s >= FRESH_S
+            self._saving = self._saving or (waits and claim.gpus_each <= in_time)
+        members = [c for c in self.claims if RANKS[c.work_class] == rank]
+        while able := [c for c in members if self.granted[c.pool] < c.wants and self._fits(c)]:
+            self._give(min(able, key=self._next_key))
+
+    def _rank(self, claim: Claim) -> int:
+        """Return the class that a pool's first replica is asked for in."""
+        waits = not self._serving[claim.pool] and claim.unserved_s >= PATIENCE_S[claim.work_class]
+        return 0 if waits else RANKS[claim.work_class]
+
+    def _first_key(self, claim: Claim) -> tuple[float | str, ...]:
+        serving = self._serving[claim.pool]
+        if serving:
+            up_for_s = max(holder.up_for_s for holder in serving)
+            over = up_for_s >= turn_s(claim)
+            return (2.0, up_for_s, 0.0, claim.pool) if over else (0.0, 0.0, 0.0, claim.pool)
+        if claim.unserved_s >= FRESH_S:
+            return 1.0, 0.0, -claim.unserved_s, claim.pool
+        return 1.0, 1.0, -need(claim), claim.pool
+
+    def _next_key(self, claim: Claim) -> tuple[float | str, ...]:
+        count, serving = self.granted[claim.pool], self._serving[claim.pool]
+        level = (count + 1) * claim.gpus_each / claim.weight
+        if count < len(serving):
+            holder = serving[count]
+            idle = float(holder.in_flight == 0)
+            return level, 0.0, idle, float(-holder.heat), -holder.come_back_s, claim.pool
+        return level, 1.0, -need(claim), 0.0, 0.0, claim.pool
+
+    def _fits(self, claim: Claim) -> bool:
+        if not claim.gpus_each:
+            return True
+        new = self.granted[claim.pool] >= len(self._serving[claim.pool])
+        return claim.gpus_each <= self.left and not (new and self._saving)
+
+    def _give(self, claim: Claim) -> None:
+        self.left -= claim.gpus_each
+        self.granted[claim.pool] += 1
+        self.order.append(claim.pool)
+
+
+def _kept_first(holder: Holder) -> tuple[float | str, ...]:
+    return (holder.movable, *(-figure for figure in holder.yields), holder.replica_id)
+
+
+def turn_s(claim: Claim) -> float:
+    """Return for how long a pool may keep its last replica while others of its class wait."""
+    start_s = max((holder.start_s for holder in claim.serving), default=0.0)
+    return max(TURN_S_MIN, TURN_STARTS * start_s) * claim.weight
+
+
+def need(claim: Claim) -> float:
+    """Return the work that waits for a pool, for each second that its next replica would take."""
+    work = claim.queued_tokens + REQUEST_TOKENS * claim.queued
+    up_s = claim.ways_up[0].up_s if claim.ways_up else 0.0
+    return work / max(up_s, 0.1)
