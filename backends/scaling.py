@@ -48,6 +48,7 @@ NEAR_TARGET = (0.6, 1.2)  # load over target at which a measured stay is that at
 HOLD_MIN_SHARE = 0.3  # of the stable window: what chance needs to be told from less
 HOLD_STARTS = 1.0  # starts that a replica is held for when it is not needed
 RECENT_SURE = 1.5  # deviations that the mean of less than the stable window is believed less
+QUEUE_PANICS = 0.7  # panic windows that a queue must have stood for, to be worth one more replica
 TREND_PARTS = 12  # that the history is cut into to find a trend
 TREND_SURE = 1.5  # deviations that its slope is believed less
 SURE = 3.0  # deviations below what came, that a burst must be over the limit with
@@ -219,7 +220,7 @@ class Scaler:
         stay_s = self._stay_s() or self.policy.panic_window_s
         since_s = max(full_since_s + stay_s, seen.at_s - self.policy.stable_window_s)
         window = self._history.window(since_s)
-        if window.departures < PASSED_MIN or not window.ready_s:
+        if window.departures < PASSED_MIN or window.span_s < stay_s or not window.ready_s:
             return
         certain = window.departures + FULL_SURE * math.sqrt(window.departures)
         found = Stay(window.flight_s / window.ready_s, window.flight_s / certain)
@@ -263,13 +264,20 @@ class Scaler:
         terms["carried"] = carried
         whole = window.span_s >= policy.stable_window_s / 2
         wants = {"stable": self._inputs(seen, rate) / carried if whole else 0.0}
+        if whole and not seen.coming_in_s and window.stock_s - window.flight_s < window.span_s:
+            # Nothing waited, so what is in flight is what was asked, however long it stays.
+            wants["inputs"] = min(window.flight_s / window.span_s, seen.in_flight) / carried
         for part in (2, 4):
             less = self._history.window(seen.at_s - policy.stable_window_s / part)
             recent = self._inputs(seen, less.rate_less(RECENT_SURE)) / carried
             wants["recent"] = max(wants.get("recent", 0.0), recent)
         if trend > rate:
             wants["trend"] = self._inputs(seen, trend) / carried
-        if seen.queued and not seen.coming_in_s and self._queued_for_s >= policy.panic_window_s / 2:
+        if (
+            seen.queued
+            and not seen.coming_in_s
+            and self._queued_for_s >= QUEUE_PANICS * policy.panic_window_s
+        ):
             wants["queue"] = seen.ready + ROUND_SHARE + 0.01
         if policy.target_tokens and window.span_s:
             wants["tokens"] = self._tokens(seen, window)
