@@ -1,28 +1,37 @@
 """How many replicas of a pool should serve: the control law, without clock or process.
 
 What is asked for is a *rate*, and a rate does not grow while a replica starts; what has piled up in
-front of a pool does. So the law counts replicas by Little's law, arrivals a second x how long a
-request stays, over `target_inputs`, and not by what is there at the moment: a pool whose first
-replica takes a minute to start is not asked for sixty times too many. What has been ordered is in
-`coming_in_s` and counts as there. How long a request stays is measured at loads near the target: by
-itself at lower ones, and as `target_inputs` over the throughput of a replica that is full. Before
-anything was measured it is taken for the panic window.
+front of a pool does. So the law counts replicas by Little's law (Operations Research 9 (3), 1961),
+arrivals a second x how long a request stays over `target_inputs`, and not by what is there at the
+moment: a pool whose first replica takes a minute to start is not asked for sixty times too many.
+What has been ordered is in `coming_in_s` and counts as there. How long a request stays depends on
+how many stay with it: it is measured at loads at or below the target, and on full replicas by what
+they get done, and lies between. Until anything was measured it is taken for the panic window.
 
-Two things lower the number of requests that a replica is taken to carry: a KV cache that would be
-fuller than `kv_target`, long before the request count says so, and `target_tokens`.
+A KV cache that would be fuller than `kv_target` lowers the requests that a replica is taken to
+carry: what one request holds is measured while the caches are not full, because afterwards requests
+that wait inside the engine are in flight as well.
 
 Up, the largest of these wins:
-- *stable*: the mean rate of the stable window;
-- *trend*: where the quarters of that window rise steadily, the rate at the time when a start
-  that begins now would serve. A step is no trend, and neither is noise;
+- *stable*: the mean rate of the stable window, or what the last seconds show at most if that is
+  less: what is over is not asked for;
+- *recent*: that of the last half or quarter of it, less what chance may have added;
+- *inputs*: the mean in flight, where nothing waited: however long it stays, it was asked for;
+- *trend*: where the history is a line beyond chance, the rate when a start that begins now would
+  serve. A step is no line, and neither is noise;
 - *burst*: what the last seconds say with certainty (Poisson arrivals, a lower bound of their rate),
   but only where it is more than all that is there and coming can take at `max_inputs`, or
-  `panic_threshold` times the target. Below that it is what the room above the target is for.
+  `panic_threshold` times the target. Below that it is what the room above the target is for. While
+  requests wait, a share more is ordered to work them off;
+- *queue*: one more than there is, where requests have waited for some seconds and none is coming;
+- *tokens* that came within the panic window, and *kv*.
 
-Down by one at a time, not in panic (during a burst and two panic windows after it), and only when
-the rest stayed under `scaledown_share` of their target for the hold: as long as a start takes, for
-which keeping a replica costs what bringing it back would, at most `scaledown_window_s`. To
-nothing only when there was nothing for all of `scaledown_window_s`.
+Down by one at a time, not in panic (during a burst, until the stable window has it or it is over),
+and only when the rest stayed under `scaledown_share` of their target for the hold: as long as a
+start takes, for which keeping a replica costs what bringing it back would, at most
+`scaledown_window_s`. To nothing only when there was nothing for all of `scaledown_window_s`.
+No seasonal baseline: the lab (`loadtest.scaling`) has a day's wave followed without one, for a few
+hundredths more than an oracle's replica-seconds.
 """
 
 from __future__ import annotations
