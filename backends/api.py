@@ -8,7 +8,7 @@ POST with one is refused.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -19,9 +19,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
+from backends import scaling_metrics
+from backends.autoscale import Autoscaler
 from backends.feed import Feed
-from backends.keeper import Keeper, RefusedError
+from backends.keeper import Keeper
+from backends.ladder import Rung
 from backends.lifecycle import Event
+from backends.notices import Reclaims
+from backends.reclaim_api import ReclaimApi
+from backends.scaling_api import ScalingApi, refuse_web_pages
+from backends.turns import RefusedError
 from proxy.contract import FLEET_PATH, FLEET_WATCH_PATH, HEARTBEAT_INTERVAL_S, ReplicaState
 
 REPLICA_PATH = "/v1/replicas/{replica_id}"
@@ -47,6 +54,12 @@ class Source(Protocol):
     def feed(self) -> Feed: ...
 
     @property
+    def scaler(self) -> Autoscaler: ...
+
+    @property
+    def reclaims(self) -> Reclaims: ...
+
+    @property
     def serving(self) -> bool: ...
 
 
@@ -55,6 +68,8 @@ class Api:
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self._scaling = ScalingApi(source.scaler)
+        self._reclaim = ReclaimApi(source.reclaims)
         self._watchers: set[asyncio.Task[Any]] = set()
         self._registry = CollectorRegistry()
         self._registry.register(_ManagerCollector(source, self._watchers))
@@ -70,6 +85,8 @@ class Api:
                 web.get("/metrics", self._metrics),
                 web.get(REPLICA_PATH, self._replica),
                 web.post(REPLICA_PATH + "/{wish}", self._wish),
+                *self._scaling.routes(),
+                *self._reclaim.routes(),
             ]
         )
         return app
@@ -120,8 +137,7 @@ class Api:
                 await response.write(line)
 
     async def _wish(self, request: web.Request) -> web.Response:
-        if "origin" in request.headers:
-            raise web.HTTPForbidden(text="requests of web pages are not taken")
+        refuse_web_pages(request)
         await request.read()  # bounded by client_max_size; nothing in it is needed
         wish = request.match_info["wish"]
         if wish not in _WISHES and wish not in _NAPS:
@@ -130,9 +146,9 @@ class Api:
         keeper = self._keeper(request)
         try:
             if wish == "sleep":
-                keeper.sleep(_level(request))
+                keeper.lower(_rung(request), "going down, as an operator asked", _level(request))
             elif wish == "wake":
-                keeper.wake()
+                keeper.raise_("woken by an operator")
             else:
                 keeper.apply(*_WISHES[wish])
         except RefusedError as error:
@@ -154,6 +170,13 @@ class Api:
                 text=f"no replica '{replica_id}'; `doherty status` and GET {FLEET_PATH} list them"
             )
         return keeper
+
+
+def _rung(request: web.Request) -> Rung:
+    text = request.query.get("rung", Rung.ASLEEP.value)
+    if text not in {Rung.ASLEEP, Rung.SUSPENDED}:
+        raise web.HTTPBadRequest(text=f"rung={text}: use {Rung.ASLEEP} or {Rung.SUSPENDED}")
+    return Rung(text)
 
 
 def _level(request: web.Request) -> int:
@@ -197,7 +220,7 @@ class _ManagerCollector(Collector):
         self._watchers = watchers
 
     @override
-    def collect(self) -> list[GaugeMetricFamily | CounterMetricFamily]:
+    def collect(self) -> Iterator[scaling_metrics.Metric]:
         prefix = "doherty_manager_"
         states = dict.fromkeys([*(state.value for state in ReplicaState), "asleep"], 0)
         replicas = GaugeMetricFamily(prefix + "replicas", "Replicas by state.", labels=["state"])
@@ -222,4 +245,6 @@ class _ManagerCollector(Collector):
         watchers = GaugeMetricFamily(
             prefix + "watchers", "Proxies that watch the fleet.", len(self._watchers)
         )
-        return [replicas, restarts, failures, version, watchers]
+        yield from (replicas, restarts, failures, version, watchers)
+        yield from scaling_metrics.collect(self._source.scaler.report())
+        yield from self._source.scaler.tally.collect()

@@ -8,6 +8,9 @@ same cards. What is still held after `FREED_S_MAX` is told, with the processes t
 names, and the card is given back all the same: one that nobody may use helps nobody.
 
 A replica that finds too few cards waits, and is woken when some have been given back.
+
+One that is suspended lends its cards: they are given back like those of a life that is over, and
+when it returns it gets the same ones, or others of their model if it can be moved to them.
 """
 
 from __future__ import annotations
@@ -36,6 +39,13 @@ class Placement(msgspec.Struct, frozen=True):
     prefix: tuple[str, ...] = ()  # put before its command
 
 
+class Back(msgspec.Struct, frozen=True):
+    """The cards of a replica that returns; `moved`: new UUIDs by the old, where they are others."""
+
+    devices: tuple[str, ...] = ()
+    moved: dict[str, str] | None = None
+
+
 class Cards:
     """Leases of GPUs, and what follows from them.
 
@@ -54,8 +64,14 @@ class Cards:
         self._use = use
         self._poll_s = poll_s
         self._used_before: dict[str, dict[str, int]] = {}
+        self._lent: dict[str, tuple[str, ...]] = {}
         self._waiting: dict[str, Callable[[], None]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def leases(self) -> GpuLeases | None:
+        """What is given out now; None: no cards are managed."""
+        return self._leases
 
     def take(
         self,
@@ -84,15 +100,54 @@ class Cards:
                 self._waiting[owner] = wake
                 raise
             environment = lease.environment
-        self._used_before.pop(owner, None)
-        if lease.devices and self._use is not None:
-            self._start(owner, self._note_use(owner, self._use))
+        self._look_before(owner, lease.devices)
         return Placement(lease.devices, environment, bound_to_node(lease, args))
+
+    def withdraw(self, devices: frozenset[str]) -> None:
+        """Give these out no more, and others again that were not given out so far."""
+        if self._leases is not None and devices != self._leases.withdrawn:
+            self._leases.withdrawn = devices
+            self._wake()
 
     def claim(self, owner: str, devices: Sequence[str]) -> None:
         """Note the cards of a process that a manager before has started."""
         if self._leases is not None and devices:
             self._leases.claim(owner, devices)
+
+    def lend(self, owner: str, devices: Sequence[str] = ()) -> None:
+        """Let others have the cards of `owner`, which is suspended; or it had given `devices`."""
+        held = self._leases.holders.get(owner, ()) if self._leases is not None else ()
+        self.ended(owner)
+        if held or devices:
+            self._lent[owner] = tuple(held or devices)
+
+    def take_back(
+        self,
+        owner: str,
+        env: Mapping[str, str],
+        args: Sequence[str],
+        wake: Callable[[], None],
+        *,
+        moves: bool,
+    ) -> Back:
+        """Return where `owner` is to be resumed. Raises `NoGpuError`, as `take` does."""
+        lent = self._lent.get(owner, ())
+        if self._leases is None or not lent:
+            return Back(self._leases.holders.get(owner, ()) if self._leases is not None else ())
+        self._cancel(owner)
+        self._waiting.pop(owner, None)
+        if pinned(env, args, len(lent)) is not None:
+            devices = self._leases.claim(owner, lent).devices
+        else:
+            try:
+                devices = self._leases.lease_again(owner, lent, moves=moves)
+            except NoGpuError:
+                self._waiting[owner] = wake
+                raise
+        del self._lent[owner]
+        self._look_before(owner, devices)
+        pairs = {self._uuid(old): self._uuid(new) for old, new in zip(lent, devices, strict=True)}
+        return Back(devices, pairs if devices != lent else None)
 
     def ended(self, owner: str) -> None:
         """Give the cards of a life that is over back, as soon as they are free.
@@ -100,6 +155,7 @@ class Cards:
         At once where that cannot be seen: another one uses the card as well, or the life was so
         short that not even what was used before it is known yet.
         """
+        self._lent.pop(owner, None)
         devices = self._leases.holders.get(owner, ()) if self._leases is not None else ()
         short = owner in self._tasks and owner not in self._used_before
         if self._use is None or not devices or short or self._shared(owner, devices):
@@ -110,6 +166,11 @@ class Cards:
 
     def forget(self, owner: str) -> None:
         """Let `owner` wait for nothing any more."""
+        self._waiting.pop(owner, None)
+        self._lent.pop(owner, None)
+
+    def wait_no_more(self, owner: str) -> None:
+        """Do not wake `owner` when cards are given back."""
         self._waiting.pop(owner, None)
 
     async def settled(self) -> None:
@@ -124,6 +185,25 @@ class Cards:
 
     async def close(self) -> None:
         await cancel_all(list(self._tasks.values()))
+
+    def _look_before(self, owner: str, devices: tuple[str, ...]) -> None:
+        self._used_before.pop(owner, None)
+        if devices and self._use is not None:
+            self._start(owner, self._note_use(owner, self._use))
+
+    def uuids(self, devices: Sequence[str]) -> tuple[str, ...]:
+        """Return what the driver calls these cards."""
+        return tuple(map(self._uuid, devices))
+
+    def described(self, devices: Sequence[str]) -> str:
+        """Return the models of these cards, in words: an image fits no other ones."""
+        leases = self._leases
+        known = [leases.inventory.gpu(device) for device in devices] if leases is not None else []
+        return ", ".join(gpu.name or gpu.device for gpu in known if gpu is not None)
+
+    def _uuid(self, device: str) -> str:
+        gpu = self._leases.inventory.gpu(device) if self._leases is not None else None
+        return gpu.uuid if gpu is not None else device
 
     async def _note_use(self, owner: str, use: Callable[[], CardUse]) -> None:
         """Remember what is used before the engine uses anything: it imports for seconds first."""
@@ -162,8 +242,10 @@ class Cards:
         return any(set(devices) & set(theirs) for theirs in others)
 
     def _release(self, owner: str) -> None:
-        if self._leases is None or not self._leases.release(owner):
-            return
+        if self._leases is not None and self._leases.release(owner):
+            self._wake()
+
+    def _wake(self) -> None:
         waiting, self._waiting = self._waiting, {}
         for wake in waiting.values():  # afterwards: whoever gives them back may be about to start
             asyncio.get_running_loop().call_soon(wake)

@@ -18,7 +18,7 @@ from backends.engines.probe import probe_release, program_of
 from backends.engines.release import UNKNOWN_RELEASE
 from backends.gpus import pinned
 from backends.nvidia_smi import AUTO, NONE, names_of
-from backends.spec import ReplicaSpec, replica_specs
+from backends.spec import ReplicaSpec, pool_specs
 from backends.starting import gpus_wanted
 from proxy.config import Config, ConfigError
 
@@ -33,8 +33,7 @@ def check_engines(
 ) -> tuple[str, ...]:
     """Return what to warn of. Raises `ConfigError` for arguments that an engine would not take."""
     warnings: list[str] = []
-    firsts = {(spec.model, spec.pool): spec for spec in reversed(replica_specs(config))}
-    for spec in reversed(firsts.values()):
+    for spec in (pool.first for pool in pool_specs(config) if pool.autoscale or pool.replicas):
         try:
             said = _check(engines[spec.engine], spec, environ)
         except FlagError as error:
@@ -64,10 +63,13 @@ def check_cards(
         return ()
     named = len(names_of(cards))
     needed: dict[str, int] = {}
-    for spec in replica_specs(config):
+    for pool in pool_specs(config):
+        spec = pool.first
         count = gpus_wanted(engines[spec.engine], spec)
         if count and pinned(spec.env, spec.args, count) is None:
-            needed[spec.replica_id] = count
+            # Of a scaled pool at least one must find room, or demand would wait for ever.
+            least = max(1, pool.autoscale.min) if pool.autoscale else pool.replicas or 0
+            needed |= {pool.replica(number).replica_id: count for number in range(least)}
     if sum(needed.values()) <= named:
         return ()
     large = {name: count for name, count in needed.items() if count > named}

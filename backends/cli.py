@@ -17,7 +17,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from backends.arguments import port_number
+from backends.arguments import port_number, replica_count
 
 DESCRIPTION = "One OpenAI-compatible endpoint in front of many SGLang and vLLM replicas."
 EPILOG = "`doherty COMMAND --help` tells more. `doherty up` alone serves two simulated replicas."
@@ -89,9 +89,15 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
         from backends.planning.command import add_flags
 
         add_flags(plan)
+    snapshot = commands.add_parser("snapshot", help="images of warm replicas: make, list, try")
+    if list(command) == ["snapshot"]:
+        from backends.snapshots.commands import add_flags
+
+        add_flags(snapshot)
     status = commands.add_parser("status", help="show the replicas of a running manager")
     _add_manager_url(status)
     status.set_defaults(run=_status)
+    _add_scale(commands)
     sleep = commands.add_parser("sleep", help="free the GPU memory of a replica, keep its process")
     sleep.add_argument(
         "--level",
@@ -100,12 +106,28 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
         default=1,
         help="1 keeps the weights in host memory, 2 (vLLM) reads them anew (default: 1)",
     )
-    wake = commands.add_parser("wake", help="have a sleeping replica serve again")
+    sleep.add_argument(
+        "--rung",
+        choices=("asleep", "suspended"),
+        default="asleep",
+        help="suspended: its process stands still and others may have its GPU (default: asleep)",
+    )
+    wake = commands.add_parser("wake", help="have a resting replica serve again")
     for turn, run in ((sleep, _sleep), (wake, _wake)):
         turn.add_argument("replica", metavar="REPLICA", help="its id in `doherty status`")
         _add_manager_url(turn)
         turn.set_defaults(run=run)
     return parser
+
+
+def _add_scale(commands: Any) -> None:
+    scale = commands.add_parser("scale", help="show how pools are scaled, or set a pool's size")
+    scale.add_argument("pool", nargs="?", metavar="POOL", help="tell of this one, and why")
+    scale.add_argument(
+        "replicas", nargs="?", type=replica_count, metavar="N", help="replicas that it is to have"
+    )
+    _add_manager_url(scale)
+    scale.set_defaults(run=_scale)
 
 
 def _add_manager_url(parser: argparse.ArgumentParser) -> None:
@@ -213,16 +235,32 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from contextlib import suppress
+
+    from backends.failure import StartError
+    from backends.scale_command import fetch_scaling
     from backends.status import fetch_fleet, table
 
-    print(table(fetch_fleet(options.manager_url)))
+    fleet, scaling = fetch_fleet(options.manager_url), None
+    with suppress(StartError):  # a manager of a former release has no pools to tell of
+        scaling = fetch_scaling(options.manager_url)
+    print(table(fleet, scaling))
+    return 0
+
+
+def _scale(options: argparse.Namespace) -> int:
+    from backends.scale_command import scale
+
+    print(scale(options.manager_url, options.pool, options.replicas))
     return 0
 
 
 def _sleep(options: argparse.Namespace) -> int:
+    from backends.ladder import Rung
     from backends.operate import fall_asleep
 
-    print(fall_asleep(options.manager_url, options.replica, options.level))
+    rung = Rung(options.rung)
+    print(fall_asleep(options.manager_url, options.replica, options.level, rung))
     return 0
 
 

@@ -58,3 +58,19 @@ class Alarm:
             self._event.clear()
             if timer is not None:
                 timer.cancel()
+
+
+class Deadline:
+    """One moment at which `call` is due; a new one takes the place of the last."""
+
+    def __init__(self, clock: Clock, call: Callable[[], None]) -> None:
+        self._clock = clock
+        self._call = call
+        self._timer: Timer | None = None
+
+    def set(self, at_s: float | None) -> None:
+        """Be due at `at_s`; None: never."""
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = None if at_s is None else max(0.0, at_s - self._clock.now_s())
+        self._timer = None if delay_s is None else self._clock.call_later(delay_s, self._call)

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Callable
 
 from backends.clock import Clock, Timer
-from proxy.contract import FleetSnapshot, ReplicaRecord, encode_snapshot
+from proxy.contract import FleetSnapshot, PoolRecord, ReplicaRecord, encode_snapshot
 
 PUBLISH_PAUSE_S = 0.05
 
@@ -24,10 +24,13 @@ class Feed:
         self,
         epoch: str,
         region: str,
-        collect: Callable[[], tuple[ReplicaRecord, ...]],
+        collect: Callable[[], tuple[tuple[ReplicaRecord, ...], tuple[PoolRecord, ...]]],
         clock: Clock,
+        told: Callable[[FleetSnapshot], None] = lambda _snapshot: None,
     ) -> None:
+        """`told` hears of each snapshot, before anybody who waits for it."""
         self._collect = collect
+        self._told = told
         self._clock = clock
         self._timer: Timer | None = None
         self._published_s = float("-inf")
@@ -58,8 +61,9 @@ class Feed:
 
     def _publish(self) -> None:
         self._timer = None
-        replicas = self._collect()
-        if replicas == self.snapshot.replicas and self.snapshot.version:
+        replicas, pools = self._collect()
+        before = self.snapshot
+        if (replicas, pools) == (before.replicas, before.pools) and before.version:
             return
         self._published_s = self._clock.now_s()
         self.snapshot = FleetSnapshot(
@@ -67,7 +71,9 @@ class Feed:
             version=self.snapshot.version + 1,
             region=self.snapshot.region,
             replicas=replicas,
+            pools=pools,
         )
         self.line = encode_snapshot(self.snapshot)
+        self._told(self.snapshot)
         self._news.set()
         self._news = asyncio.Event()

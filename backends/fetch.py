@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 
 ANSWER_BYTES_MAX = 8 * 1024 * 1024
-CONNECTIONS_MAX = 1024
+CONNECTIONS_MAX = 64  # to one replica: it is asked a few things at a time
 
 
 class Silence(enum.Enum):
@@ -36,16 +36,19 @@ class Fetch(Protocol):
 
     async def post(self, url: str, body: bytes, timeout_s: float) -> Answer: ...
 
+    async def drop(self, url: str) -> None:
+        """Close the connections to the replica at `url`; it may be asked again."""
+
 
 class HttpFetch:
-    """Asks through one pool of connections. To be closed."""
+    """Asks through a pool of connections for each replica. To be closed.
+
+    A pool each, because what is suspended, dumped or gone must not leave connections behind that
+    look alive: those of one replica are dropped, and of no other.
+    """
 
     def __init__(self) -> None:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX, keepalive_timeout=4.0),
-            timeout=aiohttp.ClientTimeout(),
-            trust_env=False,  # replicas are never behind the user's web proxy
-        )
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
 
     async def get(self, url: str, timeout_s: float) -> Answer:
         return await self._ask("GET", url, None, timeout_s)
@@ -53,15 +56,31 @@ class HttpFetch:
     async def post(self, url: str, body: bytes, timeout_s: float) -> Answer:
         return await self._ask("POST", url, body, timeout_s)
 
+    async def drop(self, url: str) -> None:
+        session = self._sessions.pop(_origin(url), None)
+        if session is not None:
+            await session.close()
+
     async def close(self) -> None:
-        await self._session.close()
+        for origin in list(self._sessions):
+            await self.drop(origin)
+
+    def _session(self, url: str) -> aiohttp.ClientSession:
+        origin = _origin(url)
+        if origin not in self._sessions:
+            self._sessions[origin] = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX, keepalive_timeout=4.0),
+                timeout=aiohttp.ClientTimeout(),
+                trust_env=False,  # replicas are never behind the user's web proxy
+            )
+        return self._sessions[origin]
 
     async def _ask(self, method: str, url: str, body: bytes | None, timeout_s: float) -> Answer:
         headers = {"content-type": "application/json"} if body is not None else {}
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._session.request(
+                self._session(url).request(
                     method, url, data=body, headers=headers, allow_redirects=False
                 ) as response,
             ):
@@ -73,6 +92,11 @@ class HttpFetch:
             return Answer(0, silence=Silence.REFUSED)
         except (aiohttp.ClientError, OSError):
             return Answer(0, silence=Silence.BROKEN)
+
+
+def _origin(url: str) -> str:
+    """Return the part of `url` that names the server."""
+    return "/".join(url.split("/", 3)[:3])
 
 
 async def read_bounded(response: aiohttp.ClientResponse, bytes_max: int) -> bytes:

@@ -91,11 +91,23 @@ class GpuLeases:
 
     def __init__(self, inventory: GpuInventory) -> None:
         self.inventory = inventory
+        self.withdrawn: frozenset[str] = frozenset()  # will be taken away: given out no more
         self._held: dict[str, tuple[str, ...]] = {}
 
     @property
     def holders(self) -> Mapping[str, tuple[str, ...]]:
         return self._held
+
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """Return the cards that stay."""
+        return tuple(gpu for gpu in self.inventory.gpus if gpu.device not in self.withdrawn)
+
+    @property
+    def free(self) -> tuple[Gpu, ...]:
+        """Return those of them that nobody has."""
+        taken = {device for devices in self._held.values() for device in devices}
+        return tuple(gpu for gpu in self.gpus if gpu.device not in taken)
 
     def lease(self, owner: str, count: int) -> Lease:
         """Give `owner` this many cards, those that it has if they are as many.
@@ -103,18 +115,36 @@ class GpuLeases:
         Raises `NoGpuError`, and then it has none.
         """
         held = self._held.get(owner, ())
-        if len(held) == count:
+        if len(held) == count and self.withdrawn.isdisjoint(held):
             return self._lease(held)
         self.release(owner)
         if not count:
             return Lease()
-        taken = {device for devices in self._held.values() for device in devices}
-        free = [gpu for gpu in self.inventory.gpus if gpu.device not in taken]
+        free = self.free
         chosen = choose(free, count)
         if chosen is None:
             raise NoGpuError(self._refusal(count, free))
         self._held[owner] = tuple(gpu.device for gpu in chosen)
         return self._lease(self._held[owner])
+
+    def lease_again(self, owner: str, devices: Sequence[str], *, moves: bool) -> tuple[str, ...]:
+        """Give `owner` the cards that it had, or if it `moves` as many of the same model.
+
+        Raises `NoGpuError`, and then it has none.
+        """
+        if self._held.get(owner) == tuple(devices):
+            return tuple(devices)
+        self.release(owner)
+        free = self.free
+        if {gpu.device for gpu in free}.issuperset(devices):
+            self._held[owner] = tuple(devices)
+            return tuple(devices)
+        names = {gpu.name for device in devices if (gpu := self.inventory.gpu(device))}
+        chosen = choose([g for g in free if {g.name} == names], len(devices)) if moves else None
+        if chosen is None:
+            raise NoGpuError(self._refusal(len(devices), free if moves else ()))
+        self._held[owner] = tuple(gpu.device for gpu in chosen)
+        return self._held[owner]
 
     def claim(self, owner: str, devices: Iterable[str]) -> Lease:
         """Note that `owner` uses these cards, whatever else is noted of them."""
@@ -132,7 +162,7 @@ class GpuLeases:
         return Lease(devices, node if node in self.inventory.bindable_nodes else None)
 
     def _refusal(self, count: int, free: Sequence[Gpu]) -> str:
-        gpus = self.inventory.gpus
+        gpus = self.gpus
         models = {gpu.name for gpu in gpus}
         most = max((sum(g.name == model for g in gpus) for model in models), default=0)
         if count > most:

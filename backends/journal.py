@@ -7,7 +7,8 @@ nothing, because pids are used again: with the start time from `/proc/PID/stat` 
 does.
 
 Whether an engine sleeps is here, too, before it is told and after it has done so: SGLang does not
-say it, and dies of being told to take back what it holds.
+say it, and dies of being told to take back what it holds. So is whether it is suspended, and which
+cards it was resumed on.
 
 Which adapters it has loaded is here as well: its own list has their names and not their weights.
 
@@ -53,7 +54,12 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, tag="intent", tag_field=
     nap_level: int | None = None  # how deep it sleeps; None: awake
     gpus: tuple[str, ...] = ()  # leased to it
     turning: bool = False  # between awake and asleep: what it has let go of is not known
+    suspended: bool = False  # stands still; its cards are given back
+    suspending: bool = False  # between standing still and running
+    host: str = "127.0.0.1"  # where this machine reaches it
+    staged: bool = False  # being restored from an image, or made into one
     loras: Loaded = Loaded()
+    image: str = ""  # of its container; empty: it is a process of this machine
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", tag_field="entry"):
@@ -80,6 +86,22 @@ class Nap(msgspec.Struct, frozen=True, tag="nap", tag_field="entry"):
     turning: bool
 
 
+class Suspension(msgspec.Struct, frozen=True, tag="suspension", tag_field="entry"):
+    """It is being suspended or resumed (`turning`), or has been."""
+
+    launch_id: str
+    suspended: bool
+    turning: bool
+    gpus: tuple[str, ...] | None = None  # those that it is resumed on; None: as before
+
+
+class Staged(msgspec.Struct, frozen=True, tag="staged", tag_field="entry"):
+    """It is being made into an image, or that is over."""
+
+    launch_id: str
+    staged: bool
+
+
 class Adapted(msgspec.Struct, frozen=True, tag="adapted", tag_field="entry"):
     """It is told to have other adapters (not `settled`), or has them."""
 
@@ -92,7 +114,8 @@ class Ended(msgspec.Struct, frozen=True, tag="ended", tag_field="entry"):
     reason: str
 
 
-Entry = Launch | Started | Ready | Held | Nap | Adapted | Ended
+_Fact = Started | Ready | Held | Nap | Suspension | Staged | Adapted
+Entry = Launch | _Fact | Ended
 _DECODER: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
 
 
@@ -173,23 +196,31 @@ def apply(live: dict[str, Launch], entry: Entry) -> None:
     launch = live.get(entry.launch_id)
     if launch is None:
         return
+    if isinstance(entry, Ended):
+        del live[entry.launch_id]
+    else:
+        live[entry.launch_id] = _with(launch, entry)
+
+
+def _with(launch: Launch, entry: _Fact) -> Launch:
+    changes: dict[str, object] = {}
     match entry:
         case Started(pid=pid, start_ticks=ticks, boot_id=boot_id):
-            live[entry.launch_id] = msgspec.structs.replace(
-                launch, pid=pid, start_ticks=ticks, boot_id=boot_id
-            )
+            changes = {"pid": pid, "start_ticks": ticks, "boot_id": boot_id}
         case Ready():
-            live[entry.launch_id] = msgspec.structs.replace(launch, ready=True)
+            changes = {"ready": True, "staged": False}
+        case Staged(staged=staged):
+            changes = {"staged": staged}
         case Held(held=held):
-            live[entry.launch_id] = msgspec.structs.replace(launch, held=held)
+            changes = {"held": held}
         case Nap(level=level, turning=turning):
-            live[entry.launch_id] = msgspec.structs.replace(
-                launch, nap_level=level, turning=turning
-            )
+            changes = {"nap_level": level, "turning": turning}
+        case Suspension(suspended=suspended, turning=turning, gpus=gpus):
+            changes = {"suspended": suspended, "suspending": turning}
+            changes |= {} if gpus is None else {"gpus": gpus}
         case Adapted(loras=loras):
-            live[entry.launch_id] = msgspec.structs.replace(launch, loras=loras)
-        case Ended():
-            del live[entry.launch_id]
+            changes = {"loras": loras}
+    return msgspec.structs.replace(launch, **changes)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,25 +10,23 @@ one for each life, and every event of an older life is recognised by its launch 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from backends.clock import Timer
-from backends.engines.base import Engine, FlagError, url_of
-from backends.engines.probe import Program, known_release, probe_release, program_of
+from backends.cards import Placement
+from backends.clock import Deadline
+from backends.ending import end_in_words, terminate
+from backends.engines.base import HOST, Engine, url_of
+from backends.engines.probe import Program, known_release, probe_release
 from backends.engines.release import Release
 from backends.fetch import Silence
 from backends.gpus import NoGpuError
+from backends.images import Images
 from backends.journal import Ended, Held, Launch, Ready, Started
-from backends.last_words import last_words
+from backends.ladder import Rung, RungCost
 from backends.lifecycle import (
-    PUBLISHED,
-    SERVING,
     SLEEPING,
     Command,
     Event,
@@ -40,24 +38,20 @@ from backends.lifecycle import (
 )
 from backends.logfile import length
 from backends.loras import Loras, of_start
-from backends.naps import Naps
 from backends.ports import ReplicaPorts
 from backends.providers.base import Process
 from backends.questions import Questions
 from backends.reconcile import Observed, Wanted
-from backends.redact import secrets_of
-from backends.starting import START_ERRORS, gpus_wanted, intent, prepare, warm_up
+from backends.snapshots.base import Snapshot
+from backends.starting import START_ERRORS, gpus_wanted, intent, warm_up
 from backends.surroundings import Surroundings
 from backends.tasks import cancel_all, spawn
+from backends.telling import record_of
+from backends.turns import Life, RefusedError, Turns
 from backends.watch import Watch
 from proxy.contract import ReplicaRecord
 
 ADOPT_TIMEOUT_S = 2.0
-ABORT_TIMEOUT_S = 2.0
-
-
-class RefusedError(Exception):
-    """What an operator wishes cannot be had now; the text says why."""
 
 
 class Keeper:
@@ -71,12 +65,13 @@ class Keeper:
         self._spec_hash = wanted.launch_hash
         self.questions = Questions(wanted.spec, engine, around.fetch, around.clock)
         self._ports = ReplicaPorts(around.ports)
-        self._naps = Naps(engine, around)
+        self._turns = Turns(engine, around)
+        self._images = Images(engine, around, self._turns)
         self._loras: Loras | None = None  # of the life under way
         self._launch: Launch | None = None  # the life under way
         self._process: Process | None = None
         self._log_bytes = 0  # its log's length when this life began
-        self._timer: Timer | None = None
+        self._timer = Deadline(around.clock, self._deadline)
         self._watch: Watch | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -89,11 +84,34 @@ class Keeper:
         loaded = loras.loaded if loras else of_start(self._engine, self.spec)
         adapting = loras is not None and loras.changing
         state = self.state
-        return Observed(self.spec, running, state.phase, state.wanted, loaded, adapting)
+        return Observed(
+            spec=self.spec,
+            launch_hash=running,
+            phase=state.phase,
+            wanted=state.wanted,
+            loaded=loaded,
+            adapting=adapting,
+            aim=self._turns.aim,
+            rising=state.phase is Phase.SUSPENDED and state.deadline_s is not None,
+            out=self._turns.out,
+        )
+
+    @property
+    def rung(self) -> Rung:
+        """Return where it stands; on its way down, that is where it came from."""
+        if self.state.alive:
+            return self._turns.rung
+        return Rung.SNAPSHOTTED if self._images.known else Rung.COLD
+
+    @property
+    def turns(self) -> Mapping[Rung, RungCost]:
+        """Return what the rungs have cost that it has been on; 0.0: not measured yet."""
+        return self._turns.costs
 
     @property
     def url(self) -> str:
-        return url_of(self._ports.http)
+        launch = self._launch
+        return url_of(launch.port, launch.host) if launch else url_of(self._ports.http)
 
     @property
     def log_path(self) -> Path:
@@ -101,32 +119,15 @@ class Keeper:
 
     def record(self) -> ReplicaRecord:
         """Return what the fleet is told."""
-        serving = self.state.phase in SERVING
-        launch = self._launch
-        events, replay, topic = (launch and launch.kv_source) or ("", "", "")
-        return msgspec.structs.replace(
-            self.questions.told,
+        return record_of(
+            self.questions,
+            self.state,
+            self._turns,
+            self._launch,
             url=self.url,
-            models=self.questions.models,
-            pool=self.spec.pool,
             region=self._around.region,
             engine=self._engine.name,
-            state=PUBLISHED[self.state.phase],
-            reason=self.state.reason,
-            target_inputs=self.spec.target_inputs,
-            max_inputs=self.spec.max_inputs,
-            weight=self.spec.weight,
-            restarts=self.state.restarts,
             pid=self._process.pid if self._process else 0,
-            load=self.questions.load if serving else None,
-            asleep=(self.questions.told.asleep and serving) or self.state.phase in SLEEPING,
-            sleep_s=self._naps.sleep_s,
-            wake_s=self._naps.wake_s,
-            engine_version=launch.engine_version if launch else "",
-            gpus=launch.gpus if launch else (),
-            kv_events=events,
-            kv_replay=replay,
-            kv_topic=topic,
         )
 
     # --- what the manager wishes ----------------------------------------------------------------
@@ -149,60 +150,54 @@ class Keeper:
         One that was ready stays ready unless nobody listens: it may be too busy to say so.
         """
         self._launch, self._process = launch, process
-        self._ports.claim({"http": (launch.port, 1)} | launch.ports)
-        self._around.cards.claim(self.spec.replica_id, launch.gpus)
-        self.questions.begin(launch.port)
-        self._naps.level = launch.nap_level or 0
+        if launch.host == HOST:  # in a cell they are its own
+            self._ports.claim({"http": (launch.port, 1)} | launch.ports)
+        self.questions.begin(self.url)
+        self._turns.adopt(launch)
         if launch.pid != process.pid:  # the manager before died between the spawn and this note
             self._note_process(launch, process)
         self.state = self._adopted(launch, ready=launch.ready)
-        if self.state.phase is not Phase.ASLEEP:
+        if self.state.phase not in SLEEPING:
             answer = await self.questions.probe(ADOPT_TIMEOUT_S)
             silent = answer.silence is not None and answer.silence is not Silence.REFUSED
             ready = answer.status == 200 or (launch.ready and silent)
             self.state = self._adopted(launch, ready=ready)
-        self._around.log.tell(
-            "replica_adopted",
-            replica=self.spec.replica_id,
-            pid=process.pid,
-            phase=self.state.phase,
-        )
+        name, phase = self.spec.replica_id, self.state.phase
+        self._around.log.tell("replica_adopted", replica=name, pid=process.pid, phase=phase)
         self._follow(process, launch)
-        self._set_timer()
+        self._timer.set(self.state.deadline_s)
         self._around.changed()
-        if launch.turning:
+        if launch.staged:
+            self.apply(Event.HURRY, "the manager died while an image was restored or made")
+        elif launch.turning:
             self.apply(
                 Event.RESTART, "the manager died while it fell asleep or woke: nobody knows how far"
             )
+        elif launch.suspending:
+            self.apply(Event.WAKE, "the manager died while it was suspended or resumed")
 
-    def sleep(self, level: int) -> None:
-        """Free the memory of its GPU. Raises `RefusedError` when it cannot, or not now."""
-        if self.state.phase in {Phase.EMPTYING, Phase.FALLING_ASLEEP, Phase.ASLEEP}:
-            if level != self._naps.level:
-                raise RefusedError(f"it sleeps at level {self._naps.level}; wake it first")
-            return
-        if self.state.phase not in {Phase.READY, Phase.HELD}:
-            raise RefusedError(
-                f"it is {self.state.phase.words}; only what is ready can be put to sleep"
-            )
-        if self.observed.launch_hash != self._spec_hash:  # so it may lack what a sleep needs
-            raise RefusedError("it is about to be started anew with a changed command")
-        if self.observed.adapting:
-            raise RefusedError("its adapters are being changed; ask again when that is done")
-        try:
-            self._engine.sleep_calls(self.spec, level)
-        except FlagError as error:
-            raise RefusedError(str(error)) from error
-        self._naps.level = level
-        self.apply(Event.SLEEP, "going to sleep, as an operator asked")
+    def lower(self, rung: Rung, reason: str, level: int = 1) -> None:
+        """Take it down to ASLEEP or SUSPENDED; `level`: of its engine's own sleep.
 
-    def wake(self) -> None:
-        """Take the memory back and serve. Raises `RefusedError` when it cannot, or not now."""
+        Raises `RefusedError` when it cannot, or not now.
+        """
+        observed = self.observed
+        if observed.rising and rung is Rung.SUSPENDED:
+            self._around.cards.wait_no_more(self.spec.replica_id)
+            self.apply(Event.SLEEP, reason)
+        stale = observed.launch_hash != self._spec_hash  # so it may lack what a rung needs
+        if self._turns.take_aim(rung, level, observed, stale=stale):
+            self.apply(Event.SLEEP, reason)
+
+    def raise_(self, reason: str) -> None:
+        """Have it serve again. Raises `RefusedError` when it cannot, or not now."""
         if self.state.phase in {Phase.READY, Phase.HELD, Phase.WAKING}:
             return
-        if self.state.phase not in {Phase.ASLEEP, Phase.EMPTYING}:
+        if self.state.phase not in {Phase.ASLEEP, Phase.SUSPENDED, Phase.EMPTYING}:
             raise RefusedError(f"it is {self.state.phase.words}; only what sleeps can be woken")
-        self.apply(Event.WAKE, "woken by an operator")
+        if self.state.phase is Phase.EMPTYING:
+            self._turns.aim = Rung.AWAKE
+        self.apply(Event.WAKE, reason)
 
     def apply(self, event: Event, reason: str = "") -> None:
         """Let `event` happen and perform what follows from it."""
@@ -210,15 +205,11 @@ class Keeper:
         now_s = self._around.clock.now_s()
         self.state, commands = step(before, event, now_s, self._around.timing(self.spec), reason)
         if self.state.phase is not before.phase or commands:
-            self._around.log.tell(
-                f"replica_{self.state.phase}",
-                replica=self.spec.replica_id,
-                was=before.phase,
-                cause=event,
-                reason=self.state.reason,
-            )
+            told = {"was": before.phase, "cause": event, "reason": self.state.reason}
+            name = self.spec.replica_id
+            self._around.log.tell(f"replica_{self.state.phase}", replica=name, **told)
             self._ring()
-        self._set_timer()
+        self._timer.set(self.state.deadline_s)
         if self.state.held != before.held and self._launch is not None:
             self._around.note(Held(self._launch.launch_id, self.state.held))
         for command in commands:
@@ -228,8 +219,7 @@ class Keeper:
 
     async def close(self) -> None:
         """Let go of everything here; the process, if there is one, runs on."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.set(None)
         if self._process is not None:
             self._process.release()
         await cancel_all(self._tasks)
@@ -243,44 +233,56 @@ class Keeper:
             case Command.SPAWN:
                 self._start()
             case Command.TERMINATE:
-                self._end_process(lambda process: self._own(self._terminate(process), "terminate"))
+                to = self._engine.facts(self.spec), self.url, self._around.fetch
+                self._end_process(lambda process: self._own(terminate(process, *to), "terminate"))
             case Command.KILL:
                 self._end_process(lambda process: process.signal_group(signal.SIGKILL))
             case Command.LULL:
-                assert self._launch is not None
-                self._own(self._lull(self._launch.launch_id), "lull")
+                self._own(self._lull(self._life(Phase.FALLING_ASLEEP)), "lull")
             case Command.ROUSE:
-                assert self._launch is not None
                 assert self._watch is not None
-                self._own(self._rouse(self._launch.launch_id, self._watch), "rouse")
+                self._own(self._rouse(self._life(Phase.WAKING), self._watch), "rouse")
 
     def _end_process(self, end: Callable[[Process], None]) -> None:
         if self._process is not None:
-            end(self._process)
-        else:
-            self.apply(Event.EXITED, "it had not been started yet")
+            return end(self._process)
+        self._around.cards.ended(self.spec.replica_id)
+        return self.apply(Event.EXITED, "it had not been started yet")
 
     def _start(self) -> None:
-        """Spawn, as soon as it is known which release the program is of."""
+        """Spawn, as soon as it is known which release the program is of, and of which image."""
         try:
             self._ports.take_http()
-            program = program_of(self._engine, self.spec, os.environ)
+            program = self._around.provider.program(self._engine, self.spec)
             release = known_release(program)
-            if release is None:
-                self._own(self._start_asked(program, self.state.starts), "ask for the release")
+            if release is None or self.spec.snapshot:
+                self._own(self._start_asked(program, release, self.state.starts), "prepare")
             else:
                 self._spawn(program, release)
         except START_ERRORS as error:
             self._not_started(error)
 
-    async def _start_asked(self, program: Program, starts: int) -> None:
-        release = await asyncio.to_thread(probe_release, program)
-        if self.state.phase is not Phase.STARTING or self.state.starts != starts:
-            return  # ended meanwhile
+    async def _start_asked(self, program: Program, release: Release | None, starts: int) -> None:
+        spec, found = self.spec, None
+        if release is None:
+            release = await asyncio.to_thread(probe_release, program)
         try:
-            self._spawn(program, release)
+            if spec.snapshot and self._starts(starts):
+                found = await self._images.find(spec, release, self._place().devices)
+            if self._starts(starts) and self.spec is not spec:
+                self._start()  # what was found is of its former command
+            elif self._starts(starts):
+                self._spawn(program, release, found)
         except START_ERRORS as error:
             self._not_started(error)
+
+    def _starts(self, starts: int) -> bool:
+        """Say whether this start is still the one under way."""
+        return self.state.phase is Phase.STARTING and self.state.starts == starts
+
+    def _place(self) -> Placement:
+        spec, wanted = self.spec, gpus_wanted(self._engine, self.spec)
+        return self._around.cards.take(spec.replica_id, wanted, spec.env, spec.args, self._room)
 
     def _not_started(self, error: Exception) -> None:
         event = Event.CROWDED if isinstance(error, NoGpuError) else Event.SPAWN_FAILED
@@ -289,26 +291,25 @@ class Keeper:
 
     def _room(self) -> None:
         """Cards have been given back: try again, if that is what this waits for."""
-        if self.state.phase is Phase.BACKOFF:
+        if self.state.phase is Phase.BACKOFF or self.observed.rising:
             self.apply(Event.DEADLINE, self.state.reason)
 
-    def _spawn(self, program: Program, release: Release) -> None:
+    def _spawn(self, program: Program, release: Release, found: Snapshot | None = None) -> None:
         """Journal, spawn, journal: in this order a crash at any point leaves a trace."""
         around = self._around
-        spec, wanted = self.spec, gpus_wanted(self._engine, self.spec)
-        place = around.cards.take(spec.replica_id, wanted, spec.env, spec.args, self._room)
-        start = prepare(self._engine, spec, self._ports, program, release, place)
+        spec, place = self.spec, self._place()
+        start = self._images.prepare(spec, self._ports, program, release, place, found)
         for warning in start.warnings:
             around.log.tell("replica_warning", replica=self.spec.replica_id, warning=warning)
         launch = intent(self._engine, self.spec, start, self.state, around.clock.unix_s())
         around.journal.append(launch)
         self._launch = launch
-        self.questions.begin(start.port)
+        self._turns.begin(launch.gpus, Rung.SNAPSHOTTED if start.restored else Rung.COLD)
+        self.questions.begin(self.url)
         self._log_bytes = length(self.log_path)
         warm_up(around.warmer, spec, start)
-        self._process = around.provider.spawn(
-            start.argv, start.environ, launch.launch_id, self.log_path
-        )
+        spawned = (start.argv, start.environ, launch.launch_id, self.log_path)
+        self._process = around.provider.spawn(*spawned)
         # It lives, and nothing from here on may raise what `_start` takes for a failed spawn:
         # notes and log lines that cannot be written are lost.
         self._follow(self._process, launch)
@@ -323,20 +324,46 @@ class Keeper:
             log=str(self.log_path),
         )
 
-    async def _lull(self, launch_id: str) -> None:
-        go_on = self._while(launch_id, Phase.FALLING_ASLEEP)
-        event, reason = await self._naps.fall_asleep(launch_id, self.spec, self.url, go_on)
-        if go_on():
+    async def _lull(self, life: Life) -> None:
+        event, reason = await self._turns.lower(life)
+        if life.go_on():
             self.apply(event, reason)
 
-    async def _rouse(self, launch_id: str, watch: Watch) -> None:
-        go_on = self._while(launch_id, Phase.WAKING)
-        problem = await self._naps.wake(launch_id, self.spec, self.url, go_on)
+    async def _rouse(self, life: Life, watch: Watch) -> None:
+        try:
+            problem = await self._turns.rise(life, self._room)
+        except NoGpuError as error:
+            problem = Event.CROWDED, f"not resumed: {error}"
         if problem is None:
-            reason = f"awake, after {self._naps.wake_s:.2f} s"
-            await watch.until_ready(Phase.WAKING, reason=reason)
-        elif go_on():
-            self.apply(Event.BROKE, problem)
+            await watch.until_ready(Phase.WAKING)
+        elif life.go_on():
+            self.apply(*problem)
+
+    async def _revive(self, life: Life, watch: Watch) -> None:
+        problem = await self._images.revive(life)
+        if not problem:
+            await watch.follow()
+        elif life.go_on():  # what follows is a cold start, at once
+            self.apply(Event.HURRY, problem)
+
+    async def ripen(self) -> bool:
+        """Make an image of it, where that is due; say whether it was."""
+        if not self._images.due:
+            return False
+        self.apply(Event.RIPE, "an image of it is made")
+        life = self._life(Phase.STARTING)
+        problem = await self._images.make(life)
+        if problem is not None and life.go_on():
+            self.apply(*problem)
+        return True
+
+    def _life(self, phase: Phase) -> Life:
+        """Return the life under way, as long as it is in `phase`."""
+        assert self._launch is not None
+        assert self._process is not None
+        launch_id = self._launch.launch_id
+        go_on = self._while(launch_id, phase)
+        return Life(launch_id, self.spec, self.url, self._process.pid, go_on)
 
     async def _adapt(self, loras: Loras, launch_id: str) -> None:
         go_on = self._while(launch_id, Phase.READY, Phase.HELD)
@@ -348,13 +375,6 @@ class Keeper:
     def _while(self, launch_id: str, *phases: Phase) -> Callable[[], bool]:
         return lambda: self._current(launch_id) and self.state.phase in phases
 
-    async def _terminate(self, process: Process) -> None:
-        facts = self._engine.facts(self.spec)
-        if facts.abort_path is not None:
-            url = self.url + facts.abort_path
-            await self._around.fetch.post(url, facts.abort_body, ABORT_TIMEOUT_S)
-        process.signal_group(signal.SIGTERM)
-
     def _follow(self, process: Process, launch: Launch) -> None:
         """Follow one life: its end by the process, its answers by a task."""
         launch_id = launch.launch_id
@@ -363,9 +383,11 @@ class Keeper:
         def ended(exited: asyncio.Future[str]) -> None:
             if exited.cancelled() or self._launch is None or self._launch.launch_id != launch_id:
                 return
-            how = self._told(exited.result())
+            phase, log, since_bytes = self.state.phase, self.log_path, self._log_bytes
+            unrestored = self._images.ended() and phase is Phase.STARTING
+            how = end_in_words(exited.result(), phase, self.spec, log, since_bytes)
             self._end(how)
-            self.apply(Event.EXITED, how)
+            self.apply(Event.UNRESTORED if unrestored else Event.EXITED, how)
 
         process.exited.add_done_callback(ended)
         self._watch = Watch(
@@ -374,21 +396,10 @@ class Keeper:
             self,
             lambda: self.state.phase if self._current(launch_id) else None,
         )
-        self._own(self._watch.follow(), "follow")
-
-    def _told(self, how: str) -> str:
-        """Return how a life ended, and what its log says of that: the status alone says little.
-
-        What is killed from outside says nothing, and of what was ended on purpose nobody asks.
-        """
-        starting = self.state.phase is Phase.STARTING
-        if not starting and ("SIGKILL" in how or self.state.phase not in SERVING | SLEEPING):
-            return how
-        hide = secrets_of(self.spec.args, self.spec.env)
-        words = last_words(self.log_path, int(starting), since_bytes=self._log_bytes, hide=hide)
-        how += " before it was ready" if starting else ""
-        how += f": {words}" if words else ""
-        return f"{how}; see {self.log_path}" if starting or words else how
+        if self._images.restoring:
+            self._own(self._revive(self._life(Phase.STARTING), self._watch), "revive")
+        else:
+            self._own(self._watch.follow(), "follow")
 
     def _ring(self) -> None:
         if self._watch is not None:
@@ -397,6 +408,7 @@ class Keeper:
     def _end(self, reason: str) -> None:
         if self._launch is not None:
             self._around.note(Ended(self._launch.launch_id, reason))
+            self._own(self._around.fetch.drop(self.url), "drop connections to")
         self._launch = self._process = self._loras = None
         self.questions.end()
         self._around.cards.ended(self.spec.replica_id)
@@ -406,36 +418,27 @@ class Keeper:
         boot_id = self._around.provider.boot_id
         self._around.note(Started(launch.launch_id, process.pid, process.start_ticks, boot_id))
 
-    def answered(self, reason: str) -> None:
+    def answered(self) -> None:
         """It is ready."""
+        if self._process is not None:
+            self._around.warmer.answered(self._process.pid)
         if self._launch is not None:
             self._around.note(Ready(self._launch.launch_id))
-            self.apply(Event.ANSWERED, reason)
+            self._images.ready()
+            self.apply(Event.ANSWERED, self._turns.risen())
 
     def _current(self, launch_id: str) -> bool:
         return self._launch is not None and self._launch.launch_id == launch_id
 
     def _adopted(self, launch: Launch, *, ready: bool) -> Lifecycle:
-        now_s = self._around.clock.now_s()
         return adopted(
             ready=ready,
             held=launch.held,
-            asleep=launch.nap_level is not None,
+            rest=self._turns.rest,
             starts=launch.starts,
-            now_s=now_s,
+            now_s=self._around.clock.now_s(),
             timing=self._around.timing(self.spec),
         )
-
-    # --- time and tasks -------------------------------------------------------------------------
-
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        deadline_s = self.state.deadline_s
-        if deadline_s is not None:
-            delay_s = max(0.0, deadline_s - self._around.clock.now_s())
-            self._timer = self._around.clock.call_later(delay_s, self._deadline)
 
     def _deadline(self) -> None:
         reason = overdue(self.state.phase, self._around.timing(self.spec)) or self.state.reason

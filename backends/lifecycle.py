@@ -21,7 +21,11 @@ replica is published as draining, its requests may finish, and only one that is 
 time, is told to sleep. What may follow from that is three things. It sleeps; or it would not and is
 as it was; or nobody knows what it has let go of, and then only a new start helps, because an engine
 that is asked to give or take what it has not may die of it. One that sleeps takes no requests and
-owes nothing: its exit is a fault, a stop needs no waking, and it wakes by an operator's word alone.
+owes nothing: its exit is a fault, a stop needs no waking, and it wakes by a wish alone.
+
+A suspended one stands still besides, and its GPU may be another's: there is nothing to ask it and
+nobody who would hear a SIGTERM, so it is killed where others are terminated. One that is to come
+back and finds no GPU stays as it is and tries again, like a start that finds none.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ class Phase(enum.StrEnum):
     EMPTYING = "emptying"  # is to sleep; its requests may finish
     FALLING_ASLEEP = "falling_asleep"  # the calls that free its memory are out
     ASLEEP = "asleep"
+    SUSPENDED = "suspended"  # stands still, with what its GPU held in the host's memory
     WAKING = "waking"  # the calls that take it back are out
 
     @property
@@ -64,23 +69,26 @@ class Phase(enum.StrEnum):
 
 
 class Event(enum.StrEnum):
-    """What can happen to a replica: wishes, of which the last four are operators', and facts."""
+    """What can happen to a replica: wishes, and facts."""
 
     START = "start"
     STOP = "stop"
     RESTART = "restart"
     HOLD = "hold"
     RELEASE = "release"
-    SLEEP = "sleep"
+    SLEEP = "sleep"  # down: to sleep, or from there to where even less is held
     WAKE = "wake"
     HURRY = "hurry"  # do not wait any longer: kill
     ANSWERED = "answered"  # the readiness probe was answered
+    RIPE = "ripe"  # it would be ready; an image of it is made first
+    UNRESTORED = "unrestored"  # it ended before the image that it was made from had served
     SPAWN_FAILED = "spawn_failed"
     CROWDED = "crowded"  # there was no GPU for it
     EXITED = "exited"
     IDLE = "idle"  # its own metrics say that nothing runs and nothing waits
     UNRESPONSIVE = "unresponsive"  # silent for longer than any work takes
     SLEPT = "slept"  # its memory is free
+    SUSPENDED = "suspended"  # it stands still, and its memory is free
     BALKED = "balked"  # it would not sleep, and serves as before
     BROKE = "broke"  # it stopped half-way between awake and asleep
     DEADLINE = "deadline"  # the time of this phase is over
@@ -110,13 +118,14 @@ PUBLISHED = MappingProxyType(
         Phase.FALLING_ASLEEP: ReplicaState.DRAINING,
         # With the record's `asleep`, by which proxies of any release send it nothing.
         Phase.ASLEEP: ReplicaState.READY,
+        Phase.SUSPENDED: ReplicaState.READY,
         Phase.WAKING: ReplicaState.READY,
     }
 )
 ALIVE = frozenset(Phase) - {Phase.STOPPED, Phase.BACKOFF}  # phases in which a process may exist
 # Phases in which it may be asked anything; in the others a question may do harm, or is in vain.
 SERVING = frozenset({Phase.READY, Phase.HELD, Phase.DRAINING, Phase.EMPTYING})
-SLEEPING = frozenset({Phase.ASLEEP, Phase.WAKING})  # its memory is away
+SLEEPING = frozenset({Phase.ASLEEP, Phase.SUSPENDED, Phase.WAKING})  # its memory is away
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -165,6 +174,7 @@ _FAULT = Rule(Phase.STOPPED, faulted=True)
 _DRAIN = Rule(Phase.DRAINING)
 _CROWDED = Rule(Phase.BACKOFF)
 _LULL = Rule(Phase.FALLING_ASLEEP, (Command.LULL,))
+_ROUSE = Rule(Phase.WAKING, (Command.ROUSE,))
 
 _SERVING_RULES: dict[Event, Rule] = {
     Event.STOP: _DRAIN,
@@ -193,6 +203,8 @@ TABLE: MappingProxyType[Phase, dict[Event, Rule]] = MappingProxyType(
         Phase.STARTING: {
             **_UNSERVING_RULES,
             Event.ANSWERED: Rule(Phase.READY),
+            Event.RIPE: Rule(Phase.STARTING),
+            Event.UNRESTORED: _REST,  # not its fault: the next start is a cold one, at once
             Event.SPAWN_FAILED: _FAULT,
             Event.CROWDED: _CROWDED,
             Event.DEADLINE: _TERMINATE_FAULTED,
@@ -235,18 +247,30 @@ TABLE: MappingProxyType[Phase, dict[Event, Rule]] = MappingProxyType(
         Phase.FALLING_ASLEEP: {
             **_UNSERVING_RULES,
             Event.SLEPT: Rule(Phase.ASLEEP),
+            Event.SUSPENDED: Rule(Phase.SUSPENDED),
             Event.BALKED: Rule(Phase.READY),
             Event.BROKE: _TERMINATE_FAULTED,
             Event.DEADLINE: _TERMINATE_FAULTED,
         },
         Phase.ASLEEP: {
             **_UNSERVING_RULES,
-            Event.WAKE: Rule(Phase.WAKING, (Command.ROUSE,)),
+            Event.SLEEP: _LULL,
+            Event.WAKE: _ROUSE,
             Event.UNRESPONSIVE: _TERMINATE_FAULTED,
+        },
+        Phase.SUSPENDED: {
+            Event.STOP: _KILL,
+            Event.RESTART: _KILL,
+            Event.HURRY: _KILL,
+            Event.EXITED: _FAULT,
+            Event.SLEEP: Rule(Phase.SUSPENDED),  # not to come back after all
+            Event.WAKE: _ROUSE,
+            Event.DEADLINE: _ROUSE,  # it waited for a GPU
         },
         Phase.WAKING: {
             **_UNSERVING_RULES,
             Event.ANSWERED: Rule(Phase.READY),
+            Event.CROWDED: Rule(Phase.SUSPENDED),
             Event.BROKE: _TERMINATE_FAULTED,
             Event.DEADLINE: _TERMINATE_FAULTED,
         },
@@ -258,11 +282,11 @@ _FORGIVING = frozenset({Event.RESTART, Event.DEADLINE})  # these end a back-off
 
 
 def adopted(
-    *, ready: bool, held: bool, asleep: bool, starts: int, now_s: float, timing: Timing
+    *, ready: bool, held: bool, rest: Phase | None, starts: int, now_s: float, timing: Timing
 ) -> Lifecycle:
-    """Return the state of a process that a former manager started."""
+    """Return the state of a process that a former manager started, and perhaps put to `rest`."""
     phase = (Phase.HELD if held else Phase.READY) if ready else Phase.STARTING
-    phase = Phase.ASLEEP if asleep else phase
+    phase = rest or phase
     return Lifecycle(
         phase=phase,
         wanted=True,
@@ -294,7 +318,8 @@ def step(
         return msgspec.structs.replace(state, failures=0, deadline_s=None), ()
     deadline_s = _deadline_s(state.phase, failures, now_s, timing)
     if event is Event.CROWDED:
-        state = msgspec.structs.replace(state, starts=state.starts - 1)
+        begun = int(state.phase is Phase.BACKOFF)
+        state = msgspec.structs.replace(state, starts=state.starts - begun)
         deadline_s = now_s + timing.backoff_s_max
     state = msgspec.structs.replace(state, failures=failures, deadline_s=deadline_s)
     return state, rule.commands + commands
@@ -346,7 +371,7 @@ def _settle(
 
 def _deadline_s(phase: Phase, failures: int, now_s: float, timing: Timing) -> float | None:
     match phase:
-        case Phase.STOPPED | Phase.ASLEEP:
+        case Phase.STOPPED | Phase.ASLEEP | Phase.SUSPENDED:
             return None
         case Phase.BACKOFF:
             return now_s + backoff_s(failures, timing)

@@ -11,13 +11,15 @@ import asyncio
 import random
 import signal
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from backends.autoscale import Autoscaler
 from backends.cards import Cards
 from backends.clock import Clock
+from backends.demand import DemandBook
 from backends.engines import ENGINES
-from backends.engines.base import Engine, launch_hash
+from backends.engines.base import Engine
 from backends.feed import Feed
 from backends.fetch import Fetch
 from backends.journal import Ended, Journal, Launch
@@ -25,11 +27,15 @@ from backends.keeper import Keeper
 from backends.lifecycle import Event
 from backends.log import Log
 from backends.logfile import bound
+from backends.notices import Reclaims
 from backends.ports import PortLeases
 from backends.providers.base import Process, Provider
+from backends.readahead import Lists
 from backends.reconcile import (
     Adapt,
     Create,
+    Lower,
+    Raise,
     Remove,
     Restart,
     Start,
@@ -38,12 +44,15 @@ from backends.reconcile import (
     Wanted,
     reconcile,
 )
-from backends.spec import ReplicaSpec, replica_specs
-from backends.surroundings import Surroundings
+from backends.snapshots.absent import NoSnapshots, NoSuspender
+from backends.snapshots.base import Snapshots, Suspender
+from backends.spec import ReplicaSpec
+from backends.surroundings import Demanded, Surroundings
 from backends.tasks import spawn
+from backends.turns import RefusedError
 from backends.warm import Warmer
 from proxy.config import Config
-from proxy.contract import ReplicaRecord
+from proxy.contract import PoolRecord, ReplicaRecord
 
 FIRST_SNAPSHOT_S_MAX = 5.0
 
@@ -62,22 +71,26 @@ class Manager:
         clock: Clock,
         engines: Mapping[str, Engine] = ENGINES,
         cards: Cards | None = None,
+        suspender_of: Callable[[Engine], Suspender] = lambda _engine: NoSuspender(),
+        snapshots: Snapshots | None = None,
+        demand: Demanded | None = None,
     ) -> None:
         self._engines = engines
         self._log = log
         self._journal = journal
         self._provider = provider
-        self._wanted: tuple[Wanted, ...] = ()
         self._started = False  # until all is adopted nothing follows from what is there
         self._pending = False
         self._closing: set[asyncio.Task[None]] = set()
         self._stopped = asyncio.Event()
         self.serving = False
         self.keepers: dict[str, Keeper] = {}
-        self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock)
+        book = DemandBook()
+        self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock, book.publish)
         settings = config.manager
         self._cards = cards or Cards(None, log)
-        self._warmer = Warmer(log, enabled=settings.warm_page_cache)
+        lists = Lists(Path(settings.run_dir) / "reads")
+        self._warmer = Warmer(log, enabled=settings.warm_page_cache, lists=lists)
         self._around = Surroundings(
             clock=clock,
             provider=provider,
@@ -93,22 +106,28 @@ class Manager:
             backoff_s=settings.restart_backoff_secs,
             backoff_s_max=settings.restart_backoff_max_secs,
             changed=self._changed,
+            suspender_of=suspender_of,
+            snapshots=snapshots or NoSnapshots(),
+            demand=demand or book,
         )
-        self._want(config)
+        self.scaler = Autoscaler(self._around, engines, self.keepers, book, self._reconcile)
+        self.scaler.want(config)
+        path = Path(settings.run_dir) / "reclaim.json"
+        self.reclaims = Reclaims(self._around, engines, self.keepers, path, self._changed)
 
     async def start(self) -> None:
         """Adopt what runs, start what does not, and publish the first snapshot."""
         await self._adopt()
         self._started = True
-        self._reconcile()
+        self.scaler.begin()
         self.serving = True
         self.feed.mark()
         await self.feed.newer(0, FIRST_SNAPSHOT_S_MAX)
 
     def reload(self, config: Config) -> None:
         """Want what `config` says from now on."""
-        self._want(config)
-        self._reconcile()
+        self.scaler.want(config)
+        self.scaler.tick()
 
     async def stop(self) -> None:
         """Stop every replica in order: drain, SIGTERM, SIGKILL; return when all are at rest.
@@ -116,7 +135,7 @@ class Manager:
         At rest they have let go of their GPUs, or it has been told what is still held.
         """
         self.serving = False
-        self._wanted = ()
+        self.scaler.close()
         self._reconcile()
         await self._stopped.wait()
         await self._cards.settled()
@@ -129,6 +148,8 @@ class Manager:
 
     async def close(self) -> None:
         """Let go of what still runs."""
+        self.scaler.close()
+        self.reclaims.close()
         self.feed.close()
         await asyncio.gather(*(keeper.close() for keeper in self.keepers.values()))
         await asyncio.gather(*self._closing)
@@ -140,14 +161,9 @@ class Manager:
             if bound(keeper.log_path):
                 self._log.tell("log_cut", replica=keeper.spec.replica_id)
 
-    def _want(self, config: Config) -> None:
-        self._wanted = tuple(
-            Wanted(spec, launch_hash(self._engines[spec.engine], spec))
-            for spec in replica_specs(config)
-        )
-
-    def _records(self) -> tuple[ReplicaRecord, ...]:
-        return tuple(keeper.record() for keeper in self.keepers.values())
+    def _records(self) -> tuple[tuple[ReplicaRecord, ...], tuple[PoolRecord, ...]]:
+        replicas = tuple(keeper.record() for keeper in self.keepers.values())
+        return replicas, self.scaler.records()
 
     def _changed(self) -> None:
         """Something happened to a replica: publish it, and see what follows, once for a burst."""
@@ -160,28 +176,41 @@ class Manager:
 
     def _reconcile(self) -> None:
         self._pending = False
+        all_wanted = self.reclaims.shaped(self.scaler.wanted())
         observed = [keeper.observed for keeper in self.keepers.values()]
-        for action in reconcile(self._wanted, observed):
+        for action in reconcile(all_wanted, observed):
             match action:
                 case Create(wanted):
                     keeper = self._keep(wanted)
                     keeper.apply(Event.START)
                 case Update(wanted):
                     self.keepers[wanted.spec.replica_id].update(wanted)
-                case Start(replica_id):
-                    self.keepers[replica_id].apply(Event.START)
-                case Restart(replica_id):
-                    self.keepers[replica_id].apply(Event.RESTART, "its command changed")
-                case Adapt(replica_id):
-                    self.keepers[replica_id].adapt()
-                case Stop(replica_id):
-                    self.keepers[replica_id].apply(Event.STOP, "no longer wanted")
                 case Remove(replica_id):
                     self._forget(replica_id)
-        if not self._wanted and not self.keepers:
+                case _:
+                    self._tell(self.keepers[action.replica_id], action)
+        if not all_wanted and not self.keepers:
             self._stopped.set()
         else:
             self._stopped.clear()
+
+    def _tell(self, keeper: Keeper, action: Start | Restart | Adapt | Lower | Raise | Stop) -> None:
+        try:
+            match action:
+                case Start():
+                    keeper.apply(Event.START)
+                case Restart():
+                    keeper.apply(Event.RESTART, "its command changed")
+                case Adapt():
+                    keeper.adapt()
+                case Lower(rung=rung):
+                    keeper.lower(rung, "it is not needed now")
+                case Raise():
+                    keeper.raise_("it is needed")
+                case Stop():
+                    keeper.apply(Event.STOP, "no longer wanted")
+        except RefusedError as error:
+            self._log.tell("refused", replica=action.replica_id, reason=str(error))
 
     def _keep(self, wanted: Wanted) -> Keeper:
         keeper = Keeper(wanted, self._engines[wanted.spec.engine], self._around)
@@ -203,7 +232,6 @@ class Manager:
         """
         launches = list(self._journal.live.values())
         processes = self._provider.recover(launches)
-        wanted = {want.spec.replica_id: want for want in self._wanted}
         adoptions = []
         for launch in launches:
             process = processes.get(launch.launch_id)
@@ -211,7 +239,7 @@ class Manager:
             if process is None or not known:
                 self._drop(launch, process)
                 continue
-            keeper = self._keep(wanted.get(launch.replica_id) or _orphan(launch))
+            keeper = self._keep(self.scaler.meant(launch.replica_id) or _orphan(launch))
             adoptions.append(keeper.adopt(launch, process))
         await asyncio.gather(*adoptions)
 

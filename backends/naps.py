@@ -24,6 +24,7 @@ class Naps:
 
     def __init__(self, engine: Engine, around: Surroundings) -> None:
         self.level = 0  # of the sleep that it is in, or on its way to
+        self.asleep = False
         self.sleep_s = 0.0
         self.wake_s = 0.0
         self._engine = engine
@@ -38,6 +39,8 @@ class Naps:
             calls = self._engine.sleep_calls(spec, self.level)
             self._around.journal.append(Nap(launch_id, self.level, turning=True))
             await perform(calls, url, self._around.fetch, go_on)
+            if not go_on():
+                return Event.BROKE, "it is not to go on"
         except (FlagError, OSError) as error:
             return Event.BALKED, f"not put to sleep: {error}"
         except CallFailedError as error:
@@ -45,6 +48,7 @@ class Naps:
             if event is Event.BALKED:
                 self._around.note(Nap(launch_id, None, turning=False))
             return event, reason
+        self.asleep = True
         self.sleep_s = self._around.clock.now_s() - began_s
         self._around.note(Nap(launch_id, self.level, turning=False))
         return Event.SLEPT, f"asleep at level {self.level}, after {self.sleep_s:.2f} s"
@@ -72,6 +76,9 @@ class Naps:
             await perform(calls, url, self._around.fetch, go_on)
         except CallFailedError as error:
             return f"it would not wake: {error}"
+        if not go_on():
+            return "it is not to go on"
+        self.asleep = False
         self.wake_s = self._around.clock.now_s() - began_s
         self._around.note(Nap(launch_id, None, turning=False))
         return None

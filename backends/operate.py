@@ -11,6 +11,7 @@ from urllib.parse import quote
 import msgspec
 
 from backends.failure import StartError
+from backends.ladder import Rung
 from backends.lifecycle import Phase
 from backends.status import check_manager_url, no_manager, open_url
 
@@ -33,12 +34,15 @@ class _Refused(msgspec.Struct):
     error: _Refusal
 
 
-def fall_asleep(manager_url: str, replica_id: str, level: int) -> str:
-    """Put a replica to sleep; return what came of it. Raises `StartError` when it would not."""
+def fall_asleep(manager_url: str, replica_id: str, level: int, rung: Rung = Rung.ASLEEP) -> str:
+    """Put a replica to sleep, or suspend it; return what came of it.
+
+    Raises `StartError` when it would not.
+    """
     url = _url(manager_url, replica_id)
-    _post(manager_url, f"{url}/sleep?level={level}")
+    _post(manager_url, f"{url}/sleep?level={level}&rung={rung}")
     seen = _after(manager_url, url, {Phase.EMPTYING, Phase.FALLING_ASLEEP})
-    if seen.phase is Phase.ASLEEP:
+    if seen.phase is (Phase.SUSPENDED if rung is Rung.SUSPENDED else Phase.ASLEEP):
         return f"{replica_id} is {seen.reason}"
     raise StartError(f"{replica_id} is {seen.phase.words}: {seen.reason}")
 
@@ -59,14 +63,14 @@ def _url(manager_url: str, replica_id: str) -> str:
 
 
 def _post(manager_url: str, url: str) -> None:
-    _ask(manager_url, urllib.request.Request(url, data=b"", method="POST"))  # noqa: S310  # checked
+    ask(manager_url, urllib.request.Request(url, data=b"", method="POST"))  # noqa: S310  # checked
 
 
 def _after(manager_url: str, url: str, phases: Collection[Phase]) -> _Seen:
     """Return what is seen of a replica as soon as it is in none of `phases`."""
     give_up_s = time.monotonic() + TURN_S_MAX
     while True:
-        body = _ask(manager_url, urllib.request.Request(url))  # noqa: S310  # checked
+        body = ask(manager_url, urllib.request.Request(url))  # noqa: S310  # checked
         try:
             seen = msgspec.json.decode(body, type=_Seen)
         except msgspec.MsgspecError as error:
@@ -78,7 +82,8 @@ def _after(manager_url: str, url: str, phases: Collection[Phase]) -> _Seen:
         time.sleep(POLL_S)
 
 
-def _ask(manager_url: str, request: urllib.request.Request) -> bytes:
+def ask(manager_url: str, request: urllib.request.Request) -> bytes:
+    """Return what a manager answers. Raises `StartError` with its own words when it refuses."""
     try:
         with open_url(request) as response:
             return bytes(response.read())

@@ -17,11 +17,14 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from backends.engines.base import HOST, Ports, PortsNeeded
+from backends.engines.base import EVERYWHERE, HOST, Ports, PortsNeeded
 
 PORT_MIN = 20_000
 _PORT_MAX_WANTED = 32_767
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+CELL_PORT = 8000  # of HTTP in a cell; what else is needed follows it
 
 
 class NoPortError(Exception):
@@ -93,7 +96,7 @@ class ReplicaPorts:
         """
         self.runs["http"] = (self._leases.keep_or_lease(self.http), 1)
 
-    def take(self, needed: PortsNeeded) -> Ports:
+    def take(self, needed: PortsNeeded, host: str = HOST) -> Ports:
         """Return what the next start gets: the ports of the last one where they still do.
 
         Raises `NoPortError`.
@@ -107,7 +110,9 @@ class ReplicaPorts:
                 first = 0
             if count:
                 self.runs[kind] = (self._leases.keep_or_lease(first, count), count)
-        return Ports(**{kind: first for kind, (first, _) in self.runs.items()})
+        firsts = {kind: first for kind, (first, _) in self.runs.items()}
+        events, replay, internal = (firsts.get(kind, 0) for kind in PortsNeeded._fields)
+        return Ports(firsts["http"], events, replay, internal, host)
 
     def claim(self, runs: Mapping[str, tuple[int, int]]) -> None:
         """Take over those of a process that runs."""
@@ -119,6 +124,23 @@ class ReplicaPorts:
         for first, count in self.runs.values():
             self._leases.release(first, count)
         self.runs = {}
+
+
+def cell_ports(needed: PortsNeeded) -> Ports:
+    """Return the ports of a replica that has a network of its own: the same in each.
+
+    A copy of it listens where the one listened that was dumped, so nothing here may be luck.
+    """
+    events = CELL_PORT + 1
+    replay = events + needed.kv_events
+    internal = replay + needed.kv_replay
+    return Ports(
+        CELL_PORT,
+        events if needed.kv_events else 0,
+        replay if needed.kv_replay else 0,
+        internal if needed.internal else 0,
+        EVERYWHERE,
+    )
 
 
 def port_free(host: str, port: int) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from backends.clock import Clock
-from backends.engines.base import Engine, url_of
+from backends.engines.base import Engine
 from backends.fetch import Answer, Fetch, Silence
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample, ReplicaRecord, with_load
@@ -39,10 +39,10 @@ class Questions:
         self._url = ""
         self._life: object = None
 
-    def begin(self, port: int) -> None:
-        """A new life listens on `port`; nothing is known of it."""
+    def begin(self, url: str) -> None:
+        """A new life listens at `url`; nothing is known of it."""
         self._life = object()
-        self._url = url_of(port)
+        self._url = url
         self.load = None
         self.models, self._adapters = (self.spec.model,), None
 

@@ -8,7 +8,12 @@ A changed replica is restarted only while the rest of its pool serves, one of a 
 configuration that cannot start takes down one replica, not the model. Where nothing is lost by it
 (a replica that is not serving, or the only one of its pool) the restart is immediate. One that
 sleeps is let be: it takes the new command once it has been woken, for a start would take the GPU
-memory that an operator wanted free; nor does the rest of its pool wait for it.
+memory that somebody wanted free; nor does the rest of its pool wait for it.
+
+Where somebody decides on which rung a replica is to be (`Wanted.rung`), it is lowered and raised to
+it. One that is to be awake and waits for a GPU tries again by itself, and a rung that failed lately
+(`Observed.out`) is not asked for: both would be asked for without end otherwise. What is not to be
+awake is neither made nor started anew: a start would take the GPU that it is to leave alone.
 
 Where only adapters changed and calls can give them (`adapters`), one that is ready is told and
 serves on, all of a pool at once; one that starts is told once it is ready, for a start costs more.
@@ -21,6 +26,7 @@ from collections.abc import Sequence
 import msgspec
 
 from backends.adapters import Loaded, Way, way
+from backends.ladder import Rung
 from backends.lifecycle import ALIVE, Phase
 from backends.spec import ReplicaSpec
 
@@ -30,6 +36,7 @@ class Wanted(msgspec.Struct, frozen=True):
 
     spec: ReplicaSpec
     launch_hash: str
+    rung: Rung | None = None  # AWAKE, ASLEEP or SUSPENDED; None: operators decide
 
 
 class Observed(msgspec.Struct, frozen=True):
@@ -41,6 +48,9 @@ class Observed(msgspec.Struct, frozen=True):
     wanted: bool
     loaded: Loaded = Loaded()  # adapters of the process, or of the spec
     adapting: bool = False  # they are being changed
+    aim: Rung = Rung.AWAKE  # where it is, or goes down to
+    rising: bool = False  # suspended, and waits for a GPU
+    out: frozenset[Rung] = frozenset()  # failed lately
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -69,6 +79,19 @@ class Adapt(msgspec.Struct, frozen=True):
     replica_id: str
 
 
+class Lower(msgspec.Struct, frozen=True):
+    """Have it let go of what it holds, down to `rung`."""
+
+    replica_id: str
+    rung: Rung
+
+
+class Raise(msgspec.Struct, frozen=True):
+    """Have it serve again."""
+
+    replica_id: str
+
+
 class Stop(msgspec.Struct, frozen=True):
     replica_id: str
 
@@ -79,15 +102,16 @@ class Remove(msgspec.Struct, frozen=True):
     replica_id: str
 
 
-Action = Create | Update | Start | Restart | Adapt | Stop | Remove
+Action = Create | Update | Start | Restart | Adapt | Lower | Raise | Stop | Remove
 
-_AWAY = frozenset(Phase) - {Phase.READY, Phase.HELD, Phase.ASLEEP}
+_AWAY = frozenset(Phase) - {Phase.READY, Phase.HELD, Phase.ASLEEP, Phase.SUSPENDED}
+_DEPTHS = tuple(Rung)
 _NO_PROCESS = frozenset(Phase) - ALIVE
 # On its way somewhere, or at rest where it is: what changed is looked at when it gets there.
 _LET_BE = frozenset(
     {
         *(Phase.STOPPING, Phase.KILLING, Phase.DRAINING),
-        *(Phase.EMPTYING, Phase.FALLING_ASLEEP, Phase.ASLEEP, Phase.WAKING),
+        *(Phase.EMPTYING, Phase.FALLING_ASLEEP, Phase.ASLEEP, Phase.SUSPENDED, Phase.WAKING),
     }
 )
 
@@ -111,7 +135,7 @@ def reconcile(wanted: Sequence[Wanted], observed: Sequence[Observed]) -> tuple[A
     for want in wanted:
         current = observed_by_id.get(want.spec.replica_id)
         if current is None:
-            actions.append(Create(want))
+            actions.extend([Create(want)] if _starts(want) else [])
         else:
             actions.extend(_align(want, current, away))
     return tuple(actions)
@@ -122,9 +146,12 @@ def _align(want: Wanted, current: Observed, away: dict[tuple[str, str], int]) ->
     actions: list[Action] = []
     if current.spec != want.spec:
         actions.append(Update(want))
-    if not current.wanted:
+    if not _starts(want) and current.phase in _NO_PROCESS:
+        return [*actions, Stop(replica_id)] if current.wanted else actions
+    if not current.wanted and _starts(want):
         actions.append(Start(replica_id))
     change = _change(want, current)
+    actions.extend(_turn(want, current, change))
     if change is Way.NONE or current.phase in _LET_BE:
         return actions
     if change is Way.CALLS and current.phase not in _NO_PROCESS:
@@ -139,6 +166,27 @@ def _align(want: Wanted, current: Observed, away: dict[tuple[str, str], int]) ->
         away[pool] += 1
         actions.append(Restart(replica_id))
     return actions
+
+
+def _turn(want: Wanted, current: Observed, change: Way) -> list[Action]:
+    """Return what brings it to its rung; one that is to be started anew is started first."""
+    rung, phase, replica_id = want.rung, current.phase, want.spec.replica_id
+    if rung is None:
+        return []
+    if rung is Rung.AWAKE:
+        rests = phase in {Phase.ASLEEP, Phase.EMPTYING, Phase.SUSPENDED} and not current.rising
+        return [Raise(replica_id)] if rests else []
+    if rung in current.out or change is not Way.NONE:
+        return []
+    serves = phase in {Phase.READY, Phase.HELD}
+    deeper = phase in {Phase.EMPTYING, Phase.ASLEEP} and _DEPTHS.index(rung) > _DEPTHS.index(
+        current.aim
+    )
+    return [Lower(replica_id, rung)] if serves or deeper or current.rising else []
+
+
+def _starts(want: Wanted) -> bool:
+    return want.rung in {None, Rung.AWAKE}
 
 
 def _change(want: Wanted, current: Observed) -> Way:

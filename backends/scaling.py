@@ -36,7 +36,7 @@ import msgspec
 from backends.load_history import LoadHistory, Totals
 
 WIDTH_S = 1.0  # of a bucket of the history
-ROUND_SHARE = 0.1  # of a replica: not started for so little, the room above the target has it
+ROUND_SHARE = 0.05  # of a replica: not started for so little, the room above the target has it
 PASSED_MIN = 20  # that a measured stay rests on
 FIRST_PASSED_MIN = 8  # the first one: better than none
 FULL_SURE = 1.0  # deviations that the throughput of full replicas is believed more
@@ -45,10 +45,11 @@ MIN_CARRIED = 1e-3
 BACKLOG_SHARE = 0.15  # of a burst's replicas: how many more may work off what has piled up
 STAY_FORGET_S = 600.0  # time constant with which a stay measured near the target is let go
 NEAR_TARGET = (0.6, 1.2)  # load over target at which a measured stay is that at the target
+HOLD_MIN_SHARE = 0.3  # of the stable window: what chance needs to be told from less
 HOLD_STARTS = 1.0  # starts that a replica is held for when it is not needed
 RECENT_SURE = 1.5  # deviations that the mean of less than the stable window is believed less
 TREND_PARTS = 12  # that the history is cut into to find a trend
-TREND_SURE = 2.0  # deviations that its slope is believed less
+TREND_SURE = 1.5  # deviations that its slope is believed less
 SURE = 3.0  # deviations below what came, that a burst must be over the limit with
 SURE_QUEUED = 2.0  # the same where requests wait already: chance alone does not fill every replica
 LIKELY = 0.5  # and that it is answered with
@@ -119,6 +120,7 @@ class Scaler:
         self._full: Stay | None = None  # the last that was at the target or above it
         self._full_since_s: float | None = None  # since when replicas have all they aim at
         self._full_ready = 0
+        self._queued_for_s = 0.0
         self._burst_since_s: float | None = None
 
     def decide(self, seen: Observation) -> Decision:
@@ -128,7 +130,8 @@ class Scaler:
         policy = self.policy
         total = seen.ready + len(seen.coming_in_s)
         terms = {"ready": float(seen.ready), "coming": float(len(seen.coming_in_s))}
-        wants = self._wants(seen, terms)
+        trend = self._trend(seen)
+        wants = self._wants(seen, trend, terms)
         burst = self._burst(seen, total, terms)
         panicking = self._burst_since_s is not None
         need, name = max((value, name) for name, value in {**wants, "burst": burst}.items())
@@ -142,7 +145,7 @@ class Scaler:
             desired = up
             reason = f"{name} asks for {need:.1f}" if up > total else f"{need:.1f} are needed"
         else:
-            desired, reason = self._lower(seen, total, panicking, terms)
+            desired, reason = self._lower(seen, total, trend, terms)
             desired = max(desired, up)
         clamped = self._clamped(desired, seen)
         if clamped != desired:
@@ -156,6 +159,7 @@ class Scaler:
         self._history.keep(_span_s(self.policy, seen.start_s))
         last, self._last = self._last or seen, seen
         span_s = max(0.0, seen.at_s - last.at_s)
+        self._queued_for_s = self._queued_for_s + span_s if seen.queued and last.queued else 0.0
         arrivals = max(0, seen.arrivals_total - last.arrivals_total)
         refused = max(0, seen.refused_total - last.refused_total)
         rise = seen.in_flight - last.in_flight
@@ -247,7 +251,7 @@ class Scaler:
         ahead_s = max(seen.start_s, self.policy.panic_window_s)
         return min(rate * stay_s, now + panic.rate * ahead_s)
 
-    def _wants(self, seen: Observation, terms: dict[str, float]) -> dict[str, float]:
+    def _wants(self, seen: Observation, trend: float, terms: dict[str, float]) -> dict[str, float]:
         """Return what each of the slow signals asks for, in replicas."""
         policy = self.policy
         window = self._history.window(seen.at_s - policy.stable_window_s)
@@ -263,9 +267,10 @@ class Scaler:
             less = self._history.window(seen.at_s - policy.stable_window_s / part)
             recent = self._inputs(seen, less.rate_less(RECENT_SURE)) / carried
             wants["recent"] = max(wants.get("recent", 0.0), recent)
-        trend = self._trend(seen)
         if trend > rate:
             wants["trend"] = self._inputs(seen, trend) / carried
+        if seen.queued and not seen.coming_in_s and self._queued_for_s >= policy.panic_window_s / 2:
+            wants["queue"] = seen.ready + ROUND_SHARE + 0.01
         if policy.target_tokens and window.span_s:
             wants["tokens"] = self._tokens(seen, window)
         if window.kv_s and window.span_s:
@@ -348,14 +353,14 @@ class Scaler:
     # --- down, and the bounds -------------------------------------------------------------------
 
     def _lower(
-        self, seen: Observation, total: int, panicking: bool, terms: dict[str, float]
+        self, seen: Observation, total: int, trend: float, terms: dict[str, float]
     ) -> tuple[int, str]:
         policy = self.policy
-        if panicking:
+        if self._burst_since_s is not None:
             return total, "in panic nothing is taken away"
         hold_s = min(
             policy.scaledown_window_s,
-            max(2 * policy.panic_window_s, HOLD_STARTS * seen.start_s),
+            max(HOLD_MIN_SHARE * policy.stable_window_s, HOLD_STARTS * seen.start_s),
         )
         terms["hold_s"] = hold_s
         if total == 1:
@@ -364,7 +369,8 @@ class Scaler:
             return 0, f"nothing came for {policy.scaledown_window_s:g} s"
         window = self._history.window(seen.at_s - hold_s)
         carried = self._carried
-        held = self._inputs(seen, window.rate) / carried
+        rate = min(window.rate, trend) if trend else window.rate
+        held = self._inputs(seen, rate) / carried
         held = max(held, seen.in_flight / carried)
         terms["held"] = held
         if window.span_s < 0.8 * hold_s or held > policy.scaledown_share * (total - 1):

@@ -37,7 +37,9 @@ from backends.inventory import card_use, find_gpus
 from backends.journal import Journal
 from backends.log import Log
 from backends.manager import Manager
-from backends.providers.process import ProcessProvider
+from backends.notice_watch import watch_notice
+from backends.providers.choice import open_provider
+from backends.snapshots.choice import look_ahead, open_snapshots, suspenders
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ConfigError, load_config
 
@@ -109,28 +111,33 @@ async def serve(
         raise StartError("the manager needs Linux: it watches its processes by pidfd and /proc")
     log, orders, settings = Log(), Orders(), config.manager
     run_folder = Path(settings.run_dir)
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         stack.callback(os.close, lock_run_folder(run_folder))
         listener = stack.enter_context(listen(settings.host, settings.port))
         journal = open_journal(run_folder, log)
         stack.callback(journal.close)
         fetch = HttpFetch()
+        stack.push_async_callback(fetch.close)
+        provider = await stack.enter_async_context(open_provider(settings, journal, log))
         cards = await open_cards(settings.cards, log)
+        await asyncio.to_thread(look_ahead, config, engines)
         manager = Manager(
             config,
-            provider=ProcessProvider(),
+            provider=provider,
             fetch=fetch,
             journal=journal,
             log=log,
             clock=SystemClock(),
             engines=engines,
             cards=cards,
+            suspender_of=suspenders(config),
+            snapshots=open_snapshots(config, log),
         )
-        try:
-            await _run(manager, listener, orders, config_path, detach=detach_on_exit, log=log)
-        finally:
-            await manager.close()
-            await fetch.close()
+        stack.push_async_callback(manager.close)
+        if (place := settings.reclaim_notice) is not None:
+            task = spawn(watch_notice(place, manager.reclaims, SystemClock(), log), "notices", log)
+            stack.push_async_callback(cancel_all, [task])
+        await _run(manager, listener, orders, config_path, detach=detach_on_exit, log=log)
     return 0
 
 

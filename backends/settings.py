@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from backends.spec import replica_specs
+from backends.spec import pool_specs
 from backends.up import Plan
 from proxy.config import (
     EMBEDDED_DEFAULT,
@@ -55,7 +55,7 @@ def manager_config_of(
 def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
     """Return what `doherty up` is to run. Raises `ConfigError`."""
     config, path = read_config(given["config"], environ)
-    if not replica_specs(config):
+    if not any(pool.autoscale or pool.replicas for pool in pool_specs(config)):
         raise ConfigError(
             f"{path}: no replica is configured, so there is nothing to bring up; "
             "name a model with a pool of at least one replica"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from proxy.config import Config, ModelConfig, PoolConfig
+from proxy.config import AutoscaleConfig, Config, ModelConfig, PoolConfig, WorkClass
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,14 +33,49 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 1.0
     start_timeout_s: float = 900.0
     stop_grace_s: float = 30.0
+    target_tokens: int = 0
+    max_tokens: int = 0
+    work_class: WorkClass = "online"
+    image: str = ""  # of its containers; empty: it is a process of this machine
+    snapshot: bool = False  # starts from an image of a warm one, and makes it where there is none
+
+
+class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A pool as the configuration wants it."""
+
+    pool_id: str  # no other pool has it; its replicas are called so, with a number
+    first: ReplicaSpec
+    replicas: int | None  # None: as `autoscale` says
+    autoscale: AutoscaleConfig | None = None
+
+    def replica(self, number: int) -> ReplicaSpec:
+        """Return the specification of its replica of this number."""
+        return msgspec.structs.replace(self.first, replica_id=f"{self.pool_id}-{number}")
+
+    def number_of(self, replica_id: str) -> int | None:
+        """Return which of its replicas this is; None: it is none of them."""
+        stem, _, number = replica_id.rpartition("-")
+        mine = stem == self.pool_id and number.isascii() and number.isdecimal()
+        return int(number) if mine else None
+
+
+def pool_specs(config: Config) -> tuple[PoolSpec, ...]:
+    """Return every pool that the configuration names, in its order."""
+    return tuple(
+        PoolSpec(
+            pool_id=pool_id,
+            first=_spec(model, pool, f"{pool_id}-0", config.image_of(pool)),
+            replicas=pool.replicas_fixed,
+            autoscale=pool.autoscale,
+        )
+        for model, pool, pool_id in _named_pools(config)
+    )
 
 
 def replica_specs(config: Config) -> tuple[ReplicaSpec, ...]:
-    """Return every replica that the configuration names, in its order."""
+    """Return every replica that shall always be, in the configuration's order."""
     return tuple(
-        _spec(model, pool, base, index)
-        for model, pool, base in _named_pools(config)
-        for index in range(pool.replicas)
+        pool.replica(number) for pool in pool_specs(config) for number in range(pool.replicas or 0)
     )
 
 
@@ -62,9 +97,9 @@ def _named_pools(config: Config) -> Iterator[tuple[ModelConfig, PoolConfig, str]
             yield model, pool, name
 
 
-def _spec(model: ModelConfig, pool: PoolConfig, base: str, index: int) -> ReplicaSpec:
+def _spec(model: ModelConfig, pool: PoolConfig, replica_id: str, image: str) -> ReplicaSpec:
     return ReplicaSpec(
-        replica_id=f"{base}-{index}",
+        replica_id=replica_id,
         model=model.name,
         pool=pool.name or model.name,
         engine=pool.engine,
@@ -79,6 +114,11 @@ def _spec(model: ModelConfig, pool: PoolConfig, base: str, index: int) -> Replic
         weight=pool.weight,
         start_timeout_s=pool.start_timeout_secs,
         stop_grace_s=pool.stop_grace_secs,
+        target_tokens=pool.target_tokens,
+        max_tokens=pool.max_tokens,
+        work_class=pool.work_class,
+        snapshot=pool.snapshot,
+        image=image,
     )
 
 

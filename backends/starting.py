@@ -12,7 +12,14 @@ import uuid
 from typing import NamedTuple
 
 from backends.cards import Placement
-from backends.engines.base import Engine, EngineMissingError, FlagError, launch_hash
+from backends.engines.base import (
+    HOST,
+    Engine,
+    EngineMissingError,
+    FlagError,
+    Ports,
+    launch_hash,
+)
 from backends.engines.files import CACHES
 from backends.engines.probe import Program, completed
 from backends.engines.release import UNKNOWN_RELEASE, Release
@@ -20,7 +27,8 @@ from backends.gpus import NoGpuError
 from backends.journal import Launch
 from backends.lifecycle import Lifecycle
 from backends.loras import of_start
-from backends.ports import NoPortError, ReplicaPorts
+from backends.ports import NoPortError, ReplicaPorts, cell_ports
+from backends.snapshots.base import Snapshot, Snapshots
 from backends.spec import ReplicaSpec
 from backends.warm import Warmer
 from backends.weights import files_read
@@ -39,7 +47,10 @@ class Start(NamedTuple):
     kv_source: tuple[str, str, str] | None  # endpoint, replay endpoint and topic
     engine_version: str
     warnings: tuple[str, ...]
+    launch_id: str
     gpus: tuple[str, ...] = ()
+    host: str = HOST  # where this machine reaches it
+    restored: bool = False  # from an image
 
 
 def gpus_wanted(engine: Engine, spec: ReplicaSpec) -> int:
@@ -56,26 +67,80 @@ def prepare(
     placement: Placement,
 ) -> Start:
     """Return how to start `spec` by `program` of `release`. Raises one of `START_ERRORS`."""
-    warnings = engine.check(spec, release)
     leased = ports.take(engine.ports_needed(spec, release))
-    ours = os.environ | placement.environment
+    start = _start(engine, spec, leased, program, release, placement)
+    further = {kind: run for kind, run in ports.runs.items() if kind != "http"}
+    return start._replace(further_ports=further)
+
+
+def enclosed(
+    engine: Engine,
+    spec: ReplicaSpec,
+    program: Program,
+    release: Release,
+    placement: Placement,
+    *,
+    snapshots: Snapshots,
+    found: Snapshot | None,
+) -> Start:
+    """Return how to start it in a cell, or as a copy of the image that was `found`.
+
+    Its ports are the same in every cell, so none is leased. Raises `SnapshotError`, too.
+    """
+    leased = cell_ports(engine.ports_needed(spec, release))
+    start = _start(engine, spec, leased, program, release, placement)
+    if found is None:
+        cell = snapshots.enclose(start.launch_id, start.argv)
+    else:
+        cell = snapshots.restore(found, start.launch_id)
+    source = start.kv_source
+    if source is not None:
+        source = moved_to(source[0], cell.host), moved_to(source[1], cell.host), source[2]
+    return start._replace(
+        argv=cell.argv,
+        host=cell.host,
+        port=leased.http if found is None else found.port,
+        kv_source=source,
+        restored=found is not None,
+    )
+
+
+def moved_to(url: str, host: str) -> str:
+    """Return an address of this machine's loopback as it is in a cell at `host`."""
+    return url.replace(f"//{HOST}:", f"//{host}:", 1)
+
+
+def _start(
+    engine: Engine,
+    spec: ReplicaSpec,
+    leased: Ports,
+    program: Program,
+    release: Release,
+    placement: Placement,
+) -> Start:
+    warnings = engine.check(spec, release)
+    ours = os.environ if program.inherits is None else dict(program.inherits)
+    ours = ours | placement.environment
     argv, environ = completed(program, engine.command(spec, leased, release), spec, ours)
     source = engine.kv_source(spec, leased, release)
     return Start(
         argv=placement.prefix + argv,
         environ=environ,
         port=leased.http,
-        further_ports={kind: run for kind, run in ports.runs.items() if kind != "http"},
+        further_ports={},
         engine_version=str(release) if release != UNKNOWN_RELEASE else "",
         kv_source=None if source is None else (source.endpoint, source.replay, source.topic),
         warnings=warnings,
+        launch_id=uuid.uuid4().hex,
         gpus=placement.devices,
     )
 
 
 def warm_up(warmer: Warmer, spec: ReplicaSpec, start: Start) -> None:
-    """Have what this start reads read into memory beside it."""
+    """Have what this start reads read into memory beside it: its programs first, weights last."""
     if spec.engine in CACHES:
+        if start.engine_version:
+            warmer.ahead(f"{spec.engine} {start.engine_version}", start.environ)
         what = f"{spec.engine} {spec.model_path or spec.model}"
         warmer.warm(what, lambda: files_read(spec, start.environ))
 
@@ -85,13 +150,15 @@ def intent(
 ) -> Launch:
     """Return what the journal keeps of a start: all that a later manager must know of it."""
     return Launch(
-        launch_id=uuid.uuid4().hex,
+        launch_id=start.launch_id,
         replica_id=spec.replica_id,
         launch_hash=launch_hash(engine, spec),
         engine=engine.name,
         model=spec.model,
         pool=spec.pool,
         port=start.port,
+        host=start.host,
+        staged=start.restored,
         stop_grace_s=spec.stop_grace_s,
         starts=state.starts,
         at_s=at_s,
@@ -101,4 +168,5 @@ def intent(
         kv_source=start.kv_source,
         gpus=start.gpus,
         loras=of_start(engine, spec),
+        image=spec.image,
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 
 from backends.failure import StartError
+from backends.scaling_report import ScalingReport
 from proxy.contract import (
     FLEET_PATH,
     SNAPSHOT_BYTES_MAX,
@@ -67,19 +69,27 @@ def no_manager(manager_url: str, error: Exception) -> StartError:
     return StartError(f"no manager answers on {manager_url} ({reason}); name it with --manager-url")
 
 
-def table(fleet: FleetSnapshot) -> str:
-    """Return one line for each replica under headings."""
-    rows = [HEADINGS, *(_row(replica) for replica in fleet.replicas)]
+def table(fleet: FleetSnapshot, scaling: ScalingReport | None = None) -> str:
+    """Return one line for each replica under headings, and one for each pool that waits.
+
+    `scaling` tells how deep those at rest are, and who waits for GPUs.
+    """
+    pools = scaling.pools if scaling else ()
+    resting = {name: rung for pool in pools for name, rung in pool.resting.items()}
+    rows = [HEADINGS, *(_row(replica, resting) for replica in fleet.replicas)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join(lines) if fleet.replicas else "no replicas"
+    lines = lines if fleet.replicas else ["no replicas"]
+    lines += [f"{pool.pool} waits: {pool.waiting}" for pool in pools if pool.waiting]
+    return "\n".join(lines)
 
 
-def _row(replica: ReplicaRecord) -> tuple[str, ...]:
+def _row(replica: ReplicaRecord, resting: Mapping[str, str]) -> tuple[str, ...]:
     load = replica.load
+    state = "asleep" if replica.asleep else replica.state.value
     return (
         replica.replica_id,
-        "asleep" if replica.asleep else replica.state.value,
+        resting.get(replica.replica_id, state),
         f"{replica.engine} {replica.engine_version}".rstrip(),
         replica.url,
         ",".join(replica.gpus) or "-",

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from backends.cards import Cards
 from backends.clock import Clock
+from backends.engines.base import Engine
 from backends.fetch import Fetch
 from backends.journal import Entry, Journal
 from backends.lifecycle import Timing
 from backends.log import Log
 from backends.ports import PortLeases
 from backends.providers.base import Provider
+from backends.snapshots.absent import NobodyTells, NoSnapshots, NoSuspender
+from backends.snapshots.base import Snapshots, Suspender
+from backends.snapshots.shelf import Shelf
 from backends.spec import ReplicaSpec
 from backends.warm import Warmer
+
+
+class Demanded(Protocol):
+    """What the proxies say that they have on replicas."""
+
+    def in_flight(self, replica_id: str) -> int | None:
+        """Return the requests of all proxies on this one; None: no proxy tells."""
 
 
 class Surroundings(msgspec.Struct, frozen=True):
@@ -36,6 +48,10 @@ class Surroundings(msgspec.Struct, frozen=True):
     backoff_s: float
     backoff_s_max: float
     changed: Callable[[], None]
+    suspender_of: Callable[[Engine], Suspender] = lambda _engine: NoSuspender()
+    snapshots: Snapshots = NoSnapshots()
+    demand: Demanded = NobodyTells()
+    shelf: Shelf = msgspec.field(default_factory=Shelf)
 
     def timing(self, spec: ReplicaSpec) -> Timing:
         """Return the waits of a replica."""

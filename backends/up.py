@@ -365,9 +365,10 @@ def describe(replica: ReplicaRecord) -> str:
 
 
 def models_down(config: Config, replicas: Iterable[ReplicaRecord]) -> tuple[str, ...]:
-    """Return the configured models that no replica serves now."""
+    """Return the configured models that no replica serves now, nor will when one is asked for."""
     able = [r for r in replicas if r.state is ReplicaState.READY and not r.asleep]
     served = {name for replica in able for name in replica.models}
+    served |= {model.name for model in config.models if any(p.autoscale for p in model.pools)}
     return tuple(model.name for model in config.models if model.name not in served)
 
 

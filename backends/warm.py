@@ -20,14 +20,25 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from backends.log import Log
+from backends.readahead import (
+    FRESH_SHARE_MIN,
+    VARIABLE,
+    Lists,
+    Record,
+    fetch,
+    name_at,
+    record_start,
+)
+from backends.snapshots.tree import environment_of
 from backends.tasks import cancel_all, spawn
 
 MEMORY_SHARE = 0.5  # of what is available; the engine needs host memory of its own
@@ -50,9 +61,11 @@ class Warmed(msgspec.Struct, frozen=True):
 class Warmer:
     """One thread that reads what starts are about to need."""
 
-    def __init__(self, log: Log, *, enabled: bool = True) -> None:
+    def __init__(self, log: Log, *, enabled: bool = True, lists: Lists | None = None) -> None:
+        """`lists`: what starts of each release have read."""
         self._log = log
         self._enabled = enabled
+        self._lists = lists if enabled else None
         self._stop = threading.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="page-cache")
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -61,9 +74,25 @@ class Warmer:
         """Read the files that `find` returns, unless `what` is being read already."""
         if not self._enabled or what in self._tasks:
             return
-        task = spawn(self._warm(what, find), f"warm {what}", self._log)
-        self._tasks[what] = task
-        task.add_done_callback(lambda _: self._tasks.pop(what, None))
+        self._own(what, self._warm(what, find))
+
+    def ahead(self, name: str, environ: dict[str, str]) -> None:
+        """Fetch what a start of this name reads; have one that is not known recorded."""
+        if self._lists is None:
+            return
+        record = self._lists.find(name)
+        if record is None:
+            with suppress(OSError):
+                environ[VARIABLE] = self._lists.told_at(name)
+        elif f"ahead {name}" not in self._tasks:
+            self._own(f"ahead {name}", self._fetch(self._lists, record))
+
+    def answered(self, pid: int) -> None:
+        """Have a start recorded that has just come to its end, if it is to be."""
+        prefix = environment_of(pid).get(VARIABLE, "")
+        name = name_at(prefix)
+        if self._lists is not None and name and self._lists.find(name) is None:
+            self._own(f"record {name}", self._record(self._lists, name, prefix, pid))
 
     async def idle(self) -> None:
         """Wait until nothing is read."""
@@ -73,6 +102,40 @@ class Warmer:
         self._stop.set()
         await cancel_all(list(self._tasks.values()))
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _own(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        task = spawn(work, f"warm {what}", self._log)
+        self._tasks[what] = task
+        task.add_done_callback(lambda _: self._tasks.pop(what, None))
+
+    async def _fetch(self, lists: Lists, record: Record) -> None:
+        """Fetch, in the one thread, so that the weights come after; forget a list that is stale."""
+        if record.bytes_in_all > available_bytes() * MEMORY_SHARE:
+            return
+        loop = asyncio.get_running_loop()
+        done = await loop.run_in_executor(self._executor, fetch, record.reads, self._stop)
+        if done.stale > len(record.reads) * FRESH_SHARE_MIN:
+            lists.forget(record.name)
+        self._log.tell(
+            "read_ahead",
+            what=record.name,
+            files=done.files,
+            read_bytes=done.read_bytes,
+            stale=done.stale,
+            took_s=round(done.took_s, 3),
+        )
+
+    async def _record(self, lists: Lists, name: str, prefix: str, pid: int) -> None:
+        record = await asyncio.to_thread(record_start, name, prefix, pid)
+        if record is None:
+            return
+        try:
+            lists.keep(record)
+        except OSError as error:
+            self._log.caution("reads_not_kept", what=name, error=str(error))
+        else:
+            size = record.bytes_in_all
+            self._log.tell("reads_recorded", what=name, files=len(record.reads), read_bytes=size)
 
     async def _warm(self, what: str, find: Callable[[], Iterable[Path]]) -> None:
         loop = asyncio.get_running_loop()

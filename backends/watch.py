@@ -5,7 +5,12 @@ answer is left alone for `SILENCE_S_MAX`: a long prefill, a compilation or a pag
 the same from outside, and a restart costs minutes and the whole cache.
 
 One that sleeps is asked whether it is there, by the path that tells readiness, and nothing more:
-its scheduler is not to be disturbed, and there is nothing to know.
+its scheduler is not to be disturbed, and there is nothing to know. One that is suspended is asked
+nothing: it stands still.
+
+It is drained when it says that it is idle and no proxy says that it has a request on it. A proxy
+counts a request that it has bound and not sent yet, which the engine cannot know of; where no proxy
+reports, the engine's word is all there is.
 """
 
 from __future__ import annotations
@@ -30,7 +35,10 @@ class Told(Protocol):
 
     def apply(self, event: Event, reason: str = "") -> None: ...
 
-    def answered(self, reason: str) -> None:
+    async def ripen(self) -> bool:
+        """Do what is to be done before it is ready; say whether it is to be asked again."""
+
+    def answered(self) -> None:
         """It is ready."""
 
 
@@ -66,22 +74,23 @@ class Watch:
             elif phase in SERVING:
                 await self._ask()
             else:
+                self._silent_since_s = None  # nobody asks, so no silence means anything
                 await self._alarm.wait(None)
 
-    async def until_ready(
-        self, during: Phase, alarm: Alarm | None = None, reason: str = ""
-    ) -> None:
+    async def until_ready(self, during: Phase, alarm: Alarm | None = None) -> None:
         """Ask whether it is ready while it is in this phase, and tell when it is."""
         alarm = alarm or Alarm(self._around.clock)
         poll_s, poll_s_max = READY_POLL_S
         while self._phase() is during:
             answer = await self._questions.probe()
             if answer.status == 200 and self._phase() is during:
+                if during is Phase.STARTING and await self._told.ripen():
+                    continue
                 # Its names and its load, so that it enters the fleet complete.
                 await self._questions.list()
                 await self._questions.read()
                 if self._phase() is during:
-                    self._told.answered(reason)
+                    self._told.answered()
                 return
             await alarm.wait(poll_s)
             poll_s = min(poll_s * 1.5, poll_s_max)
@@ -104,7 +113,8 @@ class Watch:
 
     def _stays_idle(self, load: LoadSample | None) -> bool:
         now_s = self._around.clock.now_s()
-        if load is None or load.running or load.waiting:
+        theirs = self._around.demand.in_flight(self._questions.spec.replica_id)
+        if load is None or load.running or load.waiting or theirs:
             self._idle_since_s = None
             return False
         if self._idle_since_s is None:

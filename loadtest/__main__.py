@@ -15,7 +15,23 @@ from typing import Any
 import msgspec
 import uvloop
 
-from loadtest import bench, faults, gpu, plot, policies, report, sdk, siege, soak, storm, upgrade
+from loadtest import (
+    bench,
+    burst,
+    faults,
+    gpu,
+    plot,
+    policies,
+    readahead,
+    report,
+    scaling,
+    sdk,
+    siege,
+    snapshots,
+    soak,
+    storm,
+    upgrade,
+)
 from loadtest.client import parse_url
 from loadtest.command import Command
 from loadtest.compare import broken_promises, compare, in_engine_seconds
@@ -23,6 +39,7 @@ from loadtest.fleet import FleetOptions
 from loadtest.measure import warmup_count
 from loadtest.policies import beside
 from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
+from loadtest.scaling import pool
 from loadtest.traces import Trace, TraceError
 
 REPLAY_EXAMPLE = """\
@@ -38,10 +55,15 @@ example:
 
 COMMANDS: dict[str, Command] = {
     "bench": bench,
+    "burst": burst,
     "gpu": gpu,
     "policies": policies,
+    "pool": pool,
+    "readahead": readahead,
+    "scaling": scaling,
     "sdk": sdk,
     "siege": siege,
+    "snapshots": snapshots,
     "soak": soak,
     "storm": storm,
     "upgrade": upgrade,

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +119,21 @@ def free_ports() -> Ports:
     return Ports(proxy=numbers[0], admin=numbers[1], manager=numbers[2])
 
 
-@contextlib.asynccontextmanager
-async def fleet(policy: str, options: FleetOptions) -> AsyncIterator[Fleet]:
+def fleet(policy: str, options: FleetOptions) -> contextlib.AbstractAsyncContextManager[Fleet]:
     """A Doherty with `policy`, ready to serve; stopped at the end. Its logs stay if it failed."""
+    return launched(lambda ports, folder: fleet_config(policy, options, ports, folder), options)
+
+
+@contextlib.asynccontextmanager
+async def launched(
+    configure: Callable[[Ports, str], dict[str, Any]], options: FleetOptions
+) -> AsyncIterator[Fleet]:
+    """The same, of any configuration; of `options` count the replicas to wait for, and workers."""
     command = find_doherty(options.doherty)
     ports = free_ports()
     folder = Path(tempfile.mkdtemp(prefix="doherty-compare-"))
     config = folder / "doherty.yaml"
-    value = fleet_config(policy, options, ports, str(folder / "run"))
+    value = configure(ports, str(folder / "run"))
     config.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))  # JSON is YAML
     failed = False
     process: asyncio.subprocess.Process | None = None

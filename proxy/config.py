@@ -6,29 +6,51 @@ environment twins. Precedence: flag, then `DOHERTY_*`, then file, then default. 
 dialect of sglang-router and vllm-router where that dialect has the thing, so that launch scripts
 port over.
 
-Imports nothing of ours but `yaml_marks`; both planes read it.
+What models are served by is in `config_models`, how a file is read in `config_reading`; both planes
+read it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import msgspec
-import yaml
 from msgspec import Meta
 
-from proxy.yaml_marks import explain, repeated_key
+from proxy.config_machines import DockerConfig, ReclaimNoticeConfig
+from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig, WorkClass
+from proxy.config_reading import (
+    ConfigError,
+    Count,
+    Key,
+    Name,
+    Path,
+    Port,
+    PositiveInt,
+    Seconds,
+    Section,
+    describe_fields,
+    laid_over,
+    read_text,
+    read_yaml,
+)
+
+# Beside what is defined here.
+__all__ = (
+    "AutoscaleConfig",
+    "ConfigError",
+    "DockerConfig",
+    "ModelConfig",
+    "PoolConfig",
+    "ReclaimNoticeConfig",
+    "WorkClass",
+    "describe_fields",
+)
 
 ENVIRONMENT_PREFIX = "DOHERTY_"
 
-Port = Annotated[int, Meta(ge=0, le=65535)]
-PositiveInt = Annotated[int, Meta(ge=1)]
-Count = Annotated[int, Meta(ge=0)]
-Key = Annotated[str, Meta(min_length=1)]  # an empty one would open what it should close
-Path = Annotated[str, Meta(min_length=1)]
-Seconds = Annotated[float, Meta(ge=0)]
 Affinity = Literal["soft", "strict"]
 Policy = Literal["prefix", "session", "least_load", "round_robin", "random"]
 ClientAuth = Literal["off", "optional", "required"]
@@ -37,7 +59,6 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 _CARD = r"(\d{1,3}(-\d{1,3})?|(GPU|MIG)-[A-Za-z0-9/-]+)"
 _CARDS = re.compile(rf"auto|none|{_CARD}(, ?{_CARD})*")
 _SPAN = re.compile(r"(?<![\w-])(\d+)-(\d+)(?![\w-])")
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
 
 # What the routers that people come from call the same thing.
 POLICY_ALIASES = {
@@ -47,10 +68,6 @@ POLICY_ALIASES = {
     "power_of_two": "least_load",
     "manual": "session",
 }
-
-
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A part of the file; unknown keys are errors."""
 
 
 class ProxyConfig(Section, frozen=True, kw_only=True):
@@ -211,6 +228,16 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     verify_replica_tls: Annotated[
         bool, Meta(description="verify the certificates and names of replicas with https URLs")
     ] = True
+    queue_bytes: Annotated[
+        PositiveInt, Meta(description="bodies of those requests, in bytes per worker")
+    ] = 512 * 1024 * 1024
+    hold_timeout_secs: Annotated[
+        Seconds, Meta(description="time that a request may wait for a model of which none is awake")
+    ] = 600.0  # as long as the official clients wait for an answer
+    keepalive_comment_secs: Annotated[
+        Seconds,
+        Meta(description="pause between comments to a stream that waits (status 200); 0: none"),
+    ] = 0.0
 
 
 class ManagerConfig(Section, frozen=True, kw_only=True):
@@ -240,6 +267,23 @@ class ManagerConfig(Section, frozen=True, kw_only=True):
     warm_page_cache: Annotated[
         bool, Meta(description="read weights and compile caches into memory beside a start")
     ] = True
+    snapshot_dir: Annotated[
+        Path | None,
+        Meta(description="folder for images of warm replicas (default: snapshots in run_dir)"),
+    ] = None
+    snapshot_bytes_max: Annotated[
+        PositiveInt, Meta(description="disk space that these may take; the oldest go first")
+    ] = 200 * 1024**3
+    provider: Annotated[
+        Literal["process", "docker"], Meta(description="what engines are started as")
+    ] = "process"
+    docker: Annotated[
+        DockerConfig, Meta(description="with provider docker: how containers are made")
+    ] = DockerConfig()
+    reclaim_notice: Annotated[
+        ReclaimNoticeConfig | None,
+        Meta(description="where a cloud says that this machine will be taken away"),
+    ] = None
 
     @property
     def cards(self) -> str:
@@ -256,59 +300,6 @@ class ManagerConfig(Section, frozen=True, kw_only=True):
             )
 
 
-class PoolConfig(Section, frozen=True, kw_only=True):
-    """Replicas of one model that share an engine and its settings."""
-
-    engine: Annotated[
-        Literal["simulator", "sglang", "vllm"], Meta(description="which engine serves the model")
-    ]
-    name: Annotated[Name | None, Meta(description="defaults to the model's name")] = None
-    replicas: Annotated[
-        int, Meta(ge=0, le=4096, description="engine processes to keep running")
-    ] = 1
-    model_path: Annotated[str | None, Meta(description="local folder or hub id of the weights")] = (
-        None
-    )
-    args: Annotated[
-        tuple[str, ...], Meta(description="further command-line arguments of the engine")
-    ] = ()
-    env: Annotated[dict[str, str], Meta(description="further environment of the engine")] = (
-        msgspec.field(default_factory=dict)
-    )
-    gpus: Annotated[
-        Count | None,
-        Meta(description="GPUs of each replica (default: what its arguments ask for)"),
-    ] = None
-    adapters: Annotated[
-        dict[Name, Path],
-        Meta(description="LoRA adapters to load: name to local folder or hub id"),
-    ] = msgspec.field(default_factory=dict)
-    sleep: Annotated[
-        bool, Meta(description="start engines so that `doherty sleep` can free their GPU memory")
-    ] = False
-    target_inputs: Annotated[
-        Count, Meta(description="requests in flight per replica to aim at; 0: none")
-    ] = 0
-    max_inputs: Annotated[
-        Count,
-        Meta(description="requests in flight on a replica that no proxy worker exceeds; 0: any"),
-    ] = 0
-    weight: Annotated[
-        float, Meta(ge=0.01, le=10.0, description="share of conversations of each of its replicas")
-    ] = 1.0
-    start_timeout_secs: Annotated[Seconds, Meta(description="time from start to ready")] = 900.0
-    stop_grace_secs: Annotated[
-        Seconds, Meta(description="time to drain, and again from SIGTERM to SIGKILL")
-    ] = 30.0
-
-
-class ModelConfig(Section, frozen=True, kw_only=True):
-    """One model name that clients ask for."""
-
-    name: Name
-    pools: Annotated[tuple[PoolConfig, ...], Meta(min_length=1)]
-
-
 class Config(Section, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -317,9 +308,34 @@ class Config(Section, frozen=True, kw_only=True):
     manager: ManagerConfig = ManagerConfig()
     models: tuple[ModelConfig, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse a model that is defined twice."""
+        names = [model.name for model in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"model '{name}' is defined twice; give it several pools instead")
+        if self.manager.provider == "docker":
+            for model in self.models:
+                for pool in model.pools:
+                    self._check_container(model.name, pool)
 
-class ConfigError(Exception):
-    """The configuration cannot be used; the text says where and what to do."""
+    def image_of(self, pool: PoolConfig) -> str:
+        """Return the image that its containers are made of; empty where they are processes."""
+        if self.manager.provider != "docker":
+            return ""
+        return pool.image or self.manager.docker.images.get(pool.engine, "")
+
+    def _check_container(self, model: str, pool: PoolConfig) -> None:
+        if not self.image_of(pool):
+            raise ValueError(
+                f"model '{model}': no image for {pool.engine}; name one in "
+                f"manager.docker.images.{pool.engine} or in the pool's image"
+            )
+        if pool.snapshot:
+            raise ValueError(
+                f"model '{model}': snapshot keeps images of processes, not of containers; leave it "
+                "out, or set manager.provider: process"
+            )
 
 
 # What `doherty up` runs when nobody says otherwise.
@@ -335,49 +351,19 @@ models:
 
 def load_config(path: str) -> Config:
     """Read the file at `path`. Raises `ConfigError` naming the file, the line and the remedy."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    return parse_config(text, path)
+    return parse_config(read_text(path), path)
 
 
 def parse_config(text: str, source: str) -> Config:
     """Return the configuration in `text`; `source` names it in errors. Raises `ConfigError`."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        repeated = repeated_key(node) if node is not None else None
-        if repeated is not None:
-            raise ConfigError(f"{source}:{repeated[0]}: '{repeated[1]}' is given twice")
-        value = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{source}:{line}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {error}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{source}: nested too deeply, or an anchor holds itself") from error
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # PyYAML's constructors of tagged values check little.
-        raise ConfigError(
-            f"{source}: a date, number or tag cannot be read ({error}); put text in quotes"
-        ) from error
-    if value is None:
-        return Config()
-    if isinstance(value, dict) and isinstance(value.get("proxy"), dict):
-        _respell(value["proxy"])
-    try:
-        config = msgspec.convert(value, Config)
-    except msgspec.ValidationError as error:
-        line, text = explain(str(error), node, Config)
-        raise ConfigError(f"{source}:{line}: {text}") from error
-    _check_names(config, source)
-    return config
+    return read_yaml(text, source, Config, _respell)
 
 
-def _respell(proxy: dict[Any, Any]) -> None:
+def _respell(value: Any) -> None:
     """Take what people write for what they mean."""
+    proxy = value.get("proxy") if isinstance(value, dict) else None
+    if not isinstance(proxy, dict):
+        return
     policy = proxy.get("policy")
     if isinstance(policy, str):
         proxy["policy"] = POLICY_ALIASES.get(policy, policy)
@@ -386,52 +372,13 @@ def _respell(proxy: dict[Any, Any]) -> None:
             proxy[name] = "off"
 
 
+def override(base: ProxyConfig, values: Mapping[str, Any], source: str) -> ProxyConfig:
+    """Return `base` with `values` (from flags or the environment) laid over it, checked."""
+    policy = values.get("policy", base.policy)
+    respelt = dict(values) | {"policy": POLICY_ALIASES.get(policy, policy)}
+    return laid_over(base, respelt, source)
+
+
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of the file, for editors."""
     return msgspec.json.schema(Config)
-
-
-def describe_fields(section: type[Section]) -> Iterator[tuple[str, Any, str]]:
-    """Yield name, bare type and description of each field, in order; flags are made of these."""
-    hints = get_type_hints(section, include_extras=True)
-    for field in msgspec.structs.fields(section):
-        annotation = hints[field.name]
-        metas = [a for a in get_args(annotation) if isinstance(a, Meta) and a.description]
-        bare = get_type_hints(section)[field.name]
-        yield field.name, bare, metas[-1].description or "" if metas else ""
-
-
-def override(base: ProxyConfig, values: Mapping[str, Any], source: str) -> ProxyConfig:
-    """Return `base` with `values` (from flags or the environment) laid over it, checked."""
-    merged = {name: getattr(base, name) for name in base.__struct_fields__} | dict(values)
-    merged["policy"] = POLICY_ALIASES.get(merged["policy"], merged["policy"])
-    try:
-        return msgspec.convert(merged, ProxyConfig, strict=False)
-    except msgspec.ValidationError as error:
-        match = re.search(r"at `\$\.(\w+)", str(error))
-        key = match[1] if match else ""
-        problem = str(error).split(" - at ")[0]
-        raise ConfigError(
-            f"{source.format(flag=key.replace('_', '-'), env=key.upper())}: {problem}"
-        ) from error
-
-
-def _check_names(config: Config, source: str) -> None:
-    seen: set[str] = set()
-    for model in config.models:
-        if model.name in seen:
-            raise ConfigError(
-                f"{source}: model '{model.name}' is defined twice; give it several pools instead"
-            )
-        seen.add(model.name)
-        for pool in model.pools:
-            if model.name in pool.adapters:
-                raise ConfigError(
-                    f"{source}: model '{model.name}' has an adapter of the same name; clients "
-                    "could not ask for it, so give it another"
-                )
-            if pool.max_inputs and pool.target_inputs > pool.max_inputs:
-                raise ConfigError(
-                    f"{source}: model '{model.name}': target_inputs "
-                    f"{pool.target_inputs} is above max_inputs {pool.max_inputs}"
-                )

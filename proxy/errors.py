@@ -235,6 +235,12 @@ class NoReplicaError(ProxyError):
     retry_after_s = 1
 
 
+class NotAwakeError(NoReplicaError):
+    """Nothing of the model is awake, and what was to come up has not: it may, soon."""
+
+    code = "not_awake"
+
+
 class DrainingError(ProxyError):
     status = 503
     code = "draining"
@@ -303,6 +309,7 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     QueueFullError,
     QueueTimeoutError,
     NoReplicaError,
+    NotAwakeError,
     DrainingError,
     ReplicaUnreachableError,
     ReplicaLostError,

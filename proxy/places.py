@@ -19,6 +19,7 @@ from proxy.io.admin import sum_samples
 from proxy.io.hub import Hub
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
+from proxy.io.teller import Teller
 
 _log = logging.getLogger("doherty.proxy")
 
@@ -59,17 +60,20 @@ class Places:
         hands: Sequence[Sequence[socket.socket]],
         tasks: Tasks,
         hub: Hub,
+        teller: Teller,
         *,
         on_message: Callable[[control.Message], None],
         on_failure: Callable[[str], None],
     ) -> None:
-        """Each place gets one hand of sockets. `hub` passes on what workers tell each other.
+        """Each place gets one hand of sockets. `hub` passes on what workers tell each other, and
+        `teller` what they tell the manager.
 
         `on_failure` hears why no worker can serve.
         """
         self._places = [Place(index, hand) for index, hand in enumerate(hands)]
         self._tasks = tasks
         self._hub = hub
+        self._teller = teller
         self._on_message = on_message
         self._on_failure = on_failure
         self._config = ProxyConfig()
@@ -153,6 +157,7 @@ class Places:
         try:
             self._greet(channel)
             place.origin = self._hub.join(channel)
+            self._teller.join(place.origin)
             await channel.follow(lambda message: self._hear(place, message))
         except msgspec.MsgspecError as error:
             _log.error("worker %d cannot be understood, ending it: %s", place.index, error)
@@ -161,6 +166,7 @@ class Places:
             place.ready = False
             place.channel = None
             self._hub.leave(place.origin)
+            self._teller.leave(place.origin)
             channel.close()
             self._departed = sum_samples([*self._departed, *place.counters])
             place.counters, place.gauges = [], []
@@ -180,6 +186,8 @@ class Places:
         match message:
             case control.Noted() | control.Page() | control.Garbled():
                 self._hub.hear(place.origin, message)
+            case control.Demanded():
+                self._teller.hear(place.origin, message)
             case control.Ready():
                 place.ready = True
                 place.failed_starts = 0

@@ -39,6 +39,7 @@ from proxy.io.registry import check_urls
 from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
+from proxy.io.teller import Teller
 from proxy.io.witness import Witness
 from proxy.listeners import Listeners, StartError, deal
 from proxy.logs import set_up_logging
@@ -71,10 +72,12 @@ class Supervisor:
         self.hub = Hub()
         self._peers = Peers(self._tasks, self.hub)
         self._witness = Witness(self._tasks, self.hub)
+        self._teller = Teller(lambda: self._lookout.session)
         self._places = Places(
             deal(listeners.public, config.workers),
             self._tasks,
             self.hub,
+            self._teller,
             on_message=self._hear,
             on_failure=self._fail,
         )
@@ -116,6 +119,7 @@ class Supervisor:
                 self._tasks.start("takeover", self._take_over(self._predecessor))
             self._places.start(self._config)
             self._tasks.start("hub", self.hub.run())
+            self._tasks.start("demand", self._teller.run())
             self._peers.start(self._config, listen=self._predecessor is None)
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
@@ -144,6 +148,7 @@ class Supervisor:
     def _look(self) -> None:
         self._lookout.look(self._config)
         self._witness.look(self._lookout.session, self._config)
+        self._teller.tell(self._config.manager_url)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -221,6 +226,8 @@ class Supervisor:
         suspects = self.suspects()
         replicas = self._fleet.replicas if self._fleet else ()
         able = [r for r in replicas if r.state is ReplicaState.READY]
+        if self._fleet and any(pool.wakes for pool in self._fleet.pools):
+            return None  # who comes is held, and brings up what he waits for
         if not [r for r in able if r.replica_id not in suspects]:
             return "no replica can take a request"
         return None
@@ -234,7 +241,7 @@ class Supervisor:
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         counters, gauges = await self._places.samples()
         told, linked = self.hub.samples()
-        counters += [*told, *self._peers.samples()]
+        counters += [*told, *self._peers.samples(), *self._teller.samples()]
         gauges += [*linked, *self._witness.samples()]
         age_s = time.monotonic() - self._fleet_at_s
         return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]

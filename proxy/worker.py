@@ -30,6 +30,7 @@ from proxy.io.entrance import Entrance
 from proxy.io.explain import explain
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
+from proxy.io.tally import Tally
 from proxy.io.tasks import Tasks
 from proxy.logs import set_up_logging
 
@@ -67,6 +68,7 @@ class Worker:
         )
         plane.connections_max = min(plane.connections_max, _connections_possible())
         plane.bodies_bytes_max = _bodies_possible(start.config)
+        plane.make_room()
         plane.noting.connect(self._channel)
         plane.outbox.on = True
         entrance = Entrance(plane, self._listeners)
@@ -79,6 +81,7 @@ class Worker:
         gc.freeze()
         gc.set_threshold(GC_ALLOCATIONS_MAX, 20, 50)
         self._tasks.start("sweep", self._sweep(plane, entrance))
+        self._tasks.start("tally", Tally(plane, self._channel).run())
         self._channel.send(control.Ready())
         await self._drain_asked.wait()
         await self._drain(plane, entrance)

@@ -48,7 +48,7 @@ def explain(problem: str, root: yaml.Node | None, top: type[msgspec.Struct]) -> 
     unknown = re.search(r"unknown field `(.*)`", text)
     if unknown and isinstance(node, yaml.MappingNode):
         key = unknown[1]
-        known = list(section.__struct_fields__) if section else []
+        known = list(section.__struct_encode_fields__) if section else []
         for child, _ in node.value:
             if child.value == key:
                 node = child

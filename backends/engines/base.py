@@ -8,6 +8,7 @@ every fact can be tested without an engine.
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import shutil
 import sys
@@ -23,6 +24,7 @@ from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
 
 HOST = "127.0.0.1"  # engines listen where only this machine can reach them
+EVERYWHERE = "0.0.0.0"  # noqa: S104  # all addresses of a network of its own
 KV_TOPIC = "kv"
 # It reads the adapter's weights, from a hub in the worst case. To unload one SGLang waits for the
 # requests that use it (managers/tokenizer_control_mixin.py).
@@ -32,6 +34,7 @@ LORA_TIMEOUT_S = 120.0
 # it (vLLM `distributed/kv_events.py`, SGLang `disaggregation/kv_events.py`). `tcp://*` would tell
 # the whole network which tokens pass. This is 127.0.0.1 in a form that they take for a wildcard.
 _BOUND_LOOPBACK = "tcp://[::ffff:127.0.0.1]"
+_BOUND_EVERYWHERE = "tcp://*"
 
 
 class Launch(msgspec.Struct, frozen=True):
@@ -39,6 +42,7 @@ class Launch(msgspec.Struct, frozen=True):
 
     argv: tuple[str, ...]
     env: dict[str, str] = {}
+    python_path: str = ""  # put before what PYTHONPATH says
 
 
 class Ports(msgspec.Struct, frozen=True):
@@ -48,6 +52,7 @@ class Ports(msgspec.Struct, frozen=True):
     kv_events: int = 0
     kv_replay: int = 0
     internal: int = 0  # where the engine looks for ports for its own processes
+    host: str = HOST  # where it listens; `EVERYWHERE` in a cell, whose address nobody else reaches
 
 
 class PortsNeeded(NamedTuple):
@@ -107,6 +112,10 @@ class Engine(Protocol):
     def entry(self) -> Entry | None:
         """Return how it is run; None: its command names the program itself."""
 
+    @property
+    def uses_gpu(self) -> bool:
+        """Say whether its processes hold memory of GPUs, which the driver can move."""
+
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         """Return the command; the user's own arguments come last, so that they win."""
 
@@ -134,6 +143,9 @@ class Engine(Protocol):
         None: what it has let go of is not known, and a wrong guess may be fatal.
         """
 
+    def dump_level(self, spec: ReplicaSpec) -> int:
+        """Return how deep it sleeps while its processes are dumped: an image holds what it kept."""
+
     def adapter_calls(
         self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
     ) -> tuple[Call, ...]:
@@ -154,23 +166,26 @@ class Engine(Protocol):
 
 def kv_endpoints(ports: Ports) -> dict[str, str]:
     """Return the part of an engine's `--kv-events-config` that says where the events go."""
-    endpoints = {"endpoint": f"{_BOUND_LOOPBACK}:{ports.kv_events}", "topic": KV_TOPIC}
+    alone = ports.host == HOST
+    bound = _BOUND_LOOPBACK if alone else _BOUND_EVERYWHERE
+    endpoints = {"endpoint": f"{bound}:{ports.kv_events}", "topic": KV_TOPIC}
     if ports.kv_replay:
-        endpoints["replay_endpoint"] = f"tcp://{HOST}:{ports.kv_replay}"  # always bound
+        replay = f"tcp://{HOST}" if alone else _BOUND_EVERYWHERE
+        endpoints["replay_endpoint"] = f"{replay}:{ports.kv_replay}"  # always bound
     return endpoints
 
 
 def kv_events_of(ports: Ports) -> KvEvents | None:
-    """Return the same as a subscriber sees it."""
+    """Return the same as a subscriber sees it, where nothing lies between."""
     if not ports.kv_events:
         return None
     replay = f"tcp://{HOST}:{ports.kv_replay}" if ports.kv_replay else ""
     return KvEvents(f"tcp://{HOST}:{ports.kv_events}", replay, KV_TOPIC)
 
 
-def url_of(port: int) -> str:
+def url_of(port: int, host: str = HOST) -> str:
     """Return the address of a replica as the fleet publishes it."""
-    return f"http://{HOST}:{port}"
+    return f"http://{host}:{port}"
 
 
 def launch_hash(engine: Engine, spec: ReplicaSpec) -> str:
@@ -182,7 +197,8 @@ def launch_hash(engine: Engine, spec: ReplicaSpec) -> str:
     launch = engine.command(bare, Ports(0), UNKNOWN_RELEASE)
     cards = [] if spec.gpus is None else [spec.gpus]
     env = sorted((launch.env | spec.env).items())
-    text = msgspec.json.encode([engine.name, launch.argv, env, *cards])
+    image = [spec.image] if spec.image else []
+    text = msgspec.json.encode([engine.name, launch.argv, env, *cards, *image])
     return hashlib.sha256(text).hexdigest()[:32]
 
 
@@ -278,4 +294,8 @@ def lora_calls(
 def merged(environ: Mapping[str, str], launch: Launch, spec: ReplicaSpec) -> dict[str, str]:
     """Return the environment of an engine: ours without our secrets, the engine's, the user's."""
     own = {k: v for k, v in environ.items() if not k.startswith("DOHERTY_")}
-    return own | launch.env | spec.env
+    env = own | launch.env | spec.env
+    if launch.python_path:
+        further = [env["PYTHONPATH"]] if env.get("PYTHONPATH") else []
+        env["PYTHONPATH"] = os.pathsep.join([launch.python_path, *further])
+    return env

@@ -81,6 +81,8 @@ class Program(msgspec.Struct, frozen=True):
     package: str = ""  # empty: nobody can be asked for a release
     python: str = ""
     python_path: str = ""
+    version: str = ""  # known without asking
+    inherits: tuple[tuple[str, str], ...] | None = None  # environment; None: that of this process
 
     def argv(self, command: Sequence[str]) -> tuple[str, ...]:
         return (*self.head, *command[self.words :])
@@ -123,7 +125,7 @@ def probe_release(program: Program) -> Release:
 def known_release(program: Program) -> Release | None:
     """Return the release when it can be had without asking; None: `probe_release` may take long."""
     if not program.package or not program.python:
-        return UNKNOWN_RELEASE
+        return parse_release(program.version)
     known = _known(program)
     return parse_release(known.version) if known else None
 

@@ -3,8 +3,9 @@
 `/health` would run a generation unless it is told not to; the environment tells it. With
 `--schedule-low-priority-values-first` both engines count priority in one direction.
 
-The memory saver is on only where the pool asks for it (`sleep`): its copy of the weights takes as
-much host memory again, and a wrong release or resume call does not fail but kills the server. So
+The memory saver is on only where the pool asks for it (`sleep`, `snapshot`): its copy of the
+weights takes as much host memory again (none is made for `snapshot` alone: then they are read from
+the disk again, level 2), and a wrong release or resume call does not fail but kills the server. So
 the calls are these and no others: idle is insisted on by `/flush_cache`, which tests what release
 asserts, and what is resumed is named, because a tag that is not out is fatal too.
 """
@@ -16,7 +17,6 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from backends.engines.base import (
-    HOST,
     Call,
     Entry,
     FlagError,
@@ -31,6 +31,7 @@ from backends.engines.base import (
     lora_calls,
     option,
 )
+from backends.engines.dumps import ENVIRONMENT, HOOK, reads_weights
 from backends.engines.facts import SGLANG as FACTS
 from backends.engines.facts import Facts
 from backends.engines.features import SGLANG as FEATURES
@@ -70,11 +71,12 @@ class Sglang:
     name = "sglang"
     # Not `-m sglang.cli.main serve`: this module is older than the command line, and still there.
     entry = Entry("sglang", ("sglang", "serve"), ("-m", "sglang.launch_server"))
+    uses_gpu = True
 
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         argv = (
             *("sglang", "serve", "--model-path", spec.model_path or spec.model),
-            *("--host", HOST, "--port", str(ports.http), "--served-model-name", spec.model),
+            *("--host", ports.host, "--port", str(ports.http), "--served-model-name", spec.model),
             *("--page-size", "64", "--enable-metrics", "--enable-cache-report"),
             *("--enable-priority-scheduling", "--schedule-low-priority-values-first"),
             *(_kv_flags(ports) if _tells_events(spec, release) else ()),
@@ -83,15 +85,16 @@ class Sglang:
             *_lora_flags(spec),
             *spec.args,
         )
-        return Launch(argv, {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"})
+        env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+        return Launch(argv, {**env, **ENVIRONMENT} if spec.snapshot else env, HOOK)
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         refuse(flag_table(self.name), spec.args, _REFUSED, release)
         check_name(self.name, spec.args, spec.model)
-        if spec.sleep and (option(spec.args, "--weight-cache-mode") or "off") != "off":
+        if _can_sleep(spec) and (option(spec.args, "--weight-cache-mode") or "off") != "off":
             raise FlagError(
                 "sglang: a weight cache dies of being put to sleep; take --weight-cache-mode out "
-                "of args, or set `sleep: false`"
+                "of args, or set `sleep` and `snapshot` to false"
             )
         warnings = check_range(self.name, release, *SGLANG_RANGE)
         warnings += check_flags(flag_table(self.name), spec.args, release)
@@ -122,10 +125,11 @@ class Sglang:
         return kv_events_of(ports) if _tells_events(spec, release) else None
 
     def sleep_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
-        if not spec.sleep:
+        if not _can_sleep(spec):
             raise FlagError("sglang has no memory saver; set `sleep: true` in its pool")
-        if level != 1:
-            raise FlagError(f"sglang has no sleep level {level}; take 1")
+        wanted = 1 if _keeps_weights(spec) else 2
+        if level != wanted:
+            raise FlagError(f"sglang has no sleep level {level} here; take {wanted}")
         return (
             Call(
                 "POST",
@@ -150,6 +154,15 @@ class Sglang:
         )
 
     def wake_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
+        """After level 2 the weights are read anew before anything runs on them."""
+        reread = Call(
+            "POST",
+            "/update_weights_from_disk",
+            msgspec.json.encode({"model_path": spec.model_path or spec.model}),
+            timeout_s=spec.start_timeout_s,
+            why="read the weights, of which there was no copy",
+            expect=b'"success":true',
+        )
         return (
             Call(
                 "POST",
@@ -158,6 +171,7 @@ class Sglang:
                 timeout_s=_COPY_S,
                 why="exactly what was released: another tag, or twice, kills the server",
             ),
+            *((reread,) if level == 2 else ()),
             Call("POST", "/continue_generation", b"{}", why="let requests run again"),
             # 404 before 0.5.20, and /health without a generation says as much then.
             Call("GET", "/ready", statuses=(200, 404), why="see that it is no longer paused"),
@@ -167,7 +181,10 @@ class Sglang:
     def balk_calls(self, spec: ReplicaSpec, level: int, done: int) -> tuple[Call, ...] | None:
         """Before the release nothing is out, and nothing may be resumed: it is only paused."""
         released = len(self.sleep_calls(spec, level)) - 1
-        return self.wake_calls(spec, level)[1:] if done < released else None
+        return self.wake_calls(spec, 1)[1:] if done < released else None
+
+    def dump_level(self, spec: ReplicaSpec) -> int:
+        return 1 if _keeps_weights(spec) else 2
 
     def adapter_calls(
         self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
@@ -216,16 +233,32 @@ def _shares_gpus(spec: ReplicaSpec) -> bool:
     return given(spec.args, "--enable-dp-attention", "--attn-dp-size")
 
 
+def _can_sleep(spec: ReplicaSpec) -> bool:
+    """What is to be dumped has to let go of its memory before."""
+    return spec.sleep or spec.snapshot
+
+
+def _keeps_weights(spec: ReplicaSpec) -> bool:
+    """Say whether it copies the weights to host memory when it sleeps.
+
+    For an image that would be so much ballast: what can be read from the disk again is not copied,
+    unless the pool wants to sleep, too. A draft is not read again, nor are adapters.
+    """
+    again = reads_weights(spec.args) and not spec.adapters
+    return spec.sleep or not again or given(spec.args, *_DRAFT_FLAGS)
+
+
 def _sleep_flags(spec: ReplicaSpec) -> tuple[str, ...]:
     """Weights outlive a release only by the copies that these make.
 
     Those of a draft, too, which need not be named: NEXTN drafts with layers of the model's own.
     """
-    if not spec.sleep:
+    if not _can_sleep(spec):
         return ()
     drafts = given(spec.args, *_DRAFT_FLAGS)
     draft = ("--enable-draft-weights-cpu-backup",) if drafts else ()
-    return ("--enable-memory-saver", "--enable-weights-cpu-backup", *draft)
+    copies = ("--enable-weights-cpu-backup", *draft) if _keeps_weights(spec) else ()
+    return ("--enable-memory-saver", *copies)
 
 
 def _lora_flags(spec: ReplicaSpec) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from backends.engines.base import (
-    HOST,
     Call,
     Engine,
     Entry,
@@ -39,13 +38,14 @@ class Simulator:
 
     name = "simulator"
     entry: Entry | None = None
+    uses_gpu = False
 
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         argv = (
             *(sys.executable, "-m", "backends.simulator"),
-            *("--host", HOST, "--port", str(ports.http), "--model", spec.model),
+            *("--host", ports.host, "--port", str(ports.http), "--model", spec.model),
             *_kv_flags(ports),
-            *(("--enable-sleep-mode",) if spec.sleep else ()),
+            *(("--enable-sleep-mode",) if spec.sleep or spec.snapshot else ()),
             *(("--lora-modules", *spec.adapters) if spec.adapters else ()),
             *spec.args,
         )
@@ -77,6 +77,9 @@ class Simulator:
 
     def balk_calls(self, spec: ReplicaSpec, level: int, done: int) -> tuple[Call, ...] | None:
         return _dialect(spec).balk_calls(spec, level, done)
+
+    def dump_level(self, spec: ReplicaSpec) -> int:
+        return _dialect(spec).dump_level(spec)
 
     def adapter_calls(
         self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]

@@ -1,7 +1,8 @@
 """vLLM: `vllm serve`, ready when it listens (0.23 to 0.33).
 
 Sleep mode, and the unauthenticated development endpoints that command it, are on only where the
-pool asks for them (`sleep`); the engine listens on loopback, so they are this machine's alone.
+pool asks for them (`sleep`, `snapshot`); the engine listens on loopback, or in a cell that nothing
+but this machine reaches, so they are this machine's alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from backends.engines.base import (
-    HOST,
     Call,
     Entry,
     FlagError,
@@ -25,6 +25,7 @@ from backends.engines.base import (
     kv_events_of,
     lora_calls,
 )
+from backends.engines.dumps import ENVIRONMENT, HOOK, reads_weights
 from backends.engines.facts import VLLM as FACTS
 from backends.engines.facts import Facts
 from backends.engines.features import VLLM as FEATURES
@@ -67,21 +68,22 @@ class Vllm:
 
     name = "vllm"
     entry = Entry("vllm", ("vllm",), ("-m", "vllm.entrypoints.cli.main"))
+    uses_gpu = True
 
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         """Always with a model: `vllm serve` alone would fetch one of its own choice."""
         argv = (
             *("vllm", "serve", spec.model_path or spec.model),
-            *("--host", HOST, "--port", str(ports.http), "--served-model-name", spec.model),
+            *("--host", ports.host, "--port", str(ports.http), "--served-model-name", spec.model),
             *("--scheduling-policy", "priority", "--enable-prefix-caching"),
             *("--enable-request-id-headers", "--enable-prompt-tokens-details"),
             *("--shutdown-timeout", str(int(spec.stop_grace_s))),
             *(_kv_flags(ports) if _tells_events(spec) else ()),
-            *(("--enable-sleep-mode",) if spec.sleep else ()),
+            *(("--enable-sleep-mode",) if _can_sleep(spec) else ()),
             *_lora_flags(spec),
             *spec.args,
         )
-        return Launch(argv, _environment(spec, ports, release))
+        return Launch(argv, _environment(spec, ports, release), HOOK)
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         refuse(flag_table(self.name), spec.args, _REFUSED, release)
@@ -118,7 +120,7 @@ class Vllm:
 
     def sleep_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
         """What runs may end first; the answers of both paths say whether it sleeps."""
-        if not spec.sleep:
+        if not _can_sleep(spec):
             raise FlagError("vllm was not started with sleep mode; set `sleep: true` in its pool")
         if level not in (1, 2):
             raise FlagError(f"vllm has no sleep level {level} that frees memory; take 1 or 2")
@@ -157,6 +159,11 @@ class Vllm:
         """To wake it is right whatever it did: awake, it only logs a warning."""
         return self.wake_calls(spec, level)
 
+    def dump_level(self, spec: ReplicaSpec) -> int:
+        """Without weights where it can read them again: base model alone, from files."""
+        again = reads_weights(spec.args) and not spec.adapters
+        return 2 if again and not given(spec.args, *_DRAFT_FLAGS) else 1
+
     def adapter_calls(
         self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
     ) -> tuple[Call, ...]:
@@ -176,6 +183,11 @@ class Vllm:
 
     def read_load(self, answers: Sequence[bytes], at_s: float) -> LoadSample | None:
         return VLLM.read(answers, at_s)
+
+
+def _can_sleep(spec: ReplicaSpec) -> bool:
+    """What is to be dumped has to let go of its memory before."""
+    return spec.sleep or spec.snapshot
 
 
 def _kv_flags(ports: Ports) -> tuple[str, ...]:
@@ -218,8 +230,10 @@ def _environment(spec: ReplicaSpec, ports: Ports, release: Release) -> dict[str,
         env["VLLM_ENABLE_STARTUP_PLAN"] = "1"
     if ports.internal:
         env["VLLM_PORT"] = str(ports.internal)
-    if spec.sleep:
+    if _can_sleep(spec):
         env["VLLM_SERVER_DEV_MODE"] = "1"
+    if spec.snapshot:
+        env |= ENVIRONMENT
     if spec.adapters and _api_servers(spec) == 1:
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     return env

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from backends.engines.base import Engine
+from backends.engines.probe import Program
 from backends.journal import Launch
+from backends.spec import ReplicaSpec
 
 LAUNCH_ID_VARIABLE = "DOHERTY_LAUNCH_ID"
 
@@ -16,7 +19,8 @@ class Process(Protocol):
     """One engine process and everything it started."""
 
     @property
-    def pid(self) -> int: ...
+    def pid(self) -> int:
+        """Return its number on this machine; 0 while it has none."""
 
     @property
     def start_ticks(self) -> int:
@@ -39,10 +43,17 @@ class Provider(Protocol):
     @property
     def boot_id(self) -> str: ...
 
+    def program(self, engine: Engine, spec: ReplicaSpec) -> Program:
+        """Return what serves `engine` there. Raises `EngineMissingError`."""
+
     def spawn(
         self, argv: Sequence[str], env: Mapping[str, str], launch_id: str, log_path: Path
     ) -> Process:
-        """Start a process in a group of its own. Raises `OSError`."""
+        """Start a process in a group of its own. Raises `OSError`.
+
+        The journal knows the launch already. Where a start takes time it goes on by itself, and one
+        that comes to nothing is told by `exited`; the process has no pid until then.
+        """
 
     def recover(self, launches: Iterable[Launch]) -> Mapping[str, Process]:
         """Return those that still run, by launch id; what is left of the others is killed."""

@@ -19,9 +19,12 @@ from pathlib import Path
 
 import msgspec
 
+from backends.engines.base import Engine
+from backends.engines.probe import Program, program_of
 from backends.journal import Launch
 from backends.logfile import open_log
 from backends.providers.base import LAUNCH_ID_VARIABLE, Process
+from backends.spec import ReplicaSpec
 
 _PROC = Path("/proc")
 _RESET_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)
@@ -92,7 +95,11 @@ class ProcessProvider:
     """Starts engines as children and adopts those of a manager before."""
 
     def __init__(self) -> None:
-        self.boot_id = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+        self.boot_id = boot_id()
+
+    def program(self, engine: Engine, spec: ReplicaSpec) -> Program:
+        """Return what is installed here. Raises `EngineMissingError`."""
+        return program_of(engine, spec, os.environ)
 
     def spawn(
         self, argv: Sequence[str], env: Mapping[str, str], launch_id: str, log_path: Path
@@ -147,6 +154,11 @@ class ProcessProvider:
         if launch.pid:
             return None  # it has ended; its number may be another's by now
         return next((stat for stat in carriers if stat.pid == stat.group), None)
+
+
+def boot_id() -> str:
+    """Return what names this life of the machine: a pid says nothing in another one."""
+    return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
 def _child(pid: int, launch_id: str) -> LocalProcess:

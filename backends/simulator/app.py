@@ -22,6 +22,7 @@ from backends.simulator.kv_events import EventPublisher
 from backends.simulator.ranks import Ranks
 from backends.simulator.server import Server
 from backends.simulator.settings import Settings
+from backends.simulator.tables import Tables, build_tables
 from backends.tasks import cancel_all, spawn
 
 ABORT_TIMEOUT_S = 5.0  # real; for the ends of aborted requests to reach their clients
@@ -43,7 +44,13 @@ async def serve(settings: Settings) -> int:
     # vLLM does not listen before it can serve; SGLang does, and answers 503.
     if settings.dialect == "vllm" and settings.startup_s and await _stopped_within(settings, stop):
         return 0
-    process = Process(settings)
+    tables = None
+    if settings.tables_mib:
+        arguments = (settings.tables_mib, settings.seed, stop.is_set)
+        tables = await asyncio.to_thread(build_tables, *arguments)
+        if tables is None:
+            return 0
+    process = Process(settings, tables)
     try:
         port = await process.start()
         sys.stdout.write(f"listening on http://{settings.host}:{port}\n")
@@ -65,7 +72,7 @@ async def _stopped_within(settings: Settings, stop: asyncio.Event) -> bool:
 class Process:
     """Engine, HTTP server and event sockets of one simulated engine, in the running loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tables: Tables | None = None) -> None:
         endpoint = settings.kv_events
         self._settings = settings
         self._publishers: list[EventPublisher] = []
@@ -75,7 +82,7 @@ class Process:
                 for rank in range(settings.dp_size)
             ]
         self.ranks = Ranks(settings, self._publishers)
-        self.server = Server(settings, self.ranks, self._publishers)
+        self.server = Server(settings, self.ranks, self._publishers, tables)
         self._runner = web.AppRunner(
             self.server.application(),
             access_log=None,

@@ -55,6 +55,12 @@ class PauseBody(msgspec.Struct):
     mode: Literal["abort", "retract", "in_place"] = "abort"
 
 
+class UpdateBody(msgspec.Struct):
+    """SGLang's /update_weights_from_disk."""
+
+    model_path: str
+
+
 class RpcBody(msgspec.Struct):
     """vLLM's /collective_rpc: what every worker of the engine is to do."""
 
@@ -129,6 +135,7 @@ class Control:
         router.add_post("/abort_request", self._abort_request)
         router.add_post("/pause_generation", self._pause_generation)
         router.add_post("/continue_generation", self._continue_generation)
+        router.add_post("/update_weights_from_disk", self._update_weights)
 
     async def _health(self, _request: web.Request) -> web.StreamResponse:
         server = self._server
@@ -383,6 +390,12 @@ class Control:
         for engine in self._ranks:
             engine.take_back(tags)
         return await self._unless_dead()
+
+    async def _update_weights(self, request: web.Request) -> web.StreamResponse:
+        await self._required(request, UpdateBody)
+        for engine in self._ranks:
+            engine.reload()
+        return json_answer({"success": True, "message": "Succeeded to update model weights."})
 
     async def _unless_dead(self) -> web.StreamResponse:
         """Answer `null`; a dead engine never answers."""

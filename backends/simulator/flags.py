@@ -217,6 +217,12 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
     )
     add("--seed", "--random-seed", type=_at_least(0), default=0, help="for words and faults")
     add("--startup-seconds", type=_seconds, default=0.0, help="simulated time until it serves")
+    add(
+        "--start-tables-mib",
+        type=_at_least(0),
+        default=0,
+        help="real work before it serves: tables of this size; 1024 take some 40 s (%(default)s)",
+    )
 
 
 def _add_manners(group: argparse._ArgumentGroup) -> None:
@@ -342,6 +348,7 @@ def parse_flags(argv: list[str]) -> Settings:
         api_keys=tuple(flags.api_key),
         kv_events=_endpoint(flags, parser.error),
         startup_s=flags.startup_seconds,
+        tables_mib=flags.start_tables_mib,
         shutdown_timeout_s=flags.shutdown_timeout,
         drain_poll_s=flags.drain_poll_seconds,
         keep_alive_timeout_s=keep_alive_s,

@@ -55,6 +55,7 @@ from backends.simulator.openai_api import (
 from backends.simulator.ranks import Ranks
 from backends.simulator.responses_api import ResponsesBody, ResponsesPresenter, parse_responses
 from backends.simulator.settings import BODY_BYTES_MAX, Settings
+from backends.simulator.tables import Tables
 from backends.simulator.tokens import (
     TOKEN_ID_MAX,
     count_tokens,
@@ -97,11 +98,16 @@ class Server:
     """One simulated engine behind HTTP."""
 
     def __init__(
-        self, settings: Settings, ranks: Ranks, publishers: Sequence[EventPublisher]
+        self,
+        settings: Settings,
+        ranks: Ranks,
+        publishers: Sequence[EventPublisher],
+        tables: Tables | None = None,
     ) -> None:
         self.settings = settings
         self.ranks = ranks
         self.publishers = publishers
+        self._tables = tables
         self.faults = FaultPlan(settings.faults, settings.seed)
         self.ready = settings.startup_s == 0 or settings.dialect == "vllm"
         self.draining = False
@@ -252,6 +258,9 @@ class Server:
             self._exchanges.discard(exchange)
 
     def _sequences(self, generation: Generation, engine: Engine) -> list[TokenSequence]:
+        if self._tables is not None:
+            seed = generation.seed + self._tables.value(generation.prompts[0])
+            generation = msgspec.structs.replace(generation, seed=seed)
         return make_sequences(generation, self.settings, self.ranks.adapters, engine.clockwork)
 
     def _choose_rank(self, request: web.Request) -> Engine:

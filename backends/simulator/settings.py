@@ -45,6 +45,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_keys: tuple[str, ...] = ()
     kv_events: Endpoint | None = None
     startup_s: float = 0.0
+    tables_mib: int = 0  # built by real work before it serves, see `tables`
     shutdown_timeout_s: float = 0.0  # real seconds, as an operator means them
     drain_poll_s: float = 5.0
     keep_alive_timeout_s: float = 5.0  # real seconds

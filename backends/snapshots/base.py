@@ -14,6 +14,7 @@ class Capability(msgspec.Struct, frozen=True):
 
     works: bool
     reason: str = ""
+    moves: bool = False  # of a suspender: it resumes on other cards of the same model, too
 
 
 class SuspendError(Exception):
@@ -84,6 +85,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     port: int  # where the engine listens in its cell
     suspended: bool  # the driver has to be asked to resume it
     nap_level: int = 0  # the engine's own sleep at the time of the dump; 0: it was awake
+    devices: tuple[str, ...] = ()  # UUIDs of the cards that it ran on
 
 
 class Enclosure(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,11 +107,20 @@ class Snapshots(Protocol):
         """Return an image that fits and is whole. Stale and damaged ones are told of, not used."""
 
     async def create(
-        self, pid: int, key: SnapshotKey, port: int, told: Callable[[str, float], None]
+        self,
+        pid: int,
+        key: SnapshotKey,
+        port: int,
+        told: Callable[[str, float], None],
+        *,
+        suspended: bool = False,
+        nap_level: int = 0,
+        devices: Sequence[str] = (),
     ) -> Snapshot:
         """Dump the cell of which `pid` is the init; its processes run on. Raises `SnapshotError`.
 
-        `told` hears of progress: what is being done, and which share of it is done.
+        `told` hears of progress: what is being done, and which share of it is done. The rest is
+        kept with the image, and says how to bring its copies back to service.
         """
 
     def restore(self, snapshot: Snapshot, launch_id: str) -> Enclosure:

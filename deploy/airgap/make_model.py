@@ -1,12 +1,15 @@
-"""Model folders of real shapes without weights, for engines that start with `--load-format dummy`.
+"""Model folders of real shapes, without weights or with random ones.
 
-    python3 deploy/airgap/make_model.py OUT [NAME ...] [--layers N]
+    python3 deploy/airgap/make_model.py OUT [NAME ...] [--layers N] [--weights SEED]
 
 A folder holds what an engine reads before the weights: the architecture and sizes of the published
 model, a byte-level BPE tokenizer trained here from Python's own library, and a chat template.
 A model with random weights may pick any id, so every id of the vocabulary has a name: those beyond
 the trained ones decode to a word and are never encoded. `--layers` makes a smaller one for smoke
 tests; drafts have one layer anyway. The same Python and tokenizers give the same octets.
+
+Without weights, engines start with `--load-format dummy` and draw their own. `--weights SEED`
+writes a checkpoint of random ones (`random_weights`), which can be read again; not for drafts.
 
 Needs the package tokenizers, which comes with transformers and so with either engine. A Python that
 lacks it hands over to an engine's of the unpacked stage that `env.sh` names.
@@ -23,6 +26,10 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from deploy.airgap.random_weights import write_weights
 
 TRAINED_TOKENS = 8192
 CORPUS_FILES_MAX = 120
@@ -119,6 +126,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MODELS))
     parser.add_argument("--layers", type=int, help="of models that are no drafts")
+    parser.add_argument("--weights", type=int, metavar="SEED", help="write random weights, too")
     options = parser.parse_args(argv)
     unknown = [name for name in options.names if name not in MODELS]
     if unknown:
@@ -138,7 +146,10 @@ def main(argv: Sequence[str]) -> int:
         return 1
     for name in options.names or MODELS:
         folder = options.out / name
-        write_model(folder, shape(name, options.layers), learned)
+        config = shape(name, options.layers)
+        write_model(folder, config, learned)
+        if options.weights is not None and not _draft(config):
+            write_weights(folder, config, options.weights)
         print(folder)
     return 0
 
@@ -164,11 +175,15 @@ def engine_python(stage: str) -> str:
 def shape(name: str, layers: int | None) -> dict[str, Any]:
     """Return a model's config, with fewer layers where asked."""
     config = dict(MODELS[name])
-    if layers is not None and "draft_vocab_size" not in config:
+    if layers is not None and not _draft(config):
         config["num_hidden_layers"] = layers
         if "max_window_layers" in config:
             config["max_window_layers"] = layers
     return config
+
+
+def _draft(config: dict[str, Any]) -> bool:
+    return "draft_vocab_size" in config
 
 
 def write_model(folder: Path, config: dict[str, Any], learned: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from loadtest.command import Command
-from loadtest.gpu import cost, fidelity, fit, floors, paths, prove, speeds
+from loadtest.gpu import cost, fidelity, fit, floors, ladder, paths, prove, speeds
 
 SUMMARY = "real engines: proofs, costs, floors, calibration"
 
@@ -20,6 +20,7 @@ COMMANDS: dict[str, Command] = {
     "fidelity": fidelity,
     "fit": fit,
     "floors": floors,
+    "ladder": ladder,
     "paths": paths,
     "prove": prove,
     "speeds": speeds,

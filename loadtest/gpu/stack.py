@@ -44,6 +44,9 @@ class StackOptions(msgspec.Struct, frozen=True, kw_only=True):
     start_timeout_s: float = 400.0
     doherty: str = ""  # the command; empty: this checkout's
     sleep: bool = True  # where this Doherty can put an engine to sleep
+    pool: dict[str, Any] = {}  # further keys of a pool
+    manager: dict[str, Any] = {}  # further keys of the manager
+    others: tuple[str, ...] = ()  # further models, served by pools like the first one's
 
 
 class Replica(msgspec.Struct):
@@ -55,6 +58,7 @@ class Replica(msgspec.Struct):
     reason: str = ""
     pid: int = 0
     asleep: bool = False
+    restarts: int = 0
     kv_events: str = ""
     kv_replay: str = ""
     kv_topic: str = ""
@@ -79,6 +83,9 @@ def config_of(
         pool["model_path"] = options.model_path
     if options.sleep and "sleep" in pool_keys:
         pool["sleep"] = True
+    if "autoscale" in options.pool:
+        del pool["replicas"]
+    pool |= options.pool
     return {
         "proxy": {
             "port": ports.proxy,
@@ -86,8 +93,8 @@ def config_of(
             "workers": options.workers,
             "access_log": f"{run_dir}/access.log",
         },
-        "manager": {"port": ports.manager, "run_dir": run_dir},
-        "models": [{"name": options.model, "pools": [pool]}],
+        "manager": {"port": ports.manager, "run_dir": run_dir, **options.manager},
+        "models": [{"name": name, "pools": [pool]} for name in (options.model, *options.others)],
     }
 
 
@@ -133,14 +140,28 @@ class Stack:
     async def start(self) -> None:
         """Write the configuration and start `doherty up`. Raises `RunError`."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        path = await self._configure()
+        self.started_s = time.monotonic()
+        self.process = await self._spawn([*self.command, "up", str(path)])
+
+    async def reload(self, options: StackOptions) -> None:
+        """Have what runs read another configuration. Raises `RunError`."""
+        self.options = options
+        path = await self._configure()
+        status, _, err = await self.run("check", str(path))
+        if status:
+            raise RunError(f"this Doherty does not take it: {err.strip()}")
+        assert self.process is not None
+        self.process.send_signal(signal.SIGHUP)
+
+    async def _configure(self) -> Path:
         _, schema, _ = await self.run("check", "--schema")
         config = config_of(
             self.options, self.ports, str(self.folder / "run"), pool_keys_of(schema.encode())
         )
         path = self.folder / "doherty.yaml"
         path.write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))  # JSON is YAML
-        self.started_s = time.monotonic()
-        self.process = await self._spawn([*self.command, "up", str(path)])
+        return path
 
     async def _spawn(self, command: Sequence[str]) -> asyncio.subprocess.Process:
         with open(self.up_log, "wb") as output:  # noqa: ASYNC230 - once, before anything is measured

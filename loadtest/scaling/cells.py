@@ -61,7 +61,7 @@ def _first(law: str, needed: Sequence[int], plan: Sequence[tuple[float, int]]) -
         return max(needed)
     if law == "oracle":
         return next((size for at_s, size in reversed(plan) if at_s <= 0.0), 1)
-    return round(sum(needed[:FIRST_S]) / FIRST_S)
+    return math.ceil(sum(needed[:FIRST_S]) / FIRST_S - SPARE)
 
 
 def _law(cell: Cell, law: str, needed: Sequence[int], plan: list[tuple[float, int]]) -> Law:

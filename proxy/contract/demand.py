@@ -5,6 +5,10 @@ that has none awake, only a proxy knows. A report is a whole: one that is lost i
 next, and a proxy that has said nothing for `DEMAND_AGE_S_MAX` is gone, its requests with it. It
 comes every `DEMAND_INTERVAL_S`, and at once when a request begins to wait for a model that has
 nothing awake: such a burst is not to lose the interval as well.
+
+Whoever drains a replica by these counts must know what the proxy knew when it counted: until all of
+its workers have heard that the replica drains, one of them may send it a request after a count of
+none. So a report names the snapshot that all of them had taken before they counted.
 """
 
 from __future__ import annotations
@@ -43,6 +47,9 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sequence: int  # grows with each report of this proxy
     models: dict[str, ModelDemand] = {}
     replicas: dict[str, ReplicaDemand] = {}
+    # The `FleetSnapshot` by which every worker chose, at least, when it counted; 0: none yet.
+    fleet_epoch: str = ""
+    fleet_version: int = 0
 
 
 def encode_demand(demand: Demand) -> bytes:

@@ -6,6 +6,7 @@ from collections.abc import Container
 from typing import Final
 
 from proxy.core import limits, multipart
+from proxy.core.classes import class_of_tier
 from proxy.core.policy import Request
 from proxy.core.preamble import Preamble
 from proxy.core.prefix import form_chain, prefix_chain
@@ -53,6 +54,7 @@ def read_body(
         pinned=strict and key is not None,
         stream=bool(scanned.stream),
         weight=limits.FLEX_WEIGHT if scanned.service_tier == "flex" else 1.0,
+        work_class=class_of_tier(scanned.service_tier),
         adapter=scanned.lora_path or (scanned.model if scanned.model in adapters else ""),
         response_key=_built_upon(route, scanned),
     )

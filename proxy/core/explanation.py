@@ -70,8 +70,10 @@ def candidates(
         }
         slot = picture.slots.get(name, -1)
         place = prices.seats.places.get(slot, -1)
+        tokens = 0
         if slot >= 0:
             cached_octets = picture.index.held_of(slot, request.chain)
+            tokens = picture.tokens_of(request.chain.prompt_bytes - cached_octets, slot)
             one = Decision(replica, slot, "", cached_octets, prices.known)
             shown |= {
                 **priced(one, request, pool, picture, now_s).as_dict(),
@@ -79,7 +81,7 @@ def candidates(
             }
             shown |= _source_shown(hearsay, name, now_s)
             shown["hot_octets"] = prices.hot_octets
-        reason = _why_not(replica, slot, picture)
+        reason = _why_not(replica, slot, picture, tokens)
         if reason or place < 0:
             shown |= {"may_take": False, "reason": reason or "it is not known yet"}
             unable.append(shown)
@@ -89,7 +91,7 @@ def candidates(
     return [entry[2] for entry in sorted(able, key=lambda entry: entry[:2])] + unable
 
 
-def _why_not(replica: Replica, slot: int, picture: Picture) -> str:
+def _why_not(replica: Replica, slot: int, picture: Picture, tokens: int) -> str:
     if replica.suspect:
         return "unreachable"
     if not replica.available:
@@ -100,6 +102,8 @@ def _why_not(replica: Replica, slot: int, picture: Picture) -> str:
     most = picture.loads.inflight_max[slot]
     if most and picture.loads.inflight[slot] >= most:
         return f"it has as many requests as it may hold ({most})"
+    if picture.loads.lacks_room(slot, tokens):
+        return f"it may have no more tokens in its line ({picture.loads.tokens_max[slot]})"
     return ""
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from proxy.contract import FleetSnapshot, ReplicaState
+from proxy.contract import FleetSnapshot, PoolRecord, ReplicaState
+from proxy.core.prospects import UNSCALED, Prospect, prospects_of
 from proxy.core.replica import Replica, replicas_of
 from proxy.core.ring import Ring
 
@@ -43,7 +44,10 @@ _OFF_RING = frozenset((ReplicaState.STOPPED,))
 
 @dataclass(frozen=True)
 class Pool:
-    """All replicas that answer to one model name. `available` are those that may take requests."""
+    """All replicas that answer to one model name. `available` are those that may take requests.
+
+    A model whose pool is at zero has none at all, and is served all the same: demand brings them.
+    """
 
     replicas: Mapping[str, Replica]
     ring: Ring
@@ -61,6 +65,10 @@ class Fleet:
     any_model: Pool  # replicas whose models are not known
     everyone: Pool  # all of them: for state that some replica holds, and nobody says which
     adapters: frozenset[str]  # those that some replica has loaded; a model name may be one
+    scaled: tuple[PoolRecord, ...]  # what the manager says of its pools
+    prospects: Mapping[
+        str, Prospect
+    ]  # and so of models, by name; those of no scaled pool have none
 
     def pool_for(self, model: str) -> Pool | None:
         """Return the pool of a model. Replicas that do not say what they serve serve anything."""
@@ -73,10 +81,16 @@ class Fleet:
         """Return the names of a server's replicas: its own, or those of its ranks."""
         return self.names.get(replica_id, ())
 
+    def prospect_of(self, model: str) -> Prospect:
+        """Return what is to be expected of a model's replicas."""
+        return self.prospects.get(model, UNSCALED)
+
     def only_pool(self) -> Pool | None:
         """Return the pool to use when a request names no model; None when that is unclear."""
         pools = list(self.pools.values())
-        if len(pools) == 1 or (pools and all(p.replicas == pools[0].replicas for p in pools)):
+        if len(pools) == 1:
+            return pools[0]
+        if pools and pools[0].replicas and all(p.replicas == pools[0].replicas for p in pools):
             return pools[0]
         return self.any_model if not pools and self.any_model.replicas else None
 
@@ -90,13 +104,14 @@ def apply(fleet: Fleet, event: Event) -> Fleet:
     match event:
         case SnapshotReceived(snapshot):
             replicas: dict[str, Replica] = {}
+            tokens_max = {record.pool: record.max_tokens for record in snapshot.pools}
             for record in snapshot.replicas:
                 known = fleet.servers.get(record.replica_id)
                 # A restart is news from the manager: what we suspected is gone.
                 suspect = known is not None and known.suspect and known.restarts == record.restarts
-                for replica in replicas_of(record):
+                for replica in replicas_of(record, tokens_max.get(record.pool, 0)):
                     replicas[replica.name] = replace(replica, suspect=True) if suspect else replica
-            return _build(replicas, previous=fleet)
+            return _build(replicas, snapshot.pools, previous=fleet)
         case ReplicaSuspected(replica_id):
             return _with_suspect(fleet, replica_id, suspect=True)
         case ReplicaCleared(replica_id):
@@ -111,7 +126,7 @@ def _with_suspect(fleet: Fleet, replica_id: str, *, suspect: bool) -> Fleet:
         name: replace(replica, suspect=suspect) if replica.replica_id == replica_id else replica
         for name, replica in fleet.replicas.items()
     }
-    return _build(replicas, previous=fleet)
+    return _build(replicas, fleet.scaled, previous=fleet)
 
 
 # Names and weights of a ring's replicas, in order.
@@ -132,7 +147,11 @@ def make_pool(members: Mapping[str, Replica], rings: dict[Shares, Ring]) -> Pool
     return Pool(members, ring, available)
 
 
-def _build(replicas: Mapping[str, Replica], previous: Fleet | None = None) -> Fleet:
+def _build(
+    replicas: Mapping[str, Replica],
+    scaled: tuple[PoolRecord, ...] = (),
+    previous: Fleet | None = None,
+) -> Fleet:
     rings: dict[Shares, Ring] = {}
     if previous is not None:
         before = (previous.any_model, previous.everyone, *previous.pools.values())
@@ -140,7 +159,9 @@ def _build(replicas: Mapping[str, Replica], previous: Fleet | None = None) -> Fl
     on_ring = {k: r for k, r in replicas.items() if r.state not in _OFF_RING}
     # Those that have not been asked yet are not known to serve anything at all.
     unknown = {k: r for k, r in on_ring.items() if not r.models and r.state is ReplicaState.READY}
-    models = sorted({model for r in on_ring.values() for model in r.models})
+    models = sorted(
+        {model for r in on_ring.values() for model in r.models} | {p.model for p in scaled}
+    )
     pools = {
         model: make_pool(
             {k: r for k, r in on_ring.items() if model in r.models or k in unknown}, rings
@@ -153,7 +174,9 @@ def _build(replicas: Mapping[str, Replica], previous: Fleet | None = None) -> Fl
         names[replica.replica_id] = (*names.get(replica.replica_id, ()), name)
     any_model, everyone = make_pool(unknown, rings), make_pool(on_ring, rings)
     adapters = frozenset({name for r in on_ring.values() for name in r.adapters or ()})
-    return Fleet(replicas, servers, names, pools, any_model, everyone, adapters)
+    pools_of = {m: frozenset({r.pool for r in p.replicas.values()}) for m, p in pools.items()}
+    prospects = prospects_of(scaled, pools_of) if scaled else {}
+    return Fleet(replicas, servers, names, pools, any_model, everyone, adapters, scaled, prospects)
 
 
 def _shares(pool: Pool) -> Shares:

@@ -102,6 +102,14 @@ def client_head(
     )
 
 
+def waiting_head(request_id: bytes, *, keep_alive: bool) -> bytes:
+    """Return the head of a stream of events that begins while its request still waits."""
+    return (
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+        b"cache-control: no-cache\r\nx-request-id: %b\r\ntransfer-encoding: chunked\r\n%b"
+    ) % (request_id, b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
+
+
 def with_fields(response: ResponseHead, fields: list[Field]) -> ResponseHead:
     """Return the same head with other fields. A head is never changed: others may hold it too."""
     told = ResponseHead(response.status, response.reason, response.keep_alive)

@@ -11,7 +11,12 @@ open, then, should nobody want what is open, some out of the lines that are clos
 
 The order in a line is shortest first with ageing: by the least prefill that the request needs on
 any replica, less the time it has waited. As everybody ages alike, the place in the order never
-changes: it is that prefill plus the time of arrival, each in seconds.
+changes: it is that prefill plus the time of arrival, each in seconds. Less urgent classes stand as
+if they had come later, by more than most queues are long: so online work goes first, and still
+nobody waits for ever (`core.classes`).
+
+Where nothing of a model is awake, those who wait for it have a line of their own, in which nothing
+is known of their prefill: they go in the order in which they came, and hold up nobody else.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy.core import limits
+from proxy.core.classes import YIELD_S
 from proxy.core.fleet import Pool
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Policy, Request
@@ -30,15 +36,22 @@ from proxy.core.prefix import NO_CHAIN
 _NEVER: Final = float("inf")
 _NOBODY: Final = Request(NO_CHAIN, has_session=False)
 # Lines go by the slot of their replica. Those who have not been looked at yet have one, and so has
-# each set of replicas of which none may take those who wait for it: see `_line_of_all`.
+# each set of replicas of which none may take those who wait for it, and each queue for which there
+# is no replica: see `_line_of_all` and `_line_of_nobody`.
 _UNSEEN: Final = -1
+
+
+def class_of(held: Held) -> int:
+    """Return the class of one that waits; what nobody has said is online work."""
+    return max(0, held.request.work_class)
 
 
 class Held:
     """One request that waits, and what is called with its decision when that has come."""
 
     __slots__ = (
-        "gone", "line", "on_decision", "order", "pool_of", "rank_s", "request", "since_s", "tokens",
+        "gone", "held_bytes", "line", "needed_tokens", "on_decision", "order", "pool_of", "queue",
+        "rank_s", "request", "since_s", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +69,9 @@ class Held:
         self.rank_s = 0.0
         self.order = 0
         self.line = _UNSEEN
+        self.queue = 0  # the number of what it waits for, the same for all who wait for the same
+        self.held_bytes = 0  # of its body
+        self.needed_tokens = 0  # of its prompt that no replica held when it came
         self.tokens = 0  # what it would have computed where it has reserved its place
         self.gone = False
 
@@ -96,16 +112,17 @@ class Holding:
             return True
         bits = 0
         for name in self._lines:
-            if name < _UNSEEN:
-                bits |= _bits_of(name)
+            bits |= _bits_of(name)
         return bits >> slot & 1 > 0
 
     def add(self, held: Held, picture: Picture) -> None:
-        held.rank_s = held.since_s * limits.AGEING_WEIGHT + _least_prefill_s(held, picture)
+        arrival_s = held.since_s + YIELD_S[class_of(held)]
+        prefill_s = _least_prefill_s(held, picture)
+        held.rank_s = arrival_s * limits.AGEING_WEIGHT + max(0.0, prefill_s)
         self._order += 1
         held.order = self._order
         self._count += 1
-        self._enter(held, _UNSEEN, 0)
+        self._enter(held, _UNSEEN if prefill_s >= 0.0 else _line_of_nobody(held.queue), 0)
 
     def drop(self, held: Held) -> None:
         """It waits no longer: cancelled, or its time is over. Harmless when repeated."""
@@ -114,6 +131,17 @@ class Holding:
             held.gone = True
             held.request = _NOBODY
             self._count -= 1
+
+    def renew(self, queue: int, *, empty: bool) -> None:
+        """Other replicas may take those of a queue now: look anew at who waited for any of them.
+
+        Until that has been done no newcomer gets before them. `empty`: none may.
+        """
+        to = _line_of_nobody(queue) if empty else _UNSEEN
+        for name in [name for name in self._lines if name < 0 and name != to]:
+            for entry in list(self._lines[name].entries):
+                if entry[2].queue == queue:
+                    self.move(entry[2], to, 0)
 
     def take(
         self, policy: Policy, picture: Picture, now_s: float, *, at_once: bool = False
@@ -220,7 +248,15 @@ class Holding:
 
     def overtaken(self, held: Held, slot: int) -> bool:
         """Whether others wait for this replica to which `held` comes only now."""
-        return slot != held.line and slot in self._lines
+        if slot == held.line:
+            return False
+        if slot in self._lines:
+            return True
+        place = (held.rank_s, held.order)
+        return held.line == _UNSEEN and any(
+            _bits_of(name) >> slot & 1 and line.entries[0][:2] < place
+            for name, line in self._lines.items()
+        )
 
     def move(self, held: Held, name: int, tokens: int) -> None:
         if held.line != name:
@@ -268,7 +304,7 @@ class _Look:
         """Return where it goes; or have it wait where it would go, and return None."""
         holding, picture, pool = self._holding, self._picture, held.pool_of()
         if pool is None:
-            holding.move(held, _line_of_all(0), 0)
+            holding.move(held, _line_of_nobody(held.queue), 0)
             return None
         holding.reserve(picture, held, before_tokens, 1)
         try:
@@ -277,7 +313,8 @@ class _Look:
         finally:
             holding.reserve(picture, held, before_tokens, -1)
         if decision is None:
-            holding.move(held, _line_of_all(picture.seats(pool).bits), 0)
+            bits = picture.seats(pool).bits
+            holding.move(held, _line_of_all(bits) if bits else _line_of_nobody(held.queue), 0)
         elif goes:
             return decision
         else:
@@ -287,7 +324,7 @@ class _Look:
 
     def _goes(self, held: Held, decision: Decision) -> bool:
         if self._at_once:
-            return not is_full(decision.slot, self._picture)
+            return has_room(decision, held.request, self._picture)
         return not self._holding.overtaken(held, decision.slot) and is_open(
             decision, held.request, self._picture, self._now_s
         )
@@ -295,17 +332,35 @@ class _Look:
 
 def _line_of_all(bits: int) -> int:
     """Name the line of those whom none of these replicas may take: the first with room will do."""
-    return _UNSEEN - 1 - bits
+    return _UNSEEN - 1 - 2 * bits
+
+
+def _line_of_nobody(queue: int) -> int:
+    """Name the line of those for whom no replica is there that could take them."""
+    return _UNSEEN - 2 - 2 * queue
 
 
 def _bits_of(line: int) -> int:
-    return _UNSEEN - 1 - line
+    """Return the replicas of which any will do for those in a line; 0 for other lines."""
+    above = _UNSEEN - 1 - line
+    return above >> 1 if above >= 0 and not above & 1 else 0
 
 
 def is_full(slot: int, picture: Picture) -> bool:
     """Whether a replica has as many requests as it may have."""
     most = picture.loads.inflight_max[slot]
     return most > 0 and picture.loads.inflight[slot] >= most
+
+
+def has_room(decision: Decision, request: Request, picture: Picture) -> bool:
+    """Whether a replica may have this request besides those that it has, and its tokens."""
+    slot = decision.slot
+    if is_full(slot, picture):
+        return False
+    if slot not in picture.loads.measured:
+        return True
+    octets = request.chain.prompt_bytes - decision.cached_octets
+    return not picture.loads.lacks_room(slot, picture.tokens_of(octets, slot))
 
 
 def _has_little_to_do(slot: int, picture: Picture, now_s: float) -> bool:
@@ -323,7 +378,7 @@ def _has_little_to_do(slot: int, picture: Picture, now_s: float) -> bool:
 def is_open(decision: Decision, request: Request, picture: Picture, now_s: float) -> bool:
     """Whether the replica can soon begin this, so that sending it there is right."""
     loads, slot = picture.loads, decision.slot
-    if is_full(slot, picture):
+    if not has_room(decision, request, picture):
         return False
     if not loads.inflight[slot]:  # whatever is wrong there, waiting for nobody will not mend it
         return True
@@ -372,13 +427,17 @@ def _opens_s(slot: int, picture: Picture, now_s: float) -> float:
 
 
 def _least_prefill_s(held: Held, picture: Picture) -> float:
-    pool = held.pool_of()
-    if pool is None:
-        return 0.0
-    seats = picture.seats(pool)
-    if not seats.slots:
-        return 0.0
-    found = picture.index.match(held.request.chain, seats.bits)
-    most_octets = held.request.chain.ends[found[0][1]] if found else 0
-    tokens = picture.tokens_of(held.request.chain.prompt_bytes - most_octets, seats.slots[0])
+    """Return the prefill that it needs where most of it is cached; its tokens are kept.
+
+    Below 0: there is no replica.
+    """
+    pool, chain = held.pool_of(), held.request.chain
+    seats = picture.seats(pool) if pool is not None else None
+    if seats is None or not seats.slots:
+        held.needed_tokens = chain.prompt_bytes // limits.BYTES_PER_TOKEN
+        return -1.0
+    found = picture.index.match(chain, seats.bits)
+    most_octets = chain.ends[found[0][1]] if found else 0
+    tokens = picture.tokens_of(chain.prompt_bytes - most_octets, seats.slots[0])
+    held.needed_tokens = tokens
     return tokens * min([picture.loads.s_per_token[slot] for slot in seats.slots])

@@ -246,6 +246,32 @@ RUNWAY_S: Final = 0.3
 # which is the longest prompts, rises by a tenth; with 4 by a tenth and a fiftieth.
 AGEING_WEIGHT: Final = 4.0
 HELD_TRIED_MAX: Final = 16  # requests that one release looks at
+# A class of work that waits yields to online work that comes within so long after it, and to none
+# that comes later: so online work is first in every queue that is shorter, and nobody waits longer
+# for it by more than this. Ten seconds are nothing to a burst that is done in minutes, and two
+# minutes nothing to work that nobody waits for.
+SEMI_ONLINE_YIELD_S: Final = 10.0
+OFFLINE_YIELD_S: Final = 120.0
+# Parts of the room that a class may take; online work may take all of it. These leave it a quarter
+# together, so that an online burst finds room without sending anybody away; what offline work finds
+# no room for is kept by who sends it, and costs nothing but asking again.
+SEMI_ONLINE_SHARE: Final = 0.5
+OFFLINE_SHARE: Final = 0.25
+# How many times --queue-timeout-secs a class may wait; online work once. At its default that is two
+# minutes and ten, which is what the official clients wait for an answer (openai-python,
+# `DEFAULT_TIMEOUT`).
+SEMI_ONLINE_PATIENCE_WEIGHT: Final = 2.0
+OFFLINE_PATIENCE_WEIGHT: Final = 10.0
+# Of the room, for those of models that have nothing awake: they may stay for the whole of a start,
+# and those of models that serve must not find it full of them.
+STARTING_SHARE: Final = 0.5
+# A start is given up when the manager has let it be for so long: four of a proxy's reports of who
+# waits, to each of which it might have answered by another.
+START_FAILED_S: Final = 2.0
+# A demand that cannot wait is told by a worker at once, and no oftener than this.
+DEMAND_PUSH_S: Final = 0.01
+# A manager that takes no report for so long does not hold up the next one.
+DEMAND_TIMEOUT_S = 1.0
 # Requests that leave in one turn of the loop: a millisecond of work; the others leave in the next.
 HELD_TAKEN_MAX: Final = 16
 # The event loop's timers are no finer.
@@ -364,5 +390,6 @@ assert HEAD_BYTES_MAX > TARGET_BYTES_MAX
 assert WRITE_HIGH_WATER_BYTES >= RESPONSE_HEAD_BYTES_MAX
 assert UPSTREAM_IDLE_WORTH_S < UPSTREAM_IDLE_S_MAX < 5.0
 assert NOTES_WHOLE_S < PEER_SILENCE_S
+assert SEMI_ONLINE_SHARE + OFFLINE_SHARE < 1.0
 assert PEER_BEAT_S * 3 < PEER_SILENCE_S
 assert NOTES_BATCH_BYTES_MAX + 32 * max(NOTE_HASHES_MAX, NOTE_LEASES_MAX) < PEER_FRAME_BYTES_MAX

@@ -28,6 +28,8 @@ class Loads:
     def __init__(self) -> None:
         self.inflight: list[int] = []
         self.inflight_max: list[int] = []  # 0: no limit
+        self.tokens_max: list[int] = []  # in its line, of more than one request; 0: no limit
+        self.measured: set[int] = set()  # slots that have such a limit
         self.dispatched_tokens: list[int] = []  # ever: it evens out the use of caches
         self.pending_tokens: list[int] = []  # behind the head of the line
         self.head_end_s: list[float] = []  # when the head should be done; 0: no head
@@ -85,12 +87,22 @@ class Loads:
         self.limit(slot, capacity_tokens, inflight_max, running_max)
 
     def limit(
-        self, slot: int, capacity_tokens: int, inflight_max: int = 0, running_max: int = 0
+        self,
+        slot: int,
+        capacity_tokens: int,
+        inflight_max: int = 0,
+        running_max: int = 0,
+        tokens_max: int = 0,
     ) -> None:
         """What the replica can hold and run, as its manager and its engine say."""
         self.capacity_tokens[slot] = capacity_tokens
         self.inflight_max[slot] = inflight_max
         self.running_max[slot] = running_max
+        self.tokens_max[slot] = tokens_max
+        if tokens_max:
+            self.measured.add(slot)
+        else:
+            self.measured.discard(slot)
         self._reprice(slot)
 
     def close(self, slot: int) -> None:
@@ -99,12 +111,13 @@ class Loads:
         self.line[slot] = deque()
         self.unseen.discard(slot)
         self.tight.discard(slot)
+        self.measured.discard(slot)
 
     def _grow(self) -> None:
         for ints in (
-            self.inflight, self.inflight_max, self.dispatched_tokens, self.pending_tokens,
-            self.held_tokens, self.capacity_tokens, self.running_max, self.free_tokens,
-            self._foreign, self._others_held_tokens, self._peak, self._refused,
+            self.inflight, self.inflight_max, self.tokens_max, self.dispatched_tokens,
+            self.pending_tokens, self.held_tokens, self.capacity_tokens, self.running_max,
+            self.free_tokens, self._foreign, self._others_held_tokens, self._peak, self._refused,
         ):  # fmt: skip
             ints.append(0)
         for floats in (
@@ -260,6 +273,15 @@ class Loads:
         """Return the prefill tokens in the line."""
         line = self.line[slot]
         return self.pending_tokens[slot] + (line[0].prefill_tokens if line else 0)
+
+    def lacks_room(self, slot: int, tokens: int) -> bool:
+        """Whether so many tokens more would be more than its line may have.
+
+        One request may be larger than the limit, and goes where the line is empty.
+        """
+        most = self.tokens_max[slot]
+        queued_tokens = self.queued_tokens(slot) if most else 0
+        return queued_tokens > 0 and queued_tokens + tokens > most
 
     def foreign_share(self, slots: list[int]) -> float:
         """Return which part of what the engines run is not ours: other routers', other clients'."""

@@ -95,7 +95,8 @@ class Picture:
             self._restarts[name] = replica.restarts
             slot = self.slots[name]
             running_max = replica.load.running_max if replica.load is not None else 0
-            self.loads.limit(slot, _capacity_tokens(replica), replica.max_inputs, running_max)
+            tokens = _capacity_tokens(replica)
+            self.loads.limit(slot, tokens, replica.max_inputs, running_max, replica.max_tokens)
             self._size_cache(slot)
             if replica.load is not None and replica.load.at_s != self._read_at_s.get(name):
                 self._read_at_s[name] = replica.load.at_s

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy.core import limits
+from proxy.core.classes import UNSAID
 from proxy.core.cost import Terms
 from proxy.core.fleet import Pool
 from proxy.core.picture import Picture, Seats
@@ -34,10 +35,12 @@ class Request:
 
     `has_session`: the chain's key is a session's; `pinned`: its home is a must, which `io.choice`
     sees to before it asks a policy. `weight`: what a second of its waiting counts, a person's is 1.
+    `work_class`: how urgent it is, which counts only among those who wait.
     """
 
     __slots__ = (
         "adapter", "chain", "has_session", "pinned", "response_key", "stream", "tried", "weight",
+        "work_class",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +51,7 @@ class Request:
         pinned: bool = False,
         stream: bool = False,
         weight: float = 1.0,
+        work_class: int = UNSAID,
         adapter: str = "",
         response_key: int = 0,
     ) -> None:
@@ -56,6 +60,7 @@ class Request:
         self.pinned = pinned
         self.stream = stream
         self.weight = weight
+        self.work_class = work_class
         self.adapter = adapter
         self.response_key = response_key  # of the answer that this one goes on from; 0: none
         self.tried: set[str] = set()  # replicas that have already failed this request
@@ -166,6 +171,12 @@ class Prices:
             most = loads.inflight_max[slot]
             if most and loads.inflight[slot] >= most:
                 prices_s[place] = _NEVER
+        for slot in loads.measured:
+            place = self.seats.places.get(slot, -1)
+            if place >= 0:
+                octets = self._chain.prompt_bytes - self.cached_octets(place)
+                if loads.lacks_room(slot, self._picture.tokens_of(octets, slot)):
+                    prices_s[place] = _NEVER
         for name in request.tried:
             place = self.seats.places.get(self._picture.slots.get(name, -1), -1)
             if place >= 0:
@@ -244,12 +255,12 @@ def _by_ring(request: Request, pool: Pool, prices: Prices, bound_s: float) -> De
 
 def session(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
     """The home while it may take more, however busy: for state that is better not moved."""
-    seats, loads = picture.seats(pool), picture.loads
+    seats = picture.seats(pool)
     by_name = {replica.name: place for place, replica in enumerate(seats.replicas)}
     for step, name in enumerate(pool.ring.walk(request.chain.home_key)):
         if name in by_name and name not in request.tried:
             slot = seats.slots[by_name[name]]
-            if loads.inflight_max[slot] and loads.inflight[slot] >= loads.inflight_max[slot]:
+            if not _has_room(slot, request, picture):
                 continue
             return _decide(by_name[name], "spill" if step else "session", request, seats, picture)
     return None
@@ -288,14 +299,22 @@ def random(request: Request, pool: Pool, picture: Picture, now_s: float) -> Deci
     return _decide(place, "random", request, seats, picture)
 
 
+def _has_room(slot: int, request: Request, picture: Picture) -> bool:
+    loads = picture.loads
+    most = loads.inflight_max[slot]
+    if most and loads.inflight[slot] >= most:
+        return False
+    if slot not in loads.measured:
+        return True
+    octets = request.chain.prompt_bytes - picture.index.held_of(slot, request.chain)
+    return not loads.lacks_room(slot, picture.tokens_of(octets, slot))
+
+
 def _able(request: Request, seats: Seats, picture: Picture) -> list[int]:
     """Return the places of those that may take the request."""
-    loads = picture.loads
     able = []
     for place, slot in enumerate(seats.slots):
-        most = loads.inflight_max[slot]
-        free = not most or loads.inflight[slot] < most
-        if free and seats.replicas[place].name not in request.tried:
+        if _has_room(slot, request, picture) and seats.replicas[place].name not in request.tried:
             able.append(place)
     return able
 

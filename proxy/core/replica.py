@@ -52,6 +52,7 @@ class Replica:
     engine: str
     state: ReplicaState
     max_inputs: int
+    max_tokens: int  # uncached prompt tokens queued there that it may never exceed; 0: any
     kv_capacity_tokens: int
     weight: float
     load: LoadSample | None  # its own, without `ranks`
@@ -79,8 +80,8 @@ def parse_url(url: str) -> tuple[bool, str, int]:
     return tls, match[2].strip("[]"), port
 
 
-def replica_of(record: ReplicaRecord) -> Replica:
-    """Return the server that a record describes, as a whole.
+def replica_of(record: ReplicaRecord, max_tokens: int = 0) -> Replica:
+    """Return the server that a record describes, as a whole; `max_tokens` is its pool's limit.
 
     Raises `ValueError` on a URL or a weight that nothing can be done with.
     """
@@ -103,6 +104,7 @@ def replica_of(record: ReplicaRecord) -> Replica:
         engine=record.engine,
         state=record.state,
         max_inputs=record.max_inputs,
+        max_tokens=max_tokens,
         kv_capacity_tokens=record.load.kv_capacity_tokens if record.load else 0,
         weight=record.weight,
         load=record.load,
@@ -111,9 +113,9 @@ def replica_of(record: ReplicaRecord) -> Replica:
     )
 
 
-def replicas_of(record: ReplicaRecord) -> list[Replica]:
+def replicas_of(record: ReplicaRecord, max_tokens: int = 0) -> list[Replica]:
     """Return what of a record's server can be chosen: it, or its ranks. Raises as `replica_of`."""
-    server = replica_of(record)
+    server = replica_of(record, max_tokens)
     size = min(record.dp_size, DP_SIZE_MAX)
     if size < 2:
         return [server]
@@ -134,8 +136,9 @@ def _rank(server: Replica, rank: int, size: int) -> Replica:
         name=f"{server.replica_id}/{rank}",
         dp_rank=rank,
         host_field=b"%b%b: %d\r\n" % (server.host_field, RANK_FIELD, rank),
-        # The limit is the server's; in whole requests, and none at all would mean no limit.
+        # The limits are the server's; in whole ones, and none at all would mean no limit.
         max_inputs=-(-server.max_inputs // size),
+        max_tokens=-(-server.max_tokens // size),
         kv_capacity_tokens=capacity_tokens or server.kv_capacity_tokens // size,
         load=load,
     )

@@ -5,6 +5,8 @@ the connection ends. So an error can be appended between two events. Within one 
 appended to that event's text, which a client would then take for data: there nothing is added, and
 the missing end of the body is all that tells. Engines write an event and its chunk in one piece, so
 a cut within an event is rare.
+
+A stream may also begin before there is anything to tell: with comments, while its request waits.
 """
 
 from __future__ import annotations
@@ -21,9 +23,25 @@ _SIZE_LINE: Final = re.compile(rb"(?:\A|\r\n)[0-9A-Fa-f]{1,16}\r\n\Z")
 # A line end that is all the data of its chunk so far: what stands before it is framing.
 _LONE_LINE_END: Final = re.compile(rb"(?:\A|\r\n)[0-9A-Fa-f]{1,16}\r\n\r?\n\Z")
 
+
+def chunk_of(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+# What a reader of events passes over; it tells whoever is between that the stream lives.
+COMMENT: Final = chunk_of(b": waiting\n\n")
+
 # The beginning of a line that says which event this is, or of one that is an event's data.
 _EVENT_OR_DATA: Final = re.compile(rb"(?:\A|[\r\n])(?:event:[ ]?([^\r\n]*)(?=[\r\n])|(data:))")
 _LINE_BYTES_KEPT: Final = 64  # no event that is looked for has a longer line
+
+
+_STREAMED: Final = (
+    PromptKind.CHAT,
+    PromptKind.COMPLETION,
+    PromptKind.RESPONSES,
+    PromptKind.ANTHROPIC,
+)
 
 
 class Openings:
@@ -58,6 +76,21 @@ class Openings:
         begin = max(octets.rfind(b"\n"), octets.rfind(b"\r"), 0)
         self._line = octets[begin : begin + _LINE_BYTES_KEPT]
         return False
+
+
+def may_begin_early(route: Route) -> bool:
+    """Whether an answer of this route that is asked for as a stream is one of events."""
+    return route.prompt in _STREAMED
+
+
+def goes_on(response: ResponseHead) -> bool:
+    """Whether a replica's answer can go on where we have begun a chunked stream of events."""
+    return (
+        response.status == 200
+        and response.event_stream
+        and response.chunked
+        and all(name != b"content-encoding" for name, _ in response.fields)
+    )
 
 
 def cut_by_close(route: Route, response: ResponseHead, relayed: bytes) -> bool:

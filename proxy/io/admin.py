@@ -41,6 +41,7 @@ _LARGEST = frozenset(
         "replica_decoding",
         "replica_prefill_tokens_per_second",
         "replica_cache_tokens",
+        "queue_oldest_seconds",
     )
 )
 
@@ -74,9 +75,15 @@ _HELP = {
     "connections_refused": "Client connections closed at once because there were too many",
     "tls_handshakes_failed": "TLS handshakes with clients that failed, by reason",
     "answers_without_usage": "Answers of 200 that reported no token counts",
+    "keepalive_comments": "Comments sent to streams whose requests wait",
     "request_bodies_bytes": "Request bodies held until their replica begins to answer",
-    "queue_depth": "Requests that wait for a replica",
+    "queue_depth": "Requests that wait for a replica, by class",
+    "queue_bytes": "Bodies of the requests that wait for a replica, by class",
+    "queue_oldest_seconds": "The longest wait of those that wait for a replica now, by class",
+    "queue_held_for_start": "Requests that wait for a model of which nothing is awake",
+    "queue_refused": "Requests that found no room to wait, or made room for others, by class",
     "queue_wait_seconds": "How long requests waited for a replica, of those that had to",
+    "demand_reports": "Reports to the manager of what is in flight and waits, by outcome",
     "leases_of_others": "Leases that workers know of from other workers and proxies",
     "notes_sent": "Decisions told to other workers and proxies",
     "notes_heard": "Decisions that others have told; each worker counts its own hearing",

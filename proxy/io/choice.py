@@ -4,7 +4,8 @@ A request goes at once when the replica that the policy has for it is open, and 
 that one; near saturation it waits (`core.holding` says why). Those that have no other place to go
 to (a pinned session, what goes on from a stored answer) wait only while that one replica has as
 many as it may have. Not held are look-ups, which compute nothing, and all under rules that do not
-ask how busy a replica is. Held as well are those for which every replica is full.
+ask how busy a replica is. Held as well are those for which every replica is full, and, under every
+rule, those for which nothing is awake and demand brings something up.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ from typing import Final
 
 from proxy.config import ProxyConfig
 from proxy.core import fleet as fleets
-from proxy.core.holding import is_full, is_open
+from proxy.core import limits
+from proxy.core.classes import UNSAID
+from proxy.core.holding import has_room, is_full, is_open
 from proxy.core.picture import Picture, Seats
 from proxy.core.policy import POLICIES, Decision, Request
+from proxy.core.prospects import UNSCALED, Prospect
 from proxy.core.responses import Responses
-from proxy.errors import QueueFullError
+from proxy.errors import ProxyError
 from proxy.io.clock import Clock
 from proxy.io.telemetry import Telemetry
 from proxy.io.waiting import Waiter, Waiting
 
 _PINNING: Final = ("prefix", "session")  # rules under which a session can be pinned
 _ANY_MODEL: Final = "\n"  # the queue for replicas that do not say what they serve
+_NAMELESS: Final = ("", _ANY_MODEL)  # queues that are no model's
 
 
 class Choice:
@@ -40,7 +45,12 @@ class Choice:
         self.strict = config.session_affinity == "strict"
         self._holds_back = _holds_back(config)
         self.responses = Responses()  # answers that requests may go on from
-        self.waiting = Waiting(clock, self.picture, self.choose, self.awaited, self._fault)
+        self.arrivals: dict[str, int] = {}  # requests that came, by model
+        self.bodies_bytes_max = limits.BODIES_BYTES_MAX
+        self.waiting = Waiting(
+            clock, self.picture, self.choose, self.awaited, self.prospect_of, self._fault
+        )
+        self.make_room()
         self.waiting.at_once = not self._holds_back
 
     def follow(self, config: ProxyConfig) -> None:
@@ -49,8 +59,16 @@ class Choice:
         self.policy = POLICIES[config.policy]
         self.strict = config.session_affinity == "strict"
         self._holds_back = _holds_back(config)
+        self.make_room()
         self.waiting.at_once = not self._holds_back  # who waits by the rules of before goes
         self.work_done()
+
+    def make_room(self) -> None:
+        """Bound those who wait, by the configuration and by what memory there is for bodies."""
+        room = self.waiting.room
+        room.count_max = self.config.queue_size
+        # Half of it, as for their number: those that wait never shut out the others.
+        room.bytes_max = min(self.config.queue_bytes, self.bodies_bytes_max // 2)
 
     def choose(
         self, request: Request, pool: fleets.Pool, picture: Picture, now_s: float
@@ -97,10 +115,9 @@ class Choice:
         if lookup:
             return False
         if decision is None:
-            pool = self.awaited(self._queue_of(model)) if self._holds_back else None
-            return pool is not None and bool(pool.available)  # all are full, and none has failed
+            return self._held_for_want(self.queue_of(model))
         if request.pinned or decision.reason == "response":
-            return is_full(decision.slot, self.picture)
+            return not has_room(decision, request, self.picture)
         if not self._holds_back:
             return False
         self.picture.loads.settle(decision.slot, now_s)  # not every rule has done it
@@ -108,14 +125,39 @@ class Choice:
             decision, request, self.picture, now_s
         )
 
-    def wait(self, model: str, request: Request, on_decision: Callable[[Decision], None]) -> Waiter:
-        """Have a request wait for its model's replicas. Raises `QueueFullError`."""
-        if self.waiting.count >= self.config.queue_size:
-            raise QueueFullError(
-                f"{self.waiting.count} requests wait for a replica already (--queue-size)",
-                wait_s=self.waiting.retry_after_s(),
-            )
-        return self.waiting.add(self._queue_of(model), request, on_decision)
+    def _held_for_want(self, queue: str) -> bool:
+        """Whether to wait where nobody may take it: all are full, or demand brings somebody up."""
+        pool = self.awaited(queue)
+        if pool is not None and pool.available:
+            return self._holds_back
+        return self.config.queue_size > 0 and self.prospect_of(queue).wakes
+
+    def wait(
+        self,
+        model: str,
+        request: Request,
+        held_bytes: int,
+        on_decision: Callable[[Decision], None],
+        on_refusal: Callable[[ProxyError], None],
+    ) -> Waiter:
+        """Have a request wait for its model's replicas; see `Waiting.add`."""
+        queue = self.queue_of(model)
+        if request.work_class == UNSAID:
+            request.work_class = self.prospect_of(queue).work_class
+        return self.waiting.add(queue, request, held_bytes, on_decision, on_refusal)
+
+    def arrived(self, model: str) -> None:
+        """Count a request for a model that the fleet has."""
+        if model in self.arrivals:
+            self.arrivals[model] += 1
+        elif not model and (name := self.only_model()):
+            self.arrivals[name] += 1
+
+    def fleet_changed(self) -> None:
+        """Other replicas may take requests: look anew at those who wait for them."""
+        pools = self.fleet.pools
+        self.arrivals = {model: self.arrivals.get(model, 0) for model in pools}
+        self.waiting.fleet_changed(lambda queue: queue in pools or queue in _NAMELESS)
 
     def work_done(self) -> None:
         """The picture or the fleet has changed: perhaps somebody who waits can go."""
@@ -125,7 +167,7 @@ class Choice:
         """Other workers or proxies have told what they did: perhaps somebody who waits can go."""
         self.waiting.heard()
 
-    def _queue_of(self, model: str) -> str:
+    def queue_of(self, model: str) -> str:
         """Name the queue of a model. Names that clients invent make none of their own."""
         return model if not model or model in self.fleet.pools else _ANY_MODEL
 
@@ -134,6 +176,17 @@ class Choice:
         if queue == _ANY_MODEL:
             return self.fleet.any_model if self.fleet.any_model.replicas else None
         return self.fleet.pool_for(queue) if queue else self.fleet.only_pool()
+
+    def prospect_of(self, queue: str) -> Prospect:
+        """Return what is to be expected of the replicas that those in a queue wait for."""
+        if queue == _ANY_MODEL:
+            return UNSCALED
+        return self.fleet.prospect_of(queue or self.only_model())
+
+    def only_model(self) -> str:
+        """Return a name of the pool that requests without a model go to; empty: there is none."""
+        pool = self.fleet.only_pool()
+        return next((name for name, each in self.fleet.pools.items() if each is pool), "")
 
     def _fault(self) -> None:
         self.telemetry.internal_errors_total += 1

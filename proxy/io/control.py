@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot
+from proxy.contract.demand import ModelDemand, ReplicaDemand
 from proxy.io.telemetry import Sample
 
 _LENGTH = struct.Struct("!I")
@@ -157,6 +158,16 @@ class Explained(msgspec.Struct, tag=True, frozen=True):
     body: bytes
 
 
+class Demanded(msgspec.Struct, tag=True, frozen=True):
+    """What this worker has in hand, by the fleet of this snapshot that it chose by meanwhile."""
+
+    models: dict[str, ModelDemand]
+    replicas: dict[str, ReplicaDemand]
+    epoch: str = ""
+    version: int = 0
+    at_once: bool = False  # somebody waits for a model of which nothing is awake
+
+
 class Counted(msgspec.Struct, tag=True, frozen=True):
     counters: list[Sample]
     gauges: list[Sample]
@@ -165,7 +176,7 @@ class Counted(msgspec.Struct, tag=True, frozen=True):
 Down = Start | Accept | Reconfigure | FleetIs | Cleared | Accused | Drain | Count | Explain
 Sharing = Listen | Whole | Heard | Gone | Recite
 FromWorker = Noted | Page | Garbled
-Message = Down | Sharing | FromWorker | Ready | Suspect | Doubt | Counted | Explained
+Message = Down | Sharing | FromWorker | Ready | Suspect | Doubt | Demanded | Counted | Explained
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 

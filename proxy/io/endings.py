@@ -40,6 +40,7 @@ class Ending(Facts):
     __slots__ = (
         "_body",
         "_client",
+        "_commented_s",
         "_connecting",
         "_decoder",
         "_done",
@@ -66,6 +67,7 @@ class Ending(Facts):
         self._response: ResponseHead | None = None
         self._decoder: ChunkedDecoder | None = None  # only for clients that know no chunks
         self._keep_alive = preamble.head.keep_alive
+        self._commented_s = 0.0  # when a comment was sent last; 0: the answer has not begun so
         self._done = False
         plane.exchanges_open += 1
 
@@ -74,6 +76,9 @@ class Ending(Facts):
         if self._done:
             return
         self._drop_replica()
+        if self._commented_s:
+            self._end_begun(error.event(self._dialect), error.status, error.code)
+            return
         preamble = self._preamble
         body_unread = not self._whole_s and (preamble.chunked or self._length > 0)
         # Errors name no persistence, so HTTP/1.0 does not get it.
@@ -102,6 +107,30 @@ class Ending(Facts):
         self._finish(response.status, errors.STREAM_CUT)
         # Where only the close ends the body, a plain close would look like the end.
         self._client.cut(reset=response.content_length < 0 and not chunked)
+
+    def _end_begun(self, event: bytes, status: int, outcome: str) -> None:
+        """Tell of a failure in a stream that has only begun; its status is one for our books."""
+        self._finish(status, outcome)
+        self._client.write(sse.chunk_of(event))
+        self._client.cut(reset=False)
+
+    def _comment(self, now_s: float) -> None:
+        """Begin the stream of one that waits, or show that it lives, if the time has come.
+
+        Only where the answer will be a stream of events; and from then on its status is 200.
+        """
+        pause_s, route = self._plane.config.keepalive_comment_secs, self._route
+        if not pause_s or now_s - max(self._commented_s, self._whole_s) < pause_s:
+            return
+        if not self._commented_s:
+            streamed = self._stream and route is not None and sse.may_begin_early(route)
+            if not streamed or not self._preamble.minor:
+                return  # a client of HTTP/1.0 knows no chunks
+            self._keep_alive = self._may_keep_alive()
+            self._client.write(heads.waiting_head(self.request_id, keep_alive=self._keep_alive))
+        self._commented_s = now_s
+        self._plane.telemetry.keepalive_comments_total += 1
+        self._client.write(sse.COMMENT)
 
     def _answer_ourselves(
         self, status: int, answer: bytes, outcome: str = errors.OK, *, keep_alive: bool = True

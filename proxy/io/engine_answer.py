@@ -36,9 +36,7 @@ class EngineAnswer:
     def told(self, request_id: bytes, *, keep_alive: bool, extra: Sequence[Field] = ()) -> bytes:
         """Return the whole answer for the client; the engine's has ended."""
         head = self.head
-        body = self._body()
-        content_type = dict(head.fields).get(b"content-type", b"")
-        wanted = client_body(head.status, content_type, body, self._dialect)
+        body, wanted = self._bodies()
         if wanted is not body:
             head = heads.with_fields(head, with_our_body(head.fields))
         framing = b"content-length: %d\r\n" % len(wanted)
@@ -47,9 +45,18 @@ class EngineAnswer:
             + wanted
         )
 
-    def _body(self) -> bytes:
+    def event(self) -> bytes:
+        """Return what tells of it in a stream that has begun."""
+        name = b"event: error\n" if self._dialect is Dialect.ANTHROPIC else b""
+        lines = [b"data: %b\n" % line for line in self._bodies()[1].splitlines()]
+        return name + b"".join(lines) + b"\n"
+
+    def _bodies(self) -> tuple[bytes, bytes]:
+        """Return the engine's body, and the client's; one and the same if that will do."""
         octets = bytes(self._octets)
-        return decode_followed(ChunkedDecoder(), octets) if self.head.chunked else octets
+        body = decode_followed(ChunkedDecoder(), octets) if self.head.chunked else octets
+        content_type = dict(self.head.fields).get(b"content-type", b"")
+        return body, client_body(self.head.status, content_type, body, self._dialect)
 
 
 def told_head(head: ResponseHead, unix_s: float) -> ResponseHead:

@@ -23,7 +23,7 @@ from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
 from proxy.core.chunked import ChunkedDecoder, decode_followed
-from proxy.core.holding import is_full
+from proxy.core.holding import has_room
 from proxy.core.http1 import ResponseHead
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
@@ -102,11 +102,14 @@ class Exchange(Ending):
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, lookup=lookup)
+            self._plane.arrived(self._model)
             decision = self._choose(self._whole_s)
             if self._plane.holds(
                 decision, self._request, self._model, lookup=lookup, now_s=self._whole_s
             ):
-                self._waiter = self._plane.wait(self._model, self._request, self.open_for)
+                self._waiter = self._plane.wait(
+                    self._model, self._request, self._held_bytes, self.open_for, self.fail
+                )
                 self._progress = _QUEUED
             elif decision is not None:
                 self._go_to(decision)
@@ -157,7 +160,9 @@ class Exchange(Ending):
         except errors.ProxyError:  # nobody serves it any more
             return None
         decision = self._choose(plane.clock.now_s())
-        if decision is None or (not lookup and is_full(decision.slot, plane.picture)):
+        if decision is None or (
+            not lookup and not has_room(decision, self._request, plane.picture)
+        ):
             return None
         return decision
 
@@ -179,7 +184,7 @@ class Exchange(Ending):
     def _nobody(self, reason: str = "") -> errors.ProxyError:
         assert self._pool is not None
         in_vain = self._request.tried if self._progress is _CONNECTING else ()
-        return self._plane.nobody(self._pool, in_vain, reason)
+        return self._plane.turn_away(self._model, self._pool, in_vain, reason)
 
     # --- 3. the replica ----------------------------------------------------------------------
 
@@ -239,6 +244,9 @@ class Exchange(Ending):
             self._start_answer(head, length)
 
     def _start_answer(self, head: ResponseHead, length: int) -> None:
+        if self._commented_s and not sse.goes_on(head):
+            self.fail(errors.BadReplicaAnswerError("the answer is no chunked stream of events"))
+            return
         self._progress = _RESPONSE_STARTED
         self._response = head
         self._drop_body()  # it will not be sent again
@@ -247,6 +255,12 @@ class Exchange(Ending):
         if head.event_stream and self._route is not None and head.status == 200:
             names = _OPENINGS.get(self._route.prompt)
             self._openings = Openings(names) if names else None
+        if not self._commented_s:
+            self._render_head(head, length)
+        if self._paused and self._upstream is not None:  # slow before there was what to pause
+            self._upstream.pause()
+
+    def _render_head(self, head: ResponseHead, length: int) -> None:
         framing = heads.framing_line(head, length, self._preamble.minor)
         if head.chunked and not framing:
             self._decoder = ChunkedDecoder()
@@ -257,8 +271,6 @@ class Exchange(Ending):
         self._unsent_head = heads.client_head(
             head, self.request_id, framing=framing, keep_alive=keep_alive, extra=extra
         )
-        if self._paused and self._upstream is not None:  # slow before there was what to pause
-            self._upstream.pause()
 
     def _ask_next(self, replica_id: str) -> bool:
         """A stored response lives on one replica: ask the others before believing a 404."""
@@ -291,6 +303,8 @@ class Exchange(Ending):
                 return
             head, self._error = self._error.head, None
             self._start_answer(head, -1)  # chunked, and too large for an error: it passes
+            if self._done:
+                return
         if self._decoder is not None:
             data = decode_followed(self._decoder, data)
         self._send(data)
@@ -333,6 +347,9 @@ class Exchange(Ending):
             self.response_failed("connection closed before [DONE]")
             return
         self._upstream = None
+        if self._error is not None and self._commented_s:
+            self._end_begun(self._error.event(), self._error.head.status, errors.OK)
+            return
         if self._error is not None:
             keep_alive = self._may_keep_alive()
             extra = self._persistence(keep_alive) + self._diagnostics()
@@ -400,7 +417,10 @@ class Exchange(Ending):
                 self.fail(error)
             else:
                 self._plane.work_done()  # should no event have told of it
+                self._comment(now_s)
             return
+        if self._commented_s and self._response is None and not self._paused:
+            self._comment(now_s)
         held_back = self._paused and self._response is not None  # by us, for the client
         waiting = self._progress >= _REQUEST_SENT and not held_back
         silence_s = now_s - self._last_octet_s

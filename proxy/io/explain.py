@@ -60,7 +60,7 @@ def _explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) ->
     if decision is not None:
         shown["decision"] = _decision(decision, request, pool, plane, now_s)
     elif not held:
-        shown["error"] = orjson.Fragment(plane.nobody(pool, (), "").body())
+        shown["error"] = orjson.Fragment(plane.nobody(asked.model, pool, (), "").body())
     shown["candidates"] = able
     return shown
 

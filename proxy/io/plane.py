@@ -9,13 +9,12 @@ import hashlib
 import hmac
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Final
 
 import orjson
 
 from proxy import tls
 from proxy.config import ProxyConfig
-from proxy.contract import FleetSnapshot, ReplicaState
+from proxy.contract import FleetSnapshot
 from proxy.core import fleet as fleets
 from proxy.core import limits
 from proxy.core.asked import Asked, read_body
@@ -29,32 +28,23 @@ from proxy.core.usage import Usage
 from proxy.errors import (
     BodyTooLargeError,
     DrainingError,
-    MissingModelError,
-    ModelNotFoundError,
     NoReplicaError,
     OverloadedError,
-    ProxyError,
-    QueueTimeoutError,
-    ReplicaUnreachableError,
     UnauthorizedError,
     UnsupportedEncodingError,
 )
 from proxy.io.access_log import AccessLog
-from proxy.io.choice import Choice
 from proxy.io.clock import Clock
 from proxy.io.noting import Noting
 from proxy.io.outbox import Outbox
+from proxy.io.refusal import Refusal
 from proxy.io.sharing import Sharing
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.upstreams import Upstreams
-from proxy.io.waiting import Waiter
-
-# States from which a replica takes requests, or soon will.
-_COMING: Final = frozenset((ReplicaState.READY, ReplicaState.STARTING, ReplicaState.BACKOFF))
 
 
-class Plane(Choice):
+class Plane(Refusal):
     """The data plane of one worker."""
 
     def __init__(
@@ -82,13 +72,12 @@ class Plane(Choice):
             partial(tls.replica_context, config),
             self.outbox,
         )
-        self.fleet_known = False
+        self.fleet_epoch, self.fleet_version = "", 0  # of the snapshot taken last
         self.draining = False
         self.relieved = False  # while draining: a successor serves the port, so it is ready
         self.exchanges_open = 0
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
         self.bodies_bytes = 0  # request bodies held
-        self.bodies_bytes_max = limits.BODIES_BYTES_MAX
         self.connections_max = limits.CLIENT_CONNECTIONS_MAX
         self._on_suspect = on_suspect
         self._on_doubt = on_doubt
@@ -114,6 +103,7 @@ class Plane(Choice):
         before = self.fleet.replicas
         self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot))
         self.fleet_known = True
+        self.fleet_epoch, self.fleet_version = snapshot.epoch, snapshot.version
         self.picture.know(self.fleet.replicas.values(), self.clock.now_s())
         self.sharing.hearsay.know(self.picture.slots)
         servers = self.fleet.servers
@@ -129,25 +119,25 @@ class Plane(Choice):
         }
         self.upstreams.retain(present - moved)
         self.telemetry.retain_replicas(present)
-        self.work_done()
+        self.fleet_changed()
 
     def suspect(self, replica_id: str, reason: str) -> None:
         """A replica failed a request in a way that says it may be gone."""
         before = self.fleet
         self.fleet = fleets.apply(before, fleets.ReplicaSuspected(replica_id))
         if self.fleet is not before:
-            self.work_done()
+            self.fleet_changed()
             self._on_suspect(replica_id, reason)
 
     def clear(self, replica_id: str) -> None:
         self._server_errors.pop(replica_id, None)
         self.fleet = fleets.apply(self.fleet, fleets.ReplicaCleared(replica_id))
-        self.work_done()
+        self.fleet_changed()
 
     def accuse(self, replica_id: str) -> None:
         """The supervisor's probe of a silent replica has failed."""
         self.fleet = fleets.apply(self.fleet, fleets.ReplicaSuspected(replica_id))
-        self.work_done()
+        self.fleet_changed()
 
     def doubt(self, replica_id: str, now_s: float) -> None:
         """A request has long heard nothing of its replica: have it asked, now and then."""
@@ -174,12 +164,17 @@ class Plane(Choice):
     @property
     def ready(self) -> bool:
         """Whether a request that came now could be served."""
-        leaving = self.draining and not self.relieved
-        return not leaving and any(r.available for r in self.fleet.replicas.values())
+        if self.draining and not self.relieved:
+            return False
+        fleet = self.fleet
+        return any(r.available for r in fleet.replicas.values()) or any(
+            p.wakes for p in fleet.prospects.values()
+        )
 
     @property
-    def leases_open(self) -> int:
-        return len(self._leases)
+    def leases(self) -> Collection[Lease]:
+        """Those held: from the moment in which a request is bound to a replica to its end."""
+        return self._leases.values()
 
     # --- the load ----------------------------------------------------------------------------
 
@@ -258,7 +253,8 @@ class Plane(Choice):
         """OpenAI's model list: what the fleet can serve, whether or not a replica is up now."""
         listed = [
             {"id": model, "object": "model", "created": 0, "owned_by": "doherty"}
-            for model in sorted(self.fleet.pools)
+            for model, pool in sorted(self.fleet.pools.items())
+            if pool.replicas or self.fleet.prospect_of(model).wakes
         ]
         if not wanted:
             return orjson.dumps({"object": "list", "data": listed})
@@ -314,77 +310,6 @@ class Plane(Choice):
             adapters=self.fleet.adapters,
         )
 
-    def find_pool(self, model: str, *, lookup: bool) -> fleets.Pool:
-        """Return the replicas that could serve this. Raises `ProxyError` when there are none."""
-        fleet = self.fleet
-        if not fleet.replicas:
-            raise NoReplicaError(self.no_replica_reason())
-        if lookup:
-            return fleet.everyone
-        pool = fleet.pool_for(model) if model else fleet.only_pool()
-        if pool is not None:
-            return pool
-        if not any(r.state is ReplicaState.READY for r in fleet.replicas.values()):
-            raise NoReplicaError(self.no_replica_reason())  # they may serve it when they are up
-        if not model:
-            raise MissingModelError("say which model is meant", "model")
-        raise self.unknown_model(model)
-
-    def unknown_model(self, model: str) -> ModelNotFoundError:
-        known = ", ".join(sorted(self.fleet.pools)[:20]) or "none"
-        return ModelNotFoundError(
-            f"the model {model!r} is not served here; served: {known}", "model"
-        )
-
-    def nobody(self, pool: fleets.Pool, in_vain: Collection[str], reason: str) -> ProxyError:
-        """Return why nobody takes a request; `in_vain` could not be reached, the last for this."""
-        if in_vain:
-            return ReplicaUnreachableError(
-                f"no replica could be reached; tried {', '.join(sorted(in_vain))}"
-                + (f"; the last one: {reason}" if reason else "")
-            )
-        if pool.available:
-            return OverloadedError("every replica has as many requests as it may hold")
-        return NoReplicaError(self.no_replica_reason(pool))
-
-    def end_of_wait(self, waiter: Waiter, now_s: float) -> ProxyError | None:
-        """Return why a request should wait no longer, if so."""
-        pool = self.awaited(waiter.key)
-        if pool is None or not any(r.state in _COMING for r in pool.replicas.values()):
-            return NoReplicaError(self.no_replica_reason(pool))
-        waited_s = now_s - waiter.since_s
-        if waited_s <= self.config.queue_timeout_secs:
-            return None
-        return QueueTimeoutError(
-            f"no replica was free for {waited_s:.0f} s (--queue-timeout-secs)",
-            wait_s=self.waiting.retry_after_s(),
-        )
-
-    def no_replica_reason(self, pool: fleets.Pool | None = None) -> str:
-        """Say why nobody can take a request, in words that tell an operator what to do.
-
-        With `pool`, of its replicas alone: those of other models could not take it anyway.
-        """
-        replicas, whose = list(self.fleet.servers.values()), ""
-        if pool is not None and pool.replicas:
-            replicas = list({r.replica_id: r for r in pool.replicas.values()}.values())
-            same = [
-                m for m, p in self.fleet.pools.items() if p.replicas.keys() == pool.replicas.keys()
-            ]
-            whose = f" of {' or '.join(sorted(same)[:3])}" if same else ""
-        if not replicas:
-            if self.fleet_known:
-                return "the replica list is empty; start replicas or pass --worker-urls"
-            return "the fleet is not known yet; the manager has not answered"
-        states: dict[str, int] = {}
-        for replica in replicas:
-            word = "unreachable" if replica.suspect else str(replica.state)
-            if replica.state is ReplicaState.READY and replica.asleep:
-                word = "asleep"
-            states[word] = states.get(word, 0) + 1
-        shown = ", ".join(f"{count} {word}" for word, count in sorted(states.items()))
-        return f"no replica{whose} can take the request now: {shown}"
-
     def _unsolicited(self) -> None:
         self.telemetry.unsolicited_total += 1
 
@@ -392,7 +317,12 @@ class Plane(Choice):
 
     def counters(self) -> list[Sample]:
         dropped = Sample("access_log_dropped_total", (), self.access_log.dropped_total)
-        return [*self.telemetry.samples(), *self.sharing.counters(), dropped]
+        return [
+            *self.telemetry.samples(),
+            *self.sharing.counters(),
+            *self.waiting.counters(),
+            dropped,
+        ]
 
     def gauges(self, connections_open: int) -> list[Sample]:
         busy = self.upstreams.open_count - self.upstreams.idle_count
@@ -403,11 +333,11 @@ class Plane(Choice):
             Sample("upstream_connections", (("state", "idle"),), self.upstreams.idle_count),
             Sample("upstream_connections", (("state", "busy"),), busy),
             Sample("request_bodies_bytes", (), self.bodies_bytes),
-            Sample("queue_depth", (), self.waiting.count),
-            Sample("leases", (), self.leases_open),
+            Sample("leases", (), len(self._leases)),
             Sample("prefix_index_entries", (), self.picture.index.entries()),
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
             *self.sharing.gauges(),
+            *self.waiting.gauges(now_s),
         ]
         for replica_id, server in self.fleet.servers.items():
             out += self._believed(replica_id, now_s)

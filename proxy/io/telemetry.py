@@ -96,6 +96,7 @@ class Telemetry:
         self.connections_total = 0
         self.connections_refused_total = 0
         self.usage_missing_total = 0
+        self.keepalive_comments_total = 0
         self.loop_lag_s_max = 0.0
 
     def series(self, route: str, model: str) -> RequestSeries:
@@ -150,5 +151,6 @@ class Telemetry:
             Sample("connections_accepted_total", (), self.connections_total),
             Sample("connections_refused_total", (), self.connections_refused_total),
             Sample("answers_without_usage_total", (), self.usage_missing_total),
+            Sample("keepalive_comments_total", (), self.keepalive_comments_total),
         )
         return out

@@ -6,6 +6,10 @@ timer for the moment at which the first replica should be open. Many of these in
 loop are answered by one look; and a look gives away only so many requests before it lets the loop
 go on. What other workers see as well is not acted upon by all in one moment, lest each gives its
 first to the same replica.
+
+Each model has a queue, in which one knows since when nothing of it is awake: then its requests are
+held for a replica that demand brings up, and by other rules (`end_of_hold`). Who may wait at all,
+and who has to leave for another, `core.room` says.
 """
 
 from __future__ import annotations
@@ -13,16 +17,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from math import ceil
 from typing import Final
 
 from proxy.core import limits
+from proxy.core.classes import NAMES, PATIENCE
 from proxy.core.fleet import Pool
-from proxy.core.holding import Held, Holding, Opening
+from proxy.core.holding import Held, Holding, Opening, class_of
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Policy, Request
-from proxy.errors import RETRY_AFTER_S_MAX
+from proxy.core.prospects import Prospect
+from proxy.core.room import Pace, Room, retry_after_s, start_retry_s
+from proxy.errors import NotAwakeError, ProxyError, QueueFullError, QueueTimeoutError
 from proxy.io.clock import Clock
+from proxy.io.telemetry import Sample
 
 _log = logging.getLogger("doherty.waiting")
 
@@ -30,9 +37,9 @@ _NEVER: Final = float("inf")
 
 
 class Waiter(Held):
-    """One that waits, and with whom."""
+    """One that waits, with whom, and whom to tell when it may wait no longer."""
 
-    __slots__ = ("key",)
+    __slots__ = ("key", "on_refusal")
 
     def __init__(
         self,
@@ -40,10 +47,39 @@ class Waiter(Held):
         request: Request,
         pool_of: Callable[[], Pool | None],
         on_decision: Callable[[Decision], None],
+        on_refusal: Callable[[ProxyError], None],
         since_s: float,
     ) -> None:
         super().__init__(request, pool_of, on_decision, since_s)
         self.key = key
+        self.on_refusal = on_refusal
+
+
+class Queue:
+    """Those who wait for the replicas of one model, in the order in which they came."""
+
+    __slots__ = (
+        "bits", "empty_since_s", "let_be_since_s", "number", "open_since_s", "pace",
+        "refused_total", "start_seen", "tokens", "waiters",
+    )  # fmt: skip
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.waiters: dict[Waiter, None] = {}
+        self.tokens = 0  # of their prompts that no replica held when they came
+        self.pace = Pace()
+        self.refused_total = 0
+        self.bits = -1  # the replicas that may take them; -1: nobody has looked
+        self.open_since_s = 0.0  # when there was one again, after a time when there was none
+        self.empty_since_s = -1.0  # since when there is none; -1: there is
+        self.start_seen = False  # since then one was on its way
+        self.let_be_since_s = -1.0  # since when none is any more, though one was
+
+    def oldest_s(self, now_s: float) -> float:
+        """Return the longest wait of those who wait now."""
+        for waiter in self.waiters:
+            return max(0.0, now_s - waiter.since_s)
+        return 0.0
 
 
 class Waiting:
@@ -55,50 +91,181 @@ class Waiting:
         picture: Picture,
         choose: Policy,
         pool_of: Callable[[str], Pool | None],
+        prospect_of: Callable[[str], Prospect],
         on_fault: Callable[[], None],
     ) -> None:
-        """`pool_of(key)` returns the pool that those under this key wait for, as it is now."""
+        """`pool_of(key)` returns the pool that those under this key wait for, as it is now.
+
+        `prospect_of(key)` returns what is to be expected of it.
+        """
         self.count = 0
+        self.room = Room()
+        self.queues: dict[str, Queue] = {}  # by key; also of those for whom nobody waits any more
+        self.on_hold: Callable[[], None] = _nothing  # somebody waits for what has nothing awake
+        self.refused = [0 for _ in NAMES]  # for want of room, by class
         self._clock = clock
         self._picture = picture
         self._choose = choose
         self._pool_of = pool_of
+        self._prospect_of = prospect_of
         self._on_fault = on_fault
         self.at_once = False  # nobody is held back any more: go as soon as there is room
         self._holding = Holding()
-        self._waiters: dict[str, int] = {}  # for each pool, by its key
+        self._numbers = 0
         self._look_due = False
         self._timer: asyncio.TimerHandle | None = None
-        self._drain = _Drain()
 
     def awaits(self, slot: int) -> bool:
         """Whether somebody waits for this replica, so that a newcomer has to wait, too."""
         return self.count > 0 and self._holding.awaits(slot)
 
-    def add(self, key: str, request: Request, on_decision: Callable[[Decision], None]) -> Waiter:
-        """Have it wait. `on_decision` is called once, in a later turn, unless it is dropped."""
+    def add(
+        self,
+        key: str,
+        request: Request,
+        held_bytes: int,
+        on_decision: Callable[[Decision], None],
+        on_refusal: Callable[[ProxyError], None],
+    ) -> Waiter:
+        """Have it wait. `on_decision` is called once, in a later turn, unless it is dropped.
+
+        `on_refusal` is called, and it waits no longer, when its place is needed for another. Raises
+        `QueueFullError` where there is no place for it.
+        """
         now_s = self._clock.now_s()
-        waiter = Waiter(key, request, lambda: self._pool_of(key), on_decision, now_s)
-        if not self.count:
-            self._drain.begin(now_s)
+        waiter = Waiter(key, request, lambda: self._pool_of(key), on_decision, on_refusal, now_s)
+        waiter.held_bytes = held_bytes
+        queue = self.queue(key)
+        leaving = self.room.admit(waiter)
+        if leaving is None or self._crowded(queue):
+            raise self._refusal(waiter, queue)
+        for other in leaving:
+            assert isinstance(other, Waiter)
+            refusal = self._refusal(other, self.queues[other.key])
+            self.drop(other)
+            other.on_refusal(refusal)
+        if not queue.waiters:
+            queue.pace.begin(now_s)
+        waiter.queue = queue.number
         self._holding.add(waiter, self._picture)
-        self._waiters[key] = self._waiters.get(key, 0) + 1
+        self.room.enter(waiter)
+        queue.waiters[waiter] = None
+        queue.tokens += waiter.needed_tokens
         self.count += 1
+        if queue.empty_since_s >= 0.0 and len(queue.waiters) == 1:
+            self.on_hold()
         self.work_done()
         return waiter
+
+    def queue(self, key: str) -> Queue:
+        """Return the queue of a key, of which there are as many as the fleet has models."""
+        queue = self.queues.get(key)
+        if queue is None:
+            self._numbers += 1
+            queue = self.queues[key] = Queue(self._numbers)
+            self._see(key, queue)
+        return queue
+
+    def _crowded(self, queue: Queue) -> bool:
+        """Whether those for whom nothing is awake have all the room that they may have."""
+        if queue.empty_since_s < 0.0:
+            return False
+        held = sum([len(q.waiters) for q in self.queues.values() if q.empty_since_s >= 0.0])
+        return held >= self.room.count_max * limits.STARTING_SHARE
+
+    def _refusal(self, waiter: Waiter, queue: Queue) -> QueueFullError:
+        work_class = class_of(waiter)
+        self.refused[work_class] += 1
+        queue.refused_total += 1
+        return QueueFullError(
+            f"{self.count} requests wait for a replica already, "
+            f"{self.room.count_of(work_class)} of them {NAMES[work_class]} ones (--queue-size)",
+            wait_s=self._retry_after_s(waiter.key, queue),
+        )
 
     def drop(self, waiter: Waiter) -> None:
         """It waits no longer. Harmless when repeated, and when its decision has come."""
         if not waiter.gone:
+            self._left(waiter)
             self._holding.drop(waiter)
-            self._left(waiter.key)
 
-    def retry_after_s(self) -> int:
-        """Return when as many will have left as wait now, at the pace of the last seconds."""
-        pace = self._drain.per_s(self._clock.now_s())
-        if pace * RETRY_AFTER_S_MAX <= self.count:
-            return RETRY_AFTER_S_MAX
-        return max(1, ceil(self.count / pace))
+    def _retry_after_s(self, key: str, queue: Queue) -> int:
+        pool = self._pool_of(key)
+        awake = len(pool.available) if pool is not None else 0
+        pace_per_s = queue.pace.per_s(self._clock.now_s())
+        return retry_after_s(len(queue.waiters), pace_per_s, awake, self._prospect_of(key))
+
+    # --- the fleet, and time -----------------------------------------------------------------
+
+    def fleet_changed(self, known: Callable[[str], bool]) -> None:
+        """Replicas have come or gone; forget the queues of models that are not `known` any more."""
+        for key, queue in list(self.queues.items()):
+            if queue.waiters or known(key):
+                self._see(key, queue)
+            else:
+                del self.queues[key]
+        self.work_done()
+
+    def _see(self, key: str, queue: Queue) -> None:
+        """Note what there is for those in a queue now."""
+        now_s = self._clock.now_s()
+        pool, prospect = self._pool_of(key), self._prospect_of(key)
+        bits = self._picture.seats(pool).bits if pool is not None else 0
+        if bits != queue.bits:
+            queue.bits = bits
+            self._holding.renew(queue.number, empty=not bits)
+        if bits:
+            if queue.empty_since_s >= 0.0:
+                queue.open_since_s = now_s
+            queue.empty_since_s = queue.let_be_since_s = -1.0
+            queue.start_seen = False
+            return
+        if queue.empty_since_s < 0.0:
+            queue.empty_since_s = now_s
+            if queue.waiters:
+                self.on_hold()
+        if prospect.coming:
+            queue.start_seen = True
+            queue.let_be_since_s = -1.0
+        elif queue.start_seen and queue.let_be_since_s < 0.0:
+            queue.let_be_since_s = now_s
+
+    def end_of_wait(
+        self, waiter: Waiter, now_s: float, *, queue_timeout_s: float, hold_timeout_s: float
+    ) -> ProxyError | None:
+        """Return why one should wait no longer, if so.
+
+        Its time in the queue begins when there is a replica to wait for, so that nobody is sent
+        away by a replica that comes up at last; with the time before, it stays bounded.
+        """
+        queue = self.queues[waiter.key]
+        if queue.empty_since_s >= 0.0 and self._prospect_of(waiter.key).wakes:
+            return self._end_of_hold(waiter, queue, now_s, hold_timeout_s)
+        patience_s = queue_timeout_s * PATIENCE[class_of(waiter)]
+        waited_s = now_s - waiter.since_s
+        queued_s = now_s - max(waiter.since_s, queue.open_since_s)
+        if queued_s <= patience_s and waited_s <= patience_s + hold_timeout_s:
+            return None
+        return QueueTimeoutError(
+            f"no replica was free for {waited_s:.0f} s (--queue-timeout-secs)",
+            wait_s=self._retry_after_s(waiter.key, queue),
+        )
+
+    def _end_of_hold(
+        self, waiter: Waiter, queue: Queue, now_s: float, hold_timeout_s: float
+    ) -> ProxyError | None:
+        """Return why one should wait no longer for a replica that is to come up, if so."""
+        waited_s = now_s - max(waiter.since_s, queue.empty_since_s)
+        let_be_s = now_s - max(waiter.since_s, queue.let_be_since_s)
+        if queue.let_be_since_s >= 0.0 and let_be_s > limits.START_FAILED_S:
+            reason = "a replica was being started for this model, and the start has failed"
+        elif waited_s > hold_timeout_s:
+            reason = f"nothing of this model came up within {waited_s:.0f} s (--hold-timeout-secs)"
+        else:
+            return None
+        return NotAwakeError(reason, wait_s=start_retry_s(self._prospect_of(waiter.key)))
+
+    # --- looking -----------------------------------------------------------------------------
 
     def work_done(self) -> None:
         """Something has changed by which a replica may have become open."""
@@ -132,8 +299,8 @@ class Waiting:
         """Return whether any replica that is waited for is open, and else when one should be."""
         some_open, next_s = False, _NEVER
         seen: set[int] = set()
-        for key in self._waiters:
-            pool = self._pool_of(key)
+        for key, queue in self.queues.items():
+            pool = self._pool_of(key) if queue.waiters else None
             bits = self._picture.seats(pool).bits if pool is not None else 0
             if pool is None or bits in seen:
                 continue
@@ -149,8 +316,8 @@ class Waiting:
             return False
         held, decision = found
         assert isinstance(held, Waiter)
-        self._drain.left(now_s)
-        self._left(held.key)
+        self.queues[held.key].pace.left(now_s)
+        self._left(held)
         try:
             held.on_decision(decision)
         except Exception:  # noqa: BLE001 - of one request: the others are to go on
@@ -158,11 +325,12 @@ class Waiting:
             _log.exception("a request that had waited")
         return True
 
-    def _left(self, key: str) -> None:
+    def _left(self, waiter: Waiter) -> None:
+        queue = self.queues[waiter.key]
+        del queue.waiters[waiter]
+        queue.tokens -= waiter.needed_tokens
+        self.room.leave(waiter)
         self.count -= 1
-        self._waiters[key] -= 1
-        if not self._waiters[key]:
-            del self._waiters[key]
         if not self.count:
             self._wake_at(_NEVER)
 
@@ -187,32 +355,26 @@ class Waiting:
         self._timer = None
         self.work_done()
 
+    # --- what is reported --------------------------------------------------------------------
 
-class _Drain:
-    """How many leave in a second while any wait; what was long ago counts little."""
+    def counters(self) -> list[Sample]:
+        return [
+            Sample("queue_refused_total", (("class", name),), self.refused[number])
+            for number, name in enumerate(NAMES)
+        ]
 
-    __slots__ = ("_at_s", "_count", "_seconds")
+    def gauges(self, now_s: float) -> list[Sample]:
+        out = []
+        for number, name in enumerate(NAMES):
+            by = (("class", name),)
+            out += [
+                Sample("queue_depth", by, self.room.count_of(number)),
+                Sample("queue_bytes", by, self.room.bytes_of(number)),
+                Sample("queue_oldest_seconds", by, self.room.oldest_s(number, now_s)),
+            ]
+        held = sum([len(q.waiters) for q in self.queues.values() if q.empty_since_s >= 0.0])
+        return [*out, Sample("queue_held_for_start", (), held)]
 
-    def __init__(self) -> None:
-        self._at_s = 0.0
-        self._count = 0.0
-        self._seconds = 0.0
 
-    def begin(self, now_s: float) -> None:
-        """From now on somebody waits: the time before does not count."""
-        self._at_s = now_s
-
-    def left(self, now_s: float) -> None:
-        self._pass_time(now_s)
-        self._count += 1.0
-
-    def per_s(self, now_s: float) -> float:
-        self._pass_time(now_s)
-        return self._count / self._seconds if self._seconds > 0.0 else 0.0
-
-    def _pass_time(self, now_s: float) -> None:
-        passed_s = now_s - self._at_s
-        keep = 0.5 ** (passed_s / limits.DRAIN_HALF_LIFE_S)
-        self._count *= keep
-        self._seconds = self._seconds * keep + passed_s
-        self._at_s = now_s
+def _nothing() -> None:
+    """Nobody wants to know."""

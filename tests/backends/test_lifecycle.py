@@ -289,18 +289,20 @@ def test_no_start_timeout_means_no_deadline() -> None:
     ],
 )
 def test_an_adopted_life_goes_on_where_it_was(ready: bool, held: bool, phase: Phase) -> None:
-    state = adopted(ready=ready, held=held, asleep=False, starts=3, now_s=5.0, timing=TIMING)
+    state = adopted(ready=ready, held=held, rest=None, starts=3, now_s=5.0, timing=TIMING)
     assert state.phase is phase
     assert (state.wanted, state.held, state.restarts) == (True, held, 2)
     assert state.deadline_s == 5.0 + (SETTLED_S if ready else TIMING.start_timeout_s)
 
 
 @pytest.mark.parametrize("held", [False, True])
-def test_one_that_sleeps_is_adopted_asleep(held: bool) -> None:
-    state = adopted(ready=True, held=held, asleep=True, starts=1, now_s=5.0, timing=TIMING)
-    assert (state.phase, state.held, state.deadline_s) == (Phase.ASLEEP, held, None)
+@pytest.mark.parametrize("rest", [Phase.ASLEEP, Phase.SUSPENDED])
+def test_one_that_rests_is_adopted_at_rest(held: bool, rest: Phase) -> None:
+    state = adopted(ready=True, held=held, rest=rest, starts=1, now_s=5.0, timing=TIMING)
+    assert (state.phase, state.held, state.deadline_s) == (rest, held, None)
 
 
+ENDS = {Event.EXITED, Event.UNRESTORED, Event.SPAWN_FAILED}
 EVENTS = st.lists(st.sampled_from(list(Event)), max_size=40)
 
 
@@ -310,11 +312,12 @@ def test_there_is_never_a_second_process(events: list[Event]) -> None:
     """Whatever happens, a process is spawned only when the last one has ended."""
     state, alive = Lifecycle(), False
     for now_s, event in enumerate(events):
-        if event in {Event.EXITED, Event.SPAWN_FAILED} and not alive:
+        if event in ENDS and not alive:
             continue  # nothing there that could end
-        if event is Event.SPAWN_FAILED and state.phase is not Phase.STARTING:
+        if event in ENDS - {Event.EXITED} and state.phase is not Phase.STARTING:
             continue
-        alive = alive and event not in {Event.EXITED, Event.SPAWN_FAILED}
+        unborn = event is Event.CROWDED and state.phase is Phase.STARTING
+        alive = alive and event not in ENDS and not unborn
         state, commands = step(state, event, float(now_s), TIMING)
         for command in commands:
             assert (command is Command.SPAWN) == (not alive)
@@ -344,7 +347,7 @@ def test_a_stop_always_ends_at_rest(events: list[Event]) -> None:
 @given(EVENTS, st.sampled_from(list(Event)))
 def test_what_waits_has_a_deadline(events: list[Event], last: Event) -> None:
     state, _ = after(*events, last)
-    at_rest = {Phase.STOPPED, Phase.ASLEEP}
+    at_rest = {Phase.STOPPED, Phase.ASLEEP, Phase.SUSPENDED}
     forgiven = {Phase.READY, Phase.HELD}
     assert (state.deadline_s is not None) or state.phase in at_rest | forgiven
     assert state.failures >= 0
@@ -363,9 +366,11 @@ def test_only_what_sleeps_is_roused_and_only_what_was_emptied_is_lulled(
     for now_s, event in enumerate(events):
         before = state.phase
         state, commands = step(state, event, float(now_s), TIMING)
-        assert Command.ROUSE not in commands or before is Phase.ASLEEP
-        assert Command.LULL not in commands or before is Phase.EMPTYING
+        assert Command.ROUSE not in commands or before in {Phase.ASLEEP, Phase.SUSPENDED}
+        assert Command.LULL not in commands or before in {Phase.EMPTYING, Phase.ASLEEP}
         assert state.phase is not Phase.ASLEEP or before in {Phase.ASLEEP, Phase.FALLING_ASLEEP}
+        resting = {Phase.SUSPENDED, Phase.FALLING_ASLEEP, Phase.WAKING}
+        assert state.phase is not Phase.SUSPENDED or before in resting
 
 
 def test_a_kill_is_repeated_soon() -> None:

@@ -46,11 +46,11 @@ class Client:
 
 
 @asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[Client]:
+async def running(
+    folder: Path, pools: str = "[{engine: simulator, replicas: 2}]"
+) -> AsyncIterator[Client]:
     config = parse_config(
-        f"manager: {{run_dir: '{folder}'}}\n"
-        "models: [{name: m, pools: [{engine: simulator, replicas: 2}]}]",
-        "test",
+        f"manager: {{run_dir: '{folder}'}}\nmodels: [{{name: m, pools: {pools}}}]", "test"
     )
     journal = Journal(folder / "journal")
     manager = Manager(
@@ -166,6 +166,7 @@ async def test_one_replica_is_told_as_it_is_now(client: Client) -> None:
 
 REFUSALS = [
     ("a sleep it cannot have", "/v1/replicas/m-0/sleep", {}, 409, "set `sleep: true` in its pool"),
+    ("a rung there is not", "/v1/replicas/m-0/sleep?rung=cold", {}, 400, "use asleep or suspended"),
     ("a level there is not", "/v1/replicas/m-0/sleep?level=3", {}, 400, "no sleep level '3'"),
     ("an unknown replica", "/v1/replicas/m-9/drain", {}, 404, "`doherty status`"),
     ("an unknown wish", "/v1/replicas/m-0/explode", {}, 404, "drain, undrain, restart"),

@@ -10,8 +10,10 @@ import pytest
 
 from backends.fetch import Answer, Silence
 from backends.journal import Nap
-from backends.keeper import Keeper, RefusedError
+from backends.keeper import Keeper
+from backends.ladder import Rung
 from backends.lifecycle import Event, Phase
+from backends.turns import RefusedError
 from tests.fakes.provider import FakeProcess
 from tests.fakes.world import World, configuration
 
@@ -41,7 +43,7 @@ def posted(world: World) -> list[str]:
 async def asleep(world: World, pools: str = VLLM) -> Keeper:
     """Return the keeper of a replica that sleeps."""
     await world.start(configuration(world.run_dir, pools))
-    keeper(world).sleep(1)
+    keeper(world).lower(Rung.ASLEEP, "test", 1)
     await world.clock.advance(DRAINED_S)
     assert keeper(world).state.phase is Phase.ASLEEP
     return keeper(world)
@@ -51,7 +53,7 @@ async def test_it_is_drained_then_told_and_published_asleep(world: World) -> Non
     await world.start(configuration(world.run_dir, VLLM))
     world.fetch.busy(1, 0)
     await world.clock.advance(1.5)
-    keeper(world).sleep(1)
+    keeper(world).lower(Rung.ASLEEP, "test", 1)
     await world.clock.advance(5.0)
     assert (world.states(), posted(world)) == (["draining"], []), "its request may finish"
     world.fetch.busy(0, 0)
@@ -65,7 +67,7 @@ async def test_it_is_drained_then_told_and_published_asleep(world: World) -> Non
 async def test_what_does_not_drain_is_told_when_its_time_is_over(world: World) -> None:
     world.fetch.busy(1, 0)
     await world.start(configuration(world.run_dir, VLLM))
-    keeper(world).sleep(2)
+    keeper(world).lower(Rung.ASLEEP, "test", 2)
     await world.clock.advance(19.0)
     assert posted(world) == []
     await world.clock.advance(2.0)
@@ -75,7 +77,7 @@ async def test_what_does_not_drain_is_told_when_its_time_is_over(world: World) -
 async def test_it_wakes_and_is_published_once_it_answers(world: World) -> None:
     kept = await asleep(world)
     world.fetch.answers |= {"/is_sleeping": AWAKE, "/health": Answer(503)}
-    kept.wake()
+    kept.raise_("test")
     await world.clock.advance(2.0)
     assert (kept.state.phase, world.record().asleep) == (Phase.WAKING, True)
     assert posted(world)[-1] == "/wake_up"
@@ -93,7 +95,7 @@ async def test_sglang_is_told_in_its_own_order(world: World) -> None:
     assert posted(world) == [
         "/pause_generation", "/flush_cache?timeout=10", "/release_memory_occupation",
     ]  # fmt: skip
-    kept.wake()
+    kept.raise_("test")
     await world.clock.advance(2.0)
     assert posted(world)[3:] == ["/resume_memory_occupation", "/continue_generation"]
     assert world.states() == ["ready"]
@@ -115,7 +117,7 @@ async def test_one_that_would_not_sleep_serves_on(world: World) -> None:
     """SGLang that is busy after all: nothing has been let go of, so nothing is resumed."""
     world.fetch.answers["POST /flush_cache?timeout=10"] = Answer(400, b"busy\n")
     await world.start(configuration(world.run_dir, SGLANG))
-    keeper(world).sleep(1)
+    keeper(world).lower(Rung.ASLEEP, "test", 1)
     await world.clock.advance(DRAINED_S)
     assert posted(world) == [
         "/pause_generation", "/flush_cache?timeout=10", "/continue_generation",
@@ -132,7 +134,7 @@ async def test_one_that_would_neither_sleep_nor_serve_again_is_started_anew(worl
     world.fetch.answers["POST /flush_cache?timeout=10"] = Answer(400, b"busy\n")
     world.fetch.answers["POST /continue_generation"] = Answer(500)
     await world.start(configuration(world.run_dir, SGLANG))
-    keeper(world).sleep(1)
+    keeper(world).lower(Rung.ASLEEP, "test", 1)
     await world.clock.advance(DRAINED_S)
     assert world.provider.spawned[0].signals == [signal.SIGTERM]
     assert "nor serve again: POST /continue_generation" in world.record().reason
@@ -141,7 +143,7 @@ async def test_one_that_would_neither_sleep_nor_serve_again_is_started_anew(worl
 async def test_one_that_broke_half_way_is_started_anew(world: World) -> None:
     world.fetch.answers["POST /release_memory_occupation"] = Answer(0, silence=Silence.TIMEOUT)
     await world.start(configuration(world.run_dir, SGLANG))
-    keeper(world).sleep(1)
+    keeper(world).lower(Rung.ASLEEP, "test", 1)
     await world.clock.advance(DRAINED_S)
     process = world.provider.spawned[0]
     assert process.signals == [signal.SIGTERM]
@@ -155,7 +157,7 @@ async def test_one_that_broke_half_way_is_started_anew(world: World) -> None:
 async def test_one_that_says_it_is_awake_after_all_does_not_count_as_asleep(world: World) -> None:
     world.fetch.answers["/is_sleeping"] = AWAKE
     await world.start(configuration(world.run_dir, VLLM))
-    keeper(world).sleep(1)
+    keeper(world).lower(Rung.ASLEEP, "test", 1)
     await world.clock.advance(DRAINED_S)
     assert posted(world) == ["/sleep?level=1&mode=wait", "/wake_up"]
     assert (world.states(), world.record().asleep) == (["ready"], False)
@@ -164,7 +166,7 @@ async def test_one_that_says_it_is_awake_after_all_does_not_count_as_asleep(worl
 async def test_one_that_would_not_wake_is_started_anew(world: World) -> None:
     kept = await asleep(world)
     world.fetch.answers["POST /wake_up"] = Answer(500, b"CUDA out of memory")
-    kept.wake()
+    kept.raise_("test")
     await world.clock.advance(1.0)
     assert world.provider.spawned[0].signals == [signal.SIGTERM]
     assert world.record().reason.endswith("answered 500: CUDA out of memory")
@@ -186,7 +188,7 @@ async def test_a_stop_needs_no_waking(world: World) -> None:
 async def test_a_stop_on_the_way_to_sleep_ends_the_calls(world: World) -> None:
     await world.start(configuration(world.run_dir, SGLANG))
     kept = keeper(world)
-    kept.sleep(1)
+    kept.lower(Rung.ASLEEP, "test", 1)
     kept.apply(Event.IDLE)
     assert kept.state.phase is Phase.FALLING_ASLEEP
     kept.apply(Event.STOP)
@@ -198,14 +200,14 @@ async def test_a_stop_on_the_way_to_sleep_ends_the_calls(world: World) -> None:
 async def test_on_the_way_to_sleep_and_in_backoff_it_is_called_so(world: World) -> None:
     await world.start(configuration(world.run_dir, VLLM))
     kept = keeper(world)
-    kept.sleep(1)
-    assert kept.record().reason == "going to sleep, as an operator asked"
+    kept.lower(Rung.ASLEEP, "test", 1)
+    assert kept.record().reason == "test"
     kept.apply(Event.STOP)
     kept.apply(Event.EXITED)
     world.provider.failure = OSError("no more processes")
     kept.apply(Event.START)
     with pytest.raises(RefusedError, match=r"^it is in backoff; only what is ready"):
-        kept.sleep(1)
+        kept.lower(Rung.ASLEEP, "test", 1)
 
 
 async def test_a_death_asleep_is_followed_by_a_start_awake(world: World) -> None:
@@ -229,7 +231,7 @@ async def test_what_cannot_sleep_says_why(world: World, pools: str, words: str) 
         world.fetch.answers["/health"] = Answer(503)
     await world.start(configuration(world.run_dir, pools))
     with pytest.raises(RefusedError, match=words):
-        keeper(world).sleep(1)
+        keeper(world).lower(Rung.ASLEEP, "test", 1)
 
 
 async def test_one_that_runs_by_another_command_is_started_anew_first(world: World) -> None:
@@ -240,24 +242,24 @@ async def test_one_that_runs_by_another_command_is_started_anew_first(world: Wor
     await world.clock.advance(1.0)
     assert keeper(world).state.phase is Phase.READY
     with pytest.raises(RefusedError, match="about to be started anew with a changed command"):
-        keeper(world).sleep(1)
+        keeper(world).lower(Rung.ASLEEP, "test", 1)
 
 
 async def test_asked_twice_it_is_told_once(world: World) -> None:
     kept = await asleep(world)
     count = len(posted(world))
-    kept.sleep(1)
+    kept.lower(Rung.ASLEEP, "test", 1)
     with pytest.raises(RefusedError, match="it sleeps at level 1; wake it first"):
-        kept.sleep(2)
+        kept.lower(Rung.ASLEEP, "test", 2)
     world.fetch.answers["/is_sleeping"] = AWAKE
-    kept.wake()
-    kept.wake()
+    kept.raise_("test")
+    kept.raise_("test")
     await world.clock.advance(1.0)
-    kept.wake()
+    kept.raise_("test")
     assert len(posted(world)) == count + 1
     kept.apply(Event.STOP)
     with pytest.raises(RefusedError, match="only what sleeps can be woken"):
-        kept.wake()
+        kept.raise_("test")
 
 
 async def test_a_disk_that_takes_no_note_lets_nobody_sleep(
@@ -269,7 +271,7 @@ async def test_a_disk_that_takes_no_note_lets_nobody_sleep(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(world.journal, "append", full)
-    keeper(world).sleep(1)
+    keeper(world).lower(Rung.ASLEEP, "test", 1)
     await world.clock.advance(DRAINED_S)
     assert posted(world) == []
     assert (world.states(), world.record().asleep) == (["ready"], False)
@@ -291,7 +293,7 @@ async def test_a_later_manager_adopts_it_asleep_and_can_wake_it(world: World) ->
     record = world.record()
     assert (record.state.value, record.asleep, record.pid) == ("ready", True, 4000)
     assert set(world.fetch.asked) == {"/ready"}
-    keeper(world).wake()
+    keeper(world).raise_("test")
     await world.clock.advance(1.0)
     assert posted(world)[-2:] == ["/resume_memory_occupation", "/continue_generation"]
     assert (world.states(), world.record().asleep) == (["ready"], False)
@@ -321,6 +323,6 @@ async def test_a_changed_command_waits_until_it_wakes(world: World) -> None:
     assert world.record().asleep
     assert world.provider.spawned[0].signals == []
     world.fetch.answers["/is_sleeping"] = AWAKE
-    keeper(world).wake()
+    keeper(world).raise_("test")
     await world.clock.advance(2.0)
     assert world.provider.spawned[0].signals == [signal.SIGTERM]

@@ -149,6 +149,15 @@ def test_asleep_through_a_killed_manager_and_awake_again(region: Region) -> None
         assert complete(after[name]) == words
     region.until(awake)
 
+    done = region.doherty("sleep", "v-0", "--rung", "suspended")
+    assert done.stdout.startswith("v-0 is suspended, after "), done.stderr
+    assert Path(f"/proc/{after['v-0'].pid}/stat").read_text().split(") ")[1][0] == "T"
+    assert region.doherty("sleep", "v-0").stderr == (
+        "v-0: it is suspended already, or on its way there; wake it first\n"
+    )
+    assert region.doherty("wake", "v-0").stdout.startswith("v-0 is awake, after ")
+    assert complete(after["v-0"]) == said["v-0"]
+
     refused = region.doherty("sleep", "never-0")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "set `sleep: true` in its pool" in refused.stderr

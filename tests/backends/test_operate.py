@@ -64,7 +64,7 @@ def test_it_waits_until_it_sleeps(manager: Manager, capsys: pytest.CaptureFixtur
     manager.phases = [("emptying", ""), ("falling_asleep", ""), ("asleep", "asleep at level 2")]
     assert run(manager, "sleep", "a/b", "--level", "2") == 0
     assert manager.asked == [
-        "POST /v1/replicas/a%2Fb/sleep?level=2", *(["GET /v1/replicas/a%2Fb"] * 3),
+        "POST /v1/replicas/a%2Fb/sleep?level=2&rung=asleep", *(["GET /v1/replicas/a%2Fb"] * 3),
     ]  # fmt: skip
     assert capsys.readouterr().out == "a/b is asleep at level 2\n"
 

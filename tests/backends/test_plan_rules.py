@@ -153,13 +153,13 @@ def test_a_needed_checkpoint_is_noted_where_it_is_needed() -> None:
 
 def test_online_grows_beyond_memory_until_the_target_is_met() -> None:
     easy = planned("llama-3.3-70b-fp8", "h200", token_target_s=0.010)
-    hard = planned("llama-3.3-70b-fp8", "h200", token_target_s=0.004)
+    hard = planned("llama-3.3-70b-fp8", "h200", token_target_s=0.0055)
     assert easy.replica.gpus == 1
     assert hard.replica.gpus == 4
     assert not hard.missed
     assert "memory needs 1 GPU" in why(hard, "GPUs per replica")
     narrower = next(c for c in hard.considered if c.replica.gpus == 2)
-    assert narrower.token_s > 0.004 >= hard.chosen.token_s
+    assert narrower.token_s > 0.0055 >= hard.chosen.token_s
 
 
 def test_online_stops_where_communication_eats_the_gain() -> None:
@@ -480,7 +480,7 @@ def test_sglang_is_given_what_the_budget_counts(draft: str, gpu: str) -> None:
 
 
 def test_a_missed_target_names_what_would_meet_it() -> None:
-    plan = planned("qwen3-235b-a22b", "h100", draft="none", token_target_s=0.008)
+    plan = planned("qwen3-235b-a22b", "h100", draft="none", token_target_s=0.0099)
     assert len(plan.missed) == 1
     assert "at batch 8" in plan.missed[0]
     kinds = " | ".join(plan.remedies)
@@ -502,14 +502,14 @@ def test_a_first_token_alone_can_be_missed() -> None:
 
 
 def test_more_gpus_are_named_where_the_gain_was_thought_too_small() -> None:
-    plan = planned("llama-3.1-8b", "h200", draft="none", token_target_s=0.0021, concurrency=1)
+    plan = planned("llama-3.1-8b", "h200", draft="none", token_target_s=0.00273, concurrency=1)
     assert plan.missed
     assert plan.replica.gpus < 8
     assert any("GPUs a replica, though" in remedy for remedy in plan.remedies)
 
 
 def test_a_narrower_format_is_named_where_it_would_do() -> None:
-    plan = planned("llama-3.3-70b", "b200", draft="none", token_target_s=0.006)
+    plan = planned("llama-3.3-70b", "b200", draft="none", token_target_s=0.0076)
     assert plan.missed
     assert any("nvfp4, if its quality bears it" in remedy for remedy in plan.remedies)
 
@@ -584,7 +584,7 @@ def test_semi_online_prefers_what_is_easy_to_get() -> None:
 
 def test_online_prefers_what_meets_the_targets() -> None:
     prices = dict.fromkeys(GPUS, 10.0) | {"l40s": 0.01}
-    asked = goal(prices_per_hour=prices, token_target_s=0.004)
+    asked = goal(prices_per_hour=prices, token_target_s=0.0055)
     found = compare(asked, SHAPES["llama-3.1-8b"], tuple(GPUS.values()))
     assert not found.best.missed
     missed = [bool(plan.missed) for plan in found.plans]

@@ -154,3 +154,14 @@ def test_senseless_flags_are_refused_with_a_reason(
         parse_flags(flags)
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
+
+
+async def test_a_start_by_real_work_decides_the_answers() -> None:
+    answers = []
+    for flags in (("--start-tables-mib", "1"), ("--start-tables-mib", "1"), ()):
+        async with started(*flags) as simulator:
+            body = {"model": "demo", "prompt": "words", "max_tokens": 8}
+            _, value = await simulator.post("/v1/completions", body)
+            answers.append(value["choices"][0]["text"])
+    assert answers[0] == answers[1]
+    assert answers[0] != answers[2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from backends.spec import replica_specs
+import msgspec
+
+from backends.spec import pool_specs, replica_specs
 from proxy.config import parse_config
 
 
@@ -21,3 +23,15 @@ def test_a_pools_settings_are_those_of_each_replica() -> None:
 def test_unsaid_they_are_off() -> None:
     (spec,) = replica_specs(parse_config("models: [{name: m, pools: [{engine: vllm}]}]", "f"))
     assert (spec.gpus, spec.sleep, spec.adapters) == (None, False, {})
+
+
+def test_a_scaled_pool_names_replicas_by_number_and_none_for_ever() -> None:
+    pool = "{engine: vllm, class: offline, max_inputs: 8, autoscale: {max: 3}}"
+    text = f"models: [{{name: org/m, pools: [{pool}]}}]"
+    config = parse_config(text, "f")
+    assert replica_specs(config) == ()
+    (made,) = pool_specs(config)
+    assert (made.pool_id, made.replicas, made.first.work_class) == ("org-m", None, "offline")
+    assert made.replica(7) == msgspec.structs.replace(made.first, replica_id="org-m-7")
+    assert made.number_of("org-m-7") == 7
+    assert {made.number_of(name) for name in ("org-m", "m-7", "org-m-x", "org-m--1")} == {None}

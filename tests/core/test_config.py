@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from proxy import flags
 from proxy.config import (
     EMBEDDED_DEFAULT,
     POLICY_ALIASES,
+    AutoscaleConfig,
     Config,
     ConfigError,
     ManagerConfig,
@@ -110,15 +112,53 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
         ("proxy: {port: 1}\nproxy: {}", "f:2: 'proxy' is given twice"),
         ("proxy:\n  port: 1\n  port: 1", "f:3: 'port' is given twice"),
         ("models:\n- {name: m, name: n, pools: []}", "f:2: 'name' is given twice"),
-        (_POOL + _POOL[8:], "f: model 'm' is defined twice; give it several pools instead"),
+        (_POOL + _POOL[8:], "f:1: model 'm' is defined twice; give it several pools instead"),
         (
             _POOL + "        target_inputs: 5\n        max_inputs: 3",
-            "f: model 'm': target_inputs 5 is above max_inputs 3",
+            "f:4: models[0].pools[0]: target_inputs 5 is above max_inputs 3",
         ),
+        (
+            _POOL + "        target_tokens: 5\n        max_tokens: 3",
+            "f:4: models[0].pools[0]: target_tokens 5 is above max_tokens 3",
+        ),
+        (
+            _POOL + "        replicas: 2\n        autoscale: {max: 3}",
+            "f:4: models[0].pools[0]: replicas and autoscale exclude each other",
+        ),
+        (
+            _POOL + "        autoscale:\n          max: 2\n          min: 3",
+            "f:6: models[0].pools[0].autoscale: max 2 is below min 3",
+        ),
+        (
+            _POOL + "        autoscale: {max: 2, panic_window_secs: 90}",
+            "f:5: models[0].pools[0].autoscale: panic_window_secs 90 is above stable_window_secs",
+        ),
+        (
+            _POOL + "        autoscale: {max: 3}",
+            "f:4: models[0].pools[0]: autoscale needs target_inputs: how many requests",
+        ),
+        (
+            _POOL + "        autoscale: {min: 0}",
+            "f:5: models[0].pools[0].autoscale: Object missing required field `max`",
+        ),
+        (
+            _POOL + "        autoscale: {max: 2, rung: [cold]}",
+            "f:5: models[0].pools[0].autoscale: unknown key 'rung'; did you mean 'rungs'?",
+        ),
+        (
+            _POOL + "        autoscale: {max: 2, rungs: [awake]}",
+            "f:5: models[0].pools[0].autoscale.rungs[0]: Invalid enum value 'awake'",
+        ),
+        (
+            _POOL + "        clas: offline",
+            "f:5: models[0].pools[0]: unknown key 'clas'; did you mean 'class'?",
+        ),
+        (_POOL + "        class: batch", "f:5: models[0].pools[0].class: Invalid enum value"),
+        ("manager: {provider: slurm}", "f:1: manager.provider: Invalid enum value 'slurm'"),
         (_POOL + "        gpus: -1", "f:5: models[0].pools[0].gpus: Expected `int` >= 0"),
         (
             _POOL + "        adapters: {m: /lora}",
-            "f: model 'm' has an adapter of the same name; clients could not ask for it",
+            "f:2: models[0]: model 'm' has an adapter of the same name; clients could not ask",
         ),
         (_POOL + "        adapters: {a: ''}", "f:5: models[0].pools[0].adapters"),
         ("manager: {gpus: 0-999999999}", "f:1: manager: gpus: '0-999999999' is none of"),
@@ -128,6 +168,25 @@ def test_what_is_wrong_is_said_with_its_place(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(text, "f")
     assert str(caught.value).startswith(message)
+
+
+def test_a_scaled_pool_is_read_and_written() -> None:
+    text = _POOL + (
+        "        class: semi-online\n        snapshot: true\n        target_tokens: 4000\n"
+        "        target_inputs: 8\n"
+        "        autoscale: {min: 1, max: 8, buffer: 1, rungs: [asleep, cold]}\n"
+    )
+    config = parse_config(text, "f")
+    pool = config.models[0].pools[0]
+    assert pool.autoscale == AutoscaleConfig(min=1, max=8, buffer=1, rungs=("asleep", "cold"))
+    assert (pool.replicas_fixed, pool.work_class, pool.snapshot) == (None, "semi-online", True)
+    again = yaml.safe_dump(msgspec.to_builtins(config))
+    assert parse_config(again, "f") == config
+
+
+def test_a_pool_has_one_replica_unless_something_is_said() -> None:
+    assert PoolConfig(engine="simulator").replicas_fixed == 1
+    assert PoolConfig(engine="simulator", replicas=0).replicas_fixed == 0
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
@@ -196,6 +255,9 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "connect_timeout_secs": (["0.5"], "0.5", 0.5),
     "request_timeout_secs": (["1"], "1", 1.0),
     "queue_size": (["0"], "0", 0),
+    "queue_bytes": (["9"], "9", 9),
+    "hold_timeout_secs": (["7.5"], "7.5", 7.5),
+    "keepalive_comment_secs": (["2"], "2", 2.0),
     "queue_timeout_secs": (["5"], "5", 5.0),
     "retry_max_retries": (["0"], "0", 0),
     "disable_retries": ([], "true", True),
@@ -317,7 +379,8 @@ def test_aliases_are_understood_everywhere() -> None:
 def test_the_schema_knows_every_section() -> None:
     schema = json_schema()
     assert set(schema["$defs"]) == {
-        "Config", "ProxyConfig", "ManagerConfig", "ModelConfig", "PoolConfig",
+        "Config", "ProxyConfig", "ManagerConfig", "ModelConfig", "PoolConfig", "AutoscaleConfig",
+        "DockerConfig", "ReclaimNoticeConfig",
     }  # fmt: skip
     assert schema["$defs"]["ProxyConfig"]["additionalProperties"] is False
     assert schema["$defs"]["ProxyConfig"]["properties"]["port"]["maximum"] == 65535

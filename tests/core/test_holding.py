@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.core import limits
+from proxy.core.classes import OFFLINE, ONLINE, SEMI_ONLINE, YIELD_S
 from proxy.core.fleet import Pool
 from proxy.core.holding import Held, Holding, Opening, is_open
 from proxy.core.lease import Lease
 from proxy.core.picture import Picture
-from proxy.core.policy import Decision, Request, prefix
+from proxy.core.policy import POLICIES, Decision, Request, prefix
 from tests.core.builders import chain, pool, replica
 
 _RATE = limits.PREFILL_TOKENS_PER_S_DEFAULT
@@ -28,9 +32,10 @@ class _World:
         self.sent: list[tuple[int, str]] = []
         self.leases: list[Lease] = []
 
-    def hold(self, key: int, tokens: int, now_s: float) -> Held:
+    def hold(self, key: int, tokens: int, now_s: float, queue: int = 0) -> Held:
         request = Request(chain(key, tokens * _OCTETS), has_session=False, stream=True)
         held = Held(request, lambda: self.pool, lambda _: None, now_s)
+        held.queue = queue
         self.holding.add(held, self.picture)
         return held
 
@@ -305,3 +310,136 @@ def test_a_replica_with_as_much_as_it_may_have_is_not_open() -> None:
     world.busy("a", 1)
     opening = Opening(world.pool, world.picture, 1.0)
     assert (opening.now, opening.next_s) == (False, float("inf"))
+
+
+# --- classes, and those for whom there is nothing -------------------------------------------------
+
+
+def _classed(world: _World, key: int, work_class: int, now_s: float, tokens: int = 600) -> Held:
+    held = world.hold(key, tokens, now_s)
+    world.holding.drop(held)
+    request = Request(chain(key, tokens * _OCTETS), has_session=False, work_class=work_class)
+    again = Held(request, lambda: world.pool, lambda _: None, now_s)
+    world.holding.add(again, world.picture)
+    return again
+
+
+def _drain(world: _World, lease: Lease, now_s: float, count: int) -> list[int]:
+    """Let one go after another; return in which order."""
+    world.picture.prefill_ended(lease, now_s)
+    for _ in range(count):
+        world.release(now_s)
+        for each in world.leases:
+            world.picture.prefill_ended(each, now_s)
+    return [key for key, _ in world.sent]
+
+
+def test_online_work_goes_first_and_then_the_order_is_as_ever() -> None:
+    world = _World("a")
+    lease = world.busy("a", 30_000)
+    for key, work_class in ((1, OFFLINE), (2, SEMI_ONLINE), (3, ONLINE), (4, OFFLINE), (5, ONLINE)):
+        _classed(world, key, work_class, 0.1 * key)
+    assert _drain(world, lease, 1.0, 5) == [3, 5, 2, 1, 4]
+
+
+@given(st.sampled_from([SEMI_ONLINE, OFFLINE]), st.booleans())
+def test_nobody_yields_for_longer_than_its_class_does(work_class: int, late: bool) -> None:
+    world = _World("a")
+    lease = world.busy("a", 30_000)
+    patient = YIELD_S[work_class]
+    _classed(world, 1, work_class, 0.0)
+    _classed(world, 2, ONLINE, patient + 1.0 if late else patient - 1.0)
+    assert _drain(world, lease, patient + 2.0, 2) == ([1, 2] if late else [2, 1])
+
+
+def test_a_newcomer_does_not_take_the_room_of_those_for_whom_all_were_full() -> None:
+    world = _World("")
+    world.pool = pool([replica("a", max_inputs=1)])
+    world.picture.know(world.pool.replicas.values())
+    lease = world.busy("a", 600)
+    world.hold(1, 600, 0.0)
+    world.release(0.0)
+    world.picture.release(lease, 1.0)
+    _classed(world, 2, OFFLINE, 1.0)  # comes before anybody has looked
+    world.release(1.0)
+    assert world.sent == [(1, "a")]
+
+
+def test_those_who_wait_for_nothing_hold_up_nobody_and_go_as_they_came() -> None:
+    world = _World("a")
+    served, world.pool = world.pool, None
+    for key, tokens in ((1, 9_000), (2, 600), (3, 60)):
+        world.hold(key, tokens, 0.1 * key, queue=1)
+    world.release(1.0)
+    other = Held(
+        Request(chain(9, 600 * _OCTETS), has_session=False), lambda: served, lambda _: None, 1.0
+    )
+    other.queue = 2
+    world.holding.add(other, world.picture)
+    world.release(1.0)
+    assert world.sent == [(9, "a")]  # of another model
+    assert not world.holding.awaits(0)
+    world.pool = served
+    world.holding.renew(1, empty=False)
+    assert world.holding.awaits(0)  # a newcomer has to wait behind them
+    world.picture.prefill_ended(world.leases[0], 1.1)
+    for _ in range(3):
+        world.release(1.2)
+        for lease in world.leases:
+            world.picture.prefill_ended(lease, 1.2)
+    assert [key for key, _ in world.sent] == [9, 1, 2, 3]
+
+
+# --- tokens in a line -----------------------------------------------------------------------------
+
+
+def _limited(tokens_max: int) -> _World:
+    world = _World("")
+    world.pool = pool([dataclasses.replace(replica("a"), max_tokens=tokens_max)])
+    world.picture.know(world.pool.replicas.values())
+    return world
+
+
+def test_a_line_never_has_more_tokens_than_it_may_but_for_one_that_is_larger_itself() -> None:
+    world = _limited(1_000)
+    for key, tokens in ((1, 600), (2, 300), (3, 200), (4, 5_000)):
+        world.hold(key, tokens, 0.0)
+    world.release(0.0)
+    assert [key for key, _ in world.sent] == [3, 2]
+    for lease in list(world.leases):
+        world.picture.prefill_ended(lease, 0.0)
+    world.release(0.0)
+    assert [key for key, _ in world.sent] == [3, 2, 1]
+    world.picture.prefill_ended(world.leases[-1], 0.0)
+    world.release(0.0)
+    assert [key for key, _ in world.sent] == [3, 2, 1, 4]
+
+
+@given(st.lists(st.integers(1, 3_000), min_size=1, max_size=30), st.integers(1, 4_000))
+def test_whatever_waits_the_limit_holds_and_all_go(sizes: list[int], tokens_max: int) -> None:
+    world = _limited(tokens_max)
+    for key, tokens in enumerate(sizes):
+        world.hold(key, tokens, 0.0)
+    for _ in sizes:
+        world.release(0.0)
+        loads = world.picture.loads
+        assert loads.queued_tokens(0) <= tokens_max or len(loads.line[0]) == 1
+        for lease in world.leases:
+            world.picture.prefill_ended(lease, 0.0)
+    assert len(world.sent) == len(sizes)
+
+
+@pytest.mark.parametrize("name", ["prefix", "session", "least_load", "round_robin"])
+def test_every_policy_passes_over_a_line_that_is_full(name: str) -> None:
+    replicas = [dataclasses.replace(replica(each), max_tokens=1_000) for each in "ab"]
+    world = _World("")
+    world.pool = pool(replicas)
+    world.picture.know(world.pool.replicas.values())
+    world.busy("a", 900)
+    request = Request(chain(1, 200 * _OCTETS), has_session=True)
+    for _ in range(3):
+        decision = POLICIES[name](request, world.pool, world.picture, 0.0)
+        assert decision is not None
+        assert decision.replica.name == "b"
+    world.busy("b", 900)
+    assert POLICIES[name](request, world.pool, world.picture, 0.0) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import jinja2
 import pytest
 import tokenizers
 
-from deploy.airgap import make_model
+from deploy.airgap import make_model, random_weights
 
 _NAMES = ("qwen3-8b", "eagle3-llama-3.1-8b")
 
@@ -118,3 +119,56 @@ def test_a_python_without_tokenizers_hands_over_to_an_engines(tmp_path: Path, en
     else:
         assert done.returncode == 1
         assert "has no tokenizers; use a Python that has, or unpack an engine's" in done.stderr
+
+
+def test_random_weights_are_a_checkpoint_and_the_same_from_one_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read back without the package that engines read it with: by the format's own description."""
+    monkeypatch.setattr(random_weights, "CHUNK_WEIGHTS", 1000)
+    config = make_model.shape("qwen3-0.6b", 2) | {
+        "hidden_size": 32,
+        "vocab_size": 64,
+        "intermediate_size": 48,
+    }
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        (tmp_path / name).mkdir()
+        random_weights.write_weights(tmp_path / name, config, seed)
+    index = _read(tmp_path / "one" / random_weights.INDEX)
+    (file,) = set(index["weight_map"].values())
+    octets = (tmp_path / "one" / file).read_bytes()
+    assert octets == (tmp_path / "again" / file).read_bytes()
+    assert octets != (tmp_path / "other" / file).read_bytes()
+    (length,) = struct.unpack_from("<Q", octets)
+    header = json.loads(octets[8 : 8 + length])
+    del header["__metadata__"]
+    assert set(header) == set(index["weight_map"]) == set(random_weights.tensors_of(config))
+    assert "lm_head.weight" not in header  # they are tied
+    data = octets[8 + length :]
+    assert index["metadata"]["total_size"] == len(data)
+    start, end = header["model.layers.1.mlp.down_proj.weight"]["data_offsets"]
+    weights = [struct.unpack("<f", b"\0\0" + data[at : at + 2])[0] for at in range(start, end, 2)]
+    assert len(weights) == 32 * 48
+    assert all(2**-7 <= abs(weight) < 2**-5 for weight in weights)
+    assert abs(sum(weight > 0 for weight in weights) / len(weights) - 0.5) < 0.1
+    start, end = header["model.norm.weight"]["data_offsets"]
+    assert data[start:end] == b"\x80\x3f" * 32
+
+
+def test_weights_are_shared_out_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_weights, "SHARD_BYTES", 50_000)
+    config = make_model.shape("llama-3.1-8b", 2) | {
+        "hidden_size": 64,
+        "vocab_size": 256,
+        "intermediate_size": 64,
+        "head_dim": 4,
+    }
+    (tmp_path / "model-00001-of-00099.safetensors").touch()  # of a checkpoint before
+    total = random_weights.write_weights(tmp_path, config, 1)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    index = _read(tmp_path / random_weights.INDEX)
+    assert len(files) > 1
+    assert files == sorted(set(index["weight_map"].values()))
+    assert sum((tmp_path / file).stat().st_size for file in files) > total
+    with pytest.raises(ValueError, match="no weights are known"):
+        random_weights.tensors_of(make_model.MODELS["eagle3-qwen3-8b"])

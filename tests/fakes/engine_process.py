@@ -21,7 +21,7 @@ from typing_extensions import override
 METRICS = """\
 vllm:num_requests_running{{engine="0",model_name="m"}} {running}
 vllm:num_requests_waiting{{engine="0",model_name="m"}} 0.0
-vllm:kv_cache_usage_perc{{engine="0",model_name="m"}} 0.25
+vllm:kv_cache_usage_perc{{engine="0",model_name="m"}} {kv}
 vllm:cache_config_info{{block_size="16",num_gpu_blocks="100"}} 1.0
 """
 
@@ -55,7 +55,7 @@ def main() -> None:
             if self.path == "/health":
                 status = 200 if time.monotonic() - up_s >= options.ready_after_s else 503
             elif self.path == "/metrics":
-                body = METRICS.format(running=options.running).encode()
+                body = METRICS.format(running=options.running, kv=options.running / 4).encode()
             elif self.path == "/v1/models":
                 body = json.dumps({"object": "list", "data": [{"id": options.model}]}).encode()
             else:

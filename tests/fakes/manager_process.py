@@ -23,6 +23,7 @@ class TinyEngine(Vllm):
     """Read like vLLM, started as the tiny engine."""
 
     name = "simulator"
+    uses_gpu = False
 
     @override
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from proxy import tls
 from proxy.config import ProxyConfig
-from proxy.contract import FleetSnapshot, ReplicaRecord
+from proxy.contract import FleetSnapshot, PoolRecord, ReplicaRecord
 from proxy.core.replica import Replica
 from proxy.io.access_log import AccessLog
 from proxy.io.clock import Clock
@@ -237,10 +237,10 @@ class Bench:
         self.version = 0
         self.publish(*replicas)
 
-    def publish(self, *replicas: ReplicaRecord) -> None:
+    def publish(self, *replicas: ReplicaRecord, pools: tuple[PoolRecord, ...] = ()) -> None:
         self.version += 1
         self.plane.take_snapshot(
-            FleetSnapshot(epoch="test", version=self.version, replicas=replicas)
+            FleetSnapshot(epoch="test", version=self.version, replicas=replicas, pools=pools)
         )
 
     def client(self) -> Client:
@@ -304,11 +304,13 @@ def assert_nothing_held(plane: Plane) -> None:
     """Every lease is back, every exchange is over, and nobody waits."""
     assert plane.exchanges_open == 0
     assert plane.waiting.count == 0
-    assert plane.waiting._waiters == {}
+    assert not any(queue.waiters or queue.tokens for queue in plane.waiting.queues.values())
+    assert not len(plane.waiting.room)
+    assert not sum(plane.waiting.room._bytes)
     assert plane.waiting._holding._lines == {}
     assert plane.waiting._timer is None
     assert plane.bodies_bytes == 0
-    assert plane.leases_open == 0
+    assert len(plane.leases) == 0
     for replica_id in plane.fleet.replicas:
         assert inflight(plane, replica_id) == 0
         assert queued_tokens(plane, replica_id) == 0

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from backends.engines.base import Engine
+from backends.engines.probe import Program, program_of
 from backends.fetch import Answer, Silence
 from backends.journal import Launch
+from backends.spec import ReplicaSpec
 
 METRICS = """\
 vllm:num_requests_running{{engine="0"}} {running}
@@ -103,6 +107,9 @@ class FakeProvider:
         self.left_behind: dict[str, FakeProcess] = {}
         self.failure: OSError | None = None
 
+    def program(self, engine: Engine, spec: ReplicaSpec) -> Program:
+        return program_of(engine, spec, os.environ)
+
     def spawn(
         self, argv: Sequence[str], env: Mapping[str, str], launch_id: str, log_path: Path
     ) -> FakeProcess:
@@ -130,6 +137,7 @@ class FakeFetch:
         }
         self.silence: Silence | None = None
         self.posted: list[str] = []
+        self.dropped: list[str] = []
         self.bodies: list[bytes] = []  # of the same
         self.answering = asyncio.Event()  # cleared: a POST waits
         self.answering.set()
@@ -147,6 +155,9 @@ class FakeFetch:
         path = "/" + url.split("/", 3)[3]
         self.asked.append(path)
         return self.answers.get(path, Answer(404))
+
+    async def drop(self, url: str) -> None:
+        self.dropped.append(url)
 
     async def post(self, url: str, body: bytes, timeout_s: float) -> Answer:
         self.posted.append(url)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from backends.cards import Cards
 from backends.engines import ENGINES
-from backends.engines.base import launch_hash
+from backends.engines.base import Engine, launch_hash
 from backends.journal import Journal, Launch, Ready, Started
 from backends.log import Log
 from backends.manager import Manager
-from backends.spec import replica_specs
+from backends.spec import pool_specs
 from proxy.config import Config, parse_config
 from proxy.contract import ReplicaRecord
 from tests.fakes.provider import FakeFetch, FakeProcess, FakeProvider, ManualClock
+from tests.fakes.snapshots import FakeSnapshots
+from tests.fakes.suspender import FakeDemand, FakeSuspender
 
 
 def configuration(run_dir: Path, pools: str = "[{engine: simulator, replicas: 2}]") -> Config:
@@ -39,6 +42,10 @@ class World:
         self.journal = Journal(run_dir / "journal")
         self.config = configuration(run_dir)
         self.cards: Cards | None = None
+        self.suspender = FakeSuspender()
+        self.snapshots = FakeSnapshots()
+        self.engines: Mapping[str, Engine] = ENGINES
+        self.demand = FakeDemand()
         self.manager: Manager | None = None
 
     async def start(self, config: Config | None = None) -> Manager:
@@ -51,6 +58,10 @@ class World:
             log=Log(self.stream),
             clock=self.clock,
             cards=self.cards,
+            engines=self.engines,
+            snapshots=self.snapshots,
+            suspender_of=lambda _engine: self.suspender,
+            demand=self.demand,
         )
         starting = self.manager.start()
 
@@ -78,7 +89,7 @@ class World:
 
     def leave_behind(self, replica_id: str, pools: str, *, ready: bool = True) -> FakeProcess:
         """Be the manager before: journal a life of the first replica of `pools`."""
-        spec = next(iter(replica_specs(configuration(self.run_dir, pools))))
+        spec = pool_specs(configuration(self.run_dir, pools))[0].first
         launch = Launch(
             launch_id="before-" + replica_id,
             replica_id=replica_id,

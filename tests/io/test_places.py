@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from proxy import places
@@ -15,6 +16,7 @@ from proxy.config import ProxyConfig
 from proxy.io import control
 from proxy.io.hub import Hub
 from proxy.io.tasks import Tasks
+from proxy.io.teller import Teller
 from proxy.listeners import deal, open_listeners
 from proxy.places import Places
 from tests.fakes.plane import until
@@ -27,6 +29,10 @@ SEND = "end.sendall(len(frame).to_bytes(4) + frame)\n"
 SLEEP = "time.sleep(30)\n"
 
 
+def _no_session() -> aiohttp.ClientSession:
+    raise AssertionError("nobody is told of demand here")
+
+
 class Filled:
     """Places, and what is heard of them."""
 
@@ -37,6 +43,7 @@ class Filled:
             deal(open_listeners("127.0.0.1", 0, count), count),
             self.tasks,
             Hub(),
+            Teller(_no_session),
             on_message=lambda _: None,
             on_failure=self.failures.append,
         )

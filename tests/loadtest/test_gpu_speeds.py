@@ -293,9 +293,9 @@ def test_rows_come_from_whatever_measured_single_answers(tmp_path: Path) -> None
     file.write_bytes(msgspec.json.encode({"findings": found, "facts": {}}))
     rows = predictions.read_rows(str(file))
     assert [(row.configuration.text, row.token_ms) for row in rows] == [("vllm TP1 fp8", 4.0)]
-    recording = RESULTS / "speeds-h200-sglang-0.5.17.json"
+    recording = RESULTS / "speeds-h200-sglang.json"
     rows = predictions.read_rows(str(recording))
-    assert [(row.configuration.text, row.token_ms) for row in rows] == [("sglang TP1 bf16", 5.013)]
+    assert [(row.configuration.text, row.token_ms) for row in rows] == [("sglang TP1 bf16", 5.01)]
     file.write_text("{}")
     with pytest.raises(OutlookError, match="wrote as --json"):
         predictions.read_rows(str(file))
@@ -455,13 +455,15 @@ def test_the_comparison_runs_and_says_what_it_found(tmp_path: Path) -> None:
 
 
 def test_a_size_that_is_not_recorded_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    recording = str(RESULTS / "speeds-h200-sglang-0.5.17.json")
+    recording = str(RESULTS / "speeds-h200-sglang.json")
     command = ["gpu", "fidelity", recording, "--profile", "h200-8b-sglang"]
-    assert main([*command, "--prompts", "2048,4096"]) == 2
-    told = "--prompts: 4096 is not recorded; there are 128, 512, 2048, 8192, 32000\n"
+    assert main([*command, "--prompts", "2048,4000"]) == 2
+    sizes = "128, 512, 1024, 2048, 4096, 8192, 16384, 32000"
+    told = f"--prompts: 4000 is not recorded; there are {sizes}\n"
     assert capsys.readouterr().err == f"loadtest: {told}"
     assert main([*command, "--batches", "7"]) == 2
-    assert "--batches: 7 is not recorded; there are 1, 8, 32, 64, 128" in capsys.readouterr().err
+    told = "--batches: 7 is not recorded; there are 1, 2, 4, 8, 16, 32, 64"
+    assert told in capsys.readouterr().err
 
 
 def test_floors_are_rehearsed_and_earlier_rows_added(

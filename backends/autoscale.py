@@ -1,0 +1,420 @@
+"""Scales the pools of a manager: looks, asks the law and the arbiter, and says what is to be.
+
+Once a second, and at once when a request waits for a model that nobody serves or will serve. Each
+look is at the whole: members from their keepers, demand from the proxies' newest reports, cards
+from their leases. Nothing is kept but what only time tells (`members`) and what the rungs have cost
+(`ladder`), so after a crash the same follows from what is adopted and what the proxies report.
+
+What is to be done is done through `reconcile`, by the replicas that are wanted and the rungs that
+they are wanted on. Between two looks these follow from where the members stand (`members`), so that
+what an operator does meanwhile is not undone, and what failed is not asked for without end.
+
+A pool that this manager has only begun to look at loses no replica within its `scaledown_window`:
+what it would need is not known yet, and a manager that came back must not send home those who work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from backends.arbiter import Unserved, arbitrate, replicas_possible
+from backends.card_room import free_cards, room_of
+from backends.claims import Claim, Lower, Raise, Verdict, Wait
+from backends.clock import Timer
+from backends.demand import DemandBook, summed
+from backends.engines.base import Engine, launch_hash
+from backends.gpus import pinned
+from backends.keeper import Keeper
+from backends.ladder import Ladder, Rung
+from backends.lifecycle import Phase
+from backends.members import Look, Member, Memory, Standing
+from backends.pools import Vessel, View, pour, target_inputs
+from backends.reconcile import Wanted
+from backends.rungs_here import RungsHere, host_bytes_free
+from backends.scaled_pool import ScaledPool
+from backends.scaling_metrics import Tally
+from backends.scaling_report import GpuReport, ScalingReport
+from backends.spec import PoolSpec, pool_specs
+from backends.starting import gpus_wanted
+from backends.surroundings import Surroundings
+from proxy.config import Config
+from proxy.contract import PoolRecord
+from proxy.contract.demand import Demand, ModelDemand
+
+TICK_S = 1.0
+TICK_SHORT_S = 0.1  # while somebody waits for cards that are being given back
+CROWDED_S = 5.0  # a pool whose new replica found no card after all asks again
+
+_DOWN = frozenset({Rung.ASLEEP, Rung.SUSPENDED})  # on these there is a process to be kept
+
+
+class RefusedScaleError(Exception):
+    """A pool's size cannot be set; the text says why."""
+
+
+class Autoscaler:
+    """The pools of one manager."""
+
+    def __init__(
+        self,
+        around: Surroundings,
+        engines: Mapping[str, Engine],
+        keepers: Mapping[str, Keeper],
+        book: DemandBook,
+        perform: Callable[[], None],
+    ) -> None:
+        """`perform` has the manager make so what `wanted` says."""
+        self.ladder = Ladder()
+        self.tally = Tally()
+        self.book = book
+        self.pools: dict[str, ScaledPool] = {}
+        self._around = around
+        self._engines = engines
+        self._keepers = keepers
+        self._perform = perform
+        self._here = RungsHere(around, engines)
+        self._hashes: dict[str, str] = {}
+        self._gpus_each: dict[str, int] = {}
+        self._memory = Memory()
+        self._unserved = Unserved()
+        self._views: dict[str, View] = {}
+        self._poured: dict[str, ModelDemand] = {}  # by model, as it was poured last
+        self._orders: dict[str, Rung | None] = {}  # by replica, of this moment only
+        self._released: set[str] = set()  # of pools that are not scaled any more: to be woken
+        self._told_out: dict[str, frozenset[Rung]] = {}
+        self._timer: Timer | None = None
+        self._open = False
+
+    # --- what the manager says ------------------------------------------------------------------
+
+    def want(self, config: Config) -> None:
+        """Scale the pools of `config` from now on, and no others."""
+        now_s = self._around.clock.now_s()
+        pools: dict[str, ScaledPool] = {}
+        for spec in pool_specs(config):
+            known = self.pools.get(spec.pool_id)
+            if known is None:
+                known = ScaledPool(spec, now_s)
+            else:
+                if known.scaled and spec.autoscale is None:
+                    self._released |= self._resting(spec.pool_id)
+                known.replace(spec, now_s)
+            pools[spec.pool_id] = known
+            engine = self._engines[spec.first.engine]
+            self._hashes[spec.pool_id] = launch_hash(engine, spec.first)
+            self._gpus_each[spec.pool_id] = self._gpus_of(spec, engine)
+        for gone in self.pools.keys() - pools.keys():
+            del self._hashes[gone], self._gpus_each[gone]
+        self.pools = pools
+        self._views = {}
+
+    def begin(self) -> None:
+        """Look now, and again and again until `close`."""
+        self._open = True
+        self.tick()
+
+    def close(self) -> None:
+        """Want nothing any more."""
+        self._open = False
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def take(self, demand: Demand) -> None:
+        """Note what a proxy reports; look at once if somebody waits for whom nobody comes."""
+        if not self.book.take(demand, self._around.clock.now_s()) or not self._open:
+            return
+        waiting = {model for model, told in demand.models.items() if told.queued}
+        for pool_id, view in self._views.items():
+            if waiting & view.names and self.pools[pool_id].scaled and not view.have:
+                self.tick()
+                return
+
+    def set_replicas(self, pool_id: str, replicas: int) -> None:
+        """Set the size of a pool that is not scaled, until the configuration is read again.
+
+        Raises `RefusedScaleError`, or KeyError where there is no such pool.
+        """
+        pool = self.pools[pool_id]
+        if pool.scaled:
+            raise RefusedScaleError(
+                f"pool {pool_id} is scaled by demand; change min and max of its autoscale and "
+                "send the manager SIGHUP, or take autoscale out of it"
+            )
+        pool.fixed = pool.desired = replicas
+        self._around.log.tell("pool_sized", pool=pool_id, replicas=replicas)
+        self._perform()
+
+    # --- what is to be --------------------------------------------------------------------------
+
+    def wanted(self) -> tuple[Wanted, ...]:
+        """Return the replicas that are to be, and on which rungs: as they are, but for orders."""
+        if not self._open:
+            return ()
+        self._look(self._around.clock.now_s())
+        wanted: list[Wanted] = []
+        for pool_id, pool in self.pools.items():
+            wanted += self._of_scaled(pool_id) if pool.scaled else self._of_fixed(pool_id)
+        return tuple(wanted)
+
+    def _of_fixed(self, pool_id: str) -> list[Wanted]:
+        pool, told = self.pools[pool_id], self._hashes[pool_id]
+        specs = [pool.pool.replica(number) for number in range(pool.fixed or 0)]
+        return [
+            Wanted(spec, told, Rung.AWAKE if spec.replica_id in self._released else None)
+            for spec in specs
+        ]
+
+    def _of_scaled(self, pool_id: str) -> list[Wanted]:
+        pool, told = self.pools[pool_id].pool, self._hashes[pool_id]
+        rungs = {member.replica_id: member.keep_on for member in self._views[pool_id].members}
+        rungs |= {name: rung for name, rung in self._orders.items() if self._is_of(name, pool_id)}
+        numbered = ((pool.number_of(name), rung) for name, rung in rungs.items())
+        wanted = sorted((n, rung) for n, rung in numbered if n is not None and rung is not None)
+        return [Wanted(pool.replica(number), told, rung) for number, rung in wanted]
+
+    def meant(self, replica_id: str) -> Wanted | None:
+        """Return what a replica of this name is, if a pool has it; of a fixed one, has it now."""
+        for pool_id, pool in self.pools.items():
+            number = pool.pool.number_of(replica_id)
+            if number is not None and (pool.scaled or number < (pool.fixed or 0)):
+                return Wanted(pool.pool.replica(number), self._hashes[pool_id])
+        return None
+
+    def records(self) -> tuple[PoolRecord, ...]:
+        """Return what the proxies are told, for each name that a pool answers to."""
+        now_s = self._around.clock.now_s()
+        records = []
+        for view in self._views.values():
+            record = view.record(self.ladder, now_s)
+            names = (view.pool.first.model, *sorted(view.pool.first.adapters))
+            records += [msgspec.structs.replace(record, model=name) for name in names]
+        return tuple(records)
+
+    def report(self) -> ScalingReport:
+        now_s, leases = self._around.clock.now_s(), self._around.cards.leases
+        self._look(now_s)
+        gpus = GpuReport()
+        if leases is not None:
+            total = len(leases.inventory.gpus)
+            gpus = GpuReport(total, len(free_cards(leases)), dict(leases.holders))
+        return ScalingReport(
+            at_s=self._around.clock.unix_s(),
+            proxies=self.book.proxies,
+            pools=tuple(p.report(self._views[name]) for name, p in self.pools.items()),
+            gpus=gpus,
+        )
+
+    # --- one look -------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Decide, and have it done."""
+        if not self._open:
+            return
+        now_s = self._around.clock.now_s()
+        self.book.expire(now_s)
+        self._look(now_s)
+        self._pour()
+        self._look(now_s)
+        verdict = self._judge(now_s)
+        moved = self._order(verdict, now_s)
+        for pool_id, pool in self.pools.items():
+            note = pool.note(moved.get(pool_id, ()), self._around.clock.unix_s())
+            if note is not None:
+                self.tally.decided(note)
+                told = msgspec.to_builtins(note)
+                del told["at_s"]
+                self._around.log.tell("scaling", **told)
+        self._perform()
+        self._orders.clear()
+        self._look(now_s)
+        short = any(isinstance(move, Wait) for move in verdict.moves)
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = TICK_SHORT_S if short else TICK_S
+        self._timer = self._around.clock.call_later(delay_s, self.tick)
+
+    def _look(self, now_s: float) -> None:
+        """See each replica as it is now."""
+        members: dict[str, list[Member]] = {pool_id: [] for pool_id in self.pools}
+        self._memory.keep(set(self._keepers))
+        for replica_id, keeper in self._keepers.items():
+            pool = self.pools.get(replica_id.rpartition("-")[0])
+            if pool is None:
+                continue
+            member, rise = self._memory.see(self._seen(keeper), now_s)
+            members[pool.pool.pool_id].append(member)
+            if rise is not None:
+                self.tally.rose(rise)
+            pool.imaged |= Rung.SNAPSHOTTED in keeper.turns
+            self._learn(keeper, member, now_s)
+            if member.standing is Standing.SERVES:
+                self._released.discard(replica_id)
+            if keeper.state.phase is Phase.BACKOFF and member.standing is Standing.GONE:
+                pool.crowded_until_s = now_s + CROWDED_S
+        self._views = {
+            pool_id: View(
+                pool=pool.pool,
+                members=tuple(members[pool_id]),
+                portion=pool.portion,
+                gpus_each=self._gpus_each[pool_id],
+                rungs=self._here.of(pool.pool, self._hashes[pool_id], imaged=pool.imaged),
+            )
+            for pool_id, pool in self.pools.items()
+        }
+
+    def _seen(self, keeper: Keeper) -> Look:
+        observed, leases = keeper.observed, self._around.cards.leases
+        replica_id, restored = keeper.spec.replica_id, keeper.turns.get(Rung.SNAPSHOTTED)
+        return Look(
+            replica_id=replica_id,
+            launch_hash=observed.launch_hash,
+            state=keeper.state,
+            aim=observed.aim,
+            load=keeper.questions.load,
+            devices=leases.holders.get(replica_id, ()) if leases else (),
+            in_flight=self.book.in_flight(replica_id),
+            tokens=self.book.tokens(replica_id),
+            names=keeper.questions.models,
+            restored_s=restored.up_s if restored else 0.0,
+        )
+
+    def _learn(self, keeper: Keeper, member: Member, now_s: float) -> None:
+        """Take what rungs have cost, and which have failed since they were looked at last."""
+        measured = {rung: cost for rung, cost in keeper.turns.items() if cost.up_s > 0.0}
+        self.ladder.learn(member.launch_hash, member.replica_id, measured)
+        out = keeper.observed.out
+        for rung in out - self._told_out.get(member.replica_id, frozenset()):
+            self.ladder.failed(member.launch_hash, rung, now_s)
+        self._told_out = {n: rungs for n, rungs in self._told_out.items() if n in self._keepers}
+        self._told_out[member.replica_id] = out
+
+    def _pour(self) -> None:
+        """Give each pool its portion of what its model is asked for."""
+        models: dict[str, list[View]] = {}
+        for view in self._views.values():
+            models.setdefault(view.pool.first.model, []).append(view)
+        names = {
+            model: frozenset[str]().union(*(view.names for view in views))
+            for model, views in models.items()
+        }
+        self.book.serve(set().union(*names.values()))
+        self._poured = {model: d for model, d in self._poured.items() if model in models}
+        for model, views in models.items():
+            demand = self._demand(names[model], views)
+            last = self._poured.get(model, demand)
+            self._poured[model] = demand
+            before = {view.pool.pool_id: self.pools[view.pool.pool_id].portion for view in views}
+            for pool_id, portion in pour(demand, last, list(map(_vessel, views)), before).items():
+                self.pools[pool_id].portion = portion
+
+    def _demand(self, names: frozenset[str], views: list[View]) -> ModelDemand:
+        """Return what proxies report; where none does, what the engines say that they have."""
+        demand = summed(self.book.of(name) for name in sorted(names))
+        if self.book.proxies:
+            return demand
+        own = sum(member.in_flight for view in views for member in view.members)
+        return msgspec.structs.replace(demand, in_flight=own)
+
+    def _judge(self, now_s: float) -> Verdict:
+        """Ask the law what each pool needs, and the arbiter who gets it."""
+        room, freeing = room_of(self._around.cards.leases, self._views.values(), host_bytes_free())
+        claims = [self._claim(pool_id, now_s) for pool_id in self.pools]
+        for pool_id, claim in zip(self.pools, claims, strict=True):
+            limit = replicas_possible(claim, claims, room) if room.gpus else None
+            self.pools[pool_id].decide(self._views[pool_id], self.ladder, now_s, limit)
+        wanting = [
+            pool_id
+            for pool_id, pool in self.pools.items()
+            if pool.desired and not self._views[pool_id].have
+        ]
+        unserved = self._unserved.note(wanting, now_s)
+        claims = [
+            msgspec.structs.replace(
+                self._claim(pool_id, now_s), unserved_s=unserved.get(pool_id, 0.0)
+            )
+            for pool_id in self.pools
+        ]
+        return arbitrate([*claims, *freeing], room)
+
+    def _claim(self, pool_id: str, now_s: float) -> Claim:
+        return self._views[pool_id].claim(self.ladder, now_s, self.pools[pool_id].desired)
+
+    def _order(self, verdict: Verdict, now_s: float) -> dict[str, list[str]]:
+        """Note what is to be done now; return it in words, by pool."""
+        words: dict[str, list[str]] = {}
+        waiting = {refusal.pool: refusal.reason for refusal in verdict.refused}
+        for move in verdict.moves:
+            if isinstance(move, Wait):
+                waiting[move.pool] = move.reason
+            elif (said := self._order_one(move, now_s)) is not None:
+                words.setdefault(move.pool, []).append(said)
+        for pool_id, pool in self.pools.items():
+            for replica_id in self._needless(pool_id):
+                self._orders[replica_id] = None
+                words.setdefault(pool_id, []).append(
+                    f"{replica_id} ends: others serve in its place"
+                )
+            why = waiting.get(pool_id, "")
+            if why and why != pool.waiting:
+                self._around.log.tell("scaling_waits", pool=pool_id, reason=why)
+            pool.waiting = why
+        return words
+
+    def _order_one(self, move: Raise | Lower, now_s: float) -> str | None:
+        pool = self.pools.get(move.pool)
+        if pool is None or not pool.scaled:  # its replicas come by themselves
+            return None
+        if isinstance(move, Lower):
+            self._orders[move.replica_id] = move.rung if move.rung in _DOWN else None
+            return f"{move.replica_id} to {move.rung}: {move.reason}"
+        if move.replica_id is None and now_s < pool.crowded_until_s:
+            return None
+        replica_id = move.replica_id or self._fresh(pool.pool)
+        self._orders[replica_id] = Rung.AWAKE
+        return f"{replica_id} up, from {move.rung}"
+
+    def _needless(self, pool_id: str) -> list[str]:
+        """Return replicas at rest that could never serve beside those that do, the deepest first.
+
+        A new start may be quicker than waking one, so that those at rest would pile up.
+        """
+        view, scale = self._views[pool_id], self.pools[pool_id].pool.autoscale
+        if scale is None:
+            return []
+        rests = [m for m in view.standing(Standing.RESTS) if m.replica_id not in self._orders]
+        up = [n for n, r in self._orders.items() if r is Rung.AWAKE and self._is_of(n, pool_id)]
+        excess = view.have + len(up) + len(rests) - scale.max
+        rests.sort(key=lambda member: (-member.rung.depth, -member.for_s))
+        return [member.replica_id for member in rests[: max(0, excess)]]
+
+    def _fresh(self, pool: PoolSpec) -> str:
+        """Return the name of a new replica: with the lowest number that is free."""
+        taken = self._keepers.keys() | self._orders.keys()
+        number = 0
+        while (name := f"{pool.pool_id}-{number}") in taken:
+            number += 1
+        return name
+
+    def _resting(self, pool_id: str) -> set[str]:
+        view = self._views.get(pool_id)
+        return {m.replica_id for m in view.standing(Standing.RESTS)} if view else set()
+
+    def _is_of(self, replica_id: str, pool_id: str) -> bool:
+        return self.pools[pool_id].pool.number_of(replica_id) is not None
+
+    def _gpus_of(self, pool: PoolSpec, engine: Engine) -> int:
+        """Return how many of our cards a replica leases; one that is pinned shares its own."""
+        count = gpus_wanted(engine, pool.first)
+        ours = self._around.cards.leases is not None
+        return count if ours and pinned(pool.first.env, pool.first.args, count) is None else 0
+
+
+def _vessel(view: View) -> Vessel:
+    """Return what a pool is meant to carry; of a fixed one that aims at nothing, what it has."""
+    scale, target = view.pool.autoscale, target_inputs(view.pool)
+    count = scale.max if scale else len(view.standing(Standing.SERVES))
+    has = sum(member.in_flight for member in view.members)
+    carries = float(count * target) if target else float(has)
+    return Vessel(view.pool.pool_id, carries, scaled=scale is not None)

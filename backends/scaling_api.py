@@ -1,0 +1,73 @@
+"""The part of the manager's API that is about demand and about how many replicas there are."""
+
+from __future__ import annotations
+
+from aiohttp import web
+from msgspec import MsgspecError
+
+from backends.arguments import REPLICAS_MAX
+from backends.autoscale import Autoscaler, RefusedScaleError
+from backends.scaling_report import POOLS_PATH, SCALING_PATH, encode_report
+from proxy.contract.demand import DEMAND_BYTES_MAX, DEMAND_PATH, decode_demand
+
+READ_BYTES = 64 * 1024
+
+
+class ScalingApi:
+    """Takes what proxies report, tells what follows, and takes the sizes that others decide."""
+
+    def __init__(self, scaler: Autoscaler) -> None:
+        self._scaler = scaler
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post(DEMAND_PATH, self._demand),
+            web.get(SCALING_PATH, self._report),
+            web.post(POOLS_PATH, self._scale),
+        ]
+
+    async def _demand(self, request: web.Request) -> web.Response:
+        refuse_web_pages(request)
+        body = bytearray()
+        while chunk := await request.content.read(READ_BYTES):
+            body += chunk
+            if len(body) > DEMAND_BYTES_MAX:
+                raise web.HTTPRequestEntityTooLarge(DEMAND_BYTES_MAX, len(body))
+        try:
+            demand = decode_demand(bytes(body))
+        except MsgspecError as error:
+            raise web.HTTPBadRequest(text=f"that is no report of a proxy: {error}") from error
+        self._scaler.take(demand)
+        return web.Response(status=204)
+
+    async def _report(self, _request: web.Request) -> web.Response:
+        body = encode_report(self._scaler.report())
+        return web.Response(body=body, content_type="application/json")
+
+    async def _scale(self, request: web.Request) -> web.Response:
+        refuse_web_pages(request)
+        await request.read()  # bounded by client_max_size; nothing in it is needed
+        pool_id, replicas = request.match_info["pool_id"], _replicas(request)
+        try:
+            self._scaler.set_replicas(pool_id, replicas)
+        except KeyError as error:
+            known = ", ".join(self._scaler.pools) or "none"
+            raise web.HTTPNotFound(text=f"no pool '{pool_id}'; there are: {known}") from error
+        except RefusedScaleError as error:
+            raise web.HTTPConflict(text=str(error)) from error
+        return web.json_response({"pool": pool_id, "replicas": replicas})
+
+
+def refuse_web_pages(request: web.Request) -> None:
+    """Refuse what a page in an operator's browser sends: browsers name its origin, tools do not."""
+    if "origin" in request.headers:
+        raise web.HTTPForbidden(text="requests of web pages are not taken")
+
+
+def _replicas(request: web.Request) -> int:
+    text = request.query.get("replicas", "")
+    if not (text.isascii() and text.isdecimal() and int(text) <= REPLICAS_MAX):
+        raise web.HTTPBadRequest(
+            text=f"replicas must be a whole number from 0 to {REPLICAS_MAX}, not '{text}'"
+        )
+    return int(text)

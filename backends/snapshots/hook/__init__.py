@@ -1,0 +1,1 @@
+"""A folder for an engine's PYTHONPATH; nothing of it is imported here."""

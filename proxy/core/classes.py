@@ -1,0 +1,44 @@
+"""How urgent work is: three classes, and which of them a request is of.
+
+Online work has a person who waits for its first word; semi-online work comes in bursts and must be
+done in minutes; offline work only has to be done. A request says so by its `service_tier`, in the
+words of OpenAI's API; one that says nothing is of the class of its model's pool. Who says "auto" or
+"default" asks for no tier of his own, and so has said nothing.
+
+The class decides only among those who wait: who goes first, who may take how much of the room, and
+how long. A request that can go at once goes, whatever it is.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from proxy.core import limits
+
+ONLINE: Final = 0
+SEMI_ONLINE: Final = 1
+OFFLINE: Final = 2
+UNSAID: Final = -1
+NAMES: Final[tuple[str, ...]] = ("online", "semi-online", "offline")  # the most urgent first
+
+# By class: how long it yields to online work, its part of the room, and how patient it is.
+YIELD_S: Final[tuple[float, ...]] = (0.0, limits.SEMI_ONLINE_YIELD_S, limits.OFFLINE_YIELD_S)
+SHARES: Final[tuple[float, ...]] = (1.0, limits.SEMI_ONLINE_SHARE, limits.OFFLINE_SHARE)
+PATIENCE: Final[tuple[float, ...]] = (
+    1.0,
+    limits.SEMI_ONLINE_PATIENCE_WEIGHT,
+    limits.OFFLINE_PATIENCE_WEIGHT,
+)
+
+# "fast" is what Anthropic's clients call OpenAI's "priority"; "flex" is cheap and may take long.
+_TIERS: Final[dict[str, int]] = {"priority": ONLINE, "fast": ONLINE, "flex": OFFLINE}
+
+
+def class_of_tier(service_tier: str | None) -> int:
+    """Return the class that a request asks for; `UNSAID` where it leaves that to its pool."""
+    return UNSAID if service_tier is None else _TIERS.get(service_tier, UNSAID)
+
+
+def class_named(name: str) -> int:
+    """Return the class of a name. One that we do not know is that of a newer manager: online."""
+    return NAMES.index(name) if name in NAMES else ONLINE

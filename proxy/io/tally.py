@@ -1,0 +1,127 @@
+"""What one worker has in flight and waiting, told to its supervisor for the manager.
+
+Told every so often, and at once when a request begins to wait for a model of which nothing is
+awake: then a start is on the way before the second such request has come. It is the whole each
+time, counted from the leases that are held, so that a request counts for its replica from the
+moment in which it is bound to it. Without a manager nothing is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from proxy.contract.demand import DEMAND_INTERVAL_S, ModelDemand, ReplicaDemand
+from proxy.core import limits
+from proxy.core.demand import sum_models
+from proxy.core.fleet import Fleet
+from proxy.core.replica import Replica
+from proxy.io import control
+from proxy.io.plane import Plane
+
+
+class Tally:
+    """One worker's demand; `run` owns its time."""
+
+    def __init__(self, plane: Plane, channel: control.Channel) -> None:
+        self._plane = plane
+        self._channel = channel
+        self._told: control.Demanded | None = None
+        self._urgent = asyncio.Event()
+        plane.waiting.on_hold = self._urgent.set
+
+    async def run(self) -> None:
+        """Tell until cancelled."""
+        while True:
+            try:
+                async with asyncio.timeout(DEMAND_INTERVAL_S):
+                    await self._urgent.wait()
+            except TimeoutError:
+                pass
+            else:
+                await asyncio.sleep(0)  # who comes in the same turn of the loop is told of as well
+            self._tell(at_once=self._urgent.is_set())
+            self._urgent.clear()
+            await asyncio.sleep(limits.DEMAND_PUSH_S)
+
+    def _tell(self, *, at_once: bool) -> None:
+        plane = self._plane
+        if plane.config.manager_url is None:
+            return
+        if self._channel.waiting_bytes > limits.NOTES_WAITING_BYTES_MAX:
+            return  # a supervisor that is behind gets the next one
+        demanded = demand_of(plane, at_once=at_once)
+        if demanded != self._told or at_once:
+            self._told = demanded
+            self._channel.send(demanded)
+
+
+def demand_of(plane: Plane, *, at_once: bool = False) -> control.Demanded:
+    """Return all that a worker has, by the names under which the manager counts it."""
+    replicas: dict[str, ReplicaDemand] = {}
+    models: dict[str, ModelDemand] = {}
+    for name, (in_flight, tokens) in _by_replica(plane).items():
+        replica = plane.fleet.replicas.get(name)
+        replica_id = name if replica is None else replica.replica_id
+        before = replicas.get(replica_id, ReplicaDemand())
+        replicas[replica_id] = ReplicaDemand(before.in_flight + in_flight, before.tokens + tokens)
+        model = _model_of(replica, plane.fleet) if replica is not None else ""
+        if model:
+            more = ModelDemand(in_flight=in_flight, in_flight_tokens=tokens)
+            models = sum_models((models, {model: more}))
+    return control.Demanded(
+        sum_models((models, *_waiting(plane), *_arrived(plane))),
+        replicas,
+        plane.fleet_epoch,
+        plane.fleet_version,
+        at_once,
+    )
+
+
+def _by_replica(plane: Plane) -> dict[str, tuple[int, int]]:
+    """Return the requests that each replica has of ours, and the tokens of those not answered."""
+    found: dict[str, tuple[int, int]] = {}
+    for lease in plane.leases:
+        in_flight, tokens = found.get(lease.replica_name, (0, 0))
+        tokens += lease.prefill_tokens if lease.pending else 0
+        found[lease.replica_name] = (in_flight + 1, tokens)
+    return found
+
+
+def _model_of(replica: Replica, fleet: Fleet) -> str:
+    """Return the name under which a replica's work counts; empty where it names no model."""
+    names = sorted(replica.models)
+    for name in names:
+        if name in fleet.prospects:
+            return fleet.prospects[name].name
+    return names[0] if names else ""
+
+
+def _waiting(plane: Plane) -> list[dict[str, ModelDemand]]:
+    now_s = plane.clock.now_s()
+    return [
+        {
+            model: ModelDemand(
+                queued=len(queue.waiters),
+                queued_tokens=queue.tokens,
+                queued_s=round(queue.oldest_s(now_s), 3),
+                refused_total=queue.refused_total,
+            )
+        }
+        for key, queue in plane.waiting.queues.items()
+        if (model := _counted_as(key or plane.only_model(), plane.fleet))
+        and (queue.waiters or queue.refused_total)
+    ]
+
+
+def _arrived(plane: Plane) -> list[dict[str, ModelDemand]]:
+    return [
+        {_counted_as(model, plane.fleet): ModelDemand(arrivals_total=count)}
+        for model, count in plane.arrivals.items()
+        if count
+    ]
+
+
+def _counted_as(model: str, fleet: Fleet) -> str:
+    if model not in fleet.pools:
+        return ""
+    return fleet.prospect_of(model).name or model

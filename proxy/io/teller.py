@@ -1,0 +1,122 @@
+"""What this proxy tells its manager of its work, summed over its workers. Runs in the supervisor.
+
+A report is the whole, so none is repeated: one that fails is made good by the next. A manager that
+is away, or one that takes no reports, is told of in the log once, and once when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+
+import aiohttp
+
+from proxy.contract.demand import DEMAND_INTERVAL_S, DEMAND_PATH, Demand, encode_demand
+from proxy.core import limits
+from proxy.core.demand import counted, sum_models, sum_replicas
+from proxy.io.control import Demanded
+from proxy.io.telemetry import Sample
+
+_log = logging.getLogger("doherty.demand")
+
+
+class Teller:
+    """All workers' demand, by the origin of each, and the one who posts it."""
+
+    def __init__(self, session: Callable[[], aiohttp.ClientSession]) -> None:
+        """`session()` returns the client by which managers are asked now."""
+        self._session = session
+        self._url: str | None = None
+        self._of: dict[int, Demanded | None] = {}  # by origin; None: it has said nothing yet
+        self._departed = Demanded({}, {})
+        self._urgent = asyncio.Event()
+        self._proxy_id = os.urandom(8).hex()
+        self._sequence = 0
+        self._sent_total = 0
+        self._failed_total = 0
+        self._refused = ""  # why the last one was not taken
+
+    def tell(self, manager_url: str | None) -> None:
+        """Report there from now on; None: nowhere."""
+        self._url = manager_url.rstrip("/") + DEMAND_PATH if manager_url else None
+
+    # --- the workers -------------------------------------------------------------------------
+
+    def join(self, origin: int) -> None:
+        """A worker has been started, and may choose before it has told anything."""
+        self._of[origin] = None
+
+    def hear(self, origin: int, demanded: Demanded) -> None:
+        if origin in self._of:
+            self._of[origin] = demanded
+            if demanded.at_once:
+                self._urgent.set()
+
+    def leave(self, origin: int) -> None:
+        """It is no more, and neither is what it had in hand."""
+        last = self._of.pop(origin, None)
+        if last is not None:
+            models = sum_models((self._departed.models, counted(last.models)))
+            self._departed = Demanded(models, {})
+
+    def demand(self) -> Demand:
+        """Return the next report."""
+        self._sequence += 1
+        told = [one for one in self._of.values() if one is not None]
+        epochs = {one.epoch for one in told}
+        # One that has said nothing may still do anything: then nothing is known of any fleet.
+        known = len(epochs) == 1 and len(told) == len(self._of)
+        return Demand(
+            proxy_id=self._proxy_id,
+            sequence=self._sequence,
+            models=sum_models((self._departed.models, *(one.models for one in told))),
+            replicas=sum_replicas(one.replicas for one in told),
+            fleet_epoch=epochs.pop() if known else "",
+            fleet_version=min(one.version for one in told) if known else 0,
+        )
+
+    # --- the manager -------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Report until cancelled."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DEMAND_INTERVAL_S):
+                    await self._urgent.wait()
+            self._urgent.clear()
+            if self._url is not None:
+                await self._report(self._url)
+            await asyncio.sleep(limits.DEMAND_PUSH_S)
+
+    async def _report(self, url: str) -> None:
+        try:
+            timeout = aiohttp.ClientTimeout(total=limits.DEMAND_TIMEOUT_S)
+            async with self._session().post(
+                url,
+                data=encode_demand(self.demand()),
+                headers={"Content-Type": "application/json"},
+                timeout=timeout,
+                allow_redirects=False,
+            ) as answer:
+                refused = f"it answers {answer.status}" if answer.status >= 300 else ""
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:  # a session may be closed
+            refused = str(error) or type(error).__name__
+        if refused:
+            self._failed_total += 1
+            if not self._refused:
+                _log.warning("the manager takes no reports of demand: %s", refused)
+        else:
+            self._sent_total += 1
+            if self._refused:
+                _log.info("the manager takes reports of demand again")
+        self._refused = refused
+
+    def samples(self) -> list[Sample]:
+        """Return counters."""
+        return [
+            Sample("demand_reports_total", (("outcome", "sent"),), self._sent_total),
+            Sample("demand_reports_total", (("outcome", "failed"),), self._failed_total),
+        ]

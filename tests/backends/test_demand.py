@@ -1,0 +1,130 @@
+"""Reports of proxies, summed."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backends.demand import PROXIES_MAX, DemandBook
+from proxy.contract import FleetSnapshot, ReplicaRecord, ReplicaState
+from proxy.contract.demand import DEMAND_AGE_S_MAX, Demand, ModelDemand, ReplicaDemand
+
+
+def book() -> DemandBook:
+    made = DemandBook()
+    made.serve({"m", "n"})
+    return made
+
+
+def report(
+    proxy_id: str, sequence: int, replicas: dict[str, ReplicaDemand] | None = None, **m: float
+) -> Demand:
+    models = {"m": ModelDemand(**m)}  # type: ignore[arg-type]
+    return Demand(proxy_id=proxy_id, sequence=sequence, models=models, replicas=replicas or {})
+
+
+def test_the_newest_of_each_proxy_is_summed() -> None:
+    made = book()
+    assert made.take(report("a", 1, in_flight=3, queued=2, queued_s=1.5, queued_tokens=10), 0.0)
+    assert made.take(report("b", 1, in_flight=1, queued=1, queued_s=4.0), 0.1)
+    assert made.take(report("a", 2, in_flight=5, queued_s=0.5), 0.5)
+    told = made.of("m")
+    assert (told.in_flight, told.queued, told.queued_s, told.queued_tokens) == (6, 1, 4.0, 0)
+    assert made.of("n") == ModelDemand()
+
+
+def test_an_older_report_that_comes_late_is_dropped() -> None:
+    made = book()
+    made.take(report("a", 5, in_flight=1), 0.0)
+    assert not made.take(report("a", 4, in_flight=9), 0.1)
+    assert made.of("m").in_flight == 1
+
+
+def test_a_silent_proxy_is_gone_and_its_requests_with_it() -> None:
+    made = book()
+    made.take(report("a", 1, in_flight=3, replicas={"m-0": ReplicaDemand(in_flight=3)}), 0.0)
+    made.take(report("b", 1, in_flight=1), 3.0)
+    made.expire(DEMAND_AGE_S_MAX + 0.1)
+    assert (made.of("m").in_flight, made.in_flight("m-0"), made.proxies) == (1, 0, 1)
+    made.expire(20.0)
+    assert (made.of("m").in_flight, made.in_flight("m-0")) == (0, None)
+
+
+def test_counters_only_grow() -> None:
+    """Over the end of a proxy, its restart under the same id, and one that was there before."""
+    made = book()
+    made.take(report("a", 1, arrivals_total=4, refused_total=1), 0.0)
+    made.take(report("a", 2, arrivals_total=10), 0.5)
+    made.take(report("old", 700, arrivals_total=100_000), 0.5)  # history of a former manager
+    assert made.of("m").arrivals_total == 10
+    made.take(report("old", 701, arrivals_total=100_003), 1.0)
+    assert made.of("m").arrivals_total == 13
+    made.expire(60.0)
+    made.take(report("a", 1, arrivals_total=2), 60.0)
+    assert (made.of("m").arrivals_total, made.of("m").refused_total) == (15, 1)
+
+
+def fleet(version: int, state: str = "ready", asleep: bool = False) -> FleetSnapshot:
+    record = ReplicaRecord(
+        replica_id="m-0", url="http://127.0.0.1:1", state=ReplicaState(state), asleep=asleep
+    )
+    return FleetSnapshot(epoch="e", version=version, replicas=(record,))
+
+
+def known(sequence: int, version: int, epoch: str = "e", proxy_id: str = "a") -> Demand:
+    return Demand(proxy_id=proxy_id, sequence=sequence, fleet_epoch=epoch, fleet_version=version)
+
+
+def test_a_count_from_before_the_draining_was_known_is_no_count_of_none() -> None:
+    """A worker that had not heard of it may just have sent a request there."""
+    made = book()
+    made.publish(fleet(4))
+    made.take(known(1, 4), 0.0)
+    assert made.in_flight("m-0") == 0
+    made.publish(fleet(5, "draining"))
+    made.publish(fleet(6, "draining"))
+    assert made.in_flight("m-0") == 1
+    made.take(known(2, 5), 0.5)
+    assert made.in_flight("m-0") == 0
+    made.take(known(1, 9, epoch="of a former manager", proxy_id="b"), 0.5)
+    assert made.in_flight("m-0") == 1
+    made.take(known(2, 0, proxy_id="b"), 0.6)
+    assert made.in_flight("m-0") == 0, "one that knows no fleet has chosen nobody"
+
+
+def test_one_that_comes_back_is_forgotten_and_one_asleep_takes_nothing() -> None:
+    made = book()
+    made.take(known(1, 4), 0.0)
+    made.publish(fleet(5, asleep=True))
+    assert made.in_flight("m-0") == 1
+    made.publish(fleet(6))
+    assert made.in_flight("m-0") == 0
+    made.publish(fleet(7, "draining"))
+    made.take(known(2, 6), 0.1)
+    assert made.in_flight("m-0") == 1
+
+
+def test_names_that_no_pool_has_and_too_many_proxies_leave_nothing() -> None:
+    made = book()
+    made.take(Demand(proxy_id="a", sequence=1, models={"x": ModelDemand(in_flight=9)}), 0.0)
+    assert made.of("x") == ModelDemand()
+    for number in range(2 * PROXIES_MAX):
+        made.take(report(f"p{number}", 1, in_flight=1), 0.0)
+    assert made.of("m").in_flight == PROXIES_MAX - 1
+    made.serve({"n"})
+    assert made.of("m").arrivals_total == 0
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(0, 30), st.integers(0, 50), st.floats(0, 4)),
+        max_size=60,
+    )
+)
+def test_arrivals_never_fall(reports: list[tuple[str, int, int, float]]) -> None:
+    made, now_s, last = book(), 0.0, 0
+    for proxy_id, sequence, arrivals, pause_s in reports:
+        now_s += pause_s
+        made.take(report(proxy_id, sequence, arrivals_total=arrivals), now_s)
+        assert made.of("m").arrivals_total >= last
+        last = made.of("m").arrivals_total
