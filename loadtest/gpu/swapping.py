@@ -62,6 +62,7 @@ async def swap(ladder: Ladder, found: Findings, rounds: int) -> None:
     """Ask one, then the other, `rounds` times."""
     loop = asyncio.get_running_loop()
     models, waits, failed, asked = (ladder.scene.model, OTHER), [], list[str](), 0
+    before = await _restarts(ladder)  # the reload that brought the second model was one
     for number in range(rounds):
         there, wanted = models[(number + 1) % 2], models[number % 2]
         streams = [
@@ -84,8 +85,11 @@ async def swap(ladder: Ladder, found: Findings, rounds: int) -> None:
         "round_longest_s": max(waits),
     }
     found.claim(not failed, f"no request failed: {failed[0] if failed else ''}")
-    down = sum(replica.restarts for replica in await ladder.replicas())
-    found.claim(not down, "no engine was started anew")
+    found.claim(await _restarts(ladder) == before, "no engine was started anew")
+
+
+async def _restarts(ladder: Ladder) -> int:
+    return sum(replica.restarts for replica in await ladder.replicas())
 
 
 async def _ask(ladder: Ladder, model: str, tokens: int, timeout_s: float) -> None:
