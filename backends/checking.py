@@ -15,9 +15,10 @@ from backends.engines import ENGINES
 from backends.engines.base import Engine, EngineMissingError, FlagError
 from backends.engines.features import SGLANG_RANGE, VLLM_RANGE
 from backends.engines.probe import probe_release, program_of
-from backends.engines.release import UNKNOWN_RELEASE
+from backends.engines.release import UNKNOWN_RELEASE, parse_release
 from backends.gpus import pinned
 from backends.nvidia_smi import AUTO, NONE, names_of
+from backends.providers.container_form import tag_of
 from backends.spec import ReplicaSpec, pool_specs
 from backends.starting import gpus_wanted
 from proxy.config import Config, ConfigError
@@ -43,6 +44,8 @@ def check_engines(
 
 
 def _check(engine: Engine, spec: ReplicaSpec, environ: Mapping[str, str]) -> tuple[str, ...]:
+    if spec.image:  # which program is in there, its tag says
+        return engine.check(spec, parse_release(tag_of(spec.image)))
     try:
         release = probe_release(program_of(engine, spec, environ))
     except EngineMissingError as error:

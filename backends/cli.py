@@ -98,6 +98,7 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
     _add_manager_url(status)
     status.set_defaults(run=_status)
     _add_scale(commands)
+    _add_reclaim(commands)
     sleep = commands.add_parser("sleep", help="free the GPU memory of a replica, keep its process")
     sleep.add_argument(
         "--level",
@@ -128,6 +129,15 @@ def _add_scale(commands: Any) -> None:
     )
     _add_manager_url(scale)
     scale.set_defaults(run=_scale)
+
+
+def _add_reclaim(commands: Any) -> None:
+    reclaim = commands.add_parser("reclaim", help="say that the machine or GPUs will be taken away")
+    reclaim.add_argument("in_s", nargs="?", type=float, metavar="SECONDS", help="that are left")
+    reclaim.add_argument("--gpus", metavar="LIST", help="these only, such as 0,1")
+    reclaim.add_argument("--cancel", action="store_true", help="nothing will be, after all")
+    _add_manager_url(reclaim)
+    reclaim.set_defaults(run=_reclaim)
 
 
 def _add_manager_url(parser: argparse.ArgumentParser) -> None:
@@ -245,6 +255,13 @@ def _status(options: argparse.Namespace) -> int:
     with suppress(StartError):  # a manager of a former release has no pools to tell of
         scaling = fetch_scaling(options.manager_url)
     print(table(fleet, scaling))
+    return 0
+
+
+def _reclaim(options: argparse.Namespace) -> int:
+    from backends.reclaim_command import reclaim
+
+    print(reclaim(options.manager_url, options.in_s, options.gpus, cancel=options.cancel))
     return 0
 
 

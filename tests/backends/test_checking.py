@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from backends.checking import check_cards
+from backends.checking import check_cards, check_engines
 from backends.cli import main
-from proxy.config import parse_config
+from backends.engines.features import VLLM_RANGE
+from proxy.config import ConfigError, parse_config
 
 MODEL = "  - {{name: {name}, pools: [{{engine: {engine}, args: [{args}], {more}}}]}}\n"
 
@@ -103,3 +104,16 @@ def test_the_cards_are_those_of_the_environment_before_the_file(
     monkeypatch.setenv("DOHERTY_GPUS", "0-1")
     assert main(["check", str(bare)]) == 0
     assert "more GPUs than the 2 of manager.gpus (0-1)" in capsys.readouterr().err
+
+
+def test_of_an_engine_in_an_image_the_tag_says_what_it_takes() -> None:
+    text = """\
+manager: {{provider: docker, docker: {{images: {{vllm: 'vllm/vllm-openai:v{release}'}}}}}}
+models: [{{name: m, pools: [{{engine: vllm, args: [{flag}]}}]}}]
+"""
+    newest = str(VLLM_RANGE.newest)
+    config = parse_config(text.format(release=newest, flag="--max-num-seqs=4"), "f")
+    assert check_engines(config, "f", {}) == ()
+    config = parse_config(text.format(release=newest, flag="--no-such-flag=4"), "f")
+    with pytest.raises(ConfigError, match="--no-such-flag"):
+        check_engines(config, "f", {})

@@ -165,9 +165,13 @@ def test_a_docker_engine_that_goes_away_takes_no_replica_with_it(
         assert read_stat(pid) is not None  # it lives on (--live-restore)
         assert one.answer() == 200
         engine.start()
+        assert one.answer() == 200
         assert one.replica()["pid"] == pid
-        engine.docker("kill", engine.names()[0])
+        engine.stop()
+        os.kill(pid, signal.SIGKILL)  # and who dies meanwhile is found dead
+        engine.start()
         until(lambda: one.serves() and one.replica()["pid"] != pid, "made anew")
+        assert one.answer() == 200
 
 
 def test_an_image_that_is_not_there_is_named(tmp_path: Path, engine: DockerEngine) -> None:

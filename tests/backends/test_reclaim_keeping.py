@@ -171,3 +171,36 @@ async def test_a_file_that_cannot_be_read_is_told_of(world: World) -> None:
     (world.run_dir / "reclaim.json").write_text("{")
     await world.start(configuration(world.run_dir, POOL))
     assert "reclaim_file" in [event["event"] for event in world.events()]
+
+
+SCALED = (
+    "[{engine: simulator, gpus: 1, target_inputs: 4, stop_grace_secs: 4, "
+    "autoscale: {min: 2, max: 3}}]"
+)
+
+
+async def test_a_scaled_pool_keeps_its_size(world: World) -> None:
+    await world.start(configuration(world.run_dir, SCALED))
+    await world.clock.advance(3.0)
+    assert states(world) == {"m-0": "ready", "m-1": "ready"}
+    world.fetch.busy(0, 0)
+    reclaims(world).take(60.0, ["0"], "test")
+    await world.clock.advance(3.5)
+    assert world.provider.spawned[0].signals == [15]
+    world.provider.spawned[0].exit("exited with status 0")
+    for _ in range(60):
+        await world.clock.advance(5.0)
+        assert states(world) == {"m-1": "ready", "m-2": "ready"}
+    assert len(world.provider.spawned) == 3
+
+
+async def test_offline_work_makes_room_at_once_and_starts_elsewhere(world: World) -> None:
+    pools = "[{engine: simulator, gpus: 1, class: offline, stop_grace_secs: 4}]"
+    await world.start(configuration(world.run_dir, pools))
+    reclaims(world).take(60.0, ["0"], "test")
+    await world.clock.advance(2.0)
+    assert reclaims(world).report().fates == {"m-0": "is requeued"}
+    world.provider.spawned[0].exit("exited with status 0")
+    await world.clock.advance(2.0)
+    assert states(world) == {"m-0": "ready"}
+    assert world.record(0).gpus == ("1",)
