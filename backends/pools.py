@@ -210,6 +210,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
                 holder = msgspec.structs.replace(holder, devices=())
             holders.append(holder)
         held = len(self.standing(Standing.HELD))
+        desired -= len(self.resting) if scale is None else 0
         least = desired if scale is None else min(scale.min, desired)
         return Claim(
             pool=self.pool.pool_id,

@@ -126,7 +126,7 @@ def test_a_fixed_pool_claims_what_it_was_told_and_keeps_its_sleepers() -> None:
         member(1, Standing.RESTS, Rung.ASLEEP),
         pool="{engine: simulator, replicas: 2}",
     )
-    claim = seen.claim(Ladder(), 0.0, desired=1)
+    claim = seen.claim(Ladder(), 0.0, desired=2)
     assert (claim.desired, claim.min) == (1, 1)
     assert [holder.kept for holder in claim.holders] == [False, True]
     assert all(way.replica_id is None for way in claim.ways_up)
