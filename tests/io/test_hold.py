@@ -110,6 +110,25 @@ async def test_what_comes_to_a_replica_that_is_just_up_goes_behind_those_that_ar
     assert newcomer.answer().status == 200
 
 
+async def test_a_worker_takes_its_part_of_a_replica_that_others_see_come_up_as_well(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench((), workers=2)
+    bench.publish(pools=(ZERO,))
+    clients = [ask(bench, f"{n}") for n in range(9)]
+    bench.publish(*up(max_inputs=7), pools=(UP,))
+    await bench.settle()
+    assert len(bench.upstreams.engines) == 3
+    newcomer = ask(bench, "newcomer")
+    await bench.settle()
+    assert len(bench.upstreams.engines) == 3
+    bench.sweep(3 * limits.OPENED_SHARED_S)  # the other one has told what it took: nothing
+    await bench.settle()
+    assert len(bench.upstreams.engines) == 7
+    await served(bench)
+    assert {client.answer().status for client in (*clients, newcomer)} == {200}
+
+
 async def test_the_urgent_go_first_when_a_model_comes_up(zero: Bench) -> None:
     zero.publish(pools=(msgspec.structs.replace(ZERO, work_class="semi-online"),))
     clients = [
