@@ -97,6 +97,21 @@ async def test_requests_wait_for_a_model_at_zero_and_go_in_the_order_they_came(
     assert zero.plane.telemetry.queue_wait_s.counts[0] >= 1  # of `late`
 
 
+@pytest.mark.parametrize("policy", ["round_robin", "random", "session", "least_load"])
+async def test_every_rule_has_requests_wait_for_a_model_at_zero(
+    make_bench: MakeBench, policy: str
+) -> None:
+    bench = make_bench((), policy=policy)
+    bench.publish(pools=(ZERO,))
+    clients = [ask(bench, f"{n}") for n in range(5)]
+    bench.sweep(1.0)
+    await bench.settle()
+    assert bench.plane.waiting.count == 5
+    bench.publish(*up(max_inputs=2), pools=(UP,))
+    assert await served(bench) == [*map(str, range(5))]
+    assert {client.answer().status for client in clients} == {200}
+
+
 async def test_what_comes_to_a_replica_that_is_just_up_goes_behind_those_that_are_held(
     zero: Bench,
 ) -> None:
