@@ -279,6 +279,10 @@ HELD_TIMER_S_MIN: Final = 0.001
 # Workers see the same replica become open in the same moment. Each looks at a moment of its own
 # within so long, some times what a note takes to the others: the first takes it, the rest hear so.
 HELD_SPREAD_S = 0.006
+# When a replica comes up for which several workers hold requests, each gives it its part of what it
+# may have, and waits for so long, or up to twice that, until it has heard what the others gave:
+# some times what notes are collected for by a busy worker.
+OPENED_SHARED_S: Final = 0.05
 # The pace at which requests leave is measured over so long: some prefills, and less than clients
 # wait before they ask again.
 DRAIN_HALF_LIFE_S: Final = 10.0

@@ -68,6 +68,7 @@ class Choice:
         # Half of it, as for their number: those that wait never shut out the others.
         bytes_max = min(self.config.queue_bytes, self.bodies_bytes_max // 2)
         self.waiting.room.resize(self.config.queue_size, bytes_max)
+        self.waiting.sharers = self.config.workers
 
     def choose(
         self, request: Request, pool: fleets.Pool, picture: Picture, now_s: float

@@ -108,6 +108,9 @@ class Waiting:
         self._pool_of = pool_of
         self._prospect_of = prospect_of
         self._on_fault = on_fault
+        self.sharers = 1  # workers that hold requests for the same replicas
+        self._quota = 0  # requests that may leave until that moment
+        self._quota_end_s = 0.0
         self.at_once = False  # nobody is held back any more: go as soon as there is room
         self._holding = Holding()
         self._numbers = 0
@@ -220,6 +223,8 @@ class Waiting:
         pool, prospect = self._pool_of(key), self._prospect_of(key)
         bits = self._picture.seats(pool).bits if pool is not None else 0
         if bits != queue.bits:
+            if queue.waiters and self.sharers > 1:
+                self._divide(bits & ~max(0, queue.bits), now_s)
             queue.bits = bits
             self._holding.renew(queue.number, empty=not bits)
         if bits:
@@ -293,15 +298,39 @@ class Waiting:
         """Give away what can go now."""
         self._look_due = False
         now_s = self._clock.now_s()
-        left = limits.HELD_TAKEN_MAX
+        share = left = self._share(now_s)
         some_open, next_s = self._openings(now_s)
         while left and (some_open or (self.at_once and self.room.count)) and self._take(now_s):
             left -= 1
             now_s = self._clock.now_s()
             some_open, next_s = self._openings(now_s)
-        if not left or (some_open and self._holding.unseen):
+        self._quota -= share - left
+        if share and (not left or (some_open and self._holding.unseen)):
             self.work_done()
+        if not share:
+            next_s = self._quota_end_s
         self._wake_at(next_s if self.room.count else _NEVER)
+
+    def _divide(self, opened: int, now_s: float) -> None:
+        """Every worker sees these replicas come up at once: take a part of what they may have.
+
+        The rest is anybody's a moment later, when each has heard what the others took.
+        """
+        loads = self._picture.loads
+        most = [
+            loads.inflight_max[slot] for slot in range(opened.bit_length()) if opened >> slot & 1
+        ]
+        if most and all(most):
+            before = self._quota if now_s < self._quota_end_s else 0
+            self._quota = before + sum(most) // self.sharers
+            self._quota_end_s = now_s + limits.OPENED_SHARED_S * (1.0 + self._clock.draw())
+
+    def _share(self, now_s: float) -> int:
+        """Return how many may leave in this look."""
+        if self._quota_end_s <= now_s:
+            self._quota = 0
+            return limits.HELD_TAKEN_MAX
+        return min(limits.HELD_TAKEN_MAX, self._quota)
 
     def _openings(self, now_s: float) -> tuple[bool, float]:
         """Return whether any replica that is waited for is open, and else when one should be."""

@@ -97,6 +97,21 @@ async def test_requests_wait_for_a_model_at_zero_and_go_in_the_order_they_came(
     assert zero.plane.telemetry.queue_wait_s.counts[0] >= 1  # of `late`
 
 
+@pytest.mark.parametrize("policy", ["round_robin", "random", "session", "least_load"])
+async def test_every_rule_has_requests_wait_for_a_model_at_zero(
+    make_bench: MakeBench, policy: str
+) -> None:
+    bench = make_bench((), policy=policy)
+    bench.publish(pools=(ZERO,))
+    clients = [ask(bench, f"{n}") for n in range(5)]
+    bench.sweep(1.0)
+    await bench.settle()
+    assert bench.plane.waiting.count == 5
+    bench.publish(*up(max_inputs=2), pools=(UP,))
+    assert await served(bench) == [*map(str, range(5))]
+    assert {client.answer().status for client in clients} == {200}
+
+
 async def test_what_comes_to_a_replica_that_is_just_up_goes_behind_those_that_are_held(
     zero: Bench,
 ) -> None:
@@ -108,6 +123,25 @@ async def test_what_comes_to_a_replica_that_is_just_up_goes_behind_those_that_ar
     order = await served(zero)
     assert order.index("newcomer") == len(clients)
     assert newcomer.answer().status == 200
+
+
+async def test_a_worker_takes_its_part_of_a_replica_that_others_see_come_up_as_well(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench((), workers=2)
+    bench.publish(pools=(ZERO,))
+    clients = [ask(bench, f"{n}") for n in range(9)]
+    bench.publish(*up(max_inputs=7), pools=(UP,))
+    await bench.settle()
+    assert len(bench.upstreams.engines) == 3
+    newcomer = ask(bench, "newcomer")
+    await bench.settle()
+    assert len(bench.upstreams.engines) == 3
+    bench.sweep(3 * limits.OPENED_SHARED_S)  # the other one has told what it took: nothing
+    await bench.settle()
+    assert len(bench.upstreams.engines) == 7
+    await served(bench)
+    assert {client.answer().status for client in (*clients, newcomer)} == {200}
 
 
 async def test_the_urgent_go_first_when_a_model_comes_up(zero: Bench) -> None:
