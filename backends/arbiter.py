@@ -27,21 +27,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from backends.claims import Claim, Holder, Lower, Raise, Refusal, Room, Transit, Verdict, Wait
 from backends.gpus import choose
 from backends.ladder import Rest, Rung, WayUp, best_rest
-from backends.shares import Shares, share_out, turn_s
+from backends.shares import TURN_S_MIN, Shares, share_out, turn_s
 
 _COLD = Rest(Rung.COLD, 0.0)
 
 
 class Unserved:
-    """For how long each pool has wanted a replica while none of it served."""
+    """For how long each pool has wanted a replica while none of it served.
+
+    A wait is remembered for `TURN_S_MIN` after it ended: a pool that had to wait until its claim
+    went before others' would otherwise lose the replica to these in the moment that it comes up.
+    """
 
     def __init__(self) -> None:
-        self._since_s: dict[str, float] = {}
+        self._waits: dict[str, tuple[float, float]] = {}  # its begin, and when it was last one
 
     def note(self, wanting: Iterable[str], now_s: float) -> Mapping[str, float]:
         """Take the pools that want one and have none, and return how long each has waited."""
-        self._since_s = {pool: self._since_s.get(pool, now_s) for pool in wanting}
-        return {pool: now_s - since_s for pool, since_s in self._since_s.items()}
+        recent = {p: wait for p, wait in self._waits.items() if now_s - wait[1] < TURN_S_MIN}
+        now = {pool: (recent.get(pool, (now_s, 0.0))[0], now_s) for pool in wanting}
+        self._waits = recent | now
+        return {pool: last_s - since_s for pool, (since_s, last_s) in self._waits.items()}
 
 
 def arbitrate(claims: Sequence[Claim], room: Room) -> Verdict:

@@ -15,21 +15,22 @@ what it would need is not known yet, and a manager that came back must not send 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
 from backends.arbiter import Unserved, arbitrate, replicas_possible
 from backends.card_room import free_cards, room_of
-from backends.claims import Claim, Lower, Raise, Verdict, Wait
+from backends.claims import RANKS, Claim, Verdict, Wait
 from backends.clock import Timer
 from backends.demand import DemandBook, summed
 from backends.engines.base import Engine, launch_hash
 from backends.gpus import pinned
 from backends.keeper import Keeper
 from backends.ladder import Ladder, Rung
-from backends.lifecycle import Phase
+from backends.lifecycle import Event, Lifecycle, Phase
 from backends.members import Look, Member, Memory, Standing
+from backends.orders import Orders
 from backends.pools import Vessel, View, pour, target_inputs
 from backends.reconcile import Wanted
 from backends.rungs_here import RungsHere, host_bytes_free
@@ -46,8 +47,6 @@ from proxy.contract.demand import Demand, ModelDemand
 TICK_S = 1.0
 TICK_SHORT_S = 0.1  # while somebody waits for cards that are being given back
 CROWDED_S = 5.0  # a pool whose new replica found no card after all asks again
-
-_DOWN = frozenset({Rung.ASLEEP, Rung.SUSPENDED})  # on these there is a process to be kept
 
 
 class RefusedScaleError(Exception):
@@ -80,8 +79,10 @@ class Autoscaler:
         self._memory = Memory()
         self._unserved = Unserved()
         self._views: dict[str, View] = {}
+        self._states: dict[str, Lifecycle] = {}  # of the last look
         self._poured: dict[str, ModelDemand] = {}  # by model, as it was poured last
         self._orders: dict[str, Rung | None] = {}  # by replica, of this moment only
+        self._shed: set[str] = set()  # taken down because they were not needed, and nobody's gain
         self._released: set[str] = set()  # of pools that are not scaled any more: to be woken
         self._told_out: dict[str, frozenset[Rung]] = {}
         self._timer: Timer | None = None
@@ -152,7 +153,7 @@ class Autoscaler:
         """Return the replicas that are to be, and on which rungs: as they are, but for orders."""
         if not self._open:
             return ()
-        self._look(self._around.clock.now_s())
+        self._look_again()
         wanted: list[Wanted] = []
         for pool_id, pool in self.pools.items():
             wanted += self._of_scaled(pool_id) if pool.scaled else self._of_fixed(pool_id)
@@ -193,8 +194,8 @@ class Autoscaler:
         return tuple(records)
 
     def report(self) -> ScalingReport:
-        now_s, leases = self._around.clock.now_s(), self._around.cards.leases
-        self._look(now_s)
+        leases = self._around.cards.leases
+        self._look_again()
         gpus = GpuReport()
         if leases is not None:
             total = len(leases.inventory.gpus)
@@ -216,29 +217,51 @@ class Autoscaler:
         self.book.expire(now_s)
         self._look(now_s)
         self._pour()
-        self._look(now_s)
+        self._decide(now_s)
+        orders = Orders(self.pools, self._views, self._keepers, now_s)
+        self._views = orders.recall(self._shed)
         verdict = self._judge(now_s)
-        moved = self._order(verdict, now_s)
+        self._shed = (self._shed & self._keepers.keys()) | orders.take(verdict)
+        self._orders = orders.by_replica
         for pool_id, pool in self.pools.items():
-            note = pool.note(moved.get(pool_id, ()), self._around.clock.unix_s())
+            why = orders.waiting.get(pool_id, "")
+            if why and why != pool.waiting:
+                self._around.log.tell("scaling_waits", pool=pool_id, reason=why)
+            pool.waiting = why
+            note = pool.note(orders.words.get(pool_id, ()), self._around.clock.unix_s())
             if note is not None:
                 self.tally.decided(note)
                 told = msgspec.to_builtins(note)
                 del told["at_s"]
                 self._around.log.tell("scaling", **told)
         self._perform()
-        self._orders.clear()
-        self._look(now_s)
+        self._orders = {}
+        self._cut(orders.cut)
+        self._look_again()
         short = any(isinstance(move, Wait) for move in verdict.moves)
         if self._timer is not None:
             self._timer.cancel()
         delay_s = TICK_SHORT_S if short else TICK_S
         self._timer = self._around.clock.call_later(delay_s, self.tick)
 
+    def _look_again(self) -> None:
+        """See each replica as it is now, if one of them has turned since the last look.
+
+        This is asked after each reading of each engine's load, which changes nothing here.
+        """
+        states = self._states
+        same = len(states) == len(self._keepers) and all(
+            states.get(name) is keeper.state for name, keeper in self._keepers.items()
+        )
+        if not same or self._views.keys() != self.pools.keys():
+            self._look(self._around.clock.now_s())
+
     def _look(self, now_s: float) -> None:
         """See each replica as it is now."""
         members: dict[str, list[Member]] = {pool_id: [] for pool_id in self.pools}
         self._memory.keep(set(self._keepers))
+        self._told_out = {n: out for n, out in self._told_out.items() if n in self._keepers}
+        self._states = {name: keeper.state for name, keeper in self._keepers.items()}
         for replica_id, keeper in self._keepers.items():
             pool = self.pools.get(replica_id.rpartition("-")[0])
             if pool is None:
@@ -287,7 +310,6 @@ class Autoscaler:
         out = keeper.observed.out
         for rung in out - self._told_out.get(member.replica_id, frozenset()):
             self.ladder.failed(member.launch_hash, rung, now_s)
-        self._told_out = {n: rungs for n, rungs in self._told_out.items() if n in self._keepers}
         self._told_out[member.replica_id] = out
 
     def _pour(self) -> None:
@@ -308,6 +330,8 @@ class Autoscaler:
             before = {view.pool.pool_id: self.pools[view.pool.pool_id].portion for view in views}
             for pool_id, portion in pour(demand, last, list(map(_vessel, views)), before).items():
                 self.pools[pool_id].portion = portion
+                view = self._views[pool_id]
+                self._views[pool_id] = msgspec.structs.replace(view, portion=portion)
 
     def _demand(self, names: frozenset[str], views: list[View]) -> ModelDemand:
         """Return what proxies report; where none does, what the engines say that they have."""
@@ -317,85 +341,59 @@ class Autoscaler:
         own = sum(member.in_flight for view in views for member in view.members)
         return msgspec.structs.replace(demand, in_flight=own)
 
-    def _judge(self, now_s: float) -> Verdict:
-        """Ask the law what each pool needs, and the arbiter who gets it."""
+    def _decide(self, now_s: float) -> None:
+        """Ask the law what each pool needs."""
         room, freeing = room_of(self._around.cards.leases, self._views.values(), host_bytes_free())
         claims = [self._claim(pool_id, now_s) for pool_id in self.pools]
         for pool_id, claim in zip(self.pools, claims, strict=True):
-            limit = replicas_possible(claim, claims, room) if room.gpus else None
+            limit = replicas_possible(claim, [*claims, *freeing], room) if room.gpus else None
             self.pools[pool_id].decide(self._views[pool_id], self.ladder, now_s, limit)
+
+    def _judge(self, now_s: float) -> Verdict:
+        """Ask the arbiter who gets what it needs."""
+        room, freeing = room_of(self._around.cards.leases, self._views.values(), host_bytes_free())
         wanting = [
             pool_id
             for pool_id, pool in self.pools.items()
             if pool.desired and not self._views[pool_id].have
         ]
         unserved = self._unserved.note(wanting, now_s)
+        short = [pool_id for pool_id in wanting if self._gpus_each[pool_id] > len(room.free)]
         claims = [
             msgspec.structs.replace(
-                self._claim(pool_id, now_s), unserved_s=unserved.get(pool_id, 0.0)
+                claim,
+                unserved_s=unserved.get(claim.pool, 0.0),
+                desired=claim.min if self._spares(claim, short) else claim.desired,
             )
-            for pool_id in self.pools
+            for claim in (self._claim(pool_id, now_s) for pool_id in self.pools)
         ]
         return arbitrate([*claims, *freeing], room)
 
+    def _spares(self, claim: Claim, short: Sequence[str]) -> bool:
+        """Say whether a pool keeps replicas only in case, while another of no lower class has none.
+
+        A pool keeps its last ones for its `scaledown_window` because coming back costs something.
+        Those who wait for a card pay more.
+        """
+        rank = RANKS[claim.work_class]
+        ranks = (RANKS[self.pools[pool_id].pool.first.work_class] for pool_id in short)
+        return (
+            claim.gpus_each > 0 and self._views[claim.pool].idle and min(ranks, default=9) <= rank
+        )
+
+    def _cut(self, replica_ids: Iterable[str]) -> None:
+        """Wait no longer for the requests of these: whoever sent them asks again.
+
+        One that is to sleep or to be suspended has them finish, within the grace that its pool has
+        for that: an engine that is told to sleep waits for them, or loses what they have computed.
+        """
+        for replica_id in replica_ids:
+            keeper = self._keepers[replica_id]
+            if keeper.state.phase is Phase.DRAINING:
+                keeper.apply(Event.DEADLINE, "its GPU is needed: its requests are asked again")
+
     def _claim(self, pool_id: str, now_s: float) -> Claim:
         return self._views[pool_id].claim(self.ladder, now_s, self.pools[pool_id].desired)
-
-    def _order(self, verdict: Verdict, now_s: float) -> dict[str, list[str]]:
-        """Note what is to be done now; return it in words, by pool."""
-        words: dict[str, list[str]] = {}
-        waiting = {refusal.pool: refusal.reason for refusal in verdict.refused}
-        for move in verdict.moves:
-            if isinstance(move, Wait):
-                waiting[move.pool] = move.reason
-            elif (said := self._order_one(move, now_s)) is not None:
-                words.setdefault(move.pool, []).append(said)
-        for pool_id, pool in self.pools.items():
-            for replica_id in self._needless(pool_id):
-                self._orders[replica_id] = None
-                words.setdefault(pool_id, []).append(
-                    f"{replica_id} ends: others serve in its place"
-                )
-            why = waiting.get(pool_id, "")
-            if why and why != pool.waiting:
-                self._around.log.tell("scaling_waits", pool=pool_id, reason=why)
-            pool.waiting = why
-        return words
-
-    def _order_one(self, move: Raise | Lower, now_s: float) -> str | None:
-        pool = self.pools.get(move.pool)
-        if pool is None or not pool.scaled:  # its replicas come by themselves
-            return None
-        if isinstance(move, Lower):
-            self._orders[move.replica_id] = move.rung if move.rung in _DOWN else None
-            return f"{move.replica_id} to {move.rung}: {move.reason}"
-        if move.replica_id is None and now_s < pool.crowded_until_s:
-            return None
-        replica_id = move.replica_id or self._fresh(pool.pool)
-        self._orders[replica_id] = Rung.AWAKE
-        return f"{replica_id} up, from {move.rung}"
-
-    def _needless(self, pool_id: str) -> list[str]:
-        """Return replicas at rest that could never serve beside those that do, the deepest first.
-
-        A new start may be quicker than waking one, so that those at rest would pile up.
-        """
-        view, scale = self._views[pool_id], self.pools[pool_id].pool.autoscale
-        if scale is None:
-            return []
-        rests = [m for m in view.standing(Standing.RESTS) if m.replica_id not in self._orders]
-        up = [n for n, r in self._orders.items() if r is Rung.AWAKE and self._is_of(n, pool_id)]
-        excess = view.have + len(up) + len(rests) - scale.max
-        rests.sort(key=lambda member: (-member.rung.depth, -member.for_s))
-        return [member.replica_id for member in rests[: max(0, excess)]]
-
-    def _fresh(self, pool: PoolSpec) -> str:
-        """Return the name of a new replica: with the lowest number that is free."""
-        taken = self._keepers.keys() | self._orders.keys()
-        number = 0
-        while (name := f"{pool.pool_id}-{number}") in taken:
-            number += 1
-        return name
 
     def _resting(self, pool_id: str) -> set[str]:
         view = self._views.get(pool_id)

@@ -10,7 +10,8 @@ history, not a burst of this moment, and is left out, unless it says that it has
 Whoever drains a replica waits until no proxy has requests on it. A count that was taken before all
 workers of a proxy had heard of the draining is no such count: one of them may just have chosen it.
 So reports name the fleet that was known, and until it is one that tells of the draining, a proxy
-counts as having a request there.
+counts as having a request there; or until it has been silent for `DOUBT_S`, because one that ends
+says no more, and what it may have sent by then the engine tells of.
 
 Bounded: by the proxies that may report at once, and by the names of pools and replicas that there
 are; what a proxy reports beside these is dropped.
@@ -18,15 +19,16 @@ are; what a proxy reports beside these is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import msgspec
 
 from proxy.contract import FleetSnapshot, ReplicaState
-from proxy.contract.demand import DEMAND_AGE_S_MAX, Demand, ModelDemand
+from proxy.contract.demand import DEMAND_AGE_S_MAX, DEMAND_INTERVAL_S, Demand, ModelDemand
 
 PROXIES_MAX = 256
 FIRST_SEQUENCE_MAX = 1  # a proxy that has said no more than this has just begun
+DOUBT_S = 3 * DEMAND_INTERVAL_S  # one report may be late, and one lost
 NONE = ModelDemand()
 
 
@@ -38,7 +40,8 @@ class _Heard(msgspec.Struct, frozen=True):
 class DemandBook:
     """The newest report of each proxy that lives."""
 
-    def __init__(self) -> None:
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self._now_s = now_s
         self._models: frozenset[str] = frozenset()
         self._heard: dict[str, _Heard] = {}
         self._arrivals: dict[str, int] = {}  # by model, of all proxies that ever reported
@@ -96,6 +99,7 @@ class DemandBook:
 
     def in_flight(self, replica_id: str) -> int | None:
         """Return the requests of all proxies on this replica; None: no proxy tells."""
+        self.expire(self._now_s())
         if not self._heard:
             return None
         told = (heard.demand.replicas.get(replica_id) for heard in self._heard.values())
@@ -107,10 +111,9 @@ class DemandBook:
         since = self._closed.get(replica_id)
         if since is None:
             return False
-        known = [(h.demand.fleet_epoch, h.demand.fleet_version) for h in self._heard.values()]
-        return any(
-            epoch != self._epoch or version < since for epoch, version in known if version > 0
-        )
+        doubt_s = self._now_s() - DOUBT_S
+        recent = (heard.demand for heard in self._heard.values() if heard.at_s >= doubt_s)
+        return any(d.fleet_epoch != self._epoch or d.fleet_version < since for d in recent)
 
     def tokens(self, replica_id: str) -> int:
         """Return the uncached prompt tokens that the proxies have waiting on this replica."""

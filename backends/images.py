@@ -162,6 +162,7 @@ class Images:
 
     async def _make(self, life: Life, began_s: float) -> tuple[Event, str] | None:
         around = self._around
+        self._turns.risen()  # what follows is no part of the start
         await warm_up(life, around)
         try:
             around.journal.append(Staged(life.launch_id, staged=True))

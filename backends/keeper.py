@@ -420,9 +420,8 @@ class Keeper:
 
     def answered(self) -> None:
         """It is ready."""
-        if self._process is not None:
-            self._around.warmer.answered(self._process.pid)
         if self._launch is not None:
+            self._around.warmer.answered(self._process.pid if self._process else 0)
             self._around.note(Ready(self._launch.launch_id))
             self._images.ready()
             self.apply(Event.ANSWERED, self._turns.risen())

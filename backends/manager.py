@@ -85,7 +85,7 @@ class Manager:
         self._stopped = asyncio.Event()
         self.serving = False
         self.keepers: dict[str, Keeper] = {}
-        book = DemandBook()
+        book = DemandBook(clock.now_s)
         self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock, book.publish)
         settings = config.manager
         self._cards = cards or Cards(None, log)

@@ -125,6 +125,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     idle_s: float = 0.0
     heat: int = 0
     preemptions: int = 0  # since it was first seen
+    recallable: bool = False  # on its way down, and still able to serve
 
     def holder(self, rests: tuple[Rest, ...]) -> Holder:
         """Return what the arbiter is to know of it; `rests`: where it could be lowered to."""
@@ -210,6 +211,8 @@ class Memory:
             idle_s=now_s - known.busy_s,
             heat=int(known.heat) + (look.load.used_tokens if look.load else 0),
             preemptions=known.preemptions,
+            recallable=look.state.phase in {Phase.DRAINING, Phase.EMPTYING}
+            and standing is Standing.GOING,
         )
 
 

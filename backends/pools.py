@@ -21,7 +21,9 @@ from backends.members import Member, Standing
 from backends.scaling import Observation, ScalingPolicy
 from backends.spec import PoolSpec
 from proxy.contract import PoolRecord
-from proxy.contract.demand import ModelDemand
+from proxy.contract.demand import DEMAND_INTERVAL_S, ModelDemand
+
+HANDED_S = 2 * DEMAND_INTERVAL_S  # from now on reports tell of what a new replica has been given
 
 
 class Portion(msgspec.Struct, frozen=True):
@@ -34,6 +36,21 @@ class Portion(msgspec.Struct, frozen=True):
     in_flight_tokens: int = 0
     arrivals: float = 0.0
     refused: float = 0.0
+
+
+def handed(portion: Portion) -> Portion:
+    """Return a portion of which nothing waits: a replica has just come up and takes it.
+
+    The reports that say what waits are from before it did, and what waits although there is one
+    more is asked for once more.
+    """
+    return msgspec.structs.replace(
+        portion,
+        in_flight=portion.in_flight + portion.queued,
+        queued=0,
+        in_flight_tokens=portion.in_flight_tokens + portion.queued_tokens,
+        queued_tokens=0,
+    )
 
 
 class Vessel(msgspec.Struct, frozen=True):
@@ -124,6 +141,13 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.standing(Standing.SERVES, Standing.COMING))
 
     @property
+    def idle(self) -> bool:
+        """Whether it is scaled, and nobody asks anything of it now."""
+        asked = self.portion.in_flight + self.portion.queued
+        busy = any(member.in_flight for member in self.members)
+        return self.pool.autoscale is not None and not asked and not busy
+
+    @property
     def resting(self) -> tuple[Resting, ...]:
         rests = self.standing(Standing.RESTS)
         return tuple(Resting(member.replica_id, member.rung) for member in rests)
@@ -147,6 +171,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
         serving = self.standing(Standing.SERVES)
         loads = [member.load for member in serving if member.load is not None]
         portion = self.portion
+        if any(member.for_s < HANDED_S for member in serving):
+            portion = handed(portion)
         return Observation(
             at_s=now_s,
             in_flight=portion.in_flight,

@@ -1,28 +1,37 @@
 """How many replicas of a pool should serve: the control law, without clock or process.
 
 What is asked for is a *rate*, and a rate does not grow while a replica starts; what has piled up in
-front of a pool does. So the law counts replicas by Little's law, arrivals a second x how long a
-request stays, over `target_inputs`, and not by what is there at the moment: a pool whose first
-replica takes a minute to start is not asked for sixty times too many. What has been ordered is in
-`coming_in_s` and counts as there. How long a request stays is measured at loads near the target: by
-itself at lower ones, and as `target_inputs` over the throughput of a replica that is full. Before
-anything was measured it is taken for the panic window.
+front of a pool does. So the law counts replicas by Little's law (Operations Research 9 (3), 1961),
+arrivals a second x how long a request stays over `target_inputs`, and not by what is there at the
+moment: a pool whose first replica takes a minute to start is not asked for sixty times too many.
+What has been ordered is in `coming_in_s` and counts as there. How long a request stays depends on
+how many stay with it: it is measured at loads at or below the target, and on full replicas by what
+they get done, and lies between. Until anything was measured it is taken for the panic window.
 
-Two things lower the number of requests that a replica is taken to carry: a KV cache that would be
-fuller than `kv_target`, long before the request count says so, and `target_tokens`.
+A KV cache that would be fuller than `kv_target` lowers the requests that a replica is taken to
+carry: what one request holds is measured while the caches are not full, because afterwards requests
+that wait inside the engine are in flight as well.
 
 Up, the largest of these wins:
-- *stable*: the mean rate of the stable window;
-- *trend*: where the quarters of that window rise steadily, the rate at the time when a start
-  that begins now would serve. A step is no trend, and neither is noise;
+- *stable*: the mean rate of the stable window, or what the last seconds show at most if that is
+  less: what is over is not asked for;
+- *recent*: that of the last half or quarter of it, less what chance may have added;
+- *inputs*: the mean in flight, where nothing waited: however long it stays, it was asked for;
+- *trend*: where the history is a line beyond chance, the rate when a start that begins now would
+  serve. A step is no line, and neither is noise;
 - *burst*: what the last seconds say with certainty (Poisson arrivals, a lower bound of their rate),
   but only where it is more than all that is there and coming can take at `max_inputs`, or
-  `panic_threshold` times the target. Below that it is what the room above the target is for.
+  `panic_threshold` times the target. Below that it is what the room above the target is for. While
+  requests wait, a share more is ordered to work them off;
+- *queue*: one more than there is, where requests have waited for some seconds and none is coming;
+- *tokens* that came within the panic window, and *kv*.
 
-Down by one at a time, not in panic (during a burst and two panic windows after it), and only when
-the rest stayed under `scaledown_share` of their target for the hold: as long as a start takes, for
-which keeping a replica costs what bringing it back would, at most `scaledown_window_s`. To
-nothing only when there was nothing for all of `scaledown_window_s`.
+Down by one at a time, not in panic (during a burst, until the stable window has it or it is over),
+and only when the rest stayed under `scaledown_share` of their target for the hold: as long as a
+start takes, for which keeping a replica costs what bringing it back would, at most
+`scaledown_window_s`. To nothing only when there was nothing for all of `scaledown_window_s`.
+No seasonal baseline: the lab (`loadtest.scaling`) has a day's wave followed without one, for a few
+hundredths more than an oracle's replica-seconds.
 """
 
 from __future__ import annotations
@@ -48,6 +57,7 @@ NEAR_TARGET = (0.6, 1.2)  # load over target at which a measured stay is that at
 HOLD_MIN_SHARE = 0.3  # of the stable window: what chance needs to be told from less
 HOLD_STARTS = 1.0  # starts that a replica is held for when it is not needed
 RECENT_SURE = 1.5  # deviations that the mean of less than the stable window is believed less
+QUEUE_PANICS = 0.7  # panic windows that a queue must have stood for, to be worth one more replica
 TREND_PARTS = 12  # that the history is cut into to find a trend
 TREND_SURE = 1.5  # deviations that its slope is believed less
 SURE = 3.0  # deviations below what came, that a burst must be over the limit with
@@ -219,7 +229,7 @@ class Scaler:
         stay_s = self._stay_s() or self.policy.panic_window_s
         since_s = max(full_since_s + stay_s, seen.at_s - self.policy.stable_window_s)
         window = self._history.window(since_s)
-        if window.departures < PASSED_MIN or not window.ready_s:
+        if window.departures < PASSED_MIN or window.span_s < stay_s or not window.ready_s:
             return
         certain = window.departures + FULL_SURE * math.sqrt(window.departures)
         found = Stay(window.flight_s / window.ready_s, window.flight_s / certain)
@@ -263,13 +273,20 @@ class Scaler:
         terms["carried"] = carried
         whole = window.span_s >= policy.stable_window_s / 2
         wants = {"stable": self._inputs(seen, rate) / carried if whole else 0.0}
+        if whole and not seen.coming_in_s and window.stock_s - window.flight_s < window.span_s:
+            # Nothing waited, so what is in flight is what was asked, however long it stays.
+            wants["inputs"] = min(window.flight_s / window.span_s, seen.in_flight) / carried
         for part in (2, 4):
             less = self._history.window(seen.at_s - policy.stable_window_s / part)
             recent = self._inputs(seen, less.rate_less(RECENT_SURE)) / carried
             wants["recent"] = max(wants.get("recent", 0.0), recent)
         if trend > rate:
             wants["trend"] = self._inputs(seen, trend) / carried
-        if seen.queued and not seen.coming_in_s and self._queued_for_s >= policy.panic_window_s / 2:
+        if (
+            seen.queued
+            and not seen.coming_in_s
+            and self._queued_for_s >= QUEUE_PANICS * policy.panic_window_s
+        ):
             wants["queue"] = seen.ready + ROUND_SHARE + 0.01
         if policy.target_tokens and window.span_s:
             wants["tokens"] = self._tokens(seen, window)

@@ -2,11 +2,16 @@
 
 1. What cannot be moved (on its way up, younger than its own start took, an operator's) is as it is.
 2. Every pool's `min`, what it has of it before what it lacks.
-3. The rest by class: online, then semi-online, then offline. Within a class every pool that wants
-   one gets its first replica before any gets a second, and then whoever has least for its weight
-   gets the next (max-min fairness, by cards). Of equals whoever has it already keeps it, so that
-   equal claims do not take from each other; then who has most work waiting per second that its
-   replica takes to come.
+3. The first replica of every online pool that wants one, then of every semi-online one. Whoever
+   waits for an answer should find its model somewhere before another model gets faster.
+4. What more online pools have and want, or lack while requests wait; the same of semi-online ones.
+5. What more these want though nothing waits (a buffer, a forecast): nobody who waits gives up a
+   card for that, least of all for a start from nothing, which leaves a card idle for a minute.
+6. Offline work, its first replicas before its further ones.
+
+Further replicas go to whoever has least for its weight (max-min fairness, by cards). Of equals
+whoever has it already keeps it, so that equal claims do not take from each other; then who has most
+work waiting per second that its replica takes to come.
 
 **Turns.** Where a class has more pools than replicas fit, the first ones go round: a pool keeps its
 last replica for its turn, `TURN_STARTS` times what the replica's start took (times the pool's
@@ -14,9 +19,10 @@ weight, so that lasting scarcity is shared by weight too); after that it goes to
 waited longest. A turn is that long so that starts take no more than a fifth of the time.
 
 **Nobody starves.** A pool that has wanted a replica for `PATIENCE_S` of its class and had none asks
-for its first one as if it were online, and comes before all that have waited less. So with N pools
-whose replicas have a turn of at most T seconds, take at most u to come and d to go, and room for S
-of them besides what `min` keeps, a pool that wants one has it within
+for its first one as if it were online, until it has had it for a while, and comes before all that
+have waited less. So with N pools whose replicas have a turn of at most T seconds, take at most u to
+come and d to go, and room for S of them besides what `min` keeps, a pool that wants one has it
+within
 
     patience + ceil(N / S) x (T + u + d).
 
@@ -24,9 +30,7 @@ For once it is patient no more, only pools that have waited longer come before i
 each that comes up leaves that company; and as long as one waits, no replica but those within their
 turn is given to anybody else: in each T + u + d all S places are given out anew. With replicas of
 several sizes S counts places of the largest: where one that is next needs more cards than can be
-moved yet, nobody after it gets a new replica, or small ones would pass it for ever. Once up, a
-replica of a lower class has its own start time and no turn: then an online pool may take the cards
-again.
+moved yet, nobody after it gets a new replica, or small ones would pass it for ever.
 """
 
 from __future__ import annotations
@@ -66,8 +70,11 @@ def share_out(claims: Sequence[Claim], cards: int) -> Shares:
         deal.grant_up_to(claim, min(claim.min, len(claim.serving)))
     for claim in by_rank:
         deal.grant_up_to(claim, claim.min)
-    for rank in sorted(set(RANKS.values())):
-        deal.share(rank)
+    for deal_out in (deal.share_firsts, deal.share_needed, deal.share_wanted):
+        deal_out(RANKS["online"])
+        deal_out(RANKS["semi-online"])
+    deal.share_firsts(RANKS["offline"])
+    deal.share_wanted(RANKS["offline"])
     return Shares(deal.granted, tuple(deal.order))
 
 
@@ -97,8 +104,8 @@ class _Deal:
         while self.granted[claim.pool] < count and self._fits(claim):
             self._give(claim)
 
-    def share(self, rank: int) -> None:
-        """Give out what is left among the pools of one class."""
+    def share_firsts(self, rank: int) -> None:
+        """Give its first replica to each pool that asks for it in this class."""
         in_time = self.left + sum(cards for other, cards in self._soon.items() if other >= rank)
         firsts = [
             claim
@@ -109,14 +116,28 @@ class _Deal:
             self.grant_up_to(claim, 1)
             waits = not self.granted[claim.pool] and claim.unserved_s >= FRESH_S
             self._saving = self._saving or (waits and claim.gpus_each <= in_time)
-        members = [c for c in self.claims if RANKS[c.work_class] == rank]
-        while able := [c for c in members if self.granted[c.pool] < c.wants and self._fits(c)]:
-            self._give(min(able, key=self._next_key))
+
+    def share_needed(self, rank: int) -> None:
+        """Give the pools of this class what they have, and where requests wait what they want."""
+        self._share(rank, {c.pool: c.wants if c.queued else len(c.serving) for c in self.claims})
+
+    def share_wanted(self, rank: int) -> None:
+        """Give the pools of this class all that they want."""
+        self._share(rank, {claim.pool: claim.wants for claim in self.claims})
+
+    def _share(self, rank: int, bounds: Mapping[str, int]) -> None:
+        """Give what is left to whoever has least for its weight, up to its bound."""
+        left = [claim for claim in self.claims if RANKS[claim.work_class] == rank]
+        while left := [c for c in left if self._may(c, bounds[c.pool])]:
+            self._give(min(left, key=self._next_key))
+
+    def _may(self, claim: Claim, bound: int) -> bool:
+        return self.granted[claim.pool] < min(bound, claim.wants) and self._fits(claim)
 
     def _rank(self, claim: Claim) -> int:
         """Return the class that a pool's first replica is asked for in."""
-        waits = not self._serving[claim.pool] and claim.unserved_s >= PATIENCE_S[claim.work_class]
-        return 0 if waits else RANKS[claim.work_class]
+        patient = claim.unserved_s < PATIENCE_S[claim.work_class]
+        return RANKS[claim.work_class] if patient else 0
 
     def _first_key(self, claim: Claim) -> tuple[float | str, ...]:
         serving = self._serving[claim.pool]

@@ -30,6 +30,9 @@ class Demanded(Protocol):
     def in_flight(self, replica_id: str) -> int | None:
         """Return the requests of all proxies on this one; None: no proxy tells."""
 
+    def expire(self, now_s: float) -> None:
+        """Forget the proxies that have been silent for too long."""
+
 
 class Surroundings(msgspec.Struct, frozen=True):
     """Where time, processes, answers, ports, GPUs and memory come from, and what is configured."""

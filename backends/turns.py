@@ -190,12 +190,14 @@ class Turns:
     async def lower_for_image(self, life: Life) -> tuple[Event, str]:
         """Take it down as far as makes its image small, for a moment: its cards stay its own.
 
-        What holds memory of a card has to let go of it, or it cannot be dumped.
+        What holds memory of a card has to let go of it, or it cannot be dumped. What that costs
+        says nothing of the rungs: it holds less here than one that has served.
         """
-        self.risen()  # what follows is no part of the start
+        costs = dict(self.costs)
         self.naps.level = self._engine.dump_level(life.spec)
         self.aim = Rung.SUSPENDED if self._engine.uses_gpu else Rung.ASLEEP
         event, reason = await self._lower(life, sleeps=True)
+        self.costs = costs
         fell_short = event is Event.SLEPT and self._engine.uses_gpu
         return (Event.BALKED, reason) if fell_short else (event, reason)
 

@@ -113,6 +113,7 @@ class Watch:
 
     def _stays_idle(self, load: LoadSample | None) -> bool:
         now_s = self._around.clock.now_s()
+        self._around.demand.expire(now_s)  # a proxy that is gone has nothing here
         theirs = self._around.demand.in_flight(self._questions.spec.replica_id)
         if load is None or load.running or load.waiting or theirs:
             self._idle_since_s = None

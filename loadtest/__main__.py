@@ -39,6 +39,7 @@ from loadtest.fleet import FleetOptions
 from loadtest.measure import warmup_count
 from loadtest.policies import beside
 from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
+from loadtest.scaling import pool
 from loadtest.traces import Trace, TraceError
 
 REPLAY_EXAMPLE = """\
@@ -57,6 +58,7 @@ COMMANDS: dict[str, Command] = {
     "burst": burst,
     "gpu": gpu,
     "policies": policies,
+    "pool": pool,
     "readahead": readahead,
     "scaling": scaling,
     "sdk": sdk,

@@ -24,6 +24,12 @@ ENVIRONMENT: Mapping[str, str] = MappingProxyType(
         "NCCL_RAS_ENABLE": "0",
         "TORCH_NCCL_ENABLE_MONITORING": "0",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        # A cell has loopback and a link to this machine: engines look for the way to the internet
+        # to learn their own address, and SGLang raises where it finds none and is not told.
+        "VLLM_HOST_IP": "127.0.0.1",
+        "SGLANG_HOST_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
     }
 )
 

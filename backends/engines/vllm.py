@@ -59,6 +59,7 @@ _REFUSED = {
     "--ssl-certfile": "replicas are reached by plain HTTP on loopback",
 }
 _DRAFT_FLAGS = ("--speculative-config", "-sc", "--spec-model", "--spec-method")
+_EXTENSION_FLAG, _EXTENSION = "--worker-extension-cls", "doherty_weights.Weights"  # of `HOOK`
 _DRAIN_S = 60.0
 _COPY_S = 120.0  # level 1 copies the weights to host memory, slowly where that is touched first
 
@@ -80,6 +81,7 @@ class Vllm:
             *("--shutdown-timeout", str(int(spec.stop_grace_s))),
             *(_kv_flags(ports) if _tells_events(spec) else ()),
             *(("--enable-sleep-mode",) if _can_sleep(spec) else ()),
+            *((_EXTENSION_FLAG, _EXTENSION) if self._keeps_a_file(spec) else ()),
             *_lora_flags(spec),
             *spec.args,
         )
@@ -126,7 +128,15 @@ class Vllm:
             raise FlagError(f"vllm has no sleep level {level} that frees memory; take 1 or 2")
         if level == 2 and given(spec.args, *_DRAFT_FLAGS):
             raise FlagError("vllm reloads no draft model after sleep level 2; take 1")
+        keep = Call(
+            "POST",
+            "/collective_rpc",
+            b'{"method":"doherty_keep"}',
+            timeout_s=_COPY_S,
+            why="write the weights to a file, which is quicker to come back from",
+        )
         return (
+            *((keep,) if level == 2 and self._keeps_a_file(spec) else ()),
             Call(
                 "POST",
                 f"/sleep?level={level}&mode=wait",
@@ -139,12 +149,13 @@ class Vllm:
     def wake_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
         """After level 2 the weights are read anew, before there is room for anything else."""
         if level == 2:
+            method = b"doherty_fill" if self._keeps_a_file(spec) else b"reload_weights"
             wakes: tuple[Call, ...] = (
                 Call("POST", "/wake_up?tags=weights", timeout_s=_COPY_S, why="room for weights"),
                 Call(
                     "POST",
                     "/collective_rpc",
-                    b'{"method":"reload_weights"}',
+                    b'{"method":"%s"}' % method,
                     timeout_s=spec.start_timeout_s,
                     why="read the weights, which level 2 threw away",
                 ),
@@ -158,6 +169,11 @@ class Vllm:
     def balk_calls(self, spec: ReplicaSpec, level: int, done: int) -> tuple[Call, ...] | None:
         """To wake it is right whatever it did: awake, it only logs a warning."""
         return self.wake_calls(spec, level)
+
+    def _keeps_a_file(self, spec: ReplicaSpec) -> bool:
+        """Say whether our extension of its worker keeps the weights for level 2."""
+        own = given(spec.args, _EXTENSION_FLAG)
+        return spec.snapshot and self.dump_level(spec) == 2 and not own
 
     def dump_level(self, spec: ReplicaSpec) -> int:
         """Without weights where it can read them again: base model alone, from files."""

@@ -29,6 +29,7 @@ from backends.simulator.tokens import encode_text
 if TYPE_CHECKING:
     from backends.simulator.server import Server
 
+_METHODS = ("reload_weights", "doherty_keep", "doherty_fill")  # the last two are our extension's
 _FLUSHED = (
     "Cache flushed.\nPlease check backend logs for more details. (When there are running or "
     "waiting requests, the operation will not be performed.)\n"
@@ -320,9 +321,9 @@ class Control:
 
     async def _collective_rpc(self, request: web.Request) -> web.StreamResponse:
         body = await self._server.read(request, RpcBody)
-        if body.method != "reload_weights":
+        if body.method not in _METHODS:
             raise ApiError(400, f"workers have no method {body.method}", param="method")
-        for engine in self._ranks:
+        for engine in self._ranks if body.method != "doherty_keep" else ():
             engine.reload()
         return json_answer({"results": [None] * self._settings.dp_size})
 

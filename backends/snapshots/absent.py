@@ -70,3 +70,6 @@ class NobodyTells:
 
     def in_flight(self, replica_id: str) -> int | None:
         return None
+
+    def expire(self, now_s: float) -> None:
+        return None

@@ -51,8 +51,9 @@ class _Cell:
                         raise SnapshotError(f"it has ended: {self._last_words()}")
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
-            text = f"{ask.path} did not answer 200 within {ask.timeout_s:g} s"
-            raise SnapshotError(f"{text}: {self._last_words()}") from None
+            text = f"{ask.path} on port {ask.port} did not answer 200 within {ask.timeout_s:g} s"
+            hint = "does it listen on all addresses (--host 0.0.0.0)?"
+            raise SnapshotError(f"{text}; {hint} {self._last_words()}") from None
 
     def _last_words(self) -> str:
         return " / ".join(last_lines(self._log_path, 3)) or "it said nothing"

@@ -137,14 +137,16 @@ class CriuSnapshots:
         return made.snapshot(final)
 
     def restore(self, snapshot: Snapshot, launch_id: str) -> Enclosure:
-        self._ready()
+        # Where nobody has asked yet whether it works here, this start will tell.
+        found = self._found or find_criu(self._environ, self._folder, tried=False)
+        self._ready(found)
         held = self.store.look(snapshot.snapshot_id)
         if held.problem:
             raise SnapshotError(f"image {snapshot.snapshot_id} is damaged: {held.problem}")
         if len(self._restoring) > 1000:  # of launches that nobody waited for
             self._restoring.clear()
         self._restoring[launch_id] = snapshot.snapshot_id
-        return self._cells.restore(launch_id, snapshot.folder, self._criu().argv)
+        return self._cells.restore(launch_id, snapshot.folder, found.argv)
 
     async def restored(self, pid: int, launch_id: str) -> None:
         """Wait until the cell runs. What it finds damaged is never found again.
@@ -177,9 +179,9 @@ class CriuSnapshots:
             self._found = find_criu(self._environ, self._folder)
         return self._found
 
-    def _ready(self) -> None:
+    def _ready(self, found: Found | None = None) -> None:
         """Raises `SnapshotError` when nothing can be made here."""
-        found = self._criu()
+        found = found or self._criu()
         if not found.capability.works:
             raise SnapshotError(found.capability.reason, running=True)
         self.store.open()

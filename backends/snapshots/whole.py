@@ -63,7 +63,8 @@ def first_problem(image: Path, *, big: bool | None = None) -> str:
         if isinstance(digest, OSError):
             return f"{path.name}: {digest}"
         if digest != known:
-            return f"{path.name} is not what was written, in the 64 MiB from byte {start} on"
+            size = PIECE_BYTES // 2**20
+            return f"{path.name} is not what was written, in the {size} MiB from byte {start} on"
     return ""
 
 

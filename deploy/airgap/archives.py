@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple, cast
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+CRIU = "criu.txz"  # beside the archives of any bundle
 _BLOCK = 1 << 16  # grain of holes
 _ZEROS = bytes(_BLOCK)
 _HOLES_BYTES_MIN = 1 << 20  # below this a sparse file is not worth its map

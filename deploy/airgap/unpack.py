@@ -104,6 +104,8 @@ def unpack(folder: Path, stage: Path, jobs: int, *, any_host: bool) -> None:
     compiled_s = time.monotonic()
     write_launcher(stage, manifest["name"], kind)
     caches = _unpack_caches(folder, stage, manifest["name"])
+    if (folder / archives.CRIU).exists():
+        unpack_criu(folder / archives.CRIU, stage)
     ended_s = time.monotonic()
     print(
         f"{manifest['name']}: {files} files unpacked in {unpacked_s - begun_s:.1f} s, compiled in "
@@ -216,6 +218,15 @@ def _unpack_caches(folder: Path, stage: Path, name: str) -> int:
     return count
 
 
+def unpack_criu(path: Path, stage: Path) -> None:
+    """Make STAGE/criu, which env.sh names to Doherty. Raises `ArchiveError`."""
+    try:
+        with tarfile.open(path, "r:xz") as archive:
+            archive.extractall(stage / "criu", filter="data")
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise ArchiveError(f"{path} cannot be unpacked ({error}); copy it again") from error
+
+
 # --- programs -------------------------------------------------------------------------------------
 
 
@@ -287,6 +298,8 @@ def _environment(stage: Path) -> Iterator[str]:
         folders.append(stage / "doherty" / "bin")  # python3 -m loadtest, python3 -m backends.cli
     yield f'export PATH="{":".join(map(str, folders))}:$PATH"'
     yield f'export STAGE="{stage}"'
+    if (stage / "criu" / "criu").exists():
+        yield f'export DOHERTY_CRIU="{stage}/criu/criu"'
     for name, value in kinds.OFFLINE.items():
         yield f'export {name}="{value}"'
 

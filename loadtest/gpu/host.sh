@@ -2,11 +2,14 @@
 # One engine proved on a bare GPU host, from bundles to results, within a number of seconds.
 #
 #   bash loadtest/gpu/host.sh ENGINE BUNDLES OUT SECONDS [ARGUMENTS OF prove] [-- FURTHER ENGINE ARGUMENTS]
+#   RUN=ladder bash loadtest/gpu/host.sh vllm BUNDLES OUT 570 --swap 10
 #
 # from the repository's root. BUNDLES holds what deploy/airgap/bundle.py made, by name (BUNDLES/vllm,
 # BUNDLES/doherty). OUT gets ENGINE.txt, ENGINE.json, the logs, and the compile cache to carry along
 # the next time. MODEL names the shape (default qwen3-8b), STAGE where things are unpacked; what is
-# unpacked already is kept, so that a second run on a warm host starts at once.
+# unpacked already is kept, so that a second run on a warm host starts at once. RUN is another command
+# of `loadtest gpu`; the ladder gets weights in files and a small KV cache (what is on the card goes to
+# the host's memory), and CRIU where BUNDLES/doherty has one (deploy/airgap/pack_criu.py).
 #
 # The proxy runs as machine code where BUNDLES/compiled.tar.xz fits the sources here. It is made by
 #   DOHERTY_COMPILED=FOLDER python3.12 -m proxy.compile && tar cJf BUNDLES/compiled.tar.xz -C FOLDER .
@@ -20,17 +23,25 @@ engine=$1 bundles=$2 out=$3 limit=$4
 shift 4
 begun=$(date +%s)
 model=${MODEL:-qwen3-8b}
+run=${RUN:-prove}
 stage=${STAGE:-${TMPDIR:-/tmp}/doherty-stage}
 mkdir -p "$out" "$stage"
 
+case $run in
+  prove) load=(--load-format dummy) weights=() context=40960 vllm_kv=(--gpu-memory-utilization 0.45)
+         sglang_kv=(--mem-fraction-static 0.45) ;;
+  ladder) load=() weights=(--weights 1) context=16384 vllm_kv=(--kv-cache-memory-bytes 3G)
+          sglang_kv=(--mem-fraction-static 0.45 --max-total-tokens 24000) ;;
+  *) echo "host.sh: RUN is prove or ladder, not '$run'" >&2; exit 2 ;;
+esac
 own=() engine_args=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do own+=("$1"); shift; done
 [ $# -gt 0 ] && shift
 case $engine in
   vllm)
-    engine_args=(--load-format dummy --max-model-len 40960 --gpu-memory-utilization 0.45 --seed 0) ;;
+    engine_args=("${load[@]}" --max-model-len "$context" "${vllm_kv[@]}" --seed 0) ;;
   sglang)
-    engine_args=(--load-format dummy --context-length 40960 --mem-fraction-static 0.45 --random-seed 0
+    engine_args=("${load[@]}" --context-length "$context" "${sglang_kv[@]}" --random-seed 0
       --attention-backend fa3 --sampling-backend pytorch --grammar-backend none
       --mm-feature-transport cpu) ;;
   simulator) ;;
@@ -54,7 +65,8 @@ fi
 
 path=()
 if [ "$engine" != simulator ]; then
-  [ -d "$stage/models/$model" ] || step python3 deploy/airgap/make_model.py "$stage/models" "$model"
+  [ -d "$stage/models/$model" ] ||
+    step python3 deploy/airgap/make_model.py "$stage/models" "$model" "${weights[@]}"
   path=(--model-path "$stage/models/$model")
 fi
 
@@ -72,13 +84,15 @@ fi
 [ -d "$stage/compiled" ] && export DOHERTY_COMPILED=$stage/compiled
 
 left=$(( limit - ( $(date +%s) - begun ) - 5 ))
-python3 -m loadtest gpu prove --engine "$engine" "${path[@]}" --limit-s "$left" \
-  --out "$out/$engine.txt" --json "$out/$engine.json" --logs "$out/$engine-logs" \
-  "${own[@]}" -- "${engine_args[@]}" 2>&1 | tee "$out/$engine.log"
+name=$engine
+[ "$run" = prove ] || name=$run-$engine
+python3 -m loadtest gpu "$run" --engine "$engine" "${path[@]}" --limit-s "$left" \
+  --out "$out/$name.txt" --json "$out/$name.json" --logs "$out/$name-logs" \
+  "${own[@]}" -- "${engine_args[@]}" 2>&1 | tee "$out/$name.log"
 status=${PIPESTATUS[0]}
 
 if [ -d "$stage/cache/$engine" ]; then
   python3 deploy/airgap/pack_cache.py "$stage" "$engine" "$out" || true
 fi
-echo "host.sh: $(( $(date +%s) - begun )) s in all, prove ended with $status"
+echo "host.sh: $(( $(date +%s) - begun )) s in all, $run ended with $status"
 exit "$status"

@@ -206,7 +206,8 @@ class World:
             event_s = self._events[0][0] if self._events else math.inf
             turn_s = self._turns[0][0] if self._turns else math.inf
             now_s = min(arrival_s, event_s, turn_s)
-            if now_s == math.inf or (now_s > until_s and turn_s == math.inf):
+            idle = coming is None and turn_s == math.inf
+            if now_s == math.inf or (idle and now_s > until_s):
                 return
             self.now_s = now_s
             if turn_s <= now_s:

@@ -252,11 +252,12 @@ class Holding:
             return False
         if slot in self._lines:
             return True
-        place = (held.rank_s, held.order)
-        return held.line == _UNSEEN and any(
-            _bits_of(name) >> slot & 1 and line.entries[0][:2] < place
-            for name, line in self._lines.items()
-        )
+        if held.line == _UNSEEN and len(self._lines) > 1:
+            place = (held.rank_s, held.order)
+            for name, line in self._lines.items():
+                if _bits_of(name) >> slot & 1 and line.entries[0][:2] < place:
+                    return True
+        return False
 
     def move(self, held: Held, name: int, tokens: int) -> None:
         if held.line != name:

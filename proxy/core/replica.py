@@ -63,7 +63,12 @@ class Replica:
     @property
     def available(self) -> bool:
         """May take new requests."""
-        return self.state is ReplicaState.READY and not self.suspect and not self.asleep
+        return self.serves and not self.suspect
+
+    @property
+    def serves(self) -> bool:
+        """The manager says that it is up and awake."""
+        return self.state is ReplicaState.READY and not self.asleep
 
 
 def parse_url(url: str) -> tuple[bool, str, int]:

@@ -12,36 +12,40 @@ of the last seconds, and faster once the replicas serve that are on their way.
 from __future__ import annotations
 
 from math import ceil
-from typing import Final
 
 from proxy.core import limits
-from proxy.core.classes import NAMES, SHARES
+from proxy.core.classes import NAMES, OFFLINE, ONLINE, SHARES
 from proxy.core.holding import Held, class_of
 from proxy.core.prospects import Prospect
 from proxy.errors import RETRY_AFTER_S_MAX
-
-_OFFLINE: Final = len(NAMES) - 1
 
 
 class Room:
     """Those who wait in one worker, by class, in the order in which they came."""
 
-    __slots__ = ("_bytes", "_classes", "bytes_max", "count_max")
+    __slots__ = ("_bytes", "_bytes_max", "_classes", "_counts_max", "bytes", "count")
 
     def __init__(self) -> None:
-        self.count_max = 0
-        self.bytes_max = 0
+        self.count = 0
+        self.bytes = 0  # of their bodies
         self._classes: list[dict[Held, None]] = [{} for _ in NAMES]
         self._bytes = [0 for _ in NAMES]
+        self._counts_max = [0 for _ in NAMES]  # each class's, and the first one's is the whole
+        self._bytes_max = [0 for _ in NAMES]
 
-    def __len__(self) -> int:
-        return sum([len(each) for each in self._classes])
+    def resize(self, count_max: int, bytes_max: int) -> None:
+        """Let so many wait from now on; who waits already stays."""
+        self._counts_max = [ceil(count_max * share) for share in SHARES]
+        self._bytes_max = [int(bytes_max * share) for share in SHARES]
+
+    @property
+    def count_max(self) -> int:
+        return self._counts_max[ONLINE]
 
     def count_of(self, work_class: int) -> int:
         return len(self._classes[work_class])
 
     def bytes_of(self, work_class: int) -> int:
-        """Return the octets of the bodies of those who wait."""
         return self._bytes[work_class]
 
     def oldest_s(self, work_class: int, now_s: float) -> float:
@@ -50,39 +54,46 @@ class Room:
             return max(0.0, now_s - held.since_s)
         return 0.0
 
-    def admit(self, held: Held) -> list[Held] | None:
-        """Return those who have to leave for it, mostly nobody; None where it finds no room.
+    def enter(self, held: Held) -> list[Held] | None:
+        """Let one wait; return who has to leave for it, mostly nobody, and `leave` is to be called.
 
-        Neither they have left then, nor has it entered.
+        None where it finds no room.
         """
-        work_class = class_of(held)
-        share = SHARES[work_class]
+        work_class, size = class_of(held), held.held_bytes
         if (
-            len(self._classes[work_class]) >= ceil(self.count_max * share)
-            or self._bytes[work_class] + held.held_bytes > self.bytes_max * share
+            len(self._classes[work_class]) >= self._counts_max[work_class]
+            or self._bytes[work_class] + size > self._bytes_max[work_class]
         ):
             return None
-        count_over = len(self) + 1 - self.count_max
-        bytes_over = sum(self._bytes) + held.held_bytes - self.bytes_max
+        leaving = self._displaced(work_class, size)
+        if leaving is not None:
+            self._classes[work_class][held] = None
+            self._bytes[work_class] += size
+            self.count += 1
+            self.bytes += size
+        return leaving
+
+    def _displaced(self, work_class: int, size: int) -> list[Held] | None:
+        count_over = self.count + 1 - self._counts_max[ONLINE]
+        bytes_over = self.bytes + size - self._bytes_max[ONLINE]
         leaving: list[Held] = []
-        for lower in range(_OFFLINE, work_class, -1):
+        lower = OFFLINE
+        while lower > work_class and (count_over > 0 or bytes_over > 0):
             for other in reversed(self._classes[lower]):
                 if count_over <= 0 and bytes_over <= 0:
                     break
                 leaving.append(other)
                 count_over -= 1
                 bytes_over -= other.held_bytes
+            lower -= 1
         return leaving if count_over <= 0 and bytes_over <= 0 else None
-
-    def enter(self, held: Held) -> None:
-        work_class = class_of(held)
-        self._classes[work_class][held] = None
-        self._bytes[work_class] += held.held_bytes
 
     def leave(self, held: Held) -> None:
         work_class = class_of(held)
         del self._classes[work_class][held]
         self._bytes[work_class] -= held.held_bytes
+        self.count -= 1
+        self.bytes -= held.held_bytes
 
 
 class Pace:

@@ -65,10 +65,9 @@ class Choice:
 
     def make_room(self) -> None:
         """Bound those who wait, by the configuration and by what memory there is for bodies."""
-        room = self.waiting.room
-        room.count_max = self.config.queue_size
         # Half of it, as for their number: those that wait never shut out the others.
-        room.bytes_max = min(self.config.queue_bytes, self.bodies_bytes_max // 2)
+        bytes_max = min(self.config.queue_bytes, self.bodies_bytes_max // 2)
+        self.waiting.room.resize(self.config.queue_size, bytes_max)
 
     def choose(
         self, request: Request, pool: fleets.Pool, picture: Picture, now_s: float

@@ -118,6 +118,7 @@ class Plane(Refusal):
             if r.replica_id in present and not _same_place(r, servers[r.replica_id])
         }
         self.upstreams.retain(present - moved)
+        self.upstreams.close_idle([r.replica_id for r in servers.values() if not r.serves])
         self.telemetry.retain_replicas(present)
         self.fleet_changed()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, cast
 
 from typing_extensions import override
@@ -180,10 +180,16 @@ class Upstreams(Keeper):
         for upstream in (*self._open, *self._dialled):
             if upstream.replica_id not in replica_ids:
                 upstream.moved = True
-        for replica_id in [k for k in self._idle if k not in replica_ids]:
-            for upstream in self._idle.pop(replica_id):
-                upstream.abort()
+        gone = [k for k in self._idle if k not in replica_ids]
+        self.close_idle(gone)
+        for replica_id in gone:
             self._trust.survived(replica_id)
+
+    def close_idle(self, replica_ids: Iterable[str]) -> None:
+        """Close what nobody uses: an engine that is to rest has no use for it, either."""
+        for replica_id in replica_ids:
+            for upstream in self._idle.pop(replica_id, ()):
+                upstream.abort()
 
     def sweep(self, now_s: float) -> None:
         """Close what has been idle so long that the engine may be closing it."""

@@ -98,7 +98,6 @@ class Waiting:
 
         `prospect_of(key)` returns what is to be expected of it.
         """
-        self.count = 0
         self.room = Room()
         self.queues: dict[str, Queue] = {}  # by key; also of those for whom nobody waits any more
         self.on_hold: Callable[[], None] = _nothing  # somebody waits for what has nothing awake
@@ -115,9 +114,13 @@ class Waiting:
         self._look_due = False
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def count(self) -> int:
+        return self.room.count
+
     def awaits(self, slot: int) -> bool:
         """Whether somebody waits for this replica, so that a newcomer has to wait, too."""
-        return self.count > 0 and self._holding.awaits(slot)
+        return self.room.count > 0 and self._holding.awaits(slot)
 
     def add(
         self,
@@ -136,26 +139,31 @@ class Waiting:
         waiter = Waiter(key, request, lambda: self._pool_of(key), on_decision, on_refusal, now_s)
         waiter.held_bytes = held_bytes
         queue = self.queue(key)
-        leaving = self.room.admit(waiter)
-        if leaving is None or self._crowded(queue):
+        leaving = None if self._crowded(queue) else self.room.enter(waiter)
+        if leaving is None:
             raise self._refusal(waiter, queue)
-        for other in leaving:
-            assert isinstance(other, Waiter)
-            refusal = self._refusal(other, self.queues[other.key])
-            self.drop(other)
-            other.on_refusal(refusal)
         if not queue.waiters:
             queue.pace.begin(now_s)
         waiter.queue = queue.number
         self._holding.add(waiter, self._picture)
-        self.room.enter(waiter)
         queue.waiters[waiter] = None
         queue.tokens += waiter.needed_tokens
-        self.count += 1
         if queue.empty_since_s >= 0.0 and len(queue.waiters) == 1:
             self.on_hold()
+        for other in leaving:
+            self._send_away(other)
         self.work_done()
         return waiter
+
+    def _send_away(self, other: Held) -> None:
+        assert isinstance(other, Waiter)
+        refusal = self._refusal(other, self.queues[other.key])
+        self.drop(other)
+        try:
+            other.on_refusal(refusal)
+        except Exception:  # noqa: BLE001 - of one request: its place is another's already
+            self._on_fault()
+            _log.exception("a request whose place another needs")
 
     def queue(self, key: str) -> Queue:
         """Return the queue of a key, of which there are as many as the fleet has models."""
@@ -178,7 +186,7 @@ class Waiting:
         self.refused[work_class] += 1
         queue.refused_total += 1
         return QueueFullError(
-            f"{self.count} requests wait for a replica already, "
+            f"{self.room.count} requests wait for a replica already, "
             f"{self.room.count_of(work_class)} of them {NAMES[work_class]} ones (--queue-size)",
             wait_s=self._retry_after_s(waiter.key, queue),
         )
@@ -269,13 +277,13 @@ class Waiting:
 
     def work_done(self) -> None:
         """Something has changed by which a replica may have become open."""
-        if self.count and not self._look_due:
+        if self.room.count and not self._look_due:
             self._look_due = True
             asyncio.get_running_loop().call_soon(self._look)
 
     def heard(self) -> None:
         """Others have told what they did: look again soon, each of us at another moment."""
-        if self.count and not self._look_due:
+        if self.room.count and not self._look_due:
             delay_s = self._spread_s()
             due_s = asyncio.get_running_loop().time() + delay_s
             if self._timer is None or self._timer.when() > due_s:
@@ -287,13 +295,13 @@ class Waiting:
         now_s = self._clock.now_s()
         left = limits.HELD_TAKEN_MAX
         some_open, next_s = self._openings(now_s)
-        while left and (some_open or (self.at_once and self.count)) and self._take(now_s):
+        while left and (some_open or (self.at_once and self.room.count)) and self._take(now_s):
             left -= 1
             now_s = self._clock.now_s()
             some_open, next_s = self._openings(now_s)
         if not left or (some_open and self._holding.unseen):
             self.work_done()
-        self._wake_at(next_s if self.count else _NEVER)
+        self._wake_at(next_s if self.room.count else _NEVER)
 
     def _openings(self, now_s: float) -> tuple[bool, float]:
         """Return whether any replica that is waited for is open, and else when one should be."""
@@ -330,8 +338,7 @@ class Waiting:
         del queue.waiters[waiter]
         queue.tokens -= waiter.needed_tokens
         self.room.leave(waiter)
-        self.count -= 1
-        if not self.count:
+        if not self.room.count:
             self._wake_at(_NEVER)
 
     def _wake_at(self, moment_s: float) -> None:

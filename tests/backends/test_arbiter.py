@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from backends.arbiter import Unserved, arbitrate, replicas_possible
@@ -265,6 +266,16 @@ def test_one_that_is_not_needed_gives_its_card_to_whom_it_does_not_suffice_yet()
     )
 
 
+def test_nobody_who_serves_gives_way_to_a_forecast() -> None:
+    serving = claim("a", 3, *(holder(f"a-{n}", str(n)) for n in range(3)), work_class="semi-online")
+    ahead = claim("b", 3, holder("b-0", "3"))
+    assert lowered([serving, ahead], room(4)) == []
+    short = msgspec.structs.replace(ahead, queued=1)
+    assert lowered([serving, short], room(4)) == ["a-0", "a-1"]
+    offline = msgspec.structs.replace(serving, work_class="offline")
+    assert lowered([offline, ahead], room(4)) == ["a-0", "a-1"]
+
+
 def test_how_many_replicas_the_cards_allow() -> None:
     claims = [
         claim("a", 1, holder("a-0", "01"), gpus_each=2),
@@ -279,8 +290,10 @@ def test_a_wait_is_counted_from_its_begin_and_forgotten_when_it_ends() -> None:
     unserved = Unserved()
     assert unserved.note(["a"], 10.0) == {"a": 0.0}
     assert unserved.note(["a", "b"], 15.0) == {"a": 5.0, "b": 0.0}
-    assert unserved.note(["b"], 17.0) == {"b": 2.0}
-    assert unserved.note(["a"], 20.0) == {"a": 0.0}
+    assert unserved.note(["b"], 20.0) == {"a": 5.0, "b": 5.0}  # remembered for a while
+    assert unserved.note([], 24.9) == {"a": 5.0, "b": 5.0}
+    assert unserved.note([], 25.1) == {"b": 5.0}
+    assert unserved.note(["a", "b"], 26.0) == {"a": 0.0, "b": 11.0}
 
 
 def test_a_verdict_is_told_in_words() -> None:

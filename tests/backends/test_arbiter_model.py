@@ -112,6 +112,7 @@ class World:
             min=pool.min,
             weight=pool.weight,
             unserved_s=unserved_s,
+            queued=int(self.serving(pool.name) < self.wants(pool.name)),
             ways_up=self._ladder.ways_up(rungs, resting, self.now_s),
             holders=tuple(
                 Holder(

@@ -20,8 +20,12 @@ from tests.fakes.provider import METRICS
 from tests.fakes.world import World, configuration
 
 ASLEEP, AWAKE = Answer(200, b'{"is_sleeping": true}'), Answer(200, b'{"is_sleeping": false}')
-IDLE = Answer(200, METRICS.format(running=0, waiting=0).replace("0.5", "0").encode())
 WINDOWS = "stable_window_secs: 10, panic_window_secs: 2, scaledown_window_secs: 5"
+
+
+def running(count: int) -> Answer:
+    """Return metrics of an engine with so many requests, and next to nothing in its KV cache."""
+    return Answer(200, METRICS.format(running=count, waiting=0).replace("0.5", "0").encode())
 
 
 def scaled(more: str = "", scale: str = "min: 0, max: 4", rest: str = "sleep: true") -> str:
@@ -55,7 +59,9 @@ class Scaled(World):
         self.report(queued=1, arrived=1)
         await self.clock.advance(1.0)
         self.fetch.answers["/health"] = Answer(200)
-        await self.clock.advance(1.0)
+        await self.clock.advance(0.5)
+        self.report(in_flight=1)
+        await self.clock.advance(0.5)
 
     def phases(self) -> dict[str, str]:
         assert self.manager is not None
@@ -65,7 +71,7 @@ class Scaled(World):
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[Scaled]:
     world = Scaled(tmp_path)
-    world.fetch.answers |= {"/is_sleeping": ASLEEP, "/metrics": IDLE}
+    world.fetch.answers |= {"/is_sleeping": ASLEEP, "/metrics": running(0)}
     yield world
     await world.close()
 
@@ -181,6 +187,7 @@ async def test_reload_raises_the_least_and_ends_scaling(world: Scaled) -> None:
 
 
 async def test_a_start_that_keeps_failing_is_not_multiplied(world: Scaled) -> None:
+    world.fetch.answers["/health"] = Answer(503)
     await world.start(configuration(world.run_dir, scaled()))
     for _ in range(30):
         world.report(queued=4, arrived=1)
@@ -224,7 +231,7 @@ async def test_two_models_take_turns_on_one_card(world: Scaled, tmp_path: Path) 
     ask("m", 1)
     await world.clock.advance(0.5)
     assert world.phases() == {"one-0": "ready"}
-    for sequence in range(2, 60):
+    for sequence in range(2, 8):  # 3 s, less than it is kept for in case
         ask("n", sequence)
         await world.clock.advance(0.5)
         first = world.provider.spawned[0]
@@ -235,6 +242,44 @@ async def test_two_models_take_turns_on_one_card(world: Scaled, tmp_path: Path) 
     report = world.manager.scaler.report()
     assert (report.gpus.total, report.gpus.free) == (1, 0)
     assert report.gpus.holders == {"two-0": ("0",)}
+
+
+async def test_one_on_its_way_out_is_called_back_when_it_is_needed_after_all(
+    world: Scaled,
+) -> None:
+    pools = scaled(scale="min: 0, max: 4, rungs: [cold]")
+    await world.start(configuration(world.run_dir, pools))
+    await world.come_up()
+    world.fetch.answers["/metrics"] = running(1)  # by itself it is busy: it drains for a while
+    await world.busy(12.0)
+    assert world.phases() == {"m-0": "draining"}
+    world.report(queued=2, arrived=2)
+    assert world.phases() == {"m-0": "ready"}
+    assert len(world.provider.spawned) == 1
+    assert world.provider.spawned[0].signals == []
+
+
+async def test_offline_work_is_cut_when_an_online_model_needs_its_card(world: Scaled) -> None:
+    inventory = GpuInventory((Gpu(device="0", uuid="GPU-0", name="x"),))
+    world.cards = Cards(GpuLeases(inventory), Log(world.stream))
+    scale = f"autoscale: {{max: 1, rungs: [cold], {WINDOWS}}}"
+    pool = f"engine: simulator, target_inputs: 4, gpus: 1, {scale}"
+    config = configuration(world.run_dir, f"[{{{pool}, class: offline}}]")
+    chat = configuration(world.run_dir, f"[{{{pool}, name: chat}}]").models[0]
+    chat = msgspec.structs.replace(chat, name="chat")
+    manager = await world.start(msgspec.structs.replace(config, models=(*config.models, chat)))
+    await world.come_up()
+    world.fetch.answers["/metrics"] = running(3)
+    await world.busy(6.0, in_flight=3, a_second=2)
+    assert world.phases() == {"m-0": "ready"}
+    told = {"m": ModelDemand(in_flight=3, arrivals_total=99), "chat": ModelDemand(queued=1)}
+    manager.scaler.take(Demand(proxy_id="p", sequence=999, models=told))
+    await world.clock.advance(0.1)
+    assert world.phases() == {"m-0": "stopping"}, "its lines are asked again"
+    assert manager.scaler.pools["chat"].waiting == "cards are being given up for it"
+    world.provider.spawned[0].exit("exited with status 0")
+    await world.clock.advance(0.5)
+    assert world.phases()["chat-0"] in {"starting", "ready"}
 
 
 async def test_the_size_of_a_fixed_pool_can_be_set_until_the_next_reload(world: Scaled) -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from backends.cards import Cards, Placement
+from backends.cards import Back, Cards, Placement
 from backends.gpus import Gpu, GpuInventory, GpuLeases, NoGpuError
 from backends.inventory import CardUse
 from backends.log import Log
@@ -37,6 +37,9 @@ class Stage:
 
     def take(self, owner: str, count: int = 1, **env: str) -> Placement:
         return self.cards.take(owner, count, env, (), lambda: self.woken.append(owner))
+
+    def back(self, owner: str, *, moves: bool = False, **env: str) -> Back:
+        return self.cards.take_back(owner, env, (), lambda: self.woken.append(owner), moves=moves)
 
     async def noted(self, owner: str) -> None:
         """Wait until what was used before is known."""
@@ -191,3 +194,61 @@ async def test_without_eyes_cards_come_back_at_once() -> None:
     assert not woken, "first whoever gave them back goes on"
     await asyncio.sleep(0)
     assert woken == ["m-1"]
+
+
+async def test_a_suspended_one_lends_its_card_once_its_memory_is_free(stage: Stage) -> None:
+    stage.take("m-0")
+    await stage.noted("m-0")
+    stage.used_mib["0"] = 80_000
+    stage.cards.lend("m-0")
+    asked = stage.asked
+    await stage.until(lambda: stage.asked > asked + 2)
+    assert "m-0" in stage.leases.holders, "the driver is not done"
+    stage.used_mib["0"] = 4
+    await stage.until(lambda: not stage.leases.holders)
+    assert stage.take("m-1").devices == ("0",)
+    with pytest.raises(NoGpuError, match="m-1 has GPU 0"):
+        stage.back("m-0")
+    stage.cards.ended("m-1")
+    await stage.until(lambda: stage.woken == ["m-0"])
+    assert stage.back("m-0") == Back(("0",))
+
+
+async def test_one_that_returns_at_once_finds_its_card(stage: Stage) -> None:
+    stage.take("m-0")
+    await stage.noted("m-0")
+    stage.used_mib["0"] = 80_000
+    stage.cards.lend("m-0")
+    assert stage.back("m-0") == Back(("0",))
+    await asyncio.sleep(0.05)
+    assert stage.leases.holders == {"m-0": ("0",)}, "nobody gives back what is used again"
+
+
+async def test_it_moves_to_another_card_where_it_can(stage: Stage) -> None:
+    stage.take("m-0")
+    stage.cards.lend("m-0")
+    stage.leases.claim("m-1", ["0"])
+    with pytest.raises(NoGpuError):
+        stage.back("m-0")
+    assert stage.back("m-0", moves=True) == Back(("1",), {"GPU-0": "GPU-1"})
+
+
+async def test_a_pinned_one_returns_to_the_card_that_it_shares(stage: Stage) -> None:
+    stage.take("m-0", 1, CUDA_VISIBLE_DEVICES="0")
+    stage.take("m-1", 1, CUDA_VISIBLE_DEVICES="0")
+    stage.cards.lend("m-0")
+    assert stage.back("m-0", CUDA_VISIBLE_DEVICES="0") == Back(("0",))
+
+
+async def test_what_never_lent_or_has_ended_gets_nothing_back(stage: Stage) -> None:
+    stage.take("m-0")
+    assert stage.back("m-0") == Back(("0",)), "it has them"
+    stage.cards.lend("m-0")
+    stage.cards.ended("m-0")
+    assert stage.back("m-0") == Back()
+    stage.cards.lend("m-1", ["1"])  # of a manager before
+    stage.cards.forget("m-1")
+    assert stage.back("m-1") == Back()
+    assert stage.cards.described(["1", "0"]) == ", ".join(
+        g.name or g.device for g in TWO.gpus[::-1]
+    )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.demand import PROXIES_MAX, DemandBook
+from backends.demand import DOUBT_S, PROXIES_MAX, DemandBook
 from proxy.contract import FleetSnapshot, ReplicaRecord, ReplicaState
 from proxy.contract.demand import DEMAND_AGE_S_MAX, Demand, ModelDemand, ReplicaDemand
 
 
-def book() -> DemandBook:
-    made = DemandBook()
+def book(now: list[float] | None = None) -> DemandBook:
+    made = DemandBook(lambda: now[0] if now else 0.0)
     made.serve({"m", "n"})
     return made
 
@@ -41,12 +41,15 @@ def test_an_older_report_that_comes_late_is_dropped() -> None:
 
 
 def test_a_silent_proxy_is_gone_and_its_requests_with_it() -> None:
-    made = book()
+    now = [0.0]
+    made = book(now)
     made.take(report("a", 1, in_flight=3, replicas={"m-0": ReplicaDemand(in_flight=3)}), 0.0)
     made.take(report("b", 1, in_flight=1), 3.0)
-    made.expire(DEMAND_AGE_S_MAX + 0.1)
+    now[0] = DEMAND_AGE_S_MAX + 0.1
+    made.expire(now[0])
     assert (made.of("m").in_flight, made.in_flight("m-0"), made.proxies) == (1, 0, 1)
-    made.expire(20.0)
+    now[0] = 20.0
+    made.expire(now[0])
     assert (made.of("m").in_flight, made.in_flight("m-0")) == (0, None)
 
 
@@ -88,8 +91,23 @@ def test_a_count_from_before_the_draining_was_known_is_no_count_of_none() -> Non
     assert made.in_flight("m-0") == 0
     made.take(known(1, 9, epoch="of a former manager", proxy_id="b"), 0.5)
     assert made.in_flight("m-0") == 1
-    made.take(known(2, 0, proxy_id="b"), 0.6)
-    assert made.in_flight("m-0") == 0, "one that knows no fleet has chosen nobody"
+    made.take(known(2, 6, proxy_id="b"), 0.6)
+    assert made.in_flight("m-0") == 0
+    made.take(known(3, 0, epoch="", proxy_id="b"), 0.6)
+    assert made.in_flight("m-0") == 1, "a worker of it has not said what it knows"
+
+
+def test_one_that_says_no_more_is_doubted_for_a_while_only() -> None:
+    """A proxy that is being stopped would else hold up the stop of every replica."""
+    now = [0.0]
+    made = book(now)
+    made.take(known(1, 4), 0.0)
+    made.publish(fleet(5, "draining"))
+    assert made.in_flight("m-0") == 1
+    now[0] = DOUBT_S + 0.1
+    assert made.in_flight("m-0") == 0
+    now[0] = DEMAND_AGE_S_MAX + 0.1
+    assert made.in_flight("m-0") is None
 
 
 def test_one_that_comes_back_is_forgotten_and_one_asleep_takes_nothing() -> None:

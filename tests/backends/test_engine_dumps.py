@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import msgspec
 import pytest
@@ -105,9 +109,9 @@ static int users = 3;
 int nvmlShutdown(void) { if (!users) return 1; printf("%d\\n", --users); fflush(stdout); return 0; }
 """
 PROGRAM = """
-import builtins, signal
+import builtins, sys
 print(builtins.hidden, flush=True)
-signal.sigwait([signal.SIGUSR1])
+sys.stdin.read()
 """
 
 
@@ -120,10 +124,10 @@ def test_the_hook_shuts_nvml_down_and_hides_no_other(tmp_path: Path) -> None:
     library = tmp_path / "libnvidia-ml.so.1"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
     (tmp_path / "sitecustomize.py").write_text("import builtins\nbuiltins.hidden = 'run'\n")
-    program = "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])" + PROGRAM
     with subprocess.Popen(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", PROGRAM],
         env={"PYTHONPATH": f"{HOOK}:{tmp_path}", "LD_LIBRARY_PATH": str(tmp_path)},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
@@ -131,5 +135,134 @@ def test_the_hook_shuts_nvml_down_and_hides_no_other(tmp_path: Path) -> None:
         assert process.stdout.readline() == "run\n"
         process.send_signal(signal.SIGUSR2)
         assert [process.stdout.readline() for _ in range(3)] == ["2\n", "1\n", "0\n"]
-        process.send_signal(signal.SIGUSR1)
-        assert process.wait(10) == 0
+        process.communicate()
+        assert process.returncode == 0
+
+
+# --- the weights of vLLM in a file ------------------------------------------------------------
+
+
+def test_vllm_keeps_its_weights_in_a_file_for_level_2_where_an_image_is_wanted() -> None:
+    vllm = ENGINES["vllm"]
+    assert "doherty_weights.Weights" in launch_of(SPEC).argv
+    assert b"doherty_keep" in vllm.sleep_calls(SPEC, 2)[0].body
+    assert b"doherty_fill" in vllm.wake_calls(SPEC, 2)[1].body
+    assert vllm.sleep_calls(SPEC, 1)[0].path.startswith("/sleep")
+    for spec in (
+        spec_of("vllm", snapshot=False, sleep=True),
+        spec_of("vllm", "--worker-extension-cls", "own.Extension"),
+    ):
+        assert "doherty_weights.Weights" not in launch_of(spec).argv
+        assert vllm.sleep_calls(spec, 2)[0].path.startswith("/sleep")
+        assert vllm.wake_calls(spec, 2)[1].body == b'{"method":"reload_weights"}'
+
+
+class HostLink:
+    """Copies between places of this process's memory, as the card's would be."""
+
+    def __init__(self) -> None:
+        self.buffers: list[object] = []
+        self.broken = False
+
+    def begin(self) -> None:
+        pass
+
+    def buffer(self, size: int) -> tuple[int, memoryview]:
+        memory = ctypes.create_string_buffer(size)
+        self.buffers.append(memory)
+        return ctypes.addressof(memory), memoryview(memory).cast("B")
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        if self.broken:
+            raise OSError("the card is gone")
+        ctypes.memmove(target, source, size)
+
+    def end(self) -> None:
+        self.buffers.clear()
+
+
+@pytest.fixture
+def weights(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(HOOK)
+    module = importlib.import_module("doherty_weights")
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
+    return module
+
+
+def test_weights_come_back_from_a_file_octet_by_octet(weights: ModuleType, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    memory = [ctypes.create_string_buffer(draw.randbytes(size), size) for size in (5500, 1000, 7)]
+    regions = [(ctypes.addressof(one), len(one)) for one in memory]
+    before = [one.raw for one in memory]
+    path = str(tmp_path / "kept" / "m.weights")
+    weights.keep(path, regions, HostLink())
+    assert Path(path).stat().st_mode & 0o777 == 0o600
+    assert Path(path).parent.stat().st_mode & 0o777 == 0o700
+    for one in memory:
+        ctypes.memset(one, 0, len(one))
+    weights.fill(path, regions, HostLink())
+    assert [one.raw for one in memory] == before
+    with pytest.raises(weights.NotHereError, match="of other memory"):
+        weights.fill(path, regions[:2], HostLink())
+    with pytest.raises(weights.NotHereError):
+        weights.fill(str(tmp_path / "none.weights"), regions, HostLink())
+
+
+def test_half_a_file_of_weights_is_none(weights: ModuleType, tmp_path: Path) -> None:
+    memory = ctypes.create_string_buffer(5000)
+    regions = [(ctypes.addressof(memory), 5000)]
+    broken = HostLink()
+    broken.broken = True
+    with pytest.raises(OSError, match="gone"):
+        weights.keep(str(tmp_path / "m.weights"), regions, broken)
+    assert list(tmp_path.iterdir()) == []
+    for number in range(weights.FILES_MAX + 2):
+        path = tmp_path / f"{number}.weights"
+        weights.keep(str(path), regions, HostLink())
+        os.utime(path, ns=(number, number))
+    assert {one.name for one in tmp_path.iterdir()} == {
+        f"{number}.weights" for number in range(2, weights.FILES_MAX + 2)
+    }
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(OSError, match="ends too soon"):
+        weights.fill(str(path), regions, HostLink())
+
+
+def test_a_worker_without_a_file_reloads(
+    weights: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is wrong with the file, or with what is imported for it."""
+    reloaded = []
+
+    class Worker(weights.Weights):  # type: ignore[misc]
+        model_config = SimpleNamespace(model=str(tmp_path), dtype="bf16", quantization=None)
+
+        def reload_weights(self) -> None:
+            reloaded.append(1)
+
+    memory = ctypes.create_string_buffer(b"w" * 3000, 3000)
+    data = SimpleNamespace(handle=(0, 3000, 0, 0), tag="weights")
+    cache = SimpleNamespace(handle=(0, 9, 0, 0), tag="kv_cache")
+    allocator = SimpleNamespace(pointer_to_data={ctypes.addressof(memory): data, 5: cache})
+    cumem = ModuleType("vllm.device_allocator.cumem")
+    cumem.CuMemAllocator = SimpleNamespace(get_instance=lambda: allocator)  # type: ignore[attr-defined]
+    vllm = ModuleType("vllm")
+    vllm.__version__ = "1"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.device_allocator", ModuleType("vllm.device_allocator"))
+    monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", cumem)
+    monkeypatch.setattr(weights, "CudaLink", HostLink)
+    monkeypatch.setenv("DOHERTY_WEIGHTS", str(tmp_path / "kept"))
+    worker = Worker()
+    assert worker.doherty_keep()["kept"] is False  # no folder of weights
+    assert worker.doherty_fill()["filled"] is False
+    assert reloaded == [1]
+    (tmp_path / "model.safetensors").touch()
+    assert worker.doherty_keep()["kept"] is True
+    assert worker.doherty_keep() == {"kept": True, "took_s": 0.0}
+    ctypes.memset(memory, 0, 3000)
+    assert worker.doherty_fill()["filled"] is True
+    assert memory.raw == b"w" * 3000
+    (tmp_path / "model.safetensors").write_bytes(b"new")  # another checkpoint
+    assert worker.doherty_fill()["filled"] is False
+    assert reloaded == [1, 1]

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
@@ -118,3 +118,36 @@ async def test_cancelled_tasks_are_waited_for_and_are_no_failure() -> None:
     await asyncio.sleep(0)
     await cancel_all([task])
     assert (ended, task.cancelled(), stream.getvalue()) == (["yes"], True, "")
+
+
+async def test_connections_to_one_replica_are_dropped_and_to_no_other(fetch: HttpFetch) -> None:
+    open_to: list[list[asyncio.StreamWriter]] = [[], []]
+
+    def server(mine: list[asyncio.StreamWriter]) -> Callable[..., Awaitable[None]]:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            mine.append(writer)
+            while await reader.readline():
+                while (await reader.readline()).strip():
+                    pass
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+            mine.remove(writer)
+            writer.close()
+
+        return answer
+
+    servers = [await asyncio.start_server(server(mine), "127.0.0.1", 0) for mine in open_to]
+    urls = [f"http://127.0.0.1:{one.sockets[0].getsockname()[1]}" for one in servers]
+    for url in urls:
+        for path in ("/a", "/b"):
+            assert (await fetch.get(url + path, 5.0)).status == 200
+    assert list(map(len, open_to)) == [1, 1], "one connection, kept"
+    await fetch.drop(urls[0])
+    async with asyncio.timeout(20.0):
+        while open_to[0]:
+            await asyncio.sleep(0.001)
+    assert len(open_to[1]) == 1
+    assert (await fetch.get(urls[0] + "/a", 5.0)).status == 200, "it may be asked again"
+    await fetch.drop(urls[0])
+    await fetch.drop(urls[1])
+    for one in servers:
+        one.close()

@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends import journal as module
-from backends.journal import Ended, Entry, Held, Journal, Launch, Nap, Ready, Started, replay
+from backends.journal import (
+    Ended,
+    Entry,
+    Held,
+    Journal,
+    Launch,
+    Nap,
+    Ready,
+    Staged,
+    Started,
+    Suspension,
+    replay,
+)
 
 
 def launch(launch_id: str, replica_id: str = "m-0") -> Launch:
@@ -133,6 +145,15 @@ ENTRIES: st.SearchStrategy[Entry] = st.one_of(
     st.builds(Started, st.sampled_from("abc"), st.just(7), st.just(70), st.just("boot")),
     st.builds(Ready, st.sampled_from("abc")),
     st.builds(Held, st.sampled_from("abc"), st.booleans()),
+    st.builds(Nap, st.sampled_from("abc"), st.sampled_from([None, 1]), st.booleans()),
+    st.builds(
+        Suspension,
+        st.sampled_from("abc"),
+        st.booleans(),
+        st.booleans(),
+        st.sampled_from([None, (), ("0",)]),
+    ),
+    st.builds(Staged, st.sampled_from("abc"), st.booleans()),
     st.builds(Ended, st.sampled_from("abc"), st.just("exited")),
 )
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from backends.ladder import Ladder, Rung, RungCost, Rungs
 from backends.members import Member, Standing
-from backends.pools import Portion, Vessel, View, policy_of, pour
+from backends.pools import HANDED_S, Portion, Vessel, View, policy_of, pour
 from backends.spec import pool_specs
 from proxy.config import parse_config
 from proxy.contract import LoadSample
@@ -82,7 +82,7 @@ def test_what_comes_is_expected_after_what_it_usually_takes() -> None:
     ladder = Ladder()
     ladder.learn("h", "m-9", {Rung.COLD: RungCost(15.0)})
     seen = view(
-        member(0, Standing.SERVES, load=LoadSample(at_s=0.0, kv_used_ratio=0.5)),
+        member(0, Standing.SERVES, load=LoadSample(at_s=0.0, kv_used_ratio=0.5), for_s=9.0),
         member(1, Standing.COMING, for_s=5.0),
         member(2, Standing.COMING, for_s=40.0),
         member(3, Standing.GOING, Rung.ASLEEP),
@@ -94,6 +94,15 @@ def test_what_comes_is_expected_after_what_it_usually_takes() -> None:
     record = seen.record(ladder, 100.0)
     assert (record.awake, record.coming, record.ready_in_s, record.start_s) == (1, 2, 0.0, 15.0)
     assert (record.wakes, record.work_class) == (True, "offline")
+
+
+def test_what_waited_for_one_that_has_just_come_up_waits_no_more() -> None:
+    """The reports are from before; by them one more would be started for what is being served."""
+    portion = Portion(in_flight=1, queued=5, queued_tokens=70, in_flight_tokens=3)
+    for for_s, told in ((0.2, (6, 0, 73, 0)), (HANDED_S, (1, 5, 3, 70))):
+        seen = view(member(0, Standing.SERVES, for_s=for_s), portion=portion)
+        at = seen.observation(Ladder(), 9.0, None)
+        assert (at.in_flight, at.queued, at.in_flight_tokens, at.queued_tokens) == told
 
 
 def test_one_at_rest_is_the_quickest_way_up() -> None:

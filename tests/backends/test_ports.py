@@ -7,8 +7,15 @@ import socket
 
 import pytest
 
-from backends.engines.base import Ports, PortsNeeded
-from backends.ports import NoPortError, PortLeases, ReplicaPorts, bind_problem, port_free
+from backends.engines.base import EVERYWHERE, Ports, PortsNeeded
+from backends.ports import (
+    NoPortError,
+    PortLeases,
+    ReplicaPorts,
+    bind_problem,
+    cell_ports,
+    port_free,
+)
 
 
 def free_range(count: int) -> int:
@@ -121,3 +128,16 @@ def test_the_problem_is_told() -> None:
     assert problem is not None
     assert "in use" in str(problem)
     assert bind_problem("no.such.host.invalid", 80) is not None
+
+
+CELLS = [
+    ("nothing else", PortsNeeded(), Ports(8000, host=EVERYWHERE)),
+    ("events", PortsNeeded(1, 1), Ports(8000, 8001, 8002, host=EVERYWHERE)),
+    ("ranks", PortsNeeded(4, 4, 8), Ports(8000, 8001, 8005, 8009, host=EVERYWHERE)),
+    ("no events", PortsNeeded(internal=2), Ports(8000, internal=8001, host=EVERYWHERE)),
+]
+
+
+@pytest.mark.parametrize(("needed", "ports"), [c[1:] for c in CELLS], ids=[c[0] for c in CELLS])
+def test_the_ports_in_a_cell_are_the_same_in_each(needed: PortsNeeded, ports: Ports) -> None:
+    assert cell_ports(needed) == ports

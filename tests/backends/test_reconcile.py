@@ -8,12 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.adapters import Loaded
+from backends.ladder import Rung
 from backends.lifecycle import Phase
 from backends.reconcile import (
     Action,
     Adapt,
     Create,
+    Lower,
     Observed,
+    Raise,
     Remove,
     Restart,
     Start,
@@ -227,6 +230,68 @@ def test_a_serving_pool_keeps_serving(names: list[str], rows: list[tuple[str, Ph
         assert set(names) <= serving
     touched = {a.replica_id for a in actions if isinstance(a, Stop | Remove)}
     assert not touched & set(names)
+
+
+def on(rung: Rung, launch: str = "new") -> list[Wanted]:
+    return [Wanted(spec("a"), launch, rung)]
+
+
+def at(phase: Phase, *, aim: Rung = Rung.AWAKE, rising: bool = False, out: str = "") -> Observed:
+    return Observed(
+        spec("a"),
+        "new",
+        phase,
+        wanted=True,
+        aim=aim,
+        rising=rising,
+        out=frozenset([Rung(out)] if out else []),
+    )
+
+
+TURNS: list[tuple[str, list[Wanted], list[Observed], list[Action]]] = [
+    ("down", on(Rung.ASLEEP), [at(Phase.READY)], [Lower("a", Rung.ASLEEP)]),
+    ("drained by an operator", on(Rung.ASLEEP), [at(Phase.HELD)], [Lower("a", Rung.ASLEEP)]),
+    ("further down", on(Rung.SUSPENDED), [at(Phase.READY)], [Lower("a", Rung.SUSPENDED)]),
+    (
+        "from sleep",
+        on(Rung.SUSPENDED),
+        [at(Phase.ASLEEP, aim=Rung.ASLEEP)],
+        [Lower("a", Rung.SUSPENDED)],
+    ),
+    (
+        "on its way to sleep",
+        on(Rung.SUSPENDED),
+        [at(Phase.EMPTYING, aim=Rung.ASLEEP)],
+        [Lower("a", Rung.SUSPENDED)],
+    ),
+    ("on its way there", on(Rung.SUSPENDED), [at(Phase.EMPTYING, aim=Rung.SUSPENDED)], []),
+    ("there", on(Rung.ASLEEP), [at(Phase.ASLEEP, aim=Rung.ASLEEP)], []),
+    ("deeper than that", on(Rung.ASLEEP), [at(Phase.SUSPENDED, aim=Rung.SUSPENDED)], []),
+    ("in the calls", on(Rung.AWAKE), [at(Phase.FALLING_ASLEEP, aim=Rung.ASLEEP)], []),
+    ("it failed lately", on(Rung.SUSPENDED), [at(Phase.READY, out="suspended")], []),
+    ("up from sleep", on(Rung.AWAKE), [at(Phase.ASLEEP)], [Raise("a")]),
+    ("up before it slept", on(Rung.AWAKE), [at(Phase.EMPTYING)], [Raise("a")]),
+    ("up from suspension", on(Rung.AWAKE), [at(Phase.SUSPENDED)], [Raise("a")]),
+    ("it waits for a card", on(Rung.AWAKE), [at(Phase.SUSPENDED, rising=True)], []),
+    (
+        "it need wait no more",
+        on(Rung.SUSPENDED),
+        [at(Phase.SUSPENDED, aim=Rung.SUSPENDED, rising=True)],
+        [Lower("a", Rung.SUSPENDED)],
+    ),
+    ("on its way up", on(Rung.AWAKE), [at(Phase.WAKING)], []),
+    ("a changed command goes first", on(Rung.ASLEEP, "x"), [at(Phase.READY)], [Restart("a")]),
+    ("not made to rest", on(Rung.SUSPENDED), [], []),
+    ("not started to rest", on(Rung.ASLEEP), [at(Phase.BACKOFF)], [Stop("a")]),
+    ("nobody decides", [Wanted(spec("a"), "new")], [at(Phase.SUSPENDED)], []),
+]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "observed", "actions"), [t[1:] for t in TURNS], ids=[t[0] for t in TURNS]
+)
+def test_turns(wanted: list[Wanted], observed: list[Observed], actions: list[Action]) -> None:
+    assert list(reconcile(wanted, observed)) == actions
 
 
 IDS = [

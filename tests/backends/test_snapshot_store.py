@@ -55,6 +55,11 @@ def publish(store: Store, name: str, at_s: float = 1.0, key: SnapshotKey = KEY) 
     return final
 
 
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole, "PIECE_BYTES", 1024 * 1024)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "images")
@@ -105,7 +110,7 @@ def test_what_was_found_damaged_once_stays_so(store: Store) -> None:
     assert store.find(KEY) is not None  # sizes say nothing
     assert "core.img" in store.verify("one")
     assert store.find(KEY) is None
-    problem = "core.img is not what was written, in the 64 MiB from byte 0 on"
+    problem = "core.img is not what was written, in the 1 MiB from byte 0 on"
     assert store.prune() == {"one": problem}
     assert store.held() == []
 

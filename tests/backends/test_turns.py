@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from backends import turns
 from backends.cards import Cards
+from backends.demand import DemandBook
 from backends.gpus import Gpu, GpuInventory, GpuLeases
 from backends.journal import Suspension
 from backends.keeper import Keeper
@@ -20,7 +22,9 @@ from backends.log import Log
 from backends.reconcile import Wanted
 from backends.snapshots.base import Capability, SuspendError
 from backends.turns import RefusedError
+from proxy.contract.demand import Demand, ReplicaDemand
 from tests.fakes.provider import FakeProcess
+from tests.fakes.suspender import FakeDemand
 from tests.fakes.world import World, configuration
 
 PLAIN = "[{engine: simulator, gpus: 1}]"
@@ -290,15 +294,34 @@ async def test_a_full_disk_lets_nobody_be_suspended(
 
 async def test_it_is_drained_by_the_proxies_own_count(world: World) -> None:
     """The engine cannot know of a request that is bound and not sent yet."""
+    demand = world.demand = FakeDemand()
     await world.start(configuration(world.run_dir, PLAIN))
-    world.demand.on = {"m-0": 1}
+    demand.on = {"m-0": 1}
     kept = keeper(world)
     kept.lower(Rung.SUSPENDED, "test")
     await world.clock.advance(5.0)
     assert kept.state.phase is Phase.EMPTYING
-    world.demand.on = {"m-0": 0}
+    demand.on = {"m-0": 0}
     await world.clock.advance(DRAINED_S)
     assert kept.state.phase is Phase.SUSPENDED
+
+
+async def test_a_manager_that_stops_does_not_wait_for_a_proxy_that_is_gone(world: World) -> None:
+    """`doherty up` ends the proxy first; its last report was of a request."""
+    book = world.demand = DemandBook()
+    manager = await world.start(configuration(world.run_dir, PLAIN))
+    book.serve(["m"])
+    report = Demand(proxy_id="p", sequence=1, replicas={"m-0": ReplicaDemand(in_flight=1)})
+    assert book.take(report, world.clock.now_s())
+    stopping = asyncio.ensure_future(manager.stop())
+    await world.clock.advance(2.0)
+    process = world.provider.spawned[0]
+    assert process.signals == [], "it may yet be there"
+    await world.clock.advance(5.0)
+    assert process.signals == [signal.SIGTERM]
+    process.exit("exited")
+    await world.clock.advance(1.0)
+    await stopping
 
 
 # --- who decides ----------------------------------------------------------------------------------

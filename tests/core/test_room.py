@@ -23,19 +23,16 @@ def held(work_class: int, size: int = 1, since_s: float = 0.0) -> Held:
 
 def room(count_max: int, bytes_max: int = 10**9) -> Room:
     made = Room()
-    made.count_max, made.bytes_max = count_max, bytes_max
+    made.resize(count_max, bytes_max)
     return made
 
 
 def put(into: Room, one: Held) -> bool:
     """Let it in, and those out who have to leave for it; return whether it found room."""
-    leaving = into.admit(one)
-    if leaving is None:
-        return False
-    for other in leaving:
+    leaving = into.enter(one)
+    for other in leaving or ():
         into.leave(other)
-    into.enter(one)
-    return True
+    return leaving is not None
 
 
 def test_a_burst_of_offline_work_never_refuses_an_online_request() -> None:
@@ -53,11 +50,10 @@ def test_those_leave_first_who_are_least_urgent_and_came_last() -> None:
     offline, semi, later = held(OFFLINE), held(SEMI_ONLINE), held(SEMI_ONLINE, since_s=1.0)
     for one in (offline, semi, later, held(ONLINE)):
         assert put(full, one)
-    assert full.admit(held(ONLINE)) == [offline]
-    assert full.admit(held(SEMI_ONLINE)) is None  # half of it is theirs already
+    assert full.enter(held(SEMI_ONLINE)) is None  # half of it is theirs already
+    assert full.enter(held(ONLINE)) == [offline]
     full.leave(offline)
-    full.enter(held(ONLINE))
-    assert full.admit(held(ONLINE)) == [later]
+    assert full.enter(held(ONLINE)) == [later]
 
 
 def test_octets_are_bounded_as_the_number_is() -> None:
@@ -68,8 +64,8 @@ def test_octets_are_bounded_as_the_number_is() -> None:
     assert full.bytes_of(OFFLINE) == 25
     assert put(full, held(ONLINE, 10))
     assert full.bytes_of(OFFLINE) == 0
-    assert full.admit(held(ONLINE, 16)) is None  # and nobody left for one that finds no room
-    assert (full.bytes_of(ONLINE), len(full)) == (85, 2)
+    assert full.enter(held(ONLINE, 16)) is None  # and nobody left for one that finds no room
+    assert (full.bytes_of(ONLINE), full.bytes, full.count) == (85, 85, 2)
 
 
 def test_a_class_has_room_for_one_wherever_anybody_may_wait() -> None:
@@ -86,22 +82,21 @@ def test_the_bounds_hold_whoever_comes_and_goes(
     for work_class, size, comes in steps:
         if comes:
             one = held(work_class, size)
-            leaving = full.admit(one)
+            leaving = full.enter(one)
             if leaving is not None:
                 assert all(other.request.work_class > work_class for other in leaving)
                 for other in leaving:
                     full.leave(other)
                     inside.remove(other)
-                full.enter(one)
                 inside.append(one)
         elif inside:
             full.leave(inside.pop(0))
-        assert len(full) == len(inside) <= 10
+        assert full.count == len(inside) <= 10
         for number in range(len(NAMES)):
             theirs = [one for one in inside if one.request.work_class == number]
             assert full.count_of(number) == len(theirs) <= -(-10 * SHARES[number] // 1)
             assert full.bytes_of(number) == sum(one.held_bytes for one in theirs)
-        assert sum(full.bytes_of(number) for number in range(len(NAMES))) <= 100
+        assert full.bytes == sum(one.held_bytes for one in inside) <= 100
         ages = [full.oldest_s(number, 1.0) for number in range(len(NAMES))]
         assert ages == [1.0 if full.count_of(number) else 0.0 for number in range(len(NAMES))]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from deploy.airgap import archives, bundle, host, kinds, pack_cache, unpack, wheels
+from deploy.airgap import archives, bundle, host, kinds, pack_cache, pack_criu, unpack, wheels
 from deploy.airgap.archives import ArchiveError, Member, Part
 
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -401,6 +401,23 @@ def test_caches_go_out_and_come_back(index: Path, capfd: pytest.CaptureFixture[s
 
 
 # --- archives -------------------------------------------------------------------------------------
+
+
+def test_a_criu_comes_along_and_is_named(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "out")
+    program = tmp_path / "made" / "criu"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho whole\n")
+    program.chmod(0o755)
+    pack_criu.pack(program.parent, tmp_path / "out")
+    stage = tmp_path / "stage"
+    assert unpack.main([str(tmp_path / "out"), "--to", str(stage), "--any-host"]) == 0
+    told = subprocess.run(
+        ["sh", "-c", f". {stage}/env.sh; $DOHERTY_CRIU"], capture_output=True, text=True, check=True
+    )
+    assert told.stdout == "whole\n"
+    (tmp_path / "out" / archives.CRIU).write_bytes(b"harmed")
+    assert unpack.main([str(tmp_path / "out"), "--to", str(stage), "--any-host"]) == 1
 
 
 def test_holes_are_not_carried_and_come_back(tmp_path: Path) -> None:

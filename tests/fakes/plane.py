@@ -305,8 +305,7 @@ def assert_nothing_held(plane: Plane) -> None:
     assert plane.exchanges_open == 0
     assert plane.waiting.count == 0
     assert not any(queue.waiters or queue.tokens for queue in plane.waiting.queues.values())
-    assert not len(plane.waiting.room)
-    assert not sum(plane.waiting.room._bytes)
+    assert (plane.waiting.room.count, plane.waiting.room.bytes) == (0, 0)
     assert plane.waiting._holding._lines == {}
     assert plane.waiting._timer is None
     assert plane.bodies_bytes == 0

@@ -47,3 +47,6 @@ class FakeDemand:
 
     def in_flight(self, replica_id: str) -> int | None:
         return self.on.get(replica_id)
+
+    def expire(self, now_s: float) -> None:
+        return None

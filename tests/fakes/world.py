@@ -15,6 +15,7 @@ from backends.journal import Journal, Launch, Ready, Started
 from backends.log import Log
 from backends.manager import Manager
 from backends.spec import pool_specs
+from backends.surroundings import Demanded
 from proxy.config import Config, parse_config
 from proxy.contract import ReplicaRecord
 from tests.fakes.provider import FakeFetch, FakeProcess, FakeProvider, ManualClock
@@ -45,7 +46,7 @@ class World:
         self.suspender = FakeSuspender()
         self.snapshots = FakeSnapshots()
         self.engines: Mapping[str, Engine] = ENGINES
-        self.demand = FakeDemand()
+        self.demand: Demanded = FakeDemand()
         self.manager: Manager | None = None
 
     async def start(self, config: Config | None = None) -> Manager:

@@ -183,6 +183,27 @@ async def test_replicas_that_rest_are_sent_nothing_and_waited_for_if_demand_wake
     assert code(ask(zero, "y").answer()) == (503, "no_replica")
 
 
+async def test_a_replica_that_is_to_rest_keeps_no_idle_connection_and_ends_what_it_has(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(up())
+    done = ask(bench, "done")
+    idle = await bench.engine()
+    busy = ask(bench, "busy")
+    engine = await bench.engine()
+    assert engine is not idle
+    idle.send(answer())
+    assert done.answer().status == 200
+    assert bench.upstreams.idle_count == 1
+    bench.publish(*up(state=ReplicaState.DRAINING))
+    assert idle.cut_off
+    assert not engine.cut_off
+    engine.send(answer())
+    assert busy.answer().status == 200
+    bench.publish(*up(asleep=True))
+    assert bench.upstreams.idle_count == 0
+
+
 async def test_a_client_that_goes_while_it_is_held_leaves_nothing(zero: Bench) -> None:
     client = ask(zero, "x", pad="x" * 100_000)
     await zero.settle()
