@@ -30,6 +30,9 @@ class Cell(msgspec.Struct, frozen=True):
     replicas_max: int = 30
     seed: int = 7
 
+    def seeded(self, seed: int) -> Cell:
+        return msgspec.structs.replace(self, seed=seed)
+
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """What one law came to in one cell."""
@@ -39,9 +42,25 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     ttft_p50_s: float
     ttft_p99_s: float
     lost: int
-    peak: int
-    turns: int
+    peak: float
+    turns: float
     paid_s: float
+
+
+def mean_of(runs: Sequence[Figures]) -> Figures:
+    """Return the means over runs of one law, of which only the seed differs; what was lost, summed
+    as the requests are."""
+    count = len(runs)
+    return Figures(
+        law=runs[0].law,
+        requests=sum(run.requests for run in runs),
+        ttft_p50_s=sum(run.ttft_p50_s for run in runs) / count,
+        ttft_p99_s=sum(run.ttft_p99_s for run in runs) / count,
+        lost=sum(run.lost for run in runs),
+        peak=sum(run.peak for run in runs) / count,
+        turns=sum(run.turns for run in runs) / count,
+        paid_s=sum(run.paid_s for run in runs) / count,
+    )
 
 
 def run_cell(cell: Cell, law: str) -> Figures:

@@ -29,9 +29,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     what: str
     span_s: float
-    rate: Callable[[float, random.Random], float]  # replicas, at a second
+    rate: Callable[[float, random.Random], float] = lambda _, __: 0.0  # replicas, at a second
     cached_tokens: int = 0
     steady: bool = False
+    recorded: bool = False  # a trace: no seed changes it
 
 
 def _step(factor: float, base: float, burst_s: float) -> Callable[[float, random.Random], float]:
@@ -63,7 +64,7 @@ LOADS: dict[str, Load] = {
     for load in (
         Load(name="step10", what="10 x for 5 minutes", span_s=900.0, rate=_step(10, 0.6, 300.0)),
         Load(name="step100", what="100 x for 5 minutes", span_s=900.0, rate=_step(100, 0.1, 300.0)),
-        Load(name="azure", what="a code assistant's 29 minutes", span_s=1740.0, rate=_ramp),
+        Load(name="azure", what="a code assistant's 29 minutes", span_s=1740.0, recorded=True),
         Load(name="noise", what="+-20 % for 30 minutes", span_s=1800.0, rate=_noise, steady=True),
         Load(name="sawtooth", what="1 to 8 in 4 minutes, and again", span_s=1440.0, rate=_sawtooth),
         Load(name="ramp", what="1 to 10 in 20 minutes", span_s=1800.0, rate=_ramp),
@@ -81,7 +82,7 @@ LOADS: dict[str, Load] = {
 
 def jobs_of(load: Load, target_inputs: float, speeds: Speeds, seed: int) -> list[Job]:
     """Return the requests of a load in the order of arrival."""
-    if load.name == "azure":
+    if load.recorded:
         return _azure()
     chance = random.Random(seed)
     carried = carried_by(load, target_inputs, speeds)

@@ -174,7 +174,7 @@ def test_files_are_read_plain_and_compressed(tmp_path: Path) -> None:
     packed.write_bytes(lzma.compress(text)[:-8])
     with pytest.raises(TraceError, match="cannot be read"):
         read_trace(str(packed))
-    with pytest.raises(TraceError, match="no such file; shipped traces: conversation"):
+    with pytest.raises(TraceError, match="no such file; shipped traces: azure_code, conversation"):
         find_trace("nowhere")
 
 

@@ -221,7 +221,20 @@ def test_the_command_prints_a_table_a_cell_and_judges(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = tmp_path / "lab.json"
-    status = main(["scaling", "--loads", "kv", "--starts", "2", "--check", "--json", str(written)])
+    status = main(
+        [
+            "scaling",
+            "--loads",
+            "kv",
+            "--starts",
+            "2",
+            "--seeds",
+            "7,8",
+            "--check",
+            "--json",
+            str(written),
+        ]
+    )
     out = capsys.readouterr().out
     missed = json.loads(written.read_bytes())["missed"]
     assert status == (1 if missed else 0)
