@@ -9,7 +9,8 @@ computes nothing), idle, of the coldest cache, the cheapest to bring back.
 same state always gives the same moves, and a state in which all have their share gives none. Cards
 that are being given up count as coming: nobody else is sent away for them. A replica that has just
 come up is not taken within its own start time, or the pool would pay for starts and not for
-answers. A pool that has more than it wants loses one at a time.
+answers; offline work is, even while it starts. A pool that has more than it wants loses one at a
+time.
 
 A replica asleep keeps the lease of its cards. When somebody wants these it is lowered further, to a
 rung that gives them up; where nobody does, replicas rest no deeper than they must. Cards for a
@@ -136,7 +137,7 @@ class _Table:
         lowered = any(low.pool == claim.pool for low in self.lows)
         if going or lowered or len(claim.serving) <= claim.wants:
             return
-        movable = [h for h in claim.serving if h.movable and h.transit is Transit.NONE]
+        movable = [h for h in claim.serving if claim.may_yield(h)]
         if movable:
             wanted = self._scarce()
             self._lower(claim, min(movable, key=_yields), "it is not needed", gpu_wanted=wanted)
@@ -147,7 +148,7 @@ class _Table:
             (claim, holder)
             for claim in self.claims.values()
             for holder in claim.holders
-            if holder.rung is not Rung.AWAKE and holder.movable
+            if not holder.serves and claim.may_yield(holder)
         ]
         for claim, holder in sorted(resting, key=lambda pair: -pair[1].idle_s):
             if self._host_free is None or self._host_free >= 0:
@@ -189,7 +190,8 @@ class _Table:
         if way.replica_id is None:
             return True
         holder = next((h for h in claim.holders if h.replica_id == way.replica_id), None)
-        return holder is not None and holder.movable and way.replica_id not in self._used
+        free = holder is not None and not holder.serves and claim.may_yield(holder)
+        return free and way.replica_id not in self._used
 
     def _at_once(self, claim: Claim, way: WayUp) -> tuple[str, ...] | None:
         """Return the cards to lease for this way now, perhaps none; None: it has to wait."""
@@ -222,7 +224,7 @@ class _Table:
         for other, victim in victims:
             reason = f"{claim.pool} ({claim.work_class}) needs its GPU"
             self._lower(other, victim, reason, gpu_wanted=True)
-            self._spare[other.pool] -= victim.rung is Rung.AWAKE
+            self._spare[other.pool] -= victim.serves
         freed = {device for _, victim in victims for device in victim.devices}
         chosen = self._choose(near | freed, claim, holder)
         assert chosen is not None
@@ -280,9 +282,8 @@ class _Table:
         spare = dict(self._spare)
         within = []
         for claim, holder in offers:
-            serves = holder.rung is Rung.AWAKE
-            if not serves or spare[claim.pool] > 0:
-                spare[claim.pool] -= serves
+            if not holder.serves or spare[claim.pool] > 0:
+                spare[claim.pool] -= holder.serves
                 within.append((claim, holder))
         return within
 
@@ -296,9 +297,13 @@ class _Table:
         """Yield each replica whose cards another pool could have."""
         for claim in self.claims.values():
             for holder in claim.holders:
-                if not holder.movable or not holder.devices or holder.replica_id in self._used:
+                if (
+                    not claim.may_yield(holder)
+                    or not holder.devices
+                    or holder.replica_id in self._used
+                ):
                     continue
-                if holder.rung is Rung.AWAKE:
+                if holder.serves:
                     may = self._spare[claim.pool] > 0
                 else:
                     may = holder.replica_id not in self._kept_asleep
@@ -307,7 +312,9 @@ class _Table:
 
     def _lower(self, claim: Claim, holder: Holder, reason: str, *, gpu_wanted: bool) -> None:
         now = next((r.host_bytes for r in holder.rests if r.rung is holder.rung), 0)
-        below = [rest for rest in holder.rests if rest.rung.depth > holder.rung.depth] or [_COLD]
+        below = [rest for rest in holder.rests if rest.rung.depth > holder.rung.depth]
+        if holder.transit is Transit.COMING or not below:  # a start that is broken off
+            below = [_COLD]
         free = None if self._host_free is None else self._host_free + now
         rest = best_rest(
             below, gpu_wanted=gpu_wanted, host_bytes_free=free, up_s_max=claim.up_s_max

@@ -41,6 +41,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     heat: int = 0  # tokens of its cache that are likely to be used again
     come_back_s: float = 0.0  # from where it would rest
     rests: tuple[Rest, ...] = ()  # where it could be lowered to, the least deep first
+    from_nothing: bool = False  # it comes by a start, which can be broken off
     kept: bool = False  # an operator's, or nobody's business: it is not moved
 
     @property
@@ -49,13 +50,6 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
         return self.transit is Transit.COMING or (
             self.rung is Rung.AWAKE and self.transit is Transit.NONE
         )
-
-    @property
-    def movable(self) -> bool:
-        """Whether it may be taken down now. One that rests has no time of its own to be given."""
-        if self.kept or self.transit is not Transit.NONE:
-            return False
-        return self.rung is not Rung.AWAKE or self.up_for_s >= self.start_s
 
     @property
     def yields(self) -> tuple[float, ...]:
@@ -90,6 +84,19 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     def serving(self) -> tuple[Holder, ...]:
         """Those that serve or come."""
         return tuple(holder for holder in self.holders if holder.serves)
+
+    def may_yield(self, holder: Holder) -> bool:
+        """Whether this replica may be taken down now. One that rests has nothing to lose.
+
+        One that has just come up is given its own start time, or starts would be all it is paid
+        for. Offline work is not: whoever waits for an answer would wait for that, too.
+        """
+        offline = self.work_class == "offline"
+        if holder.kept or holder.transit is Transit.GOING:
+            return False
+        if holder.transit is Transit.COMING:
+            return offline and holder.from_nothing
+        return holder.rung is not Rung.AWAKE or offline or holder.up_for_s >= holder.start_s
 
 
 class Room(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,6 +1,7 @@
 """How many replicas each pool may have of the machine's cards: the rule of who comes before whom.
 
-1. What cannot be moved (on its way up, younger than its own start took, an operator's) is as it is.
+1. What cannot be moved (on its way up, younger than its own start took, an operator's) is as it is;
+   offline work can be moved at any time.
 2. Every pool's `min`, what it has of it before what it lacks.
 3. The first replica of every online pool that wants one, then of every semi-online one. Whoever
    waits for an answer should find its model somewhere before another model gets faster.
@@ -86,14 +87,14 @@ class _Deal:
         self.left = cards
         self.granted = {claim.pool: 0 for claim in claims}
         self.order: list[str] = []
-        self._serving = {claim.pool: sorted(claim.serving, key=_kept_first) for claim in claims}
+        self._serving = {claim.pool: _kept_first(claim) for claim in claims}
         self._soon = dict.fromkeys(RANKS.values(), 0)  # cards that cannot be moved yet, by class
         self._saving = False  # for a pool that is next and needs more cards than can be moved yet
 
     def note_fixed(self, claim: Claim) -> None:
         """Take what cannot be moved as it is."""
         for holder in claim.holders:
-            if holder.serves and not holder.movable:
+            if holder.serves and not claim.may_yield(holder):
                 self._give(claim)
                 if not holder.kept and self.granted[claim.pool] > claim.min:
                     self._soon[RANKS[claim.work_class]] += claim.gpus_each
@@ -170,8 +171,13 @@ class _Deal:
         self.order.append(claim.pool)
 
 
-def _kept_first(holder: Holder) -> tuple[float | str, ...]:
-    return (holder.movable, *(-figure for figure in holder.yields), holder.replica_id)
+def _kept_first(claim: Claim) -> list[Holder]:
+    """Return those that serve, the last to be given up first."""
+
+    def order(holder: Holder) -> tuple[float | str, ...]:
+        return claim.may_yield(holder), *(-part for part in holder.yields), holder.replica_id
+
+    return sorted(claim.serving, key=order)
 
 
 def turn_s(claim: Claim) -> float:

@@ -44,7 +44,16 @@ Arbiter = Callable[[Sequence[Claim], Room], Verdict]
 class Unit:
     """A replica as the manager knows it; `engine` is there while it serves."""
 
-    __slots__ = ("devices", "engine", "idle_since_s", "name", "rung", "transit", "up_at_s")
+    __slots__ = (
+        "devices",
+        "engine",
+        "idle_since_s",
+        "name",
+        "ready_s",
+        "rung",
+        "transit",
+        "up_at_s",
+    )
 
     def __init__(self, name: str, rung: Rung) -> None:
         self.name = name
@@ -52,6 +61,7 @@ class Unit:
         self.transit = Transit.NONE
         self.devices: tuple[str, ...] = ()
         self.engine: Replica | None = None
+        self.ready_s = math.inf  # when it comes
         self.up_at_s = math.inf
         self.idle_since_s = 0.0
 
@@ -131,6 +141,7 @@ class Sharer(Pool):
             rung=unit.rung,
             transit=unit.transit,
             devices=unit.devices,
+            from_nothing=not unit.rung.has_process,
             in_flight=in_flight,
             idle_s=now_s - unit.idle_since_s,
             up_for_s=max(0.0, now_s - unit.up_at_s),
@@ -155,12 +166,14 @@ class Sharer(Pool):
         unit = self.units[move.replica_id] if move.replica_id else self._new(move.rung)
         unit.devices = unit.devices or move.devices
         unit.transit = Transit.COMING
-        ready_s = now_s + self.cost(unit.rung).up_s
-        self.coming = sorted([*self.coming, ready_s])
-        self.world.at(ready_s, lambda at_s: self._up(unit, at_s))
+        unit.ready_s = now_s + self.cost(unit.rung).up_s
+        self.coming = sorted([*self.coming, unit.ready_s])
+        self.world.at(unit.ready_s, lambda at_s: self._up(unit, at_s))
 
     def _up(self, unit: Unit, now_s: float) -> None:
-        self.coming.pop(0)
+        if unit.transit is not Transit.COMING:
+            return  # was broken off
+        self.coming.remove(unit.ready_s)
         unit.rung, unit.transit, unit.up_at_s = Rung.AWAKE, Transit.NONE, now_s
         unit.idle_since_s = now_s
         self._names += 1
@@ -171,6 +184,8 @@ class Sharer(Pool):
     def lower(self, move: Lower, now_s: float) -> None:
         unit = self.units[move.replica_id]
         down_s = self.cost(move.rung).down_s
+        if unit.transit is Transit.COMING:
+            self.coming.remove(unit.ready_s)
         unit.rung, unit.transit = move.rung, Transit.GOING
         engine, unit.engine = unit.engine, None
         if engine is None:

@@ -71,11 +71,26 @@ def test_who_is_not_needed_rests_no_deeper_than_it_must() -> None:
 
 
 def test_one_that_has_just_come_up_is_not_taken() -> None:
-    young = holder("off-0", "0", up_for_s=45.0)
-    offline = claim("off", 1, young, work_class="offline")
-    verdict = arbitrate([offline, claim("on", 1)], room(1))
+    young = claim("semi", 2, *(holder(f"s-{n}", str(n), up_for_s=45.0) for n in (0, 1)))
+    semi = msgspec.structs.replace(young, work_class="semi-online")
+    verdict = arbitrate([semi, claim("on", 1)], room(2))
     assert verdict.moves == ()
-    assert verdict.refused == (Refusal("on", 1, "its share of 1 GPUs is used"),)
+    assert verdict.refused == (Refusal("on", 1, "its share of 2 GPUs is used"),)
+    offline = msgspec.structs.replace(young, work_class="offline")
+    assert lowered([offline, claim("on", 1)], room(2)) == ["s-0"]
+
+
+def test_an_offline_start_is_broken_off_for_who_waits_for_an_answer() -> None:
+    starts = holder("o-0", "0", transit=Transit.COMING, from_nothing=True)
+    offline = claim("o", 1, starts, work_class="offline")
+    assert arbitrate([offline, claim("on", 1)], room(1)).moves == (
+        Lower("o", "o-0", Rung.COLD, "on (online) needs its GPU"),
+        Wait("on", "o-0 makes room for it"),
+    )
+    resumes = msgspec.structs.replace(starts, from_nothing=False)
+    assert lowered([claim("o", 1, resumes, work_class="offline"), claim("on", 1)], room(1)) == []
+    online = claim("p", 2, starts, holder("p-1", "1"))
+    assert lowered([online, claim("on", 1)], room(2)) == ["p-1"]
 
 
 def test_an_operators_replica_is_nobodys_to_move() -> None:
