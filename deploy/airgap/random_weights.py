@@ -2,8 +2,11 @@
 
 Weights that an engine draws itself (`--load-format dummy`) are gone when it lets go of them; these
 lie on the disk, so what was let go of can be read again, and greedy answers can be compared. A
-weight is a bf16 number of random sign and mantissa with a magnitude between 2^-7 and 2^-5, about
-the 0.02 that such models begin their training with; norms are 1. Standard library only: one random
+weight is a bf16 number of random sign and mantissa: of embeddings with a magnitude between 2^-7 and
+2^-5, about the 0.02 that such models begin their training with, of layers between 2^-13 and 2^-11.
+Layers as large as the embeddings would leave nothing of the token in the residual stream, all of
+the 150,000 logits nearly equal, and the greedy choice to the order in which a kernel sums; so small
+they still move the logits, by about a hundredth. Norms are 1. Standard library only: one random
 octet makes a weight, in as many processes as there are files.
 """
 
@@ -24,7 +27,8 @@ INDEX = "model.safetensors.index.json"
 _ITEM = 2  # octets of a bf16
 _ONE = b"\x80\x3f"
 # The upper octet of a bf16: sign, and all of the exponent but its last bit.
-_UPPER = bytes(0xBC if octet & 0x80 else 0x3C for octet in range(256))
+_EMBEDDING = bytes(0xBC if octet & 0x80 else 0x3C for octet in range(256))
+_LAYER = bytes(0xB9 if octet & 0x80 else 0x39 for octet in range(256))
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -116,12 +120,13 @@ def _values(name: str, shape: Sequence[int], seed: int) -> Iterator[bytes | byte
     if len(shape) == 1:
         yield _ONE * count
         return
+    upper = _LAYER if ".layers." in name else _EMBEDDING
     draw = random.Random(f"{seed}/{name}")  # noqa: S311  # weights, no secrets
     for start in range(0, count, CHUNK_WEIGHTS):
         lower = draw.randbytes(min(CHUNK_WEIGHTS, count - start))
         piece = bytearray(_ITEM * len(lower))
         piece[::2] = lower
-        piece[1::2] = (lower[1:] + lower[:1]).translate(_UPPER)
+        piece[1::2] = (lower[1:] + lower[:1]).translate(upper)
         yield piece
 
 
