@@ -259,7 +259,17 @@ def test_each_pool_gives_what_it_can_spare() -> None:
 def test_what_one_gives_up_serves_two() -> None:
     wide = claim("a", 0, holder("a-0", "01"), gpus_each=2)
     narrow = claim("b", 1, holder("b-0", "2"), work_class="offline")
-    assert lowered([wide, narrow, claim("c", 2)], room(3)) == ["a-0"]
+    verdict = arbitrate([wide, narrow, claim("c", 2)], room(3))
+    assert [m.replica_id for m in verdict.moves if isinstance(m, Lower)] == ["a-0"]
+    assert verdict.refused == ()
+
+
+def test_offline_work_that_has_waited_long_enough_gets_a_replica() -> None:
+    online = claim("on", 2, holder("on-0", "0", heat=9), holder("on-1", "1"), queued=1)
+    offline = claim("off", 1, work_class="offline", unserved_s=599.0)
+    assert lowered([online, offline], room(2)) == []
+    offline = msgspec.structs.replace(offline, unserved_s=600.0)
+    assert lowered([online, offline], room(2)) == ["on-1"]
 
 
 def test_a_card_that_is_coming_is_for_one() -> None:
