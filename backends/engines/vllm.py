@@ -7,6 +7,7 @@ but this machine reaches, so they are this machine's alone.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -60,6 +61,7 @@ _REFUSED = {
 }
 _DRAFT_FLAGS = ("--speculative-config", "-sc", "--spec-model", "--spec-method")
 _EXTENSION_FLAG, _EXTENSION = "--worker-extension-cls", "doherty_weights.Weights"  # of `HOOK`
+_FORM_VARIABLE = "DOHERTY_WEIGHTS_FORM"  # by which it tells apart what lies in memory otherwise
 _DRAIN_S = 60.0
 _COPY_S = 120.0  # level 1 copies the weights to host memory, slowly where that is touched first
 
@@ -85,7 +87,10 @@ class Vllm:
             *_lora_flags(spec),
             *spec.args,
         )
-        return Launch(argv, _environment(spec, ports, release), HOOK)
+        env = _environment(spec, ports, release)
+        if self._keeps_a_file(spec):
+            env[_FORM_VARIABLE] = _form(spec)
+        return Launch(argv, env, HOOK)
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         refuse(flag_table(self.name), spec.args, _REFUSED, release)
@@ -199,6 +204,12 @@ class Vllm:
 
     def read_load(self, answers: Sequence[bytes], at_s: float) -> LoadSample | None:
         return VLLM.read(answers, at_s)
+
+
+def _form(spec: ReplicaSpec) -> str:
+    """Name what decides how a worker lays out the weights: all that the pool tells the engine."""
+    told = msgspec.json.encode([spec.model_path or spec.model, spec.args, sorted(spec.env.items())])
+    return hashlib.sha256(told).hexdigest()[:16]
 
 
 def _can_sleep(spec: ReplicaSpec) -> bool:

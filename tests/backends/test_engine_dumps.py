@@ -228,41 +228,118 @@ def test_half_a_file_of_weights_is_none(weights: ModuleType, tmp_path: Path) -> 
         weights.fill(str(path), regions, HostLink())
 
 
-def test_a_worker_without_a_file_reloads(
-    weights: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class FakeVllm:
+    """vLLM and torch as a worker sees them, with weights in this process's memory."""
+
+    def __init__(self, weights: ModuleType, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.memory = memory = ctypes.create_string_buffer(b"w" * 3000, 3000)
+        self.card = "NVIDIA H200"
+        self.reloaded = 0
+        data = SimpleNamespace(handle=(0, 3000, 0, 0), tag="weights")
+        cache = SimpleNamespace(handle=(0, 9, 0, 0), tag="kv_cache")
+        allocator = SimpleNamespace(pointer_to_data={ctypes.addressof(memory): data, 5: cache})
+        here = SimpleNamespace(get_instance=lambda: allocator)
+        modules: dict[str, dict[str, object]] = {
+            "torch": {"cuda": SimpleNamespace(get_device_name=lambda: self.card)},
+            "vllm": {"__version__": "1"},
+            "vllm.device_allocator": {},
+            "vllm.device_allocator.cumem": {"CuMemAllocator": here},
+        }
+        for name, content in modules.items():
+            module = ModuleType(name)
+            vars(module).update(content)
+            patch.setitem(sys.modules, name, module)
+        patch.setattr(weights, "CudaLink", HostLink)
+        patch.setenv("DOHERTY_WEIGHTS", str(folder / "kept"))
+        patch.setenv("DOHERTY_WEIGHTS_FORM", "a")
+        fake = self
+
+        class Worker(weights.Weights):  # type: ignore[misc]
+            model_config = SimpleNamespace(model=str(folder), dtype="bf16")
+            parallel_config = SimpleNamespace(data_parallel_rank=0)
+            rank = 0
+
+            def reload_weights(self) -> None:
+                fake.reloaded += 1
+
+        self.worker = Worker()
+
+
+@pytest.fixture
+def vllm(weights: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
+    return FakeVllm(weights, tmp_path, monkeypatch)
+
+
+def test_a_worker_without_a_file_reloads(vllm: FakeVllm, tmp_path: Path) -> None:
     """Whatever is wrong with the file, or with what is imported for it."""
-    reloaded = []
-
-    class Worker(weights.Weights):  # type: ignore[misc]
-        model_config = SimpleNamespace(model=str(tmp_path), dtype="bf16", quantization=None)
-
-        def reload_weights(self) -> None:
-            reloaded.append(1)
-
-    memory = ctypes.create_string_buffer(b"w" * 3000, 3000)
-    data = SimpleNamespace(handle=(0, 3000, 0, 0), tag="weights")
-    cache = SimpleNamespace(handle=(0, 9, 0, 0), tag="kv_cache")
-    allocator = SimpleNamespace(pointer_to_data={ctypes.addressof(memory): data, 5: cache})
-    cumem = ModuleType("vllm.device_allocator.cumem")
-    cumem.CuMemAllocator = SimpleNamespace(get_instance=lambda: allocator)  # type: ignore[attr-defined]
-    vllm = ModuleType("vllm")
-    vllm.__version__ = "1"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setitem(sys.modules, "vllm.device_allocator", ModuleType("vllm.device_allocator"))
-    monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", cumem)
-    monkeypatch.setattr(weights, "CudaLink", HostLink)
-    monkeypatch.setenv("DOHERTY_WEIGHTS", str(tmp_path / "kept"))
-    worker = Worker()
+    worker = vllm.worker
     assert worker.doherty_keep()["kept"] is False  # no folder of weights
     assert worker.doherty_fill()["filled"] is False
-    assert reloaded == [1]
+    assert vllm.reloaded == 1
     (tmp_path / "model.safetensors").touch()
     assert worker.doherty_keep()["kept"] is True
     assert worker.doherty_keep() == {"kept": True, "took_s": 0.0}
-    ctypes.memset(memory, 0, 3000)
+    ctypes.memset(vllm.memory, 0, 3000)
     assert worker.doherty_fill()["filled"] is True
-    assert memory.raw == b"w" * 3000
+    assert vllm.memory.raw == b"w" * 3000
     (tmp_path / "model.safetensors").write_bytes(b"new")  # another checkpoint
     assert worker.doherty_fill()["filled"] is False
-    assert reloaded == [1, 1]
+    assert vllm.reloaded == 2
+
+
+def test_a_worker_takes_no_file_of_another_kind_of_worker(
+    vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their memory is at the same addresses and of the same size, and holds something else."""
+    worker = vllm.worker
+    (tmp_path / "model.safetensors").touch()
+    assert worker.doherty_keep()["kept"] is True
+    monkeypatch.setattr(worker, "rank", 1)  # of two: the other half of each layer
+    assert worker.doherty_fill()["filled"] is False
+    monkeypatch.setattr(worker, "rank", 0)
+    monkeypatch.setattr(worker.parallel_config, "data_parallel_rank", 1)  # with other experts
+    assert worker.doherty_fill()["filled"] is False
+    monkeypatch.setattr(worker.parallel_config, "data_parallel_rank", 0)
+    monkeypatch.setenv("DOHERTY_WEIGHTS_FORM", "b")  # a flag has them lie in another order
+    assert worker.doherty_fill()["filled"] is False
+    monkeypatch.setenv("DOHERTY_WEIGHTS_FORM", "a")
+    vllm.card = "NVIDIA L4"
+    assert worker.doherty_fill()["filled"] is False
+    vllm.card = "NVIDIA H200"
+    assert worker.doherty_fill()["filled"] is True
+
+
+def test_two_who_keep_the_same_weights_do_not_write_into_one_file(
+    weights: ModuleType, tmp_path: Path
+) -> None:
+    """In two cells they have the same pid."""
+    memory = ctypes.create_string_buffer(b"w" * 3000, 3000)
+    regions = [(ctypes.addressof(memory), 3000)]
+    path = str(tmp_path / "m.weights")
+
+    class Second(HostLink):
+        """While it writes, another keeps the same."""
+
+        first = True
+
+        def copy(self, target: int, source: int, size: int) -> None:
+            if self.first:
+                self.first = False
+                weights.keep(path, regions, HostLink())
+            super().copy(target, source, size)
+
+    old = tmp_path / "gone.new"
+    old.touch()
+    os.utime(old, (0, 0))
+    weights.keep(path, regions, Second())
+    assert [one.name for one in tmp_path.iterdir()] == ["m.weights"]
+    ctypes.memset(memory, 0, 3000)
+    weights.fill(path, regions, HostLink())
+    assert memory.raw == b"w" * 3000
+
+
+def test_what_lies_in_memory_is_named_after_all_that_the_engine_is_told() -> None:
+    plain = launch_of(spec_of("vllm")).env["DOHERTY_WEIGHTS_FORM"]
+    assert launch_of(spec_of("vllm")).env["DOHERTY_WEIGHTS_FORM"] == plain
+    assert launch_of(spec_of("vllm", "-tp", "2")).env["DOHERTY_WEIGHTS_FORM"] != plain
+    assert "DOHERTY_WEIGHTS_FORM" not in launch_of(spec_of("vllm", snapshot=False)).env

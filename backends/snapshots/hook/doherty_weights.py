@@ -4,8 +4,10 @@ extension of the worker (`--worker-extension-cls`), whose methods `/collective_r
 Sleep level 2 throws the weights away, and vLLM's own way back reads the checkpoint tensor by tensor
 through its loaders. What was in memory is known here, octet by octet, so it is copied as it was:
 from the page cache by several threads at once, each through a pinned buffer of its own, which the
-card takes at the speed of its link. What the file is of is in its name and head: engine, checkpoint
-files, and the very regions of memory. Where anything differs, or there is no file, vLLM reloads.
+card takes at the speed of its link. What the file is of is in its name and head: engine and flags,
+checkpoint files, card, which worker of how many this is, and the very regions of memory. All of it
+matters: two workers of one model have other parts of it at the same addresses, and a flag can have
+the same part lie there in another order. Where anything differs, or there is no file, vLLM reloads.
 
 The file is as secret as the checkpoint, and more readable: nobody else may read it. A few are kept.
 """
@@ -19,6 +21,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +31,8 @@ THREADS = 8
 CHUNK_BYTES = 8 * 1024 * 1024  # small, so that what stays pinned is no part of an image
 FILES_MAX = 4
 FOLDER_VARIABLE = "DOHERTY_WEIGHTS"
+FORM_VARIABLE = "DOHERTY_WEIGHTS_FORM"  # names all that the engine was told
+UNFINISHED_S_MAX = 3600.0  # nobody writes that long
 _HEAD_BYTES = 1 << 20
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
@@ -90,8 +95,8 @@ def keep(path: str, regions: Sequence[Region], link: Link) -> None:
     """Write what lies in `regions`, whole or not at all. Raises `OSError`."""
     folder = os.path.dirname(path)
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    new = f"{path}.{os.getpid()}.new"
-    fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    # A name of its own, which a pid is not: in two cells they are the same.
+    fd, new = tempfile.mkstemp(".new", os.path.basename(path), folder)
     try:
         os.pwrite(fd, _head(regions), 0)
         os.posix_fallocate(fd, 0, _HEAD_BYTES + sum(size for _, size in regions))
@@ -188,7 +193,11 @@ def _head_of(path: str) -> bytes:
 
 
 def _forget(folder: str) -> None:
-    """Remove what has not been used for longest."""
+    """Remove what has not been used for longest, and what nobody finished."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.new")):
+        with contextlib.suppress(OSError):
+            if time.time() - os.path.getmtime(path) > UNFINISHED_S_MAX:
+                os.unlink(path)
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.weights")), key=os.path.getmtime)
     for path in paths[:-FILES_MAX]:
         with contextlib.suppress(OSError):
@@ -217,7 +226,10 @@ def _path_of(worker: Any) -> str:
     if not files:
         raise NotHereError(f"{config.model} is no folder of weights")
     stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in sorted(files)]
-    text = json.dumps([release, str(config.dtype), str(config.quantization), stats])
+    card = importlib.import_module("torch").cuda.get_device_name()
+    which = [worker.rank, worker.parallel_config.data_parallel_rank]
+    told = os.environ[FORM_VARIABLE]
+    text = json.dumps([release, told, card, which, str(config.dtype), stats])
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.environ.get(FOLDER_VARIABLE) or os.path.join(cache, "doherty", "weights")
     return os.path.join(folder, hashlib.sha256(text.encode()).hexdigest()[:24] + ".weights")
