@@ -44,6 +44,7 @@ class Back(msgspec.Struct, frozen=True):
 
     devices: tuple[str, ...] = ()
     moved: dict[str, str] | None = None
+    before: tuple[str, ...] = ()  # then: those that it had
 
 
 class Cards:
@@ -115,11 +116,14 @@ class Cards:
             self._leases.claim(owner, devices)
 
     def lend(self, owner: str, devices: Sequence[str] = ()) -> None:
-        """Let others have the cards of `owner`, which is suspended; or it had given `devices`."""
+        """Let others have the cards of `owner`, which is suspended.
+
+        `devices`: those that it was suspended on, where it has others now, or none.
+        """
         held = self._leases.holders.get(owner, ()) if self._leases is not None else ()
         self.ended(owner)
         if held or devices:
-            self._lent[owner] = tuple(held or devices)
+            self._lent[owner] = tuple(devices or held)
 
     def take_back(
         self,
@@ -147,7 +151,7 @@ class Cards:
         del self._lent[owner]
         self._look_before(owner, devices)
         pairs = {self._uuid(old): self._uuid(new) for old, new in zip(lent, devices, strict=True)}
-        return Back(devices, pairs if devices != lent else None)
+        return Back(devices, pairs, lent) if devices != lent else Back(devices)
 
     def ended(self, owner: str) -> None:
         """Give the cards of a life that is over back, as soon as they are free.

@@ -56,6 +56,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, tag="intent", tag_field=
     turning: bool = False  # between awake and asleep: what it has let go of is not known
     suspended: bool = False  # stands still; its cards are given back
     suspending: bool = False  # between standing still and running
+    moving: bool = False  # and that on other cards than before
     host: str = "127.0.0.1"  # where this machine reaches it
     staged: bool = False  # being restored from an image, or made into one
     loras: Loaded = Loaded()
@@ -93,6 +94,7 @@ class Suspension(msgspec.Struct, frozen=True, tag="suspension", tag_field="entry
     suspended: bool
     turning: bool
     gpus: tuple[str, ...] | None = None  # those that it is resumed on; None: as before
+    moving: bool = False  # these are others than it had
 
 
 class Staged(msgspec.Struct, frozen=True, tag="staged", tag_field="entry"):
@@ -215,8 +217,8 @@ def _with(launch: Launch, entry: _Fact) -> Launch:
             changes = {"held": held}
         case Nap(level=level, turning=turning):
             changes = {"nap_level": level, "turning": turning}
-        case Suspension(suspended=suspended, turning=turning, gpus=gpus):
-            changes = {"suspended": suspended, "suspending": turning}
+        case Suspension(suspended=suspended, turning=turning, gpus=gpus, moving=moving):
+            changes = {"suspended": suspended, "suspending": turning, "moving": moving}
             changes |= {} if gpus is None else {"gpus": gpus}
         case Adapted(loras=loras):
             changes = {"loras": loras}

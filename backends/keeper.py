@@ -169,10 +169,9 @@ class Keeper:
         self._around.changed()
         if launch.staged:
             self.apply(Event.HURRY, "the manager died while an image was restored or made")
-        elif launch.turning:
-            self.apply(
-                Event.RESTART, "the manager died while it fell asleep or woke: nobody knows how far"
-            )
+        elif launch.turning or launch.moving:
+            turn = "fell asleep or woke" if launch.turning else "was moved to other cards"
+            self.apply(Event.RESTART, f"the manager died while it {turn}: nobody knows how far")
         elif launch.suspending:
             self.apply(Event.WAKE, "the manager died while it was suspended or resumed")
 
@@ -274,7 +273,8 @@ class Keeper:
             elif self._starts(starts):
                 self._spawn(program, release, found)
         except START_ERRORS as error:
-            self._not_started(error)
+            if self._starts(starts):  # else it is another one's now that would end
+                self._not_started(error)
 
     def _starts(self, starts: int) -> bool:
         """Say whether this start is still the one under way."""

@@ -276,8 +276,9 @@ class Turns:
         env, args = life.spec.env, life.spec.args
         moves = self.suspender.probe().moves
         back = around.cards.take_back(owner, env, args, room, moves=moves)
+        moving = back.moved is not None
         turn = Suspension(life.launch_id, suspended=True, turning=True, gpus=back.devices)
-        around.note(turn)
+        around.note(msgspec.structs.replace(turn, moving=moving))
         try:
             async with asyncio.timeout(SUSPEND_S_MAX):
                 await self.suspender.resume(life.pid, back.moved or self._moved)
@@ -288,8 +289,9 @@ class Turns:
             if not _intact(error) or self._resumes_failed >= RESUMES_MAX:
                 self.failed(Rung.SUSPENDED)
                 return Event.BROKE, f"it could not be resumed: {_words(error)}"
-            around.note(msgspec.structs.replace(turn, turning=False))
-            around.cards.lend(owner)
+            stays = back.before or back.devices  # on other cards it is only once it has moved
+            around.note(msgspec.structs.replace(turn, turning=False, gpus=stays))
+            around.cards.lend(owner, back.before)
             return Event.CROWDED, f"not resumed, and tried again: {_words(error)}"
         if not life.go_on():
             return _OVER

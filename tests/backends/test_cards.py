@@ -230,7 +230,7 @@ async def test_it_moves_to_another_card_where_it_can(stage: Stage) -> None:
     stage.leases.claim("m-1", ["0"])
     with pytest.raises(NoGpuError):
         stage.back("m-0")
-    assert stage.back("m-0", moves=True) == Back(("1",), {"GPU-0": "GPU-1"})
+    assert stage.back("m-0", moves=True) == Back(("1",), {"GPU-0": "GPU-1"}, ("0",))
 
 
 async def test_a_pinned_one_returns_to_the_card_that_it_shares(stage: Stage) -> None:

@@ -195,6 +195,25 @@ async def test_it_returns_to_its_own_card_or_moves(
         assert (world.record().gpus, holders(world)["m-0"]) == (("1",), ("1",))
 
 
+async def test_one_that_could_not_be_moved_is_still_where_it_was(world: World) -> None:
+    """What the driver is told next is from which card it comes, not to which it was to go."""
+    world.cards = Cards(GpuLeases(GpuInventory(cards(2))), Log(world.stream))
+    world.suspender.capability = Capability(works=True, moves=True)
+    kept = await suspended(world)
+    assert world.cards._leases is not None
+    world.cards._leases.claim("stranger", ["0"])
+    world.suspender.failure = SuspendError("the card is full", intact=True)
+    kept.raise_("test")
+    await world.clock.advance(1.0)
+    assert (kept.state.phase, holders(world)) == (Phase.SUSPENDED, {"stranger": ("0",)})
+    (launch,) = world.journal.live.values()
+    assert (launch.gpus, launch.moving) == (("0",), False)
+    world.suspender.failure = None
+    await world.clock.advance(100.0)
+    assert world.suspender.asked[1:] == [("resume", 4000, {"GPU-0": "GPU-1"})] * 2
+    assert (world.states(), holders(world)["m-0"]) == (["ready"], ("1",))
+
+
 FAILURES = [
     ("intact: serves on", PLAIN, True, Phase.READY, []),
     ("intact: stays asleep", SLEEPY, True, Phase.ASLEEP, []),
@@ -308,7 +327,7 @@ async def test_it_is_drained_by_the_proxies_own_count(world: World) -> None:
 
 async def test_a_manager_that_stops_does_not_wait_for_a_proxy_that_is_gone(world: World) -> None:
     """`doherty up` ends the proxy first; its last report was of a request."""
-    book = world.demand = DemandBook()
+    book = world.demand = DemandBook(world.clock.now_s)
     manager = await world.start(configuration(world.run_dir, PLAIN))
     book.serve(["m"])
     report = Demand(proxy_id="p", sequence=1, replicas={"m-0": ReplicaDemand(in_flight=1)})
@@ -424,6 +443,24 @@ async def test_a_turn_that_a_manager_died_in_is_taken_back(
     assert (world.states(), holders(world)) == (["ready"], {"m-0": ("0",)})
     assert kept.rung is Rung.AWAKE
     assert world.provider.left_behind[launch.launch_id].signals == []
+
+
+async def test_a_move_that_a_manager_died_in_ends_it(world: World) -> None:
+    """On which card it comes back nobody knows, and one that is another's it must not take."""
+    world.cards = Cards(GpuLeases(GpuInventory(cards(2))), Log(world.stream))
+    world.suspender.capability = Capability(works=True, moves=True)
+    kept = await suspended(world)
+    assert world.cards._leases is not None
+    world.cards._leases.claim("stranger", ["0"])
+    world.suspender.free.clear()
+    kept.raise_("test")
+    await world.clock.advance(1.0)
+    (launch,) = world.journal.live.values()
+    assert (launch.gpus, launch.suspending, launch.moving) == (("1",), True, True)
+    kept = await succeed(world, PLAIN)
+    assert kept.state.phase is Phase.KILLING
+    assert world.provider.left_behind[launch.launch_id].signals == [signal.SIGKILL]
+    assert world.suspender.words == ["suspend", "resume"]
 
 
 async def test_the_cards_that_it_was_resumed_on_are_its_own(world: World) -> None:
