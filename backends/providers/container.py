@@ -81,6 +81,7 @@ class Container:
         self._problem = ""
         self._made = True  # for all that is known
         self._tasks: set[asyncio.Task[None]] = set()
+        self._signals: set[asyncio.Task[None]] = set()  # what was sent arrives, whoever watches
         self._last_ns = 0  # Unix time of the last line of its output that the log has
 
     def begin(self, make: Maker) -> None:
@@ -103,10 +104,12 @@ class Container:
             self._problem = "ended before its container was started"
             self._starting.cancel()
         else:
-            _ = self._own(self._signal(signal.Signals(number).name), "signal")
+            task = self._own(self._signal(signal.Signals(number).name), "signal")
+            self._signals.add(task)
+            task.add_done_callback(self._signals.discard)
 
     def release(self) -> None:
-        for task in self._tasks:
+        for task in self._tasks - self._signals:
             task.cancel()
 
     async def close(self) -> None:

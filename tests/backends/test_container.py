@@ -234,6 +234,14 @@ async def test_a_signal_reaches_it_when_the_docker_engine_is_back(
     assert "kill SIGKILL" not in docker.calls
 
 
+async def test_a_signal_reaches_one_that_is_let_go_of(docker: FakeDocker, one: Container) -> None:
+    """A manager that comes up kills what it does not know, and keeps no account of it."""
+    one.adopt(0)
+    one.signal_group(signal.SIGKILL)
+    one.release()
+    await until(lambda: "kill SIGKILL" in docker.calls)
+
+
 async def test_one_that_is_ended_while_it_starts_is_not_left(
     docker: FakeDocker, one: Container
 ) -> None:
