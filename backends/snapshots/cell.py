@@ -320,8 +320,7 @@ def _restore(options: Any, state: State) -> int:
         raise CellError(f"damaged: {problem}")
     reader = _fork(lambda: whole.judge(image, verdict))
     if (image / SHM_ARCHIVE).exists():
-        with tarfile.open(image / SHM_ARCHIVE) as archive:
-            archive.extractall(SHM, filter="fully_trusted")  # noqa: S202  # ours, and whole
+        _unpack(image / SHM_ARCHIVE)
     state.tell(state="restoring")
     log = Path(WORK, "restore.log")
     try:
@@ -341,6 +340,15 @@ def _restore(options: Any, state: State) -> int:
     os.close(lock)
     shutil.rmtree(WORK, ignore_errors=True)
     return int(dumped["engine"])
+
+
+def _unpack(archive: Path) -> None:
+    """Fill the cell's shared memory. Raises `CellError`: a large one is not judged yet."""
+    try:
+        with tarfile.open(archive) as content:
+            content.extractall(SHM, filter="fully_trusted")  # noqa: S202  # ours
+    except tarfile.TarError as error:
+        raise CellError(f"damaged: {SHM_ARCHIVE}: {error}") from error
 
 
 def _criu_restore(options: Any, dumped: Any, log: Path) -> list[str]:

@@ -213,8 +213,9 @@ class CriuSnapshots:
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
             if isinstance(error, TimeoutError):
+                # CRIU was killed inside the processes, so how they are is not known.
                 text = f"the dump took longer than {DUMP_S_MAX:g} s"
-                raise SnapshotError(text, running=inside.lives()) from error
+                raise SnapshotError(text) from error
             raise
         if process.returncode:
             raise SnapshotError(why_not(folder / "dump.log"), running=inside.lives())

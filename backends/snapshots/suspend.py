@@ -248,9 +248,12 @@ async def _call(
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    found = [msgspec.json.decode(line, type=Report) for line in output.splitlines()]
+    found = []
+    with suppress(msgspec.MsgspecError):  # half a line is that of one that was killed
+        found = [msgspec.json.decode(line, type=Report) for line in output.splitlines()]
     if len(found) != len(pids):
-        return tuple(Report(pid, action, error="the helper of the driver died") for pid in pids)
+        text = "the process that speaks to the driver died"
+        return tuple(Report(pid, action, error=text) for pid in pids)
     return tuple(found)
 
 
