@@ -44,6 +44,7 @@ THREADS = (
 LISTS_MAX = 32  # kept; the oldest goes
 FRESH_SHARE_MIN = 0.5  # of a list's files must be what they were, or it is made anew
 TOLD_S_MAX = 10.0
+LEFT_S_MAX = 3600.0  # what was told and not gathered by then, nobody will gather
 POLL_S = 0.05
 END_S_MAX = 20.0
 _CHUNK_BYTES = 1 << 20
@@ -104,7 +105,15 @@ class Lists:
     def told_at(self, name: str) -> str:
         """Return the value of `VARIABLE` for a start that is to be recorded. Raises `OSError`."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
         return str(self._folder / f"{slug(name)}.{time.time_ns():x}")
+
+    def _sweep(self) -> None:
+        """Remove what processes have told at their own end, when nobody asks any more."""
+        for path in self._folder.iterdir():
+            with suppress(OSError):
+                if path.suffix != ".json" and time.time() - path.stat().st_mtime > LEFT_S_MAX:
+                    path.unlink()
 
 
 def slug(name: str) -> str:

@@ -91,7 +91,9 @@ class Warmer:
         """Have a start recorded that has just come to its end, if it is to be."""
         prefix = environment_of(pid).get(VARIABLE, "")
         name = name_at(prefix)
-        if self._lists is not None and name and self._lists.find(name) is None:
+        if self._lists is None or not name or f"record {name}" in self._tasks:
+            return
+        if self._lists.find(name) is None:
             self._own(f"record {name}", self._record(self._lists, name, prefix, pid))
 
     async def idle(self) -> None:

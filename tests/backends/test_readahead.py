@@ -117,6 +117,18 @@ def test_lists_are_few_and_whole(tmp_path: Path) -> None:
     assert lists.find("vllm 0.9") is None
 
 
+def test_what_processes_tell_at_their_end_does_not_pile_up(tmp_path: Path) -> None:
+    lists = Lists(tmp_path)
+    lists.keep(Record(1, "e 1", ()))
+    for name in ("e-1.aa.17", "e-1.bb.17.new", "e-1.cc.18"):
+        (tmp_path / name).touch()
+        if "cc" not in name:
+            os.utime(tmp_path / name, (0, 0))
+    os.utime(tmp_path / "e-1.json", (0, 0))
+    assert Path(lists.told_at("e 2")).parent == tmp_path
+    assert {path.name for path in tmp_path.iterdir()} == {"e-1.json", "e-1.cc.18"}
+
+
 async def test_the_first_start_is_recorded_and_the_next_one_fetched(tmp_path: Path) -> None:
     told = io.StringIO()
     lists = Lists(tmp_path)
