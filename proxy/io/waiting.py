@@ -160,6 +160,8 @@ class Waiting:
 
     def _send_away(self, other: Held) -> None:
         assert isinstance(other, Waiter)
+        if other.gone:  # sent away already, for one that came while others were
+            return
         refusal = self._refusal(other, self.queues[other.key])
         self.drop(other)
         try:
