@@ -290,6 +290,8 @@ class Autoscaler:
     def _seen(self, keeper: Keeper) -> Look:
         observed, leases = keeper.observed, self._around.cards.leases
         replica_id, restored = keeper.spec.replica_id, keeper.turns.get(Rung.SNAPSHOTTED)
+        suspender = self._around.suspender_of(self._engines[keeper.spec.engine])
+        lent = self._around.cards.lent(replica_id)
         return Look(
             replica_id=replica_id,
             launch_hash=observed.launch_hash,
@@ -301,6 +303,7 @@ class Autoscaler:
             tokens=self.book.tokens(replica_id),
             names=keeper.questions.models,
             restored_s=restored.up_s if restored else 0.0,
+            bound=() if not lent or suspender.probe().moves else lent,
         )
 
     def _learn(self, keeper: Keeper, member: Member, now_s: float) -> None:

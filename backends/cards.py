@@ -168,6 +168,10 @@ class Cards:
         else:
             self._start(owner, self._give_back(owner, devices, self._use))
 
+    def lent(self, owner: str) -> tuple[str, ...]:
+        """Return the cards that `owner` was suspended on, and has not come back to."""
+        return self._lent.get(owner, ())
+
     def forget(self, owner: str) -> None:
         """Let `owner` wait for nothing any more."""
         self._waiting.pop(owner, None)

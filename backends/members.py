@@ -95,6 +95,7 @@ class Look(NamedTuple):
     tokens: int
     names: tuple[str, ...] = ()  # that it answers to
     restored_s: float = 0.0  # what its last start from an image took; 0: it had none
+    bound: tuple[str, ...] = ()  # suspended, it can only come back on these cards
 
 
 class Rise(NamedTuple):
@@ -126,6 +127,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     heat: int = 0
     preemptions: int = 0  # since it was first seen
     recallable: bool = False  # on its way down, and still able to serve
+    bound: tuple[str, ...] = ()
 
     def holder(self, rests: tuple[Rest, ...]) -> Holder:
         """Return what the arbiter is to know of it; `rests`: where it could be lowered to."""
@@ -135,6 +137,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
             rung=self.rung,
             transit=transit.get(self.standing, Transit.NONE),
             devices=self.devices,
+            bound=self.bound,
             in_flight=self.in_flight,
             idle_s=self.idle_s,
             up_for_s=self.for_s if self.standing is Standing.SERVES else 0.0,
@@ -142,6 +145,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
             heat=self.heat,
             come_back_s=min((rest.up_s for rest in rests), default=0.0),
             rests=rests,
+            from_nothing=not self.came_from.has_process,
             kept=self.standing is Standing.HELD,
         )
 
@@ -213,6 +217,7 @@ class Memory:
             preemptions=known.preemptions,
             recallable=look.state.phase in {Phase.DRAINING, Phase.EMPTYING}
             and standing is Standing.GOING,
+            bound=look.bound,
         )
 
 

@@ -282,6 +282,49 @@ async def test_offline_work_is_cut_when_an_online_model_needs_its_card(world: Sc
     assert world.phases()["chat-0"] in {"starting", "ready"}
 
 
+async def test_a_start_of_offline_work_is_broken_off_for_an_online_model(world: Scaled) -> None:
+    """Whoever waits for an answer would wait for that start, too."""
+    inventory = GpuInventory((Gpu(device="0", uuid="GPU-0", name="x"),))
+    world.cards = Cards(GpuLeases(inventory), Log(world.stream))
+    scale = f"autoscale: {{max: 1, rungs: [cold], {WINDOWS}}}"
+    pool = f"engine: simulator, target_inputs: 4, gpus: 1, {scale}"
+    config = configuration(world.run_dir, f"[{{{pool}, class: offline}}]")
+    chat = configuration(world.run_dir, f"[{{{pool}, name: chat}}]").models[0]
+    chat = msgspec.structs.replace(chat, name="chat")
+    manager = await world.start(msgspec.structs.replace(config, models=(*config.models, chat)))
+    world.fetch.answers["/health"] = Answer(503)
+    world.report(queued=1, arrived=1)
+    await world.clock.advance(1.0)
+    assert world.phases() == {"m-0": "starting"}
+    told = {"m": ModelDemand(queued=1, arrivals_total=1), "chat": ModelDemand(queued=1)}
+    manager.scaler.take(Demand(proxy_id="p", sequence=999, models=told))
+    await world.clock.advance(0.1)
+    assert world.phases() == {"m-0": "stopping"}
+    world.provider.spawned[0].exit("exited with status 0")
+    await world.clock.advance(0.5)
+    assert world.phases()["chat-0"] == "starting"
+
+
+async def test_one_whose_card_another_has_now_does_not_keep_a_new_one_from_a_free_card(
+    world: Scaled,
+) -> None:
+    """A driver before 580 resumes where it suspended, and nowhere else."""
+    inventory = GpuInventory(tuple(Gpu(device=n, uuid=f"GPU-{n}", name="x") for n in "01"))
+    world.cards = Cards(GpuLeases(inventory), Log(world.stream))
+    pools = scaled(scale="min: 0, max: 1, rungs: [suspended]", rest="gpus: 1")
+    await world.start(configuration(world.run_dir, pools))
+    await world.come_up()
+    await world.busy(14.0)
+    assert world.phases() == {"m-0": "suspended"}
+    leases = world.cards.leases
+    assert leases is not None
+    leases.claim("stranger", ["0"])
+    world.report(queued=1, arrived=1)
+    await world.clock.advance(0.5)
+    assert len(world.provider.spawned) == 2
+    assert leases.holders["m-1"] == ("1",)
+
+
 async def test_the_size_of_a_fixed_pool_can_be_set_until_the_next_reload(world: Scaled) -> None:
     fixed = "[{engine: simulator, target_inputs: 4, replicas: 1}]"
     manager = await world.start(configuration(world.run_dir, fixed))
