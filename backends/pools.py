@@ -124,7 +124,6 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     portion: Portion
     gpus_each: int
     rungs: Rungs
-    weight: float = 1.0
 
     def standing(self, *standings: Standing) -> tuple[Member, ...]:
         return tuple(member for member in self.members if member.standing in standings)
@@ -219,7 +218,6 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
             gpus_each=self.gpus_each,
             desired=desired + held,
             min=least + held,
-            weight=self.weight,
             holders=tuple(holders),
             queued=self.portion.queued,
             queued_tokens=self.portion.queued_tokens,

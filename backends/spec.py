@@ -72,13 +72,6 @@ def pool_specs(config: Config) -> tuple[PoolSpec, ...]:
     )
 
 
-def replica_specs(config: Config) -> tuple[ReplicaSpec, ...]:
-    """Return every replica that shall always be, in the configuration's order."""
-    return tuple(
-        pool.replica(number) for pool in pool_specs(config) for number in range(pool.replicas or 0)
-    )
-
-
 def _named_pools(config: Config) -> Iterator[tuple[ModelConfig, PoolConfig, str]]:
     """Yield each pool with a name of its own: two pools of one model may both lack one.
 

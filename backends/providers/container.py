@@ -41,7 +41,7 @@ LAST_LINES_S_MAX = 2.0  # what was written before the end is there by then
 REMOVED_S_MAX = 5.0
 
 AWAY = (aiohttp.ClientError, TimeoutError, OSError)
-_STATUS_UNREACHED = 900  # aiodocker's own, where there was no answer
+STATUS_UNREACHED = 900  # aiodocker's own, where there was no answer
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{9})Z ")
 _SHELL_SIGNAL = 128  # tini tells a child's death by a signal as shells do
 

@@ -38,7 +38,7 @@ from backends.failure import StartError
 from backends.journal import Journal, Launch
 from backends.log import Log
 from backends.providers.base import Process
-from backends.providers.container import AWAY, Container, NotStartedError
+from backends.providers.container import AWAY, STATUS_UNREACHED, Container, NotStartedError
 from backends.providers.container_form import (
     LAUNCH_LABEL,
     RUN_FOLDER_LABEL,
@@ -277,7 +277,7 @@ def explain(error: DockerError, config: DockerConfig) -> str:
     text = " ".join(error.message.split())
     if error.status == 404 and "No such image" in text:
         return f"{text}; get it (docker pull), or set manager.docker.pull: missing"
-    if error.status >= 900:
+    if error.status >= STATUS_UNREACHED:
         return f"the Docker engine at {config.url} does not answer"
     remedy = next((advice for words, advice in _REMEDIES if words in text), "")
     return f"its container was not started: {text}" + (f" ({remedy})" if remedy else "")

@@ -15,6 +15,7 @@ from backends.gpus import Gpu, GpuInventory, GpuLeases
 from backends.ladder import Rung, RungCost
 from backends.lifecycle import Event, Phase
 from backends.log import Log
+from backends.snapshots.base import Capability
 from proxy.contract.demand import Demand, ModelDemand
 from tests.fakes.provider import METRICS
 from tests.fakes.world import World, configuration
@@ -323,6 +324,25 @@ async def test_one_whose_card_another_has_now_does_not_keep_a_new_one_from_a_fre
     await world.clock.advance(0.5)
     assert len(world.provider.spawned) == 2
     assert leases.holders["m-1"] == ("1",)
+
+
+async def test_what_no_pool_wants_is_not_asked_whether_it_works(world: Scaled) -> None:
+    """To find out whether images can be made here takes a second, in which nobody is served."""
+
+    class Asked:
+        works = False
+
+        def probe(self) -> Capability:
+            self.works = True
+            return Capability(works=True)
+
+    asked = Asked()
+    world.snapshots = asked  # type: ignore[assignment]
+    await world.start(configuration(world.run_dir, scaled()))
+    assert not asked.works
+    assert world.manager is not None
+    world.manager.reload(configuration(world.run_dir, scaled(rest="snapshot: true")))
+    assert asked.works
 
 
 async def test_the_size_of_a_fixed_pool_can_be_set_until_the_next_reload(world: Scaled) -> None:

@@ -23,9 +23,9 @@ from backends.lifecycle import Phase
 from backends.log import Log
 from backends.snapshots.base import Capability, SnapshotError, SuspendError
 from backends.snapshots.shelf import BAD_MAX, Shelf
-from backends.spec import replica_specs
 from tests.fakes.provider import FakeProcess
 from tests.fakes.snapshots import CELL, COPY
+from tests.fakes.specs import replica_specs
 from tests.fakes.world import World, configuration
 
 PLAIN = "[{engine: simulator, snapshot: true, args: [--dialect, sglang]}]"

@@ -25,8 +25,9 @@ from backends.reconcile import (
     Wanted,
     reconcile,
 )
-from backends.spec import ReplicaSpec, replica_specs
+from backends.spec import ReplicaSpec
 from proxy.config import parse_config
+from tests.fakes.specs import replica_specs
 
 
 def spec(replica_id: str, target: int = 0) -> ReplicaSpec:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from backends.spec import pool_specs, replica_specs
+from backends.spec import pool_specs
 from proxy.config import parse_config
+from tests.fakes.specs import replica_specs
 
 
 def test_a_pools_settings_are_those_of_each_replica() -> None:
