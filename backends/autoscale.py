@@ -370,7 +370,10 @@ class Autoscaler:
             )
             for claim in (self._claim(pool_id, now_s) for pool_id in self.pools)
         ]
-        return arbitrate([*claims, *freeing], room)
+        verdict = arbitrate([*claims, *freeing], room)
+        for pool_id, pool in self.pools.items():
+            pool.granted = verdict.terms.get(pool_id, {})
+        return verdict
 
     def _spares(self, claim: Claim, short: Sequence[str]) -> bool:
         """Say whether a pool keeps replicas only in case, while another of no lower class has none.

@@ -8,7 +8,7 @@ it needs.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -32,6 +32,7 @@ class ScaledPool:
         self.imaged = False
         self.observation = Observation(at_s=now_s)
         self.decision: Decision | None = None
+        self.granted: Mapping[str, float] = {}  # what the arbiter went by, and how many it allows
         self.notes: deque[Note] = deque(maxlen=NOTES_MAX)
         self.fixed = pool.replicas  # of a pool that is not scaled; others may set it
         self.desired = policy.min if policy else pool.replicas or 0
@@ -83,7 +84,7 @@ class ScaledPool:
             desired=self.desired,
             panicking=panicking,
             reason=self.decision.reason if self.decision else "as it was told",
-            terms=dict(self.decision.terms) if self.decision else {},
+            terms={**self.granted, **(self.decision.terms if self.decision else {})},
             moves=tuple(moves),
         )
         self.notes.append(note)

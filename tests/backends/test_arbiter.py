@@ -9,7 +9,6 @@ import pytest
 
 from backends.arbiter import Unserved, arbitrate, replicas_possible
 from backends.claims import Claim, Holder, Lower, Raise, Refusal, Room, Transit, Wait
-from backends.explain import explain
 from backends.gpus import Gpu
 from backends.ladder import Rest, Rung, WayUp
 
@@ -319,22 +318,3 @@ def test_a_wait_is_counted_from_its_begin_and_forgotten_when_it_ends() -> None:
     assert unserved.note([], 24.9) == {"a": 5.0, "b": 5.0}
     assert unserved.note([], 25.1) == {"b": 5.0}
     assert unserved.note(["a", "b"], 26.0) == {"a": 0.0, "b": 11.0}
-
-
-def test_a_verdict_is_told_in_words() -> None:
-    offline = claim("off", 2, holder("off-0", "0", in_flight=3), work_class="offline")
-    asleep = holder("c-0", "1", Rung.ASLEEP)
-    claims = [offline, claim("on", 1, queued=4, unserved_s=12.0), claim("c", 1, asleep)]
-    claims.append(claim("cpu", 1, gpus_each=0))
-    assert explain(arbitrate(claims, room(2))) == (
-        "off: 1 serve or come, 2 wanted, 0 allowed",
-        "  off-0 goes down to suspended: on (online) needs its GPU; "
-        "its requests are asked again elsewhere",
-        "  lacks 1: its share of 2 GPUs is used",
-        "on: 0 serve or come, 1 wanted, 1 allowed, 4 requests wait, without a replica for 12 s",
-        "  one more waits: off-0 makes room for it",
-        "c: 0 serve or come, 1 wanted, 1 allowed",
-        "  c-0 comes back, asleep so far",
-        "cpu: 0 serve or come, 1 wanted, 1 allowed",
-        "  a new replica comes, cold",
-    )

@@ -243,6 +243,11 @@ async def test_two_models_take_turns_on_one_card(world: Scaled, tmp_path: Path) 
     report = world.manager.scaler.report()
     assert (report.gpus.total, report.gpus.free) == (1, 0)
     assert report.gpus.holders == {"two-0": ("0",)}
+    (told,) = [e for e in world.events() if e["event"] == "scaling" and "two-0 up" in str(e)]
+    terms = told["terms"]
+    assert isinstance(terms, dict)
+    assert (terms["share"], terms["wants"]) == (1, 1), "of the arbiter"
+    assert "need" in terms, "of the law"
 
 
 async def test_one_on_its_way_out_is_called_back_when_it_is_needed_after_all(
