@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from backends.autoscale import TICK_S
 from backends.cards import Cards
 from backends.fetch import Answer
 from backends.gpus import Gpu, GpuInventory, GpuLeases
@@ -304,3 +305,22 @@ async def test_stopping_scales_nothing(world: Scaled) -> None:
     await world.clock.advance(2.0)
     assert stopping.done()
     assert len(world.provider.spawned) == 1
+
+
+async def test_a_look_that_fails_is_followed_by_the_next(
+    world: Scaled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nothing would ever be scaled again, and nobody told."""
+    manager = await world.start(configuration(world.run_dir, scaled()))
+
+    def fail(_now_s: float) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager.scaler.book, "expire", fail)
+        with pytest.raises(ZeroDivisionError):
+            await world.clock.advance(TICK_S)
+    told = Demand(proxy_id="p", sequence=1, models={"m": ModelDemand(queued=1)})
+    manager.scaler.book.take(told, world.clock.now_s())
+    await world.clock.advance(TICK_S)
+    assert set(world.phases()) == {"m-0"}
