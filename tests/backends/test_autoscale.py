@@ -187,6 +187,17 @@ async def test_reload_raises_the_least_and_ends_scaling(world: Scaled) -> None:
     assert world.phases() == {"m-0": "ready", "m-1": "ready"}, "nobody scales any more"
 
 
+async def test_a_pool_at_nothing_that_a_reload_brings_is_told_of(world: Scaled) -> None:
+    """No replica changes by it, and nobody can be held for a model that nobody has heard of."""
+    none = configuration(world.run_dir, "[{engine: simulator, target_inputs: 4, replicas: 0}]")
+    manager = await world.start(none)
+    for config, wakes in ((configuration(world.run_dir, scaled()), True), (none, False)):
+        manager.reload(config)
+        await world.clock.advance(0.5)
+        assert [pool.wakes for pool in manager.feed.snapshot.pools] == [wakes]
+    assert manager.keepers == {}
+
+
 async def test_a_start_that_keeps_failing_is_not_multiplied(world: Scaled) -> None:
     world.fetch.answers["/health"] = Answer(503)
     await world.start(configuration(world.run_dir, scaled()))
