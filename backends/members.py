@@ -126,6 +126,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     heat: int = 0
     preemptions: int = 0  # since it was first seen
     recallable: bool = False  # on its way down, and still able to serve
+    from_nothing: bool = False  # on its way up by a start
+    failing: bool = False  # and starts before it have failed
 
     def holder(self, rests: tuple[Rest, ...]) -> Holder:
         """Return what the arbiter is to know of it; `rests`: where it could be lowered to."""
@@ -142,6 +144,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
             heat=self.heat,
             come_back_s=min((rest.up_s for rest in rests), default=0.0),
             rests=rests,
+            from_nothing=self.from_nothing,
+            failing=self.failing,
             kept=self.standing is Standing.HELD,
         )
 
@@ -194,6 +198,7 @@ class Memory:
     ) -> Member:
         keep_on = wanted_on(standing, look.state, look.aim)
         rests = standing in {Standing.GOING, Standing.RESTS}
+        starts = standing is Standing.COMING and look.state.phase is not Phase.WAKING
         return Member(
             replica_id=look.replica_id,
             launch_hash=look.launch_hash,
@@ -213,6 +218,8 @@ class Memory:
             preemptions=known.preemptions,
             recallable=look.state.phase in {Phase.DRAINING, Phase.EMPTYING}
             and standing is Standing.GOING,
+            from_nothing=starts,
+            failing=starts and look.state.failures > 0,
         )
 
 

@@ -211,6 +211,20 @@ async def test_a_start_that_keeps_failing_is_not_multiplied(world: Scaled) -> No
     assert len(world.provider.spawned) <= 4, "its back-off holds"
 
 
+async def test_a_start_that_keeps_failing_ends_when_nobody_asks_any_more(world: Scaled) -> None:
+    """It would hold its card again and again, and for nobody."""
+    world.fetch.answers["/health"] = Answer(503)
+    await world.start(configuration(world.run_dir, scaled()))
+    for queued in (4, 4, 4, 4, *[0] * 60):
+        world.report(queued=queued, arrived=queued)
+        for process in world.provider.spawned:
+            if not process.exited.done():
+                process.exit("exited with status 1")
+        await world.clock.advance(0.5)
+        assert bool(world.phases()) >= bool(queued)
+    assert world.phases() == {}
+
+
 async def test_a_rung_that_fails_is_left_out_and_the_next_one_taken(world: Scaled) -> None:
     """It balks at sleep, and so it ends instead of being asked again and again."""
     world.fetch.answers |= {"POST /sleep?level=1&mode=wait": Answer(500), "/is_sleeping": AWAKE}
