@@ -90,8 +90,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         """Whether this replica may be taken down now. One that rests has nothing to lose.
 
         One that has just come up is given its own start time, or starts would be all it is paid
-        for. Offline work is not: whoever waits for an answer would wait for that, too. Neither is a
-        start after others that failed, or an engine that never gets ready would be started for ever.
+        for. Offline work is not: whoever waits for an answer would wait for that, too. Nor is a
+        start after others that failed: it would be tried for ever, though nobody asks any more.
         """
         offline = self.work_class == "offline"
         if holder.kept or holder.transit is Transit.GOING:
