@@ -210,10 +210,19 @@ class Autoscaler:
     # --- one look -------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Decide, and have it done."""
+        """Decide, and have it done; the next look comes whatever becomes of this one."""
         if not self._open:
             return
-        now_s = self._around.clock.now_s()
+        delay_s = TICK_S
+        try:
+            delay_s = TICK_SHORT_S if self._turn(self._around.clock.now_s()) else TICK_S
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._around.clock.call_later(delay_s, self.tick)
+
+    def _turn(self, now_s: float) -> bool:
+        """Look, decide, act; say whether somebody waits for cards that are being given back."""
         self.book.expire(now_s)
         self._look(now_s)
         self._pour()
@@ -222,27 +231,28 @@ class Autoscaler:
         self._views = orders.recall(self._shed)
         verdict = self._judge(now_s)
         self._shed = (self._shed & self._keepers.keys()) | orders.take(verdict)
-        self._orders = orders.by_replica
         for pool_id, pool in self.pools.items():
-            why = orders.waiting.get(pool_id, "")
-            if why and why != pool.waiting:
-                self._around.log.tell("scaling_waits", pool=pool_id, reason=why)
-            pool.waiting = why
-            note = pool.note(orders.words.get(pool_id, ()), self._around.clock.unix_s())
-            if note is not None:
-                self.tally.decided(note)
-                told = msgspec.to_builtins(note)
-                del told["at_s"]
-                self._around.log.tell("scaling", **told)
-        self._perform()
-        self._orders = {}
+            self._tell(pool, orders.words.get(pool_id, ()), orders.waiting.get(pool_id, ""))
+        self._orders = orders.by_replica
+        try:
+            self._perform()
+        finally:
+            self._orders = {}
         self._cut(orders.cut)
         self._look_again()
-        short = any(isinstance(move, Wait) for move in verdict.moves)
-        if self._timer is not None:
-            self._timer.cancel()
-        delay_s = TICK_SHORT_S if short else TICK_S
-        self._timer = self._around.clock.call_later(delay_s, self.tick)
+        return any(isinstance(move, Wait) for move in verdict.moves)
+
+    def _tell(self, pool: ScaledPool, moves: Sequence[str], waits: str) -> None:
+        """Log what is new in a pool."""
+        if waits and waits != pool.waiting:
+            self._around.log.tell("scaling_waits", pool=pool.pool.pool_id, reason=waits)
+        pool.waiting = waits
+        note = pool.note(moves, self._around.clock.unix_s())
+        if note is not None:
+            self.tally.decided(note)
+            told = msgspec.to_builtins(note)
+            del told["at_s"]
+            self._around.log.tell("scaling", **told)
 
     def _look_again(self) -> None:
         """See each replica as it is now, if one of them has turned since the last look.

@@ -42,6 +42,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     come_back_s: float = 0.0  # from where it would rest
     rests: tuple[Rest, ...] = ()  # where it could be lowered to, the least deep first
     from_nothing: bool = False  # it comes by a start, which can be broken off
+    failing: bool = False  # starts have failed, and this one is the next
     kept: bool = False  # an operator's, or nobody's business: it is not moved
 
     @property
@@ -89,13 +90,14 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         """Whether this replica may be taken down now. One that rests has nothing to lose.
 
         One that has just come up is given its own start time, or starts would be all it is paid
-        for. Offline work is not: whoever waits for an answer would wait for that, too.
+        for. Offline work is not: whoever waits for an answer would wait for that, too. Nor is a
+        start after others that failed: it would be tried for ever, though nobody asks any more.
         """
         offline = self.work_class == "offline"
         if holder.kept or holder.transit is Transit.GOING:
             return False
         if holder.transit is Transit.COMING:
-            return offline and holder.from_nothing
+            return holder.from_nothing and (offline or holder.failing)
         return holder.rung is not Rung.AWAKE or offline or holder.up_for_s >= holder.start_s
 
 

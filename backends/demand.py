@@ -47,6 +47,7 @@ class DemandBook:
         self._arrivals: dict[str, int] = {}  # by model, of all proxies that ever reported
         self._refused: dict[str, int] = {}
         self._epoch = ""
+        self._replicas: frozenset[str] = frozenset()
         self._closed: dict[str, int] = {}  # replicas that take nothing new: since which snapshot
 
     @property
@@ -64,6 +65,7 @@ class DemandBook:
         """Note what the proxies are told of who takes new requests."""
         closed = (r for r in fleet.replicas if r.asleep or r.state is not ReplicaState.READY)
         self._epoch = fleet.epoch
+        self._replicas = frozenset(r.replica_id for r in fleet.replicas)
         self._closed = {r.replica_id: self._closed.get(r.replica_id, fleet.version) for r in closed}
 
     def take(self, demand: Demand, now_s: float) -> bool:
@@ -77,7 +79,8 @@ class DemandBook:
         models = {name: told for name, told in demand.models.items() if name in self._models}
         if before is not None or demand.sequence <= FIRST_SEQUENCE_MAX:
             self._count(models, before.demand.models if before else {})
-        demand = msgspec.structs.replace(demand, models=models)
+        replicas = {name: told for name, told in demand.replicas.items() if name in self._replicas}
+        demand = msgspec.structs.replace(demand, models=models, replicas=replicas)
         self._heard[demand.proxy_id] = _Heard(demand, now_s)
         return True
 

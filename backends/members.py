@@ -128,6 +128,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int = 0  # since it was first seen
     recallable: bool = False  # on its way down, and still able to serve
     bound: tuple[str, ...] = ()
+    failing: bool = False  # on its way up by a start, and starts before it have failed
 
     def holder(self, rests: tuple[Rest, ...]) -> Holder:
         """Return what the arbiter is to know of it; `rests`: where it could be lowered to."""
@@ -146,6 +147,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
             come_back_s=min((rest.up_s for rest in rests), default=0.0),
             rests=rests,
             from_nothing=not self.came_from.has_process,
+            failing=self.failing,
             kept=self.standing is Standing.HELD,
         )
 
@@ -198,6 +200,7 @@ class Memory:
     ) -> Member:
         keep_on = wanted_on(standing, look.state, look.aim)
         rests = standing in {Standing.GOING, Standing.RESTS}
+        starts = standing is Standing.COMING and look.state.phase is not Phase.WAKING
         return Member(
             replica_id=look.replica_id,
             launch_hash=look.launch_hash,
@@ -218,6 +221,7 @@ class Memory:
             recallable=look.state.phase in {Phase.DRAINING, Phase.EMPTYING}
             and standing is Standing.GOING,
             bound=look.bound,
+            failing=starts and look.state.failures > 0,
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from aiohttp import web
 from msgspec import MsgspecError
 
@@ -11,6 +13,7 @@ from backends.scaling_report import POOLS_PATH, SCALING_PATH, encode_report
 from proxy.contract.demand import DEMAND_BYTES_MAX, DEMAND_PATH, decode_demand
 
 READ_BYTES = 64 * 1024
+_WHOLE = re.compile("[0-9]{1,9}")
 
 
 class ScalingApi:
@@ -66,8 +69,8 @@ def refuse_web_pages(request: web.Request) -> None:
 
 def _replicas(request: web.Request) -> int:
     text = request.query.get("replicas", "")
-    if not (text.isascii() and text.isdecimal() and int(text) <= REPLICAS_MAX):
+    if not _WHOLE.fullmatch(text) or int(text) > REPLICAS_MAX:
         raise web.HTTPBadRequest(
-            text=f"replicas must be a whole number from 0 to {REPLICAS_MAX}, not '{text}'"
+            text=f"replicas must be a whole number from 0 to {REPLICAS_MAX}, not '{text[:80]}'"
         )
     return int(text)

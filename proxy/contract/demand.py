@@ -9,47 +9,57 @@ nothing awake: such a burst is not to lose the interval as well.
 Whoever drains a replica by these counts must know what the proxy knew when it counted: until all of
 its workers have heard that the replica drains, one of them may send it a request after a count of
 none. So a report names the snapshot that all of them had taken before they counted.
+
+What is not of this form, or counts less than nothing, is no report and is refused as a whole: the
+manager divides by sums of these.
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 DEMAND_PATH = "/v1/demand"
 DEMAND_INTERVAL_S = 0.5
 DEMAND_AGE_S_MAX = 5.0
 DEMAND_BYTES_MAX = 4 * 1024 * 1024
 
+_Count = Annotated[int, Meta(ge=0, le=2**53)]  # beyond it a float is not exact
+_Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+_Id = Annotated[str, Meta(max_length=128)]
+
 
 class ReplicaDemand(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one proxy has on one replica."""
 
-    in_flight: int = 0  # requests sent there and not ended
-    tokens: int = 0  # prompt tokens of these that no cache held and no answer has begun for
+    in_flight: _Count = 0  # requests sent there and not ended
+    tokens: _Count = 0  # prompt tokens of these that no cache held and no answer has begun for
 
 
 class ModelDemand(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one proxy has for one model. Counters are since the proxy's start."""
 
-    in_flight: int = 0
-    in_flight_tokens: int = 0
-    queued: int = 0  # requests that wait for a replica
-    queued_tokens: int = 0  # prompt tokens of these that no cache holds
-    queued_s: float = 0.0  # the longest wait of those that wait now
-    arrivals_total: int = 0
-    refused_total: int = 0  # 429s: there was no room to wait
+    in_flight: _Count = 0
+    in_flight_tokens: _Count = 0
+    queued: _Count = 0  # requests that wait for a replica
+    queued_tokens: _Count = 0  # prompt tokens of these that no cache holds
+    queued_s: _Seconds = 0.0  # the longest wait of those that wait now
+    arrivals_total: _Count = 0
+    refused_total: _Count = 0  # 429s: there was no room to wait
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """All of one proxy, over its workers. Models by the names that pools serve."""
 
-    proxy_id: str
-    sequence: int  # grows with each report of this proxy
+    proxy_id: _Id
+    sequence: _Count  # grows with each report of this proxy
     models: dict[str, ModelDemand] = {}
     replicas: dict[str, ReplicaDemand] = {}
     # The `FleetSnapshot` by which every worker chose, at least, when it counted; 0: none yet.
-    fleet_epoch: str = ""
-    fleet_version: int = 0
+    fleet_epoch: _Id = ""
+    fleet_version: _Count = 0
 
 
 def encode_demand(demand: Demand) -> bytes:
@@ -58,7 +68,10 @@ def encode_demand(demand: Demand) -> bytes:
 
 def decode_demand(body: bytes) -> Demand:
     """Return the report in `body`; raises `msgspec.MsgspecError` when it is not one."""
-    return _DECODER.decode(body)
+    try:
+        return _DECODER.decode(body)
+    except RecursionError as error:
+        raise msgspec.DecodeError("it is nested too deeply") from error
 
 
 _DECODER = msgspec.json.Decoder(Demand)

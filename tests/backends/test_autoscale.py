@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from backends.autoscale import TICK_S
 from backends.cards import Cards
 from backends.fetch import Answer
 from backends.gpus import Gpu, GpuInventory, GpuLeases
@@ -187,6 +188,17 @@ async def test_reload_raises_the_least_and_ends_scaling(world: Scaled) -> None:
     assert world.phases() == {"m-0": "ready", "m-1": "ready"}, "nobody scales any more"
 
 
+async def test_a_pool_at_nothing_that_a_reload_brings_is_told_of(world: Scaled) -> None:
+    """No replica changes by it, and nobody can be held for a model that nobody has heard of."""
+    none = configuration(world.run_dir, "[{engine: simulator, target_inputs: 4, replicas: 0}]")
+    manager = await world.start(none)
+    for config, wakes in ((configuration(world.run_dir, scaled()), True), (none, False)):
+        manager.reload(config)
+        await world.clock.advance(0.5)
+        assert [pool.wakes for pool in manager.feed.snapshot.pools] == [wakes]
+    assert manager.keepers == {}
+
+
 async def test_a_start_that_keeps_failing_is_not_multiplied(world: Scaled) -> None:
     world.fetch.answers["/health"] = Answer(503)
     await world.start(configuration(world.run_dir, scaled()))
@@ -198,6 +210,20 @@ async def test_a_start_that_keeps_failing_is_not_multiplied(world: Scaled) -> No
         await world.clock.advance(0.5)
     assert set(world.phases()) == {"m-0"}
     assert len(world.provider.spawned) <= 4, "its back-off holds"
+
+
+async def test_a_start_that_keeps_failing_ends_when_nobody_asks_any_more(world: Scaled) -> None:
+    """It would hold its card again and again, and for nobody."""
+    world.fetch.answers["/health"] = Answer(503)
+    await world.start(configuration(world.run_dir, scaled()))
+    for queued in (4, 4, 4, 4, *[0] * 60):
+        world.report(queued=queued, arrived=queued)
+        for process in world.provider.spawned:
+            if not process.exited.done():
+                process.exit("exited with status 1")
+        await world.clock.advance(0.5)
+        assert bool(world.phases()) >= bool(queued)
+    assert world.phases() == {}
 
 
 async def test_a_rung_that_fails_is_left_out_and_the_next_one_taken(world: Scaled) -> None:
@@ -372,3 +398,22 @@ async def test_stopping_scales_nothing(world: Scaled) -> None:
     await world.clock.advance(2.0)
     assert stopping.done()
     assert len(world.provider.spawned) == 1
+
+
+async def test_a_look_that_fails_is_followed_by_the_next(
+    world: Scaled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nothing would ever be scaled again, and nobody told."""
+    manager = await world.start(configuration(world.run_dir, scaled()))
+
+    def fail(_now_s: float) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager.scaler.book, "expire", fail)
+        with pytest.raises(ZeroDivisionError):
+            await world.clock.advance(TICK_S)
+    told = Demand(proxy_id="p", sequence=1, models={"m": ModelDemand(queued=1)})
+    manager.scaler.book.take(told, world.clock.now_s())
+    await world.clock.advance(TICK_S)
+    assert set(world.phases()) == {"m-0"}

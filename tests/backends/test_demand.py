@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.demand import DOUBT_S, PROXIES_MAX, DemandBook
 from proxy.contract import FleetSnapshot, ReplicaRecord, ReplicaState
-from proxy.contract.demand import DEMAND_AGE_S_MAX, Demand, ModelDemand, ReplicaDemand
+from proxy.contract.demand import (
+    DEMAND_AGE_S_MAX,
+    Demand,
+    ModelDemand,
+    ReplicaDemand,
+    decode_demand,
+)
 
 
 def book(now: list[float] | None = None) -> DemandBook:
     made = DemandBook(lambda: now[0] if now else 0.0)
     made.serve({"m", "n"})
+    made.publish(fleet(1))
     return made
 
 
@@ -120,6 +129,31 @@ def test_one_that_comes_back_is_forgotten_and_one_asleep_takes_nothing() -> None
     made.publish(fleet(7, "draining"))
     made.take(known(2, 6), 0.1)
     assert made.in_flight("m-0") == 1
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        '"models": {"m": {"in_flight": -1}}',
+        '"models": {"m": {"queued_s": -0.5}}',
+        '"models": {"m": {"arrivals_total": -3}}',
+        '"replicas": {"m-0": {"tokens": -1}}',
+        f'"models": {{"m": {{"queued": {"9" * 400}}}}}',
+        '"models": ' + '{"m":' * 9_000,
+        f'"fleet_epoch": "{"e" * 200}"',
+    ],
+    ids=lambda told: told[:40],
+)
+def test_what_counts_less_than_nothing_or_beyond_reason_is_no_report(told: str) -> None:
+    with pytest.raises(msgspec.MsgspecError):
+        decode_demand(f'{{"proxy_id": "a", "sequence": 1, {told}}}'.encode())
+
+
+def test_what_is_told_of_replicas_that_there_are_not_is_not_kept() -> None:
+    made = book()
+    replicas = {name: ReplicaDemand(in_flight=2) for name in ("m-0", "x")}
+    made.take(report("a", 1, replicas=replicas), 0.0)
+    assert (made.in_flight("m-0"), made.in_flight("x")) == (2, 0)
 
 
 def test_names_that_no_pool_has_and_too_many_proxies_leave_nothing() -> None:

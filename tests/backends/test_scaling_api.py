@@ -56,6 +56,7 @@ async def test_a_report_is_taken_and_told_of(client: Client) -> None:
         ("/v1/pools/x/scale?replicas=2", {}, 404, "no pool 'x'; there are: f, s"),
         ("/v1/pools/f/scale?replicas=-1", {}, 400, "from 0 to 4096, not '-1'"),
         ("/v1/pools/f/scale", {}, 400, "not ''"),
+        ("/v1/pools/f/scale?replicas=" + "9" * 5_000, {}, 400, "from 0 to 4096"),
         ("/v1/pools/f/scale?replicas=9", {"headers": {"origin": "http://x"}}, 403, "web pages"),
     ],
 )
