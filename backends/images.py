@@ -30,7 +30,7 @@ from backends.journal import Staged
 from backends.ladder import Rung
 from backends.lifecycle import Event
 from backends.ports import ReplicaPorts
-from backends.snapshots.base import Snapshot, SnapshotError, SnapshotKey
+from backends.snapshots.base import Snapshot, SnapshotError, SnapshotKey, Snapshots
 from backends.spec import ReplicaSpec
 from backends.starting import Start, enclosed, prepare
 from backends.surroundings import Surroundings
@@ -49,8 +49,7 @@ _DRIVER = Path("/sys/module/nvidia/version")
 class Images:
     """What one replica has to do with images."""
 
-    def __init__(self, engine: Engine, around: Surroundings, turns: Turns) -> None:
-        self.known = False  # there is one that a start would take, as far as was seen
+    def __init__(self, engine: Engine, around: Surroundings, turns: Turns, replica_id: str) -> None:
         self._source: Snapshot | None = None  # of the life under way, until it is ready
         self._key: SnapshotKey | None = None  # of what the life under way may be made into
         self._port = 0
@@ -58,6 +57,7 @@ class Images:
         self._engine = engine
         self._around = around
         self._turns = turns
+        self._pool_id = pool_id_of(replica_id)
 
     async def find(
         self, spec: ReplicaSpec, release: Release, gpus: Sequence[str]
@@ -69,8 +69,9 @@ class Images:
         self._key = await asyncio.to_thread(key_of, self._engine, spec, str(release), cards)
         found = await asyncio.to_thread(self._around.snapshots.find, self._key)
         usable = found is not None and self._around.shelf.usable(found.snapshot_id)
-        self.known = usable
-        return found if usable else None
+        image = found if usable else None
+        self._around.shelf.put(self._pool_id, image)
+        return image
 
     def prepare(
         self,
@@ -119,6 +120,11 @@ class Images:
         return "" if problem is None else f"restored, and no more: {problem[1]}"
 
     @property
+    def known(self) -> bool:
+        """Say whether there is one that a start would take, as far as was seen."""
+        return self._around.shelf.has(self._pool_id)
+
+    @property
     def restoring(self) -> bool:
         """Say whether the life under way is a copy that has not served yet."""
         return self._source is not None
@@ -137,7 +143,6 @@ class Images:
         return source is not None
 
     def _discard(self, snapshot: Snapshot) -> None:
-        self.known = False
         self._around.shelf.discard(snapshot.snapshot_id)
         self._around.log.caution("image_discarded", snapshot=snapshot.snapshot_id)
 
@@ -146,10 +151,10 @@ class Images:
     @property
     def due(self) -> bool:
         """Say whether the life under way, which has just become ready, is to be made into one."""
-        out = Rung.SNAPSHOTTED in self._turns.out
-        return not (self._key is None or self._source or self.known or out) and not (
-            self._around.shelf.making
-        )
+        out, shelf = Rung.SNAPSHOTTED in self._turns.out, self._around.shelf
+        if self._key is None or self._source or out or shelf.making:
+            return False
+        return not shelf.has(self._pool_id, self._key)
 
     async def make(self, life: Life) -> tuple[Event, str] | None:
         """Make an image of it; return what went wrong if it cannot serve on."""
@@ -206,7 +211,7 @@ class Images:
             self._fail(life, words)
             running = isinstance(error, SnapshotError) and error.running
             return None if running else (Event.HURRY, f"it was lost to its image: {words}")
-        self.known = True
+        around.shelf.put(self._pool_id, made)
         turns.measured(Rung.SNAPSHOTTED, down_s=around.clock.now_s() - began_s)
         name, size = life.spec.replica_id, made.image_bytes
         around.log.tell("image_made", replica=name, snapshot=made.snapshot_id, image_bytes=size)
@@ -247,6 +252,22 @@ async def warm_up(life: Life, around: Surroundings) -> None:
         if answer.status != 200:
             name, status = life.spec.replica_id, answer.status
             around.log.tell("warm_up_refused", replica=name, words=words, status=status)
+
+
+def image_of(engine: Engine, spec: ReplicaSpec, snapshots: Snapshots) -> Snapshot | None:
+    """Return the image that a start of `spec` would take, as far as can be told without a start.
+
+    Which release it would be of, and on which cards, is known then; here the image is believed.
+    """
+    for image in snapshots.images(spec.pool):
+        if key_of(engine, spec, image.key.engine_version, image.key.gpu) == image.key:
+            return image
+    return None
+
+
+def pool_id_of(replica_id: str) -> str:
+    """Return the pool that a replica is of: its id ends in its number."""
+    return replica_id.rpartition("-")[0]
 
 
 def key_of(engine: Engine, spec: ReplicaSpec, release: str, cards: str) -> SnapshotKey:

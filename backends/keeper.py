@@ -66,7 +66,7 @@ class Keeper:
         self.questions = Questions(wanted.spec, engine, around.fetch, around.clock)
         self._ports = ReplicaPorts(around.ports)
         self._turns = Turns(engine, around)
-        self._images = Images(engine, around, self._turns)
+        self._images = Images(engine, around, self._turns, wanted.spec.replica_id)
         self._loras: Loras | None = None  # of the life under way
         self._launch: Launch | None = None  # the life under way
         self._process: Process | None = None

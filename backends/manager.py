@@ -128,6 +128,7 @@ class Manager:
         """Want what `config` says from now on."""
         self.scaler.want(config)
         self.scaler.tick()
+        self.feed.mark()  # pools without a replica are told of, too
 
     async def stop(self) -> None:
         """Stop every replica in order: drain, SIGTERM, SIGKILL; return when all are at rest.

@@ -25,11 +25,11 @@ class RungsHere:
     def __init__(self, around: Surroundings, engines: Mapping[str, Engine]) -> None:
         self._around = around
         self._engines = engines
-        self._works: dict[str, tuple[float, frozenset[Rung]]] = {}
+        self._works: dict[tuple[str, bool], tuple[float, frozenset[Rung]]] = {}
 
     def of(self, pool: PoolSpec, launch_hash: str, *, imaged: bool) -> Rungs:
         """Return the ladder of one pool; `imaged`: there is an image of it."""
-        works = self._probed(pool.first.engine)
+        works = self._probed(pool.first.engine, images=pool.first.snapshot)
         allowed = {Rung(name) for name in pool.autoscale.rungs} if pool.autoscale else set()
         if not pool.first.sleep:
             allowed.discard(Rung.ASLEEP)
@@ -40,17 +40,18 @@ class RungsHere:
             launch_hash=launch_hash, engine=pool.first.engine, allowed=usable, imaged=imaged
         )
 
-    def _probed(self, engine: str) -> frozenset[Rung]:
+    def _probed(self, engine: str, *, images: bool) -> frozenset[Rung]:
+        """Return what works for an engine; who wants no `images` does not wait for that answer."""
         now_s = self._around.clock.now_s()
-        due_s, works = self._works.get(engine, (now_s, frozenset()))
+        due_s, works = self._works.get((engine, images), (now_s, frozenset()))
         if now_s >= due_s:
             found = set()
             if self._around.suspender_of(self._engines[engine]).probe().works:
                 found.add(Rung.SUSPENDED)
-            if self._around.snapshots.probe().works:
+            if images and self._around.snapshots.probe().works:
                 found.add(Rung.SNAPSHOTTED)
             works = frozenset(found)
-            self._works[engine] = now_s + PROBE_S, works
+            self._works[engine, images] = now_s + PROBE_S, works
         return works
 
 

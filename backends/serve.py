@@ -120,7 +120,8 @@ async def serve(
         stack.push_async_callback(fetch.close)
         provider = await stack.enter_async_context(open_provider(settings, journal, log))
         cards = await open_cards(settings.cards, log)
-        await asyncio.to_thread(look_ahead, config, engines)
+        snapshots = open_snapshots(config, log)
+        await asyncio.to_thread(look_ahead, config, engines, snapshots)
         manager = Manager(
             config,
             provider=provider,
@@ -131,7 +132,7 @@ async def serve(
             engines=engines,
             cards=cards,
             suspender_of=suspenders(config),
-            snapshots=open_snapshots(config, log),
+            snapshots=snapshots,
         )
         stack.push_async_callback(manager.close)
         if (place := settings.reclaim_notice) is not None:

@@ -106,6 +106,9 @@ class Snapshots(Protocol):
     def find(self, key: SnapshotKey) -> Snapshot | None:
         """Return an image that fits and is whole. Stale and damaged ones are told of, not used."""
 
+    def images(self, pool: str) -> Sequence[Snapshot]:
+        """Return all images of a pool that are whole as far as sizes tell, the newest first."""
+
     async def create(
         self,
         pid: int,

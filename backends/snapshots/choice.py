@@ -33,8 +33,11 @@ def open_snapshots(config: Config, log: Log) -> Snapshots:
     return CriuSnapshots(Path(folder), bytes_max=settings.snapshot_bytes_max, tell=log.caution)
 
 
-def look_ahead(config: Config, engines: Mapping[str, Engine]) -> None:
-    """Ask each suspender that may be wanted whether it works; the first answer takes seconds."""
-    used = {engines[pool.engine] for model in config.models for pool in model.pools}
+def look_ahead(config: Config, engines: Mapping[str, Engine], snapshots: Snapshots) -> None:
+    """Ask what may be wanted whether it works; the first answer takes seconds."""
+    pools = [pool for model in config.models for pool in model.pools]
+    used = {engines[pool.engine] for pool in pools}
     for suspender in {suspenders(config)(engine) for engine in used}:
         suspender.probe()
+    if any(pool.snapshot for pool in pools):
+        snapshots.probe()

@@ -308,7 +308,7 @@ async def test_it_is_drained_by_the_proxies_own_count(world: World) -> None:
 
 async def test_a_manager_that_stops_does_not_wait_for_a_proxy_that_is_gone(world: World) -> None:
     """`doherty up` ends the proxy first; its last report was of a request."""
-    book = world.demand = DemandBook()
+    book = world.demand = DemandBook(world.clock.now_s)
     manager = await world.start(configuration(world.run_dir, PLAIN))
     book.serve(["m"])
     report = Demand(proxy_id="p", sequence=1, replicas={"m-0": ReplicaDemand(in_flight=1)})
