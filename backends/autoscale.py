@@ -304,6 +304,7 @@ class Autoscaler:
             tokens=self.book.tokens(replica_id),
             names=keeper.questions.models,
             restored_s=restored.up_s if restored else 0.0,
+            posing=observed.posing,
         )
 
     def _learn(self, keeper: Keeper, member: Member, now_s: float) -> None:

@@ -73,6 +73,16 @@ class SnapshotKey(msgspec.Struct, frozen=True, kw_only=True):
     host: str = ""  # kernel and CPU, as far as an image depends on them
 
 
+class Progress(msgspec.Struct, frozen=True):
+    """How far the making of an image is, or what came of it."""
+
+    doing: str = ""  # empty: nothing is being done
+    share: float = 0.0
+    snapshot: str = ""  # the last that was made
+    image_bytes: int = 0
+    problem: str = ""  # why the last attempt came to nothing
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """An image on disk that has been verified at least once."""
 
