@@ -153,6 +153,12 @@ async def test_one_of_the_manager_before_is_made_into_one_if_it_is_what_it_was(
         assert kept.images.progress.snapshot == "image-2"
     else:
         assert "is not what it was started with" in kept.state.reason
+    world.snapshots.failures["restore"] = world.snapshots.failures["enclose"] = SnapshotError("no")
+    world.provider.left_behind[launch.launch_id].exit("exited with status 1")
+    await until(world, lambda: len(world.provider.spawned) == 2)
+    await until(world, lambda: kept.state.phase is Phase.READY)
+    with pytest.raises(RefusedError, match="does not run in a cell"):
+        kept.pose("its successor is another life")
 
 
 async def test_one_whose_image_had_to_wait_makes_it_once_it_has_nothing_to_do(
@@ -174,6 +180,7 @@ async def test_one_whose_image_had_to_wait_makes_it_once_it_has_nothing_to_do(
     await until(world, lambda: world.states() == ["ready", "ready"])
     await world.clock.advance(20.0)
     assert world.snapshots.asked.count("create") == 1, "it has requests"
+    assert late.state.phase is Phase.READY, "and is not drained for this"
     world.fetch.answers["/metrics"] = IDLE
     await until(world, lambda: bool(late.images.progress.snapshot))
     await until(world, lambda: late.state.phase is Phase.READY)
