@@ -41,7 +41,7 @@ _WISHES = {
     "undrain": (Event.RELEASE, ""),
     "restart": (Event.RESTART, "restarted by an operator"),
 }
-_NAPS = ("sleep", "wake")
+_TURNS = ("sleep", "wake", "snapshot")
 
 
 class Source(Protocol):
@@ -140,8 +140,8 @@ class Api:
         refuse_web_pages(request)
         await request.read()  # bounded by client_max_size; nothing in it is needed
         wish = request.match_info["wish"]
-        if wish not in _WISHES and wish not in _NAPS:
-            known = ", ".join([*_WISHES, *_NAPS])
+        if wish not in _WISHES and wish not in _TURNS:
+            known = ", ".join([*_WISHES, *_TURNS])
             raise web.HTTPNotFound(text=f"no such action; there are {known}")
         keeper = self._keeper(request)
         try:
@@ -149,6 +149,8 @@ class Api:
                 keeper.lower(_rung(request), "going down, as an operator asked", _level(request))
             elif wish == "wake":
                 keeper.raise_("woken by an operator")
+            elif wish == "snapshot":
+                keeper.pose("an image of it is made, as an operator asked")
             else:
                 keeper.apply(*_WISHES[wish])
         except RefusedError as error:
@@ -160,6 +162,7 @@ class Api:
         """Tell of one replica as it is now; the fleet is told of changes a moment later."""
         keeper = self._keeper(request)
         told = msgspec.to_builtins(keeper.record()) | {"phase": keeper.state.phase.value}
+        told["image"] = msgspec.to_builtins(keeper.images.progress)
         return web.json_response(told)
 
     def _keeper(self, request: web.Request) -> Keeper:

@@ -26,6 +26,7 @@ from backends.clock import Timer
 from backends.demand import DemandBook, summed
 from backends.engines.base import Engine, launch_hash
 from backends.gpus import pinned
+from backends.images import image_of, pool_id_of
 from backends.keeper import Keeper
 from backends.ladder import Ladder, Rung
 from backends.lifecycle import Event, Lifecycle, Phase
@@ -104,10 +105,12 @@ class Autoscaler:
                 known.replace(spec, now_s)
             pools[spec.pool_id] = known
             engine = self._engines[spec.first.engine]
+            self._learn_of_images(spec, engine)
             self._hashes[spec.pool_id] = launch_hash(engine, spec.first)
             self._gpus_each[spec.pool_id] = self._gpus_of(spec, engine)
         for gone in self.pools.keys() - pools.keys():
             del self._hashes[gone], self._gpus_each[gone]
+        self._around.shelf.keep(pools)
         self.pools = pools
         self._views = {}
 
@@ -273,26 +276,26 @@ class Autoscaler:
         self._told_out = {n: out for n, out in self._told_out.items() if n in self._keepers}
         self._states = {name: keeper.state for name, keeper in self._keepers.items()}
         for replica_id, keeper in self._keepers.items():
-            pool = self.pools.get(replica_id.rpartition("-")[0])
+            pool = self.pools.get(pool_id_of(replica_id))
             if pool is None:
                 continue
             member, rise = self._memory.see(self._seen(keeper), now_s)
             members[pool.pool.pool_id].append(member)
             if rise is not None:
                 self.tally.rose(rise)
-            pool.imaged |= Rung.SNAPSHOTTED in keeper.turns
             self._learn(keeper, member, now_s)
             if member.standing is Standing.SERVES:
                 self._released.discard(replica_id)
             if keeper.state.phase is Phase.BACKOFF and member.standing is Standing.GONE:
                 pool.crowded_until_s = now_s + CROWDED_S
+        shelf = self._around.shelf
         self._views = {
             pool_id: View(
                 pool=pool.pool,
                 members=tuple(members[pool_id]),
                 portion=pool.portion,
                 gpus_each=self._gpus_each[pool_id],
-                rungs=self._here.of(pool.pool, self._hashes[pool_id], imaged=pool.imaged),
+                rungs=self._here.of(pool.pool, self._hashes[pool_id], imaged=shelf.has(pool_id)),
             )
             for pool_id, pool in self.pools.items()
         }
@@ -314,6 +317,7 @@ class Autoscaler:
             names=keeper.questions.models,
             restored_s=restored.up_s if restored else 0.0,
             bound=() if not lent or suspender.probe().moves else lent,
+            posing=observed.posing,
         )
 
     def _learn(self, keeper: Keeper, member: Member, now_s: float) -> None:
@@ -324,6 +328,13 @@ class Autoscaler:
         for rung in out - self._told_out.get(member.replica_id, frozenset()):
             self.ladder.failed(member.launch_hash, rung, now_s)
         self._told_out[member.replica_id] = out
+
+    def _learn_of_images(self, spec: PoolSpec, engine: Engine) -> None:
+        """Look whether there is an image of a pool that is new, or whose command is."""
+        told = launch_hash(engine, spec.first)
+        if spec.first.snapshot and self._hashes.get(spec.pool_id) != told:
+            image = image_of(engine, spec.first, self._around.snapshots)
+            self._around.shelf.put(spec.pool_id, image)
 
     def _pour(self) -> None:
         """Give each pool its portion of what its model is asked for."""

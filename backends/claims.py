@@ -75,7 +75,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     queued_s: float = 0.0  # the longest wait of a request
     unserved_s: float = 0.0  # how long it has wanted a replica and had none (`arbiter.Unserved`)
     up_s_max: float = float("inf")  # how long it can wait for a replica that rests
-    ways_up: tuple[WayUp, ...] = ()  # the quickest first; a new replica is always among them
+    ways_up: tuple[WayUp, ...] = ()  # the best first; a new replica is always among them
 
     @property
     def wants(self) -> int:

@@ -30,7 +30,7 @@ from backends.journal import Staged
 from backends.ladder import Rung
 from backends.lifecycle import Event
 from backends.ports import ReplicaPorts
-from backends.snapshots.base import Snapshot, SnapshotError, SnapshotKey
+from backends.snapshots.base import Progress, Snapshot, SnapshotError, SnapshotKey, Snapshots
 from backends.spec import ReplicaSpec
 from backends.starting import Start, enclosed, prepare
 from backends.surroundings import Surroundings
@@ -49,15 +49,16 @@ _DRIVER = Path("/sys/module/nvidia/version")
 class Images:
     """What one replica has to do with images."""
 
-    def __init__(self, engine: Engine, around: Surroundings, turns: Turns) -> None:
-        self.known = False  # there is one that a start would take, as far as was seen
+    def __init__(self, engine: Engine, around: Surroundings, turns: Turns, replica_id: str) -> None:
+        self.progress = Progress()
+        self.key: SnapshotKey | None = None  # of what the life under way may be made into
         self._source: Snapshot | None = None  # of the life under way, until it is ready
-        self._key: SnapshotKey | None = None  # of what the life under way may be made into
         self._port = 0
         self._posing = False  # it is being made into one
         self._engine = engine
         self._around = around
         self._turns = turns
+        self._pool_id = pool_id_of(replica_id)
 
     async def find(
         self, spec: ReplicaSpec, release: Release, gpus: Sequence[str]
@@ -66,11 +67,12 @@ class Images:
         if not await asyncio.to_thread(self._works, spec):  # the first answer takes a second
             return None
         cards = self._around.cards.described(gpus)
-        self._key = await asyncio.to_thread(key_of, self._engine, spec, str(release), cards)
-        found = await asyncio.to_thread(self._around.snapshots.find, self._key)
+        self.key = await asyncio.to_thread(key_of, self._engine, spec, str(release), cards)
+        found = await asyncio.to_thread(self._around.snapshots.find, self.key)
         usable = found is not None and self._around.shelf.usable(found.snapshot_id)
-        self.known = usable
-        return found if usable else None
+        image = found if usable else None
+        self._around.shelf.put(self._pool_id, image)
+        return image
 
     def prepare(
         self,
@@ -85,7 +87,7 @@ class Images:
         self._source = None
         cold = (self._engine, spec, ports, program, release, place)
         if not self._works(spec):
-            self._key = None
+            self.key = None
             return prepare(*cold)
         try:
             start = enclosed(
@@ -98,10 +100,10 @@ class Images:
             if found is not None:
                 self._discard(found)
                 return self.prepare(spec, ports, program, release, place, None)
-            self._key = None
+            self.key = None
             return prepare(*cold)
         self._source, self._port = found, start.port
-        return start
+        return start._replace(image_of=self.key.launch_hash if self.key else "")
 
     # --- from an image --------------------------------------------------------------------------
 
@@ -119,6 +121,11 @@ class Images:
         return "" if problem is None else f"restored, and no more: {problem[1]}"
 
     @property
+    def known(self) -> bool:
+        """Say whether there is one that a start would take, as far as was seen."""
+        return self._around.shelf.has(self._pool_id)
+
+    @property
     def restoring(self) -> bool:
         """Say whether the life under way is a copy that has not served yet."""
         return self._source is not None
@@ -131,13 +138,14 @@ class Images:
         """The life under way is over; say whether its image is to blame."""
         if self._posing:  # in its warm-up, say: without one it might have served
             self._turns.failed(Rung.SNAPSHOTTED)
-        source, self._source, self._key = self._source, None, None
+        source, self._source, self.key = self._source, None, None
+        if self.progress.doing:
+            self.progress = Progress(problem="it ended before there was one")
         if source is not None:
             self._discard(source)
         return source is not None
 
     def _discard(self, snapshot: Snapshot) -> None:
-        self.known = False
         self._around.shelf.discard(snapshot.snapshot_id)
         self._around.log.caution("image_discarded", snapshot=snapshot.snapshot_id)
 
@@ -146,10 +154,18 @@ class Images:
     @property
     def due(self) -> bool:
         """Say whether the life under way, which has just become ready, is to be made into one."""
-        out = Rung.SNAPSHOTTED in self._turns.out
-        return not (self._key is None or self._source or self.known or out) and not (
-            self._around.shelf.making
-        )
+        return self.lacking and not self._around.shelf.making
+
+    @property
+    def lacking(self) -> bool:
+        """Say whether there is none of it, and may be one."""
+        if self.key is None or self._source or Rung.SNAPSHOTTED in self._turns.out:
+            return False
+        return not self._around.shelf.has(self._pool_id, self.key)
+
+    def take_key(self, key: SnapshotKey | None, port: int) -> None:
+        """The life under way would be an image of this, and listens there in its cell."""
+        self.key, self._port = key, port
 
     async def make(self, life: Life) -> tuple[Event, str] | None:
         """Make an image of it; return what went wrong if it cannot serve on."""
@@ -163,12 +179,14 @@ class Images:
     async def _make(self, life: Life, began_s: float) -> tuple[Event, str] | None:
         around = self._around
         self._turns.risen()  # what follows is no part of the start
+        self.progress = Progress("warming up")
         await warm_up(life, around)
         try:
             around.journal.append(Staged(life.launch_id, staged=True))
         except OSError as error:
             self._fail(life, f"not noted: {error}")
             return None
+        self.progress = Progress("putting it to rest")
         event, reason = await self._turns.lower_for_image(life)
         if event is Event.BROKE:
             self._fail(life, reason)
@@ -187,14 +205,14 @@ class Images:
         return None
 
     async def _dump(self, life: Life, began_s: float) -> tuple[Event, str] | None:
-        assert self._key is not None
+        assert self.key is not None
         around, turns = self._around, self._turns
         await around.fetch.drop(life.url)  # an open connection cannot be restored
         try:
             async with asyncio.timeout(CREATE_S_MAX):
                 made = await around.snapshots.create(
                     life.pid,
-                    self._key,
+                    self.key,
                     self._port,
                     self._teller(life.spec.replica_id),
                     suspended=turns.suspended,
@@ -206,21 +224,24 @@ class Images:
             self._fail(life, words)
             running = isinstance(error, SnapshotError) and error.running
             return None if running else (Event.HURRY, f"it was lost to its image: {words}")
-        self.known = True
+        around.shelf.put(self._pool_id, made)
         turns.measured(Rung.SNAPSHOTTED, down_s=around.clock.now_s() - began_s)
         name, size = life.spec.replica_id, made.image_bytes
+        self.progress = Progress(snapshot=made.snapshot_id, image_bytes=size)
         around.log.tell("image_made", replica=name, snapshot=made.snapshot_id, image_bytes=size)
         return None
 
     def _fail(self, life: Life, reason: str) -> None:
         self._turns.failed(Rung.SNAPSHOTTED)
+        self.progress = Progress(problem=reason)
         self._around.log.caution("no_image", replica=life.spec.replica_id, reason=reason)
 
     def _teller(self, replica_id: str) -> Callable[[str, float], None]:
-        """Return what logs each thing that is being done, once."""
+        """Return what keeps the progress, and logs each thing that is being done, once."""
         told: set[str] = set()
 
-        def tell(what: str, _share: float) -> None:
+        def tell(what: str, share: float) -> None:
+            self.progress = Progress(what, share)
             if what not in told:
                 told.add(what)
                 self._around.log.tell("image_progress", replica=replica_id, doing=what)
@@ -247,6 +268,22 @@ async def warm_up(life: Life, around: Surroundings) -> None:
         if answer.status != 200:
             name, status = life.spec.replica_id, answer.status
             around.log.tell("warm_up_refused", replica=name, words=words, status=status)
+
+
+def image_of(engine: Engine, spec: ReplicaSpec, snapshots: Snapshots) -> Snapshot | None:
+    """Return the image that a start of `spec` would take, as far as can be told without a start.
+
+    Which release it would be of, and on which cards, is known then; here the image is believed.
+    """
+    for image in snapshots.images(spec.pool):
+        if key_of(engine, spec, image.key.engine_version, image.key.gpu) == image.key:
+            return image
+    return None
+
+
+def pool_id_of(replica_id: str) -> str:
+    """Return the pool that a replica is of: its id ends in its number."""
+    return replica_id.rpartition("-")[0]
 
 
 def key_of(engine: Engine, spec: ReplicaSpec, release: str, cards: str) -> SnapshotKey:

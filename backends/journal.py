@@ -60,6 +60,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, tag="intent", tag_field=
     host: str = "127.0.0.1"  # where this machine reaches it
     staged: bool = False  # being restored from an image, or made into one
     loras: Loaded = Loaded()
+    image_of: str = ""  # what an image made of it would be an image of; empty: none can be made
     image: str = ""  # of its container; empty: it is a process of this machine
 
 

@@ -39,6 +39,7 @@ from backends.lifecycle import (
 from backends.logfile import length
 from backends.loras import Loras, of_start
 from backends.ports import ReplicaPorts
+from backends.posing import Posing
 from backends.providers.base import Process
 from backends.questions import Questions
 from backends.reconcile import Observed, Wanted
@@ -47,7 +48,7 @@ from backends.starting import START_ERRORS, gpus_wanted, intent, warm_up
 from backends.surroundings import Surroundings
 from backends.tasks import cancel_all, spawn
 from backends.telling import record_of
-from backends.turns import Life, RefusedError, Turns
+from backends.turns import Life, RefusedError, Turns, broken_off
 from backends.watch import Watch
 from proxy.contract import ReplicaRecord
 
@@ -66,7 +67,8 @@ class Keeper:
         self.questions = Questions(wanted.spec, engine, around.fetch, around.clock)
         self._ports = ReplicaPorts(around.ports)
         self._turns = Turns(engine, around)
-        self._images = Images(engine, around, self._turns)
+        self.images = Images(engine, around, self._turns, wanted.spec.replica_id)
+        self._posing = Posing(engine, around, self.images, self.questions)
         self._loras: Loras | None = None  # of the life under way
         self._launch: Launch | None = None  # the life under way
         self._process: Process | None = None
@@ -94,6 +96,7 @@ class Keeper:
             aim=self._turns.aim,
             rising=state.phase is Phase.SUSPENDED and state.deadline_s is not None,
             out=self._turns.out,
+            posing=self._posing.wished,
         )
 
     @property
@@ -101,7 +104,7 @@ class Keeper:
         """Return where it stands; on its way down, that is where it came from."""
         if self.state.alive:
             return self._turns.rung
-        return Rung.SNAPSHOTTED if self._images.known else Rung.COLD
+        return Rung.SNAPSHOTTED if self.images.known else Rung.COLD
 
     @property
     def turns(self) -> Mapping[Rung, RungCost]:
@@ -154,6 +157,7 @@ class Keeper:
             self._ports.claim({"http": (launch.port, 1)} | launch.ports)
         self.questions.begin(self.url)
         self._turns.adopt(launch)
+        self._posing.adopt(launch)
         if launch.pid != process.pid:  # the manager before died between the spawn and this note
             self._note_process(launch, process)
         self.state = self._adopted(launch, ready=launch.ready)
@@ -167,13 +171,8 @@ class Keeper:
         self._follow(process, launch)
         self._timer.set(self.state.deadline_s)
         self._around.changed()
-        if launch.staged:
-            self.apply(Event.HURRY, "the manager died while an image was restored or made")
-        elif launch.turning or launch.moving:
-            turn = "fell asleep or woke" if launch.turning else "was moved to other cards"
-            self.apply(Event.RESTART, f"the manager died while it {turn}: nobody knows how far")
-        elif launch.suspending:
-            self.apply(Event.WAKE, "the manager died while it was suspended or resumed")
+        if (left := broken_off(launch)) is not None:
+            self.apply(*left)
 
     def lower(self, rung: Rung, reason: str, level: int = 1) -> None:
         """Take it down to ASLEEP or SUSPENDED; `level`: of its engine's own sleep.
@@ -187,6 +186,11 @@ class Keeper:
         stale = observed.launch_hash != self._spec_hash  # so it may lack what a rung needs
         if self._turns.take_aim(rung, level, observed, stale=stale):
             self.apply(Event.SLEEP, reason)
+
+    def pose(self, reason: str) -> None:
+        """Have an image made of it; it serves nobody meanwhile. Raises `RefusedError`."""
+        self._posing.wish(self.observed, self._spec_hash)
+        self.apply(Event.SLEEP, reason)
 
     def raise_(self, reason: str) -> None:
         """Have it serve again. Raises `RefusedError` when it cannot, or not now."""
@@ -203,6 +207,7 @@ class Keeper:
         before = self.state
         now_s = self._around.clock.now_s()
         self.state, commands = step(before, event, now_s, self._around.timing(self.spec), reason)
+        self._posing.follow(self.state.phase)
         if self.state.phase is not before.phase or commands:
             told = {"was": before.phase, "cause": event, "reason": self.state.reason}
             name = self.spec.replica_id
@@ -267,7 +272,7 @@ class Keeper:
             release = await asyncio.to_thread(probe_release, program)
         try:
             if spec.snapshot and self._starts(starts):
-                found = await self._images.find(spec, release, self._place().devices)
+                found = await self.images.find(spec, release, self._place().devices)
             if self._starts(starts) and self.spec is not spec:
                 self._start()  # what was found is of its former command
             elif self._starts(starts):
@@ -298,7 +303,7 @@ class Keeper:
         """Journal, spawn, journal: in this order a crash at any point leaves a trace."""
         around = self._around
         spec, place = self.spec, self._place()
-        start = self._images.prepare(spec, self._ports, program, release, place, found)
+        start = self.images.prepare(spec, self._ports, program, release, place, found)
         for warning in start.warnings:
             around.log.tell("replica_warning", replica=self.spec.replica_id, warning=warning)
         launch = intent(self._engine, self.spec, start, self.state, around.clock.unix_s())
@@ -314,18 +319,13 @@ class Keeper:
         # notes and log lines that cannot be written are lost.
         self._follow(self._process, launch)
         self._note_process(launch, self._process)
-        around.log.tell(
-            "replica_spawned",
-            replica=self.spec.replica_id,
-            pid=self._process.pid,
-            url=self.url,
-            version=launch.engine_version,
-            gpus=launch.gpus,
-            log=str(self.log_path),
-        )
+        told = {"pid": self._process.pid, "url": self.url, "version": launch.engine_version}
+        told |= {"gpus": launch.gpus, "log": str(self.log_path)}
+        around.log.tell("replica_spawned", replica=spec.replica_id, **told)
 
     async def _lull(self, life: Life) -> None:
-        event, reason = await self._turns.lower(life)
+        lower = self._posing.pose if self._posing.wished else self._turns.lower
+        event, reason = await lower(life)
         if life.go_on():
             self.apply(event, reason)
 
@@ -340,7 +340,7 @@ class Keeper:
             self.apply(*problem)
 
     async def _revive(self, life: Life, watch: Watch) -> None:
-        problem = await self._images.revive(life)
+        problem = await self.images.revive(life)
         if not problem:
             await watch.follow()
         elif life.go_on():  # what follows is a cold start, at once
@@ -348,11 +348,11 @@ class Keeper:
 
     async def ripen(self) -> bool:
         """Make an image of it, where that is due; say whether it was."""
-        if not self._images.due:
+        if not self.images.due:
             return False
         self.apply(Event.RIPE, "an image of it is made")
         life = self._life(Phase.STARTING)
-        problem = await self._images.make(life)
+        problem = await self.images.make(life)
         if problem is not None and life.go_on():
             self.apply(*problem)
         return True
@@ -384,19 +384,14 @@ class Keeper:
             if exited.cancelled() or self._launch is None or self._launch.launch_id != launch_id:
                 return
             phase, log, since_bytes = self.state.phase, self.log_path, self._log_bytes
-            unrestored = self._images.ended() and phase is Phase.STARTING
+            unrestored = self.images.ended() and phase is Phase.STARTING
             how = end_in_words(exited.result(), phase, self.spec, log, since_bytes)
             self._end(how)
             self.apply(Event.UNRESTORED if unrestored else Event.EXITED, how)
 
         process.exited.add_done_callback(ended)
-        self._watch = Watch(
-            self.questions,
-            self._around,
-            self,
-            lambda: self.state.phase if self._current(launch_id) else None,
-        )
-        if self._images.restoring:
+        self._watch = Watch(self.questions, self._around, self, self._phase_of(launch_id))
+        if self.images.restoring:
             self._own(self._revive(self._life(Phase.STARTING), self._watch), "revive")
         else:
             self._own(self._watch.follow(), "follow")
@@ -423,8 +418,14 @@ class Keeper:
         if self._launch is not None:
             self._around.warmer.answered(self._process.pid if self._process else 0)
             self._around.note(Ready(self._launch.launch_id))
-            self._images.ready()
+            self.images.ready()
             self.apply(Event.ANSWERED, self._turns.risen())
+            current = self._phase_of(self._launch.launch_id)
+            self._own(self._posing.later(current, self.pose), "make a later image of")
+
+    def _phase_of(self, launch_id: str) -> Callable[[], Phase | None]:
+        """Return what tells the phase of a life; None, once it is over."""
+        return lambda: self.state.phase if self._current(launch_id) else None
 
     def _current(self, launch_id: str) -> bool:
         return self._launch is not None and self._launch.launch_id == launch_id

@@ -17,6 +17,10 @@ deeper than it must: past a rung that keeps a GPU when another model wants that,
 keeps more of the host's memory than is left. Among what remains the first that is back within the
 time that the pool can wait; if none is, the one that is back soonest.
 
+**What comes up** (`ways_up`): the quickest, but a new replica only where it is quicker by a fifth.
+One that rests holds memory for exactly this moment and has its cache, and measured seconds scatter
+by more than a tie: with no margin a pool would start new ones beside those that it keeps.
+
 Pure: no clock, no I/O; every table is bounded.
 """
 
@@ -105,6 +109,7 @@ class Resting(msgspec.Struct, frozen=True):
 SMOOTHING: Final = 0.3  # weight of the newest turn: the last three make two thirds of the value
 OUT_S_MIN: Final = 30.0  # a rung that failed once; doubled with each failure in a row
 OUT_S_MAX: Final = 3600.0
+NEW_MARGIN: Final = 1.25  # a new replica's seconds count so much more than one's that rests
 ENTRIES_MAX: Final = 1024  # launches, and turns of each, that are remembered; the oldest go
 
 MIB: Final = 1 << 20
@@ -203,12 +208,12 @@ class Ladder:
         )
 
     def ways_up(self, rungs: Rungs, resting: Iterable[Resting], now_s: float) -> tuple[WayUp, ...]:
-        """Return how one more could come up, the quickest first. A new one is always among them."""
+        """Return how one more could come up, the best first. A new one is always among them."""
         usable = self._usable(rungs, now_s)
         ways = [self._way(rungs, replica.rung, replica.replica_id) for replica in resting]
         new = Rung.SNAPSHOTTED if Rung.SNAPSHOTTED in usable else Rung.COLD
         ways.append(self._way(rungs, new, None))
-        return tuple(sorted(ways, key=_quickest_first))
+        return tuple(sorted(ways, key=_best_first))
 
     def _way(self, rungs: Rungs, rung: Rung, replica_id: str | None) -> WayUp:
         return WayUp(rung, self.cost(rungs.launch_hash, rung, rungs.engine).up_s, replica_id)
@@ -266,9 +271,10 @@ def _smoothed(before: RungCost, now: RungCost) -> RungCost:
     )
 
 
-def _quickest_first(way: WayUp) -> tuple[float, int, str]:
-    """Order ways: by seconds, then what rests before what is new, then by name."""
-    return way.up_s, way.rung.depth, way.replica_id or "\U0010ffff"
+def _best_first(way: WayUp) -> tuple[float, int, str]:
+    """Order ways: by seconds, a new one's counted dearer; then the least deep, then by name."""
+    margin = NEW_MARGIN if way.replica_id is None else 1.0
+    return way.up_s * margin, way.rung.depth, way.replica_id or "\U0010ffff"
 
 
 def _bounded(table: dict[_Key, _Value], key: _Key, value: _Value) -> None:

@@ -96,6 +96,7 @@ class Look(NamedTuple):
     names: tuple[str, ...] = ()  # that it answers to
     restored_s: float = 0.0  # what its last start from an image took; 0: it had none
     bound: tuple[str, ...] = ()  # suspended, it can only come back on these cards
+    posing: bool = False  # an image of it is made, and then it serves on
 
 
 class Rise(NamedTuple):
@@ -157,6 +158,7 @@ class _Remembered(msgspec.Struct):
     since_s: float
     seen_s: float
     rests: bool = False
+    posed: bool = False  # when it was seen last
     rested_on: Rung = Rung.COLD  # before it last came up
     start_s: float = 0.0
     restored_s: float = 0.0  # as it was told last
@@ -182,6 +184,8 @@ class Memory:
         """Return a replica with what is remembered, and whether it has just come up."""
         known = self._of.get(look.replica_id)
         standing = standing_of(look.state, rested=known is not None and known.rests)
+        if look.posing:
+            standing = Standing.HELD if look.state.held else Standing.COMING
         if known is None:
             known = _Remembered(standing, now_s, now_s, busy_s=now_s)
             self._of[look.replica_id] = known
@@ -189,6 +193,7 @@ class Memory:
             known.rested_on = look.aim
         known.rests = standing in {Standing.RESTS, Standing.GOING}
         rise = _turn(known, standing, look, now_s)
+        known.posed = look.posing
         in_flight = _in_flight(look)
         if in_flight or standing is not Standing.SERVES:
             known.busy_s = now_s
@@ -231,6 +236,8 @@ def _turn(known: _Remembered, standing: Standing, look: Look, now_s: float) -> R
     if standing is before:
         return None
     known.standing, known.since_s = standing, now_s
+    if look.posing or (known.posed and standing is Standing.SERVES):
+        return None  # it has not been away
     if standing is Standing.COMING and before is not Standing.RESTS:
         known.rested_on = Rung.COLD
     if before is not Standing.COMING or standing is not Standing.SERVES:

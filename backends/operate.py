@@ -1,11 +1,13 @@
-"""`doherty sleep` and `doherty wake`: tell a manager, and wait until it is so or cannot be."""
+"""`doherty sleep`, `wake` and `snapshot create`: tell a manager, and wait until it is so or cannot
+be.
+"""
 
 from __future__ import annotations
 
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from urllib.parse import quote
 
 import msgspec
@@ -13,6 +15,7 @@ import msgspec
 from backends.failure import StartError
 from backends.ladder import Rung
 from backends.lifecycle import Phase
+from backends.snapshots.base import Progress
 from backends.status import check_manager_url, no_manager, open_url
 
 POLL_S = 0.1
@@ -24,6 +27,7 @@ class _Seen(msgspec.Struct):
 
     phase: Phase
     reason: str = ""
+    image: Progress = Progress()
 
 
 class _Refusal(msgspec.Struct):
@@ -57,6 +61,23 @@ def wake(manager_url: str, replica_id: str) -> str:
     raise StartError(f"{replica_id} is {seen.phase.words}: {seen.reason}")
 
 
+def make_image(
+    manager_url: str, replica_id: str, told: Callable[[str, float], None]
+) -> tuple[Progress, str]:
+    """Have an image made of a replica; return it, and what the manager says of it.
+
+    `told` hears of progress. Raises `StartError` when none was made.
+    """
+    url = _url(manager_url, replica_id)
+    _post(manager_url, f"{url}/snapshot")
+    going = {Phase.EMPTYING, Phase.FALLING_ASLEEP}
+    seen = _after(manager_url, url, going, lambda s: told(s.image.doing, s.image.share))
+    if not seen.image.snapshot:
+        problem = seen.image.problem or seen.reason
+        raise StartError(f"{replica_id} is {seen.phase.words}, without an image: {problem}")
+    return seen.image, f"{replica_id} is {seen.phase.words}: {seen.reason}"
+
+
 def _url(manager_url: str, replica_id: str) -> str:
     check_manager_url(manager_url)
     return f"{manager_url.rstrip('/')}/v1/replicas/{quote(replica_id, safe='')}"
@@ -66,7 +87,12 @@ def _post(manager_url: str, url: str) -> None:
     ask(manager_url, urllib.request.Request(url, data=b"", method="POST"))  # noqa: S310  # checked
 
 
-def _after(manager_url: str, url: str, phases: Collection[Phase]) -> _Seen:
+def _after(
+    manager_url: str,
+    url: str,
+    phases: Collection[Phase],
+    told: Callable[[_Seen], None] = lambda _seen: None,
+) -> _Seen:
     """Return what is seen of a replica as soon as it is in none of `phases`."""
     give_up_s = time.monotonic() + TURN_S_MAX
     while True:
@@ -77,6 +103,7 @@ def _after(manager_url: str, url: str, phases: Collection[Phase]) -> _Seen:
             raise StartError(f"{url} answered something else than a replica: {error}") from error
         if seen.phase not in phases:
             return seen
+        told(seen)
         if time.monotonic() >= give_up_s:
             raise StartError(f"it is still {seen.phase.words}: {seen.reason}")
         time.sleep(POLL_S)

@@ -51,6 +51,7 @@ class Observed(msgspec.Struct, frozen=True):
     aim: Rung = Rung.AWAKE  # where it is, or goes down to
     rising: bool = False  # suspended, and waits for a GPU
     out: frozenset[Rung] = frozenset()  # failed lately
+    posing: bool = False  # an image of it is made, and then it serves on
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -171,7 +172,7 @@ def _align(want: Wanted, current: Observed, away: dict[tuple[str, str], int]) ->
 def _turn(want: Wanted, current: Observed, change: Way) -> list[Action]:
     """Return what brings it to its rung; one that is to be started anew is started first."""
     rung, phase, replica_id = want.rung, current.phase, want.spec.replica_id
-    if rung is None:
+    if rung is None or current.posing:
         return []
     if rung is Rung.AWAKE:
         rests = phase in {Phase.ASLEEP, Phase.EMPTYING, Phase.SUSPENDED} and not current.rising

@@ -29,7 +29,6 @@ class ScaledPool:
         self.portion = Portion()
         self.waiting = ""  # why one that is wanted does not come
         self.crowded_until_s = 0.0
-        self.imaged = False
         self.observation = Observation(at_s=now_s)
         self.decision: Decision | None = None
         self.granted: Mapping[str, float] = {}  # what the arbiter went by, and how many it allows

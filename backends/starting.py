@@ -51,6 +51,7 @@ class Start(NamedTuple):
     gpus: tuple[str, ...] = ()
     host: str = HOST  # where this machine reaches it
     restored: bool = False  # from an image
+    image_of: str = ""  # what an image made of it would be an image of; empty: none can be made
 
 
 def gpus_wanted(engine: Engine, spec: ReplicaSpec) -> int:
@@ -168,5 +169,6 @@ def intent(
         kv_source=start.kv_source,
         gpus=start.gpus,
         loras=of_start(engine, spec),
+        image_of=start.image_of,
         image=spec.image,
     )

@@ -109,6 +109,8 @@ class Turns:
 
     def take_aim(self, rung: Rung, level: int, seen: Observed, *, stale: bool) -> bool:
         """Aim at `rung`; say whether that wants a turn to be begun. Raises `RefusedError`."""
+        if seen.posing:
+            raise RefusedError("an image of it is being made; ask again when that is done")
         if seen.phase in _GOING_DOWN | {Phase.SUSPENDED}:
             return self._aim_on(rung, level, seen)
         if seen.phase not in {Phase.READY, Phase.HELD}:
@@ -197,7 +199,7 @@ class Turns:
         self.naps.level = self._engine.dump_level(life.spec)
         self.aim = Rung.SUSPENDED if self._engine.uses_gpu else Rung.ASLEEP
         event, reason = await self._lower(life, sleeps=True)
-        self.costs = costs
+        self.costs, self.aim = costs, Rung.AWAKE
         fell_short = event is Event.SLEPT and self._engine.uses_gpu
         return (Event.BALKED, reason) if fell_short else (event, reason)
 
@@ -311,6 +313,18 @@ class Turns:
             return ""
         self.up_s = took_s
         return f"{'restored' if rung is Rung.SNAPSHOTTED else 'awake'}, after {took_s:.2f} s"
+
+
+def broken_off(launch: Launch) -> tuple[Event, str] | None:
+    """Return what follows for one in whose midst a manager died; None: it died elsewhere."""
+    if launch.staged:
+        return Event.HURRY, "the manager died while an image was restored or made"
+    if launch.turning or launch.moving:
+        turn = "fell asleep or woke" if launch.turning else "was moved to other cards"
+        return Event.RESTART, f"the manager died while it {turn}: nobody knows how far"
+    if launch.suspending:
+        return Event.WAKE, "the manager died while it was suspended or resumed"
+    return None
 
 
 def _intact(error: Exception) -> bool:

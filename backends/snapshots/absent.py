@@ -45,6 +45,9 @@ class NoSnapshots:
     def find(self, key: SnapshotKey) -> Snapshot | None:
         return None
 
+    def images(self, pool: str) -> Sequence[Snapshot]:
+        return ()
+
     async def create(
         self,
         pid: int,

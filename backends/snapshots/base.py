@@ -73,6 +73,16 @@ class SnapshotKey(msgspec.Struct, frozen=True, kw_only=True):
     host: str = ""  # kernel and CPU, as far as an image depends on them
 
 
+class Progress(msgspec.Struct, frozen=True):
+    """How far the making of an image is, or what came of it."""
+
+    doing: str = ""  # empty: nothing is being done
+    share: float = 0.0
+    snapshot: str = ""  # the last that was made
+    image_bytes: int = 0
+    problem: str = ""  # why the last attempt came to nothing
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """An image on disk that has been verified at least once."""
 
@@ -105,6 +115,9 @@ class Snapshots(Protocol):
 
     def find(self, key: SnapshotKey) -> Snapshot | None:
         """Return an image that fits and is whole. Stale and damaged ones are told of, not used."""
+
+    def images(self, pool: str) -> Sequence[Snapshot]:
+        """Return all images of a pool that are whole as far as sizes tell, the newest first."""
 
     async def create(
         self,

@@ -1,7 +1,8 @@
 """`doherty snapshot`: what works here, images made and tried by hand, and what is on the disk.
 
-A manager makes and restores images by itself where a pool says `snapshot: true`; these commands
-work on the same folder, beside a manager or without one.
+A manager makes and restores images by itself where a pool says `snapshot: true`; `create REPLICA`
+has it make one of a replica that serves. The other commands work on the same folder, beside a
+manager or without one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from backends.arguments import port_number
 from backends.failure import StartError
 from backends.log import Log
+from backends.operate import make_image
 from backends.snapshots.base import SnapshotError
 from backends.snapshots.by_hand import Ask, create, restore
 from backends.snapshots.criu import CriuSnapshots
@@ -34,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = "Images of warm replicas on disk: a start in the time that reading takes."
     commands = parser.add_subparsers(metavar="ACTION", title="actions", dest="action")
     commands.add_parser("probe", help="say whether snapshots work on this machine, and else why")
-    _add_create(commands.add_parser("create", help="start a command, wait until it serves, dump"))
+    _add_create(commands.add_parser("create", help="dump a replica, or a command once it serves"))
     commands.add_parser("list", help="show the images")
     verify = commands.add_parser("verify", help="read every byte of images")
     verify.add_argument("snapshot", nargs="*", metavar="ID", help="(default: all)")
@@ -58,13 +60,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def _add_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool", default="by-hand", metavar="NAME", help="(default: %(default)s)")
     parser.add_argument("--model", default="", metavar="NAME", help="what it serves, for the list")
-    parser.add_argument("--port", type=port_number, required=True, help="where it will listen")
+    parser.add_argument("--port", type=port_number, help="where the command will listen")
     _add_asking(parser)
     parser.add_argument(
-        "command",
-        nargs=argparse.REMAINDER,
-        metavar="-- COMMAND",
-        help="an engine that listens on all addresses (--host 0.0.0.0) of the cell that it gets",
+        "--manager-url",
+        default=os.environ.get("DOHERTY_MANAGER_URL", "http://127.0.0.1:8002"),
+        metavar="URL",
+        help="of REPLICA (default: %(default)s)",
+    )
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="REPLICA | -- COMMAND",
+        help="a replica of the manager, by its id in `doherty status`; or, with --port, an engine "
+        "that listens on all addresses (--host 0.0.0.0) of the cell that it gets",
     )
 
 
@@ -104,21 +113,29 @@ def _probe(options: argparse.Namespace, snapshots: CriuSnapshots) -> int:
 
 
 def _create(options: argparse.Namespace, snapshots: CriuSnapshots) -> int:
-    command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    if not command:
-        raise StartError("what is to be dumped? doherty snapshot create --port PORT -- COMMAND")
+    command = options.what[1:] if options.what[:1] == ["--"] else options.what
+    if options.port is None and len(command) == 1:
+        image, text = make_image(options.manager_url, command[0], _progress)
+        facts = {"snapshot": image.snapshot, "image_bytes": image.image_bytes}
+        _say(options, facts, text)
+        return 0
+    if options.port is None or not command:
+        raise StartError(
+            "what is to be dumped? doherty snapshot create REPLICA, or "
+            "doherty snapshot create --port PORT -- COMMAND"
+        )
     ask = Ask(options.port, options.ready, options.timeout)
     made, cold_s = asyncio.run(
         create(snapshots, command, ask, (options.pool, options.model), _progress)
     )
-    facts = {
+    figures = {
         "snapshot": made.snapshot_id,
         "cold_s": round(cold_s, 3),
         "dump_s": round(made.dump_s, 3),
         "image_bytes": made.image_bytes,
     }
     text = f"{made.snapshot_id}: {made.image_bytes // _MIB} MiB, served after {cold_s:.1f} s"
-    _say(options, facts, f"{text}, dumped in {made.dump_s:.2f} s")
+    _say(options, figures, f"{text}, dumped in {made.dump_s:.2f} s")
     return 0
 
 

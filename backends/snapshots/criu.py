@@ -83,6 +83,12 @@ class CriuSnapshots:
             return self.store.find(key)
         return None
 
+    def images(self, pool: str) -> Sequence[Snapshot]:
+        with suppress(SnapshotError):
+            self.store.open()
+            return self.store.of_pool(pool)
+        return ()
+
     async def create(
         self,
         pid: int,

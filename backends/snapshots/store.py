@@ -97,6 +97,14 @@ class Store:
                 self._tell_once("snapshot_stale", held.name, stale)
         return None
 
+    def of_pool(self, pool: str) -> list[Snapshot]:
+        """Return the images of a pool of which nothing is known to be wrong, the newest first."""
+        return [
+            held.manifest.snapshot(self.folder / held.name)
+            for held in self.held()
+            if held.manifest is not None and held.manifest.key.pool == pool and not held.problem
+        ]
+
     def verify(self, name: str) -> str:
         """Read every byte; return what is wrong, "" when nothing is, and mark it."""
         held = self.look(name)

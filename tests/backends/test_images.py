@@ -370,6 +370,37 @@ async def test_a_cell_is_adopted_at_its_own_address(world: World) -> None:
     assert (world.states(), world.record().url) == (["ready"], f"http://{CELL}:8000")
 
 
+async def test_a_manager_knows_of_images_before_any_start(world: World) -> None:
+    """What bringing up one more takes is what proxies tell clients, and what the law counts on."""
+    scaled = PLAIN.replace("snapshot", "target_inputs: 4, autoscale: {min: 0, max: 2}, snapshot")
+    assert world.manager is None
+    manager = await world.start(configuration(world.run_dir, scaled))
+    assert manager.feed.snapshot.pools[0].start_s == 1.0, "a cold start's"
+    await manager.close()
+    (spec,) = replica_specs(configuration(world.run_dir, PLAIN))
+    key = key_of(Simulator(), spec, "0.30.0", "H")
+    await world.snapshots.create(1, key, 8000, lambda *_: None)
+    manager = await world.start(configuration(world.run_dir, scaled))
+    assert world.provider.spawned == []
+    assert manager.feed.snapshot.pools[0].start_s == 0.5, "a restored copy's"
+    changed = scaled.replace("sglang", "vllm")
+    manager.reload(configuration(world.run_dir, changed))
+    await world.clock.advance(0.5)
+    assert manager.feed.snapshot.pools[0].start_s == 1.0, "that image is of another command"
+
+
+async def test_what_is_found_bad_is_no_pools_image_any_more(world: World) -> None:
+    kept = await ready(world)
+    assert kept._around.shelf.has("m")
+    world.snapshots.failures["restored"] = SnapshotError("a page is damaged")
+    world.provider.spawned[0].exit("exited with status 1")
+    await until(world, lambda: signal.SIGKILL in signals(world, 1))
+    assert kept._around.shelf.has("m"), "until its process has ended"
+    world.provider.spawned[1].exit("killed by SIGKILL")
+    await world.clock.advance(0.1)
+    assert not kept._around.shelf.has("m")
+
+
 # --- which image fits -----------------------------------------------------------------------------
 
 

@@ -104,6 +104,24 @@ def test_a_manager_that_dies_while_an_image_is_made_or_restored(region: MortalRe
     assert len(region.live()) == 1
     region.until(lambda: len(region.engines()) == 1, "one engine, and no other")
 
+    # The same when an operator wishes one of a replica that serves, here a copy.
+    region.dies("after note Staged staged", lambda: region.wish("p-0", "snapshot"))
+    region.start()
+    third = again(region, second)
+    assert third.reason.startswith("restored, after ")
+    words = said(third)
+    region.wish("p-0", "snapshot")
+    images = region.folder / "run" / "snapshots" / "images"
+    region.until(lambda: len(list(images.glob("[!.]*"))) == 2, "another image")
+    after = region.is_("p-0", "ready")
+    assert (after.pid, said(after)) == (third.pid, words)
+    assert after.reason.startswith("image ")
+    os.kill(third.pid, signal.SIGKILL)
+    fourth = again(region, third)
+    assert fourth.reason.startswith("restored, after ")
+    assert said(fourth) == words
+    region.check()
+
 
 def test_one_that_dies_in_its_warm_up_serves_without_an_image(region: MortalRegion) -> None:
     region.is_("p-0", "ready")

@@ -131,6 +131,18 @@ def test_the_quickest_way_up_comes_first_and_a_new_one_is_always_there() -> None
     ]
 
 
+def test_on_a_near_tie_what_rests_comes_before_a_new_one() -> None:
+    """Seconds that scatter by a tenth would else have both kept and started, turn about."""
+    resting = [Resting("a-0", Rung.SUSPENDED)]
+    for measured, first in ((11.0, "a-0"), (9.0, "a-0"), (12.4, "a-0"), (30.0, None)):
+        fresh = Ladder()
+        fresh.learn("h", "a-1", {Rung.SNAPSHOTTED: RungCost(10.0)})
+        fresh.learn("h", "a-0", {Rung.SUSPENDED: RungCost(measured)})
+        ways = fresh.ways_up(ALL, resting, 0.0)
+        assert ways[0].replica_id == first, measured
+        assert ways[0].up_s == (measured if first else 10.0), "told as it is"
+
+
 def test_at_rest_no_deeper_than_needed() -> None:
     assert best_rest(RESTS) is ASLEEP
     assert best_rest(RESTS, gpu_wanted=True) is SUSPENDED

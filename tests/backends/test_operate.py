@@ -1,4 +1,4 @@
-"""`doherty sleep` and `doherty wake` against a manager that answers as the test says."""
+"""`doherty sleep`, `wake` and `snapshot create` against a manager that answers as the test says."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ class Manager:
         self.asked: list[str] = []
         self.posted: tuple[int, bytes] = (200, b"{}")
         self.phases: list[tuple[str, str]] = []
+        self.images: list[dict[str, object]] = [{}]  # what is told of it, as with `phases`
 
     def answer(self, method: str, path: str) -> tuple[int, bytes]:
         self.asked.append(f"{method} {path}")
         if method == "POST":
             return self.posted
         phase, reason = self.phases.pop(0) if len(self.phases) > 1 else self.phases[0]
-        return 200, json.dumps({"phase": phase, "reason": reason, "replica_id": "m-0"}).encode()
+        image = self.images.pop(0) if len(self.images) > 1 else self.images[0]
+        told = {"phase": phase, "reason": reason, "replica_id": "m-0", "image": image}
+        return 200, json.dumps(told).encode()
 
 
 @pytest.fixture
@@ -92,6 +95,32 @@ def test_what_did_not_come_about_is_a_failed_run(
     manager.phases = [(phase, reason)]
     assert run(manager, command, "m-0") == 1
     assert capsys.readouterr().err == f"m-0 is {words}: {reason}\n"
+
+
+def test_an_image_is_waited_for_and_its_progress_told(
+    manager: Manager, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager.phases = [("emptying", ""), ("falling_asleep", ""), ("ready", "image ab was made")]
+    manager.images = [
+        {"doing": "draining"},
+        {"doing": "dumping", "share": 0.5},
+        {"snapshot": "ab", "image_bytes": 7},
+    ]
+    assert run(manager, "snapshot", "create", "m-0", "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"snapshot": "ab", "image_bytes": 7}
+    assert said.err == "draining 0%\ndumping 50%\n"
+    assert manager.asked[0] == "POST /v1/replicas/m-0/snapshot"
+
+
+def test_an_image_that_was_not_made_is_a_failed_run(
+    manager: Manager, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager.phases, manager.images = [("ready", "so it is")], [{"problem": "the disk is full"}]
+    assert run(manager, "snapshot", "create", "m-0") == 1
+    assert capsys.readouterr().err == "m-0 is ready, without an image: the disk is full\n"
+    assert run(manager, "snapshot", "create", "m-0", "m-1") == 1
+    assert "doherty snapshot create REPLICA" in capsys.readouterr().err
 
 
 def test_a_turn_without_an_end_is_given_up(

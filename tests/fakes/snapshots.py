@@ -35,6 +35,9 @@ class FakeSnapshots:
         self.asked.append("find")
         return self.image if self.image is not None and self.image.key == key else None
 
+    def images(self, pool: str) -> Sequence[Snapshot]:
+        return [self.image] if self.image is not None and self.image.key.pool == pool else []
+
     async def create(
         self,
         pid: int,
