@@ -176,8 +176,8 @@ class Keeper:
         elif launch.suspending:
             self.apply(Event.WAKE, "the manager died while it was suspended or resumed")
 
-    def lower(self, rung: Rung, reason: str, level: int = 1) -> None:
-        """Take it down to ASLEEP or SUSPENDED; `level`: of its engine's own sleep.
+    def lower(self, rung: Rung, reason: str, level: int | None = None) -> None:
+        """Take it down to ASLEEP or SUSPENDED; `level`: of its engine's own sleep, if one is asked.
 
         Raises `RefusedError` when it cannot, or not now.
         """
