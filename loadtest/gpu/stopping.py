@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from loadtest.gpu import asks, machine
+from loadtest.gpu import asks
 from loadtest.gpu.asks import COMPLETIONS
 from loadtest.gpu.scene import Scene
 from loadtest.gpu.stack import carriers
@@ -85,7 +85,7 @@ async def _memory(scene: Scene, found: Findings) -> None:
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + PATIENCE_S
     while True:
-        now_mib = await asyncio.to_thread(machine.used_mib)
+        now_mib = await scene.used_mib()
         if now_mib is None or now_mib <= before_mib + GPU_MIB_SLACK or loop.time() > deadline_s:
             break
         await asyncio.sleep(POLL_S)
