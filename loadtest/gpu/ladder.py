@@ -31,7 +31,7 @@ from loadtest.gpu.command import add_stack_arguments, finish, run_in_folder, sta
 from loadtest.gpu.rungs import Ladder
 from loadtest.gpu.scene import QUICK, Scene
 from loadtest.gpu.stack import Stack, StackOptions
-from loadtest.gpu.steps import Findings, Step, run_steps, status_of
+from loadtest.gpu.steps import SLACK, Findings, Step, run_steps, status_of
 
 SUMMARY = "seconds, memory and answers on each rung of the ladder, of one real engine"
 SLEEPS, IMAGE = "start with warm caches", "an image, by another start"
@@ -59,8 +59,13 @@ def all_steps(ladder: Ladder, args: argparse.Namespace) -> list[Step]:
     start_s = serving.USUAL_START_S if real else 3.0
 
     def step(name: str, work: Work, usual_s: float, needs: str = serving.READY) -> Step:
-        usual_s = usual_s if real else usual_s / 10
-        return Step(name=name, run=functools.partial(work, ladder), usual_s=usual_s, needs=needs)
+        return Step(
+            name=name,
+            run=functools.partial(work, ladder),
+            usual_s=usual_s if real else usual_s / 10,
+            limit_s=usual_s * SLACK,
+            needs=needs,
+        )
 
     def starts(name: str, work: Work, usual_s: float, count: int = 1) -> Step:
         limit_s = count * (3 * start_s + args.start_timeout)
