@@ -30,6 +30,7 @@ class Replica:
         self.reason = ""
         self.wishes: list[str] = []
         self.salt = ""
+        self.cached = 89  # whole pages of the 100 tokens of a prompt
         self.sticks = False
 
     async def tell(self, request: web.Request) -> web.Response:
@@ -57,7 +58,7 @@ class Replica:
         usage = {
             "prompt_tokens": 100,
             "completion_tokens": 1,
-            "prompt_tokens_details": {"cached_tokens": 96},
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
         return web.json_response({"choices": [{"text": prompt[:9] + self.salt}], "usage": usage})
 
@@ -100,8 +101,11 @@ async def test_a_rung_is_timed_and_its_answers_are_compared(tmp_path: Path) -> N
         assert replica.wishes == ["suspended", "wake", "suspended", "wake"]
         assert found.broken == []
         assert found.figures["answers_same"] == "4 of 4"
-        assert found.figures["cached_tokens"] == "96 of 100"
+        assert found.figures["cached_tokens"] == "89 of 100"
         assert isinstance(found.figures["first_up_s"], float)
+        replica.cached = 64
+        await climber.same_as_before(found, cache_kept=True)
+        assert found.broken.pop() == "its prefix cache is kept"
         replica.salt = "!"  # the weights did not come back whole
         await rungs.asleep(climber, found)
         assert found.broken == ["greedy answers are the same as before"]
