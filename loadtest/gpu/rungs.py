@@ -332,7 +332,8 @@ async def copies(ladder: Ladder, found: Findings, count: int) -> None:
             found.claim(RESTORED in reason, f"{replica.replica_id} came from the image")
             found.claim(told == ladder.reference, f"{replica.replica_id} answers as the first did")
         cards = await asyncio.to_thread(machine.gpus)
-        found.figures["gpu_mib_held"] = ", ".join(f"{card.used_mib:,}" for card in cards)
+        own = [card for card in cards if card.index in ladder.scene.cards] or cards
+        found.figures["gpu_mib_held"] = ", ".join(f"{card.used_mib:,}" for card in own)
         urls = {replica.url for replica in ready}
         found.claim(len(urls) == count, "each has an address of its own")
     finally:
