@@ -182,11 +182,11 @@ def _rung(request: web.Request) -> Rung:
     return Rung(text)
 
 
-def _level(request: web.Request) -> int:
-    text = request.query.get("level", "1")
-    if text not in {"1", "2"}:
+def _level(request: web.Request) -> int | None:
+    text = request.query.get("level")
+    if text not in {None, "1", "2"}:
         raise web.HTTPBadRequest(text=f"no sleep level '{text}'; there are 1 and 2")
-    return int(text)
+    return int(text) if text else None
 
 
 @web.middleware

@@ -8,9 +8,9 @@ computes nothing), idle, of the coldest cache, the cheapest to bring back.
 **One thing at a time.** What is on its way is seen in the claims and not asked for again, so the
 same state always gives the same moves, and a state in which all have their share gives none. Cards
 that are being given up count as coming: nobody else is sent away for them. A replica that has just
-come up is not taken within its own start time, or the pool would pay for starts and not for
-answers; offline work is, even while it starts. A pool that has more than it wants loses one at a
-time.
+come up is not taken within its own start time while its pool wants it, or the pool would pay for
+starts and not for answers; offline work is, even while it starts. A pool that has more than it
+wants loses one at a time.
 
 A replica asleep keeps the lease of its cards. When somebody wants these it is lowered further, to a
 rung that gives them up; where nobody does, replicas rest no deeper than they must. Cards for a

@@ -53,6 +53,11 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     @property
+    def settled(self) -> bool:
+        """Whether it has been up for as long as its coming up took."""
+        return self.up_for_s >= self.start_s
+
+    @property
     def yields(self) -> tuple[float, ...]:
         """Order replicas by who goes first: asleep, idle, cold, cheap to bring back, long idle."""
         busy = self.in_flight > 0
@@ -90,15 +95,29 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         """Whether this replica may be taken down now. One that rests has nothing to lose.
 
         One that has just come up is given its own start time, or starts would be all it is paid
-        for. Offline work is not: whoever waits for an answer would wait for that, too. Nor is a
-        start after others that failed: it would be tried for ever, though nobody asks any more.
+        for: as long as its pool wants it. Offline work is not: whoever waits for an answer would
+        wait for that, too. Nor is a start after others that failed: it would be tried for ever,
+        though nobody asks any more.
         """
         offline = self.work_class == "offline"
         if holder.kept or holder.transit is Transit.GOING:
             return False
         if holder.transit is Transit.COMING:
             return holder.from_nothing and (offline or holder.failing)
-        return holder.rung is not Rung.AWAKE or offline or holder.up_for_s >= holder.start_s
+        settled = holder.rung is not Rung.AWAKE or offline or holder.settled
+        return settled or holder.replica_id in self._young_not_wanted
+
+    @property
+    def _young_not_wanted(self) -> frozenset[str]:
+        """Return those that have just come up and that the pool does not want any more.
+
+        Those still on their way up are no reason to let go of one that is there.
+        """
+        awake = [h for h in self.serving if h.transit is Transit.NONE and not h.kept]
+        young = sorted((h for h in awake if not h.settled), key=lambda h: (h.yields, h.replica_id))
+        fixed = sum(holder.kept for holder in self.serving)
+        beyond = len(young) + fixed - self.wants  # those that have settled go first
+        return frozenset(holder.replica_id for holder in young[: max(0, beyond)])
 
 
 class Room(msgspec.Struct, frozen=True, kw_only=True):

@@ -104,8 +104,7 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
         "--level",
         type=int,
         choices=(1, 2),
-        default=1,
-        help="1 keeps the weights in host memory, 2 (vLLM) reads them anew (default: 1)",
+        help="1 keeps the weights in host memory, 2 reads them anew (default: 1, where it can)",
     )
     sleep.add_argument(
         "--rung",

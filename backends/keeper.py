@@ -174,8 +174,8 @@ class Keeper:
         if (left := broken_off(launch)) is not None:
             self.apply(*left)
 
-    def lower(self, rung: Rung, reason: str, level: int = 1) -> None:
-        """Take it down to ASLEEP or SUSPENDED; `level`: of its engine's own sleep.
+    def lower(self, rung: Rung, reason: str, level: int | None = None) -> None:
+        """Take it down to ASLEEP or SUSPENDED; `level`: of its engine's own sleep, if one is asked.
 
         Raises `RefusedError` when it cannot, or not now.
         """

@@ -117,8 +117,8 @@ MIB: Final = 1 << 20
 # Seconds and bytes until they are measured. One H200, the 8B shape in 16 bits, engines' releases
 # vLLM 0.26.0 and SGLang 0.5.17, caches of compilation warm: sleep level 1 (release with a copy of
 # the weights on the host) as it is from the second time on; suspended after its sleep; restored
-# from an image that the page cache held. Of SGLang suspended and restored asleep nothing is known:
-# vLLM's figures stand for it.
+# from an image that the page cache held. Of SGLang restored nothing is known, nor what it
+# holds suspended: vLLM's figures stand for it.
 _VLLM: Final = {
     Rung.ASLEEP: RungCost(0.47, 0.36, 16_000 * MIB, 1_957 * MIB),
     Rung.SUSPENDED: RungCost(1.8, 1.7, 18_000 * MIB),
@@ -128,6 +128,7 @@ _VLLM: Final = {
 _SGLANG: Final = {
     **_VLLM,
     Rung.ASLEEP: RungCost(0.34, 0.39, 16_000 * MIB, 2_654 * MIB),
+    Rung.SUSPENDED: RungCost(2.1, 2.4, 18_000 * MIB),
     Rung.COLD: RungCost(80.0),
 }
 # The simulator holds nothing; it starts in about a second of imports.

@@ -38,13 +38,16 @@ class _Refused(msgspec.Struct):
     error: _Refusal
 
 
-def fall_asleep(manager_url: str, replica_id: str, level: int, rung: Rung = Rung.ASLEEP) -> str:
+def fall_asleep(
+    manager_url: str, replica_id: str, level: int | None, rung: Rung = Rung.ASLEEP
+) -> str:
     """Put a replica to sleep, or suspend it; return what came of it.
 
     Raises `StartError` when it would not.
     """
     url = _url(manager_url, replica_id)
-    _post(manager_url, f"{url}/sleep?level={level}&rung={rung}")
+    depth = f"level={level}&" if level else ""
+    _post(manager_url, f"{url}/sleep?{depth}rung={rung}")
     seen = _after(manager_url, url, {Phase.EMPTYING, Phase.FALLING_ASLEEP})
     if seen.phase is (Phase.SUSPENDED if rung is Rung.SUSPENDED else Phase.ASLEEP):
         return f"{replica_id} is {seen.reason}"

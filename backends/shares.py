@@ -1,7 +1,7 @@
 """How many replicas each pool may have of the machine's cards: the rule of who comes before whom.
 
-1. What cannot be moved (on its way up, younger than its own start took, an operator's) is as it is;
-   offline work can be moved at any time.
+1. What cannot be moved (on its way up, wanted and younger than its own start took, an operator's)
+   is as it is; offline work can be moved at any time.
 2. Every pool's `min`, what it has of it before what it lacks.
 3. The first replica of every online pool that wants one, then of every semi-online one. Whoever
    waits for an answer should find its model somewhere before another model gets faster.

@@ -107,8 +107,11 @@ class Turns:
             self.gpus = launch.gpus
             cards.claim(owner, launch.gpus)
 
-    def take_aim(self, rung: Rung, level: int, seen: Observed, *, stale: bool) -> bool:
-        """Aim at `rung`; say whether that wants a turn to be begun. Raises `RefusedError`."""
+    def take_aim(self, rung: Rung, level: int | None, seen: Observed, *, stale: bool) -> bool:
+        """Aim at `rung`; say whether that wants a turn to be begun. Raises `RefusedError`.
+
+        `level` None: nobody says how deep it should sleep.
+        """
         if seen.posing:
             raise RefusedError("an image of it is being made; ask again when that is done")
         if seen.phase in _GOING_DOWN | {Phase.SUSPENDED}:
@@ -119,14 +122,15 @@ class Turns:
             raise RefusedError("it is about to be started anew with a changed command")
         if seen.adapting:
             raise RefusedError("its adapters are being changed; ask again when that is done")
-        self._check(rung, level, seen.spec)
-        self.aim, self.naps.level = rung, level
+        depth = level or self._engine.sleep_level(seen.spec)
+        self._check(rung, depth, seen.spec)
+        self.aim, self.naps.level = rung, depth
         return True
 
-    def _aim_on(self, rung: Rung, level: int, seen: Observed) -> bool:
+    def _aim_on(self, rung: Rung, level: int | None, seen: Observed) -> bool:
         """Aim at `rung` from the way down, or from a rest."""
         if rung is self.aim:
-            if rung is Rung.ASLEEP and level != self.naps.level:
+            if rung is Rung.ASLEEP and level not in {None, self.naps.level}:
                 raise RefusedError(f"it sleeps at level {self.naps.level}; wake it first")
             return False
         if rung is Rung.ASLEEP and seen.phase is not Phase.EMPTYING:

@@ -117,7 +117,11 @@ class PoolConfig(Section, frozen=True, kw_only=True, rename={"work_class": "clas
         WorkClass, Meta(description="who goes first where GPUs are short: online, then the others")
     ] = "online"
     snapshot: Annotated[
-        bool, Meta(description="keep an image of a warm replica on disk and start from it")
+        bool,
+        Meta(
+            description="keep an image of a warm replica on disk and start from it; SGLang then "
+            "reads its weights anew after a sleep",
+        ),
     ] = False
     image: Annotated[
         Path | None,

@@ -143,6 +143,9 @@ class Engine(Protocol):
         None: what it has let go of is not known, and a wrong guess may be fatal.
         """
 
+    def sleep_level(self, spec: ReplicaSpec) -> int:
+        """Return how deep it sleeps where nobody says: as quick to come back from as it can be."""
+
     def dump_level(self, spec: ReplicaSpec) -> int:
         """Return how deep it sleeps while its processes are dumped: an image holds what it kept."""
 

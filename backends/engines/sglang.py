@@ -3,11 +3,16 @@
 `/health` would run a generation unless it is told not to; the environment tells it. With
 `--schedule-low-priority-values-first` both engines count priority in one direction.
 
-The memory saver is on only where the pool asks for it (`sleep`, `snapshot`): its copy of the
-weights takes as much host memory again (none is made for `snapshot` alone: then they are read from
-the disk again, level 2), and a wrong release or resume call does not fail but kills the server. So
-the calls are these and no others: idle is insisted on by `/flush_cache`, which tests what release
-asserts, and what is resumed is named, because a tag that is not out is fatal too.
+The memory saver is on only where the pool asks for it (`sleep`, `snapshot`): a wrong release or
+resume call does not fail but kills the server. So the calls are these and no others: idle is
+insisted on by `/flush_cache`, which tests what release asserts, and what is resumed is named,
+because a tag that is not out is fatal too.
+
+Whether weights are copied to host memory before they are let go of is a flag of the start, so one
+replica sleeps in one way only. With `sleep` alone they are (level 1: awake in 0.4 s). With
+`snapshot` they are read from the disk again (level 2): the copy stays in the process once it was
+made, so an image would hold it (of 16 GB of weights 21.7 GB, 18 s to restore), and so would host
+memory while it rests.
 """
 
 from __future__ import annotations
@@ -127,7 +132,7 @@ class Sglang:
     def sleep_calls(self, spec: ReplicaSpec, level: int) -> tuple[Call, ...]:
         if not _can_sleep(spec):
             raise FlagError("sglang has no memory saver; set `sleep: true` in its pool")
-        wanted = 1 if _keeps_weights(spec) else 2
+        wanted = self.sleep_level(spec)
         if level != wanted:
             raise FlagError(f"sglang has no sleep level {level} here; take {wanted}")
         return (
@@ -183,8 +188,11 @@ class Sglang:
         released = len(self.sleep_calls(spec, level)) - 1
         return self.wake_calls(spec, 1)[1:] if done < released else None
 
-    def dump_level(self, spec: ReplicaSpec) -> int:
+    def sleep_level(self, spec: ReplicaSpec) -> int:
         return 1 if _keeps_weights(spec) else 2
+
+    def dump_level(self, spec: ReplicaSpec) -> int:
+        return self.sleep_level(spec)
 
     def adapter_calls(
         self, spec: ReplicaSpec, loaded: Mapping[str, str], wanted: Mapping[str, str]
@@ -241,11 +249,11 @@ def _can_sleep(spec: ReplicaSpec) -> bool:
 def _keeps_weights(spec: ReplicaSpec) -> bool:
     """Say whether it copies the weights to host memory when it sleeps.
 
-    For an image that would be so much ballast: what can be read from the disk again is not copied,
-    unless the pool wants to sleep, too. A draft is not read again, nor are adapters.
+    For an image that would be so much ballast: what can be read from the disk again is not copied.
+    A draft is not read again, nor are adapters.
     """
     again = reads_weights(spec.args) and not spec.adapters
-    return spec.sleep or not again or given(spec.args, *_DRAFT_FLAGS)
+    return not spec.snapshot or not again or given(spec.args, *_DRAFT_FLAGS)
 
 
 def _sleep_flags(spec: ReplicaSpec) -> tuple[str, ...]:

@@ -78,6 +78,9 @@ class Simulator:
     def balk_calls(self, spec: ReplicaSpec, level: int, done: int) -> tuple[Call, ...] | None:
         return _dialect(spec).balk_calls(spec, level, done)
 
+    def sleep_level(self, spec: ReplicaSpec) -> int:
+        return _dialect(spec).sleep_level(spec)
+
     def dump_level(self, spec: ReplicaSpec) -> int:
         return _dialect(spec).dump_level(spec)
 

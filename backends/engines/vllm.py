@@ -180,6 +180,9 @@ class Vllm:
         own = given(spec.args, _EXTENSION_FLAG)
         return spec.snapshot and self.dump_level(spec) == 2 and not own
 
+    def sleep_level(self, spec: ReplicaSpec) -> int:
+        return 1
+
     def dump_level(self, spec: ReplicaSpec) -> int:
         """Without weights where it can read them again: base model alone, from files."""
         again = reads_weights(spec.args) and not spec.adapters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -16,15 +17,15 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 class Held(msgspec.Struct, frozen=True):
     """At one moment."""
 
-    gpu_mib: int | None  # over all cards; None: there are none
+    gpu_mib: int | None  # over the cards that were looked at; None: there are none
     host_mib: int  # resident, over the processes; what they share counts for each
     processes: int
 
 
-def held_by(pid: int) -> Held:
-    """Return what the tree of processes under `pid` holds."""
+def held_by(pid: int, cards: Collection[int] = ()) -> Held:
+    """Return what the tree of processes under `pid` holds, and what is held of `cards`."""
     tree = tree_of(pid)
-    return Held(machine.used_mib(), sum(map(_resident_bytes, tree)) >> 20, len(tree))
+    return Held(machine.used_mib(cards), sum(map(_resident_bytes, tree)) >> 20, len(tree))
 
 
 def tree_of(root: int) -> list[int]:

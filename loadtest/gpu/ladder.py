@@ -4,7 +4,7 @@
 asleep (the engine's own calls), suspended (the driver's), both, no process but an image on disk.
 Each step says how long down and up took, what was held meanwhile, and whether greedy answers and
 the prefix cache are what they were; the seconds up are held against a start with warm caches in the
-same run.
+same run. SGLang sleeps in one way or has a small image, so it is started once for each.
 `--swap N` has two models share the card, `--copies N` brings several replicas up from one image.
 
     python -m loadtest gpu ladder --engine vllm --model-path models/qwen3-8b --swap 10 \\
@@ -31,11 +31,14 @@ from loadtest.gpu.command import add_stack_arguments, finish, run_in_folder, sta
 from loadtest.gpu.rungs import Ladder
 from loadtest.gpu.scene import QUICK, Scene
 from loadtest.gpu.stack import Stack, StackOptions
-from loadtest.gpu.steps import Findings, Step, run_steps, status_of
+from loadtest.gpu.steps import SLACK, Findings, Step, run_steps, status_of
 
 SUMMARY = "seconds, memory and answers on each rung of the ladder, of one real engine"
-AGAIN = "start with warm caches, and an image"
+SLEEPS, IMAGE = "start with warm caches", "an image, by another start"
+BOTH = "start with warm caches, and an image"
 SECOND = "second model on the card"
+
+ONE_WAY = frozenset({"sglang"})  # a flag of its start says whether it sleeps with its weights
 
 Work = Callable[[Ladder, Findings], Awaitable[None]]
 
@@ -56,37 +59,42 @@ def all_steps(ladder: Ladder, args: argparse.Namespace) -> list[Step]:
     start_s = serving.USUAL_START_S if real else 3.0
 
     def step(name: str, work: Work, usual_s: float, needs: str = serving.READY) -> Step:
-        usual_s = usual_s if real else usual_s / 10
-        return Step(name=name, run=functools.partial(work, ladder), usual_s=usual_s, needs=needs)
+        return Step(
+            name=name,
+            run=functools.partial(work, ladder),
+            usual_s=usual_s if real else usual_s / 10,
+            limit_s=usual_s * SLACK,
+            needs=needs,
+        )
+
+    def starts(name: str, work: Work, usual_s: float, count: int = 1) -> Step:
+        limit_s = count * (3 * start_s + args.start_timeout)
+        return msgspec.structs.replace(step(name, work, usual_s), limit_s=limit_s)
+
+    def again(name: str, *, sleep: bool, snapshot: bool) -> Step:
+        work = functools.partial(rungs.start_again, sleep=sleep, snapshot=snapshot)
+        return starts(name, work, 100 if snapshot else 70)
 
     ready = serving.ready_step(ladder.scene)
+    apart = args.engine in ONE_WAY
     disk = functools.partial(rungs.from_disk, times=args.restores)
     steps = [
         msgspec.structs.replace(ready, run=functools.partial(_ready, ladder)),
         step("suspended with its cache", rungs.with_its_cache, 45),
-        msgspec.structs.replace(
-            step(AGAIN, rungs.start_again, 80), limit_s=6 * start_s + args.start_timeout
-        ),
+        again(SLEEPS if apart else BOTH, sleep=True, snapshot=not apart),
         step("asleep", rungs.asleep, 25),
         step("asleep and suspended", rungs.asleep_and_suspended, 25),
-        step("from disk", disk, 15.0 * args.restores, AGAIN),
+        *([again(IMAGE, sleep=False, snapshot=True)] if apart else []),
+        step("from disk", disk, 15.0 * args.restores),
     ]
     if args.copies:
-        steps.append(
-            step(
-                f"{args.copies} copies",
-                functools.partial(rungs.copies, count=args.copies),
-                40,
-                AGAIN,
-            )
-        )
+        copies = functools.partial(rungs.copies, count=args.copies)
+        steps.append(step(f"{args.copies} copies", copies, 40))
     if args.swap:
         second = functools.partial(swapping.second_model, cards=_cards(args.gpus))
         rounds = functools.partial(swapping.swap, rounds=args.swap)
         steps += [
-            msgspec.structs.replace(
-                step(SECOND, second, 80), limit_s=6 * start_s + args.start_timeout
-            ),
+            starts(SECOND, second, 150, count=2),
             step(f"swapped {args.swap} times", rounds, 8.0 * args.swap, SECOND),
         ]
     left_out = [name.strip() for name in args.without.split(",") if name.strip()]
@@ -127,9 +135,7 @@ def _options(args: argparse.Namespace) -> StackOptions:
 
 def _cards(selection: str) -> int:
     """Return how many cards the manager has; a rehearsal without any pretends to have one."""
-    if selection == "auto":
-        return len(machine.gpus()) or 1
-    return len(selection.split(","))
+    return len(machine.named(selection)) or len(machine.gpus()) or 1
 
 
 async def _climb(args: argparse.Namespace, stack: Stack) -> int:

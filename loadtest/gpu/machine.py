@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -77,13 +77,27 @@ def gpus() -> list[Gpu]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    named = {int(index) for index in visible if index.isdecimal()}
-    return [gpu for gpu in read_gpus(ran.stdout) if not named or gpu.index in named]
+    ours = {int(index) for index in visible if index.isdecimal()}
+    return [gpu for gpu in read_gpus(ran.stdout) if not ours or gpu.index in ours]
 
 
-def used_mib() -> int | None:
-    """Return the GPU memory in use, over all cards; None without any."""
-    found = gpus()
+def named(selection: str) -> frozenset[int]:
+    """Return the cards that a manager's `gpus` names by index (`0,2-3`); none for other names."""
+    found: set[int] = set()
+    for word in selection.split(","):
+        first, _, last = word.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            return frozenset()
+        found.update(range(int(first), int(last or first) + 1))
+    return frozenset(found)
+
+
+def used_mib(only: Collection[int] = ()) -> int | None:
+    """Return the GPU memory in use, over all cards or `only` these; None without any.
+
+    Other cards may be another's, who takes and frees memory while we look.
+    """
+    found = [gpu for gpu in gpus() if not only or gpu.index in only]
     return sum(gpu.used_mib for gpu in found) if found else None
 
 

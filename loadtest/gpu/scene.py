@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from loadtest.client import Client
+from loadtest.gpu import machine
 from loadtest.gpu.events import Listener
 from loadtest.gpu.gauges import Gauge
 from loadtest.gpu.stack import Stack, client
@@ -77,6 +79,15 @@ class Scene:
     @property
     def engine_name(self) -> str:
         return self.stack.options.engine
+
+    @property
+    def cards(self) -> frozenset[int]:
+        """The cards that the manager was given by name; empty: all."""
+        return machine.named(str(self.stack.options.manager.get("gpus", "")))
+
+    async def used_mib(self) -> int | None:
+        """Return the memory in use on the manager's cards; None where there are none."""
+        return await asyncio.to_thread(machine.used_mib, self.cards)
 
     @property
     def engine(self) -> Client:

@@ -48,12 +48,12 @@ def ready_step(scene: Scene) -> Step:
 
 async def ready(scene: Scene, found: Findings) -> None:
     """The whole start: `doherty up` to a proxy that would serve."""
-    scene.gpu_mib_before = await asyncio.to_thread(machine.used_mib)
+    scene.gpu_mib_before = await scene.used_mib()
     await scene.stack.start()
     found.figures |= await scene.stack.until_ready()
     scene.begin()
     found.figures |= phases(scene.stack.engine_log)
-    if (used_mib := await asyncio.to_thread(machine.used_mib)) is not None:
+    if (used_mib := await scene.used_mib()) is not None:
         found.figures["gpu_mib"] = used_mib - (scene.gpu_mib_before or 0)
     found.figures["proxy_runs"] = machine.proxy_kind(carriers(scene.stack.mark))
     load = await scene.gauge.read()

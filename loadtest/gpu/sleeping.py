@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 
-from loadtest.gpu import asks, machine
+from loadtest.gpu import asks
 from loadtest.gpu.asks import COMPLETIONS
 from loadtest.gpu.scene import Scene
 from loadtest.gpu.steps import Findings, SkipError
@@ -32,10 +32,10 @@ async def sleep_and_wake(scene: Scene, found: Findings) -> None:
     again = [await _greedy(scene, prompt) for prompt in prompts]
     same = sum(one == other for one, other in zip(before, again, strict=True))
     found.figures["answers_same_from_the_cache"] = f"{same} of {len(prompts)}"
-    found.figures["gpu_mib_awake"] = await asyncio.to_thread(machine.used_mib)
+    found.figures["gpu_mib_awake"] = await scene.used_mib()
     for name in ("first", "second"):
         found.figures[f"{name}_sleep_s"] = await _until(scene, "sleep", asleep=True)
-        found.figures[f"{name}_gpu_mib_asleep"] = await asyncio.to_thread(machine.used_mib)
+        found.figures[f"{name}_gpu_mib_asleep"] = await scene.used_mib()
         if name == "first":
             found.figures["asked_while_asleep"] = await _refusal(scene)
         found.figures[f"{name}_wake_s"] = await _until(scene, "wake", asleep=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from loadtest.gpu import asks, machine
+from loadtest.gpu import asks
 from loadtest.gpu.asks import COMPLETIONS
 from loadtest.gpu.scene import Scene
 from loadtest.gpu.stack import carriers
@@ -15,6 +15,7 @@ from loadtest.wire import AnswerReader
 EVENTS_BEFORE = 5
 POLL_S = 0.02
 PATIENCE_S = 10.0
+BEGIN_S_MAX = 60.0  # the model may have to come back to the card first
 STREAM_TOKENS_MAX = 1000
 GPU_MIB_SLACK = 64  # what the driver itself may keep or give back meanwhile
 SHOWN = 4
@@ -44,7 +45,7 @@ async def _drain(scene: Scene, found: Findings) -> None:
     loop = asyncio.get_running_loop()
     begun_s = loop.time()
     while reader.content_events < EVENTS_BEFORE:
-        if asked.done() or loop.time() - begun_s > PATIENCE_S:
+        if asked.done() or loop.time() - begun_s > BEGIN_S_MAX:
             asked.cancel()
             raise RunError("the stream did not begin")
         await asyncio.sleep(POLL_S)
@@ -85,7 +86,7 @@ async def _memory(scene: Scene, found: Findings) -> None:
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + PATIENCE_S
     while True:
-        now_mib = await asyncio.to_thread(machine.used_mib)
+        now_mib = await scene.used_mib()
         if now_mib is None or now_mib <= before_mib + GPU_MIB_SLACK or loop.time() > deadline_s:
             break
         await asyncio.sleep(POLL_S)

@@ -40,7 +40,8 @@ async def second_model(ladder: Ladder, found: Findings, cards: int) -> None:
     stack, loop = ladder.scene.stack, asyncio.get_running_loop()
     pool = {name: value for name, value in stack.options.pool.items() if name != "snapshot"}
     pool |= {"autoscale": AUTOSCALE, "target_inputs": TARGET_INPUTS, "gpus": 1}
-    await stack.reload(msgspec.structs.replace(stack.options, pool=pool, others=(OTHER,)))
+    options = msgspec.structs.replace(stack.options, sleep=True, pool=pool, others=(OTHER,))
+    await stack.reload(options)
     await _listed(ladder, OTHER)
     begun_s = loop.time()
     for model in (ladder.scene.model, OTHER):

@@ -79,6 +79,25 @@ def test_one_that_has_just_come_up_is_not_taken() -> None:
     assert lowered([offline, claim("on", 1)], room(2)) == ["s-0"]
 
 
+def test_one_that_has_just_come_up_is_taken_when_its_own_pool_does_not_want_it() -> None:
+    young = holder("a-0", "0", up_for_s=1.0)
+    assert lowered([claim("a", 1, young), claim("b", 1)], room(1)) == []
+    assert lowered([claim("a", 0, young), claim("b", 1)], room(1)) == ["a-0"]
+    assert lowered([claim("a", 0, young)], room(1)) == ["a-0"]
+
+
+def test_of_those_that_have_just_come_up_as_many_stay_as_are_wanted() -> None:
+    cold, warm = (holder(f"a-{n}", str(n), up_for_s=1.0, heat=n) for n in (0, 1))
+    others = [claim("b", 1), claim("c", 1)]
+    assert lowered([claim("a", 1, cold, warm), *others], room(2)) == ["a-0"]
+    old = holder("a-2", "2", heat=9)
+    assert lowered([claim("a", 1, warm, old), *others], room(2)) == ["a-2"]
+    coming = holder("a-3", "3", transit=Transit.COMING)
+    assert lowered([claim("a", 1, warm, coming), *others], room(2)) == []
+    kept = holder("a-4", "4", up_for_s=1.0, kept=True)
+    assert lowered([claim("a", 1, warm, kept), *others], room(2)) == ["a-1"]
+
+
 def test_an_offline_start_is_broken_off_for_who_waits_for_an_answer() -> None:
     starts = holder("o-0", "0", transit=Transit.COMING, from_nothing=True)
     offline = claim("o", 1, starts, work_class="offline")
@@ -284,7 +303,7 @@ def test_who_makes_room_on_cards_and_on_the_host_goes_down_once() -> None:
 
 def test_one_that_is_not_needed_gives_its_card_to_whom_it_does_not_suffice_yet() -> None:
     idle, young = holder("a-0", "0"), holder("b-0", "1", up_for_s=1.0)
-    claims = [claim("a", 0, idle), claim("b", 0, young), claim("c", 1, gpus_each=2)]
+    claims = [claim("a", 0, idle), claim("b", 1, young), claim("c", 1, gpus_each=2)]
     assert arbitrate(claims, room(2)).moves == (
         Lower("a", "a-0", Rung.SUSPENDED, "it is not needed"),
     )

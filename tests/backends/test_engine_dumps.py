@@ -64,15 +64,17 @@ def test_vllm_drops_its_weights_where_it_can_read_them_again() -> None:
     ):
         assert vllm.dump_level(spec) == 1
         assert vllm.sleep_calls(spec, 1)
+    assert vllm.sleep_level(SPEC) == 1  # to be quick; an image wants to be small
 
 
-def test_sglang_copies_no_weights_for_an_image_alone() -> None:
+@pytest.mark.parametrize("sleep", [False, True])
+def test_sglang_copies_no_weights_into_an_image(sleep: bool) -> None:
     sglang = ENGINES["sglang"]
-    alone = spec_of("sglang")
+    alone = spec_of("sglang", sleep=sleep)
     argv = launch_of(alone).argv
     assert "--enable-memory-saver" in argv
     assert "--enable-weights-cpu-backup" not in argv
-    assert sglang.dump_level(alone) == 2
+    assert sglang.dump_level(alone) == sglang.sleep_level(alone) == 2
     paths = [call.path for call in sglang.wake_calls(alone, 2)]
     assert paths[:3] == [
         "/resume_memory_occupation",
@@ -90,7 +92,7 @@ def test_sglang_copies_no_weights_for_an_image_alone() -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        spec_of("sglang", sleep=True),
+        spec_of("sglang", sleep=True, snapshot=False),
         spec_of("sglang", "--load-format", "dummy"),
         spec_of("sglang", *DRAFT["sglang"]),
         spec_of("sglang", adapters={"a": "/a"}),
@@ -99,7 +101,7 @@ def test_sglang_copies_no_weights_for_an_image_alone() -> None:
 )
 def test_sglang_copies_what_it_could_not_read_again(spec: ReplicaSpec) -> None:
     assert "--enable-weights-cpu-backup" in launch_of(spec).argv
-    assert ENGINES["sglang"].dump_level(spec) == 1
+    assert ENGINES["sglang"].dump_level(spec) == ENGINES["sglang"].sleep_level(spec) == 1
     assert ENGINES["sglang"].sleep_calls(spec, 1)
 
 

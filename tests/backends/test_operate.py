@@ -70,6 +70,9 @@ def test_it_waits_until_it_sleeps(manager: Manager, capsys: pytest.CaptureFixtur
         "POST /v1/replicas/a%2Fb/sleep?level=2&rung=asleep", *(["GET /v1/replicas/a%2Fb"] * 3),
     ]  # fmt: skip
     assert capsys.readouterr().out == "a/b is asleep at level 2\n"
+    manager.phases = [("asleep", "asleep at level 1")]
+    assert run(manager, "sleep", "m-0") == 0  # the engine knows how deep
+    assert "POST /v1/replicas/m-0/sleep?rung=asleep" in manager.asked
 
 
 def test_it_waits_until_it_is_awake(manager: Manager, capsys: pytest.CaptureFixture[str]) -> None:

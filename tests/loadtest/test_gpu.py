@@ -289,6 +289,22 @@ def test_cards_are_read_and_counted() -> None:
     assert machine.described([]) == machine.NO_GPU
 
 
+def test_memory_is_that_of_the_cards_that_the_manager_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run may fill the others meanwhile."""
+    program = tmp_path / "nvidia-smi"
+    rows = "".join(f"{at}, NVIDIA H200, 143771, {10**at}, 580.1\n" for at in range(4))
+    program.write_text(f"#!/bin/sh\nprintf '%s' '{rows}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert machine.used_mib() == 1111
+    assert machine.used_mib(machine.named("0, 2-3")) == 1101
+    assert machine.used_mib(machine.named("auto")) == 1111
+    assert machine.named("GPU-8932f937") == machine.named("") == frozenset()
+
+
 def test_every_report_tells_the_cards_that_may_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ class Replica:
         self.reason = ""
         self.wishes: list[str] = []
         self.salt = ""
+        self.cached = 89  # whole pages of the 100 tokens of a prompt
         self.sticks = False
 
     async def tell(self, request: web.Request) -> web.Response:
@@ -57,7 +58,7 @@ class Replica:
         usage = {
             "prompt_tokens": 100,
             "completion_tokens": 1,
-            "prompt_tokens_details": {"cached_tokens": 96},
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
         return web.json_response({"choices": [{"text": prompt[:9] + self.salt}], "usage": usage})
 
@@ -100,11 +101,20 @@ async def test_a_rung_is_timed_and_its_answers_are_compared(tmp_path: Path) -> N
         assert replica.wishes == ["suspended", "wake", "suspended", "wake"]
         assert found.broken == []
         assert found.figures["answers_same"] == "4 of 4"
-        assert found.figures["cached_tokens"] == "96 of 100"
+        assert found.figures["cached_tokens"] == "89 of 100"
         assert isinstance(found.figures["first_up_s"], float)
+        replica.cached = 64
+        await climber.same_as_before(found, cache_kept=True)
+        assert found.broken.pop() == "its prefix cache is kept"
         replica.salt = "!"  # the weights did not come back whole
         await rungs.asleep(climber, found)
         assert found.broken == ["greedy answers are the same as before"]
+        anew = Findings()  # another process, which may differ from the first, but not from itself
+        await climber.remember(anew)
+        await rungs.asleep(climber, anew)
+        assert anew.broken == []
+        assert anew.figures["answers_same_as_of_the_last_start"] == "0 of 4"
+        assert anew.figures["answers_same"] == "4 of 4"
 
 
 async def test_a_refusal_and_a_command_that_is_not_there_are_told_apart(tmp_path: Path) -> None:
@@ -164,6 +174,23 @@ async def test_steps_are_those_that_were_asked_for(tmp_path: Path) -> None:
         assert "2 copies" in names
         assert "from disk" not in names
         assert "asleep and suspended" not in names
+
+
+async def test_an_image_is_tried_whatever_else_failed_and_sglang_makes_it_by_itself(
+    tmp_path: Path,
+) -> None:
+    async with climbing(tmp_path) as (climber, _):
+        for engine, starts in (
+            ("vllm", ["start with warm caches, and an image"]),
+            ("sglang", ["start with warm caches", "an image, by another start"]),
+        ):
+            wanted = arguments("--engine", engine, "--copies", "2", "--swap", "1", "--gpus", "3")
+            steps = ladder.all_steps(climber, wanted)
+            assert [s.name for s in steps if "start" in s.name] == starts
+            needs = {step.name: step.needs for step in steps}
+            assert needs["from disk"] == needs["2 copies"] == "ready"
+            second = next(step for step in steps if step.name.startswith("second"))
+            assert second.limit_s >= 2 * wanted.start_timeout
 
 
 def test_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
