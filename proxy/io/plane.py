@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import orjson
@@ -99,12 +99,18 @@ class Plane(Refusal):
 
     # --- the fleet ---------------------------------------------------------------------------
 
-    def take_snapshot(self, snapshot: FleetSnapshot) -> None:
+    def take_snapshot(
+        self, snapshot: FleetSnapshot, columns: Mapping[str, int] | None = None
+    ) -> None:
+        """`columns` says where all workers count what each replica has (`core.headcount`)."""
         before = self.fleet.replicas
         self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot))
         self.fleet_known = True
         self.fleet_epoch, self.fleet_version = snapshot.epoch, snapshot.version
         self.picture.know(self.fleet.replicas.values(), self.clock.now_s())
+        if self.picture.loads.headcount is not None:
+            replicas = self.fleet.replicas.values()
+            self.picture.loads.headcount.know(columns or {}, replicas, self.leases)
         self.sharing.hearsay.know(self.picture.slots)
         servers = self.fleet.servers
         present = frozenset(servers)
