@@ -25,6 +25,7 @@ from proxy.contract import (
 )
 
 RANK_FIELD: Final = b"x-data-parallel-rank"  # both engines read it
+RID_FIELD: Final = b"x-override-rid"  # SGLang's
 
 _URL: Final = re.compile(
     r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?)(?::([0-9]{1,5}))?/?"
@@ -58,6 +59,7 @@ class Replica:
     load: LoadSample | None  # its own, without `ranks`
     restarts: int
     asleep: bool
+    rid_header: bool = False  # it takes a chat request's id from `RID_FIELD`
     suspect: bool = False
 
     @property
@@ -115,6 +117,7 @@ def replica_of(record: ReplicaRecord, max_tokens: int = 0) -> Replica:
         load=record.load,
         restarts=record.restarts,
         asleep=record.asleep,
+        rid_header=record.rid_header,
     )
 
 

@@ -218,9 +218,11 @@ class Exchange(Ending):
         assert self._decision is not None
         self._upstream = upstream
         self._progress = _REQUEST_SENT
-        head = self._preamble.upstream_head(
-            self._decision.replica.host_field, self.request_id, len(self._body)
-        )
+        host_field = self._decision.replica.host_field
+        self._rid = b""
+        if self._decision.replica.rid_header:
+            host_field += self._name_itself()
+        head = self._preamble.upstream_head(host_field, self.request_id, len(self._body))
         upstream.send(self, head, self._body)
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
 

@@ -33,6 +33,7 @@ from proxy.errors import (
     UnauthorizedError,
     UnsupportedEncodingError,
 )
+from proxy.io.aborts import Aborts
 from proxy.io.access_log import AccessLog
 from proxy.io.clock import Clock
 from proxy.io.noting import Noting
@@ -72,6 +73,7 @@ class Plane(Refusal):
             partial(tls.replica_context, config),
             self.outbox,
         )
+        self.aborts = Aborts(lambda: self.upstreams)
         self.fleet_epoch, self.fleet_version = "", 0  # of the snapshot taken last
         self.draining = False
         self.relieved = False  # while draining: a successor serves the port, so it is ready
@@ -324,7 +326,10 @@ class Plane(Refusal):
 
     def counters(self) -> list[Sample]:
         dropped = Sample("access_log_dropped_total", (), self.access_log.dropped_total)
+        aborts = "engine_aborts_total"
         return [
+            Sample(aborts, (("outcome", "sent"),), self.aborts.sent_total),
+            Sample(aborts, (("outcome", "dropped"),), self.aborts.dropped_total),
             *self.telemetry.samples(),
             *self.sharing.counters(),
             *self.waiting.counters(),
