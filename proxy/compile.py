@@ -27,9 +27,9 @@ PACKAGE: Final = Path(__file__).resolve().parent
 FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sources run
 # What a request passes through. The rest runs when somebody asks, or once.
 _CORE: Final = """asked chunked classes cost engine_errors explanation fleet head head_memory
-hearsay holding http1 idle index lease lengths limits loads multipart note_wire notes picture
-pieces policy preamble prefix prospects replica response_id responses retry ring room routes scan
-session sketch speeds sse usage"""
+headcount hearsay holding http1 idle index lease lengths limits loads multipart note_wire notes
+picture pieces policy preamble prefix prospects replica response_id responses retry ring room routes
+scan session sketch speeds sse usage"""
 _IO: Final = (
     "access_log choice clock endings engine_answer exchange facts noting outbox plane refusal "
     "server telemetry upstream upstreams waiting"

@@ -13,10 +13,11 @@ import msgspec
 
 from proxy.compile import worker_environment
 from proxy.config import ProxyConfig
-from proxy.contract import FleetSnapshot
+from proxy.core.headcount import Columns
 from proxy.io import control
 from proxy.io.admin import sum_samples
 from proxy.io.hub import Hub
+from proxy.io.shared_cells import SharedCells
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.teller import Teller
@@ -77,7 +78,10 @@ class Places:
         self._on_message = on_message
         self._on_failure = on_failure
         self._config = ProxyConfig()
-        self._fleet: FleetSnapshot | None = None
+        self._fleet: control.FleetIs | None = None
+        self._columns = Columns()
+        # One worker alone knows what it has.
+        self._cells = SharedCells(len(hands)) if len(hands) > 1 else None
         self._departed: list[Sample] = []  # what dead workers had counted
         self._restarts = 0
         self._explanations: dict[int, asyncio.Future[tuple[int, bytes]]] = {}  # asked for
@@ -103,7 +107,8 @@ class Places:
         """Tell all workers; what later ones must know, too, is kept for them."""
         match message:
             case control.FleetIs(snapshot):
-                self._fleet = snapshot
+                columns = self._columns.assign(snapshot) if self._cells is not None else {}
+                message = self._fleet = control.FleetIs(snapshot, columns)
             case control.Reconfigure(config):
                 self._config = config
             case control.Accept():
@@ -142,10 +147,11 @@ class Places:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             fds = (theirs.fileno(), *(listener.fileno() for listener in place.listeners))
+            shared = (self._cells.fd,) if self._cells is not None else ()
             # Without -P the working folder would come first, and it may hold another `proxy`.
             command = (sys.executable, "-P", "-m", "proxy.worker", *map(str, fds))
             place.process = process = await asyncio.create_subprocess_exec(
-                *command, pass_fds=fds, env=worker_environment()
+                *command, pass_fds=(*fds, *shared), env=worker_environment()
             )
         except BaseException:
             ours.close()
@@ -155,7 +161,7 @@ class Places:
         place.failed_starts += 1
         place.channel = channel = await control.Channel.open(ours)
         try:
-            self._greet(channel)
+            self._greet(place.index, channel)
             place.origin = self._hub.join(channel)
             self._teller.join(place.origin)
             await channel.follow(lambda message: self._hear(place, message))
@@ -171,14 +177,19 @@ class Places:
             self._departed = sum_samples([*self._departed, *place.counters])
             place.counters, place.gauges = [], []
         status = await _end_of(process)
+        if self._cells is not None:
+            self._cells.clear(place.index)
         if not self._draining():
             _log.error("worker %d (pid %d) ended with %d", place.index, process.pid, status)
 
-    def _greet(self, channel: control.Channel) -> None:
+    def _greet(self, place: int, channel: control.Channel) -> None:
         """Tell a new worker what the others know."""
-        channel.send(control.Start(self._config, accept=self.accepting))
+        cells_fd = self._cells.fd if self._cells is not None else -1
+        channel.send(
+            control.Start(self._config, self.accepting, place, cells_fd, len(self._places))
+        )
         if self._fleet is not None:
-            channel.send(control.FleetIs(self._fleet))
+            channel.send(self._fleet)
         if self._order is not None:  # given while the process was being started
             channel.send(self._order)
 
@@ -286,6 +297,8 @@ class Places:
             if place.process is not None and place.process.returncode is None:
                 _kill(place.process)
                 await place.process.wait()
+        if self._cells is not None:
+            self._cells.close()
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

@@ -30,6 +30,7 @@ from proxy.io.entrance import Entrance
 from proxy.io.explain import explain
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
+from proxy.io.shared_cells import headcount_at
 from proxy.io.tally import Tally
 from proxy.io.tasks import Tasks
 from proxy.logs import set_up_logging
@@ -69,6 +70,9 @@ class Worker:
         plane.connections_max = min(plane.connections_max, _connections_possible())
         plane.bodies_bytes_max = _bodies_possible(start.config)
         plane.make_room()
+        if start.cells_fd >= 0:
+            counted = headcount_at(start.cells_fd, start.place, start.workers)
+            plane.picture.loads.headcount = counted
         plane.noting.connect(self._channel)
         plane.outbox.on = True
         entrance = Entrance(plane, self._listeners)
@@ -133,8 +137,8 @@ class Worker:
 
     async def _do(self, plane: Plane, entrance: Entrance, message: control.Message) -> None:
         match message:
-            case control.FleetIs(snapshot):
-                plane.take_snapshot(snapshot)
+            case control.FleetIs(snapshot, columns):
+                plane.take_snapshot(snapshot, columns)
             case control.Cleared(replica_id):
                 plane.clear(replica_id)
             case control.Accused(replica_id):

@@ -114,6 +114,8 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     kv_events: str = ""
     kv_replay: str = ""
     kv_topic: str = ""
+    # It takes the id of a chat request from `x-override-rid`, and ends that at `/abort_request`.
+    rid_header: bool = False
 
 
 class PoolRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

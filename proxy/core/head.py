@@ -21,6 +21,9 @@ REQUEST_ID: Final = b"x-request-id"
 _NOT_FORWARDED: Final = frozenset(
     (b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, RANK_FIELD)
 )
+# With these SGLang overrides what a body says: the id, the priority, the rank. A client that sets
+# them could go before others, or end what is theirs; so none of them ever passes.
+_OVERRIDES: Final = b"x-override-"
 # Written as a bearer token, the one form that every engine checks, unless there is one already.
 _API_KEY: Final = b"x-api-key"
 _NOT_FORWARDED_KEYED: Final = _NOT_FORWARDED | {_API_KEY}
@@ -53,7 +56,7 @@ def sent_to_replica(request: RequestHead) -> tuple[bytes, bytes]:
         dropped = _NOT_FORWARDED_KEYED
         lines.append(b"authorization: Bearer %b\r\n" % key)
     for name, value in request.fields:
-        if name not in dropped:
+        if name not in dropped and not name.startswith(_OVERRIDES):
             lines.append(b"%b: %b\r\n" % (name, value))
     request_line = b"%b %b%b HTTP/1.1\r\n" % (request.method, request.path, request.query)
     return request_line, b"".join(lines)

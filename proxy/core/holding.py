@@ -324,11 +324,14 @@ class _Look:
         return None
 
     def _goes(self, held: Held, decision: Decision) -> bool:
+        picture = self._picture
         if self._at_once:
-            return has_room(decision, held.request, self._picture)
-        return not self._holding.overtaken(held, decision.slot) and is_open(
-            decision, held.request, self._picture, self._now_s
-        )
+            goes = has_room(decision, held.request, picture)
+        else:
+            goes = not self._holding.overtaken(held, decision.slot) and is_open(
+                decision, held.request, picture, self._now_s
+            )
+        return goes and picture.reserve(held.request.chain, decision.cached_octets, decision.slot)
 
 
 def _line_of_all(bits: int) -> int:
@@ -347,16 +350,10 @@ def _bits_of(line: int) -> int:
     return above >> 1 if above >= 0 and not above & 1 else 0
 
 
-def is_full(slot: int, picture: Picture) -> bool:
-    """Whether a replica has as many requests as it may have."""
-    most = picture.loads.inflight_max[slot]
-    return most > 0 and picture.loads.inflight[slot] >= most
-
-
 def has_room(decision: Decision, request: Request, picture: Picture) -> bool:
     """Whether a replica may have this request besides those that it has, and its tokens."""
     slot = decision.slot
-    if is_full(slot, picture):
+    if picture.loads.is_full(slot):
         return False
     if slot not in picture.loads.measured:
         return True
@@ -367,7 +364,7 @@ def has_room(decision: Decision, request: Request, picture: Picture) -> bool:
 def _has_little_to_do(slot: int, picture: Picture, now_s: float) -> bool:
     """Whether a replica is open to a request that needs next to nothing."""
     loads = picture.loads
-    if is_full(slot, picture):
+    if loads.is_full(slot):
         return False
     loads.settle(slot, now_s)
     return (
@@ -405,7 +402,7 @@ class Opening:
             if _has_little_to_do(slot, picture, now_s):
                 self.now = True
                 continue
-            if is_full(slot, picture):
+            if picture.loads.is_full(slot):
                 continue
             opens_s = _opens_s(slot, picture, now_s)
             if opens_s > now_s:

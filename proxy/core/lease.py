@@ -9,9 +9,9 @@ class Lease:
     """The load that one exchange holds on a replica, from dispatch to its one release."""
 
     __slots__ = (
-        "cached_octets", "decoding", "first_noted", "head_s", "lease_id", "life", "pending",
-        "prefill_tokens", "prompt_octets", "prompt_tokens", "released", "replica_name",
-        "sighting", "slot", "started_s", "streamed", "weight",
+        "cached_octets", "cell", "decoding", "first_noted", "head_s", "lease_id", "life", "pending",
+        "prefill_tokens", "prompt_octets", "prompt_tokens", "queued_tokens", "released",
+        "replica_name", "sighting", "slot", "started_s", "streamed", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -38,6 +38,8 @@ class Lease:
         self.decoding = False
         self.released = False
         self.started_s = 0.0
+        self.cell = -1  # where it is counted for all workers (`core.headcount`); -1: nowhere
+        self.queued_tokens = 0  # counted there while it is in line
         self.head_s = -1.0  # how long it was at the head of the line, if that was seen
         # What the index knew when it was dispatched; the answer's counts are judged by it.
         self.prompt_octets = 0

@@ -272,6 +272,11 @@ START_FAILED_S: Final = 2.0
 DEMAND_PUSH_S: Final = 0.01
 # A manager that takes no report for so long does not hold up the next one.
 DEMAND_TIMEOUT_S = 1.0
+# Calls that end a request whose client has left: so many under way, each for so long.
+ABORTS_MAX: Final = 64
+ABORT_TIMEOUT_S = 5.0
+# Replicas of which a newcomer finds, one after the other, that another worker has just filled them.
+RESERVED_TRIED_MAX: Final = 4
 # Requests that leave in one turn of the loop: a millisecond of work; the others leave in the next.
 HELD_TAKEN_MAX: Final = 16
 # The event loop's timers are no finer.

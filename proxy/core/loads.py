@@ -16,6 +16,7 @@ from collections import deque
 from typing import Final
 
 from proxy.core import limits
+from proxy.core.headcount import Headcount
 from proxy.core.lease import Lease
 from proxy.core.speeds import Speeds
 
@@ -30,6 +31,8 @@ class Loads:
         self.inflight_max: list[int] = []  # 0: no limit
         self.tokens_max: list[int] = []  # in its line, of more than one request; 0: no limit
         self.measured: set[int] = set()  # slots that have such a limit
+        self.headcount: Headcount | None = None  # None: nobody else of this proxy chooses
+        self.crowded: set[int] = set()  # slots that others have filled, as `headcount` just said
         self.dispatched_tokens: list[int] = []  # ever: it evens out the use of caches
         self.pending_tokens: list[int] = []  # behind the head of the line
         self.head_end_s: list[float] = []  # when the head should be done; 0: no head
@@ -112,6 +115,7 @@ class Loads:
         self.unseen.discard(slot)
         self.tight.discard(slot)
         self.measured.discard(slot)
+        self.crowded.discard(slot)
 
     def _grow(self) -> None:
         for ints in (
@@ -274,6 +278,22 @@ class Loads:
         line = self.line[slot]
         return self.pending_tokens[slot] + (line[0].prefill_tokens if line else 0)
 
+    def is_full(self, slot: int) -> bool:
+        """Whether it has as many requests as it may have."""
+        most = self.inflight_max[slot]
+        return (most > 0 and self.inflight[slot] >= most) or slot in self.crowded
+
+    def reserve(self, slot: int, name: str, tokens: int) -> bool:
+        """Take the place of a request that is dispatched in this turn.
+
+        False: others have taken the last, of which nothing has been heard yet; then the replica
+        is full until `crowded` is cleared.
+        """
+        if self.headcount is None or self.headcount.take(name, tokens):
+            return True
+        self.crowded.add(slot)
+        return False
+
     def lacks_room(self, slot: int, tokens: int) -> bool:
         """Whether so many tokens more would be more than its line may have.
 
@@ -338,6 +358,8 @@ class Loads:
     def _start_decoding(self, lease: Lease) -> None:
         lease.pending = False
         lease.decoding = True
+        if lease.queued_tokens and self.headcount is not None:
+            self.headcount.left_line(lease)
         self.decoding[lease.slot] += lease.weight
 
     def _advance(self, slot: int, now_s: float) -> None:
@@ -351,6 +373,8 @@ class Loads:
         """It ended before its first octet: cancelled, failed, or its replica is gone."""
         slot, line = lease.slot, self.line[lease.slot]
         lease.pending = False
+        if lease.queued_tokens and self.headcount is not None:
+            self.headcount.left_line(lease)
         if line and line[0] is lease:
             line.popleft()
             if line:

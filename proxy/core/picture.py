@@ -212,8 +212,15 @@ class Picture:
         )
         if not whole:
             lease.prompt_octets = 0  # the answer's counts cannot be compared with it
+        if self.loads.headcount is not None:
+            self.loads.headcount.hold(lease)
         self.dispatched(lease, chain, now_s)
         return lease
+
+    def reserve(self, chain: PrefixChain, cached_octets: int, slot: int) -> bool:
+        """Take the place of a request that goes to this slot's replica in this turn, if it may."""
+        tokens = self.tokens_of(chain.prompt_bytes - cached_octets, slot)
+        return self.loads.reserve(slot, self._names[slot], max(1, tokens))
 
     def lease(
         self,
@@ -267,6 +274,8 @@ class Picture:
 
         `served`: it was answered; `refused`: the replica sent it away, or failed.
         """
+        if lease.cell >= 0 and self.loads.headcount is not None:
+            self.loads.headcount.give_back(lease)
         if not self._current(lease):
             assert not lease.released, "a lease is released exactly once"
             lease.released = True

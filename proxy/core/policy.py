@@ -177,8 +177,10 @@ class Prices:
                 octets = self._chain.prompt_bytes - self.cached_octets(place)
                 if loads.lacks_room(slot, self._picture.tokens_of(octets, slot)):
                     prices_s[place] = _NEVER
-        for name in request.tried:
-            place = self.seats.places.get(self._picture.slots.get(name, -1), -1)
+        barred = [self._picture.slots.get(name, -1) for name in request.tried]
+        barred += loads.crowded
+        for slot in barred:
+            place = self.seats.places.get(slot, -1)
             if place >= 0:
                 prices_s[place] = _NEVER
         if request.adapter:
@@ -301,8 +303,7 @@ def random(request: Request, pool: Pool, picture: Picture, now_s: float) -> Deci
 
 def _has_room(slot: int, request: Request, picture: Picture) -> bool:
     loads = picture.loads
-    most = loads.inflight_max[slot]
-    if most and loads.inflight[slot] >= most:
+    if loads.is_full(slot):
         return False
     if slot not in loads.measured:
         return True

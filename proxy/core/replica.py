@@ -25,6 +25,7 @@ from proxy.contract import (
 )
 
 RANK_FIELD: Final = b"x-data-parallel-rank"  # both engines read it
+RID_FIELD: Final = b"x-override-rid"  # SGLang's
 
 _URL: Final = re.compile(
     r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?)(?::([0-9]{1,5}))?/?"
@@ -58,6 +59,7 @@ class Replica:
     load: LoadSample | None  # its own, without `ranks`
     restarts: int
     asleep: bool
+    rid_header: bool = False  # it takes a chat request's id from `RID_FIELD`
     suspect: bool = False
 
     @property
@@ -115,19 +117,27 @@ def replica_of(record: ReplicaRecord, max_tokens: int = 0) -> Replica:
         load=record.load,
         restarts=record.restarts,
         asleep=record.asleep,
+        rid_header=record.rid_header,
     )
 
 
 def replicas_of(record: ReplicaRecord, max_tokens: int = 0) -> list[Replica]:
     """Return what of a record's server can be chosen: it, or its ranks. Raises as `replica_of`."""
-    server = replica_of(record, max_tokens)
+    server, names = replica_of(record, max_tokens), names_of(record)
+    if len(names) < 2:
+        return [server]
+    return [_rank(server, name, rank, len(names)) for rank, name in enumerate(names)]
+
+
+def names_of(record: ReplicaRecord) -> list[str]:
+    """Return the names of what of a record's server can be chosen."""
     size = min(record.dp_size, DP_SIZE_MAX)
     if size < 2:
-        return [server]
-    return [_rank(server, rank, size) for rank in range(size)]
+        return [record.replica_id]
+    return [f"{record.replica_id}/{rank}" for rank in range(size)]
 
 
-def _rank(server: Replica, rank: int, size: int) -> Replica:
+def _rank(server: Replica, name: str, rank: int, size: int) -> Replica:
     """Return one rank: its own figures where the engine tells them, else an even share."""
     whole = server.load
     own = whole.ranks[rank] if whole is not None and rank < len(whole.ranks) else None
@@ -138,7 +148,7 @@ def _rank(server: Replica, rank: int, size: int) -> Replica:
     capacity_tokens = own.kv_capacity_tokens if own is not None else 0
     return replace(
         server,
-        name=f"{server.replica_id}/{rank}",
+        name=name,
         dp_rank=rank,
         host_field=b"%b%b: %d\r\n" % (server.host_field, RANK_FIELD, rank),
         # The limits are the server's; in whole ones, and none at all would mean no limit.

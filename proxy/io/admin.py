@@ -75,6 +75,7 @@ _HELP = {
     "connections_refused": "Client connections closed at once because there were too many",
     "tls_handshakes_failed": "TLS handshakes with clients that failed, by reason",
     "answers_without_usage": "Answers of 200 that reported no token counts",
+    "engine_aborts": "Requests that an engine was told to end, for want of a client",
     "keepalive_comments": "Comments sent to streams whose requests wait",
     "request_bodies_bytes": "Request bodies held until their replica begins to answer",
     "queue_depth": "Requests that wait for a replica, by class",

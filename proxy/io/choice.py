@@ -17,7 +17,7 @@ from proxy.config import ProxyConfig
 from proxy.core import fleet as fleets
 from proxy.core import limits
 from proxy.core.classes import UNSAID
-from proxy.core.holding import has_room, is_full, is_open
+from proxy.core.holding import has_room, is_open
 from proxy.core.picture import Picture, Seats
 from proxy.core.policy import POLICIES, Decision, Request
 from proxy.core.prospects import UNSCALED, Prospect
@@ -100,10 +100,33 @@ class Choice:
     def _to_state(self, seats: Seats, place: int, reason: str, request: Request) -> Decision | None:
         """A replica that is full has to be waited for. None: it is, and nobody may wait."""
         slot = seats.slots[place]
-        if not self.config.queue_size and is_full(slot, self.picture):
+        if not self.config.queue_size and self.picture.loads.is_full(slot):
             return None
         cached_octets = self.picture.index.held_of(slot, request.chain)
         return Decision(seats.replicas[place], slot, reason, cached_octets)
+
+    def decide(
+        self, request: Request, pool: fleets.Pool, model: str, *, lookup: bool, now_s: float
+    ) -> tuple[Decision | None, bool]:
+        """Return where a newcomer goes, its place there taken, or that it has to wait.
+
+        Where another worker was before us, the choice is made anew without that replica.
+        """
+        crowded = self.picture.loads.crowded
+        for _ in range(limits.RESERVED_TRIED_MAX):
+            decision = self.choose(request, pool, self.picture, now_s)
+            held = self.holds(decision, request, model, lookup=lookup, now_s=now_s)
+            if held or decision is None or lookup or self.reserves(decision, request):
+                break
+        else:
+            decision, held = None, self._held_for_want(self.queue_of(model))
+        if crowded:
+            crowded.clear()
+        return decision, held
+
+    def reserves(self, decision: Decision, request: Request) -> bool:
+        """Take the place of a request that goes there in this turn, before any other worker."""
+        return self.picture.reserve(request.chain, decision.cached_octets, decision.slot)
 
     def holds(
         self, decision: Decision | None, request: Request, model: str, *, lookup: bool, now_s: float

@@ -30,6 +30,9 @@ _HELD_BYTES_MAX = 1024 * 1024  # read and not taken; a frame that is larger is r
 class Start(msgspec.Struct, tag=True, frozen=True):
     config: ProxyConfig
     accept: bool = True  # or get ready and wait for `Accept`
+    place: int = 0  # among the workers
+    cells_fd: int = -1  # of the memory in which all of them count (`io/shared_cells.py`); -1: none
+    workers: int = 1
 
 
 class Accept(msgspec.Struct, tag=True, frozen=True):
@@ -44,6 +47,7 @@ class Reconfigure(msgspec.Struct, tag=True, frozen=True):
 
 class FleetIs(msgspec.Struct, tag=True, frozen=True):
     snapshot: FleetSnapshot
+    columns: dict[str, int] = {}  # of the replicas that have a limit, in the memory of all workers
 
 
 class Cleared(msgspec.Struct, tag=True, frozen=True):

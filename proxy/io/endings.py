@@ -17,6 +17,8 @@ from proxy.core.chunked import ChunkedDecoder
 from proxy.core.http1 import ResponseHead
 from proxy.core.lease import Lease
 from proxy.core.preamble import Preamble
+from proxy.core.replica import RID_FIELD
+from proxy.core.routes import PromptKind
 from proxy.core.usage import read_usage
 from proxy.io.facts import Facts
 from proxy.io.plane import Plane
@@ -49,6 +51,7 @@ class Ending(Facts):
         "_lease",
         "_length",
         "_response",
+        "_rid",
         "_upstream",
         "_waiter",
     )
@@ -65,6 +68,7 @@ class Ending(Facts):
         self._connecting: asyncio.Task[None] | None = None
         self._upstream: Upstream | None = None
         self._response: ResponseHead | None = None
+        self._rid = b""  # under which the replica knows it, if under any
         self._decoder: ChunkedDecoder | None = None  # only for clients that know no chunks
         self._keep_alive = preamble.head.keep_alive
         self._commented_s = 0.0  # when a comment was sent last; 0: the answer has not begun so
@@ -151,6 +155,18 @@ class Ending(Facts):
         if self._upstream is not None:
             self._upstream.abort()
             self._upstream = None
+            if self._rid and self._response is None and self._decision is not None:
+                self._plane.aborts.send(self._decision.replica, self._rid)
+
+    def _name_itself(self) -> bytes:
+        """Return the field by which the replica gets an id to know this request by.
+
+        Never one that a client has given: two may be alike, and whoever knows it could end it.
+        """
+        if self._route is None or self._route.prompt is not PromptKind.CHAT:
+            return b""
+        self._rid = self._plane.clock.request_id()
+        return b"%b: %b\r\n" % (RID_FIELD, self._rid)
 
     def _drop_body(self) -> None:
         self._body = b""

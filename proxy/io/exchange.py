@@ -103,10 +103,10 @@ class Exchange(Ending):
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, lookup=lookup)
             self._plane.arrived(self._model)
-            decision = self._choose(self._whole_s)
-            if self._plane.holds(
-                decision, self._request, self._model, lookup=lookup, now_s=self._whole_s
-            ):
+            decision, held = self._plane.decide(
+                self._request, self._pool, self._model, lookup=lookup, now_s=self._whole_s
+            )
+            if held:
                 self._waiter = self._plane.wait(
                     self._model, self._request, self._held_bytes, self.open_for, self.fail
                 )
@@ -147,11 +147,6 @@ class Exchange(Ending):
         )
         self._answer_ourselves(200, answer)
 
-    def _choose(self, now_s: float) -> Decision | None:
-        assert self._pool is not None
-        plane = self._plane
-        return plane.choose(self._request, self._pool, plane.picture, now_s)
-
     def _choose_anew(self) -> Decision | None:
         """Choose among the replicas of today: the fleet may have changed meanwhile."""
         plane, lookup = self._plane, self._route is not None and self._route.lookup
@@ -159,12 +154,13 @@ class Exchange(Ending):
             self._pool = plane.find_pool(self._model, lookup=lookup)
         except errors.ProxyError:  # nobody serves it any more
             return None
-        decision = self._choose(plane.clock.now_s())
-        if decision is None or (
-            not lookup and not has_room(decision, self._request, plane.picture)
-        ):
-            return None
-        return decision
+        now_s, request = plane.clock.now_s(), self._request
+        decision = plane.choose(request, self._pool, plane.picture, now_s)
+        if decision is None or lookup:
+            return decision
+        may = has_room(decision, request, plane.picture) and plane.reserves(decision, request)
+        plane.picture.loads.crowded.clear()
+        return decision if may else None
 
     def _go_to(self, decision: Decision) -> None:
         """Take a lease on a replica, and get a connection to it."""
@@ -222,9 +218,11 @@ class Exchange(Ending):
         assert self._decision is not None
         self._upstream = upstream
         self._progress = _REQUEST_SENT
-        head = self._preamble.upstream_head(
-            self._decision.replica.host_field, self.request_id, len(self._body)
-        )
+        host_field = self._decision.replica.host_field
+        self._rid = b""
+        if self._decision.replica.rid_header:
+            host_field += self._name_itself()
+        head = self._preamble.upstream_head(host_field, self.request_id, len(self._body))
         upstream.send(self, head, self._body)
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
 

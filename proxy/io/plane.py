@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import orjson
@@ -33,6 +33,7 @@ from proxy.errors import (
     UnauthorizedError,
     UnsupportedEncodingError,
 )
+from proxy.io.aborts import Aborts
 from proxy.io.access_log import AccessLog
 from proxy.io.clock import Clock
 from proxy.io.noting import Noting
@@ -72,6 +73,7 @@ class Plane(Refusal):
             partial(tls.replica_context, config),
             self.outbox,
         )
+        self.aborts = Aborts(lambda: self.upstreams)
         self.fleet_epoch, self.fleet_version = "", 0  # of the snapshot taken last
         self.draining = False
         self.relieved = False  # while draining: a successor serves the port, so it is ready
@@ -99,12 +101,18 @@ class Plane(Refusal):
 
     # --- the fleet ---------------------------------------------------------------------------
 
-    def take_snapshot(self, snapshot: FleetSnapshot) -> None:
+    def take_snapshot(
+        self, snapshot: FleetSnapshot, columns: Mapping[str, int] | None = None
+    ) -> None:
+        """`columns` says where all workers count what each replica has (`core.headcount`)."""
         before = self.fleet.replicas
         self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot))
         self.fleet_known = True
         self.fleet_epoch, self.fleet_version = snapshot.epoch, snapshot.version
         self.picture.know(self.fleet.replicas.values(), self.clock.now_s())
+        if self.picture.loads.headcount is not None:
+            replicas = self.fleet.replicas.values()
+            self.picture.loads.headcount.know(columns or {}, replicas, self.leases)
         self.sharing.hearsay.know(self.picture.slots)
         servers = self.fleet.servers
         present = frozenset(servers)
@@ -318,7 +326,10 @@ class Plane(Refusal):
 
     def counters(self) -> list[Sample]:
         dropped = Sample("access_log_dropped_total", (), self.access_log.dropped_total)
+        aborts = "engine_aborts_total"
         return [
+            Sample(aborts, (("outcome", "sent"),), self.aborts.sent_total),
+            Sample(aborts, (("outcome", "dropped"),), self.aborts.dropped_total),
             *self.telemetry.samples(),
             *self.sharing.counters(),
             *self.waiting.counters(),

@@ -307,6 +307,11 @@ class Waiting:
             now_s = self._clock.now_s()
             some_open, next_s = self._openings(now_s)
         self._quota -= share - left
+        crowded = self._picture.loads.crowded
+        if crowded:  # others took what seemed to be open; what they did will be heard soon
+            next_s = min(next_s, now_s)
+            crowded.clear()
+            some_open = False
         if share and (not left or (some_open and self._holding.unseen)):
             self.work_done()
         if not share:

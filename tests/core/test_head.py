@@ -46,6 +46,12 @@ def test_the_head_for_a_replica() -> None:
     )
 
 
+def test_what_overrides_a_body_never_passes() -> None:
+    plain = _request(b"Accept: a", b"X-Over: 1")
+    names = (b"X-Override-Rid", b"x-override-priority", b"X-OVERRIDE-Routed-Dp-Rank")
+    assert _request(*(name + b": 1" for name in names), b"Accept: a", b"X-Over: 1") == plain
+
+
 def test_a_rank_that_the_proxy_chose_stands_and_a_clients_goes_on_where_it_chose_none() -> None:
     line = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nX-Data-Parallel-Rank: 1\r\nAccept: a"
     preamble = read_preamble(line)
