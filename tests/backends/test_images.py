@@ -145,11 +145,12 @@ async def test_the_next_start_is_a_copy(world: World) -> None:
 
 async def test_a_copy_is_woken_as_its_original_slept(world: World) -> None:
     await ready(world, SLEEPY)
-    assert world.snapshots.states == [(False, 1, ())]
-    assert posted(world)[-2:] == ["/resume_memory_occupation", "/continue_generation"]
+    assert world.snapshots.states == [(False, 2, ())]
+    read_again = ["/resume_memory_occupation", "/update_weights_from_disk", "/continue_generation"]
+    assert posted(world)[-3:] == read_again
     world.fetch.posted.clear()
     await started_anew(world)
-    assert posted(world) == ["/resume_memory_occupation", "/continue_generation"]
+    assert posted(world) == read_again
     (launch,) = world.journal.live.values()
     assert (launch.nap_level, launch.turning) == (None, False)
 

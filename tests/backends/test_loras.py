@@ -13,6 +13,7 @@ from backends.adapters import Loaded
 from backends.fetch import Answer
 from backends.journal import Adapted
 from backends.keeper import RefusedError
+from backends.ladder import Rung
 from backends.lifecycle import Phase
 from tests.fakes.world import World, configuration
 
@@ -107,13 +108,13 @@ async def test_one_that_starts_is_told_once_it_is_ready(world: World) -> None:
 async def test_one_that_sleeps_is_told_once_it_is_awake(world: World) -> None:
     sleepy = ", sleep: true"
     manager = await world.start(configuration(world.run_dir, pools("a", more=sleepy)))
-    manager.keepers["m-0"].sleep(1)
+    manager.keepers["m-0"].lower(Rung.ASLEEP, "asked", 1)
     await world.clock.advance(1.0)
     reload(world, pools("a", "b", more=sleepy))
     await world.clock.advance(10.0)
     assert (told(world), manager.keepers["m-0"].state.phase) == ([], Phase.ASLEEP)
     world.fetch.answers["/is_sleeping"] = Answer(200, b'{"is_sleeping": false}')
-    manager.keepers["m-0"].wake()
+    manager.keepers["m-0"].raise_("asked")
     await world.clock.advance(2.0)
     assert (told(world), world.states()) == ([(LOAD, "b")], ["ready"])
 
@@ -123,9 +124,9 @@ async def test_meanwhile_it_is_not_put_to_sleep(world: World) -> None:
     manager = await world.start(configuration(world.run_dir, pools("a", more=sleepy)))
     reload(world, pools("b", more=sleepy))
     with pytest.raises(RefusedError, match="its adapters are being changed"):
-        manager.keepers["m-0"].sleep(1)
+        manager.keepers["m-0"].lower(Rung.ASLEEP, "asked", 1)
     await world.clock.advance(0.1)
-    manager.keepers["m-0"].sleep(1)
+    manager.keepers["m-0"].lower(Rung.ASLEEP, "asked", 1)
 
 
 async def test_a_call_that_fails_is_told_and_they_are_started_anew_in_turn(world: World) -> None:

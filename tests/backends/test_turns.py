@@ -330,6 +330,7 @@ async def test_a_manager_that_stops_does_not_wait_for_a_proxy_that_is_gone(world
     book = world.demand = DemandBook(world.clock.now_s)
     manager = await world.start(configuration(world.run_dir, PLAIN))
     book.serve(["m"])
+    book.publish(manager.feed.snapshot)
     report = Demand(proxy_id="p", sequence=1, replicas={"m-0": ReplicaDemand(in_flight=1)})
     assert book.take(report, world.clock.now_s())
     stopping = asyncio.ensure_future(manager.stop())

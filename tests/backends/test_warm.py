@@ -276,7 +276,7 @@ async def test_a_start_has_its_model_read(disk: Path) -> None:
     path = cold_file(disk / "model.safetensors", MIB)
     warmer = Warmer(Log(io.StringIO()))
     environ = {"VLLM_CACHE_ROOT": str(disk / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(disk / "no")}
-    start = Start(("vllm",), environ, 1, {}, None, "", ())
+    start = Start(("vllm",), environ, 1, {}, None, "", (), "life")
     warm_up(warmer, spec("simulator", model_path=str(disk)), start)
     await warmer.idle()
     assert resident(path) < MIB, "the simulator reads none"
