@@ -108,6 +108,7 @@ class Autoscaler:
             self._gpus_each[spec.pool_id] = self._gpus_of(spec, engine)
         for gone in self.pools.keys() - pools.keys():
             del self._hashes[gone], self._gpus_each[gone]
+        self._released &= set(self._keepers)
         self.pools = pools
         self._views = {}
 
