@@ -108,7 +108,6 @@ class Autoscaler:
             self._gpus_each[spec.pool_id] = self._gpus_of(spec, engine)
         for gone in self.pools.keys() - pools.keys():
             del self._hashes[gone], self._gpus_each[gone]
-        self._released &= set(self._keepers)
         self.pools = pools
         self._views = {}
 
@@ -261,6 +260,7 @@ class Autoscaler:
         """See each replica as it is now."""
         members: dict[str, list[Member]] = {pool_id: [] for pool_id in self.pools}
         self._memory.keep(set(self._keepers))
+        self._released &= self._keepers.keys()
         self._told_out = {n: out for n, out in self._told_out.items() if n in self._keepers}
         self._states = {name: keeper.state for name, keeper in self._keepers.items()}
         for replica_id, keeper in self._keepers.items():
