@@ -1,7 +1,8 @@
 """What the proxies of a region have to do, as they report it: the newest report of each, summed.
 
 A report is a whole, so the last one of a proxy is all that is kept of it. One that has been silent
-for `DEMAND_AGE_S_MAX` is gone, and its requests with it: they were connections of its process.
+for `DEMAND_AGE_S_MAX` is gone, and its requests with it: they were connections of its process. One
+that says that it has ended is gone at once.
 
 Counters of a proxy begin at its own start, and the sum must only grow: what a report adds to the
 one before it is added here. What a proxy had counted before this manager first heard of it is
@@ -78,7 +79,10 @@ class DemandBook:
         if before is not None or demand.sequence <= FIRST_SEQUENCE_MAX:
             self._count(models, before.demand.models if before else {})
         demand = msgspec.structs.replace(demand, models=models)
-        self._heard[demand.proxy_id] = _Heard(demand, now_s)
+        if demand.last:
+            self._heard.pop(demand.proxy_id, None)
+        else:
+            self._heard[demand.proxy_id] = _Heard(demand, now_s)
         return True
 
     def expire(self, now_s: float) -> None:

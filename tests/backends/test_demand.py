@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +32,18 @@ def test_the_newest_of_each_proxy_is_summed() -> None:
     told = made.of("m")
     assert (told.in_flight, told.queued, told.queued_s, told.queued_tokens) == (6, 1, 4.0, 0)
     assert made.of("n") == ModelDemand()
+
+
+def test_one_that_says_that_it_has_ended_is_waited_for_no_longer() -> None:
+    made = book([0.0])
+    made.take(report("a", 1, {"m-0": ReplicaDemand(in_flight=3)}, in_flight=3), 0.0)
+    draining = ReplicaRecord(replica_id="m-0", url="http://x", state=ReplicaState.DRAINING)
+    made.publish(FleetSnapshot(epoch="e", version=2, replicas=(draining,)))
+    assert made.in_flight("m-0") == 3
+    last = msgspec.structs.replace(report("a", 2, arrivals_total=9), last=True)
+    assert made.take(last, 0.1)
+    assert (made.proxies, made.in_flight("m-0")) == (0, None)
+    assert made.of("m") == ModelDemand(arrivals_total=9), "what it counted last is counted"
 
 
 def test_an_older_report_that_comes_late_is_dropped() -> None:
