@@ -79,16 +79,13 @@ class DemandBook:
         if before is not None or demand.sequence <= FIRST_SEQUENCE_MAX:
             self._count(models, before.demand.models if before else {})
         demand = msgspec.structs.replace(demand, models=models)
-        if demand.last:
-            self._heard.pop(demand.proxy_id, None)
-        else:
-            self._heard[demand.proxy_id] = _Heard(demand, now_s)
+        self._heard[demand.proxy_id] = _Heard(demand, now_s)
         return True
 
     def expire(self, now_s: float) -> None:
-        """Forget the proxies that have been silent for too long."""
+        """Forget the proxies that have been silent for too long, or have said their last."""
         for proxy_id, heard in list(self._heard.items()):
-            if now_s - heard.at_s > DEMAND_AGE_S_MAX:
+            if heard.demand.last or now_s - heard.at_s > DEMAND_AGE_S_MAX:
                 del self._heard[proxy_id]
 
     def of(self, model: str) -> ModelDemand:

@@ -48,10 +48,10 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sequence: int  # grows with each report of this proxy
     models: dict[str, ModelDemand] = {}
     replicas: dict[str, ReplicaDemand] = {}
+    last: bool = False  # it has ended, and has nothing on any replica
     # The `FleetSnapshot` by which every worker chose, at least, when it counted; 0: none yet.
     fleet_epoch: str = ""
     fleet_version: int = 0
-    last: bool = False  # it has ended, and has nothing on any replica
 
 
 def encode_demand(demand: Demand) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,9 +39,9 @@ def test_one_that_says_that_it_has_ended_is_waited_for_no_longer() -> None:
     draining = ReplicaRecord(replica_id="m-0", url="http://x", state=ReplicaState.DRAINING)
     made.publish(FleetSnapshot(epoch="e", version=2, replicas=(draining,)))
     assert made.in_flight("m-0") == 3
-    last = msgspec.structs.replace(report("a", 2, arrivals_total=9), last=True)
-    assert made.take(last, 0.1)
-    assert (made.proxies, made.in_flight("m-0")) == (0, None)
+    counted = {"m": ModelDemand(arrivals_total=9)}
+    assert made.take(Demand(proxy_id="a", sequence=2, models=counted, last=True), 0.1)
+    assert (made.in_flight("m-0"), made.proxies) == (None, 0)
     assert made.of("m") == ModelDemand(arrivals_total=9), "what it counted last is counted"
 
 
