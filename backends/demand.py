@@ -1,7 +1,8 @@
 """What the proxies of a region have to do, as they report it: the newest report of each, summed.
 
 A report is a whole, so the last one of a proxy is all that is kept of it. One that has been silent
-for `DEMAND_AGE_S_MAX` is gone, and its requests with it: they were connections of its process.
+for `DEMAND_AGE_S_MAX` is gone, and its requests with it: they were connections of its process. One
+that says that it has ended is gone at once.
 
 Counters of a proxy begin at its own start, and the sum must only grow: what a report adds to the
 one before it is added here. What a proxy had counted before this manager first heard of it is
@@ -85,9 +86,9 @@ class DemandBook:
         return True
 
     def expire(self, now_s: float) -> None:
-        """Forget the proxies that have been silent for too long."""
+        """Forget the proxies that have been silent for too long, or have said their last."""
         for proxy_id, heard in list(self._heard.items()):
-            if now_s - heard.at_s > DEMAND_AGE_S_MAX:
+            if heard.demand.last or now_s - heard.at_s > DEMAND_AGE_S_MAX:
                 del self._heard[proxy_id]
 
     def of(self, model: str) -> ModelDemand:

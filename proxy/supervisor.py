@@ -124,6 +124,7 @@ class Supervisor:
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
             await self._drain()
+            await self._teller.farewell()
         finally:
             self._close_door()
             await self._witness.close()

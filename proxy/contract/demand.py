@@ -4,7 +4,8 @@ An engine's own metrics say what it computes; what waits in front of all engines
 that has none awake, only a proxy knows. A report is a whole: one that is lost is made good by the
 next, and a proxy that has said nothing for `DEMAND_AGE_S_MAX` is gone, its requests with it. It
 comes every `DEMAND_INTERVAL_S`, and at once when a request begins to wait for a model that has
-nothing awake: such a burst is not to lose the interval as well.
+nothing awake: such a burst is not to lose the interval as well. One that ends in order says so
+last, so that nobody waits for its silence.
 
 Whoever drains a replica by these counts must know what the proxy knew when it counted: until all of
 its workers have heard that the replica drains, one of them may send it a request after a count of
@@ -57,6 +58,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sequence: _Count  # grows with each report of this proxy
     models: dict[str, ModelDemand] = {}
     replicas: dict[str, ReplicaDemand] = {}
+    last: bool = False  # it has ended, and has nothing on any replica
     # The `FleetSnapshot` by which every worker chose, at least, when it counted; 0: none yet.
     fleet_epoch: _Id = ""
     fleet_version: _Count = 0

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 
 import aiohttp
+import msgspec
 
 from proxy.contract.demand import DEMAND_INTERVAL_S, DEMAND_PATH, Demand, encode_demand
 from proxy.core import limits
@@ -35,6 +36,8 @@ class Teller:
         self._urgent = asyncio.Event()
         self._proxy_id = os.urandom(8).hex()
         self._sequence = 0
+        self._posting = asyncio.Lock()  # no report overtakes the last one
+        self._ended = False
         self._sent_total = 0
         self._failed_total = 0
         self._refused = ""  # why the last one was not taken
@@ -87,16 +90,27 @@ class Teller:
                 async with asyncio.timeout(DEMAND_INTERVAL_S):
                     await self._urgent.wait()
             self._urgent.clear()
-            if self._url is not None:
-                await self._report(self._url)
+            async with self._posting:
+                if self._url is not None and not self._ended:
+                    await self._report(self._url, self.demand())
             await asyncio.sleep(limits.DEMAND_PUSH_S)
 
-    async def _report(self, url: str) -> None:
+    async def farewell(self) -> None:
+        """All workers have ended: say so, and report no more."""
+        self._ended = True
+        for origin in list(self._of):
+            self.leave(origin)
+        async with self._posting:
+            if self._url is not None:
+                last = msgspec.structs.replace(self.demand(), last=True)
+                await self._report(self._url, last)
+
+    async def _report(self, url: str, demand: Demand) -> None:
         try:
             timeout = aiohttp.ClientTimeout(total=limits.DEMAND_TIMEOUT_S)
             async with self._session().post(
                 url,
-                data=encode_demand(self.demand()),
+                data=encode_demand(demand),
                 headers={"Content-Type": "application/json"},
                 timeout=timeout,
                 allow_redirects=False,

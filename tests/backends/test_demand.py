@@ -42,6 +42,18 @@ def test_the_newest_of_each_proxy_is_summed() -> None:
     assert made.of("n") == ModelDemand()
 
 
+def test_one_that_says_that_it_has_ended_is_waited_for_no_longer() -> None:
+    made = book([0.0])
+    made.take(report("a", 1, {"m-0": ReplicaDemand(in_flight=3)}, in_flight=3), 0.0)
+    draining = ReplicaRecord(replica_id="m-0", url="http://x", state=ReplicaState.DRAINING)
+    made.publish(FleetSnapshot(epoch="e", version=2, replicas=(draining,)))
+    assert made.in_flight("m-0") == 3
+    counted = {"m": ModelDemand(arrivals_total=9)}
+    assert made.take(Demand(proxy_id="a", sequence=2, models=counted, last=True), 0.1)
+    assert (made.in_flight("m-0"), made.proxies) == (None, 0)
+    assert made.of("m") == ModelDemand(arrivals_total=9), "what it counted last is counted"
+
+
 def test_an_older_report_that_comes_late_is_dropped() -> None:
     made = book()
     made.take(report("a", 5, in_flight=1), 0.0)

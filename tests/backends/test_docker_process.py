@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,12 @@ def engine() -> Iterator[DockerEngine]:
 class Region:
     """`doherty up` with containers."""
 
-    def __init__(self, folder: Path, engine: DockerEngine, **pool: Any) -> None:
+    def __init__(self, folder: Path, engine: DockerEngine, *pools: dict[str, Any]) -> None:
         self.folder = folder
         self.engine = engine
         self.run_dir = folder / "run"
         config = folder / "doherty.yaml"
-        config.write_text(yaml.safe_dump(_config(engine, pool)))
+        config.write_text(yaml.safe_dump(_config(engine, *(pools or ({},)))))
         ports = ("--port=0", "--admin-port=0", "--manager-port=0", f"--run-dir={self.run_dir}")
         self.up = Program((*CLI, "up", str(config), *ports), folder / "up.log")
 
@@ -81,21 +81,22 @@ class Region:
         return (self.run_dir / "logs/demo-0.log").read_text()
 
 
-def _config(engine: DockerEngine, pool: dict[str, Any]) -> dict[str, Any]:
+def _config(engine: DockerEngine, *pools: dict[str, Any]) -> dict[str, Any]:
     env = {"PATH": f"{sys.prefix}/bin:/usr/bin", "PYTHONPATH": str(ROOT)}
     docker = {"url": engine.url, "images": {"simulator": IMAGE}, "mounts": mounts(), "shm_mib": 64}
     args = ["--profile", "fast"]
     usual = {"engine": "simulator", "sleep": True, "args": args, "env": env, "stop_grace_secs": 5}
     return {
+        "proxy": {"workers": 1, "access_log": "off"},
         "manager": {"provider": "docker", "docker": docker, "restart_backoff_secs": 0.1},
-        "models": [{"name": "demo", "pools": [usual | pool]}],
+        "models": [{"name": "demo", "pools": [usual | pool for pool in pools]}],
     }
 
 
-@contextmanager
-def region(folder: Path, engine: DockerEngine, **pool: Any) -> Iterator[Region]:
-    """Run a region as long as the block; no container outlives it."""
-    one = Region(folder, engine, **pool)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, engine: DockerEngine) -> Iterator[Region]:
+    """A region that serves, and that each test leaves serving; no container outlives it."""
+    one = Region(tmp_path_factory.mktemp("docker"), engine)
     try:
         one.start()
         yield one
@@ -107,98 +108,90 @@ def region(folder: Path, engine: DockerEngine, **pool: Any) -> Iterator[Region]:
 
 
 def test_a_replica_in_a_container_serves_sleeps_and_wakes(
-    tmp_path: Path, engine: DockerEngine
+    one: Region, engine: DockerEngine
 ) -> None:
-    with region(tmp_path, engine) as one:
-        assert one.answer() == 200
-        (name,) = engine.names()
-        told = engine.inspect(name)
-        assert told["Config"]["Labels"]["doherty.replica"] == "demo-0"
-        assert one.replica()["pid"] == told["State"]["Pid"]
-        assert one.replica()["engine_version"] == "1.2.3"  # the image's tag
-        assert "listening on" in one.log
-        one.order("sleep", "demo-0")
-        until(lambda: one.replica().get("asleep"), "asleep")
-        one.order("wake", "demo-0")
-        until(one.serves, "awake")
-        assert one.answer() == 200
+    assert one.answer() == 200
+    (name,) = engine.names()
+    told = engine.inspect(name)
+    assert told["Config"]["Labels"]["doherty.replica"] == "demo-0"
+    assert one.replica()["pid"] == told["State"]["Pid"]
+    assert one.replica()["engine_version"] == "1.2.3"  # the image's tag
+    assert "listening on" in one.log
+    one.order("sleep", "demo-0")
+    until(lambda: one.replica().get("asleep"), "asleep")
+    one.order("wake", "demo-0")
+    until(one.serves, "awake")
+    assert one.answer() == 200
 
 
-def test_a_container_killed_from_outside_is_made_anew(tmp_path: Path, engine: DockerEngine) -> None:
-    with region(tmp_path, engine) as one:
-        first = one.replica()["pid"]
-        engine.docker("kill", engine.names()[0])
-        until(lambda: one.serves(but=first), "another container")
-        second = one.replica()
-        assert second["restarts"] == 1
-        assert one.answer() == 200
-        engine.docker("rm", "--force", engine.names()[0])
-        until(lambda: one.serves(but=second["pid"]), "a third one")
-        assert len(engine.names()) == 1
+def test_a_container_killed_from_outside_is_made_anew(one: Region, engine: DockerEngine) -> None:
+    first = one.replica()
+    engine.docker("kill", engine.names()[0])
+    until(lambda: one.serves(but=first["pid"]), "another container")
+    second = one.replica()
+    assert second["restarts"] == first.get("restarts", 0) + 1
+    assert one.answer() == 200
+    engine.docker("rm", "--force", engine.names()[0])
+    until(lambda: one.serves(but=second["pid"]), "a third one")
+    assert len(engine.names()) == 1
 
 
 def test_a_manager_after_a_killed_one_adopts_and_cleans_up(
-    tmp_path: Path, engine: DockerEngine
+    one: Region, engine: DockerEngine
 ) -> None:
-    with region(tmp_path, engine) as one:
-        (name,) = engine.names()
-        pid = one.replica()["pid"]
-        label = f"doherty.run-folder={one.run_dir}"
-        stray = ("--label", label, "--label", "doherty.launch=gone", "--name", "stray", IMAGE, "x")
-        engine.docker("create", *stray)
-        manager = int((one.run_dir / "lock").read_text())
-        os.kill(manager, signal.SIGKILL)
-        until(lambda: int((one.run_dir / "lock").read_text() or manager) != manager, "another one")
-        until(one.serves, "adopted")
-        assert one.replica()["pid"] == pid
-        assert one.replica().get("restarts", 0) == 0
-        until(lambda: engine.names() == [name], "the stray one removed")
-        assert one.log.count("listening on") == 1  # what was copied is not copied again
-        assert one.answer() == 200
-        os.kill(pid, signal.SIGKILL)  # and its end is seen
-        until(lambda: one.serves(but=pid), "made anew")
+    (name,) = engine.names()
+    before, lines = one.replica(), one.log.count("listening on")
+    label = f"doherty.run-folder={one.run_dir}"
+    stray = ("--label", label, "--label", "doherty.launch=gone", "--name", "stray", IMAGE, "x")
+    engine.docker("create", *stray)
+    manager = int((one.run_dir / "lock").read_text())
+    os.kill(manager, signal.SIGKILL)
+    until(lambda: int((one.run_dir / "lock").read_text() or manager) != manager, "another one")
+    until(one.serves, "adopted")
+    after = one.replica()
+    assert after["pid"] == before["pid"]
+    assert after.get("restarts", 0) == before.get("restarts", 0)
+    until(lambda: engine.names() == [name], "the stray one removed")
+    assert one.log.count("listening on") == lines  # what was copied is not copied again
+    assert one.answer() == 200
+    os.kill(before["pid"], signal.SIGKILL)  # and its end is seen
+    until(lambda: one.serves(but=before["pid"]), "made anew")
 
 
 def test_a_docker_engine_that_goes_away_takes_no_replica_with_it(
-    tmp_path: Path, engine: DockerEngine
+    one: Region, engine: DockerEngine
 ) -> None:
-    with region(tmp_path, engine) as one:
-        pid = one.replica()["pid"]
-        engine.stop()
-        assert read_stat(pid) is not None  # it lives on (--live-restore)
-        assert one.answer() == 200
-        engine.start()
-        assert one.answer() == 200
-        assert one.replica()["pid"] == pid
-        engine.stop()
-        os.kill(pid, signal.SIGKILL)  # and who dies meanwhile is found dead
-        engine.start()
-        until(lambda: one.serves(but=pid), "made anew")
-        assert one.answer() == 200
+    pid = one.replica()["pid"]
+    engine.stop()
+    assert read_stat(pid) is not None  # it lives on (--live-restore)
+    assert one.answer() == 200
+    engine.start()
+    assert one.answer() == 200
+    assert one.replica()["pid"] == pid
+    engine.stop()
+    os.kill(pid, signal.SIGKILL)  # and who dies meanwhile is found dead
+    engine.start()
+    until(lambda: one.serves(but=pid), "made anew")
+    assert one.answer() == 200
 
 
-def test_an_image_that_is_not_there_is_named(tmp_path: Path, engine: DockerEngine) -> None:
-    one = Region(tmp_path, engine, image="no-such-image:v1")
+def test_what_cannot_start_is_told_with_what_is_wrong(tmp_path: Path, engine: DockerEngine) -> None:
+    before = engine.names()
+    pools = (
+        {"name": "missing", "image": "no-such-image:v1"},
+        {"name": "ending", "args": ["--no-such-flag"]},
+    )
+    other = Region(tmp_path, engine, *pools)
     try:
-        told = one.up.until_said(r"demo-0 waits to start again: (.*)")[1]
+        told = other.up.until_said(r"missing-0 waits to start again: (.*)")[1]
         assert "No such image: no-such-image:v1" in told
         assert "docker pull" in told
-    finally:
-        one.up.end()
-    assert engine.names() == []
-
-
-def test_a_program_that_ends_at_once_is_told_with_its_last_words(
-    tmp_path: Path, engine: DockerEngine
-) -> None:
-    one = Region(tmp_path, engine, args=["--no-such-flag"])
-    try:
-        told = one.up.until_said(r"demo-0 waits to start again: (.*)")[1]
+        told = other.up.until_said(r"ending-0 waits to start again: (.*)")[1]
         assert "exited with status 2 before it was ready" in told
         assert "--no-such-flag" in told
     finally:
-        one.up.end()
-    assert engine.names() == []
+        other.up.end()
+    assert engine.names() == before
 
 
 def test_an_engine_that_does_not_answer_is_one_line(tmp_path: Path) -> None:

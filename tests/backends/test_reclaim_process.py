@@ -67,7 +67,7 @@ def region(folder: Path, **pool: Any) -> Iterator[Region]:
         one.up.end()
 
 
-async def test_a_card_that_goes_takes_no_request_with_it(tmp_path: Path) -> None:
+async def test_a_card_that_goes_takes_no_request_with_it_and_then_all_go(tmp_path: Path) -> None:
     with region(tmp_path) as one:
         async with Load(one.url, clients=6) as load:
             await load.until_streaming(4)
@@ -81,6 +81,12 @@ async def test_a_card_that_goes_takes_no_request_with_it(tmp_path: Path) -> None
         assert load.failed() == [], load.summary()
         assert one.serving() == {"demo-1": ["1"], "demo-2": ["2"]}
 
+        one.reclaim("in_s=6")  # and now all of the machine
+        until(lambda: not one.replica_ids(), "all are gone")
+        log = (tmp_path / "run/logs/manager.log").read_text()
+        assert log.count('"event":"replica_spawned"') == 3, "nobody stands in for these"
+        assert log.count('"event":"replica_draining"') == 3
+
 
 async def test_one_that_may_sleep_is_moved_as_it_is(tmp_path: Path) -> None:
     with region(tmp_path, sleep=True) as one:
@@ -93,12 +99,3 @@ async def test_one_that_may_sleep_is_moved_as_it_is(tmp_path: Path) -> None:
             await load.stop()
         assert load.failed() == [], load.summary()
         assert one.pid_of("demo-0") == pid
-
-
-def test_when_the_machine_goes_all_are_drained_and_none_is_started(tmp_path: Path) -> None:
-    with region(tmp_path) as one:
-        one.reclaim("in_s=6")
-        until(lambda: not one.replica_ids(), "all are gone")
-        log = (tmp_path / "run/logs/manager.log").read_text()
-        assert log.count('"event":"replica_spawned"') == 2
-        assert log.count('"event":"replica_draining"') == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -280,6 +281,22 @@ async def test_a_manager_that_takes_no_reports_is_told_of_once() -> None:
         failed = await proxy.metric("doherty_demand_reports_total", outcome="failed")
         assert failed >= 3
         assert await proxy.metric("doherty_demand_reports_total", outcome="sent") >= 1
+
+
+async def test_the_last_thing_a_proxy_says_is_that_it_has_ended() -> None:
+    """Whoever drains a replica would else wait until it has been silent for seconds."""
+    async with (
+        ToldManager() as manager,
+        ScriptedEngine(reply) as engine,
+        ProxyProcess("--manager-url", manager.url, "--workers", "2") as proxy,
+    ):
+        await manager.publish(in_pool(engine.record("a")), pools=(UP,))
+        await until(lambda: latest(manager).fleet_version == manager.version)
+        assert {one.status for one in await ask_all(proxy.port, ["1", "2"])} == {200}
+        proxy.signal(signal.SIGTERM)
+        assert await proxy.ended() == 0
+        assert [report.last for report in manager.reports].count(True) == 1
+        assert (latest(manager).last, latest(manager).replicas) == (True, {})
 
 
 async def test_a_drain_is_over_by_the_proxys_count_when_the_last_answer_is() -> None:
