@@ -51,6 +51,7 @@ class Start(NamedTuple):
     gpus: tuple[str, ...] = ()
     host: str = HOST  # where this machine reaches it
     restored: bool = False  # from an image
+    rid_header: bool = False  # it takes a chat request's id from a field of the head
 
 
 def gpus_wanted(engine: Engine, spec: ReplicaSpec) -> int:
@@ -121,7 +122,8 @@ def _start(
     warnings = engine.check(spec, release)
     ours = os.environ if program.inherits is None else dict(program.inherits)
     ours = ours | placement.environment
-    argv, environ = completed(program, engine.command(spec, leased, release), spec, ours)
+    command = engine.command(spec, leased, release)
+    argv, environ = completed(program, command, spec, ours)
     source = engine.kv_source(spec, leased, release)
     return Start(
         argv=placement.prefix + argv,
@@ -133,6 +135,7 @@ def _start(
         warnings=warnings,
         launch_id=uuid.uuid4().hex,
         gpus=placement.devices,
+        rid_header=command.rid_header,
     )
 
 
@@ -166,6 +169,7 @@ def intent(
         ports=start.further_ports,
         engine_version=start.engine_version,
         kv_source=start.kv_source,
+        rid_header=start.rid_header,
         gpus=start.gpus,
         loras=of_start(engine, spec),
         image=spec.image,
