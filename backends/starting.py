@@ -52,6 +52,7 @@ class Start(NamedTuple):
     host: str = HOST  # where this machine reaches it
     restored: bool = False  # from an image
     image_of: str = ""  # what an image made of it would be an image of; empty: none can be made
+    rid_header: bool = False  # it takes a chat request's id from a field of the head
 
 
 def gpus_wanted(engine: Engine, spec: ReplicaSpec) -> int:
@@ -122,7 +123,8 @@ def _start(
     warnings = engine.check(spec, release)
     ours = os.environ if program.inherits is None else dict(program.inherits)
     ours = ours | placement.environment
-    argv, environ = completed(program, engine.command(spec, leased, release), spec, ours)
+    command = engine.command(spec, leased, release)
+    argv, environ = completed(program, command, spec, ours)
     source = engine.kv_source(spec, leased, release)
     return Start(
         argv=placement.prefix + argv,
@@ -134,6 +136,7 @@ def _start(
         warnings=warnings,
         launch_id=uuid.uuid4().hex,
         gpus=placement.devices,
+        rid_header=command.rid_header,
     )
 
 
@@ -167,6 +170,7 @@ def intent(
         ports=start.further_ports,
         engine_version=start.engine_version,
         kv_source=start.kv_source,
+        rid_header=start.rid_header,
         gpus=start.gpus,
         loras=of_start(engine, spec),
         image_of=start.image_of,

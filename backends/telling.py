@@ -48,4 +48,5 @@ def record_of(
         kv_events=events,
         kv_replay=replay,
         kv_topic=topic,
+        rid_header=launch is not None and launch.rid_header,
     )

@@ -43,6 +43,7 @@ class Launch(msgspec.Struct, frozen=True):
     argv: tuple[str, ...]
     env: dict[str, str] = {}
     python_path: str = ""  # put before what PYTHONPATH says
+    rid_header: bool = False  # it takes a chat request's id from a field of the head
 
 
 class Ports(msgspec.Struct, frozen=True):

@@ -55,6 +55,8 @@ SGLANG: Final[Mapping[str, Span]] = MappingProxyType(
         "kv_events_in_info": _since(0, 5, 15, "/server_info tells where the events are"),
         "weight_cache": _since(0, 5, 17, "--weight-cache-mode, which excludes the memory saver"),
         "kv_event_maps": _since(0, 5, 20, "events are maps; arrays before"),
+        # 0.5.17 takes them at /generate alone; none was read between.
+        "chat_overrides": _since(0, 5, 20, "x-override-rid at /v1/chat/completions"),
         "ready_path": _since(0, 5, 20, "/ready says whether it would serve"),
         "load_socket": _since(0, 5, 20, "--load-publish-endpoint"),
         "gated_launch": _since(0, 5, 20, "--gated-launch-port"),

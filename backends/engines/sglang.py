@@ -47,6 +47,9 @@ from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
 from proxy.contract.engines import SGLANG
 
+# By it the proxy names a request, and ends it when its client has left; what clients say in such
+# fields the proxy keeps to itself.
+OVERRIDES = "SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES"
 _KV_FLAG = "--kv-events-config"
 _DP_FLAGS = ("--dp-size", "--data-parallel-size", "--dp")
 _PP_FLAGS = ("--pp-size", "--pipeline-parallel-size", "--pp")
@@ -91,7 +94,10 @@ class Sglang:
             *spec.args,
         )
         env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
-        return Launch(argv, {**env, **ENVIRONMENT} if spec.snapshot else env, HOOK)
+        rid_header = has(FEATURES, "chat_overrides", release)
+        if rid_header:
+            env[OVERRIDES] = "1"
+        return Launch(argv, {**env, **ENVIRONMENT} if spec.snapshot else env, HOOK, rid_header)
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         refuse(flag_table(self.name), spec.args, _REFUSED, release)

@@ -23,7 +23,7 @@ from backends.engines.base import (
 )
 from backends.engines.facts import Facts
 from backends.engines.release import Release
-from backends.engines.sglang import Sglang
+from backends.engines.sglang import OVERRIDES, Sglang
 from backends.engines.vllm import Vllm
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
@@ -53,7 +53,10 @@ class Simulator:
         env = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"}
         if spec.adapters:
             env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-        return Launch(argv, env)
+        rid_header = _dialect(spec).name == "sglang"
+        if rid_header:
+            env[OVERRIDES] = "1"
+        return Launch(argv, env, rid_header=rid_header)
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         return ()

@@ -112,6 +112,8 @@ class Exchange:
         self._engine = engine
         self._generation = generation
         self.sequences = sequences
+        self._begun = False  # the answer
+        self.lingers = False  # its client has left, unseen
 
     async def answer(
         self, request: web.Request, presenter: Presenter, disturbance: Disturbance
@@ -125,8 +127,12 @@ class Exchange:
             if disturbance.pending:
                 await self._send_half(request, body, disturbance)
             return web.Response(body=body, content_type="application/json")
+        except asyncio.CancelledError:
+            self.lingers = not self._begun and self._engine.settings.notice_s > 0.0
+            raise
         finally:
-            self._engine.abort(self.sequences)
+            if not self.lingers:
+                self._engine.abort(self.sequences)
 
     def abort(self) -> None:
         """Give it up; its client gets what there is."""
@@ -179,6 +185,7 @@ class Exchange:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         # vLLM answers the head at once, SGLang when the first text is there.
         if self._engine.settings.dialect == "vllm":
+            self._begun = True
             await response.prepare(request)
             await response.write(presenter.ahead())
         unfinished = len(self.sequences)
@@ -187,7 +194,7 @@ class Exchange:
             pieces = await outbox.take()
             chunks = [] if opened else [presenter.opening()]
             if not opened:
-                opened = True
+                opened = self._begun = True
                 if not response.prepared:
                     await response.prepare(request)
             allowed = disturbance.allowed(len(pieces))

@@ -29,6 +29,8 @@ from backends.simulator.settings import (
 
 KEEP_ALIVE_VARIABLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 HEALTH_VARIABLE = "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
+NOTICE_S = 4.0  # SGLang 0.5.17 on an H200, measured: it awaits the first token before it looks
+OVERRIDES_VARIABLE = "SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES"
 LORA_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 _DESCRIPTION = f"""\
@@ -253,6 +255,12 @@ def _add_manners(group: argparse._ArgumentGroup) -> None:
         help="SGLang: simulated pause between its looks whether it is idle (%(default)s)",
     )
     add(
+        "--notice-seconds",
+        type=_seconds,
+        default=NOTICE_S,
+        help="SGLang: until it sees that a client has left before its answer began (%(default)s)",
+    )
+    add(
         "--keep-alive-timeout",
         type=_seconds,
         default=None,
@@ -345,6 +353,8 @@ def parse_flags(argv: list[str]) -> Settings:
         load_tracking=flags.enable_server_load_tracking,
         echo_request_id=flags.enable_request_id_headers,
         health_generation=_says_yes(HEALTH_VARIABLE),
+        header_overrides=flags.dialect == "sglang" and _says_yes(OVERRIDES_VARIABLE),
+        notice_s=flags.notice_seconds if flags.dialect == "sglang" else 0.0,
         api_keys=tuple(flags.api_key),
         kv_events=_endpoint(flags, parser.error),
         startup_s=flags.startup_seconds,

@@ -213,6 +213,10 @@ class Server:
                 request_id = wanted
             header = request.headers.get("X-Vllm-Priority", "")
             priority = int(header) if _INTEGER.fullmatch(header) else None
+        elif self.settings.header_overrides and request.path == "/v1/chat/completions":
+            request_id = request.headers.get("X-Override-Rid") or request_id
+            if any(exchange.request_id == request_id for exchange in self._exchanges):
+                raise ApiError(400, f"Duplicate request ID detected: {request_id}")
         return Arrival(request_id=request_id, created=int(time.time()), priority=priority)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -254,8 +258,23 @@ class Server:
         self._exchanges.add(exchange)
         try:
             return await exchange.answer(request, presenter, disturbance)
+        except asyncio.CancelledError:
+            if exchange.lingers:
+                self._end_late(exchange)
+            raise
         finally:
+            if not exchange.lingers:
+                self._exchanges.discard(exchange)
+
+    def _end_late(self, exchange: Exchange) -> None:
+        """Nobody wants it, but SGLang's HTTP layer has not seen that yet: it is computed on."""
+
+        def notice() -> None:
+            exchange.abort()
             self._exchanges.discard(exchange)
+
+        notice_s = self.settings.real_s(self.settings.notice_s)
+        asyncio.get_running_loop().call_later(notice_s, notice)
 
     def _sequences(self, generation: Generation, engine: Engine) -> list[TokenSequence]:
         if self._tables is not None:

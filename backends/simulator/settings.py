@@ -42,6 +42,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     load_tracking: bool = False
     echo_request_id: bool = False
     health_generation: bool = False
+    header_overrides: bool = False  # SGLang's x-override-rid names a chat request
+    notice_s: float = 0.0  # until it is seen that a client has left before its answer began
     api_keys: tuple[str, ...] = ()
     kv_events: Endpoint | None = None
     startup_s: float = 0.0

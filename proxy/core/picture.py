@@ -219,6 +219,8 @@ class Picture:
 
     def reserve(self, chain: PrefixChain, cached_octets: int, slot: int) -> bool:
         """Take the place of a request that goes to this slot's replica in this turn, if it may."""
+        if self.loads.headcount is None:
+            return True
         tokens = self.tokens_of(chain.prompt_bytes - cached_octets, slot)
         return self.loads.reserve(slot, self._names[slot], max(1, tokens))
 

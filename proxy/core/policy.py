@@ -177,15 +177,20 @@ class Prices:
                 octets = self._chain.prompt_bytes - self.cached_octets(place)
                 if loads.lacks_room(slot, self._picture.tokens_of(octets, slot)):
                     prices_s[place] = _NEVER
-        barred = [self._picture.slots.get(name, -1) for name in request.tried]
-        barred += loads.crowded
-        for slot in barred:
+        for slot in self._barred(request):
             place = self.seats.places.get(slot, -1)
             if place >= 0:
                 prices_s[place] = _NEVER
         if request.adapter:
             for place, replica in enumerate(self.seats.replicas):
                 prices_s[place] += adapter_s(request, replica)
+
+    def _barred(self, request: Request) -> set[int]:
+        """Return the slots of those that were tried, and that others have just filled."""
+        crowded, slots = self._picture.loads.crowded, self._picture.slots
+        if not request.tried:
+            return crowded
+        return crowded.union([slots.get(name, -1) for name in request.tried])
 
     def cached_octets(self, place: int) -> int:
         """Return what the replica is believed to hold of the prompt."""

@@ -112,7 +112,11 @@ class Choice:
 
         Where another worker was before us, the choice is made anew without that replica.
         """
-        crowded = self.picture.loads.crowded
+        loads = self.picture.loads
+        if loads.headcount is None:  # nobody else of this proxy chooses
+            decision = self.choose(request, pool, self.picture, now_s)
+            return decision, self.holds(decision, request, model, lookup=lookup, now_s=now_s)
+        crowded = loads.crowded
         for _ in range(limits.RESERVED_TRIED_MAX):
             decision = self.choose(request, pool, self.picture, now_s)
             held = self.holds(decision, request, model, lookup=lookup, now_s=now_s)

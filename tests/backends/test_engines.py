@@ -386,6 +386,19 @@ def test_the_start_up_plan_is_for_releases_that_have_it(release: Release, planne
     assert env["VLLM_PORT"] == "20006"
 
 
+@pytest.mark.parametrize(
+    ("release", "takes"), [(Release(0, 5, 17), False), (Release(0, 5, 20), True)]
+)
+def test_ids_are_given_where_chat_takes_them_from_the_head(release: Release, takes: bool) -> None:
+    command = ENGINES["sglang"].command(spec("sglang"), LEASED, release)
+    assert command.rid_header is takes
+    assert (command.env.get("SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES") == "1") is takes
+    for dialect in ("vllm", "sglang"):
+        played = spec("simulator", "--dialect", dialect)
+        command = ENGINES["simulator"].command(played, LEASED, UNKNOWN_RELEASE)
+        assert command.rid_header is (dialect == "sglang")
+
+
 def test_both_engines_run_the_lower_priority_first_and_tell_cached_tokens() -> None:
     vllm, sglang = words("vllm", LEASED), words("sglang", LEASED)
     assert "--scheduling-policy priority" in vllm

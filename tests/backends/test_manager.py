@@ -353,6 +353,21 @@ async def test_an_operator_holds_and_releases(world: World) -> None:
     assert world.states() == ["ready", "ready"]
 
 
+@pytest.mark.parametrize("dialect", ["sglang", "vllm"])
+async def test_a_replica_that_takes_ids_from_heads_is_told_of_by_the_manager_after(
+    world: World, dialect: str
+) -> None:
+    pools = f"[{{engine: simulator, args: ['--dialect', {dialect}]}}]"
+    manager = await world.start(configuration(world.run_dir, pools))
+    (launch,) = world.journal.live.values()
+    world.provider.left_behind[launch.launch_id] = world.provider.spawned[0]
+    assert world.record().rid_header is (dialect == "sglang")
+    await manager.keepers["m-0"].close()
+    await world.start(configuration(world.run_dir, pools))
+    assert len(world.provider.spawned) == 1
+    assert world.record().rid_header is (dialect == "sglang")
+
+
 async def test_a_hold_outlives_the_manager(world: World) -> None:
     manager = await world.start(configuration(world.run_dir, POOL))
     manager.keepers["m-0"].apply(Event.HOLD)

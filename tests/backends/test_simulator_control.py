@@ -268,6 +268,26 @@ async def test_sglang_retracts_and_aborts() -> None:
         assert (await task)[1]["choices"][0]["finish_reason"] == "abort"
 
 
+async def test_sglang_sees_late_that_a_client_has_left_and_ends_what_it_is_told_to() -> None:
+    ask = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2000}
+    path, named = "/v1/chat/completions", {"x-override-rid": "one"}
+    async with simulator(dialect="sglang", header_overrides=True, notice_s=3600.0) as engine:
+        task = asyncio.ensure_future(engine.post(path, ask, named))
+        await engine.until(lambda state: state["running"] == 1)
+        assert (await engine.post(path, ask, named))[0] == 400  # two of one name
+        task.cancel()
+        await asyncio.sleep(0.05)
+        assert (await engine.state())["running"] == 1
+        await engine.post("/abort_request", {"rid": "one"})
+        await engine.until(lambda state: not state["running"])
+    async with simulator(dialect="sglang", notice_s=0.2) as engine:
+        tasks = [asyncio.ensure_future(engine.post(path, ask, named)) for _ in range(2)]
+        await engine.until(lambda state: state["running"] == 2)  # nobody reads their name
+        for task in tasks:
+            task.cancel()
+        await engine.until(lambda state: not state["running"])
+
+
 @pytest.mark.parametrize(
     ("calls", "reason"),
     [

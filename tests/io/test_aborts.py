@@ -12,6 +12,7 @@ from proxy.contract import ReplicaRecord
 from proxy.core import limits
 from tests.fakes.engine import Connection, Received, ScriptedEngine, answer_json
 from tests.fakes.plane import RealPlane, chat_request, until
+from tests.fakes.simulator import simulator
 from tests.fakes.talk import Talk, on_uvloop
 
 ABORT = "/abort_request"
@@ -97,3 +98,18 @@ async def test_only_so_many_are_told_at_once_and_none_waits_for_ever(
         await until(lambda: not len(aborts))
         await until(lambda: not proxy.plane.upstreams.open_count)
         assert proxy.suspects == []
+
+
+@on_uvloop
+async def test_a_simulated_sglang_stops_at_once() -> None:
+    """It would see only after an hour that nobody is there, and compute for 40 s."""
+    ask = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2000}
+    slowly = {"dialect": "sglang", "notice_s": 3600.0, "time_scale": 0.05}
+    async with simulator(**slowly, header_overrides=True) as engine:
+        record = ReplicaRecord(replica_id="a", url=engine.url, models=("demo",), rid_header=True)
+        async with RealPlane([record]) as proxy:
+            async with Talk(proxy.port) as talk:
+                await talk.send(chat_request(json.dumps(ask).encode()))
+                await engine.until(lambda state: state["running"] == 1)
+            await engine.until(lambda state: not state["running"])
+            await until(lambda: not len(proxy.plane.aborts))
