@@ -273,6 +273,7 @@ class Autoscaler:
         """See each replica as it is now."""
         members: dict[str, list[Member]] = {pool_id: [] for pool_id in self.pools}
         self._memory.keep(set(self._keepers))
+        self._released &= self._keepers.keys()
         self._told_out = {n: out for n, out in self._told_out.items() if n in self._keepers}
         self._states = {name: keeper.state for name, keeper in self._keepers.items()}
         for replica_id, keeper in self._keepers.items():

@@ -23,6 +23,7 @@ import msgspec
 from backends.snapshots.base import Enclosure, SnapshotError
 from backends.snapshots.cell import ADDRESSES
 from backends.snapshots.manifest import CellFacts
+from backends.snapshots.tree import members, resident_bytes
 
 PAIRS = ip_network(ADDRESSES).num_addresses // 2
 LINK_PREFIX = "dohcell"
@@ -131,13 +132,7 @@ class Inside:
 
     def resident_bytes(self) -> int:
         """Return the memory of the engine's own process and its children, roughly."""
-        total, todo = 0, [self._engine_pid]
-        for pid in todo:
-            todo += _children(pid)
-            with suppress(OSError, IndexError, ValueError):
-                pages = (_PROC / str(pid) / "statm").read_text().split()[1]
-                total += int(pages) * os.sysconf("SC_PAGE_SIZE")
-        return total
+        return resident_bytes(member.pid for member in members(self._engine_pid))
 
 
 def inside(pid: int) -> Inside:

@@ -111,8 +111,9 @@ async def _manager(stage: Stage, folder: Path) -> AsyncIterator[Client]:
     try:
         argv = (*DOHERTY, "manager", "--config", str(path))
         async with running(argv, folder / "manager.log"):
-            with contextlib.suppress(RequestError):
-                yield client
+            yield client
+    except RequestError as error:
+        raise RunError(f"a replica that serves gave no answer: {error}") from error
     finally:
         client.close()
 
