@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from backends.claims import Claim, Holder, Lower, Raise, Refusal, Room, Transit, Verdict, Wait
 from backends.gpus import choose
 from backends.ladder import Rest, Rung, WayUp, best_rest
-from backends.shares import TURN_S_MIN, Shares, share_out, turn_s
+from backends.shares import PATIENCE_S, TURN_S_MIN, Shares, share_out, turn_s
 
 _COLD = Rest(Rung.COLD, 0.0)
 
@@ -317,7 +317,10 @@ class _Table:
             below = [_COLD]
         free = None if self._host_free is None else self._host_free + now
         rest = best_rest(
-            below, gpu_wanted=gpu_wanted, host_bytes_free=free, up_s_max=claim.up_s_max
+            below,
+            gpu_wanted=gpu_wanted,
+            host_bytes_free=free,
+            up_s_max=PATIENCE_S[claim.work_class],
         )
         self._host_free = None if free is None else free - rest.host_bytes
         self._used.add(holder.replica_id)

@@ -73,13 +73,12 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     gpus_each: int = 1  # 0: it needs none of ours
     desired: int = 0
     min: int = 0
-    weight: float = 1.0
+    weight: float = 1.0  # of its share where cards are scarce
     holders: tuple[Holder, ...] = ()
     queued: int = 0
     queued_tokens: int = 0
     queued_s: float = 0.0  # the longest wait of a request
     unserved_s: float = 0.0  # how long it has wanted a replica and had none (`arbiter.Unserved`)
-    up_s_max: float = float("inf")  # how long it can wait for a replica that rests
     ways_up: tuple[WayUp, ...] = ()  # the best first; a new replica is always among them
 
     @property

@@ -15,7 +15,7 @@ anything, so it is never left out.
 **Where to rest** (`best_rest`). What nobody wants costs nothing to hold, so a replica goes no
 deeper than it must: past a rung that keeps a GPU when another model wants that, and past one that
 keeps more of the host's memory than is left. Among what remains the first that is back within the
-time that the pool can wait; if none is, the one that is back soonest.
+time that its pool's class waits for; if none is, the one that is back soonest.
 
 **What comes up** (`ways_up`): the quickest, but a new replica only where it is quicker by a fifth.
 One that rests holds memory for exactly this moment and has its cache, and measured seconds scatter

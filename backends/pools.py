@@ -216,6 +216,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
             model=self.pool.first.model,
             work_class=self.pool.first.work_class,
             gpus_each=self.gpus_each,
+            weight=self.pool.first.weight,
             desired=desired + held,
             min=least + held,
             holders=tuple(holders),

@@ -16,8 +16,9 @@ work waiting per second that its replica takes to come.
 
 **Turns.** Where a class has more pools than replicas fit, the first ones go round: a pool keeps its
 last replica for its turn, `TURN_STARTS` times what the replica's start took (times the pool's
-weight, so that lasting scarcity is shared by weight too); after that it goes to the pool that has
-waited longest. A turn is that long so that starts take no more than a fifth of the time.
+weight where that is above 1, so that lasting scarcity is shared by weight too); after that it goes
+to the pool that has waited longest. A turn is never shorter, so that starts take no more than a
+fifth of the time.
 
 **Nobody starves.** A pool that has wanted a replica for `PATIENCE_S` of its class and had none asks
 for its first one as if it were online, until it has had it for a while, and comes before all that
@@ -183,7 +184,7 @@ def _kept_first(claim: Claim) -> list[Holder]:
 def turn_s(claim: Claim) -> float:
     """Return for how long a pool may keep its last replica while others of its class wait."""
     start_s = max((holder.start_s for holder in claim.serving), default=0.0)
-    return max(TURN_S_MIN, TURN_STARTS * start_s) * claim.weight
+    return max(TURN_S_MIN, TURN_STARTS * start_s) * max(1.0, claim.weight)
 
 
 def need(claim: Claim) -> float:

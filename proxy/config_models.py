@@ -98,7 +98,12 @@ class PoolConfig(Section, frozen=True, kw_only=True, rename={"work_class": "clas
         Meta(description="requests in flight on a replica that no proxy worker exceeds; 0: any"),
     ] = 0
     weight: Annotated[
-        float, Meta(ge=0.01, le=10.0, description="share of conversations of each of its replicas")
+        float,
+        Meta(
+            ge=0.01,
+            le=10.0,
+            description="share of conversations of each of its replicas, and of scarce GPUs",
+        ),
     ] = 1.0
     start_timeout_secs: Annotated[Seconds, Meta(description="time from start to ready")] = 900.0
     stop_grace_secs: Annotated[

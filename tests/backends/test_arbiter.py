@@ -11,6 +11,7 @@ from backends.arbiter import Unserved, arbitrate, replicas_possible
 from backends.claims import Claim, Holder, Lower, Raise, Refusal, Room, Transit, Wait
 from backends.gpus import Gpu
 from backends.ladder import Rest, Rung, WayUp
+from backends.shares import turn_s
 
 RESTS = (
     Rest(Rung.ASLEEP, 0.5, host_bytes=16),
@@ -67,6 +68,20 @@ def test_cards_on_their_way_are_waited_for() -> None:
 def test_who_is_not_needed_rests_no_deeper_than_it_must() -> None:
     verdict = arbitrate([claim("a", 0, holder("a-0", "0"))], room(1))
     assert verdict.moves == (Lower("a", "a-0", Rung.ASLEEP, "it is not needed"),)
+
+
+def test_who_waits_for_an_answer_is_not_put_where_coming_back_takes_too_long() -> None:
+    rests = (Rest(Rung.ASLEEP, 30.0), Rest(Rung.SUSPENDED, 2.0), Rest(Rung.COLD, 46.0))
+    idle = claim("a", 0, holder("a-0", "0", rests=rests))
+    for work_class, rung in (("online", Rung.SUSPENDED), ("semi-online", Rung.ASLEEP)):
+        (move,) = arbitrate([msgspec.structs.replace(idle, work_class=work_class)], room(1)).moves
+        assert isinstance(move, Lower)
+        assert move.rung is rung
+
+
+def test_a_light_pool_has_no_shorter_turn_and_a_heavy_one_a_longer() -> None:
+    turns = [turn_s(claim("a", 1, holder("a-0", "0"), weight=w)) for w in (0.1, 1.0, 2.0)]
+    assert turns == [184.0, 184.0, 368.0]
 
 
 def test_one_that_has_just_come_up_is_not_taken() -> None:

@@ -132,6 +132,11 @@ def test_a_fixed_pool_claims_what_it_was_told_and_keeps_its_sleepers() -> None:
     assert all(way.replica_id is None for way in claim.ways_up)
 
 
+def test_a_share_of_scarce_cards_follows_the_pools_weight() -> None:
+    seen = view(pool=SCALED.replace("class", "weight: 2.5, class"))
+    assert seen.claim(Ladder(), 0.0, desired=1).weight == 2.5
+
+
 def test_one_that_is_suspended_has_no_cards_and_one_that_is_gone_is_none() -> None:
     seen = view(member(0, Standing.RESTS, Rung.SUSPENDED), member(1, Standing.GONE, Rung.COLD))
     (holder,) = seen.claim(Ladder(), 0.0, desired=0).holders
