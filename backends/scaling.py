@@ -17,19 +17,21 @@ Up, the largest of these wins:
   less: what is over is not asked for;
 - *recent*: that of the last half or quarter of it, less what chance may have added;
 - *inputs*: the mean in flight, where nothing waited: however long it stays, it was asked for;
-- *trend*: where the history is a line beyond chance, the rate when a start that begins now would
-  serve. A step is no line, and neither is noise;
+- *trend*: where the history, or what came since a step in it, is a line beyond chance, the rate
+  when a start that begins now would serve (`backends.load_trend`);
 - *burst*: what the last seconds say with certainty (Poisson arrivals, a lower bound of their rate),
   but only where it is more than all that is there and coming can take at `max_inputs`, or
   `panic_threshold` times the target. Below that it is what the room above the target is for. While
   requests wait, a share more is ordered to work them off;
-- *queue*: one more than there is, where requests have waited for some seconds and none is coming;
+- *queue*: one more than there is, where requests have waited for some seconds, none is coming, and
+  their number does not fall: what works off a queue already needs time, not replicas;
 - *tokens* that came within the panic window, and *kv*.
 
 Down by one at a time, not in panic (during a burst, until the stable window has it or it is over),
-and only when the rest stayed under `scaledown_share` of their target for the hold: as long as a
-start takes, for which keeping a replica costs what bringing it back would, at most
-`scaledown_window_s`. To nothing only when there was nothing for all of `scaledown_window_s`.
+not while requests wait for what is coming, and only when the rest stayed under `scaledown_share` of
+their target for the hold: as long as a start takes, for which keeping a replica costs what bringing
+it back would, at most `scaledown_window_s`. To nothing only when there was nothing for all of
+`scaledown_window_s`.
 No seasonal baseline: the lab (`loadtest.scaling`) has a day's wave followed without one, for a few
 hundredths more than an oracle's replica-seconds.
 """
@@ -37,18 +39,18 @@ hundredths more than an oracle's replica-seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from backends.load_history import LoadHistory, Totals
+from backends.load_trend import PARTS, rate_ahead
 
 WIDTH_S = 1.0  # of a bucket of the history
 ROUND_SHARE = 0.05  # of a replica: not started for so little, the room above the target has it
 PASSED_MIN = 20  # that a measured stay rests on
 FIRST_PASSED_MIN = 8  # the first one: better than none
-FULL_SURE = 2.0  # deviations that the throughput of full replicas is believed more
+FULL_SURE = 1.0  # deviations that the throughput of full replicas is believed more
 KV_FULL = 0.95  # of its cache: a replica that holds more has requests that wait inside
 MIN_CARRIED = 1e-3
 BACKLOG_SHARE = 0.15  # of a burst's replicas: how many more may work off what has piled up
@@ -57,13 +59,14 @@ NEAR_TARGET = (0.6, 1.2)  # load over target at which a measured stay is that at
 HOLD_MIN_SHARE = 0.3  # of the stable window: what chance needs to be told from less
 HOLD_STARTS = 1.0  # starts that a replica is held for when it is not needed
 RECENT_SURE = 1.5  # deviations that the mean of less than the stable window is believed less
+DRAINS_SURE = (
+    1.0  # deviations of what comes and goes, by which a queue must shrink to count as going
+)
 QUEUE_PANICS = 0.7  # panic windows that a queue must have stood for, to be worth one more replica
-TREND_PARTS = 12  # that the history is cut into to find a trend
-TREND_SURE = 1.5  # deviations that its slope is believed less
 SURE = 3.0  # deviations below what came, that a burst must be over the limit with
 SURE_QUEUED = 2.0  # the same where requests wait already: chance alone does not fill every replica
 LIKELY = 0.5  # and that it is answered with
-BURST_OVER = 0.5  # of its mean rate: where it falls below, the burst is over
+BURST_OVER = 0.75  # of its mean rate: where it falls below, the burst is over
 
 
 class ScalingPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -286,6 +289,7 @@ class Scaler:
             seen.queued
             and not seen.coming_in_s
             and self._queued_for_s >= QUEUE_PANICS * policy.panic_window_s
+            and not _drains(latest)
         ):
             wants["queue"] = seen.ready + ROUND_SHARE + 0.01
         if policy.target_tokens and window.span_s:
@@ -311,17 +315,14 @@ class Scaler:
         One looks twice as far back as one wants to see ahead, and no less than the stable window.
         """
         span_s = max(self.policy.stable_window_s, 2 * seen.start_s)
-        width_s = span_s / TREND_PARTS
+        width_s = span_s / PARTS
         begin_s = seen.at_s - span_s
         parts = [
             self._history.window(begin_s + k * width_s, begin_s + (k + 1) * width_s)
-            for k in range(TREND_PARTS)
+            for k in range(PARTS)
         ]
-        if any(part.span_s < width_s / 2 for part in parts):
-            return 0.0
-        slope, slope_chance, mean = line_through([part.rate for part in parts])
-        sure = max(0.0, abs(slope) - TREND_SURE * slope_chance) / width_s
-        return mean + math.copysign(sure, slope) * (span_s / 2 + seen.start_s) if sure else 0.0
+        rates = [part.rate for part in parts if part.span_s >= width_s / 2]
+        return rate_ahead(rates, seen.start_s / width_s)
 
     def _burst(self, seen: Observation, total: int, terms: dict[str, float]) -> float:
         """Return what the last seconds ask for; 0 where the room above the target has it."""
@@ -375,6 +376,8 @@ class Scaler:
         policy = self.policy
         if self._burst_since_s is not None:
             return total, "in panic nothing is taken away"
+        if self._waits_for_what_comes(seen):
+            return total, "while requests wait nothing is taken away"
         hold_s = min(
             policy.scaledown_window_s,
             max(HOLD_MIN_SHARE * policy.stable_window_s, HOLD_STARTS * seen.start_s),
@@ -394,33 +397,27 @@ class Scaler:
             return total, f"{held:.1f} of {total - 1} would be too many to take one away"
         return total - 1, f"{total - 1} would have {held:.1f}"
 
+    def _waits_for_what_comes(self, seen: Observation) -> bool:
+        """Say whether requests wait that will still wait when the next replica is there."""
+        if not seen.queued or not seen.coming_in_s:
+            return seen.queued > 0
+        panic = self._history.window(seen.at_s - self.policy.panic_window_s)
+        done = panic.departures / panic.span_s if panic.span_s else 0.0
+        return done * min(seen.coming_in_s) <= seen.queued
+
     def _clamped(self, desired: int, seen: Observation) -> int:
         policy = self.policy
         limit = policy.max if seen.gpu_limit is None else min(policy.max, seen.gpu_limit)
         return min(max(desired, policy.min), limit)
 
 
+def _drains(window: Totals) -> bool:
+    """Say whether more went than came, beyond chance."""
+    chance = math.sqrt(window.departures + window.arrivals)
+    return window.departures - window.arrivals > DRAINS_SURE * chance
+
+
 def _span_s(policy: ScalingPolicy, start_s: float = 0.0) -> float:
     return max(
         policy.stable_window_s, policy.scaledown_window_s, policy.panic_window_s, 2 * start_s
     )
-
-
-def line_through(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return slope and its deviation, per value, and the mean, of the line through equidistant
-    values. A slope of 0.0 where two levels, with a step between, explain them better."""
-    count = len(values)
-    mean = sum(values) / count
-    middle = (count - 1) / 2
-    spread = sum((k - middle) ** 2 for k in range(count))
-    slope = sum((k - middle) * value for k, value in enumerate(values)) / spread
-    about_line = sum((value - mean - slope * (k - middle)) ** 2 for k, value in enumerate(values))
-    about_steps = min(_scatter(values[:k]) + _scatter(values[k:]) for k in range(1, count))
-    if about_steps < about_line:
-        return 0.0, 0.0, mean
-    return slope, math.sqrt(about_line / (count - 2) / spread), mean
-
-
-def _scatter(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return sum((value - mean) ** 2 for value in values)

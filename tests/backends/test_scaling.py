@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.load_history import LoadHistory, Totals
-from backends.scaling import Decision, Observation, Scaler, ScalingPolicy, line_through
+from backends.load_trend import PARTS, line_through, rate_ahead, step_in
+from backends.scaling import Decision, Observation, Scaler, ScalingPolicy
 
 POLICY = ScalingPolicy(min=0, max=40, target_inputs=8.0, max_inputs=12)
 STAY_S = 4.0
@@ -157,6 +158,25 @@ def test_a_queue_that_stands_asks_for_one_more() -> None:
     assert "queue" in asked[-1].reason
 
 
+def test_a_queue_that_is_worked_off_asks_for_nothing() -> None:
+    scaler = known(rate=2.0)
+    asked = [
+        scaler.decide(
+            Observation(
+                at_s=120.0 + second,
+                in_flight=8,
+                queued=90 - 3 * second,  # five go in a second, two come
+                arrivals_total=240 + 2 * second,
+                ready=1,
+                start_s=60.0,
+            )
+        )
+        for second in range(1, 25)
+    ]
+    assert {decision.desired for decision in asked[14:]} == {1}
+    assert not any("queue" in decision.terms for decision in asked[14:])
+
+
 def test_full_caches_ask_for_more_long_before_the_request_count_does() -> None:
     def seen(kv_used_ratio: float, preemptions: int = 0) -> Iterator[Observation]:
         for one in served(1.0, 1, 120, ready=2):
@@ -197,6 +217,29 @@ def test_what_has_not_been_seen_for_the_hold_takes_nothing_away() -> None:
     assert last(Scaler(POLICY), served(1.0, 1, 10, ready=4)).desired == 4
     assert last(Scaler(POLICY), served(1.0, 1, 40, ready=4, start_s=60.0)).desired == 4
     assert last(Scaler(POLICY), served(1.0, 1, 70, ready=4, start_s=60.0)).desired == 3
+
+
+@pytest.mark.parametrize(("queued", "kept"), [(200, 6), (10, 5)])
+def test_what_is_coming_is_kept_while_requests_would_still_wait_for_it(
+    queued: int, kept: int
+) -> None:
+    scaler = known()
+    decision = last(
+        scaler,
+        (
+            Observation(
+                at_s=120.0 + second,
+                in_flight=8,
+                queued=queued + 2 * (40 - second),  # two a second are done, none comes
+                arrivals_total=120 + queued + 88,
+                ready=1,
+                coming_in_s=(30.0,) * 5,
+                start_s=60.0,
+            )
+            for second in range(8, 41)
+        ),
+    )
+    assert decision.desired == kept
 
 
 def test_to_nothing_only_when_the_whole_window_saw_nothing() -> None:
@@ -347,4 +390,14 @@ def test_a_line_is_found_and_a_step_is_none() -> None:
     assert slope == pytest.approx(1.0, abs=0.05)
     assert chance < 0.1
     assert mean == pytest.approx(3.5)
-    assert line_through([1.0, 1.1, 0.9, 5.0, 5.1, 4.9])[0] == 0.0
+    assert step_in([1.0, 1.1, 0.9, 5.0, 5.1, 4.9]) == 3
+    assert step_in([1.0, 2.1, 2.9, 4.0, 5.1, 5.9]) == 0
+
+
+def test_what_rises_again_after_a_fall_is_followed_from_there() -> None:
+    teeth = [float(k) for k in range(6, 12)] + [float(k) for k in range(6)]
+    assert len(teeth) == PARTS
+    assert rate_ahead(teeth, 4.0) == pytest.approx(9.5)  # 5.0 in the middle of the last part
+    assert rate_ahead(teeth[6:], 4.0) == pytest.approx(9.5)  # nothing else is known
+    assert rate_ahead(teeth[8:], 4.0) == 0.0  # too little to tell
+    assert rate_ahead([1.0, 1.1, 0.9, 1.0, 1.1, 0.9, 5.0, 5.1, 4.9, 5.0, 5.1, 4.9], 4.0) == 0.0
