@@ -17,8 +17,7 @@ work waiting per second that its replica takes to come.
 **Turns.** Where a class has more pools than replicas fit, the first ones go round: a pool keeps its
 last replica for its turn, `TURN_STARTS` times what the replica's start took (times the pool's
 weight, so that lasting scarcity is shared by weight too); after that it goes to the pool that has
-waited longest. A turn is that long so that starts take no more than a fifth of the time. A replica
-whose last start failed has no turn: a model that never gets ready would keep its card for ever.
+waited longest. A turn is that long so that starts take no more than a fifth of the time.
 
 **Nobody starves.** A pool that has wanted a replica for `PATIENCE_S` of its class and had none asks
 for its first one as if it were online, until it has had it for a while, and comes before all that
@@ -142,6 +141,7 @@ class _Deal:
         return RANKS[claim.work_class] if patient else 0
 
     def _first_key(self, claim: Claim) -> tuple[float | str, ...]:
+        # One that never gets ready has no turn: it would keep its card for ever.
         serving = [holder for holder in self._serving[claim.pool] if not holder.failing]
         if serving:
             up_for_s = max(holder.up_for_s for holder in serving)

@@ -103,6 +103,14 @@ def test_a_start_after_one_that_failed_makes_room_for_a_model_that_waits() -> No
     assert lowered([claim("p", 0, again)], room(1)) == ["p-0"]
 
 
+def test_who_has_had_its_turn_and_failed_waits_anew() -> None:
+    unserved = Unserved()
+    unserved.note(["a"], 0.0)
+    assert unserved.note(["a", "b"], 4.0) == {"a": 4.0, "b": 0.0}
+    unserved.note(["b"], 6.0, failing={"a"})
+    assert unserved.note(["a", "b"], 7.0) == {"a": 0.0, "b": 3.0}
+
+
 def test_an_operators_replica_is_nobodys_to_move() -> None:
     kept = holder("off-0", "0", Rung.ASLEEP, kept=True)
     offline = claim("off", 1, kept, work_class="offline")
@@ -348,11 +356,3 @@ def test_a_verdict_is_told_in_words() -> None:
         "cpu: 0 serve or come, 1 wanted, 1 allowed",
         "  a new replica comes, cold",
     )
-
-
-def test_who_has_had_its_turn_and_failed_waits_anew() -> None:
-    unserved = Unserved()
-    unserved.note(["a"], 0.0)
-    assert unserved.note(["a", "b"], 4.0) == {"a": 4.0, "b": 0.0}
-    unserved.note(["b"], 6.0, failing={"a"})
-    assert unserved.note(["a", "b"], 7.0) == {"a": 0.0, "b": 3.0}
