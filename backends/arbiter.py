@@ -23,7 +23,7 @@ knows).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from backends.claims import Claim, Holder, Lower, Raise, Refusal, Room, Transit, Verdict, Wait
 from backends.gpus import choose
@@ -43,9 +43,12 @@ class Unserved:
     def __init__(self) -> None:
         self._waits: dict[str, tuple[float, float]] = {}  # its begin, and when it was last one
 
-    def note(self, wanting: Iterable[str], now_s: float) -> Mapping[str, float]:
+    def note(
+        self, wanting: Iterable[str], now_s: float, failing: Collection[str] = ()
+    ) -> Mapping[str, float]:
         """Take the pools that want one and have none, and return how long each has waited."""
-        recent = {p: wait for p, wait in self._waits.items() if now_s - wait[1] < TURN_S_MIN}
+        waits = {p: wait for p, wait in self._waits.items() if p not in failing}
+        recent = {p: wait for p, wait in waits.items() if now_s - wait[1] < TURN_S_MIN}
         now = {pool: (recent.get(pool, (now_s, 0.0))[0], now_s) for pool in wanting}
         self._waits = recent | now
         return {pool: last_s - since_s for pool, (since_s, last_s) in self._waits.items()}

@@ -382,7 +382,8 @@ class Autoscaler:
             for pool_id, pool in self.pools.items()
             if pool.desired and not self._views[pool_id].have
         ]
-        unserved = self._unserved.note(wanting, now_s)
+        failing = {name for name, v in self._views.items() if any(m.failing for m in v.members)}
+        unserved = self._unserved.note(wanting, now_s, failing)
         short = [pool_id for pool_id in wanting if self._gpus_each[pool_id] > len(room.free)]
         claims = [
             msgspec.structs.replace(

@@ -142,7 +142,8 @@ class _Deal:
         return RANKS[claim.work_class] if patient else 0
 
     def _first_key(self, claim: Claim) -> tuple[float | str, ...]:
-        serving = self._serving[claim.pool]
+        # One that never gets ready has no turn: it would keep its card for ever.
+        serving = [holder for holder in self._serving[claim.pool] if not holder.failing]
         if serving:
             up_for_s = max(holder.up_for_s for holder in serving)
             over = up_for_s >= turn_s(claim)

@@ -126,6 +126,24 @@ def test_an_offline_start_is_broken_off_for_who_waits_for_an_answer() -> None:
     assert lowered([online, claim("on", 1)], room(2)) == ["p-1"]
 
 
+def test_a_start_after_one_that_failed_makes_room_for_a_model_that_waits() -> None:
+    again = holder("p-0", "0", transit=Transit.COMING, from_nothing=True, failing=True)
+    waits = claim("on", 1, unserved_s=6.0)
+    assert lowered([claim("p", 1, again), waits], room(1)) == ["p-0"]
+    first = msgspec.structs.replace(again, failing=False)
+    assert lowered([claim("p", 1, first), waits], room(1)) == []
+    assert lowered([claim("p", 1, again), claim("on", 0)], room(1)) == []
+    assert lowered([claim("p", 0, again)], room(1)) == ["p-0"]
+
+
+def test_who_has_had_its_turn_and_failed_waits_anew() -> None:
+    unserved = Unserved()
+    unserved.note(["a"], 0.0)
+    assert unserved.note(["a", "b"], 4.0) == {"a": 4.0, "b": 0.0}
+    unserved.note(["b"], 6.0, failing={"a"})
+    assert unserved.note(["a", "b"], 7.0) == {"a": 0.0, "b": 3.0}
+
+
 def test_an_operators_replica_is_nobodys_to_move() -> None:
     kept = holder("off-0", "0", Rung.ASLEEP, kept=True)
     offline = claim("off", 1, kept, work_class="offline")
