@@ -173,6 +173,9 @@ class CriuSnapshots:
                 raise SnapshotError(f"image {name or 'unknown'}: the cell has ended; see its log")
             await asyncio.sleep(POLL_S)
 
+    def discard(self, snapshot_id: str, reason: str) -> None:
+        self.store.mark(snapshot_id, reason)
+
     def prune(
         self, wanted: Iterable[SnapshotKey] = (), bytes_max: int | None = None
     ) -> dict[str, str]:
