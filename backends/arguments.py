@@ -16,8 +16,15 @@ def port_number(text: str) -> int:
 
 def replica_count(text: str) -> int:
     """Return the number of replicas in `text`; an argparse type."""
-    if not (text.isascii() and text.isdigit() and int(text) <= REPLICAS_MAX):
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) <= REPLICAS_MAX):
         raise argparse.ArgumentTypeError(
             f"'{text}' is no number of replicas; use 0 to {REPLICAS_MAX}"
         )
+    return int(text)
+
+
+def mebibytes(text: str) -> int:
+    """Return the MiB in `text`; an argparse type."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 12):
+        raise argparse.ArgumentTypeError(f"'{text[:80]}' is no number of MiB; use 0 or more")
     return int(text)

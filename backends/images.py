@@ -2,12 +2,13 @@
 
 An image is made of a replica that has just become ready and serves nobody yet: it has compiled,
 captured and answered a few requests of several lengths, so that its copies need do none of that,
-and no client's words are in it. It is put to rest as deep as it goes first, because what it holds
+and no client's words are in it. (One that is made of a replica that has served, see `posing`, may
+hold clients' words.) It is put to rest as deep as it goes first, because what it holds
 then has to be written once and read at every start. Whatever fails on the way, the replica serves
 on, or is started anew where nobody knows how it is; and no image is tried for for a time.
 
-A restore that fails is followed by a cold start at once: nobody above decides that, and it is not
-the replica's fault.
+A restore that fails is followed by another start at once, cold or from an older image: nobody above
+decides that, and it is not the replica's fault.
 """
 
 from __future__ import annotations
@@ -68,9 +69,7 @@ class Images:
             return None
         cards = self._around.cards.described(gpus)
         self.key = await asyncio.to_thread(key_of, self._engine, spec, str(release), cards)
-        found = await asyncio.to_thread(self._around.snapshots.find, self.key)
-        usable = found is not None and self._around.shelf.usable(found.snapshot_id)
-        image = found if usable else None
+        image = await asyncio.to_thread(self._around.snapshots.find, self.key)
         self._around.shelf.put(self._pool_id, image)
         return image
 
@@ -98,7 +97,7 @@ class Images:
         except SnapshotError as error:
             self._around.log.caution("no_cell", replica=spec.replica_id, reason=str(error))
             if found is not None:
-                self._discard(found)
+                self._discard(found, str(error))
                 return self.prepare(spec, ports, program, release, place, None)
             self.key = None
             return prepare(*cold)
@@ -142,11 +141,13 @@ class Images:
         if self.progress.doing:
             self.progress = Progress(problem="it ended before there was one")
         if source is not None:
-            self._discard(source)
+            self._discard(source, "a copy of it ended before it served")
         return source is not None
 
-    def _discard(self, snapshot: Snapshot) -> None:
-        self._around.shelf.discard(snapshot.snapshot_id)
+    def _discard(self, snapshot: Snapshot, reason: str) -> None:
+        """Never use it again: it would fail the next start, too, which takes the one before it."""
+        self._around.shelf.drop(snapshot.snapshot_id)
+        self._around.snapshots.discard(snapshot.snapshot_id, reason)
         self._around.log.caution("image_discarded", snapshot=snapshot.snapshot_id)
 
     # --- into an image --------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Which rungs a pool may use on this machine, and how much memory is left for those that rest.
 
 The configuration says which are allowed, the engine and the machine which of these work. What works
-is asked again now and then: a driver may have been loaded since.
+is asked again now and then, and whoever is asked finds out anew, beside us, what did not work: a
+driver may have been loaded since.
 """
 
 from __future__ import annotations

@@ -67,6 +67,9 @@ class NoSnapshots:
     async def restored(self, pid: int, launch_id: str) -> None:
         raise SnapshotError(_NOT_HERE)
 
+    def discard(self, snapshot_id: str, reason: str) -> None:
+        return None
+
 
 class NobodyTells:
     """No proxy says what it has on a replica."""

@@ -141,3 +141,6 @@ class Snapshots(Protocol):
 
     async def restored(self, pid: int, launch_id: str) -> None:
         """Wait until the processes of the cell are back. Raises `SnapshotError`."""
+
+    def discard(self, snapshot_id: str, reason: str) -> None:
+        """Never find this image again, nor any manager after this one."""

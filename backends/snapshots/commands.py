@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from backends.arguments import port_number
+from backends.arguments import mebibytes, port_number
 from backends.failure import StartError
 from backends.log import Log
 from backends.operate import make_image
@@ -45,7 +45,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--once", action="store_true", help="end it as soon as it has answered")
     _add_asking(again)
     prune = commands.add_parser("prune", help="remove what is damaged, unfinished, too old or much")
-    prune.add_argument("--mib-max", type=int, default=0, metavar="N", help="disk space to keep to")
+    prune.add_argument(
+        "--mib-max", type=mebibytes, default=0, metavar="N", help="disk space to keep to"
+    )
     for command in commands.choices.values():
         command.add_argument(
             "--dir",

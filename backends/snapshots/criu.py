@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from backends.snapshots import cells, manifest, whole
+from backends.snapshots.asking import Asking
 from backends.snapshots.base import (
     Capability,
     Enclosure,
@@ -62,13 +63,15 @@ class CriuSnapshots:
         self._environ = environ
         self.store = Store(self._folder / "images", tell)
         self._cells = cells.Cells(self._folder / "cells", random.Random())  # noqa: S311  # no secret
-        self._found: Found | None = None
+        self._asking = Asking(
+            lambda: find_criu(self._environ, self._folder), lambda found: found.capability.works
+        )
         self._wanted: dict[str, SnapshotKey] = {}  # by pool; as bounded as pools are
         self._restoring: dict[str, str] = {}  # launch id to the image it comes from
 
     def probe(self) -> Capability:
-        """Return whether images can be made here; asked for once, which takes a second."""
-        return self._criu().capability
+        """Return whether images can be made here; the first answer takes a second."""
+        return self._asking.answer().capability
 
     def enclose(self, launch_id: str, argv: Sequence[str]) -> Enclosure:
         self._ready()
@@ -127,7 +130,7 @@ class CriuSnapshots:
                 suspended=suspended,
                 nap_level=nap_level,
                 devices=tuple(devices),
-                criu_version=self._criu().version,
+                criu_version=self._asking.answer().version,
                 cell=inside.facts(),
                 files=(),
             )
@@ -135,8 +138,7 @@ class CriuSnapshots:
         except OSError as error:
             raise SnapshotError(f"the image could not be written: {error}", running=True) from error
         finally:
-            shutil.rmtree(folder, ignore_errors=True)  # what is published has another name
-            os.close(lock)
+            await asyncio.to_thread(_leave, folder, lock)
         told("done", 1.0)
         self._wanted[key.pool] = key
         await asyncio.to_thread(self.prune)
@@ -144,7 +146,7 @@ class CriuSnapshots:
 
     def restore(self, snapshot: Snapshot, launch_id: str) -> Enclosure:
         # Where nobody has asked yet whether it works here, this start will tell.
-        found = self._found or find_criu(self._environ, self._folder, tried=False)
+        found = self._asking.known or find_criu(self._environ, self._folder, tried=False)
         self._ready(found)
         held = self.store.look(snapshot.snapshot_id)
         if held.problem:
@@ -173,6 +175,9 @@ class CriuSnapshots:
                 raise SnapshotError(f"image {name or 'unknown'}: the cell has ended; see its log")
             await asyncio.sleep(POLL_S)
 
+    def discard(self, snapshot_id: str, reason: str) -> None:
+        self.store.mark(snapshot_id, reason)
+
     def prune(
         self, wanted: Iterable[SnapshotKey] = (), bytes_max: int | None = None
     ) -> dict[str, str]:
@@ -180,14 +185,9 @@ class CriuSnapshots:
         keys = [*self._wanted.values(), *wanted]
         return self.store.prune(keys, self._bytes_max if bytes_max is None else bytes_max)
 
-    def _criu(self) -> Found:
-        if self._found is None:
-            self._found = find_criu(self._environ, self._folder)
-        return self._found
-
     def _ready(self, found: Found | None = None) -> None:
         """Raises `SnapshotError` when nothing can be made here."""
-        found = found or self._criu()
+        found = found or self._asking.answer()
         if not found.capability.works:
             raise SnapshotError(found.capability.reason, running=True)
         self.store.open()
@@ -201,7 +201,7 @@ class CriuSnapshots:
         script.chmod(0o700)
         enter = ("nsenter", "-t", str(inside.init), "--pid", "--mount", "--net", "--time")
         process = await asyncio.create_subprocess_exec(
-            *(*enter, "--", *self._criu().argv, "dump"),
+            *(*enter, "--", *self._asking.answer().argv, "dump"),
             *("--tree", str(inside.engine), "--images-dir", str(folder), "--leave-running"),
             *("--log-file", "dump.log", "-v2", "--action-script", str(script)),
             *("--tcp-established", "--ext-unix-sk", "--file-locks", "--link-remap"),
@@ -239,6 +239,17 @@ class CriuSnapshots:
         )
         made = manifest.with_files(made, files)
         return made, self.store.publish(folder, made)
+
+
+def _leave(folder: Path, lock: int) -> None:
+    """Remove what was not published, which has another name then, and only then unlock it.
+
+    It may be as large as the memory of a card.
+    """
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 async def _watched(

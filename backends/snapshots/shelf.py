@@ -1,11 +1,10 @@
-"""What one manager knows of images: which pools have one, which are bad, and if one is being made.
+"""What one manager knows of images: which pools have one, and if one is being made.
 
 Which image a pool's next start would take is known from the store as soon as the pool is, and from
 then on from whoever looks for one at a start, makes one, or finds that it is bad.
 
 One dump at a time: it takes the disk and the host's memory whole, and replicas of one pool would
-make the same image twice. Who finds the place taken serves without one. An image that failed once
-is not tried again: it would fail the next start, too.
+make the same image twice. Who finds the place taken serves without one.
 """
 
 from __future__ import annotations
@@ -14,15 +13,12 @@ from collections.abc import Collection
 
 from backends.snapshots.base import Snapshot, SnapshotKey
 
-BAD_MAX = 256
-
 
 class Shelf:
-    """Bounded: the oldest verdict goes first."""
+    """As bounded as the pools are."""
 
     def __init__(self) -> None:
         self.making = False
-        self._bad: dict[str, None] = {}
         self._images: dict[str, Snapshot] = {}  # by pool: what its next start would take
 
     def keep(self, pool_ids: Collection[str]) -> None:
@@ -33,7 +29,7 @@ class Shelf:
     def put(self, pool_id: str, image: Snapshot | None) -> None:
         """Note what a pool's next start would take; None: nothing."""
         self._images.pop(pool_id, None)
-        if image is not None and self.usable(image.snapshot_id):
+        if image is not None:
             self._images[pool_id] = image
 
     def has(self, pool_id: str, key: SnapshotKey | None = None) -> bool:
@@ -41,14 +37,8 @@ class Shelf:
         image = self._images.get(pool_id)
         return image is not None and key in {None, image.key}
 
-    def discard(self, snapshot_id: str) -> None:
-        """Never use this image again."""
-        self._bad[snapshot_id] = None
-        while len(self._bad) > BAD_MAX:
-            del self._bad[next(iter(self._bad))]
-        bad = [pool for pool, image in self._images.items() if image.snapshot_id == snapshot_id]
-        for pool_id in bad:
+    def drop(self, snapshot_id: str) -> None:
+        """Nobody's next start would take this image any more."""
+        held = [pool for pool, image in self._images.items() if image.snapshot_id == snapshot_id]
+        for pool_id in held:
             del self._images[pool_id]
-
-    def usable(self, snapshot_id: str) -> bool:
-        return snapshot_id not in self._bad

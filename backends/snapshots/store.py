@@ -6,7 +6,8 @@ has looked already cannot be known.
 
 `find` reads the manifest and the sizes only; every byte is read when an image is restored, before
 anything of it runs (`whole`), because reading it twice would cost what a snapshot is to save. What
-is found damaged there is marked, and never found again.
+is found damaged there, or of no use, is marked and never found again, by later managers neither:
+what is found is the one before it. A mark that the disk does not take is kept in memory.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from backends.snapshots.base import Snapshot, SnapshotError, SnapshotKey
 KEPT_OF_KEY = 2  # the newest, and one for the moment when it turns out to be damaged
 _NEW = ".new-"
 _DAMAGED = "damaged"
+MARKED_MAX = 256  # remembered here; the oldest goes
 _MODE, _FILE_MODE = 0o700, 0o600
 
 
@@ -45,6 +47,7 @@ class Store:
         self.folder = folder
         self._tell = tell
         self._told: set[tuple[str, str]] = set()
+        self._marked: dict[str, str] = {}  # names of images to what is wrong with them
 
     def open(self) -> None:
         """Make the folder. Raises `SnapshotError` when others can look into it."""
@@ -77,8 +80,8 @@ class Store:
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             words = error.strerror if isinstance(error, OSError) else str(error)
             return Held(name, None, f"{manifest.NAME}: {words}")
-        with suppress(OSError):
-            return Held(name, known, (folder / _DAMAGED).read_text())
+        if problem := self._mark_of(name):
+            return Held(name, known, problem)
         for file in known.files:
             problem = whole.odd_size(folder / file.name, file.bytes)
             if problem:
@@ -114,9 +117,28 @@ class Store:
         return problem
 
     def mark(self, name: str, problem: str) -> None:
-        """Note that an image is damaged, so that it is never found again."""
+        """Note what is wrong with an image, so that it is never found again. The first note stays.
+
+        It is there whole or not at all. It is not waited for until the disk has it: what a loss of
+        power takes of it costs one more failed restore.
+        """
+        problem = self._mark_of(name) or problem
+        self._marked.pop(name, None)
+        self._marked[name] = problem
+        if len(self._marked) > MARKED_MAX:
+            del self._marked[next(iter(self._marked))]
+        new = self.folder / name / (_DAMAGED + ".new")
         with suppress(OSError):
-            _write(self.folder / name / _DAMAGED, problem.encode())
+            new.touch(_FILE_MODE)
+            new.write_text(problem)
+            new.replace(new.with_name(_DAMAGED))
+
+    def _mark_of(self, name: str) -> str:
+        """Return what was noted of an image; "" when nothing was."""
+        with suppress(OSError):
+            noted = (self.folder / name / _DAMAGED).read_text("utf-8", "replace")
+            return noted or "it is marked as damaged"
+        return self._marked.get(name, "")
 
     def begin(self, snapshot_id: str) -> tuple[Path, int]:
         """Return a folder to write to, and the lock that keeps it from being swept away.

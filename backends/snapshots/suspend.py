@@ -29,6 +29,7 @@ import msgspec
 from backends.engines.base import Engine
 from backends.inventory import ask, card_use
 from backends.nvidia_smi import QUERY_CARDS, read_cards
+from backends.snapshots.asking import Asking
 from backends.snapshots.base import Capability, Suspender, SuspendError
 from backends.snapshots.driver import ADVICE
 from backends.snapshots.tree import (
@@ -74,13 +75,10 @@ class DriverSuspender:
     """By the CUDA driver's checkpoint calls."""
 
     def __init__(self) -> None:
-        self._capability: Capability | None = None
+        self._asking = Asking(_probe, lambda found: found.works)
 
     def probe(self) -> Capability:
-        """Ask the driver once."""
-        if self._capability is None:
-            self._capability = _probe()
-        return self._capability
+        return self._asking.answer()
 
     async def suspend(self, pid: int) -> int:
         tree = [member.pid for member in members(pid)]
@@ -162,14 +160,6 @@ class Freezer:
         if not tree:
             raise SuspendError(f"process {pid} is gone", intact=False)
         _signal((member.pid for member in reversed(tree)), signal.SIGCONT)
-
-
-_FREEZER, _DRIVER = Freezer(), DriverSuspender()
-
-
-def suspender_of(engine: Engine) -> Suspender:
-    """Return what suspends the replicas of an engine."""
-    return _DRIVER if engine.uses_gpu else _FREEZER
 
 
 # --- the driver's calls -----------------------------------------------------------------------
@@ -317,3 +307,13 @@ def _signal(pids: Iterable[int], number: int) -> None:
     for pid in pids:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
+
+
+# --- one of each for all replicas ------------------------------------------------------------
+
+_FREEZER, _DRIVER = Freezer(), DriverSuspender()
+
+
+def suspender_of(engine: Engine) -> Suspender:
+    """Return what suspends the replicas of an engine."""
+    return _DRIVER if engine.uses_gpu else _FREEZER

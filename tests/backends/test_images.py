@@ -22,7 +22,6 @@ from backends.ladder import Rung
 from backends.lifecycle import Phase
 from backends.log import Log
 from backends.snapshots.base import Capability, SnapshotError, SuspendError
-from backends.snapshots.shelf import BAD_MAX, Shelf
 from tests.fakes.provider import FakeProcess
 from tests.fakes.snapshots import CELL, COPY
 from tests.fakes.specs import replica_specs
@@ -400,6 +399,7 @@ async def test_what_is_found_bad_is_no_pools_image_any_more(world: World) -> Non
     world.provider.spawned[1].exit("killed by SIGKILL")
     await world.clock.advance(0.1)
     assert not kept._around.shelf.has("m")
+    assert "discard" in world.snapshots.asked, "nor anybody's after this manager"
 
 
 # --- which image fits -----------------------------------------------------------------------------
@@ -432,11 +432,3 @@ def test_the_host_is_named_by_kernel_and_processor(tmp_path: Path) -> None:
     cpu.write_text("processor : 0\nmodel name\t: Xeon\nflags\t\t: fpu sse avx512f\n")
     assert host_words(cpu) != first
     assert host_words(tmp_path / "none")
-
-
-def test_the_shelf_is_bounded() -> None:
-    shelf = Shelf()
-    for number in range(BAD_MAX + 1):
-        shelf.discard(str(number))
-    assert shelf.usable("0")
-    assert not shelf.usable(str(BAD_MAX))

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from typing_extensions import override
@@ -154,3 +155,13 @@ def test_something_else_that_answers(manager: Manager, capsys: pytest.CaptureFix
     manager.phases = [("unheard-of", "")]
     assert run(manager, "sleep", "m-0") == 1
     assert "answered something else than a replica" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["-5", "1.5", "x", "9" * 5_000])
+def test_no_images_are_removed_for_a_size_that_is_none(
+    size: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["snapshot", "prune", "--dir", str(tmp_path), "--mib-max", size])
+    assert caught.value.code == 2
+    assert "is no number of MiB; use 0 or more" in capsys.readouterr().err

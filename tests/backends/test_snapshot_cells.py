@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import random
+import shutil
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
 from backends.snapshots import cell, cells, probing
-from backends.snapshots.base import SnapshotError, SnapshotKey
+from backends.snapshots.base import Capability, SnapshotError, SnapshotKey
 from backends.snapshots.criu import CriuSnapshots, why_not
 
 
@@ -133,6 +136,35 @@ async def test_where_it_does_not_work_nothing_is_found_and_the_reason_is_given(
         snapshots.enclose("launch", ("engine",))
     assert caught.value.running
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_what_is_left_of_a_failed_dump_is_removed_beside_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be as large as the memory of a card, and requests are served meanwhile."""
+    removers: list[threading.Thread] = []
+    rmtree = shutil.rmtree
+
+    def removed(folder: Path, *, ignore_errors: bool) -> None:
+        removers.append(threading.current_thread())
+        rmtree(folder, ignore_errors=ignore_errors)
+
+    async def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    works = probing.Found(Capability(works=True))
+    monkeypatch.setattr("backends.snapshots.criu.find_criu", lambda *_: works)
+    monkeypatch.setattr(cells, "inside", lambda _: None)
+    monkeypatch.setattr("shutil.rmtree", removed)
+    snapshots = CriuSnapshots(tmp_path / "s", {})
+    monkeypatch.setattr(snapshots, "_dump", full)
+    key = SnapshotKey(pool="a", model="m", engine="e", engine_version="1", launch_hash="x")
+    with pytest.raises(SnapshotError, match="No space left") as caught:
+        await snapshots.create(1, key, 8000, lambda *_: None)
+    assert caught.value.running
+    assert list((tmp_path / "s" / "images").iterdir()) == []
+    assert removers
+    assert threading.main_thread() not in removers
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from backends.snapshots import manifest, whole
 from backends.snapshots.base import SnapshotError, SnapshotKey
-from backends.snapshots.store import Held, Store, doomed, secure
+from backends.snapshots.store import MARKED_MAX, Held, Store, doomed, secure
 
 KEY = SnapshotKey(
     pool="a", model="m", engine="vllm", engine_version="0.33.0", launch_hash="1", gpu="H200"
@@ -113,6 +113,32 @@ def test_what_was_found_damaged_once_stays_so(store: Store) -> None:
     problem = "core.img is not what was written, in the 1 MiB from byte 0 on"
     assert store.prune() == {"one": problem}
     assert store.held() == []
+
+
+def test_what_failed_once_is_never_found_again_and_the_one_before_it_is(store: Store) -> None:
+    publish(store, "old", 1.0)
+    new = publish(store, "new", 2.0)
+    store.mark("new", "a copy of it ended")
+    store.mark("new", "another one, too")
+    later = Store(store.folder)
+    for one in (store, later):
+        found = one.find(KEY)
+        assert found is not None
+        assert found.snapshot_id == "old"
+    assert later.look("new").problem == "a copy of it ended"
+    os.truncate(new / "damaged", 0)  # what a loss of power may leave
+    assert Store(store.folder).look("new").problem
+    assert "new" in later.prune()
+
+
+def test_a_mark_that_the_disk_does_not_take_is_kept_in_memory(store: Store) -> None:
+    folder = publish(store, "one")
+    (folder / "damaged.new").mkdir()
+    store.mark("one", "bad")
+    assert store.find(KEY) is None
+    for number in range(MARKED_MAX):
+        store.mark(str(number), "bad")
+    assert store.find(KEY) is not None, "the oldest mark has gone"
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,11 @@ class FakeSnapshots:
         if "restored" in self.failures:
             raise self.failures["restored"]
 
+    def discard(self, snapshot_id: str, reason: str) -> None:
+        self.asked.append("discard")
+        if self.image is not None and self.image.snapshot_id == snapshot_id:
+            self.image = None
+
     def _do(self, word: str) -> None:
         self.asked.append(word)
         if word in self.failures:

@@ -1,0 +1,53 @@
+"""What works here: a yes is kept, a no is asked again after a while, beside whoever asks."""
+
+from __future__ import annotations
+
+import threading
+
+from backends.snapshots.asking import AGAIN_S, Asking
+
+
+class Machine:
+    """Says what the test tells it to, once the test lets it."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.says = "no"
+        self.askers: list[str] = []
+        self.free = threading.Event()
+        self.free.set()
+
+    def ask(self) -> str:
+        self.askers.append(threading.current_thread().name)
+        assert self.free.wait(10.0)
+        return self.says
+
+    def asking(self) -> Asking[str]:
+        return Asking(self.ask, lambda said: said == "yes", lambda: self.now_s)
+
+
+def test_a_no_is_asked_again_after_a_while_and_nobody_waits_for_it() -> None:
+    machine = Machine()
+    asking = machine.asking()
+    assert asking.answer() == "no"
+    machine.says, machine.now_s = "yes", AGAIN_S - 1.0
+    assert asking.answer() == "no"
+    assert len(machine.askers) == 1
+    machine.now_s = AGAIN_S
+    machine.free.clear()
+    assert [asking.answer(), asking.answer()] == ["no", "no"], "while it is found out, once"
+    machine.free.set()
+    asking.settle()
+    assert asking.answer() == "yes"
+    assert machine.askers == [threading.current_thread().name, "works-here"]
+
+
+def test_a_yes_is_kept() -> None:
+    machine = Machine()
+    machine.says = "yes"
+    asking = machine.asking()
+    asking.answer()
+    machine.now_s = 1e6
+    assert asking.answer() == "yes"
+    asking.settle()
+    assert len(machine.askers) == 1
