@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
+
 from backends.autoscale import Autoscaler
 from backends.cards import Cards
 from backends.clock import Clock
@@ -164,7 +166,10 @@ class Manager:
 
     def _records(self) -> tuple[tuple[ReplicaRecord, ...], tuple[PoolRecord, ...]]:
         replicas = tuple(keeper.record() for keeper in self.keepers.values())
-        return replicas, self.scaler.records()
+        pools = self.scaler.records()
+        if self.reclaims.all_goes:  # whoever is held for a pool would wait in vain
+            pools = tuple(msgspec.structs.replace(pool, wakes=False) for pool in pools)
+        return replicas, pools
 
     def _changed(self) -> None:
         """Something happened to a replica: publish it, and see what follows, once for a burst."""

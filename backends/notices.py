@@ -105,6 +105,11 @@ class Reclaims:
         self._around.log.tell("reclaim_cancelled")
         self._changed()
 
+    @property
+    def all_goes(self) -> bool:
+        """Say whether the whole machine goes, so that nothing is started here any more."""
+        return None in self._notices
+
     def report(self) -> ReclaimReport:
         now_s = self._around.clock.now_s()
         notices = tuple(

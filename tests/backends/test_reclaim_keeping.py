@@ -204,3 +204,15 @@ async def test_offline_work_makes_room_at_once_and_starts_elsewhere(world: World
     await world.clock.advance(2.0)
     assert states(world) == {"m-0": "ready"}
     assert world.record(0).gpus == ("1",)
+
+
+async def test_when_all_goes_nobody_is_held_for_a_pool_at_nothing(world: World) -> None:
+    scaled = "[{engine: simulator, target_inputs: 4, autoscale: {max: 2}}]"
+    manager = await world.start(configuration(world.run_dir, scaled))
+    assert [pool.wakes for pool in manager.feed.snapshot.pools] == [True]
+    reclaims(world).take(30.0, None, "test")
+    await world.clock.advance(0.5)
+    assert [pool.wakes for pool in manager.feed.snapshot.pools] == [False]
+    reclaims(world).cancel()
+    await world.clock.advance(0.5)
+    assert [pool.wakes for pool in manager.feed.snapshot.pools] == [True]
