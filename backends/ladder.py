@@ -143,16 +143,28 @@ DEFAULTS: Final[Mapping[str, Mapping[Rung, RungCost]]] = MappingProxyType(
 )
 
 
-class _Outage(msgspec.Struct):
+class Outage(msgspec.Struct):
+    """For how long a rung is left out: of one replica, or of all of a launch."""
+
     in_a_row: int = 0
     until_s: float = -math.inf
+
+    def begin(self, now_s: float) -> float:
+        """It has failed once more; return for how many seconds it is left out."""
+        out_s = min(OUT_S_MAX, OUT_S_MIN * 2.0 ** min(self.in_a_row, 32))
+        self.in_a_row += 1
+        self.until_s = now_s + out_s
+        return out_s
+
+    def left_s(self, now_s: float) -> float:
+        return max(0.0, self.until_s - now_s)
 
 
 class _Known(msgspec.Struct):
     """What has been learnt of one launch."""
 
     costs: dict[Rung, RungCost] = {}
-    outages: dict[Rung, _Outage] = {}
+    outages: dict[Rung, Outage] = {}
     told: dict[tuple[str, Rung], RungCost] = {}  # the last turn that a replica told of
 
 
@@ -180,17 +192,13 @@ class Ladder:
         """Note that `rung` did not work; return for how many seconds it is left out."""
         if rung in {Rung.AWAKE, Rung.COLD}:
             return 0.0
-        outage = self._of(launch_hash).outages.setdefault(rung, _Outage())
-        out_s = min(OUT_S_MAX, OUT_S_MIN * 2.0 ** min(outage.in_a_row, 32))
-        outage.in_a_row += 1
-        outage.until_s = now_s + out_s
-        return out_s
+        return self._of(launch_hash).outages.setdefault(rung, Outage()).begin(now_s)
 
     def out_for_s(self, launch_hash: str, rung: Rung, now_s: float) -> float:
         """Return for how long this rung is still left out; 0: it may be used."""
         known = self._known.get(launch_hash)
         outage = known.outages.get(rung) if known else None
-        return max(0.0, outage.until_s - now_s) if outage else 0.0
+        return outage.left_s(now_s) if outage else 0.0
 
     def cost(self, launch_hash: str, rung: Rung, engine: str) -> RungCost:
         """Return what a rung costs: as measured, or as its engine is known to."""

@@ -8,16 +8,15 @@ driver may have been loaded since.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from backends.engines.base import Engine
+from backends.host_memory import available_bytes, total_bytes
 from backends.ladder import Rung, Rungs
 from backends.spec import PoolSpec
 from backends.surroundings import Surroundings
 
 PROBE_S = 60.0
 HOST_SHARE_KEPT = 1 / 16  # of the host's memory, which replicas at rest leave to those that serve
-MEMINFO = Path("/proc/meminfo")
 
 
 class RungsHere:
@@ -56,11 +55,7 @@ class RungsHere:
         return works
 
 
-def host_bytes_free(meminfo: Path = MEMINFO) -> int | None:
+def host_bytes_free() -> int | None:
     """Return the memory that replicas at rest may still take; None where nobody says."""
-    try:
-        lines = meminfo.read_text(encoding="ascii").splitlines()
-        kib = {name: int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines)}
-        return 1024 * int(kib["MemAvailable"] - HOST_SHARE_KEPT * kib["MemTotal"])
-    except (OSError, ValueError, LookupError):
-        return None
+    total = total_bytes()
+    return available_bytes() - int(HOST_SHARE_KEPT * total) if total else None

@@ -16,11 +16,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import ipaddress
 import os
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from aiohttp import web
@@ -121,7 +122,8 @@ async def serve(
         provider = await stack.enter_async_context(open_provider(settings, journal, log))
         cards = await open_cards(settings.cards, log)
         snapshots = open_snapshots(config, log)
-        await asyncio.to_thread(look_ahead, config, engines, snapshots)
+        ahead = functools.partial(look_ahead, engines=engines, snapshots=snapshots)
+        await asyncio.to_thread(ahead, config)
         manager = Manager(
             config,
             provider=provider,
@@ -138,7 +140,7 @@ async def serve(
         if (place := settings.reclaim_notice) is not None:
             task = spawn(watch_notice(place, manager.reclaims, SystemClock(), log), "notices", log)
             stack.push_async_callback(cancel_all, [task])
-        await _run(manager, listener, orders, config_path, detach=detach_on_exit, log=log)
+        await _run(manager, listener, orders, config_path, ahead, detach=detach_on_exit, log=log)
     return 0
 
 
@@ -173,6 +175,7 @@ async def _run(
     listener: socket.socket,
     orders: Orders,
     config_path: str | None,
+    ahead: Callable[[Config], None],
     *,
     detach: bool,
     log: Log,
@@ -188,7 +191,7 @@ async def _run(
     if not ipaddress.ip_address(host).is_loopback:
         log.caution("manager_exposed", host=host, advice="its API has no key; keep it private")
     chores = [
-        spawn(_reload_on_order(manager, orders, config_path, log), "reload", log),
+        spawn(_reload_on_order(manager, orders, config_path, ahead, log), "reload", log),
         spawn(_bound_logs(manager), "bound logs", log),
     ]
     try:
@@ -211,9 +214,16 @@ async def _hurry_on_order(manager: Manager, orders: Orders) -> None:
 
 
 async def _reload_on_order(
-    manager: Manager, orders: Orders, config_path: str | None, log: Log
+    manager: Manager,
+    orders: Orders,
+    config_path: str | None,
+    ahead: Callable[[Config], None],
+    log: Log,
 ) -> None:
-    """Take the file anew at each SIGHUP; a faulty file changes nothing."""
+    """Take the file anew at each SIGHUP; a faulty file changes nothing.
+
+    What its pools may want is asked `ahead` whether it works: the loop serves others meanwhile.
+    """
     while True:
         await orders.reload.wait()
         orders.reload.clear()
@@ -225,6 +235,7 @@ async def _reload_on_order(
         except ConfigError as error:
             log.fault("reload_failed", reason=str(error), kept="the configuration before")
             continue
+        await asyncio.to_thread(ahead, config)
         manager.reload(config)
         log.tell("reload_done", replicas=len(manager.keepers))
 

@@ -9,8 +9,8 @@ What comes of a turn is an event for the lifecycle. Every turn is noted before i
 it is done. Of one that a manager did not see to its end, a suspension can be taken back, because
 the driver tells what is suspended; an engine does not tell what it has let go of.
 
-A rung that failed is left out for a time that doubles with each failure in a row: whoever wants it
-takes the next one meanwhile.
+A rung that failed is left out for a time that doubles with each failure in a row, by the rule of
+the ladder: whoever wants it takes the next one meanwhile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import msgspec
 
 from backends.engines.base import Engine, FlagError
 from backends.journal import Launch, Suspension
-from backends.ladder import Rung, RungCost
+from backends.ladder import Outage, Rung, RungCost
 from backends.lifecycle import Event, Phase
 from backends.naps import Naps
 from backends.reconcile import Observed
@@ -35,9 +35,6 @@ from backends.surroundings import Surroundings
 # which the longest is for 140 GB into host memory that nobody has touched yet.
 SUSPEND_S_MAX = 600.0
 RESUMES_MAX = 3  # failed ones in a row, after which only a new start helps
-OUT_S = 30.0
-OUT_S_MAX = 1800.0
-_DOUBLINGS_MAX = 16
 _OVER = Event.BROKE, "it is not to go on"  # the life is over: nothing here is of the next one
 _GOING_DOWN = frozenset({Phase.EMPTYING, Phase.FALLING_ASLEEP, Phase.ASLEEP})
 
@@ -67,7 +64,7 @@ class Turns:
         self.costs: dict[Rung, RungCost] = {}  # 0.0: not measured yet
         self._around = around
         self._engine = engine
-        self._failures: dict[Rung, tuple[int, float]] = {}  # how many in a row, out until when
+        self._outages: dict[Rung, Outage] = {}
         self._resumes_failed = 0
         self._rising: tuple[Rung, float] | None = None  # from where, since when
         self._moved: dict[str, str] | None = None  # cards of a copy by those of its image
@@ -162,17 +159,15 @@ class Turns:
     def out(self) -> frozenset[Rung]:
         """Return the rungs that failed lately."""
         now_s = self._around.clock.now_s()
-        return frozenset(rung for rung, (_, until_s) in self._failures.items() if now_s < until_s)
+        return frozenset(rung for rung, outage in self._outages.items() if outage.left_s(now_s))
 
     def failed(self, rung: Rung) -> None:
         """Leave `rung` out for a time."""
-        count = self._failures.get(rung, (0, 0.0))[0]
-        pause_s = min(OUT_S * 2.0 ** min(count, _DOUBLINGS_MAX), OUT_S_MAX)
-        self._failures[rung] = count + 1, self._around.clock.now_s() + pause_s
+        self._outages.setdefault(rung, Outage()).begin(self._around.clock.now_s())
 
     def measured(self, rung: Rung, **figures: float) -> None:
         """Take a cost of `rung` as just measured; it works."""
-        self._failures.pop(rung, None)
+        self._outages.pop(rung, None)
         known = self.costs.get(rung, RungCost(up_s=0.0))
         self.costs[rung] = msgspec.structs.replace(known, **figures)
 

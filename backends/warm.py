@@ -17,7 +17,6 @@ import asyncio
 import ctypes
 import mmap
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -28,6 +27,7 @@ from typing import Any
 
 import msgspec
 
+from backends.host_memory import available_bytes
 from backends.log import Log
 from backends.readahead import (
     FRESH_SHARE_MIN,
@@ -44,8 +44,6 @@ from backends.tasks import cancel_all, spawn
 MEMORY_SHARE = 0.5  # of what is available; the engine needs host memory of its own
 WINDOW_BYTES = 64 * 1024 * 1024
 _BUFFER_BYTES = 4 * 1024 * 1024
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -227,22 +225,3 @@ def may_ask(path: Path) -> bool:
     """Say whether mincore tells the truth of this file."""
     user = os.geteuid()
     return user in {0, path.stat().st_uid} or os.access(path, os.W_OK)
-
-
-def available_bytes(meminfo: Path = _MEMINFO, limit: Path = _CGROUP_LIMIT) -> int:
-    """Return the memory that can be had without swapping; 0 when nobody says.
-
-    A container is told of the whole machine's memory, and has its limit beside it.
-    """
-    with suppress(OSError, ValueError, IndexError):
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return min(int(line.split()[1]) * 1024, _limit_bytes(limit))
-    return 0
-
-
-def _limit_bytes(limit: Path) -> int:
-    try:
-        return int(limit.read_text())
-    except (OSError, ValueError):  # there is none, or it says "max"
-        return sys.maxsize

@@ -23,7 +23,7 @@ import msgspec
 from backends.snapshots.base import Enclosure, SnapshotError
 from backends.snapshots.cell import ADDRESSES
 from backends.snapshots.manifest import CellFacts
-from backends.snapshots.tree import members, resident_bytes
+from backends.snapshots.tree import alive, children, members, resident_bytes
 
 PAIRS = ip_network(ADDRESSES).num_addresses // 2
 LINK_PREFIX = "dohcell"
@@ -139,12 +139,12 @@ def inside(pid: int) -> Inside:
     """Return what is in the cell of which `pid` is the keeper. Raises `SnapshotError`."""
     try:
         state = read_state(_state_path(pid))
-        init = _children(pid)[0]
-        engine_pid = next(one for one in _children(init) if _pid_inside(one) == state.engine)
+        init = children(pid)[0]
+        engine_pid = next(one for one in children(init) if _pid_inside(one) == state.engine)
     except (ValueError, IndexError, StopIteration):
         text = f"process {pid} is no cell with an engine in it, so it cannot be dumped"
         raise SnapshotError(text, running=alive(pid)) from None
-    strays = [_name(one) for one in _children(init) if one != engine_pid]
+    strays = [_name(one) for one in children(init) if one != engine_pid]
     if strays:
         text = f"the engine has left processes on their own, which would be lost: {strays[:5]}"
         raise SnapshotError(text, running=True)
@@ -171,15 +171,6 @@ def read_state(path: Path) -> CellState:
         return CellState()
 
 
-def alive(pid: int) -> bool:
-    """Say whether a process runs; one that is dead and not collected does not."""
-    try:
-        text = (_PROC / str(pid) / "stat").read_bytes()
-    except OSError:
-        return False
-    return text[text.rfind(b")") + 2 :][:1] not in (b"Z", b"X")
-
-
 def _state_path(pid: int) -> Path:
     """Return where the cell that `pid` keeps tells its state. Raises `ValueError` if it is none."""
     words: list[bytes] = []
@@ -193,14 +184,6 @@ def _keeps(pid: int, state: Path) -> bool:
         return alive(pid) and _state_path(pid) == state
     except (ValueError, IndexError):
         return False
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    with suppress(OSError, ValueError):
-        for task in (_PROC / str(pid) / "task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    return found
 
 
 def _name(pid: int) -> str:

@@ -32,6 +32,7 @@ from backends.snapshots.base import (
 from backends.snapshots.cell import SHM_ARCHIVE, errors_in
 from backends.snapshots.probing import Found, find_criu
 from backends.snapshots.store import Store, secure
+from backends.snapshots.tree import alive
 
 DUMP_S_MAX = 600.0
 POLL_S = 0.02
@@ -171,7 +172,7 @@ class CriuSnapshots:
                 if state.reason.startswith("damaged: ") and name:
                     self.store.mark(name, state.reason.removeprefix("damaged: "))
                 raise SnapshotError(f"image {name or 'unknown'}: {state.reason}")
-            if not cells.alive(pid):
+            if not alive(pid):
                 raise SnapshotError(f"image {name or 'unknown'}: the cell has ended; see its log")
             await asyncio.sleep(POLL_S)
 

@@ -27,6 +27,7 @@ from typing import Literal
 import msgspec
 
 from backends.engines.base import Engine
+from backends.host_memory import available_bytes
 from backends.inventory import ask, card_use
 from backends.nvidia_smi import QUERY_CARDS, read_cards
 from backends.snapshots.asking import Asking
@@ -38,7 +39,6 @@ from backends.snapshots.tree import (
     open_devices,
     resident_bytes,
 )
-from backends.warm import available_bytes
 
 Action = Literal["state", "lock", "checkpoint", "restore", "unlock"]
 # A lock ends by itself after 30 s; memory of the host that nobody has touched yet takes 0.5 GB/s

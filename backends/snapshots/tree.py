@@ -38,6 +38,16 @@ def members(root: int) -> tuple[Member, ...]:
     return tuple(tree)
 
 
+def children(pid: int) -> list[int]:
+    """Return the live processes whose parent this one is."""
+    return [member.pid for member in members(pid) if member.parent == pid]
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process runs; one that is dead and not collected does not."""
+    return _member(pid) is not None
+
+
 def _member(pid: int) -> Member | None:
     """Return a process that lives; None for one that is dead or gone."""
     try:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from pathlib import Path
+from typing import Any
 
+from backends import serve
+from backends.log import Log
 from backends.snapshots.asking import AGAIN_S, Asking
+from backends.tasks import cancel_all, spawn
 
 
 class Machine:
@@ -51,3 +57,28 @@ def test_a_yes_is_kept() -> None:
     assert asking.answer() == "yes"
     asking.settle()
     assert len(machine.askers) == 1
+
+
+async def test_a_reload_asks_before_it_is_taken_and_beside_the_loop(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text("models: [{name: m, pools: [{engine: simulator, snapshot: true}]}]")
+    told: list[tuple[str, bool]] = []
+    done, orders = asyncio.Event(), serve.Orders()
+
+    def note(what: str) -> None:
+        told.append((what, threading.current_thread() is threading.main_thread()))
+
+    class Manager:
+        keepers = ()
+
+        def reload(self, config: object) -> None:
+            note("reload")
+            done.set()
+
+    manager: Any = Manager()
+    orders.reload.set()
+    reloading = serve._reload_on_order(manager, orders, str(path), lambda _: note("ahead"), Log())
+    task = spawn(reloading, "reload", Log())
+    await asyncio.wait_for(done.wait(), 10.0)
+    await cancel_all([task])
+    assert told == [("ahead", False), ("reload", True)]

@@ -16,7 +16,7 @@ from backends.demand import DemandBook
 from backends.gpus import Gpu, GpuInventory, GpuLeases
 from backends.journal import Suspension
 from backends.keeper import Keeper
-from backends.ladder import Rung
+from backends.ladder import OUT_S_MIN, Rung
 from backends.lifecycle import Event, Phase
 from backends.log import Log
 from backends.reconcile import Wanted
@@ -236,7 +236,7 @@ async def test_a_suspension_that_fails(
     assert "no memory on the host" in kept.state.reason
     assert holders(world) == {"m-0": ("0",)}
     assert kept.observed.out == {Rung.SUSPENDED}
-    await world.clock.advance(turns.OUT_S)
+    await world.clock.advance(OUT_S_MIN)
     assert not kept.observed.out
 
 

@@ -17,7 +17,7 @@ from backends.engines.files import caches_read, models_read
 from backends.log import Log
 from backends.spec import ReplicaSpec
 from backends.starting import Start, warm_up
-from backends.warm import Warmer, available_bytes, may_ask, resident_bytes, warm_files
+from backends.warm import Warmer, may_ask, resident_bytes, warm_files
 from backends.weights import cache_files, files_read, model_files, model_folder
 
 MIB = 1024 * 1024
@@ -128,18 +128,6 @@ def test_the_kernels_answer_counts_pages(disk: Path) -> None:
     os.pread(fd, 1, 0)
     assert resident_bytes(fd, 0, MIB) == mmap.PAGESIZE
     os.close(fd)
-
-
-def test_available_memory(tmp_path: Path) -> None:
-    assert available_bytes() > 0
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   2048 kB\n")
-    assert available_bytes(tmp_path / "meminfo", tmp_path / "none") == 2 * MIB
-    for text, size in (("max\n", 2 * MIB), (f"{MIB}\n", MIB), (f"{9 * MIB}\n", 2 * MIB)):
-        (tmp_path / "memory.max").write_text(text)
-        assert available_bytes(tmp_path / "meminfo", tmp_path / "memory.max") == size
-    (tmp_path / "meminfo").write_text("MemAvailable: much\n")
-    assert available_bytes(tmp_path / "meminfo") == 0
-    assert available_bytes(tmp_path / "none") == 0
 
 
 async def test_one_thread_reads_each_thing_once_and_tells(disk: Path) -> None:
