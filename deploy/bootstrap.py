@@ -38,7 +38,8 @@ CORE = "proxy/core/"
 CORE_BRANCH_PERCENT_MIN = 95.0
 # Nearly half of the time, most of it computing; the rest mostly waits for processes.
 BESIDE_TESTS = tuple(
-    f"tests/{name}" for name in ("core", "fuzz", "bench_core", "contract", "loadtest", "deploy")
+    f"tests/{name}"
+    for name in ("core", "fuzz", "bench_core", "contract", "loadtest", "deploy", "faults")
 )
 CACHES = (".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", ".import_linter_cache")
 PRODUCTS = (".venv", "build", "dist", "doherty.egg-info", ".coverage")
