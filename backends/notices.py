@@ -102,6 +102,7 @@ class Reclaims:
     def cancel(self) -> None:
         """Nothing is taken away after all; who serves in place of somebody goes on doing so."""
         self._notices.clear()
+        self._fates = {}
         self._around.log.tell("reclaim_cancelled")
         self._changed()
 
