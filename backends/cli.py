@@ -53,7 +53,11 @@ def _guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespa
     from proxy.config import ConfigError
 
     try:
-        return run(options)
+        status = run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE_STATUS
@@ -62,6 +66,7 @@ def _guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespa
         return FAILURE_STATUS
     except KeyboardInterrupt:
         return 130
+    return status
 
 
 def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
@@ -236,10 +241,7 @@ def _check(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from backends.planning.command import run_plan
 
-    try:
-        print(run_plan(options, os.environ), flush=True)
-    except BrokenPipeError:  # the reader has seen enough; Python would complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(run_plan(options, os.environ))
     return 0
 
 

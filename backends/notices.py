@@ -100,8 +100,9 @@ class Reclaims:
         self._changed()
 
     def cancel(self) -> None:
-        """Nothing is taken away after all; who stands in for somebody goes on doing so."""
+        """Nothing is taken away after all; who serves in place of somebody goes on doing so."""
         self._notices.clear()
+        self._fates = {}
         self._around.log.tell("reclaim_cancelled")
         self._changed()
 

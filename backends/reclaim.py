@@ -171,8 +171,18 @@ class _Look:
         while chain[-1] in self._before:
             chain.append(self._before[chain[-1]])
         chain = [chain[0], *(each for each in chain[1:-1] if each in self.seen), *chain[1:][-1:]]
+        for at, (each, stand_in) in enumerate(pairwise(chain)):
+            if self._stays(each, stand_in):
+                del chain[at + 1 :]
+                break
         self.stand_ins |= dict(pairwise(chain))
         return chain
+
+    def _stays(self, name: str, stand_in: str) -> bool:
+        """Say whether one is not taken away any more, and serves while its stand-in does not."""
+        seen, other = self.seen.get(name), self.seen.get(stand_in)
+        serves = seen is not None and seen.phase in _SERVES and name not in self.notices
+        return serves and (other is None or other.phase not in _SERVES)
 
     def pushes(self) -> Iterator[tuple[str, Event]]:
         """Yield whose drain, or whose SIGTERM, has taken all the time there is."""

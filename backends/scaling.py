@@ -156,7 +156,9 @@ class Scaler:
             up += policy.buffer
         if up >= total:
             desired = up
-            reason = f"{name} asks for {need:.1f}" if up > total else f"{need:.1f} are needed"
+            reason = f"{need:.1f} are needed"
+            if up > total:
+                reason = self._more(seen, total, need, name)
         else:
             desired, reason = self._lower(seen, total, trend, terms)
             desired = max(desired, up)
@@ -367,6 +369,14 @@ class Scaler:
     def _active(self, seen: Observation) -> bool:
         window = self._history.window(seen.at_s - self.policy.scaledown_window_s)
         return window.stock_s > 0.0 or window.arrivals > 0 or seen.in_flight + seen.queued > 0
+
+    def _more(self, seen: Observation, total: int, need: float, name: str) -> str:
+        """Return why more than `total` are wanted, of whom `name` asks for `need`."""
+        if need - ROUND_SHARE > total:
+            return f"{name} asks for {need:.1f}"
+        if not total and seen.in_flight + seen.queued > 0:
+            return "a request is there, and no replica"
+        return f"{need:.1f} are needed, and {self.policy.buffer} more as a buffer"
 
     # --- down, and the bounds -------------------------------------------------------------------
 

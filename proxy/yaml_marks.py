@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
@@ -44,7 +44,7 @@ def explain(problem: str, root: yaml.Node | None, top: type[msgspec.Struct]) -> 
     """
     text, _, path = problem.partition(" - at `")
     steps = re.findall(r"\.(\w+)|\[(\d+)\]", path.rstrip("`"))
-    node, section = _descend(root, steps, top)
+    node, section, annotation = _descend(root, steps, top)
     unknown = re.search(r"unknown field `(.*)`", text)
     if unknown and isinstance(node, yaml.MappingNode):
         key = unknown[1]
@@ -55,6 +55,9 @@ def explain(problem: str, root: yaml.Node | None, top: type[msgspec.Struct]) -> 
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(known)}"
         text = f"unknown key '{key}'; {hint}"
+    choices = _choices(annotation) if text.startswith("Invalid enum value") else []
+    if choices:
+        text = f"{text}; use one of {', '.join(choices)}"
     line = node.start_mark.line + 1 if node else 1
     where = ".".join(name or f"[{index}]" for name, index in steps).replace(".[", "[")
     return line, f"{where + ': ' if where else ''}{text}"
@@ -62,17 +65,34 @@ def explain(problem: str, root: yaml.Node | None, top: type[msgspec.Struct]) -> 
 
 def _descend(
     node: yaml.Node | None, steps: list[tuple[str, str]], top: type[msgspec.Struct]
-) -> tuple[yaml.Node | None, type[msgspec.Struct] | None]:
+) -> tuple[yaml.Node | None, type[msgspec.Struct] | None, Any]:
+    """Return the node, the section around it, and what the last step was declared as."""
     section: Any = top
+    annotation: Any = top
     for name, index in steps:
         if name and isinstance(node, yaml.MappingNode):
             found = [value for key, value in node.value if key.value == name]
             node = found[0] if found else node
-            hints = get_type_hints(section) if isinstance(section, type) else {}
-            section = hints.get(name, section)
+            hints = _declared(section)
+            section = annotation = hints.get(name, section)
             inner = [a for a in get_args(section) if isinstance(a, type)]
             section = inner[0] if inner else section
         elif index and isinstance(node, yaml.SequenceNode):
             node = node.value[int(index)]
     valid = isinstance(section, type) and issubclass(section, msgspec.Struct)
-    return node, section if valid else None
+    return node, section if valid else None, annotation
+
+
+def _declared(section: Any) -> dict[str, Any]:
+    """Return what each key of a section is declared as, by its name in the file."""
+    if not (isinstance(section, type) and issubclass(section, msgspec.Struct)):
+        return {}
+    hints = get_type_hints(section)
+    return {field.encode_name: hints[field.name] for field in msgspec.structs.fields(section)}
+
+
+def _choices(annotation: Any) -> list[str]:
+    """Return the words that a value of this type may be, where it is one of some words."""
+    if get_origin(annotation) is Literal:
+        return [str(word) for word in get_args(annotation)]
+    return [word for inner in get_args(annotation) for word in _choices(inner)]

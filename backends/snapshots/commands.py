@@ -145,7 +145,7 @@ def _restore(options: argparse.Namespace, snapshots: CriuSnapshots) -> int:
     snapshots.store.open()
     held = snapshots.store.look(options.snapshot)
     if held.manifest is None:
-        raise StartError(f"there is no image {options.snapshot} in {options.dir}: {held.problem}")
+        raise StartError(f"{held.name} cannot be restored: {held.problem}")
     snapshot = held.manifest.snapshot(snapshots.store.folder / held.name)
 
     def told(url: str, seconds: float) -> None:

@@ -75,6 +75,8 @@ class Store:
     def look(self, name: str) -> Held:
         """Return one image; sizes are looked at, bytes are not."""
         folder = self.folder / name
+        if not folder.is_dir():
+            return Held(name, None, f"there is no such image in {self.folder}")
         try:
             known = manifest.read((folder / manifest.NAME).read_bytes())
         except (OSError, ValueError, msgspec.MsgspecError) as error:

@@ -91,6 +91,22 @@ def test_check_shows_the_settings_and_no_secret(
     assert "hush-hush" not in output
 
 
+def test_a_reader_that_has_seen_enough_is_no_fault(good: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        checked = subprocess.run(
+            [sys.executable, "-m", "backends.cli", "check", good],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert checked.returncode == 0
+    assert b"BrokenPipe" not in checked.stderr
+
+
 FAULTS = [
     ("an unknown key", "proxxy: {}", ":1: unknown key 'proxxy'; did you mean 'proxy'?"),
     ("a wrong type", "proxy:\n  port: many", ":2: proxy.port: "),

@@ -96,6 +96,20 @@ def test_it_leaves_in_time_to_drain_if_nobody_stands_in_for_it() -> None:
     assert names(look([want("m-0")], there, memory=memory, now_s=LEAVE_S)) == ["m-1"]
 
 
+@pytest.mark.parametrize("phase", [None, Phase.BACKOFF, Phase.STARTING])
+def test_a_notice_taken_back_leaves_who_serves_where_its_stand_in_does_not_yet(
+    phase: Phase | None,
+) -> None:
+    there = {"m-0": seen("m-0", "0")}
+    if phase is not None:
+        there["m-1"] = seen("m-1", phase=phase)
+    out = outcome([want("m-0")], there, [], Memory({"m-0": "m-1"}), 0, 0.0)
+    assert (names(out), out.memory) == (["m-0"], Memory())
+    there["m-1"] = seen("m-1", "1")
+    out = outcome([want("m-0")], there, [], Memory({"m-0": "m-1"}), 0, 0.0)
+    assert (names(out), out.memory.stand_ins) == (["m-1"], {"m-0": "m-1"})
+
+
 def test_a_short_notice_leaves_half_of_itself_to_the_stand_in() -> None:
     notice = msgspec.structs.replace(CARD_0, ends_s=6.0)
     out = look([want("m-0")], [seen("m-0", "0")], notice)

@@ -76,7 +76,9 @@ async def test_without_a_card_elsewhere_it_drains_in_time_and_is_ended_in_time(
     await world.clock.advance(1.5)
     assert world.provider.spawned[0].signals == [15, 9]
     world.provider.spawned[0].exit("killed by SIGKILL")
+    assert "m-0" in reclaims(world).report().fates
     reclaims(world).cancel()
+    assert reclaims(world).report().fates == {}, "what was to become of them is told no more"
     await world.clock.advance(1.0)
     assert states(world) == {"m-1": "ready", "m-2": "ready"}
 

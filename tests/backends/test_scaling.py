@@ -109,7 +109,7 @@ def test_the_first_burst_from_nothing_is_taken_by_its_rate() -> None:
     for second in range(1, 31):
         scaler.decide(Observation(at_s=float(second), start_s=60.0))
     first = scaler.decide(Observation(at_s=30.2, queued=1, arrivals_total=1, start_s=60.0))
-    assert first.desired == 1
+    assert (first.desired, first.reason) == (1, "a request is there, and no replica")
     many = [
         scaler.decide(
             Observation(

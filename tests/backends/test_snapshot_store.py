@@ -104,6 +104,12 @@ def test_a_shorter_file_and_a_missing_one_are_never_found(store: Store) -> None:
     assert "pages.img" in store.look("one").problem
 
 
+def test_a_name_that_no_image_has_is_told_as_such(store: Store) -> None:
+    publish(store, "one")
+    assert store.verify("two") == f"there is no such image in {store.folder}"
+    assert [held.name for held in store.held()] == ["one"]
+
+
 def test_what_was_found_damaged_once_stays_so(store: Store) -> None:
     folder = publish(store, "one")
     (folder / "core.img").write_bytes(b"care")

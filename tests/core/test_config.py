@@ -84,6 +84,10 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
         ("\nproxy: {port: '80'}", "f:2: proxy.port: Expected `int`, got `str`"),
         ("proxy: {api_key: ''}", "f:1: proxy.api_key: Expected `str` of length >= 1"),
         ("proxy:\n\n  policy: best", "f:3: proxy.policy: Invalid enum value 'best'"),
+        (
+            "manager: {provider: slurm}",
+            "f:1: manager.provider: Invalid enum value 'slurm'; use one of process, docker",
+        ),
         ("proxy: {policy: [a]}", "f:1: proxy.policy: Expected `str`, got `array`"),
         ("proxy: {connect_timeout_secs: .nan}", "f:1: proxy.connect_timeout_secs: Expected"),
         ("proxy:\n  worker_urls:\n  - 1", "f:3: proxy.worker_urls[0]: Expected `str`, got `int`"),
@@ -147,14 +151,16 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
         ),
         (
             _POOL + "        autoscale: {max: 2, rungs: [awake]}",
-            "f:5: models[0].pools[0].autoscale.rungs[0]: Invalid enum value 'awake'",
+            "f:5: models[0].pools[0].autoscale.rungs[0]: Invalid enum value 'awake'; use one of",
         ),
         (
             _POOL + "        clas: offline",
             "f:5: models[0].pools[0]: unknown key 'clas'; did you mean 'class'?",
         ),
-        (_POOL + "        class: batch", "f:5: models[0].pools[0].class: Invalid enum value"),
-        ("manager: {provider: slurm}", "f:1: manager.provider: Invalid enum value 'slurm'"),
+        (
+            _POOL + "        class: batch",
+            "f:5: models[0].pools[0].class: Invalid enum value 'batch'; use one of online, semi-",
+        ),
         (_POOL + "        gpus: -1", "f:5: models[0].pools[0].gpus: Expected `int` >= 0"),
         (
             _POOL + "        adapters: {m: /lora}",
