@@ -155,10 +155,15 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
         """Return what bringing up one more would take."""
         return ladder.ways_up(self.rungs, self.resting, now_s)[0].up_s
 
-    def coming_in_s(self, ladder: Ladder) -> tuple[float, ...]:
-        """Return for each that comes in how many seconds it should serve, the soonest first."""
+    def coming_in_s(self, ladder: Ladder, *, hopeful: bool = False) -> tuple[float, ...]:
+        """Return for each that comes in how many seconds it should serve, the soonest first.
+
+        `hopeful`: without those whose starts have failed so far, for which nobody should be held.
+        """
         left = []
         for member in self.standing(Standing.COMING):
+            if hopeful and member.failing:
+                continue
             imaged = member.came_from is Rung.COLD and self.rungs.imaged
             rung = Rung.SNAPSHOTTED if imaged else member.came_from
             cost = ladder.cost(member.launch_hash, rung, self.rungs.engine)
@@ -228,7 +233,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
     def record(self, ladder: Ladder, now_s: float) -> PoolRecord:
         """Return what the proxies are told, under the model's own name."""
-        coming = self.coming_in_s(ladder)
+        coming = self.coming_in_s(ladder, hopeful=True)
         scale = self.pool.autoscale
         return PoolRecord(
             model=self.pool.first.model,

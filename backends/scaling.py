@@ -164,7 +164,8 @@ class Scaler:
             desired = max(desired, up)
         clamped = self._clamped(desired, seen)
         if clamped != desired:
-            reason += f"; {desired} limited to {clamped}"
+            by = " by the GPUs there are" if clamped == seen.gpu_limit else ""
+            reason += f"; {desired} limited to {clamped}{by}"
         terms["desired"] = float(clamped)
         return Decision(desired=clamped, panicking=panicking, reason=reason, terms=terms)
 

@@ -2,7 +2,8 @@
 
 1. What cannot be moved (on its way up, wanted and younger than its own start took, an operator's)
    is as it is; offline work can be moved at any time.
-2. Every pool's `min`, what it has of it before what it lacks.
+2. Every pool's `min`, of online pools before that of semi-online ones before that of offline ones;
+   within a class what a pool has of it before what another lacks.
 3. The first replica of every online pool that wants one, then of every semi-online one. Whoever
    waits for an answer should find its model somewhere before another model gets faster.
 4. What more online pools have and want, or lack while requests wait; the same of semi-online ones.
@@ -37,6 +38,7 @@ moved yet, nobody after it gets a new replica, or small ones would pass it for e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
@@ -68,10 +70,12 @@ def share_out(claims: Sequence[Claim], cards: int) -> Shares:
     for claim in claims:
         deal.note_fixed(claim)
     by_rank = sorted(claims, key=lambda claim: (RANKS[claim.work_class], claim.pool))
-    for claim in by_rank:
-        deal.grant_up_to(claim, min(claim.min, len(claim.serving)))
-    for claim in by_rank:
-        deal.grant_up_to(claim, claim.min)
+    for _, same in itertools.groupby(by_rank, key=lambda claim: RANKS[claim.work_class]):
+        of_class = list(same)
+        for claim in of_class:
+            deal.grant_up_to(claim, min(claim.min, len(claim.serving)))
+        for claim in of_class:
+            deal.grant_up_to(claim, claim.min)
     for deal_out in (deal.share_firsts, deal.share_needed, deal.share_wanted):
         deal_out(RANKS["online"])
         deal_out(RANKS["semi-online"])

@@ -247,9 +247,13 @@ def test_a_pool_that_wants_less_loses_one_at_a_time() -> None:
     assert arbitrate([claim("a", 0, going, *many[1:])], room(3)).moves == ()
 
 
-def test_its_own_minimum_is_never_given_up() -> None:
+def test_a_minimum_is_given_up_for_one_of_a_class_before_it_alone() -> None:
     offline = claim("off", 1, holder("off-0", "0"), min=1, work_class="offline")
+    assert arbitrate([offline, claim("on", 1)], room(1)).moves == ()
     verdict = arbitrate([offline, claim("on", 1, min=1)], room(1))
+    assert [move.replica_id for move in verdict.moves if isinstance(move, Lower)] == ["off-0"]
+    online = claim("one", 1, holder("one-0", "0"), min=1)
+    verdict = arbitrate([online, claim("other", 1, min=1)], room(1))
     assert verdict.moves == ()
 
 

@@ -265,7 +265,7 @@ def test_gpus_and_the_configured_bounds_come_last() -> None:
     few = [msgspec.structs.replace(one, gpu_limit=3) for one in flood(10.0, 8)]
     decision = last(scaler, iter(few))
     assert decision.desired == 3
-    assert "limited to 3" in decision.reason
+    assert "limited to 3 by the GPUs" in decision.reason
 
 
 # --- what holds always ----------------------------------------------------------------------------
