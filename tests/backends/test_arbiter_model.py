@@ -239,7 +239,7 @@ def test_where_all_fits_all_get_what_they_want_and_then_nothing_moves(
     assert world.moves == moves
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     cards=st.integers(1, 4),
     pools=st.lists(

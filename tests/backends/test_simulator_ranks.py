@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import socket
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -14,7 +17,6 @@ from backends.simulator.flags import parse_flags
 from backends.simulator.kv_events import Endpoint
 from proxy.contract import LoadSample
 from proxy.contract.engines import SGLANG, VLLM
-from tests.fakes.engine import free_port
 from tests.fakes.simulator import Simulated, simulator
 
 PROMPT = {"model": "demo", "prompt": "x" * 400, "max_tokens": 1}
@@ -120,10 +122,18 @@ async def test_adapters_in_use_are_named() -> None:
             assert (await load(engine)).busy_adapters == ("sql",)
 
 
+def _two_free_ports() -> int:
+    """Return the first of two neighbours, below those that the kernel gives to connections."""
+    for port in range(random.randrange(20_000, 30_000, 2), 32_000, 2):
+        with socket.socket() as one, socket.socket() as other, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 1))
+            return port
+    raise AssertionError("no two ports side by side are free")
+
+
 async def test_each_rank_has_its_own_events() -> None:
-    port = await free_port()
-    while port > 65_000:
-        port = await free_port()
+    port = _two_free_ports()
     context = zmq.asyncio.Context()
     subscriber = context.socket(zmq.SUB)
     subscriber.subscribe(b"")

@@ -22,6 +22,7 @@ from backends.log import Log
 from backends.reconcile import Wanted
 from backends.snapshots.base import Capability, SuspendError
 from backends.turns import RefusedError
+from backends.watch import SILENCE_S_MAX
 from proxy.contract.demand import Demand, ReplicaDemand
 from tests.fakes.provider import FakeProcess
 from tests.fakes.suspender import FakeDemand
@@ -96,7 +97,7 @@ async def test_it_is_drained_then_suspended_and_its_card_is_free(world: World) -
 async def test_nothing_is_asked_of_it_while_it_stands_still(world: World) -> None:
     kept = await suspended(world)
     del world.fetch.asked[:]
-    await world.clock.advance(2000.0)
+    await world.clock.advance(SILENCE_S_MAX + 100.0)
     assert world.fetch.asked == []
     assert kept.state.phase is Phase.SUSPENDED
     kept.raise_("test")
@@ -264,7 +265,7 @@ async def test_one_that_cannot_be_resumed_stays_and_is_tried_again_and_given_up(
     await world.clock.advance(1.0)
     assert (kept.state.phase, holders(world)) == (Phase.SUSPENDED, {})
     assert "the card is full" in kept.state.reason
-    await world.clock.advance(600.0)
+    await world.clock.advance(120.0)
     assert world.suspender.words == ["suspend"] + ["resume"] * turns.RESUMES_MAX
     assert world.provider.spawned[0].signals[:1] == [signal.SIGTERM]
 
