@@ -405,8 +405,8 @@ class Scaler:
         held = max(held, seen.in_flight / carried)
         terms["held"] = held
         if window.span_s < 0.8 * hold_s or held > policy.scaledown_share * (total - 1):
-            return total, f"{held:.1f} of {total - 1} would be too many to take one away"
-        return total - 1, f"{total - 1} would have {held:.1f}"
+            return total, f"work for {held:.1f} is too much for {total - 1}, so none is taken away"
+        return total - 1, f"one less will do: there is work for {held:.1f}"
 
     def _waits_for_what_comes(self, seen: Observation) -> bool:
         """Say whether requests wait that will still wait when the next replica is there."""

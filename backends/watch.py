@@ -107,7 +107,8 @@ class Watch:
         self._note_silence(answered=answered)
         emptying = phase in {Phase.DRAINING, Phase.EMPTYING}
         if self._stays_idle(load if emptying else None):
-            self._told.apply(Event.IDLE, "drained")
+            then = "; it goes to rest" if phase is Phase.EMPTYING else ""
+            self._told.apply(Event.IDLE, f"drained{then}")
         else:
             await self._alarm.wait(DRAIN_POLL_S if emptying else self._around.scrape_interval_s)
 
