@@ -21,6 +21,7 @@ from msgspec import Meta
 
 from proxy.config_machines import DockerConfig, ReclaimNoticeConfig
 from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig, WorkClass
+from proxy.config_offline import OfflineConfig
 from proxy.config_reading import (
     ConfigError,
     Count,
@@ -43,6 +44,7 @@ __all__ = (
     "ConfigError",
     "DockerConfig",
     "ModelConfig",
+    "OfflineConfig",
     "PoolConfig",
     "ReclaimNoticeConfig",
     "WorkClass",
@@ -238,6 +240,13 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
         Seconds,
         Meta(description="pause between comments to a stream that waits (status 200); 0: none"),
     ] = 0.0
+    offline_url: Annotated[
+        str | None,
+        Meta(
+            description="service that /v1/files and /v1/batches go to, such as "
+            "http://127.0.0.1:8003 (default: none, these are 404)"
+        ),
+    ] = None
 
 
 class ManagerConfig(Section, frozen=True, kw_only=True):
@@ -306,6 +315,7 @@ class Config(Section, frozen=True, kw_only=True):
     region: Name = "local"
     proxy: ProxyConfig = ProxyConfig()
     manager: ManagerConfig = ManagerConfig()
+    offline: OfflineConfig = OfflineConfig()
     models: tuple[ModelConfig, ...] = ()
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from proxy.config_reading import Count, Name, Path, Seconds, Section
 REPLICAS_MAX = 4096
 RestingRung = Literal["asleep", "suspended", "snapshotted", "cold"]
 WorkClass = Literal["online", "semi-online", "offline"]
+Serves = Literal["requests", "jobs"]
 _Window = Annotated[float, Meta(ge=1, le=3600)]
 _Replicas = Annotated[int, Meta(ge=0, le=REPLICAS_MAX)]
 
@@ -131,6 +132,17 @@ class PoolConfig(Section, frozen=True, kw_only=True, rename={"work_class": "clas
     image: Annotated[
         Path | None,
         Meta(description="with provider docker: image of its containers (default: its engine's)"),
+    ] = None
+    serves: Annotated[
+        Serves,
+        Meta(
+            description="requests: engine servers behind the proxy; jobs: engine workers that "
+            "do the lines of batches, scaled by what is left of them and when it is due"
+        ),
+    ] = "requests"
+    gpu_price_per_hour: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        Meta(description="of one of its GPUs, in any currency, the same for all pools"),
     ] = None
 
     @property

@@ -79,7 +79,7 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
             _POOL + "        evn: {}",
             "f:5: models[0].pools[0]: unknown key 'evn'; did you mean 'env'",
         ),
-        ("zzz: 1", "f:1: unknown key 'zzz'; valid keys: region, proxy, manager, models"),
+        ("zzz: 1", "f:1: unknown key 'zzz'; valid keys: region, proxy, manager, offline, models"),
         ("proxy:\n  port: 70000", "f:2: proxy.port: Expected `int` <= 65535"),
         ("\nproxy: {port: '80'}", "f:2: proxy.port: Expected `int`, got `str`"),
         ("proxy: {api_key: ''}", "f:1: proxy.api_key: Expected `str` of length >= 1"),
@@ -264,6 +264,7 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "queue_bytes": (["9"], "9", 9),
     "hold_timeout_secs": (["7.5"], "7.5", 7.5),
     "keepalive_comment_secs": (["2"], "2", 2.0),
+    "offline_url": (["http://127.0.0.1:8003"], "http://127.0.0.1:8003", "http://127.0.0.1:8003"),
     "queue_timeout_secs": (["5"], "5", 5.0),
     "retry_max_retries": (["0"], "0", 0),
     "disable_retries": ([], "true", True),
@@ -386,7 +387,7 @@ def test_the_schema_knows_every_section() -> None:
     schema = json_schema()
     assert set(schema["$defs"]) == {
         "Config", "ProxyConfig", "ManagerConfig", "ModelConfig", "PoolConfig", "AutoscaleConfig",
-        "DockerConfig", "ReclaimNoticeConfig",
+        "DockerConfig", "ReclaimNoticeConfig", "OfflineConfig",
     }  # fmt: skip
     assert schema["$defs"]["ProxyConfig"]["additionalProperties"] is False
     assert schema["$defs"]["ProxyConfig"]["properties"]["port"]["maximum"] == 65535
