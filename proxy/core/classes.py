@@ -5,6 +5,10 @@ done in minutes; offline work only has to be done. A request says so by its `ser
 words of OpenAI's API; one that says nothing is of the class of its model's pool. Who says "auto" or
 "default" asks for no tier of his own, and so has said nothing.
 
+Below all classes is a request that comes with the field `x-doherty-spare`, such as the lines of a
+job: offline work that may have only what is spare. It goes where it can go at once, or is told to
+come again; it never waits in front of anybody, and nothing is started or kept up for it.
+
 The class decides only among those who wait: who goes first, who may take how much of the room, and
 how long. A request that can go at once goes, whatever it is.
 """
