@@ -218,7 +218,7 @@ class QueueFullError(OverloadedError):
 
 
 class NoSpareError(OverloadedError):
-    """It takes only what is spare (`x-doherty-spare`), and nothing is."""
+    """It takes only what is spare (`x-doherty-class`), and nothing is."""
 
     code = "no_spare_capacity"
 

@@ -11,9 +11,9 @@ Whoever drains a replica by these counts must know what the proxy knew when it c
 its workers have heard that the replica drains, one of them may send it a request after a count of
 none. So a report names the snapshot that all of them had taken before they counted.
 
-A request that may have only what is spare (`x-doherty-spare`) is no demand: nothing starts, stays
-up or comes back for it. So it is in none of a model's counts but `spare`. On a replica it counts as
-any other: one that drains has to finish it.
+A request that may have only what is spare (`x-doherty-class: spare`) is no demand: nothing starts,
+stays up or comes back for it. So it is in none of a model's counts but `spare`. On a replica it
+counts as any other: one that drains has to finish it.
 
 What is not of this form, or counts less than nothing, is no report and is refused as a whole: the
 manager divides by sums of these.

@@ -82,7 +82,7 @@ async def test_what_may_have_only_what_is_spare_is_no_demand_but_holds_its_repli
     bench = make_bench(records("a"))
     bench.publish(*map(in_pool, records("a")), pools=(UP,))
     spare = bench.client()
-    spare.send(chat_request(fields=("x-doherty-spare: 1",)))
+    spare.send(chat_request(fields=("x-doherty-class: spare",)))
     await bench.settle()
     told = demand_of(bench.plane)
     assert told.models["m"] == ModelDemand(spare=1)
@@ -99,7 +99,7 @@ async def test_where_nothing_is_awake_the_spare_is_refused_and_wakes_nobody(
     bench = make_bench(())
     bench.publish(pools=(ZERO,))
     client = bench.client()
-    client.send(chat_request(fields=("x-doherty-spare: 1",)))
+    client.send(chat_request(fields=("x-doherty-class: spare",)))
     await bench.settle()
     refused = client.answer()
     assert refused.status == 429
