@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from proxy.config_machines import DockerConfig, ReclaimNoticeConfig
-from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig, WorkClass
+from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig, Serves, WorkClass
 from proxy.config_offline import OfflineConfig
 from proxy.config_reading import (
     ConfigError,
@@ -47,6 +47,7 @@ __all__ = (
     "OfflineConfig",
     "PoolConfig",
     "ReclaimNoticeConfig",
+    "Serves",
     "WorkClass",
     "describe_fields",
 )

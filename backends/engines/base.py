@@ -93,6 +93,7 @@ class Entry(NamedTuple):
     package: str
     script: tuple[str, ...]
     module: tuple[str, ...]
+    runs_module: bool = False  # the module is ours, and the script only says whose Python it is
 
 
 class EngineMissingError(Exception):
