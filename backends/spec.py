@@ -37,6 +37,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int = 0
     work_class: WorkClass = "online"
     image: str = ""  # of its containers; empty: it is a process of this machine
+    resources: dict[str, float] = {}  # of its node beside GPUs, where a cluster says where it runs
     snapshot: bool = False  # starts from an image of a warm one, and makes it where there is none
 
 
@@ -112,6 +113,7 @@ def _spec(model: ModelConfig, pool: PoolConfig, replica_id: str, image: str) -> 
         work_class=pool.work_class,
         snapshot=pool.snapshot,
         image=image,
+        resources=pool.resources,
     )
 
 
