@@ -169,7 +169,7 @@ def _add_up_flags(parser: argparse.ArgumentParser) -> None:
         "--offline-port",
         type=port_number,
         metavar="PORT",
-        help="port of that service (default: as configured; any, if the manager's is 0)",
+        help="port of that service (default: as configured, else any if the manager's is 0)",
     )
 
 

@@ -93,7 +93,7 @@ def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
     proxy = override(proxy, flags, "--{flag}")
     manager = manager_settings(config.manager, given, environ)
     offline = offline_settings(config.offline, given, environ)
-    if manager.port == 0 and given.get("offline_port") is None:
+    if manager.port == 0 and offline.port == OfflineConfig().port:
         # Whoever takes any port for the one means it for the other.
         offline = msgspec.structs.replace(offline, port=0)
     if (problem := exposed(offline)) is not None and offline.enabled:

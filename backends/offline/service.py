@@ -18,7 +18,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from backends.clock import SystemClock
+from backends.clock import Clock, SystemClock
 from backends.failure import StartError
 from backends.log import Log
 from backends.offline.api_errors import ApiError, error_middleware
@@ -78,12 +78,13 @@ async def serve_offline(setting: Setting) -> int:
         clock = SystemClock()
         store = await open_store(setting, clock)
         stack.push_async_callback(store.close)
+        orders.attend()
         service = OfflineService(setting, store, clock, log)
         await service.run(listener, orders)
     return 0
 
 
-async def open_store(setting: Setting, clock: SystemClock) -> Store:
+async def open_store(setting: Setting, clock: Clock) -> Store:
     """Open what jobs are kept in. Raises `StartError`."""
     try:
         if "://" not in setting.store:
@@ -109,7 +110,7 @@ def listen(host: str, port: int) -> socket.socket:
 class OfflineService:
     """One life of the service over an open store."""
 
-    def __init__(self, setting: Setting, store: Store, clock: SystemClock, log: Log) -> None:
+    def __init__(self, setting: Setting, store: Store, clock: Clock, log: Log) -> None:
         self._setting, self._store, self._log = setting, store, log
         self._ending = asyncio.Event()
         self._cancelled = asyncio.Event()
@@ -151,7 +152,6 @@ class OfflineService:
         return web.Response(text="ok\n")
 
     async def run(self, listener: socket.socket, orders: Orders) -> None:
-        orders.attend()
         runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
         chores = [*self._chores(), spawn(self._reload(orders), "reload", self._log)]
