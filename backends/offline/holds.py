@@ -77,7 +77,7 @@ class HeldChunk:
         results: list[Result] = []
         left_bytes = RESULT_BYTES_MAX
         for result in self._results[:RESULTS_MAX]:
-            size = len(bytes(result.body)) if result.body is not None else 0
+            size = len(bytes(result.body))
             if results and size > left_bytes:
                 break
             left_bytes -= size
