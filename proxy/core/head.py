@@ -17,6 +17,7 @@ from proxy.core.http1 import EXPLAIN, Field, RequestHead, ResponseHead, parse_re
 from proxy.core.replica import RANK_FIELD
 
 REQUEST_ID: Final = b"x-request-id"
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Written by us, or meaningful to this hop only. Ranks: see `core/preamble.py`.
 _NOT_FORWARDED: Final = frozenset(
     (b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, RANK_FIELD)
