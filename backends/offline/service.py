@@ -1,0 +1,260 @@
+"""The process that keeps jobs: Files and Batches for clients, the desk for workers.
+
+What it knows is in its store and nowhere else, so it may be killed at any moment: what was cut of
+an upload is dropped later, a validation begins anew, chunks stay with their workers, who report to
+the next process under the same fences. SIGTERM and SIGINT end it in order: no new connections, the
+waits of long polls are cut, answers that are under way are finished (the second signal cuts them).
+
+A desk that others can reach gives lines of all tenants to whoever asks, so a host other than
+loopback needs a `work_key`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import socket
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from aiohttp import web
+
+from backends.clock import SystemClock
+from backends.failure import StartError
+from backends.log import Log
+from backends.offline.api_errors import ApiError, error_middleware
+from backends.offline.batches_api import BatchesApi
+from backends.offline.counted_desk import CountedDesk
+from backends.offline.files_api import FilesApi
+from backends.offline.fleet_models import KnownModels, configured_names
+from backends.offline.metrics import Metrics
+from backends.offline.needs_telling import NeedsTeller
+from backends.offline.records import (
+    ConflictError,
+    FullError,
+    Limits,
+    NotFoundError,
+    StoreError,
+    UnavailableError,
+)
+from backends.offline.store import Store
+from backends.offline.validating import Validator
+from backends.offline.work_api import WorkApi
+from backends.serve import Orders
+from backends.tasks import cancel_all, spawn
+from proxy.config import Config, ModelConfig, OfflineConfig
+
+VALIDATORS = 2  # so that a small file does not wait for a large one
+LINE_BYTES_MAX = 32 * 1024 * 1024  # of one line: half of what a worker is sent at once
+FINISH_INTERVAL_S = 1.0
+PRUNE_INTERVAL_S = 60.0
+SHUTDOWN_S = 10.0  # for answers that are under way
+STORE_NAME = "offline.db"
+
+
+class Setting:
+    """What one service runs with."""
+
+    def __init__(self, config: Config, manager_url: str | None, store: str) -> None:
+        self.offline: OfflineConfig = config.offline
+        self.models = config.models
+        self.api_key = config.proxy.api_key
+        self.manager_url = manager_url
+        self.store = store
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            hold_s=self.offline.hold_secs,
+            chunk_lines=self.offline.chunk_lines,
+            keep_s=self.offline.keep_secs,
+            bytes_max=self.offline.store_bytes_max,
+        )
+
+
+def exposed(offline: OfflineConfig) -> str | None:
+    """Say what is wrong with where the service listens; None: nothing."""
+    if offline.work_key is not None or offline.host == "localhost":
+        return None
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(offline.host).is_loopback:
+            return None
+    return (
+        f"offline.host {offline.host} can be reached from other machines, whose processes could "
+        "take everybody's lines; set offline.work_key (or DOHERTY_WORK_KEY)"
+    )
+
+
+def prices_of(models: tuple[ModelConfig, ...]) -> dict[str, float]:
+    """Return the price of a GPU-hour by model: the highest of those pools that do jobs."""
+    prices: dict[str, float] = {}
+    for model in models:
+        known = [
+            pool.gpu_price_per_hour
+            for pool in model.pools
+            if pool.gpu_price_per_hour is not None and pool.serves == "jobs"
+        ]
+        if known:
+            prices[model.name] = max(known)
+    return prices
+
+
+def refusal_of(error: Exception) -> ApiError | None:
+    """Say how an error of the store is answered; None: it is none."""
+    match error:
+        case NotFoundError():
+            return ApiError(404, str(error), param="id", code="not_found")
+        case ConflictError():
+            return ApiError(409, str(error), code="conflict")
+        case FullError():
+            return ApiError(507, str(error), code="storage_full")
+        case UnavailableError():
+            return ApiError(503, str(error), code="store_unavailable")
+        case StoreError():
+            return ApiError(500, str(error))
+        case _:
+            return None
+
+
+async def serve_offline(setting: Setting) -> int:
+    """Run until a signal ends it. Raises `StartError` before it listens."""
+    log, orders = Log(), Orders()
+    problem = exposed(setting.offline)
+    if problem is not None:
+        raise StartError(problem)
+    async with contextlib.AsyncExitStack() as stack:
+        listener = stack.enter_context(listen(setting.offline.host, setting.offline.port))
+        clock = SystemClock()
+        store = await Store.open(setting.store, limits=setting.limits, clock=clock)
+        stack.push_async_callback(store.close)
+        service = OfflineService(setting, store, clock, log)
+        await service.run(listener, orders)
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises `StartError`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise StartError(
+            f"port {port} on {host} cannot be used for the offline service: "
+            f"{error.strerror or error}; choose another with --port or offline.port"
+        ) from error
+
+
+class OfflineService:
+    """One life of the service over an open store."""
+
+    def __init__(self, setting: Setting, store: Store, clock: SystemClock, log: Log) -> None:
+        self._setting, self._store, self._log = setting, store, log
+        self._ending = asyncio.Event()
+        self._cancelled = asyncio.Event()
+        self._service_id = uuid.uuid4().hex
+        self._models = KnownModels(configured_names(setting.models))
+        self.desk = CountedDesk(store, clock)
+        self._teller = NeedsTeller(store, self._service_id, log)
+        offline = setting.offline
+        self._files = FilesApi(store, setting.api_key, offline.file_bytes_max)
+        self._batches = BatchesApi(
+            store,
+            self.desk,
+            clock,
+            api_key=setting.api_key,
+            prices=prices_of(setting.models),
+            ending=self._ending,
+            cancelled=self._cancelled,
+        )
+        self._work = WorkApi(self.desk, offline.work_key, self._ending)
+        self._metrics = Metrics(store, self.desk, self._files)
+
+    def application(self) -> web.Application:
+        app = web.Application(middlewares=[error_middleware(self._log, refusal_of)])
+        app.add_routes(
+            [
+                *self._files.routes(),
+                *self._batches.routes(),
+                *self._work.routes(),
+                web.get("/health", self._health),
+                web.get("/metrics", self._metrics.answer),
+            ]
+        )
+        return app
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        if self._ending.is_set():
+            return web.Response(status=503, text="ending\n")
+        return web.Response(text="ok\n")
+
+    async def run(self, listener: socket.socket, orders: Orders) -> None:
+        orders.attend()
+        runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
+        await runner.setup()
+        chores = self._chores()
+        await web.SockSite(runner, listener).start()
+        host, port = listener.getsockname()[:2]
+        self._log.tell("offline_listening", host=host, port=port, pid=os.getpid())
+        try:
+            await orders.stop.wait()
+        finally:
+            self._log.tell("offline_stopping")
+            self._ending.set()
+            await cancel_all(chores)
+            cleanup = asyncio.ensure_future(runner.cleanup())
+            hurry = asyncio.ensure_future(orders.hurry.wait())
+            await asyncio.wait({cleanup, hurry}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (cleanup, hurry):
+                task.cancel()
+            self._log.tell("offline_stopped")
+
+    def _chores(self) -> list[asyncio.Task[None]]:
+        log, offline = self._log, self._setting.offline
+        chores = [spawn(self._finish(), "finish", log), spawn(self._prune(), "prune", log)]
+        for number in range(VALIDATORS):
+            validator = Validator(
+                self._store,
+                self._models,
+                log,
+                service_id=f"{self._service_id}-{number}",
+                lines_max=offline.lines_max,
+                line_bytes_max=min(LINE_BYTES_MAX, offline.file_bytes_max),
+            )
+            chores.append(spawn(validator.run(), "validate", log))
+        if self._setting.manager_url is not None:
+            url = self._setting.manager_url.rstrip("/")
+            chores.append(spawn(self._models.follow(url), "models", log))
+            chores.append(spawn(self._teller.run(url), "needs", log))
+        return chores
+
+    async def _finish(self) -> None:
+        """End what is cancelled, overdue or complete; a failure of the store is tried again."""
+        while True:
+            self._cancelled.clear()
+            try:
+                ended = await self._store.finish_due()
+                if ended:
+                    self._log.tell("batches_finished", batches=ended)
+            except StoreError as error:
+                self._log.caution("finishing_failed", reason=str(error))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FINISH_INTERVAL_S):
+                    await self._cancelled.wait()
+
+    async def _prune(self) -> None:
+        while True:
+            try:
+                gone = await self._store.prune()
+                if gone:
+                    self._log.tell("pruned", rows=gone)
+            except StoreError as error:
+                self._log.caution("pruning_failed", reason=str(error))
+            await asyncio.sleep(PRUNE_INTERVAL_S)
+
+
+def store_of(offline: OfflineConfig, run_dir: str, environ: Mapping[str, str]) -> str:
+    """Return where jobs are kept: the environment's word, then the file's, then the run folder."""
+    return environ.get("DOHERTY_STORE") or offline.store or str(Path(run_dir) / STORE_NAME)
