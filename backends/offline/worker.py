@@ -86,15 +86,17 @@ def parse_options(argv: Sequence[str]) -> Options:
     )
 
 
-def make_engine(options: Options, log: Log) -> LineEngine:
+def make_engine(
+    engine: str, model: str, path: str, arguments: Sequence[str], log: Log
+) -> LineEngine:
     """Return the engine, not started. Each is imported where it is wanted: their Pythons differ."""
-    if options.engine == "simulator":
+    if engine == "simulator":
         from backends.offline.simulator_engine import SimulatorEngine  # noqa: PLC0415
 
-        return SimulatorEngine(options.model, options.arguments, log)
+        return SimulatorEngine(model, arguments, log)
     from backends.offline.vllm_engine import VllmEngine  # noqa: PLC0415
 
-    return VllmEngine(options.model, options.model_path, options.arguments, log)
+    return VllmEngine(model, path, arguments, log)
 
 
 class Page:
@@ -140,7 +142,8 @@ async def serve(options: Options, log: Log) -> int:
     runner = web.AppRunner(page.application(), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     desk = RemoteDesk(options.desk, os.environ.get(KEY_VARIABLE, ""), DESK_PATIENCE_S)
-    engine = make_engine(options, log)
+    arguments = (options.engine, options.model, options.model_path, options.arguments)
+    engine = make_engine(*arguments, log)
     try:
         await web.TCPSite(runner, options.host, options.port).start()
         sys.stdout.write(f"listening on http://{options.host}:{runner.addresses[0][1]}\n")
