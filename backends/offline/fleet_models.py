@@ -48,6 +48,11 @@ class KnownModels:
         self._told: frozenset[str] = frozenset()
         self._any = not configured
 
+    def configure(self, names: frozenset[str]) -> None:
+        """Take the names of a configuration that was read anew."""
+        self._configured = names
+        self._any = not names and not self._told
+
     def knows(self, name: str) -> bool:
         """Say whether a batch may ask for `name`; MODEL:ADAPTER asks for a model."""
         names = self._configured | self._told

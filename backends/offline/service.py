@@ -4,25 +4,21 @@ What it knows is in its store and nowhere else, so it may be killed at any momen
 an upload is dropped later, a validation begins anew, chunks stay with their workers, who report to
 the next process under the same fences. SIGTERM and SIGINT end it in order: no new connections, the
 waits of long polls are cut, answers that are under way are finished (the second signal cuts them).
-
-A desk that others can reach gives lines of all tenants to whoever asks, so a host other than
-loopback needs a `work_key`.
+SIGHUP has it read anew which models there are and what they cost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import os
 import socket
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 
 from aiohttp import web
 
-from backends.clock import SystemClock
+from backends.clock import Clock, SystemClock
 from backends.failure import StartError
 from backends.log import Log
 from backends.offline.api_errors import ApiError, error_middleware
@@ -35,71 +31,23 @@ from backends.offline.needs_telling import NeedsTeller
 from backends.offline.records import (
     ConflictError,
     FullError,
-    Limits,
     NotFoundError,
     StoreError,
     UnavailableError,
 )
+from backends.offline.setting import Setting, exposed, prices_of
 from backends.offline.store import Store
 from backends.offline.validating import Validator
 from backends.offline.work_api import WorkApi
 from backends.serve import Orders
 from backends.tasks import cancel_all, spawn
-from proxy.config import Config, ModelConfig, OfflineConfig
+from proxy.config import ConfigError, load_config
 
 VALIDATORS = 2  # so that a small file does not wait for a large one
 LINE_BYTES_MAX = 32 * 1024 * 1024  # of one line: half of what a worker is sent at once
 FINISH_INTERVAL_S = 1.0
 PRUNE_INTERVAL_S = 60.0
 SHUTDOWN_S = 10.0  # for answers that are under way
-STORE_NAME = "offline.db"
-
-
-class Setting:
-    """What one service runs with."""
-
-    def __init__(self, config: Config, manager_url: str | None, store: str) -> None:
-        self.offline: OfflineConfig = config.offline
-        self.models = config.models
-        self.api_key = config.proxy.api_key
-        self.manager_url = manager_url
-        self.store = store
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(
-            hold_s=self.offline.hold_secs,
-            chunk_lines=self.offline.chunk_lines,
-            keep_s=self.offline.keep_secs,
-            bytes_max=self.offline.store_bytes_max,
-        )
-
-
-def exposed(offline: OfflineConfig) -> str | None:
-    """Say what is wrong with where the service listens; None: nothing."""
-    if offline.work_key is not None or offline.host == "localhost":
-        return None
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(offline.host).is_loopback:
-            return None
-    return (
-        f"offline.host {offline.host} can be reached from other machines, whose processes could "
-        "take everybody's lines; set offline.work_key (or DOHERTY_WORK_KEY)"
-    )
-
-
-def prices_of(models: tuple[ModelConfig, ...]) -> dict[str, float]:
-    """Return the price of a GPU-hour by model: the highest of those pools that do jobs."""
-    prices: dict[str, float] = {}
-    for model in models:
-        known = [
-            pool.gpu_price_per_hour
-            for pool in model.pools
-            if pool.gpu_price_per_hour is not None and pool.serves == "jobs"
-        ]
-        if known:
-            prices[model.name] = max(known)
-    return prices
 
 
 def refusal_of(error: Exception) -> ApiError | None:
@@ -121,18 +69,30 @@ def refusal_of(error: Exception) -> ApiError | None:
 
 async def serve_offline(setting: Setting) -> int:
     """Run until a signal ends it. Raises `StartError` before it listens."""
-    log, orders = Log(), Orders()
-    problem = exposed(setting.offline)
+    log, orders, offline = Log(), Orders(), setting.config.offline
+    problem = exposed(offline)
     if problem is not None:
         raise StartError(problem)
     async with contextlib.AsyncExitStack() as stack:
-        listener = stack.enter_context(listen(setting.offline.host, setting.offline.port))
+        listener = stack.enter_context(listen(offline.host, offline.port))
         clock = SystemClock()
-        store = await Store.open(setting.store, limits=setting.limits, clock=clock)
+        store = await open_store(setting, clock)
         stack.push_async_callback(store.close)
+        orders.attend()
         service = OfflineService(setting, store, clock, log)
         await service.run(listener, orders)
     return 0
+
+
+async def open_store(setting: Setting, clock: Clock) -> Store:
+    """Open what jobs are kept in. Raises `StartError`."""
+    try:
+        if "://" not in setting.store:
+            Path(setting.store).parent.mkdir(parents=True, exist_ok=True)
+        return await Store.open(setting.store, limits=setting.limits, clock=clock)
+    except (StoreError, OSError) as error:
+        place = setting.store.rpartition("@")[2]  # without a password
+        raise StartError(f"the store of jobs, {place}, cannot be used: {error}") from error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -150,22 +110,23 @@ def listen(host: str, port: int) -> socket.socket:
 class OfflineService:
     """One life of the service over an open store."""
 
-    def __init__(self, setting: Setting, store: Store, clock: SystemClock, log: Log) -> None:
+    def __init__(self, setting: Setting, store: Store, clock: Clock, log: Log) -> None:
         self._setting, self._store, self._log = setting, store, log
         self._ending = asyncio.Event()
         self._cancelled = asyncio.Event()
         self._service_id = uuid.uuid4().hex
-        self._models = KnownModels(configured_names(setting.models))
+        self._models = KnownModels(configured_names(setting.config.models))
         self.desk = CountedDesk(store, clock)
+        self._prices = prices_of(setting.config.models)
         self._teller = NeedsTeller(store, self._service_id, log)
-        offline = setting.offline
-        self._files = FilesApi(store, setting.api_key, offline.file_bytes_max)
+        offline, api_key = setting.config.offline, setting.config.proxy.api_key
+        self._files = FilesApi(store, api_key, offline.file_bytes_max)
         self._batches = BatchesApi(
             store,
             self.desk,
             clock,
-            api_key=setting.api_key,
-            prices=prices_of(setting.models),
+            api_key=api_key,
+            prices=self._prices,
             ending=self._ending,
             cancelled=self._cancelled,
         )
@@ -191,10 +152,9 @@ class OfflineService:
         return web.Response(text="ok\n")
 
     async def run(self, listener: socket.socket, orders: Orders) -> None:
-        orders.attend()
         runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
-        chores = self._chores()
+        chores = [*self._chores(), spawn(self._reload(orders), "reload", self._log)]
         await web.SockSite(runner, listener).start()
         host, port = listener.getsockname()[:2]
         self._log.tell("offline_listening", host=host, port=port, pid=os.getpid())
@@ -212,7 +172,7 @@ class OfflineService:
             self._log.tell("offline_stopped")
 
     def _chores(self) -> list[asyncio.Task[None]]:
-        log, offline = self._log, self._setting.offline
+        log, offline = self._log, self._setting.config.offline
         chores = [spawn(self._finish(), "finish", log), spawn(self._prune(), "prune", log)]
         for number in range(VALIDATORS):
             validator = Validator(
@@ -229,6 +189,23 @@ class OfflineService:
             chores.append(spawn(self._models.follow(url), "models", log))
             chores.append(spawn(self._teller.run(url), "needs", log))
         return chores
+
+    async def _reload(self, orders: Orders) -> None:
+        """Take the models of the file anew at each SIGHUP; a faulty file changes nothing."""
+        while True:
+            await orders.reload.wait()
+            orders.reload.clear()
+            if self._setting.config_path is None:
+                continue
+            try:
+                models = load_config(self._setting.config_path).models
+            except ConfigError as error:
+                self._log.fault("reload_failed", reason=str(error), kept="the models before")
+                continue
+            self._models.configure(configured_names(models))
+            self._prices.clear()
+            self._prices.update(prices_of(models))
+            self._log.tell("reload_done", models=len(models))
 
     async def _finish(self) -> None:
         """End what is cancelled, overdue or complete; a failure of the store is tried again."""
@@ -253,8 +230,3 @@ class OfflineService:
             except StoreError as error:
                 self._log.caution("pruning_failed", reason=str(error))
             await asyncio.sleep(PRUNE_INTERVAL_S)
-
-
-def store_of(offline: OfflineConfig, run_dir: str, environ: Mapping[str, str]) -> str:
-    """Return where jobs are kept: the environment's word, then the file's, then the run folder."""
-    return environ.get("DOHERTY_STORE") or offline.store or str(Path(run_dir) / STORE_NAME)
