@@ -21,7 +21,7 @@ half the time, so nobody asks for it but a deadline. Hence:
 
 **A class up** (`presses`): work whose deadlines need most of what all workers could do in the time
 left cannot wait any longer behind what is not urgent either, so their pools' claim counts as
-semi-online until there is slack again. Spare capacity uses the same measure (`pressure`).
+semi-online until there is slack again.
 """
 
 from __future__ import annotations
