@@ -60,6 +60,11 @@ class Questions:
         return answer
 
     @property
+    def gives_back(self) -> bool:
+        """Whether it gives back what it has not done, so that nobody waits for it to be idle."""
+        return self._engine.facts(self.spec).serves == "jobs"
+
+    @property
     def listing_due(self) -> bool:
         return self._clock.now_s() - self._listed_s >= LISTING_INTERVAL_S
 
