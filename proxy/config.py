@@ -46,6 +46,7 @@ __all__ = (
     "ModelConfig",
     "OfflineConfig",
     "PoolConfig",
+    "RayConfig",
     "ReclaimNoticeConfig",
     "Serves",
     "WorkClass",
