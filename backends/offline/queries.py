@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated
 
 import msgspec
@@ -11,6 +12,7 @@ from msgspec import Meta
 from backends.offline.api_errors import ApiError
 
 METADATA_MAX = 16
+IDEMPOTENCY_CHARACTERS_MAX = 255
 BODY_BYTES_MAX = 64 * 1024
 ID_CHARACTERS_MAX = 128
 # OpenAI's bounds of an expiry: an hour to 30 days.
@@ -67,6 +69,21 @@ async def batch_wish(request: web.Request) -> BatchWish:
     if wish.output_expires_after is not None:
         _check_anchor(wish.output_expires_after.anchor, "output_expires_after")
     return wish
+
+
+def idempotency_key(request: web.Request) -> str:
+    """Return the key that makes several attempts one, "" where there is none."""
+    key = request.headers.get("Idempotency-Key", "")
+    if len(key) > IDEMPOTENCY_CHARACTERS_MAX:
+        message = f"An Idempotency-Key has up to {IDEMPOTENCY_CHARACTERS_MAX} characters."
+        raise ApiError(400, message)
+    return key
+
+
+def id_of(kind: str, owner: str, key: str) -> str:
+    """Return the id that what `owner` makes with this key has, whichever attempt makes it."""
+    octets = f"{owner}\0{key}".encode("utf-8", "surrogateescape")
+    return kind + hashlib.blake2b(octets, digest_size=12, person=b"doherty once").hexdigest()
 
 
 def expires_after(fields: dict[str, str]) -> int | None:
