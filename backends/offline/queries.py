@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Annotated
 
 import msgspec
@@ -39,6 +40,8 @@ class BatchWish(msgspec.Struct, frozen=True):
     output_expires_after: ExpiresAfter | None = None
 
 
+_PATH = re.compile(r"\$\.(\w+(?:\.\w+)*)")
+_MISSING = re.compile(r"missing required field `(\w+)`")
 _WISH = msgspec.json.Decoder(BatchWish)
 
 
@@ -54,12 +57,7 @@ async def batch_wish(request: web.Request) -> BatchWish:
     try:
         wish = _WISH.decode(body)
     except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$.")
-        missing = reason.startswith("Object missing required field")
-        param = reason.rpartition("field ")[2].strip("`") if missing else path.rstrip("`")
-        if missing and not path:
-            reason = f"Missing required parameter: '{param}'."
-        raise ApiError(400, reason, param=param or None) from error
+        raise _refusal(str(error)) from error
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise ApiError(400, f"The body is no JSON: {error}") from error
     if wish.metadata is not None and len(wish.metadata) > METADATA_MAX:
@@ -69,6 +67,18 @@ async def batch_wish(request: web.Request) -> BatchWish:
     if wish.output_expires_after is not None:
         _check_anchor(wish.output_expires_after.anchor, "output_expires_after")
     return wish
+
+
+def _refusal(said: str) -> ApiError:
+    """Say as OpenAI does what msgspec finds wrong: '… field `endpoint`', '… - at `$.metadata`'."""
+    reason, _, place = said.partition(" - at ")
+    path = _PATH.search(place)
+    names = [path[1]] if path else []
+    missing = _MISSING.search(reason)
+    if missing:
+        names.append(missing[1])
+        reason = f"Missing required parameter: '{'.'.join(names)}'."
+    return ApiError(400, reason, param=".".join(names) or None)
 
 
 def idempotency_key(request: web.Request) -> str:

@@ -78,49 +78,47 @@ async def test_a_batch_of_5000_lines(tmp_path: Path) -> None:
 _BAD = b'{"custom_id": "broken", \n'
 
 
-@pytest.mark.parametrize(
-    ("content", "problems"),
-    [
-        (jsonl([request(0)]) + _BAD + jsonl([request(2)]), [("invalid_json_line", 2, None)]),
-        (
-            jsonl([request(0), request(1, body={"model": "other", "messages": []})]),
-            [("mismatched_model", 2, "body.model")],
-        ),
-        (
-            jsonl([request(0, body={"model": "nobody's", "messages": []})]),
-            [("model_not_found", None, "body.model")],
-        ),
-        (
-            jsonl([request(0), request(1), request(0), request(1)]),
-            [("duplicate_custom_id", 3, "custom_id"), ("duplicate_custom_id", 4, "custom_id")],
-        ),
-        (b"\n\n", [("empty_file", None, None)]),
-        (b"", [("empty_file", None, None)]),
-        (jsonl([request(n) for n in range(51)]), [("too_many_requests", None, None)]),
-        (
-            jsonl([request(0, url="/v1/embeddings"), request(1, method="GET")]),
-            [("invalid_url", 1, "url"), ("invalid_method", 2, "method")],
-        ),
-        (
-            jsonl([request(0, body={"model": "demo", "stream": True})]),
-            [("invalid_request", 1, "body.stream")],
-        ),
-    ],
-)
-async def test_a_file_that_cannot_be_a_batch(
-    tmp_path: Path, content: bytes, problems: list[tuple[str, int | None, str | None]]
-) -> None:
+_NO_BATCHES: list[tuple[bytes, list[tuple[str, int | None, str | None]]]] = [
+    (jsonl([request(0)]) + _BAD + jsonl([request(2)]), [("invalid_json_line", 2, None)]),
+    (
+        jsonl([request(0), request(1, body={"model": "other", "messages": []})]),
+        [("mismatched_model", 2, "body.model")],
+    ),
+    (
+        jsonl([request(0, body={"model": "nobody's", "messages": []})]),
+        [("model_not_found", None, "body.model")],
+    ),
+    (
+        jsonl([request(0), request(1), request(0), request(1)]),
+        [("duplicate_custom_id", 3, "custom_id"), ("duplicate_custom_id", 4, "custom_id")],
+    ),
+    (b"\n\n", [("empty_file", None, None)]),
+    (b"", [("empty_file", None, None)]),
+    (jsonl([request(n) for n in range(51)]), [("too_many_requests", None, None)]),
+    (
+        jsonl([request(0, url="/v1/embeddings"), request(1, method="GET")]),
+        [("invalid_url", 1, "url"), ("invalid_method", 2, "method")],
+    ),
+    (
+        jsonl([request(0, body={"model": "demo", "stream": True})]),
+        [("invalid_request", 1, "body.stream")],
+    ),
+]
+
+
+async def test_a_file_that_cannot_be_a_batch(tmp_path: Path) -> None:
     async with offline_stage(tmp_path, {"lines_max": 50}) as stage, stage.client() as client:
-        batch = await _submit(client, content)
-        batch = await until_state(client, batch.id, "failed", "in_progress")
-        assert batch.status == "failed"
-        assert [(e.code, e.line, e.param) for e in batch.errors.data] == problems
-        assert batch.errors.object == "list"
-        assert all(error.message for error in batch.errors.data)
-        assert batch.failed_at >= batch.created_at
-        assert batch.output_file_id is None
-        assert batch.error_file_id is None
-        assert batch.request_counts.total == 0
+        for content, problems in _NO_BATCHES:
+            batch = await _submit(client, content)
+            batch = await until_state(client, batch.id, "failed", "in_progress")
+            assert batch.status == "failed", content
+            assert [(e.code, e.line, e.param) for e in batch.errors.data] == problems
+            assert batch.errors.object == "list"
+            assert all(error.message for error in batch.errors.data)
+            assert batch.failed_at >= batch.created_at
+            assert batch.output_file_id is None
+            assert batch.error_file_id is None
+            assert batch.request_counts.total == 0
 
 
 async def _begun(stage: Stage, client: AsyncOpenAI, lines: int, **wish: Any) -> Any:
