@@ -36,7 +36,7 @@ from backends.offline.records import (
     StoreError,
     UnavailableError,
 )
-from backends.offline.setting import Setting, exposed, prices_of
+from backends.offline.setting import Setting, prices_of
 from backends.offline.store import Store
 from backends.offline.validating import Validator
 from backends.offline.work_api import WorkApi
@@ -71,9 +71,6 @@ def refusal_of(error: Exception) -> ApiError | None:
 async def serve_offline(setting: Setting) -> int:
     """Run until a signal ends it. Raises `StartError` before it listens."""
     log, orders, offline = Log(), Orders(), setting.config.offline
-    problem = exposed(offline)
-    if problem is not None:
-        raise StartError(problem)
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(listen(offline.host, offline.port))
         clock = SystemClock()
