@@ -341,6 +341,7 @@ class Plane(Refusal):
             *self.telemetry.samples(),
             *self.sharing.counters(),
             *self.waiting.counters(),
+            *self.preemption.counters(),
             dropped,
         ]
 
