@@ -30,7 +30,7 @@ def written(custom_id: str, result: Result) -> bytes:
     head = b'{"id":"%b","custom_id":%b,"response":' % (name.encode(), _encode(custom_id))
     if result.error is not None:
         return b'%bnull,"error":%b}\n' % (head, _encode(result.error))
-    body = _NOTHING if result.body is None else bytes(result.body)
+    body = bytes(result.body) or _NOTHING
     if b"\n" in body or b"\r" in body:
         # Within a string JSON has no such octet, so these only lay out; a line must not end here.
         body = body.replace(b"\r", b" ").replace(b"\n", b" ")
