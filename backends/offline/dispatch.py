@@ -28,7 +28,7 @@ from backends.offline.gate import Gate, Seen, Verdict
 from backends.offline.region_watch import Asked, Group, RegionWatch, asked_of
 from backends.offline.sender import SEMI_ONLINE, SPARE, Bytes, Counts, Sender, verdict_when_moved_up
 from backends.offline.urgency import Urgency
-from backends.offline.work import Desk, JobNeed, Line
+from backends.offline.work import Desk, JobNeed, JobNeeds, Line
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ModelConfig
 from proxy.contract.demand import DEMAND_INTERVAL_S
@@ -41,7 +41,7 @@ LINE_S_MAX = 3600.0  # a line that takes longer has failed
 ANSWER_BYTES_MAX = 32 * 1024 * 1024
 CLASS_FIELD = "x-doherty-class"
 
-Needs = Callable[[], Awaitable[Mapping[str, tuple[JobNeed, ...]]]]
+Needs = Callable[[float], Awaitable[JobNeeds]]
 
 
 class GroupReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +135,7 @@ class Dispatcher:
         clock: Clock,
         log: Log,
     ) -> None:
-        """`needs()` returns what is left to do of all jobs, by model."""
+        """`needs(unix_s)` returns what is left to do of all jobs."""
         self._desk, self._needs = desk, needs
         self._lines_each_max = config.offline.spare_inputs_max
         self._by_workers = names_of_workers(config.models)
@@ -249,7 +249,7 @@ class Dispatcher:
     async def _count_needs(self) -> None:
         while True:
             try:
-                self._left = await self._needs()
+                self._left = (await self._needs(self._clock.unix_s())).models
             except Exception as error:  # noqa: BLE001 - whatever a store may raise: asked again
                 problem = f"{type(error).__name__}: {error}"
                 self._log.caution("needs_unknown", problem=problem)

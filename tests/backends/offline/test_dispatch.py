@@ -19,7 +19,7 @@ from backends.offline import answers, dispatch, gate, sender
 from backends.offline.dispatch import Dispatcher
 from backends.offline.records import Limits
 from backends.offline.store import Store
-from backends.offline.work import Ask, Report
+from backends.offline.work import Ask, JobNeeds, Report
 from backends.scaling_report import DemandReport, ModelReport
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config
@@ -58,7 +58,7 @@ class Region:
     def make(self, config: Config | None = None, desk: Any = None) -> Dispatcher:
         return Dispatcher(
             desk or self.store,
-            self.store.needs,
+            self.needs,
             config or msgspec.convert({"offline": {"spare_inputs_max": 16}}, Config),
             proxy_url=f"http://127.0.0.1:{self.proxy.port}",
             manager_url=self.manager.url,
@@ -66,6 +66,9 @@ class Region:
             clock=SystemClock(),
             log=Log(self.log),
         )
+
+    async def needs(self, _: float) -> JobNeeds:
+        return JobNeeds(service_id="s", sequence=0, models=await self.store.needs())
 
     async def tell(self, *, panicking: bool = False, **demand: int) -> None:
         self.manager.asked = DemandReport(
@@ -331,7 +334,7 @@ async def test_a_key_that_is_refused_stops_everything_and_errs_nobody(tmp_path: 
         job = await add_job(made.store, 5)
         made.dispatcher = Dispatcher(
             made.store,
-            made.store.needs,
+            made.needs,
             Config(),
             proxy_url=f"http://127.0.0.1:{made.proxy.port}",
             manager_url=made.manager.url,
