@@ -8,7 +8,6 @@ asked of them. `serve.py` gives it a process, signals and a listener.
 from __future__ import annotations
 
 import asyncio
-import random
 import signal
 import uuid
 from collections.abc import Callable, Mapping
@@ -30,8 +29,8 @@ from backends.lifecycle import Event
 from backends.log import Log
 from backends.logfile import bound
 from backends.notices import Reclaims
-from backends.ports import PortLeases
 from backends.providers.base import Process, Provider
+from backends.providers.choice import port_leases, warms
 from backends.readahead import Lists
 from backends.reconcile import (
     Adapt,
@@ -92,13 +91,13 @@ class Manager:
         settings = config.manager
         self._cards = cards or Cards(None, log)
         lists = Lists(Path(settings.run_dir) / "reads")
-        self._warmer = Warmer(log, enabled=settings.warm_page_cache, lists=lists)
+        self._warmer = Warmer(log, enabled=warms(settings), lists=lists)
         self._around = Surroundings(
             clock=clock,
             provider=provider,
             fetch=fetch,
             journal=journal,
-            ports=PortLeases(random.Random()),  # noqa: S311  # spreads, hides nothing
+            ports=port_leases(settings),
             cards=self._cards,
             warmer=self._warmer,
             log=log,

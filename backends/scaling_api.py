@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import msgspec
 from aiohttp import web
@@ -10,8 +11,16 @@ from msgspec import MsgspecError
 
 from backends.arguments import REPLICAS_MAX
 from backends.autoscale import Autoscaler, RefusedScaleError
+from backends.demand import DemandBook
 from backends.offline.work import NEEDS_PATH, JobNeeds
-from backends.scaling_report import POOLS_PATH, SCALING_PATH, encode_report
+from backends.scaled_pool import ScaledPool
+from backends.scaling_report import (
+    POOLS_PATH,
+    SCALING_PATH,
+    DemandReport,
+    ModelReport,
+    encode_report,
+)
 from proxy.contract.demand import DEMAND_BYTES_MAX, DEMAND_PATH, decode_demand
 
 READ_BYTES = 64 * 1024
@@ -30,6 +39,7 @@ class ScalingApi:
         return [
             web.post(DEMAND_PATH, self._demand),
             web.post(NEEDS_PATH, self._needs),
+            web.get(DEMAND_PATH, self._demanded),
             web.get(SCALING_PATH, self._report),
             web.post(POOLS_PATH, self._scale),
         ]
@@ -52,6 +62,10 @@ class ScalingApi:
             raise web.HTTPBadRequest(text=f"that is no report of what is left: {error}") from error
         self._scaler.take_needs(needs)
         return web.Response(status=204)
+
+    async def _demanded(self, _request: web.Request) -> web.Response:
+        body = encode_report(demand_report(self._scaler.pools.values(), self._scaler.book))
+        return web.Response(body=body, content_type="application/json")
 
     async def _report(self, _request: web.Request) -> web.Response:
         body = encode_report(self._scaler.report())
@@ -80,6 +94,25 @@ async def _body(request: web.Request, bytes_max: int) -> bytes:
         if len(body) > bytes_max:
             raise web.HTTPRequestEntityTooLarge(bytes_max, len(body))
     return bytes(body)
+
+
+def demand_report(pools: Iterable[ScaledPool], book: DemandBook) -> DemandReport:
+    """Return what each model is asked for, and the burst that any of its pools sees."""
+    models: dict[str, ModelReport] = {}
+    for pool in pools:
+        scale, first = pool.pool.autoscale, pool.pool.first
+        if first.serves == "jobs":
+            continue
+        panicking = pool.decision is not None and pool.decision.panicking
+        kv_target = scale.kv_target if scale is not None else 1.0
+        for name in (first.model, *first.adapters):
+            other = models.get(name)
+            models[name] = ModelReport(
+                demand=book.of(name),
+                panicking=panicking or (other is not None and other.panicking),
+                kv_target=min(kv_target, other.kv_target if other is not None else 1.0),
+            )
+    return DemandReport(proxies=book.proxies, models=models)
 
 
 def refuse_web_pages(request: web.Request) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from backends.scaling import Decision, Observation
+from proxy.contract.demand import ModelDemand
 
 SCALING_PATH = "/v1/scaling"
 POOLS_PATH = "/v1/pools/{pool_id}/scale"
@@ -74,7 +75,22 @@ class ScalingReport(msgspec.Struct, frozen=True, kw_only=True):
     gpus: GpuReport = GpuReport()
 
 
-def encode_report(report: ScalingReport) -> bytes:
+class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one model is asked for at this moment, by the proxies' newest reports."""
+
+    demand: ModelDemand
+    panicking: bool = False  # its pool scales by a burst
+    kv_target: float = 1.0  # share of the KV cache above which its pool grows
+
+
+class DemandReport(msgspec.Struct, frozen=True, kw_only=True):
+    """All models, by the names that pools serve: for those who use what is spare."""
+
+    proxies: int  # that report
+    models: dict[str, ModelReport]
+
+
+def encode_report(report: ScalingReport | DemandReport) -> bytes:
     return msgspec.json.encode(report)
 
 

@@ -39,7 +39,7 @@ from backends.journal import Journal
 from backends.log import Log
 from backends.manager import Manager
 from backends.notice_watch import watch_notice
-from backends.providers.choice import open_provider
+from backends.providers.choice import cards_of, open_provider
 from backends.snapshots.choice import look_ahead, open_snapshots, suspenders
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ConfigError, load_config
@@ -120,7 +120,7 @@ async def serve(
         fetch = HttpFetch()
         stack.push_async_callback(fetch.close)
         provider = await stack.enter_async_context(open_provider(settings, journal, log))
-        cards = await open_cards(settings.cards, log)
+        cards = await open_cards(cards_of(settings), log)
         snapshots = open_snapshots(config, log)
         ahead = functools.partial(look_ahead, engines=engines, snapshots=snapshots)
         await asyncio.to_thread(ahead, config)

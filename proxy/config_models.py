@@ -133,6 +133,13 @@ class PoolConfig(Section, frozen=True, kw_only=True, rename={"work_class": "clas
         Path | None,
         Meta(description="with provider docker: image of its containers (default: its engine's)"),
     ] = None
+    resources: Annotated[
+        dict[str, Annotated[float, Meta(gt=0)]],
+        Meta(
+            description="with provider ray: what a replica needs of its node beside GPUs, such as "
+            "{CPU: 8, 'accelerator_type:H200': 0.001}"
+        ),
+    ] = msgspec.field(default_factory=dict)
     serves: Annotated[
         Serves,
         Meta(
@@ -155,6 +162,8 @@ class PoolConfig(Section, frozen=True, kw_only=True, rename={"work_class": "clas
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
+        if "GPU" in self.resources:
+            raise ValueError("resources: GPU is said by gpus, or by the engine's arguments")
         if self.autoscale is not None and self.replicas is not None:
             raise ValueError("replicas and autoscale exclude each other; take autoscale.min")
         if self.serves == "jobs":

@@ -24,7 +24,8 @@ from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
 
 HOST = "127.0.0.1"  # engines listen where only this machine can reach them
-EVERYWHERE = "0.0.0.0"  # noqa: S104  # all addresses of a network of its own
+EVERYWHERE = "0.0.0.0"  # noqa: S104  # all addresses of a network of its own, or of another machine
+UNPLACED = "unplaced.invalid"  # the host of what has no machine yet: nobody is asked (RFC 6761)
 KV_TOPIC = "kv"
 # It reads the adapter's weights, from a hub in the worst case. To unload one SGLang waits for the
 # requests that use it (managers/tokenizer_control_mixin.py).
@@ -53,7 +54,7 @@ class Ports(msgspec.Struct, frozen=True):
     kv_events: int = 0
     kv_replay: int = 0
     internal: int = 0  # where the engine looks for ports for its own processes
-    host: str = HOST  # where it listens; `EVERYWHERE` in a cell, whose address nobody else reaches
+    host: str = HOST  # where it listens; `EVERYWHERE` in a cell and on another machine
 
 
 class PortsNeeded(NamedTuple):
@@ -204,7 +205,9 @@ def launch_hash(engine: Engine, spec: ReplicaSpec) -> str:
     cards = [] if spec.gpus is None else [spec.gpus]
     env = sorted((launch.env | spec.env).items())
     image = [spec.image] if spec.image else []
-    text = msgspec.json.encode([engine.name, launch.argv, env, *cards, *image])
+    node = sorted(spec.resources.items())
+    beside = [*cards, *image, *([node] if node else [])]
+    text = msgspec.json.encode([engine.name, launch.argv, env, *beside])
     return hashlib.sha256(text).hexdigest()[:32]
 
 

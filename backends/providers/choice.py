@@ -1,14 +1,21 @@
-"""Which provider the configuration names. The library of one that is not used is not asked for."""
+"""Which provider the configuration names, and what that means for who uses it.
+
+The library of one that is not used is not asked for.
+"""
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from backends.engines.base import EVERYWHERE
 from backends.failure import StartError
 from backends.journal import Journal
 from backends.log import Log
+from backends.nvidia_smi import NONE
+from backends.ports import PortLeases
 from backends.providers.base import Provider
 from backends.providers.process import ProcessProvider
 from proxy.config import ManagerConfig
@@ -31,3 +38,21 @@ async def open_provider(
         ) from error
     async with docker_provider(settings.docker, Path(settings.run_dir), journal, log) as provider:
         yield provider
+
+
+def port_leases(settings: ManagerConfig) -> PortLeases:
+    """Return the ports that engines get: of this machine, or of any machine of a cluster."""
+    seed = random.Random()  # noqa: S311  # spreads, hides nothing
+    if settings.provider != "ray":
+        return PortLeases(seed)
+    return PortLeases(seed, settings.ray.port_min, settings.ray.port_max, EVERYWHERE)
+
+
+def warms(settings: ManagerConfig) -> bool:
+    """Say whether what engines read is to be in this machine's memory before they read it."""
+    return settings.warm_page_cache and settings.provider != "ray"
+
+
+def cards_of(settings: ManagerConfig) -> str:
+    """Return which of this machine's GPUs are to be leased; a cluster leases its own."""
+    return NONE if settings.provider == "ray" else settings.cards

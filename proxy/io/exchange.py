@@ -102,7 +102,7 @@ class Exchange(Ending):
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, lookup=lookup)
-            self._plane.arrived(self._model)
+            self._plane.arrived(self._model, self._request)
             decision, held = self._plane.decide(
                 self._request, self._pool, self._model, lookup=lookup, now_s=self._whole_s
             )

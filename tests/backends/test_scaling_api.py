@@ -14,7 +14,7 @@ import pytest
 from backends.cli import main
 from backends.offline.work import NEEDS_PATH, JobNeed, JobNeeds
 from backends.scaling_api import NEEDS_BYTES_MAX
-from backends.scaling_report import decode_report
+from backends.scaling_report import DemandReport, decode_report
 from proxy.contract.demand import DEMAND_BYTES_MAX, DEMAND_PATH, Demand, ModelDemand, encode_demand
 from tests.backends.test_manager_api import Client, running
 
@@ -47,6 +47,19 @@ async def test_a_report_is_taken_and_told_of(client: Client) -> None:
     assert scaled.notes[-1].moves
     assert scaled.decision is not None
     assert scaled.decision.terms
+
+
+async def test_what_each_model_is_asked_for_now_is_told_without_a_look(client: Client) -> None:
+    told = {"m": ModelDemand(in_flight=3, spare=5), "nobody's": ModelDemand(queued=1)}
+    async with client.session.post(
+        DEMAND_PATH, data=encode_demand(Demand(proxy_id="p", sequence=1, models=told))
+    ) as response:
+        assert response.status == 204
+    found = msgspec.json.decode((await client.get(DEMAND_PATH))[1], type=DemandReport)
+    assert found.proxies == 1
+    assert found.models.keys() == {"m"}
+    assert found.models["m"].demand == told["m"]
+    assert found.models["m"].kv_target == 0.85, "of the pool that is scaled"
 
 
 @pytest.mark.parametrize(
