@@ -38,6 +38,7 @@ def test_a_worker_is_told_where_the_desk_is_and_what_its_engine_is_told() -> Non
     assert argv_of(pool) == (
         *("vllm", "--engine", "vllm", "--model", "m", "--model-path", "/w/m"),
         *("--desk", "http://127.0.0.1:8103", "--worker-id", "m-0"),
+        *("--chunk-lines", "2000"),
         *("--port", "4000", "--host", "127.0.0.1", "--", "--max-model-len", "4096"),
     )
     hashes = {launch_hash(ENGINES["vllm-jobs"], pool.replica(number)) for number in range(3)}

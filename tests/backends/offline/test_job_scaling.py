@@ -54,7 +54,7 @@ class Jobs(World):
     async def told_for(self, seconds: int, *needs: JobNeed, **rates: float) -> None:
         """Have the service say so each second, and what was told to end do so."""
         for _ in range(seconds):
-            self.tell(*needs, rates={name.replace("_", "-"): r for name, r in rates.items()})
+            self.tell(*needs, rates={name.replace("m_", "m-"): r for name, r in rates.items()})
             await self.clock.advance(1.0)
             self.let_end()
 
@@ -154,10 +154,10 @@ async def test_rates_are_learned_from_busy_workers_and_decide(world: Jobs) -> No
 async def test_spare_capacity_that_does_it_in_time_spares_a_worker(world: Jobs) -> None:
     chat = ", {engine: simulator, replicas: 1, target_inputs: 4, name: chat}"
     await world.start(world.configured(JOBS + "}" + chat.replace("}", "", 1)))
-    await world.told_for(3, need(10_000_000), **{"spare:m": 9000.0})
+    await world.told_for(3, need(10_000_000), **{"spare-0:m": 9000.0})
     assert world.phases() == {"chat-0": "ready"}
     assert "spare capacity" in world.pool().decision.reason  # type: ignore[union-attr]
-    await world.told_for(3, need(10_000_000, 3000.0), **{"spare:m": 100.0})
+    await world.told_for(3, need(10_000_000, 3000.0), **{"spare-0:m": 100.0})
     assert world.phases()["m-0"] == "ready"
 
 
