@@ -28,7 +28,7 @@ from backends.offline.gate import Gate, Seen, Verdict
 from backends.offline.region_watch import Asked, Group, RegionWatch, asked_of
 from backends.offline.sender import SEMI_ONLINE, SPARE, Bytes, Counts, Sender, verdict_when_moved_up
 from backends.offline.urgency import Urgency
-from backends.offline.work import Desk, JobNeed, JobNeeds, Line
+from backends.offline.work import SPARE_PREFIX, Desk, JobNeed, JobNeeds, Line, spare_worker
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ModelConfig
 from proxy.contract.demand import DEMAND_INTERVAL_S
@@ -142,7 +142,7 @@ class Dispatcher:
         self._post = _Post(proxy_url, api_key)
         self._watch = RegionWatch(manager_url, clock)
         self._clock, self._log = clock, log
-        self._worker_id = f"spare-{os.urandom(6).hex()}"
+        self._worker_id = f"{SPARE_PREFIX}{os.urandom(6).hex()}"
         self._bytes = Bytes()
         self._served: dict[str, _Served] = {}
         self._left: Mapping[str, tuple[JobNeed, ...]] = {}
@@ -203,8 +203,9 @@ class Dispatcher:
             await cancel_all([self._served.pop(gone).task])
         for name, group in groups.items():
             if name not in self._served:
+                worker_id = spare_worker(self._worker_id, name)
                 sender = Sender(
-                    self._worker_id, self._desk, self._post, self._bytes, self._clock, self._log
+                    worker_id, self._desk, self._post, self._bytes, self._clock, self._log
                 )
                 self._served[name] = _Served(sender, Gate(self._lines_each_max), self._log)
             self._turn(self._served[name], group, now_s)
