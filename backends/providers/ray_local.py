@@ -23,7 +23,13 @@ import msgspec
 from backends.failure import StartError
 from backends.log import Log
 from backends.logfile import last_lines
-from backends.providers.process import LocalProcess, ProcessProvider, boot_id, kill_remains, read_stat
+from backends.providers.process import (
+    LocalProcess,
+    ProcessProvider,
+    boot_id,
+    kill_remains,
+    read_stat,
+)
 from proxy.config import RayConfig
 
 LOCAL = "local"
