@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import os
 import re
 import signal
 import sys
 import uuid
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
@@ -83,7 +85,7 @@ class Ground:
         """Let the manager go as one that is killed: nobody is told, and another comes up."""
         for process in processes:
             process.release()
-        await self._stack.aclose()
+        await self._leave()
         self._stack = AsyncExitStack()
         await self.open()
 
@@ -91,8 +93,14 @@ class Ground:
         """Whatever a failed test has left carries the id of its launch, wherever it runs."""
         kill_remains(self.launches)
         await until(lambda: not find_carriers(self.launches))
-        await self._stack.aclose()
+        await self._leave()
         self.journal.close()
+
+    async def _leave(self) -> None:
+        """Close it; aiodocker leaves the answers of cancelled questions to the garbage."""
+        await self._stack.aclose()
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+            gc.collect()
 
     def launch(self) -> Launch:
         launch = Launch(
