@@ -31,8 +31,8 @@ headcount hearsay holding http1 idle index lease lengths limits loads multipart 
 picture pieces policy preamble prefix prospects replica response_id responses retry ring room routes
 scan session sketch speeds sse usage"""
 _IO: Final = (
-    "access_log choice clock endings engine_answer exchange facts noting outbox plane refusal "
-    "server telemetry upstream upstreams waiting"
+    "access_log choice clock connection endings engine_answer exchange facts noting outbox passage "
+    "plane refusal relay server telemetry upstream upstreams waiting"
 )
 MODULES: Final = (
     "errors",

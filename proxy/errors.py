@@ -217,6 +217,12 @@ class QueueFullError(OverloadedError):
     code = "queue_full"
 
 
+class NoSpareError(OverloadedError):
+    """It takes only what is spare (`x-doherty-class`), and nothing is."""
+
+    code = "no_spare_capacity"
+
+
 class QueueTimeoutError(InvalidRequestError):
     """It waited for a replica as long as it may; nobody has begun it."""
 
@@ -277,6 +283,37 @@ class ReplicaTimeoutError(ProxyError):
     should_retry = True
 
 
+class OfflineUnreachableError(ProxyError):
+    """Nobody answers where files and batches are kept; nothing of the request went anywhere."""
+
+    status = 503
+    code = "offline_unreachable"
+    should_retry = True
+    retry_after_s = 1
+
+
+class OfflineLostError(ProxyError):
+    """It had the request and went away, and may have done what it was asked: no blind repeat.
+
+    A second job would cost as much as the first.
+    """
+
+    status = 502
+    code = "offline_lost"
+
+
+class OfflineReadLostError(OfflineLostError):
+    """It went away while it was asked for what repeating cannot change."""
+
+    code = "offline_read_lost"
+    should_retry = True
+
+
+class OfflineTimeoutError(ProxyError):
+    status = 504
+    code = "offline_timeout"
+
+
 class InternalError(ProxyError):
     closes = True
 
@@ -315,5 +352,9 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     ReplicaLostError,
     BadReplicaAnswerError,
     ReplicaTimeoutError,
+    OfflineUnreachableError,
+    OfflineLostError,
+    OfflineReadLostError,
+    OfflineTimeoutError,
     InternalError,
 )

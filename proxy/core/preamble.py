@@ -16,7 +16,8 @@ from typing import Final
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits
-from proxy.core.http1 import EXPLAIN, RequestHead, parse_request_head
+from proxy.core.classes import SPARE, class_of_field
+from proxy.core.http1 import EXPLAIN, WORK_CLASS, RequestHead, parse_request_head
 from proxy.core.replica import RANK_FIELD
 from proxy.core.routes import Route, find_route
 from proxy.core.session import session_of_head
@@ -38,6 +39,7 @@ class Preamble:
         "method",
         "method_text",
         "minor",
+        "passes",
         "path",
         "path_text",
         "rank_fields",
@@ -46,6 +48,8 @@ class Preamble:
         "route",
         "sent_fields",
         "session_key",
+        "spare",
+        "work_class",
     )
 
     def __init__(self, head: RequestHead) -> None:
@@ -61,11 +65,16 @@ class Preamble:
         self.route: Route | None = None  # None: there is none, and `find_route` says why
         with contextlib.suppress(errors.ProxyError):
             self.route = find_route(head.method, head.path)
+        # What goes on to the offline service, octet by octet, and is no exchange with a replica.
+        self.passes = self.route is not None and self.route.offline
         self.key_digest = sha256(heads.presented_key(head) or b"").digest()
         given = head.get(heads.REQUEST_ID)
         self.request_id = given if given and heads.valid_request_id(given) else None
         self.session_key = session_of_head(head)
         self.asks_for_reasons = EXPLAIN in head.special
+        named = head.special.get(WORK_CLASS, b"")
+        self.work_class = class_of_field(named)
+        self.spare = named == SPARE
         self.encoded = b"content-encoding" in head.special
         self.request_line, self.sent_fields = heads.sent_to_replica(head)
         self.rank_fields = b"".join(
@@ -88,6 +97,24 @@ class Preamble:
             self.request_line,
             host_field,
             self.sent_fields,
+            request_id,
+        )
+
+    def passed_head(self, host_field: bytes, request_id: bytes, length: int) -> bytes:
+        """Return the head to send where bodies pass as they come, one request a connection.
+
+        Without a Content-Length, `length` is that of no body, and a chunked one is chunked anew.
+        """
+        framing = b""
+        if self.chunked:
+            framing = b"transfer-encoding: chunked\r\n"
+        elif length or self.method == b"POST":
+            framing = b"content-length: %d\r\n" % length
+        return b"%b%bconnection: close\r\n%b%bx-request-id: %b\r\n\r\n" % (
+            self.request_line,
+            host_field,
+            self.sent_fields,
+            framing,
             request_id,
         )
 

@@ -22,7 +22,7 @@ from proxy.core.picture import Picture, Seats
 from proxy.core.policy import POLICIES, Decision, Request
 from proxy.core.prospects import UNSCALED, Prospect
 from proxy.core.responses import Responses
-from proxy.errors import ProxyError
+from proxy.errors import NoSpareError, ProxyError
 from proxy.io.clock import Clock
 from proxy.io.telemetry import Telemetry
 from proxy.io.waiting import Waiter, Waiting
@@ -123,7 +123,7 @@ class Choice:
             if held or decision is None or lookup or self.reserves(decision, request):
                 break
         else:
-            decision, held = None, self._held_for_want(self.queue_of(model))
+            decision, held = None, request.spare or self._held_for_want(self.queue_of(model))
         if crowded:
             crowded.clear()
         return decision, held
@@ -142,7 +142,7 @@ class Choice:
         if lookup:
             return False
         if decision is None:
-            return self._held_for_want(self.queue_of(model))
+            return request.spare or self._held_for_want(self.queue_of(model))
         if request.pinned or decision.reason == "response":
             return not has_room(decision, request, self.picture)
         if not self._holds_back:
@@ -167,14 +167,21 @@ class Choice:
         on_decision: Callable[[Decision], None],
         on_refusal: Callable[[ProxyError], None],
     ) -> Waiter:
-        """Have a request wait for its model's replicas; see `Waiting.add`."""
+        """Have a request wait for its model's replicas; see `Waiting.add`.
+
+        Raises `NoSpareError` for one that takes only what is spare: there is nothing.
+        """
+        if request.spare:
+            raise NoSpareError("no replica has room to spare now")
         queue = self.queue_of(model)
         if request.work_class == UNSAID:
             request.work_class = self.prospect_of(queue).work_class
         return self.waiting.add(queue, request, held_bytes, on_decision, on_refusal)
 
-    def arrived(self, model: str) -> None:
-        """Count a request for a model that the fleet has."""
+    def arrived(self, model: str, request: Request) -> None:
+        """Count a request for a model that the fleet has, if it is demand."""
+        if request.spare:
+            return
         if model in self.arrivals:
             self.arrivals[model] += 1
         elif not model and (name := self.only_model()):

@@ -23,7 +23,9 @@ from backends.redact import HIDDEN, redacted, redacted_args
 from backends.service import flags_of
 from backends.settings import manager_config_of, plan_of
 from backends.status import table
-from backends.up import banner, describe, models_down, refuse_left_proxy, services
+from backends.up import refuse_left
+from backends.up_plan import services
+from backends.up_words import banner, describe, models_down
 from proxy.config import ConfigError, parse_config
 from proxy.contract import (
     FleetSnapshot,
@@ -199,12 +201,12 @@ def test_up_tells_a_port_in_use_before_it_starts_anything(
     assert not (folder / "logs").exists()
 
 
-def test_up_wants_three_ports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_up_wants_different_ports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
     flags = ["--port", port, "--admin-port", port, "--manager-port", "0"]
     assert main(["up", *flags, "--run-dir", str(tmp_path / "run")]) == 1
-    assert "three different ports" in capsys.readouterr().err
+    assert "are the same port" in capsys.readouterr().err
 
 
 def test_up_refuses_to_make_an_orphan_of_an_earlier_proxy(
@@ -226,14 +228,14 @@ def test_a_note_of_a_proxy_that_is_gone_stops_nobody(tmp_path: Path) -> None:
     assert stat is not None
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    refuse_left_proxy(tmp_path)  # no note at all
+    refuse_left(tmp_path)  # no note at all
     note = tmp_path / "proxy.pid"
     for text in ("", "words\n", f"{stat.pid}\n", f"{gone.pid} 1\n", f"{stat.pid} 1\n"):
         note.write_text(text)  # the last: the number is another process's by now
-        refuse_left_proxy(tmp_path)
+        refuse_left(tmp_path)
     note.write_text(f"{stat.pid} {stat.start_ticks}\n")
     with pytest.raises(StartError):
-        refuse_left_proxy(tmp_path)
+        refuse_left(tmp_path)
 
 
 @pytest.mark.parametrize("flags", [["--port", "many"], ["--policy", "luck"], ["--workers", "0"]])
@@ -319,9 +321,11 @@ def test_up_has_its_own_manager(name: str) -> None:
 
 def test_keys_go_by_the_environment_and_not_by_the_command_line(good: str) -> None:
     plan = plan_of(given(config=good, api_key="hush-hush", policy="round_robin"), {})
-    manager, proxy = services(plan, {"HOME": "/h"})
-    assert "hush-hush" not in " ".join((*manager.argv, *proxy.argv))
-    assert proxy.env["DOHERTY_API_KEY"] == "hush-hush"
+    commands = services(plan, {"HOME": "/h"})
+    manager, offline, proxy = commands.manager, commands.offline, commands.proxy
+    assert offline is not None
+    assert "hush-hush" not in " ".join((*manager.argv, *offline.argv, *proxy.argv))
+    assert proxy.env["DOHERTY_API_KEY"] == offline.env["DOHERTY_API_KEY"] == "hush-hush"
     assert "--policy=round_robin" in proxy.argv
     assert proxy.argv[5:7] == ("--manager-url", "http://127.0.0.1:9102")
     assert f"--access-log={plan.manager.run_dir}/logs/access.log" in proxy.argv
