@@ -43,7 +43,7 @@ from backends.notice_watch import watch_notice
 from backends.providers.choice import cards_of, open_provider
 from backends.snapshots.choice import look_ahead, open_snapshots, suspenders
 from backends.tasks import cancel_all, spawn
-from proxy.config import Config, ConfigError
+from proxy.config import Config, ConfigError, OfflineConfig, load_config
 
 LOG_CHECK_INTERVAL_S = 30.0
 FAREWELL_S = 0.1  # time for the last snapshot to reach the proxies

@@ -273,19 +273,23 @@ _UPLOAD_SILENCE_S_MAX = 3600.0  # after which an upload is taken for abandoned
 # Up to the last of the first so many: a range of the key, which no planner reads more of.
 _DELETE_PIECES = (
     "DELETE FROM pieces WHERE file = $1 AND piece <= (SELECT max(piece) FROM "
-    "(SELECT piece FROM pieces WHERE file = $1 ORDER BY piece LIMIT $2) AS first_ones) RETURNING piece"
+    "(SELECT piece FROM pieces WHERE file = $1 ORDER BY piece LIMIT $2) AS first_ones) "
+    "RETURNING piece"
 )
 _DELETE_OUTPUT = (
     "DELETE FROM results WHERE job = $1 AND failed = 0 AND number <= (SELECT max(number) FROM "
-    "(SELECT number FROM results WHERE job = $1 AND failed = 0 ORDER BY number LIMIT $2) AS first_ones) "
+    "(SELECT number FROM results WHERE job = $1 AND failed = 0 ORDER BY number LIMIT $2) "
+    "AS first_ones) "
     "RETURNING number"
 )
 _DELETE_ERRORS = (
     "DELETE FROM results WHERE job = $1 AND failed = 1 AND number <= (SELECT max(number) FROM "
-    "(SELECT number FROM results WHERE job = $1 AND failed = 1 ORDER BY number LIMIT $2) AS first_ones) "
+    "(SELECT number FROM results WHERE job = $1 AND failed = 1 ORDER BY number LIMIT $2) "
+    "AS first_ones) "
     "RETURNING number"
 )
 _DELETE_LINES = (
     "DELETE FROM lines WHERE job = $1 AND number <= (SELECT max(number) FROM "
-    "(SELECT number FROM lines WHERE job = $1 ORDER BY number LIMIT $2) AS first_ones) RETURNING number"
+    "(SELECT number FROM lines WHERE job = $1 ORDER BY number LIMIT $2) AS first_ones) "
+    "RETURNING number"
 )
