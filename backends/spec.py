@@ -51,6 +51,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: bool = False  # starts from an image of a warm one, and makes it where there is none
     serves: Serves = "requests"
     desk_url: str = ""  # where a worker of jobs gets its lines
+    chunk_lines: int = 0  # and how many at once
     gpu_price_per_hour: float | None = None  # None: nobody has said
 
 
@@ -61,6 +62,10 @@ class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
     first: ReplicaSpec
     replicas: int | None  # None: as `autoscale` says
     autoscale: AutoscaleConfig | None = None
+
+    @property
+    def serves(self) -> Serves:
+        return self.first.serves
 
     def replica(self, number: int) -> ReplicaSpec:
         """Return the specification of its replica of this number."""
@@ -142,6 +147,7 @@ def _worker(spec: ReplicaSpec, offline: OfflineConfig) -> ReplicaSpec:
     return msgspec.structs.replace(
         spec,
         desk_url=offline.desk_url,
+        chunk_lines=offline.chunk_lines,
         env=key | spec.env,
         work_class="offline" if spec.work_class == "online" else spec.work_class,
     )

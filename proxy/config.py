@@ -46,6 +46,7 @@ __all__ = (
     "ModelConfig",
     "OfflineConfig",
     "PoolConfig",
+    "RayConfig",
     "ReclaimNoticeConfig",
     "Serves",
     "WorkClass",
@@ -339,7 +340,12 @@ class Config(Section, frozen=True, kw_only=True):
         return pool.image or self.manager.docker.images.get(pool.engine, "")
 
     def _check_pool(self, model: str, pool: PoolConfig) -> None:
-        provider = self.manager.provider
+        provider, budget = self.manager.provider, self.offline.price_per_hour_max
+        if budget is not None and pool.serves == "jobs" and pool.gpu_price_per_hour is None:
+            raise ValueError(
+                f"model '{model}': offline.price_per_hour_max needs the gpu_price_per_hour of "
+                "each pool with serves: jobs"
+            )
         if pool.resources and provider != "ray":
             raise ValueError(
                 f"model '{model}': resources are those of a Ray cluster's nodes; leave them out, "

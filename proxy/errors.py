@@ -247,6 +247,12 @@ class NotAwakeError(NoReplicaError):
     code = "not_awake"
 
 
+class PreemptedError(NoReplicaError):
+    """Online work needed its place before it was answered, and it has nowhere to wait."""
+
+    code = "preempted"
+
+
 class DrainingError(ProxyError):
     status = 503
     code = "draining"
@@ -283,6 +289,37 @@ class ReplicaTimeoutError(ProxyError):
     should_retry = True
 
 
+class OfflineUnreachableError(ProxyError):
+    """Nobody answers where files and batches are kept; nothing of the request went anywhere."""
+
+    status = 503
+    code = "offline_unreachable"
+    should_retry = True
+    retry_after_s = 1
+
+
+class OfflineLostError(ProxyError):
+    """It had the request and went away, and may have done what it was asked: no blind repeat.
+
+    A second job would cost as much as the first.
+    """
+
+    status = 502
+    code = "offline_lost"
+
+
+class OfflineReadLostError(OfflineLostError):
+    """It went away while it was asked for what repeating cannot change."""
+
+    code = "offline_read_lost"
+    should_retry = True
+
+
+class OfflineTimeoutError(ProxyError):
+    status = 504
+    code = "offline_timeout"
+
+
 class InternalError(ProxyError):
     closes = True
 
@@ -316,10 +353,15 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     QueueTimeoutError,
     NoReplicaError,
     NotAwakeError,
+    PreemptedError,
     DrainingError,
     ReplicaUnreachableError,
     ReplicaLostError,
     BadReplicaAnswerError,
     ReplicaTimeoutError,
+    OfflineUnreachableError,
+    OfflineLostError,
+    OfflineReadLostError,
+    OfflineTimeoutError,
     InternalError,
 )

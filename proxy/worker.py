@@ -92,6 +92,7 @@ class Worker:
         plane.noting.close()
         await self._tasks.close()
         plane.upstreams.close()
+        plane.offline_links.close()
         plane.access_log.close()
         self._channel.close()
         return self._status

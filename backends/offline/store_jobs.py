@@ -43,10 +43,11 @@ class JobStore(Ender):
         window_s: float,
         metadata: dict[str, str] | None = None,
         output_expires_after_s: float | None = None,
+        job_id: str | None = None,
     ) -> JobRecord:
-        """Make a job that is to be validated."""
+        """Make a job that is to be validated; with a `job_id` that exists, it is that one."""
         await self._require_room()
-        now_s, job_id = self._clock.unix_s(), new_id("batch_")
+        now_s, job_id = self._clock.unix_s(), job_id or new_id("batch_")
         async with self._database.transaction() as transaction:
             found = await transaction.fetch(
                 SELECT_FILE + " WHERE id = $1 AND owner = $2 AND state = 'ready' FOR UPDATE",
@@ -58,7 +59,7 @@ class JobStore(Ender):
             await transaction.execute(
                 "INSERT INTO jobs (id, owner, endpoint, input_file_id, window_s, metadata, state, "
                 "created_s, expires_s, output_keep_s) "
-                "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+                "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (id) DO NOTHING",
                 job_id,
                 owner,
                 endpoint,

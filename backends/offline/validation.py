@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import msgspec
 
 from backends.offline.prefix_order import Prompt, sort_key, tokens_of
+from backends.offline.records import JobError
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 ERRORS_MAX = 100  # that a batch lists; what more there are is counted
@@ -44,15 +45,6 @@ class Code(enum.StrEnum):
     TOO_MANY = "too_many_requests"
     EMPTY = "empty_file"
     TOO_MANY_ERRORS = "too_many_errors"
-
-
-class Problem(msgspec.Struct, frozen=True):
-    """One entry of a batch's list of errors; `line` counts from 1, as editors do."""
-
-    code: str
-    message: str
-    line: int | None = None
-    param: str | None = None
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -146,12 +138,14 @@ class _WrongError(Exception):
         self.code, self.param = code, param
 
 
-def check_line(piece: Piece, endpoint: str, line_bytes_max: int) -> Good | Problem:
+def check_line(piece: Piece, endpoint: str, line_bytes_max: int) -> Good | JobError:
     """Say whether a line can be asked, and of what job, or the first thing that is wrong."""
     try:
         return _good(piece, endpoint, line_bytes_max)
     except _WrongError as wrong:
-        return Problem(wrong.code.value, str(wrong), piece.line, wrong.param)
+        return JobError(
+            code=wrong.code.value, message=str(wrong), line=piece.line, param=wrong.param
+        )
 
 
 def _good(piece: Piece, endpoint: str, line_bytes_max: int) -> Good:
@@ -242,24 +236,24 @@ class FileCheck:
         self._too_many = False
         self.lines = 0  # that can be asked, and those that cannot
         self.model: str | None = None  # that of the first line
-        self.problems: list[Problem] = []
+        self.problems: list[JobError] = []
 
-    def add(self, checked: Good | Problem) -> bool:
+    def add(self, checked: Good | JobError) -> bool:
         """Take the next line; say whether it is one of the job."""
         self.lines += 1
-        if isinstance(checked, Problem):
+        if isinstance(checked, JobError):
             self.note(checked)
             return False
         if self.model is None:
             self.model = checked.model
         elif checked.model != self.model:
             self.note(
-                Problem(
-                    Code.MISMATCHED_MODEL,
-                    f"All requests of a batch are for one model: '{checked.model}' is not "
-                    f"'{self.model}', the first.",
-                    checked.line,
-                    "body.model",
+                JobError(
+                    code=Code.MISMATCHED_MODEL.value,
+                    message="All requests of a batch are for one model: "
+                    f"'{checked.model}' is not '{self.model}', the first.",
+                    line=checked.line,
+                    param="body.model",
                 )
             )
             return False
@@ -271,34 +265,37 @@ class FileCheck:
         """There are too many lines already: what else there is needs no reading."""
         return max(self.lines, self._inputs) > self._lines_max
 
-    def note(self, problem: Problem) -> None:
+    def note(self, problem: JobError) -> None:
         self._wrong += 1
         if len(self.problems) < ERRORS_MAX:
             self.problems.append(problem)
 
-    def end(self, *, model_known: bool) -> tuple[Problem, ...]:
+    def end(self, *, model_known: bool) -> tuple[JobError, ...]:
         """Say what is wrong with the file as a whole, beside its lines; nothing: it may run."""
         if self.full:
             what = "embedding inputs" if self.lines <= self._lines_max else "requests"
             message = f"The batch has more than {self._lines_max} {what}."
-            return (Problem(Code.TOO_MANY, message),)
+            return (JobError(code=Code.TOO_MANY.value, message=message),)
         if not self.lines:
             message = "The input file is empty: a batch has at least one request."
-            return (Problem(Code.EMPTY, message),)
+            return (JobError(code=Code.EMPTY.value, message=message),)
         problems = list(self.problems)
         if self.model is not None and not model_known:
             message = f"No replica or pool serves the model '{self.model}'."
-            problems.insert(0, Problem(Code.MODEL_NOT_FOUND, message, None, "body.model"))
+            problems.insert(
+                0,
+                JobError(code=Code.MODEL_NOT_FOUND.value, message=message, param="body.model"),
+            )
         if (more := self._wrong - len(self.problems)) > 0:
             message = f"{more} further lines are wrong and not listed."
-            problems.append(Problem(Code.TOO_MANY_ERRORS, message))
+            problems.append(JobError(code=Code.TOO_MANY_ERRORS.value, message=message))
         return tuple(problems)
 
 
-def duplicate(line: int, custom_id: str) -> Problem:
+def duplicate(line: int, custom_id: str) -> JobError:
     """Return the problem of a line whose id an earlier line has."""
     message = f"The custom_id '{custom_id}' is that of another request; each has its own."
-    return Problem(Code.DUPLICATE, message, line, "custom_id")
+    return JobError(code=Code.DUPLICATE.value, message=message, line=line, param="custom_id")
 
 
 def _text(part: Part) -> str | None:

@@ -24,6 +24,7 @@ from proxy.core.http1 import (
 from proxy.core.replica import RANK_FIELD
 
 REQUEST_ID: Final = b"x-request-id"
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Written by us, or meaningful to this hop only. Ranks: see `core/preamble.py`.
 _NOT_FORWARDED: Final = frozenset(
     (b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, WORK_CLASS, RANK_FIELD)

@@ -39,6 +39,7 @@ class Preamble:
         "method",
         "method_text",
         "minor",
+        "passes",
         "path",
         "path_text",
         "rank_fields",
@@ -64,6 +65,8 @@ class Preamble:
         self.route: Route | None = None  # None: there is none, and `find_route` says why
         with contextlib.suppress(errors.ProxyError):
             self.route = find_route(head.method, head.path)
+        # What goes on to the offline service, octet by octet, and is no exchange with a replica.
+        self.passes = self.route is not None and self.route.offline
         self.key_digest = sha256(heads.presented_key(head) or b"").digest()
         given = head.get(heads.REQUEST_ID)
         self.request_id = given if given and heads.valid_request_id(given) else None
@@ -94,6 +97,24 @@ class Preamble:
             self.request_line,
             host_field,
             self.sent_fields,
+            request_id,
+        )
+
+    def passed_head(self, host_field: bytes, request_id: bytes, length: int) -> bytes:
+        """Return the head to send where bodies pass as they come, one request a connection.
+
+        Without a Content-Length, `length` is that of no body, and a chunked one is chunked anew.
+        """
+        framing = b""
+        if self.chunked:
+            framing = b"transfer-encoding: chunked\r\n"
+        elif length or self.method == b"POST":
+            framing = b"content-length: %d\r\n" % length
+        return b"%b%bconnection: close\r\n%b%bx-request-id: %b\r\n\r\n" % (
+            self.request_line,
+            host_field,
+            self.sent_fields,
+            framing,
             request_id,
         )
 

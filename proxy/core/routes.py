@@ -36,6 +36,7 @@ class Route:
     lookup: bool = False  # state that one replica holds: asked of each until one knows it
     local: bool = False  # answered by the proxy itself
     json: bool = True  # the body is a JSON object that names a model
+    offline: bool = False  # the offline service's: octets pass as they come, and no replica sees it
 
 
 _POST = frozenset((b"POST",))
@@ -44,6 +45,10 @@ _GET = frozenset((b"GET", b"HEAD"))
 
 def _post(name: str, prompt: PromptKind, *, json: bool = True) -> Route:
     return Route(name=name, methods=_POST, prompt=prompt, json=json)
+
+
+def _offline(name: str, *methods: bytes) -> Route:
+    return Route(name, frozenset(methods), json=False, offline=True)
 
 
 ROUTES: Final[dict[bytes, Route]] = {
@@ -71,6 +76,8 @@ ROUTES: Final[dict[bytes, Route]] = {
     b"/classify": _post("classify", PromptKind.INPUT),
     b"/tokenize": _post("tokenize", PromptKind.INPUT),
     b"/detokenize": _post("tokenize", PromptKind.INPUT),
+    b"/v1/files": _offline("files", b"GET", b"POST"),
+    b"/v1/batches": _offline("batches", b"GET", b"POST"),
     b"/v1/models": Route("models", _GET, local=True),
     b"/health": Route("health", _GET, local=True),
     b"/livez": Route("health", _GET, local=True),
@@ -98,6 +105,22 @@ _STORED: Final = (
     (
         re.compile(rb"/v1/chat/completions/(?:chatcmpl|completion)[_-]" + _ID + rb"/messages"),
         _stored("stored_chat", b"GET"),
+    ),
+)
+# Files and jobs. The id that a client gave a line may be any text, as one segment of a path; one of
+# dots alone would be taken for a step in the tree.
+_LINE_ID: Final = (
+    rb"(?!(?:\.|%2[Ee]){1,2}\Z)(?:[A-Za-z0-9._~:@!$&'()*+,;=-]|%[0-9A-Fa-f]{2}){1,1024}"
+)
+_KEPT: Final = (
+    (re.compile(rb"/v1/files/" + _ID), _offline("files", b"GET", b"DELETE")),
+    (re.compile(rb"/v1/files/" + _ID + rb"/content"), _offline("files", b"GET")),
+    (re.compile(rb"/v1/batches/" + _ID), _offline("batches", b"GET")),
+    (re.compile(rb"/v1/batches/" + _ID + rb"/cancel"), _offline("batches", b"POST")),
+    (re.compile(rb"/v1/batches/" + _ID + rb"/results"), _offline("batches", b"GET")),
+    (
+        re.compile(rb"/v1/batches/" + _ID + rb"/results/" + _LINE_ID),
+        _offline("batches", b"GET"),
     ),
 )
 # A second meaning of a path, by its method.
@@ -132,8 +155,16 @@ def _find_pattern(path: bytes) -> Route:
     for pattern, route in _STORED:
         if pattern.fullmatch(path):
             return route
+    for pattern, route in _KEPT:
+        if pattern.fullmatch(path):
+            return route
+    raise unknown_path(path)
+
+
+def unknown_path(path: bytes) -> errors.NotFoundError:
+    """Return what is said of a path that is not served here."""
     shown = path[:200].decode("ascii", "backslashreplace")
-    raise errors.NotFoundError(
+    return errors.NotFoundError(
         f"there is no {shown} here; see the README for the paths that are served"
     )
 

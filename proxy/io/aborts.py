@@ -97,6 +97,12 @@ class _Abort:
     def no_means(self, reason: str) -> None:
         self._end()
 
+    def request_slow(self) -> None:
+        """It is small."""
+
+    def request_moves(self) -> None:
+        """It is small."""
+
     def response_started(self, head: ResponseHead, length: int) -> None:
         """Whatever it answers."""
 

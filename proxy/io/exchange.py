@@ -19,12 +19,15 @@ from __future__ import annotations
 import logging
 from typing import Final
 
+from typing_extensions import override
+
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
-from proxy.core.chunked import ChunkedDecoder, decode_followed
-from proxy.core.holding import has_room
+from proxy.core.chunked import decode_followed
+from proxy.core.classes import OFFLINE
 from proxy.core.http1 import ResponseHead
+from proxy.core.opening import has_room
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
 from proxy.core.response_id import find_id
@@ -32,15 +35,15 @@ from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import PromptKind, find_route
 from proxy.core.session import response_key
 from proxy.core.sse import Openings
-from proxy.io.endings import Client, Ending
+from proxy.io.endings import Client
 from proxy.io.engine_answer import EngineAnswer, keep_error, told_head
 from proxy.io.plane import Plane
+from proxy.io.relay import Relay
 from proxy.io.upstream import Upstream
 
 _log = logging.getLogger("doherty.exchange")
 
-_CHOOSING: Final = Progress.CHOOSING  # looked up once: every request passes through them
-_QUEUED: Final = Progress.QUEUED
+_QUEUED: Final = Progress.QUEUED  # looked up once: every request passes through them
 _CONNECTING: Final = Progress.CONNECTING
 _REQUEST_SENT: Final = Progress.REQUEST_SENT
 _RESPONSE_STARTED: Final = Progress.RESPONSE_STARTED
@@ -52,43 +55,38 @@ _OPENINGS: Final = {
 }
 
 
-class Exchange(Ending):
+class Exchange(Relay):
     """One request and its response. How it ends stands in `Ending`, what is counted in `Facts`."""
 
     __slots__ = (
         "_beginning",
         "_error",
-        "_last_octet_s",
         "_openings",
-        "_paused",
-        "_progress",
-        "_unsent_head",
     )
 
     def __init__(self, plane: Plane, client: Client, preamble: Preamble, length: int) -> None:
         super().__init__(plane, client, preamble, length)
-        self._last_octet_s = self._started_s
-        self._progress = _CHOOSING
-        self._unsent_head = b""  # of the answer, rendered
         self._error: EngineAnswer | None = None  # the engine's, until it is whole
         self._beginning: bytes | None = None  # of an answer that others may go on from
         self._openings: Openings | None = None  # of a stream that begins before its first token
-        self._paused = False
 
     # --- 1. the head -------------------------------------------------------------------------
 
+    @override
     def judge_head(self) -> None:
         """Everything that can be refused before the body is read. Raises `ProxyError`."""
         preamble = self._preamble
         self._route = preamble.route or find_route(preamble.method, preamble.path)
         self._plane.admit(self._route, preamble, self._length)
 
+    @override
     def hold_body(self, size: int) -> None:
         """Count octets of the body against what may be held. Raises `ProxyError`."""
         self._held_bytes = self._plane.hold_body(self._held_bytes, size)
 
     # --- 2. the body, the choice -------------------------------------------------------------
 
+    @override
     def begin(self, body: bytes) -> None:
         """The request is whole. Failures are answered here, and nothing is raised."""
         self._whole_s = self._plane.clock.now_s()
@@ -170,12 +168,37 @@ class Exchange(Ending):
         self._attempts += 1
         self._know_price(decision, now_s)
         self._lease = plane.acquire(decision, self._request, now_s)
+        if self._request.work_class == OFFLINE and self._preempted < limits.PREEMPTIONS_MAX:
+            plane.preemption.add(self._lease, self.give_way)
         upstream = plane.upstreams.take(replica.replica_id)
         if upstream is not None:
             self.connected(upstream)
         else:
             self._progress = _CONNECTING
             self._connecting = plane.upstreams.connect(replica, self)
+
+    def give_way(self) -> None:
+        """Online work needs its place, before an octet of its answer has come: wait again."""
+        plane = self._plane
+        self._drop_replica()
+        self._release(plane.clock.now_s())
+        self._preempted += 1
+        self._attempts = 0  # what was tried before says nothing of what is there then
+        try:
+            self._waiter = plane.wait(
+                self._model,
+                self._request,
+                self._held_bytes,
+                self.open_for,
+                self.fail,
+                self._whole_s,
+            )
+        except errors.QueueFullError:
+            plane.preemption.refused_total += 1
+            self.fail(errors.PreemptedError("online work needed the place of this request"))
+        else:
+            self._progress = _QUEUED
+            plane.preemption.requeued_total += 1
 
     def _nobody(self, reason: str = "") -> errors.ProxyError:
         assert self._pool is not None
@@ -226,6 +249,12 @@ class Exchange(Ending):
         upstream.send(self, head, self._body)
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
 
+    def request_slow(self) -> None:
+        """A body waits to go out, whole: there is nobody to hold back."""
+
+    def request_moves(self) -> None:
+        """The body has gone out far enough."""
+
     def response_started(self, head: ResponseHead, length: int) -> None:
         assert self._decision is not None
         assert self._upstream is not None
@@ -247,6 +276,8 @@ class Exchange(Ending):
             return
         self._progress = _RESPONSE_STARTED
         self._response = head
+        if self._request.work_class == OFFLINE and self._lease is not None:
+            self._plane.preemption.drop(self._lease)
         self._drop_body()  # it will not be sent again
         if self._route is not None and self._route.prompt is _RESPONSES and head.status == 200:
             self._beginning = b""
@@ -257,18 +288,6 @@ class Exchange(Ending):
             self._render_head(head, length)
         if self._paused and self._upstream is not None:  # slow before there was what to pause
             self._upstream.pause()
-
-    def _render_head(self, head: ResponseHead, length: int) -> None:
-        framing = heads.framing_line(head, length, self._preamble.minor)
-        if head.chunked and not framing:
-            self._decoder = ChunkedDecoder()
-        if not framing and head.status not in (204, 304):
-            self._keep_alive = False  # only our close can tell the client where the body ends
-        keep_alive = self._keep_alive = self._may_keep_alive()  # what it is told now holds
-        extra = self._persistence(keep_alive) + self._diagnostics()
-        self._unsent_head = heads.client_head(
-            head, self.request_id, framing=framing, keep_alive=keep_alive, extra=extra
-        )
 
     def _ask_next(self, replica_id: str) -> bool:
         """A stored response lives on one replica: ask the others before believing a 404."""
@@ -326,17 +345,6 @@ class Exchange(Ending):
         if response_id and self._decision is not None:
             self._plane.remember_response(response_key(response_id), self._decision.replica.name)
 
-    def response_head_due(self) -> None:
-        """What came with the head has been relayed. If that was nothing, the head goes alone."""
-        if self._unsent_head and not self._done:
-            self._send(b"")
-
-    def _send(self, data: bytes) -> None:
-        """Write to the client; the head goes with the first octets, in one call of the system."""
-        if self._unsent_head:
-            data, self._unsent_head = self._unsent_head + data, b""
-        self._client.write(data)
-
     def response_ended(self, *, reusable: bool) -> None:
         if self._done:
             return
@@ -389,25 +397,7 @@ class Exchange(Ending):
 
     # --- what may happen at any time ---------------------------------------------------------
 
-    def client_gone(self) -> None:
-        """The client closed: the engine stops, the lease is released, whatever state we are in."""
-        if self._done:
-            return
-        self._plane.telemetry.cancellations[self._progress.name.lower()] += 1
-        self._drop_replica()
-        self._finish(errors.CLIENT_GONE_STATUS, errors.CLIENT_GONE)
-
-    def client_slow(self) -> None:
-        self._paused = True
-        if self._upstream is not None:
-            self._upstream.pause()
-
-    def client_reads(self) -> None:
-        self._paused = False
-        self._last_octet_s = self._plane.clock.now_s()
-        if self._upstream is not None:
-            self._upstream.resume()
-
+    @override
     def check_deadline(self, now_s: float) -> None:
         """Called by the sweep: a replica that is silent for too long has lost the request."""
         if self._waiter is not None:

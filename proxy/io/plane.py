@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ssl
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
@@ -14,7 +15,7 @@ import orjson
 
 from proxy import tls
 from proxy.config import ProxyConfig
-from proxy.contract import FleetSnapshot
+from proxy.contract import FleetSnapshot, ReplicaRecord
 from proxy.core import fleet as fleets
 from proxy.core import limits
 from proxy.core.asked import Asked, read_body
@@ -22,7 +23,7 @@ from proxy.core.head_memory import HeadMemory
 from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
-from proxy.core.replica import Replica
+from proxy.core.replica import Replica, replica_of
 from proxy.core.routes import Route, model_of_path
 from proxy.core.usage import Usage
 from proxy.errors import (
@@ -73,6 +74,11 @@ class Plane(Refusal):
             partial(tls.replica_context, config),
             self.outbox,
         )
+        # Not of the fleet: apart, so that what changes there closes nothing here.
+        self.offline_links = Upstreams(
+            clock, tasks, config.connect_timeout_secs, self._unsolicited, outbox=self.outbox
+        )
+        self.offline = _offline(config)
         self.aborts = Aborts(lambda: self.upstreams)
         self.fleet_epoch, self.fleet_version = "", 0  # of the snapshot taken last
         self.draining = False
@@ -95,6 +101,8 @@ class Plane(Refusal):
         self.upstreams.reconfigure(
             config.connect_timeout_secs, partial(tls.replica_context, config)
         )
+        self.offline_links.reconfigure(config.connect_timeout_secs, ssl.create_default_context)
+        self.offline = _offline(config)
         before, self.access_log = self.access_log, access_log
         access_log.dropped_total = before.dropped_total
         return before
@@ -334,6 +342,7 @@ class Plane(Refusal):
             *self.telemetry.samples(),
             *self.sharing.counters(),
             *self.waiting.counters(),
+            *self.preemption.counters(),
             dropped,
         ]
 
@@ -375,6 +384,13 @@ class Plane(Refusal):
             Sample("replica_prefill_tokens_per_second", by, speed),
             Sample("replica_cache_tokens", by, sum([picture.cache_tokens(s) for s in slots])),
         ]
+
+
+def _offline(config: ProxyConfig) -> Replica | None:
+    """Return the address of the service that keeps files and jobs, in the form of a replica's."""
+    if config.offline_url is None:
+        return None
+    return replica_of(ReplicaRecord(replica_id="offline", url=config.offline_url))
 
 
 def _digest(key: str | None) -> bytes:

@@ -9,80 +9,53 @@ that the client sees the answer and not a reset (RFC 9112 §9.6).
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
-import select
 import socket
 import struct
 from typing import Final, NoReturn, cast
+
+from typing_extensions import override
 
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits
 from proxy.core.http1 import ChunkedDecoder, check_partial_head
 from proxy.core.pieces import Pieces
+from proxy.io.connection import (
+    BODY,
+    CLOSED,
+    HEAD,
+    IDLE,
+    LINGERING,
+    PASSING,
+    SERVING,
+    Connection,
+)
 from proxy.io.exchange import Exchange
-from proxy.io.outbox import Writer
+from proxy.io.passage import Passage
 from proxy.io.plane import Plane
+from proxy.io.relay import Relay
 
 _log = logging.getLogger("doherty.server")
 
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
 # l_onoff, l_linger: close by RST. A plain abort of a transport sends FIN, as a whole answer does.
 _RESET: Final = struct.pack("ii", 1, 0)
 
 
-class _State(enum.Enum):
-    IDLE = enum.auto()  # nothing of a request has come
-    HEAD = enum.auto()
-    BODY = enum.auto()
-    SERVING = enum.auto()  # the exchange has the request
-    LINGERING = enum.auto()  # answered; reading on before the close
-    CLOSED = enum.auto()
-
-
-# Looked up once: every piece of data asks.
-_IDLE: Final = _State.IDLE
-_HEAD: Final = _State.HEAD
-_BODY: Final = _State.BODY
-_SERVING: Final = _State.SERVING
-_LINGERING: Final = _State.LINGERING
-_CLOSED: Final = _State.CLOSED
-
-
-class ServerProtocol(Writer):
+class ServerProtocol(Connection):
     """One client connection."""
 
     __slots__ = (
-        "_ahead",
-        "_body_since_s",
-        "_connections",
-        "_deadline_s",
-        "_decoder",
-        "_empty_line_met",
-        "_exchange",
-        "_head_buffer",
-        "_left",
-        "_lingered_bytes",
-        "_looking",
-        "_pieces",
-        "_plane",
-        "_reading_paused",
-        "_stalled_since_s",
-        "_state",
-        "_waiting_bytes",
-        "_write_paused",
-        "carrier",
-        "peer",
-    )
+        "_ahead", "_body_since_s", "_connections", "_decoder", "_empty_line_met", "_exchange",
+        "_head_buffer", "_left", "_pieces", "_stalled_since_s", "_waiting_bytes", "_write_paused",
+        "carrier", "peer",
+    )  # fmt: skip
 
     def __init__(self, plane: Plane, connections: set[ServerProtocol]) -> None:
-        super().__init__(plane.outbox)
-        self._plane = plane
+        super().__init__(plane)
         self._connections = connections
-        self._state = _IDLE
-        self._deadline_s = 0.0
-        self._exchange: Exchange | None = None
+        self._exchange: Relay | None = None
         self._head_buffer = bytearray()
         self._empty_line_met = False
         self._pieces = Pieces()
@@ -90,12 +63,9 @@ class ServerProtocol(Writer):
         self._body_since_s = 0.0
         self._decoder: ChunkedDecoder | None = None
         self._ahead = b""  # octets of later requests
-        self._reading_paused = False
         self._write_paused = False
         self._waiting_bytes = 0  # octets that the client had not taken at the last sweep
         self._stalled_since_s = 0.0
-        self._lingered_bytes = 0
-        self._looking = False
         self.peer = ""
         self.carrier: asyncio.Transport | None = None  # what carries TLS; its octets wait, too
 
@@ -109,7 +79,7 @@ class ServerProtocol(Writer):
         self._connections.add(self)
         if len(self._connections) > self._plane.connections_max:
             self._plane.telemetry.connections_refused_total += 1
-            self._state = _CLOSED
+            self._state = CLOSED
             self._transport.abort()
             return
         self._plane.telemetry.connections_total += 1
@@ -118,16 +88,18 @@ class ServerProtocol(Writer):
     def data_received(self, data: bytes) -> None:
         try:
             state = self._state
-            if state is _IDLE and (self._ahead or self._write_paused):
+            if state is IDLE and (self._ahead or self._write_paused):
                 # What came before goes first, and who reads nothing is served nothing more.
                 self._keep_for_later(data)
-            elif state is _IDLE or state is _HEAD:
+            elif state is IDLE or state is HEAD:
                 self._read_head(data)
-            elif state is _BODY:
+            elif state is BODY:
                 self._read_body(data)
-            elif state is _SERVING:
+            elif state is SERVING:
                 self._keep_for_later(data)
-            elif state is _LINGERING:
+            elif state is PASSING:
+                self._pass(data)
+            elif state is LINGERING:
                 self._linger(len(data))
         except errors.ProxyError as error:
             self._refuse(error)
@@ -136,6 +108,7 @@ class ServerProtocol(Writer):
             _log.exception("connection from %s", self.peer)
             self._refuse(errors.InternalError("the proxy failed; its log has the reason"))
 
+    @override
     def eof_received(self) -> bool:
         # A client that has closed its sending side cannot be told from one that has gone; what it
         # asked for would be computed for nobody (nginx and Caddy read it so, too). Not left to
@@ -143,13 +116,13 @@ class ServerProtocol(Writer):
         self.write_due()
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
-            self._state = _CLOSED
+            self._state = CLOSED
             exchange.client_gone()
             self._transport.abort()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._state = _CLOSED
+        self._state = CLOSED
         self._connections.discard(self)
         exchange, self._exchange = self._exchange, None
         self._pieces.take()
@@ -200,8 +173,8 @@ class ServerProtocol(Writer):
         self._take_head(data[:end], data[end + 4 :])
 
     def _wait_for_head(self, buffer: bytearray, searched: int) -> None:
-        if self._state is _IDLE:
-            self._state = _HEAD
+        if self._state is IDLE:
+            self._state = HEAD
             self._deadline_s = self._plane.clock.now_s() + limits.HEAD_TIMEOUT_S
         if len(buffer) > limits.HEAD_BYTES_MAX + 3:  # the empty line may have begun
             self._head_too_large(buffer, searched)
@@ -213,13 +186,17 @@ class ServerProtocol(Writer):
         raise errors.HeadTooLargeError(f"the head is over {limits.HEAD_BYTES_MAX} octets")
 
     def _take_head(self, block: bytes, rest: bytes) -> None:
-        self._state = _BODY
+        self._state = BODY
         self._empty_line_met = False
         preamble, length = self._plane.preambles.read(block)
+        if preamble.passes:
+            passage = Passage(self._plane, self, preamble, length)
+            self._take_passage(passage, rest, empty=not length and not preamble.chunked)
+            return
         exchange = self._exchange = Exchange(self._plane, self, preamble, length)
         if not preamble.chunked and not length:
             # Whole already: even if it is refused, the next request begins where this one ends.
-            self._state = _SERVING
+            self._state = SERVING
             if rest:
                 self._keep_for_later(rest)
             exchange.judge_head()
@@ -231,11 +208,30 @@ class ServerProtocol(Writer):
         else:
             self._left = length
         if preamble.head.expects_continue and not rest:
-            self.write(_CONTINUE)
+            self.write(heads.CONTINUE)
         self._body_since_s = self._plane.clock.now_s()
         self._deadline_s = self._body_since_s + limits.BODY_IDLE_TIMEOUT_S
         if rest:
             self._read_body(rest)
+
+    def _take_passage(self, passage: Passage, rest: bytes, *, empty: bool) -> None:
+        self._exchange = passage
+        self._state = SERVING if empty else PASSING
+        if empty and rest:
+            self._keep_for_later(rest)  # the next request, whatever becomes of this one
+        passage.judge_head()
+        passage.begin(b"")
+        if rest and self._state is PASSING:
+            self._pass(rest)
+
+    def _pass(self, data: bytes) -> None:
+        passage = self._exchange
+        assert isinstance(passage, Passage)
+        rest = passage.take(data)
+        if rest is not None and self._state is PASSING:
+            self._state = SERVING
+            if rest:
+                self._keep_for_later(rest)
 
     def _read_body(self, data: bytes) -> None:
         if self._decoder is not None:
@@ -270,7 +266,7 @@ class ServerProtocol(Writer):
     def _serve(self, body: bytes, rest: bytes) -> None:
         exchange = self._exchange
         assert exchange is not None
-        self._state = _SERVING
+        self._state = SERVING
         if rest:
             self._keep_for_later(rest)
         if len(body) > limits.JOINED_BYTES_MAX:
@@ -279,28 +275,8 @@ class ServerProtocol(Writer):
 
     def _keep_for_later(self, data: bytes) -> None:
         self._ahead += data
-        if len(self._ahead) > limits.PIPELINED_BYTES_MAX and not self._reading_paused:
-            self._reading_paused = True
-            self._transport.pause_reading()
-            if not self._looking:
-                self._look_later()
-
-    def _look_later(self) -> None:
-        self._looking = True
-        asyncio.get_running_loop().call_later(limits.PAUSED_LOOK_S, self._look)
-
-    def _look(self) -> None:
-        """See whether a client whose octets we do not read now has gone: nothing else tells us."""
-        self._looking = False
-        if not self._reading_paused or self._transport.is_closing():
-            return
-        poll = select.poll()
-        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
-        if poll.poll(0):
-            self.eof_received()
-            self._transport.close()
-        else:
-            self._look_later()
+        if len(self._ahead) > limits.PIPELINED_BYTES_MAX:
+            self.hold_back()
 
     # --- from the exchange -------------------------------------------------------------------
 
@@ -309,11 +285,12 @@ class ServerProtocol(Writer):
         self._exchange = None
         # Refused before its body was read, or followed by what will never be answered: closing on
         # unread octets makes the kernel reset, and the answer may be lost with it.
-        unread = self._state is _BODY or bool(self._ahead) or self._reading_paused
-        if not keep_alive or self._state is _BODY:
+        begun = self._state is BODY or self._state is PASSING
+        unread = begun or bool(self._ahead) or self._reading_paused
+        if not keep_alive or begun:
             self._close_gently(unread=unread)
             return
-        self._state = _IDLE
+        self._state = IDLE
         self._deadline_s = self._plane.clock.now_s() + limits.CLIENT_KEEP_ALIVE_S
         if self._ahead or self._reading_paused:
             asyncio.get_running_loop().call_soon(self._next)
@@ -323,17 +300,24 @@ class ServerProtocol(Writer):
         self._exchange = None
         self.write_due()
         if reset:
-            self._state = _CLOSED
+            self._state = CLOSED
             connected = self._transport.get_extra_info("socket")
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._transport.abort()
         else:
             self._close()
 
+    @override
+    def _forget(self) -> None:
+        self._head_buffer.clear()
+        self._pieces.take()
+        self._decoder = None
+        self._ahead = b""
+
     # --- the end of a request ----------------------------------------------------------------
 
     def _next(self) -> None:
-        if self._state is not _IDLE or self._write_paused:
+        if self._state is not IDLE or self._write_paused:
             return
         if self._reading_paused:
             self._reading_paused = False
@@ -348,49 +332,12 @@ class ServerProtocol(Writer):
         if exchange is not None:
             exchange.fail(error)
             return
-        if self._state in (_LINGERING, _CLOSED):
+        if self._state in (LINGERING, CLOSED):
             return
         self._plane.telemetry.series("none", "").outcomes[error.status, error.code] += 1
         request_id = self._plane.clock.request_id()
         self.write(heads.error_answer(error, request_id, keep_alive=False))
         self._close_gently(unread=True)
-
-    def _close_gently(self, *, unread: bool) -> None:
-        self._head_buffer.clear()
-        self._pieces.take()
-        self._decoder = None
-        self._ahead = b""
-        if unread and not self._transport.is_closing() and self._transport.can_write_eof():
-            self._state = _LINGERING
-            self._deadline_s = self._plane.clock.now_s() + limits.LINGER_S
-            self.write_due()
-            self._transport.write_eof()
-            if self._reading_paused:
-                self._reading_paused = False
-                self._transport.resume_reading()
-        else:
-            self._close()
-
-    def _close(self) -> None:
-        """Close once what waits is taken. A goodbye of TLS is not waited for beyond the linger."""
-        self._state = _CLOSED
-        self._deadline_s = self._plane.clock.now_s() + limits.LINGER_S
-        self.write_due()
-        self._transport.close()
-
-    def _linger(self, size: int) -> None:
-        self._lingered_bytes += size
-        if self._lingered_bytes > limits.LINGER_BYTES_MAX:
-            # No more, but no reset yet either: it could overtake the answer.
-            self._transport.pause_reading()
-        elif size < limits.LINGER_GULP_BYTES:
-            # Taken piece by piece, a flood of tiny ones would cost more than what it was refused.
-            self._transport.pause_reading()
-            asyncio.get_running_loop().call_later(limits.LINGER_PAUSE_S, self._linger_on)
-
-    def _linger_on(self) -> None:
-        if self._state is _LINGERING:
-            self._transport.resume_reading()
 
     # --- time --------------------------------------------------------------------------------
 
@@ -399,23 +346,23 @@ class ServerProtocol(Writer):
         if self._stalled(now_s):
             self._transport.abort()
             return
-        if self._exchange is not None and self._state is _SERVING:
+        if self._exchange is not None and self._state in (SERVING, PASSING):
             self._exchange.check_deadline(now_s)
             return
         if now_s < self._deadline_s and not self._crawls(now_s):
             return
-        if self._waiting_bytes and self._state not in (_HEAD, _BODY):
+        if self._waiting_bytes and self._state not in (HEAD, BODY):
             return  # the client is still taking an answer: only a stall ends that
-        if self._state in (_HEAD, _BODY):
+        if self._state in (HEAD, BODY):
             self._refuse(errors.RequestTimeoutError("the request did not arrive in time"))
-        elif self._state is _IDLE:
+        elif self._state is IDLE:
             self._close()
-        elif self._state is not _SERVING:
+        elif self._state is not SERVING:
             self._transport.abort()
 
     def _crawls(self, now_s: float) -> bool:
         """Whether a body comes so slowly that its client only means to hold the connection."""
-        if self._state is not _BODY:
+        if self._state is not BODY:
             return False
         due_s = now_s - self._body_since_s - limits.BODY_PATIENCE_S
         if due_s <= 0:
@@ -441,5 +388,5 @@ class ServerProtocol(Writer):
 
     def drain(self) -> None:
         """Close now if idle; a request under way ends the connection with its answer."""
-        if self._state is _IDLE:
+        if self._state is IDLE:
             self._close()

@@ -30,6 +30,8 @@ class Consumer(Protocol):
 
     def connected(self, upstream: Upstream) -> None: ...
     def connect_failed(self, reason: str) -> None: ...
+    def request_slow(self) -> None: ...
+    def request_moves(self) -> None: ...
     def no_means(self, reason: str) -> None: ...
     def response_started(self, head: http1.ResponseHead, length: int) -> None: ...
     def response_head_due(self) -> None: ...
@@ -156,6 +158,13 @@ class Upstream(Outlet):
         else:
             self.transport.write(head)
 
+    def send_on(self, data: bytes) -> None:
+        """Send further octets of a body that `send` was not given whole."""
+        self.write_due()
+        self._sent_bytes += len(data)
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
     def discard(self) -> None:
         """Nobody waits for this connection any more, whether or not it has been made."""
         if hasattr(self, "transport"):
@@ -276,10 +285,12 @@ class Upstream(Outlet):
             return False
 
     def pause_writing(self) -> None:
-        """A body waits to go out, whole: there is nobody to hold back."""
+        if self._consumer is not None:
+            self._consumer.request_slow()
 
     def resume_writing(self) -> None:
-        """The body has gone out far enough."""
+        if self._consumer is not None:
+            self._consumer.request_moves()
 
     # --- the response ------------------------------------------------------------------------
 

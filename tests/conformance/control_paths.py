@@ -14,7 +14,7 @@ _BOTH: Final = (
     "/metrics /ping /load /get_load /version /server_info /get_server_info /model_info "
     "/get_model_info /docs /redoc /openapi.json /docs/oauth2-redirect /start_profile /stop_profile "
     "/v1/load_lora_adapter /v1/unload_lora_adapter /load_lora_adapter /unload_lora_adapter "
-    "/generate /v1/loads /v1/realtime /v1/batches /v1/files /health_generate /ready"
+    "/generate /v1/loads /v1/realtime /health_generate /ready"
 )
 _VLLM: Final = (
     "/sleep /wake_up /is_sleeping /pause /resume /is_paused /abort_requests /collective_rpc "

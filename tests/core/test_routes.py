@@ -185,5 +185,5 @@ def test_prompts_are_where_the_apis_have_them() -> None:
     assert kinds[b"/v1/messages"] is PromptKind.ANTHROPIC
     for path, route in ROUTES.items():
         posts = route.methods == {b"POST"}
-        assert posts is not route.local
+        assert posts is not (route.local or route.offline)
         assert (route.prompt is PromptKind.OPAQUE) is (route.local or not route.json), path

@@ -233,6 +233,8 @@ class Bench:
         )
         self.upstreams = FakeUpstreams(self.plane, self.clock, self.tasks)
         self.plane.upstreams = self.upstreams
+        self.service = FakeUpstreams(self.plane, self.clock, self.tasks)  # of files and batches
+        self.plane.offline_links = self.service
         self.connections: set[ServerProtocol] = set()
         self.version = 0
         self.publish(*replicas)
@@ -286,9 +288,10 @@ class Bench:
         await self.settle()
         await self.tasks.close()
         self.upstreams.close()
+        self.service.close()
         await self.settle()
         assert_nothing_held(self.plane)
-        assert not self.upstreams.open_count
+        assert not self.upstreams.open_count + self.service.open_count
         assert not self.connections
 
 
@@ -350,8 +353,11 @@ class RealPlane:
         self.entrance.close()
         self.entrance.kill()
         await self.tasks.close()
-        self.plane.upstreams.close()
-        await until(lambda: not len(self.entrance) and not self.plane.upstreams.open_count)
+        plane = self.plane
+        plane.upstreams.close()
+        plane.offline_links.close()
+        links = (plane.upstreams, plane.offline_links)
+        await until(lambda: not len(self.entrance) and not any(each.open_count for each in links))
         self.log.close()
         if failure[0] is None:
             assert_nothing_held(self.plane)

@@ -7,12 +7,12 @@ import random
 
 import pytest
 
+from backends.offline.records import JobError
 from backends.offline.validation import (
     ERRORS_MAX,
     FileCheck,
     Good,
     LineReader,
-    Problem,
     check_line,
     duplicate,
 )
@@ -30,7 +30,7 @@ def _octets(n: int = 0, **changes: object) -> bytes:
     return json.dumps(_line(n, **changes), ensure_ascii=False).encode()
 
 
-def _checked(octets: bytes, endpoint: str = _CHAT, cuts: int = 0) -> list[Good | Problem]:
+def _checked(octets: bytes, endpoint: str = _CHAT, cuts: int = 0) -> list[Good | JobError]:
     reader, rng = LineReader(_BYTES_MAX), random.Random(cuts)
     at = sorted(rng.choices(range(len(octets) + 1), k=cuts))
     pieces = []
@@ -42,7 +42,7 @@ def _checked(octets: bytes, endpoint: str = _CHAT, cuts: int = 0) -> list[Good |
 
 def _problem(octets: bytes, endpoint: str = _CHAT) -> tuple[str, str | None]:
     (problem,) = _checked(octets, endpoint)
-    assert isinstance(problem, Problem)
+    assert isinstance(problem, JobError)
     assert problem.line == 1
     return problem.code, problem.param
 
@@ -132,7 +132,7 @@ def test_a_line_over_the_limit_is_told_and_the_next_one_read() -> None:
     octets = _octets(0, custom_id="x" * 2 * _BYTES_MAX) + b"\n" + _octets(1)
     for cuts in (0, 50):
         long, good = _checked(octets, cuts=cuts)
-        assert isinstance(long, Problem)
+        assert isinstance(long, JobError)
         assert (long.code, long.line) == ("invalid_request", 1)
         assert isinstance(good, Good)
         assert octets[good.offset :].startswith(b'{"model"')
