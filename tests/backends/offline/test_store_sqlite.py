@@ -6,6 +6,7 @@ import asyncio
 import re
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -199,3 +200,16 @@ async def test_every_statement_finds_its_rows_by_a_key(
     direct.close()
     assert len(seen) > 30
     assert read_whole == []
+
+
+@pytest.mark.faults
+def test_a_large_job_takes_no_more_memory_than_a_small_one(memory_folder: Path) -> None:
+    def peak_mb(megabytes: int) -> int:
+        command = [sys.executable, "-m", "tests.fakes.store_memory"]
+        command += [str(memory_folder / f"{megabytes}.db"), str(megabytes)]
+        root = Path(__file__).parents[3]
+        run = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+        return int(run.stdout)
+
+    small, large = peak_mb(20), peak_mb(70)
+    assert large - small < 25, (small, large)
