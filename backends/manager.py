@@ -21,7 +21,7 @@ from backends.clock import Clock
 from backends.demand import DemandBook
 from backends.engines import ENGINES
 from backends.engines.base import Engine
-from backends.feed import Feed
+from backends.feed import Feed, Told
 from backends.fetch import Fetch
 from backends.journal import Ended, Journal, Launch
 from backends.keeper import Keeper
@@ -52,8 +52,8 @@ from backends.surroundings import Demanded, Surroundings
 from backends.tasks import spawn
 from backends.turns import RefusedError
 from backends.warm import Warmer
-from proxy.config import Config
-from proxy.contract import PoolRecord, ReplicaRecord
+from proxy.config import Config, Serves
+from proxy.contract import ReplicaRecord
 
 FIRST_SNAPSHOT_S_MAX = 5.0
 
@@ -163,12 +163,15 @@ class Manager:
             if bound(keeper.log_path):
                 self._log.tell("log_cut", replica=keeper.spec.replica_id)
 
-    def _records(self) -> tuple[tuple[ReplicaRecord, ...], tuple[PoolRecord, ...]]:
-        replicas = tuple(keeper.record() for keeper in self.keepers.values())
+    def _records(self) -> Told:
+        records: dict[Serves, list[ReplicaRecord]] = {"requests": [], "jobs": []}
+        for keeper in self.keepers.values():
+            facts = self._engines[keeper.spec.engine].facts(keeper.spec)
+            records[facts.serves].append(keeper.record())
         pools = self.scaler.records()
         if self.reclaims.all_goes:  # whoever is held for a pool would wait in vain
             pools = tuple(msgspec.structs.replace(pool, wakes=False) for pool in pools)
-        return replicas, pools
+        return Told(tuple(records["requests"]), pools, tuple(records["jobs"]))
 
     def _changed(self) -> None:
         """Something happened to a replica: publish it, and see what follows, once for a burst."""

@@ -40,6 +40,8 @@ class PoolReport(msgspec.Struct, frozen=True, kw_only=True):
     pool: str
     model: str
     work_class: str
+    serves: str = "requests"  # or jobs: engine workers, scaled by what is left of these
+    presses: bool = False  # its jobs are due so soon that they have moved up a class
     scaled: bool  # by demand; otherwise it is of a fixed size
     min: int
     max: int

@@ -40,9 +40,10 @@ from backends.log import Log
 from backends.manager import Manager
 from backends.notice_watch import watch_notice
 from backends.providers.choice import cards_of, open_provider
+from backends.settings import manager_config_of
 from backends.snapshots.choice import look_ahead, open_snapshots, suspenders
 from backends.tasks import cancel_all, spawn
-from proxy.config import Config, ConfigError, load_config
+from proxy.config import Config, ConfigError
 
 LOG_CHECK_INTERVAL_S = 30.0
 FAREWELL_S = 0.1  # time for the last snapshot to reach the proxies
@@ -119,7 +120,7 @@ async def serve(
         stack.callback(journal.close)
         fetch = HttpFetch()
         stack.push_async_callback(fetch.close)
-        provider = await stack.enter_async_context(open_provider(settings, journal, log))
+        provider = await stack.enter_async_context(open_provider(config, journal, log))
         cards = await open_cards(cards_of(settings), log)
         snapshots = open_snapshots(config, log)
         ahead = functools.partial(look_ahead, engines=engines, snapshots=snapshots)
@@ -220,7 +221,7 @@ async def _reload_on_order(
     ahead: Callable[[Config], None],
     log: Log,
 ) -> None:
-    """Take the file anew at each SIGHUP; a faulty file changes nothing.
+    """Take the file anew at each SIGHUP, environment over it; a faulty file changes nothing.
 
     What its pools may want is asked `ahead` whether it works: the loop serves others meanwhile.
     """
@@ -231,7 +232,7 @@ async def _reload_on_order(
             log.caution("reload_skipped", reason="there is no configuration file")
             continue
         try:
-            config = load_config(config_path)
+            config, _ = manager_config_of({"config": config_path}, os.environ)
         except ConfigError as error:
             log.fault("reload_failed", reason=str(error), kept="the configuration before")
             continue

@@ -62,6 +62,10 @@ class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int | None  # None: as `autoscale` says
     autoscale: AutoscaleConfig | None = None
 
+    @property
+    def serves(self) -> Serves:
+        return self.first.serves
+
     def replica(self, number: int) -> ReplicaSpec:
         """Return the specification of its replica of this number."""
         return msgspec.structs.replace(self.first, replica_id=f"{self.pool_id}-{number}")

@@ -195,11 +195,12 @@ def url_of(port: int, host: str = HOST) -> str:
 
 
 def launch_hash(engine: Engine, spec: ReplicaSpec) -> str:
-    """Name the process that `spec` stands for, its ports apart: equal names need no restart.
+    """Name the process that `spec` stands for, its ports and its own name apart: equal names need
+    no restart, and all replicas of a pool have one.
 
     Nor does it name the adapters, which come and go while it runs (`backends.adapters`).
     """
-    bare = msgspec.structs.replace(spec, adapters={})
+    bare = msgspec.structs.replace(spec, adapters={}, replica_id="")
     launch = engine.command(bare, Ports(0), UNKNOWN_RELEASE)
     cards = [] if spec.gpus is None else [spec.gpus]
     env = sorted((launch.env | spec.env).items())

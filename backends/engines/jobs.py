@@ -71,10 +71,10 @@ _METRICS: Final = Dialect(
     series={
         "running": ("doherty_worker_lines_running",),
         "waiting": ("doherty_worker_lines_waiting",),
-        "kv_used_ratio": ("doherty_worker_kv_used_ratio",),
+        "kv_used_ratio": ("doherty_worker_kv_cache_usage_ratio",),
         "prompt_tokens_total": ("doherty_worker_prompt_tokens_total",),
         "cached_tokens_total": ("doherty_worker_cached_tokens_total",),
-        "generation_tokens_total": ("doherty_worker_generation_tokens_total",),
+        "generation_tokens_total": ("doherty_worker_completion_tokens_total",),
     },
     rank_label="rank",
     counted=lambda samples: samples,

@@ -39,17 +39,21 @@ class NeedsTeller:
                     self._said = said
                 await asyncio.sleep(NEEDS_INTERVAL_S)
 
+    async def needs(self, _at_s: float = 0.0) -> JobNeeds:
+        """Return what is to be told now."""
+        return JobNeeds(
+            service_id=self._service_id,
+            sequence=self._sequence,
+            models=await self._store.needs(),
+            rates=dict(sorted(self._store.rates().items())[:WORKERS_TOLD_MAX]),
+        )
+
     async def _tell(self, session: aiohttp.ClientSession, url: str) -> str:
         self._sequence += 1
         headers = {"content-type": "application/json"}
         try:
-            told = JobNeeds(
-                service_id=self._service_id,
-                sequence=self._sequence,
-                models=await self._store.needs(),
-                rates=dict(sorted(self._store.rates().items())[:WORKERS_TOLD_MAX]),
-            )
-            async with session.post(url, data=msgspec.json.encode(told), headers=headers) as answer:
+            told = msgspec.json.encode(await self.needs())
+            async with session.post(url, data=told, headers=headers) as answer:
                 return str(answer.status)
         except (aiohttp.ClientError, OSError, TimeoutError, StoreError) as error:
             return type(error).__name__

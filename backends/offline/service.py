@@ -24,6 +24,7 @@ from backends.log import Log
 from backends.offline.api_errors import ApiError, error_middleware
 from backends.offline.batches_api import BatchesApi
 from backends.offline.counted_desk import CountedDesk
+from backends.offline.dispatch import Dispatcher
 from backends.offline.files_api import FilesApi
 from backends.offline.fleet_models import KnownModels, configured_names
 from backends.offline.metrics import Metrics
@@ -35,7 +36,7 @@ from backends.offline.records import (
     StoreError,
     UnavailableError,
 )
-from backends.offline.setting import Setting, exposed, prices_of
+from backends.offline.setting import Setting, prices_of
 from backends.offline.store import Store
 from backends.offline.validating import Validator
 from backends.offline.work_api import WorkApi
@@ -70,9 +71,6 @@ def refusal_of(error: Exception) -> ApiError | None:
 async def serve_offline(setting: Setting) -> int:
     """Run until a signal ends it. Raises `StartError` before it listens."""
     log, orders, offline = Log(), Orders(), setting.config.offline
-    problem = exposed(offline)
-    if problem is not None:
-        raise StartError(problem)
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(listen(offline.host, offline.port))
         clock = SystemClock()
@@ -80,8 +78,7 @@ async def serve_offline(setting: Setting) -> int:
         stack.push_async_callback(store.close)
         orders.attend()
         service = OfflineService(setting, store, clock, log)
-        await service.run(listener, orders)
-    return 0
+        return await service.run(listener, orders)
 
 
 async def open_store(setting: Setting, clock: Clock) -> Store:
@@ -111,7 +108,7 @@ class OfflineService:
     """One life of the service over an open store."""
 
     def __init__(self, setting: Setting, store: Store, clock: Clock, log: Log) -> None:
-        self._setting, self._store, self._log = setting, store, log
+        self._setting, self._store, self._clock, self._log = setting, store, clock, log
         self._ending = asyncio.Event()
         self._cancelled = asyncio.Event()
         self._service_id = uuid.uuid4().hex
@@ -151,25 +148,49 @@ class OfflineService:
             return web.Response(status=503, text="ending\n")
         return web.Response(text="ok\n")
 
-    async def run(self, listener: socket.socket, orders: Orders) -> None:
+    async def run(self, listener: socket.socket, orders: Orders) -> int:
+        """Serve until a signal; return the exit status, which is 1 when one of the chores died."""
         runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
+        stop = spawn(_wait(orders.stop), "stop", self._log)
         chores = [*self._chores(), spawn(self._reload(orders), "reload", self._log)]
+        dispatcher = self._dispatcher()
+        if dispatcher is not None:
+            dispatcher.start()
         await web.SockSite(runner, listener).start()
         host, port = listener.getsockname()[:2]
         self._log.tell("offline_listening", host=host, port=port, pid=os.getpid())
         try:
-            await orders.stop.wait()
+            await asyncio.wait({stop, *chores}, return_when=asyncio.FIRST_COMPLETED)
+            return 0 if stop.done() else 1
         finally:
             self._log.tell("offline_stopping")
             self._ending.set()
-            await cancel_all(chores)
-            cleanup = asyncio.ensure_future(runner.cleanup())
-            hurry = asyncio.ensure_future(orders.hurry.wait())
+            if dispatcher is not None:
+                await dispatcher.close()
+            await cancel_all([stop, *chores])
+            cleanup = spawn(runner.cleanup(), "clean up", self._log)
+            hurry = spawn(_wait(orders.hurry), "hurry", self._log)
             await asyncio.wait({cleanup, hurry}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (cleanup, hurry):
-                task.cancel()
+            await cancel_all([cleanup, hurry])
             self._log.tell("offline_stopped")
+
+    def _dispatcher(self) -> Dispatcher | None:
+        """Return who sends lines to replicas that have room, where that is wished for."""
+        setting = self._setting
+        proxy_url, manager_url = setting.proxy_url, setting.manager_url
+        if not setting.config.offline.spare_capacity or proxy_url is None or manager_url is None:
+            return None
+        return Dispatcher(
+            self.desk,
+            self._teller.needs,
+            setting.config,
+            proxy_url=proxy_url.rstrip("/"),
+            manager_url=manager_url.rstrip("/"),
+            api_key=setting.config.proxy.api_key,
+            clock=self._clock,
+            log=self._log,
+        )
 
     def _chores(self) -> list[asyncio.Task[None]]:
         log, offline = self._log, self._setting.config.offline
@@ -230,3 +251,7 @@ class OfflineService:
             except StoreError as error:
                 self._log.caution("pruning_failed", reason=str(error))
             await asyncio.sleep(PRUNE_INTERVAL_S)
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()

@@ -9,11 +9,13 @@ import pytest
 
 from backends.checking import check_engines
 from backends.engines import ENGINES
-from backends.engines.base import FlagError, Ports
+from backends.engines.base import FlagError, Ports, launch_hash
 from backends.engines.probe import program_of
 from backends.engines.release import UNKNOWN_RELEASE
 from backends.spec import PoolSpec, pool_specs
+from backends.status import table
 from proxy.config import ConfigError, parse_config
+from proxy.contract import FleetSnapshot, ReplicaRecord
 
 ROOT = Path(__file__).parents[3]
 
@@ -38,6 +40,8 @@ def test_a_worker_is_told_where_the_desk_is_and_what_its_engine_is_told() -> Non
         *("--desk", "http://127.0.0.1:8103", "--worker-id", "m-0"),
         *("--port", "4000", "--host", "127.0.0.1", "--", "--max-model-len", "4096"),
     )
+    hashes = {launch_hash(ENGINES["vllm-jobs"], pool.replica(number)) for number in range(3)}
+    assert len(hashes) == 1, "another number is no other command"
     assert pool.first.env == {"DOHERTY_WORK_KEY": "secret-key"}
     assert pool.first.work_class == "offline"
     simulated = argv_of(pool_of("engine: simulator", "offline: {work_url: 'http://desk:1/'}"))
@@ -121,10 +125,20 @@ def test_the_load_of_a_worker_is_read() -> None:
     spec = pool_of("engine: simulator").first
     page = (
         b"doherty_worker_lines_running 200\ndoherty_worker_lines_waiting 1800\n"
-        b"doherty_worker_kv_used_ratio 0.5\ndoherty_worker_generation_tokens_total 9000\n"
+        b"doherty_worker_kv_cache_usage_ratio 0.5\ndoherty_worker_completion_tokens_total 9000\n"
     )
     load = ENGINES[spec.engine].read_load([page], 7.0)
     assert load is not None
     assert (load.running, load.waiting, load.kv_used_ratio) == (200, 1800, 0.5)
     assert load.generation_tokens_total == 9000
     assert ENGINES[spec.engine].read_load([b""], 7.0) is None
+
+
+def test_a_budget_needs_prices_and_status_shows_workers() -> None:
+    with pytest.raises(ConfigError, match="needs the gpu_price_per_hour of each pool"):
+        pool_of("engine: vllm", "offline: {price_per_hour_max: 9}")
+    assert pool_of("engine: vllm, gpu_price_per_hour: 3", "offline: {price_per_hour_max: 9}")
+    worker = ReplicaRecord(replica_id="m-0", url="http://127.0.0.1:1", engine="vllm-jobs")
+    shown = table(FleetSnapshot(epoch="e", version=1, workers=(worker,)))
+    assert "m-0" in shown
+    assert "vllm-jobs" in shown
