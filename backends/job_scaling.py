@@ -16,7 +16,7 @@ it finds until a service has said what there is to do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -24,7 +24,13 @@ import msgspec
 from backends.ladder import Ladder
 from backends.members import Standing
 from backends.offline.sizing import LINES_EACH, Crew, Hand, Size, Work, size_all
-from backends.offline.work import NEEDS_AGE_S_MAX, JobNeed, JobNeeds
+from backends.offline.work import (
+    NEEDS_AGE_S_MAX,
+    SPARE_PREFIX,
+    JobNeed,
+    JobNeeds,
+    spare_worker,
+)
 from backends.pools import Portion, View
 from backends.scaling import Decision
 
@@ -34,7 +40,6 @@ RATE_GUESSED: Final = 2000.0  # tokens a second of a worker, for each of its GPU
 RATE_SMOOTHING: Final = 0.1  # a look a second: the last ten make two thirds
 SETTLED_S: Final = 10.0  # before this a worker's rate is that of its first steps
 LINGER_S_MIN: Final = 5.0
-SPARE_PREFIX: Final = "spare:"  # of the worker id by which spare capacity of a model reports
 
 
 class _Heard(msgspec.Struct, frozen=True):
@@ -78,6 +83,19 @@ class NeedsBook:
     def rate(self, worker_id: str) -> float:
         """Return the tokens a second of a worker; 0.0: it has not reported lately."""
         return sum(heard.needs.rates.get(worker_id, 0.0) for heard in self._heard.values())
+
+    def spare_rate(self, models: Collection[str]) -> float:
+        """Return the tokens a second of dispatchers for models that share replicas.
+
+        They report for all of these under one of the names.
+        """
+        total = 0.0
+        for heard in self._heard.values():
+            for worker_id, rate in heard.needs.rates.items():
+                if worker_id.startswith(SPARE_PREFIX):
+                    dispatcher_id = worker_id.partition(":")[0]
+                    total += rate * any(worker_id == spare_worker(dispatcher_id, m) for m in models)
+        return total
 
 
 class JobPool(NamedTuple):
@@ -204,12 +222,12 @@ class JobScaling:
 
     def _spare_rate(self, model: str, views: Sequence[View]) -> float | None:
         """Return what spare capacity does for this model; None: there is nobody who could."""
-        serving = any(
-            view.standing(Standing.SERVES)
-            for view in views
-            if view.pool.serves == "requests" and view.pool.first.model == model
-        )
-        return self.book.rate(SPARE_PREFIX + model) if serving and self.spare else None
+        names: set[str] = set()
+        for view in views:
+            mine = view.pool.serves == "requests" and view.pool.first.model == model
+            if mine and view.standing(Standing.SERVES):
+                names |= view.names
+        return self.book.spare_rate(names) if names and self.spare else None
 
     # --- what follows ---------------------------------------------------------------------------
 

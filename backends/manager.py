@@ -85,6 +85,7 @@ class Manager:
         self._closing: set[asyncio.Task[None]] = set()
         self._stopped = asyncio.Event()
         self.serving = False
+        self.offline = config.offline
         self.keepers: dict[str, Keeper] = {}
         book = DemandBook(clock.now_s)
         self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock, book.publish)

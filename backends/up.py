@@ -172,7 +172,8 @@ class Up:
             async for line in response.content:
                 if not line.strip():
                     continue
-                for replica in decode_snapshot(line).replicas:
+                fleet = decode_snapshot(line)
+                for replica in (*fleet.replicas, *fleet.workers):
                     text = describe(replica)
                     if text and told.get(replica.replica_id) != text:
                         told[replica.replica_id] = text

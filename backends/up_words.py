@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from backends.up_plan import Plan
-from proxy.config import Config
+from proxy.config import Config, ModelConfig, PoolConfig
 from proxy.contract import ReplicaRecord, ReplicaState
 
 
@@ -31,13 +31,19 @@ def models_down(config: Config, replicas: Iterable[ReplicaRecord]) -> tuple[str,
     """Return the configured models that no replica serves now, nor will when one is asked for."""
     able = [r for r in replicas if r.state is ReplicaState.READY and not r.asleep]
     served = {name for replica in able for name in replica.models}
-    served |= {model.name for model in config.models if any(p.autoscale for p in model.pools)}
-    return tuple(model.name for model in config.models if model.name not in served)
+    wakes = {m.name for m in config.models if any(p.autoscale for p in _of_requests(m))}
+    down = {m.name for m in config.models if _of_requests(m)} - served - wakes
+    return tuple(model.name for model in config.models if model.name in down)
+
+
+def _of_requests(model: ModelConfig) -> list[PoolConfig]:
+    return [pool for pool in model.pools if pool.serves == "requests"]
 
 
 def banner(plan: Plan, down: Sequence[str] = ()) -> str:
     """Return what to do with a running endpoint, ready to be pasted; models `down` are told."""
-    names = [model.name for model in plan.config.models]
+    models = plan.config.models
+    names = [m.name for m in models if _of_requests(m)] or [m.name for m in models]
     model = next((name for name in names if name not in down), (*names, "MODEL")[0])
     without = f", without {', '.join(down)}" if down else ""
     body = {

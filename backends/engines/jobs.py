@@ -87,6 +87,7 @@ def _arguments(engine: str, spec: ReplicaSpec, ports: Ports) -> tuple[str, ...]:
         *("--engine", engine, "--model", spec.model),
         *(("--model-path", spec.model_path) if spec.model_path else ()),
         *("--desk", spec.desk_url, "--worker-id", spec.replica_id),
+        *(("--chunk-lines", str(spec.chunk_lines)) if spec.chunk_lines else ()),
         *("--port", str(ports.http), "--host", ports.host),
         *("--", *spec.args),
     )

@@ -28,7 +28,7 @@ from backends.offline.gate import Gate, Seen, Verdict
 from backends.offline.region_watch import Asked, Group, RegionWatch, asked_of
 from backends.offline.sender import SEMI_ONLINE, SPARE, Bytes, Counts, Sender, verdict_when_moved_up
 from backends.offline.urgency import Urgency
-from backends.offline.work import Desk, JobNeed, JobNeeds, Line
+from backends.offline.work import SPARE_PREFIX, Desk, JobNeed, JobNeeds, Line, spare_worker
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ModelConfig
 from proxy.contract.demand import DEMAND_INTERVAL_S
@@ -142,7 +142,7 @@ class Dispatcher:
         self._post = _Post(proxy_url, api_key)
         self._watch = RegionWatch(manager_url, clock)
         self._clock, self._log = clock, log
-        self._worker_id = f"spare-{os.urandom(6).hex()}"
+        self._worker_id = f"{SPARE_PREFIX}{os.urandom(6).hex()}"
         self._bytes = Bytes()
         self._served: dict[str, _Served] = {}
         self._left: Mapping[str, tuple[JobNeed, ...]] = {}
@@ -203,8 +203,9 @@ class Dispatcher:
             await cancel_all([self._served.pop(gone).task])
         for name, group in groups.items():
             if name not in self._served:
+                worker_id = spare_worker(self._worker_id, name)
                 sender = Sender(
-                    self._worker_id, self._desk, self._post, self._bytes, self._clock, self._log
+                    worker_id, self._desk, self._post, self._bytes, self._clock, self._log
                 )
                 self._served[name] = _Served(sender, Gate(self._lines_each_max), self._log)
             self._turn(self._served[name], group, now_s)
@@ -212,7 +213,8 @@ class Dispatcher:
     def _turn(self, served: _Served, group: Group, now_s: float) -> None:
         """Have one group's gate decide, and its sender do so."""
         sender = served.sender
-        sender.names = group.names
+        adapters = [name for name in self._left if name.partition(":")[0] in group.names]
+        sender.names = tuple(dict.fromkeys((*group.names, *adapters)))
         counts = msgspec.structs.replace(sender.counts)
         served.tokens.append((now_s, counts.tokens))
         while served.tokens[0][0] < now_s - RATE_S:
@@ -258,7 +260,7 @@ class Dispatcher:
         """Say whether the lines of a group move up a class now."""
         if self._by_workers & set(group.names):
             return False
-        needs = [need for name in group.names for need in self._left.get(name, ())]
+        needs = [need for name in served.sender.names for need in self._left.get(name, ())]
         was = served.urgency.due_s is not None
         late = served.urgency.look(needs, served.tokens_per_s(), now_s, awake=bool(group.replicas))
         if late != was:

@@ -18,6 +18,9 @@ from backends.offline.records import FullError, StoreError, UnavailableError
 
 _CONNECTIONS_MAX = 8
 _STATEMENT_S_MAX = 60.0
+# Every statement finds its rows by a key. A planner that saw these tables while they were empty
+# would read them whole, and keep that plan for what they hold an hour later.
+_SETTINGS = {"enable_seqscan": "off", "jit": "off", "application_name": "doherty"}
 _CHANNEL = "doherty_offline"
 _SCHEMA_LOCK = 0x646F6865727479  # "doherty": one service at a time makes the tables
 
@@ -65,7 +68,11 @@ class Postgres(Database):
             ) from None
         with _told(driver):
             pool = await driver.create_pool(
-                url, min_size=1, max_size=_CONNECTIONS_MAX, command_timeout=_STATEMENT_S_MAX
+                url,
+                min_size=1,
+                max_size=_CONNECTIONS_MAX,
+                command_timeout=_STATEMENT_S_MAX,
+                server_settings=_SETTINGS,
             )
         self = cls(driver, pool, bell)
         self._listener = await driver.connect(url)

@@ -29,7 +29,7 @@ from backends.offline.work import Ask, Chunk, JobNeed, Line, Receipt, Report, Re
 _WAIT_SLICE_S = 1.0  # between looks of an ask that waits: a chunk may have to be buried
 _CANDIDATES_MAX = 1000  # jobs of one model that are looked at
 _BURIED_AT_ONCE = 100
-_PIECES_AT_ONCE = 32  # 2 MiB in memory while bodies are cut out
+_PIECES_AT_ONCE = 128
 _NEEDS_MAX = 64  # of one model
 
 _LOCK_JOB = "SELECT number, id, state FROM jobs WHERE number = $1 FOR UPDATE"
@@ -197,9 +197,11 @@ class DeskStore(JobStore):
         for result in report.results:
             if (job := running.get(result.job_id)) is not None:
                 results.setdefault((job, result.number), result)
+        # `+ 0`: found by its key, not among all the lines of the chunk.
         done = await transaction.fetch_each(
             "UPDATE lines SET state = $4, chunk = NULL "
-            "WHERE job = $1 AND number = $2 AND chunk = $3 RETURNING job, number, custom_id",
+            "WHERE job = $1 AND number = $2 AND chunk + 0 = $3 "
+            "RETURNING job, number, custom_id",
             [(*key, report.fence, DONE) for key in results],
         )
         accepted: dict[int, list[tuple[str, Result]]] = {}
@@ -223,7 +225,7 @@ class DeskStore(JobStore):
         else:
             back = await transaction.fetch_each(
                 "UPDATE lines SET state = $4, chunk = NULL "
-                "WHERE job = $1 AND number = $2 AND chunk = $3 RETURNING job",
+                "WHERE job = $1 AND number = $2 AND chunk + 0 = $3 RETURNING job",
                 [
                     (running[job_id], number, report.fence, WAITING)
                     for job_id, number in report.back

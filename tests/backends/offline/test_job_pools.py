@@ -14,6 +14,8 @@ from backends.engines.probe import program_of
 from backends.engines.release import UNKNOWN_RELEASE
 from backends.spec import PoolSpec, pool_specs
 from backends.status import table
+from backends.up_plan import Plan
+from backends.up_words import banner, models_down
 from proxy.config import ConfigError, parse_config
 from proxy.contract import FleetSnapshot, ReplicaRecord
 
@@ -38,6 +40,7 @@ def test_a_worker_is_told_where_the_desk_is_and_what_its_engine_is_told() -> Non
     assert argv_of(pool) == (
         *("vllm", "--engine", "vllm", "--model", "m", "--model-path", "/w/m"),
         *("--desk", "http://127.0.0.1:8103", "--worker-id", "m-0"),
+        *("--chunk-lines", "2000"),
         *("--port", "4000", "--host", "127.0.0.1", "--", "--max-model-len", "4096"),
     )
     hashes = {launch_hash(ENGINES["vllm-jobs"], pool.replica(number)) for number in range(3)}
@@ -142,3 +145,22 @@ def test_a_budget_needs_prices_and_status_shows_workers() -> None:
     shown = table(FleetSnapshot(epoch="e", version=1, workers=(worker,)))
     assert "m-0" in shown
     assert "vllm-jobs" in shown
+
+
+def test_up_offers_no_request_for_a_model_that_only_workers_have() -> None:
+    text = """
+    models:
+      - {name: batch, pools: [{engine: simulator, serves: jobs, autoscale: {max: 1}}]}
+      - {name: chat, pools: [{engine: simulator}]}
+    """
+    config = parse_config(text, "test")
+    assert models_down(config, ()) == ("chat",), "nobody waits for a replica of the other"
+    plan = Plan(
+        config_path=None,
+        config=config,
+        proxy=config.proxy,
+        proxy_flags={},
+        manager=config.manager,
+        offline=config.offline,
+    )
+    assert '"model": "chat"' in banner(plan)

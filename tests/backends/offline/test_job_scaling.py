@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import msgspec
 import pytest
+from aiohttp import web
 
+from backends.api import Api
 from backends.cards import Cards
 from backends.fetch import Answer
 from backends.gpus import Gpu, GpuInventory, GpuLeases
 from backends.job_scaling import NEEDS_MAX, SERVICES_MAX, NeedsBook
 from backends.log import Log
 from backends.offline.work import NEEDS_AGE_S_MAX, JobNeed, JobNeeds
+from backends.reclaim import Fate
 from backends.scale_command import story
 from backends.scaling_report import PoolReport
 from proxy.config import Config, parse_config
@@ -54,7 +58,7 @@ class Jobs(World):
     async def told_for(self, seconds: int, *needs: JobNeed, **rates: float) -> None:
         """Have the service say so each second, and what was told to end do so."""
         for _ in range(seconds):
-            self.tell(*needs, rates={name.replace("_", "-"): r for name, r in rates.items()})
+            self.tell(*needs, rates={name.replace("m_", "m-"): r for name, r in rates.items()})
             await self.clock.advance(1.0)
             self.let_end()
 
@@ -154,10 +158,10 @@ async def test_rates_are_learned_from_busy_workers_and_decide(world: Jobs) -> No
 async def test_spare_capacity_that_does_it_in_time_spares_a_worker(world: Jobs) -> None:
     chat = ", {engine: simulator, replicas: 1, target_inputs: 4, name: chat}"
     await world.start(world.configured(JOBS + "}" + chat.replace("}", "", 1)))
-    await world.told_for(3, need(10_000_000), **{"spare:m": 9000.0})
+    await world.told_for(3, need(10_000_000), **{"spare-0:m": 9000.0})
     assert world.phases() == {"chat-0": "ready"}
     assert "spare capacity" in world.pool().decision.reason  # type: ignore[union-attr]
-    await world.told_for(3, need(10_000_000, 3000.0), **{"spare:m": 100.0})
+    await world.told_for(3, need(10_000_000, 3000.0), **{"spare-0:m": 100.0})
     assert world.phases()["m-0"] == "ready"
 
 
@@ -265,6 +269,43 @@ async def test_workers_whose_starts_fail_make_room_for_those_of_another_pool(wor
     assert world.pool("m").decision.terms["price_per_million_tokens"] == pytest.approx(  # type: ignore[union-attr]
         2 / 3600 / 2000 * 1e6
     )
+
+
+async def test_a_card_that_is_taken_away_sends_the_lines_back_and_another_worker_comes(
+    world: Jobs,
+) -> None:
+    one_card(world, cards=2)
+    manager = await world.start(world.configured(JOBS + ", gpus: 1"))
+    world.fetch.answers["/metrics"] = page(200)
+    work = need(10_000_000)
+    await world.told_for(3, work)
+    assert world.phases() == {"m-0": "ready"}
+    (first,) = world.provider.spawned
+    manager.reclaims.take(120.0, [first.env["CUDA_VISIBLE_DEVICES"]], "a test")
+    await world.clock.advance(0.1)
+    (told,) = [e for e in world.events() if e["event"] == "reclaim"]
+    assert (told["replica"], told["fate"]) == ("m-0", Fate.IS_REQUEUED)
+    assert len(first.signals) == 1, "at once: its lines go to others"
+    world.let_end()
+    await world.told_for(5, work)
+    second = world.provider.spawned[-1]
+    assert second.env["CUDA_VISIBLE_DEVICES"] != first.env["CUDA_VISIBLE_DEVICES"]
+    assert "ready" in world.phases().values()
+
+
+async def test_an_operator_drains_no_worker(world: Jobs) -> None:
+    manager = await world.start(world.configured())
+    await world.told_for(3, need(10_000_000))
+    runner = web.AppRunner(Api(manager).application())
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0][:2]
+    url = f"http://{host}:{port}/v1/replicas/m-0/drain"
+    async with aiohttp.ClientSession() as session, session.post(url) as answer:
+        assert answer.status == 409
+        assert "takes no requests" in await answer.text()
+    await runner.cleanup()
+    assert world.phases() == {"m-0": "ready"}
 
 
 def test_the_newest_report_is_what_is_left_and_rates_of_services_add_up() -> None:
