@@ -20,6 +20,7 @@ import aiohttp
 import msgspec
 import orjson
 
+from loadtest.offline.lines import CHAT
 from loadtest.run import RunError
 
 POLL_S = 0.05
@@ -129,7 +130,7 @@ async def service(
         yield url
 
 
-async def do_job(url: str, content: bytes, limit_s: float) -> Course:
+async def do_job(url: str, content: bytes, limit_s: float, endpoint: str = CHAT) -> Course:
     """Upload a file, have it done, read all of its answers. Raises `RunError`."""
     try:
         async with asyncio.timeout(limit_s), aiohttp.ClientSession(url) as session:
@@ -139,7 +140,7 @@ async def do_job(url: str, content: bytes, limit_s: float) -> Course:
             file = await _json(session.post("/v1/files", data=form))
             asked = {
                 "input_file_id": file["id"],
-                "endpoint": "/v1/chat/completions",
+                "endpoint": endpoint,
                 "completion_window": "24h",
             }
             begun_s = time.monotonic()
