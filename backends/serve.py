@@ -120,7 +120,7 @@ async def serve(
         stack.callback(journal.close)
         fetch = HttpFetch()
         stack.push_async_callback(fetch.close)
-        provider = await stack.enter_async_context(open_provider(settings, journal, log))
+        provider = await stack.enter_async_context(open_provider(config, journal, log))
         cards = await open_cards(cards_of(settings), log)
         snapshots = open_snapshots(config, log)
         ahead = functools.partial(look_ahead, engines=engines, snapshots=snapshots)

@@ -18,16 +18,21 @@ from backends.nvidia_smi import NONE
 from backends.ports import PortLeases
 from backends.providers.base import Provider
 from backends.providers.process import ProcessProvider
-from proxy.config import ManagerConfig
+from backends.providers.ray import ray_provider
+from proxy.config import Config, ManagerConfig
 
 
 @asynccontextmanager
-async def open_provider(
-    settings: ManagerConfig, journal: Journal, log: Log
-) -> AsyncIterator[Provider]:
+async def open_provider(config: Config, journal: Journal, log: Log) -> AsyncIterator[Provider]:
     """Yield what starts engines. Raises `StartError`."""
+    settings, run_folder = config.manager, Path(config.manager.run_dir)
     if settings.provider == "process":
         yield ProcessProvider()
+        return
+    if settings.provider == "ray":
+        cluster = settings.ray, config.region
+        async with ray_provider(*cluster, run_folder, journal, log) as on_ray:
+            yield on_ray
         return
     try:
         from backends.providers.docker import docker_provider  # noqa: PLC0415  # an extra
@@ -36,7 +41,7 @@ async def open_provider(
             f"provider docker needs the Python package {error.name}; "
             "install it with: pip install 'doherty[docker]'"
         ) from error
-    async with docker_provider(settings.docker, Path(settings.run_dir), journal, log) as provider:
+    async with docker_provider(settings.docker, run_folder, journal, log) as provider:
         yield provider
 
 
