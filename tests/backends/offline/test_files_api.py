@@ -160,7 +160,8 @@ async def test_no_more_uploads_at_a_time_than_there_is_room_for(
 ) -> None:
     monkeypatch.setattr(files_api, "UPLOADS_MAX", 0)
     async with (
-        offline_stage(tmp_path) as stage, aiohttp.ClientSession() as session,
+        offline_stage(tmp_path) as stage,
+        aiohttp.ClientSession() as session,
         session.post(stage.url + "/v1/files", data=b"x") as response,
     ):
         assert response.status == 503
