@@ -203,6 +203,7 @@ class JobStore(Ender):
                 now_s,
                 msgspec.json.encode(errors).decode(),
             )
+            await self._database.tell(transaction, job_id)
 
     async def _claimed(self, transaction: Transaction, service_id: str, job_id: str) -> int:
         rows = await transaction.fetch(
