@@ -9,7 +9,8 @@ way, is that attempt's.
 
 Results can be read before the end, each with its sequence number in the order of completion. A
 page that would be empty may wait (`wait`), so that a client hears of a result as soon as there is
-one without asking all the time.
+one without asking all the time. Large results make short pages: who reads goes on after the last
+sequence, and has all when a page is empty and the batch's state, in its header, is a final one.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from backends.offline.validation import ENDPOINTS
 PATH = "/v1/batches"
 LIMIT, LIMIT_MAX = 20, 100  # OpenAI's
 RESULTS, RESULTS_MAX = 100, 1_000
+RESULTS_AT_ONCE = 50  # in memory
+PAGE_BYTES_MAX = 8 * 1024 * 1024  # after which a page ends, however few results it has
 RESULTS_WAIT_S_MAX = 30.0
 RETRY_S_MAX = 900.0  # the official client waits 600 s for an answer, and a little between attempts
 RECENT_MAX = 100
@@ -153,14 +156,22 @@ class BatchesApi:
         wait_s = number_of(request, "wait", 0.0, 0.0, RESULTS_WAIT_S_MAX)
         # The state first: what had ended by then has all its results among these.
         job = await self._store.job(owner, batch_id)
-        waiting = self._store.results(owner, batch_id, after=after, limit=limit, wait_s=wait_s)
+        first = min(limit, RESULTS_AT_ONCE)
+        waiting = self._store.results(owner, batch_id, after=after, limit=first, wait_s=wait_s)
         found = await until(self._ending, waiting) or ()
         response = web.StreamResponse(headers={STATUS_HEADER: job.state})
         response.content_type = NDJSON
         await response.prepare(request)
-        for result in found:
+        written = 0
+        while found:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await response.write(_numbered(result))
+                await response.write(b"".join(map(_numbered, found)))
+            limit -= len(found)
+            written += sum(len(result.content) for result in found)
+            if limit <= 0 or written > PAGE_BYTES_MAX:
+                break
+            after, some = found[-1].sequence, min(limit, RESULTS_AT_ONCE)
+            found = await self._store.results(owner, batch_id, after=after, limit=some)
         return response
 
     async def _result(self, request: web.Request) -> web.Response:
