@@ -41,6 +41,7 @@ _WISHES = {
     "undrain": (Event.RELEASE, ""),
     "restart": (Event.RESTART, "restarted by an operator"),
 }
+_HOLDS = ("drain", "undrain")  # from requests
 _TURNS = ("sleep", "wake", "snapshot")
 
 
@@ -144,6 +145,9 @@ class Api:
             known = ", ".join([*_WISHES, *_TURNS])
             raise web.HTTPNotFound(text=f"no such action; there are {known}")
         keeper = self._keeper(request)
+        if wish in _HOLDS and keeper.questions.gives_back:
+            words = "it is an engine worker and takes no requests, so none can be kept from it"
+            raise web.HTTPConflict(text=f"{keeper.spec.replica_id}: {words}")
         try:
             if wish == "sleep":
                 keeper.lower(_rung(request), "going down, as an operator asked", _level(request))

@@ -23,16 +23,20 @@ from backends.arbiter import Unserved, arbitrate, replicas_possible
 from backends.card_room import free_cards, room_of
 from backends.claims import RANKS, Claim, Verdict, Wait
 from backends.clock import Timer
-from backends.demand import DemandBook, summed
+from backends.demand import DemandBook
 from backends.engines.base import Engine, launch_hash
 from backends.gpus import pinned
 from backends.images import image_of, pool_id_of
+from backends.job_rates import Expectation
+from backends.job_scaling import JobPool, JobScaling
 from backends.keeper import Keeper
 from backends.ladder import Ladder, Rung
 from backends.lifecycle import Event, Lifecycle, Phase
 from backends.members import Look, Member, Memory, Standing
+from backends.offline.work import JobNeeds
 from backends.orders import Orders
-from backends.pools import Vessel, View, pour, target_inputs
+from backends.pools import Portion, View
+from backends.portions import Portions
 from backends.reconcile import Wanted
 from backends.rungs_here import RungsHere, host_bytes_free
 from backends.scaled_pool import ScaledPool
@@ -43,7 +47,7 @@ from backends.starting import gpus_wanted
 from backends.surroundings import Surroundings
 from proxy.config import Config
 from proxy.contract import PoolRecord
-from proxy.contract.demand import Demand, ModelDemand
+from proxy.contract.demand import Demand
 
 TICK_S = 1.0
 TICK_SHORT_S = 0.1  # while somebody waits for cards that are being given back
@@ -81,7 +85,8 @@ class Autoscaler:
         self._unserved = Unserved()
         self._views: dict[str, View] = {}
         self._states: dict[str, Lifecycle] = {}  # of the last look
-        self._poured: dict[str, ModelDemand] = {}  # by model, as it was poured last
+        self._portions = Portions(book)
+        self.jobs = JobScaling(around.clock.now_s(), Expectation(around.cards))
         self._orders: dict[str, Rung | None] = {}  # by replica, of this moment only
         self._shed: set[str] = set()  # taken down because they were not needed, and nobody's gain
         self._released: set[str] = set()  # of pools that are not scaled any more: to be woken
@@ -111,6 +116,8 @@ class Autoscaler:
         for gone in self.pools.keys() - pools.keys():
             del self._hashes[gone], self._gpus_each[gone]
         self._around.shelf.keep(pools)
+        self.jobs.budget_per_hour = config.offline.price_per_hour_max
+        self.jobs.spare = config.offline.spare_capacity
         self.pools = pools
         self._views = {}
 
@@ -131,9 +138,14 @@ class Autoscaler:
             return
         waiting = {model for model, told in demand.models.items() if told.queued}
         for pool_id, view in self._views.items():
-            if waiting & view.names and self.pools[pool_id].scaled and not view.have:
+            asked = waiting & view.names and view.pool.serves == "requests"
+            if asked and self.pools[pool_id].scaled and not view.have:
                 self.tick()
                 return
+
+    def take_needs(self, needs: JobNeeds) -> None:
+        """Note what a service of jobs has left to do."""
+        self.jobs.book.take(needs, self._around.clock.now_s())
 
     def set_replicas(self, pool_id: str, replicas: int) -> None:
         """Set the size of a pool that is not scaled, until the configuration is read again.
@@ -191,6 +203,8 @@ class Autoscaler:
         now_s = self._around.clock.now_s()
         records = []
         for view in self._views.values():
+            if view.pool.serves == "jobs":
+                continue
             record = view.record(self.ladder, now_s)
             names = (view.pool.first.model, *sorted(view.pool.first.adapters))
             records += [msgspec.structs.replace(record, model=name) for name in names]
@@ -297,6 +311,7 @@ class Autoscaler:
                 portion=pool.portion,
                 gpus_each=self._gpus_each[pool_id],
                 rungs=self._here.of(pool.pool, self._hashes[pool_id], imaged=shelf.has(pool_id)),
+                presses=pool.presses,
             )
             for pool_id, pool in self.pools.items()
         }
@@ -339,40 +354,36 @@ class Autoscaler:
 
     def _pour(self) -> None:
         """Give each pool its portion of what its model is asked for."""
-        models: dict[str, list[View]] = {}
-        for view in self._views.values():
-            models.setdefault(view.pool.first.model, []).append(view)
-        names = {
-            model: frozenset[str]().union(*(view.names for view in views))
-            for model, views in models.items()
-        }
-        self.book.serve(set().union(*names.values()))
-        self._poured = {model: d for model, d in self._poured.items() if model in models}
-        for model, views in models.items():
-            demand = self._demand(names[model], views)
-            last = self._poured.get(model, demand)
-            self._poured[model] = demand
-            before = {view.pool.pool_id: self.pools[view.pool.pool_id].portion for view in views}
-            for pool_id, portion in pour(demand, last, list(map(_vessel, views)), before).items():
-                self.pools[pool_id].portion = portion
-                view = self._views[pool_id]
-                self._views[pool_id] = msgspec.structs.replace(view, portion=portion)
+        before = {pool_id: pool.portion for pool_id, pool in self.pools.items()}
+        for pool_id, portion in self._portions.pour(self._views.values(), before).items():
+            self._see(pool_id, portion)
 
-    def _demand(self, names: frozenset[str], views: list[View]) -> ModelDemand:
-        """Return what proxies report; where none does, what the engines say that they have."""
-        demand = summed(self.book.of(name) for name in sorted(names))
-        if self.book.proxies:
-            return demand
-        own = sum(member.in_flight for view in views for member in view.members)
-        return msgspec.structs.replace(demand, in_flight=own)
+    def _see(self, pool_id: str, portion: Portion, *, presses: bool = False) -> View:
+        """Let a pool be one that is asked for so much, and return it."""
+        pool, view = self.pools[pool_id], self._views[pool_id]
+        pool.portion, pool.presses = portion, presses
+        self._views[pool_id] = msgspec.structs.replace(view, portion=portion, presses=presses)
+        return self._views[pool_id]
 
     def _decide(self, now_s: float) -> None:
-        """Ask the law what each pool needs."""
+        """Ask the laws what each pool needs."""
         room, freeing = room_of(self._around.cards.leases, self._views.values(), host_bytes_free())
         claims = [self._claim(pool_id, now_s) for pool_id in self.pools]
+        crews = []
         for pool_id, claim in zip(self.pools, claims, strict=True):
             limit = replicas_possible(claim, [*claims, *freeing], room) if room.gpus else None
-            self.pools[pool_id].decide(self._views[pool_id], self.ladder, now_s, limit)
+            pool, view = self.pools[pool_id], self._views[pool_id]
+            if pool.pool.serves == "jobs":
+                gpus = gpus_wanted(self._engines[pool.pool.first.engine], pool.pool.first)
+                crews.append(JobPool(view, self._hashes[pool_id], gpus, limit))
+            else:
+                pool.decide(view, self.ladder, now_s, limit)
+        decided = self.jobs.decide(crews, list(self._views.values()), self.ladder, now_s)
+        for crew, found in zip(crews, decided, strict=True):
+            pool_id = crew.view.pool.pool_id
+            view = self._see(pool_id, found.portion, presses=found.presses)
+            seen = view.observation(self.ladder, now_s, crew.limit)
+            self.pools[pool_id].settle(found.decision, seen)
 
     def _judge(self, now_s: float) -> Verdict:
         """Ask the arbiter who gets what it needs."""
@@ -436,12 +447,3 @@ class Autoscaler:
         count = gpus_wanted(engine, pool.first)
         ours = self._around.cards.leases is not None
         return count if ours and pinned(pool.first.env, pool.first.args, count) is None else 0
-
-
-def _vessel(view: View) -> Vessel:
-    """Return what a pool is meant to carry; of a fixed one that aims at nothing, what it has."""
-    scale, target = view.pool.autoscale, target_inputs(view.pool)
-    count = scale.max if scale else len(view.standing(Standing.SERVES))
-    has = sum(member.in_flight for member in view.members)
-    carries = float(count * target) if target else float(has)
-    return Vessel(view.pool.pool_id, carries, scaled=scale is not None)

@@ -24,6 +24,7 @@ from backends.starting import gpus_wanted
 from proxy.config import Config, ConfigError
 
 _NEWEST = {"sglang": SGLANG_RANGE.newest, "vllm": VLLM_RANGE.newest}
+_NEWEST["vllm-jobs"] = _NEWEST["vllm"]
 
 
 def check_engines(

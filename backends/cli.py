@@ -81,8 +81,8 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
         _add_up_flags(up)
     commands.add_parser("proxy", help="run the data plane alone")
     commands.add_parser("compile", help="translate the data path to machine code (C compiler)")
-    manager = commands.add_parser("manager", help="run the control plane alone")
-    _add_manager_flags(manager)
+    _add_manager_flags(commands.add_parser("manager", help="run the control plane alone"))
+    _add_offline_flags(commands.add_parser("offline", help="serve files and batches alone"))
     commands.add_parser("simulator", help="run one engine server that needs no GPU")
     check = commands.add_parser("check", help="check a configuration file")
     check.add_argument("file", nargs="?", metavar="FILE")
@@ -160,6 +160,17 @@ def _add_up_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manager-host", metavar="HOST", help="address of the manager's API")
     parser.add_argument("--manager-port", type=port_number, metavar="PORT", help="its port; 0: any")
     parser.add_argument("--run-dir", metavar="FOLDER", help="folder for journal and logs")
+    parser.add_argument(
+        "--offline",
+        action=argparse.BooleanOptionalAction,
+        help="serve /v1/files and /v1/batches (default: as configured, which is yes)",
+    )
+    parser.add_argument(
+        "--offline-port",
+        type=port_number,
+        metavar="PORT",
+        help="port of that service (default: as configured, else any if the manager's is 0)",
+    )
 
 
 def _add_manager_flags(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +186,21 @@ def _add_manager_flags(parser: argparse.ArgumentParser) -> None:
         help="leave the replicas running at the end; the next manager adopts them",
     )
     parser.set_defaults(run=_manager)
+
+
+def _add_offline_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file (default: a demo)")
+    parser.add_argument("--host", dest="offline_host", metavar="HOST", help="address to listen on")
+    parser.add_argument(
+        "--port", dest="offline_port", type=port_number, metavar="PORT", help="its port; 0: any"
+    )
+    parser.add_argument(
+        "--store", dest="offline_store", metavar="STORE", help="SQLite file or postgresql:// URL"
+    )
+    parser.add_argument("--run-dir", metavar="FOLDER", help="folder of the store, if that is none")
+    parser.add_argument("--manager-url", metavar="URL", help="manager that keeps engine workers")
+    parser.add_argument("--proxy-url", metavar="URL", help="proxy to send lines to in spare times")
+    parser.set_defaults(run=_offline)
 
 
 class _Version(argparse.Action):
@@ -207,6 +233,23 @@ def _manager(options: argparse.Namespace) -> int:
     return asyncio.run(serve(config, path, detach_on_exit=options.detach_on_exit))
 
 
+def _offline(options: argparse.Namespace) -> int:
+    import asyncio
+
+    from backends.offline.service import serve_offline
+    from backends.offline.setting import Setting
+    from backends.settings import offline_config_of
+
+    config, path = offline_config_of(vars(options), os.environ)
+    setting = Setting(
+        config=config,
+        config_path=path,
+        manager_url=options.manager_url or config.proxy.manager_url,
+        proxy_url=options.proxy_url,
+    )
+    return asyncio.run(serve_offline(setting))
+
+
 def _check(options: argparse.Namespace) -> int:
     import json
     from datetime import UTC, datetime
@@ -215,7 +258,7 @@ def _check(options: argparse.Namespace) -> int:
 
     from backends.checking import check_cards, check_engines
     from backends.redact import redacted
-    from backends.settings import manager_settings
+    from backends.settings import manager_settings, offline_settings
     from proxy import tls
     from proxy.config import json_schema, load_config
 
@@ -226,6 +269,7 @@ def _check(options: argparse.Namespace) -> int:
         print("which file? doherty check FILE, or doherty check --schema", file=sys.stderr)
         return USAGE_STATUS
     config = load_config(options.file)
+    offline_settings(config.offline, {}, os.environ)
     warnings = [
         *tls.check(config.proxy, datetime.now(UTC)),
         *check_engines(config, options.file, os.environ),

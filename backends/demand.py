@@ -145,5 +145,6 @@ def summed(demands: Iterable[ModelDemand]) -> ModelDemand:
             queued_s=max(total.queued_s, each.queued_s),
             arrivals_total=total.arrivals_total + each.arrivals_total,
             refused_total=total.refused_total + each.refused_total,
+            spare=total.spare + each.spare,
         )
     return total

@@ -10,11 +10,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import NamedTuple
 
 from backends.clock import Clock, Timer
 from proxy.contract import FleetSnapshot, PoolRecord, ReplicaRecord, encode_snapshot
 
 PUBLISH_PAUSE_S = 0.05
+
+
+class Told(NamedTuple):
+    """What a snapshot is made of."""
+
+    replicas: tuple[ReplicaRecord, ...]
+    pools: tuple[PoolRecord, ...]
+    workers: tuple[ReplicaRecord, ...] = ()
 
 
 class Feed:
@@ -24,7 +33,7 @@ class Feed:
         self,
         epoch: str,
         region: str,
-        collect: Callable[[], tuple[tuple[ReplicaRecord, ...], tuple[PoolRecord, ...]]],
+        collect: Callable[[], Told],
         clock: Clock,
         told: Callable[[FleetSnapshot], None] = lambda _snapshot: None,
     ) -> None:
@@ -61,17 +70,17 @@ class Feed:
 
     def _publish(self) -> None:
         self._timer = None
-        replicas, pools = self._collect()
-        before = self.snapshot
-        if (replicas, pools) == (before.replicas, before.pools) and before.version:
+        told, before = self._collect(), self.snapshot
+        if told == (before.replicas, before.pools, before.workers) and before.version:
             return
         self._published_s = self._clock.now_s()
         self.snapshot = FleetSnapshot(
             epoch=self.snapshot.epoch,
             version=self.snapshot.version + 1,
             region=self.snapshot.region,
-            replicas=replicas,
-            pools=pools,
+            replicas=told.replicas,
+            pools=told.pools,
+            workers=told.workers,
         )
         self.line = encode_snapshot(self.snapshot)
         self._told(self.snapshot)

@@ -64,6 +64,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, tag="intent", tag_field=
     loras: Loaded = Loaded()
     image_of: str = ""  # what an image made of it would be an image of; empty: none can be made
     image: str = ""  # of its container; empty: it is a process of this machine
+    gpus_wanted: int = 0  # where the cluster says which
+    resources: dict[str, float] = {}  # beside these
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", tag_field="entry"):
@@ -71,6 +73,14 @@ class Started(msgspec.Struct, frozen=True, tag="started", tag_field="entry"):
     pid: int
     start_ticks: int
     boot_id: str
+
+
+class Placed(msgspec.Struct, frozen=True, tag="placed", tag_field="entry"):
+    """A cluster has found it a machine."""
+
+    launch_id: str
+    host: str
+    kv_source: tuple[str, str, str] | None
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready", tag_field="entry"):
@@ -119,7 +129,7 @@ class Ended(msgspec.Struct, frozen=True, tag="ended", tag_field="entry"):
     reason: str
 
 
-_Fact = Started | Ready | Held | Nap | Suspension | Staged | Adapted
+_Fact = Started | Placed | Ready | Held | Nap | Suspension | Staged | Adapted
 Entry = Launch | _Fact | Ended
 _DECODER: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
 
@@ -212,6 +222,8 @@ def _with(launch: Launch, entry: _Fact) -> Launch:
     match entry:
         case Started(pid=pid, start_ticks=ticks, boot_id=boot_id):
             changes = {"pid": pid, "start_ticks": ticks, "boot_id": boot_id}
+        case Placed(host=host, kv_source=kv_source):
+            changes = {"host": host, "kv_source": kv_source}
         case Ready():
             changes = {"ready": True, "staged": False}
         case Staged(staged=staged):

@@ -18,26 +18,18 @@ from typing import Any
 from backends.cards import Placement
 from backends.clock import Deadline
 from backends.ending import end_in_words, terminate
-from backends.engines.base import HOST, Engine, url_of
+from backends.engines.base import Engine, url_of
 from backends.engines.probe import Program, known_release, probe_release
 from backends.engines.release import Release
 from backends.fetch import Silence
 from backends.gpus import NoGpuError
 from backends.images import Images
-from backends.journal import Ended, Held, Launch, Ready, Started
+from backends.journal import Ended, Held, Launch, Ready
 from backends.ladder import Rung, RungCost
-from backends.lifecycle import (
-    SLEEPING,
-    Command,
-    Event,
-    Lifecycle,
-    Phase,
-    adopted,
-    overdue,
-    step,
-)
+from backends.lifecycle import SLEEPING, Command, Event, Lifecycle, Phase, overdue, step
 from backends.logfile import length
 from backends.loras import Loras, of_start
+from backends.placing import as_left, meet, note_process
 from backends.ports import ReplicaPorts
 from backends.posing import Posing
 from backends.providers.base import Process
@@ -130,7 +122,7 @@ class Keeper:
             url=self.url,
             region=self._around.region,
             engine=self._engine.name,
-            pid=self._process.pid if self._process else 0,
+            process=self._process,
         )
 
     # --- what the manager wishes ----------------------------------------------------------------
@@ -153,26 +145,26 @@ class Keeper:
         One that was ready stays ready unless nobody listens: it may be too busy to say so.
         """
         self._launch, self._process = launch, process
-        if launch.host == HOST:  # in a cell they are its own
-            self._ports.claim({"http": (launch.port, 1)} | launch.ports)
+        self._ports.claim(launch.host, {"http": (launch.port, 1)} | launch.ports)
         self.questions.begin(self.url)
         self._turns.adopt(launch)
         self._posing.adopt(launch)
         if launch.pid != process.pid:  # the manager before died between the spawn and this note
-            self._note_process(launch, process)
-        self.state = self._adopted(launch, ready=launch.ready)
+            note_process(launch, process, self._around)
+        left = launch, self.spec, self._turns.rest, self._around
+        self.state = as_left(*left, ready=launch.ready)
         if self.state.phase not in SLEEPING:
             answer = await self.questions.probe(ADOPT_TIMEOUT_S)
             silent = answer.silence is not None and answer.silence is not Silence.REFUSED
             ready = answer.status == 200 or (launch.ready and silent)
-            self.state = self._adopted(launch, ready=ready)
+            self.state = as_left(*left, ready=ready)
         name, phase = self.spec.replica_id, self.state.phase
         self._around.log.tell("replica_adopted", replica=name, pid=process.pid, phase=phase)
         self._follow(process, launch)
         self._timer.set(self.state.deadline_s)
         self._around.changed()
-        if (left := broken_off(launch)) is not None:
-            self.apply(*left)
+        if (broken := broken_off(launch)) is not None:
+            self.apply(*broken)
 
     def lower(self, rung: Rung, reason: str, level: int | None = None) -> None:
         """Take it down to ASLEEP or SUSPENDED; `level`: of its engine's own sleep, if one is asked.
@@ -318,7 +310,7 @@ class Keeper:
         # It lives, and nothing from here on may raise what `_start` takes for a failed spawn:
         # notes and log lines that cannot be written are lost.
         self._follow(self._process, launch)
-        self._note_process(launch, self._process)
+        note_process(launch, self._process, around)
         told = {"pid": self._process.pid, "url": self.url, "version": launch.engine_version}
         told |= {"gpus": launch.gpus, "log": str(self.log_path)}
         around.log.tell("replica_spawned", replica=spec.replica_id, **told)
@@ -394,7 +386,16 @@ class Keeper:
         if self.images.restoring:
             self._own(self._revive(self._life(Phase.STARTING), self._watch), "revive")
         else:
-            self._own(self._watch.follow(), "follow")
+            self._own(self._meet(process, launch, self._watch), "follow")
+
+    async def _meet(self, process: Process, launch: Launch, watch: Watch) -> None:
+        """Follow it as soon as it has a place."""
+        placed = await meet(process, launch, self._around)
+        if placed is not launch and self._current(launch.launch_id):
+            self._launch = placed
+            self.questions.begin(self.url)
+            self._around.changed()
+        await watch.follow()
 
     def _ring(self) -> None:
         if self._watch is not None:
@@ -408,10 +409,6 @@ class Keeper:
         self.questions.end()
         self._around.cards.ended(self.spec.replica_id)
         self._ring()
-
-    def _note_process(self, launch: Launch, process: Process) -> None:
-        boot_id = self._around.provider.boot_id
-        self._around.note(Started(launch.launch_id, process.pid, process.start_ticks, boot_id))
 
     def answered(self) -> None:
         """It is ready."""
@@ -429,16 +426,6 @@ class Keeper:
 
     def _current(self, launch_id: str) -> bool:
         return self._launch is not None and self._launch.launch_id == launch_id
-
-    def _adopted(self, launch: Launch, *, ready: bool) -> Lifecycle:
-        return adopted(
-            ready=ready,
-            held=launch.held,
-            rest=self._turns.rest,
-            starts=launch.starts,
-            now_s=self._around.clock.now_s(),
-            timing=self._around.timing(self.spec),
-        )
 
     def _deadline(self) -> None:
         reason = overdue(self.state.phase, self._around.timing(self.spec)) or self.state.reason

@@ -139,7 +139,13 @@ _SIMULATOR: Final = {
     Rung.COLD: RungCost(1.0),
 }
 DEFAULTS: Final[Mapping[str, Mapping[Rung, RungCost]]] = MappingProxyType(
-    {"vllm": _VLLM, "sglang": _SGLANG, "simulator": _SIMULATOR}
+    {
+        "vllm": _VLLM,
+        "vllm-jobs": _VLLM,  # what loads is the same
+        "sglang": _SGLANG,
+        "simulator": _SIMULATOR,
+        "simulator-jobs": _SIMULATOR,
+    }
 )
 
 

@@ -5,7 +5,8 @@ environments, argument lists and bodies are never logged, because keys live in t
 
 A line that cannot be written is lost, and nothing else happens: its reader may have gone or its
 disk be full, and whoever tells an event has more to do than to tell it. The manager tells of an
-engine that it has just started.
+engine that it has just started. Only msgspec is needed, because engine workers log from inside an
+engine's own Python.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TextIO
 
-import orjson
+import msgspec
 
 _FIELD_CHARACTERS_MAX = 2_000
 
@@ -41,7 +42,8 @@ class Log:
         clipped = {
             k: v[:_FIELD_CHARACTERS_MAX] if isinstance(v, str) else v for k, v in fields.items()
         }
-        line = orjson.dumps({"at": at, "level": level, "event": event, **clipped}, default=str)
+        record = {"at": at, "level": level, "event": event, **clipped}
+        line = msgspec.json.encode(record, enc_hook=str)
         stream = self._stream or sys.stderr
         try:
             stream.write(line.decode() + "\n")

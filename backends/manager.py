@@ -8,7 +8,6 @@ asked of them. `serve.py` gives it a process, signals and a listener.
 from __future__ import annotations
 
 import asyncio
-import random
 import signal
 import uuid
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from backends.clock import Clock
 from backends.demand import DemandBook
 from backends.engines import ENGINES
 from backends.engines.base import Engine
-from backends.feed import Feed
+from backends.feed import Feed, Told
 from backends.fetch import Fetch
 from backends.journal import Ended, Journal, Launch
 from backends.keeper import Keeper
@@ -30,8 +29,8 @@ from backends.lifecycle import Event
 from backends.log import Log
 from backends.logfile import bound
 from backends.notices import Reclaims
-from backends.ports import PortLeases
 from backends.providers.base import Process, Provider
+from backends.providers.choice import port_leases, warms
 from backends.readahead import Lists
 from backends.reconcile import (
     Adapt,
@@ -53,8 +52,8 @@ from backends.surroundings import Demanded, Surroundings
 from backends.tasks import spawn
 from backends.turns import RefusedError
 from backends.warm import Warmer
-from proxy.config import Config
-from proxy.contract import PoolRecord, ReplicaRecord
+from proxy.config import Config, Serves
+from proxy.contract import ReplicaRecord
 
 FIRST_SNAPSHOT_S_MAX = 5.0
 
@@ -86,19 +85,20 @@ class Manager:
         self._closing: set[asyncio.Task[None]] = set()
         self._stopped = asyncio.Event()
         self.serving = False
+        self.offline = config.offline
         self.keepers: dict[str, Keeper] = {}
         book = DemandBook(clock.now_s)
         self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock, book.publish)
         settings = config.manager
         self._cards = cards or Cards(None, log)
         lists = Lists(Path(settings.run_dir) / "reads")
-        self._warmer = Warmer(log, enabled=settings.warm_page_cache, lists=lists)
+        self._warmer = Warmer(log, enabled=warms(settings), lists=lists)
         self._around = Surroundings(
             clock=clock,
             provider=provider,
             fetch=fetch,
             journal=journal,
-            ports=PortLeases(random.Random()),  # noqa: S311  # spreads, hides nothing
+            ports=port_leases(settings),
             cards=self._cards,
             warmer=self._warmer,
             log=log,
@@ -164,12 +164,15 @@ class Manager:
             if bound(keeper.log_path):
                 self._log.tell("log_cut", replica=keeper.spec.replica_id)
 
-    def _records(self) -> tuple[tuple[ReplicaRecord, ...], tuple[PoolRecord, ...]]:
-        replicas = tuple(keeper.record() for keeper in self.keepers.values())
+    def _records(self) -> Told:
+        records: dict[Serves, list[ReplicaRecord]] = {"requests": [], "jobs": []}
+        for keeper in self.keepers.values():
+            facts = self._engines[keeper.spec.engine].facts(keeper.spec)
+            records[facts.serves].append(keeper.record())
         pools = self.scaler.records()
         if self.reclaims.all_goes:  # whoever is held for a pool would wait in vain
             pools = tuple(msgspec.structs.replace(pool, wakes=False) for pool in pools)
-        return replicas, pools
+        return Told(tuple(records["requests"]), pools, tuple(records["jobs"]))
 
     def _changed(self) -> None:
         """Something happened to a replica: publish it, and see what follows, once for a burst."""

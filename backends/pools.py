@@ -92,9 +92,9 @@ def pour(
 
 
 def policy_of(pool: PoolSpec) -> ScalingPolicy | None:
-    """Return the law's settings for a pool; None: it is not scaled."""
+    """Return the law's settings for a pool; None: it is not scaled, or not by requests."""
     scale, spec = pool.autoscale, pool.first
-    if scale is None:
+    if scale is None or pool.serves == "jobs":
         return None
     return ScalingPolicy(
         min=scale.min,
@@ -124,6 +124,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     portion: Portion
     gpus_each: int
     rungs: Rungs
+    presses: bool = False  # its jobs are due so soon that they wait behind no offline work
 
     def standing(self, *standings: Standing) -> tuple[Member, ...]:
         return tuple(member for member in self.members if member.standing in standings)
@@ -219,7 +220,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
         return Claim(
             pool=self.pool.pool_id,
             model=self.pool.first.model,
-            work_class=self.pool.first.work_class,
+            work_class="semi-online" if self.presses else self.pool.first.work_class,
             gpus_each=self.gpus_each,
             weight=self.pool.first.weight,
             desired=desired + held,

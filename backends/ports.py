@@ -8,6 +8,10 @@ Ports come from below the kernel's range for outgoing connections. An engine tak
 being told its port to listening on it, and on a busy proxy host thousands of outgoing connections
 are made meanwhile; a port out of that range would sooner or later be taken by one of them. What is
 left of the risk (a stranger's server) is met by a new port at the next start.
+
+Ports on other machines of a cluster are leased alike, though nobody here can see whether they are
+free: so two replicas never meet, whichever machine they get. Who starts them there looks, and each
+start takes others.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from backends.engines.base import EVERYWHERE, HOST, Ports, PortsNeeded
+from backends.engines.base import EVERYWHERE, HOST, UNPLACED, Ports, PortsNeeded
 
 PORT_MIN = 20_000
 _PORT_MAX_WANTED = 32_767
@@ -35,8 +39,14 @@ class PortLeases:
     """The ports that this manager has given out."""
 
     def __init__(
-        self, seed: random.Random, port_min: int = PORT_MIN, port_max: int | None = None
+        self,
+        seed: random.Random,
+        port_min: int = PORT_MIN,
+        port_max: int | None = None,
+        listen: str = HOST,
     ) -> None:
+        self.listen = listen
+        self._here = listen == HOST
         self._seed = seed
         self._port_min = port_min
         self._port_max = port_max or max(port_min, min(_PORT_MAX_WANTED, _ephemeral_min() - 1))
@@ -52,18 +62,19 @@ class PortLeases:
         for offset in range(starts):
             first = self._port_min + (begin + offset) % starts
             run = range(first, first + count)
-            if self._leased.isdisjoint(run) and all(port_free(HOST, port) for port in run):
+            if self._leased.isdisjoint(run) and self._all_free(run):
                 self._leased.update(run)
                 return first
         some = "free port" if count == 1 else f"{count} free ports in a row"
-        raise NoPortError(f"no {some} on {HOST} in {self._port_min}-{self._port_max}")
+        where = f" on {HOST}" if self._here else ""
+        raise NoPortError(f"no {some}{where} in {self._port_min}-{self._port_max}")
 
     def keep_or_lease(self, first: int, count: int = 1) -> int:
         """Return `first`, leased before, unless somebody listens there now; then another one.
 
         Whoever listens would answer the readiness probe in the place of the engine.
         """
-        if first and all(port_free(HOST, port) for port in range(first, first + count)):
+        if first and self._here and self._all_free(range(first, first + count)):
             return first
         fresh = self.lease(count)
         self.release(first, count)
@@ -75,6 +86,9 @@ class PortLeases:
 
     def release(self, first: int, count: int = 1) -> None:
         self._leased.difference_update(range(first, first + count))
+
+    def _all_free(self, run: range) -> bool:
+        return not self._here or all(port_free(HOST, port) for port in run)
 
 
 class ReplicaPorts:
@@ -96,7 +110,7 @@ class ReplicaPorts:
         """
         self.runs["http"] = (self._leases.keep_or_lease(self.http), 1)
 
-    def take(self, needed: PortsNeeded, host: str = HOST) -> Ports:
+    def take(self, needed: PortsNeeded) -> Ports:
         """Return what the next start gets: the ports of the last one where they still do.
 
         Raises `NoPortError`.
@@ -112,10 +126,17 @@ class ReplicaPorts:
                 self.runs[kind] = (self._leases.keep_or_lease(first, count), count)
         firsts = {kind: first for kind, (first, _) in self.runs.items()}
         events, replay, internal = (firsts.get(kind, 0) for kind in PortsNeeded._fields)
-        return Ports(firsts["http"], events, replay, internal, host)
+        return Ports(firsts["http"], events, replay, internal, self._leases.listen)
 
-    def claim(self, runs: Mapping[str, tuple[int, int]]) -> None:
-        """Take over those of a process that runs."""
+    @property
+    def host(self) -> str:
+        """Return where what is started now is reached."""
+        return HOST if self._leases.listen == HOST else UNPLACED
+
+    def claim(self, host: str, runs: Mapping[str, tuple[int, int]]) -> None:
+        """Take over those of a process that runs at `host`; in a cell they are its own."""
+        if host != HOST and self._leases.listen == HOST:
+            return
         for first, count in runs.values():
             self._leases.claim(first, count)
         self.runs = dict(runs)

@@ -15,7 +15,7 @@ from backends.engines.base import Engine
 from backends.fetch import Answer, Fetch, Silence
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample, ReplicaRecord, with_load
-from proxy.contract.engines import MODELS_PATH, read_listing
+from proxy.contract.engines import MODELS_PATH, Listing, read_listing
 
 LISTING_INTERVAL_S = 15.0  # adapters come and go at run time
 ASK_TIMEOUT_S = 5.0  # a metrics page behind a busy event loop takes its time
@@ -60,6 +60,11 @@ class Questions:
         return answer
 
     @property
+    def gives_back(self) -> bool:
+        """Whether it gives back what it has not done, so that nobody waits for it to be idle."""
+        return self._engine.facts(self.spec).serves == "jobs"
+
+    @property
     def listing_due(self) -> bool:
         return self._clock.now_s() - self._listed_s >= LISTING_INTERVAL_S
 
@@ -73,7 +78,7 @@ class Questions:
         answer = await self._fetch.get(self._url + MODELS_PATH, ASK_TIMEOUT_S)
         listing = read_listing(answer.body) if answer.status == 200 else None
         if life is self._life and listing is not None and listing.names:
-            self.models, self._adapters = listing.names, listing.adapters
+            self.models, self._adapters = _names(self.spec.model, listing), listing.adapters
 
     async def read(self) -> tuple[bool, LoadSample | None]:
         """Take one reading of the load; say whether the engine answered anything at all."""
@@ -93,3 +98,14 @@ class Questions:
         self.failures += 1
         answered = any(answer.status for answer in answers)
         return answered or (await self.probe()).status > 0, None
+
+
+def _names(model: str, listing: Listing) -> tuple[str, ...]:
+    """Return what it answers to: the name that it was started by, whatever it lists.
+
+    SGLang lists the path instead once it has read its weights again (`_update_model_path_info` in
+    managers/tokenizer_manager.py, 0.5.17), and goes on answering to any name.
+    """
+    if model in listing.names:
+        return listing.names
+    return (model, *(listing.adapters or ()))

@@ -26,6 +26,12 @@ def redacted(config: Config) -> dict[str, Any]:
     proxy["worker_urls"] = [_USERINFO.sub(HIDDEN, url) for url in proxy["worker_urls"]]
     if proxy["manager_url"] is not None:
         proxy["manager_url"] = _USERINFO.sub(HIDDEN, proxy["manager_url"])
+    offline = value["offline"]
+    if offline["work_key"] is not None:
+        offline["work_key"] = HIDDEN
+    for name in ("store", "work_url"):
+        if offline[name] is not None:
+            offline[name] = _USERINFO.sub(HIDDEN, offline[name])
     for model in value["models"]:
         for pool in model["pools"]:
             pool["args"] = redacted_args(pool["args"])

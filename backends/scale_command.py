@@ -86,7 +86,8 @@ def _row(pool: PoolReport) -> tuple[str, ...]:
     if pool.waiting:
         reason += f"; waits: {pool.waiting}"
     numbers = (pool.min, pool.max, pool.desired, pool.ready, pool.coming)
-    return (pool.pool, pool.work_class, *map(str, numbers), resting or "-", reason)
+    kind = f"{pool.work_class} jobs" if pool.serves == "jobs" else pool.work_class
+    return (pool.pool, kind, *map(str, numbers), resting or "-", reason)
 
 
 def _clock(at_s: float) -> str:

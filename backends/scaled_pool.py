@@ -2,7 +2,7 @@
 
 Of a pool of a fixed size nobody decides: it wants what it was told. It is looked at all the same,
 for its replicas hold cards that others may want, and whoever scales it from outside reads here what
-it needs.
+it needs. What pools of engine workers need follows from jobs (`job_scaling`), all models at once.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ class ScaledPool:
     """A pool, its size as wanted now, and the changes of mind that led there."""
 
     def __init__(self, pool: PoolSpec, now_s: float) -> None:
-        policy = policy_of(pool)
+        policy, scale = policy_of(pool), pool.autoscale
         self.pool = pool
         self.portion = Portion()
+        self.presses = False  # its jobs have moved up a class
         self.waiting = ""  # why one that is wanted does not come
         self.crowded_until_s = 0.0
         self.observation = Observation(at_s=now_s)
@@ -34,26 +35,26 @@ class ScaledPool:
         self.granted: Mapping[str, float] = {}  # what the arbiter went by, and how many it allows
         self.notes: deque[Note] = deque(maxlen=NOTES_MAX)
         self.fixed = pool.replicas  # of a pool that is not scaled; others may set it
-        self.desired = policy.min if policy else pool.replicas or 0
+        self.desired = scale.min if scale else pool.replicas or 0
         self._scaler = Scaler(policy) if policy else None
         self._since_s = now_s
         self._noted: tuple[int, bool] = (self.desired, False)
 
     @property
     def scaled(self) -> bool:
-        return self._scaler is not None
+        return self.pool.autoscale is not None
 
     def replace(self, pool: PoolSpec, now_s: float) -> None:
         """Take over new settings; what the law has learnt of the load stays true."""
         policy = policy_of(pool)
         if policy is None:
-            self._scaler, self.decision = None, None
+            self._scaler, self.decision = None, None  # of workers the next look decides again
         elif self._scaler is None:
             self._scaler, self._since_s = Scaler(policy), now_s
         else:
             self._scaler.policy = policy
         self.pool, self.fixed = pool, pool.replicas
-        self.desired = self.desired if policy else pool.replicas or 0
+        self.desired = self.desired if pool.autoscale else pool.replicas or 0
 
     def decide(self, view: View, ladder: Ladder, now_s: float, gpu_limit: int | None) -> None:
         """Ask the law how many should serve."""
@@ -68,6 +69,11 @@ class ScaledPool:
             reason = f"{decision.reason}; {kept} are kept, for this manager is new to the load"
             decision = msgspec.structs.replace(decision, desired=kept, reason=reason)
         self.decision, self.desired = decision, decision.desired
+
+    def settle(self, decision: Decision, observation: Observation) -> None:
+        """Take what was decided of a pool of engine workers."""
+        self.observation, self.decision = observation, decision
+        self.desired = decision.desired if self.scaled else self.fixed or 0
 
     def note(self, moves: Sequence[str], unix_s: float) -> Note | None:
         """Return a change of mind, or of what is done, to be told; None: nothing is new."""
@@ -95,6 +101,8 @@ class ScaledPool:
             pool=self.pool.pool_id,
             model=self.pool.first.model,
             work_class=self.pool.first.work_class,
+            serves=self.pool.serves,
+            presses=self.presses,
             scaled=scale is not None,
             min=scale.min if scale else fixed,
             max=scale.max if scale else fixed,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from backends.scaling import Decision, Observation
+from proxy.contract.demand import ModelDemand
 
 SCALING_PATH = "/v1/scaling"
 POOLS_PATH = "/v1/pools/{pool_id}/scale"
@@ -39,6 +40,8 @@ class PoolReport(msgspec.Struct, frozen=True, kw_only=True):
     pool: str
     model: str
     work_class: str
+    serves: str = "requests"  # or jobs: engine workers, scaled by what is left of these
+    presses: bool = False  # its jobs are due so soon that they have moved up a class
     scaled: bool  # by demand; otherwise it is of a fixed size
     min: int
     max: int
@@ -72,7 +75,22 @@ class ScalingReport(msgspec.Struct, frozen=True, kw_only=True):
     gpus: GpuReport = GpuReport()
 
 
-def encode_report(report: ScalingReport) -> bytes:
+class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one model is asked for at this moment, by the proxies' newest reports."""
+
+    demand: ModelDemand
+    panicking: bool = False  # its pool scales by a burst
+    kv_target: float = 1.0  # share of the KV cache above which its pool grows
+
+
+class DemandReport(msgspec.Struct, frozen=True, kw_only=True):
+    """All models, by the names that pools serve: for those who use what is spare."""
+
+    proxies: int  # that report
+    models: dict[str, ModelReport]
+
+
+def encode_report(report: ScalingReport | DemandReport) -> bytes:
     return msgspec.json.encode(report)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
+from backends.offline.setting import exposed
 from backends.spec import pool_specs
-from backends.up import Plan
+from backends.up_plan import Plan
 from proxy.config import (
     EMBEDDED_DEFAULT,
     ENVIRONMENT_PREFIX,
     Config,
     ConfigError,
     ManagerConfig,
+    OfflineConfig,
     ProxyConfig,
     load_config,
     override,
@@ -22,13 +24,23 @@ from proxy.config import (
 )
 from proxy.flags import environment_values
 
-# Field of the manager's section, its flag's name in the parser, and its environment variable.
-_MANAGER_SETTINGS = (
+S = TypeVar("S", ManagerConfig, OfflineConfig)
+# Field of a section, its flag's name in the parser, and its environment variable.
+_Settings = tuple[tuple[str, str, str], ...]
+_MANAGER_SETTINGS: _Settings = (
     ("host", "manager_host", "MANAGER_HOST"),
     ("port", "manager_port", "MANAGER_PORT"),
     ("run_dir", "run_dir", "RUN_DIR"),
     ("gpus", "gpus", "GPUS"),
     ("warm_page_cache", "warm_page_cache", "WARM_PAGE_CACHE"),
+)
+_OFFLINE_SETTINGS: _Settings = (
+    ("enabled", "offline", "OFFLINE"),
+    ("host", "offline_host", "OFFLINE_HOST"),
+    ("port", "offline_port", "OFFLINE_PORT"),
+    ("store", "offline_store", "STORE"),
+    ("work_key", "offline_work_key", "WORK_KEY"),
+    ("work_url", "offline_work_url", "WORK_URL"),
 )
 
 
@@ -49,7 +61,17 @@ def manager_config_of(
     """Return the configuration of `doherty manager`. Raises `ConfigError`."""
     config, path = read_config(given["config"], environ)
     manager = manager_settings(config.manager, given, environ)
-    return msgspec.structs.replace(config, manager=manager), path
+    offline = offline_settings(config.offline, given, environ)
+    return msgspec.structs.replace(config, manager=manager, offline=offline), path
+
+
+def offline_config_of(
+    given: Mapping[str, Any], environ: Mapping[str, str]
+) -> tuple[Config, str | None]:
+    """Return the configuration of `doherty offline`. Raises `ConfigError`."""
+    config, path = manager_config_of(given, environ)
+    proxy = override(config.proxy, environment_values(environ), ENVIRONMENT_PREFIX + "{env}")
+    return msgspec.structs.replace(config, proxy=proxy), path
 
 
 def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
@@ -70,17 +92,44 @@ def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
     proxy = override(config.proxy, environment_values(environ), ENVIRONMENT_PREFIX + "{env}")
     proxy = override(proxy, flags, "--{flag}")
     manager = manager_settings(config.manager, given, environ)
+    offline = offline_settings(config.offline, given, environ)
+    if manager.port == 0 and offline.port == OfflineConfig().port:
+        # Whoever takes any port for the one means it for the other.
+        offline = msgspec.structs.replace(offline, port=0)
     if proxy.access_log == "-":  # the terminal belongs to the progress of `up`
         flags["access_log"] = f"{manager.run_dir}/logs/access.log"
-    return Plan(config_path=path, config=config, proxy=proxy, proxy_flags=flags, manager=manager)
+    return Plan(
+        config_path=path,
+        config=config,
+        proxy=proxy,
+        proxy_flags=flags,
+        manager=manager,
+        offline=offline,
+    )
 
 
 def manager_settings(
     base: ManagerConfig, given: Mapping[str, Any], environ: Mapping[str, str]
 ) -> ManagerConfig:
     """Return `base` with flags and environment laid over it. Raises `ConfigError`."""
+    return _laid_over(base, _MANAGER_SETTINGS, given, environ)
+
+
+def offline_settings(
+    base: OfflineConfig, given: Mapping[str, Any], environ: Mapping[str, str]
+) -> OfflineConfig:
+    """Return `base` with flags and environment laid over it. Raises `ConfigError`."""
+    offline = _laid_over(base, _OFFLINE_SETTINGS, given, environ)
+    if offline.enabled and (problem := exposed(offline)) is not None:
+        raise ConfigError(problem)
+    return offline
+
+
+def _laid_over(
+    base: S, settings: _Settings, given: Mapping[str, Any], environ: Mapping[str, str]
+) -> S:
     merged = {name: getattr(base, name) for name in base.__struct_fields__}
-    for field, flag, variable in _MANAGER_SETTINGS:
+    for field, flag, variable in settings:
         value, source = given.get(flag), "--" + flag.replace("_", "-")
         if value is None:
             source = ENVIRONMENT_PREFIX + variable
@@ -89,7 +138,7 @@ def manager_settings(
             continue
         merged[field] = value
         try:  # one by one, so that an error names who said it
-            msgspec.convert({field: value}, ManagerConfig, strict=False)
+            msgspec.convert({field: value}, type(base), strict=False)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{source}: {str(error).split(' - at ')[0]}") from error
-    return msgspec.convert(merged, ManagerConfig, strict=False)
+    return msgspec.convert(merged, type(base), strict=False)

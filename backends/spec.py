@@ -12,7 +12,17 @@ from collections.abc import Iterator
 
 import msgspec
 
-from proxy.config import AutoscaleConfig, Config, ModelConfig, PoolConfig, WorkClass
+from proxy.config import (
+    AutoscaleConfig,
+    Config,
+    ModelConfig,
+    OfflineConfig,
+    PoolConfig,
+    Serves,
+    WorkClass,
+)
+
+WORK_KEY_VARIABLE = "DOHERTY_WORK_KEY"  # by which a worker shows the desk that it is one
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,7 +47,12 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int = 0
     work_class: WorkClass = "online"
     image: str = ""  # of its containers; empty: it is a process of this machine
+    resources: dict[str, float] = {}  # of its node beside GPUs, where a cluster says where it runs
     snapshot: bool = False  # starts from an image of a warm one, and makes it where there is none
+    serves: Serves = "requests"
+    desk_url: str = ""  # where a worker of jobs gets its lines
+    chunk_lines: int = 0  # and how many at once
+    gpu_price_per_hour: float | None = None  # None: nobody has said
 
 
 class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +62,10 @@ class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
     first: ReplicaSpec
     replicas: int | None  # None: as `autoscale` says
     autoscale: AutoscaleConfig | None = None
+
+    @property
+    def serves(self) -> Serves:
+        return self.first.serves
 
     def replica(self, number: int) -> ReplicaSpec:
         """Return the specification of its replica of this number."""
@@ -64,9 +83,9 @@ def pool_specs(config: Config) -> tuple[PoolSpec, ...]:
     return tuple(
         PoolSpec(
             pool_id=pool_id,
-            first=_spec(model, pool, f"{pool_id}-0", config.image_of(pool)),
+            first=_spec(config, model, pool, f"{pool_id}-0"),
             replicas=pool.replicas_fixed,
-            autoscale=pool.autoscale,
+            autoscale=_scale(pool),
         )
         for model, pool, pool_id in _named_pools(config)
     )
@@ -81,21 +100,21 @@ def _named_pools(config: Config) -> Iterator[tuple[ModelConfig, PoolConfig, str]
     for model in config.models:
         for pool in model.pools:
             stem = _slug(pool.name or model.name)
-            name = stem if stem not in taken else f"{stem}-{pool.engine}"
+            name = stem if stem not in taken else f"{stem}-{_engine(pool)}"
             count = 2
             while name in taken:
-                name = f"{stem}-{pool.engine}-{count}"
+                name = f"{stem}-{_engine(pool)}-{count}"
                 count += 1
             taken.add(name)
             yield model, pool, name
 
 
-def _spec(model: ModelConfig, pool: PoolConfig, replica_id: str, image: str) -> ReplicaSpec:
-    return ReplicaSpec(
+def _spec(config: Config, model: ModelConfig, pool: PoolConfig, replica_id: str) -> ReplicaSpec:
+    spec = ReplicaSpec(
         replica_id=replica_id,
         model=model.name,
         pool=pool.name or model.name,
-        engine=pool.engine,
+        engine=_engine(pool),
         model_path=pool.model_path,
         args=pool.args,
         env=pool.env,
@@ -111,8 +130,39 @@ def _spec(model: ModelConfig, pool: PoolConfig, replica_id: str, image: str) -> 
         max_tokens=pool.max_tokens,
         work_class=pool.work_class,
         snapshot=pool.snapshot,
-        image=image,
+        image=config.image_of(pool),
+        serves=pool.serves,
+        gpu_price_per_hour=pool.gpu_price_per_hour,
+        resources=pool.resources,
     )
+    return _worker(spec, config.offline) if pool.serves == "jobs" else spec
+
+
+def _worker(spec: ReplicaSpec, offline: OfflineConfig) -> ReplicaSpec:
+    """Return an engine worker: told where the desk is, and of the lowest class.
+
+    A pool is online unless it says otherwise; who does jobs is offline unless it does.
+    """
+    key = {} if offline.work_key is None else {WORK_KEY_VARIABLE: offline.work_key}
+    return msgspec.structs.replace(
+        spec,
+        desk_url=offline.desk_url,
+        chunk_lines=offline.chunk_lines,
+        env=key | spec.env,
+        work_class="offline" if spec.work_class == "online" else spec.work_class,
+    )
+
+
+def _engine(pool: PoolConfig) -> str:
+    """Return the name of its table in `backends.engines`."""
+    return f"{pool.engine}-jobs" if pool.serves == "jobs" else pool.engine
+
+
+def _scale(pool: PoolConfig) -> AutoscaleConfig | None:
+    """Return how it is scaled; an engine worker that is not needed ends, whatever may rest."""
+    if pool.autoscale is None or pool.serves == "requests":
+        return pool.autoscale
+    return msgspec.structs.replace(pool.autoscale, rungs=("cold",))
 
 
 def _slug(name: str) -> str:

@@ -73,7 +73,7 @@ def prepare(
     leased = ports.take(engine.ports_needed(spec, release))
     start = _start(engine, spec, leased, program, release, placement)
     further = {kind: run for kind, run in ports.runs.items() if kind != "http"}
-    return start._replace(further_ports=further)
+    return start._replace(further_ports=further, host=ports.host)
 
 
 def enclosed(
@@ -178,4 +178,6 @@ def intent(
         loras=of_start(engine, spec),
         image_of=start.image_of,
         image=spec.image,
+        gpus_wanted=gpus_wanted(engine, spec),
+        resources=spec.resources,
     )

@@ -70,16 +70,17 @@ def no_manager(manager_url: str, error: Exception) -> StartError:
 
 
 def table(fleet: FleetSnapshot, scaling: ScalingReport | None = None) -> str:
-    """Return one line for each replica under headings, and one for each pool that waits.
+    """Return one line for each replica and engine worker, and one for each pool that waits.
 
     `scaling` tells how deep those at rest are, and who waits for GPUs.
     """
     pools = scaling.pools if scaling else ()
     resting = {name: rung for pool in pools for name, rung in pool.resting.items()}
-    rows = [HEADINGS, *(_row(replica, resting) for replica in fleet.replicas)]
+    there = (*fleet.replicas, *fleet.workers)
+    rows = [HEADINGS, *(_row(replica, resting) for replica in there)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines = lines if fleet.replicas else ["no replicas"]
+    lines = lines if there else ["no replicas"]
     lines += [f"{pool.pool} waits: {pool.waiting}" for pool in pools if pool.waiting]
     return "\n".join(lines)
 

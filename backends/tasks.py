@@ -25,7 +25,7 @@ def spawn(coroutine: Coroutine[Any, Any, None], name: str, log: Log) -> asyncio.
     def report(done: asyncio.Task[None]) -> None:
         if not done.cancelled() and (error := done.exception()) is not None:
             what = f"{type(error).__name__}: {error}"
-            log.fault("task_failed", task=name, error=what, where=_where(error))
+            log.fault("task_failed", task=name, error=what, where=place_of(error))
 
     task.add_done_callback(report)
     return task
@@ -39,7 +39,7 @@ async def cancel_all(tasks: Iterable[asyncio.Task[None]]) -> None:
     await asyncio.gather(*pending, return_exceptions=True)
 
 
-def _where(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """Name the places that an exception passed, innermost first; places hold no secrets."""
     frames = traceback.extract_tb(error.__traceback__)[-_FRAMES_MAX:]
     return " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames))

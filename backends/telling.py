@@ -6,6 +6,7 @@ import msgspec
 
 from backends.journal import Launch
 from backends.lifecycle import PUBLISHED, SERVING, SLEEPING, Lifecycle
+from backends.providers.base import Process
 from backends.questions import Questions
 from backends.turns import Turns
 from proxy.contract import ReplicaRecord
@@ -20,7 +21,7 @@ def record_of(
     url: str,
     region: str,
     engine: str,
-    pid: int,
+    process: Process | None,
 ) -> ReplicaRecord:
     """Return the record of the replica that `questions` are asked of."""
     serving, spec = state.phase in SERVING, questions.spec
@@ -33,12 +34,12 @@ def record_of(
         region=region,
         engine=engine,
         state=PUBLISHED[state.phase],
-        reason=state.reason,
+        reason=(process.waits if process else "") or state.reason,
         target_inputs=spec.target_inputs,
         max_inputs=spec.max_inputs,
         weight=spec.weight,
         restarts=state.restarts,
-        pid=pid,
+        pid=process.pid if process else 0,
         load=questions.load if serving else None,
         asleep=(questions.told.asleep and serving) or state.phase in SLEEPING,
         sleep_s=turns.down_s,

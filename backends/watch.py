@@ -10,7 +10,8 @@ nothing: it stands still.
 
 It is drained when it says that it is idle and no proxy says that it has a request on it. A proxy
 counts a request that it has bound and not sent yet, which the engine cannot know of; where no proxy
-reports, the engine's word is all there is.
+reports, the engine's word is all there is. An engine worker is not waited for at all: it gives back
+what it has not done.
 """
 
 from __future__ import annotations
@@ -96,6 +97,9 @@ class Watch:
             poll_s = min(poll_s * 1.5, poll_s_max)
 
     async def _ask(self) -> None:
+        if self._phase() is Phase.DRAINING and self._questions.gives_back:
+            self._told.apply(Event.IDLE, "it gives back the lines that it has not done")
+            return
         if self._questions.listing_due:
             await self._questions.list()
         answered, load = await self._questions.read()

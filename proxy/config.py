@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from proxy.config_machines import DockerConfig, ReclaimNoticeConfig
-from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig, WorkClass
+from proxy.config_machines import DockerConfig, RayConfig, ReclaimNoticeConfig
+from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig, Serves, WorkClass
 from proxy.config_offline import OfflineConfig
 from proxy.config_reading import (
     ConfigError,
@@ -46,7 +46,9 @@ __all__ = (
     "ModelConfig",
     "OfflineConfig",
     "PoolConfig",
+    "RayConfig",
     "ReclaimNoticeConfig",
+    "Serves",
     "WorkClass",
     "describe_fields",
 )
@@ -284,11 +286,14 @@ class ManagerConfig(Section, frozen=True, kw_only=True):
         PositiveInt, Meta(description="disk space that these may take; the oldest go first")
     ] = 200 * 1024**3
     provider: Annotated[
-        Literal["process", "docker"], Meta(description="what engines are started as")
+        Literal["process", "docker", "ray"], Meta(description="what engines are started as")
     ] = "process"
     docker: Annotated[
         DockerConfig, Meta(description="with provider docker: how containers are made")
     ] = DockerConfig()
+    ray: Annotated[
+        RayConfig, Meta(description="with provider ray: the cluster, and what engines get there")
+    ] = RayConfig()
     reclaim_notice: Annotated[
         ReclaimNoticeConfig | None,
         Meta(description="where a cloud says that this machine will be taken away"),
@@ -324,10 +329,11 @@ class Config(Section, frozen=True, kw_only=True):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"model '{name}' is defined twice; give it several pools instead")
-        if self.manager.provider == "docker":
-            for model in self.models:
-                for pool in model.pools:
-                    self._check_container(model.name, pool)
+        for model in self.models:
+            for pool in model.pools:
+                self._check_pool(model.name, pool)
+        if self.offline.price_per_hour_max is not None:
+            self._check_prices()
 
     def image_of(self, pool: PoolConfig) -> str:
         """Return the image that its containers are made of; empty where they are processes."""
@@ -335,15 +341,31 @@ class Config(Section, frozen=True, kw_only=True):
             return ""
         return pool.image or self.manager.docker.images.get(pool.engine, "")
 
-    def _check_container(self, model: str, pool: PoolConfig) -> None:
-        if not self.image_of(pool):
+    def _check_prices(self) -> None:
+        """Refuse a budget for what has no price."""
+        for model in self.models:
+            for pool in model.pools:
+                if pool.serves == "jobs" and pool.gpu_price_per_hour is None:
+                    raise ValueError(
+                        f"model '{model.name}': offline.price_per_hour_max needs the "
+                        "gpu_price_per_hour of each pool with serves: jobs"
+                    )
+
+    def _check_pool(self, model: str, pool: PoolConfig) -> None:
+        provider = self.manager.provider
+        if pool.resources and provider != "ray":
+            raise ValueError(
+                f"model '{model}': resources are those of a Ray cluster's nodes; leave them out, "
+                "or set manager.provider: ray"
+            )
+        if provider == "docker" and not self.image_of(pool):
             raise ValueError(
                 f"model '{model}': no image for {pool.engine}; name one in "
                 f"manager.docker.images.{pool.engine} or in the pool's image"
             )
-        if pool.snapshot:
+        if pool.snapshot and provider != "process":
             raise ValueError(
-                f"model '{model}': snapshot keeps images of processes, not of containers; leave it "
+                f"model '{model}': snapshot keeps images of this machine's processes; leave it "
                 "out, or set manager.provider: process"
             )
 

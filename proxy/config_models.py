@@ -133,11 +133,19 @@ class PoolConfig(Section, frozen=True, kw_only=True, rename={"work_class": "clas
         Path | None,
         Meta(description="with provider docker: image of its containers (default: its engine's)"),
     ] = None
+    resources: Annotated[
+        dict[str, Annotated[float, Meta(gt=0)]],
+        Meta(
+            description="with provider ray: what a replica needs of its node beside GPUs, such as "
+            "{CPU: 8, 'accelerator_type:H200': 0.001}"
+        ),
+    ] = msgspec.field(default_factory=dict)
     serves: Annotated[
         Serves,
         Meta(
             description="requests: engine servers behind the proxy; jobs: engine workers that "
-            "do the lines of batches, scaled by what is left of them and when it is due"
+            "do the lines of batches, scaled by what is left of them and when it is due, and "
+            "offline unless their class is semi-online"
         ),
     ] = "requests"
     gpu_price_per_hour: Annotated[
@@ -154,9 +162,13 @@ class PoolConfig(Section, frozen=True, kw_only=True, rename={"work_class": "clas
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
+        if "GPU" in self.resources:
+            raise ValueError("resources: GPU is said by gpus, or by the engine's arguments")
         if self.autoscale is not None and self.replicas is not None:
             raise ValueError("replicas and autoscale exclude each other; take autoscale.min")
-        if self.autoscale is not None and not self.target_inputs and not self.max_inputs:
+        if self.serves == "jobs":
+            self._check_jobs()
+        elif self.autoscale is not None and not self.target_inputs and not self.max_inputs:
             raise ValueError(
                 "autoscale needs target_inputs: how many requests a replica should have in flight"
             )
@@ -164,6 +176,23 @@ class PoolConfig(Section, frozen=True, kw_only=True, rename={"work_class": "clas
             target, most = getattr(self, f"target_{unit}"), getattr(self, f"max_{unit}")
             if most and target > most:
                 raise ValueError(f"target_{unit} {target} is above max_{unit} {most}")
+
+    def _check_jobs(self) -> None:
+        """Refuse what says something of requests, or would mean nothing to engine workers."""
+        if self.engine == "sglang":
+            raise ValueError(
+                "serves: jobs needs engine vllm or simulator: sglang has no worker here; its "
+                "replicas of serves: requests do lines of jobs while they have room"
+            )
+        settings = ("adapters", "target_inputs", "max_inputs", "target_tokens", "max_tokens")
+        for name in (*settings, "sleep", "snapshot"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is for serves: requests; engine workers take as many lines as they "
+                    "can, and end when there are none"
+                )
+        if self.autoscale is not None and self.autoscale.buffer:
+            raise ValueError("autoscale.buffer is for serves: requests; no line of a job hurries")
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):

@@ -61,3 +61,11 @@ class OfflineConfig(Section, frozen=True, kw_only=True):
         Annotated[float, Meta(ge=0)] | None,
         Meta(description="most that engine workers may cost at a time (default: any)"),
     ] = None
+
+    @property
+    def desk_url(self) -> str:
+        """Return where engine workers find the desk."""
+        if self.work_url is not None:
+            return self.work_url.rstrip("/")
+        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        return f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"

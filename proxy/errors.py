@@ -217,6 +217,12 @@ class QueueFullError(OverloadedError):
     code = "queue_full"
 
 
+class NoSpareError(OverloadedError):
+    """It takes only what is spare (`x-doherty-class`), and nothing is."""
+
+    code = "no_spare_capacity"
+
+
 class QueueTimeoutError(InvalidRequestError):
     """It waited for a replica as long as it may; nobody has begun it."""
 
@@ -344,6 +350,7 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     UnauthorizedError,
     OverloadedError,
     QueueFullError,
+    NoSpareError,
     QueueTimeoutError,
     NoReplicaError,
     NotAwakeError,

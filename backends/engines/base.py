@@ -24,7 +24,8 @@ from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
 
 HOST = "127.0.0.1"  # engines listen where only this machine can reach them
-EVERYWHERE = "0.0.0.0"  # noqa: S104  # all addresses of a network of its own
+EVERYWHERE = "0.0.0.0"  # noqa: S104  # all addresses of a network of its own, or of another machine
+UNPLACED = "unplaced.invalid"  # the host of what has no machine yet: nobody is asked (RFC 6761)
 KV_TOPIC = "kv"
 # It reads the adapter's weights, from a hub in the worst case. To unload one SGLang waits for the
 # requests that use it (managers/tokenizer_control_mixin.py).
@@ -58,7 +59,7 @@ class Ports(msgspec.Struct, frozen=True):
     kv_events: int = 0
     kv_replay: int = 0
     internal: int = 0  # where the engine looks for ports for its own processes
-    host: str = HOST  # where it listens; `EVERYWHERE` in a cell, whose address nobody else reaches
+    host: str = HOST  # where it listens; `EVERYWHERE` in a cell and on another machine
 
 
 class PortsNeeded(NamedTuple):
@@ -98,6 +99,7 @@ class Entry(NamedTuple):
     package: str
     script: tuple[str, ...]
     module: tuple[str, ...]
+    runs_module: bool = False  # the module is ours, and the script only says whose Python it is
 
 
 class EngineMissingError(Exception):
@@ -198,16 +200,19 @@ def url_of(port: int, host: str = HOST) -> str:
 
 
 def launch_hash(engine: Engine, spec: ReplicaSpec) -> str:
-    """Name the process that `spec` stands for, its ports apart: equal names need no restart.
+    """Name the process that `spec` stands for, its ports and its own name apart: equal names need
+    no restart, and all replicas of a pool have one.
 
     Nor does it name the adapters, which come and go while it runs (`backends.adapters`).
     """
-    bare = msgspec.structs.replace(spec, adapters={})
+    bare = msgspec.structs.replace(spec, adapters={}, replica_id="")
     launch = engine.command(bare, Ports(0), UNKNOWN_RELEASE)
     cards = [] if spec.gpus is None else [spec.gpus]
     env = sorted((launch.env | spec.env).items())
     image = [spec.image] if spec.image else []
-    text = msgspec.json.encode([engine.name, launch.argv, env, *cards, *image])
+    node = sorted(spec.resources.items())
+    beside = [*cards, *image, *([node] if node else [])]
+    text = msgspec.json.encode([engine.name, launch.argv, env, *beside])
     return hashlib.sha256(text).hexdigest()[:32]
 
 

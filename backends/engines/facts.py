@@ -11,6 +11,8 @@ from typing import Final, Literal
 
 import msgspec
 
+from proxy.config import Serves
+
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """One engine."""
@@ -21,6 +23,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     ready_paths: tuple[str, ...]
     # Whether that also says no while it is paused, asleep or on its way down.
     ready_tells_rest: bool
+    # Whether requests are routed to it, or it gets lines of jobs from the desk and, told to end,
+    # gives back what it has not done.
+    serves: Serves
     # Computes a token: fatal, or unanswered, while it sleeps.
     generating_paths: tuple[str, ...]
     # Where to post that everything is to end, and the body; none: SIGTERM does it in bounded time.
@@ -45,6 +50,7 @@ VLLM: Final = Facts(
     alive_path="/health",  # entrypoints/serve: 503 only when the engine is dead
     ready_paths=("/health",),
     ready_tells_rest=False,
+    serves="requests",
     generating_paths=(),
     abort_path=None,  # --shutdown-timeout bounds its drain (entrypoints/launchers/launcher.py)
     abort_body=b"",
@@ -60,6 +66,7 @@ SGLANG: Final = Facts(
     alive_path="/ping",
     ready_paths=("/ready", "/health"),  # releases before 0.5.20 lack /ready
     ready_tells_rest=True,
+    serves="requests",
     generating_paths=("/health_generate",),  # the environment keeps /health from it, not this one
     abort_path="/abort_request",  # after SIGTERM it waits without limit (tokenizer_manager.py)
     abort_body=b'{"abort_all":true}',

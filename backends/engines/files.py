@@ -21,6 +21,7 @@ _COMMON_CACHES = (
 )
 CACHES = {
     "vllm": (("VLLM_CACHE_ROOT", "~/.cache/vllm"), *_COMMON_CACHES),
+    "vllm-jobs": (("VLLM_CACHE_ROOT", "~/.cache/vllm"), *_COMMON_CACHES),
     "sglang": (
         ("SGLANG_CACHE_DIR", "~/.cache/sglang"),
         ("SGLANG_DG_CACHE_DIR", "~/.cache/deep_gemm"),

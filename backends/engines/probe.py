@@ -113,6 +113,8 @@ def find_program(entry: Entry, env: Mapping[str, str], python: str = "") -> Prog
         if _importable(entry.package, path):
             return _as_module(entry, sys.executable, path)
         raise
+    if entry.runs_module:
+        return _as_module(entry, interpreter_of(head[0], env) or sys.executable, path)
     words = len(entry.script)
     return Program(head, words, entry.package, interpreter_of(head[0], env), path)
 

@@ -30,6 +30,14 @@ class Process(Protocol):
     def exited(self) -> asyncio.Future[str]:
         """Return a future that says how it ended, in words, as soon as it has."""
 
+    @property
+    def placed(self) -> asyncio.Future[str] | None:
+        """Return a future of the host that it listens on; None: its launch says it already."""
+
+    @property
+    def waits(self) -> str:
+        """Say what it waits for before it can run; empty: for nothing."""
+
     def signal_group(self, number: int) -> None:
         """Signal it and all that it started; nothing happens when it is gone."""
 

@@ -1,26 +1,38 @@
-"""Which provider the configuration names. The library of one that is not used is not asked for."""
+"""Which provider the configuration names, and what that means for who uses it.
+
+The library of one that is not used is not asked for.
+"""
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from backends.engines.base import EVERYWHERE
 from backends.failure import StartError
 from backends.journal import Journal
 from backends.log import Log
+from backends.nvidia_smi import NONE
+from backends.ports import PortLeases
 from backends.providers.base import Provider
 from backends.providers.process import ProcessProvider
-from proxy.config import ManagerConfig
+from backends.providers.ray import ray_provider
+from proxy.config import Config, ManagerConfig
 
 
 @asynccontextmanager
-async def open_provider(
-    settings: ManagerConfig, journal: Journal, log: Log
-) -> AsyncIterator[Provider]:
+async def open_provider(config: Config, journal: Journal, log: Log) -> AsyncIterator[Provider]:
     """Yield what starts engines. Raises `StartError`."""
+    settings, run_folder = config.manager, Path(config.manager.run_dir)
     if settings.provider == "process":
         yield ProcessProvider()
+        return
+    if settings.provider == "ray":
+        cluster = settings.ray, config.region
+        async with ray_provider(*cluster, run_folder, journal, log) as on_ray:
+            yield on_ray
         return
     try:
         from backends.providers.docker import docker_provider  # noqa: PLC0415  # an extra
@@ -29,5 +41,23 @@ async def open_provider(
             f"provider docker needs the Python package {error.name}; "
             "install it with: pip install 'doherty[docker]'"
         ) from error
-    async with docker_provider(settings.docker, Path(settings.run_dir), journal, log) as provider:
+    async with docker_provider(settings.docker, run_folder, journal, log) as provider:
         yield provider
+
+
+def port_leases(settings: ManagerConfig) -> PortLeases:
+    """Return the ports that engines get: of this machine, or of any machine of a cluster."""
+    seed = random.Random()  # noqa: S311  # spreads, hides nothing
+    if settings.provider != "ray":
+        return PortLeases(seed)
+    return PortLeases(seed, settings.ray.port_min, settings.ray.port_max, EVERYWHERE)
+
+
+def warms(settings: ManagerConfig) -> bool:
+    """Say whether what engines read is to be in this machine's memory before they read it."""
+    return settings.warm_page_cache and settings.provider != "ray"
+
+
+def cards_of(settings: ManagerConfig) -> str:
+    """Return which of this machine's GPUs are to be leased; a cluster leases its own."""
+    return NONE if settings.provider == "ray" else settings.cards

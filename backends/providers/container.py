@@ -69,6 +69,8 @@ class Container:
     ) -> None:
         self.pid = 0
         self.start_ticks = 0
+        self.placed = None
+        self.waits = ""
         self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._container: DockerContainer = docker.containers.container(name)
         self._name = name

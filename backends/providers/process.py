@@ -50,6 +50,8 @@ class LocalProcess:
         """Raises `OSError` when the process is gone already."""
         self.pid = pid
         self.start_ticks = start_ticks
+        self.placed = None
+        self.waits = ""
         self._launch_id = launch_id
         self._owned = owned
         self._loop = asyncio.get_running_loop()

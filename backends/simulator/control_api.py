@@ -393,7 +393,7 @@ class Control:
         return await self._unless_dead()
 
     async def _update_weights(self, request: web.Request) -> web.StreamResponse:
-        await self._required(request, UpdateBody)
+        self._server.rename((await self._required(request, UpdateBody)).model_path)
         for engine in self._ranks:
             engine.reload()
         return json_answer({"success": True, "message": "Succeeded to update model weights."})

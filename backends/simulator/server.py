@@ -107,6 +107,7 @@ class Server:
         self.settings = settings
         self.ranks = ranks
         self.publishers = publishers
+        self._listed = settings.models  # the names that it tells
         self._tables = tables
         self.faults = FaultPlan(settings.faults, settings.seed)
         self.ready = settings.startup_s == 0 or settings.dialect == "vllm"
@@ -322,18 +323,22 @@ class Server:
         known_model(self.settings, self.ranks.adapters, body.model)
         return json_answer({"input_tokens": count_tokens(render_messages(body))})
 
+    def rename(self, path: str) -> None:
+        """List its weights' path from now on, as SGLang does once it has read them anew."""
+        self._listed = (path,)
+
     async def _models(self, request: web.Request) -> web.StreamResponse:
         settings = self.settings
         created = int(time.time())
         rows = []
-        for name in (*settings.models, *self.ranks.adapters):
+        for name in (*self._listed, *self.ranks.adapters):
             row: dict[str, object] = {
                 "id": name,
                 "object": "model",
                 "created": created,
                 "owned_by": settings.dialect,
-                "root": settings.models[0] if settings.dialect == "vllm" else name,
-                "parent": settings.models[0] if name in self.ranks.adapters else None,
+                "root": self._listed[0] if settings.dialect == "vllm" else name,
+                "parent": self._listed[0] if name in self.ranks.adapters else None,
                 "max_model_len": settings.context_tokens_max,
             }
             if settings.dialect == "vllm":

@@ -146,6 +146,8 @@ class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     region: str = "local"
     replicas: tuple[ReplicaRecord, ...] = ()
     pools: tuple[PoolRecord, ...] = ()  # those that are scaled
+    # Engine workers: they do the lines of jobs, and no request may be sent to them.
+    workers: tuple[ReplicaRecord, ...] = ()
 
 
 def with_load(

@@ -11,6 +11,10 @@ Whoever drains a replica by these counts must know what the proxy knew when it c
 its workers have heard that the replica drains, one of them may send it a request after a count of
 none. So a report names the snapshot that all of them had taken before they counted.
 
+A request that may have only what is spare (`x-doherty-class: spare`) is no demand: nothing starts,
+stays up or comes back for it. So it is in none of a model's counts but `spare`. On a replica it
+counts as any other: one that drains has to finish it.
+
 What is not of this form, or counts less than nothing, is no report and is refused as a whole: the
 manager divides by sums of these.
 """
@@ -35,7 +39,7 @@ _Id = Annotated[str, Meta(max_length=128)]
 class ReplicaDemand(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one proxy has on one replica."""
 
-    in_flight: _Count = 0  # requests sent there and not ended
+    in_flight: _Count = 0  # requests sent there and not ended, spare ones as well
     tokens: _Count = 0  # prompt tokens of these that no cache held and no answer has begun for
 
 
@@ -49,6 +53,7 @@ class ModelDemand(msgspec.Struct, frozen=True, omit_defaults=True):
     queued_s: _Seconds = 0.0  # the longest wait of those that wait now
     arrivals_total: _Count = 0
     refused_total: _Count = 0  # 429s: there was no room to wait
+    spare: _Count = 0  # requests sent and not ended that may have only what is spare
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -6,7 +6,7 @@ from collections.abc import Container
 from typing import Final
 
 from proxy.core import limits, multipart
-from proxy.core.classes import class_of_tier
+from proxy.core.classes import OFFLINE, UNSAID, class_of_tier
 from proxy.core.policy import Request
 from proxy.core.preamble import Preamble
 from proxy.core.prefix import form_chain, prefix_chain
@@ -48,15 +48,19 @@ def read_body(
     key = preamble.session_key
     if key is None:
         key = session_of_body(scanned)
+    work_class = preamble.work_class
+    if work_class == UNSAID:
+        work_class = class_of_tier(scanned.service_tier)
     request = Request(
         prefix_chain(route.prompt, scanned, key, tenant),
         has_session=key is not None,
         pinned=strict and key is not None,
         stream=bool(scanned.stream),
-        weight=limits.FLEX_WEIGHT if scanned.service_tier == "flex" else 1.0,
-        work_class=class_of_tier(scanned.service_tier),
+        weight=limits.FLEX_WEIGHT if work_class == OFFLINE else 1.0,
+        work_class=work_class,
         adapter=scanned.lora_path or (scanned.model if scanned.model in adapters else ""),
         response_key=_built_upon(route, scanned),
+        spare=preamble.spare,
     )
     return Asked(scanned.model, stream=request.stream, request=request)
 
@@ -80,6 +84,8 @@ def _read_form(preamble: Preamble, body: bytes, *, strict: bool, tenant: bytes) 
         form_chain(form.model, body, form.file_begin, form.file_end, key, tenant),
         has_session=key is not None,
         pinned=strict and key is not None,
+        work_class=preamble.work_class,
+        spare=preamble.spare,
         response_key=response_key(asked_for.partition(b"/")[0]),
     )
     return Asked(form.model, stream=False, request=request)

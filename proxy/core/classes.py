@@ -5,6 +5,11 @@ done in minutes; offline work only has to be done. A request says so by its `ser
 words of OpenAI's API; one that says nothing is of the class of its model's pool. Who says "auto" or
 "default" asks for no tier of his own, and so has said nothing.
 
+What a body says is outweighed by the field `x-doherty-class`, which has the names of the classes
+and one more: `spare`, such as the lines of a job. That is offline work that may have only what is
+spare: it goes where it can go at once, or is told to come again; it never waits in front of
+anybody, and nothing is started or kept up for it.
+
 The class decides only among those who wait: who goes first, who may take how much of the room, and
 how long. A request that can go at once goes, whatever it is.
 """
@@ -30,6 +35,10 @@ PATIENCE: Final[tuple[float, ...]] = (
     limits.OFFLINE_PATIENCE_WEIGHT,
 )
 
+SPARE: Final = b"spare"
+_FIELD_VALUES: Final[dict[bytes, int]] = {
+    b"online": ONLINE, b"semi-online": SEMI_ONLINE, b"offline": OFFLINE, SPARE: OFFLINE,
+}  # fmt: skip
 # "fast" is what Anthropic's clients call OpenAI's "priority"; "flex" is cheap and may take long.
 _TIERS: Final[dict[str, int]] = {"priority": ONLINE, "fast": ONLINE, "flex": OFFLINE}
 
@@ -37,6 +46,11 @@ _TIERS: Final[dict[str, int]] = {"priority": ONLINE, "fast": ONLINE, "flex": OFF
 def class_of_tier(service_tier: str | None) -> int:
     """Return the class that a request asks for; `UNSAID` where it leaves that to its pool."""
     return UNSAID if service_tier is None else _TIERS.get(service_tier, UNSAID)
+
+
+def class_of_field(value: bytes) -> int:
+    """Return the class that `x-doherty-class` names; `UNSAID` where it names none."""
+    return _FIELD_VALUES.get(value, UNSAID)
 
 
 def class_named(name: str) -> int:

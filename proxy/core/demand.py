@@ -51,4 +51,5 @@ def _both(one: ModelDemand, other: ModelDemand) -> ModelDemand:
         queued_s=max(one.queued_s, other.queued_s),
         arrivals_total=one.arrivals_total + other.arrivals_total,
         refused_total=one.refused_total + other.refused_total,
+        spare=one.spare + other.spare,
     )

@@ -72,7 +72,9 @@ _ONCE: Final = frozenset(
 )
 # A client that sends this wants to be told where its request went, and why.
 EXPLAIN: Final = b"x-doherty-explain"
-_LOOKED_AT: Final = _ONCE | HOP_BY_HOP | {b"content-encoding", EXPLAIN}
+# It names the class of its work: see `core/classes.py`.
+WORK_CLASS: Final = b"x-doherty-class"
+_LOOKED_AT: Final = _ONCE | HOP_BY_HOP | {b"content-encoding", EXPLAIN, WORK_CLASS}
 
 Field = tuple[bytes, bytes]
 

@@ -11,7 +11,8 @@ class Lease:
     __slots__ = (
         "cached_octets", "cell", "decoding", "first_noted", "head_s", "lease_id", "life", "pending",
         "prefill_tokens", "prompt_octets", "prompt_tokens", "queued_tokens", "released",
-        "replica_name", "sighting", "slot", "started_s", "streamed", "weight",
+        "replica_name", "sighting", "slot", "spare", "started_s", "streamed",
+        "weight",
     )  # fmt: skip
 
     def __init__(
@@ -34,6 +35,7 @@ class Lease:
         self.weight = weight
         self.lease_id = lease_id
         self.life = 0  # of its slot
+        self.spare = False  # it may have only what is spare, and is no demand
         self.pending = False
         self.decoding = False
         self.released = False

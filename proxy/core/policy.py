@@ -35,12 +35,13 @@ class Request:
 
     `has_session`: the chain's key is a session's; `pinned`: its home is a must, which `io.choice`
     sees to before it asks a policy. `weight`: what a second of its waiting counts, a person's is 1.
-    `work_class`: how urgent it is, which counts only among those who wait.
+    `work_class`: how urgent it is, which counts only among those who wait. `spare`: it
+    does not wait, and is no demand.
     """
 
     __slots__ = (
-        "adapter", "chain", "has_session", "pinned", "response_key", "stream", "tried", "weight",
-        "work_class",
+        "adapter", "chain", "has_session", "pinned", "response_key", "spare", "stream", "tried",
+        "weight", "work_class",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +55,7 @@ class Request:
         work_class: int = UNSAID,
         adapter: str = "",
         response_key: int = 0,
+        spare: bool = False,
     ) -> None:
         self.chain = chain
         self.has_session = has_session
@@ -63,6 +65,7 @@ class Request:
         self.work_class = work_class
         self.adapter = adapter
         self.response_key = response_key  # of the answer that this one goes on from; 0: none
+        self.spare = spare
         self.tried: set[str] = set()  # replicas that have already failed this request
 
 

@@ -16,7 +16,8 @@ from typing import Final
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits
-from proxy.core.http1 import EXPLAIN, RequestHead, parse_request_head
+from proxy.core.classes import SPARE, class_of_field
+from proxy.core.http1 import EXPLAIN, WORK_CLASS, RequestHead, parse_request_head
 from proxy.core.replica import RANK_FIELD
 from proxy.core.routes import Route, find_route
 from proxy.core.session import session_of_head
@@ -47,6 +48,8 @@ class Preamble:
         "route",
         "sent_fields",
         "session_key",
+        "spare",
+        "work_class",
     )
 
     def __init__(self, head: RequestHead) -> None:
@@ -69,6 +72,9 @@ class Preamble:
         self.request_id = given if given and heads.valid_request_id(given) else None
         self.session_key = session_of_head(head)
         self.asks_for_reasons = EXPLAIN in head.special
+        named = head.special.get(WORK_CLASS, b"")
+        self.work_class = class_of_field(named)
+        self.spare = named == SPARE
         self.encoded = b"content-encoding" in head.special
         self.request_line, self.sent_fields = heads.sent_to_replica(head)
         self.rank_fields = b"".join(

@@ -22,7 +22,7 @@ from proxy.core.picture import Picture, Seats
 from proxy.core.policy import POLICIES, Decision, Request
 from proxy.core.prospects import UNSCALED, Prospect
 from proxy.core.responses import Responses
-from proxy.errors import ProxyError
+from proxy.errors import NoSpareError, ProxyError
 from proxy.io.clock import Clock
 from proxy.io.preemption import Preemption
 from proxy.io.telemetry import Telemetry
@@ -49,9 +49,7 @@ class Choice:
         self.arrivals: dict[str, int] = {}  # requests that came, by model
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
         self.preemption = Preemption(self._fault)
-        self._some_offline = (
-            False  # there are pools whose requests are offline work unless they say
-        )
+        self._some_offline = False  # there are pools of offline work
         self.waiting = Waiting(
             clock, self.picture, self.choose, self.awaited, self.prospect_of, self._fault
         )
@@ -163,7 +161,7 @@ class Choice:
             if held or decision is None or lookup or self.reserves(decision, request):
                 break
         else:
-            decision, held = None, self._held_for_want(self.queue_of(model))
+            decision, held = None, request.spare or self._held_for_want(self.queue_of(model))
         if crowded:
             crowded.clear()
         return decision, held
@@ -182,7 +180,7 @@ class Choice:
         if lookup:
             return False
         if decision is None:
-            return self._held_for_want(self.queue_of(model))
+            return request.spare or self._held_for_want(self.queue_of(model))
         if request.pinned or decision.reason == "response":
             return not has_room(decision, request, self.picture)
         if not self._holds_back:
@@ -210,14 +208,21 @@ class Choice:
         on_refusal: Callable[[ProxyError], None],
         since_s: float = -1.0,
     ) -> Waiter:
-        """Have a request wait for its model's replicas; see `Waiting.add`."""
+        """Have a request wait for its model's replicas; see `Waiting.add`.
+
+        Raises `NoSpareError` for one that takes only what is spare: there is nothing.
+        """
+        if request.spare:
+            raise NoSpareError("no replica has room to spare now")
         queue = self.queue_of(model)
         if request.work_class == UNSAID:
             request.work_class = self.prospect_of(queue).work_class
         return self.waiting.add(queue, request, held_bytes, on_decision, on_refusal, since_s)
 
-    def arrived(self, model: str) -> None:
-        """Count a request for a model that the fleet has."""
+    def arrived(self, model: str, request: Request) -> None:
+        """Count a request for a model that the fleet has, if it is demand."""
+        if request.spare:
+            return
         if model in self.arrivals:
             self.arrivals[model] += 1
         elif not model and (name := self.only_model()):

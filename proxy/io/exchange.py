@@ -100,7 +100,7 @@ class Exchange(Relay):
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, lookup=lookup)
-            self._plane.arrived(self._model)
+            self._plane.arrived(self._model, self._request)
             decision, held = self._plane.decide(
                 self._request, self._pool, self._model, lookup=lookup, now_s=self._whole_s
             )
@@ -193,7 +193,7 @@ class Exchange(Relay):
                 self.fail,
                 self._whole_s,
             )
-        except errors.QueueFullError:
+        except errors.OverloadedError:  # or it is one that never waits
             plane.preemption.refused_total += 1
             self.fail(errors.PreemptedError("online work needed the place of this request"))
         else:

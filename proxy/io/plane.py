@@ -207,6 +207,7 @@ class Plane(Refusal):
             known=decision.known,
             whole=not request.response_key,
         )
+        lease.spare = request.spare
         self._leases[lease.lease_id] = lease
         if self.noting.on:
             self.noting.dispatched(lease, request.chain)

@@ -59,14 +59,21 @@ def demand_of(plane: Plane, *, at_once: bool = False) -> control.Demanded:
     """Return all that a worker has, by the names under which the manager counts it."""
     replicas: dict[str, ReplicaDemand] = {}
     models: dict[str, ModelDemand] = {}
-    for name, (in_flight, tokens) in _by_replica(plane).items():
+    for name, count in _by_replica(plane).items():
         replica = plane.fleet.replicas.get(name)
         replica_id = name if replica is None else replica.replica_id
         before = replicas.get(replica_id, ReplicaDemand())
-        replicas[replica_id] = ReplicaDemand(before.in_flight + in_flight, before.tokens + tokens)
+        replicas[replica_id] = ReplicaDemand(
+            before.in_flight + count.in_flight + count.spare,
+            before.tokens + count.in_flight_tokens + count.spare_tokens,
+        )
         model = _model_of(replica, plane.fleet) if replica is not None else ""
         if model:
-            more = ModelDemand(in_flight=in_flight, in_flight_tokens=tokens)
+            more = ModelDemand(
+                in_flight=count.in_flight,
+                in_flight_tokens=count.in_flight_tokens,
+                spare=count.spare,
+            )
             models = sum_models((models, {model: more}))
     return control.Demanded(
         sum_models((models, *_waiting(plane), *_arrived(plane))),
@@ -77,13 +84,28 @@ def demand_of(plane: Plane, *, at_once: bool = False) -> control.Demanded:
     )
 
 
-def _by_replica(plane: Plane) -> dict[str, tuple[int, int]]:
-    """Return the requests that each replica has of ours, and the tokens of those not answered."""
-    found: dict[str, tuple[int, int]] = {}
+class _Count:
+    """The requests that one replica has of ours, and the tokens of those not answered."""
+
+    __slots__ = ("in_flight", "in_flight_tokens", "spare", "spare_tokens")
+
+    def __init__(self) -> None:
+        self.in_flight = self.in_flight_tokens = self.spare = self.spare_tokens = 0
+
+
+def _by_replica(plane: Plane) -> dict[str, _Count]:
+    found: dict[str, _Count] = {}
     for lease in plane.leases:
-        in_flight, tokens = found.get(lease.replica_name, (0, 0))
-        tokens += lease.prefill_tokens if lease.pending else 0
-        found[lease.replica_name] = (in_flight + 1, tokens)
+        count = found.get(lease.replica_name)
+        if count is None:
+            count = found[lease.replica_name] = _Count()
+        tokens = lease.prefill_tokens if lease.pending else 0
+        if lease.spare:
+            count.spare += 1
+            count.spare_tokens += tokens
+        else:
+            count.in_flight += 1
+            count.in_flight_tokens += tokens
     return found
 
 

@@ -14,9 +14,12 @@ import aiohttp
 import msgspec
 import pytest
 
+from backends.clock import SystemClock
 from backends.engines import ENGINES
 from backends.engines.base import Call, FlagError, Ports
 from backends.engines.release import UNKNOWN_RELEASE
+from backends.fetch import HttpFetch
+from backends.questions import Questions
 from backends.spec import ReplicaSpec
 from tests.fakes.simulator_process import Started, started
 
@@ -47,9 +50,9 @@ def free_ports() -> Ports:
 
 
 @asynccontextmanager
-async def replica(engine: str) -> AsyncIterator[Started]:
+async def replica(engine: str, spec: ReplicaSpec | None = None) -> AsyncIterator[Started]:
     """Start the simulator with the very arguments that the engine would get."""
-    wanted = spec_of(engine)
+    wanted = spec or spec_of(engine)
     argv = list(ENGINES[engine].command(wanted, free_ports(), UNKNOWN_RELEASE).argv)
     model = argv.index(wanted.model_path or "")
     words = ["--model-path", argv[model], *argv[model + 1 :]]
@@ -181,6 +184,24 @@ async def test_level_2_needs_its_reload() -> None:
         assert (await state(running))["blank"] is True, "level 1's way leaves the weights out"
         assert await perform(running, adapter.wake_calls(wanted, 2)) == ""
         assert (await state(running))["blank"] is False
+
+
+async def test_sglang_keeps_its_name_though_it_lists_another() -> None:
+    """It lists the path once its weights were read anew, and takes requests by any name."""
+    adapter = ENGINES["sglang"]
+    wanted = msgspec.structs.replace(spec_of("sglang"), adapters={}, snapshot=True)
+    async with replica("sglang", wanted) as running:
+        assert await perform(running, adapter.sleep_calls(wanted, 2)) == ""
+        assert await perform(running, adapter.wake_calls(wanted, 2)) == ""
+        async with running.session.get(running.url + "/v1/models") as answer:
+            assert [model["id"] for model in (await answer.json())["data"]] == ["/models/m"]
+        fetch = HttpFetch()
+        questions = Questions(wanted, adapter, fetch, SystemClock())
+        questions.begin(running.url)
+        await questions.list()
+        await fetch.close()
+        assert questions.models == ("m",)
+        assert await text_of(running)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])

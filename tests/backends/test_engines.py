@@ -246,7 +246,7 @@ LEASED = Ports(20_001, 20_002, 20_004, 20_006)
 LOOPBACK_ONLY = '"endpoint":"tcp://[::ffff:127.0.0.1]:20002"'
 
 
-@pytest.mark.parametrize("name", sorted(ENGINES))
+@pytest.mark.parametrize("name", ["sglang", "simulator", "vllm"])
 def test_events_are_published_on_leased_ports(name: str) -> None:
     line = words(name, LEASED)
     assert LOOPBACK_ONLY in line

@@ -213,6 +213,10 @@ async def test_ranks_and_adapters_are_published_and_kept_over_a_restart(world: W
     await world.clock.advance(LISTING_INTERVAL_S + 2.0)
     record = world.record()
     assert (record.models, record.adapters) == (("m", "sql"), ("x",))
+    listed = (LISTED % b"sql").replace(b'"m"', b'"/models/m"')
+    world.fetch.answers["/v1/models"] = Answer(200, listed)
+    await world.clock.advance(LISTING_INTERVAL_S + 2.0)
+    assert world.record().models == ("m", "sql"), "it is what it was started as"
     world.provider.spawned[0].exit()
     await world.clock.advance(0.1)
     assert world.states() == ["backoff"]

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from backends.engines.base import EVERYWHERE, Ports, PortsNeeded
+from backends.engines.base import EVERYWHERE, HOST, UNPLACED, Ports, PortsNeeded
 from backends.ports import (
     NoPortError,
     PortLeases,
@@ -100,7 +100,7 @@ def test_the_ports_of_an_adopted_replica_are_nobody_elses() -> None:
     start = free_range(4)
     leases = PortLeases(random.Random(1), start, start + 3)
     ports = ReplicaPorts(leases)
-    ports.claim({"http": (start, 1), "kv_events": (start + 2, 2)})
+    ports.claim(HOST, {"http": (start, 1), "kv_events": (start + 2, 2)})
     assert leases.lease() == start + 1
     with pytest.raises(NoPortError):
         leases.lease()
@@ -141,3 +141,17 @@ CELLS = [
 @pytest.mark.parametrize(("needed", "ports"), [c[1:] for c in CELLS], ids=[c[0] for c in CELLS])
 def test_the_ports_in_a_cell_are_the_same_in_each(needed: PortsNeeded, ports: Ports) -> None:
     assert cell_ports(needed) == ports
+
+
+def test_ports_of_other_machines_are_leased_unseen_and_anew_at_each_start() -> None:
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]  # here, which says nothing of there
+        leases = PortLeases(random.Random(1), port, port + 1, EVERYWHERE)
+        ports = ReplicaPorts(leases)
+        first = ports.take(PortsNeeded())
+        assert first.host == EVERYWHERE
+        assert ports.host == UNPLACED
+        assert {first.http, ports.take(PortsNeeded()).http} == {port, port + 1}
+        ports.release()
+        ports.claim("10.0.0.7", {"http": (port, 1)})
+        assert leases.lease() == port + 1

@@ -8,10 +8,13 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from backends.cli import main
-from backends.scaling_report import decode_report
+from backends.offline.work import NEEDS_PATH, JobNeed, JobNeeds
+from backends.scaling_api import NEEDS_BYTES_MAX
+from backends.scaling_report import DemandReport, decode_report
 from proxy.contract.demand import DEMAND_BYTES_MAX, DEMAND_PATH, Demand, ModelDemand, encode_demand
 from tests.backends.test_manager_api import Client, running
 
@@ -46,12 +49,29 @@ async def test_a_report_is_taken_and_told_of(client: Client) -> None:
     assert scaled.decision.terms
 
 
+async def test_what_each_model_is_asked_for_now_is_told_without_a_look(client: Client) -> None:
+    told = {"m": ModelDemand(in_flight=3, spare=5), "nobody's": ModelDemand(queued=1)}
+    async with client.session.post(
+        DEMAND_PATH, data=encode_demand(Demand(proxy_id="p", sequence=1, models=told))
+    ) as response:
+        assert response.status == 204
+    found = msgspec.json.decode((await client.get(DEMAND_PATH))[1], type=DemandReport)
+    assert found.proxies == 1
+    assert found.models.keys() == {"m"}
+    assert found.models["m"].demand == told["m"]
+    assert found.models["m"].kv_target == 0.85, "of the pool that is scaled"
+
+
 @pytest.mark.parametrize(
     ("path", "options", "status", "text"),
     [
         (DEMAND_PATH, {"data": b"[]"}, 400, "no report of a proxy"),
         (DEMAND_PATH, {"data": io.BytesIO(b"x" * (DEMAND_BYTES_MAX + 1))}, 413, ""),
         (DEMAND_PATH, {"data": b"{}", "headers": {"origin": "http://x"}}, 403, "web pages"),
+        (NEEDS_PATH, {"data": b"[]"}, 400, "no report of what is left"),
+        (NEEDS_PATH, {"data": b"[" * 9999}, 400, "no report of what is left"),
+        (NEEDS_PATH, {"data": io.BytesIO(b"x" * (NEEDS_BYTES_MAX + 1))}, 413, ""),
+        (NEEDS_PATH, {"data": b"{}", "headers": {"origin": "http://x"}}, 403, "web pages"),
         ("/v1/pools/s/scale?replicas=2", {}, 409, "pool s is scaled by demand"),
         ("/v1/pools/x/scale?replicas=2", {}, 404, "no pool 'x'; there are: f, s"),
         ("/v1/pools/f/scale?replicas=-1", {}, 400, "from 0 to 4096, not '-1'"),
@@ -66,6 +86,14 @@ async def test_refusals_say_what_to_do(
     answered, body = await client.post(path, **options)
     assert answered == status
     assert text in body["error"]["message"]
+
+
+async def test_what_jobs_need_is_taken_and_counts_until_it_is_old(client: Client) -> None:
+    need = JobNeed(due_in_s=60.0, lines=5, tokens=700)
+    told = JobNeeds(service_id="s", sequence=1, models={"m": (need,)})
+    async with client.session.post(NEEDS_PATH, data=msgspec.json.encode(told)) as response:
+        assert (response.status, await response.read()) == (204, b"")
+    assert client.manager.scaler.jobs.book.of("m") == (need,)
 
 
 async def test_the_metrics_of_scaling(client: Client) -> None:

@@ -27,6 +27,33 @@ _HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: p"
 
 
 @pytest.mark.parametrize(
+    ("named", "due", "spare"),
+    [
+        ("online", ONLINE, False),
+        ("semi-online", SEMI_ONLINE, False),
+        ("offline", OFFLINE, False),
+        ("spare", OFFLINE, True),
+        ("Spare", UNSAID, False),
+        ("spare, online", UNSAID, False),
+        ("", UNSAID, False),
+    ],
+)
+def test_the_field_of_a_head_says_it_and_goes_no_further(named: str, due: int, spare: bool) -> None:
+    head = read_preamble(_HEAD + b"\r\nx-doherty-class: " + named.encode())
+    route = find_route(b"POST", b"/v1/chat/completions")
+    request = read_body(route, head, b'{"model":"m","messages":[]}').request
+    assert (request.work_class, request.spare) == (due, spare)
+    assert b"x-doherty" not in head.upstream_head(b"host: r\r\n", b"id", 2)
+
+
+def test_the_field_outweighs_the_tier() -> None:
+    head = read_preamble(_HEAD + b"\r\nx-doherty-class: spare")
+    body = b'{"model":"m","service_tier":"priority","messages":[]}'
+    request = read_body(find_route(b"POST", b"/v1/chat/completions"), head, body).request
+    assert (request.work_class, request.spare, request.weight) == (OFFLINE, True, 0.25)
+
+
+@pytest.mark.parametrize(
     ("tier", "due"),
     [
         ("priority", ONLINE),

@@ -387,7 +387,7 @@ def test_the_schema_knows_every_section() -> None:
     schema = json_schema()
     assert set(schema["$defs"]) == {
         "Config", "ProxyConfig", "ManagerConfig", "ModelConfig", "PoolConfig", "AutoscaleConfig",
-        "DockerConfig", "ReclaimNoticeConfig", "OfflineConfig",
+        "DockerConfig", "RayConfig", "ReclaimNoticeConfig", "OfflineConfig",
     }  # fmt: skip
     assert schema["$defs"]["ProxyConfig"]["additionalProperties"] is False
     assert schema["$defs"]["ProxyConfig"]["properties"]["port"]["maximum"] == 65535

@@ -53,3 +53,36 @@ def test_without_docker_nobody_has_an_image() -> None:
 def test_what_containers_cannot_be_made_of_is_refused(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
         parse_config(text, "f")
+
+
+RAY = """\
+manager: {{provider: ray, ray: {{{ray}}}}}
+models: [{{name: m, pools: [{{engine: vllm{pool}}}]}}]
+"""
+
+
+@pytest.mark.parametrize(
+    "address", ["local", "auto", "10.0.0.1:6379", "ray://head.ray.svc:10001"], ids=str
+)
+def test_a_ray_cluster_is_named_in_every_way_that_ray_has(address: str) -> None:
+    config = parse_config(RAY.format(ray=f"address: '{address}'", pool=""), "f")
+    assert config.manager.ray.address == address
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (RAY.format(ray="address: head", pool=""), "address"),
+        (RAY.format(ray="port_min: 3000, port_max: 2000", pool=""), "port_max 2000 is below"),
+        (RAY.format(ray="port_min: 80", pool=""), "port_min"),
+        (RAY.format(ray="auth: on", pool=""), "auth"),
+        (RAY.format(ray="versions: {tgi: '1'}", pool=""), "tgi"),
+        (RAY.format(ray="", pool=", snapshot: true"), "snapshot"),
+        (RAY.format(ray="", pool=", resources: {GPU: 1}"), "GPU is said by gpus"),
+        (RAY.format(ray="", pool=", resources: {CPU: 0}"), "> 0"),
+        ("models: [{name: m, pools: [{engine: vllm, resources: {CPU: 1}}]}]", "provider: ray"),
+    ],
+)
+def test_what_ray_cannot_start_is_refused(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        parse_config(text, "f")

@@ -7,9 +7,9 @@ from proxy.core.demand import counted, sum_models, sum_replicas
 
 
 def test_workers_are_summed_and_the_longest_wait_is_the_longest() -> None:
-    one = ModelDemand(1, 10, 2, 20, 3.0, 4, 5)
+    one = ModelDemand(1, 10, 2, 20, 3.0, 4, 5, 6)
     assert sum_models(({"m": one}, {"m": one, "n": one}, {})) == {
-        "m": ModelDemand(2, 20, 4, 40, 3.0, 8, 10),
+        "m": ModelDemand(2, 20, 4, 40, 3.0, 8, 10, 12),
         "n": one,
     }
     assert sum_replicas(({"a": ReplicaDemand(1, 2)}, {"a": ReplicaDemand(3, 4)})) == {

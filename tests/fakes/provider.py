@@ -76,6 +76,8 @@ class FakeProcess:
     def __init__(self, pid: int, argv: Sequence[str], env: Mapping[str, str]) -> None:
         self.pid = pid
         self.start_ticks = pid * 10
+        self.placed: asyncio.Future[str] | None = None
+        self.waits = ""
         self.argv = tuple(argv)
         self.env = dict(env)
         self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -106,6 +108,7 @@ class FakeProvider:
         self.spawned: list[FakeProcess] = []
         self.left_behind: dict[str, FakeProcess] = {}
         self.failure: OSError | None = None
+        self.waits: str | None = None  # of what it starts; None: that runs at once, here
 
     def program(self, engine: Engine, spec: ReplicaSpec) -> Program:
         return program_of(engine, spec, os.environ)
@@ -116,6 +119,9 @@ class FakeProvider:
         if self.failure is not None:
             raise self.failure
         process = FakeProcess(4000 + len(self.spawned), argv, env)
+        if self.waits is not None:
+            process.placed = asyncio.get_running_loop().create_future()
+            process.waits = self.waits
         self.spawned.append(process)
         return process
 

@@ -76,6 +76,38 @@ async def test_what_is_bound_to_a_replica_counts_for_it_though_nothing_is_sent_y
     assert demand_of(bench.plane).replicas == {}
 
 
+async def test_what_may_have_only_what_is_spare_is_no_demand_but_holds_its_replica(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(records("a"))
+    bench.publish(*map(in_pool, records("a")), pools=(UP,))
+    spare = bench.client()
+    spare.send(chat_request(fields=("x-doherty-class: spare",)))
+    await bench.settle()
+    told = demand_of(bench.plane)
+    assert told.models["m"] == ModelDemand(spare=1)
+    assert told.replicas["a"].in_flight == 1
+    assert told.replicas["a"].tokens > 0
+    (await bench.engine()).send(answer())
+    assert spare.answer().status == 200
+    assert demand_of(bench.plane).models == {}
+
+
+async def test_where_nothing_is_awake_the_spare_is_refused_and_wakes_nobody(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(())
+    bench.publish(pools=(ZERO,))
+    client = bench.client()
+    client.send(chat_request(fields=("x-doherty-class: spare",)))
+    await bench.settle()
+    refused = client.answer()
+    assert refused.status == 429
+    assert b"no_spare_capacity" in refused.body
+    assert refused.fields["retry-after"] == "1"
+    assert demand_of(bench.plane).models == {}
+
+
 async def test_what_waits_is_told_with_its_tokens_and_its_age(make_bench: MakeBench) -> None:
     bench = make_bench(())
     bench.publish(pools=(ZERO, msgspec.structs.replace(ZERO, model="sql")))

@@ -159,6 +159,19 @@ async def test_without_room_to_wait_it_is_told_to_come_again(make_bench: MakeBen
     assert stage.counts == {"requeued": 0, "refused": 1}
 
 
+async def test_what_takes_only_what_is_spare_never_waits_again(make_bench: MakeBench) -> None:
+    bench = make_bench(full(1))
+    stage = Stage(bench)
+    line = bench.client()
+    line.send(chat_request(fields=("x-doherty-class: spare",)))
+    await bench.settle()
+    await stage.send("person")
+    got = line.answer()
+    assert (got.status, json.loads(got.body)["error"]["code"]) == (503, "preempted")
+    assert await stage.answer("person") == 200
+    assert stage.counts == {"requeued": 0, "refused": 1}
+
+
 async def test_nobody_is_sent_back_for_ever(make_bench: MakeBench) -> None:
     stage = Stage(make_bench(full(1)))
     await stage.send("line", "flex")
