@@ -57,6 +57,10 @@ class EngineError(Exception):
     """The engine cannot start, or has died."""
 
 
+class FlagsError(EngineError):
+    """The engine does not take its arguments, and has said why."""
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Of a response; embeddings have no answer, and /v1/responses other names."""
 

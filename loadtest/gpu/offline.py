@@ -65,7 +65,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     model_path: str
     args: tuple[str, ...]
-    lines: int = 5000
+    lines: int = 4000
     shared_lines: int = 900
     prefixes: int = 150  # of some 3,500 tokens: 525,000 together, where 60 GiB of KV hold 437,000
     prefix_words: int = 3500

@@ -9,7 +9,12 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from backends.offline.work import Line
+from backends.clock import SystemClock
+from backends.log import Log
+from backends.offline.desk_client import RemoteDesk
+from backends.offline.line_engine import Gauges
+from backends.offline.work import Line, Result
+from backends.offline.worker_loop import Worker
 from tests.fakes.desk import MemoryDesk
 from tests.fakes.worker_process import WorkerProcess
 
@@ -203,3 +208,41 @@ def test_a_wrong_key_is_said_and_is_an_exit_of_1() -> None:
         assert "wrong work key" in said
 
     play([chat(0)], FAST, scene, desk_key="right", work_key="wrong")
+
+
+def test_a_stop_that_ends_the_engine_as_well_is_a_stop() -> None:
+    """Who kills a group ends the engine's processes at once: its death is no line's fault."""
+
+    class Dying:
+        models, urls, gpus, sequences_max = ("m",), ("/v1/chat/completions",), 1, 4
+
+        def __init__(self) -> None:
+            self.dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def start(self) -> None: ...
+
+        async def do(self, line: Line) -> Result:
+            return await asyncio.get_running_loop().create_future()
+
+        def gauges(self) -> Gauges:
+            return Gauges(0, 0)
+
+        async def close(self) -> None: ...
+
+    async def run(*, stopped: bool) -> tuple[int, int]:
+        desk, engine, stop = MemoryDesk([chat(0)]), Dying(), asyncio.Event()
+        remote = RemoteDesk(await desk.start())
+        worker = Worker(engine, remote, "w", 10, SystemClock(), Log())
+        running = asyncio.ensure_future(worker.run(stop))
+        while not desk.held:
+            await asyncio.sleep(0.01)
+        engine.dead.set_result("EngineDeadError")
+        if stopped:
+            asyncio.get_running_loop().call_later(0.05, stop.set)
+        code = await running
+        await remote.close()
+        await desk.close()
+        return code, desk.held
+
+    assert asyncio.run(run(stopped=True)) == (0, 0)
+    assert asyncio.run(run(stopped=False)) == (1, 1)
