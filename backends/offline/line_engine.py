@@ -50,7 +50,7 @@ class LineEngine(Protocol):
         """Return what it has in hand now."""
 
     async def close(self) -> None:
-        """Let go of the model, whatever is still computed."""
+        """Let go of the model, whatever is computed. Raises `EngineError` where that cannot be."""
 
 
 class EngineError(Exception):

@@ -79,7 +79,9 @@ class Stepper:
         return await future
 
     async def stop(self) -> None:
-        """End the thread and the engine."""
+        """End the thread and the engine. Raises `EngineError` while the model is loading."""
+        if self._thread.is_alive() and not self._built.done():
+            raise EngineError("the model is still being loaded")
         self._stopping = True
         self._work.put(lambda _: None)  # it may be waiting for work
         if self._thread.is_alive():

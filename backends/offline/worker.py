@@ -158,7 +158,7 @@ async def serve(options: Options, log: Log) -> int:
         await runner.cleanup()
         if not await _closed(engine):
             # A model that is still being loaded cannot be told to stop, only be left.
-            log.caution("engine_left", why=f"it did not end within {CLOSE_S:g} s")
+            log.caution("engine_left", why="it cannot be ended, so this process ends around it")
             sys.stdout.flush()
             os._exit(code)
     return code
@@ -199,7 +199,7 @@ async def _closed(engine: LineEngine) -> bool:
     try:
         async with asyncio.timeout(CLOSE_S):
             await engine.close()
-    except TimeoutError:
+    except (TimeoutError, EngineError):
         return False
     return True
 
