@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from backends.checking import check_engines
@@ -15,7 +16,7 @@ from backends.engines.release import UNKNOWN_RELEASE
 from backends.spec import PoolSpec, pool_specs
 from backends.status import table
 from backends.up_plan import Plan
-from backends.up_words import banner, models_down
+from backends.up_words import banner, models_down, takes_requests
 from proxy.config import ConfigError, parse_config
 from proxy.contract import FleetSnapshot, ReplicaRecord
 
@@ -164,3 +165,18 @@ def test_up_offers_no_request_for_a_model_that_only_workers_have() -> None:
         offline=config.offline,
     )
     assert '"model": "chat"' in banner(plan)
+    only = parse_config(text.partition("- {name: chat")[0], "test")
+    assert takes_requests(config)
+    assert not takes_requests(only)
+    pasted = banner(msgspec.structs.replace(plan, config=only))
+    assert "curl" not in pasted
+    python = pasted[pasted.index("from openai") : pasted.index("  admin")]
+    compile(python, "banner", "exec")
+    assert "client.batches.create(" in python
+
+
+def test_workers_without_a_desk_are_refused() -> None:
+    with pytest.raises(ConfigError, match="get their lines from the offline service"):
+        pool_of("engine: vllm", "offline: {enabled: false}")
+    pool = pool_of("engine: vllm", "offline: {enabled: false, work_url: 'http://desk:8003'}")
+    assert pool.first.desk_url == "http://desk:8003"
