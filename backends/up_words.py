@@ -57,6 +57,11 @@ def banner(plan: Plan, down: Sequence[str] = ()) -> str:
         f"  admin    {plan.admin_url}  (metrics, replicas)",
         f"  replicas doherty status --manager-url {plan.manager_url}",
         f"  logs     {plan.logs}",
+        *(
+            [f"  batches  {plan.url}/v1/batches  (files: {plan.url}/v1/files)"]
+            if plan.serves_jobs
+            else []
+        ),
         "  stop     Ctrl-C (twice to hurry)",
         "",
     ]

@@ -247,6 +247,12 @@ class NotAwakeError(NoReplicaError):
     code = "not_awake"
 
 
+class PreemptedError(NoReplicaError):
+    """Online work needed its place before it was answered, and it has nowhere to wait."""
+
+    code = "preempted"
+
+
 class DrainingError(ProxyError):
     status = 503
     code = "draining"
@@ -347,6 +353,7 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     QueueTimeoutError,
     NoReplicaError,
     NotAwakeError,
+    PreemptedError,
     DrainingError,
     ReplicaUnreachableError,
     ReplicaLostError,

@@ -15,7 +15,6 @@ one without asking all the time.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Mapping
 
 import orjson
@@ -25,7 +24,15 @@ from backends.clock import Clock
 from backends.offline.api_errors import ApiError
 from backends.offline.counted_desk import CountedDesk
 from backends.offline.objects import batch_object, page_object, window_of
-from backends.offline.queries import BatchWish, after_of, batch_wish, limit_of, number_of
+from backends.offline.queries import (
+    BatchWish,
+    after_of,
+    batch_wish,
+    id_of,
+    idempotency_key,
+    limit_of,
+    number_of,
+)
 from backends.offline.records import JobRecord, ResultRecord
 from backends.offline.store import Store
 from backends.offline.tenants import owner_of
@@ -38,7 +45,6 @@ RESULTS, RESULTS_MAX = 100, 1_000
 RESULTS_WAIT_S_MAX = 30.0
 RETRY_S_MAX = 900.0  # the official client waits 600 s for an answer, and a little between attempts
 RECENT_MAX = 100
-IDEMPOTENCY_CHARACTERS_MAX = 255
 NDJSON = "application/x-ndjson"
 STATUS_HEADER = "doherty-batch-status"
 WRITE_TIMEOUT_S = 60.0
@@ -92,10 +98,7 @@ class BatchesApi:
         if window_s is None:
             message = "completion_window is a time such as '24h' (s, m, h or d), up to 30 days."
             raise ApiError(400, message, param="completion_window")
-        key = request.headers.get("Idempotency-Key", "")
-        if len(key) > IDEMPOTENCY_CHARACTERS_MAX:
-            message = f"An Idempotency-Key has up to {IDEMPOTENCY_CHARACTERS_MAX} characters."
-            raise ApiError(400, message)
+        key = idempotency_key(request)
         expiry = wish.output_expires_after
         job = await self._earlier(request, owner, wish, window_s) if not key else None
         if job is None:
@@ -106,7 +109,7 @@ class BatchesApi:
                 window_s=window_s,
                 metadata=wish.metadata,
                 output_expires_after_s=expiry.seconds if expiry else None,
-                job_id=_id_of(owner, key) if key else None,
+                job_id=id_of("batch_", owner, key) if key else None,
             )
         return web.json_response(self._shown(job))
 
@@ -164,11 +167,6 @@ class BatchesApi:
         owner, batch_id = self._owner(request), request.match_info["batch_id"]
         result = await self._store.result(owner, batch_id, request.match_info["custom_id"])
         return web.Response(body=_numbered(result), content_type="application/json")
-
-
-def _id_of(owner: str, key: str) -> str:
-    octets = f"{owner}\0{key}".encode("utf-8", "surrogateescape")
-    return "batch_" + hashlib.blake2b(octets, digest_size=16, person=b"doherty batch").hexdigest()
 
 
 def _numbered(result: ResultRecord) -> bytes:

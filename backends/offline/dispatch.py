@@ -213,7 +213,8 @@ class Dispatcher:
     def _turn(self, served: _Served, group: Group, now_s: float) -> None:
         """Have one group's gate decide, and its sender do so."""
         sender = served.sender
-        sender.names = group.names
+        adapters = [name for name in self._left if name.partition(":")[0] in group.names]
+        sender.names = tuple(dict.fromkeys((*group.names, *adapters)))
         counts = msgspec.structs.replace(sender.counts)
         served.tokens.append((now_s, counts.tokens))
         while served.tokens[0][0] < now_s - RATE_S:
@@ -259,7 +260,7 @@ class Dispatcher:
         """Say whether the lines of a group move up a class now."""
         if self._by_workers & set(group.names):
             return False
-        needs = [need for name in group.names for need in self._left.get(name, ())]
+        needs = [need for name in served.sender.names for need in self._left.get(name, ())]
         was = served.urgency.due_s is not None
         late = served.urgency.look(needs, served.tokens_per_s(), now_s, awake=bool(group.replicas))
         if late != was:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from backends.offline.api_errors import ApiError
 
@@ -42,7 +43,7 @@ async def read_upload(request: web.Request, take: Take) -> Upload:
     upload = Upload({})
     try:
         await _read(request, take, upload)
-    except (ValueError, AssertionError, web.HTTPBadRequest) as error:
+    except (ValueError, AssertionError, HttpProcessingError, web.HTTPBadRequest) as error:
         # Whatever aiohttp finds wrong with the form, it says in one of these.
         raise ApiError(400, f"The form cannot be read: {str(error)[:200]}") from error
     if upload.file_id is None:

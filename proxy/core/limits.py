@@ -262,6 +262,12 @@ OFFLINE_SHARE: Final = 0.25
 # `DEFAULT_TIMEOUT`).
 SEMI_ONLINE_PATIENCE_WEIGHT: Final = 2.0
 OFFLINE_PATIENCE_WEIGHT: Final = 10.0
+# Requests that one online request may have ended, so that its own can begin. A replica takes more
+# only while it has less to do than `RUNWAY_S`, so what is to be cleared is a few prompts.
+PREEMPTED_TOGETHER_MAX: Final = 16
+# How often one is sent back before it is left to end: work that is begun a fourth time has cost
+# more than what online work would wait for it.
+PREEMPTIONS_MAX: Final = 3
 # Of the room, for those of models that have nothing awake: they may stay for the whole of a start,
 # and those of models that serve must not find it full of them.
 STARTING_SHARE: Final = 0.5
