@@ -297,19 +297,25 @@ async def test_a_card_that_is_taken_away_sends_the_lines_back_and_another_worker
     assert "ready" in world.phases().values()
 
 
-async def test_an_operator_drains_no_worker(world: Jobs) -> None:
+async def test_an_operator_restarts_a_worker_and_nothing_else(world: Jobs) -> None:
     manager = await world.start(world.configured())
     await world.told_for(3, need(10_000_000))
     runner = web.AppRunner(Api(manager).application())
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0][:2]
-    url = f"http://{host}:{port}/v1/replicas/m-0/drain"
-    async with aiohttp.ClientSession() as session, session.post(url) as answer:
-        assert answer.status == 409
-        assert "takes no requests" in await answer.text()
+    url = f"http://{host}:{port}/v1/replicas/m-0/"
+    async with aiohttp.ClientSession() as session:
+        for wish in ("drain", "sleep?rung=suspended", "snapshot"):
+            async with session.post(url + wish) as answer:
+                assert answer.status == 409
+                assert "takes no requests" in await answer.text()
+        assert world.phases() == {"m-0": "ready"}
+        async with session.post(url + "restart") as answer:
+            assert answer.status == 200
+        await world.clock.advance(0.1)
+        assert world.phases() == {"m-0": "stopping"}, "it is not waited for"
     await runner.cleanup()
-    assert world.phases() == {"m-0": "ready"}
 
 
 def test_the_newest_report_is_what_is_left_and_rates_of_services_add_up() -> None:
