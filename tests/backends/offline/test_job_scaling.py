@@ -331,6 +331,7 @@ def test_the_newest_report_is_what_is_left_and_rates_of_services_add_up() -> Non
     assert [each.tokens for each in book.of("m")] == [1, 90]
     assert book.rate("w") == 7.0
     assert book.of("other") == ()
+    assert [each.tokens for each in book.of("other", "m")] == [1, 90], "an adapter of the other"
     book.expire(1.5 + NEEDS_AGE_S_MAX)
     assert book.rate("w") == 2.0
     book.expire(3.0 + NEEDS_AGE_S_MAX)
