@@ -318,6 +318,35 @@ async def test_an_operator_restarts_a_worker_and_nothing_else(world: Jobs) -> No
     await runner.cleanup()
 
 
+async def test_a_pool_that_changes_what_it_serves_is_made_anew_one_at_a_time(world: Jobs) -> None:
+    """What keeps a replica kept its first engine, and started that again and again."""
+    manager = await world.start(world.configured("engine: simulator, replicas: 2"))
+    before = list(world.provider.spawned)
+    manager.reload(world.configured("engine: simulator, serves: jobs, replicas: 2"))
+    await world.clock.advance(1.0)
+    assert sorted(world.phases().values()) == ["ready", "stopping"]
+    for _ in range(12):
+        world.let_end()
+        await world.clock.advance(1.0)
+    assert world.phases() == {"m-0": "ready", "m-1": "ready"}
+    assert [worker.engine for worker in manager.feed.snapshot.workers] == ["simulator-jobs"] * 2
+    assert manager.feed.snapshot.replicas == ()
+    assert len(world.provider.spawned) == 4
+    assert all(process.exited.done() for process in before)
+
+
+async def test_what_was_started_as_another_engine_is_adopted_as_that(world: Jobs) -> None:
+    """A worker that a proxy takes for a replica would answer requests with 404."""
+    process = world.leave_behind("m-0", f"[{{{JOBS}}}]")
+    manager = await world.start(world.configured("engine: simulator, replicas: 1"))
+    assert manager.feed.snapshot.replicas == ()
+    assert process.signals, "the configuration wants a replica in its place"
+    process.exit("exited with status 0")
+    await world.clock.advance(2.0)
+    (replica,) = manager.feed.snapshot.replicas
+    assert (replica.engine, replica.state.value) == ("simulator", "ready")
+
+
 def test_the_newest_report_is_what_is_left_and_rates_of_services_add_up() -> None:
     book = NeedsBook()
 
