@@ -9,7 +9,8 @@ way, is that attempt's.
 
 Results can be read before the end, each with its sequence number in the order of completion. A
 page that would be empty may wait (`wait`), so that a client hears of a result as soon as there is
-one without asking all the time.
+one without asking all the time. `order=line` has them in the order of the input instead, as far as
+all lines before are done, with the numbers of lines in place of sequences.
 """
 
 from __future__ import annotations
@@ -148,12 +149,22 @@ class BatchesApi:
 
     async def _results(self, request: web.Request) -> web.StreamResponse:
         owner, batch_id = self._owner(request), request.match_info["batch_id"]
-        after = int(number_of(request, "after", 0, 0, 2**53))
+        order = request.query.get("order", "completed")
+        if order not in {"completed", "line"}:
+            raise ApiError(400, "order is 'completed' or 'line'.", param="order")
+        first = -1 if order == "line" else 0
+        after = int(number_of(request, "after", first, first, 2**53))
         limit = limit_of(request, RESULTS, RESULTS_MAX)
-        wait_s = number_of(request, "wait", 0.0, 0.0, RESULTS_WAIT_S_MAX)
         # The state first: what had ended by then has all its results among these.
         job = await self._store.job(owner, batch_id)
-        waiting = self._store.results(owner, batch_id, after=after, limit=limit, wait_s=wait_s)
+        waiting = self._store.results(
+            owner,
+            batch_id,
+            after=after,
+            limit=limit,
+            wait_s=_wait_s(request),
+            in_order=order == "line",
+        )
         found = await until(self._ending, waiting) or ()
         response = web.StreamResponse(headers={STATUS_HEADER: job.state})
         response.content_type = NDJSON
@@ -165,8 +176,16 @@ class BatchesApi:
 
     async def _result(self, request: web.Request) -> web.Response:
         owner, batch_id = self._owner(request), request.match_info["batch_id"]
-        result = await self._store.result(owner, batch_id, request.match_info["custom_id"])
+        custom_id = request.match_info["custom_id"]
+        waiting = self._store.result(owner, batch_id, custom_id, wait_s=_wait_s(request))
+        result = await until(self._ending, waiting)
+        if result is None:
+            raise ApiError(503, "The service ends: ask again.", code="ending")
         return web.Response(body=_numbered(result), content_type="application/json")
+
+
+def _wait_s(request: web.Request) -> float:
+    return number_of(request, "wait", 0.0, 0.0, RESULTS_WAIT_S_MAX)
 
 
 def _numbered(result: ResultRecord) -> bytes:
