@@ -23,14 +23,12 @@ from backends.offline.records import (
     VALIDATING,
     FileRecord,
 )
-from backends.offline.rows import Part, insert_file, new_id
+from backends.offline.rows import LOCK_JOB, Part, insert_file, new_id
 from backends.offline.schema import DONE
 from backends.offline.work import LineError, Result
 
 _SLICE = 2000  # lines or pieces of one transaction
 _SLICE_BYTES_MAX = 64  # pieces of one transaction that deletes
-
-LOCK_JOB = "SELECT number, id, state, sequence FROM jobs WHERE number = $1 FOR UPDATE"
 
 
 class Ender(Part):
@@ -203,21 +201,28 @@ class Ender(Part):
 
     async def prune(self) -> int:
         """Let go of what is past its time, slice by slice; return how many rows went."""
-        now_s, gone = self._clock.unix_s(), 0
+        now_s = self._clock.unix_s()
         async with self._database.transaction() as transaction:
-            await transaction.execute(
-                "UPDATE files SET state = 'gone' WHERE state = 'ready' AND expires_s <= $1 "
-                "AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.input_file_id = files.id "
-                "AND jobs.ended_s IS NULL)",
+            old = await transaction.fetch(
+                "SELECT number FROM files WHERE (state = 'ready' AND expires_s <= $1) "
+                "OR (state = 'uploading' AND touched_s <= $2) FOR UPDATE SKIP LOCKED",
                 now_s,
-            )
-            await transaction.execute(
-                "UPDATE files SET state = 'gone' WHERE state = 'uploading' AND touched_s <= $1",
                 now_s - _UPLOAD_SILENCE_S_MAX,
             )
-            await transaction.execute(
-                "UPDATE jobs SET state = 'gone' WHERE ended_s <= $1", now_s - self._limits.keep_s
+            # A statement of its own, that sees jobs which were made while the lock was waited for.
+            await transaction.execute_each(
+                "UPDATE files SET state = 'gone' WHERE number = $1 AND NOT EXISTS (SELECT 1 "
+                "FROM jobs WHERE jobs.input_file_id = files.id AND jobs.ended_s IS NULL)",
+                [(row[0],) for row in old],
             )
+            # As long as its files may be read, a job stays.
+            await transaction.execute(
+                "UPDATE jobs SET state = 'gone' WHERE ended_s + $2 <= $1 "
+                "AND (output_keep_s IS NULL OR ended_s + output_keep_s <= $1)",
+                now_s,
+                self._limits.keep_s,
+            )
+        gone = 0
         gone += await self._prune_files()
         gone += await self._prune_jobs()
         await self._database.tidy()
@@ -273,23 +278,19 @@ _UPLOAD_SILENCE_S_MAX = 3600.0  # after which an upload is taken for abandoned
 # Up to the last of the first so many: a range of the key, which no planner reads more of.
 _DELETE_PIECES = (
     "DELETE FROM pieces WHERE file = $1 AND piece <= (SELECT max(piece) FROM "
-    "(SELECT piece FROM pieces WHERE file = $1 ORDER BY piece LIMIT $2) AS first_ones) "
-    "RETURNING piece"
+    "(SELECT piece FROM pieces WHERE file = $1 ORDER BY piece LIMIT $2) AS few) RETURNING piece"
 )
 _DELETE_OUTPUT = (
     "DELETE FROM results WHERE job = $1 AND failed = 0 AND number <= (SELECT max(number) FROM "
-    "(SELECT number FROM results WHERE job = $1 AND failed = 0 ORDER BY number LIMIT $2) "
-    "AS first_ones) "
+    "(SELECT number FROM results WHERE job = $1 AND failed = 0 ORDER BY number LIMIT $2) AS few) "
     "RETURNING number"
 )
 _DELETE_ERRORS = (
     "DELETE FROM results WHERE job = $1 AND failed = 1 AND number <= (SELECT max(number) FROM "
-    "(SELECT number FROM results WHERE job = $1 AND failed = 1 ORDER BY number LIMIT $2) "
-    "AS first_ones) "
+    "(SELECT number FROM results WHERE job = $1 AND failed = 1 ORDER BY number LIMIT $2) AS few) "
     "RETURNING number"
 )
 _DELETE_LINES = (
     "DELETE FROM lines WHERE job = $1 AND number <= (SELECT max(number) FROM "
-    "(SELECT number FROM lines WHERE job = $1 ORDER BY number LIMIT $2) AS first_ones) "
-    "RETURNING number"
+    "(SELECT number FROM lines WHERE job = $1 ORDER BY number LIMIT $2) AS few) RETURNING number"
 )

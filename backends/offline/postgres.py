@@ -51,9 +51,10 @@ class _Statements(Transaction):
 class Postgres(Database):
     """A database of its own, or a schema chosen by the URL's `search_path`."""
 
-    def __init__(self, driver: Any, pool: Any, bell: Bell) -> None:
+    def __init__(self, driver: Any, pool: Any, url: str, bell: Bell) -> None:
         self._driver = driver
         self._pool = pool
+        self._url = url
         self._bell = bell
         self._listener: Any = None
 
@@ -74,9 +75,8 @@ class Postgres(Database):
                 command_timeout=_STATEMENT_S_MAX,
                 server_settings=_SETTINGS,
             )
-        self = cls(driver, pool, bell)
-        self._listener = await driver.connect(url)
-        await self._listener.add_listener(_CHANNEL, self._heard)
+        self = cls(driver, pool, url, bell)
+        await self.tidy()
         return self
 
     def _heard(self, _connection: object, _pid: int, _channel: str, topic: str) -> None:
@@ -124,7 +124,11 @@ class Postgres(Database):
 
     @override
     async def tidy(self) -> None:
-        """Leave it to the server, which vacuums by itself."""
+        """See that somebody listens; the server vacuums by itself."""
+        if self._listener is None or self._listener.is_closed():
+            with _told(self._driver):
+                self._listener = await self._driver.connect(self._url)
+                await self._listener.add_listener(_CHANNEL, self._heard)
 
     @override
     async def close(self) -> None:
@@ -140,7 +144,15 @@ def _told(driver: Any) -> Iterator[None]:
         yield
     except (driver.DiskFullError, driver.OutOfMemoryError) as error:
         raise FullError(f"PostgreSQL has no room: {error}; free some, then ask again") from error
-    except (driver.PostgresConnectionError, driver.InterfaceError, OSError, TimeoutError) as error:
+    except (
+        driver.PostgresConnectionError,
+        driver.InsufficientResourcesError,
+        driver.OperatorInterventionError,
+        driver.TransactionRollbackError,
+        driver.InterfaceError,
+        OSError,
+        TimeoutError,
+    ) as error:
         raise UnavailableError(f"PostgreSQL does not answer ({error}): ask again") from error
     except driver.PostgresError as error:
         raise StoreError(f"PostgreSQL: {error}") from error

@@ -111,11 +111,10 @@ class OfflineService:
         self._setting, self._store, self._clock, self._log = setting, store, clock, log
         self._ending = asyncio.Event()
         self._cancelled = asyncio.Event()
-        self._service_id = uuid.uuid4().hex
         self._models = KnownModels(configured_names(setting.config.models))
         self.desk = CountedDesk(store, clock)
         self._prices = prices_of(setting.config.models)
-        self._teller = NeedsTeller(store, self._service_id, log)
+        self._teller = NeedsTeller(store, uuid.uuid4().hex, log)
         offline, api_key = setting.config.offline, setting.config.proxy.api_key
         self._files = FilesApi(store, api_key, offline.file_bytes_max)
         self._batches = BatchesApi(
@@ -153,12 +152,15 @@ class OfflineService:
         runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
         stop = spawn(_wait(orders.stop), "stop", self._log)
-        chores = [*self._chores(), spawn(self._reload(orders), "reload", self._log)]
+        host, port = listener.getsockname()[:2]
+        chores = [
+            *self._chores(f"{socket.gethostname()}:{port}"),
+            spawn(self._reload(orders), "reload", self._log),
+        ]
         dispatcher = self._dispatcher()
         if dispatcher is not None:
             dispatcher.start()
         await web.SockSite(runner, listener).start()
-        host, port = listener.getsockname()[:2]
         self._log.tell("offline_listening", host=host, port=port, pid=os.getpid())
         try:
             await asyncio.wait({stop, *chores}, return_when=asyncio.FIRST_COMPLETED)
@@ -192,7 +194,8 @@ class OfflineService:
             log=self._log,
         )
 
-    def _chores(self) -> list[asyncio.Task[None]]:
+    def _chores(self, place: str) -> list[asyncio.Task[None]]:
+        """Start what goes on beside the requests; the next life at this `place` claims the same."""
         log, offline = self._log, self._setting.config.offline
         chores = [spawn(self._finish(), "finish", log), spawn(self._prune(), "prune", log)]
         for number in range(VALIDATORS):
@@ -200,7 +203,7 @@ class OfflineService:
                 self._store,
                 self._models,
                 log,
-                service_id=f"{self._service_id}-{number}",
+                service_id=f"{place}-{number}",
                 lines_max=offline.lines_max,
                 line_bytes_max=min(LINE_BYTES_MAX, offline.file_bytes_max),
             )

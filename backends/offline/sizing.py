@@ -297,7 +297,9 @@ class _Sizing:
         text = f"{work.lines} lines ({work.tokens} tokens) are left, "
         text += f"{workers} {'has' if workers == 1 else 'have'} them done in {_words(done_s)}, "
         text += f"the first are due in {_words(_first_due_s(work))}"
-        return text if self._in_time() else text + ": too late by these rates"
+        text += "" if self._in_time() else ": too late by these rates"
+        known = all(each.crew.measured for each in self.chosen)
+        return text if known else text + " (no worker has shown its rate yet)"
 
     def _done_s(self) -> float:
         """Return when all would be done by those who are chosen: rates, from when each is up."""

@@ -70,6 +70,8 @@ class _Connection:
             return work(self._sqlite)
         except sqlite3.Error as error:
             raise _told(error, self._path) from error
+        except OSError as error:
+            raise StoreError(f"cannot open {self._path}: {error.strerror}") from error
 
     async def close(self) -> None:
         def close() -> None:

@@ -21,7 +21,7 @@ from backends.offline.database import Bell, Database, Transaction
 from backends.offline.giving import SHARED_TURN, Candidate, Offer, Taking, chosen, span_after_death
 from backends.offline.rates import Rates
 from backends.offline.records import DIED_ERROR, IN_PROGRESS, Limits
-from backends.offline.rows import WORK
+from backends.offline.rows import LOCK_JOB, WORK
 from backends.offline.schema import DONE, HELD, PIECE_BYTES, WAITING
 from backends.offline.store_jobs import JobStore
 from backends.offline.work import Ask, Chunk, JobNeed, Line, Receipt, Report, Result
@@ -31,8 +31,6 @@ _CANDIDATES_MAX = 1000  # jobs of one model that are looked at
 _BURIED_AT_ONCE = 100
 _PIECES_AT_ONCE = 128
 _NEEDS_MAX = 64  # of one model
-
-_LOCK_JOB = "SELECT number, id, state FROM jobs WHERE number = $1 FOR UPDATE"
 
 
 class DeskStore(JobStore):
@@ -115,8 +113,11 @@ class DeskStore(JobStore):
                 "UPDATE jobs SET waiting = waiting - $2, turn = $3 WHERE number = $1",
                 [(job, count, chunk) for job, count in sorted(taken.items())],
             )
-        files = {job: str(there[job][4]) for job in taken}
-        bodies = await self._bodies(files, taking.lines)
+        try:
+            bodies = await self._bodies({job: str(there[job][4]) for job in taken}, taking.lines)
+        except BaseException:
+            await self._let_go(chunk, taken)  # at once: nobody is to blame for these lines
+            raise
         return Chunk(
             chunk_id=f"chunk_{chunk}",
             fence=chunk,
@@ -127,6 +128,17 @@ class DeskStore(JobStore):
                 for line, body in zip(taking.lines, bodies, strict=True)
             ),
         )
+
+    async def _let_go(self, chunk: int, lines: Counter[int]) -> None:
+        async with self._database.transaction() as transaction:
+            await transaction.fetch_each(LOCK_JOB, [(job,) for job in sorted(lines)])
+            await transaction.execute("DELETE FROM chunks WHERE number = $1", chunk)
+            back = await transaction.fetch(
+                "UPDATE lines SET state = $2, chunk = NULL WHERE chunk = $1 RETURNING job",
+                chunk,
+                WAITING,
+            )
+            await self._wait_again(transaction, Counter(int(row[0]) for row in back))
 
     async def _bodies(self, files: dict[int, str], lines: Sequence[Offer]) -> list[msgspec.Raw]:
         """Cut the bodies out of the input files; each piece is read once, a few at a time."""
@@ -168,7 +180,7 @@ class DeskStore(JobStore):
                 return Receipt(held=False)
             # The order of locks: jobs by number, the chunk, its lines.
             jobs = await transaction.fetch_each(
-                _LOCK_JOB, [(job,) for job in msgspec.json.decode(found[0][0], type=list[int])]
+                LOCK_JOB, [(job,) for job in msgspec.json.decode(found[0][0], type=list[int])]
             )
             running = {str(row[1]): int(row[0]) for row in jobs if row[2] == IN_PROGRESS}
             held = await transaction.fetch(
@@ -276,7 +288,7 @@ class DeskStore(JobStore):
 
     async def _bury(self, chunk: int, jobs: list[int], now_s: float) -> None:
         async with self._database.transaction() as transaction:
-            locked = await transaction.fetch_each(_LOCK_JOB, [(job,) for job in jobs])
+            locked = await transaction.fetch_each(LOCK_JOB, [(job,) for job in jobs])
             running = {int(row[0]): str(row[1]) for row in locked if row[2] == IN_PROGRESS}
             gone = await transaction.fetch(
                 "DELETE FROM chunks WHERE number = $1 AND held_until_s < $2 RETURNING number",

@@ -115,22 +115,24 @@ class FileStore(Part):
     async def delete_file(self, owner: str, file_id: str) -> None:
         """Delete a file; its content goes piece by piece when the store is pruned."""
         async with self._database.transaction() as transaction:
+            found = await transaction.fetch(
+                "SELECT number FROM files WHERE id = $1 AND owner = $2 AND state = 'ready' "
+                "FOR UPDATE",
+                file_id,
+                owner,
+            )
+            if not found:
+                raise NotFoundError(f"no file {file_id}")
             busy = await transaction.fetch(
                 "SELECT id FROM jobs WHERE input_file_id = $1 AND ended_s IS NULL", file_id
             )
             if busy:
-                await self._file_row(owner, file_id)  # others are not told that it exists
                 raise ConflictError(
                     f"file {file_id} is the input of {busy[0][0]}: cancel that batch or wait for it"
                 )
-            gone = await transaction.fetch(
-                "UPDATE files SET state = 'gone' "
-                "WHERE id = $1 AND owner = $2 AND state = 'ready' RETURNING number",
-                file_id,
-                owner,
+            await transaction.execute(
+                "UPDATE files SET state = 'gone' WHERE number = $1", found[0][0]
             )
-        if not gone:
-            raise NotFoundError(f"no file {file_id}")
 
     async def read_file(self, owner: str, file_id: str, start: int = 0) -> AsyncIterator[bytes]:
         """Give a file's content from octet `start` on, a MiB or so at a time."""
@@ -141,8 +143,12 @@ class FileStore(Part):
             if kind == "stored"
             else self._results(int(job), failed=kind == "errors", skip=start)
         )
+        left = int(row[4]) - start
         async for part in parts:
+            left -= len(part)
             yield part
+        if left > 0:
+            raise NotFoundError(f"file {file_id} was deleted while it was read")
 
     async def _pieces(self, number: int, start: int) -> AsyncIterator[bytes]:
         piece, skip = divmod(start, PIECE_BYTES)

@@ -1,7 +1,8 @@
 """Jobs: made, validated by one service at a time, begun, cancelled, and their results read.
 
 A service that validates a job holds a claim on it, which each `add_lines` renews. When the service
-dies the claim runs out, and another one starts anew with what the first had added removed.
+dies the claim runs out, or its next life claims the same again under the same name; whoever has it
+then starts anew, with what the first had added removed.
 """
 
 from __future__ import annotations
@@ -131,11 +132,11 @@ class JobStore(Ender):
     async def _claim(self, service_id: str) -> JobRecord | None:
         now_s = self._clock.unix_s()
         async with self._database.reading() as reading:
-            if not await reading.fetch(_TO_CLAIM, VALIDATING, now_s):
+            if not await reading.fetch(_TO_CLAIM, VALIDATING, now_s, service_id):
                 return None
         async with self._database.transaction() as transaction:
             found = await transaction.fetch(
-                _TO_CLAIM + " FOR UPDATE SKIP LOCKED", VALIDATING, now_s
+                _TO_CLAIM + " FOR UPDATE SKIP LOCKED", VALIDATING, now_s, service_id
             )
             if not found:
                 return None
@@ -203,6 +204,7 @@ class JobStore(Ender):
                 now_s,
                 msgspec.json.encode(errors).decode(),
             )
+            await self._database.tell(transaction, job_id)
 
     async def _claimed(self, transaction: Transaction, service_id: str, job_id: str) -> int:
         rows = await transaction.fetch(
@@ -265,7 +267,8 @@ class JobStore(Ender):
 
 
 _TO_CLAIM = (
-    "SELECT number FROM jobs WHERE state = $1 AND claimed_until_s < $2 ORDER BY number LIMIT 1"
+    "SELECT number FROM jobs WHERE state = $1 AND (claimed_until_s < $2 OR claimed_by = $3) "
+    "ORDER BY number LIMIT 1"
 )
 _HAS_ENDED = "SELECT number FROM jobs WHERE number = $1 AND ended_s IS NOT NULL"
 _SELECT_RESULT = (
