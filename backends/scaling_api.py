@@ -38,8 +38,8 @@ class ScalingApi:
     def routes(self) -> list[web.RouteDef]:
         return [
             web.post(DEMAND_PATH, self._demand),
-            web.post(NEEDS_PATH, self._needs),
             web.get(DEMAND_PATH, self._demanded),
+            web.post(NEEDS_PATH, self._needs),
             web.get(SCALING_PATH, self._report),
             web.post(POOLS_PATH, self._scale),
         ]
@@ -53,6 +53,10 @@ class ScalingApi:
         self._scaler.take(demand)
         return web.Response(status=204)
 
+    async def _demanded(self, _request: web.Request) -> web.Response:
+        body = encode_report(demand_report(self._scaler.pools.values(), self._scaler.book))
+        return web.Response(body=body, content_type="application/json")
+
     async def _needs(self, request: web.Request) -> web.Response:
         """Take what a service of jobs has left to do."""
         body = await _body(request, NEEDS_BYTES_MAX)
@@ -62,10 +66,6 @@ class ScalingApi:
             raise web.HTTPBadRequest(text=f"that is no report of what is left: {error}") from error
         self._scaler.take_needs(needs)
         return web.Response(status=204)
-
-    async def _demanded(self, _request: web.Request) -> web.Response:
-        body = encode_report(demand_report(self._scaler.pools.values(), self._scaler.book))
-        return web.Response(body=body, content_type="application/json")
 
     async def _report(self, _request: web.Request) -> web.Response:
         body = encode_report(self._scaler.report())
@@ -85,23 +85,12 @@ class ScalingApi:
         return web.json_response({"pool": pool_id, "replicas": replicas})
 
 
-async def _body(request: web.Request, bytes_max: int) -> bytes:
-    """Return a report's body. Those of a region may be longer than what an operator sends."""
-    refuse_web_pages(request)
-    body = bytearray()
-    while chunk := await request.content.read(READ_BYTES):
-        body += chunk
-        if len(body) > bytes_max:
-            raise web.HTTPRequestEntityTooLarge(bytes_max, len(body))
-    return bytes(body)
-
-
 def demand_report(pools: Iterable[ScaledPool], book: DemandBook) -> DemandReport:
     """Return what each model is asked for, and the burst that any of its pools sees."""
     models: dict[str, ModelReport] = {}
     for pool in pools:
         scale, first = pool.pool.autoscale, pool.pool.first
-        if first.serves == "jobs":
+        if first.serves == "jobs":  # nothing is asked of these, and nothing is spare there
             continue
         panicking = pool.decision is not None and pool.decision.panicking
         kv_target = scale.kv_target if scale is not None else 1.0
@@ -113,6 +102,17 @@ def demand_report(pools: Iterable[ScaledPool], book: DemandBook) -> DemandReport
                 kv_target=min(kv_target, other.kv_target if other is not None else 1.0),
             )
     return DemandReport(proxies=book.proxies, models=models)
+
+
+async def _body(request: web.Request, bytes_max: int) -> bytes:
+    """Return a report's body. Those of a region may be longer than what an operator sends."""
+    refuse_web_pages(request)
+    body = bytearray()
+    while chunk := await request.content.read(READ_BYTES):
+        body += chunk
+        if len(body) > bytes_max:
+            raise web.HTTPRequestEntityTooLarge(bytes_max, len(body))
+    return bytes(body)
 
 
 def refuse_web_pages(request: web.Request) -> None:

@@ -332,6 +332,8 @@ class Config(Section, frozen=True, kw_only=True):
         for model in self.models:
             for pool in model.pools:
                 self._check_pool(model.name, pool)
+        if self.offline.price_per_hour_max is not None:
+            self._check_prices()
 
     def image_of(self, pool: PoolConfig) -> str:
         """Return the image that its containers are made of; empty where they are processes."""
@@ -339,17 +341,33 @@ class Config(Section, frozen=True, kw_only=True):
             return ""
         return pool.image or self.manager.docker.images.get(pool.engine, "")
 
+    def _check_prices(self) -> None:
+        """Refuse a budget for what has no price."""
+        for model in self.models:
+            for pool in model.pools:
+                if pool.serves == "jobs" and pool.gpu_price_per_hour is None:
+                    raise ValueError(
+                        f"model '{model.name}': offline.price_per_hour_max needs the "
+                        "gpu_price_per_hour of each pool with serves: jobs"
+                    )
+
     def _check_pool(self, model: str, pool: PoolConfig) -> None:
-        provider, budget = self.manager.provider, self.offline.price_per_hour_max
-        if budget is not None and pool.serves == "jobs" and pool.gpu_price_per_hour is None:
+        provider, offline = self.manager.provider, self.offline
+        if pool.serves == "jobs" and not offline.enabled and offline.work_url is None:
             raise ValueError(
-                f"model '{model}': offline.price_per_hour_max needs the gpu_price_per_hour of "
-                "each pool with serves: jobs"
+                f"model '{model}': engine workers get their lines from the offline service: leave "
+                "offline.enabled out, or name one that runs elsewhere in offline.work_url"
             )
         if pool.resources and provider != "ray":
             raise ValueError(
                 f"model '{model}': resources are those of a Ray cluster's nodes; leave them out, "
                 "or set manager.provider: ray"
+            )
+        away = provider == "ray" and self.manager.ray.address != "local"
+        if away and pool.serves == "jobs" and self.offline.work_url is None:
+            raise ValueError(
+                f"model '{model}': engine workers run on nodes of the cluster; say in "
+                "offline.work_url under which URL these reach the offline service"
             )
         if provider == "docker" and not self.image_of(pool):
             raise ValueError(

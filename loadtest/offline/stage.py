@@ -20,6 +20,7 @@ import aiohttp
 import msgspec
 import orjson
 
+from loadtest.offline.lines import CHAT
 from loadtest.run import RunError
 
 POLL_S = 0.05
@@ -115,7 +116,7 @@ def said(log: Path) -> str:
 
 @contextlib.asynccontextmanager
 async def service(
-    folder: Path, doherty: Sequence[str] = DOHERTY, **offline: object
+    folder: Path, offline: Mapping[str, object], doherty: Sequence[str] = DOHERTY
 ) -> AsyncIterator[str]:
     """A standalone offline service; its URL."""
     port = free_port()
@@ -129,25 +130,25 @@ async def service(
         yield url
 
 
-async def do_job(url: str, content: bytes, limit_s: float) -> Course:
+async def do_job(url: str, content: bytes, limit_s: float, endpoint: str = CHAT) -> Course:
     """Upload a file, have it done, read all of its answers. Raises `RunError`."""
     try:
         async with asyncio.timeout(limit_s), aiohttp.ClientSession(url) as session:
             form = aiohttp.FormData()
             form.add_field("purpose", "batch")
             form.add_field("file", content, filename="job.jsonl")
-            file = await _json(session.post("/v1/files", data=form))
+            file = await answer_json(session.post("/v1/files", data=form))
             asked = {
                 "input_file_id": file["id"],
-                "endpoint": "/v1/chat/completions",
+                "endpoint": endpoint,
                 "completion_window": "24h",
             }
             begun_s = time.monotonic()
-            batch = await _json(session.post("/v1/batches", json=asked))
+            batch = await answer_json(session.post("/v1/batches", json=asked))
             running_s, answered_s, now_s = 0.0, 0.0, 0.0
             while batch["status"] not in ENDED:
                 await asyncio.sleep(POLL_S)
-                batch = await _json(session.get(f"/v1/batches/{batch['id']}"))
+                batch = await answer_json(session.get(f"/v1/batches/{batch['id']}"))
                 now_s = time.monotonic() - begun_s
                 counts = batch["request_counts"]
                 if not running_s and batch["status"] != "validating":
@@ -161,7 +162,7 @@ async def do_job(url: str, content: bytes, limit_s: float) -> Course:
         raise RunError(f"the job was not done in {limit_s:g} s") from None
 
 
-async def _json(asking: Any) -> dict[str, Any]:
+async def answer_json(asking: Any) -> dict[str, Any]:
     async with asking as answer:
         body = await answer.read()
         if answer.status != 200:
