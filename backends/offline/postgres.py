@@ -20,7 +20,13 @@ _CONNECTIONS_MAX = 8
 _STATEMENT_S_MAX = 60.0
 # Every statement finds its rows by a key. A planner that saw these tables while they were empty
 # would read them whole, and keep that plan for what they hold an hour later.
-_SETTINGS = {"enable_seqscan": "off", "jit": "off", "application_name": "doherty"}
+_SETTINGS = {
+    "enable_seqscan": "off",
+    "jit": "off",
+    "application_name": "doherty",
+    # A service that stands still within a transaction must not hold the locks of all others.
+    "idle_in_transaction_session_timeout": "30s",
+}
 _CHANNEL = "doherty_offline"
 _SCHEMA_LOCK = 0x646F6865727479  # "doherty": one service at a time makes the tables
 
