@@ -50,7 +50,7 @@ class Ender(Part):
             "failed = failed + $4, output_bytes = output_bytes + $5, "
             "error_bytes = error_bytes + $6, prompt_tokens = prompt_tokens + $7, "
             "cached_tokens = cached_tokens + $8, completion_tokens = completion_tokens + $9 "
-            "WHERE number = $1 RETURNING sequence, id",
+            "WHERE number = $1 RETURNING sequence, id, completed + failed = total",
             job,
             len(lines),
             len(lines) - errors,
@@ -70,7 +70,8 @@ class Ender(Part):
                 for index, (number, bad, content) in enumerate(lines)
             ],
         )
-        await self._complete_if_done(transaction, job, now_s)
+        if rows[0][2]:
+            await self._complete_if_done(transaction, job, now_s)
         await self._database.tell(transaction, job_id)
 
     async def _complete_if_done(self, transaction: Transaction, job: int, now_s: float) -> None:

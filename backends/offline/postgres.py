@@ -7,7 +7,7 @@ connection that only listens; should that break, waiters still look by themselve
 from __future__ import annotations
 
 import importlib
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -41,8 +41,8 @@ class _Statements(Transaction):
         return rows
 
     @override
-    async def fetch_each(self, sql: str, rows: Iterable[Sequence[Value]]) -> list[Row]:
-        found: list[Row] = await self._connection.fetchmany(sql, rows)
+    async def fetch_each(self, sql: str, rows: Sequence[Sequence[Value]]) -> list[Row]:
+        found: list[Row] = await self._connection.fetchmany(sql, rows) if rows else []
         return found
 
     @override
@@ -50,8 +50,9 @@ class _Statements(Transaction):
         await self._connection.execute(sql, *values)
 
     @override
-    async def execute_each(self, sql: str, rows: Iterable[Sequence[Value]]) -> None:
-        await self._connection.executemany(sql, rows)
+    async def execute_each(self, sql: str, rows: Sequence[Sequence[Value]]) -> None:
+        if rows:
+            await self._connection.executemany(sql, rows)
 
 
 class Postgres(Database):
