@@ -238,18 +238,15 @@ class Ender(Part):
         for number, kind, job in files:
             if kind == "stored":
                 gone += await self._delete(_DELETE_PIECES, int(number), _SLICE_BYTES_MAX)
-            else:
-                which = _DELETE_ERRORS if kind == "errors" else _DELETE_OUTPUT
-                gone += await self._delete(which, int(job), _SLICE)
+                async with self._database.transaction() as transaction:
+                    await transaction.execute(_DELETE_FILE, int(number))
+                continue
+            bad = int(kind == "errors")
+            which = _DELETE_ERRORS if bad else _DELETE_OUTPUT
+            gone += await self._delete(which, int(job), _SLICE)
             async with self._database.transaction() as transaction:
-                if kind != "stored":
-                    await transaction.execute(
-                        "UPDATE jobs SET error_bytes = 0 WHERE number = $1"
-                        if kind == "errors"
-                        else "UPDATE jobs SET output_bytes = 0 WHERE number = $1",
-                        int(job),
-                    )
-                await transaction.execute("DELETE FROM files WHERE number = $1", int(number))
+                await transaction.execute(_NO_ERRORS if bad else _NO_OUTPUT, int(job))
+                await transaction.execute(_DELETE_RESULTS_FILE, int(number), int(job), bad)
         return gone
 
     async def _prune_jobs(self) -> int:
@@ -261,7 +258,7 @@ class Ender(Part):
                 gone += await self._delete(sql, int(number), _SLICE)
             async with self._database.transaction() as transaction:
                 await transaction.execute("DELETE FROM files WHERE job = $1", int(number))
-                await transaction.execute("DELETE FROM jobs WHERE number = $1", int(number))
+                await transaction.execute(_DELETE_JOB, int(number))
         return gone
 
     async def _delete(self, sql: str, number: int, slice_rows: int) -> int:
@@ -291,6 +288,20 @@ _DELETE_ERRORS = (
     "(SELECT number FROM results WHERE job = $1 AND failed = 1 ORDER BY number LIMIT $2) AS few) "
     "RETURNING number"
 )
+# What owned the rows goes last: while another service still deletes some, it stays.
+_DELETE_FILE = (
+    "DELETE FROM files WHERE number = $1 AND NOT EXISTS (SELECT 1 FROM pieces WHERE file = $1)"
+)
+_DELETE_RESULTS_FILE = (
+    "DELETE FROM files WHERE number = $1 "
+    "AND NOT EXISTS (SELECT 1 FROM results WHERE job = $2 AND failed = $3)"
+)
+_DELETE_JOB = (
+    "DELETE FROM jobs WHERE number = $1 AND NOT EXISTS (SELECT 1 FROM lines WHERE job = $1) "
+    "AND NOT EXISTS (SELECT 1 FROM results WHERE job = $1)"
+)
+_NO_OUTPUT = "UPDATE jobs SET output_bytes = 0 WHERE number = $1"
+_NO_ERRORS = "UPDATE jobs SET error_bytes = 0 WHERE number = $1"
 _DELETE_LINES = (
     "DELETE FROM lines WHERE job = $1 AND number <= (SELECT max(number) FROM "
     "(SELECT number FROM lines WHERE job = $1 ORDER BY number LIMIT $2) AS few) RETURNING number"
