@@ -11,12 +11,15 @@ Results can be read before the end, each with its sequence number in the order o
 page that would be empty may wait (`wait`), so that a client hears of a result as soon as there is
 one without asking all the time. Large results make short pages: who reads goes on after the last
 sequence, and has all when a page is empty and the batch's state, in its header, is a final one.
+With `order=line` they come in the order of the input instead, as far as all lines before are done,
+and the numbers of lines take the place of sequences.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 
 import orjson
 from aiohttp import web
@@ -151,13 +154,17 @@ class BatchesApi:
 
     async def _results(self, request: web.Request) -> web.StreamResponse:
         owner, batch_id = self._owner(request), request.match_info["batch_id"]
-        after = int(number_of(request, "after", 0, 0, 2**53))
+        order = request.query.get("order", "completed")
+        if order not in {"completed", "line"}:
+            raise ApiError(400, "order is 'completed' or 'line'.", param="order")
+        least = -1 if order == "line" else 0
+        after = int(number_of(request, "after", least, least, 2**53))
         limit = limit_of(request, RESULTS, RESULTS_MAX)
-        wait_s = number_of(request, "wait", 0.0, 0.0, RESULTS_WAIT_S_MAX)
+        wait_s = _wait_s(request)
         # The state first: what had ended by then has all its results among these.
         job = await self._store.job(owner, batch_id)
-        first = min(limit, RESULTS_AT_ONCE)
-        waiting = self._store.results(owner, batch_id, after=after, limit=first, wait_s=wait_s)
+        read = partial(self._store.results, owner, batch_id, in_order=order == "line")
+        waiting = read(after=after, limit=min(limit, RESULTS_AT_ONCE), wait_s=wait_s)
         found = await until(self._ending, waiting) or ()
         response = web.StreamResponse(headers={STATUS_HEADER: job.state})
         response.content_type = NDJSON
@@ -170,14 +177,22 @@ class BatchesApi:
             written += sum(len(result.content) for result in found)
             if limit <= 0 or written > PAGE_BYTES_MAX:
                 break
-            after, some = found[-1].sequence, min(limit, RESULTS_AT_ONCE)
-            found = await self._store.results(owner, batch_id, after=after, limit=some)
+            last = found[-1].number if order == "line" else found[-1].sequence
+            found = await read(after=last, limit=min(limit, RESULTS_AT_ONCE))
         return response
 
     async def _result(self, request: web.Request) -> web.Response:
         owner, batch_id = self._owner(request), request.match_info["batch_id"]
-        result = await self._store.result(owner, batch_id, request.match_info["custom_id"])
+        custom_id = request.match_info["custom_id"]
+        waiting = self._store.result(owner, batch_id, custom_id, wait_s=_wait_s(request))
+        result = await until(self._ending, waiting)
+        if result is None:
+            raise ApiError(503, "The service ends: ask again.", code="ending")
         return web.Response(body=_numbered(result), content_type="application/json")
+
+
+def _wait_s(request: web.Request) -> float:
+    return number_of(request, "wait", 0.0, 0.0, RESULTS_WAIT_S_MAX)
 
 
 def _numbered(result: ResultRecord) -> bytes:
