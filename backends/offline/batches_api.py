@@ -11,8 +11,8 @@ Results can be read before the end, each with its sequence number in the order o
 page that would be empty may wait (`wait`), so that a client hears of a result as soon as there is
 one without asking all the time. Large results make short pages: who reads goes on after the last
 sequence, and has all when a page is empty and the batch's state, in its header, is a final one.
-With `order=line` they come in the order of the input instead, as far as all lines before are done,
-and the numbers of lines take the place of sequences.
+`order=line` has them in the order of the input instead, as far as all lines before are done, with
+the numbers of lines in place of sequences.
 """
 
 from __future__ import annotations
@@ -154,17 +154,15 @@ class BatchesApi:
 
     async def _results(self, request: web.Request) -> web.StreamResponse:
         owner, batch_id = self._owner(request), request.match_info["batch_id"]
-        order = request.query.get("order", "completed")
-        if order not in {"completed", "line"}:
-            raise ApiError(400, "order is 'completed' or 'line'.", param="order")
-        least = -1 if order == "line" else 0
-        after = int(number_of(request, "after", least, least, 2**53))
+        in_order = _in_order(request)
+        first = -1 if in_order else 0
+        after = int(number_of(request, "after", first, first, 2**53))
         limit = limit_of(request, RESULTS, RESULTS_MAX)
-        wait_s = _wait_s(request)
         # The state first: what had ended by then has all its results among these.
         job = await self._store.job(owner, batch_id)
-        read = partial(self._store.results, owner, batch_id, in_order=order == "line")
-        waiting = read(after=after, limit=min(limit, RESULTS_AT_ONCE), wait_s=wait_s)
+        page = partial(self._store.results, owner, batch_id, in_order=in_order)
+        some = min(limit, RESULTS_AT_ONCE)
+        waiting = page(after=after, limit=some, wait_s=_wait_s(request))
         found = await until(self._ending, waiting) or ()
         response = web.StreamResponse(headers={STATUS_HEADER: job.state})
         response.content_type = NDJSON
@@ -177,8 +175,8 @@ class BatchesApi:
             written += sum(len(result.content) for result in found)
             if limit <= 0 or written > PAGE_BYTES_MAX:
                 break
-            last = found[-1].number if order == "line" else found[-1].sequence
-            found = await read(after=last, limit=min(limit, RESULTS_AT_ONCE))
+            after = found[-1].number if in_order else found[-1].sequence
+            found = await page(after=after, limit=min(limit, RESULTS_AT_ONCE))
         return response
 
     async def _result(self, request: web.Request) -> web.Response:
@@ -189,6 +187,13 @@ class BatchesApi:
         if result is None:
             raise ApiError(503, "The service ends: ask again.", code="ending")
         return web.Response(body=_numbered(result), content_type="application/json")
+
+
+def _in_order(request: web.Request) -> bool:
+    order = request.query.get("order", "completed")
+    if order not in {"completed", "line"}:
+        raise ApiError(400, "order is 'completed' or 'line'.", param="order")
+    return order == "line"
 
 
 def _wait_s(request: web.Request) -> float:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from urllib.parse import urlsplit
 
@@ -28,7 +27,7 @@ from backends.offline.answers import Answered
 from backends.offline.gate import Gate, Seen, Verdict
 from backends.offline.region_watch import Asked, Group, RegionWatch, asked_of
 from backends.offline.sender import SEMI_ONLINE, SPARE, Bytes, Counts, Sender, verdict_when_moved_up
-from backends.offline.urgency import Urgency
+from backends.offline.urgency import Speed, Urgency
 from backends.offline.work import SPARE_PREFIX, Desk, JobNeed, JobNeeds, Line, spare_worker
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ModelConfig
@@ -36,7 +35,6 @@ from proxy.contract.demand import DEMAND_INTERVAL_S
 
 LOOK_S = DEMAND_INTERVAL_S
 NEEDS_S = 5.0
-RATE_S = 60.0
 CONNECT_S = 5.0
 LINE_S_MAX = 3600.0  # a line that takes longer has failed
 ANSWER_BYTES_MAX = 32 * 1024 * 1024
@@ -114,14 +112,7 @@ class _Served:
         self.urgency = Urgency()
         self.verdict = Verdict(lines=0, keep=0)
         self.before = Counts()
-        self.tokens: deque[tuple[float, int]] = deque(maxlen=256)
-
-    def tokens_per_s(self) -> float:
-        """Return the speed of the last minute, or of as much of it as there is."""
-        if len(self.tokens) < 2 or self.tokens[-1][0] - self.tokens[0][0] < NEEDS_S:
-            return 0.0
-        (first_s, first), (last_s, last) = self.tokens[0], self.tokens[-1]
-        return (last - first) / (last_s - first_s)
+        self.speed = Speed()
 
 
 class Dispatcher:
@@ -180,7 +171,7 @@ class Dispatcher:
                 lines_max=served.verdict.lines,
                 in_flight=served.sender.in_flight,
                 in_hand=served.sender.in_hand,
-                tokens_per_s=served.tokens_per_s(),
+                tokens_per_s=served.speed.tokens_per_s,
                 counts=served.sender.counts,
             )
             for served in self._served.values()
@@ -220,9 +211,7 @@ class Dispatcher:
         adapters = [name for name in self._left if name.partition(":")[0] in group.names]
         sender.names = tuple(dict.fromkeys((*group.names, *adapters)))
         counts = msgspec.structs.replace(sender.counts)
-        served.tokens.append((now_s, counts.tokens))
-        while served.tokens[0][0] < now_s - RATE_S:
-            served.tokens.popleft()
+        served.speed.note(counts.tokens, now_s)
         seen = seen_of(group, self._asked(group), self._watch.age_s(), now_s)
         seen = msgspec.structs.replace(
             seen,
@@ -231,10 +220,11 @@ class Dispatcher:
             preempted=counts.preempted - served.before.preempted,
         )
         served.before = counts
-        verdict, work_class = served.gate.decide(seen), SPARE
         if self._is_late(served, group, now_s):
             lines_max = self._lines_each_max * max(1, len(group.replicas))
             verdict, work_class = verdict_when_moved_up(lines_max), SEMI_ONLINE
+        else:
+            verdict, work_class = served.gate.decide(seen), SPARE
         if verdict.reason != served.verdict.reason and (sender.in_hand or verdict.lines):
             self._log.tell(
                 "spare_room",
@@ -266,10 +256,13 @@ class Dispatcher:
             return False
         needs = [need for name in served.sender.names for need in self._left.get(name, ())]
         was = served.urgency.due_s is not None
-        late = served.urgency.look(needs, served.tokens_per_s(), now_s, awake=bool(group.replicas))
+        best_tokens_per_s = served.speed.best_tokens_per_s
+        late = served.urgency.look(needs, best_tokens_per_s, now_s, awake=bool(group.replicas))
         if late != was:
             event = "lines_moved_up" if late else "lines_moved_down"
-            self._log.tell(event, models=group.names, tokens_per_s=round(served.tokens_per_s(), 1))
+            self._log.tell(event, models=group.names, tokens_per_s=round(best_tokens_per_s))
+        if was and not late:
+            served.gate = Gate(self._lines_each_max)  # what it saw meanwhile was ourselves
         return late
 
 
