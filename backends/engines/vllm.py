@@ -86,7 +86,7 @@ class Vllm:
             *(_kv_flags(ports) if _tells_events(spec) else ()),
             *(("--enable-sleep-mode",) if _can_sleep(spec) else ()),
             *((_EXTENSION_FLAG, _EXTENSION) if self._keeps_a_file(spec) else ()),
-            *_lora_flags(spec),
+            *lora_flags(spec),
             *spec.args,
         )
         env = _environment(spec, ports, release)
@@ -249,7 +249,8 @@ def _tells_events(spec: ReplicaSpec) -> bool:
     return not given(spec.args, _KV_FLAG, "--no-enable-prefix-caching", *_RANK_FLAGS)
 
 
-def _lora_flags(spec: ReplicaSpec) -> tuple[str, ...]:
+def lora_flags(spec: ReplicaSpec) -> tuple[str, ...]:
+    """Return what loads the adapters of `spec` and leaves room for some more."""
     if not spec.adapters:
         return ()
     together = str(min(len(spec.adapters), _LORAS_TOGETHER))
