@@ -41,7 +41,6 @@ _WISHES = {
     "undrain": (Event.RELEASE, ""),
     "restart": (Event.RESTART, "restarted by an operator"),
 }
-_HOLDS = ("drain", "undrain")  # from requests
 _TURNS = ("sleep", "wake", "snapshot")
 
 
@@ -145,8 +144,9 @@ class Api:
             known = ", ".join([*_WISHES, *_TURNS])
             raise web.HTTPNotFound(text=f"no such action; there are {known}")
         keeper = self._keeper(request)
-        if wish in _HOLDS and keeper.questions.gives_back:
-            words = "it is an engine worker and takes no requests, so none can be kept from it"
+        if wish != "restart" and keeper.questions.gives_back:
+            words = "it is an engine worker: it takes no requests and does not rest; it can be "
+            words += "restarted, and its pool scaled"
             raise web.HTTPConflict(text=f"{keeper.spec.replica_id}: {words}")
         try:
             if wish == "sleep":
