@@ -45,6 +45,11 @@ class StepTimes:
             self._times[size] = (known + NEWEST_SHARE * (step_s - known), load.at_s)
         self._times = {s: t for s, t in self._times.items() if t[1] > load.at_s - FORGET_S}
 
+    def step_s(self, batch: int) -> float:
+        """Return how long a step of so many takes; 0: not known."""
+        size = _class_of(batch)
+        return next((self._times[s][0] for s in (size, size + 1) if s in self._times), 0.0)
+
     def batch_max(self, batch: int, slower_max: float) -> float:
         """Return how large a batch may grow from `batch` without steps that are slower by more.
 

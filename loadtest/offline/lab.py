@@ -192,7 +192,7 @@ class Lab:
         before = {sequence: sequence.last_token_s for sequence, _ in step.work}
         for emission in replica.engine.finish(step):
             sequence = emission.sequence
-            replica.generated += emission.tokens
+            replica.generated += 1
             if sequence not in self._place:
                 continue  # it was cut within this step
             if sequence not in self._lines:
@@ -254,7 +254,10 @@ class Lab:
     def _fill(self, now_s: float) -> None:
         setting = self.setting
         while len(self._lines) < self._verdict.lines:
-            wait_s = self._pace.wait_s(self._verdict.prompt_tokens_per_s, now_s)
+            verdict = self._verdict
+            wait_s = self._pace.wait_s(
+                verdict.prompt_tokens_per_s, verdict.prompt_tokens_at_once, now_s
+            )
             if wait_s > 0.0:
                 self._at(now_s + wait_s + 1e-6, self._fill)
                 return

@@ -85,7 +85,8 @@ def test_beside_others_steps_stay_nearly_as_short_as_theirs_alone() -> None:
     assert verdict.reason == "slower steps"
     assert world.step_s(world.lines + 4) <= 0.005 * 2, "one class beyond what is fast was tried"
     assert 8 <= world.lines <= 27
-    assert verdict.prompt_tokens_per_s == gates.PREFILL_SHARE * 8000.0
+    assert verdict.prompt_tokens_at_once == gates.SLOW_STEPS * 0.005 * 8000.0
+    assert verdict.prompt_tokens_per_s == pytest.approx(8000.0 * 2 * gates.SLOW_SHARE_MOST)
 
 
 @pytest.mark.parametrize(
