@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -27,7 +28,7 @@ from backends.offline.gate import Gate, Seen, Verdict
 from backends.offline.region_watch import Asked, Group, RegionWatch, asked_of
 from backends.offline.sender import SEMI_ONLINE, SPARE, Bytes, Counts, Sender, verdict_when_moved_up
 from backends.offline.urgency import Speed, Urgency
-from backends.offline.work import Desk, JobNeed, JobNeeds, Line
+from backends.offline.work import SPARE_PREFIX, Desk, JobNeed, JobNeeds, Line, spare_worker
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ModelConfig
 from proxy.contract.demand import DEMAND_INTERVAL_S
@@ -60,6 +61,7 @@ class _Post:
 
     def __init__(self, url: str, api_key: str | None) -> None:
         self._url = url.rstrip("/")
+        self._is_here = (urlsplit(url).hostname or "") in {"127.0.0.1", "::1", "localhost"}
         self._headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
@@ -69,7 +71,9 @@ class _Post:
         """Return what came back, whatever that was."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),  # the gate's word bounds them
+                # The gate's word bounds them. A proxy on this machine shows a certificate for the
+                # name that clients know it by.
+                connector=aiohttp.TCPConnector(limit=0, ssl=not self._is_here),
                 timeout=aiohttp.ClientTimeout(total=LINE_S_MAX, sock_connect=CONNECT_S),
                 trust_env=False,  # the proxy is never behind the user's web proxy
             )
@@ -133,7 +137,7 @@ class Dispatcher:
         self._post = _Post(proxy_url, api_key)
         self._watch = RegionWatch(manager_url, clock)
         self._clock, self._log = clock, log
-        self._worker_id = f"spare-{os.urandom(6).hex()}"
+        self._worker_id = f"{SPARE_PREFIX}{os.urandom(6).hex()}"
         self._bytes = Bytes()
         self._served: dict[str, _Served] = {}
         self._left: Mapping[str, tuple[JobNeed, ...]] = {}
@@ -194,8 +198,9 @@ class Dispatcher:
             await cancel_all([self._served.pop(gone).task])
         for name, group in groups.items():
             if name not in self._served:
+                worker_id = spare_worker(self._worker_id, name)
                 sender = Sender(
-                    self._worker_id, self._desk, self._post, self._bytes, self._clock, self._log
+                    worker_id, self._desk, self._post, self._bytes, self._clock, self._log
                 )
                 self._served[name] = _Served(sender, Gate(self._lines_each_max), self._log)
             self._turn(self._served[name], group, now_s)

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 KEPT_BYTES_MAX = 1024 * 1024
 PIECE_BYTES_MAX = 128 * 1024
@@ -49,11 +49,12 @@ class EngineActor:
         self._host, self._node = where()
         self._changed = threading.Condition()
         self._kept = bytearray()
+        self._held: IO[bytes] | None = None  # the guard's input: at its end the engine ends
         self._first = 0  # the number of the first octet that is kept
         self._taken = 0  # octets that the manager has
         self._pid = 0
         self._ended: dict[str, Any] | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._group = 0  # of the guard and the engine; its number is nobody else's while one lives
         taken = [port for port in ports if not _free(port)]
         if taken:
             self._ended = {"problem": f"port {taken[0]} of its node {self._host} is taken"}
@@ -88,14 +89,15 @@ class EngineActor:
     def signal(self, number: int) -> None:
         """Signal the engine and all that it started."""
         with self._changed:
-            if self._guard is not None and self._ended is None:
-                os.killpg(self._guard.pid, number)  # not reaped before `_ended` is set
+            if self._group and self._ended is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(self._group, number)
 
     def _start(self, guard: str, mark: str, argv: Sequence[str], env: dict[str, str]) -> None:
         told, tells = os.pipe()
         output, writes = os.pipe()
         try:
-            self._guard = subprocess.Popen(  # noqa: S603  # our own text
+            starter = subprocess.Popen(  # noqa: S603  # our own text
                 [sys.executable, "-S", "-c", guard, str(tells)],
                 stdin=subprocess.PIPE,
                 stdout=writes,
@@ -108,11 +110,14 @@ class EngineActor:
             os.close(writes)
         order = {"argv": [_program(argv[0], env), *argv[1:]], "env": env, "mark": mark}
         reader = self._thread(self._read, output)
-        self._thread(self._follow, self._guard, told, reader)
-        assert self._guard.stdin is not None
-        with suppress(OSError):  # it is gone already, and `_follow` says how
-            self._guard.stdin.write(json.dumps(order).encode() + b"\n")
-            self._guard.stdin.flush()
+        self._group = starter.pid
+        starter.wait()  # it has left the guard, and the group
+        self._held = starter.stdin
+        assert self._held is not None
+        with suppress(OSError):  # it is gone already, and `_follow` says so
+            self._held.write(json.dumps(order).encode() + b"\n")
+            self._held.flush()
+        self._thread(self._follow, told, reader)
 
     def _thread(self, call: Callable[..., None], *args: Any) -> threading.Thread:
         thread = threading.Thread(target=call, args=args, daemon=True)
@@ -130,19 +135,22 @@ class EngineActor:
                 self._changed.notify_all()
         os.close(output)
 
-    def _follow(self, guard: subprocess.Popen[bytes], told: int, reader: threading.Thread) -> None:
+    def _follow(self, told: int, reader: threading.Thread) -> None:
         """Take what the guard tells, until it is gone."""
         said: dict[str, Any] = {}
         with open(told, "rb") as lines:
             for line in lines:
                 said |= json.loads(line)
                 self._pid = said.get("pid", 0)
+        with suppress(ProcessLookupError):  # one that was killed alone has left an engine
+            os.killpg(self._group, signal.SIGKILL)
         reader.join(LAST_LINES_S_MAX)
+        if self._held is not None:
+            with suppress(OSError):
+                self._held.close()
         with self._changed:
-            code = guard.wait()
             if "status" not in said and "problem" not in said:
-                # Killed with the engine by a signal to both, or alone, and then its group with it.
-                said["status"] = -code if code < 0 else signal.SIGKILL
+                said["status"] = signal.SIGKILL  # nothing less ends a guard without a word
             self._ended = {key: said[key] for key in ("status", "problem") if key in said}
             self._changed.notify_all()
 

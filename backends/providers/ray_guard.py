@@ -1,7 +1,8 @@
 """Stands between a Ray actor and the engine that it runs, so that neither outlives the other.
 
-Run on the node by the text of this file, so it imports nothing of ours. It leads the session that
-the engine is in. Its standard input is held open by the actor: at its end the actor is gone,
+Run on the node by the text of this file, so it imports nothing of ours. It is in the session of the
+engine, and no child of the actor: of these Ray kills each when it ends an actor, and the guard must
+be the last to go. Its standard input is held open by the actor: at its end the actor is gone,
 whatever killed it, and everything here is killed. When the engine ends, its status is told on the
 descriptor that the first argument names, and what it left is killed, too: a core that outlived its
 server would keep the GPU's memory. What had gone to a session of its own is known by the mark in
@@ -22,6 +23,8 @@ _RESET = (*_ORDERLY, signal.SIGPIPE)
 
 
 def main() -> None:
+    if os.fork():
+        return
     told_fd = int(sys.argv[1])
     os.set_inheritable(told_fd, False)
     for number in _ORDERLY:

@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 import orjson
 
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 WORDS: Final = (
     "time year people way day man thing woman life child world school state family student group "
     "country problem hand part place case week company system program question work number night "
@@ -31,20 +32,22 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 1
 
 
-def bodies(shape: Shape, model: str) -> list[dict[str, object]]:
+def bodies(shape: Shape, model: str, url: str = CHAT) -> list[dict[str, object]]:
     """Return the requests, in no order: those with the same prefix are far apart."""
     draw = random.Random(shape.seed)
     prefixes = [_words(draw, shape.prefix_words) for _ in range(shape.prefixes)]
     made: list[dict[str, object]] = []
     for number in range(shape.lines):
         content = f"{number} {_words(draw, draw.randint(*shape.prompt_words))}"
-        messages = [{"role": "user", "content": content}]
-        if prefixes:
-            messages.insert(0, {"role": "system", "content": prefixes[number % len(prefixes)]})
+        prefix = prefixes[number % len(prefixes)] if prefixes else ""
+        prompt: dict[str, object] = {"prompt": f"{prefix} {content}".strip()}
+        if url == CHAT:
+            messages = [{"role": "system", "content": prefix}] if prefix else []
+            prompt = {"messages": [*messages, {"role": "user", "content": content}]}
         made.append(
             {
                 "model": model,
-                "messages": messages,
+                **prompt,
                 "max_tokens": draw.randint(*shape.answer_tokens),
                 "temperature": 0.0,
                 "ignore_eos": True,
@@ -54,19 +57,20 @@ def bodies(shape: Shape, model: str) -> list[dict[str, object]]:
     return made
 
 
-def input_file(requests: list[dict[str, object]]) -> bytes:
+def input_file(requests: list[dict[str, object]], url: str = CHAT) -> bytes:
     """Return the file of a batch with these requests."""
-    return b"".join(_rows(requests))
+    return b"".join(_rows(requests, url))
 
 
 def sorted_by_prefix(requests: list[dict[str, object]]) -> list[dict[str, object]]:
     """Return the requests with those next to each other that begin alike."""
-    return sorted(requests, key=lambda request: orjson.dumps(request["messages"]))
+    prompt = ("messages", "prompt")
+    return sorted(requests, key=lambda body: orjson.dumps([body.get(name) for name in prompt]))
 
 
-def _rows(requests: list[dict[str, object]]) -> Iterator[bytes]:
+def _rows(requests: list[dict[str, object]], url: str) -> Iterator[bytes]:
     for number, body in enumerate(requests):
-        row = {"custom_id": f"line-{number}", "method": "POST", "url": "/v1/chat/completions"}
+        row = {"custom_id": f"line-{number}", "method": "POST", "url": url}
         yield orjson.dumps({**row, "body": body}, option=orjson.OPT_APPEND_NEWLINE)
 
 

@@ -20,6 +20,7 @@ import aiohttp
 import msgspec
 import orjson
 
+from loadtest.offline.lines import CHAT
 from loadtest.run import RunError
 
 POLL_S = 0.05
@@ -115,7 +116,7 @@ def said(log: Path) -> str:
 
 @contextlib.asynccontextmanager
 async def service(
-    folder: Path, doherty: Sequence[str] = DOHERTY, **offline: object
+    folder: Path, offline: Mapping[str, object], doherty: Sequence[str] = DOHERTY
 ) -> AsyncIterator[str]:
     """A standalone offline service; its URL."""
     port = free_port()
@@ -129,7 +130,7 @@ async def service(
         yield url
 
 
-async def do_job(url: str, content: bytes, limit_s: float) -> Course:
+async def do_job(url: str, content: bytes, limit_s: float, endpoint: str = CHAT) -> Course:
     """Upload a file, have it done, read all of its answers. Raises `RunError`."""
     try:
         async with asyncio.timeout(limit_s), aiohttp.ClientSession(url) as session:
@@ -139,7 +140,7 @@ async def do_job(url: str, content: bytes, limit_s: float) -> Course:
             file = await answer_json(session.post("/v1/files", data=form))
             asked = {
                 "input_file_id": file["id"],
-                "endpoint": "/v1/chat/completions",
+                "endpoint": endpoint,
                 "completion_window": "24h",
             }
             begun_s = time.monotonic()
