@@ -42,7 +42,7 @@ from proxy.contract import LoadSample
 
 NEWS_AGE_S_MAX = 5.0  # without news for longer nothing new goes in
 SLOWER_MAX = 0.08  # of a decode step
-PREFILL_SHARE = 0.1  # of a replica's time, for the prompts of lines, beside others
+PREFILL_SHARE = 0.03  # of a replica's time, for the prompts of lines, beside others
 SLOW_SHARE = 0.01  # of steps: the hundredth, which is p99
 SLOW_SHARE_MOST = 0.008  # of steps that compute a prompt, where others' are fewer than that
 SLOW_SHARE_LEAST = 0.003  # of steps that compute lines' prompts, however many others' there are
