@@ -41,7 +41,7 @@ from backends.offline.steps import PrefillSpeed, StepTimes
 from proxy.contract import LoadSample
 
 NEWS_AGE_S_MAX = 5.0  # without news for longer nothing new goes in
-SLOWER_MAX = 0.08  # of a decode step
+SLOWER_MAX = 0.15  # of the mean step; busier moments have slower ones by themselves
 PREFILL_SHARE = 0.03  # of a replica's time, for the prompts of lines, beside others
 SLOW_SHARE = 0.01  # of steps: the hundredth, which is p99
 SLOW_SHARE_MOST = 0.008  # of steps that compute a prompt, where others' are fewer than that
@@ -213,14 +213,17 @@ class Gate:
 
     def _room(self, seen: Seen) -> tuple[int, str]:
         """Return how many lines have a place, and what bounds them."""
-        others_each = self._others_each(seen)
-        step_most = self._steps.batch_max(others_each, SLOWER_MAX) if others_each else math.inf
+        mean_each = self._others_each(seen)
+        now_each = math.ceil(seen.others_in_flight / len(seen.replicas))
+        beside = math.inf
+        if mean_each:
+            beside = self._steps.batch_max(mean_each, SLOWER_MAX) - mean_each
         room, why = 0, "full"
         for replica in seen.replicas:
-            free = inputs_max(replica) - others_each
-            if step_most - others_each < min(free, self.lines_each_max):
-                free, why = step_most - others_each, "slower steps"
-            room += int(max(0, min(free, self.lines_each_max)))
+            free = min(inputs_max(replica) - now_each, self.lines_each_max)
+            if beside < free:
+                free, why = beside, "slower steps"
+            room += int(max(0, free))
         return room, why
 
     def _grow(self, seen: Seen, room: int) -> None:
