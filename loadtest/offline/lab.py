@@ -8,7 +8,7 @@ go as the gate lets them in. Told with and without lines: time to the first toke
 tokens, tokens of lines a second.
 
     python -m loadtest offline lab
---priority
+    python -m loadtest offline lab --rates 2,8,16 --burst 6 --priority
 """
 
 from __future__ import annotations

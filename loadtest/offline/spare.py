@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
 import itertools
 import random
 import sys
@@ -247,7 +248,7 @@ async def submit(session: aiohttp.ClientSession, setting: Setting, seed: int) ->
     content = input_file(bodies(Shape(lines=setting.lines, seed=seed), MODEL))
     form = aiohttp.FormData()
     form.add_field("purpose", "batch")
-    form.add_field("file", content, filename="job.jsonl")
+    form.add_field("file", io.BytesIO(content), filename="job.jsonl")  # read piece by piece
     file = await stage.answer_json(session.post("/v1/files", data=form))
     asked = {
         "input_file_id": file["id"],
