@@ -363,6 +363,12 @@ class Config(Section, frozen=True, kw_only=True):
                 f"model '{model}': resources are those of a Ray cluster's nodes; leave them out, "
                 "or set manager.provider: ray"
             )
+        away = provider == "ray" and self.manager.ray.address != "local"
+        if away and pool.serves == "jobs" and self.offline.work_url is None:
+            raise ValueError(
+                f"model '{model}': engine workers run on nodes of the cluster; say in "
+                "offline.work_url under which URL these reach the offline service"
+            )
         if provider == "docker" and not self.image_of(pool):
             raise ValueError(
                 f"model '{model}': no image for {pool.engine}; name one in "

@@ -136,11 +136,12 @@ class VllmJobs(_Worker, Vllm):
 
     @override
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
-        """In a container there is no path of ours, and its image must have us."""
-        head = ("python3", *MODULE) if spec.image else self.entry.script
+        """In a container and on another machine no path of ours is: we must be installed there."""
+        away = spec.image or spec.elsewhere
+        head = ("python3", *MODULE) if away else self.entry.script
         env = {"VLLM_PORT": str(ports.internal)} if ports.internal else {}
         argv = (*head, *_arguments("vllm", spec, ports))
-        return Launch(argv, env, "" if spec.image else _PYTHON_PATH)
+        return Launch(argv, env, "" if away else _PYTHON_PATH)
 
     @override
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
@@ -167,7 +168,7 @@ class SimulatorJobs(_Worker, Simulator):
     @override
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         argv = (sys.executable, *MODULE, *_arguments("simulator", spec, ports))
-        return Launch(argv, python_path="" if spec.image else _PYTHON_PATH)
+        return Launch(argv, python_path="" if spec.image or spec.elsewhere else _PYTHON_PATH)
 
     @override
     def ports_needed(self, spec: ReplicaSpec, release: Release) -> PortsNeeded:

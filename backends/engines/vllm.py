@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from backends.engines.base import (
+    LOWEST_PRIORITY,
     Call,
     Entry,
     FlagError,
@@ -25,6 +26,7 @@ from backends.engines.base import (
     kv_endpoints,
     kv_events_of,
     lora_calls,
+    option,
 )
 from backends.engines.dumps import ENVIRONMENT, HOOK, reads_weights
 from backends.engines.facts import VLLM as FACTS
@@ -90,7 +92,7 @@ class Vllm:
         env = _environment(spec, ports, release)
         if self._keeps_a_file(spec):
             env[_FORM_VARIABLE] = _form(spec)
-        return Launch(argv, env, HOOK)
+        return Launch(argv, env, HOOK, lowest_priority=lowest_priority(spec, release))
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         refuse(flag_table(self.name), spec.args, _REFUSED, release)
@@ -207,6 +209,16 @@ class Vllm:
 
     def read_load(self, answers: Sequence[bytes], at_s: float) -> LoadSample | None:
         return VLLM.read(answers, at_s)
+
+
+def lowest_priority(spec: ReplicaSpec, release: Release) -> str:
+    """Return the field that puts a request behind all others, where the release reads one.
+
+    A pool that asks for another policy gets it, and then no number changes the order.
+    """
+    policy = option(spec.args, "--scheduling-policy") or "priority"
+    reads = has(FEATURES, "priority_header", release) and policy == "priority"
+    return f"x-vllm-priority: {LOWEST_PRIORITY}" if reads else ""
 
 
 def _form(spec: ReplicaSpec) -> str:

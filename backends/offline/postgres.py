@@ -67,14 +67,17 @@ class Postgres(Database):
             raise StoreError(
                 "a PostgreSQL store needs the package asyncpg: pip install 'doherty[postgres]'"
             ) from None
-        with _told(driver):
-            pool = await driver.create_pool(
-                url,
-                min_size=1,
-                max_size=_CONNECTIONS_MAX,
-                command_timeout=_STATEMENT_S_MAX,
-                server_settings=_SETTINGS,
-            )
+        try:
+            with _told(driver):
+                pool = await driver.create_pool(
+                    url,
+                    min_size=1,
+                    max_size=_CONNECTIONS_MAX,
+                    command_timeout=_STATEMENT_S_MAX,
+                    server_settings=_SETTINGS,
+                )
+        except ValueError as error:
+            raise StoreError(f"offline.store is no PostgreSQL URL: {error}") from error
         self = cls(driver, pool, url, bell)
         await self.tidy()
         return self
@@ -127,7 +130,7 @@ class Postgres(Database):
         """See that somebody listens; the server vacuums by itself."""
         if self._listener is None or self._listener.is_closed():
             with _told(self._driver):
-                self._listener = await self._driver.connect(self._url)
+                self._listener = await self._driver.connect(self._url, server_settings=_SETTINGS)
                 await self._listener.add_listener(_CHANNEL, self._heard)
 
     @override

@@ -24,7 +24,7 @@ from backends.log import Log
 from backends.offline.api_errors import ApiError, error_middleware
 from backends.offline.batches_api import BatchesApi
 from backends.offline.counted_desk import CountedDesk
-from backends.offline.dispatch import Dispatcher
+from backends.offline.dispatch import Dispatcher, GroupReport
 from backends.offline.files_api import FilesApi
 from backends.offline.fleet_models import KnownModels, configured_names
 from backends.offline.metrics import Metrics
@@ -127,7 +127,8 @@ class OfflineService:
             cancelled=self._cancelled,
         )
         self._work = WorkApi(self.desk, offline.work_key, self._ending)
-        self._metrics = Metrics(store, self.desk, self._files)
+        self._dispatcher = self._make_dispatcher()
+        self._metrics = Metrics(store, self.desk, self._files, self._sent)
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[error_middleware(self._log, refusal_of)])
@@ -141,6 +142,9 @@ class OfflineService:
             ]
         )
         return app
+
+    def _sent(self) -> list[GroupReport]:
+        return [] if self._dispatcher is None else self._dispatcher.reports()
 
     async def _health(self, _request: web.Request) -> web.Response:
         if self._ending.is_set():
@@ -157,7 +161,7 @@ class OfflineService:
             *self._chores(f"{socket.gethostname()}:{port}"),
             spawn(self._reload(orders), "reload", self._log),
         ]
-        dispatcher = self._dispatcher()
+        dispatcher = self._dispatcher
         if dispatcher is not None:
             dispatcher.start()
         await web.SockSite(runner, listener).start()
@@ -177,7 +181,7 @@ class OfflineService:
             await cancel_all([cleanup, hurry])
             self._log.tell("offline_stopped")
 
-    def _dispatcher(self) -> Dispatcher | None:
+    def _make_dispatcher(self) -> Dispatcher | None:
         """Return who sends lines to replicas that have room, where that is wished for."""
         setting = self._setting
         proxy_url, manager_url = setting.proxy_url, setting.manager_url

@@ -201,7 +201,7 @@ def _connected(path: Path) -> sqlite3.Connection:
     sqlite.execute("PRAGMA synchronous = FULL")
     sqlite.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: 16 MiB
     sqlite.execute("PRAGMA journal_size_limit = 67108864")
-    sqlite.execute("PRAGMA cache_size = -16384")  # KiB
+    sqlite.execute("PRAGMA cache_size = -8192")  # KiB
     return sqlite
 
 

@@ -31,6 +31,7 @@ _CANDIDATES_MAX = 1000  # jobs of one model that are looked at
 _BURIED_AT_ONCE = 100
 _PIECES_AT_ONCE = 128
 _NEEDS_MAX = 64  # of one model
+_MODELS_MAX = 10_000  # whose turns are counted
 
 
 class DeskStore(JobStore):
@@ -67,6 +68,8 @@ class DeskStore(JobStore):
             return None
         model = str(min(rows, key=lambda row: (row[2], row[0]))[5])
         candidates = [Candidate(*row[:5]) for row in rows if row[5] == model]
+        if len(self._turns) >= _MODELS_MAX:
+            self._turns.clear()  # which takes no more than a turn from anybody
         self._turns[model] += 1
         lines_max = min(ask.lines_max, self._limits.chunk_lines)
         shared = self._turns[model] % SHARED_TURN == 0

@@ -18,10 +18,11 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -52,6 +53,7 @@ from backends.providers.ray_words import (
     Start,
     Waits,
 )
+from backends.spec import ReplicaSpec
 from backends.tasks import cancel_all, spawn
 from proxy.config import RayConfig
 
@@ -161,12 +163,11 @@ class RayProvider:
                 "manager.ray.address"
             ) from None
 
-    def program(self, engine: Engine, spec: object) -> Program:
+    def program(self, engine: Engine, spec: ReplicaSpec) -> Program:
         """Return the engine's own words: the nodes have what they name."""
-        head = engine.command(spec, Ports(0), UNKNOWN_RELEASE).argv[:1]  # type: ignore[arg-type]
+        head = engine.command(spec, Ports(0), UNKNOWN_RELEASE).argv[:1]
         head = ("python3",) if head == (sys.executable,) else head
-        version = self._config.versions.get(engine.name, "")  # type: ignore[call-overload]
-        return Program(head, version=version, inherits=tuple(sorted(self._config.env.items())))
+        return Program(head, version=spec.release, inherits=tuple(self._config.env.items()))
 
     def spawn(
         self, argv: Sequence[str], env: Mapping[str, str], launch_id: str, log_path: Path
@@ -337,8 +338,8 @@ class RayProvider:
             f"{self._log_folder / 'ray.log'}, or set manager.ray.address"
         )
 
-    def _own(self, coroutine: object, name: str) -> None:
-        task = spawn(coroutine, name, self._log)  # type: ignore[arg-type]
+    def _own(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        task = spawn(coroutine, name, self._log)
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
 

@@ -191,9 +191,8 @@ class Bridge:
                     return said
                 if killing in done:
                     return None
-                if launched.need is not None:
-                    words = await asyncio.to_thread(_waits_in_words, launched.need)
-                    self.tell(Waits(launched.launch_id, words))
+                words = await asyncio.to_thread(_waits_in_words, launched)
+                self.tell(Waits(launched.launch_id, words))
         finally:
             killing.cancel()
             # Not cancelled: Ray would answer nobody, and says so loudly.
@@ -296,9 +295,17 @@ def _end_in_words(launched: Launched, error: RayActorError) -> str:
     return f"its actor ended: {one_line(error)}"
 
 
-def _waits_in_words(need: Need) -> str:
+def _waits_in_words(launched: Launched) -> str:
+    """Say what one waits for that has been asked for and is not there yet."""
+    try:
+        group = get_placement_group(f"{_namespace()}/{PREFIX}{launched.launch_id}")
+        state = placement_group_table(group)["state"]
+    except (ValueError, KeyError):
+        state = ""
+    if state != "PENDING" or launched.need is None:
+        return "its node starts it" if state == "CREATED" else "waits for the cluster"
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return waits_for(need, nodes, ray.available_resources())
+    return waits_for(launched.need, nodes, ray.available_resources())
 
 
 def _future(ref: Any) -> asyncio.Future[Any]:

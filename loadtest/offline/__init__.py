@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 
 from loadtest.command import Command
-from loadtest.offline import spare, throughput
+from loadtest.offline import lab, spare, throughput
 
 SUMMARY = "jobs of many lines: how fast they are done, and what they cost others"
 
 
 COMMANDS: dict[str, Command] = {
+    "lab": lab,
     "spare": spare,
     "throughput": throughput,
 }

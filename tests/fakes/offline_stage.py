@@ -66,7 +66,7 @@ async def offline_stage(
     """Run a service over the store in `folder`, with these keys of its configuration."""
     config = parse_config(setting.pop("config", CONFIG), "the test")
     given = msgspec.structs.asdict(config.offline) | {"hold_secs": 2.0} | dict(offline or {})
-    given["store"] = str(folder / "offline.db")
+    given["store"] = setting.pop("store", str(folder / "offline.db"))
     config = msgspec.structs.replace(
         config,
         offline=msgspec.convert(given, type(config.offline)),

@@ -10,7 +10,7 @@ import pytest
 from backends.offline.answers import FAILURES_MAX, Again, Answered, judge
 from backends.offline.holds import HeldChunk, Pace
 from backends.offline.region_watch import asked_of, groups_of
-from backends.offline.urgency import START_S, Urgency, first_late
+from backends.offline.urgency import START_S, TOKENS_PER_S_MIN, Speed, Urgency, first_late
 from backends.offline.work import Chunk, JobNeed, Line, Receipt, Result
 from backends.scaling_report import DemandReport, ModelReport
 from proxy.contract import FleetSnapshot, PoolRecord, ReplicaRecord, ReplicaState
@@ -124,12 +124,27 @@ def need(due_in_s: float, tokens: int) -> JobNeed:
 def test_what_is_due_first_is_done_first_and_all_before_it_count() -> None:
     needs = [need(1000, 400_000), need(100, 50_000)]
     assert first_late(needs, 1000.0, awake=True) is None
-    assert first_late(needs, 600.0, awake=True) == needs[1]
-    assert first_late(needs, 500.0, awake=True) == needs[1]
-    assert first_late([need(100, 10_000)], 0.0, awake=True) is None
-    assert first_late([need(100, 10_000)], 0.0, awake=False), "a start takes longer"
-    assert first_late([need(START_S + 20, 10_000)], 0.0, awake=False) is None
-    assert first_late([JobNeed(due_in_s=0, lines=0, tokens=0)], 0.0, awake=False) is None
+    assert first_late(needs, 900.0, awake=True) == needs[1]
+    needs[1] = need(200, 50_000)
+    assert first_late(needs, 850.0, awake=True) == needs[0], "what comes first is in its way"
+    assert first_late([need(100, 10_000)], 1000.0, awake=True) is None
+    assert first_late([need(100, 10_000)], 1000.0, awake=False), "a start takes longer"
+    assert first_late([need(START_S + 25, 10_000)], 1000.0, awake=False) is None
+    assert first_late([JobNeed(due_in_s=0, lines=0, tokens=0)], 1000.0, awake=False) is None
+
+
+def test_the_best_minute_counts_and_no_shorter_time() -> None:
+    speed = Speed()
+    for second in range(30):
+        speed.note(5000 * second, float(second))
+    assert speed.tokens_per_s == 5000
+    assert speed.best_tokens_per_s == TOKENS_PER_S_MIN
+    for second in range(30, 90):
+        speed.note(5000 * second, float(second))
+    for second in range(90, 200):
+        speed.note(5000 * 89, float(second))
+    assert speed.tokens_per_s == 0
+    assert speed.best_tokens_per_s == 5000
 
 
 def test_a_job_stays_moved_up_until_it_is_done_however_fast_it_goes_now() -> None:

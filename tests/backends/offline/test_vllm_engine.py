@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from backends.log import Log
-from backends.offline.line_engine import EngineError
+from backends.offline.line_engine import EngineError, FlagsError
 from backends.offline.vllm_engine import VllmEngine, find
 from backends.offline.work import Line, Result
 from tests.fakes.vllm_modules import Engine, install
@@ -160,6 +160,21 @@ def test_a_model_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     asyncio.run(run())
 
 
+def test_flags_that_vllm_does_not_take_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch)
+
+    async def run() -> None:
+        engine = VllmEngine("m", "", ("--no-such-flag",), Log())
+        with pytest.raises(FlagsError):
+            await engine.start()
+        await engine.close()
+
+    asyncio.run(run())
+    assert "--no-such-flag" in capsys.readouterr().err
+
+
 def test_a_release_without_a_name_is_said() -> None:
-    with pytest.raises(EngineError, match=r"this vLLM has no LLM in vllm\.entrypoints\.llm"):
+    with pytest.raises(EngineError, match="this vLLM has no LLM that we know: No module"):
         find("LLM")
