@@ -17,7 +17,7 @@ half the time, so nobody asks for it but a deadline. Hence:
 4. **What is up stays** while it computes, or there are `LINES_EACH` lines for it, and it is not
    dearer a token than those that are needed: it costs no more than any other, and what it has begun
    would be lost. No new one comes for fewer lines.
-5. **No more a hour than the budget**; within it the first worker of each model, then the others by
+5. **No more an hour than the budget**; within it the first worker of each model, then the others by
    deadline.
 
 **A class up** (`presses`): work whose deadlines need most of what all workers could do in the time
@@ -175,7 +175,7 @@ class _Sizing:
             why = self._choose(candidates)
             self._keep_busy(candidates)
         tightest = pressure(work.needs, self._capacity(candidates))
-        urgent = bool(work.lines) and presses(tightest, work.pressed)
+        urgent = bool(work.lines and self.chosen) and presses(tightest, work.pressed)
         if urgent:
             why += "; its deadline presses, so it goes before offline work"
         if self.tight:
@@ -298,9 +298,7 @@ class _Sizing:
     def _why(self) -> str:
         work, workers = self.work, len(self.chosen)
         if not workers:
-            if any(max(crew.most, crew.min) for crew in work.crews):
-                return "what is left is due before a worker would be up"
-            return "there is work, and no GPU for a worker beside what others are promised"
+            return self._why_none()
         done_s = self._done_s()
         text = f"{work.lines} lines ({work.tokens} tokens) are left, "
         text += f"{workers} {'has' if workers == 1 else 'have'} them done in {_words(done_s)}, "
@@ -308,6 +306,13 @@ class _Sizing:
         text += "" if self._in_time() else ": too late by these rates"
         known = all(each.crew.measured for each in self.chosen)
         return text if known else text + " (no worker has shown its rate yet)"
+
+    def _why_none(self) -> str:
+        if self.tight:
+            return "there is work, and a worker would cost too much"
+        if any(max(crew.most, crew.min) for crew in self.work.crews):
+            return "what is left is due before a worker would be up"
+        return "there is work, and no GPU for a worker beside what others are promised"
 
     def _done_s(self) -> float:
         """Return when all would be done by those who are chosen: rates, from when each is up."""

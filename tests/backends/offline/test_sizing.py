@@ -128,6 +128,7 @@ def test_the_budget_is_kept_and_each_model_gets_its_first_worker_of_it() -> None
     assert "budget" in sizes["hurry"]["a"].reason
     assert "budget" not in sizes["later"]["b"].reason
     assert size(hurry, 1.0)["a"].workers == 0
+    assert "would cost too much; the budget" in size(hurry, 1.0)["a"].reason
     assert size(hurry)["a"].workers == 8
 
 
@@ -139,7 +140,7 @@ def test_deadlines_that_need_most_of_what_there_could_be_press_until_there_is_sl
     assert not one(slack).presses
     assert one(slack, pressed=True).presses, "not to and fro"
     assert not one(need(int(8 * RATE * 3540 * 0.4), 3600), pressed=True).presses
-    assert one(need(1000, 3600), most=0).presses, "there is nobody at all"
+    assert not one(need(1000, 3600), most=0).presses, "nobody could take what it would get"
     assert not one().presses
 
 
