@@ -58,6 +58,8 @@ from backends.tasks import cancel_all, spawn
 from proxy.config import RayConfig
 
 ANSWER_S_MAX = 60.0  # Ray's own patience with a head that does not answer is half of it
+# The head starts a server for each client of a `ray://` address, and gives the first one 30 s.
+ATTEMPTS, CLIENT_ATTEMPTS = 1, 3
 PAUSE_S, PAUSE_S_MAX = 0.5, 10.0
 LOST_KILL_S_MAX = 20.0  # whose cluster does not answer, it is not waited for longer
 TOKEN_VARIABLE = "RAY_AUTH_TOKEN"  # noqa: S105  # its name
@@ -135,6 +137,7 @@ class RayProvider:
         self._cluster = Cluster(
             address=address, namespace=namespace, runtime_env=config.runtime_env
         )
+        self._attempts = CLIENT_ATTEMPTS if address.startswith("ray://") else ATTEMPTS
         self._launches = launches
         self._log = log
         self._log_folder = run_folder / "logs"
@@ -155,7 +158,7 @@ class RayProvider:
         connected = asyncio.get_running_loop().create_future()
         self._keeping = spawn(self._keep_bridge(connected), "keep the bridge to Ray", self._log)
         try:
-            async with asyncio.timeout(ANSWER_S_MAX):
+            async with asyncio.timeout(ANSWER_S_MAX * self._attempts):
                 await connected
         except TimeoutError:
             raise StartError(
@@ -242,12 +245,13 @@ class RayProvider:
             self._bridge.stdin.write(msgspec.json.encode(order) + b"\n")
 
     async def _keep_bridge(self, connected: asyncio.Future[None]) -> None:
-        """Have a bridge as long as this provider is open; the first that fails is the last."""
-        pause_s = PAUSE_S
+        """Have a bridge as long as this provider is open; none, where the first ones fail."""
+        pause_s, attempts = PAUSE_S, self._attempts
         while True:
             began_s = asyncio.get_running_loop().time()
             problem = await self._cross(connected)
-            if not connected.done():
+            attempts -= 1
+            if not connected.done() and not attempts:
                 connected.set_exception(StartError(self._failure(problem)))
                 return
             if asyncio.get_running_loop().time() - began_s > ANSWER_S_MAX:
