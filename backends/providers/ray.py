@@ -60,6 +60,7 @@ from proxy.config import RayConfig
 ANSWER_S_MAX = 60.0  # Ray's own patience with a head that does not answer is half of it
 # The head starts a server for each client of a `ray://` address, and gives the first one 30 s.
 ATTEMPTS, CLIENT_ATTEMPTS = 1, 3
+KNOCK_S_MAX = 5.0
 PAUSE_S, PAUSE_S_MAX = 0.5, 10.0
 LOST_KILL_S_MAX = 20.0  # whose cluster does not answer, it is not waited for longer
 TOKEN_VARIABLE = "RAY_AUTH_TOKEN"  # noqa: S105  # its name
@@ -155,6 +156,7 @@ class RayProvider:
 
     async def open(self) -> None:
         """Reach the cluster. Raises `StartError`."""
+        await self._knock()
         connected = asyncio.get_running_loop().create_future()
         self._keeping = spawn(self._keep_bridge(connected), "keep the bridge to Ray", self._log)
         try:
@@ -165,6 +167,21 @@ class RayProvider:
                 f"the Ray cluster at {self._cluster.address} does not answer; start it, or set "
                 "manager.ray.address"
             ) from None
+
+    async def _knock(self) -> None:
+        """See that somebody listens: Ray itself tries for a minute before it says that nobody does.
+
+        Raises `StartError`.
+        """
+        host, colon, port = self._cluster.address.removeprefix("ray://").rpartition(":")
+        if not colon:
+            return
+        try:
+            async with asyncio.timeout(KNOCK_S_MAX):
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        except (OSError, TimeoutError) as error:
+            raise StartError(self._failure(str(error) or "nobody answers")) from error
+        writer.close()
 
     def program(self, engine: Engine, spec: ReplicaSpec) -> Program:
         """Return the engine's own words: the nodes have what they name."""
@@ -337,10 +354,8 @@ class RayProvider:
                 self._end(process, _how(news))
 
     def _failure(self, problem: str) -> str:
-        return (
-            f"the Ray cluster at {self._cluster.address} cannot be used: {problem}; see "
-            f"{self._log_folder / 'ray.log'}, or set manager.ray.address"
-        )
+        address = self._cluster.address
+        return f"the Ray cluster at {address} cannot be used: {problem}; set manager.ray.address"
 
     def _own(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = spawn(coroutine, name, self._log)
