@@ -93,7 +93,7 @@ class RayProcess:
     def runs(self, host: str) -> None:
         """It has a place; what began it must not begin it again."""
         self.waits = ""
-        self.order = Follow(self.order.launch_id)
+        self.order = Follow(self.order.launch_id, self.order.need)
         if not self.placed.done():
             self.placed.set_result(host)
 
@@ -214,7 +214,8 @@ class RayProvider:
         for launch in launches:
             if launch.launch_id in self._found:
                 log_path = self._log_folder / f"{launch.replica_id}.log"
-                process = self._begin(Follow(launch.launch_id), log_path)
+                need = Need(launch.gpus_wanted, launch.resources)
+                process = self._begin(Follow(launch.launch_id, need), log_path)
                 if launch.host != UNPLACED:
                     process.placed.set_result(launch.host)
                 adopted[launch.launch_id] = process

@@ -50,6 +50,7 @@ class Follow(msgspec.Struct, frozen=True, tag="follow", tag_field="word"):
     """Go on with one that has been started."""
 
     launch_id: str
+    need: Need
 
 
 class Signal(msgspec.Struct, frozen=True, tag="signal", tag_field="word"):
