@@ -144,6 +144,10 @@ class Api:
             known = ", ".join([*_WISHES, *_TURNS])
             raise web.HTTPNotFound(text=f"no such action; there are {known}")
         keeper = self._keeper(request)
+        if wish != "restart" and keeper.questions.gives_back:
+            words = "it is an engine worker: it takes no requests and does not rest; it can be "
+            words += "restarted, and its pool scaled"
+            raise web.HTTPConflict(text=f"{keeper.spec.replica_id}: {words}")
         try:
             if wish == "sleep":
                 keeper.lower(_rung(request), "going down, as an operator asked", _level(request))

@@ -27,6 +27,7 @@ from backends.demand import DemandBook
 from backends.engines.base import Engine, launch_hash
 from backends.gpus import pinned
 from backends.images import image_of, pool_id_of
+from backends.job_rates import Expectation
 from backends.job_scaling import JobPool, JobScaling
 from backends.keeper import Keeper
 from backends.ladder import Ladder, Rung
@@ -85,7 +86,7 @@ class Autoscaler:
         self._views: dict[str, View] = {}
         self._states: dict[str, Lifecycle] = {}  # of the last look
         self._portions = Portions(book)
-        self.jobs = JobScaling(around.clock.now_s())
+        self.jobs = JobScaling(around.clock.now_s(), Expectation(around.cards))
         self._orders: dict[str, Rung | None] = {}  # by replica, of this moment only
         self._shed: set[str] = set()  # taken down because they were not needed, and nobody's gain
         self._released: set[str] = set()  # of pools that are not scaled any more: to be woken

@@ -258,7 +258,7 @@ def _check(options: argparse.Namespace) -> int:
 
     from backends.checking import check_cards, check_engines
     from backends.redact import redacted
-    from backends.settings import manager_settings
+    from backends.settings import manager_settings, offline_settings
     from proxy import tls
     from proxy.config import json_schema, load_config
 
@@ -269,6 +269,7 @@ def _check(options: argparse.Namespace) -> int:
         print("which file? doherty check FILE, or doherty check --schema", file=sys.stderr)
         return USAGE_STATUS
     config = load_config(options.file)
+    offline_settings(config.offline, {}, os.environ)
     warnings = [
         *tls.check(config.proxy, datetime.now(UTC)),
         *check_engines(config, options.file, os.environ),

@@ -6,8 +6,8 @@ which each knows of those that report to it, are added up. A service that has be
 `NEEDS_AGE_S_MAX` is gone, and nobody can get lines of it.
 
 **Rates** are measured while a worker has lines to be busy with, and smoothed; until then a pool's
-rate is a guess. One that is too low starts a worker too many where a deadline is near, and the next
-minute corrects it.
+rate is what the planner expects, or else a guess. One that is too low starts a worker too many
+where a deadline is near, and the next minute corrects it.
 
 **Down to nothing** a pool goes when there has been no work for as long as a start takes: for so
 long keeping a worker costs what bringing it back would. A manager that has just come up keeps what
@@ -16,7 +16,7 @@ it finds until a service has said what there is to do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -24,9 +24,16 @@ import msgspec
 from backends.ladder import Ladder
 from backends.members import Standing
 from backends.offline.sizing import LINES_EACH, Crew, Hand, Size, Work, size_all
-from backends.offline.work import NEEDS_AGE_S_MAX, JobNeed, JobNeeds
+from backends.offline.work import (
+    NEEDS_AGE_S_MAX,
+    SPARE_PREFIX,
+    JobNeed,
+    JobNeeds,
+    spare_worker,
+)
 from backends.pools import Portion, View
 from backends.scaling import Decision
+from backends.spec import ReplicaSpec
 
 SERVICES_MAX: Final = 16
 NEEDS_MAX: Final = 64  # deadlines of one model that are told apart; later ones count as the last
@@ -34,7 +41,6 @@ RATE_GUESSED: Final = 2000.0  # tokens a second of a worker, for each of its GPU
 RATE_SMOOTHING: Final = 0.1  # a look a second: the last ten make two thirds
 SETTLED_S: Final = 10.0  # before this a worker's rate is that of its first steps
 LINGER_S_MIN: Final = 5.0
-SPARE_PREFIX: Final = "spare:"  # of the worker id by which spare capacity of a model reports
 
 
 class _Heard(msgspec.Struct, frozen=True):
@@ -69,15 +75,29 @@ class NeedsBook:
         """Whether any service lives."""
         return bool(self._heard)
 
-    def of(self, model: str) -> tuple[JobNeed, ...]:
-        """Return what is left to do of a model, the earliest due first."""
+    def of(self, *models: str) -> tuple[JobNeed, ...]:
+        """Return what is left to do of a model and its adapters, the earliest due first."""
         newest = max(self._heard.values(), key=lambda heard: heard.at_s, default=None)
-        needs = newest.needs.models.get(model, ()) if newest else ()
+        told = newest.needs.models if newest else {}
+        needs = (need for model in models for need in told.get(model, ()))
         return _bounded(sorted(needs, key=lambda need: need.due_in_s))
 
     def rate(self, worker_id: str) -> float:
         """Return the tokens a second of a worker; 0.0: it has not reported lately."""
         return sum(heard.needs.rates.get(worker_id, 0.0) for heard in self._heard.values())
+
+    def spare_rate(self, models: Collection[str]) -> float:
+        """Return the tokens a second of dispatchers for models that share replicas.
+
+        They report for all of these under one of the names.
+        """
+        total = 0.0
+        for heard in self._heard.values():
+            for worker_id, rate in heard.needs.rates.items():
+                if worker_id.startswith(SPARE_PREFIX):
+                    dispatcher_id = worker_id.partition(":")[0]
+                    total += rate * any(worker_id == spare_worker(dispatcher_id, m) for m in models)
+        return total
 
 
 class JobPool(NamedTuple):
@@ -97,10 +117,19 @@ class JobDecision(NamedTuple):
     portion: Portion  # lines that are left, as what waits
 
 
+def _nothing(_spec: ReplicaSpec, _gpus: int) -> float | None:
+    return None
+
+
 class JobScaling:
     """All pools of engine workers of one manager."""
 
-    def __init__(self, now_s: float) -> None:
+    def __init__(
+        self, now_s: float, expect: Callable[[ReplicaSpec, int], float | None] = _nothing
+    ) -> None:
+        """`expect` returns what a worker with so many GPUs should do; None: nobody knows."""
+        self._expect = expect
+        self._expected: dict[str, float | None] = {}  # by launch
         self.book = NeedsBook()
         self.budget_per_hour: float | None = None
         self.spare = True  # whether lines may go to replicas of other classes
@@ -140,6 +169,7 @@ class JobScaling:
         """Forget what is not configured any more."""
         launches = {pool.launch_hash for pool in pools}
         self._rates = {name: rate for name, rate in self._rates.items() if name in launches}
+        self._expected = {name: r for name, r in self._expected.items() if name in launches}
         for table in (self._work_since_s, self._work_until_s):
             for gone in table.keys() - models.keys():
                 del table[gone]
@@ -153,7 +183,8 @@ class JobScaling:
         ladder: Ladder,
         now_s: float,
     ) -> Work:
-        needs = self.book.of(model)
+        adapters = {name for pool in pools for name in pool.view.pool.first.adapters}
+        needs = self.book.of(model, *sorted(adapters))
         lines = sum(need.lines for need in needs)
         if lines:
             self._work_since_s.setdefault(model, now_s)
@@ -185,13 +216,16 @@ class JobScaling:
         view, scale = pool.view, pool.view.pool.autoscale
         measured = self._rates.get(pool.launch_hash)
         gpus = max(1, pool.gpus)
+        if pool.launch_hash not in self._expected:
+            self._expected[pool.launch_hash] = self._expect(view.pool.first, gpus)
+        expected = self._expected[pool.launch_hash] or RATE_GUESSED * gpus
         price = view.pool.first.gpu_price_per_hour
         most = scale.max if scale else view.have  # one of a fixed size is as it is
         up = [Hand(busy=member.in_flight > 0) for member in view.standing(Standing.SERVES)]
         coming = [Hand(in_s) for in_s in view.coming_in_s(ladder, hopeful=True)]
         return Crew(
             pool=view.pool.pool_id,
-            rate=measured or RATE_GUESSED * gpus,
+            rate=measured or expected,
             measured=measured is not None,
             start_s=view.up_s(ladder, now_s),
             price_per_hour=None if price is None else price * gpus,
@@ -204,12 +238,12 @@ class JobScaling:
 
     def _spare_rate(self, model: str, views: Sequence[View]) -> float | None:
         """Return what spare capacity does for this model; None: there is nobody who could."""
-        serving = any(
-            view.standing(Standing.SERVES)
-            for view in views
-            if view.pool.serves == "requests" and view.pool.first.model == model
-        )
-        return self.book.rate(SPARE_PREFIX + model) if serving and self.spare else None
+        names: set[str] = set()
+        for view in views:
+            mine = view.pool.serves == "requests" and view.pool.first.model == model
+            if mine and view.standing(Standing.SERVES):
+                names |= view.names
+        return self.book.spare_rate(names) if names and self.spare else None
 
     # --- what follows ---------------------------------------------------------------------------
 

@@ -85,6 +85,7 @@ class Manager:
         self._closing: set[asyncio.Task[None]] = set()
         self._stopped = asyncio.Event()
         self.serving = False
+        self.offline = config.offline
         self.keepers: dict[str, Keeper] = {}
         book = DemandBook(clock.now_s)
         self.feed = Feed(uuid.uuid4().hex, config.region, self._records, clock, book.publish)
@@ -247,7 +248,10 @@ class Manager:
             if process is None or not known:
                 self._drop(launch, process)
                 continue
-            keeper = self._keep(self.scaler.meant(launch.replica_id) or _orphan(launch))
+            wanted = self.scaler.meant(launch.replica_id)
+            if wanted is None or wanted.spec.engine != launch.engine:
+                wanted = _orphan(launch)  # it is what it was started as until it has ended
+            keeper = self._keep(wanted)
             adoptions.append(keeper.adopt(launch, process))
         await asyncio.gather(*adoptions)
 

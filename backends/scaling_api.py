@@ -90,6 +90,8 @@ def demand_report(pools: Iterable[ScaledPool], book: DemandBook) -> DemandReport
     models: dict[str, ModelReport] = {}
     for pool in pools:
         scale, first = pool.pool.autoscale, pool.pool.first
+        if first.serves == "jobs":  # nothing is asked of these, and nothing is spare there
+            continue
         panicking = pool.decision is not None and pool.decision.panicking
         kv_target = scale.kv_target if scale is not None else 1.0
         for name in (first.model, *first.adapters):

@@ -106,6 +106,7 @@ _GAUGES = {
     "desired": "Replicas that should serve.",
     "ready": "Replicas that serve.",
     "coming": "Replicas on their way up.",
+    "presses": "Whether its jobs have moved up a class.",
     "min": "Fewest replicas, as configured.",
     "max": "Most replicas, as configured.",
 }

@@ -7,8 +7,8 @@ see a fleet without the replicas that are being adopted.
 
 SIGTERM and SIGINT stop every replica in order and exit 0, and the second one hurries. With
 `detach_on_exit` the replicas run on for the next manager. SIGHUP reads the models again; the
-manager's own section and the region stay as they were until it is started anew, which costs nothing
-with `detach_on_exit`.
+manager's own section, the region and the address of the desk stay as they were until it is started
+anew, which costs nothing with `detach_on_exit`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
 from aiohttp import web
 
 from backends.api import Api
@@ -42,7 +43,7 @@ from backends.notice_watch import watch_notice
 from backends.providers.choice import cards_of, open_provider
 from backends.snapshots.choice import look_ahead, open_snapshots, suspenders
 from backends.tasks import cancel_all, spawn
-from proxy.config import Config, ConfigError, load_config
+from proxy.config import Config, ConfigError, OfflineConfig, load_config
 
 LOG_CHECK_INTERVAL_S = 30.0
 FAREWELL_S = 0.1  # time for the last snapshot to reach the proxies
@@ -220,7 +221,7 @@ async def _reload_on_order(
     ahead: Callable[[Config], None],
     log: Log,
 ) -> None:
-    """Take the file anew at each SIGHUP; a faulty file changes nothing.
+    """Take the file anew at each SIGHUP, environment over it; a faulty file changes nothing.
 
     What its pools may want is asked `ahead` whether it works: the loop serves others meanwhile.
     """
@@ -231,13 +232,23 @@ async def _reload_on_order(
             log.caution("reload_skipped", reason="there is no configuration file")
             continue
         try:
-            config = load_config(config_path)
+            config = _reloaded(load_config(config_path), manager.offline)
         except ConfigError as error:
             log.fault("reload_failed", reason=str(error), kept="the configuration before")
             continue
         await asyncio.to_thread(ahead, config)
         manager.reload(config)
         log.tell("reload_done", replicas=len(manager.keepers))
+
+
+def _reloaded(config: Config, offline: OfflineConfig) -> Config:
+    """Return what is read anew; where the desk is stays as it was, or every worker would start."""
+    offline = msgspec.structs.replace(
+        offline,
+        price_per_hour_max=config.offline.price_per_hour_max,
+        spare_capacity=config.offline.spare_capacity,
+    )
+    return msgspec.structs.replace(config, offline=offline)
 
 
 async def _bound_logs(manager: Manager) -> None:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from backends.offline.setting import exposed
+from backends.offline.setting import exposed, unreadable
 from backends.spec import pool_specs
 from backends.up_plan import Plan
 from proxy.config import (
@@ -96,8 +96,6 @@ def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
     if manager.port == 0 and offline.port == OfflineConfig().port:
         # Whoever takes any port for the one means it for the other.
         offline = msgspec.structs.replace(offline, port=0)
-    if (problem := exposed(offline)) is not None and offline.enabled:
-        raise ConfigError(problem)
     if proxy.access_log == "-":  # the terminal belongs to the progress of `up`
         flags["access_log"] = f"{manager.run_dir}/logs/access.log"
     return Plan(
@@ -121,7 +119,11 @@ def offline_settings(
     base: OfflineConfig, given: Mapping[str, Any], environ: Mapping[str, str]
 ) -> OfflineConfig:
     """Return `base` with flags and environment laid over it. Raises `ConfigError`."""
-    return _laid_over(base, _OFFLINE_SETTINGS, given, environ)
+    offline = _laid_over(base, _OFFLINE_SETTINGS, given, environ)
+    problem = exposed(offline) or unreadable(offline.store)
+    if offline.enabled and problem is not None:
+        raise ConfigError(problem)
+    return offline
 
 
 def _laid_over(

@@ -53,6 +53,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: bool = False  # starts from an image of a warm one, and makes it where there is none
     serves: Serves = "requests"
     desk_url: str = ""  # where a worker of jobs gets its lines
+    chunk_lines: int = 0  # and how many at once
     gpu_price_per_hour: float | None = None  # None: nobody has said
 
 
@@ -150,6 +151,7 @@ def _worker(spec: ReplicaSpec, offline: OfflineConfig) -> ReplicaSpec:
     return msgspec.structs.replace(
         spec,
         desk_url=offline.desk_url,
+        chunk_lines=offline.chunk_lines,
         env=key | spec.env,
         work_class="offline" if spec.work_class == "online" else spec.work_class,
     )

@@ -352,7 +352,12 @@ class Config(Section, frozen=True, kw_only=True):
                     )
 
     def _check_pool(self, model: str, pool: PoolConfig) -> None:
-        provider = self.manager.provider
+        provider, offline = self.manager.provider, self.offline
+        if pool.serves == "jobs" and not offline.enabled and offline.work_url is None:
+            raise ValueError(
+                f"model '{model}': engine workers get their lines from the offline service: leave "
+                "offline.enabled out, or name one that runs elsewhere in offline.work_url"
+            )
         if pool.resources and provider != "ray":
             raise ValueError(
                 f"model '{model}': resources are those of a Ray cluster's nodes; leave them out, "

@@ -247,6 +247,12 @@ class NotAwakeError(NoReplicaError):
     code = "not_awake"
 
 
+class PreemptedError(NoReplicaError):
+    """Online work needed its place before it was answered, and it has nowhere to wait."""
+
+    code = "preempted"
+
+
 class DrainingError(ProxyError):
     status = 503
     code = "draining"
@@ -344,9 +350,11 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     UnauthorizedError,
     OverloadedError,
     QueueFullError,
+    NoSpareError,
     QueueTimeoutError,
     NoReplicaError,
     NotAwakeError,
+    PreemptedError,
     DrainingError,
     ReplicaUnreachableError,
     ReplicaLostError,

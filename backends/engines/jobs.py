@@ -37,7 +37,7 @@ from backends.engines.features import VLLM_RANGE
 from backends.engines.flags import check_flags, check_range, flag_table, refuse
 from backends.engines.release import Release
 from backends.engines.simulator import Simulator
-from backends.engines.vllm import Vllm
+from backends.engines.vllm import Vllm, lora_flags
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
 from proxy.contract.exposition import Dialect, read_figures, sample_of
@@ -87,9 +87,17 @@ def _arguments(engine: str, spec: ReplicaSpec, ports: Ports) -> tuple[str, ...]:
         *("--engine", engine, "--model", spec.model),
         *(("--model-path", spec.model_path) if spec.model_path else ()),
         *("--desk", spec.desk_url, "--worker-id", spec.replica_id),
+        *(("--chunk-lines", str(spec.chunk_lines)) if spec.chunk_lines else ()),
         *("--port", str(ports.http), "--host", ports.host),
-        *("--", *spec.args),
+        *("--", *_adapters(engine, spec), *spec.args),
     )
+
+
+def _adapters(engine: str, spec: ReplicaSpec) -> tuple[str, ...]:
+    """Return what has it load adapters: lines may ask for them by their names."""
+    if engine == "vllm":
+        return lora_flags(spec)
+    return ("--lora-modules", *spec.adapters) if spec.adapters else ()
 
 
 class _Worker:

@@ -9,14 +9,17 @@ way, is that attempt's.
 
 Results can be read before the end, each with its sequence number in the order of completion. A
 page that would be empty may wait (`wait`), so that a client hears of a result as soon as there is
-one without asking all the time.
+one without asking all the time. Large results make short pages: who reads goes on after the last
+sequence, and has all when a page is empty and the batch's state, in its header, is a final one.
+`order=line` has them in the order of the input instead, as far as all lines before are done, with
+the numbers of lines in place of sequences.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Mapping
+from functools import partial
 
 import orjson
 from aiohttp import web
@@ -25,7 +28,15 @@ from backends.clock import Clock
 from backends.offline.api_errors import ApiError
 from backends.offline.counted_desk import CountedDesk
 from backends.offline.objects import batch_object, page_object, window_of
-from backends.offline.queries import BatchWish, after_of, batch_wish, limit_of, number_of
+from backends.offline.queries import (
+    BatchWish,
+    after_of,
+    batch_wish,
+    id_of,
+    idempotency_key,
+    limit_of,
+    number_of,
+)
 from backends.offline.records import JobRecord, ResultRecord
 from backends.offline.store import Store
 from backends.offline.tenants import owner_of
@@ -35,10 +46,11 @@ from backends.offline.validation import ENDPOINTS
 PATH = "/v1/batches"
 LIMIT, LIMIT_MAX = 20, 100  # OpenAI's
 RESULTS, RESULTS_MAX = 100, 1_000
+RESULTS_AT_ONCE = 50  # in memory
+PAGE_BYTES_MAX = 8 * 1024 * 1024  # after which a page ends, however few results it has
 RESULTS_WAIT_S_MAX = 30.0
 RETRY_S_MAX = 900.0  # the official client waits 600 s for an answer, and a little between attempts
 RECENT_MAX = 100
-IDEMPOTENCY_CHARACTERS_MAX = 255
 NDJSON = "application/x-ndjson"
 STATUS_HEADER = "doherty-batch-status"
 WRITE_TIMEOUT_S = 60.0
@@ -92,10 +104,7 @@ class BatchesApi:
         if window_s is None:
             message = "completion_window is a time such as '24h' (s, m, h or d), up to 30 days."
             raise ApiError(400, message, param="completion_window")
-        key = request.headers.get("Idempotency-Key", "")
-        if len(key) > IDEMPOTENCY_CHARACTERS_MAX:
-            message = f"An Idempotency-Key has up to {IDEMPOTENCY_CHARACTERS_MAX} characters."
-            raise ApiError(400, message)
+        key = idempotency_key(request)
         expiry = wish.output_expires_after
         job = await self._earlier(request, owner, wish, window_s) if not key else None
         if job is None:
@@ -106,7 +115,7 @@ class BatchesApi:
                 window_s=window_s,
                 metadata=wish.metadata,
                 output_expires_after_s=expiry.seconds if expiry else None,
-                job_id=_id_of(owner, key) if key else None,
+                job_id=id_of("batch_", owner, key) if key else None,
             )
         return web.json_response(self._shown(job))
 
@@ -145,30 +154,50 @@ class BatchesApi:
 
     async def _results(self, request: web.Request) -> web.StreamResponse:
         owner, batch_id = self._owner(request), request.match_info["batch_id"]
-        after = int(number_of(request, "after", 0, 0, 2**53))
+        in_order = _in_order(request)
+        first = -1 if in_order else 0
+        after = int(number_of(request, "after", first, first, 2**53))
         limit = limit_of(request, RESULTS, RESULTS_MAX)
-        wait_s = number_of(request, "wait", 0.0, 0.0, RESULTS_WAIT_S_MAX)
         # The state first: what had ended by then has all its results among these.
         job = await self._store.job(owner, batch_id)
-        waiting = self._store.results(owner, batch_id, after=after, limit=limit, wait_s=wait_s)
+        page = partial(self._store.results, owner, batch_id, in_order=in_order)
+        some = min(limit, RESULTS_AT_ONCE)
+        waiting = page(after=after, limit=some, wait_s=_wait_s(request))
         found = await until(self._ending, waiting) or ()
         response = web.StreamResponse(headers={STATUS_HEADER: job.state})
         response.content_type = NDJSON
         await response.prepare(request)
-        for result in found:
+        written = 0
+        while found:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await response.write(_numbered(result))
+                await response.write(b"".join(map(_numbered, found)))
+            limit -= len(found)
+            written += sum(len(result.content) for result in found)
+            if limit <= 0 or written > PAGE_BYTES_MAX:
+                break
+            after = found[-1].number if in_order else found[-1].sequence
+            found = await page(after=after, limit=min(limit, RESULTS_AT_ONCE))
         return response
 
     async def _result(self, request: web.Request) -> web.Response:
         owner, batch_id = self._owner(request), request.match_info["batch_id"]
-        result = await self._store.result(owner, batch_id, request.match_info["custom_id"])
+        custom_id = request.match_info["custom_id"]
+        waiting = self._store.result(owner, batch_id, custom_id, wait_s=_wait_s(request))
+        result = await until(self._ending, waiting)
+        if result is None:
+            raise ApiError(503, "The service ends: ask again.", code="ending")
         return web.Response(body=_numbered(result), content_type="application/json")
 
 
-def _id_of(owner: str, key: str) -> str:
-    octets = f"{owner}\0{key}".encode("utf-8", "surrogateescape")
-    return "batch_" + hashlib.blake2b(octets, digest_size=16, person=b"doherty batch").hexdigest()
+def _in_order(request: web.Request) -> bool:
+    order = request.query.get("order", "completed")
+    if order not in {"completed", "line"}:
+        raise ApiError(400, "order is 'completed' or 'line'.", param="order")
+    return order == "line"
+
+
+def _wait_s(request: web.Request) -> float:
+    return number_of(request, "wait", 0.0, 0.0, RESULTS_WAIT_S_MAX)
 
 
 def _numbered(result: ResultRecord) -> bytes:

@@ -23,14 +23,12 @@ from backends.offline.records import (
     VALIDATING,
     FileRecord,
 )
-from backends.offline.rows import Part, insert_file, new_id
+from backends.offline.rows import LOCK_JOB, Part, insert_file, new_id
 from backends.offline.schema import DONE
 from backends.offline.work import LineError, Result
 
 _SLICE = 2000  # lines or pieces of one transaction
 _SLICE_BYTES_MAX = 64  # pieces of one transaction that deletes
-
-LOCK_JOB = "SELECT number, id, state, sequence FROM jobs WHERE number = $1 FOR UPDATE"
 
 
 class Ender(Part):
@@ -44,36 +42,33 @@ class Ender(Part):
         now_s: float,
     ) -> None:
         """Add results with their custom ids; the job's row is locked, and their lines are DONE."""
+        lines = [(r.number, int(failed(r)), written(custom_id, r)) for custom_id, r in results]
+        errors = sum(bad for _, bad, _ in lines)
+        error_bytes = sum(len(content) for _, bad, content in lines if bad)
         rows = await transaction.fetch(
-            "UPDATE jobs SET sequence = sequence + $2 WHERE number = $1 RETURNING sequence, id",
+            "UPDATE jobs SET sequence = sequence + $2, completed = completed + $3, "
+            "failed = failed + $4, output_bytes = output_bytes + $5, "
+            "error_bytes = error_bytes + $6, prompt_tokens = prompt_tokens + $7, "
+            "cached_tokens = cached_tokens + $8, completion_tokens = completion_tokens + $9 "
+            "WHERE number = $1 RETURNING sequence, id",
             job,
-            len(results),
-        )
-        sequence, job_id = int(rows[0][0]) - len(results), str(rows[0][1])
-        sizes, counts, new = [0, 0], [0, 0], list[tuple[int, int, int, int, int, bytes]]()
-        for index, (custom_id, result) in enumerate(results, 1):
-            content, bad = written(custom_id, result), int(failed(result))
-            sizes[bad] += len(content)
-            counts[bad] += 1
-            new.append((job, result.number, sequence + index, bad, len(content), content))
-        await transaction.execute_each(
-            "INSERT INTO results (job, number, sequence, failed, bytes, content) "
-            "VALUES ($1, $2, $3, $4, $5, $6)",
-            new,
-        )
-        await transaction.execute(
-            "UPDATE jobs SET completed = completed + $2, failed = failed + $3, "
-            "output_bytes = output_bytes + $4, error_bytes = error_bytes + $5, "
-            "prompt_tokens = prompt_tokens + $6, cached_tokens = cached_tokens + $7, "
-            "completion_tokens = completion_tokens + $8 WHERE number = $1",
-            job,
-            counts[0],
-            counts[1],
-            sizes[0],
-            sizes[1],
+            len(lines),
+            len(lines) - errors,
+            errors,
+            sum(len(content) for _, _, content in lines) - error_bytes,
+            error_bytes,
             sum(result.prompt_tokens for _, result in results),
             sum(result.cached_tokens for _, result in results),
             sum(result.completion_tokens for _, result in results),
+        )
+        sequence, job_id = int(rows[0][0]) - len(lines) + 1, str(rows[0][1])
+        await transaction.execute_each(
+            "INSERT INTO results (job, number, sequence, failed, bytes, content) "
+            "VALUES ($1, $2, $3, $4, $5, $6)",
+            [
+                (job, number, sequence + index, bad, len(content), content)
+                for index, (number, bad, content) in enumerate(lines)
+            ],
         )
         await self._complete_if_done(transaction, job, now_s)
         await self._database.tell(transaction, job_id)
@@ -206,21 +201,28 @@ class Ender(Part):
 
     async def prune(self) -> int:
         """Let go of what is past its time, slice by slice; return how many rows went."""
-        now_s, gone = self._clock.unix_s(), 0
+        now_s = self._clock.unix_s()
         async with self._database.transaction() as transaction:
-            await transaction.execute(
-                "UPDATE files SET state = 'gone' WHERE state = 'ready' AND expires_s <= $1 "
-                "AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.input_file_id = files.id "
-                "AND jobs.ended_s IS NULL)",
+            old = await transaction.fetch(
+                "SELECT number FROM files WHERE (state = 'ready' AND expires_s <= $1) "
+                "OR (state = 'uploading' AND touched_s <= $2) FOR UPDATE SKIP LOCKED",
                 now_s,
-            )
-            await transaction.execute(
-                "UPDATE files SET state = 'gone' WHERE state = 'uploading' AND touched_s <= $1",
                 now_s - _UPLOAD_SILENCE_S_MAX,
             )
-            await transaction.execute(
-                "UPDATE jobs SET state = 'gone' WHERE ended_s <= $1", now_s - self._limits.keep_s
+            # A statement of its own, that sees jobs which were made while the lock was waited for.
+            await transaction.execute_each(
+                "UPDATE files SET state = 'gone' WHERE number = $1 AND NOT EXISTS (SELECT 1 "
+                "FROM jobs WHERE jobs.input_file_id = files.id AND jobs.ended_s IS NULL)",
+                [(row[0],) for row in old],
             )
+            # As long as its files may be read, a job stays.
+            await transaction.execute(
+                "UPDATE jobs SET state = 'gone' WHERE ended_s + $2 <= $1 "
+                "AND (output_keep_s IS NULL OR ended_s + output_keep_s <= $1)",
+                now_s,
+                self._limits.keep_s,
+            )
+        gone = 0
         gone += await self._prune_files()
         gone += await self._prune_jobs()
         await self._database.tidy()
@@ -273,19 +275,22 @@ class Ender(Part):
 
 _UPLOAD_SILENCE_S_MAX = 3600.0  # after which an upload is taken for abandoned
 
+# Up to the last of the first so many: a range of the key, which no planner reads more of.
 _DELETE_PIECES = (
-    "DELETE FROM pieces WHERE file = $1 AND piece IN "
-    "(SELECT piece FROM pieces WHERE file = $1 ORDER BY piece LIMIT $2) RETURNING piece"
+    "DELETE FROM pieces WHERE file = $1 AND piece <= (SELECT max(piece) FROM "
+    "(SELECT piece FROM pieces WHERE file = $1 ORDER BY piece LIMIT $2) AS few) RETURNING piece"
 )
 _DELETE_OUTPUT = (
-    "DELETE FROM results WHERE job = $1 AND number IN (SELECT number FROM results "
-    "WHERE job = $1 AND failed = 0 ORDER BY number LIMIT $2) RETURNING number"
+    "DELETE FROM results WHERE job = $1 AND failed = 0 AND number <= (SELECT max(number) FROM "
+    "(SELECT number FROM results WHERE job = $1 AND failed = 0 ORDER BY number LIMIT $2) AS few) "
+    "RETURNING number"
 )
 _DELETE_ERRORS = (
-    "DELETE FROM results WHERE job = $1 AND number IN (SELECT number FROM results "
-    "WHERE job = $1 AND failed = 1 ORDER BY number LIMIT $2) RETURNING number"
+    "DELETE FROM results WHERE job = $1 AND failed = 1 AND number <= (SELECT max(number) FROM "
+    "(SELECT number FROM results WHERE job = $1 AND failed = 1 ORDER BY number LIMIT $2) AS few) "
+    "RETURNING number"
 )
 _DELETE_LINES = (
-    "DELETE FROM lines WHERE job = $1 AND number IN "
-    "(SELECT number FROM lines WHERE job = $1 ORDER BY number LIMIT $2) RETURNING number"
+    "DELETE FROM lines WHERE job = $1 AND number <= (SELECT max(number) FROM "
+    "(SELECT number FROM lines WHERE job = $1 ORDER BY number LIMIT $2) AS few) RETURNING number"
 )

@@ -4,6 +4,9 @@ An upload is never whole in memory: pieces go to the store as they come, and the
 by its connection while the store writes. What a broken upload left behind is dropped at once, or by
 pruning if the service dies with it. The content of output and error files is read the same way,
 while the job still runs, too.
+
+An upload with an `Idempotency-Key` that an earlier one had is read and dropped, and answered with
+that one's file: a client whose connection broke can send it again without having it twice.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from aiohttp import web
 from backends.offline.api_errors import ApiError
 from backends.offline.forms import clean_name, read_upload
 from backends.offline.objects import file_object, page_object
-from backends.offline.queries import after_of, expires_after, limit_of
+from backends.offline.queries import after_of, expires_after, id_of, idempotency_key, limit_of
 from backends.offline.records import FileRecord, StoreError
 from backends.offline.store import Store
 from backends.offline.tenants import owner_of
@@ -64,8 +67,11 @@ class FilesApi:
             raise ApiError(503, f"{UPLOADS_MAX} files are being uploaded already.")
         self.uploads += 1
         taken: list[str] = []
+        key = idempotency_key(request)
         try:
             record = await self._take(request, owner, taken)
+            if key:
+                record = await self._store.rename_file(owner, record.id, id_of("file-", owner, key))
         except BaseException:
             for file_id in taken:
                 await _discard(self._store, file_id)

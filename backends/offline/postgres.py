@@ -18,6 +18,9 @@ from backends.offline.records import FullError, StoreError, UnavailableError
 
 _CONNECTIONS_MAX = 8
 _STATEMENT_S_MAX = 60.0
+# Every statement finds its rows by a key. A planner that saw these tables while they were empty
+# would read them whole, and keep that plan for what they hold an hour later.
+_SETTINGS = {"enable_seqscan": "off", "jit": "off", "application_name": "doherty"}
 _CHANNEL = "doherty_offline"
 _SCHEMA_LOCK = 0x646F6865727479  # "doherty": one service at a time makes the tables
 
@@ -48,9 +51,10 @@ class _Statements(Transaction):
 class Postgres(Database):
     """A database of its own, or a schema chosen by the URL's `search_path`."""
 
-    def __init__(self, driver: Any, pool: Any, bell: Bell) -> None:
+    def __init__(self, driver: Any, pool: Any, url: str, bell: Bell) -> None:
         self._driver = driver
         self._pool = pool
+        self._url = url
         self._bell = bell
         self._listener: Any = None
 
@@ -63,13 +67,19 @@ class Postgres(Database):
             raise StoreError(
                 "a PostgreSQL store needs the package asyncpg: pip install 'doherty[postgres]'"
             ) from None
-        with _told(driver):
-            pool = await driver.create_pool(
-                url, min_size=1, max_size=_CONNECTIONS_MAX, command_timeout=_STATEMENT_S_MAX
-            )
-        self = cls(driver, pool, bell)
-        self._listener = await driver.connect(url)
-        await self._listener.add_listener(_CHANNEL, self._heard)
+        try:
+            with _told(driver):
+                pool = await driver.create_pool(
+                    url,
+                    min_size=1,
+                    max_size=_CONNECTIONS_MAX,
+                    command_timeout=_STATEMENT_S_MAX,
+                    server_settings=_SETTINGS,
+                )
+        except ValueError as error:
+            raise StoreError(f"offline.store is no PostgreSQL URL: {error}") from error
+        self = cls(driver, pool, url, bell)
+        await self.tidy()
         return self
 
     def _heard(self, _connection: object, _pid: int, _channel: str, topic: str) -> None:
@@ -117,7 +127,11 @@ class Postgres(Database):
 
     @override
     async def tidy(self) -> None:
-        """Leave it to the server, which vacuums by itself."""
+        """See that somebody listens; the server vacuums by itself."""
+        if self._listener is None or self._listener.is_closed():
+            with _told(self._driver):
+                self._listener = await self._driver.connect(self._url, server_settings=_SETTINGS)
+                await self._listener.add_listener(_CHANNEL, self._heard)
 
     @override
     async def close(self) -> None:
@@ -133,7 +147,15 @@ def _told(driver: Any) -> Iterator[None]:
         yield
     except (driver.DiskFullError, driver.OutOfMemoryError) as error:
         raise FullError(f"PostgreSQL has no room: {error}; free some, then ask again") from error
-    except (driver.PostgresConnectionError, driver.InterfaceError, OSError, TimeoutError) as error:
+    except (
+        driver.PostgresConnectionError,
+        driver.InsufficientResourcesError,
+        driver.OperatorInterventionError,
+        driver.TransactionRollbackError,
+        driver.InterfaceError,
+        OSError,
+        TimeoutError,
+    ) as error:
         raise UnavailableError(f"PostgreSQL does not answer ({error}): ask again") from error
     except driver.PostgresError as error:
         raise StoreError(f"PostgreSQL: {error}") from error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import re
 from typing import Annotated
 
 import msgspec
@@ -11,8 +14,10 @@ from msgspec import Meta
 from backends.offline.api_errors import ApiError
 
 METADATA_MAX = 16
+IDEMPOTENCY_CHARACTERS_MAX = 255
 BODY_BYTES_MAX = 64 * 1024
 ID_CHARACTERS_MAX = 128
+BODY_S_MAX = 60.0
 # OpenAI's bounds of an expiry: an hour to 30 days.
 EXPIRES_S_MIN, EXPIRES_S_MAX = 3600, 30 * 86400
 
@@ -37,6 +42,8 @@ class BatchWish(msgspec.Struct, frozen=True):
     output_expires_after: ExpiresAfter | None = None
 
 
+_PATH = re.compile(r"\$\.(\w+(?:\.\w+)*)")
+_MISSING = re.compile(r"missing required field `(\w+)`")
 _WISH = msgspec.json.Decoder(BatchWish)
 
 
@@ -44,20 +51,19 @@ async def batch_wish(request: web.Request) -> BatchWish:
     """Return what kind of batch is wished for. Raises `ApiError`."""
     if (request.content_length or 0) > BODY_BYTES_MAX:
         raise ApiError(413, f"The body has more than {BODY_BYTES_MAX} bytes.")
-    body = await request.content.read(BODY_BYTES_MAX + 1)
-    while len(body) <= BODY_BYTES_MAX and (more := await request.content.read(BODY_BYTES_MAX)):
-        body += more
+    body = b""
+    try:
+        async with asyncio.timeout(BODY_S_MAX):
+            while len(body) <= BODY_BYTES_MAX and (more := await request.content.readany()):
+                body += more
+    except TimeoutError:
+        raise ApiError(408, f"The body did not come within {BODY_S_MAX:g} s.") from None
     if len(body) > BODY_BYTES_MAX:
         raise ApiError(413, f"The body has more than {BODY_BYTES_MAX} bytes.")
     try:
         wish = _WISH.decode(body)
     except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$.")
-        missing = reason.startswith("Object missing required field")
-        param = reason.rpartition("field ")[2].strip("`") if missing else path.rstrip("`")
-        if missing and not path:
-            reason = f"Missing required parameter: '{param}'."
-        raise ApiError(400, reason, param=param or None) from error
+        raise _refusal(str(error)) from error
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise ApiError(400, f"The body is no JSON: {error}") from error
     if wish.metadata is not None and len(wish.metadata) > METADATA_MAX:
@@ -67,6 +73,33 @@ async def batch_wish(request: web.Request) -> BatchWish:
     if wish.output_expires_after is not None:
         _check_anchor(wish.output_expires_after.anchor, "output_expires_after")
     return wish
+
+
+def _refusal(said: str) -> ApiError:
+    """Say as OpenAI does what msgspec finds wrong: '… field `endpoint`', '… - at `$.metadata`'."""
+    reason, _, place = said.partition(" - at ")
+    path = _PATH.search(place)
+    names = [path[1]] if path else []
+    missing = _MISSING.search(reason)
+    if missing:
+        names.append(missing[1])
+        reason = f"Missing required parameter: '{'.'.join(names)}'."
+    return ApiError(400, reason, param=".".join(names) or None)
+
+
+def idempotency_key(request: web.Request) -> str:
+    """Return the key that makes several attempts one, "" where there is none."""
+    key = request.headers.get("Idempotency-Key", "")
+    if len(key) > IDEMPOTENCY_CHARACTERS_MAX:
+        message = f"An Idempotency-Key has up to {IDEMPOTENCY_CHARACTERS_MAX} characters."
+        raise ApiError(400, message)
+    return key
+
+
+def id_of(kind: str, owner: str, key: str) -> str:
+    """Return the id that what `owner` makes with this key has, whichever attempt makes it."""
+    octets = f"{owner}\0{key}".encode("utf-8", "surrogateescape")
+    return kind + hashlib.blake2b(octets, digest_size=12, person=b"doherty once").hexdigest()
 
 
 def expires_after(fields: dict[str, str]) -> int | None:

@@ -20,6 +20,8 @@ from backends.offline.records import (
 
 WORK = "work"  # topic: there may be lines to give
 CHECK = "check"  # topic: there is a job to validate
+# In this order, and before chunks and lines, so that no two transactions wait for each other.
+LOCK_JOB = "SELECT number, id, state FROM jobs WHERE number = $1 FOR UPDATE"
 _ROOM_AGE_S_MAX = 5.0  # of a sum over all files, before it is made anew
 
 SELECT_FILE = (
@@ -129,4 +131,6 @@ def job_record(row: Row) -> JobRecord:
     fields: dict[str, Any] = dict(zip(_JOB_FIELDS, row, strict=False))
     fields["metadata"] = msgspec.json.decode(fields["metadata"], type=dict[str, str])
     fields["errors"] = msgspec.json.decode(fields["errors"], type=tuple[JobError, ...])
+    if fields["in_progress_s"] is None:
+        fields["total"] = 0  # some lines may be there, but whether they will count is not known
     return JobRecord(**fields)

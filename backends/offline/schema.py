@@ -8,7 +8,7 @@ output and error file, in the form that clients read: those files are nothing bu
 
 from __future__ import annotations
 
-PIECE_BYTES = 64 * 1024  # of one row: small enough that reading one line's body costs little
+PIECE_BYTES = 16 * 1024  # of one row: small enough that reading one line's body costs little
 
 WAITING, HELD, DONE = 0, 1, 2  # state of a line
 

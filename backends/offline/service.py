@@ -24,7 +24,7 @@ from backends.log import Log
 from backends.offline.api_errors import ApiError, error_middleware
 from backends.offline.batches_api import BatchesApi
 from backends.offline.counted_desk import CountedDesk
-from backends.offline.dispatch import Dispatcher
+from backends.offline.dispatch import Dispatcher, GroupReport
 from backends.offline.files_api import FilesApi
 from backends.offline.fleet_models import KnownModels, configured_names
 from backends.offline.metrics import Metrics
@@ -36,7 +36,7 @@ from backends.offline.records import (
     StoreError,
     UnavailableError,
 )
-from backends.offline.setting import Setting, exposed, prices_of
+from backends.offline.setting import Setting, prices_of
 from backends.offline.store import Store
 from backends.offline.validating import Validator
 from backends.offline.work_api import WorkApi
@@ -71,9 +71,6 @@ def refusal_of(error: Exception) -> ApiError | None:
 async def serve_offline(setting: Setting) -> int:
     """Run until a signal ends it. Raises `StartError` before it listens."""
     log, orders, offline = Log(), Orders(), setting.config.offline
-    problem = exposed(offline)
-    if problem is not None:
-        raise StartError(problem)
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(listen(offline.host, offline.port))
         clock = SystemClock()
@@ -114,11 +111,10 @@ class OfflineService:
         self._setting, self._store, self._clock, self._log = setting, store, clock, log
         self._ending = asyncio.Event()
         self._cancelled = asyncio.Event()
-        self._service_id = uuid.uuid4().hex
         self._models = KnownModels(configured_names(setting.config.models))
         self.desk = CountedDesk(store, clock)
         self._prices = prices_of(setting.config.models)
-        self._teller = NeedsTeller(store, self._service_id, log)
+        self._teller = NeedsTeller(store, uuid.uuid4().hex, log)
         offline, api_key = setting.config.offline, setting.config.proxy.api_key
         self._files = FilesApi(store, api_key, offline.file_bytes_max)
         self._batches = BatchesApi(
@@ -131,7 +127,8 @@ class OfflineService:
             cancelled=self._cancelled,
         )
         self._work = WorkApi(self.desk, offline.work_key, self._ending)
-        self._metrics = Metrics(store, self.desk, self._files)
+        self._dispatcher = self._make_dispatcher()
+        self._metrics = Metrics(store, self.desk, self._files, self._sent)
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[error_middleware(self._log, refusal_of)])
@@ -146,6 +143,9 @@ class OfflineService:
         )
         return app
 
+    def _sent(self) -> list[GroupReport]:
+        return [] if self._dispatcher is None else self._dispatcher.reports()
+
     async def _health(self, _request: web.Request) -> web.Response:
         if self._ending.is_set():
             return web.Response(status=503, text="ending\n")
@@ -156,12 +156,15 @@ class OfflineService:
         runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
         stop = spawn(_wait(orders.stop), "stop", self._log)
-        chores = [*self._chores(), spawn(self._reload(orders), "reload", self._log)]
-        dispatcher = self._dispatcher()
+        host, port = listener.getsockname()[:2]
+        chores = [
+            *self._chores(f"{socket.gethostname()}:{port}"),
+            spawn(self._reload(orders), "reload", self._log),
+        ]
+        dispatcher = self._dispatcher
         if dispatcher is not None:
             dispatcher.start()
         await web.SockSite(runner, listener).start()
-        host, port = listener.getsockname()[:2]
         self._log.tell("offline_listening", host=host, port=port, pid=os.getpid())
         try:
             await asyncio.wait({stop, *chores}, return_when=asyncio.FIRST_COMPLETED)
@@ -178,7 +181,7 @@ class OfflineService:
             await cancel_all([cleanup, hurry])
             self._log.tell("offline_stopped")
 
-    def _dispatcher(self) -> Dispatcher | None:
+    def _make_dispatcher(self) -> Dispatcher | None:
         """Return who sends lines to replicas that have room, where that is wished for."""
         setting = self._setting
         proxy_url, manager_url = setting.proxy_url, setting.manager_url
@@ -195,7 +198,8 @@ class OfflineService:
             log=self._log,
         )
 
-    def _chores(self) -> list[asyncio.Task[None]]:
+    def _chores(self, place: str) -> list[asyncio.Task[None]]:
+        """Start what goes on beside the requests; the next life at this `place` claims the same."""
         log, offline = self._log, self._setting.config.offline
         chores = [spawn(self._finish(), "finish", log), spawn(self._prune(), "prune", log)]
         for number in range(VALIDATORS):
@@ -203,7 +207,7 @@ class OfflineService:
                 self._store,
                 self._models,
                 log,
-                service_id=f"{self._service_id}-{number}",
+                service_id=f"{place}-{number}",
                 lines_max=offline.lines_max,
                 line_bytes_max=min(LINE_BYTES_MAX, offline.file_bytes_max),
             )

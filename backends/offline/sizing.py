@@ -7,9 +7,10 @@ half the time, so nobody asks for it but a deadline. Hence:
    Layland, JACM 20 (1), 1973: if any order meets them, that one does), so all are met if, up to
    each, there is no more work than can be done by then. Of the time left `DEADLINE_SHARE` is
    planned with: rates scatter, and lengths of answers are not known before.
-2. **At least one while there is work**, unless spare capacity does it in time by itself: that is
-   paid for already. Of its rate, which others' traffic may take at any moment, half is believed.
-   Little work, less than a worker would take to start, is left to it for a moment first.
+2. **At least one while there is work** that is not due before it would be up, unless spare capacity
+   does it in time by itself: that is paid for already. Of its rate, which others' traffic may take
+   at any moment, half is believed. Little work, less than a worker would take to start, is left to
+   it for a moment first.
 3. **The cheapest first**, by what a worker would cost for all that is left, its own start
    included: so a start has to pay, and what is there already goes before what is not. Pools that
    have no price come last where others have one; where none has, a GPU-hour is the price.
@@ -225,7 +226,8 @@ class _Sizing:
             return "spare capacity does it in time"
         if self._too_little_yet():
             return "it is so little that spare capacity may do it before a worker is up"
-        for each in _beyond(candidates, self.chosen):
+        in_time = (each for each in _beyond(candidates, self.chosen) if self._comes_in_time(each))
+        for each in in_time:
             if self.chosen and (self._in_time() or not self._helps(each)):
                 continue
             if not self._affordable(each):
@@ -260,6 +262,10 @@ class _Sizing:
     def _affordable(self, each: _Candidate) -> bool:
         return self._spent + (each.crew.price_per_hour or 0.0) <= self.budget
 
+    def _comes_in_time(self, each: _Candidate) -> bool:
+        """Say whether anything will be left to do when it is up."""
+        return any(need.due_in_s > each.ready_in_s for need in self.work.needs if need.lines)
+
     def _helps(self, each: _Candidate) -> bool:
         """Say whether one more would be up before what is late is due, and have lines to do."""
         if self.work.lines < LINES_EACH * len(self.chosen):
@@ -292,12 +298,16 @@ class _Sizing:
     def _why(self) -> str:
         work, workers = self.work, len(self.chosen)
         if not workers:
-            return "there is work, and nobody who could do it"
+            if any(max(crew.most, crew.min) for crew in work.crews):
+                return "what is left is due before a worker would be up"
+            return "there is work, and no GPU for a worker beside what others are promised"
         done_s = self._done_s()
         text = f"{work.lines} lines ({work.tokens} tokens) are left, "
         text += f"{workers} {'has' if workers == 1 else 'have'} them done in {_words(done_s)}, "
         text += f"the first are due in {_words(_first_due_s(work))}"
-        return text if self._in_time() else text + ": too late by these rates"
+        text += "" if self._in_time() else ": too late by these rates"
+        known = all(each.crew.measured for each in self.chosen)
+        return text if known else text + " (no worker has shown its rate yet)"
 
     def _done_s(self) -> float:
         """Return when all would be done by those who are chosen: rates, from when each is up."""

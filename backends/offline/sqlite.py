@@ -30,7 +30,10 @@ T = TypeVar("T")
 
 _READERS = 2
 _BUSY_S = 10.0  # that another process may hold the file
-_FREE_PAGES_AT_ONCE = 2000  # of 4 KiB, given back to the file system by one `tidy`
+# Pages of 4 KiB are given back to the file system so many at a time, which takes a tenth of a
+# second or so; what is left after so many steps is used again, or given back the next time.
+_FREE_PAGES_AT_ONCE = 256
+_TIDY_STEPS_MAX = 64
 _WORDS = (
     (" FOR UPDATE SKIP LOCKED", ""),
     (" FOR UPDATE", ""),
@@ -67,6 +70,8 @@ class _Connection:
             return work(self._sqlite)
         except sqlite3.Error as error:
             raise _told(error, self._path) from error
+        except OSError as error:
+            raise StoreError(f"cannot open {self._path}: {error.strerror}") from error
 
     async def close(self) -> None:
         def close() -> None:
@@ -169,12 +174,15 @@ class Sqlite(Database):
 
     @override
     async def tidy(self) -> None:
-        async with self._one_writes:
-            await self._writer.run(
-                lambda sqlite: sqlite.execute(
-                    f"PRAGMA incremental_vacuum({_FREE_PAGES_AT_ONCE:d})"
-                ).fetchall()
-            )
+        def vacuum(sqlite: sqlite3.Connection) -> int:
+            sqlite.execute(f"PRAGMA incremental_vacuum({_FREE_PAGES_AT_ONCE:d})").fetchall()
+            return int(sqlite.execute("PRAGMA freelist_count").fetchone()[0])
+
+        for _ in range(_TIDY_STEPS_MAX):
+            async with self._one_writes:  # let go each time: others write, too
+                left = await self._writer.run(vacuum)
+            if not left:
+                return
 
     @override
     async def close(self) -> None:
@@ -191,8 +199,9 @@ def _connected(path: Path) -> sqlite3.Connection:
     sqlite.execute("PRAGMA auto_vacuum = INCREMENTAL")  # counts for a file that has no tables yet
     sqlite.execute("PRAGMA journal_mode = WAL")
     sqlite.execute("PRAGMA synchronous = FULL")
+    sqlite.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: 16 MiB
     sqlite.execute("PRAGMA journal_size_limit = 67108864")
-    sqlite.execute("PRAGMA cache_size = -16384")  # KiB
+    sqlite.execute("PRAGMA cache_size = -8192")  # KiB
     return sqlite
 
 

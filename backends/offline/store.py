@@ -7,6 +7,7 @@ there are none. What it offers, by part:
     store_jobs   create_job job jobs cancel_job results result
                  claim_validation add_lines begin_job fail_job
     store_desk   ask report bury_silent needs rates
+    store_once   rename_file
     store_figures  figures
     ending       finish_due prune
 
@@ -27,9 +28,10 @@ from backends.offline.sqlite import Sqlite
 from backends.offline.store_desk import DeskStore
 from backends.offline.store_figures import FigureStore
 from backends.offline.store_files import FileStore
+from backends.offline.store_once import OnceStore
 
 
-class Store(DeskStore, FileStore, FigureStore):
+class Store(DeskStore, FileStore, FigureStore, OnceStore):
     """Everything that is kept of offline work."""
 
     @classmethod

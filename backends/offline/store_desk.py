@@ -21,7 +21,7 @@ from backends.offline.database import Bell, Database, Transaction
 from backends.offline.giving import SHARED_TURN, Candidate, Offer, Taking, chosen, span_after_death
 from backends.offline.rates import Rates
 from backends.offline.records import DIED_ERROR, IN_PROGRESS, Limits
-from backends.offline.rows import WORK
+from backends.offline.rows import LOCK_JOB, WORK
 from backends.offline.schema import DONE, HELD, PIECE_BYTES, WAITING
 from backends.offline.store_jobs import JobStore
 from backends.offline.work import Ask, Chunk, JobNeed, Line, Receipt, Report, Result
@@ -29,10 +29,9 @@ from backends.offline.work import Ask, Chunk, JobNeed, Line, Receipt, Report, Re
 _WAIT_SLICE_S = 1.0  # between looks of an ask that waits: a chunk may have to be buried
 _CANDIDATES_MAX = 1000  # jobs of one model that are looked at
 _BURIED_AT_ONCE = 100
-_PIECES_AT_ONCE = 32  # 2 MiB in memory while bodies are cut out
+_PIECES_AT_ONCE = 128
 _NEEDS_MAX = 64  # of one model
-
-_LOCK_JOB = "SELECT number, id, state FROM jobs WHERE number = $1 FOR UPDATE"
+_MODELS_MAX = 10_000  # whose turns are counted
 
 
 class DeskStore(JobStore):
@@ -69,6 +68,8 @@ class DeskStore(JobStore):
             return None
         model = str(min(rows, key=lambda row: (row[2], row[0]))[5])
         candidates = [Candidate(*row[:5]) for row in rows if row[5] == model]
+        if len(self._turns) >= _MODELS_MAX:
+            self._turns.clear()  # which takes no more than a turn from anybody
         self._turns[model] += 1
         lines_max = min(ask.lines_max, self._limits.chunk_lines)
         shared = self._turns[model] % SHARED_TURN == 0
@@ -115,8 +116,11 @@ class DeskStore(JobStore):
                 "UPDATE jobs SET waiting = waiting - $2, turn = $3 WHERE number = $1",
                 [(job, count, chunk) for job, count in sorted(taken.items())],
             )
-        files = {job: str(there[job][4]) for job in taken}
-        bodies = await self._bodies(files, taking.lines)
+        try:
+            bodies = await self._bodies({job: str(there[job][4]) for job in taken}, taking.lines)
+        except BaseException:
+            await self._let_go(chunk, taken)  # at once: nobody is to blame for these lines
+            raise
         return Chunk(
             chunk_id=f"chunk_{chunk}",
             fence=chunk,
@@ -127,6 +131,17 @@ class DeskStore(JobStore):
                 for line, body in zip(taking.lines, bodies, strict=True)
             ),
         )
+
+    async def _let_go(self, chunk: int, lines: Counter[int]) -> None:
+        async with self._database.transaction() as transaction:
+            await transaction.fetch_each(LOCK_JOB, [(job,) for job in sorted(lines)])
+            await transaction.execute("DELETE FROM chunks WHERE number = $1", chunk)
+            back = await transaction.fetch(
+                "UPDATE lines SET state = $2, chunk = NULL WHERE chunk = $1 RETURNING job",
+                chunk,
+                WAITING,
+            )
+            await self._wait_again(transaction, Counter(int(row[0]) for row in back))
 
     async def _bodies(self, files: dict[int, str], lines: Sequence[Offer]) -> list[msgspec.Raw]:
         """Cut the bodies out of the input files; each piece is read once, a few at a time."""
@@ -168,7 +183,7 @@ class DeskStore(JobStore):
                 return Receipt(held=False)
             # The order of locks: jobs by number, the chunk, its lines.
             jobs = await transaction.fetch_each(
-                _LOCK_JOB, [(job,) for job in msgspec.json.decode(found[0][0], type=list[int])]
+                LOCK_JOB, [(job,) for job in msgspec.json.decode(found[0][0], type=list[int])]
             )
             running = {str(row[1]): int(row[0]) for row in jobs if row[2] == IN_PROGRESS}
             held = await transaction.fetch(
@@ -197,9 +212,11 @@ class DeskStore(JobStore):
         for result in report.results:
             if (job := running.get(result.job_id)) is not None:
                 results.setdefault((job, result.number), result)
+        # `+ 0`: found by its key, not among all the lines of the chunk.
         done = await transaction.fetch_each(
             "UPDATE lines SET state = $4, chunk = NULL "
-            "WHERE job = $1 AND number = $2 AND chunk = $3 RETURNING job, number, custom_id",
+            "WHERE job = $1 AND number = $2 AND chunk + 0 = $3 "
+            "RETURNING job, number, custom_id",
             [(*key, report.fence, DONE) for key in results],
         )
         accepted: dict[int, list[tuple[str, Result]]] = {}
@@ -223,7 +240,7 @@ class DeskStore(JobStore):
         else:
             back = await transaction.fetch_each(
                 "UPDATE lines SET state = $4, chunk = NULL "
-                "WHERE job = $1 AND number = $2 AND chunk = $3 RETURNING job",
+                "WHERE job = $1 AND number = $2 AND chunk + 0 = $3 RETURNING job",
                 [
                     (running[job_id], number, report.fence, WAITING)
                     for job_id, number in report.back
@@ -274,7 +291,7 @@ class DeskStore(JobStore):
 
     async def _bury(self, chunk: int, jobs: list[int], now_s: float) -> None:
         async with self._database.transaction() as transaction:
-            locked = await transaction.fetch_each(_LOCK_JOB, [(job,) for job in jobs])
+            locked = await transaction.fetch_each(LOCK_JOB, [(job,) for job in jobs])
             running = {int(row[0]): str(row[1]) for row in locked if row[2] == IN_PROGRESS}
             gone = await transaction.fetch(
                 "DELETE FROM chunks WHERE number = $1 AND held_until_s < $2 RETURNING number",

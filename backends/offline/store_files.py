@@ -5,10 +5,10 @@ An upload is seen by nobody until it is finished; one that stays silent is disca
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from backends.clock import Clock
-from backends.offline.database import Bell, Database
+from backends.offline.database import Bell, Database, Row
 from backends.offline.records import (
     ConflictError,
     FileRecord,
@@ -20,8 +20,9 @@ from backends.offline.records import (
 from backends.offline.rows import SELECT_FILE, Part, file_record, insert_file, new_id
 from backends.offline.schema import PIECE_BYTES
 
-_PIECES_AT_ONCE = 16  # written in one transaction, read in one go: 1 MiB
-_RESULTS_AT_ONCE = 64
+_PIECES_AT_ONCE = 64  # written in one transaction, read in one go: 1 MiB
+_RESULTS_AT_ONCE = 1000
+_RUN_BYTES = 1024 * 1024  # of results read in one go, or one result that is larger
 
 
 class FileStore(Part):
@@ -114,22 +115,24 @@ class FileStore(Part):
     async def delete_file(self, owner: str, file_id: str) -> None:
         """Delete a file; its content goes piece by piece when the store is pruned."""
         async with self._database.transaction() as transaction:
+            found = await transaction.fetch(
+                "SELECT number FROM files WHERE id = $1 AND owner = $2 AND state = 'ready' "
+                "FOR UPDATE",
+                file_id,
+                owner,
+            )
+            if not found:
+                raise NotFoundError(f"no file {file_id}")
             busy = await transaction.fetch(
                 "SELECT id FROM jobs WHERE input_file_id = $1 AND ended_s IS NULL", file_id
             )
             if busy:
-                await self._file_row(owner, file_id)  # others are not told that it exists
                 raise ConflictError(
                     f"file {file_id} is the input of {busy[0][0]}: cancel that batch or wait for it"
                 )
-            gone = await transaction.fetch(
-                "UPDATE files SET state = 'gone' "
-                "WHERE id = $1 AND owner = $2 AND state = 'ready' RETURNING number",
-                file_id,
-                owner,
+            await transaction.execute(
+                "UPDATE files SET state = 'gone' WHERE number = $1", found[0][0]
             )
-        if not gone:
-            raise NotFoundError(f"no file {file_id}")
 
     async def read_file(self, owner: str, file_id: str, start: int = 0) -> AsyncIterator[bytes]:
         """Give a file's content from octet `start` on, a MiB or so at a time."""
@@ -140,8 +143,12 @@ class FileStore(Part):
             if kind == "stored"
             else self._results(int(job), failed=kind == "errors", skip=start)
         )
+        left = int(row[4]) - start
         async for part in parts:
+            left -= len(part)
             yield part
+        if left > 0:
+            raise NotFoundError(f"file {file_id} was deleted while it was read")
 
     async def _pieces(self, number: int, start: int) -> AsyncIterator[bytes]:
         piece, skip = divmod(start, PIECE_BYTES)
@@ -162,24 +169,34 @@ class FileStore(Part):
             piece, skip = piece + len(rows), 0
 
     async def _results(self, job: int, *, failed: bool, skip: int) -> AsyncIterator[bytes]:
-        number = -1
+        last = -1
         while True:
             async with self._database.reading() as reading:
-                rows = await reading.fetch(
-                    "SELECT number, content FROM results "
+                sizes = await reading.fetch(
+                    "SELECT number, bytes FROM results "
                     "WHERE job = $1 AND failed = $2 AND number > $3 ORDER BY number LIMIT $4",
                     job,
                     int(failed),
-                    number,
+                    last,
                     _RESULTS_AT_ONCE,
                 )
-            content = b"".join(row[1] for row in rows)
-            if len(content) > skip:
-                yield content[skip:]
-            skip = max(0, skip - len(content))
-            if len(rows) < _RESULTS_AT_ONCE:
-                return
-            number = int(rows[-1][0])
+                if not sizes:
+                    return
+                start, (last, size) = last, _run(sizes)
+                rows = []
+                if size > skip:
+                    rows = await reading.fetch(
+                        "SELECT content FROM results WHERE job = $1 AND failed = $2 "
+                        "AND number > $3 AND number <= $4 ORDER BY number",
+                        job,
+                        int(failed),
+                        start,
+                        last,
+                    )
+            content = b"".join(row[0] for row in rows)[skip:]
+            if content:
+                yield content
+            skip = max(0, skip - size)
 
     def _upload(self, file_id: str) -> _Upload:
         try:
@@ -223,6 +240,16 @@ _AFTER = (
     " WHERE owner = $1 AND number > $2 AND state = 'ready' AND ($3 = '' OR purpose = $3) "
     "ORDER BY number LIMIT $4"
 )
+
+
+def _run(sizes: Sequence[Row]) -> tuple[int, int]:
+    """Return the last number of a run of results to read in one go, and its size."""
+    number, total = int(sizes[0][0]), int(sizes[0][1])
+    for following, size in sizes[1:]:
+        if total + int(size) > _RUN_BYTES:
+            break
+        number, total = int(following), total + int(size)
+    return number, total
 
 
 class _Upload:

@@ -1,7 +1,8 @@
 """Jobs: made, validated by one service at a time, begun, cancelled, and their results read.
 
 A service that validates a job holds a claim on it, which each `add_lines` renews. When the service
-dies the claim runs out, and another one starts anew with what the first had added removed.
+dies the claim runs out, or its next life claims the same again under the same name; whoever has it
+then starts anew, with what the first had added removed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from backends.offline.records import (
     ResultRecord,
 )
 from backends.offline.rows import CHECK, SELECT_FILE, SELECT_JOB, WORK, job_record, new_id
+from backends.offline.schema import DONE
 
 _WAIT_SLICE_S = 1.0  # between looks of one who waits for what another service may have stored
 
@@ -130,11 +132,11 @@ class JobStore(Ender):
     async def _claim(self, service_id: str) -> JobRecord | None:
         now_s = self._clock.unix_s()
         async with self._database.reading() as reading:
-            if not await reading.fetch(_TO_CLAIM, VALIDATING, now_s):
+            if not await reading.fetch(_TO_CLAIM, VALIDATING, now_s, service_id):
                 return None
         async with self._database.transaction() as transaction:
             found = await transaction.fetch(
-                _TO_CLAIM + " FOR UPDATE SKIP LOCKED", VALIDATING, now_s
+                _TO_CLAIM + " FOR UPDATE SKIP LOCKED", VALIDATING, now_s, service_id
             )
             if not found:
                 return None
@@ -202,6 +204,7 @@ class JobStore(Ender):
                 now_s,
                 msgspec.json.encode(errors).decode(),
             )
+            await self._database.tell(transaction, job_id)
 
     async def _claimed(self, transaction: Transaction, service_id: str, job_id: str) -> int:
         rows = await transaction.fetch(
@@ -215,49 +218,72 @@ class JobStore(Ender):
         return int(rows[0][0])
 
     async def results(
-        self, owner: str, job_id: str, *, after: int = 0, limit: int = 100, wait_s: float = 0.0
+        self,
+        owner: str,
+        job_id: str,
+        *,
+        after: int = 0,
+        limit: int = 100,
+        wait_s: float = 0.0,
+        in_order: bool = False,
     ) -> tuple[ResultRecord, ...]:
         """Return results as they came, those with a sequence above `after`.
 
-        When there are none it waits, at most `wait_s` and no longer than the job runs.
+        `in_order`: in the order of the lines, those with a number above `after`, up to the first
+        line that is not done. When there are none it waits, at most `wait_s` and no longer than the
+        job runs.
         """
         job = int((await self._job_row(owner, job_id))[-1])
+        which = _IN_ORDER if in_order else _AS_COMPLETED
+        return await self._awaited(job_id, wait_s, which, job, after, limit)
+
+    async def result(
+        self, owner: str, job_id: str, line: int | str, *, wait_s: float = 0.0
+    ) -> ResultRecord:
+        """Return the result of the line with this number or custom id, if there is one yet.
+
+        When there is none it waits as `results` does.
+        """
+        job = int((await self._job_row(owner, job_id))[-1])
+        which = _BY_NUMBER if isinstance(line, int) else _BY_CUSTOM_ID
+        found = await self._awaited(job_id, wait_s, which, job, line)
+        if not found:
+            raise NotFoundError(f"{job_id} has no result of line {line}")
+        return found[0]
+
+    async def _awaited(
+        self, job_id: str, wait_s: float, which: str, job: int, *values: int | str
+    ) -> tuple[ResultRecord, ...]:
+        """Return the results that there are, as soon as there are some; none after `wait_s`."""
         until_s = self._clock.now_s() + wait_s
         with self._bell.alarm(job_id) as alarm:
             while True:
                 async with self._database.reading() as reading:
-                    rows = await reading.fetch(
-                        _SELECT_RESULT + "WHERE results.job = $1 AND results.sequence > $2 "
-                        "ORDER BY results.sequence LIMIT $3",
-                        job,
-                        after,
-                        limit,
-                    )
+                    rows = await reading.fetch(_SELECT_RESULT + which, job, *values)
                     left_s = until_s - self._clock.now_s()
                     if rows or left_s <= 0 or await reading.fetch(_HAS_ENDED, job):
                         return tuple(map(_result, rows))
                 await alarm.wait(min(left_s, _WAIT_SLICE_S))
 
-    async def result(self, owner: str, job_id: str, line: int | str) -> ResultRecord:
-        """Return the result of the line with this number or custom id, if there is one yet."""
-        job = int((await self._job_row(owner, job_id))[-1])
-        by_number = isinstance(line, int)
-        async with self._database.reading() as reading:
-            rows = await reading.fetch(
-                _SELECT_RESULT + (_BY_NUMBER if by_number else _BY_CUSTOM_ID), job, line
-            )
-        if not rows:
-            raise NotFoundError(f"{job_id} has no result of line {line}")
-        return _result(rows[0])
-
 
 _TO_CLAIM = (
-    "SELECT number FROM jobs WHERE state = $1 AND claimed_until_s < $2 ORDER BY number LIMIT 1"
+    "SELECT number FROM jobs WHERE state = $1 AND (claimed_until_s < $2 OR claimed_by = $3) "
+    "ORDER BY number LIMIT 1"
 )
 _HAS_ENDED = "SELECT number FROM jobs WHERE number = $1 AND ended_s IS NOT NULL"
 _SELECT_RESULT = (
     "SELECT results.number, results.sequence, lines.custom_id, results.failed, results.content "
     "FROM results JOIN lines ON lines.job = results.job AND lines.number = results.number "
+)
+_AS_COMPLETED = (
+    "WHERE results.job = $1 AND results.sequence > $2 ORDER BY results.sequence LIMIT $3"
+)
+# The first line that is not done is looked for among as many as are wanted, and no further.
+_IN_ORDER = (
+    "WHERE results.job = $1 AND results.number > $2 AND results.number < COALESCE("  # noqa: S608
+    "(SELECT undone.number FROM lines AS undone WHERE undone.job = $1 AND undone.number > $2 "
+    f"AND undone.number <= $2 + $3 AND undone.state <> {DONE} ORDER BY undone.number LIMIT 1), "
+    f"{2**62}) ORDER BY results.number LIMIT $3"
 )
 _BY_NUMBER = "WHERE results.job = $1 AND results.number = $2"
 _BY_CUSTOM_ID = "WHERE lines.job = $1 AND lines.custom_id = $2"

@@ -25,10 +25,17 @@ ASK_PATH = "/work/ask"
 REPORT_PATH = "/work/report"
 WORK_BYTES_MAX = 64 * 1024 * 1024  # of one body, either way
 WAIT_S_MAX = 30.0  # that an ask may wait for lines
+ID_LENGTH_MAX = 128
+SPARE_PREFIX = "spare-"  # of the worker ids of dispatchers
 NO_BODY = msgspec.Raw(b"")  # msgspec reads no object into `Raw | None`
 
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
-_Id = Annotated[str, Meta(max_length=128)]
+_Id = Annotated[str, Meta(max_length=ID_LENGTH_MAX)]
+
+
+def spare_worker(dispatcher_id: str, model: str) -> str:
+    """Return the worker id by which a dispatcher does the lines of a model with spare capacity."""
+    return f"{dispatcher_id}:{model}"[:ID_LENGTH_MAX]
 
 
 class Line(msgspec.Struct, frozen=True):

@@ -181,6 +181,8 @@ def pool_of(plan: Plan, name: str | None) -> Pool:
         args=plan.args,
         gpus=plan.replica.gpus,
         limits=plan.limits,
+        serves_jobs=plan.goal.work == "offline" and plan.replica.engine == "vllm",
+        gpu_price_per_hour=plan.goal.prices_per_hour.get(plan.replica.gpu.name),
     )
 
 

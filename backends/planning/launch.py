@@ -121,20 +121,28 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     args: tuple[str, ...]
     gpus: int
     limits: Limits
+    serves_jobs: bool = False  # engine workers, as many as jobs need, in place of servers
+    gpu_price_per_hour: float | None = None
 
 
 def snippet(pool: Pool, *, note: str = "") -> str:
     """Return the YAML of one model with one pool; `note` becomes a comment above it."""
     lines = [f"# {note}"] if note else []
     lines += ["models:", f"  - name: {_text(pool.name)}", "    pools:"]
+    price, limits = pool.gpu_price_per_hour, pool.limits
     keys = [
         ("engine", pool.engine),
+        *([("serves", "jobs")] if pool.serves_jobs else []),
         ("model_path", _text(pool.model_path)),
-        ("replicas", str(pool.replicas)),
+        *([] if pool.serves_jobs else [("replicas", str(pool.replicas))]),
         ("gpus", str(pool.gpus)),
-        *([("target_inputs", str(pool.limits.aim))] if pool.limits.aim else []),
-        ("max_inputs", str(pool.limits.most)),
+        *([] if price is None else [("gpu_price_per_hour", f"{price:g}")]),
     ]
+    if pool.serves_jobs:
+        keys.append(("autoscale", f"{{max: {pool.replicas}}}"))
+    else:
+        keys += [("target_inputs", str(limits.aim))] if limits.aim else []
+        keys.append(("max_inputs", str(limits.most)))
     first, *rest = [f"{key}: {value}" for key, value in keys]
     lines += [f"      - {first}", *(f"        {line}" for line in rest)]
     lines += ["        args: [", *(f"          {line}," for line in _by_flag(pool.args))]

@@ -51,7 +51,7 @@ for name, value in {env!r}.items():
 for name, folders in {paths!r}.items():
     there = [path for path in os.environ.get(name, "").split(":") if path and path not in folders]
     os.environ[name] = ":".join([*folders, *there])
-os.execv(sys.executable, [sys.executable, {entry!r}, *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, *{entry!r}, *sys.argv[1:]])
 '''
 # As pip would have it. SGLang's module does nothing when it is run by `-m`; and what the engines
 # spawn reads the main file again.
@@ -253,18 +253,20 @@ def write_launcher(stage: Path, name: str, kind: kinds.Kind) -> None:
         paths["LD_LIBRARY_PATH"] = libraries
     entry = environment / "bin" / f"{kind.program}-entry.py"
     _replace(entry, ENTRY.format(module=kind.module, program=kind.program))
-    text = LAUNCHER.format(
-        python=python,
-        program=kind.program,
-        environment=environment,
-        env=kind.env | caches,
-        paths=paths,
-        entry=str(entry),
-    )
-    program = stage / "bin" / kind.program
-    program.parent.mkdir(parents=True, exist_ok=True)
-    _replace(program, text)
-    program.chmod(0o755)
+    # Beside the program its Python, for what else runs in the environment: engine workers.
+    for command, words in ((kind.program, [str(entry)]), (f"{kind.program}-python", [])):
+        text = LAUNCHER.format(
+            python=python,
+            program=command,
+            environment=environment,
+            env=kind.env | caches,
+            paths=paths,
+            entry=words,
+        )
+        program = stage / "bin" / command
+        program.parent.mkdir(parents=True, exist_ok=True)
+        _replace(program, text)
+        program.chmod(0o755)
 
 
 def _host_packages(stage: Path) -> list[str]:

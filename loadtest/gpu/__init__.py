@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from loadtest.command import Command
-from loadtest.gpu import cost, fidelity, fit, floors, ladder, paths, prove, speeds
+from loadtest.gpu import cost, fidelity, fit, floors, ladder, offline, paths, prove, speeds
 
 SUMMARY = "real engines: proofs, costs, floors, calibration"
 
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Command] = {
     "fit": fit,
     "floors": floors,
     "ladder": ladder,
+    "offline": offline,
     "paths": paths,
     "prove": prove,
     "speeds": speeds,

@@ -32,7 +32,10 @@ case $run in
          sglang_kv=(--mem-fraction-static 0.45) ;;
   ladder) load=() weights=(--weights 1) context=16384 vllm_kv=(--kv-cache-memory-bytes 3G)
           sglang_kv=(--mem-fraction-static 0.45 --max-total-tokens 24000) ;;
-  *) echo "host.sh: RUN is prove or ladder, not '$run'" >&2; exit 2 ;;
+  offline) load=(--load-format dummy) weights=() context=16384 vllm_kv=(--kv-cache-memory-bytes 60G
+           --max-num-batched-tokens 16384)  # LLM's own default, for the server as well
+           sglang_kv=() ;;
+  *) echo "host.sh: RUN is prove, ladder or offline, not '$run'" >&2; exit 2 ;;
 esac
 own=() engine_args=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do own+=("$1"); shift; done

@@ -27,13 +27,13 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy.core import limits
-from proxy.core.classes import YIELD_S
+from proxy.core.classes import OFFLINE, YIELD_S
 from proxy.core.fleet import Pool
+from proxy.core.opening import has_little_to_do, has_room, is_open
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Policy, Request
 from proxy.core.prefix import NO_CHAIN
 
-_NEVER: Final = float("inf")
 _NOBODY: Final = Request(NO_CHAIN, has_session=False)
 # Lines go by the slot of their replica. Those who have not been looked at yet have one, and so has
 # each set of replicas of which none may take those who wait for it, and each queue for which there
@@ -44,6 +44,14 @@ _UNSEEN: Final = -1
 def class_of(held: Held) -> int:
     """Return the class of one that waits; what nobody has said is online work."""
     return max(0, held.request.work_class)
+
+
+def yields(held: Held, now_s: float) -> bool:
+    """Whether one that waits lets all online work go first, wherever that waits.
+
+    It does for as long as its rank yields to it: so it may wait long, and not for ever.
+    """
+    return class_of(held) == OFFLINE and now_s - held.since_s < YIELD_S[OFFLINE]
 
 
 class Held:
@@ -144,13 +152,20 @@ class Holding:
                     self.move(entry[2], to, 0)
 
     def take(
-        self, policy: Policy, picture: Picture, now_s: float, *, at_once: bool = False
+        self,
+        policy: Policy,
+        picture: Picture,
+        now_s: float,
+        *,
+        at_once: bool = False,
+        braked: int = 0,
     ) -> tuple[Held, Decision] | None:
         """Return who goes next, and where; it waits no longer. Call again when it has gone.
 
-        `at_once`: whatever there is to do, as far as replicas may take more.
+        `at_once`: whatever there is to do, as far as replicas may take more. `braked` are the
+        replicas, as bits of their slots, that no offline work goes to now.
         """
-        look = _Look(self, policy, picture, now_s, at_once)
+        look = _Look(self, policy, picture, now_s, at_once, braked)
         self._forget_replicas(picture)
         found = self._among_unseen(look)
         if found is None:
@@ -286,20 +301,27 @@ class Holding:
 class _Look:
     """One look at those who wait: what it goes by."""
 
-    __slots__ = ("_at_once", "_holding", "_now_s", "_picture", "_policy")
+    __slots__ = ("_at_once", "_braked", "_holding", "_now_s", "_picture", "_policy")
 
     def __init__(
-        self, holding: Holding, policy: Policy, picture: Picture, now_s: float, at_once: bool
+        self,
+        holding: Holding,
+        policy: Policy,
+        picture: Picture,
+        now_s: float,
+        at_once: bool,
+        braked: int,
     ) -> None:
         self._holding = holding
         self._policy = policy
         self._picture = picture
         self._now_s = now_s
         self._at_once = at_once
+        self._braked = braked
 
     def open(self, slot: int) -> bool:
         """Whether the line of a replica may be open."""
-        return self._at_once or _has_little_to_do(slot, self._picture, self._now_s)
+        return self._at_once or has_little_to_do(slot, self._picture, self._now_s)
 
     def ask(self, held: Held, before_tokens: int) -> Decision | None:
         """Return where it goes; or have it wait where it would go, and return None."""
@@ -327,6 +349,8 @@ class _Look:
         picture = self._picture
         if self._at_once:
             goes = has_room(decision, held.request, picture)
+        elif self._braked >> decision.slot & 1 and yields(held, self._now_s):
+            goes = False
         else:
             goes = not self._holding.overtaken(held, decision.slot) and is_open(
                 decision, held.request, picture, self._now_s
@@ -348,80 +372,6 @@ def _bits_of(line: int) -> int:
     """Return the replicas of which any will do for those in a line; 0 for other lines."""
     above = _UNSEEN - 1 - line
     return above >> 1 if above >= 0 and not above & 1 else 0
-
-
-def has_room(decision: Decision, request: Request, picture: Picture) -> bool:
-    """Whether a replica may have this request besides those that it has, and its tokens."""
-    slot = decision.slot
-    if picture.loads.is_full(slot):
-        return False
-    if slot not in picture.loads.measured:
-        return True
-    octets = request.chain.prompt_bytes - decision.cached_octets
-    return not picture.loads.lacks_room(slot, picture.tokens_of(octets, slot))
-
-
-def _has_little_to_do(slot: int, picture: Picture, now_s: float) -> bool:
-    """Whether a replica is open to a request that needs next to nothing."""
-    loads = picture.loads
-    if loads.is_full(slot):
-        return False
-    loads.settle(slot, now_s)
-    return (
-        not loads.inflight[slot]
-        or loads.wait_s(slot, now_s) + loads.extra_s[slot] <= limits.RUNWAY_S
-    )
-
-
-def is_open(decision: Decision, request: Request, picture: Picture, now_s: float) -> bool:
-    """Whether the replica can soon begin this, so that sending it there is right."""
-    loads, slot = picture.loads, decision.slot
-    if not has_room(decision, request, picture):
-        return False
-    if not loads.inflight[slot]:  # whatever is wrong there, waiting for nobody will not mend it
-        return True
-    wait_s = loads.wait_s(slot, now_s) + loads.extra_s[slot]
-    if slot in loads.tight:
-        tokens = picture.tokens_of(request.chain.prompt_bytes, slot)
-        wait_s += loads.shortage_s(slot, tokens)
-    return wait_s <= limits.RUNWAY_S
-
-
-class Opening:
-    """Whether a replica of a pool is open now to some request, and when time alone will open one.
-
-    `next_s` is never where a first octet, an end or news of the fleet has to come before.
-    """
-
-    __slots__ = ("next_s", "now")
-
-    def __init__(self, pool: Pool, picture: Picture, now_s: float) -> None:
-        self.now = False
-        self.next_s = _NEVER
-        for slot in picture.seats(pool).slots:
-            if _has_little_to_do(slot, picture, now_s):
-                self.now = True
-                continue
-            if picture.loads.is_full(slot):
-                continue
-            opens_s = _opens_s(slot, picture, now_s)
-            if opens_s > now_s:
-                self.next_s = min(self.next_s, opens_s)
-
-
-def _opens_s(slot: int, picture: Picture, now_s: float) -> float:
-    """Return when a replica that is busy will be open if all goes as it should."""
-    loads = picture.loads
-    extra_s, end_s = loads.extra_s[slot], loads.head_end_s[slot]
-    behind_s = loads.pending_tokens[slot] * loads.s_per_token[slot] + extra_s
-    opens_s = loads.gauge_end_s[slot] + extra_s - limits.RUNWAY_S
-    if end_s <= 0.0:
-        return opens_s
-    if end_s > now_s and behind_s <= limits.RUNWAY_S:
-        return max(opens_s, end_s + behind_s - limits.RUNWAY_S)
-    if slot in loads.unseen:
-        return max(opens_s, end_s)  # the next one is the head then
-    return _NEVER
 
 
 def _least_prefill_s(held: Held, picture: Picture) -> float:

@@ -52,6 +52,9 @@ CLIENT_KEEP_ALIVE_S: Final = 75.0
 # client has the rest of the time, and no room to send.
 LINGER_S: Final = 2.0
 LINGER_BYTES_MAX: Final = 4 * MIB
+# An upload that is refused goes on for so long, and is dropped: the official client reads no answer
+# before it has sent its file, and would find a connection that is reset. nginx's lingering_time.
+UNWANTED_BODY_S: Final = 30.0
 # After a smaller piece than this we wait a moment, so that what comes next is read in one.
 LINGER_GULP_BYTES: Final = 4 * KIB
 LINGER_PAUSE_S = 0.01
@@ -262,6 +265,12 @@ OFFLINE_SHARE: Final = 0.25
 # `DEFAULT_TIMEOUT`).
 SEMI_ONLINE_PATIENCE_WEIGHT: Final = 2.0
 OFFLINE_PATIENCE_WEIGHT: Final = 10.0
+# Requests that one online request may have ended, so that its own can begin. A replica takes more
+# only while it has less to do than `RUNWAY_S`, so what is to be cleared is a few prompts.
+PREEMPTED_TOGETHER_MAX: Final = 16
+# How often one is sent back before it is left to end: work that is begun a fourth time has cost
+# more than what online work would wait for it.
+PREEMPTIONS_MAX: Final = 3
 # Of the room, for those of models that have nothing awake: they may stay for the whole of a start,
 # and those of models that serve must not find it full of them.
 STARTING_SHARE: Final = 0.5

@@ -27,6 +27,7 @@ from proxy.contract import (
 RANK_FIELD: Final = b"x-data-parallel-rank"  # both engines read it
 RID_FIELD: Final = b"x-override-rid"  # SGLang's
 
+_NUMBER_FIELD: Final = re.compile(r"x-[a-z-]{1,60}: -?[0-9]{1,9}")
 _URL: Final = re.compile(
     r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?)(?::([0-9]{1,5}))?/?"
 )
@@ -60,6 +61,7 @@ class Replica:
     restarts: int
     asleep: bool
     rid_header: bool = False  # it takes a chat request's id from `RID_FIELD`
+    lowest_priority: bytes = b""  # the field that offline work is sent with, with its line end
     suspect: bool = False
 
     @property
@@ -118,7 +120,13 @@ def replica_of(record: ReplicaRecord, max_tokens: int = 0) -> Replica:
         restarts=record.restarts,
         asleep=record.asleep,
         rid_header=record.rid_header,
+        lowest_priority=_field(record.lowest_priority),
     )
+
+
+def _field(text: str) -> bytes:
+    """Return a field as it is sent; nothing of what is not plainly a name and a number."""
+    return text.encode() + b"\r\n" if _NUMBER_FIELD.fullmatch(text) else b""
 
 
 def replicas_of(record: ReplicaRecord, max_tokens: int = 0) -> list[Replica]:

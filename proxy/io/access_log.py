@@ -49,6 +49,7 @@ class AccessRecord(msgspec.Struct, gc=False):
     replica: str | None
     decision: str | None
     attempts: int
+    preempted: int
     prompt_tokens_estimated: int
     cached_tokens_believed: int
     received_bytes: int

@@ -83,6 +83,7 @@ _HELP = {
     "queue_oldest_seconds": "The longest wait of those that wait for a replica now, by class",
     "queue_held_for_start": "Requests that wait for a model of which nothing is awake",
     "queue_refused": "Requests that found no room to wait, or made room for others, by class",
+    "preempted": "Offline requests that were ended unanswered for online work, by outcome",
     "queue_wait_seconds": "How long requests waited for a replica, of those that had to",
     "demand_reports": "Reports to the manager of what is in flight and waits, by outcome",
     "leases_of_others": "Leases that workers know of from other workers and proxies",

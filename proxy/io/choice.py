@@ -16,14 +16,15 @@ from typing import Final
 from proxy.config import ProxyConfig
 from proxy.core import fleet as fleets
 from proxy.core import limits
-from proxy.core.classes import UNSAID
-from proxy.core.holding import has_room, is_open
+from proxy.core.classes import OFFLINE, ONLINE, UNSAID
+from proxy.core.opening import has_room, is_open
 from proxy.core.picture import Picture, Seats
 from proxy.core.policy import POLICIES, Decision, Request
 from proxy.core.prospects import UNSCALED, Prospect
 from proxy.core.responses import Responses
 from proxy.errors import NoSpareError, ProxyError
 from proxy.io.clock import Clock
+from proxy.io.preemption import Preemption
 from proxy.io.telemetry import Telemetry
 from proxy.io.waiting import Waiter, Waiting
 
@@ -47,6 +48,8 @@ class Choice:
         self.responses = Responses()  # answers that requests may go on from
         self.arrivals: dict[str, int] = {}  # requests that came, by model
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
+        self.preemption = Preemption(self._fault)
+        self._some_offline = False  # there are pools of offline work
         self.waiting = Waiting(
             clock, self.picture, self.choose, self.awaited, self.prospect_of, self._fault
         )
@@ -110,8 +113,43 @@ class Choice:
     ) -> tuple[Decision | None, bool]:
         """Return where a newcomer goes, its place there taken, or that it has to wait.
 
-        Where another worker was before us, the choice is made anew without that replica.
+        Where another worker was before us, the choice is made anew without that replica. An online
+        request that would have to wait for offline work has that give way, and is placed then.
         """
+        if self._some_offline and request.work_class == UNSAID:
+            request.work_class = self.prospect_of(self.queue_of(model)).work_class
+        decision, held = self._place(request, pool, model, lookup=lookup, now_s=now_s)
+        if not self.preemption or lookup or not (held or decision is None):
+            return decision, held
+        if not self._makes_way(request, pool, model, decision, now_s):
+            return decision, held
+        return self._place(request, pool, model, lookup=lookup, now_s=now_s)
+
+    def _makes_way(
+        self,
+        request: Request,
+        pool: fleets.Pool,
+        model: str,
+        decision: Decision | None,
+        now_s: float,
+    ) -> bool:
+        if request.work_class == UNSAID:
+            request.work_class = self.prospect_of(self.queue_of(model)).work_class
+        if request.work_class != ONLINE:
+            return False
+        make_way, picture = self.preemption.make_way, self.picture
+        if decision is not None:
+            if is_open(decision, request, picture, now_s):  # it waits for others of its class
+                return False
+            if make_way(request, (decision.slot,), picture, now_s):
+                return True
+        if request.pinned or request.response_key:  # no other replica would do
+            return False
+        return make_way(request, picture.seats(pool).slots, picture, now_s)
+
+    def _place(
+        self, request: Request, pool: fleets.Pool, model: str, *, lookup: bool, now_s: float
+    ) -> tuple[Decision | None, bool]:
         loads = self.picture.loads
         if loads.headcount is None:  # nobody else of this proxy chooses
             decision = self.choose(request, pool, self.picture, now_s)
@@ -148,6 +186,8 @@ class Choice:
         if not self._holds_back:
             return False
         self.picture.loads.settle(decision.slot, now_s)  # not every rule has done it
+        if request.work_class == OFFLINE and self.waiting.braked() >> decision.slot & 1:
+            return True
         return self.waiting.awaits(decision.slot) or not is_open(
             decision, request, self.picture, now_s
         )
@@ -166,6 +206,7 @@ class Choice:
         held_bytes: int,
         on_decision: Callable[[Decision], None],
         on_refusal: Callable[[ProxyError], None],
+        since_s: float = -1.0,
     ) -> Waiter:
         """Have a request wait for its model's replicas; see `Waiting.add`.
 
@@ -176,7 +217,7 @@ class Choice:
         queue = self.queue_of(model)
         if request.work_class == UNSAID:
             request.work_class = self.prospect_of(queue).work_class
-        return self.waiting.add(queue, request, held_bytes, on_decision, on_refusal)
+        return self.waiting.add(queue, request, held_bytes, on_decision, on_refusal, since_s)
 
     def arrived(self, model: str, request: Request) -> None:
         """Count a request for a model that the fleet has, if it is demand."""
@@ -191,6 +232,8 @@ class Choice:
         """Other replicas may take requests: look anew at those who wait for them."""
         pools = self.fleet.pools
         self.arrivals = {model: self.arrivals.get(model, 0) for model in pools}
+        prospects = self.fleet.prospects.values()
+        self._some_offline = any(each.work_class == OFFLINE for each in prospects)
         self.waiting.fleet_changed(lambda queue: queue in pools or queue in _NAMELESS)
 
     def work_done(self) -> None:

@@ -14,6 +14,7 @@ from proxy import errors
 from proxy.core import head as heads
 from proxy.core import sse
 from proxy.core.chunked import ChunkedDecoder
+from proxy.core.classes import OFFLINE
 from proxy.core.http1 import ResponseHead
 from proxy.core.lease import Lease
 from proxy.core.preamble import Preamble
@@ -184,6 +185,8 @@ class Ending(Facts):
     def _release(self, now_s: float, *, served: bool = False, refused: bool = False) -> None:
         lease, self._lease = self._lease, None
         if lease is not None:
+            if self._request.work_class == OFFLINE:
+                self._plane.preemption.drop(lease)
             first_s = self._first_octet_s
             self._plane.release(lease, self._usage, first_s, now_s, served=served, refused=refused)
 

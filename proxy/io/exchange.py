@@ -25,8 +25,9 @@ from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
 from proxy.core.chunked import decode_followed
-from proxy.core.holding import has_room
+from proxy.core.classes import OFFLINE
 from proxy.core.http1 import ResponseHead
+from proxy.core.opening import has_room
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
 from proxy.core.response_id import find_id
@@ -167,12 +168,37 @@ class Exchange(Relay):
         self._attempts += 1
         self._know_price(decision, now_s)
         self._lease = plane.acquire(decision, self._request, now_s)
+        if self._request.work_class == OFFLINE and self._preempted < limits.PREEMPTIONS_MAX:
+            plane.preemption.add(self._lease, self.give_way)
         upstream = plane.upstreams.take(replica.replica_id)
         if upstream is not None:
             self.connected(upstream)
         else:
             self._progress = _CONNECTING
             self._connecting = plane.upstreams.connect(replica, self)
+
+    def give_way(self) -> None:
+        """Online work needs its place, before an octet of its answer has come: wait again."""
+        plane = self._plane
+        self._drop_replica()
+        self._release(plane.clock.now_s())
+        self._preempted += 1
+        self._attempts = 0  # what was tried before says nothing of what is there then
+        try:
+            self._waiter = plane.wait(
+                self._model,
+                self._request,
+                self._held_bytes,
+                self.open_for,
+                self.fail,
+                self._whole_s,
+            )
+        except errors.OverloadedError:  # or it is one that never waits
+            plane.preemption.refused_total += 1
+            self.fail(errors.PreemptedError("online work needed the place of this request"))
+        else:
+            self._progress = _QUEUED
+            plane.preemption.requeued_total += 1
 
     def _nobody(self, reason: str = "") -> errors.ProxyError:
         assert self._pool is not None
@@ -219,6 +245,8 @@ class Exchange(Relay):
         self._rid = b""
         if self._decision.replica.rid_header:
             host_field += self._name_itself()
+        if self._request.work_class == OFFLINE:
+            host_field += self._decision.replica.lowest_priority
         head = self._preamble.upstream_head(host_field, self.request_id, len(self._body))
         upstream.send(self, head, self._body)
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
@@ -250,6 +278,8 @@ class Exchange(Relay):
             return
         self._progress = _RESPONSE_STARTED
         self._response = head
+        if self._request.work_class == OFFLINE and self._lease is not None:
+            self._plane.preemption.drop(self._lease)
         self._drop_body()  # it will not be sent again
         if self._route is not None and self._route.prompt is _RESPONSES and head.status == 200:
             self._beginning = b""

@@ -36,6 +36,7 @@ class Facts:
         "_plane",
         "_pool",
         "_preamble",
+        "_preempted",
         "_queue_s",
         "_received_bytes",
         "_request",
@@ -64,6 +65,7 @@ class Facts:
         self._terms: Terms | None = None  # the price at the moment of the decision
         self._queue_s = -1.0  # how long it waited for a replica; -1: it went at once
         self._attempts = 0
+        self._preempted = 0  # how often it was dispatched and then had to give way
         self._received_bytes = 0
         self._tail = b""
         self._usage: Usage | None = None
@@ -178,6 +180,7 @@ class Facts:
                 replica=decision.replica.name if decision else None,
                 decision=decision.reason if decision else None,
                 attempts=self._attempts,
+                preempted=self._preempted,
                 prompt_tokens_estimated=self._tokens(self._request.chain.prompt_bytes),
                 cached_tokens_believed=self._terms.cached_tokens if self._terms else 0,
                 received_bytes=self._received_bytes,

@@ -342,6 +342,7 @@ class Plane(Refusal):
             *self.telemetry.samples(),
             *self.sharing.counters(),
             *self.waiting.counters(),
+            *self.preemption.counters(),
             dropped,
         ]
 

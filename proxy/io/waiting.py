@@ -20,9 +20,10 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy.core import limits
-from proxy.core.classes import NAMES, PATIENCE
+from proxy.core.classes import NAMES, ONLINE, PATIENCE
 from proxy.core.fleet import Pool
-from proxy.core.holding import Held, Holding, Opening, class_of
+from proxy.core.holding import Held, Holding, class_of
+from proxy.core.opening import Opening
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Policy, Request
 from proxy.core.prospects import Prospect
@@ -59,13 +60,14 @@ class Queue:
     """Those who wait for the replicas of one model, in the order in which they came."""
 
     __slots__ = (
-        "bits", "empty_since_s", "let_be_since_s", "number", "open_since_s", "pace",
+        "bits", "empty_since_s", "let_be_since_s", "number", "online", "open_since_s", "pace",
         "refused_total", "start_seen", "tokens", "waiters",
     )  # fmt: skip
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.waiters: dict[Waiter, None] = {}
+        self.online = 0  # of them that are online work
         self.tokens = 0  # of their prompts that no replica held when they came
         self.pace = Pace()
         self.refused_total = 0
@@ -125,6 +127,18 @@ class Waiting:
         """Whether somebody waits for this replica, so that a newcomer has to wait, too."""
         return self.room.count > 0 and self._holding.awaits(slot)
 
+    def braked(self) -> int:
+        """Return the replicas, as bits of their slots, for which online work waits.
+
+        No offline work goes there meanwhile, even to one that is open: what waits for another may
+        be better there in a moment, and what has begun cannot be called back from a batch.
+        """
+        bits = 0
+        for queue in self.queues.values():
+            if queue.online and queue.bits > 0:
+                bits |= queue.bits
+        return bits
+
     def add(
         self,
         key: str,
@@ -132,14 +146,16 @@ class Waiting:
         held_bytes: int,
         on_decision: Callable[[Decision], None],
         on_refusal: Callable[[ProxyError], None],
+        since_s: float = -1.0,
     ) -> Waiter:
         """Have it wait. `on_decision` is called once, in a later turn, unless it is dropped.
 
         `on_refusal` is called, and it waits no longer, when its place is needed for another. Raises
-        `QueueFullError` where there is no place for it.
+        `QueueFullError` where there is no place for it. `since_s` is when it came, if before now.
         """
         now_s = self._clock.now_s()
-        waiter = Waiter(key, request, lambda: self._pool_of(key), on_decision, on_refusal, now_s)
+        came_s = since_s if since_s >= 0.0 else now_s
+        waiter = Waiter(key, request, lambda: self._pool_of(key), on_decision, on_refusal, came_s)
         waiter.held_bytes = held_bytes
         queue = self.queue(key)
         leaving = None if self._crowded(queue) else self.room.enter(waiter)
@@ -150,6 +166,7 @@ class Waiting:
         waiter.queue = queue.number
         self._holding.add(waiter, self._picture)
         queue.waiters[waiter] = None
+        queue.online += class_of(waiter) == ONLINE
         queue.tokens += waiter.needed_tokens
         if queue.empty_since_s >= 0.0 and len(queue.waiters) == 1:
             self.on_hold()
@@ -201,6 +218,7 @@ class Waiting:
         if not waiter.gone:
             self._left(waiter)
             self._holding.drop(waiter)
+            self.work_done()  # it may have been the last that offline work waited for
 
     def _retry_after_s(self, key: str, queue: Queue) -> int:
         pool = self._pool_of(key)
@@ -355,7 +373,9 @@ class Waiting:
         return some_open, next_s
 
     def _take(self, now_s: float) -> bool:
-        found = self._holding.take(self._choose, self._picture, now_s, at_once=self.at_once)
+        found = self._holding.take(
+            self._choose, self._picture, now_s, at_once=self.at_once, braked=self.braked()
+        )
         if found is None:
             return False
         held, decision = found
@@ -372,6 +392,7 @@ class Waiting:
     def _left(self, waiter: Waiter) -> None:
         queue = self.queues[waiter.key]
         del queue.waiters[waiter]
+        queue.online -= class_of(waiter) == ONLINE
         queue.tokens -= waiter.needed_tokens
         self.room.leave(waiter)
         if not self.room.count:

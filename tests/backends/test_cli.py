@@ -21,10 +21,10 @@ from backends.failure import StartError
 from backends.providers.process import read_stat
 from backends.redact import HIDDEN, redacted, redacted_args
 from backends.service import flags_of
-from backends.settings import manager_config_of, plan_of
+from backends.settings import manager_config_of, offline_config_of, plan_of
 from backends.status import table
 from backends.up import refuse_left
-from backends.up_plan import services
+from backends.up_plan import services, with_ports
 from backends.up_words import banner, describe, models_down
 from proxy.config import ConfigError, parse_config
 from proxy.contract import (
@@ -65,7 +65,17 @@ def test_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert output.splitlines()[-1] == "[]"
-    for command in ("up", "proxy", "manager", "simulator", "check", "status", "sleep", "wake"):
+    for command in (
+        "up",
+        "proxy",
+        "manager",
+        "offline",
+        "simulator",
+        "check",
+        "status",
+        "sleep",
+        "wake",
+    ):
         assert f"    {command}" in output
 
 
@@ -223,18 +233,19 @@ def test_up_refuses_to_make_an_orphan_of_an_earlier_proxy(
     assert not (tmp_path / "logs").exists(), "nothing was started"
 
 
-def test_a_note_of_a_proxy_that_is_gone_stops_nobody(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["proxy", "offline"])
+def test_a_note_of_one_that_is_gone_stops_nobody(name: str, tmp_path: Path) -> None:
     stat = read_stat(os.getpid())
     assert stat is not None
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     refuse_left(tmp_path)  # no note at all
-    note = tmp_path / "proxy.pid"
+    note = tmp_path / f"{name}.pid"
     for text in ("", "words\n", f"{stat.pid}\n", f"{gone.pid} 1\n", f"{stat.pid} 1\n"):
         note.write_text(text)  # the last: the number is another process's by now
         refuse_left(tmp_path)
     note.write_text(f"{stat.pid} {stat.start_ticks}\n")
-    with pytest.raises(StartError):
+    with pytest.raises(StartError, match=f"its {name} running"):
         refuse_left(tmp_path)
 
 
@@ -330,6 +341,79 @@ def test_keys_go_by_the_environment_and_not_by_the_command_line(good: str) -> No
     assert proxy.argv[5:7] == ("--manager-url", "http://127.0.0.1:9102")
     assert f"--access-log={plan.manager.run_dir}/logs/access.log" in proxy.argv
     assert manager.argv[1:6] == ("-m", "backends.cli", "manager", "--config", good)
+
+
+def test_jobs_are_served_between_manager_and_proxy(good: str) -> None:
+    plan = with_ports(plan_of(given(config=good, port=0, admin_port=0, manager_port=0), {}))
+    commands = services(plan, {})
+    assert commands.offline is not None
+    argv = commands.offline.argv
+    assert argv[1:5] == ("-m", "backends.cli", "offline", good)
+    assert f"--port={plan.offline.port}" in argv
+    assert f"--manager-url={plan.manager_url}" in argv
+    assert f"--proxy-url={plan.url}" in argv
+    assert f"--offline-url={plan.offline_url}" in commands.proxy.argv
+    assert commands.manager.env["DOHERTY_OFFLINE_PORT"] == str(plan.offline.port)
+    assert plan.offline.port not in {0, 8003}  # whoever takes any port means it for all
+    assert f"{plan.url}/v1/batches" in banner(plan)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"offline": False}, {"offline_url": "http://10.0.0.9:8003", "offline": True}]
+)
+def test_no_service_of_jobs_where_none_is_wanted_or_another_is_named(
+    good: str, changes: dict[str, object]
+) -> None:
+    plan = plan_of(given(config=good, **changes), {})
+    commands = services(plan, {})
+    assert commands.offline is None
+    assert "DOHERTY_OFFLINE_PORT" not in commands.manager.env
+    assert "/v1/batches" not in banner(plan)
+    told = [flag for flag in commands.proxy.argv if flag.startswith("--offline-url")]
+    assert told == [f"--offline-url={url}" for url in [changes.get("offline_url")] if url]
+
+
+def test_where_jobs_are_kept_and_how_workers_reach_them_may_come_from_the_environment(
+    good: str,
+) -> None:
+    environ = {
+        "DOHERTY_STORE": "postgresql://u:p@h/d",
+        "DOHERTY_OFFLINE_HOST": "0.0.0.0",
+        "DOHERTY_OFFLINE_PORT": "8103",
+        "DOHERTY_WORK_KEY": "work-key",
+    }
+    for config, _ in (
+        offline_config_of(given(config=good), environ),
+        manager_config_of(given(config=good), environ),
+    ):
+        offline = config.offline
+        assert (offline.store, offline.port) == ("postgresql://u:p@h/d", 8103)
+        assert (offline.host, offline.work_key) == ("0.0.0.0", "work-key")
+    del environ["DOHERTY_WORK_KEY"]
+    for settle in (offline_config_of, manager_config_of, plan_of):
+        with pytest.raises(ConfigError, match="work_key"):
+            settle(given(config=good), environ)
+    assert plan_of(given(config=good, offline=False), environ).offline.enabled is False
+
+
+def test_check_hides_the_keys_of_jobs_and_refuses_a_desk_that_all_can_reach(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    keys = "store: 'postgresql://u:pass-word@h/d', work_url: 'http://u:pass-word@h:1'"
+    path.write_text(f"offline: {{host: 0.0.0.0, work_key: hush-hush, {keys}}}")
+    assert main(["check", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "hush-hush" not in shown
+    assert "pass-word" not in shown
+    path.write_text("offline: {store: 'mysql://u:pass-word@h/d'}")
+    assert main(["check", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "mysql://" in said
+    assert "pass-word" not in said
+    path.write_text("offline: {host: 0.0.0.0}")
+    assert main(["check", str(path)]) == 2
+    assert "offline.work_key" in capsys.readouterr().err
 
 
 def test_flags_are_written_so_that_they_are_read_again() -> None:

@@ -55,7 +55,11 @@ def test_every_snippet_is_a_valid_configuration(
     assert pool.engine == ("sglang" if work == "online" else "vllm")
     assert "--tensor-parallel-size" in pool.args
     assert not [arg for arg in pool.args if " " in arg]
-    assert pool.replicas >= 1
+    if work == "offline":
+        assert (pool.serves, pool.replicas) == ("jobs", None)
+        assert pool.autoscale is not None
+    else:
+        assert pool.replicas is not None
 
 
 def test_doherty_check_takes_the_snippet(
@@ -68,6 +72,21 @@ def test_doherty_check_takes_the_snippet(
     assert main(["check", str(file)]) == 0
     assert '"method":"eagle3"' in file.read_text().replace("\\", "")
     assert ": ok" in capsys.readouterr().out
+
+
+def test_offline_work_is_a_pool_of_engine_workers_with_its_price(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder(tmp_path, "llama-3.1-8b")
+    args = ("--gpu", "h200", "--class", "offline", "--price", "h200=3.5")
+    file = tmp_path / "doherty.yaml"
+    file.write_text(run(capsys, path, *args)[1].split("\nconfiguration\n")[1])
+    assert main(["check", str(file)]) == 0
+    assert ": ok" in capsys.readouterr().out
+    (pool,) = parse_config(file.read_text(), "snippet").models[0].pools
+    assert (pool.serves, pool.gpu_price_per_hour) == ("jobs", 3.5)
+    serving = run(capsys, path, *args, "--engine", "sglang")[1]
+    assert configuration(serving).models[0].pools[0].serves == "requests", "it has no worker"
 
 
 def test_the_report_names_floors_budget_and_reasons(

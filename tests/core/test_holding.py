@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from proxy.core import limits
 from proxy.core.classes import OFFLINE, ONLINE, SEMI_ONLINE, YIELD_S
 from proxy.core.fleet import Pool
-from proxy.core.holding import Held, Holding, Opening, is_open
+from proxy.core.holding import Held, Holding
 from proxy.core.lease import Lease
+from proxy.core.opening import Opening, is_open
 from proxy.core.picture import Picture
 from proxy.core.policy import POLICIES, Decision, Request, prefix
 from tests.core.builders import chain, pool, replica

@@ -7,6 +7,7 @@ from typing import Self
 
 from aiohttp import web
 
+from backends.scaling_report import DemandReport, encode_report
 from proxy.contract import (
     FLEET_WATCH_PATH,
     FleetSnapshot,
@@ -25,6 +26,8 @@ class ToldManager:
         self.arrived_s: list[float] = []  # when each of these came
         self.status = 204  # what a report is answered
         self.url = ""
+        self.asked = DemandReport(proxies=1, models={})  # what GET tells
+        self.asked_times = 0
         self._snapshot = FleetSnapshot(epoch="e", version=0)
         self._changed = asyncio.Condition()
         self._runner: web.AppRunner | None = None
@@ -33,6 +36,7 @@ class ToldManager:
         app = web.Application(client_max_size=DEMAND_BYTES_MAX)
         app.router.add_get(FLEET_WATCH_PATH, self._watch)
         app.router.add_post(DEMAND_PATH, self._demand)
+        app.router.add_get(DEMAND_PATH, self._asked)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -65,6 +69,10 @@ class ToldManager:
                     await self._changed.wait()
             sent = self._snapshot.version
             await answer.write(encode_snapshot(self._snapshot) + b"\n")
+
+    async def _asked(self, _: web.Request) -> web.Response:
+        self.asked_times += 1
+        return web.Response(body=encode_report(self.asked))
 
     async def _demand(self, request: web.Request) -> web.Response:
         demand = decode_demand(await request.read())

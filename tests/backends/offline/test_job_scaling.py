@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import msgspec
 import pytest
+from aiohttp import web
 
+from backends.api import Api
 from backends.cards import Cards
 from backends.fetch import Answer
 from backends.gpus import Gpu, GpuInventory, GpuLeases
-from backends.job_scaling import NEEDS_MAX, SERVICES_MAX, NeedsBook
+from backends.job_rates import Expectation, gpu_type
+from backends.job_scaling import NEEDS_MAX, SERVICES_MAX, JobScaling, NeedsBook
 from backends.log import Log
 from backends.offline.work import NEEDS_AGE_S_MAX, JobNeed, JobNeeds
+from backends.reclaim import Fate
 from backends.scale_command import story
 from backends.scaling_report import PoolReport
+from backends.spec import pool_specs
 from proxy.config import Config, parse_config
 from proxy.contract.demand import Demand, ModelDemand
+from tests.fakes.model_shapes import CONFIGS
 from tests.fakes.world import World
 
 DAY_S = 86_400.0
@@ -54,7 +62,7 @@ class Jobs(World):
     async def told_for(self, seconds: int, *needs: JobNeed, **rates: float) -> None:
         """Have the service say so each second, and what was told to end do so."""
         for _ in range(seconds):
-            self.tell(*needs, rates={name.replace("_", "-"): r for name, r in rates.items()})
+            self.tell(*needs, rates={name.replace("m_", "m-"): r for name, r in rates.items()})
             await self.clock.advance(1.0)
             self.let_end()
 
@@ -154,10 +162,10 @@ async def test_rates_are_learned_from_busy_workers_and_decide(world: Jobs) -> No
 async def test_spare_capacity_that_does_it_in_time_spares_a_worker(world: Jobs) -> None:
     chat = ", {engine: simulator, replicas: 1, target_inputs: 4, name: chat}"
     await world.start(world.configured(JOBS + "}" + chat.replace("}", "", 1)))
-    await world.told_for(3, need(10_000_000), **{"spare:m": 9000.0})
+    await world.told_for(3, need(10_000_000), **{"spare-0:m": 9000.0})
     assert world.phases() == {"chat-0": "ready"}
     assert "spare capacity" in world.pool().decision.reason  # type: ignore[union-attr]
-    await world.told_for(3, need(10_000_000, 3000.0), **{"spare:m": 100.0})
+    await world.told_for(3, need(10_000_000, 3000.0), **{"spare-0:m": 100.0})
     assert world.phases()["m-0"] == "ready"
 
 
@@ -267,6 +275,78 @@ async def test_workers_whose_starts_fail_make_room_for_those_of_another_pool(wor
     )
 
 
+async def test_a_card_that_is_taken_away_sends_the_lines_back_and_another_worker_comes(
+    world: Jobs,
+) -> None:
+    one_card(world, cards=2)
+    manager = await world.start(world.configured(JOBS + ", gpus: 1"))
+    world.fetch.answers["/metrics"] = page(200)
+    work = need(10_000_000)
+    await world.told_for(3, work)
+    assert world.phases() == {"m-0": "ready"}
+    (first,) = world.provider.spawned
+    manager.reclaims.take(120.0, [first.env["CUDA_VISIBLE_DEVICES"]], "a test")
+    await world.clock.advance(0.1)
+    (told,) = [e for e in world.events() if e["event"] == "reclaim"]
+    assert (told["replica"], told["fate"]) == ("m-0", Fate.IS_REQUEUED)
+    assert len(first.signals) == 1, "at once: its lines go to others"
+    world.let_end()
+    await world.told_for(5, work)
+    second = world.provider.spawned[-1]
+    assert second.env["CUDA_VISIBLE_DEVICES"] != first.env["CUDA_VISIBLE_DEVICES"]
+    assert "ready" in world.phases().values()
+
+
+async def test_an_operator_restarts_a_worker_and_nothing_else(world: Jobs) -> None:
+    manager = await world.start(world.configured())
+    await world.told_for(3, need(10_000_000))
+    runner = web.AppRunner(Api(manager).application())
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0][:2]
+    url = f"http://{host}:{port}/v1/replicas/m-0/"
+    async with aiohttp.ClientSession() as session:
+        for wish in ("drain", "sleep?rung=suspended", "snapshot"):
+            async with session.post(url + wish) as answer:
+                assert answer.status == 409
+                assert "takes no requests" in await answer.text()
+        assert world.phases() == {"m-0": "ready"}
+        async with session.post(url + "restart") as answer:
+            assert answer.status == 200
+        await world.clock.advance(0.1)
+        assert world.phases() == {"m-0": "stopping"}, "it is not waited for"
+    await runner.cleanup()
+
+
+async def test_a_pool_that_changes_what_it_serves_is_made_anew_one_at_a_time(world: Jobs) -> None:
+    """What keeps a replica kept its first engine, and started that again and again."""
+    manager = await world.start(world.configured("engine: simulator, replicas: 2"))
+    before = list(world.provider.spawned)
+    manager.reload(world.configured("engine: simulator, serves: jobs, replicas: 2"))
+    await world.clock.advance(1.0)
+    assert sorted(world.phases().values()) == ["ready", "stopping"]
+    for _ in range(12):
+        world.let_end()
+        await world.clock.advance(1.0)
+    assert world.phases() == {"m-0": "ready", "m-1": "ready"}
+    assert [worker.engine for worker in manager.feed.snapshot.workers] == ["simulator-jobs"] * 2
+    assert manager.feed.snapshot.replicas == ()
+    assert len(world.provider.spawned) == 4
+    assert all(process.exited.done() for process in before)
+
+
+async def test_what_was_started_as_another_engine_is_adopted_as_that(world: Jobs) -> None:
+    """A worker that a proxy takes for a replica would answer requests with 404."""
+    process = world.leave_behind("m-0", f"[{{{JOBS}}}]")
+    manager = await world.start(world.configured("engine: simulator, replicas: 1"))
+    assert manager.feed.snapshot.replicas == ()
+    assert process.signals, "the configuration wants a replica in its place"
+    process.exit("exited with status 0")
+    await world.clock.advance(2.0)
+    (replica,) = manager.feed.snapshot.replicas
+    assert (replica.engine, replica.state.value) == ("simulator", "ready")
+
+
 def test_the_newest_report_is_what_is_left_and_rates_of_services_add_up() -> None:
     book = NeedsBook()
 
@@ -280,6 +360,7 @@ def test_the_newest_report_is_what_is_left_and_rates_of_services_add_up() -> Non
     assert [each.tokens for each in book.of("m")] == [1, 90]
     assert book.rate("w") == 7.0
     assert book.of("other") == ()
+    assert [each.tokens for each in book.of("other", "m")] == [1, 90], "an adapter of the other"
     book.expire(1.5 + NEEDS_AGE_S_MAX)
     assert book.rate("w") == 2.0
     book.expire(3.0 + NEEDS_AGE_S_MAX)
@@ -298,3 +379,49 @@ def test_reports_and_needs_are_bounded() -> None:
     assert sum(each.tokens for each in kept) == 10 * len(many)
     assert kept[-1].due_in_s == NEEDS_MAX - 1, "none is taken to be due later than it is"
     assert msgspec.json.decode(msgspec.json.encode(kept[-1]), type=JobNeed) == kept[-1]
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("A100", "a100"),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_cards_are_known_by_what_they_call_themselves(card: str, found: str | None) -> None:
+    gpu = gpu_type(card)
+    assert (gpu.name if gpu else None) == found
+
+
+def test_before_any_rate_is_measured_the_planner_has_one(tmp_path: Path, world: Jobs) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-3.1-8b"]))
+    cards = tuple(Gpu(device=str(n), uuid=f"GPU-{n}", name="NVIDIA H200") for n in range(2))
+    expect = Expectation(Cards(GpuLeases(GpuInventory(cards)), Log(world.stream)))
+    text = (
+        f"models: [{{name: m, pools: [{{engine: vllm, serves: jobs, model_path: '{tmp_path}'}}]}}]"
+    )
+    spec = pool_specs(parse_config(text, "test"))[0].first
+    rate = expect(spec, 1)
+    assert rate is not None
+    assert 10_000 < rate < 100_000, "of prompts and answers"
+    assert expect(spec, 2) == 2 * rate
+    there = msgspec.structs.replace(spec, resources={"accelerator_type:A100": 0.001})
+    slower = expect(there, 1)
+    assert slower is not None
+    assert slower < rate
+    unknown = msgspec.structs.replace(spec, model_path=str(tmp_path / "away"))
+    assert expect(unknown, 1) is None
+    assert expect(msgspec.structs.replace(spec, engine="simulator-jobs"), 1) is None
+
+
+async def test_what_the_planner_expects_decides_until_workers_show_more(world: Jobs) -> None:
+    manager = await world.start(world.configured())
+    manager.scaler.jobs = JobScaling(world.clock.now_s(), lambda _spec, _gpus: 7777.0)
+    await world.told_for(2, need(10_000_000))
+    decision = world.pool().decision
+    assert decision is not None
+    assert (decision.terms["tokens_per_s"], decision.terms["rate_measured"]) == (7777.0, 0.0)
+    assert "shown its rate" in decision.reason

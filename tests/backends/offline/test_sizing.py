@@ -68,7 +68,11 @@ def test_as_many_as_the_deadline_asks_for_and_no_more() -> None:
 
 
 def test_no_start_that_comes_too_late_or_finds_no_lines() -> None:
-    assert one(need(1_000_000, 50.0)).workers == 1, "it would be late: no second one"
+    assert one(need(1_000_000, 50.0)).workers == 0, "it would be over before one is up"
+    assert "due before" in one(need(1_000_000, 50.0)).reason
+    assert one(need(1_000_000, 50.0), there=(Hand(),)).workers == 1, "this does what it can"
+    assert one(need(1_000_000, 70.0)).workers == 1, "late, but a second one would be later still"
+    assert "no GPU" in one(need(1_000_000), most=0).reason
     assert one(need(9_000_000, 3600, lines=200)).workers == 2, "200 lines keep two busy, not four"
 
 
@@ -194,7 +198,12 @@ def test_never_more_than_may_be_nor_fewer_than_deadlines_ask(
         assert all(math.isfinite(value) for value in found.terms.values())
         spent += found.workers * (each.price_per_hour or 0.0)
     assert budget is None or spent <= budget + 1e-6
-    able = any(each.most or each.there for each in crews)
+    able = any(
+        (each.there and min(hand.ready_in_s for hand in each.there) < needs[-1].due_in_s)
+        or (each.most > len(each.there) and each.start_s < needs[-1].due_in_s)
+        for each in crews
+        if needs
+    )
     if needs and able and not spare_rate and budget is None:
         assert sum(found.workers for found in sizes.values()) >= 1
     more = size(msgspec.structs.replace(work, needs=needs[:1]), budget)
