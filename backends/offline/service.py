@@ -243,14 +243,17 @@ class OfflineService:
 
     async def _finish(self) -> None:
         """End what is cancelled, overdue or complete; a failure of the store is tried again."""
+        troubled = ""  # told once, however long a store is away
         while True:
             self._cancelled.clear()
             try:
-                ended = await self._store.finish_due()
+                ended, troubled = await self._store.finish_due(), ""
                 if ended:
                     self._log.tell("batches_finished", batches=ended)
             except StoreError as error:
-                self._log.caution("finishing_failed", reason=str(error))
+                if str(error) != troubled:
+                    troubled = str(error)
+                    self._log.caution("finishing_failed", reason=troubled)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FINISH_INTERVAL_S):
                     await self._cancelled.wait()

@@ -58,6 +58,9 @@ from backends.tasks import cancel_all, spawn
 from proxy.config import RayConfig
 
 ANSWER_S_MAX = 60.0  # Ray's own patience with a head that does not answer is half of it
+# The head starts a server for each client of a `ray://` address, and gives the first one 30 s.
+ATTEMPTS, CLIENT_ATTEMPTS = 1, 3
+KNOCK_S_MAX = 5.0
 PAUSE_S, PAUSE_S_MAX = 0.5, 10.0
 LOST_KILL_S_MAX = 20.0  # whose cluster does not answer, it is not waited for longer
 TOKEN_VARIABLE = "RAY_AUTH_TOKEN"  # noqa: S105  # its name
@@ -90,7 +93,7 @@ class RayProcess:
     def runs(self, host: str) -> None:
         """It has a place; what began it must not begin it again."""
         self.waits = ""
-        self.order = Follow(self.order.launch_id)
+        self.order = Follow(self.order.launch_id, self.order.need)
         if not self.placed.done():
             self.placed.set_result(host)
 
@@ -135,6 +138,7 @@ class RayProvider:
         self._cluster = Cluster(
             address=address, namespace=namespace, runtime_env=config.runtime_env
         )
+        self._attempts = CLIENT_ATTEMPTS if address.startswith("ray://") else ATTEMPTS
         self._launches = launches
         self._log = log
         self._log_folder = run_folder / "logs"
@@ -152,16 +156,32 @@ class RayProvider:
 
     async def open(self) -> None:
         """Reach the cluster. Raises `StartError`."""
+        await self._knock()
         connected = asyncio.get_running_loop().create_future()
         self._keeping = spawn(self._keep_bridge(connected), "keep the bridge to Ray", self._log)
         try:
-            async with asyncio.timeout(ANSWER_S_MAX):
+            async with asyncio.timeout(ANSWER_S_MAX * self._attempts):
                 await connected
         except TimeoutError:
             raise StartError(
                 f"the Ray cluster at {self._cluster.address} does not answer; start it, or set "
                 "manager.ray.address"
             ) from None
+
+    async def _knock(self) -> None:
+        """See that somebody listens: Ray itself tries for a minute before it says that nobody does.
+
+        Raises `StartError`.
+        """
+        host, colon, port = self._cluster.address.removeprefix("ray://").rpartition(":")
+        if not colon:
+            return
+        try:
+            async with asyncio.timeout(KNOCK_S_MAX):
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        except (OSError, TimeoutError) as error:
+            raise StartError(self._failure(str(error) or "nobody answers")) from error
+        writer.close()
 
     def program(self, engine: Engine, spec: ReplicaSpec) -> Program:
         """Return the engine's own words: the nodes have what they name."""
@@ -194,7 +214,8 @@ class RayProvider:
         for launch in launches:
             if launch.launch_id in self._found:
                 log_path = self._log_folder / f"{launch.replica_id}.log"
-                process = self._begin(Follow(launch.launch_id), log_path)
+                need = Need(launch.gpus_wanted, launch.resources)
+                process = self._begin(Follow(launch.launch_id, need), log_path)
                 if launch.host != UNPLACED:
                     process.placed.set_result(launch.host)
                 adopted[launch.launch_id] = process
@@ -242,12 +263,13 @@ class RayProvider:
             self._bridge.stdin.write(msgspec.json.encode(order) + b"\n")
 
     async def _keep_bridge(self, connected: asyncio.Future[None]) -> None:
-        """Have a bridge as long as this provider is open; the first that fails is the last."""
-        pause_s = PAUSE_S
+        """Have a bridge as long as this provider is open; none, where the first ones fail."""
+        pause_s, attempts = PAUSE_S, self._attempts
         while True:
             began_s = asyncio.get_running_loop().time()
             problem = await self._cross(connected)
-            if not connected.done():
+            attempts -= 1
+            if not connected.done() and not attempts:
                 connected.set_exception(StartError(self._failure(problem)))
                 return
             if asyncio.get_running_loop().time() - began_s > ANSWER_S_MAX:
@@ -333,10 +355,8 @@ class RayProvider:
                 self._end(process, _how(news))
 
     def _failure(self, problem: str) -> str:
-        return (
-            f"the Ray cluster at {self._cluster.address} cannot be used: {problem}; see "
-            f"{self._log_folder / 'ray.log'}, or set manager.ray.address"
-        )
+        address = self._cluster.address
+        return f"the Ray cluster at {address} cannot be used: {problem}; set manager.ray.address"
 
     def _own(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = spawn(coroutine, name, self._log)
