@@ -7,7 +7,7 @@ connection that only listens; should that break, waiters still look by themselve
 from __future__ import annotations
 
 import importlib
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -20,7 +20,13 @@ _CONNECTIONS_MAX = 8
 _STATEMENT_S_MAX = 60.0
 # Every statement finds its rows by a key. A planner that saw these tables while they were empty
 # would read them whole, and keep that plan for what they hold an hour later.
-_SETTINGS = {"enable_seqscan": "off", "jit": "off", "application_name": "doherty"}
+_SETTINGS = {
+    "enable_seqscan": "off",
+    "jit": "off",
+    "application_name": "doherty",
+    # A service that stands still within a transaction must not hold the locks of all others.
+    "idle_in_transaction_session_timeout": "30s",
+}
 _CHANNEL = "doherty_offline"
 _SCHEMA_LOCK = 0x646F6865727479  # "doherty": one service at a time makes the tables
 
@@ -35,8 +41,8 @@ class _Statements(Transaction):
         return rows
 
     @override
-    async def fetch_each(self, sql: str, rows: Iterable[Sequence[Value]]) -> list[Row]:
-        found: list[Row] = await self._connection.fetchmany(sql, rows)
+    async def fetch_each(self, sql: str, rows: Sequence[Sequence[Value]]) -> list[Row]:
+        found: list[Row] = await self._connection.fetchmany(sql, rows) if rows else []
         return found
 
     @override
@@ -44,8 +50,9 @@ class _Statements(Transaction):
         await self._connection.execute(sql, *values)
 
     @override
-    async def execute_each(self, sql: str, rows: Iterable[Sequence[Value]]) -> None:
-        await self._connection.executemany(sql, rows)
+    async def execute_each(self, sql: str, rows: Sequence[Sequence[Value]]) -> None:
+        if rows:
+            await self._connection.executemany(sql, rows)
 
 
 class Postgres(Database):

@@ -266,6 +266,17 @@ async def store_job(store: Store, owner: str, job_id: str) -> tuple[str, int, in
     return job.state, job.completed, job.failed
 
 
+async def test_those_who_ask_at_once_for_the_same_lines_all_get_some(store_url: str) -> None:
+    store, _ = await _opened(store_url)
+    jobs = [await begun_job(store, 1) for _ in range(6)]
+    chunks = await asyncio.gather(*(ask(store, f"w{n}", lines_max=1) for n in range(6)))
+    assert {line.job_id for chunk in chunks if chunk for line in chunk.lines} == {
+        job.id for job in jobs
+    }
+    assert await ask(store) is None
+    await store.close()
+
+
 async def test_what_is_left_is_told_by_model_and_deadline(store_url: str) -> None:
     store, clock = await _opened(store_url)
     await begun_job(store, 200, window_s=2000.0)

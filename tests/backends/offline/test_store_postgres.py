@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +13,8 @@ from backends.offline.postgres import Postgres
 from backends.offline.records import StoreError, UnavailableError
 from backends.offline.rows import WORK
 from backends.offline.store import Store
-from tests.fakes.stored_jobs import begun_job, given, report
+from tests.fakes import postgres_server
+from tests.fakes.stored_jobs import ANN, begun_job, given, outcome, report
 
 
 async def _listening(store: Store) -> asyncio.Task[None]:
@@ -63,6 +66,26 @@ async def test_broken_connections_are_told_and_made_anew(store_url: str) -> None
     await begun_job(store, 1)
     await asyncio.wait_for(woken, 30)
     await store.close()
+
+
+@pytest.mark.faults
+async def test_a_server_that_crashes_is_waited_for_and_has_what_it_acknowledged(
+    postgres_programs: Path,
+) -> None:
+    with postgres_server.running(postgres_programs) as server:
+        store = await Store.open(server.url)
+        job = await begun_job(store, 30)
+        chunk = await given(store)
+        await report(store, chunk, chunk.lines[:20])
+        await asyncio.to_thread(server.stop, signal.SIGQUIT)
+        for call in (store.job(ANN, job.id), report(store, chunk, chunk.lines), store.prune()):
+            with pytest.raises(UnavailableError):
+                await call
+        await asyncio.to_thread(server.start)
+        assert (await store.job(ANN, job.id)).completed == 20
+        assert (await report(store, chunk, chunk.lines, done=True)).accepted == 10
+        assert set((await outcome(store, job)).values()) == {"200"}
+        await store.close()
 
 
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
