@@ -130,7 +130,10 @@ class Up:
         return not self._stop.is_set()
 
     async def _poll(self) -> None:
-        urls = [self._plan.admin_url + "/readyz"]
+        pools = [pool for model in self._plan.config.models for pool in model.pools]
+        # Where all that is served are files and batches, no replica will ever make the proxy ready.
+        waits = not pools or any(pool.serves == "requests" for pool in pools)
+        urls = [self._plan.admin_url + ("/readyz" if waits else "/livez")]
         if self._offline is not None:
             urls.append(self._plan.offline_url + "/health")
         timeout = aiohttp.ClientTimeout(total=2.0)
