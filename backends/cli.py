@@ -83,6 +83,7 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
     commands.add_parser("compile", help="translate the data path to machine code (C compiler)")
     _add_manager_flags(commands.add_parser("manager", help="run the control plane alone"))
     _add_offline_flags(commands.add_parser("offline", help="serve files and batches alone"))
+    _add_batch(commands, command)
     commands.add_parser("simulator", help="run one engine server that needs no GPU")
     check = commands.add_parser("check", help="check a configuration file")
     check.add_argument("file", nargs="?", metavar="FILE")
@@ -123,6 +124,14 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
         _add_manager_url(turn)
         turn.set_defaults(run=run)
     return parser
+
+
+def _add_batch(commands: Any, command: Sequence[str]) -> None:
+    batch = commands.add_parser("batch", help="have many requests done: submit, watch, results")
+    if list(command) == ["batch"]:
+        from backends.offline.client.command import add_flags
+
+        add_flags(batch)
 
 
 def _add_scale(commands: Any) -> None:

@@ -18,7 +18,7 @@ the numbers of lines in place of sequences.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import orjson
@@ -69,10 +69,12 @@ class BatchesApi:
         prices: Mapping[str, float],
         ending: asyncio.Event,
         cancelled: asyncio.Event,
+        moved_up: Callable[[str], bool],
     ) -> None:
+        """`moved_up(model)` says whether its lines go as more urgent work at the moment."""
         self._store, self._desk, self._clock = store, desk, clock
         self._api_key, self._prices = api_key, prices
-        self._ending = ending
+        self._ending, self._moved_up = ending, moved_up
         self._cancelled = cancelled  # set when there is a batch to finish
 
     def routes(self) -> list[web.RouteDef]:
@@ -92,7 +94,7 @@ class BatchesApi:
         tokens_per_s = self._desk.tokens_per_s().get(job.id, 0.0)
         price = self._prices.get(job.model)
         cost = None if price is None else job.busy_s / 3600 * price
-        return batch_object(job, tokens_per_s, cost)
+        return batch_object(job, tokens_per_s, cost, moved_up=self._moved_up(job.model))
 
     async def _create(self, request: web.Request) -> web.Response:
         owner = self._owner(request)

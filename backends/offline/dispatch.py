@@ -161,6 +161,10 @@ class Dispatcher:
         if self._session is not None:
             await self._session.close()
 
+    def configure(self, models: Iterable[ModelConfig]) -> None:
+        """Go by these models from now on."""
+        self._by_workers = names_of_workers(models)
+
     def reports(self) -> list[GroupReport]:
         """Return how it goes with each group."""
         return [

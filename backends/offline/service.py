@@ -125,6 +125,7 @@ class OfflineService:
             prices=self._prices,
             ending=self._ending,
             cancelled=self._cancelled,
+            moved_up=self._moved_up,
         )
         self._work = WorkApi(self.desk, offline.work_key, self._ending)
         self._dispatcher = self._make_dispatcher()
@@ -142,6 +143,9 @@ class OfflineService:
             ]
         )
         return app
+
+    def _moved_up(self, model: str) -> bool:
+        return self._dispatcher is not None and self._dispatcher.moved_up(model)
 
     def _sent(self) -> list[GroupReport]:
         return [] if self._dispatcher is None else self._dispatcher.reports()
@@ -231,20 +235,25 @@ class OfflineService:
                 self._log.fault("reload_failed", reason=str(error), kept="the models before")
                 continue
             self._models.configure(configured_names(models))
+            if self._dispatcher is not None:
+                self._dispatcher.configure(models)
             self._prices.clear()
             self._prices.update(prices_of(models))
             self._log.tell("reload_done", models=len(models))
 
     async def _finish(self) -> None:
         """End what is cancelled, overdue or complete; a failure of the store is tried again."""
+        troubled = ""  # told once, however long a store is away
         while True:
             self._cancelled.clear()
             try:
-                ended = await self._store.finish_due()
+                ended, troubled = await self._store.finish_due(), ""
                 if ended:
                     self._log.tell("batches_finished", batches=ended)
             except StoreError as error:
-                self._log.caution("finishing_failed", reason=str(error))
+                if str(error) != troubled:
+                    troubled = str(error)
+                    self._log.caution("finishing_failed", reason=troubled)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FINISH_INTERVAL_S):
                     await self._cancelled.wait()

@@ -23,6 +23,7 @@ from backends.offline.line_engine import EngineError, FlagsError
 _T = TypeVar("_T")
 ADDED_MAX = 256  # between two steps: some 100 us each, and answers wait meanwhile
 Work = Callable[[Any], None]  # with the LLMEngine
+_OF_THE_ENGINE = {"EngineDeadError", "ZMQError"}  # by name: nothing of vLLM's is imported here
 
 
 class Stepper:
@@ -142,8 +143,11 @@ class Stepper:
     def _add(self, request_id: str, add: Work, engine: Any) -> None:
         try:
             add(engine)
-        except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
-            self._tell(self._refuse, request_id, error)  # of this request, as vLLM's server sees it
+        except Exception as error:  # of this request, unless the engine is gone
+            if {kind.__name__ for kind in type(error).__mro__} & _OF_THE_ENGINE:
+                raise
+            engine.abort_request([request_id])  # it may be known already, and never be computed
+            self._tell(self._refuse, request_id, error)
 
     def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -70,7 +70,7 @@ ENDED_BY_US = 2
 class Launched:
     """One launch as it is followed."""
 
-    def __init__(self, launch_id: str, need: Need | None) -> None:
+    def __init__(self, launch_id: str, need: Need) -> None:
         self.launch_id = launch_id
         self.need = need
         self.actor: Any = None
@@ -111,17 +111,17 @@ class Bridge:
     def obey(self, order: Order) -> None:
         match order:
             case Start():
-                self._begin(order.launch_id, order)
+                self._begin(order, order)
             case Follow():
-                self._begin(order.launch_id, None)
+                self._begin(order, None)
             case Signal():
                 self._own(self._signal(order))
             case Keep():
                 self._own(self._sweep(set(order.launch_ids)))
 
-    def _begin(self, launch_id: str, start: Start | None) -> None:
-        launched = Launched(launch_id, start.need if start else None)
-        self._launched[launch_id] = launched
+    def _begin(self, order: Start | Follow, start: Start | None) -> None:
+        launched = Launched(order.launch_id, order.need)
+        self._launched[order.launch_id] = launched
         self._own(self._live(launched, start))
 
     def _own(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -302,7 +302,7 @@ def _waits_in_words(launched: Launched) -> str:
         state = placement_group_table(group)["state"]
     except (ValueError, KeyError):
         state = ""
-    if state != "PENDING" or launched.need is None:
+    if state != "PENDING":
         return "its node starts it" if state == "CREATED" else "waits for the cluster"
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return waits_for(launched.need, nodes, ray.available_resources())

@@ -3,9 +3,9 @@
 Replicas are the simulator's scheduler and step times (`backends.simulator.clockwork`); the gate is
 the one that runs (`backends.offline.gate`), and it hears what it hears in a region: the proxies'
 counts of half a second ago at most, the engines' readings once a second. Online requests arrive at
-random (Poisson, seeded), go where fewest are, and share nothing; lines wait without end and go as
-the gate lets them in. Told with and without lines: time to the first token, time between tokens,
-tokens of lines a second.
+random (Poisson, seeded), go where fewest of them are, and share nothing; lines wait without end and
+go as the gate lets them in. Told with and without lines: time to the first token, time between
+tokens, tokens of lines a second.
 
     python -m loadtest offline lab
     python -m loadtest offline lab --rates 2,8,16 --burst 6 --priority
@@ -84,7 +84,7 @@ class _Replica:
         self.cache = cache
         self.engine = Clockwork(profile, cache, limits, self.tally)
         self.stepping = False
-        self.count = 0  # of requests in flight
+        self.counts = [0, 0]  # in flight: online requests, lines
         self.generated = 0
 
     def reading(self, now_s: float) -> LoadSample:
@@ -166,8 +166,9 @@ class Lab:
         return Sequence(text, max_tokens=draw.randint(*answer), words=words)
 
     def _submit(self, sequence: Sequence, now_s: float) -> None:
-        replica = min(self._replicas, key=lambda each: each.count)
-        replica.count += 1
+        is_line = sequence in self._lines
+        replica = min(self._replicas, key=lambda each: each.counts[is_line])
+        replica.counts[is_line] += 1
         self._place[sequence] = replica
         replica.engine.submit(sequence, now_s)
         self._step(replica, now_s)
@@ -192,7 +193,7 @@ class Lab:
         before = {sequence: sequence.last_token_s for sequence, _ in step.work}
         for emission in replica.engine.finish(step):
             sequence = emission.sequence
-            replica.generated += emission.tokens
+            replica.generated += 1
             if sequence not in self._place:
                 continue  # it was cut within this step
             if sequence not in self._lines:
@@ -210,7 +211,7 @@ class Lab:
             self.gaps_s.append(now_s - last_s)
 
     def _ended(self, sequence: Sequence, now_s: float) -> None:
-        self._place.pop(sequence).count -= 1
+        self._place.pop(sequence).counts[sequence in self._lines] -= 1
         if sequence in self._lines:
             del self._lines[sequence]
             if now_s >= self.setting.before:
@@ -245,7 +246,7 @@ class Lab:
         for sequence in list(reversed(self._lines))[: len(self._lines) - self._verdict.keep]:
             replica = self._place.pop(sequence)
             replica.engine.abort(sequence)
-            replica.count -= 1
+            replica.counts[True] -= 1
             del self._lines[sequence]
             self.cut += 1
         self._fill(now_s)
@@ -254,7 +255,10 @@ class Lab:
     def _fill(self, now_s: float) -> None:
         setting = self.setting
         while len(self._lines) < self._verdict.lines:
-            wait_s = self._pace.wait_s(self._verdict.prompt_tokens_per_s, now_s)
+            verdict = self._verdict
+            wait_s = self._pace.wait_s(
+                verdict.prompt_tokens_per_s, verdict.prompt_tokens_at_once, now_s
+            )
             if wait_s > 0.0:
                 self._at(now_s + wait_s + 1e-6, self._fill)
                 return

@@ -75,17 +75,17 @@ class Replica:
         return self.state is ReplicaState.READY and not self.asleep
 
 
-def parse_url(url: str) -> tuple[bool, str, int]:
+def parse_url(url: str, what: str = "replica URL") -> tuple[bool, str, int]:
     """Return (tls, host, port). Raises `ValueError` with a message for the operator."""
     match = _URL.fullmatch(url)
     if match is None:
         raise ValueError(
-            f"replica URL {url!r} must look like http://host:port, without path, query or user"
+            f"{what} {url!r} must look like http://host:port, without path, query or user"
         )
     tls = match[1] == "https"
     port = int(match[3]) if match[3] else (443 if tls else 80)
     if not 0 < port < 65536:
-        raise ValueError(f"replica URL {url!r}: port {port} is not between 1 and 65535")
+        raise ValueError(f"{what} {url!r}: port {port} is not between 1 and 65535")
     return tls, match[2].strip("[]"), port
 
 

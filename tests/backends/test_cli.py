@@ -495,6 +495,13 @@ def test_redaction() -> None:
     assert redacted(config)["proxy"]["worker_urls"] == [f"http://{HIDDEN}@h:1"]
 
 
+def test_what_ray_is_told_is_shown_without_its_secrets() -> None:
+    ray = "{env: {HF_TOKEN: hush-hush, HF_HOME: /m}, runtime_env: {env_vars: {A: hush-hush}}}"
+    shown = redacted(parse_config(f"manager: {{provider: ray, ray: {ray}}}", "f"))
+    assert "hush-hush" not in json.dumps(shown)
+    assert shown["manager"]["ray"]["env"]["HF_HOME"] == "/m"
+
+
 FLEET = FleetSnapshot(
     epoch="e",
     version=1,

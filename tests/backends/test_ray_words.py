@@ -49,4 +49,5 @@ def test_a_bundle_is_never_empty(need: Need, bundle: dict[str, float]) -> None:
 def test_an_error_of_ray_is_told_by_its_first_line() -> None:
     assert one_line(RuntimeError("\n  gone  \nTraceback\n")) == "gone"
     assert one_line(RuntimeError("")) == "RuntimeError"
+    assert one_line(RuntimeError("failed:\nTraceback\nno memory\n")) == "failed: no memory"
     assert unplaced_words(15) == "ended by SIGTERM before a node had room for it"

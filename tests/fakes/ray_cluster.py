@@ -90,10 +90,13 @@ class RayCluster:
         # The names of sockets in there must be short, which a folder of pytest's is not.
         self.folder = Path(tempfile.mkdtemp(prefix="dray-"))
         port = free_port()
+        client_port = free_port()
         self.address = f"127.0.0.1:{port}"
+        self.client_address = f"ray://127.0.0.1:{client_port}"
         self.nodes: list[Node] = []
         folder = ("--temp-dir", str(self.folder), "--include-dashboard", "false")
         has = ("--num-cpus", "16", "--num-gpus", str(gpus))
+        has += ("--ray-client-server-port", str(client_port))
         self.head = Node(self, "127.0.0.1", "--head", "--port", str(port), *folder, *has)
         until(self.head.up, "the head is up")
 

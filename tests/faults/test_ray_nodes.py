@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from tests.fakes import ray_cluster
 from tests.fakes.load import Load, Outcome
-from tests.fakes.programs import CLI, Program, fetch, free_port, until
+from tests.fakes.programs import CLI, Program, children, fetch, free_port, until
 from tests.fakes.ray_cluster import Node, RayCluster
 
 pytestmark = [
@@ -141,14 +143,42 @@ class Region:
         return [json.loads(line) for line in content.splitlines()]
 
 
-@pytest.fixture
-def region(tmp_path: Path, cluster: RayCluster) -> Iterator[Region]:
-    region = Region(tmp_path, cluster)
+@pytest.fixture(scope="module")
+def region(tmp_path_factory: pytest.TempPathFactory, cluster: RayCluster) -> Iterator[Region]:
+    region = Region(tmp_path_factory.mktemp("ray"), cluster)
     try:
         region.start()
         yield region
     finally:
         region.up.end()
+
+
+async def test_the_manager_and_its_bridge_die_and_nobody_notices(region: Region) -> None:
+    before = {record["replica_id"]: record["url"] for record in region.records()}
+    manager = int((region.run_dir / "lock").read_text())
+    (bridge,) = [pid for pid in children(manager) if b"ray_bridge" in command(pid)]
+    async with Load(region.url, clients=CLIENTS) as load:
+        await load.until_more(CLIENTS)
+        os.kill(bridge, signal.SIGKILL)
+        await load.until_more(CLIENTS)
+        log = region.run_dir / "logs" / "manager.log"
+        found = lambda: log.read_text().count('"ray_cluster"') == 2  # noqa: E731
+        await asyncio.to_thread(until, found, "the cluster is found again")
+        os.kill(manager, signal.SIGKILL)
+        adopted = lambda: log.read_text().count('"replica_adopted"') == REPLICAS + WORKERS  # noqa: E731
+        await asyncio.to_thread(until, adopted, "all are adopted")
+        await asyncio.to_thread(until, region.whole, "all are ready")
+        await load.until_more(CLIENTS)
+        await load.stop()
+    assert not load.failed(), load.summary()
+    assert {record["replica_id"]: record["url"] for record in region.records()} == before
+    assert not any(record.get("restarts") for record in region.records())
+    with pytest.raises(ProcessLookupError):
+        os.kill(bridge, 0)
+
+
+def command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def fullest(region: Region, cluster: RayCluster) -> Node:
@@ -173,11 +203,9 @@ async def test_a_node_that_dies_under_load_takes_only_what_it_was_answering(
         )
         await asyncio.to_thread(victim.kill)
         dead_s = time.monotonic()
-        print("died", dead_s)  # noqa: T201
         await load.until_more(3 * CLIENTS)
         left = {victim.host}
         await asyncio.to_thread(until, lambda: region.whole(left), "all are ready elsewhere")
-        print("back", time.monotonic() - dead_s, load.summary()[:100])  # noqa: T201
         await load.until_more(3 * CLIENTS)
         await load.stop()
     after = region.ready()
@@ -202,3 +230,17 @@ async def test_a_node_that_dies_under_load_takes_only_what_it_was_answering(
     assert job["request_counts"] == {"total": LINES, "completed": LINES, "failed": 0}
     ids = [line["custom_id"] for line in region.output(job["output_file_id"])]
     assert ids == [f"line-{number}" for number in range(LINES)]
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+    config = tmp_path / "doherty.yaml"
+    address = f"127.0.0.1:{free_port()}"
+    config.write_text(json.dumps({"manager": {"provider": "ray", "ray": {"address": address}}}))
+    run = Program(
+        (*CLI, "manager", "--config", str(config), "--port=0", f"--run-dir={tmp_path}/run"),
+        tmp_path / "log",
+    )
+    assert run.ended() == 1
+    (line,) = run.said.splitlines()
+    assert f"the Ray cluster at {address} cannot be used" in line
+    assert "manager.ray.address" in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from proxy.core import limits
@@ -286,3 +287,18 @@ async def test_a_client_of_http_1_0_gets_what_was_in_the_chunks(bench: Bench) ->
     service.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
     assert client.received.endswith(b"\r\n\r\nabc")
     assert client.transport.closed
+
+
+async def test_a_reload_says_where_the_service_is(bench: Bench) -> None:
+    plane = bench.plane
+    client, service = await passed(bench, request(body=b"abc"))
+    config = msgspec.structs.replace(plane.config, offline_url="http://127.0.0.2:9000")
+    plane.reconfigure(config, plane.access_log)
+    service.send(answer())  # what is under way goes on
+    assert client.answer().status == 200
+    _, service = await passed(bench, request(body=b"abc"))
+    assert b"\r\nhost: 127.0.0.2:9000\r\n" in service.received
+    plane.reconfigure(msgspec.structs.replace(config, offline_url=None), plane.access_log)
+    nobody = bench.client()
+    nobody.send(request(method="GET"))
+    assert nobody.answer("GET").status == 404

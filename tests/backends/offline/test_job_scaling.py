@@ -311,6 +311,11 @@ async def test_an_operator_restarts_a_worker_and_nothing_else(world: Jobs) -> No
                 assert answer.status == 409
                 assert "takes no requests" in await answer.text()
         assert world.phases() == {"m-0": "ready"}
+        async with session.get(f"http://{host}:{port}/metrics") as answer:
+            lines = (await answer.text()).splitlines()
+        assert 'doherty_manager_engine_workers{state="ready"} 1.0' in lines
+        assert 'doherty_manager_replicas{state="ready"} 0.0' in lines
+        assert 'doherty_manager_scale_term{pool="m",term="needed"} 1.0' in lines
         async with session.post(url + "restart") as answer:
             assert answer.status == 200
         await world.clock.advance(0.1)

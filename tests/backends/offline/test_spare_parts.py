@@ -194,17 +194,20 @@ def test_models_that_share_replicas_are_one_group() -> None:
     assert asked_of(report, ("zero",)).in_flight == 0
 
 
-def test_prompts_begin_at_their_pace_and_none_is_too_large_for_it() -> None:
-    pace, now_s, begun = Pace(at_s=0.0), 0.0, 0
+@pytest.mark.parametrize("at_once", [0.0, 6000.0])
+def test_prompts_begin_at_their_pace_and_none_is_too_large_for_it(at_once: float) -> None:
+    pace, now_s, begun = Pace(at_s=0.0), 0.0, list[float]()
     while now_s < 100.0:
-        wait_s = pace.wait_s(1000.0, now_s)
+        wait_s = pace.wait_s(1000.0, at_once, now_s)
         if wait_s:
             now_s += wait_s + 1e-9
         else:
             pace.begin(2500)
-            begun += 2500
-    assert 95_000 <= begun <= 105_000
-    assert pace.wait_s(math.inf, now_s) == 0.0
+            begun.append(now_s)
+    assert 95_000 <= 2500 * len(begun) <= 105_000
+    together = len(begun) / len(set(begun))
+    assert together == (3.0 if at_once else 1.0), "what is saved up begins in one step"
+    assert pace.wait_s(math.inf, 0.0, now_s) == 0.0
 
 
 def test_a_report_is_the_same_until_it_is_heard_and_large_ones_are_cut() -> None:
