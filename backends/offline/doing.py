@@ -11,6 +11,8 @@ Values in, values out; time is an argument. The rules:
 - More lines are wanted while fewer than `ahead` are undone: the engine must not run dry while the
   next chunk is on its way, and must not hoard what another worker could do. Nor may they fill the
   memory: from `HELD_BYTES_MAX` on no more are asked for.
+- Lines over which a worker died come in chunks that are to be computed alone. Nothing is asked for
+  beside them: were several such chunks in hand, the next death would be held against all of them.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class HeldChunk:
     """One chunk in hand."""
 
     __slots__ = (
+        "alone",
         "chunk_id",
         "fence",
         "held_until_s",
@@ -54,6 +57,7 @@ class HeldChunk:
 
     def __init__(self, chunk: Chunk, now_s: float) -> None:
         self.chunk_id = chunk.chunk_id
+        self.alone = chunk.alone
         self.fence = chunk.fence
         self.hold_s = chunk.hold_s
         self.told_s = now_s
@@ -99,6 +103,8 @@ class Holdings:
 
     def wants_more(self) -> bool:
         """Say whether it is time to ask."""
+        if any(chunk.alone for chunk in self._chunks.values()):
+            return False
         return self.undone < self._ahead and self.undone_bytes < HELD_BYTES_MAX
 
     def take(self, chunk: Chunk, now_s: float) -> list[HeldLine]:

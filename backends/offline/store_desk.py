@@ -144,6 +144,7 @@ class DeskStore(JobStore):
                 Line(str(there[line.job][1]), line.number, str(there[line.job][3]), body)
                 for line, body in zip(taking.lines, bodies, strict=True)
             ),
+            alone=any(line.span for line in taking.lines),
         )
 
     async def _let_go(self, chunk: int, lines: Counter[int]) -> None:

@@ -127,9 +127,10 @@ class Worker:
         )
 
     async def _begin(self, chunk: Chunk) -> None:
-        now_s = self._clock.now_s()
-        lines = self.holdings.take(chunk, now_s)
+        lines = self.holdings.take(chunk, self._clock.now_s())
         self._look_round()
+        while chunk.alone and self._tasks:  # until what was in hand before is done
+            await asyncio.wait(self._tasks.values())
         for index, held in enumerate(lines):
             if held not in held.chunk.undone:  # dropped while we were at it
                 continue

@@ -87,7 +87,7 @@ class RayProcess:
             self._provider.signal(self, number)
 
     def release(self) -> None:
-        self._provider.forget(self.order.launch_id)
+        self._provider.leave(self)
         self.close()
 
     def runs(self, host: str) -> None:
@@ -143,7 +143,9 @@ class RayProvider:
         self._log = log
         self._log_folder = run_folder / "logs"
         self._processes: dict[str, RayProcess] = {}
+        self._left: set[str] = set()  # that nobody watches any more
         self._found: frozenset[str] = frozenset()
+        self._recovered = False
         self._bridge: asyncio.subprocess.Process | None = None  # that has been answered by Ray
         self._problem = ""
         self._keeping: asyncio.Task[None] | None = None
@@ -151,8 +153,8 @@ class RayProvider:
 
     @property
     def empty(self) -> bool:
-        """Say whether nothing runs of what was started or adopted."""
-        return not self._processes
+        """Say whether nothing runs of what was started or adopted, watched or not."""
+        return not self._processes and not self._left
 
     async def open(self) -> None:
         """Reach the cluster. Raises `StartError`."""
@@ -219,6 +221,7 @@ class RayProvider:
                 if launch.host != UNPLACED:
                     process.placed.set_result(launch.host)
                 adopted[launch.launch_id] = process
+        self._recovered = True
         self._send(Keep(tuple(adopted)))
         kill_remains({launch.launch_id for launch in launches} - adopted.keys())
         return adopted
@@ -234,8 +237,10 @@ class RayProvider:
         if number == signal.SIGKILL:
             self._own(self._give_up(process), f"give up {process.order.launch_id}")
 
-    def forget(self, launch_id: str) -> None:
-        self._processes.pop(launch_id, None)
+    def leave(self, process: RayProcess) -> None:
+        """Watch it no longer; it runs on, if it has not ended."""
+        if self._processes.pop(process.order.launch_id, None) is not None:
+            self._left.add(process.order.launch_id)
 
     def _begin(self, order: Start | Follow, log_path: Path) -> RayProcess:
         process = RayProcess(order, log_path, self)
@@ -253,7 +258,7 @@ class RayProvider:
             self._end(process, "given up: its cluster does not answer")
 
     def _end(self, process: RayProcess, how: str) -> None:
-        self.forget(process.order.launch_id)
+        self._processes.pop(process.order.launch_id, None)
         process.ended(how)
 
     # --- the bridge -----------------------------------------------------------------------------
@@ -328,6 +333,8 @@ class RayProvider:
             self._send(process.order)
             if process.signalled:
                 self._send(Signal(process.order.launch_id, process.signalled))
+        if self._recovered:
+            self._send(Keep(tuple(self._processes.keys() | self._left)))
         if not connected.done():
             connected.set_result(None)
 

@@ -1,17 +1,18 @@
-"""Jobs over HTTP, as their owners see them: how fast they are done, and what they cost others."""
+"""Jobs over HTTP, as their owners see them: their speed, their cost to others, kills amid them."""
 
 from __future__ import annotations
 
 import argparse
 
 from loadtest.command import Command
-from loadtest.offline import lab, spare, throughput
+from loadtest.offline import kills, lab, spare, throughput
 
-SUMMARY = "jobs of many lines: how fast they are done, and what they cost others"
+SUMMARY = "jobs of many lines: their speed, their cost to others, kills amid them"
 
 
 COMMANDS: dict[str, Command] = {
     "lab": lab,
+    "kills": kills,
     "spare": spare,
     "throughput": throughput,
 }

@@ -47,6 +47,16 @@ def test_more_is_wanted_below_the_mark_and_within_the_memory(
     assert held.wants_more()
 
 
+def test_nothing_is_wanted_beside_a_chunk_that_is_computed_alone() -> None:
+    held = Holdings("w", ahead=300)
+    (line,) = held.take(msgspec.structs.replace(chunk_of(1), alone=True), 0.0)
+    assert not held.wants_more()
+    held.finish(line, done(line))
+    assert not held.wants_more(), "before its result is told, a death is still held against it"
+    held.told(line.chunk, held.report(line.chunk, 0.0), HELD, 1.0)
+    assert held.wants_more()
+
+
 def test_a_report_is_due_every_second_at_the_end_and_to_renew() -> None:
     held = Holdings("w", ahead=3)
     first, second = held.take(chunk_of(2), 100.0)
