@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -34,7 +35,7 @@ from proxy.config import RayConfig
 
 LOCAL = "local"
 UP_S_MAX = 60.0
-DOWN_S_MAX = 10.0
+DOWN_S_MAX = 2.0  # nothing runs there any more that would have to end in order
 POLL_S = 0.1
 
 
@@ -67,6 +68,7 @@ class LocalCluster:
         self._process.release()
         kill_remains({_name(self._path.parent)})  # its daemons have groups of their own
         self._path.unlink(missing_ok=True)
+        await asyncio.to_thread(shutil.rmtree, _folder(self._path.parent), ignore_errors=True)
 
 
 @asynccontextmanager
@@ -132,10 +134,8 @@ async def _comes_up(cluster: LocalCluster, process: LocalProcess) -> bool:
 def _command(address: str, config: RayConfig, run_folder: Path) -> list[str]:
     host, _, port = address.partition(":")
     beside = Path(sys.executable).with_name("ray")
-    # The names of its sockets must be short (unix(7): 108 octets), which a run folder's are not.
-    folder = Path(tempfile.gettempdir()) / f"doherty-{_name(run_folder)}"
     argv = [str(beside) if beside.exists() else "ray", "start", "--head", "--block"]
-    argv += ["--node-ip-address", host, "--port", port, "--temp-dir", str(folder)]
+    argv += ["--node-ip-address", host, "--port", port, "--temp-dir", str(_folder(run_folder))]
     argv += ["--include-dashboard", "false", "--disable-usage-stats"]
     if config.local_gpus is not None:
         argv += ["--num-gpus", str(config.local_gpus)]
@@ -151,6 +151,11 @@ def _environment(config: RayConfig) -> dict[str, str]:
 def _name(run_folder: Path) -> str:
     """Return what all processes of the cluster are known by."""
     return "ray-" + sha256(str(run_folder.absolute()).encode()).hexdigest()[:8]
+
+
+def _folder(run_folder: Path) -> Path:
+    """Return where Ray keeps its sockets, whose names must be short (unix(7): 108 octets)."""
+    return Path(tempfile.gettempdir()) / f"doherty-{_name(run_folder)}"
 
 
 def _listens(address: str) -> bool:
