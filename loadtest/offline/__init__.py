@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 
 from loadtest.command import Command
-from loadtest.offline import kills, spare, throughput
+from loadtest.offline import jobs, kills, spare, throughput
 
 SUMMARY = "jobs of many lines: their speed, their cost to others, kills amid them"
 
 
 COMMANDS: dict[str, Command] = {
+    "jobs": jobs,
     "kills": kills,
     "spare": spare,
     "throughput": throughput,
