@@ -41,7 +41,6 @@ _WISHES = {
     "undrain": (Event.RELEASE, ""),
     "restart": (Event.RESTART, "restarted by an operator"),
 }
-_HOLDS = ("drain", "undrain")  # from requests
 _TURNS = ("sleep", "wake", "snapshot")
 
 
@@ -145,8 +144,9 @@ class Api:
             known = ", ".join([*_WISHES, *_TURNS])
             raise web.HTTPNotFound(text=f"no such action; there are {known}")
         keeper = self._keeper(request)
-        if wish in _HOLDS and keeper.questions.gives_back:
-            words = "it is an engine worker and takes no requests, so none can be kept from it"
+        if wish != "restart" and keeper.questions.gives_back:
+            words = "it is an engine worker: it takes no requests and does not rest; it can be "
+            words += "restarted, and its pool scaled"
             raise web.HTTPConflict(text=f"{keeper.spec.replica_id}: {words}")
         try:
             if wish == "sleep":
@@ -230,7 +230,11 @@ class _ManagerCollector(Collector):
     def collect(self) -> Iterator[scaling_metrics.Metric]:
         prefix = "doherty_manager_"
         states = dict.fromkeys([*(state.value for state in ReplicaState), "asleep"], 0)
+        of_workers = dict(states)
         replicas = GaugeMetricFamily(prefix + "replicas", "Replicas by state.", labels=["state"])
+        workers = GaugeMetricFamily(
+            prefix + "engine_workers", "Engine workers by state.", labels=["state"]
+        )
         restarts = CounterMetricFamily(
             prefix + "restarts", "Starts of a replica after its first.", labels=["replica"]
         )
@@ -241,17 +245,19 @@ class _ManagerCollector(Collector):
         )
         for replica_id, keeper in self._source.keepers.items():
             record = keeper.record()
-            states["asleep" if record.asleep else record.state.value] += 1
+            counted = of_workers if keeper.questions.gives_back else states
+            counted["asleep" if record.asleep else record.state.value] += 1
             restarts.add_metric([replica_id], record.restarts)
             failures.add_metric([replica_id], keeper.questions.failures)
         for state, count in states.items():
             replicas.add_metric([state], count)
+            workers.add_metric([state], of_workers[state])
         version = GaugeMetricFamily(
             prefix + "fleet_version", "Snapshots published.", self._source.feed.snapshot.version
         )
         watchers = GaugeMetricFamily(
             prefix + "watchers", "Proxies that watch the fleet.", len(self._watchers)
         )
-        yield from (replicas, restarts, failures, version, watchers)
+        yield from (replicas, workers, restarts, failures, version, watchers)
         yield from scaling_metrics.collect(self._source.scaler.report())
         yield from self._source.scaler.tally.collect()

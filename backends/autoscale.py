@@ -329,6 +329,7 @@ class Autoscaler:
             load=keeper.questions.load,
             devices=leases.holders.get(replica_id, ()) if leases else (),
             in_flight=self.book.in_flight(replica_id),
+            spare=self.book.spare(replica_id),
             tokens=self.book.tokens(replica_id),
             names=keeper.questions.models,
             restored_s=restored.up_s if restored else 0.0,

@@ -47,6 +47,8 @@ def check_engines(
 def _check(engine: Engine, spec: ReplicaSpec, environ: Mapping[str, str]) -> tuple[str, ...]:
     if spec.image:  # which program is in there, its tag says
         return engine.check(spec, parse_release(tag_of(spec.image)))
+    if spec.elsewhere:
+        return _check_elsewhere(engine, spec)
     try:
         release = probe_release(program_of(engine, spec, environ))
     except EngineMissingError as error:
@@ -59,11 +61,23 @@ def _check(engine: Engine, spec: ReplicaSpec, environ: Mapping[str, str]) -> tup
     return engine.check(spec, release)
 
 
+def _check_elsewhere(engine: Engine, spec: ReplicaSpec) -> tuple[str, ...]:
+    """Judge the arguments by what is said of the nodes, which cannot be asked."""
+    warnings = engine.check(spec, parse_release(spec.release))
+    kind = engine.name.removesuffix("-jobs")
+    if not spec.release and kind != "simulator":
+        warnings += (
+            f"which release of {kind} the nodes have is not known, so its flags are not judged; "
+            f"say it in manager.ray.versions.{kind}",
+        )
+    return warnings
+
+
 def check_cards(
     config: Config, cards: str, engines: Mapping[str, Engine] = ENGINES
 ) -> tuple[str, ...]:
     """Return warnings about replicas that need more GPUs than `cards`, the manager's, names."""
-    if cards in (AUTO, NONE):
+    if cards in (AUTO, NONE) or config.manager.provider == "ray":
         return ()
     named = len(names_of(cards))
     needed: dict[str, int] = {}

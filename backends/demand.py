@@ -110,6 +110,11 @@ class DemandBook:
         count = sum(each.in_flight for each in told if each is not None)
         return max(count, int(self._may_be_chosen(replica_id)))
 
+    def spare(self, replica_id: str) -> int:
+        """Return those of them that may have only what is spare."""
+        told = (heard.demand.replicas.get(replica_id) for heard in self._heard.values())
+        return sum(each.spare for each in told if each is not None)
+
     def _may_be_chosen(self, replica_id: str) -> bool:
         """Say whether a proxy may not have heard yet that this one takes nothing new."""
         since = self._closed.get(replica_id)

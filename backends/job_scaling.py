@@ -75,10 +75,11 @@ class NeedsBook:
         """Whether any service lives."""
         return bool(self._heard)
 
-    def of(self, model: str) -> tuple[JobNeed, ...]:
-        """Return what is left to do of a model, the earliest due first."""
+    def of(self, *models: str) -> tuple[JobNeed, ...]:
+        """Return what is left to do of a model and its adapters, the earliest due first."""
         newest = max(self._heard.values(), key=lambda heard: heard.at_s, default=None)
-        needs = newest.needs.models.get(model, ()) if newest else ()
+        told = newest.needs.models if newest else {}
+        needs = (need for model in models for need in told.get(model, ()))
         return _bounded(sorted(needs, key=lambda need: need.due_in_s))
 
     def rate(self, worker_id: str) -> float:
@@ -182,7 +183,8 @@ class JobScaling:
         ladder: Ladder,
         now_s: float,
     ) -> Work:
-        needs = self.book.of(model)
+        adapters = {name for pool in pools for name in pool.view.pool.first.adapters}
+        needs = self.book.of(model, *sorted(adapters))
         lines = sum(need.lines for need in needs)
         if lines:
             self._work_since_s.setdefault(model, now_s)

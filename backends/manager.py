@@ -248,7 +248,10 @@ class Manager:
             if process is None or not known:
                 self._drop(launch, process)
                 continue
-            keeper = self._keep(self.scaler.meant(launch.replica_id) or _orphan(launch))
+            wanted = self.scaler.meant(launch.replica_id)
+            if wanted is None or wanted.spec.engine != launch.engine:
+                wanted = _orphan(launch)  # it is what it was started as until it has ended
+            keeper = self._keep(wanted)
             adoptions.append(keeper.adopt(launch, process))
         await asyncio.gather(*adoptions)
 

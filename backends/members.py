@@ -97,6 +97,7 @@ class Look(NamedTuple):
     restored_s: float = 0.0  # what its last start from an image took; 0: it had none
     bound: tuple[str, ...] = ()  # suspended, it can only come back on these cards
     posing: bool = False  # an image of it is made, and then it serves on
+    spare: int = 0  # of the requests in flight, those that may have only what is spare
 
 
 class Rise(NamedTuple):
@@ -249,7 +250,12 @@ def _turn(known: _Remembered, standing: Standing, look: Look, now_s: float) -> R
 
 
 def _in_flight(look: Look) -> int:
-    """Return the requests on it: by the proxies, or by itself, whoever knows of more."""
+    """Return the requests on it: by the proxies, or by itself, whoever knows of more.
+
+    What may have only what is spare keeps nobody busy; an engine cannot tell it from the rest.
+    """
+    if look.spare:
+        return max(0, (look.in_flight or 0) - look.spare)
     own = look.load.running + look.load.waiting if look.load else 0
     return max(own, look.in_flight or 0)
 

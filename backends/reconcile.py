@@ -5,7 +5,8 @@ times; what is already on its way is not asked for again. So nothing depends on 
 event, and a manager that was killed half-way through a change goes on where it was.
 
 A changed replica is restarted only while the rest of its pool serves, one of a pool at a time: a
-configuration that cannot start takes down one replica, not the model. Where nothing is lost by it
+configuration that cannot start takes down one replica, not the model. One that is to be of another
+engine ends in the same turn, is forgotten and made anew. Where nothing is lost by it
 (a replica that is not serving, or the only one of its pool) the restart is immediate. One that
 sleeps is let be: it takes the new command once it has been woken, for a start would take the GPU
 memory that somebody wanted free; nor does the rest of its pool wait for it.
@@ -137,6 +138,8 @@ def reconcile(wanted: Sequence[Wanted], observed: Sequence[Observed]) -> tuple[A
         current = observed_by_id.get(want.spec.replica_id)
         if current is None:
             actions.extend([Create(want)] if _starts(want) else [])
+        elif current.spec.engine != want.spec.engine:
+            actions.extend(_replaced(want, current, away))
         else:
             actions.extend(_align(want, current, away))
     return tuple(actions)
@@ -167,6 +170,19 @@ def _align(want: Wanted, current: Observed, away: dict[tuple[str, str], int]) ->
         away[pool] += 1
         actions.append(Restart(replica_id))
     return actions
+
+
+def _replaced(want: Wanted, current: Observed, away: dict[tuple[str, str], int]) -> list[Action]:
+    """Return what makes room for one of another engine, in its turn: it is made once this is gone.
+
+    Whoever keeps a replica knows its engine for good.
+    """
+    if current.phase is Phase.STOPPED and not current.wanted:
+        return [Remove(want.spec.replica_id)]
+    if not current.wanted or (current.phase not in _AWAY and away[_pool(want)]):
+        return []
+    away[_pool(want)] += current.phase not in _AWAY
+    return [Stop(want.spec.replica_id)]
 
 
 def _turn(want: Wanted, current: Observed, change: Way) -> list[Action]:

@@ -26,6 +26,10 @@ def redacted(config: Config) -> dict[str, Any]:
     proxy["worker_urls"] = [_USERINFO.sub(HIDDEN, url) for url in proxy["worker_urls"]]
     if proxy["manager_url"] is not None:
         proxy["manager_url"] = _USERINFO.sub(HIDDEN, proxy["manager_url"])
+    cluster = value["manager"]["ray"]
+    cluster["env"] = {k: HIDDEN if secret(k) else v for k, v in cluster["env"].items()}
+    if cluster["runtime_env"]:
+        cluster["runtime_env"] = HIDDEN  # whatever Ray takes, tokens of registries and of clouds
     offline = value["offline"]
     if offline["work_key"] is not None:
         offline["work_key"] = HIDDEN

@@ -221,7 +221,7 @@ async def _reload_on_order(
     ahead: Callable[[Config], None],
     log: Log,
 ) -> None:
-    """Take the file anew at each SIGHUP, environment over it; a faulty file changes nothing.
+    """Take the file anew at each SIGHUP; a faulty file changes nothing.
 
     What its pools may want is asked `ahead` whether it works: the loop serves others meanwhile.
     """

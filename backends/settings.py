@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from backends.offline.setting import exposed
+from backends.offline.setting import exposed, unreadable
 from backends.spec import pool_specs
 from backends.up_plan import Plan
 from proxy.config import (
@@ -120,7 +120,8 @@ def offline_settings(
 ) -> OfflineConfig:
     """Return `base` with flags and environment laid over it. Raises `ConfigError`."""
     offline = _laid_over(base, _OFFLINE_SETTINGS, given, environ)
-    if offline.enabled and (problem := exposed(offline)) is not None:
+    problem = exposed(offline) or unreadable(offline.store)
+    if offline.enabled and problem is not None:
         raise ConfigError(problem)
     return offline
 

@@ -47,7 +47,9 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int = 0
     work_class: WorkClass = "online"
     image: str = ""  # of its containers; empty: it is a process of this machine
-    resources: dict[str, float] = {}  # of its node beside GPUs, where a cluster says where it runs
+    elsewhere: bool = False  # a cluster says where it runs: nothing of this machine is there
+    release: str = ""  # of the engine there; empty: nobody says
+    resources: dict[str, float] = {}  # of its node there, beside GPUs
     snapshot: bool = False  # starts from an image of a warm one, and makes it where there is none
     serves: Serves = "requests"
     desk_url: str = ""  # where a worker of jobs gets its lines
@@ -133,6 +135,8 @@ def _spec(config: Config, model: ModelConfig, pool: PoolConfig, replica_id: str)
         image=config.image_of(pool),
         serves=pool.serves,
         gpu_price_per_hour=pool.gpu_price_per_hour,
+        elsewhere=config.manager.provider == "ray",
+        release=config.manager.ray.versions.get(pool.engine, ""),
         resources=pool.resources,
     )
     return _worker(spec, config.offline) if pool.serves == "jobs" else spec

@@ -30,7 +30,7 @@ from backends.serve import lock_run_folder
 from backends.service import Service
 from backends.tasks import cancel_all, spawn
 from backends.up_plan import Plan, services, upgrade_socket, with_ports
-from backends.up_words import banner, describe, models_down
+from backends.up_words import banner, describe, models_down, takes_requests
 from proxy.contract import (
     FLEET_PATH,
     FLEET_WATCH_PATH,
@@ -130,10 +130,9 @@ class Up:
         return not self._stop.is_set()
 
     async def _poll(self) -> None:
-        pools = [pool for model in self._plan.config.models for pool in model.pools]
-        # Where all that is served are files and batches, no replica will ever make the proxy ready.
-        waits = not pools or any(pool.serves == "requests" for pool in pools)
-        urls = [self._plan.admin_url + ("/readyz" if waits else "/livez")]
+        # Where no model takes requests no request could be answered, however long one waits.
+        page = "/readyz" if takes_requests(self._plan.config) else "/livez"
+        urls = [self._plan.admin_url + page]
         if self._offline is not None:
             urls.append(self._plan.offline_url + "/health")
         timeout = aiohttp.ClientTimeout(total=2.0)

@@ -36,37 +36,23 @@ def models_down(config: Config, replicas: Iterable[ReplicaRecord]) -> tuple[str,
     return tuple(model.name for model in config.models if model.name in down)
 
 
-def _of_requests(model: ModelConfig) -> list[PoolConfig]:
-    return [pool for pool in model.pools if pool.serves == "requests"]
-
-
 def banner(plan: Plan, down: Sequence[str] = ()) -> str:
     """Return what to do with a running endpoint, ready to be pasted; models `down` are told."""
-    models = plan.config.models
-    names = [m.name for m in models if _of_requests(m)] or [m.name for m in models]
-    model = next((name for name in names if name not in down), (*names, "MODEL")[0])
     without = f", without {', '.join(down)}" if down else ""
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": "Say hello."}],
-        "stream": True,
-    }
     key, auth = '"none"', ""
     if plan.proxy.api_key is not None:
         key, auth = 'os.environ["DOHERTY_API_KEY"]', ' -H "authorization: Bearer $DOHERTY_API_KEY"'
-    lines = [
-        "",
-        f"Ready{without}: {plan.url}/v1",
-        "",
-        f"curl -N {plan.url}/v1/chat/completions -H 'content-type: application/json'{auth} \\",
-        f"  -d '{json.dumps(body)}'",
-        "",
+    client = [
         *(["import os"] if auth else []),
         "from openai import OpenAI",
         f'client = OpenAI(base_url="{plan.url}/v1", api_key={key})',
-        "answer = client.chat.completions.create(",
-        f'    model="{model}", messages=[{{"role": "user", "content": "Say hello."}}])',
-        "print(answer.choices[0].message.content)",
+    ]
+    names = [model.name for model in plan.config.models if _of_requests(model)]
+    model = next((name for name in names if name not in down), (*names, "MODEL")[0])
+    lines = _a_request(plan.url, model, auth, client) if names else [*client, *_A_JOB]
+    lines = [
+        *("", f"Ready{without}: {plan.url}/v1", ""),
+        *lines,
         "",
         f"  admin    {plan.admin_url}  (metrics, replicas)",
         f"  replicas doherty status --manager-url {plan.manager_url}",
@@ -80,3 +66,35 @@ def banner(plan: Plan, down: Sequence[str] = ()) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def takes_requests(config: Config) -> bool:
+    """Say whether any model is served to whoever asks; else there are jobs only."""
+    return any(_of_requests(model) for model in config.models)
+
+
+def _of_requests(model: ModelConfig) -> list[PoolConfig]:
+    return [pool for pool in model.pools if pool.serves == "requests"]
+
+
+def _a_request(url: str, model: str, auth: str, client: Sequence[str]) -> list[str]:
+    message = {"role": "user", "content": "Say hello."}
+    body = {"model": model, "messages": [message], "stream": True}
+    return [
+        f"curl -N {url}/v1/chat/completions -H 'content-type: application/json'{auth} \\",
+        f"  -d '{json.dumps(body)}'",
+        "",
+        *client,
+        "answer = client.chat.completions.create(",
+        f'    model="{model}", messages=[{json.dumps(message)}])',
+        "print(answer.choices[0].message.content)",
+    ]
+
+
+# With a file of requests, one a line, as OpenAI's batches have them.
+_A_JOB = (
+    'lines = client.files.create(file=open("lines.jsonl", "rb"), purpose="batch")',
+    "job = client.batches.create(input_file_id=lines.id, "
+    'endpoint="/v1/chat/completions", completion_window="24h")',
+    "print(client.batches.retrieve(job.id).request_counts)",
+)

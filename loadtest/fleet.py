@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import orjson
@@ -152,6 +152,10 @@ async def launched(
         raise RunError(f"`doherty up` did not stop in {STOP_TIMEOUT_S:g} s; see {folder}")
 
 
+# Its offline service takes any port: several fleets may be measured at a time.
+ANY_OFFLINE_PORT: Final = {"DOHERTY_OFFLINE_PORT": "0"}
+
+
 async def _start(command: Sequence[str], log: Path) -> asyncio.subprocess.Process:
     with open(log, "wb") as output:  # noqa: ASYNC230 - once, before anything is measured
         try:
@@ -161,6 +165,7 @@ async def _start(command: Sequence[str], log: Path) -> asyncio.subprocess.Proces
                 stdout=output,
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the replay, which then stops this
+                env={**os.environ, **ANY_OFFLINE_PORT},
             )
         except OSError as error:
             raise RunError(f"{command[0]}: cannot be started: {error.strerror}") from error

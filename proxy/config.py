@@ -352,11 +352,22 @@ class Config(Section, frozen=True, kw_only=True):
                     )
 
     def _check_pool(self, model: str, pool: PoolConfig) -> None:
-        provider = self.manager.provider
+        provider, offline = self.manager.provider, self.offline
+        if pool.serves == "jobs" and not offline.enabled and offline.work_url is None:
+            raise ValueError(
+                f"model '{model}': engine workers get their lines from the offline service: leave "
+                "offline.enabled out, or name one that runs elsewhere in offline.work_url"
+            )
         if pool.resources and provider != "ray":
             raise ValueError(
                 f"model '{model}': resources are those of a Ray cluster's nodes; leave them out, "
                 "or set manager.provider: ray"
+            )
+        away = provider == "ray" and self.manager.ray.address != "local"
+        if away and pool.serves == "jobs" and self.offline.work_url is None:
+            raise ValueError(
+                f"model '{model}': engine workers run on nodes of the cluster; say in "
+                "offline.work_url under which URL these reach the offline service"
             )
         if provider == "docker" and not self.image_of(pool):
             raise ValueError(

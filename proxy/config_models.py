@@ -184,7 +184,7 @@ class PoolConfig(Section, frozen=True, kw_only=True, rename={"work_class": "clas
                 "serves: jobs needs engine vllm or simulator: sglang has no worker here; its "
                 "replicas of serves: requests do lines of jobs while they have room"
             )
-        settings = ("adapters", "target_inputs", "max_inputs", "target_tokens", "max_tokens")
+        settings = ("target_inputs", "max_inputs", "target_tokens", "max_tokens")
         for name in (*settings, "sleep", "snapshot"):
             if getattr(self, name):
                 raise ValueError(

@@ -350,6 +350,7 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     UnauthorizedError,
     OverloadedError,
     QueueFullError,
+    NoSpareError,
     QueueTimeoutError,
     NoReplicaError,
     NotAwakeError,

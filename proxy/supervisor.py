@@ -27,7 +27,7 @@ from proxy import settings, takeover, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.core.peer_wire import parse_address
-from proxy.core.replica import replica_of
+from proxy.core.replica import parse_url, replica_of
 from proxy.flags import Invocation
 from proxy.io import control
 from proxy.io.admin import make_app
@@ -426,6 +426,8 @@ async def _end_of(successor: asyncio.subprocess.Process) -> int:
 def check_source(config: ProxyConfig) -> None:
     """Raise `StartError` or `ValueError` when it is not plain where the fleet is known from."""
     check_urls(config.worker_urls)
+    if config.offline_url is not None:
+        parse_url(config.offline_url, "--offline-url")
     for address in (*config.peers, *filter(None, (config.peer_listen,))):
         parse_address(address)
     if not config.worker_urls and not config.manager_url:

@@ -37,6 +37,10 @@ LORA_TIMEOUT_S = 120.0
 _BOUND_LOOPBACK = "tcp://[::ffff:127.0.0.1]"
 _BOUND_EVERYWHERE = "tcp://*"
 
+# Behind whatever clients ask for in the priorities of their bodies, which are small numbers, and
+# within 32 bits; both engines run the lower number first, as they are started here.
+LOWEST_PRIORITY = 1_000_000
+
 
 class Launch(msgspec.Struct, frozen=True):
     """A command line and what it adds to the environment."""
@@ -45,6 +49,7 @@ class Launch(msgspec.Struct, frozen=True):
     env: dict[str, str] = {}
     python_path: str = ""  # put before what PYTHONPATH says
     rid_header: bool = False  # it takes a chat request's id from a field of the head
+    lowest_priority: str = ""  # a field of the head that puts a request behind all others
 
 
 class Ports(msgspec.Struct, frozen=True):

@@ -43,6 +43,7 @@ VLLM: Final[Mapping[str, Span]] = MappingProxyType(
         "startup_plan": _since(0, 27, 1, "VLLM_ENABLE_STARTUP_PLAN skips the memory profiling"),
         "fixed_root_hash": _since(0, 30, 0, "block hashes agree without PYTHONHASHSEED"),
         "queue_limits": _since(0, 30, 0, "--max-num-queued-reqs and --max-num-queued-tokens"),
+        "priority_header": _since(0, 30, 0, "X-Vllm-Priority, over the priority in the body"),
         "sse_keep_alive": _since(0, 30, 0, "--sse-keep-alive-interval"),
         "kv_event_sources": _since(0, 32, 0, "/kv_event_sources tells where the events are"),
         "release_kv_cache": _since(0, 32, 0, "/release_kv_cache_memory after a sleep of level 0"),

@@ -37,7 +37,7 @@ from backends.engines.features import VLLM_RANGE
 from backends.engines.flags import check_flags, check_range, flag_table, refuse
 from backends.engines.release import Release
 from backends.engines.simulator import Simulator
-from backends.engines.vllm import Vllm
+from backends.engines.vllm import Vllm, lora_flags
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
 from proxy.contract.exposition import Dialect, read_figures, sample_of
@@ -89,8 +89,15 @@ def _arguments(engine: str, spec: ReplicaSpec, ports: Ports) -> tuple[str, ...]:
         *("--desk", spec.desk_url, "--worker-id", spec.replica_id),
         *(("--chunk-lines", str(spec.chunk_lines)) if spec.chunk_lines else ()),
         *("--port", str(ports.http), "--host", ports.host),
-        *("--", *spec.args),
+        *("--", *_adapters(engine, spec), *spec.args),
     )
+
+
+def _adapters(engine: str, spec: ReplicaSpec) -> tuple[str, ...]:
+    """Return what has it load adapters: lines may ask for them by their names."""
+    if engine == "vllm":
+        return lora_flags(spec)
+    return ("--lora-modules", *spec.adapters) if spec.adapters else ()
 
 
 class _Worker:
@@ -129,11 +136,12 @@ class VllmJobs(_Worker, Vllm):
 
     @override
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
-        """In a container there is no path of ours, and its image must have us."""
-        head = ("python3", *MODULE) if spec.image else self.entry.script
+        """In a container and on another machine no path of ours is: we must be installed there."""
+        away = spec.image or spec.elsewhere
+        head = ("python3", *MODULE) if away else self.entry.script
         env = {"VLLM_PORT": str(ports.internal)} if ports.internal else {}
         argv = (*head, *_arguments("vllm", spec, ports))
-        return Launch(argv, env, "" if spec.image else _PYTHON_PATH)
+        return Launch(argv, env, "" if away else _PYTHON_PATH)
 
     @override
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
@@ -160,7 +168,7 @@ class SimulatorJobs(_Worker, Simulator):
     @override
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
         argv = (sys.executable, *MODULE, *_arguments("simulator", spec, ports))
-        return Launch(argv, python_path="" if spec.image else _PYTHON_PATH)
+        return Launch(argv, python_path="" if spec.image or spec.elsewhere else _PYTHON_PATH)
 
     @override
     def ports_needed(self, spec: ReplicaSpec, release: Release) -> PortsNeeded:

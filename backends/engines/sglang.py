@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from backends.engines.base import (
+    LOWEST_PRIORITY,
     Call,
     Entry,
     FlagError,
@@ -50,6 +51,14 @@ from proxy.contract.engines import SGLANG
 # By it the proxy names a request, and ends it when its client has left; what clients say in such
 # fields the proxy keeps to itself.
 OVERRIDES = "SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES"
+LOWEST_FIELD = f"x-override-priority: {LOWEST_PRIORITY}"
+# A request that names no priority would be last of all (managers/scheduler.py takes sys.maxsize for
+# it), and nothing could be put behind it; so it gets vLLM's default. With the switch between them
+# both engines count in one direction.
+PRIORITY_FLAGS = (
+    *("--enable-priority-scheduling", "--schedule-low-priority-values-first"),
+    *("--default-priority-value", "0"),
+)
 _KV_FLAG = "--kv-events-config"
 _DP_FLAGS = ("--dp-size", "--data-parallel-size", "--dp")
 _PP_FLAGS = ("--pp-size", "--pipeline-parallel-size", "--pp")
@@ -86,7 +95,7 @@ class Sglang:
             *("sglang", "serve", "--model-path", spec.model_path or spec.model),
             *("--host", ports.host, "--port", str(ports.http), "--served-model-name", spec.model),
             *("--page-size", "64", "--enable-metrics", "--enable-cache-report"),
-            *("--enable-priority-scheduling", "--schedule-low-priority-values-first"),
+            *PRIORITY_FLAGS,
             *(_kv_flags(ports) if _tells_events(spec, release) else ()),
             *(("--nccl-port", str(ports.internal)) if ports.internal else ()),
             *_sleep_flags(spec),
@@ -97,7 +106,13 @@ class Sglang:
         rid_header = has(FEATURES, "chat_overrides", release)
         if rid_header:
             env[OVERRIDES] = "1"
-        return Launch(argv, {**env, **ENVIRONMENT} if spec.snapshot else env, HOOK, rid_header)
+        return Launch(
+            argv,
+            {**env, **ENVIRONMENT} if spec.snapshot else env,
+            HOOK,
+            rid_header,
+            LOWEST_FIELD if rid_header else "",
+        )
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         refuse(flag_table(self.name), spec.args, _REFUSED, release)

@@ -22,9 +22,10 @@ from backends.engines.base import (
     option,
 )
 from backends.engines.facts import Facts
-from backends.engines.release import Release
-from backends.engines.sglang import OVERRIDES, Sglang
-from backends.engines.vllm import Vllm
+from backends.engines.release import Release, parse_release
+from backends.engines.sglang import LOWEST_FIELD, OVERRIDES, PRIORITY_FLAGS, Sglang
+from backends.engines.vllm import Vllm, lowest_priority
+from backends.simulator.settings import VERSIONS
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
 from proxy.contract.engines import read_any
@@ -41,9 +42,11 @@ class Simulator:
     uses_gpu = False
 
     def command(self, spec: ReplicaSpec, ports: Ports, release: Release) -> Launch:
+        dialect = _dialect(spec).name
         argv = (
             *(sys.executable, "-m", "backends.simulator"),
             *("--host", ports.host, "--port", str(ports.http), "--model", spec.model),
+            *(PRIORITY_FLAGS if dialect == "sglang" else ("--scheduling-policy", "priority")),
             *_kv_flags(ports),
             *(("--enable-sleep-mode",) if spec.sleep or spec.snapshot else ()),
             *(("--lora-modules", *spec.adapters) if spec.adapters else ()),
@@ -53,10 +56,11 @@ class Simulator:
         env = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"}
         if spec.adapters:
             env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-        rid_header = _dialect(spec).name == "sglang"
-        if rid_header:
-            env[OVERRIDES] = "1"
-        return Launch(argv, env, rid_header=rid_header)
+        if dialect == "vllm":
+            played = parse_release(VERSIONS["vllm"])
+            return Launch(argv, env, lowest_priority=lowest_priority(spec, played))
+        env[OVERRIDES] = "1"
+        return Launch(argv, env, rid_header=True, lowest_priority=LOWEST_FIELD)
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         return ()

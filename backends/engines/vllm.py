@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from backends.engines.base import (
+    LOWEST_PRIORITY,
     Call,
     Entry,
     FlagError,
@@ -25,6 +26,7 @@ from backends.engines.base import (
     kv_endpoints,
     kv_events_of,
     lora_calls,
+    option,
 )
 from backends.engines.dumps import ENVIRONMENT, HOOK, reads_weights
 from backends.engines.facts import VLLM as FACTS
@@ -84,13 +86,13 @@ class Vllm:
             *(_kv_flags(ports) if _tells_events(spec) else ()),
             *(("--enable-sleep-mode",) if _can_sleep(spec) else ()),
             *((_EXTENSION_FLAG, _EXTENSION) if self._keeps_a_file(spec) else ()),
-            *_lora_flags(spec),
+            *lora_flags(spec),
             *spec.args,
         )
         env = _environment(spec, ports, release)
         if self._keeps_a_file(spec):
             env[_FORM_VARIABLE] = _form(spec)
-        return Launch(argv, env, HOOK)
+        return Launch(argv, env, HOOK, lowest_priority=lowest_priority(spec, release))
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         refuse(flag_table(self.name), spec.args, _REFUSED, release)
@@ -209,6 +211,16 @@ class Vllm:
         return VLLM.read(answers, at_s)
 
 
+def lowest_priority(spec: ReplicaSpec, release: Release) -> str:
+    """Return the field that puts a request behind all others, where the release reads one.
+
+    A pool that asks for another policy gets it, and then no number changes the order.
+    """
+    policy = option(spec.args, "--scheduling-policy") or "priority"
+    reads = has(FEATURES, "priority_header", release) and policy == "priority"
+    return f"x-vllm-priority: {LOWEST_PRIORITY}" if reads else ""
+
+
 def _form(spec: ReplicaSpec) -> str:
     """Name what decides how a worker lays out the weights: all that the pool tells the engine."""
     told = msgspec.json.encode([spec.model_path or spec.model, spec.args, sorted(spec.env.items())])
@@ -237,7 +249,8 @@ def _tells_events(spec: ReplicaSpec) -> bool:
     return not given(spec.args, _KV_FLAG, "--no-enable-prefix-caching", *_RANK_FLAGS)
 
 
-def _lora_flags(spec: ReplicaSpec) -> tuple[str, ...]:
+def lora_flags(spec: ReplicaSpec) -> tuple[str, ...]:
+    """Return what loads the adapters of `spec` and leaves room for some more."""
     if not spec.adapters:
         return ()
     together = str(min(len(spec.adapters), _LORAS_TOGETHER))

@@ -28,11 +28,6 @@ class ApiError(Exception):
         self.status, self.param, self.code = status, param, code
 
 
-def not_found(kind: str, given_id: str) -> ApiError:
-    """Return the refusal of an id that does not exist, or belongs to somebody else."""
-    return ApiError(404, f"No such {kind} object: {given_id[:128]}", param="id")
-
-
 def error_response(error: ApiError) -> web.Response:
     """Write a refusal; what is over for now says when to ask again."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"

@@ -20,6 +20,7 @@ from backends.log import Log
 from backends.offline.line_engine import EngineError, LineEngine
 from backends.offline.work import Line, Result
 from backends.offline.worker import ENGINES, make_engine
+from backends.offline.worker_loop import FEED_LINES
 
 
 class InputLine(msgspec.Struct, frozen=True):
@@ -67,7 +68,12 @@ async def measure(engine: LineEngine, lines: Sequence[Line]) -> Figures:
     await engine.start()
     try:
         begun_s = time.perf_counter()
-        results = await asyncio.gather(*(engine.do(line) for line in lines))
+        doing = []
+        for line in lines:
+            doing.append(asyncio.ensure_future(engine.do(line)))
+            if not len(doing) % FEED_LINES:
+                await asyncio.sleep(0)  # the first are computed while the others are still read
+        results = await asyncio.gather(*doing)
         return figures_of(results, time.perf_counter() - begun_s)
     finally:
         await engine.close()

@@ -9,14 +9,17 @@ way, is that attempt's.
 
 Results can be read before the end, each with its sequence number in the order of completion. A
 page that would be empty may wait (`wait`), so that a client hears of a result as soon as there is
-one without asking all the time. `order=line` has them in the order of the input instead, as far as
-all lines before are done, with the numbers of lines in place of sequences.
+one without asking all the time. Large results make short pages: who reads goes on after the last
+sequence, and has all when a page is empty and the batch's state, in its header, is a final one.
+`order=line` has them in the order of the input instead, as far as all lines before are done, with
+the numbers of lines in place of sequences.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import orjson
 from aiohttp import web
@@ -43,6 +46,8 @@ from backends.offline.validation import ENDPOINTS
 PATH = "/v1/batches"
 LIMIT, LIMIT_MAX = 20, 100  # OpenAI's
 RESULTS, RESULTS_MAX = 100, 1_000
+RESULTS_AT_ONCE = 50  # in memory
+PAGE_BYTES_MAX = 8 * 1024 * 1024  # after which a page ends, however few results it has
 RESULTS_WAIT_S_MAX = 30.0
 RETRY_S_MAX = 900.0  # the official client waits 600 s for an answer, and a little between attempts
 RECENT_MAX = 100
@@ -64,10 +69,12 @@ class BatchesApi:
         prices: Mapping[str, float],
         ending: asyncio.Event,
         cancelled: asyncio.Event,
+        moved_up: Callable[[str], bool],
     ) -> None:
+        """`moved_up(model)` says whether its lines go as more urgent work at the moment."""
         self._store, self._desk, self._clock = store, desk, clock
         self._api_key, self._prices = api_key, prices
-        self._ending = ending
+        self._ending, self._moved_up = ending, moved_up
         self._cancelled = cancelled  # set when there is a batch to finish
 
     def routes(self) -> list[web.RouteDef]:
@@ -87,7 +94,7 @@ class BatchesApi:
         tokens_per_s = self._desk.tokens_per_s().get(job.id, 0.0)
         price = self._prices.get(job.model)
         cost = None if price is None else job.busy_s / 3600 * price
-        return batch_object(job, tokens_per_s, cost)
+        return batch_object(job, tokens_per_s, cost, moved_up=self._moved_up(job.model))
 
     async def _create(self, request: web.Request) -> web.Response:
         owner = self._owner(request)
@@ -149,29 +156,29 @@ class BatchesApi:
 
     async def _results(self, request: web.Request) -> web.StreamResponse:
         owner, batch_id = self._owner(request), request.match_info["batch_id"]
-        order = request.query.get("order", "completed")
-        if order not in {"completed", "line"}:
-            raise ApiError(400, "order is 'completed' or 'line'.", param="order")
-        first = -1 if order == "line" else 0
+        in_order = _in_order(request)
+        first = -1 if in_order else 0
         after = int(number_of(request, "after", first, first, 2**53))
         limit = limit_of(request, RESULTS, RESULTS_MAX)
         # The state first: what had ended by then has all its results among these.
         job = await self._store.job(owner, batch_id)
-        waiting = self._store.results(
-            owner,
-            batch_id,
-            after=after,
-            limit=limit,
-            wait_s=_wait_s(request),
-            in_order=order == "line",
-        )
+        page = partial(self._store.results, owner, batch_id, in_order=in_order)
+        some = min(limit, RESULTS_AT_ONCE)
+        waiting = page(after=after, limit=some, wait_s=_wait_s(request))
         found = await until(self._ending, waiting) or ()
         response = web.StreamResponse(headers={STATUS_HEADER: job.state})
         response.content_type = NDJSON
         await response.prepare(request)
-        for result in found:
+        written = 0
+        while found:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await response.write(_numbered(result))
+                await response.write(b"".join(map(_numbered, found)))
+            limit -= len(found)
+            written += sum(len(result.content) for result in found)
+            if limit <= 0 or written > PAGE_BYTES_MAX:
+                break
+            after = found[-1].number if in_order else found[-1].sequence
+            found = await page(after=after, limit=min(limit, RESULTS_AT_ONCE))
         return response
 
     async def _result(self, request: web.Request) -> web.Response:
@@ -182,6 +189,13 @@ class BatchesApi:
         if result is None:
             raise ApiError(503, "The service ends: ask again.", code="ending")
         return web.Response(body=_numbered(result), content_type="application/json")
+
+
+def _in_order(request: web.Request) -> bool:
+    order = request.query.get("order", "completed")
+    if order not in {"completed", "line"}:
+        raise ApiError(400, "order is 'completed' or 'line'.", param="order")
+    return order == "line"
 
 
 def _wait_s(request: web.Request) -> float:

@@ -8,7 +8,7 @@ their chunk before its lines, so that no two wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, Protocol, TypeAlias
 
@@ -25,12 +25,12 @@ class Transaction(Protocol):
     async def fetch(self, sql: str, *values: Value) -> list[Row]:
         """Return what one statement finds or returns."""
 
-    async def fetch_each(self, sql: str, rows: Iterable[Sequence[Value]]) -> list[Row]:
+    async def fetch_each(self, sql: str, rows: Sequence[Sequence[Value]]) -> list[Row]:
         """Do a statement with each of `rows`; return everything it returns, in that order."""
 
     async def execute(self, sql: str, *values: Value) -> None: ...
 
-    async def execute_each(self, sql: str, rows: Iterable[Sequence[Value]]) -> None: ...
+    async def execute_each(self, sql: str, rows: Sequence[Sequence[Value]]) -> None: ...
 
 
 class Database(Protocol):

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -27,7 +27,7 @@ from backends.offline.answers import Answered
 from backends.offline.gate import Gate, Seen, Verdict
 from backends.offline.region_watch import Asked, Group, RegionWatch, asked_of
 from backends.offline.sender import SEMI_ONLINE, SPARE, Bytes, Counts, Sender, verdict_when_moved_up
-from backends.offline.urgency import Urgency
+from backends.offline.urgency import Speed, Urgency
 from backends.offline.work import SPARE_PREFIX, Desk, JobNeed, JobNeeds, Line, spare_worker
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ModelConfig
@@ -35,7 +35,6 @@ from proxy.contract.demand import DEMAND_INTERVAL_S
 
 LOOK_S = DEMAND_INTERVAL_S
 NEEDS_S = 5.0
-RATE_S = 60.0
 CONNECT_S = 5.0
 LINE_S_MAX = 3600.0  # a line that takes longer has failed
 ANSWER_BYTES_MAX = 32 * 1024 * 1024
@@ -62,6 +61,7 @@ class _Post:
 
     def __init__(self, url: str, api_key: str | None) -> None:
         self._url = url.rstrip("/")
+        self._is_here = (urlsplit(url).hostname or "") in {"127.0.0.1", "::1", "localhost"}
         self._headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
@@ -71,7 +71,9 @@ class _Post:
         """Return what came back, whatever that was."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),  # the gate's word bounds them
+                # The gate's word bounds them. A proxy on this machine shows a certificate for the
+                # name that clients know it by.
+                connector=aiohttp.TCPConnector(limit=0, ssl=not self._is_here),
                 timeout=aiohttp.ClientTimeout(total=LINE_S_MAX, sock_connect=CONNECT_S),
                 trust_env=False,  # the proxy is never behind the user's web proxy
             )
@@ -110,14 +112,7 @@ class _Served:
         self.urgency = Urgency()
         self.verdict = Verdict(lines=0, keep=0)
         self.before = Counts()
-        self.tokens: deque[tuple[float, int]] = deque(maxlen=256)
-
-    def tokens_per_s(self) -> float:
-        """Return the speed of the last minute, or of as much of it as there is."""
-        if len(self.tokens) < 2 or self.tokens[-1][0] - self.tokens[0][0] < NEEDS_S:
-            return 0.0
-        (first_s, first), (last_s, last) = self.tokens[0], self.tokens[-1]
-        return (last - first) / (last_s - first_s)
+        self.speed = Speed()
 
 
 class Dispatcher:
@@ -166,6 +161,10 @@ class Dispatcher:
         if self._session is not None:
             await self._session.close()
 
+    def configure(self, models: Iterable[ModelConfig]) -> None:
+        """Go by these models from now on."""
+        self._by_workers = names_of_workers(models)
+
     def reports(self) -> list[GroupReport]:
         """Return how it goes with each group."""
         return [
@@ -176,7 +175,7 @@ class Dispatcher:
                 lines_max=served.verdict.lines,
                 in_flight=served.sender.in_flight,
                 in_hand=served.sender.in_hand,
-                tokens_per_s=served.tokens_per_s(),
+                tokens_per_s=served.speed.tokens_per_s,
                 counts=served.sender.counts,
             )
             for served in self._served.values()
@@ -216,9 +215,7 @@ class Dispatcher:
         adapters = [name for name in self._left if name.partition(":")[0] in group.names]
         sender.names = tuple(dict.fromkeys((*group.names, *adapters)))
         counts = msgspec.structs.replace(sender.counts)
-        served.tokens.append((now_s, counts.tokens))
-        while served.tokens[0][0] < now_s - RATE_S:
-            served.tokens.popleft()
+        served.speed.note(counts.tokens, now_s)
         seen = seen_of(group, self._asked(group), self._watch.age_s(), now_s)
         seen = msgspec.structs.replace(
             seen,
@@ -227,10 +224,11 @@ class Dispatcher:
             preempted=counts.preempted - served.before.preempted,
         )
         served.before = counts
-        verdict, work_class = served.gate.decide(seen), SPARE
         if self._is_late(served, group, now_s):
             lines_max = self._lines_each_max * max(1, len(group.replicas))
             verdict, work_class = verdict_when_moved_up(lines_max), SEMI_ONLINE
+        else:
+            verdict, work_class = served.gate.decide(seen), SPARE
         if verdict.reason != served.verdict.reason and (sender.in_hand or verdict.lines):
             self._log.tell(
                 "spare_room",
@@ -262,10 +260,13 @@ class Dispatcher:
             return False
         needs = [need for name in served.sender.names for need in self._left.get(name, ())]
         was = served.urgency.due_s is not None
-        late = served.urgency.look(needs, served.tokens_per_s(), now_s, awake=bool(group.replicas))
+        best_tokens_per_s = served.speed.best_tokens_per_s
+        late = served.urgency.look(needs, best_tokens_per_s, now_s, awake=bool(group.replicas))
         if late != was:
             event = "lines_moved_up" if late else "lines_moved_down"
-            self._log.tell(event, models=group.names, tokens_per_s=round(served.tokens_per_s(), 1))
+            self._log.tell(event, models=group.names, tokens_per_s=round(best_tokens_per_s))
+        if was and not late:
+            served.gate = Gate(self._lines_each_max)  # what it saw meanwhile was ourselves
         return late
 
 

@@ -9,7 +9,10 @@ Values in, values out; time is an argument. The rules:
   hold counts from when the last report that was answered was sent, which is before the desk began
   to count.
 - More lines are wanted while fewer than `ahead` are undone: the engine must not run dry while the
-  next chunk is on its way, and must not hoard what another worker could do.
+  next chunk is on its way, and must not hoard what another worker could do. Nor may they fill the
+  memory: from `HELD_BYTES_MAX` on no more are asked for.
+- Lines over which a worker died come in chunks that are to be computed alone. Nothing is asked for
+  beside them: were several such chunks in hand, the next death would be held against all of them.
 """
 
 from __future__ import annotations
@@ -22,32 +25,51 @@ REPORT_S = 1.0
 RESULTS_MAX = 2000  # of one report
 REPORT_BYTES_MAX = WORK_BYTES_MAX // 8
 RESULT_BYTES_MAX = WORK_BYTES_MAX // 2  # a longer answer could not be told
+HELD_BYTES_MAX = 4 * WORK_BYTES_MAX  # of requests in hand, but for the last chunk's
 RENEWALS = 3  # in the time of one hold
 
 
 class HeldLine:
     """One line in hand."""
 
-    __slots__ = ("chunk", "line")
+    __slots__ = ("bytes", "chunk", "line")
 
     def __init__(self, chunk: HeldChunk, line: Line) -> None:
         self.chunk = chunk
         self.line = line
+        self.bytes = len(bytes(line.body))
 
 
 class HeldChunk:
     """One chunk in hand."""
 
-    __slots__ = ("chunk_id", "fence", "held_until_s", "hold_s", "told_s", "undone", "untold")
+    __slots__ = (
+        "alone",
+        "chunk_id",
+        "fence",
+        "held_until_s",
+        "hold_s",
+        "told_s",
+        "undone",
+        "undone_bytes",
+        "untold",
+    )
 
     def __init__(self, chunk: Chunk, now_s: float) -> None:
         self.chunk_id = chunk.chunk_id
+        self.alone = chunk.alone
         self.fence = chunk.fence
         self.hold_s = chunk.hold_s
         self.told_s = now_s
         self.held_until_s = now_s + chunk.hold_s
         self.undone = {HeldLine(self, line): None for line in chunk.lines}
+        self.undone_bytes = sum(line.bytes for line in self.undone)
         self.untold: list[Result] = []
+
+    def remove(self, line: HeldLine) -> None:
+        """Note that a line is not in hand any more."""
+        del self.undone[line]
+        self.undone_bytes -= line.bytes
 
     def due_s(self) -> float:
         """Return when the next report has to go out."""
@@ -74,9 +96,16 @@ class Holdings:
         """Lines in hand."""
         return sum(len(chunk.undone) for chunk in self._chunks.values())
 
+    @property
+    def undone_bytes(self) -> int:
+        """The size of their requests."""
+        return sum(chunk.undone_bytes for chunk in self._chunks.values())
+
     def wants_more(self) -> bool:
         """Say whether it is time to ask."""
-        return self.undone < self._ahead
+        if any(chunk.alone for chunk in self._chunks.values()):
+            return False
+        return self.undone < self._ahead and self.undone_bytes < HELD_BYTES_MAX
 
     def take(self, chunk: Chunk, now_s: float) -> list[HeldLine]:
         """Hold a chunk that has just come; return its lines. The desk began to count when it
@@ -91,7 +120,7 @@ class Holdings:
         chunk = line.chunk
         if line not in chunk.undone:
             return False
-        del chunk.undone[line]
+        chunk.remove(line)
         chunk.untold.append(result)
         return not chunk.undone or len(chunk.untold) == RESULTS_MAX
 
@@ -136,7 +165,7 @@ class Holdings:
         ended = set(receipt.dropped)
         unwanted = [line for line in chunk.undone if line.line.job_id in ended] if ended else []
         for line in unwanted:
-            del chunk.undone[line]
+            chunk.remove(line)
         return unwanted
 
     def lapsed(self, now_s: float) -> list[HeldLine]:
@@ -149,6 +178,7 @@ class Holdings:
         self._chunks.pop((chunk.chunk_id, chunk.fence), None)
         lines = list(chunk.undone)
         chunk.undone.clear()
+        chunk.undone_bytes = 0
         chunk.untold.clear()
         return lines
 

@@ -50,7 +50,7 @@ class Ender(Part):
             "failed = failed + $4, output_bytes = output_bytes + $5, "
             "error_bytes = error_bytes + $6, prompt_tokens = prompt_tokens + $7, "
             "cached_tokens = cached_tokens + $8, completion_tokens = completion_tokens + $9 "
-            "WHERE number = $1 RETURNING sequence, id",
+            "WHERE number = $1 RETURNING sequence, id, completed + failed = total",
             job,
             len(lines),
             len(lines) - errors,
@@ -70,7 +70,8 @@ class Ender(Part):
                 for index, (number, bad, content) in enumerate(lines)
             ],
         )
-        await self._complete_if_done(transaction, job, now_s)
+        if rows[0][2]:
+            await self._complete_if_done(transaction, job, now_s)
         await self._database.tell(transaction, job_id)
 
     async def _complete_if_done(self, transaction: Transaction, job: int, now_s: float) -> None:
@@ -237,18 +238,15 @@ class Ender(Part):
         for number, kind, job in files:
             if kind == "stored":
                 gone += await self._delete(_DELETE_PIECES, int(number), _SLICE_BYTES_MAX)
-            else:
-                which = _DELETE_ERRORS if kind == "errors" else _DELETE_OUTPUT
-                gone += await self._delete(which, int(job), _SLICE)
+                async with self._database.transaction() as transaction:
+                    await transaction.execute(_DELETE_FILE, int(number))
+                continue
+            bad = int(kind == "errors")
+            which = _DELETE_ERRORS if bad else _DELETE_OUTPUT
+            gone += await self._delete(which, int(job), _SLICE)
             async with self._database.transaction() as transaction:
-                if kind != "stored":
-                    await transaction.execute(
-                        "UPDATE jobs SET error_bytes = 0 WHERE number = $1"
-                        if kind == "errors"
-                        else "UPDATE jobs SET output_bytes = 0 WHERE number = $1",
-                        int(job),
-                    )
-                await transaction.execute("DELETE FROM files WHERE number = $1", int(number))
+                await transaction.execute(_NO_ERRORS if bad else _NO_OUTPUT, int(job))
+                await transaction.execute(_DELETE_RESULTS_FILE, int(number), int(job), bad)
         return gone
 
     async def _prune_jobs(self) -> int:
@@ -260,7 +258,7 @@ class Ender(Part):
                 gone += await self._delete(sql, int(number), _SLICE)
             async with self._database.transaction() as transaction:
                 await transaction.execute("DELETE FROM files WHERE job = $1", int(number))
-                await transaction.execute("DELETE FROM jobs WHERE number = $1", int(number))
+                await transaction.execute(_DELETE_JOB, int(number))
         return gone
 
     async def _delete(self, sql: str, number: int, slice_rows: int) -> int:
@@ -290,6 +288,20 @@ _DELETE_ERRORS = (
     "(SELECT number FROM results WHERE job = $1 AND failed = 1 ORDER BY number LIMIT $2) AS few) "
     "RETURNING number"
 )
+# What owned the rows goes last: while another service still deletes some, it stays.
+_DELETE_FILE = (
+    "DELETE FROM files WHERE number = $1 AND NOT EXISTS (SELECT 1 FROM pieces WHERE file = $1)"
+)
+_DELETE_RESULTS_FILE = (
+    "DELETE FROM files WHERE number = $1 "
+    "AND NOT EXISTS (SELECT 1 FROM results WHERE job = $2 AND failed = $3)"
+)
+_DELETE_JOB = (
+    "DELETE FROM jobs WHERE number = $1 AND NOT EXISTS (SELECT 1 FROM lines WHERE job = $1) "
+    "AND NOT EXISTS (SELECT 1 FROM results WHERE job = $1)"
+)
+_NO_OUTPUT = "UPDATE jobs SET output_bytes = 0 WHERE number = $1"
+_NO_ERRORS = "UPDATE jobs SET error_bytes = 0 WHERE number = $1"
 _DELETE_LINES = (
     "DELETE FROM lines WHERE job = $1 AND number <= (SELECT max(number) FROM "
     "(SELECT number FROM lines WHERE job = $1 ORDER BY number LIMIT $2) AS few) RETURNING number"

@@ -7,7 +7,9 @@ official clients have it. Everything but the file is a few words and bounded.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import BodyPartReader, web
@@ -19,6 +21,9 @@ FIELD_BYTES_MAX = 1024
 PARTS_MAX = 16
 PIECE_BYTES = 256 * 1024
 FILENAME_CHARACTERS_MAX = 255
+SILENCE_S_MAX = 60.0
+
+T = TypeVar("T")
 
 
 # Takes a file, by name, with the fields that came before it; returns the id that it has now.
@@ -54,7 +59,7 @@ async def read_upload(request: web.Request, take: Take) -> Upload:
 async def _read(request: web.Request, take: Take, upload: Upload) -> None:
     reader = await request.multipart()
     parts = 0
-    while (part := await reader.next()) is not None:
+    while (part := await _in_time(reader.next())) is not None:
         parts += 1
         if parts > PARTS_MAX or not isinstance(part, BodyPartReader):
             raise ApiError(400, f"The form has more than {PARTS_MAX} parts, or forms in it.")
@@ -72,13 +77,22 @@ async def _read(request: web.Request, take: Take, upload: Upload) -> None:
 
 
 async def _pieces(part: BodyPartReader) -> AsyncIterator[bytes]:
-    while piece := await part.read_chunk(PIECE_BYTES):
+    while piece := await _in_time(part.read_chunk(PIECE_BYTES)):
         yield bytes(piece)
+
+
+async def _in_time(reading: Coroutine[Any, Any, T]) -> T:
+    """Wait for more of the form; whoever sends nothing for so long is taken to have gone."""
+    try:
+        async with asyncio.timeout(SILENCE_S_MAX):
+            return await reading
+    except TimeoutError:
+        raise ApiError(408, f"Nothing more came for {SILENCE_S_MAX:g} s.") from None
 
 
 async def _text(part: BodyPartReader) -> str:
     octets = b""
-    while piece := await part.read_chunk(FIELD_BYTES_MAX):
+    while piece := await _in_time(part.read_chunk(FIELD_BYTES_MAX)):
         octets += piece
         if len(octets) > FIELD_BYTES_MAX:
             message = f"Over {FIELD_BYTES_MAX} bytes."

@@ -9,8 +9,10 @@ more a replica once it knows where that began, and half as many when it shows. I
   Step times are learned by powers of two of the batch, and a batch is as large as may be without
   being more than `SLOWER_MAX` slower than one of the others alone;
 * the prompts. A step that computes a prompt holds up every stream of its replica, whatever the
-  batch. So lines begin at a pace: their prompts get `PREFILL_SHARE` of what a replica can compute,
-  one after the other, and not all at once when the gate opens;
+  batch. Where others' prompts are in more than one step of a hundred, those are the slow steps that
+  people feel, and lines' prompts may be in others, one after the other, for `PREFILL_SHARE` of the
+  time. Where they are rarer, lines must be rarer still: several begin in one step, and then none in
+  the next hundred or more, so that of a hundred steps one is slow at most;
 * the KV cache, before an engine has to throw anybody out of it;
 * queues: requests that wait in an engine beside ours, lines that a proxy turned back or ended.
 
@@ -39,8 +41,14 @@ from backends.offline.steps import PrefillSpeed, StepTimes
 from proxy.contract import LoadSample
 
 NEWS_AGE_S_MAX = 5.0  # without news for longer nothing new goes in
-SLOWER_MAX = 0.08  # of a decode step
-PREFILL_SHARE = 0.1  # of a replica's time, for the prompts of lines, beside others
+SLOWER_MAX = 0.15  # of the mean step; busier moments have slower ones by themselves
+PREFILL_SHARE = 0.03  # of a replica's time, for the prompts of lines, beside others
+SLOW_SHARE = 0.01  # of steps: the hundredth, which is p99
+SLOW_SHARE_MOST = 0.008  # of steps that compute a prompt, where others' are fewer than that
+SLOW_SHARE_LEAST = 0.003  # of steps that compute lines' prompts, however many others' there are
+SLOW_STEPS = 2.0  # times as long as a step is: prompts that begin in one
+STEP_S_GUESS = 0.01
+OTHERS_S = 10.0  # over which those who are in flight are averaged: chance is no trend
 KV_FULL = 0.9  # of the cache held by requests: as much as lines may bring it to
 KV_TARGET_SHARE = 0.95  # of what a pool aims at, so that it does not grow for lines
 KV_NEAR = 0.9  # of that bound: no more lines than there are
@@ -88,6 +96,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     lines: int
     keep: int
     prompt_tokens_per_s: float = math.inf  # of lines that begin
+    prompt_tokens_at_once: float = 0.0  # that are saved up for one step; 0: none, one by one
     reason: str = ""  # one of few, for people and for counting
 
 
@@ -104,6 +113,7 @@ class Gate:
         self._others_waited = False
         self._heard_s = -math.inf  # of the newest reading when it last grew
         self._arrivals: deque[tuple[float, int]] = deque(maxlen=256)
+        self._others: deque[tuple[float, int]] = deque(maxlen=256)
         self._preemptions: dict[str, int] = {}
         self._steps = StepTimes()
         self._speed = PrefillSpeed()
@@ -129,11 +139,12 @@ class Gate:
         if seen.at_s < self._held_until_s:
             return Verdict(lines=0, keep=keep, reason=self._held_for)
         lines = min(room, int(self._limit))
-        beside_others = seen.others_in_flight + seen.others_queued > 0
+        tokens_per_s, at_once = self._pace(seen)
         return Verdict(
             lines=lines,
             keep=keep,
-            prompt_tokens_per_s=self._pace(seen) if beside_others else math.inf,
+            prompt_tokens_per_s=tokens_per_s,
+            prompt_tokens_at_once=at_once,
             reason=pressed or (why if lines == room else "open"),
         )
 
@@ -161,6 +172,14 @@ class Gate:
         arrivals.append((seen.at_s, seen.others_arrivals_total))
         while arrivals[0][0] < seen.at_s - BURST_S - BASE_S:
             arrivals.popleft()
+        self._others.append((seen.at_s, seen.others_in_flight))
+        while self._others[0][0] <= seen.at_s - OTHERS_S:
+            self._others.popleft()
+
+    def _others_each(self, seen: Seen) -> int:
+        """Return the requests of others on each replica, in the mean of some time."""
+        mean = sum(count for _, count in self._others) / len(self._others)
+        return math.ceil(mean / len(seen.replicas))
 
     # --- what follows ---------------------------------------------------------------------------
 
@@ -194,15 +213,17 @@ class Gate:
 
     def _room(self, seen: Seen) -> tuple[int, str]:
         """Return how many lines have a place, and what bounds them."""
-        count = len(seen.replicas)
-        others_each = math.ceil(seen.others_in_flight / count)
-        step_most = self._steps.batch_max(others_each, SLOWER_MAX) if others_each else math.inf
+        mean_each = self._others_each(seen)
+        now_each = math.ceil(seen.others_in_flight / len(seen.replicas))
+        beside = math.inf
+        if mean_each:
+            beside = self._steps.batch_max(mean_each, SLOWER_MAX) - mean_each
         room, why = 0, "full"
         for replica in seen.replicas:
-            free = inputs_max(replica) - others_each
-            if step_most - others_each < min(free, self.lines_each_max):
-                free, why = step_most - others_each, "slower steps"
-            room += int(max(0, min(free, self.lines_each_max)))
+            free = min(inputs_max(replica) - now_each, self.lines_each_max)
+            if beside < free:
+                free, why = beside, "slower steps"
+            room += int(max(0, free))
         return room, why
 
     def _grow(self, seen: Seen, room: int) -> None:
@@ -228,8 +249,21 @@ class Gate:
             return seen.lines // 2
         return room if seen.lines > CUT_OVER * room + len(seen.replicas) else seen.lines
 
-    def _pace(self, seen: Seen) -> float:
-        return PREFILL_SHARE * self._speed.tokens_per_s * len(seen.replicas)
+    def _pace(self, seen: Seen) -> tuple[float, float]:
+        """Return the prompt tokens that may begin in a second, and those at once."""
+        others_each = self._others_each(seen)
+        if not others_each and not seen.others_queued:
+            return math.inf, 0.0
+        (first_s, first), (last_s, last) = self._arrivals[0], self._arrivals[-1]
+        rate = (last - first) / max(last_s - first_s, BURST_S) / len(seen.replicas)
+        step_s = self._steps.step_s(others_each) or STEP_S_GUESS
+        tokens_per_s = self._speed.tokens_per_s * len(seen.replicas)
+        theirs = rate * step_s
+        if theirs >= SLOW_SHARE:
+            return PREFILL_SHARE * tokens_per_s, 0.0
+        ours = max(SLOW_SHARE_LEAST, SLOW_SHARE_MOST - theirs)
+        at_once = SLOW_STEPS * step_s * tokens_per_s
+        return at_once * ours / step_s, at_once
 
     def _hold(self, until_s: float, why: str) -> None:
         if until_s > self._held_until_s:

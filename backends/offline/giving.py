@@ -8,7 +8,8 @@ whoever is due first has three quarters for sure.
 A worker that dies takes the blame nowhere: its lines come back and are given out in chunks of an
 eighth of what it held, then an eighth of that, until a line that kills workers stands alone. Only a
 death over one line alone counts against that line. So of 2,000 lines a deadly one is found by 4
-deaths, in chunks of 2000, 250, 32 and 4, and no innocent neighbour is ever blamed.
+deaths, in chunks of 2000, 250, 32 and 4, and no innocent neighbour is ever blamed. Such a chunk is
+marked to be computed alone: a worker that held several would die over all of them at once.
 """
 
 from __future__ import annotations

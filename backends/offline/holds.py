@@ -116,23 +116,26 @@ class HeldChunk:
 
 
 class Pace(msgspec.Struct):
-    """Prompt tokens that may begin: so many a second, and one line ahead of them."""
+    """Prompt tokens that may begin: so many a second, one line after the other or saved up."""
 
-    PACE_S = 0.5  # that may be saved up
-
-    allowed: float = 0.0
+    saved: float = 0.0  # below 0: begun ahead of time
     at_s: float = 0.0
+    spending: bool = False  # what was saved up
 
-    def wait_s(self, tokens_per_s: float, now_s: float) -> float:
+    def wait_s(self, tokens_per_s: float, at_once: float, now_s: float) -> float:
         """Return how long the next line has to wait; 0: it may begin."""
         if tokens_per_s == float("inf"):
-            self.allowed, self.at_s = 0.0, now_s
+            self.saved, self.at_s = 0.0, now_s
             return 0.0
         earned = tokens_per_s * max(0.0, now_s - self.at_s)
-        self.allowed = min(self.allowed + earned, self.PACE_S * tokens_per_s)
-        self.at_s = now_s
-        return 0.0 if self.allowed >= 0.0 else -self.allowed / tokens_per_s
+        self.saved, self.at_s = min(self.saved + earned, at_once), now_s
+        if self.saved >= at_once:
+            self.spending = True
+        elif self.saved <= 0.0:
+            self.spending = False
+        return 0.0 if self.spending else (at_once - self.saved) / tokens_per_s
 
     def begin(self, tokens: int) -> None:
         """A line with a prompt of so many begins."""
-        self.allowed -= tokens
+        self.saved -= tokens
+        self.spending &= self.saved > 0.0

@@ -50,11 +50,15 @@ class LineEngine(Protocol):
         """Return what it has in hand now."""
 
     async def close(self) -> None:
-        """Let go of the model, whatever is still computed."""
+        """Let go of the model, whatever is computed. Raises `EngineError` where that cannot be."""
 
 
 class EngineError(Exception):
     """The engine cannot start, or has died."""
+
+
+class FlagsError(EngineError):
+    """The engine does not take its arguments, and has said why."""
 
 
 class Usage(msgspec.Struct, frozen=True):

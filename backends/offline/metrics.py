@@ -6,7 +6,7 @@ came and went is counted by each service for itself since its start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from backends.offline.counted_desk import CountedDesk
+from backends.offline.dispatch import GroupReport
 from backends.offline.files_api import FilesApi
 from backends.offline.store import Store
 from backends.offline.store_figures import Figures
@@ -36,12 +37,19 @@ COUNTED = {
 class Metrics:
     """The page /metrics."""
 
-    def __init__(self, store: Store, desk: CountedDesk, files: FilesApi) -> None:
-        self._store, self._desk, self._files = store, desk, files
+    def __init__(
+        self,
+        store: Store,
+        desk: CountedDesk,
+        files: FilesApi,
+        spare: Callable[[], Sequence[GroupReport]],
+    ) -> None:
+        self._store, self._desk, self._files, self._spare = store, desk, files, spare
 
     async def answer(self, _request: web.Request) -> web.Response:
         registry = CollectorRegistry()
-        registry.register(_Page([*self._stored(await self._store.figures()), *self._passed()]))
+        stored = self._stored(await self._store.figures())
+        registry.register(_Page([*stored, *self._passed(), *self._sent()]))
         headers = {"content-type": CONTENT_TYPE_LATEST}
         return web.Response(body=generate_latest(registry), headers=headers)
 
@@ -80,6 +88,31 @@ class Metrics:
         for worker_id, rate in sorted(self._store.rates().items()):
             rates.add_metric([worker_id], rate)
         yield rates
+
+    def _sent(self) -> Iterator[Metric]:
+        """Tell of the lines that go to replicas with room to spare, by the models these serve."""
+        told = {
+            "lines_max": "Lines that may be in flight on replicas with room to spare.",
+            "in_flight": "Lines in flight on these.",
+            "tokens_per_second": "Tokens of such lines lately.",
+        }
+        gauges = {
+            name: GaugeMetricFamily(f"{PREFIX}spare_{name}", text, labels=["models"])
+            for name, text in told.items()
+        }
+        ends = CounterMetricFamily(
+            PREFIX + "spare_attempts",
+            "How attempts at such lines ended.",
+            labels=["models", "outcome"],
+        )
+        for group in self._spare():
+            models = [",".join(group.names)]
+            gauges["lines_max"].add_metric(models, group.lines_max)
+            gauges["in_flight"].add_metric(models, group.in_flight)
+            gauges["tokens_per_second"].add_metric(models, group.tokens_per_s)
+            for outcome in ("results", "failures", "turned_back", "preempted", "cut", "dropped"):
+                ends.add_metric([*models, outcome], getattr(group.counts, outcome))
+        yield from (*gauges.values(), ends)
 
 
 class _Page(Collector):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backends.offline.records import ENDED, FileRecord, JobRecord
+from backends.offline.records import ENDED, IN_PROGRESS, FileRecord, JobRecord
 
 WINDOW_S_MIN, WINDOW_S_MAX = 1, 30 * 86400
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -47,8 +47,13 @@ def file_object(record: FileRecord) -> dict[str, Any]:
     }
 
 
-def batch_object(job: JobRecord, tokens_per_s: float, cost: float | None) -> dict[str, Any]:
-    """Return a batch; `tokens_per_s` is what was done of it lately, `cost` what that has cost."""
+def batch_object(
+    job: JobRecord, tokens_per_s: float, cost: float | None, *, moved_up: bool
+) -> dict[str, Any]:
+    """Return a batch; `tokens_per_s` is what was done of it lately, `cost` what that has cost.
+
+    `moved_up`: its model's lines go as semi-online work now, because some would be late else.
+    """
     return {
         "id": job.id,
         "object": "batch",
@@ -78,6 +83,7 @@ def batch_object(job: JobRecord, tokens_per_s: float, cost: float | None) -> dic
             "eta_s": _eta_s(job, tokens_per_s),
             "gpu_s": round(job.busy_s, 3),
             "cost": None if cost is None else round(cost, 6),
+            "moved_up": moved_up and job.state == IN_PROGRESS,
         },
     }
 

@@ -7,7 +7,7 @@ connection that only listens; should that break, waiters still look by themselve
 from __future__ import annotations
 
 import importlib
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -20,7 +20,13 @@ _CONNECTIONS_MAX = 8
 _STATEMENT_S_MAX = 60.0
 # Every statement finds its rows by a key. A planner that saw these tables while they were empty
 # would read them whole, and keep that plan for what they hold an hour later.
-_SETTINGS = {"enable_seqscan": "off", "jit": "off", "application_name": "doherty"}
+_SETTINGS = {
+    "enable_seqscan": "off",
+    "jit": "off",
+    "application_name": "doherty",
+    # A service that stands still within a transaction must not hold the locks of all others.
+    "idle_in_transaction_session_timeout": "30s",
+}
 _CHANNEL = "doherty_offline"
 _SCHEMA_LOCK = 0x646F6865727479  # "doherty": one service at a time makes the tables
 
@@ -35,8 +41,8 @@ class _Statements(Transaction):
         return rows
 
     @override
-    async def fetch_each(self, sql: str, rows: Iterable[Sequence[Value]]) -> list[Row]:
-        found: list[Row] = await self._connection.fetchmany(sql, rows)
+    async def fetch_each(self, sql: str, rows: Sequence[Sequence[Value]]) -> list[Row]:
+        found: list[Row] = await self._connection.fetchmany(sql, rows) if rows else []
         return found
 
     @override
@@ -44,8 +50,9 @@ class _Statements(Transaction):
         await self._connection.execute(sql, *values)
 
     @override
-    async def execute_each(self, sql: str, rows: Iterable[Sequence[Value]]) -> None:
-        await self._connection.executemany(sql, rows)
+    async def execute_each(self, sql: str, rows: Sequence[Sequence[Value]]) -> None:
+        if rows:
+            await self._connection.executemany(sql, rows)
 
 
 class Postgres(Database):
@@ -67,14 +74,17 @@ class Postgres(Database):
             raise StoreError(
                 "a PostgreSQL store needs the package asyncpg: pip install 'doherty[postgres]'"
             ) from None
-        with _told(driver):
-            pool = await driver.create_pool(
-                url,
-                min_size=1,
-                max_size=_CONNECTIONS_MAX,
-                command_timeout=_STATEMENT_S_MAX,
-                server_settings=_SETTINGS,
-            )
+        try:
+            with _told(driver):
+                pool = await driver.create_pool(
+                    url,
+                    min_size=1,
+                    max_size=_CONNECTIONS_MAX,
+                    command_timeout=_STATEMENT_S_MAX,
+                    server_settings=_SETTINGS,
+                )
+        except ValueError as error:
+            raise StoreError(f"offline.store is no PostgreSQL URL: {error}") from error
         self = cls(driver, pool, url, bell)
         await self.tidy()
         return self
@@ -127,7 +137,7 @@ class Postgres(Database):
         """See that somebody listens; the server vacuums by itself."""
         if self._listener is None or self._listener.is_closed():
             with _told(self._driver):
-                self._listener = await self._driver.connect(self._url)
+                self._listener = await self._driver.connect(self._url, server_settings=_SETTINGS)
                 await self._listener.add_listener(_CHANNEL, self._heard)
 
     @override

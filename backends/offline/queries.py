@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from typing import Annotated
@@ -16,6 +17,7 @@ METADATA_MAX = 16
 IDEMPOTENCY_CHARACTERS_MAX = 255
 BODY_BYTES_MAX = 64 * 1024
 ID_CHARACTERS_MAX = 128
+BODY_S_MAX = 60.0
 # OpenAI's bounds of an expiry: an hour to 30 days.
 EXPIRES_S_MIN, EXPIRES_S_MAX = 3600, 30 * 86400
 
@@ -49,9 +51,13 @@ async def batch_wish(request: web.Request) -> BatchWish:
     """Return what kind of batch is wished for. Raises `ApiError`."""
     if (request.content_length or 0) > BODY_BYTES_MAX:
         raise ApiError(413, f"The body has more than {BODY_BYTES_MAX} bytes.")
-    body = await request.content.read(BODY_BYTES_MAX + 1)
-    while len(body) <= BODY_BYTES_MAX and (more := await request.content.read(BODY_BYTES_MAX)):
-        body += more
+    body = b""
+    try:
+        async with asyncio.timeout(BODY_S_MAX):
+            while len(body) <= BODY_BYTES_MAX and (more := await request.content.readany()):
+                body += more
+    except TimeoutError:
+        raise ApiError(408, f"The body did not come within {BODY_S_MAX:g} s.") from None
     if len(body) > BODY_BYTES_MAX:
         raise ApiError(413, f"The body has more than {BODY_BYTES_MAX} bytes.")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ WORK = "work"  # topic: there may be lines to give
 CHECK = "check"  # topic: there is a job to validate
 # In this order, and before chunks and lines, so that no two transactions wait for each other.
 LOCK_JOB = "SELECT number, id, state FROM jobs WHERE number = $1 FOR UPDATE"
+_RUN_BYTES = 1024 * 1024  # of results that are in memory at once, or one that is larger
 _ROOM_AGE_S_MAX = 5.0  # of a sum over all files, before it is made anew
 
 SELECT_FILE = (
@@ -134,3 +136,13 @@ def job_record(row: Row) -> JobRecord:
     if fields["in_progress_s"] is None:
         fields["total"] = 0  # some lines may be there, but whether they will count is not known
     return JobRecord(**fields)
+
+
+def run_of(sizes: Sequence[int]) -> int:
+    """Return how many results of these sizes to read in one go: one at least."""
+    total = 0
+    for count, size in enumerate(sizes):
+        total += size
+        if count and total > _RUN_BYTES:
+            return count
+    return len(sizes)

@@ -128,14 +128,17 @@ class Sender:
         for _ in range(len(self._waiting)):
             if self.in_flight >= self._verdict.lines:
                 break
-            if wait_s := self._pace.wait_s(self._verdict.prompt_tokens_per_s, now_s):
-                return wait_s
             held = self._waiting.popleft()
             if held.gone:
                 continue
             if held.not_before_s > now_s:
                 self._waiting.append(held)
                 continue
+            verdict = self._verdict
+            tokens_per_s, at_once = verdict.prompt_tokens_per_s, verdict.prompt_tokens_at_once
+            if wait_s := self._pace.wait_s(tokens_per_s, at_once, now_s):
+                self._waiting.appendleft(held)
+                return wait_s
             self._pace.begin(held.prompt_tokens)
             self._send(held)
         if self._hungry():

@@ -24,7 +24,7 @@ from backends.log import Log
 from backends.offline.api_errors import ApiError, error_middleware
 from backends.offline.batches_api import BatchesApi
 from backends.offline.counted_desk import CountedDesk
-from backends.offline.dispatch import Dispatcher
+from backends.offline.dispatch import Dispatcher, GroupReport
 from backends.offline.files_api import FilesApi
 from backends.offline.fleet_models import KnownModels, configured_names
 from backends.offline.metrics import Metrics
@@ -125,9 +125,11 @@ class OfflineService:
             prices=self._prices,
             ending=self._ending,
             cancelled=self._cancelled,
+            moved_up=self._moved_up,
         )
         self._work = WorkApi(self.desk, offline.work_key, self._ending)
-        self._metrics = Metrics(store, self.desk, self._files)
+        self._dispatcher = self._make_dispatcher()
+        self._metrics = Metrics(store, self.desk, self._files, self._sent)
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[error_middleware(self._log, refusal_of)])
@@ -141,6 +143,12 @@ class OfflineService:
             ]
         )
         return app
+
+    def _moved_up(self, model: str) -> bool:
+        return self._dispatcher is not None and self._dispatcher.moved_up(model)
+
+    def _sent(self) -> list[GroupReport]:
+        return [] if self._dispatcher is None else self._dispatcher.reports()
 
     async def _health(self, _request: web.Request) -> web.Response:
         if self._ending.is_set():
@@ -157,7 +165,7 @@ class OfflineService:
             *self._chores(f"{socket.gethostname()}:{port}"),
             spawn(self._reload(orders), "reload", self._log),
         ]
-        dispatcher = self._dispatcher()
+        dispatcher = self._dispatcher
         if dispatcher is not None:
             dispatcher.start()
         await web.SockSite(runner, listener).start()
@@ -177,7 +185,7 @@ class OfflineService:
             await cancel_all([cleanup, hurry])
             self._log.tell("offline_stopped")
 
-    def _dispatcher(self) -> Dispatcher | None:
+    def _make_dispatcher(self) -> Dispatcher | None:
         """Return who sends lines to replicas that have room, where that is wished for."""
         setting = self._setting
         proxy_url, manager_url = setting.proxy_url, setting.manager_url
@@ -227,20 +235,25 @@ class OfflineService:
                 self._log.fault("reload_failed", reason=str(error), kept="the models before")
                 continue
             self._models.configure(configured_names(models))
+            if self._dispatcher is not None:
+                self._dispatcher.configure(models)
             self._prices.clear()
             self._prices.update(prices_of(models))
             self._log.tell("reload_done", models=len(models))
 
     async def _finish(self) -> None:
         """End what is cancelled, overdue or complete; a failure of the store is tried again."""
+        troubled = ""  # told once, however long a store is away
         while True:
             self._cancelled.clear()
             try:
-                ended = await self._store.finish_due()
+                ended, troubled = await self._store.finish_due(), ""
                 if ended:
                     self._log.tell("batches_finished", batches=ended)
             except StoreError as error:
-                self._log.caution("finishing_failed", reason=str(error))
+                if str(error) != troubled:
+                    troubled = str(error)
+                    self._log.caution("finishing_failed", reason=troubled)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FINISH_INTERVAL_S):
                     await self._cancelled.wait()

@@ -54,6 +54,14 @@ def exposed(offline: OfflineConfig) -> str | None:
     )
 
 
+def unreadable(store: str | None) -> str | None:
+    """Say what is wrong with where jobs are to be kept; None: nothing."""
+    scheme, is_url, _ = (store or "").partition("://")
+    if not is_url or scheme in {"postgresql", "postgres"}:
+        return None
+    return f"offline.store: {scheme}:// is none; it is a SQLite file or postgresql://"
+
+
 def prices_of(models: tuple[ModelConfig, ...]) -> dict[str, float]:
     """Return the price of a GPU-hour by model: the highest of those pools that do jobs."""
     prices: dict[str, float] = {}

@@ -7,16 +7,17 @@ half the time, so nobody asks for it but a deadline. Hence:
    Layland, JACM 20 (1), 1973: if any order meets them, that one does), so all are met if, up to
    each, there is no more work than can be done by then. Of the time left `DEADLINE_SHARE` is
    planned with: rates scatter, and lengths of answers are not known before.
-2. **At least one while there is work**, unless spare capacity does it in time by itself: that is
-   paid for already. Of its rate, which others' traffic may take at any moment, half is believed.
-   Little work, less than a worker would take to start, is left to it for a moment first.
+2. **At least one while there is work** that is not due before it would be up, unless spare capacity
+   does it in time by itself: that is paid for already. Of its rate, which others' traffic may take
+   at any moment, half is believed. Where it has shown none yet, what can wait is left to it for a
+   moment first, or a worker would come and go again.
 3. **The cheapest first**, by what a worker would cost for all that is left, its own start
    included: so a start has to pay, and what is there already goes before what is not. Pools that
    have no price come last where others have one; where none has, a GPU-hour is the price.
 4. **What is up stays** while it computes, or there are `LINES_EACH` lines for it, and it is not
    dearer a token than those that are needed: it costs no more than any other, and what it has begun
    would be lost. No new one comes for fewer lines.
-5. **No more a hour than the budget**; within it the first worker of each model, then the others by
+5. **No more an hour than the budget**; within it the first worker of each model, then the others by
    deadline.
 
 **A class up** (`presses`): work whose deadlines need most of what all workers could do in the time
@@ -42,7 +43,9 @@ SPARE_BELIEVED_LESS: Final = 0.25  # before workers that are up are let go for i
 # the others slower a token rather than the job quicker.
 LINES_EACH: Final = 128
 START_MARGIN: Final = 1.1  # a new worker is taken to cost so much more: prices and rates scatter
-SPARE_PATIENCE_S: Final = 15.0  # that little work is left to spare capacity nobody has measured yet
+# For so long work is left to spare capacity that has shown no rate: a line of a thousand tokens
+# takes ten seconds and more, and is told of when it is done.
+SPARE_PATIENCE_S: Final = 30.0
 PRESSES: Final = 0.7
 PRESSES_NO_MORE: Final = 0.5
 
@@ -174,7 +177,7 @@ class _Sizing:
             why = self._choose(candidates)
             self._keep_busy(candidates)
         tightest = pressure(work.needs, self._capacity(candidates))
-        urgent = bool(work.lines) and presses(tightest, work.pressed)
+        urgent = bool(work.lines and self.chosen) and presses(tightest, work.pressed)
         if urgent:
             why += "; its deadline presses, so it goes before offline work"
         if self.tight:
@@ -223,9 +226,10 @@ class _Sizing:
         """Take those that are needed; return why so many."""
         if self._left_to_spare():
             return "spare capacity does it in time"
-        if self._too_little_yet():
-            return "it is so little that spare capacity may do it before a worker is up"
-        for each in _beyond(candidates, self.chosen):
+        if self._too_early():
+            return "spare capacity may do it, and has not shown yet how fast"
+        in_time = (each for each in _beyond(candidates, self.chosen) if self._comes_in_time(each))
+        for each in in_time:
             if self.chosen and (self._in_time() or not self._helps(each)):
                 continue
             if not self._affordable(each):
@@ -239,13 +243,12 @@ class _Sizing:
         rate = (self.work.spare_rate or 0.0) * believed
         return rate > 0 and pressure(self._needs, [(rate, 0.0)]) <= 1.0
 
-    def _too_little_yet(self) -> bool:
-        """Say whether a start would take longer than the work, and may not be needed at all."""
+    def _too_early(self) -> bool:
+        """Say whether spare capacity has yet to show what it does, and there is time for that."""
         work = self.work
-        if work.spare_rate is None or self._up or work.waited_s >= SPARE_PATIENCE_S:
-            return False
-        first = min(self._candidates(), key=self._order, default=None)
-        if first is None or work.tokens / first.crew.rate >= first.ready_in_s:
+        unknown = work.spare_rate == 0 and not self._up and work.waited_s < SPARE_PATIENCE_S
+        first = min(self._candidates(), key=self._order, default=None) if unknown else None
+        if first is None:
             return False
         later_s = first.ready_in_s + SPARE_PATIENCE_S - work.waited_s
         return pressure(self._needs, [(first.crew.rate, later_s)]) <= 1.0
@@ -259,6 +262,10 @@ class _Sizing:
 
     def _affordable(self, each: _Candidate) -> bool:
         return self._spent + (each.crew.price_per_hour or 0.0) <= self.budget
+
+    def _comes_in_time(self, each: _Candidate) -> bool:
+        """Say whether anything will be left to do when it is up."""
+        return any(need.due_in_s > each.ready_in_s for need in self.work.needs if need.lines)
 
     def _helps(self, each: _Candidate) -> bool:
         """Say whether one more would be up before what is late is due, and have lines to do."""
@@ -292,7 +299,7 @@ class _Sizing:
     def _why(self) -> str:
         work, workers = self.work, len(self.chosen)
         if not workers:
-            return "there is work, and nobody who could do it"
+            return self._why_none()
         done_s = self._done_s()
         text = f"{work.lines} lines ({work.tokens} tokens) are left, "
         text += f"{workers} {'has' if workers == 1 else 'have'} them done in {_words(done_s)}, "
@@ -300,6 +307,13 @@ class _Sizing:
         text += "" if self._in_time() else ": too late by these rates"
         known = all(each.crew.measured for each in self.chosen)
         return text if known else text + " (no worker has shown its rate yet)"
+
+    def _why_none(self) -> str:
+        if self.tight:
+            return "there is work, and a worker would cost too much"
+        if any(max(crew.most, crew.min) for crew in self.work.crews):
+            return "what is left is due before a worker would be up"
+        return "there is work, and no GPU for a worker beside what others are promised"
 
     def _done_s(self) -> float:
         """Return when all would be done by those who are chosen: rates, from when each is up."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import lru_cache
@@ -92,7 +92,9 @@ class _Statements(Transaction):
         return await self._connection.run(lambda sqlite: sqlite.execute(words, values).fetchall())
 
     @override
-    async def fetch_each(self, sql: str, rows: Iterable[Sequence[Value]]) -> list[Row]:
+    async def fetch_each(self, sql: str, rows: Sequence[Sequence[Value]]) -> list[Row]:
+        if not rows:
+            return []
         words = translated(sql)
 
         def work(sqlite: sqlite3.Connection) -> list[Row]:
@@ -109,9 +111,10 @@ class _Statements(Transaction):
         await self._connection.run(lambda sqlite: sqlite.execute(words, values))
 
     @override
-    async def execute_each(self, sql: str, rows: Iterable[Sequence[Value]]) -> None:
+    async def execute_each(self, sql: str, rows: Sequence[Sequence[Value]]) -> None:
         words = translated(sql)
-        await self._connection.run(lambda sqlite: sqlite.executemany(words, rows))
+        if rows:
+            await self._connection.run(lambda sqlite: sqlite.executemany(words, rows))
 
 
 class Sqlite(Database):
@@ -201,7 +204,7 @@ def _connected(path: Path) -> sqlite3.Connection:
     sqlite.execute("PRAGMA synchronous = FULL")
     sqlite.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: 16 MiB
     sqlite.execute("PRAGMA journal_size_limit = 67108864")
-    sqlite.execute("PRAGMA cache_size = -16384")  # KiB
+    sqlite.execute("PRAGMA cache_size = -8192")  # KiB
     return sqlite
 
 

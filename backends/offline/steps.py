@@ -1,9 +1,9 @@
 """What an engine's own counters tell of its speed: how long its steps take, how fast it prefills.
 
 Between two readings an engine made so many tokens for so many sequences: each sequence gets one a
-step, so a step took `running x time / tokens`. What prompts held up in that time is in it, as it is
-in what the streams felt. Times are kept by powers of two of the batch: they differ by less within
-one than by what chance does to a reading.
+step, so a step took `running x time / tokens`; what prompts held up in that time is in it, as it is
+in what the streams felt. How many ran between two readings is the mean of both, which is right in
+the mean only: so sums over many readings are divided, and kept by powers of two of the batch.
 """
 
 from __future__ import annotations
@@ -14,19 +14,35 @@ from collections.abc import Collection
 from proxy.contract import LoadSample
 
 READING_S = (0.2, 15.0)  # between two readings that tell something
-ALIKE = 1.1  # times more at one reading than at the other: else nobody knows the batch between
-NEWEST_SHARE = 0.2  # of a new time in what is believed
+ALIKE = 1.5  # times more at one reading than at the other: else nobody knows the batch between
+KEEP_SHARE = 0.95  # of what was believed, at each reading: some 20 count
+READINGS_MIN = 6.0  # by which a size is known: one reading may be off by half
 FORGET_S = 600.0  # a time that was not seen again for so long is not believed any more
 CLASSES_MAX = 20  # a million sequences
 # Before anything was measured; on the low side, for it bounds what lines may hold up.
 TOKENS_PER_S_GUESS = 8_000.0
 
 
+class _Sums:
+    """Of readings of one size class, older ones counting less."""
+
+    __slots__ = ("at_s", "count", "sequence_s", "tokens")
+
+    def __init__(self) -> None:
+        self.sequence_s = self.tokens = self.count = self.at_s = 0.0
+
+    def add(self, sequence_s: float, tokens: int, at_s: float) -> None:
+        self.sequence_s = KEEP_SHARE * self.sequence_s + sequence_s
+        self.tokens = KEEP_SHARE * self.tokens + tokens
+        self.count = KEEP_SHARE * self.count + 1.0
+        self.at_s = at_s
+
+
 class StepTimes:
     """Step times by size of the batch."""
 
     def __init__(self) -> None:
-        self._times: dict[int, tuple[float, float]] = {}  # size class: step, when seen last
+        self._sums: dict[int, _Sums] = {}  # by size class
         self._last: dict[str, LoadSample] = {}
 
     def keep(self, replica_ids: Collection[str]) -> None:
@@ -39,11 +55,18 @@ class StepTimes:
         if before is not None and load.at_s <= before.at_s:
             return
         self._last[replica_id] = load
-        if before is not None and (step_s := step_between(before, load)) > 0.0:
-            size = _class_of((before.running + load.running) / 2)
-            known, _ = self._times.get(size, (step_s, 0.0))
-            self._times[size] = (known + NEWEST_SHARE * (step_s - known), load.at_s)
-        self._times = {s: t for s, t in self._times.items() if t[1] > load.at_s - FORGET_S}
+        if before is not None and tells(before, load):
+            batch = (before.running + load.running) / 2
+            tokens = load.generation_tokens_total - before.generation_tokens_total
+            sums = self._sums.setdefault(_class_of(batch), _Sums())
+            sums.add(batch * (load.at_s - before.at_s), tokens, load.at_s)
+        old_s = load.at_s - FORGET_S
+        self._sums = {size: sums for size, sums in self._sums.items() if sums.at_s > old_s}
+
+    def step_s(self, batch: int) -> float:
+        """Return how long a step of so many takes; 0: not known."""
+        size = _class_of(batch)
+        return self._time_of(size) or self._time_of(size + 1)
 
     def batch_max(self, batch: int, slower_max: float) -> float:
         """Return how large a batch may grow from `batch` without steps that are slower by more.
@@ -52,13 +75,17 @@ class StepTimes:
         sequence more is always let in, so that a time that was measured wrongly can be corrected.
         """
         size = _class_of(batch)
-        if size not in self._times:
+        if not (known_s := self._time_of(size)):
             return 2.0 ** (size + 1) - 1
-        bound_s = self._times[size][0] * (1.0 + slower_max)
-        while size + 1 in self._times and self._times[size + 1][0] <= bound_s:
+        bound_s = known_s * (1.0 + slower_max)
+        while 0.0 < self._time_of(size + 1) <= bound_s:
             size += 1
-        size += size + 1 not in self._times
+        size += not self._time_of(size + 1)
         return max(2.0**size - 1, batch + 1.0)
+
+    def _time_of(self, size: int) -> float:
+        sums = self._sums.get(size)
+        return sums.sequence_s / sums.tokens if sums and sums.count >= READINGS_MIN else 0.0
 
 
 class PrefillSpeed:
@@ -73,16 +100,15 @@ class PrefillSpeed:
             self.tokens_per_s = load.prefill_tokens_total / load.prefill_busy_s_total
 
 
-def step_between(before: LoadSample, after: LoadSample) -> float:
-    """Return how long a step took between two readings; 0: they do not tell."""
-    passed_s = after.at_s - before.at_s
-    tokens = after.generation_tokens_total - before.generation_tokens_total
+def tells(before: LoadSample, after: LoadSample) -> bool:
+    """Say whether two readings tell how long a step took between them."""
     low, high = sorted((before.running, after.running))
-    if not READING_S[0] <= passed_s <= READING_S[1] or tokens <= 0:
-        return 0.0
-    if low < 1 or high > ALIKE * low:
-        return 0.0
-    return (low + high) / 2 * passed_s / tokens
+    return (
+        READING_S[0] <= after.at_s - before.at_s <= READING_S[1]
+        and after.generation_tokens_total > before.generation_tokens_total
+        and low >= 1
+        and high <= ALIKE * low
+    )
 
 
 def _class_of(batch: float) -> int:

@@ -29,8 +29,10 @@ from backends.offline.work import Ask, Chunk, JobNeed, Line, Receipt, Report, Re
 _WAIT_SLICE_S = 1.0  # between looks of an ask that waits: a chunk may have to be buried
 _CANDIDATES_MAX = 1000  # jobs of one model that are looked at
 _BURIED_AT_ONCE = 100
+_ATTEMPTS_MAX = 100  # of one ask, each of which another ask made vain by taking lines
 _PIECES_AT_ONCE = 128
 _NEEDS_MAX = 64  # of one model
+_MODELS_MAX = 10_000  # whose turns are counted
 
 
 class DeskStore(JobStore):
@@ -54,8 +56,23 @@ class DeskStore(JobStore):
                 await alarm.wait(min(left_s, _WAIT_SLICE_S))
 
     async def _give(self, ask: Ask) -> Chunk | None:
-        now_s = self._clock.unix_s()
         await self.bury_silent()
+        for _ in range(_ATTEMPTS_MAX):
+            now_s = self._clock.unix_s()
+            jobs = await self._jobs_for(ask, now_s)
+            if not jobs:
+                return None
+            taking = Taking(self._lines_max(ask), ask.bytes_max)
+            if (chunk := await self._hold(ask, jobs, taking, now_s)) is not None:
+                return chunk
+            # Others took what was seen; there may be more elsewhere.
+        return None
+
+    def _lines_max(self, ask: Ask) -> int:
+        return min(ask.lines_max, self._limits.chunk_lines)
+
+    async def _jobs_for(self, ask: Ask, now_s: float) -> tuple[int, ...]:
+        """Return the jobs whose turn it is."""
         async with self._database.reading() as reading:
             rows = await reading.fetch_each(
                 "SELECT number, owner, expires_s, waiting, turn, model FROM jobs "
@@ -64,14 +81,14 @@ class DeskStore(JobStore):
                 [(model, url, now_s, _CANDIDATES_MAX) for model in ask.models for url in ask.urls],
             )
         if not rows:
-            return None
+            return ()
         model = str(min(rows, key=lambda row: (row[2], row[0]))[5])
         candidates = [Candidate(*row[:5]) for row in rows if row[5] == model]
+        if len(self._turns) >= _MODELS_MAX:
+            self._turns.clear()  # which takes no more than a turn from anybody
         self._turns[model] += 1
-        lines_max = min(ask.lines_max, self._limits.chunk_lines)
         shared = self._turns[model] % SHARED_TURN == 0
-        jobs = chosen(candidates, shared=shared, lines_max=lines_max)
-        return await self._hold(ask, jobs, Taking(lines_max, ask.bytes_max), now_s)
+        return chosen(candidates, shared=shared, lines_max=self._lines_max(ask))
 
     async def _hold(
         self, ask: Ask, jobs: Sequence[int], taking: Taking, now_s: float
@@ -127,6 +144,7 @@ class DeskStore(JobStore):
                 Line(str(there[line.job][1]), line.number, str(there[line.job][3]), body)
                 for line, body in zip(taking.lines, bodies, strict=True)
             ),
+            alone=any(line.span for line in taking.lines),
         )
 
     async def _let_go(self, chunk: int, lines: Counter[int]) -> None:

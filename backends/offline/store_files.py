@@ -5,10 +5,10 @@ An upload is seen by nobody until it is finished; one that stays silent is disca
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 from backends.clock import Clock
-from backends.offline.database import Bell, Database, Row
+from backends.offline.database import Bell, Database
 from backends.offline.records import (
     ConflictError,
     FileRecord,
@@ -17,12 +17,11 @@ from backends.offline.records import (
     Page,
     StoreError,
 )
-from backends.offline.rows import SELECT_FILE, Part, file_record, insert_file, new_id
+from backends.offline.rows import SELECT_FILE, Part, file_record, insert_file, new_id, run_of
 from backends.offline.schema import PIECE_BYTES
 
 _PIECES_AT_ONCE = 64  # written in one transaction, read in one go: 1 MiB
 _RESULTS_AT_ONCE = 1000
-_RUN_BYTES = 1024 * 1024  # of results read in one go, or one result that is larger
 
 
 class FileStore(Part):
@@ -182,7 +181,8 @@ class FileStore(Part):
                 )
                 if not sizes:
                     return
-                start, (last, size) = last, _run(sizes)
+                run = sizes[: run_of([int(row[1]) for row in sizes])]
+                start, last, size = last, int(run[-1][0]), sum(int(row[1]) for row in run)
                 rows = []
                 if size > skip:
                     rows = await reading.fetch(
@@ -240,16 +240,6 @@ _AFTER = (
     " WHERE owner = $1 AND number > $2 AND state = 'ready' AND ($3 = '' OR purpose = $3) "
     "ORDER BY number LIMIT $4"
 )
-
-
-def _run(sizes: Sequence[Row]) -> tuple[int, int]:
-    """Return the last number of a run of results to read in one go, and its size."""
-    number, total = int(sizes[0][0]), int(sizes[0][1])
-    for following, size in sizes[1:]:
-        if total + int(size) > _RUN_BYTES:
-            break
-        number, total = int(following), total + int(size)
-    return number, total
 
 
 class _Upload:

@@ -27,7 +27,7 @@ from backends.offline.records import (
     Page,
     ResultRecord,
 )
-from backends.offline.rows import CHECK, SELECT_FILE, SELECT_JOB, WORK, job_record, new_id
+from backends.offline.rows import CHECK, SELECT_FILE, SELECT_JOB, WORK, job_record, new_id, run_of
 from backends.offline.schema import DONE
 
 _WAIT_SLICE_S = 1.0  # between looks of one who waits for what another service may have stored
@@ -230,8 +230,8 @@ class JobStore(Ender):
         """Return results as they came, those with a sequence above `after`.
 
         `in_order`: in the order of the lines, those with a number above `after`, up to the first
-        line that is not done. When there are none it waits, at most `wait_s` and no longer than the
-        job runs.
+        line that is not done. There may be fewer than `limit`, so that they are not more than a MiB
+        or so. When there are none it waits, at most `wait_s` and no longer than the job runs.
         """
         job = int((await self._job_row(owner, job_id))[-1])
         which = _IN_ORDER if in_order else _AS_COMPLETED
@@ -259,11 +259,22 @@ class JobStore(Ender):
         with self._bell.alarm(job_id) as alarm:
             while True:
                 async with self._database.reading() as reading:
-                    rows = await reading.fetch(_SELECT_RESULT + which, job, *values)
-                    left_s = until_s - self._clock.now_s()
-                    if rows or left_s <= 0 or await reading.fetch(_HAS_ENDED, job):
-                        return tuple(map(_result, rows))
+                    # First, so that what comes with the job's end is found.
+                    ended = await reading.fetch(_HAS_ENDED, job)
+                    rows = await self._bounded(reading, which, job, *values)
+                left_s = until_s - self._clock.now_s()
+                if rows or ended or left_s <= 0:
+                    return tuple(map(_result, rows))
                 await alarm.wait(min(left_s, _WAIT_SLICE_S))
+
+    async def _bounded(
+        self, reading: Transaction, which: str, job: int, *values: int | str
+    ) -> list[Row]:
+        """Read results; of a list no more at once than memory is granted for."""
+        if which in (_AS_COMPLETED, _IN_ORDER):
+            sizes = await reading.fetch(_SELECT_SIZE + which, job, *values)
+            values = (values[0], run_of([int(row[0]) for row in sizes]))
+        return await reading.fetch(_SELECT_RESULT + which, job, *values)
 
 
 _TO_CLAIM = (
@@ -285,6 +296,7 @@ _IN_ORDER = (
     f"AND undone.number <= $2 + $3 AND undone.state <> {DONE} ORDER BY undone.number LIMIT 1), "
     f"{2**62}) ORDER BY results.number LIMIT $3"
 )
+_SELECT_SIZE = "SELECT results.bytes FROM results "
 _BY_NUMBER = "WHERE results.job = $1 AND results.number = $2"
 _BY_CUSTOM_ID = "WHERE lines.job = $1 AND lines.custom_id = $2"
 

@@ -1,38 +1,61 @@
 """When a job must not wait for spare capacity any longer.
 
 The lines of a job that would miss its window move up a class: they are sent as semi-online work,
-which waits in the proxy like any other, for which pools grow and come up from nothing. What is left
-is looked at in the order of the deadlines, as one worker would do it: each must be done when all
-before it and it itself are, at the speed of the last minute. Once moved up, lines stay so until
-what was late is done: the speed is then that of the class, and would tell the opposite at once.
+which waits in the proxy like any other, for which pools grow and come up from nothing. That is done
+as late as it can be, because until then there may be room to spare at no cost, such as at night: at
+the latest moment from which what is left would still be done, at the best speed of a whole minute
+that was seen so far, with a margin. What is left is looked at in the order of the deadlines: each
+job must be done when all before it and it itself are.
 
-Where engine workers do a model's lines, how many there are is the manager's to decide, by the same
-needs, and nothing moves up.
+Once moved up, lines stay so until what was late is done. Where engine workers do a model's lines,
+how many there are is the manager's to decide, by the same needs, and nothing moves up.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 from backends.offline.work import JobNeed
 
-MARGIN = 1.25  # times as long as it should take
-# Before any line is done, and where nothing is awake: what one replica should do at least.
-TOKENS_PER_S_GUESS = 1_000.0
+MARGIN = 2.0  # times as long as it should take
+# What one model should do at least, whatever serves it: until more has been seen.
+TOKENS_PER_S_MIN = 1_000.0
 START_S = 300.0  # for a replica that has to come up first
+RATE_S = 60.0
+
+
+class Speed:
+    """Tokens a second, by a counter that grows: of the last minute, and the best minute so far."""
+
+    def __init__(self) -> None:
+        self.best_tokens_per_s = TOKENS_PER_S_MIN
+        self._counts: deque[tuple[float, int]] = deque(maxlen=1024)
+
+    def note(self, tokens_total: int, now_s: float) -> None:
+        counts = self._counts
+        counts.append((now_s, tokens_total))
+        while len(counts) > 2 and counts[1][0] <= now_s - RATE_S:
+            counts.popleft()
+        if now_s - counts[0][0] >= RATE_S:
+            self.best_tokens_per_s = max(self.best_tokens_per_s, self.tokens_per_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Return the speed of the last minute, or of as much of it as there is."""
+        if len(self._counts) < 2:
+            return 0.0
+        (first_s, first), (last_s, last) = self._counts[0], self._counts[-1]
+        return (last - first) / (last_s - first_s) if last_s > first_s else 0.0
 
 
 def first_late(needs: Sequence[JobNeed], tokens_per_s: float, *, awake: bool) -> JobNeed | None:
-    """Return the first need that would be late; None: all is done in time.
-
-    `tokens_per_s` is what was reached of late, 0 where nothing was to be had.
-    """
+    """Return the first need that cannot wait any longer at this speed; None: all can."""
     start_s = 0.0 if awake else START_S
-    speed = tokens_per_s or TOKENS_PER_S_GUESS
     tokens = 0
     for need in sorted(needs, key=lambda need: need.due_in_s):
         tokens += need.tokens
-        if need.lines and start_s + MARGIN * tokens / speed > need.due_in_s:
+        if need.lines and start_s + MARGIN * tokens / tokens_per_s > need.due_in_s:
             return need
     return None
 

@@ -92,15 +92,19 @@ class Validator:
         self._lines_max, self._line_bytes_max = lines_max, line_bytes_max
 
     async def run(self) -> None:
+        troubled = ""  # told once, however long a store is away
         while True:
             try:
                 job = await self._store.claim_validation(self._service_id, CLAIM_WAIT_S)
+                troubled = ""
                 if job is not None:
                     await self._validate(job)
             except ClaimLostError:
                 continue  # cancelled, expired, or another service's by now
             except StoreError as error:
-                self._log.caution("validation_interrupted", reason=str(error))
+                if str(error) != troubled:
+                    troubled = str(error)
+                    self._log.caution("validation_interrupted", reason=troubled)
                 await asyncio.sleep(PAUSE_S)
 
     async def _validate(self, job: JobRecord) -> None:

@@ -36,12 +36,12 @@ _PLACES = {
     "FlexibleArgumentParser": ("vllm.utils.argparse_utils",),
     "make_arg_parser": ("vllm.entrypoints.openai.cli_args", "vllm.entrypoints.common.cli_args"),
     "init_app_state": (
-        "vllm.entrypoints.openai.api_server",
         "vllm.entrypoints.launchers.api_server.entry",
+        "vllm.entrypoints.openai.api_server",
     ),
     "create_error_response": (
-        "vllm.entrypoints.serve.utils.error_response",
         "vllm.entrypoints.serve",
+        "vllm.entrypoints.serve.utils.error_response",
     ),
     "ChatCompletionRequest": ("vllm.entrypoints.openai.chat_completion.protocol",),
     "CompletionRequest": ("vllm.entrypoints.openai.completion.protocol",),
@@ -58,12 +58,13 @@ PROBLEMS_SHOWN_MAX = 3
 
 def find(name: str) -> Any:
     """Return what vLLM calls `name`, wherever this release has it. Raises `EngineError`."""
+    problems = []
     for place in _PLACES[name]:
         try:
             return getattr(importlib.import_module(place), name)
-        except (ImportError, AttributeError):
-            continue
-    raise EngineError(f"this vLLM has no {name} in {' or '.join(_PLACES[name])}")
+        except (ImportError, AttributeError) as error:
+            problems.append(str(error))
+    raise EngineError(f"this vLLM has no {name} that we know: {'; '.join(problems)}")
 
 
 class _Endpoint(NamedTuple):
@@ -81,8 +82,7 @@ class VllmEngine:
         self._log = log
         self._endpoints: dict[str, _Endpoint] = {}
         self._stepper = Stepper(self._build)
-        self._args: Any = None
-        self._engine_args: Any = None
+        self._args: Any = None  # of vLLM's server, whose flags include those of serving
         self.models: tuple[str, ...] = (model,)
         self.urls: tuple[str, ...] = ()
         self.gpus = 1
@@ -92,9 +92,6 @@ class VllmEngine:
     async def start(self) -> None:
         # A process with threads must not be forked, and CUDA must not be in it.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        parser = await asyncio.to_thread(_make_parser)
-        self._args = parser.parse_args(self._flags)  # exits with 2 and vLLM's own word
-        self._engine_args = find("EngineArgs").from_cli_args(self._args)
         llm = await self._stepper.start()
         config = llm.llm_engine.vllm_config
         self.gpus = config.parallel_config.world_size * config.parallel_config.data_parallel_size
@@ -144,8 +141,10 @@ class VllmEngine:
         await self._stepper.stop()
 
     def _build(self) -> Any:
-        """Load the model; in the stepper's thread."""
-        return find("LLM").from_engine_args(self._engine_args)
+        """Read the flags and load the model; in the stepper's thread, for either takes long."""
+        parser = find("make_arg_parser")(find("FlexibleArgumentParser")(prog="vllm"))
+        self._args = parser.parse_args(self._flags)
+        return find("LLM").from_engine_args(find("EngineArgs").from_cli_args(self._args))
 
 
 class _Client:
@@ -207,11 +206,6 @@ class _Client:
 
     def check_admission(self, *_: Any, **__: Any) -> None:
         """Refuse nothing: the desk gives out what there is room for."""
-
-
-def _make_parser() -> Any:
-    """Return the parser of `vllm serve`, which has the flags of the serving classes as well."""
-    return find("make_arg_parser")(find("FlexibleArgumentParser")(prog="vllm"))
 
 
 def _endpoints(state: Any) -> dict[str, _Endpoint]:

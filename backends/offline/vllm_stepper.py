@@ -18,11 +18,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from backends.offline.line_engine import EngineError
+from backends.offline.line_engine import EngineError, FlagsError
 
 _T = TypeVar("_T")
 ADDED_MAX = 256  # between two steps: some 100 us each, and answers wait meanwhile
 Work = Callable[[Any], None]  # with the LLMEngine
+_OF_THE_ENGINE = {"EngineDeadError", "ZMQError"}  # by name: nothing of vLLM's is imported here
 
 
 class Stepper:
@@ -79,7 +80,9 @@ class Stepper:
         return await future
 
     async def stop(self) -> None:
-        """End the thread and the engine."""
+        """End the thread and the engine. Raises `EngineError` while the model is loading."""
+        if self._thread.is_alive() and not self._built.done():
+            raise EngineError("the model is still being loaded")
         self._stopping = True
         self._work.put(lambda _: None)  # it may be waiting for work
         if self._thread.is_alive():
@@ -89,22 +92,33 @@ class Stepper:
 
     def _run(self) -> None:
         try:
-            try:
-                llm = self._build()
-            except Exception as error:  # noqa: BLE001  # of a foreign program, whatever it is
-                what = f"vLLM did not start: {type(error).__name__}: {error}"
-                self._tell(_fail, self._built, EngineError(what))
-                return
-            self._tell(_resolve, self._built, llm)
-            engine = llm.llm_engine
-            try:
-                self._step_on(engine)
-            except BaseException as error:  # noqa: BLE001  # the same
-                self._tell(self._die, f"{type(error).__name__}: {error}")
-            else:
-                engine.engine_core.shutdown()
+            llm = self._load()
+            if llm is not None:
+                self._tell(_resolve, self._built, llm)
+                self._live(llm.llm_engine)
         finally:
             self._tell(self._ended.set)
+
+    def _load(self) -> Any:
+        """Return the `LLM`; None when there is none, which has been told."""
+        try:
+            return self._build()
+        except SystemExit:
+            error: EngineError = FlagsError("vLLM does not take these arguments, see above")
+        except EngineError as known:
+            error = known
+        except Exception as unknown:  # noqa: BLE001  # of a foreign program, whatever it is
+            error = EngineError(f"vLLM did not start: {type(unknown).__name__}: {unknown}")
+        self._tell(_fail, self._built, error)
+        return None
+
+    def _live(self, engine: Any) -> None:
+        try:
+            self._step_on(engine)
+        except BaseException as error:  # noqa: BLE001  # of a foreign program, whatever it is
+            self._tell(self._die, f"{type(error).__name__}: {error}")
+        else:
+            engine.engine_core.shutdown()
 
     def _step_on(self, engine: Any) -> None:
         while not self._stopping:
@@ -129,8 +143,11 @@ class Stepper:
     def _add(self, request_id: str, add: Work, engine: Any) -> None:
         try:
             add(engine)
-        except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
-            self._tell(self._refuse, request_id, error)  # of this request, as vLLM's server sees it
+        except Exception as error:  # of this request, unless the engine is gone
+            if {kind.__name__ for kind in type(error).__mro__} & _OF_THE_ENGINE:
+                raise
+            engine.abort_request([request_id])  # it may be known already, and never be computed
+            self._tell(self._refuse, request_id, error)
 
     def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -70,6 +70,8 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     hold_s: float
     due_in_s: float
     lines: tuple[Line, ...]
+    # A worker died over lines of it: they are computed with no others, so that a death says more.
+    alone: bool = False
 
 
 class LineError(msgspec.Struct, frozen=True):

@@ -28,6 +28,8 @@ from backends.offline.work import (
     Report,
 )
 
+BODIES_BYTES_MAX = WORK_BYTES_MAX // 2  # of lines in one answer: what is around them fits, too
+
 T = TypeVar("T")
 _ASK = msgspec.json.Decoder(Ask)
 _REPORT = msgspec.json.Decoder(Report)
@@ -47,6 +49,8 @@ class WorkApi:
 
     async def _ask(self, request: web.Request) -> web.Response:
         ask = _decoded(_ASK, await self._body(request))
+        if ask.bytes_max > BODIES_BYTES_MAX:
+            ask = msgspec.structs.replace(ask, bytes_max=BODIES_BYTES_MAX)
         chunk = await until(self._ending, self._desk.ask(ask))
         if chunk is None:
             return web.Response(status=204)

@@ -21,7 +21,7 @@ from aiohttp import web
 from backends.clock import SystemClock
 from backends.log import Log
 from backends.offline.desk_client import RemoteDesk
-from backends.offline.line_engine import EngineError, Gauges, LineEngine
+from backends.offline.line_engine import EngineError, FlagsError, Gauges, LineEngine
 from backends.offline.worker_loop import Worker
 from backends.offline.worker_meters import Meters, render
 
@@ -134,7 +134,7 @@ class Page:
 
 
 async def serve(options: Options, log: Log) -> int:
-    """Load and work until a signal (0) or a failure (1)."""
+    """Load and work until a signal (0), a failure (1), or arguments that no engine takes (2)."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -144,24 +144,41 @@ async def serve(options: Options, log: Log) -> int:
     desk = RemoteDesk(options.desk, os.environ.get(KEY_VARIABLE, ""), DESK_PATIENCE_S)
     arguments = (options.engine, options.model, options.model_path, options.arguments)
     engine = make_engine(*arguments, log)
+    code = 1
     try:
         await web.TCPSite(runner, options.host, options.port).start()
         sys.stdout.write(f"listening on http://{options.host}:{runner.addresses[0][1]}\n")
         sys.stdout.flush()
-        if not await _started(engine, stop):
-            return 0
-        clock = SystemClock()
-        worker = Worker(engine, desk, options.worker_id, options.chunk_lines, clock, log)
-        page.engine, page.worker = engine, worker
-        log.tell("worker_ready", worker=options.worker_id, models=engine.models)
-        return await worker.run(stop)
+        code = await _work(options, engine, desk, page, stop, log)
     except (EngineError, OSError) as error:
         log.fault("worker_failed", why=str(error))
-        return 1
+        code = 2 if isinstance(error, FlagsError) else 1
     finally:
         await desk.close()
         await runner.cleanup()
-        await _close(engine, log)
+        if not await _closed(engine):
+            # A model that is still being loaded cannot be told to stop, only be left.
+            log.caution("engine_left", why="it cannot be ended, so this process ends around it")
+            sys.stdout.flush()
+            os._exit(code)
+    return code
+
+
+async def _work(
+    options: Options,
+    engine: LineEngine,
+    desk: RemoteDesk,
+    page: Page,
+    stop: asyncio.Event,
+    log: Log,
+) -> int:
+    """Return the exit code. Raises `EngineError` when the model cannot be loaded."""
+    if not await _started(engine, stop):
+        return 0
+    worker = Worker(engine, desk, options.worker_id, options.chunk_lines, SystemClock(), log)
+    page.engine, page.worker = engine, worker
+    log.tell("worker_ready", worker=options.worker_id, models=engine.models)
+    return await worker.run(stop)
 
 
 async def _started(engine: LineEngine, stop: asyncio.Event) -> bool:
@@ -177,12 +194,14 @@ async def _started(engine: LineEngine, stop: asyncio.Event) -> bool:
     return True
 
 
-async def _close(engine: LineEngine, log: Log) -> None:
+async def _closed(engine: LineEngine) -> bool:
+    """Close the engine; return whether it has ended."""
     try:
         async with asyncio.timeout(CLOSE_S):
             await engine.close()
-    except TimeoutError:
-        log.caution("engine_left", why=f"it did not end within {CLOSE_S:g} s")
+    except (TimeoutError, EngineError):
+        return False
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ EMPTY_PAUSE_S = 0.5  # after a desk that answered "nothing" without waiting
 REPORT_PATIENCE_S = 5.0  # then it is looked whether the holds still hold
 LOOK_S = 1.0  # at most between two looks at what is due
 STOP_S = 5.0  # to give back what is in hand
+DEATH_OR_STOP_S = 0.5  # within which a signal explains the engine's end
 FEED_LINES = 32  # started at a time; between them others of this process get their turn
 
 
@@ -73,13 +74,16 @@ class Worker:
         stopping = asyncio.ensure_future(stop.wait())
         ends: list[asyncio.Future[Any]] = [stopping, self._engine.dead, self._refused, *going]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if self._engine.dead.done():
+            # Who stops a group of processes stops the engine's own ones in the same moment.
+            await asyncio.wait((stopping,), timeout=DEATH_OR_STOP_S)
         stopping.cancel()
         await cancel_all(going)
         await self._give_up(self._tasks)
         return await self._end(stopped=stop.is_set())
 
     async def _end(self, *, stopped: bool) -> int:
-        dead = self._engine.dead.done()
+        dead = self._engine.dead.done() and not stopped
         if self._refused.done():
             self._log.fault("desk_refused", why=self._refused.result())
             return 1
@@ -91,7 +95,7 @@ class Worker:
                     await self._tell_last(chunk, give_back=not dead)
         except TimeoutError:
             self._log.caution("not_told", chunks=len(self.holdings))
-        return 0 if stopped and not dead else 1
+        return 0 if stopped else 1
 
     # --- asking --------------------------------------------------------------------------------
 
@@ -123,9 +127,10 @@ class Worker:
         )
 
     async def _begin(self, chunk: Chunk) -> None:
-        now_s = self._clock.now_s()
-        lines = self.holdings.take(chunk, now_s)
+        lines = self.holdings.take(chunk, self._clock.now_s())
         self._look_round()
+        while chunk.alone and self._tasks:  # until what was in hand before is done
+            await asyncio.wait(self._tasks.values())
         for index, held in enumerate(lines):
             if held not in held.chunk.undone:  # dropped while we were at it
                 continue

@@ -18,10 +18,11 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -52,10 +53,14 @@ from backends.providers.ray_words import (
     Start,
     Waits,
 )
+from backends.spec import ReplicaSpec
 from backends.tasks import cancel_all, spawn
 from proxy.config import RayConfig
 
 ANSWER_S_MAX = 60.0  # Ray's own patience with a head that does not answer is half of it
+# The head starts a server for each client of a `ray://` address, and gives the first one 30 s.
+ATTEMPTS, CLIENT_ATTEMPTS = 1, 3
+KNOCK_S_MAX = 5.0
 PAUSE_S, PAUSE_S_MAX = 0.5, 10.0
 LOST_KILL_S_MAX = 20.0  # whose cluster does not answer, it is not waited for longer
 TOKEN_VARIABLE = "RAY_AUTH_TOKEN"  # noqa: S105  # its name
@@ -82,13 +87,13 @@ class RayProcess:
             self._provider.signal(self, number)
 
     def release(self) -> None:
-        self._provider.forget(self.order.launch_id)
+        self._provider.leave(self)
         self.close()
 
     def runs(self, host: str) -> None:
         """It has a place; what began it must not begin it again."""
         self.waits = ""
-        self.order = Follow(self.order.launch_id)
+        self.order = Follow(self.order.launch_id, self.order.need)
         if not self.placed.done():
             self.placed.set_result(host)
 
@@ -133,11 +138,14 @@ class RayProvider:
         self._cluster = Cluster(
             address=address, namespace=namespace, runtime_env=config.runtime_env
         )
+        self._attempts = CLIENT_ATTEMPTS if address.startswith("ray://") else ATTEMPTS
         self._launches = launches
         self._log = log
         self._log_folder = run_folder / "logs"
         self._processes: dict[str, RayProcess] = {}
+        self._left: set[str] = set()  # that nobody watches any more
         self._found: frozenset[str] = frozenset()
+        self._recovered = False
         self._bridge: asyncio.subprocess.Process | None = None  # that has been answered by Ray
         self._problem = ""
         self._keeping: asyncio.Task[None] | None = None
@@ -145,15 +153,16 @@ class RayProvider:
 
     @property
     def empty(self) -> bool:
-        """Say whether nothing runs of what was started or adopted."""
-        return not self._processes
+        """Say whether nothing runs of what was started or adopted, watched or not."""
+        return not self._processes and not self._left
 
     async def open(self) -> None:
         """Reach the cluster. Raises `StartError`."""
+        await self._knock()
         connected = asyncio.get_running_loop().create_future()
         self._keeping = spawn(self._keep_bridge(connected), "keep the bridge to Ray", self._log)
         try:
-            async with asyncio.timeout(ANSWER_S_MAX):
+            async with asyncio.timeout(ANSWER_S_MAX * self._attempts):
                 await connected
         except TimeoutError:
             raise StartError(
@@ -161,12 +170,26 @@ class RayProvider:
                 "manager.ray.address"
             ) from None
 
-    def program(self, engine: Engine, spec: object) -> Program:
+    async def _knock(self) -> None:
+        """See that somebody listens: Ray itself tries for a minute before it says that nobody does.
+
+        Raises `StartError`.
+        """
+        host, colon, port = self._cluster.address.removeprefix("ray://").rpartition(":")
+        if not colon:
+            return
+        try:
+            async with asyncio.timeout(KNOCK_S_MAX):
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        except (OSError, TimeoutError) as error:
+            raise StartError(self._failure(str(error) or "nobody answers")) from error
+        writer.close()
+
+    def program(self, engine: Engine, spec: ReplicaSpec) -> Program:
         """Return the engine's own words: the nodes have what they name."""
-        head = engine.command(spec, Ports(0), UNKNOWN_RELEASE).argv[:1]  # type: ignore[arg-type]
+        head = engine.command(spec, Ports(0), UNKNOWN_RELEASE).argv[:1]
         head = ("python3",) if head == (sys.executable,) else head
-        version = self._config.versions.get(engine.name, "")  # type: ignore[call-overload]
-        return Program(head, version=version, inherits=tuple(sorted(self._config.env.items())))
+        return Program(head, version=spec.release, inherits=tuple(self._config.env.items()))
 
     def spawn(
         self, argv: Sequence[str], env: Mapping[str, str], launch_id: str, log_path: Path
@@ -193,10 +216,12 @@ class RayProvider:
         for launch in launches:
             if launch.launch_id in self._found:
                 log_path = self._log_folder / f"{launch.replica_id}.log"
-                process = self._begin(Follow(launch.launch_id), log_path)
+                need = Need(launch.gpus_wanted, launch.resources)
+                process = self._begin(Follow(launch.launch_id, need), log_path)
                 if launch.host != UNPLACED:
                     process.placed.set_result(launch.host)
                 adopted[launch.launch_id] = process
+        self._recovered = True
         self._send(Keep(tuple(adopted)))
         kill_remains({launch.launch_id for launch in launches} - adopted.keys())
         return adopted
@@ -212,8 +237,10 @@ class RayProvider:
         if number == signal.SIGKILL:
             self._own(self._give_up(process), f"give up {process.order.launch_id}")
 
-    def forget(self, launch_id: str) -> None:
-        self._processes.pop(launch_id, None)
+    def leave(self, process: RayProcess) -> None:
+        """Watch it no longer; it runs on, if it has not ended."""
+        if self._processes.pop(process.order.launch_id, None) is not None:
+            self._left.add(process.order.launch_id)
 
     def _begin(self, order: Start | Follow, log_path: Path) -> RayProcess:
         process = RayProcess(order, log_path, self)
@@ -231,7 +258,7 @@ class RayProvider:
             self._end(process, "given up: its cluster does not answer")
 
     def _end(self, process: RayProcess, how: str) -> None:
-        self.forget(process.order.launch_id)
+        self._processes.pop(process.order.launch_id, None)
         process.ended(how)
 
     # --- the bridge -----------------------------------------------------------------------------
@@ -241,12 +268,13 @@ class RayProvider:
             self._bridge.stdin.write(msgspec.json.encode(order) + b"\n")
 
     async def _keep_bridge(self, connected: asyncio.Future[None]) -> None:
-        """Have a bridge as long as this provider is open; the first that fails is the last."""
-        pause_s = PAUSE_S
+        """Have a bridge as long as this provider is open; none, where the first ones fail."""
+        pause_s, attempts = PAUSE_S, self._attempts
         while True:
             began_s = asyncio.get_running_loop().time()
             problem = await self._cross(connected)
-            if not connected.done():
+            attempts -= 1
+            if not connected.done() and not attempts:
                 connected.set_exception(StartError(self._failure(problem)))
                 return
             if asyncio.get_running_loop().time() - began_s > ANSWER_S_MAX:
@@ -305,6 +333,8 @@ class RayProvider:
             self._send(process.order)
             if process.signalled:
                 self._send(Signal(process.order.launch_id, process.signalled))
+        if self._recovered:
+            self._send(Keep(tuple(self._processes.keys() | self._left)))
         if not connected.done():
             connected.set_result(None)
 
@@ -332,13 +362,11 @@ class RayProvider:
                 self._end(process, _how(news))
 
     def _failure(self, problem: str) -> str:
-        return (
-            f"the Ray cluster at {self._cluster.address} cannot be used: {problem}; see "
-            f"{self._log_folder / 'ray.log'}, or set manager.ray.address"
-        )
+        address = self._cluster.address
+        return f"the Ray cluster at {address} cannot be used: {problem}; set manager.ray.address"
 
-    def _own(self, coroutine: object, name: str) -> None:
-        task = spawn(coroutine, name, self._log)  # type: ignore[arg-type]
+    def _own(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        task = spawn(coroutine, name, self._log)
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
 

@@ -145,6 +145,9 @@ class EngineActor:
         with suppress(ProcessLookupError):  # one that was killed alone has left an engine
             os.killpg(self._group, signal.SIGKILL)
         reader.join(LAST_LINES_S_MAX)
+        if self._held is not None:
+            with suppress(OSError):
+                self._held.close()
         with self._changed:
             if "status" not in said and "problem" not in said:
                 said["status"] = signal.SIGKILL  # nothing less ends a guard without a word

@@ -70,7 +70,7 @@ ENDED_BY_US = 2
 class Launched:
     """One launch as it is followed."""
 
-    def __init__(self, launch_id: str, need: Need | None) -> None:
+    def __init__(self, launch_id: str, need: Need) -> None:
         self.launch_id = launch_id
         self.need = need
         self.actor: Any = None
@@ -111,17 +111,17 @@ class Bridge:
     def obey(self, order: Order) -> None:
         match order:
             case Start():
-                self._begin(order.launch_id, order)
+                self._begin(order, order)
             case Follow():
-                self._begin(order.launch_id, None)
+                self._begin(order, None)
             case Signal():
                 self._own(self._signal(order))
             case Keep():
                 self._own(self._sweep(set(order.launch_ids)))
 
-    def _begin(self, launch_id: str, start: Start | None) -> None:
-        launched = Launched(launch_id, start.need if start else None)
-        self._launched[launch_id] = launched
+    def _begin(self, order: Start | Follow, start: Start | None) -> None:
+        launched = Launched(order.launch_id, order.need)
+        self._launched[order.launch_id] = launched
         self._own(self._live(launched, start))
 
     def _own(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -191,9 +191,8 @@ class Bridge:
                     return said
                 if killing in done:
                     return None
-                if launched.need is not None:
-                    words = await asyncio.to_thread(_waits_in_words, launched.need)
-                    self.tell(Waits(launched.launch_id, words))
+                words = await asyncio.to_thread(_waits_in_words, launched)
+                self.tell(Waits(launched.launch_id, words))
         finally:
             killing.cancel()
             # Not cancelled: Ray would answer nobody, and says so loudly.
@@ -296,9 +295,17 @@ def _end_in_words(launched: Launched, error: RayActorError) -> str:
     return f"its actor ended: {one_line(error)}"
 
 
-def _waits_in_words(need: Need) -> str:
+def _waits_in_words(launched: Launched) -> str:
+    """Say what one waits for that has been asked for and is not there yet."""
+    try:
+        group = get_placement_group(f"{_namespace()}/{PREFIX}{launched.launch_id}")
+        state = placement_group_table(group)["state"]
+    except (ValueError, KeyError):
+        state = ""
+    if state != "PENDING":
+        return "its node starts it" if state == "CREATED" else "waits for the cluster"
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return waits_for(need, nodes, ray.available_resources())
+    return waits_for(launched.need, nodes, ray.available_resources())
 
 
 def _future(ref: Any) -> asyncio.Future[Any]:

@@ -50,6 +50,7 @@ class Follow(msgspec.Struct, frozen=True, tag="follow", tag_field="word"):
     """Go on with one that has been started."""
 
     launch_id: str
+    need: Need
 
 
 class Signal(msgspec.Struct, frozen=True, tag="signal", tag_field="word"):
@@ -139,6 +140,8 @@ def unplaced_words(number: int) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first telling line of an error of Ray's, which are long."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next(filter(None, lines), type(error).__name__)[:300]
+    """Return what tells of an error of Ray's: its first line, and the cause where one follows."""
+    lines = [line for line in map(str.strip, str(error).splitlines()) if line]
+    words = lines[0] if lines else type(error).__name__
+    cause = f" {lines[-1]}" if words.endswith(":") and len(lines) > 1 else ""
+    return (words + cause)[:400]

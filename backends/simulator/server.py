@@ -212,9 +212,9 @@ class Server:
             wanted = request.headers.get("X-Request-Id", "")
             if _REQUEST_ID.fullmatch(wanted):
                 request_id = wanted
-            header = request.headers.get("X-Vllm-Priority", "")
-            priority = int(header) if _INTEGER.fullmatch(header) else None
+            priority = _priority_of(request, "X-Vllm-Priority")
         elif self.settings.header_overrides and request.path == "/v1/chat/completions":
+            priority = _priority_of(request, "X-Override-Priority")
             request_id = request.headers.get("X-Override-Rid") or request_id
             if any(exchange.request_id == request_id for exchange in self._exchanges):
                 raise ApiError(400, f"Duplicate request ID detected: {request_id}")
@@ -371,6 +371,11 @@ class Server:
             raise ApiError(400, f"token ids are 0 to {TOKEN_ID_MAX}", param="tokens")
         text = decode_tokens(pack_ids(body.tokens))
         return json_answer({"prompt" if self.settings.dialect == "vllm" else "text": text})
+
+
+def _priority_of(request: web.Request, name: str) -> int | None:
+    header = request.headers.get(name, "")
+    return int(header) if _INTEGER.fullmatch(header) else None
 
 
 def _permission(name: str, created: int) -> dict[str, object]:

@@ -32,7 +32,8 @@ case $run in
          sglang_kv=(--mem-fraction-static 0.45) ;;
   ladder) load=() weights=(--weights 1) context=16384 vllm_kv=(--kv-cache-memory-bytes 3G)
           sglang_kv=(--mem-fraction-static 0.45 --max-total-tokens 24000) ;;
-  offline) load=(--load-format dummy) weights=() context=16384 vllm_kv=(--kv-cache-memory-bytes 60G)
+  offline) load=(--load-format dummy) weights=() context=16384 vllm_kv=(--kv-cache-memory-bytes 60G
+           --max-num-batched-tokens 16384)  # LLM's own default, for the server as well
            sglang_kv=() ;;
   *) echo "host.sh: RUN is prove, ladder or offline, not '$run'" >&2; exit 2 ;;
 esac

@@ -22,7 +22,7 @@ import msgspec
 import orjson
 
 from loadtest.client import Client, parse_url
-from loadtest.fleet import Ports, free_ports, get
+from loadtest.fleet import ANY_OFFLINE_PORT, Ports, free_ports, get
 from loadtest.run import RunError
 
 MARK_VARIABLE = "LOADTEST_RUN"
@@ -171,7 +171,7 @@ class Stack:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=output,
                     stderr=asyncio.subprocess.STDOUT,
-                    env={**os.environ, MARK_VARIABLE: self.mark},
+                    env={**os.environ, **ANY_OFFLINE_PORT, MARK_VARIABLE: self.mark},
                     start_new_session=True,  # Ctrl-C is for the proof, which then stops this
                 )
             except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from loadtest.command import Command
-from loadtest.offline import jobs, kills, spare, throughput
+from loadtest.offline import jobs, kills, lab, spare, throughput
 
 SUMMARY = "jobs of many lines: their speed, their cost to others, kills amid them"
 
@@ -13,6 +13,7 @@ SUMMARY = "jobs of many lines: their speed, their cost to others, kills amid the
 COMMANDS: dict[str, Command] = {
     "jobs": jobs,
     "kills": kills,
+    "lab": lab,
     "spare": spare,
     "throughput": throughput,
 }

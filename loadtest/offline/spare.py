@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
 import itertools
 import random
 import sys
@@ -156,18 +157,17 @@ async def run_pairs(setting: Setting) -> list[Finding]:
 
 async def run_once(setting: Setting, *, job: bool, seed: int) -> Run:
     """Run one way once. Raises `RunError`."""
-    offline_port = stage.free_port()
     options = FleetOptions(
         replicas=setting.replicas, doherty=setting.doherty or " ".join(stage.DOHERTY)
     )
     found = Run()
     async with launched(
-        lambda ports, folder: configuration(setting, ports, folder, offline_port), options
+        lambda ports, folder: configuration(setting, ports, folder), options
     ) as running:
         clock = WallClock()
         client = Client(local(running.ports.proxy), clock.now_s)
         with contextlib.closing(client):
-            url = f"http://127.0.0.1:{offline_port}"
+            url = f"http://127.0.0.1:{running.ports.proxy}"
             async with aiohttp.ClientSession(url) as session, asyncio.TaskGroup() as group:
                 batch = await submit(session, setting, seed) if job else None
                 load = group.create_task(_load(client, clock, found, setting, seed))
@@ -180,7 +180,7 @@ async def run_once(setting: Setting, *, job: bool, seed: int) -> Run:
     return found
 
 
-def configuration(setting: Setting, ports: Ports, folder: str, offline_port: int) -> dict[str, Any]:
+def configuration(setting: Setting, ports: Ports, folder: str) -> dict[str, Any]:
     """Return the configuration of a run, the same with the job and without it."""
     args = ["--profile", setting.profile, "--time-scale", f"{setting.time_scale:g}"]
     pool: dict[str, Any] = {"engine": "simulator", "replicas": setting.replicas, "args": args}
@@ -189,7 +189,6 @@ def configuration(setting: Setting, ports: Ports, folder: str, offline_port: int
     return {
         "proxy": {"port": ports.proxy, "admin_port": ports.admin, "access_log": "off"},
         "manager": {"port": ports.manager, "run_dir": folder},
-        "offline": {"port": offline_port},
         "models": [{"name": MODEL, "pools": [pool]}],
     }
 
@@ -249,7 +248,7 @@ async def submit(session: aiohttp.ClientSession, setting: Setting, seed: int) ->
     content = input_file(bodies(Shape(lines=setting.lines, seed=seed), MODEL))
     form = aiohttp.FormData()
     form.add_field("purpose", "batch")
-    form.add_field("file", content, filename="job.jsonl")
+    form.add_field("file", io.BytesIO(content), filename="job.jsonl")  # read piece by piece
     file = await stage.answer_json(session.post("/v1/files", data=form))
     asked = {
         "input_file_id": file["id"],

@@ -116,7 +116,7 @@ def said(log: Path) -> str:
 
 @contextlib.asynccontextmanager
 async def service(
-    folder: Path, doherty: Sequence[str] = DOHERTY, **offline: object
+    folder: Path, offline: Mapping[str, object], doherty: Sequence[str] = DOHERTY
 ) -> AsyncIterator[str]:
     """A standalone offline service; its URL."""
     port = free_port()

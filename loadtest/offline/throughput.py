@@ -183,7 +183,7 @@ async def through(setting: Setting, folder: Path, job: str, content: bytes) -> R
     place = folder / job
     place.mkdir()
     log = place / "worker.log"
-    async with stage.service(place, chunk_lines=setting.chunk_lines) as url:
+    async with stage.service(place, {"chunk_lines": setting.chunk_lines}) as url:
         port = stage.free_port()
         command = ["-m", "backends.offline.worker", "--engine", "simulator", "--model", MODEL]
         command += ["--desk", url, "--worker-id", "worker-1", "--port", str(port)]

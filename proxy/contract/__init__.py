@@ -116,6 +116,8 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     kv_topic: str = ""
     # It takes the id of a chat request from `x-override-rid`, and ends that at `/abort_request`.
     rid_header: bool = False
+    # A field of the head, "name: number", by which it computes a request after all others.
+    lowest_priority: str = ""
 
 
 class PoolRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -41,6 +41,7 @@ class ReplicaDemand(msgspec.Struct, frozen=True, omit_defaults=True):
 
     in_flight: _Count = 0  # requests sent there and not ended, spare ones as well
     tokens: _Count = 0  # prompt tokens of these that no cache held and no answer has begun for
+    spare: _Count = 0  # those of these requests that may have only what is spare
 
 
 class ModelDemand(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -26,7 +26,9 @@ def sum_replicas(parts: Iterable[Mapping[str, ReplicaDemand]]) -> dict[str, Repl
         for name, more in part.items():
             before = total.get(name, _NONE)
             total[name] = ReplicaDemand(
-                before.in_flight + more.in_flight, before.tokens + more.tokens
+                before.in_flight + more.in_flight,
+                before.tokens + more.tokens,
+                before.spare + more.spare,
             )
     return total
 

@@ -27,10 +27,14 @@ REQUEST_ID: Final = b"x-request-id"
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Written by us, or meaningful to this hop only. Ranks: see `core/preamble.py`.
 _NOT_FORWARDED: Final = frozenset(
-    (b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, WORK_CLASS, RANK_FIELD)
+    (
+        *(b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, WORK_CLASS, RANK_FIELD),
+        b"x-vllm-priority",
+    )
 )
 # With these SGLang overrides what a body says: the id, the priority, the rank. A client that sets
-# them could go before others, or end what is theirs; so none of them ever passes.
+# them, or vLLM's field above, could go before others, or end what is theirs; so none of them ever
+# passes.
 _OVERRIDES: Final = b"x-override-"
 # Written as a bearer token, the one form that every engine checks, unless there is one already.
 _API_KEY: Final = b"x-api-key"

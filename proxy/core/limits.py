@@ -52,6 +52,9 @@ CLIENT_KEEP_ALIVE_S: Final = 75.0
 # client has the rest of the time, and no room to send.
 LINGER_S: Final = 2.0
 LINGER_BYTES_MAX: Final = 4 * MIB
+# An upload that is refused goes on for so long, and is dropped: the official client reads no answer
+# before it has sent its file, and would find a connection that is reset. nginx's lingering_time.
+UNWANTED_BODY_S: Final = 30.0
 # After a smaller piece than this we wait a moment, so that what comes next is read in one.
 LINGER_GULP_BYTES: Final = 4 * KIB
 LINGER_PAUSE_S = 0.01

@@ -27,6 +27,7 @@ from proxy.contract import (
 RANK_FIELD: Final = b"x-data-parallel-rank"  # both engines read it
 RID_FIELD: Final = b"x-override-rid"  # SGLang's
 
+_NUMBER_FIELD: Final = re.compile(r"x-[a-z-]{1,60}: -?[0-9]{1,9}")
 _URL: Final = re.compile(
     r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?)(?::([0-9]{1,5}))?/?"
 )
@@ -60,6 +61,7 @@ class Replica:
     restarts: int
     asleep: bool
     rid_header: bool = False  # it takes a chat request's id from `RID_FIELD`
+    lowest_priority: bytes = b""  # the field that offline work is sent with, with its line end
     suspect: bool = False
 
     @property
@@ -73,17 +75,17 @@ class Replica:
         return self.state is ReplicaState.READY and not self.asleep
 
 
-def parse_url(url: str) -> tuple[bool, str, int]:
+def parse_url(url: str, what: str = "replica URL") -> tuple[bool, str, int]:
     """Return (tls, host, port). Raises `ValueError` with a message for the operator."""
     match = _URL.fullmatch(url)
     if match is None:
         raise ValueError(
-            f"replica URL {url!r} must look like http://host:port, without path, query or user"
+            f"{what} {url!r} must look like http://host:port, without path, query or user"
         )
     tls = match[1] == "https"
     port = int(match[3]) if match[3] else (443 if tls else 80)
     if not 0 < port < 65536:
-        raise ValueError(f"replica URL {url!r}: port {port} is not between 1 and 65535")
+        raise ValueError(f"{what} {url!r}: port {port} is not between 1 and 65535")
     return tls, match[2].strip("[]"), port
 
 
@@ -118,7 +120,13 @@ def replica_of(record: ReplicaRecord, max_tokens: int = 0) -> Replica:
         restarts=record.restarts,
         asleep=record.asleep,
         rid_header=record.rid_header,
+        lowest_priority=_field(record.lowest_priority),
     )
+
+
+def _field(text: str) -> bytes:
+    """Return a field as it is sent; nothing of what is not plainly a name and a number."""
+    return text.encode() + b"\r\n" if _NUMBER_FIELD.fullmatch(text) else b""
 
 
 def replicas_of(record: ReplicaRecord, max_tokens: int = 0) -> list[Replica]:

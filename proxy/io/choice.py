@@ -49,9 +49,7 @@ class Choice:
         self.arrivals: dict[str, int] = {}  # requests that came, by model
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
         self.preemption = Preemption(self._fault)
-        self._some_offline = (
-            False  # there are pools whose requests are offline work unless they say
-        )
+        self._some_offline = False  # there are pools of offline work
         self.waiting = Waiting(
             clock, self.picture, self.choose, self.awaited, self.prospect_of, self._fault
         )

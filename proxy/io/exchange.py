@@ -193,7 +193,7 @@ class Exchange(Relay):
                 self.fail,
                 self._whole_s,
             )
-        except errors.QueueFullError:
+        except errors.OverloadedError:  # or it is one that never waits
             plane.preemption.refused_total += 1
             self.fail(errors.PreemptedError("online work needed the place of this request"))
         else:
@@ -245,6 +245,8 @@ class Exchange(Relay):
         self._rid = b""
         if self._decision.replica.rid_header:
             host_field += self._name_itself()
+        if self._request.work_class == OFFLINE:
+            host_field += self._decision.replica.lowest_priority
         head = self._preamble.upstream_head(host_field, self.request_id, len(self._body))
         upstream.send(self, head, self._body)
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()

@@ -9,6 +9,9 @@ key goes on, because the service tells tenants apart by it.
 Each request has a connection of its own, closed by its end. That costs a local connect for each of
 few requests, and there is no idle one that the service may be closing as the next request comes:
 what was sent twice could be two jobs. For the same reason nothing is ever sent twice from here.
+
+A refusal comes at once, but a client may read nothing before it has sent its file: so the rest of
+the body is read on for a while, and dropped.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ _RESPONSE_STARTED: Final = Progress.RESPONSE_STARTED
 class Passage(Relay):
     """One request to the offline service, and its answer."""
 
-    __slots__ = ("_come_bytes", "_early", "_framing", "_held_back", "_left", "_waited_s")
+    __slots__ = (
+        "_come_bytes", "_drop_end_s", "_early", "_framing", "_held_back", "_left", "_waited_s",
+    )  # fmt: skip
 
     def __init__(self, plane: Plane, client: Client, preamble: Preamble, length: int) -> None:
         super().__init__(plane, client, preamble, length)
@@ -49,6 +54,7 @@ class Passage(Relay):
         self._come_bytes = 0
         self._held_back = False  # the client is, until the service takes more
         self._waited_s = 0.0  # how long it was held back until now
+        self._drop_end_s = 0.0  # answered; until then what comes of the body is dropped
 
     # --- the request -------------------------------------------------------------------------
 
@@ -79,6 +85,25 @@ class Passage(Relay):
 
     def take(self, data: bytes) -> bytes | None:
         """Take octets of the body; return what follows it once it has ended. May raise."""
+        try:
+            rest, octets = self._read(data)
+        except errors.ProxyError:
+            if not self._done:
+                raise
+            self._client.finished(keep_alive=False)  # it has its answer
+            return None
+        self._come_bytes += len(octets)
+        self._last_octet_s = self._plane.clock.now_s()
+        if rest is not None:
+            self._whole_s = self._last_octet_s
+        if not self._done:
+            self._pass_on(octets, last=rest is not None)
+        elif rest is not None:
+            self._client.finished(keep_alive=False)
+        return rest
+
+    def _read(self, data: bytes) -> tuple[bytes | None, bytes]:
+        """Return what follows the body, if it has ended, and what of it is in these octets."""
         rest: bytes | None = None
         if self._framing is not None:
             rest = self._framing.feed(data)
@@ -89,12 +114,7 @@ class Passage(Relay):
         else:
             octets, rest = data[: self._left], data[self._left :]
             self._left = 0
-        self._come_bytes += len(octets)
-        self._last_octet_s = self._plane.clock.now_s()
-        if rest is not None:
-            self._whole_s = self._last_octet_s
-        self._pass_on(octets, last=rest is not None)
-        return rest
+        return rest, octets
 
     def _pass_on(self, octets: bytes, *, last: bool) -> None:
         if self._framing is not None:
@@ -179,7 +199,7 @@ class Passage(Relay):
         assert self._response is not None
         self.response_head_due()
         self._finish(self._response.status, errors.OK)
-        self._client.finished(keep_alive=self._keep_alive)
+        self._over(keep_alive=self._keep_alive)
 
     def response_failed(self, reason: str) -> None:
         open_chunk = self._upstream.open_chunk if self._upstream is not None else None
@@ -202,11 +222,46 @@ class Passage(Relay):
         else:
             self._end_visibly(error, open_chunk)
 
+    # --- the end -----------------------------------------------------------------------------
+
+    @override
+    def fail(self, error: errors.ProxyError) -> None:
+        if not self._done and error.closes:
+            self._whole_s = self._whole_s or self._plane.clock.now_s()  # no more of it is read
+            self._keep_alive = False
+        super().fail(error)
+
+    @override
+    def _answer_ourselves(
+        self, status: int, answer: bytes, outcome: str = errors.OK, *, keep_alive: bool = True
+    ) -> None:
+        self._finish(status, outcome)
+        self._client.write(answer)
+        self._over(keep_alive=keep_alive and self._may_keep_alive())
+
+    def _over(self, *, keep_alive: bool) -> None:
+        """The answer is out. What still comes of the body is dropped, for a while."""
+        now_s = self._plane.clock.now_s()
+        uninvited = self._preamble.head.expects_continue and not self._come_bytes
+        if self._whole_s or uninvited:
+            self._client.finished(keep_alive=keep_alive)
+            return
+        self._early.take()
+        self._drop_end_s = now_s + limits.UNWANTED_BODY_S
+        self._last_octet_s = now_s
+        if self._held_back:
+            self._held_back = False
+            self._client.read_on()
+
     # --- time --------------------------------------------------------------------------------
 
     @override
     def check_deadline(self, now_s: float) -> None:
         """Called by the sweep: whoever has to move, and does not, ends it."""
+        if self._drop_end_s:
+            if now_s > min(self._drop_end_s, self._last_octet_s + limits.LINGER_S):
+                self._client.finished(keep_alive=False)
+            return
         if self._done or self._connecting is not None:  # connecting has a deadline of its own
             return
         silence_s = now_s - self._last_octet_s

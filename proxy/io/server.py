@@ -219,8 +219,11 @@ class ServerProtocol(Connection):
         self._state = SERVING if empty else PASSING
         if empty and rest:
             self._keep_for_later(rest)  # the next request, whatever becomes of this one
-        passage.judge_head()
-        passage.begin(b"")
+        try:
+            passage.judge_head()
+            passage.begin(b"")
+        except errors.ProxyError as error:
+            passage.fail(error)
         if rest and self._state is PASSING:
             self._pass(rest)
 

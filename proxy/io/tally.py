@@ -66,6 +66,7 @@ def demand_of(plane: Plane, *, at_once: bool = False) -> control.Demanded:
         replicas[replica_id] = ReplicaDemand(
             before.in_flight + count.in_flight + count.spare,
             before.tokens + count.in_flight_tokens + count.spare_tokens,
+            before.spare + count.spare,
         )
         model = _model_of(replica, plane.fleet) if replica is not None else ""
         if model:

@@ -11,6 +11,7 @@ from backends import serve
 from backends.log import Log
 from backends.snapshots.asking import AGAIN_S, Asking
 from backends.tasks import cancel_all, spawn
+from proxy.config import OfflineConfig
 
 
 class Machine:
@@ -70,6 +71,7 @@ async def test_a_reload_asks_before_it_is_taken_and_beside_the_loop(tmp_path: Pa
 
     class Manager:
         keepers = ()
+        offline = OfflineConfig()
 
         def reload(self, config: object) -> None:
             note("reload")

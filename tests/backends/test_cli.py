@@ -233,18 +233,19 @@ def test_up_refuses_to_make_an_orphan_of_an_earlier_proxy(
     assert not (tmp_path / "logs").exists(), "nothing was started"
 
 
-def test_a_note_of_a_proxy_that_is_gone_stops_nobody(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["proxy", "offline"])
+def test_a_note_of_one_that_is_gone_stops_nobody(name: str, tmp_path: Path) -> None:
     stat = read_stat(os.getpid())
     assert stat is not None
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     refuse_left(tmp_path)  # no note at all
-    note = tmp_path / "proxy.pid"
+    note = tmp_path / f"{name}.pid"
     for text in ("", "words\n", f"{stat.pid}\n", f"{gone.pid} 1\n", f"{stat.pid} 1\n"):
         note.write_text(text)  # the last: the number is another process's by now
         refuse_left(tmp_path)
     note.write_text(f"{stat.pid} {stat.start_ticks}\n")
-    with pytest.raises(StartError):
+    with pytest.raises(StartError, match=f"its {name} running"):
         refuse_left(tmp_path)
 
 
@@ -405,6 +406,11 @@ def test_check_hides_the_keys_of_jobs_and_refuses_a_desk_that_all_can_reach(
     shown = capsys.readouterr().out
     assert "hush-hush" not in shown
     assert "pass-word" not in shown
+    path.write_text("offline: {store: 'mysql://u:pass-word@h/d'}")
+    assert main(["check", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "mysql://" in said
+    assert "pass-word" not in said
     path.write_text("offline: {host: 0.0.0.0}")
     assert main(["check", str(path)]) == 2
     assert "offline.work_key" in capsys.readouterr().err
@@ -487,6 +493,13 @@ def test_redaction() -> None:
     config = parse_config(GOOD.replace("port: 9100", "worker_urls: ['http://u:p@h:1']"), "test")
     assert "hush-hush" not in json.dumps(redacted(config))
     assert redacted(config)["proxy"]["worker_urls"] == [f"http://{HIDDEN}@h:1"]
+
+
+def test_what_ray_is_told_is_shown_without_its_secrets() -> None:
+    ray = "{env: {HF_TOKEN: hush-hush, HF_HOME: /m}, runtime_env: {env_vars: {A: hush-hush}}}"
+    shown = redacted(parse_config(f"manager: {{provider: ray, ray: {ray}}}", "f"))
+    assert "hush-hush" not in json.dumps(shown)
+    assert shown["manager"]["ray"]["env"]["HF_HOME"] == "/m"
 
 
 FLEET = FleetSnapshot(

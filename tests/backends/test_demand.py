@@ -54,6 +54,16 @@ def test_one_that_says_that_it_has_ended_is_waited_for_no_longer() -> None:
     assert made.of("m") == ModelDemand(arrivals_total=9), "what it counted last is counted"
 
 
+def test_what_may_have_only_what_is_spare_holds_its_replica_and_is_told_apart() -> None:
+    made = book()
+    for proxy, spare in (("a", 2), ("b", 1)):
+        replicas = {"m-0": ReplicaDemand(in_flight=3, spare=spare)}
+        made.take(report(proxy, 1, replicas, in_flight=3 - spare, spare=spare), 0.0)
+    assert (made.in_flight("m-0"), made.spare("m-0"), made.spare("m-1")) == (6, 3, 0)
+    told = made.of("m")
+    assert (told.in_flight, told.spare) == (3, 3)
+
+
 def test_an_older_report_that_comes_late_is_dropped() -> None:
     made = book()
     made.take(report("a", 5, in_flight=1), 0.0)

@@ -27,6 +27,7 @@ from backends.engines.base import (
 )
 from backends.engines.flags import available, flag_table
 from backends.engines.release import UNKNOWN_RELEASE, Release
+from backends.simulator.flags import parse_flags
 from backends.spec import ReplicaSpec
 from proxy.contract.exposition import read_samples
 
@@ -399,10 +400,41 @@ def test_ids_are_given_where_chat_takes_them_from_the_head(release: Release, tak
         assert command.rid_header is (dialect == "sglang")
 
 
+@pytest.mark.parametrize(
+    ("engine", "release", "field"),
+    [
+        ("vllm", Release(0, 27, 1), ""),
+        ("vllm", Release(0, 30, 0), "x-vllm-priority: 1000000"),
+        ("vllm", UNKNOWN_RELEASE, ""),
+        ("sglang", Release(0, 5, 17), ""),
+        ("sglang", Release(0, 5, 20), "x-override-priority: 1000000"),
+    ],
+)
+def test_offline_work_is_put_last_where_the_release_reads_it_from_the_head(
+    engine: str, release: Release, field: str
+) -> None:
+    assert ENGINES[engine].command(spec(engine), LEASED, release).lowest_priority == field
+
+
+def test_a_pool_that_asks_for_first_come_first_served_has_no_last() -> None:
+    own = spec("vllm", "--scheduling-policy", "fcfs")
+    assert ENGINES["vllm"].command(own, LEASED, Release(0, 33)).lowest_priority == ""
+
+
+@pytest.mark.parametrize(("dialect", "name"), [("vllm", "vllm"), ("sglang", "override")])
+def test_the_simulator_is_started_as_its_engine_is(dialect: str, name: str) -> None:
+    played = spec("simulator", "--dialect", dialect)
+    command = ENGINES["simulator"].command(played, LEASED, UNKNOWN_RELEASE)
+    assert command.lowest_priority == f"x-{name}-priority: 1000000"
+    settings = parse_flags(list(command.argv[3:]))
+    assert settings.rank(1) < settings.rank(2)
+
+
 def test_both_engines_run_the_lower_priority_first_and_tell_cached_tokens() -> None:
     vllm, sglang = words("vllm", LEASED), words("sglang", LEASED)
     assert "--scheduling-policy priority" in vllm
     assert "--enable-priority-scheduling --schedule-low-priority-values-first" in sglang
+    assert "--default-priority-value 0" in sglang, "else who names none is last of all"
     assert "--enable-prompt-tokens-details" in vllm
     assert "--enable-cache-report" in sglang
     assert "--page-size 64" in sglang, "with its default of 1 every token would be an event"

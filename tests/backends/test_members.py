@@ -67,6 +67,19 @@ class Seen:
         return self.memory.see(look, at_s)
 
 
+def test_what_may_have_only_what_is_spare_keeps_nobody_busy() -> None:
+    memory, it_is = Memory(), state(Phase.READY, faulted=True)
+    load = LoadSample(at_s=0.0, running=5)
+    idle = Look("m-0", "h", it_is, Rung.AWAKE, load, (), 5, 0, spare=5)
+    memory.see(idle, 0.0)
+    member, _ = memory.see(idle, 30.0)
+    assert (member.in_flight, member.idle_s) == (0, 30.0)
+    member, _ = memory.see(idle._replace(in_flight=6), 31.0)
+    assert (member.in_flight, member.idle_s) == (1, 0.0)
+    member, _ = memory.see(idle._replace(in_flight=None, spare=0), 32.0)
+    assert member.in_flight == 5, "nobody knows better than the engine"
+
+
 def test_a_rise_is_measured_from_where_it_rested() -> None:
     see = Seen()
     assert see(Phase.STARTING, 0.0)[1] is None

@@ -12,8 +12,8 @@ def test_workers_are_summed_and_the_longest_wait_is_the_longest() -> None:
         "m": ModelDemand(2, 20, 4, 40, 3.0, 8, 10, 12),
         "n": one,
     }
-    assert sum_replicas(({"a": ReplicaDemand(1, 2)}, {"a": ReplicaDemand(3, 4)})) == {
-        "a": ReplicaDemand(4, 6)
+    assert sum_replicas(({"a": ReplicaDemand(1, 2, 1)}, {"a": ReplicaDemand(3, 4, 2)})) == {
+        "a": ReplicaDemand(4, 6, 3)
     }
 
 

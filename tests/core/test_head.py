@@ -48,7 +48,10 @@ def test_the_head_for_a_replica() -> None:
 
 def test_what_overrides_a_body_never_passes() -> None:
     plain = _request(b"Accept: a", b"X-Over: 1")
-    names = (b"X-Override-Rid", b"x-override-priority", b"X-OVERRIDE-Routed-Dp-Rank")
+    names = (
+        *(b"X-Override-Rid", b"x-override-priority", b"X-OVERRIDE-Routed-Dp-Rank"),
+        *(b"X-Vllm-Priority", b"x-vllm-priority"),
+    )
     assert _request(*(name + b": 1" for name in names), b"Accept: a", b"X-Over: 1") == plain
 
 

@@ -360,6 +360,14 @@ def test_an_engine_starts_with_what_it_needs_unless_it_is_told_otherwise(
     assert seen["PATH"] == f"{stage / 'bin'}:/bin"  # an engine is found by whoever was started
     needs_libraries = kinds.KINDS[name].cuda_libraries
     assert seen["LD_LIBRARY_PATH"] == (f"{toolkit}/lib64:/there" if needs_libraries else "/there")
+    ran = subprocess.run(  # what else runs in the environment, such as an engine worker
+        [stage / "bin" / f"{name}-python", "-c", "import os; print(os.environ['HF_HUB_OFFLINE'])"],
+        env={"PATH": "/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout == "1\n"
     _, _, seen = start(HF_HUB_OFFLINE="0", TRITON_CACHE_DIR="/mine")
     assert (seen["HF_HUB_OFFLINE"], seen["TRITON_CACHE_DIR"]) == ("0", "/mine")
 

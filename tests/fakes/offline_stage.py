@@ -66,7 +66,7 @@ async def offline_stage(
     """Run a service over the store in `folder`, with these keys of its configuration."""
     config = parse_config(setting.pop("config", CONFIG), "the test")
     given = msgspec.structs.asdict(config.offline) | {"hold_secs": 2.0} | dict(offline or {})
-    given["store"] = str(folder / "offline.db")
+    given["store"] = setting.pop("store", str(folder / "offline.db"))
     config = msgspec.structs.replace(
         config,
         offline=msgspec.convert(given, type(config.offline)),
@@ -142,9 +142,14 @@ class HttpWorker:
 
     async def _post(self, session: aiohttp.ClientSession, path: str, what: msgspec.Struct) -> bytes:
         body = msgspec.json.encode(what)
-        async with session.post(self._url + path, data=body, headers=self._headers) as response:
-            assert response.status in {200, 204}, await response.text()
-            return await response.read()
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                url = self._url + path
+                async with session.post(url, data=body, headers=self._headers) as response:
+                    assert response.status in {200, 204, 503}, await response.text()
+                    if response.status != 503:
+                        return await response.read()
+                await asyncio.sleep(0.05)
 
 
 def answer(line: Line) -> Result:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -26,44 +27,59 @@ def programs() -> Path | None:
     return max((path.parent for path in folders), key=lambda p: int(p.parent.name), default=None)
 
 
-@contextmanager
-def running(programs: Path) -> Iterator[str]:
-    """Start one and give its URL."""
-    folder = Path(tempfile.mkdtemp(prefix="doherty-postgres-"))
-    # It refuses to run as root.
-    user = pwd.getpwnam("nobody" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name)
-    who = {"user": user.pw_uid, "group": user.pw_gid} if os.geteuid() == 0 else {}
-    try:
+class Server:
+    """One in a folder of its own; to be started again after it was killed."""
+
+    def __init__(self, programs: Path, folder: Path) -> None:
+        self.url = f"postgresql://doherty@/postgres?host={folder}"
+        self._programs, self._folder = programs, folder
+        # It refuses to run as root.
+        root = os.geteuid() == 0
+        user = pwd.getpwnam("nobody") if root else pwd.getpwuid(os.geteuid())
+        self._who = {"user": user.pw_uid, "group": user.pw_gid} if root else {}
         os.chown(folder, user.pw_uid, user.pw_gid)
         subprocess.run(
             [programs / "initdb", "-D", folder / "data", "-U", "doherty", "-N", *_CLUSTER],
             check=True,
             stdout=subprocess.DEVNULL,
             cwd=folder,
-            **who,
+            **self._who,
         )
-        settings = [word for setting in _SETTINGS for word in ("-c", setting)]
-        with (folder / "log").open("wb") as log:
-            server = subprocess.Popen(
-                [programs / "postgres", "-D", folder / "data", "-k", folder, *settings],
+        self.start()
+
+    def start(self) -> None:
+        own = (*_SETTINGS, f"unix_socket_directories={self._folder}")
+        settings = [word for setting in own for word in ("-c", setting)]
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self._programs / "postgres", "-D", self._folder / "data", *settings],
                 stderr=log,
-                cwd=folder,
-                **who,
+                cwd=self._folder,
+                **self._who,
             )
+        until_s = time.monotonic() + _START_S_MAX
+        ready = [self._programs / "pg_isready", "-q", "-h", self._folder]
+        while subprocess.run(ready, check=False).returncode:
+            said = (self._folder / "log").read_text()
+            assert self._process.poll() is None, said
+            assert time.monotonic() < until_s, said
+            time.sleep(0.02)
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """SIGINT: in order. SIGQUIT: at once, so that the next start has to recover."""
+        self._process.send_signal(how)
+        self._process.wait(_START_S_MAX)
+
+
+@contextmanager
+def running(programs: Path) -> Iterator[Server]:
+    """Start one; in the end it is gone with all it kept."""
+    folder = Path(tempfile.mkdtemp(prefix="doherty-postgres-"))
+    try:
+        server = Server(programs, folder)
         try:
-            _wait(programs, folder, server)
-            yield f"postgresql://doherty@/postgres?host={folder}"
+            yield server
         finally:
-            server.send_signal(2)  # SIGINT: end now, but in order
-            server.wait(_START_S_MAX)
+            server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait(programs: Path, folder: Path, server: subprocess.Popen[bytes]) -> None:
-    until_s = time.monotonic() + _START_S_MAX
-    while subprocess.run([programs / "pg_isready", "-q", "-h", folder], check=False).returncode:
-        log = (folder / "log").read_text()
-        assert server.poll() is None, log
-        assert time.monotonic() < until_s, log
-        time.sleep(0.02)

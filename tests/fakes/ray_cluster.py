@@ -73,7 +73,14 @@ class Node:
         self.process.wait()
 
 
-RAY_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+# The head takes a node for dead after some seconds of silence, not the half minute of its default.
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
 
 
 class RayCluster:
@@ -83,23 +90,23 @@ class RayCluster:
         # The names of sockets in there must be short, which a folder of pytest's is not.
         self.folder = Path(tempfile.mkdtemp(prefix="dray-"))
         port = free_port()
+        client_port = free_port()
         self.address = f"127.0.0.1:{port}"
+        self.client_address = f"ray://127.0.0.1:{client_port}"
         self.nodes: list[Node] = []
         folder = ("--temp-dir", str(self.folder), "--include-dashboard", "false")
         has = ("--num-cpus", "16", "--num-gpus", str(gpus))
+        has += ("--ray-client-server-port", str(client_port))
         self.head = Node(self, "127.0.0.1", "--head", "--port", str(port), *folder, *has)
         until(self.head.up, "the head is up")
 
     def add(self, host: str, *, gpus: int) -> Node:
-        """Add a node; `started` waits for it."""
+        """Add a node; two that start together on one machine may name the same socket."""
         flags = ("--address", self.address, "--num-cpus", "16", "--num-gpus", str(gpus))
         node = Node(self, host, *flags)
         self.nodes.append(node)
+        until(node.up, f"node {host} is up")
         return node
-
-    def started(self) -> None:
-        for node in self.nodes:
-            until(node.up, f"node {node.host} is up")
 
     def close(self) -> None:
         for node in (*self.nodes, self.head):
@@ -114,7 +121,6 @@ def ray_cluster(*gpus: int) -> Iterator[RayCluster]:
     try:
         for number, count in enumerate(gpus[1:], start=2):
             cluster.add(f"127.0.0.{number}", gpus=count)
-        cluster.started()
         yield cluster
     finally:
         cluster.close()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from tests.conformance.judge import check_delivered
 from tests.conformance.reader import Taken
 from tests.conformance.vector import head, posted
-from tests.fakes.plane import Bench, Client, read_answers
+from tests.fakes.plane import Bench, Client, FakeUpstreams, read_answers
 from tests.fakes.strict_engine import Conversation, Odd, echo
 
 Cut = Callable[[bytes], list[bytes]]
@@ -24,8 +24,10 @@ def canary(token: bytes) -> bytes:
 class Stage:
     """A bench whose replicas answer by themselves, and are strict about what they are sent."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, service: FakeUpstreams | None = None) -> None:
+        """`service` is what answers, where that is not the replicas."""
         self.bench = bench
+        self._engines = (service or bench.upstreams).engines
         self.odd: dict[bytes, Odd] = {}
         self.cut: Cut = whole  # how the engines' octets come
         self.conversations: list[Conversation] = []
@@ -33,7 +35,7 @@ class Stage:
 
     async def settle(self) -> None:
         """Let engines and clients talk until nobody has anything to say."""
-        engines = self.bench.upstreams.engines
+        engines = self._engines
         moved = True
         while moved:
             await self.bench.settle()

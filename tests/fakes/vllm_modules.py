@@ -46,6 +46,10 @@ class _ErrorResponse(pydantic.BaseModel):
     error: _Error
 
 
+class EngineDeadError(Exception):
+    """vLLM's word for an engine process that has ended."""
+
+
 class Engine:
     """`LLM.llm_engine`."""
 
@@ -75,13 +79,15 @@ class Engine:
     ) -> None:
         if prompt == "too long":
             raise ValueError("the prompt is longer than the maximum model length of 8")
-        if request_id in self._left:
-            raise AssertionError("an id that is there already")
+        if prompt == "gone":
+            raise EngineDeadError("EngineCore is gone")
         self._left[request_id] = 10**9 if prompt == "die" else params
+        if prompt == "odd":
+            raise RuntimeError("it could not be sent")
 
     def abort_request(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            self.calls.append(f"abort {self._left.pop(request_id)}")
+            self.calls.append(f"abort {self._left.pop(request_id, None)}")
 
     def add_lora(self, lora_request: str) -> bool:
         self.adapters.append(lora_request)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import NotFoundError, OpenAI
 
 from tests.fakes.programs import CLI, Program, fetch, until
 from tests.fakes.region import alive
@@ -117,12 +117,16 @@ def test_workers_come_outlive_a_manager_yield_to_a_burst_and_go(run: Run) -> Non
     batch_id = run.submit()
     pid = until(run.worker, "a worker")
     until(lambda: run.done(batch_id) > 0, "its first lines")
+    with pytest.raises(NotFoundError):  # a worker is no replica
+        run.client.chat.completions.create(model="work", messages=[])
 
+    run.up.process.send_signal(signal.SIGHUP)
+    until(lambda: [e for e in run.log() if e["event"] == "reload_done"], "the file, read again")
     os.kill(int((run.run_dir / "lock").read_text()), signal.SIGKILL)
     until(lambda: [e for e in run.log() if e["event"] == "replica_adopted"], "another manager")
     assert until(run.worker, "the worker, adopted") == pid
     spawned = [e for e in run.log() if e["event"] == "replica_spawned"]
-    assert [e["pid"] for e in spawned] == [pid], "none is started twice"
+    assert [e["pid"] for e in spawned] == [pid], "none is started twice, nor anew by a reload"
 
     answer = run.client.chat.completions.create(
         model="chat", messages=[{"role": "user", "content": "Hello?"}], max_tokens=3

@@ -86,7 +86,7 @@ async def test_what_may_have_only_what_is_spare_is_no_demand_but_holds_its_repli
     await bench.settle()
     told = demand_of(bench.plane)
     assert told.models["m"] == ModelDemand(spare=1)
-    assert told.replicas["a"].in_flight == 1
+    assert (told.replicas["a"].in_flight, told.replicas["a"].spare) == (1, 1)
     assert told.replicas["a"].tokens > 0
     (await bench.engine()).send(answer())
     assert spare.answer().status == 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from proxy.core import limits
@@ -141,11 +142,48 @@ async def test_who_waits_to_be_told_is_told_when_somebody_will_read(bench: Bench
 async def test_a_refusal_comes_at_once_and_ends_the_connection(bench: Bench) -> None:
     client, service = await passed(bench, request("/v1/files", "Content-Length: 1000") + b"abc")
     service.send(answer(b"too large", status=413, fields=("Connection: close",)))
-    got = client.answer()
-    assert (got.status, got.body) == (413, b"too large")
-    assert client.transport.eof_written
+    assert b"HTTP/1.1 413 " in client.received
     client.send(b"d" * 900)  # is read, and goes nowhere
     assert b"ddd" not in service.received
+    assert not client.transport.eof_written
+    client.send(b"d" * 97)
+    got = client.answer()
+    assert (got.status, got.body) == (413, b"too large")
+    assert got.fields["connection"] == "close"
+    assert client.transport.eof_written
+
+
+@pytest.mark.parametrize("ended", [limits.LINGER_S + 0.1, limits.UNWANTED_BODY_S + 0.1])
+async def test_what_is_refused_is_not_read_for_ever(bench: Bench, ended: float) -> None:
+    client, service = await passed(bench, request("/v1/files", "Content-Length: 1000") + b"abc")
+    service.send(answer(b"too large", status=413, fields=("Connection: close",)))
+    await bench.settle()
+    steps = int(ended / limits.LINGER_S)
+    for _ in range(steps - 1):
+        bench.sweep(limits.LINGER_S - 0.1)
+        client.send(b"d")
+        assert not client.transport.eof_written
+    bench.sweep(ended - (steps - 1) * (limits.LINGER_S - 0.1))
+    assert client.transport.eof_written
+    assert client.answer().status == 413
+
+
+async def test_a_refused_body_that_is_none_ends_the_connection(bench: Bench) -> None:
+    head = request("/v1/files", "Transfer-Encoding: chunked")
+    client, service = await passed(bench, head + b"3\r\nabc\r\n")
+    service.send(answer(b"too large", status=413))
+    client.send(b"zz\r\n")
+    assert client.transport.eof_written
+    assert client.answer().status == 413
+
+
+async def test_who_was_not_told_to_send_is_not_waited_for(bench: Bench) -> None:
+    bench.service.refusing.add("offline")
+    client = bench.client()
+    client.send(request("/v1/files", "Content-Length: 3", "Expect: 100-continue"))
+    await bench.settle()
+    assert client.answer().status == 503
+    assert client.transport.eof_written
 
 
 @pytest.mark.parametrize(
@@ -249,3 +287,18 @@ async def test_a_client_of_http_1_0_gets_what_was_in_the_chunks(bench: Bench) ->
     service.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
     assert client.received.endswith(b"\r\n\r\nabc")
     assert client.transport.closed
+
+
+async def test_a_reload_says_where_the_service_is(bench: Bench) -> None:
+    plane = bench.plane
+    client, service = await passed(bench, request(body=b"abc"))
+    config = msgspec.structs.replace(plane.config, offline_url="http://127.0.0.2:9000")
+    plane.reconfigure(config, plane.access_log)
+    service.send(answer())  # what is under way goes on
+    assert client.answer().status == 200
+    _, service = await passed(bench, request(body=b"abc"))
+    assert b"\r\nhost: 127.0.0.2:9000\r\n" in service.received
+    plane.reconfigure(msgspec.structs.replace(config, offline_url=None), plane.access_log)
+    nobody = bench.client()
+    nobody.send(request(method="GET"))
+    assert nobody.answer("GET").status == 404

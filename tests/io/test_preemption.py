@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 
 from proxy.contract import PoolRecord, ReplicaRecord
 from proxy.core import limits
-from tests.fakes.plane import Bench, Client, Engine, answer, chat_request, records
+from tests.fakes.plane import Bench, Client, Engine, RealPlane, answer, chat_request, records
+from tests.fakes.simulator import simulator
+from tests.fakes.talk import ask, on_uvloop
 
 MakeBench = Callable[..., Bench]
 
@@ -133,8 +136,6 @@ async def test_never_after_the_first_octet(make_bench: MakeBench) -> None:
 
 
 async def test_one_that_is_being_connected_gives_way_too(make_bench: MakeBench) -> None:
-    import asyncio
-
     bench = make_bench(full(1))
     bench.upstreams.gate = asyncio.Event()
     stage = Stage(bench)
@@ -154,6 +155,19 @@ async def test_without_room_to_wait_it_is_told_to_come_again(make_bench: MakeBen
     got = stage.clients["line"].answer()
     assert (got.status, json.loads(got.body)["error"]["code"]) == (503, "preempted")
     assert (got.fields["retry-after"], got.fields["x-should-retry"]) == ("1", "true")
+    assert await stage.answer("person") == 200
+    assert stage.counts == {"requeued": 0, "refused": 1}
+
+
+async def test_what_takes_only_what_is_spare_never_waits_again(make_bench: MakeBench) -> None:
+    bench = make_bench(full(1))
+    stage = Stage(bench)
+    line = bench.client()
+    line.send(chat_request(fields=("x-doherty-class: spare",)))
+    await bench.settle()
+    await stage.send("person")
+    got = line.answer()
+    assert (got.status, json.loads(got.body)["error"]["code"]) == (503, "preempted")
     assert await stage.answer("person") == 200
     assert stage.counts == {"requeued": 0, "refused": 1}
 
@@ -226,3 +240,68 @@ async def test_the_brake_lets_go_of_what_has_yielded_long_enough(make_bench: Mak
     assert await stage.answer("line") == 200
     assert await stage.answer("first") == 200
     assert await stage.answer("second") == 200
+
+
+# --- in the engine's own queue --------------------------------------------------------------------
+
+LOWEST = "x-vllm-priority: 1000000"
+
+
+@pytest.mark.parametrize(
+    ("tier", "sent"), [("flex", True), ("auto", False), ("priority", False), (None, False)]
+)
+async def test_offline_work_alone_is_put_last(
+    make_bench: MakeBench, tier: str | None, *, sent: bool
+) -> None:
+    (record,) = records("a")
+    stage = Stage(make_bench((msgspec.structs.replace(record, lowest_priority=LOWEST),)))
+    await stage.send("one", tier)
+    (engine,) = stage.engines("one")
+    assert (engine.received.count(b"x-vllm-priority: 1000000\r\n") == 1) is sent
+    assert await stage.answer("one") == 200
+
+
+@pytest.mark.parametrize(
+    "odd", ["x-vllm-priority", "x-a: 1\r\nx-b: 2", "content-length: 5", "x-a: one", "x-a: 1\n"]
+)
+async def test_what_is_no_field_is_never_sent(make_bench: MakeBench, odd: str) -> None:
+    (record,) = records("a")
+    stage = Stage(make_bench((msgspec.structs.replace(record, lowest_priority=odd),)))
+    await stage.send("one", "flex")
+    head = stage.engines("one")[0].received.partition(b"\r\n\r\n")[0]
+    assert b"x-vllm" not in head
+    assert b"x-a" not in head
+    assert head.count(b"content-length") == 1
+    assert await stage.answer("one") == 200
+
+
+@pytest.mark.parametrize(
+    ("dialect", "field"),
+    [("vllm", LOWEST), ("sglang", "x-override-priority: 1000000"), ("vllm", "")],
+)
+@on_uvloop
+async def test_an_engine_computes_online_work_first(dialect: str, field: str) -> None:
+    """What came before it as well; without the field it is first come, first served."""
+    slowly = {"sequences_max": 1, "priorities": True, "low_priority_first": True}
+    async with simulator(dialect=dialect, header_overrides=True, **slowly) as engine:
+        record = ReplicaRecord(
+            replica_id="a", url=engine.url, models=("demo",), lowest_priority=field
+        )
+        async with RealPlane([record], policy="round_robin") as proxy:
+            order: list[str] = []
+
+            async def send(name: str, tier: str, tokens: int) -> None:
+                body: dict[str, Any] = {"model": "demo", "service_tier": tier}
+                body |= {"messages": [{"role": "user", "content": name}], "max_tokens": tokens}
+                fields = ("x-vllm-priority: 2000000", "x-override-priority: 2000000")
+                octets = chat_request(json.dumps(body).encode(), fields)
+                assert (await ask(proxy.port, octets)).status == 200
+                order.append(name)
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(send("running", "auto", 400))
+                await engine.until(lambda state: state["running"] == 1)
+                for waiting, (name, tier) in enumerate((("line", "flex"), ("person", "auto"))):
+                    group.create_task(send(name, tier, 20))
+                    await engine.until(lambda state, n=waiting: state["waiting"] == n + 1)
+            assert order == ["running", *(("person", "line") if field else ("line", "person"))]

@@ -119,6 +119,10 @@ async def test_a_file_that_cannot_be_used_changes_nothing(tmp_path: Path) -> Non
                 ("proxy: {policy: [", r"doherty.yaml:\d: not valid YAML"),
                 ("proxy: {}", r"the replica list is empty"),
                 ("proxy: {worker_urls: ['x:1']}", r"'x:1' must look like"),
+                (
+                    f"proxy: {{worker_urls: ['{engine.url}'], offline_url: 'ftp://x'}}",
+                    r"--offline-url 'ftp://x' must look like",
+                ),
                 (f"proxy: {{worker_urls: ['{engine.url}'], tls_cert_path: /none}}", "tls_key_path"),
             ):
                 said = len(proxy.lines)

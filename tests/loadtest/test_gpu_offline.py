@@ -28,7 +28,7 @@ def test_the_three_ways_are_compared(tmp_path: Path) -> None:
         prefix_words=30,
         in_flight=16,
     )
-    bare, doherty, served = asyncio.run(prove(Run(setting, tmp_path), [], 0.0))
+    bare, doherty, served = asyncio.run(prove(Run(setting, tmp_path, tmp_path), [], 0.0))
     assert bare.verdict is Verdict.PASS
     assert served.verdict is Verdict.PASS
     # A job of an instant says nothing of speed; that all lines were answered is claimed as well.

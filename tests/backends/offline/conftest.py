@@ -13,14 +13,20 @@ from tests.fakes import postgres_server
 
 
 @pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    """A PostgreSQL that lives as long as the tests of this process."""
+def postgres_programs() -> Path:
+    """PostgreSQL's programs, where the machine has them."""
     pytest.importorskip("asyncpg")
     programs = postgres_server.programs()
     if programs is None:
         pytest.skip("needs a PostgreSQL server (Debian: postgresql)")
-    with postgres_server.running(programs) as url:
-        yield url
+    return programs
+
+
+@pytest.fixture(scope="session")
+def postgres_url(postgres_programs: Path) -> Iterator[str]:
+    """A PostgreSQL that lives as long as the tests of this process."""
+    with postgres_server.running(postgres_programs) as server:
+        yield server.url
 
 
 @pytest.fixture

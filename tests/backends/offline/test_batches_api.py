@@ -11,6 +11,7 @@ import aiohttp
 import openai
 import pytest
 
+from backends.offline import batches_api
 from tests.fakes.offline_stage import (
     CHAT,
     PATIENCE_S,
@@ -160,6 +161,35 @@ async def test_who_waits_for_results_has_them_when_they_come(tmp_path: Path) -> 
             for wrong in ("?after=-1", "?after=x", "?limit=0", "?limit=1001", "?wait=31"):
                 async with session.get(url + wrong) as response:
                     assert response.status == 400
+
+
+async def test_large_results_make_short_pages_and_all_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches_api, "RESULTS_AT_ONCE", 4)
+    monkeypatch.setattr(batches_api, "PAGE_BYTES_MAX", 1_500)
+    async with offline_stage(tmp_path) as stage, stage.client() as client:
+        batch = await client.batches.create(
+            input_file_id=await _input(stage, 40), endpoint=CHAT, completion_window="24h"
+        )
+        await until_state(client, batch.id, "in_progress")
+        await HttpWorker(stage.url).work()
+        await until_state(client, batch.id, "completed")
+        url = f"{stage.url}/v1/batches/{batch.id}/results"
+        pages: list[list[int]] = []
+        async with aiohttp.ClientSession(headers=_KEY) as session:
+            while not pages or pages[-1]:
+                after = pages[-1][-1] if pages else 0
+                async with session.get(f"{url}?after={after}&limit=30") as response:
+                    lines = (await response.text()).splitlines()
+                pages.append([json.loads(line)["sequence"] for line in lines])
+        assert [n for page in pages for n in page] == list(range(1, 41))
+        assert 4 <= max(map(len, pages)) < 30
+        async with (
+            aiohttp.ClientSession(headers=_KEY) as session,
+            session.get(f"{url}?limit=3") as response,
+        ):
+            assert len((await response.text()).splitlines()) == 3
 
 
 async def test_results_come_in_the_order_of_the_lines_as_far_as_all_are_there(

@@ -10,6 +10,7 @@ import aiohttp
 import openai
 import pytest
 
+from backends.offline import files_api, forms, queries
 from tests.fakes.offline_stage import CHAT, HttpWorker, jsonl, offline_stage, request, until_state
 
 
@@ -135,6 +136,36 @@ async def test_an_upload_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
                     break
                 await asyncio.sleep(0.02)
         assert (await client.files.list()).data == []
+
+
+async def test_a_client_that_falls_silent_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "SILENCE_S_MAX", 0.05)
+    monkeypatch.setattr(queries, "BODY_S_MAX", 0.05)
+    async with offline_stage(tmp_path) as stage:
+        host, _, port = stage.url.removeprefix("http://").partition(":")
+        content_type = _form()[1]["content-type"]
+        for path, part in (("/v1/files", b"--cut\r\n"), ("/v1/batches", b"{")):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 9999\r\n"
+            writer.write(head.encode() + f"content-type: {content_type}\r\n\r\n".encode() + part)
+            async with asyncio.timeout(20):
+                assert (await reader.readline()).startswith(b"HTTP/1.1 408 "), path
+            writer.close()
+
+
+async def test_no_more_uploads_at_a_time_than_there_is_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_api, "UPLOADS_MAX", 0)
+    async with (
+        offline_stage(tmp_path) as stage,
+        aiohttp.ClientSession() as session,
+        session.post(stage.url + "/v1/files", data=b"x") as response,
+    ):
+        assert response.status == 503
+        assert response.headers["retry-after"]
 
 
 async def test_lists_are_read_page_by_page(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from backends.offline import gate as gates
 from backends.offline.gate import Gate, ReplicaSeen, Seen, Verdict, inputs_max, is_burst
-from backends.offline.steps import StepTimes, step_between
+from backends.offline.steps import StepTimes, tells
 from proxy.contract import LoadSample
 
 LOOK_S = 0.5
@@ -85,7 +85,8 @@ def test_beside_others_steps_stay_nearly_as_short_as_theirs_alone() -> None:
     assert verdict.reason == "slower steps"
     assert world.step_s(world.lines + 4) <= 0.005 * 2, "one class beyond what is fast was tried"
     assert 8 <= world.lines <= 27
-    assert verdict.prompt_tokens_per_s == gates.PREFILL_SHARE * 8000.0
+    assert verdict.prompt_tokens_at_once == pytest.approx(80.0, rel=0.1), "two steps at 8000 a s"
+    assert verdict.prompt_tokens_per_s == pytest.approx(8000.0 * 2 * gates.SLOW_SHARE_MOST)
 
 
 @pytest.mark.parametrize(
@@ -213,18 +214,24 @@ def test_step_times_are_read_from_counters_and_only_where_these_tell() -> None:
     def load(at_s: float, running: int, tokens: int) -> LoadSample:
         return LoadSample(at_s=at_s, running=running, generation_tokens_total=tokens)
 
-    assert step_between(load(0, 8, 0), load(1, 8, 1600)) == 0.005
-    assert step_between(load(0, 8, 0), load(0.1, 8, 160)) == 0, "too short"
-    assert step_between(load(0, 8, 0), load(1, 40, 1600)) == 0, "who knows how many there were"
-    assert step_between(load(0, 8, 900), load(1, 8, 0)) == 0, "it has been restarted"
-    times = StepTimes()
+    assert tells(load(0, 8, 0), load(1, 8, 1600))
+    assert not tells(load(0, 8, 0), load(0.1, 8, 160)), "too short"
+    assert not tells(load(0, 8, 0), load(1, 40, 1600)), "who knows how many there were"
+    assert not tells(load(0, 8, 900), load(1, 8, 0)), "it has been restarted"
+    assert not tells(load(0, 0, 0), load(1, 0, 5))
+    times, tokens, now_s = StepTimes(), 0, 0.0
     assert times.batch_max(4, 0.1) == 15, "nothing is known: twice as many are tried"
     for size, step_s in ((4, 0.005), (8, 0.0052), (16, 0.008)):
-        times.note("r", load(10.0 * size, size, 0))
-        times.note("r", load(10.0 * size + 1, size, round(size / step_s)))
+        now_s += 20.0  # no reading tells of that
+        for _ in range(9):
+            times.note("r", load(now_s, size, tokens))
+            now_s, tokens = now_s + 1.0, tokens + round(size / step_s)
+    assert times.step_s(4) == pytest.approx(0.005, rel=0.01)
     assert times.batch_max(4, 0.1) == 15
     assert times.batch_max(4, 0.01) == 7
     assert times.batch_max(7, 0.01) == 8, "one more, whatever was measured"
+    times.note("r", load(now_s + 700.0, 4, tokens))
+    assert times.step_s(4) == 0.0, "it is too long ago"
 
 
 _SEEN = st.builds(

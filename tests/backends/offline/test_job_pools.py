@@ -5,17 +5,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from backends.adapters import Way, way
 from backends.checking import check_engines
 from backends.engines import ENGINES
 from backends.engines.base import FlagError, Ports, launch_hash
 from backends.engines.probe import program_of
 from backends.engines.release import UNKNOWN_RELEASE
+from backends.loras import of_start
 from backends.spec import PoolSpec, pool_specs
 from backends.status import table
 from backends.up_plan import Plan
-from backends.up_words import banner, models_down
+from backends.up_words import banner, models_down, takes_requests
 from proxy.config import ConfigError, parse_config
 from proxy.contract import FleetSnapshot, ReplicaRecord
 
@@ -52,6 +55,19 @@ def test_a_worker_is_told_where_the_desk_is_and_what_its_engine_is_told() -> Non
     assert "http://desk:1" in simulated
 
 
+def test_adapters_are_loaded_from_the_start() -> None:
+    """None comes or goes while a worker runs, so that a change of them is a new start."""
+    argv = argv_of(pool_of("engine: vllm, adapters: {sql: /l/sql}, args: [--max-lora-rank, '64']"))
+    own, engines = argv[: argv.index("--")], argv[argv.index("--") :]
+    assert "--lora-modules" not in own
+    assert engines[engines.index("--lora-modules") + 1] == "sql=/l/sql"
+    assert engines[-2:] == ("--max-lora-rank", "64"), "the user's own come last"
+    pool = pool_of("engine: simulator, adapters: {sql: /l/sql}")
+    assert argv_of(pool)[-2:] == ("--lora-modules", "sql")
+    loaded = of_start(ENGINES[pool.first.engine], pool.first)
+    assert way(loaded, {}) is Way.START
+
+
 def test_it_runs_in_the_python_of_its_engine_and_finds_us_there(tmp_path: Path) -> None:
     python = tmp_path / "python3.12"
     python.write_text("#!/bin/sh\n")
@@ -78,7 +94,6 @@ def test_it_runs_in_the_python_of_its_engine_and_finds_us_there(tmp_path: Path) 
     [
         ("engine: sglang", "sglang has no worker here"),
         ("engine: vllm, target_inputs: 8", "target_inputs is for serves: requests"),
-        ("engine: vllm, adapters: {a: /a}", "adapters is for serves: requests"),
         ("engine: vllm, sleep: true", "sleep is for serves: requests"),
         ("engine: vllm, autoscale: {max: 2, buffer: 1}", "no line of a job hurries"),
     ],
@@ -164,3 +179,18 @@ def test_up_offers_no_request_for_a_model_that_only_workers_have() -> None:
         offline=config.offline,
     )
     assert '"model": "chat"' in banner(plan)
+    only = parse_config(text.partition("- {name: chat")[0], "test")
+    assert takes_requests(config)
+    assert not takes_requests(only)
+    pasted = banner(msgspec.structs.replace(plan, config=only))
+    assert "curl" not in pasted
+    python = pasted[pasted.index("from openai") : pasted.index("  admin")]
+    compile(python, "banner", "exec")
+    assert "client.batches.create(" in python
+
+
+def test_workers_without_a_desk_are_refused() -> None:
+    with pytest.raises(ConfigError, match="get their lines from the offline service"):
+        pool_of("engine: vllm", "offline: {enabled: false}")
+    pool = pool_of("engine: vllm", "offline: {enabled: false, work_url: 'http://desk:8003'}")
+    assert pool.first.desk_url == "http://desk:8003"

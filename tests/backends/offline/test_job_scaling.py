@@ -297,19 +297,59 @@ async def test_a_card_that_is_taken_away_sends_the_lines_back_and_another_worker
     assert "ready" in world.phases().values()
 
 
-async def test_an_operator_drains_no_worker(world: Jobs) -> None:
+async def test_an_operator_restarts_a_worker_and_nothing_else(world: Jobs) -> None:
     manager = await world.start(world.configured())
     await world.told_for(3, need(10_000_000))
     runner = web.AppRunner(Api(manager).application())
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0][:2]
-    url = f"http://{host}:{port}/v1/replicas/m-0/drain"
-    async with aiohttp.ClientSession() as session, session.post(url) as answer:
-        assert answer.status == 409
-        assert "takes no requests" in await answer.text()
+    url = f"http://{host}:{port}/v1/replicas/m-0/"
+    async with aiohttp.ClientSession() as session:
+        for wish in ("drain", "sleep?rung=suspended", "snapshot"):
+            async with session.post(url + wish) as answer:
+                assert answer.status == 409
+                assert "takes no requests" in await answer.text()
+        assert world.phases() == {"m-0": "ready"}
+        async with session.get(f"http://{host}:{port}/metrics") as answer:
+            lines = (await answer.text()).splitlines()
+        assert 'doherty_manager_engine_workers{state="ready"} 1.0' in lines
+        assert 'doherty_manager_replicas{state="ready"} 0.0' in lines
+        assert 'doherty_manager_scale_term{pool="m",term="needed"} 1.0' in lines
+        async with session.post(url + "restart") as answer:
+            assert answer.status == 200
+        await world.clock.advance(0.1)
+        assert world.phases() == {"m-0": "stopping"}, "it is not waited for"
     await runner.cleanup()
-    assert world.phases() == {"m-0": "ready"}
+
+
+async def test_a_pool_that_changes_what_it_serves_is_made_anew_one_at_a_time(world: Jobs) -> None:
+    """What keeps a replica kept its first engine, and started that again and again."""
+    manager = await world.start(world.configured("engine: simulator, replicas: 2"))
+    before = list(world.provider.spawned)
+    manager.reload(world.configured("engine: simulator, serves: jobs, replicas: 2"))
+    await world.clock.advance(1.0)
+    assert sorted(world.phases().values()) == ["ready", "stopping"]
+    for _ in range(12):
+        world.let_end()
+        await world.clock.advance(1.0)
+    assert world.phases() == {"m-0": "ready", "m-1": "ready"}
+    assert [worker.engine for worker in manager.feed.snapshot.workers] == ["simulator-jobs"] * 2
+    assert manager.feed.snapshot.replicas == ()
+    assert len(world.provider.spawned) == 4
+    assert all(process.exited.done() for process in before)
+
+
+async def test_what_was_started_as_another_engine_is_adopted_as_that(world: Jobs) -> None:
+    """A worker that a proxy takes for a replica would answer requests with 404."""
+    process = world.leave_behind("m-0", f"[{{{JOBS}}}]")
+    manager = await world.start(world.configured("engine: simulator, replicas: 1"))
+    assert manager.feed.snapshot.replicas == ()
+    assert process.signals, "the configuration wants a replica in its place"
+    process.exit("exited with status 0")
+    await world.clock.advance(2.0)
+    (replica,) = manager.feed.snapshot.replicas
+    assert (replica.engine, replica.state.value) == ("simulator", "ready")
 
 
 def test_the_newest_report_is_what_is_left_and_rates_of_services_add_up() -> None:
@@ -325,6 +365,7 @@ def test_the_newest_report_is_what_is_left_and_rates_of_services_add_up() -> Non
     assert [each.tokens for each in book.of("m")] == [1, 90]
     assert book.rate("w") == 7.0
     assert book.of("other") == ()
+    assert [each.tokens for each in book.of("other", "m")] == [1, 90], "an adapter of the other"
     book.expire(1.5 + NEEDS_AGE_S_MAX)
     assert book.rate("w") == 2.0
     book.expire(3.0 + NEEDS_AGE_S_MAX)

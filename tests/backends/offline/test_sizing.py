@@ -68,7 +68,11 @@ def test_as_many_as_the_deadline_asks_for_and_no_more() -> None:
 
 
 def test_no_start_that_comes_too_late_or_finds_no_lines() -> None:
-    assert one(need(1_000_000, 50.0)).workers == 1, "it would be late: no second one"
+    assert one(need(1_000_000, 50.0)).workers == 0, "it would be over before one is up"
+    assert "due before" in one(need(1_000_000, 50.0)).reason
+    assert one(need(1_000_000, 50.0), there=(Hand(),)).workers == 1, "this does what it can"
+    assert one(need(1_000_000, 70.0)).workers == 1, "late, but a second one would be later still"
+    assert "no GPU" in one(need(1_000_000), most=0).reason
     assert one(need(9_000_000, 3600, lines=200)).workers == 2, "200 lines keep two busy, not four"
 
 
@@ -80,13 +84,15 @@ def test_spare_capacity_that_is_quick_enough_needs_no_worker() -> None:
     assert one(need(1_000_000, 3600), spare_rate=3000.0, **up).workers == 0
 
 
-def test_little_work_is_left_to_spare_capacity_for_a_moment() -> None:
-    little = need(5000)  # five seconds of a worker that takes a minute to start
-    assert one(little, spare_rate=0.0).workers == 0
-    assert one(little, spare_rate=0.0, waited_s=20.0).workers == 1, "it did nothing"
-    assert one(little, spare_rate=None).workers == 1, "there is none"
+def test_spare_capacity_may_show_first_what_it_does_where_there_is_time() -> None:
+    work = need(500_000)
+    assert one(work, spare_rate=0.0).workers == 0
+    assert one(work, spare_rate=0.0, waited_s=30.0).workers == 1, "it did nothing"
+    assert one(work, spare_rate=None).workers == 1, "there is none"
+    assert one(work, spare_rate=1.0).workers == 1, "it is too slow"
+    assert one(work, spare_rate=0.0, there=(Hand(60.0),)).workers == 1, "one comes already"
     assert one(need(5000, 90.0), spare_rate=0.0).workers == 1, "it is due too soon to wait"
-    assert one(need(500_000), spare_rate=0.0).workers == 1, "it is not little"
+    assert one(need(5000, 130.0), spare_rate=0.0).workers == 0
 
 
 def test_the_cheapest_for_what_is_left_its_start_included() -> None:
@@ -124,6 +130,7 @@ def test_the_budget_is_kept_and_each_model_gets_its_first_worker_of_it() -> None
     assert "budget" in sizes["hurry"]["a"].reason
     assert "budget" not in sizes["later"]["b"].reason
     assert size(hurry, 1.0)["a"].workers == 0
+    assert "would cost too much; the budget" in size(hurry, 1.0)["a"].reason
     assert size(hurry)["a"].workers == 8
 
 
@@ -135,7 +142,7 @@ def test_deadlines_that_need_most_of_what_there_could_be_press_until_there_is_sl
     assert not one(slack).presses
     assert one(slack, pressed=True).presses, "not to and fro"
     assert not one(need(int(8 * RATE * 3540 * 0.4), 3600), pressed=True).presses
-    assert one(need(1000, 3600), most=0).presses, "there is nobody at all"
+    assert not one(need(1000, 3600), most=0).presses, "nobody could take what it would get"
     assert not one().presses
 
 
@@ -194,7 +201,12 @@ def test_never_more_than_may_be_nor_fewer_than_deadlines_ask(
         assert all(math.isfinite(value) for value in found.terms.values())
         spent += found.workers * (each.price_per_hour or 0.0)
     assert budget is None or spent <= budget + 1e-6
-    able = any(each.most or each.there for each in crews)
+    able = any(
+        (each.there and min(hand.ready_in_s for hand in each.there) < needs[-1].due_in_s)
+        or (each.most > len(each.there) and each.start_s < needs[-1].due_in_s)
+        for each in crews
+        if needs
+    )
     if needs and able and not spare_rate and budget is None:
         assert sum(found.workers for found in sizes.values()) >= 1
     more = size(msgspec.structs.replace(work, needs=needs[:1]), budget)

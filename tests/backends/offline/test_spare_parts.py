@@ -10,7 +10,7 @@ import pytest
 from backends.offline.answers import FAILURES_MAX, Again, Answered, judge
 from backends.offline.holds import HeldChunk, Pace
 from backends.offline.region_watch import asked_of, groups_of
-from backends.offline.urgency import START_S, Urgency, first_late
+from backends.offline.urgency import START_S, TOKENS_PER_S_MIN, Speed, Urgency, first_late
 from backends.offline.work import Chunk, JobNeed, Line, Receipt, Result
 from backends.scaling_report import DemandReport, ModelReport
 from proxy.contract import FleetSnapshot, PoolRecord, ReplicaRecord, ReplicaState
@@ -124,12 +124,27 @@ def need(due_in_s: float, tokens: int) -> JobNeed:
 def test_what_is_due_first_is_done_first_and_all_before_it_count() -> None:
     needs = [need(1000, 400_000), need(100, 50_000)]
     assert first_late(needs, 1000.0, awake=True) is None
-    assert first_late(needs, 600.0, awake=True) == needs[1]
-    assert first_late(needs, 500.0, awake=True) == needs[1]
-    assert first_late([need(100, 10_000)], 0.0, awake=True) is None
-    assert first_late([need(100, 10_000)], 0.0, awake=False), "a start takes longer"
-    assert first_late([need(START_S + 20, 10_000)], 0.0, awake=False) is None
-    assert first_late([JobNeed(due_in_s=0, lines=0, tokens=0)], 0.0, awake=False) is None
+    assert first_late(needs, 900.0, awake=True) == needs[1]
+    needs[1] = need(200, 50_000)
+    assert first_late(needs, 850.0, awake=True) == needs[0], "what comes first is in its way"
+    assert first_late([need(100, 10_000)], 1000.0, awake=True) is None
+    assert first_late([need(100, 10_000)], 1000.0, awake=False), "a start takes longer"
+    assert first_late([need(START_S + 25, 10_000)], 1000.0, awake=False) is None
+    assert first_late([JobNeed(due_in_s=0, lines=0, tokens=0)], 1000.0, awake=False) is None
+
+
+def test_the_best_minute_counts_and_no_shorter_time() -> None:
+    speed = Speed()
+    for second in range(30):
+        speed.note(5000 * second, float(second))
+    assert speed.tokens_per_s == 5000
+    assert speed.best_tokens_per_s == TOKENS_PER_S_MIN
+    for second in range(30, 90):
+        speed.note(5000 * second, float(second))
+    for second in range(90, 200):
+        speed.note(5000 * 89, float(second))
+    assert speed.tokens_per_s == 0
+    assert speed.best_tokens_per_s == 5000
 
 
 def test_a_job_stays_moved_up_until_it_is_done_however_fast_it_goes_now() -> None:
@@ -179,17 +194,20 @@ def test_models_that_share_replicas_are_one_group() -> None:
     assert asked_of(report, ("zero",)).in_flight == 0
 
 
-def test_prompts_begin_at_their_pace_and_none_is_too_large_for_it() -> None:
-    pace, now_s, begun = Pace(at_s=0.0), 0.0, 0
+@pytest.mark.parametrize("at_once", [0.0, 6000.0])
+def test_prompts_begin_at_their_pace_and_none_is_too_large_for_it(at_once: float) -> None:
+    pace, now_s, begun = Pace(at_s=0.0), 0.0, list[float]()
     while now_s < 100.0:
-        wait_s = pace.wait_s(1000.0, now_s)
+        wait_s = pace.wait_s(1000.0, at_once, now_s)
         if wait_s:
             now_s += wait_s + 1e-9
         else:
             pace.begin(2500)
-            begun += 2500
-    assert 95_000 <= begun <= 105_000
-    assert pace.wait_s(math.inf, now_s) == 0.0
+            begun.append(now_s)
+    assert 95_000 <= 2500 * len(begun) <= 105_000
+    together = len(begun) / len(set(begun))
+    assert together == (3.0 if at_once else 1.0), "what is saved up begins in one step"
+    assert pace.wait_s(math.inf, 0.0, now_s) == 0.0
 
 
 def test_a_report_is_the_same_until_it_is_heard_and_large_ones_are_cut() -> None:

@@ -176,7 +176,9 @@ async def test_a_line_that_kills_workers_gets_an_error_and_its_neighbours_answer
         chunk = await ask(store, f"w{deaths}")
         if chunk is None:
             await clock.advance(HOLD_S + 1)
-        elif 37 in numbers(chunk):
+            continue
+        assert chunk.alone is (deaths > 0), "its lines are to be computed with no others"
+        if 37 in numbers(chunk):
             deaths += 1  # it reports nothing, and is gone
         else:
             await report(store, chunk, chunk.lines, worker_id=f"w{deaths}", done=True)
@@ -264,6 +266,17 @@ async def test_two_services_on_one_store_give_no_line_twice(store_url: str) -> N
 async def store_job(store: Store, owner: str, job_id: str) -> tuple[str, int, int]:
     job = await store.job(owner, job_id)
     return job.state, job.completed, job.failed
+
+
+async def test_those_who_ask_at_once_for_the_same_lines_all_get_some(store_url: str) -> None:
+    store, _ = await _opened(store_url)
+    jobs = [await begun_job(store, 1) for _ in range(6)]
+    chunks = await asyncio.gather(*(ask(store, f"w{n}", lines_max=1) for n in range(6)))
+    assert {line.job_id for chunk in chunks if chunk for line in chunk.lines} == {
+        job.id for job in jobs
+    }
+    assert await ask(store) is None
+    await store.close()
 
 
 async def test_what_is_left_is_told_by_model_and_deadline(store_url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
@@ -10,7 +11,18 @@ from backends.offline.records import ConflictError, FullError, Limits, NotFoundE
 from backends.offline.schema import PIECE_BYTES
 from backends.offline.store import Store
 from tests.fakes.provider import ManualClock
-from tests.fakes.stored_jobs import ANN, BOB, CHAT, begun_job, content, given, report, stored_file
+from tests.fakes.stored_jobs import (
+    ANN,
+    BOB,
+    CHAT,
+    begun_job,
+    body,
+    content,
+    given,
+    input_file,
+    report,
+    stored_file,
+)
 
 
 async def test_a_file_is_what_was_uploaded_from_wherever_it_is_read(store_url: str) -> None:
@@ -126,6 +138,31 @@ async def test_files_and_jobs_go_when_their_time_is_over_and_leave_nothing(store
                 (0,)
             ], table
     await store.close()
+
+
+async def test_two_services_that_prune_at_once_leave_nothing_either(store_url: str) -> None:
+    clock = ManualClock()
+    limits = Limits(keep_s=100.0)
+    stores = [await Store.open(store_url, clock=clock, limits=limits) for _ in range(2)]
+    job = await begun_job(stores[0], 2100, lines_at_once=1050)
+    await stores[0].cancel_job(ANN, job.id)
+    await stores[0].finish_due()
+    await stored_file(stores[0], b"x" * PIECE_BYTES * 200)
+    await clock.advance(4000.0)
+    gone = await asyncio.gather(*(store.prune() for store in stores))
+    # Its errors and its lines, the pieces of both files: each went once.
+    assert sum(gone) == 2100 * 2 + 200 + -(-_content_bytes(2100) // PIECE_BYTES)
+    await stores[0].prune()
+    async with stores[1]._database.reading() as reading:
+        for table in ("files", "pieces", "jobs", "lines", "results"):
+            (found,) = await reading.fetch(f"SELECT count(*) FROM {table}")
+            assert found[0] == 0, table
+    for store in stores:
+        await store.close()
+
+
+def _content_bytes(lines: int) -> int:
+    return len(input_file([body(number) for number in range(lines)])[0])
 
 
 async def test_what_goes_beyond_the_granted_room_is_refused_until_something_goes(

@@ -7,6 +7,7 @@ from collections import Counter
 import msgspec
 import pytest
 
+from backends.offline.database import Row, Transaction
 from backends.offline.outcomes import written
 from backends.offline.records import (
     ClaimLostError,
@@ -194,6 +195,48 @@ async def test_a_job_can_end_while_it_is_validated(store_url: str, end: str) -> 
     with pytest.raises(ClaimLostError):
         await store.add_lines("s", job.id, lines[5:])
     assert await store.claim_validation("t") is None
+    await store.close()
+
+
+async def test_results_that_come_with_the_end_of_the_job_are_not_missed(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await Store.open(store_url)
+    job = await begun_job(store, 2)
+    chunk = await given(store)
+    await report(store, chunk, chunk.lines[:1])
+    really = store._bounded
+
+    async def late(reading: Transaction, which: str, *values: int) -> list[Row]:
+        found = await really(reading, which, *values)
+        monkeypatch.setattr(store, "_bounded", really)
+        await report(store, chunk, chunk.lines[1:], done=True)  # between one look and the next
+        return found
+
+    monkeypatch.setattr(store, "_bounded", late)
+    (last,) = await store.results(ANN, job.id, after=1, wait_s=30.0)
+    assert (last.sequence, last.custom_id) == (2, "c1")
+    await store.close()
+
+
+async def test_a_list_of_results_is_bounded_in_octets_too(store_url: str) -> None:
+    store = await Store.open(store_url)
+    job = await begun_job(store, 5)
+    large = msgspec.Raw(b'{"a":"%b"}' % (b"x" * 600_000))
+    chunk = await given(store)
+    await report(
+        store,
+        chunk,
+        chunk.lines,
+        result=lambda line: Result(job_id=job.id, number=line.number, status=200, body=large),
+    )
+    for in_order in (False, True):
+        seen, cursor = list[str](), -1
+        while some := await store.results(ANN, job.id, after=cursor, limit=5, in_order=in_order):
+            assert len(some) == 1  # two are more than a MiB
+            cursor = some[-1].number if in_order else some[-1].sequence
+            seen += [result.custom_id for result in some]
+        assert sorted(seen) == [f"c{n}" for n in range(5)]
     await store.close()
 
 

@@ -216,10 +216,11 @@ async def test_each_line_counts_once_in_a_random_life(store_url: str, seed: int)
     await clock.advance(HOLD_S)
     life = Life(seed, store, clock)
     steps = (life.new_job, life.give, life.bring, life.time_passes, life.cancel, life.finish)
-    for _ in range(STEPS):
+    over_sockets = store_url.startswith("postgresql")
+    for number in range(STEPS // 2 if over_sockets else STEPS):
         (step,) = life.random.choices(steps, weights=(2, 5, 6, 2, 1, 1))
         await step()
-        if step is not life.time_passes:
+        if number % 5 == 0:
             await life.check()
     await life.end()
     became = Counter(was for job in life.model.jobs.values() for was in job.lines.values())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
-from collections.abc import Awaitable, Callable
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -109,6 +111,52 @@ async def test_a_full_disk_refuses_loses_nothing_and_works_again(tmp_path: Path)
     await store.close()
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """A file system of 6 MiB, and a way to make it larger."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a file system here: {mounted.stderr.decode().strip()}")
+
+    def grow(mib: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={mib}m", folder], check=True)
+
+    try:
+        yield folder, grow
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.faults
+async def test_a_disk_that_is_really_full_refuses_loses_nothing_and_works_again(
+    small_disk: tuple[Path, Callable[[int], None]],
+) -> None:
+    folder, grow = small_disk
+    store = await Store.open(folder / "offline.db")
+    job = await begun_job(store, 40)
+    chunk = await given(store)
+    await report(store, chunk, chunk.lines[:20])
+    record = await store.create_file(ANN, "large", "batch")
+    with pytest.raises(FullError, match="no room"):
+        await _repeated(lambda: store.append_file(record.id, b"x" * 2**20))
+    with pytest.raises(FullError, match="no room"):
+        await report(store, chunk, chunk.lines[20:25], result=_large)
+    assert (await store.job(ANN, job.id)).completed == 20
+    grow(64)
+    await store.discard_file(record.id)
+    assert await store.prune() > 0
+    assert (await report(store, chunk, chunk.lines[20:], done=True)).accepted == 20
+    assert set((await outcome(store, job)).values()) == {"200"}
+    await store.close()
+    with sqlite3.connect(folder / "offline.db") as direct:
+        assert direct.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    direct.close()
+
+
 async def _repeated(call: Callable[[], Awaitable[None]]) -> None:
     for _ in range(100):
         await call()
@@ -152,3 +200,16 @@ async def test_every_statement_finds_its_rows_by_a_key(
     direct.close()
     assert len(seen) > 30
     assert read_whole == []
+
+
+@pytest.mark.faults
+def test_a_large_job_takes_no_more_memory_than_a_small_one(memory_folder: Path) -> None:
+    def peak_mb(megabytes: int) -> int:
+        command = [sys.executable, "-m", "tests.fakes.store_memory"]
+        command += [str(memory_folder / f"{megabytes}.db"), str(megabytes)]
+        root = Path(__file__).parents[3]
+        run = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+        return int(run.stdout)
+
+    small, large = peak_mb(20), peak_mb(70)
+    assert large - small < 25, (small, large)

@@ -6,6 +6,8 @@ import json
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from backends.offline.records import JobError
 from backends.offline.validation import (
@@ -165,6 +167,43 @@ def test_lines_and_embedding_inputs_are_limited() -> None:
         "too_many_requests"
     ]
     assert _whole([_embed(n, text=[1, 2, 3]) for n in range(9)], lines_max=10) == []
+
+
+_WORDS = st.sampled_from(
+    [
+        *(b"{", b"}", b"[", b"]", b'"', b":", b",", b"\\", b"\n", b"\r\n", b" ", b"\x00", b"\xff"),
+        *(b'"custom_id"', b'"method"', b'"url"', b'"body"', b'"model"', b'"stream"', b'"input"'),
+        *(
+            b'"POST"',
+            b'"/v1/chat/completions"',
+            b"true",
+            b"null",
+            b"1e5",
+            b"\xef\xbb\xbf",
+            b"\\ud800",
+        ),
+        _octets(),
+        _octets(1, custom_id="é"),
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(_WORDS | st.binary(max_size=8), max_size=30), st.integers(1, 20))
+def test_any_octets_are_lines_or_problems_however_they_are_cut(
+    words: list[bytes], cuts: int
+) -> None:
+    octets = b"".join(words)
+    whole = _checked(octets)
+    assert _checked(octets, cuts=cuts) == whole
+    lines = octets.split(b"\n")
+    assert len(whole) <= len(lines)
+    for found in whole:
+        assert found.line is not None
+        assert lines[found.line - 1].strip()
+        if isinstance(found, Good):
+            body = octets[found.offset : found.offset + found.length]
+            assert json.loads(body)["model"] == found.model
 
 
 def test_the_list_of_errors_is_bounded_and_says_how_many_more() -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from backends.log import Log
-from backends.offline.line_engine import EngineError
+from backends.offline.line_engine import EngineError, FlagsError
 from backends.offline.vllm_engine import VllmEngine, find
 from backends.offline.work import Line, Result
 from tests.fakes.vllm_modules import Engine, install
@@ -132,14 +132,29 @@ def test_a_cancelled_line_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(call.startswith("abort ") for call in engine.calls)
 
 
-def test_a_dead_engine_is_no_result_of_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_cannot_be_added_leaves_the_engine_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(engine: VllmEngine, inner: Engine) -> None:
+        odd = await engine.do(line("odd"))
+        assert (odd.status, error_of(odd)["type"]) == (500, "server_error")
+        assert not inner.has_unfinished_requests(), "it would be waited for for ever"
+        assert (await engine.do(line())).status == 200
+
+    play(monkeypatch, scene)
+
+
+@pytest.mark.parametrize(("prompt", "why"), [("die", "EngineCore died"), ("gone", "is gone")])
+def test_a_dead_engine_is_no_result_of_a_line(
+    monkeypatch: pytest.MonkeyPatch, prompt: str, why: str
+) -> None:
     async def scene(engine: VllmEngine, inner: Engine) -> None:
         both = await asyncio.gather(
-            engine.do(line(max_tokens=10_000)), engine.do(line("die", 1)), return_exceptions=True
+            engine.do(line(max_tokens=10_000)), engine.do(line(prompt, 1)), return_exceptions=True
         )
         assert all(isinstance(error, EngineError) for error in both)
-        assert "EngineCore died" in await engine.dead
-        with pytest.raises(EngineError, match="EngineCore died"):
+        assert why in await engine.dead
+        with pytest.raises(EngineError, match=why):
             await engine.do(line())
 
     play(monkeypatch, scene)
@@ -160,6 +175,21 @@ def test_a_model_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     asyncio.run(run())
 
 
+def test_flags_that_vllm_does_not_take_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch)
+
+    async def run() -> None:
+        engine = VllmEngine("m", "", ("--no-such-flag",), Log())
+        with pytest.raises(FlagsError):
+            await engine.start()
+        await engine.close()
+
+    asyncio.run(run())
+    assert "--no-such-flag" in capsys.readouterr().err
+
+
 def test_a_release_without_a_name_is_said() -> None:
-    with pytest.raises(EngineError, match=r"this vLLM has no LLM in vllm\.entrypoints\.llm"):
+    with pytest.raises(EngineError, match="this vLLM has no LLM that we know: No module"):
         find("LLM")

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import msgspec
+import pytest
 
-from backends.offline.work import Line
+from backends.clock import SystemClock
+from backends.log import Log
+from backends.offline.desk_client import RemoteDesk
+from backends.offline.line_engine import Gauges
+from backends.offline.work import Line, Result
+from backends.offline.worker_loop import Worker
 from tests.fakes.desk import MemoryDesk
 from tests.fakes.worker_process import WorkerProcess
 
@@ -121,6 +130,7 @@ def test_health_is_503_until_the_model_is_there() -> None:
     play([chat(0)], (*FAST, "--startup-seconds", "1"), scene)
 
 
+@pytest.mark.faults
 def test_told_to_stop_it_gives_back_what_is_undone_and_leaves_with_0() -> None:
     lines = [chat(number, max_tokens=4 if number < 4 else 5000) for number in range(50)]
 
@@ -137,6 +147,7 @@ def test_told_to_stop_it_gives_back_what_is_undone_and_leaves_with_0() -> None:
     assert len(desk.results) == 4
 
 
+@pytest.mark.faults
 def test_an_engine_that_dies_is_an_exit_of_1_and_keeps_its_lines_held() -> None:
     async def scene(desk: MemoryDesk, worker: WorkerProcess) -> None:
         code, said = await worker.wait()
@@ -147,6 +158,7 @@ def test_an_engine_that_dies_is_an_exit_of_1_and_keeps_its_lines_held() -> None:
     play([chat(number) for number in range(3)], (*FAST, "--fault", "exit"), scene)
 
 
+@pytest.mark.faults
 def test_lines_of_a_chunk_that_was_given_to_another_are_dropped() -> None:
     lines = [chat(number, max_tokens=5000) for number in range(8)]
 
@@ -163,6 +175,7 @@ def test_lines_of_a_chunk_that_was_given_to_another_are_dropped() -> None:
     play(lines, SLOW, scene, hold_s=1.5)
 
 
+@pytest.mark.faults
 def test_lines_of_an_ended_job_are_dropped() -> None:
     lines = [chat(number, max_tokens=5000) for number in range(8)]
 
@@ -178,6 +191,7 @@ def test_lines_of_an_ended_job_are_dropped() -> None:
     assert desk.results == {}
 
 
+@pytest.mark.faults
 def test_a_lost_desk_hears_everything_once_it_is_back() -> None:
     lines = [chat(number) for number in range(20)]
 
@@ -203,3 +217,65 @@ def test_a_wrong_key_is_said_and_is_an_exit_of_1() -> None:
         assert "wrong work key" in said
 
     play([chat(0)], FAST, scene, desk_key="right", work_key="wrong")
+
+
+def test_a_stop_that_ends_the_engine_as_well_is_a_stop() -> None:
+    """Who kills a group ends the engine's processes at once: its death is no line's fault."""
+
+    class Dying:
+        models, urls, gpus, sequences_max = ("m",), ("/v1/chat/completions",), 1, 4
+
+        def __init__(self) -> None:
+            self.dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def start(self) -> None: ...
+
+        async def do(self, line: Line) -> Result:
+            return await asyncio.get_running_loop().create_future()
+
+        def gauges(self) -> Gauges:
+            return Gauges(0, 0)
+
+        async def close(self) -> None: ...
+
+    async def run(*, stopped: bool) -> tuple[int, int]:
+        desk, engine, stop = MemoryDesk([chat(0)]), Dying(), asyncio.Event()
+        remote = RemoteDesk(await desk.start())
+        worker = Worker(engine, remote, "w", 10, SystemClock(), Log())
+        running = asyncio.ensure_future(worker.run(stop))
+        while not desk.held:
+            await asyncio.sleep(0.01)
+        engine.dead.set_result("EngineDeadError")
+        if stopped:
+            asyncio.get_running_loop().call_later(0.05, stop.set)
+        code = await running
+        await remote.close()
+        await desk.close()
+        return code, desk.held
+
+    assert asyncio.run(run(stopped=True)) == (0, 0)
+    assert asyncio.run(run(stopped=False)) == (1, 1)
+
+
+@pytest.mark.faults
+def test_told_to_stop_while_the_model_is_loading_it_leaves_at_once(tmp_path: Path) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("import time; time.sleep(300)\n")
+    command = ["-m", "backends.offline.worker", "--engine", "vllm", "--model", "m", "--port", "0"]
+    command += ["--desk", "http://127.0.0.1:9", "--worker-id", "w"]
+
+    async def run() -> int:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *command,
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": f"{Path.cwd()}:{tmp_path}"},
+        )
+        assert process.stdout is not None
+        assert (await process.stdout.readline()).startswith(b"listening on")
+        await asyncio.sleep(0.3)  # so that it is loading, as it will be for minutes
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(20):
+            return await process.wait()
+
+    assert asyncio.run(run()) == 0
