@@ -28,7 +28,7 @@ from backends.offline.client import (
     gather,
 )
 from tests.fakes.offline_stage import CHAT, LONG, HttpWorker, Stage, offline_stage
-from tests.fakes.programs import ROOT, environment
+from tests.fakes.programs import ROOT, environment, free_port
 
 LINES = 450  # more than two pages
 
@@ -317,6 +317,13 @@ async def test_patience_has_an_end_and_a_refusal_is_final() -> None:
         with pytest.raises(RefusedError, match=r"not now \(401\)"):
             await client.job("batch_1").progress()
     assert len(flaky.seen) == 1
+
+
+async def test_a_timeout_is_kept_where_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.offline.client.aio.SILENCE_S", 0.1)
+    async with AsyncClient(f"http://127.0.0.1:{free_port()}") as client:
+        with pytest.raises(TimeoutError):
+            await client.call("batch_1/line-0").get(timeout=0.1)
 
 
 async def test_calls_of_a_client_that_is_closed_are_not_left_waiting(tmp_path: Path) -> None:
