@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from backends.offline.client import (
     agather,
     gather,
 )
+from backends.offline.client.spool import Spool
 from tests.fakes.offline_stage import CHAT, LONG, HttpWorker, Stage, offline_stage
 from tests.fakes.programs import ROOT, environment, free_port
 
@@ -143,6 +145,20 @@ async def test_lines_that_fail_do_not_hide_the_others(tmp_path: Path) -> None:
         answers = await agather(calls, return_errors=True)
         assert [isinstance(a, LineFailedError) for a in answers] == [False, True, True, False]
         assert answers[2].code == "worker_died"
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "..", ".", "50%", "%2e", "a b?c#d&e", "\u00fc\u2603", "'\""]
+)
+async def test_a_line_is_found_by_whatever_id_it_has(tmp_path: Path, name: str) -> None:
+    row = {"custom_id": name, "method": "POST", "url": CHAT, "body": body("say it")}
+    async with stage_and_client(tmp_path) as (stage, client), worker_at(stage):
+        with Spool(CHAT) as spool:
+            spool.add_text(1, json.dumps(row).encode())
+            job = await client.submit(spool)
+        call = client.call(job.call(name).id)
+        assert call.custom_id == name
+        assert said(await call.get(20)) == "it"
 
 
 async def test_a_job_that_is_cancelled_ends_with_what_there_is(tmp_path: Path) -> None:
