@@ -148,7 +148,7 @@ async def test_lines_that_fail_do_not_hide_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a/b", "..", ".", "50%", "%2e", "a b?c#d&e", "\u00fc\u2603", "'\""]
+    "name", ["a/b", "..", ".", "50%", "%2e", "a b?c#d&e", "\u00fc\u2603", "'\"", "\u2603" * 512]
 )
 async def test_a_line_is_found_by_whatever_id_it_has(tmp_path: Path, name: str) -> None:
     row = {"custom_id": name, "method": "POST", "url": CHAT, "body": body("say it")}
@@ -159,6 +159,7 @@ async def test_a_line_is_found_by_whatever_id_it_has(tmp_path: Path, name: str) 
         call = client.call(job.call(name).id)
         assert call.custom_id == name
         assert said(await call.get(20)) == "it"
+        assert said(await call.get()) == "it"
 
 
 async def test_a_job_that_is_cancelled_ends_with_what_there_is(tmp_path: Path) -> None:
