@@ -130,6 +130,28 @@ async def service(
         yield url
 
 
+@contextlib.asynccontextmanager
+async def whole(value: dict[str, Any], folder: Path) -> AsyncIterator[tuple[dict[str, str], int]]:
+    """A `doherty up` of this configuration; its URLs and its process."""
+    path, log = folder / "doherty.yaml", folder / "up.log"
+    path.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))  # JSON is YAML
+    urls = {
+        name: f"http://127.0.0.1:{value[name]['port']}" for name in ("proxy", "manager", "offline")
+    }
+    async with program([*DOHERTY, "up", str(path)], log) as process:
+        await until_healthy(urls["offline"], process, log, 60.0)
+        await _until_said("Ready:", log, 60.0)  # from then on what dies is started again
+        yield urls, process.pid
+
+
+async def _until_said(words: str, log: Path, limit_s: float) -> None:
+    end_s = time.monotonic() + limit_s
+    while words not in said(log):
+        if time.monotonic() > end_s:
+            raise RunError(f"not {words!r} in {limit_s:g} s: {said(log)}")
+        await asyncio.sleep(POLL_S)
+
+
 async def do_job(url: str, content: bytes, limit_s: float, endpoint: str = CHAT) -> Course:
     """Upload a file, have it done, read all of its answers. Raises `RunError`."""
     try:

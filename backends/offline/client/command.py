@@ -106,6 +106,10 @@ def _guarded(run: Callable[[Client, argparse.Namespace], int], options: argparse
             return USAGE_STATUS
         except OfflineError as error:
             raise StartError(str(error)) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # of the file that is written, or the one that is uploaded
+            raise StartError(f"{error.filename or 'on disk'}: {error.strerror}") from error
 
 
 def _submit(client: Client, options: argparse.Namespace) -> int:

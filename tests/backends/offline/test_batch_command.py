@@ -219,6 +219,17 @@ async def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
         assert (await batch(stage)).returncode == 2
 
 
+async def test_a_disk_that_is_full_is_said_in_one_line(tmp_path: Path) -> None:
+    async with offline_stage(tmp_path) as stage:
+        job_id = (await batch(stage, "submit", "-", given=bodies("say a"))).stdout.strip()
+        worker = HttpWorker(stage.url)
+        while not worker.done:
+            await worker.work(1)
+            await asyncio.sleep(0.02)
+        full = await batch(stage, "results", job_id, "-o", "/dev/full")
+        assert (full.returncode, full.stderr) == (1, "on disk: No space left on device\n")
+
+
 async def test_an_interrupt_leaves_the_job_running_and_says_so(tmp_path: Path) -> None:
     async with offline_stage(tmp_path) as stage:
         job_id = (await batch(stage, "submit", "-", given=bodies("a"))).stdout.strip()
