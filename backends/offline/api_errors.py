@@ -44,19 +44,28 @@ def error_response(error: ApiError) -> web.Response:
     )
 
 
+def _require_plain(request: web.Request) -> None:
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        message = "Compressed request bodies are not read here."
+        raise ApiError(415, message, code="unsupported_content_encoding")
+
+
 def error_middleware(log: Log, translate: Callable[[Exception], ApiError | None]) -> Middleware:
     """Return the middleware; `translate` knows the errors of the store."""
 
     @web.middleware
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
+            _require_plain(request)
             return await handler(request)
         except web.HTTPException as error:
             if error.status < 400:
                 raise
             told = ApiError(error.status, error.text or error.reason)
-        except ConnectionError:  # whoever asked has gone; there is nobody to answer
-            raise
+        except ConnectionError:
+            if request.transport is not None and not request.transport.is_closing():
+                raise  # which cuts an answer that is under way
+            return web.Response(status=499)  # whoever asked has gone: nobody reads this
         except Exception as error:  # noqa: BLE001  # the last line: told, and answered
             told = refusal(request, error)
         if request.writer.output_size:

@@ -71,6 +71,7 @@ class Sender:
         self._worker_id = worker_id
         self._desk, self._post, self._bytes = desk, post, held
         self._clock, self._log = clock, log
+        self._first = True  # nothing was asked yet
         self._verdict = Verdict(lines=0, keep=0)
         self._pace = Pace()
         self._waiting: deque[Held] = deque()
@@ -220,6 +221,7 @@ class Sender:
                 bytes_max=max(1, min(BYTES_MAX - self._bytes.held, BYTES_MAX // 4)),
                 wait_s=ASK_WAIT_S,
                 spare=True,
+                first=self._first,
             )
             try:
                 chunk = await self._desk.ask(ask)
@@ -227,6 +229,7 @@ class Sender:
                 self._log.caution("desk_asked_in_vain", problem=f"{type(error).__name__}: {error}")
                 await asyncio.sleep(ASK_FAILED_S)
                 continue
+            self._first = False
             if chunk is not None:
                 held = HeldChunk(chunk, self._worker_id, self._clock.now_s())
                 self._chunks[chunk.chunk_id] = held

@@ -14,7 +14,15 @@ import pytest
 from backends.offline import files_api, forms, queries
 from backends.offline.records import UnavailableError
 from backends.offline.store import Store
-from tests.fakes.offline_stage import CHAT, HttpWorker, jsonl, offline_stage, request, until_state
+from tests.fakes.offline_stage import (
+    CHAT,
+    PATIENCE_S,
+    HttpWorker,
+    jsonl,
+    offline_stage,
+    request,
+    until_state,
+)
 
 
 def _form(*parts: tuple[str, str | bytes]) -> tuple[bytes, dict[str, str]]:
@@ -326,3 +334,37 @@ async def test_content_that_the_store_cannot_go_on_with_is_cut_and_nothing_stand
             assert await response.content.readexactly(1000) == b"x" * 1000
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.content.read()
+
+
+def test_who_sends_an_octet_now_and_then_holds_no_place_for_long() -> None:
+    assert not forms.too_slow(1, 59.0)  # a slow start
+    assert forms.too_slow(60, 61.0)
+    assert not forms.too_slow(10**6, 300.0)
+    assert forms.too_slow(10**6, 310.0)
+
+
+async def test_an_upload_that_breaks_off_is_no_fault_of_the_service(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with offline_stage(tmp_path) as stage, aiohttp.ClientSession() as session:
+        host, port = stage.url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 9999\r\n"
+            b"content-type: multipart/form-data; boundary=x\r\n\r\n"
+            b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\nabc'
+        )
+        await writer.drain()
+        await _until_uploads(session, stage.url, 1)
+        writer.close()
+        await _until_uploads(session, stage.url, 0)
+    assert not [record for record in caplog.records if record.name == "aiohttp.server"]
+
+
+async def _until_uploads(session: aiohttp.ClientSession, url: str, count: int) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            async with session.get(url + "/metrics") as response:
+                if f"doherty_offline_uploads {count}.0" in await response.text():
+                    return
+            await asyncio.sleep(0.02)
