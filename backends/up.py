@@ -87,7 +87,8 @@ class Up:
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         loop.add_signal_handler(signal.SIGUSR2, self._upgrade)
         self._plan.logs.mkdir(parents=True, exist_ok=True)
-        self._say(f"starting manager and proxy (logs: {self._plan.logs})")
+        *others, last = (service.command.name for service in self._services)
+        self._say(f"starting {', '.join(others)} and {last} (logs: {self._plan.logs})")
         running = {s: spawn(s.run(), s.command.name, self._log) for s in self._services}
         self._chores += [
             spawn(self._follow(), "follow", self._log),
