@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from proxy.contract import PoolRecord
 from proxy.core import limits
 from tests.fakes.plane import Bench, Client, Engine, answer
 
@@ -302,3 +303,19 @@ async def test_a_reload_says_where_the_service_is(bench: Bench) -> None:
     nobody = bench.client()
     nobody.send(request(method="GET"))
     assert nobody.answer("GET").status == 404
+
+
+async def test_a_region_that_has_only_jobs_is_ready(bench: Bench) -> None:
+    def readiness() -> int:
+        client = bench.client()
+        client.send(b"GET /readyz HTTP/1.1\r\nhost: p\r\n\r\n")
+        return client.answer("GET").status
+
+    bench.publish()
+    assert readiness() == 200
+    bench.publish(pools=(PoolRecord(model="m", pool="m"),))
+    assert readiness() == 503, "there is a pool that takes requests, and nobody of it is up"
+    bench.publish()
+    plane = bench.plane
+    plane.reconfigure(msgspec.structs.replace(plane.config, offline_url=None), plane.access_log)
+    assert readiness() == 503, "there are no jobs either"
