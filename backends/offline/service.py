@@ -114,7 +114,9 @@ class OfflineService:
         self._models = KnownModels(configured_names(setting.config.models))
         self.desk = CountedDesk(store, clock)
         self._prices = prices_of(setting.config.models)
-        self._teller = NeedsTeller(store, uuid.uuid4().hex, log)
+        self._teller = NeedsTeller(
+            store, uuid.uuid4().hex, self.desk.abilities, self._has_replicas, clock, log
+        )
         offline, api_key = setting.config.offline, setting.config.proxy.api_key
         self._files = FilesApi(store, api_key, offline.file_bytes_max)
         self._batches = BatchesApi(
@@ -126,6 +128,7 @@ class OfflineService:
             ending=self._ending,
             cancelled=self._cancelled,
             moved_up=self._moved_up,
+            nobody=self._teller.nobody,
         )
         self._work = WorkApi(self.desk, offline.work_key, self._ending)
         self._dispatcher = self._make_dispatcher()
@@ -146,6 +149,9 @@ class OfflineService:
 
     def _moved_up(self, model: str) -> bool:
         return self._dispatcher is not None and self._dispatcher.moved_up(model)
+
+    def _has_replicas(self, model: str) -> bool:
+        return self._dispatcher is not None and self._dispatcher.serves(model)
 
     def _sent(self) -> list[GroupReport]:
         return [] if self._dispatcher is None else self._dispatcher.reports()
@@ -241,6 +247,7 @@ class OfflineService:
                 self._log.fault("reload_failed", reason=str(error), kept="the models before")
                 continue
             self._models.configure(configured_names(models))
+            self.desk.abilities.forget()
             if self._dispatcher is not None:
                 self._dispatcher.configure(models)
             self._prices.clear()

@@ -140,12 +140,12 @@ class Desk(Protocol):
 
 
 class JobNeed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is left to do of all jobs of one model that are due before the next in the list."""
+    """What is left to do of jobs of one model that are due before the next in the list."""
 
     due_in_s: float
     lines: _Count
     tokens: _Count  # of prompts and answers, as far as that can be known before
-    embeddings: bool = False
+    url: str = ""  # of the requests; empty: various
 
 
 class JobNeeds(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -154,6 +154,8 @@ class JobNeeds(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     service_id: _Id
     sequence: _Count
     models: dict[str, tuple[JobNeed, ...]] = {}
+    # What engine workers of a model said they understand, where any has asked this service.
+    urls: dict[str, tuple[str, ...]] = {}
     # Tokens a second of each worker that reported in the last minute, by worker id.
     rates: dict[str, float] = {}
 
