@@ -40,6 +40,7 @@ from backends.offline.setting import Setting, prices_of
 from backends.offline.store import Store
 from backends.offline.validating import Validator
 from backends.offline.work_api import WorkApi
+from backends.providers.process import boot_id
 from backends.serve import Orders
 from backends.tasks import cancel_all, spawn
 from proxy.config import ConfigError, load_config
@@ -162,7 +163,8 @@ class OfflineService:
         stop = spawn(_wait(orders.stop), "stop", self._log)
         host, port = listener.getsockname()[:2]
         chores = [
-            *self._chores(f"{socket.gethostname()}:{port}"),
+            # Machines that were copied from one image may have one name.
+            *self._chores(f"{boot_id()}:{socket.gethostname()}:{port}"),
             spawn(self._reload(orders), "reload", self._log),
         ]
         dispatcher = self._dispatcher
