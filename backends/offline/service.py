@@ -40,6 +40,7 @@ from backends.offline.setting import Setting, prices_of
 from backends.offline.store import Store
 from backends.offline.validating import Validator
 from backends.offline.work_api import WorkApi
+from backends.providers.process import boot_id
 from backends.serve import Orders
 from backends.tasks import cancel_all, spawn
 from proxy.config import ConfigError, load_config
@@ -172,7 +173,8 @@ class OfflineService:
         await runner.setup()
         stop = spawn(_wait(orders.stop), "stop", self._log)
         host, port = listener.getsockname()[:2]
-        place = f"{socket.gethostname()}:{port}"
+        # Machines that were copied from one image may have one name.
+        place = f"{boot_id()}:{socket.gethostname()}:{port}"
         chores = [
             *self._chores(place),
             spawn(self._reload(orders), "reload", self._log),

@@ -179,6 +179,17 @@ async def test_no_more_uploads_at_a_time_than_there_is_room_for(
         assert response.headers["retry-after"]
 
 
+async def test_a_refused_upload_takes_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_api, "UPLOADS_MAX", 1)
+    body, headers = _form(("purpose", "batch"), ("file", b"content"))
+    async with offline_stage(tmp_path) as stage:
+        for key, status in (("k" * 256, 400), ("k", 200), ("l" * 256, 400), ("m", 200)):
+            found, _ = await _post(stage.url, body, {**headers, "Idempotency-Key": key})
+            assert found == status
+
+
 async def test_lists_are_read_page_by_page(tmp_path: Path) -> None:
     async with offline_stage(tmp_path) as stage, stage.client() as client:
         ids = [
