@@ -65,6 +65,7 @@ def test_a_line_is_answered_in_the_servers_words_and_counted(
         assert (result.cached_tokens, result.completion_tokens) == (1, 5)
         assert result.request_id.startswith("chatcmpl-")
         assert "mine" not in result.request_id, "two lines may have chosen the same id"
+        assert json.loads(bytes(result.body))["schema"] == "asked for"
 
     engine = play(monkeypatch, scene)
     assert engine.adapters == ["adapter-file"]
@@ -90,6 +91,7 @@ def test_the_batch_stays_full_while_lines_come_in_two_portions(
     [
         (line("too long"), 400, "context_length_exceeded"),
         (line(model="unknown"), 404, "model_not_found"),
+        (line("go on"), 404, None),
         (line(messages=[]), 400, None),
         (Line("job", 0, "/v1/embeddings", msgspec.Raw(b"{}")), 400, None),
     ],
