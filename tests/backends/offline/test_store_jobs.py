@@ -261,3 +261,11 @@ def test_a_line_of_output_is_one_line_whatever_the_response_looks_like() -> None
     assert found.custom_id == 'q"\n\\'
     assert found.response is not None
     assert found.response.body == {"a": "b\n"}
+
+
+def test_an_answer_that_is_no_utf_8_spoils_no_file() -> None:
+    faulty = Result(
+        job_id="batch_1", number=0, status=200, body=msgspec.Raw(b'{"a":"\xff\xc3\xa4"}')
+    )
+    row = msgspec.json.decode(written("c", faulty))
+    assert row["response"]["body"] == {"a": "\ufffdä"}
