@@ -28,8 +28,8 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/r
 ERRORS_MAX = 100  # that a batch lists; what more there are is counted
 CUSTOM_ID_CHARACTERS_MAX = 512
 MODEL_CHARACTERS_MAX = 512
-# Python's readers of JSON give up at about 1,000 levels, less what they are called from. What is read
-# here must be readable to whoever holds it next, or a line would end every worker that it goes to.
+# Python's readers of JSON give up at about 1,000 levels, less what they are called from. What is
+# read here must be readable to whoever holds it next, or a line would end each worker it goes to.
 DEPTH_MAX = 200
 _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
