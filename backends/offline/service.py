@@ -40,6 +40,7 @@ from backends.offline.setting import Setting, prices_of
 from backends.offline.store import Store
 from backends.offline.validating import Validator
 from backends.offline.work_api import WorkApi
+from backends.providers.process import boot_id
 from backends.serve import Orders
 from backends.tasks import cancel_all, spawn
 from proxy.config import ConfigError, load_config
@@ -163,17 +164,24 @@ class OfflineService:
 
     async def run(self, listener: socket.socket, orders: Orders) -> int:
         """Serve until a signal; return the exit status, which is 1 when one of the chores died."""
-        runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
+        runner = web.AppRunner(
+            self.application(),
+            access_log=None,
+            shutdown_timeout=SHUTDOWN_S,
+            auto_decompress=False,  # a body of few octets must not become one of many
+        )
         await runner.setup()
         stop = spawn(_wait(orders.stop), "stop", self._log)
         host, port = listener.getsockname()[:2]
+        # Machines that were copied from one image may have one name.
+        place = f"{boot_id()}:{socket.gethostname()}:{port}"
         chores = [
-            *self._chores(f"{socket.gethostname()}:{port}"),
+            *self._chores(place),
             spawn(self._reload(orders), "reload", self._log),
         ]
         dispatcher = self._dispatcher
         if dispatcher is not None:
-            dispatcher.start()
+            dispatcher.start(place)
         await web.SockSite(runner, listener).start()
         self._log.tell("offline_listening", host=host, port=port, pid=os.getpid())
         try:

@@ -19,7 +19,7 @@ from backends.offline import answers, dispatch, gate, sender
 from backends.offline.dispatch import Dispatcher
 from backends.offline.records import Limits
 from backends.offline.store import Store
-from backends.offline.work import Ask, JobNeeds, Report
+from backends.offline.work import Ask, JobNeeds, Line, Report
 from backends.scaling_report import DemandReport, ModelReport
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config
@@ -265,6 +265,25 @@ async def test_a_wrong_request_and_one_that_always_fails_have_their_errors(tmp_p
         assert (done.completed, done.failed) == (2, 2)
         tries = [b"line 2" in request.body for request in made.engine.requests]
         assert sum(tries) == answers.FAILURES_MAX
+
+
+async def test_a_line_over_which_the_sender_itself_fails_ends_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(line: Line, answered: answers.Answered, failures: int) -> Any:
+        if line.number == 3 and answered.status == 200:
+            raise ValueError("odd")
+        return answers.judge(line, answered, failures)
+
+    monkeypatch.setattr(sender, "judge", judge)
+    async with region(tmp_path, echo) as made:
+        job = await add_job(made.store, 8)
+        await ended(made.store, job.id, 8)
+        _, results = await outcomes(made.store, job.id)
+        (bad,) = [each for each in results if each["error"]]
+        assert bad["custom_id"] == "line-3"
+        assert bad["error"]["code"] == "no_answer"
+        assert "ValueError: odd" in bad["error"]["message"]
 
 
 async def test_a_killed_dispatcher_loses_and_doubles_nothing(tmp_path: Path) -> None:

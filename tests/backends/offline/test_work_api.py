@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -60,6 +61,8 @@ async def test_only_who_has_the_key_is_a_worker(tmp_path: Path) -> None:
 async def test_what_is_no_word_of_a_worker(tmp_path: Path) -> None:
     async with offline_stage(tmp_path) as stage, aiohttp.ClientSession() as session:
         ask = {"worker_id": "w", "models": ["m"], "urls": ["u"], "lines_max": 1}
+        report = {"worker_id": "w", "chunk_id": "c", "fence": 1}
+        result = {"job_id": "j", "number": 1, "prompt_tokens": 2**53}
         for path, body in (
             ("/work/ask", b""),
             ("/work/ask", b"{}"),
@@ -67,7 +70,14 @@ async def test_what_is_no_word_of_a_worker(tmp_path: Path) -> None:
             ("/work/ask", json.dumps(ask | {"lines_max": 0}).encode()),
             ("/work/ask", json.dumps(ask | {"wait_s": 31}).encode()),
             ("/work/ask", json.dumps(ask | {"worker_id": "w" * 200}).encode()),
-            ("/work/report", json.dumps({"worker_id": "w", "chunk_id": "c", "fence": -1}).encode()),
+            ("/work/ask", json.dumps(ask | {"worker_id": "w\n\0"}).encode()),
+            ("/work/ask", json.dumps(ask | {"models": ["m\0"]}).encode()),
+            ("/work/ask", json.dumps(ask | {"models": ["m"] * 1_001}).encode()),
+            ("/work/report", json.dumps(report | {"fence": -1}).encode()),
+            ("/work/report", json.dumps(report | {"back": [["j", 2**70]]}).encode()),
+            ("/work/report", json.dumps(report | {"busy_s": -1}).encode()),
+            ("/work/report", json.dumps(report | {"busy_s": 1e300}).encode()),
+            ("/work/report", json.dumps(report | {"results": [result]}).encode()),
         ):
             async with session.post(stage.url + path, data=body) as response:
                 assert response.status == 400, body
@@ -282,3 +292,12 @@ def test_prices_are_those_of_the_pools_that_do_jobs() -> None:
 def test_a_port_in_use_is_told_with_what_to_do() -> None:
     with listen("127.0.0.1", 0) as taken, pytest.raises(StartError, match=r"offline\.port"):
         listen("127.0.0.1", taken.getsockname()[1]).close()
+
+
+async def test_a_compressed_body_is_refused_not_unfolded(tmp_path: Path) -> None:
+    async with offline_stage(tmp_path) as stage, aiohttp.ClientSession() as session:
+        for path, body in (("/v1/files", b"no gzip"), ("/v1/batches", gzip.compress(bytes(10**6)))):
+            headers = {"content-encoding": "gzip", "content-type": "multipart/form-data"}
+            async with session.post(stage.url + path, data=body, headers=headers) as response:
+                assert response.status == 415
+                assert (await response.json())["error"]["code"] == "unsupported_content_encoding"
