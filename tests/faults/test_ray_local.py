@@ -28,7 +28,7 @@ def up(tmp_path: Path) -> Iterator[Program]:
     pool = {"engine": "simulator", "gpus": 1, "replicas": 2, "args": ["--profile", "fast"]}
     config = {
         "proxy": {"workers": 1, "access_log": "off"},
-        "manager": {"provider": "ray", "ray": {"local_gpus": 1}},
+        "manager": {"provider": "ray", "gpus": "none", "ray": {"local_gpus": 1}},
         "offline": {"enabled": False},
         "models": [{"name": "demo", "pools": [pool | {"stop_grace_secs": 5}]}],
     }
