@@ -260,7 +260,8 @@ def _result(line: Line, response: Any) -> Result:
         status = int(error.code) if str(error.code).isdigit() else 500
         return error_result(line, status, error.message, getattr(error, "param", None))
     if hasattr(response, "model_dump_json"):
-        return response_result(line, response.model_dump_json().encode())
+        # By alias, as the server: a schema in a response is called "schema", not "schema_".
+        return response_result(line, response.model_dump_json(by_alias=True).encode())
     body = getattr(response, "body", b"")  # of starlette's responses: those of embeddings
     if getattr(response, "status_code", 500) != 200 or not bytes(body).startswith(b"{"):
         return error_result(line, 400, "vLLM answered in a form that a batch cannot hold")

@@ -64,6 +64,7 @@ class Worker:
         self._urgent = Alarm(clock)
         self._refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._lost = False
+        self._first = True  # nothing was asked yet
 
     async def run(self, stop: asyncio.Event) -> int:
         """Work until `stop` (0), the engine's death or the desk's refusal (1)."""
@@ -112,6 +113,7 @@ class Worker:
                 self._refuse(str(error))
                 return
             self._note_found()
+            self._first = False
             if chunk is not None and chunk.lines:
                 await self._begin(chunk)
             elif self._clock.now_s() - asked_s < EMPTY_PAUSE_S:
@@ -123,7 +125,8 @@ class Worker:
             models=self._engine.models,
             urls=self._engine.urls,
             lines_max=self._chunk_lines,
-            wait_s=ASK_WAIT_S,
+            wait_s=0.0 if self._first else ASK_WAIT_S,
+            first=self._first,
         )
 
     async def _begin(self, chunk: Chunk) -> None:

@@ -360,6 +360,8 @@ class RayProvider:
     def _take(self, news: Waits | Runs | Said | Exited) -> None:
         process = self._processes.get(news.launch_id)
         if process is None:
+            if isinstance(news, Exited):
+                self._left.discard(news.launch_id)
             return
         match news:
             case Waits():

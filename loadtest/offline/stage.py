@@ -156,17 +156,9 @@ async def do_job(url: str, content: bytes, limit_s: float, endpoint: str = CHAT)
     """Upload a file, have it done, read all of its answers. Raises `RunError`."""
     try:
         async with asyncio.timeout(limit_s), aiohttp.ClientSession(url) as session:
-            form = aiohttp.FormData()
-            form.add_field("purpose", "batch")
-            form.add_field("file", content, filename="job.jsonl")
-            file = await answer_json(session.post("/v1/files", data=form))
-            asked = {
-                "input_file_id": file["id"],
-                "endpoint": endpoint,
-                "completion_window": "24h",
-            }
+            file_id = await upload(session, content)
             begun_s = time.monotonic()
-            batch = await answer_json(session.post("/v1/batches", json=asked))
+            batch = await begin(session, file_id, endpoint)
             running_s, answered_s, now_s = 0.0, 0.0, 0.0
             while batch["status"] not in ENDED:
                 await asyncio.sleep(POLL_S)
@@ -182,6 +174,31 @@ async def do_job(url: str, content: bytes, limit_s: float, endpoint: str = CHAT)
         raise RunError(f"the service does not answer: {error}") from error
     except TimeoutError:
         raise RunError(f"the job was not done in {limit_s:g} s") from None
+
+
+async def upload(session: aiohttp.ClientSession, content: bytes) -> str:
+    """Upload an input file; return its id. Raises `RunError`."""
+    form = aiohttp.FormData()
+    form.add_field("purpose", "batch")
+    form.add_field("file", content, filename="job.jsonl")
+    file = await answer_json(session.post("/v1/files", data=form))
+    return str(file["id"])
+
+
+async def begin(session: aiohttp.ClientSession, file_id: str, endpoint: str) -> dict[str, Any]:
+    """Ask for a batch; return it. Raises `RunError`."""
+    asked = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h"}
+    return await answer_json(session.post("/v1/batches", json=asked))
+
+
+async def rows(session: aiohttp.ClientSession, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of both files of an ended batch."""
+    found: list[dict[str, Any]] = []
+    for file_id in (batch.get("output_file_id"), batch.get("error_file_id")):
+        if file_id is not None:
+            async with session.get(f"/v1/files/{file_id}/content") as answer:
+                found += map(orjson.loads, (await answer.read()).splitlines())
+    return found
 
 
 async def answer_json(asking: Any) -> dict[str, Any]:
@@ -206,24 +223,19 @@ async def _course(
     seen: set[str] = set()
     sums = {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0}
     failed = 0
-    for file_id in (batch.get("output_file_id"), batch.get("error_file_id")):
-        if file_id is None:
+    for line in await rows(session, batch):
+        if line["custom_id"] in seen:
+            raise RunError(f"{line['custom_id']} is there twice")
+        seen.add(line["custom_id"])
+        response = line["response"]
+        if response is None or response["status_code"] != 200:
+            failed += 1
             continue
-        async with session.get(f"/v1/files/{file_id}/content") as answer:
-            for row in (await answer.read()).splitlines():
-                line = orjson.loads(row)
-                if line["custom_id"] in seen:
-                    raise RunError(f"{line['custom_id']} is there twice")
-                seen.add(line["custom_id"])
-                response = line["response"]
-                if response is None or response["status_code"] != 200:
-                    failed += 1
-                    continue
-                usage = response["body"]["usage"]
-                sums["prompt_tokens"] += usage["prompt_tokens"]
-                sums["completion_tokens"] += usage["completion_tokens"]
-                details = usage.get("prompt_tokens_details") or {}
-                sums["cached_tokens"] += details.get("cached_tokens") or 0
+        usage = response["body"]["usage"]
+        sums["prompt_tokens"] += usage["prompt_tokens"]
+        sums["completion_tokens"] += usage["completion_tokens"]
+        details = usage.get("prompt_tokens_details") or {}
+        sums["cached_tokens"] += details.get("cached_tokens") or 0
     if len(seen) != batch["request_counts"]["total"]:
         raise RunError(f"{batch['request_counts']['total'] - len(seen)} lines are in no file")
     return Course(

@@ -184,6 +184,8 @@ class Plane(Refusal):
         if self.draining and not self.relieved:
             return False
         fleet = self.fleet
+        if self.offline is not None and self.fleet_known and not (fleet.servers or fleet.scaled):
+            return True  # nobody is meant to take requests here: what is served is files and jobs
         return any(r.available for r in fleet.replicas.values()) or any(
             p.wakes for p in fleet.prospects.values()
         )

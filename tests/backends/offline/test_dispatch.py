@@ -19,7 +19,7 @@ from backends.offline import answers, dispatch, gate, sender
 from backends.offline.dispatch import Dispatcher
 from backends.offline.records import Limits
 from backends.offline.store import Store
-from backends.offline.work import Ask, JobNeeds, Report
+from backends.offline.work import Ask, JobNeeds, Line, Report
 from backends.scaling_report import DemandReport, ModelReport
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config
@@ -164,6 +164,29 @@ async def test_a_job_is_done_line_by_line_with_bodies_as_they_came(tmp_path: Pat
         assert report.in_flight == report.in_hand == 0
 
 
+async def test_what_a_replica_does_not_understand_is_the_error_of_the_line(tmp_path: Path) -> None:
+    async def unknown_path(connection: Connection, request: Received) -> None:
+        if b"line 1" in request.body:
+            await refuse(connection, 400, "unsupported")
+        else:
+            head = b"HTTP/1.1 404 Not Found\r\ncontent-type: application/json\r\n"
+            await connection.send(head + b'content-length: 22\r\n\r\n{"detail":"Not Found"}')
+
+    async with region(tmp_path, unknown_path) as made:
+        job = await add_job(made.store, 2, url="/v1/embeddings")
+        await ended(made.store, job.id, 2)
+        _, results = await outcomes(made.store, job.id)
+        by_id = {each["custom_id"]: each["response"] for each in results}
+        assert {name: each["status_code"] for name, each in by_id.items()} == {
+            "line-0": 404,
+            "line-1": 400,
+        }
+        assert by_id["line-0"]["body"]["error"]["message"] == "Not Found"
+        assert len(made.engine.requests) == 2, "asking again would bring the same"
+        assert made.dispatcher.serves("m")
+        assert not made.dispatcher.serves("other")
+
+
 async def test_a_burst_ends_all_lines_at_once_and_they_are_done_later(tmp_path: Path) -> None:
     free = asyncio.Event()
 
@@ -242,6 +265,25 @@ async def test_a_wrong_request_and_one_that_always_fails_have_their_errors(tmp_p
         assert (done.completed, done.failed) == (2, 2)
         tries = [b"line 2" in request.body for request in made.engine.requests]
         assert sum(tries) == answers.FAILURES_MAX
+
+
+async def test_a_line_over_which_the_sender_itself_fails_ends_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(line: Line, answered: answers.Answered, failures: int) -> Any:
+        if line.number == 3 and answered.status == 200:
+            raise ValueError("odd")
+        return answers.judge(line, answered, failures)
+
+    monkeypatch.setattr(sender, "judge", judge)
+    async with region(tmp_path, echo) as made:
+        job = await add_job(made.store, 8)
+        await ended(made.store, job.id, 8)
+        _, results = await outcomes(made.store, job.id)
+        (bad,) = [each for each in results if each["error"]]
+        assert bad["custom_id"] == "line-3"
+        assert bad["error"]["code"] == "no_answer"
+        assert "ValueError: odd" in bad["error"]["message"]
 
 
 async def test_a_killed_dispatcher_loses_and_doubles_nothing(tmp_path: Path) -> None:
