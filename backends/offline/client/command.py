@@ -106,6 +106,10 @@ def _guarded(run: Callable[[Client, argparse.Namespace], int], options: argparse
             return USAGE_STATUS
         except OfflineError as error:
             raise StartError(str(error)) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk
+            raise StartError(f"the output cannot be written: {error.strerror or error}") from error
 
 
 def _submit(client: Client, options: argparse.Namespace) -> int:
@@ -239,6 +243,8 @@ def _results(client: Client, options: argparse.Namespace) -> int:
 
 
 def _target(name: str | None) -> contextlib.AbstractContextManager[BinaryIO]:
+    if name is None and sys.stdout is None:
+        raise StartError("standard output is closed; name a file with --output")
     return contextlib.nullcontext(sys.stdout.buffer) if name is None else open(name, "wb")
 
 
