@@ -108,8 +108,9 @@ def _guarded(run: Callable[[Client, argparse.Namespace], int], options: argparse
             raise StartError(str(error)) from error
         except BrokenPipeError:
             raise
-        except OSError as error:  # of the file that is written, or the one that is uploaded
-            raise StartError(f"{error.filename or 'on disk'}: {error.strerror}") from error
+        except OSError as error:  # of the file that is read or written, which may be the output
+            where = error.filename or "the output"
+            raise StartError(f"{where}: {error.strerror or error}") from error
 
 
 def _submit(client: Client, options: argparse.Namespace) -> int:
@@ -248,6 +249,8 @@ def _results(client: Client, options: argparse.Namespace) -> int:
 
 
 def _target(name: str | None) -> contextlib.AbstractContextManager[BinaryIO]:
+    if name is None and sys.stdout is None:
+        raise StartError("standard output is closed; name a file with --output")
     return contextlib.nullcontext(sys.stdout.buffer) if name is None else open(name, "wb")
 
 
