@@ -101,6 +101,8 @@ class Up:
         self._plan.logs.mkdir(parents=True, exist_ok=True)
         names = _listed([service.command.name for service in self._services])
         self._say(f"starting {names} (logs: {self._plan.logs})")
+        if (reason := self._plan.locked_out) is not None:
+            self._say(reason)
         running = {s: spawn(s.run(), s.command.name, self._log) for s in self._services}
         self._chores += [
             spawn(self._follow(), "follow", self._log),

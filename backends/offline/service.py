@@ -37,7 +37,7 @@ from backends.offline.records import (
     StoreError,
     UnavailableError,
 )
-from backends.offline.setting import Setting, prices_of
+from backends.offline.setting import Setting, locked_out, prices_of
 from backends.offline.store import Store
 from backends.offline.validating import Validator
 from backends.offline.work_api import WorkApi
@@ -204,6 +204,9 @@ class OfflineService:
         setting = self._setting
         proxy_url, manager_url = setting.proxy_url, setting.manager_url
         if not setting.config.offline.spare_capacity or proxy_url is None or manager_url is None:
+            return None
+        if (reason := locked_out(setting.config.offline, setting.config.proxy)) is not None:
+            self._log.caution("no_spare_capacity", reason=reason)
             return None
         return Dispatcher(
             self.desk,
