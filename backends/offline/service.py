@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import socket
 import uuid
@@ -173,8 +174,7 @@ class OfflineService:
         await runner.setup()
         stop = spawn(_wait(orders.stop), "stop", self._log)
         host, port = listener.getsockname()[:2]
-        # Machines that were copied from one image may have one name.
-        place = f"{boot_id()}:{socket.gethostname()}:{port}"
+        place = _place(port)
         chores = [
             *self._chores(place),
             spawn(self._reload(orders), "reload", self._log),
@@ -286,3 +286,13 @@ class OfflineService:
 
 async def _wait(event: asyncio.Event) -> None:
     await event.wait()
+
+
+def _place(port: int) -> str:
+    """Name where this service listens: its next life has the same name, and nobody else.
+
+    Machines that were copied from one image may share theirs, so that of this boot counts, too. It
+    is short, because ids of workers begin with it and have to end in their models.
+    """
+    whole = f"{boot_id()}:{socket.gethostname()}:{port}"
+    return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
