@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Final, TextIO
 import orjson
 
 from backends.failure import StartError
+from backends.offline.client.aio import DEFAULT_URL
 from backends.offline.client.bar import line, story, table
 from backends.offline.client.errors import InputError, OfflineError
 from backends.offline.client.lines import LINE_BYTES_MAX, endpoint_of
@@ -30,7 +31,6 @@ from backends.offline.client.sync import Client, Job
 from backends.offline.client.values import Progress
 from backends.offline.validation import ENDPOINTS, LineReader, Piece
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 REFRESH_S = 0.5  # of the bar on a terminal
 TELL_S = 10.0  # between lines where there is none
 PIECE_BYTES = 256 * 1024
