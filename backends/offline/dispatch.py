@@ -14,6 +14,7 @@ the rest of it.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from urllib.parse import urlsplit
@@ -144,8 +145,11 @@ class Dispatcher:
         self._tasks: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
 
-    def start(self) -> None:
-        """Begin to watch, to look, and to send."""
+    def start(self, place: str | None = None) -> None:
+        """Begin to watch, to look, and to send; what the last life at this `place` held is ours."""
+        if place is not None:
+            name = hashlib.blake2b(place.encode(), digest_size=6).hexdigest()
+            self._worker_id = f"{SPARE_PREFIX}{name}"
         session = self._session = aiohttp.ClientSession(trust_env=False)
         self._tasks = [
             spawn(self._watch.follow(session), "watching the fleet for spare room", self._log),
@@ -180,6 +184,10 @@ class Dispatcher:
             )
             for served in self._served.values()
         ]
+
+    def serves(self, model: str) -> bool:
+        """Say whether there are replicas, up or not, that lines of a model may go to."""
+        return any(model in served.sender.names for served in self._served.values())
 
     def moved_up(self, model: str) -> bool:
         """Say whether lines of a model go as semi-online work, because they would be late."""

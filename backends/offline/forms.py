@@ -22,6 +22,8 @@ PARTS_MAX = 16
 PIECE_BYTES = 256 * 1024
 FILENAME_CHARACTERS_MAX = 255
 SILENCE_S_MAX = 60.0
+# On the whole, after a minute: less is no upload but somebody who wants to hold a place.
+BYTES_PER_S_MIN = 4 * 1024
 
 T = TypeVar("T")
 
@@ -73,12 +75,22 @@ async def _read(request: web.Request, take: Take, upload: Upload) -> None:
             message = "Say when the file expires before its content."
             raise ApiError(400, message, param="expires_after")
         else:
-            upload.fields[part.name or ""] = await _text(part)
+            upload.fields[part.name or ""] = await _in_time(_text(part))
 
 
 async def _pieces(part: BodyPartReader) -> AsyncIterator[bytes]:
+    clock, total = asyncio.get_running_loop(), 0
+    begun_s = clock.time()
     while piece := await _in_time(part.read_chunk(PIECE_BYTES)):
+        total += len(piece)
+        if too_slow(total, clock.time() - begun_s):
+            raise ApiError(408, f"Less than {BYTES_PER_S_MIN} bytes a second came.", param="file")
         yield bytes(piece)
+
+
+def too_slow(total_bytes: int, taken_s: float) -> bool:
+    """Say whether an upload holds a place more than it uploads."""
+    return total_bytes < (taken_s - SILENCE_S_MAX) * BYTES_PER_S_MIN
 
 
 async def _in_time(reading: Coroutine[Any, Any, T]) -> T:
@@ -92,7 +104,7 @@ async def _in_time(reading: Coroutine[Any, Any, T]) -> T:
 
 async def _text(part: BodyPartReader) -> str:
     octets = b""
-    while piece := await _in_time(part.read_chunk(FIELD_BYTES_MAX)):
+    while piece := await part.read_chunk(FIELD_BYTES_MAX):
         octets += piece
         if len(octets) > FIELD_BYTES_MAX:
             message = f"Over {FIELD_BYTES_MAX} bytes."

@@ -5,12 +5,16 @@ result counts if its line is held by the chunk that it is reported for: one stat
 line's state, and the result goes in with it. When a chunk is silent for `hold_s` it is buried by
 whoever asks next: its lines wait again, and what it still reports counts for nothing.
 
+A worker that begins is no longer who it was: with its first ask, what its id holds is buried
+at once. What a dispatcher held is only let go: it sends lines, and dies of none.
+
 Lateness alone costs nothing: until somebody buries it a chunk can be renewed. And a store that has
 just been opened buries nothing for `hold_s`: while no service ran, no worker could report.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -47,6 +51,8 @@ class DeskStore(JobStore):
     async def ask(self, ask: Ask) -> Chunk | None:
         """Give lines of one model; see `Desk`."""
         until_s = self._clock.now_s() + ask.wait_s
+        if ask.first:
+            await self._bury_former(ask)
         with self._bell.alarm(WORK) as alarm:
             while True:
                 chunk = await self._give(ask)
@@ -133,7 +139,7 @@ class DeskStore(JobStore):
         try:
             bodies = await self._bodies({job: str(there[job][4]) for job in taken}, taking.lines)
         except BaseException:
-            await self._let_go(chunk, taken)  # at once: nobody is to blame for these lines
+            await self._let_go(chunk, sorted(taken))  # at once: nobody is to blame for these lines
             raise
         return Chunk(
             chunk_id=f"chunk_{chunk}",
@@ -147,9 +153,9 @@ class DeskStore(JobStore):
             alone=any(line.span for line in taking.lines),
         )
 
-    async def _let_go(self, chunk: int, lines: Counter[int]) -> None:
+    async def _let_go(self, chunk: int, jobs: Sequence[int]) -> None:
         async with self._database.transaction() as transaction:
-            await transaction.fetch_each(LOCK_JOB, [(job,) for job in sorted(lines)])
+            await transaction.fetch_each(LOCK_JOB, [(job,) for job in jobs])
             await transaction.execute("DELETE FROM chunks WHERE number = $1", chunk)
             back = await transaction.fetch(
                 "UPDATE lines SET state = $2, chunk = NULL WHERE chunk = $1 RETURNING job",
@@ -304,14 +310,29 @@ class DeskStore(JobStore):
             await self._bury(int(number), msgspec.json.decode(jobs, type=list[int]), now_s)
         return len(silent)
 
-    async def _bury(self, chunk: int, jobs: list[int], now_s: float) -> None:
+    async def _bury_former(self, ask: Ask) -> None:
+        """Have done with what a worker's id held before it began anew."""
+        async with self._database.reading() as reading:
+            former = await reading.fetch(
+                "SELECT number, jobs FROM chunks WHERE worker_id = $1 ORDER BY number",
+                ask.worker_id,
+            )
+        for number, text in former:
+            jobs = msgspec.json.decode(text, type=list[int])
+            if ask.spare:
+                await self._let_go(int(number), jobs)
+            else:
+                await self._bury(int(number), jobs, math.inf)
+
+    async def _bury(self, chunk: int, jobs: list[int], silent_since_s: float) -> None:
+        now_s = self._clock.unix_s()
         async with self._database.transaction() as transaction:
             locked = await transaction.fetch_each(LOCK_JOB, [(job,) for job in jobs])
             running = {int(row[0]): str(row[1]) for row in locked if row[2] == IN_PROGRESS}
             gone = await transaction.fetch(
                 "DELETE FROM chunks WHERE number = $1 AND held_until_s < $2 RETURNING number",
                 chunk,
-                now_s,
+                silent_since_s,
             )
             if not gone:  # it has been renewed, or another service was faster
                 return
@@ -355,13 +376,16 @@ class DeskStore(JobStore):
                 due_in_s=max(0.0, float(expires_s) - now_s),
                 lines=left,
                 tokens=round(left * each),
-                embeddings=endpoint == "/v1/embeddings",
+                url=str(endpoint),
             )
             of_model = needs.setdefault(str(model), [])
             if len(of_model) == _NEEDS_MAX:
                 last = of_model.pop()
                 need = msgspec.structs.replace(
-                    last, lines=last.lines + need.lines, tokens=last.tokens + need.tokens
+                    last,
+                    lines=last.lines + need.lines,
+                    tokens=last.tokens + need.tokens,
+                    url=last.url if last.url == need.url else "",
                 )
             of_model.append(need)
         return {model: tuple(of_model) for model, of_model in needs.items()}

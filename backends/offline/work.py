@@ -10,12 +10,16 @@ whoever dies when:
    line, the later one's result is dropped, and it is told so.
 3. Results and the state of their lines change in one transaction of the store.
 
+A worker that begins says so with its first ask (`Ask.first`): whoever had its name before is dead,
+and what it held goes out anew at once, not when its hold is over.
+
 So a line may be computed twice, never answered twice; what is repeated after a crash is at most one
 chunk. Workers are strangers to the store: all of this goes over HTTP, from whatever machine.
 """
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Annotated, Protocol
 
 import msgspec
@@ -26,16 +30,40 @@ REPORT_PATH = "/work/report"
 WORK_BYTES_MAX = 64 * 1024 * 1024  # of one body, either way
 WAIT_S_MAX = 30.0  # that an ask may wait for lines
 ID_LENGTH_MAX = 128
+MODELS_MAX, URLS_MAX = 1_000, 16  # of one ask
 SPARE_PREFIX = "spare-"  # of the worker ids of dispatchers
+_PLACE_BYTES = 6
 NO_BODY = msgspec.Raw(b"")  # msgspec reads no object into `Raw | None`
 
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
+_Tokens = Annotated[int, Meta(ge=0, le=2**31)]  # of one line: sums of many stay below 2**63
+_Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 _Id = Annotated[str, Meta(max_length=ID_LENGTH_MAX)]
+_NO_NUL = r"^[^\x00]*$"
+# Names that reach the database, which takes no NUL.
+_Name = Annotated[str, Meta(max_length=512, pattern=_NO_NUL)]
+_WorkerId = Annotated[str, Meta(max_length=ID_LENGTH_MAX, pattern=_NO_NUL)]
 
 
 def spare_worker(dispatcher_id: str, model: str) -> str:
     """Return the worker id by which a dispatcher does the lines of a model with spare capacity."""
     return f"{dispatcher_id}:{model}"[:ID_LENGTH_MAX]
+
+
+def worker_at(name: str, place: str) -> str:
+    """Return the id of the engine worker `name` at this `place`.
+
+    Each manager names its workers for itself, and several may have one queue: what begins anew
+    under one of their names must not be taken for the others.
+    """
+    digest = blake2b(place.encode(), digest_size=_PLACE_BYTES).hexdigest()
+    return f"{name[: ID_LENGTH_MAX - len(digest) - 1]}@{digest}"
+
+
+def name_of(worker_id: str) -> str:
+    """Return what its manager calls a worker; a dispatcher's id is its name."""
+    name, at, _ = worker_id.rpartition("@")
+    return name if at and not worker_id.startswith(SPARE_PREFIX) else worker_id
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -50,9 +78,9 @@ class Line(msgspec.Struct, frozen=True):
 class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A worker wants lines; it gets those that lie next to each other in prefix order."""
 
-    worker_id: _Id
-    models: tuple[str, ...]  # that it can serve
-    urls: tuple[str, ...]  # whose requests it understands
+    worker_id: _WorkerId
+    models: Annotated[tuple[_Name, ...], Meta(max_length=MODELS_MAX)]  # that it can serve
+    urls: Annotated[tuple[_Name, ...], Meta(max_length=URLS_MAX)]  # whose requests it understands
     lines_max: Annotated[int, Meta(ge=1, le=100_000)]
     bytes_max: Annotated[int, Meta(ge=1)] = (
         16 * 1024 * 1024
@@ -60,6 +88,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     wait_s: Annotated[float, Meta(ge=0, le=WAIT_S_MAX)] = 0.0
     # It does not compute itself but sends lines to replicas that serve others first.
     spare: bool = False
+    first: bool = False  # of this process: what it held in a life before is nobody's
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,25 +115,27 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     job_id: _Id
     number: _Count
-    status: int = 0  # of the response; 0: there is none
+    status: Annotated[int, Meta(ge=0, le=999)] = 0  # of the response; 0: there is none
     request_id: str = ""
     body: msgspec.Raw = NO_BODY  # of the response, a JSON object; empty (and false): there is none
     error: LineError | None = None
-    prompt_tokens: _Count = 0
-    cached_tokens: _Count = 0  # of these
-    completion_tokens: _Count = 0
+    prompt_tokens: _Tokens = 0
+    cached_tokens: _Tokens = 0  # of these
+    completion_tokens: _Tokens = 0
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Results of a chunk as they come; without any, it only renews the hold."""
 
-    worker_id: _Id
+    worker_id: _WorkerId
     chunk_id: _Id
     fence: _Count
     results: tuple[Result, ...] = ()
-    back: tuple[tuple[str, int], ...] = ()  # job id and number of lines that it will not do
+    back: tuple[tuple[str, _Count], ...] = ()  # job id and number of lines that it will not do
     done: bool = False  # it holds nothing of this chunk any more: what is left goes back, too
-    busy_s: float = 0.0  # time that it computed since its last report, times its GPUs: GPU-seconds
+    busy_s: _Seconds = (
+        0.0  # time that it computed since its last report, times its GPUs: GPU-seconds
+    )
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -127,12 +158,12 @@ class Desk(Protocol):
 
 
 class JobNeed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is left to do of all jobs of one model that are due before the next in the list."""
+    """What is left to do of jobs of one model that are due before the next in the list."""
 
     due_in_s: float
     lines: _Count
     tokens: _Count  # of prompts and answers, as far as that can be known before
-    embeddings: bool = False
+    url: str = ""  # of the requests; empty: various
 
 
 class JobNeeds(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -141,6 +172,8 @@ class JobNeeds(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     service_id: _Id
     sequence: _Count
     models: dict[str, tuple[JobNeed, ...]] = {}
+    # What engine workers of a model said they understand, where any has asked this service.
+    urls: dict[str, tuple[str, ...]] = {}
     # Tokens a second of each worker that reported in the last minute, by worker id.
     rates: dict[str, float] = {}
 

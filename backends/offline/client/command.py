@@ -177,9 +177,14 @@ def _watch(client: Client, options: argparse.Namespace) -> int:
 
 def _watched(job: Job) -> int:
     shown: Final = _Terminal(sys.stderr) if sys.stderr.isatty() else _Plain(sys.stderr)
+    told: str | None = None
     try:
         while not (progress := job.progress()).ended:
             shown.show(progress)
+            if progress.problem and progress.problem != told:
+                shown.end()
+                sys.stderr.write(f"{progress.problem}\n")
+            told = progress.problem
             time.sleep(REFRESH_S)
     except KeyboardInterrupt:
         shown.end()

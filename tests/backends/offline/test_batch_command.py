@@ -37,6 +37,7 @@ PROGRESS = Progress(
     tokens_per_s=4210.4,
     eta_s=130.0,
     cost=0.12345,
+    problem=None,
     problems=(),
     metadata={"team": "blue"},
 )
@@ -111,6 +112,11 @@ def test_the_bar_says_what_is_done_at_which_speed_and_cost() -> None:
     almost = msgspec.structs.replace(PROGRESS, completed=3989)
     assert bar(almost) == "[" + "#" * 23 + ".]"
     assert line(progress_of(b'{"id": "batch_2", "status": "validating"}')) == "validating"
+
+
+def test_the_story_says_why_nobody_does_it() -> None:
+    told = b'{"id": "batch_2", "status": "in_progress", "doherty": {"problem": "nobody can"}}'
+    assert story(progress_of(told)).splitlines()[1:] == ["  nobody can"]
 
 
 def test_times_are_in_their_two_greatest_units() -> None:

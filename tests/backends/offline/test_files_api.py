@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,17 @@ import openai
 import pytest
 
 from backends.offline import files_api, forms, queries
-from tests.fakes.offline_stage import CHAT, HttpWorker, jsonl, offline_stage, request, until_state
+from backends.offline.records import UnavailableError
+from backends.offline.store import Store
+from tests.fakes.offline_stage import (
+    CHAT,
+    PATIENCE_S,
+    HttpWorker,
+    jsonl,
+    offline_stage,
+    request,
+    until_state,
+)
 
 
 def _form(*parts: tuple[str, str | bytes]) -> tuple[bytes, dict[str, str]]:
@@ -168,6 +179,17 @@ async def test_no_more_uploads_at_a_time_than_there_is_room_for(
         assert response.headers["retry-after"]
 
 
+async def test_a_refused_upload_takes_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_api, "UPLOADS_MAX", 1)
+    body, headers = _form(("purpose", "batch"), ("file", b"content"))
+    async with offline_stage(tmp_path) as stage:
+        for key, status in (("k" * 256, 400), ("k", 200), ("l" * 256, 400), ("m", 200)):
+            found, _ = await _post(stage.url, body, {**headers, "Idempotency-Key": key})
+            assert found == status
+
+
 async def test_lists_are_read_page_by_page(tmp_path: Path) -> None:
     async with offline_stage(tmp_path) as stage, stage.client() as client:
         ids = [
@@ -303,3 +325,57 @@ async def test_a_full_store_says_so(tmp_path: Path) -> None:
             stage.url, *_form(("purpose", "batch"), ("file", b"x" * 900_000))
         )
         assert (status, answer["error"]["code"]) == (507, "storage_full")
+
+
+async def test_content_that_the_store_cannot_go_on_with_is_cut_and_nothing_stands_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> AsyncIterator[bytes]:
+        yield b"x" * 1000
+        raise UnavailableError("the database is away")
+
+    async with offline_stage(tmp_path) as stage:
+        _, file = await _post(stage.url, *_form(("purpose", "batch"), ("file", b"x" * 5000)))
+        monkeypatch.setattr(Store, "read_file", fail)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"{stage.url}/v1/files/{file['id']}/content") as response,
+        ):
+            assert (response.status, response.content_length) == (200, 5000)
+            assert await response.content.readexactly(1000) == b"x" * 1000
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await response.content.read()
+
+
+def test_who_sends_an_octet_now_and_then_holds_no_place_for_long() -> None:
+    assert not forms.too_slow(1, 59.0)  # a slow start
+    assert forms.too_slow(60, 61.0)
+    assert not forms.too_slow(10**6, 300.0)
+    assert forms.too_slow(10**6, 310.0)
+
+
+async def test_an_upload_that_breaks_off_is_no_fault_of_the_service(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with offline_stage(tmp_path) as stage, aiohttp.ClientSession() as session:
+        host, port = stage.url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 9999\r\n"
+            b"content-type: multipart/form-data; boundary=x\r\n\r\n"
+            b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\nabc'
+        )
+        await writer.drain()
+        await _until_uploads(session, stage.url, 1)
+        writer.close()
+        await _until_uploads(session, stage.url, 0)
+    assert not [record for record in caplog.records if record.name == "aiohttp.server"]
+
+
+async def _until_uploads(session: aiohttp.ClientSession, url: str, count: int) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            async with session.get(url + "/metrics") as response:
+                if f"doherty_offline_uploads {count}.0" in await response.text():
+                    return
+            await asyncio.sleep(0.02)

@@ -201,6 +201,38 @@ async def test_a_store_that_was_just_opened_buries_nobody(store_url: str) -> Non
     await store.close()
 
 
+async def test_what_a_worker_held_goes_out_at_once_when_it_begins_anew(store_url: str) -> None:
+    clock = ManualClock()
+    store = await Store.open(store_url, clock=clock, limits=Limits(hold_s=HOLD_S))
+    await begun_job(store, 20)  # in a store that buries nobody yet
+    held, others = await given(store, "w", lines_max=8), await given(store, "v", lines_max=4)
+    first = Ask(worker_id="w", models=("m",), urls=(CHAT,), lines_max=20, first=True)
+    again = await store.ask(first)
+    assert again is not None
+    assert again.alone  # it may have died over these
+    assert len(again.lines) == 1  # an eighth of what it held
+    assert numbers(again)[0] in numbers(held)
+    assert not (await report(store, held, held.lines)).held
+    assert (await report(store, others, others.lines, worker_id="v")).accepted == 4
+    await store.close()
+
+
+async def test_what_a_dispatcher_held_is_nobodys_fault(store_url: str) -> None:
+    store, _ = await _opened(store_url)
+    await begun_job(store, 20)
+    held = await given(store, "spare-1:m", lines_max=8)
+    again = await store.ask(
+        Ask(
+            worker_id="spare-1:m", models=("m",), urls=(CHAT,), lines_max=20, spare=True, first=True
+        )
+    )
+    assert again is not None
+    assert len(again.lines) == 20
+    assert not again.alone
+    assert not (await report(store, held, held.lines, worker_id="spare-1:m")).held
+    await store.close()
+
+
 async def test_no_job_shuts_others_out_and_the_first_due_comes_first(store_url: str) -> None:
     store, _ = await _opened(store_url, chunk_lines=10)
     large = await begun_job(store, 200, owner=ANN, window_s=1000.0)

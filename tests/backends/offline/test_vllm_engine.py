@@ -199,3 +199,17 @@ def test_flags_that_vllm_does_not_take_are_told_apart(
 def test_a_release_without_a_name_is_said() -> None:
     with pytest.raises(EngineError, match="this vLLM has no LLM that we know: No module"):
         find("LLM")
+
+
+def test_of_two_requests_with_one_id_the_second_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(engine: VllmEngine, _: Engine) -> None:
+        def add(inner: Engine) -> None:
+            inner.add_request("same", "hello", 5, lora_request=None, priority=0)
+
+        first = asyncio.ensure_future(engine._stepper.request("same", add))
+        await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="same"):
+            await engine._stepper.request("same", add)
+        assert (await first).finished
+
+    play(monkeypatch, scene)

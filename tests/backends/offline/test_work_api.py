@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,10 +15,11 @@ import pytest
 from aiohttp import web
 
 from backends.failure import StartError
+from backends.offline.abilities import MODELS_MAX, REMEMBERED_S, URLS_MAX, Abilities
 from backends.offline.fleet_models import KnownModels, configured_names
 from backends.offline.service import listen
 from backends.offline.setting import exposed, prices_of
-from backends.offline.work import NEEDS_PATH, JobNeeds
+from backends.offline.work import NEEDS_PATH, Ask, JobNeeds
 from proxy.config import OfflineConfig, parse_config
 from proxy.contract import (
     FLEET_WATCH_PATH,
@@ -59,6 +61,8 @@ async def test_only_who_has_the_key_is_a_worker(tmp_path: Path) -> None:
 async def test_what_is_no_word_of_a_worker(tmp_path: Path) -> None:
     async with offline_stage(tmp_path) as stage, aiohttp.ClientSession() as session:
         ask = {"worker_id": "w", "models": ["m"], "urls": ["u"], "lines_max": 1}
+        report = {"worker_id": "w", "chunk_id": "c", "fence": 1}
+        result = {"job_id": "j", "number": 1, "prompt_tokens": 2**53}
         for path, body in (
             ("/work/ask", b""),
             ("/work/ask", b"{}"),
@@ -66,13 +70,72 @@ async def test_what_is_no_word_of_a_worker(tmp_path: Path) -> None:
             ("/work/ask", json.dumps(ask | {"lines_max": 0}).encode()),
             ("/work/ask", json.dumps(ask | {"wait_s": 31}).encode()),
             ("/work/ask", json.dumps(ask | {"worker_id": "w" * 200}).encode()),
-            ("/work/report", json.dumps({"worker_id": "w", "chunk_id": "c", "fence": -1}).encode()),
+            ("/work/ask", json.dumps(ask | {"worker_id": "w\n\0"}).encode()),
+            ("/work/ask", json.dumps(ask | {"models": ["m\0"]}).encode()),
+            ("/work/ask", json.dumps(ask | {"models": ["m"] * 1_001}).encode()),
+            ("/work/report", json.dumps(report | {"fence": -1}).encode()),
+            ("/work/report", json.dumps(report | {"back": [["j", 2**70]]}).encode()),
+            ("/work/report", json.dumps(report | {"busy_s": -1}).encode()),
+            ("/work/report", json.dumps(report | {"busy_s": 1e300}).encode()),
+            ("/work/report", json.dumps(report | {"results": [result]}).encode()),
         ):
             async with session.post(stage.url + path, data=body) as response:
                 assert response.status == 400, body
         large = {"content-length": str(65 * 1024 * 1024)}
         async with session.post(stage.url + "/work/report", headers=large) as response:
             assert response.status == 413
+
+
+async def test_a_batch_that_nobody_understands_says_so(tmp_path: Path) -> None:
+    """Told are the manager, by what workers can, and the client, in words."""
+    async with (
+        _manager(FleetSnapshot(epoch="e", version=1)) as (url, told),
+        offline_stage(tmp_path, manager_url=url) as stage,
+        stage.client() as client,
+        aiohttp.ClientSession() as session,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        line = request(0) | {"url": "/v1/embeddings", "body": {"model": "demo", "input": "a"}}
+        file = await client.files.create(file=("a", jsonl([line])), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h"
+        )
+        batch = await until_state(client, batch.id, "in_progress")
+        assert batch.doherty["problem"] is None, "no worker has said what it can do"
+        worker = HttpWorker(stage.url)
+        worker.urls = (CHAT,)
+        assert await worker.ask(session) is None
+        batch = await client.batches.retrieve(batch.id)
+        assert batch.doherty["problem"].startswith(
+            "no engine worker of demo understands /v1/embeddings, and no replica"
+        )
+        while not (needs := await told.get()).urls:
+            pass
+        assert needs.urls == {"demo": (CHAT,)}
+        assert [need.url for need in needs.models["demo"]] == ["/v1/embeddings"]
+        other = HttpWorker(stage.url, worker_id="other")
+        chunk = await other.ask(session)
+        assert chunk is not None
+        batch = await client.batches.retrieve(batch.id)
+        assert batch.doherty["problem"] is None
+
+
+def test_what_workers_said_is_believed_for_a_time() -> None:
+    abilities = Abilities()
+    ask = Ask(worker_id="w", models=("m",), urls=(CHAT,), lines_max=1)
+    assert not abilities.lacks("m", "/v1/embeddings", 0.0), "nobody has said anything"
+    abilities.note(msgspec.structs.replace(ask, spare=True), 0.0)
+    assert abilities.urls(0.0) == {}
+    abilities.note(ask, 0.0)
+    assert abilities.lacks("m", "/v1/embeddings", REMEMBERED_S)
+    assert not abilities.lacks("m", CHAT, 0.0)
+    assert not abilities.lacks("m", "/v1/embeddings", REMEMBERED_S + 1)
+    many = tuple(f"m{n}" for n in range(MODELS_MAX + 5))
+    abilities.note(msgspec.structs.replace(ask, models=many, urls=tuple("abcdefghijklmnopqr")), 0.0)
+    urls = abilities.urls(0.0)
+    assert (len(urls), len(urls["m0"])) == (MODELS_MAX, URLS_MAX)
+    abilities.forget()
+    assert abilities.urls(0.0) == {}
 
 
 async def test_a_report_of_a_chunk_that_nobody_holds_is_told_so(tmp_path: Path) -> None:
@@ -229,3 +292,12 @@ def test_prices_are_those_of_the_pools_that_do_jobs() -> None:
 def test_a_port_in_use_is_told_with_what_to_do() -> None:
     with listen("127.0.0.1", 0) as taken, pytest.raises(StartError, match=r"offline\.port"):
         listen("127.0.0.1", taken.getsockname()[1]).close()
+
+
+async def test_a_compressed_body_is_refused_not_unfolded(tmp_path: Path) -> None:
+    async with offline_stage(tmp_path) as stage, aiohttp.ClientSession() as session:
+        for path, body in (("/v1/files", b"no gzip"), ("/v1/batches", gzip.compress(bytes(10**6)))):
+            headers = {"content-encoding": "gzip", "content-type": "multipart/form-data"}
+            async with session.post(stage.url + path, data=body, headers=headers) as response:
+                assert response.status == 415
+                assert (await response.json())["error"]["code"] == "unsupported_content_encoding"
