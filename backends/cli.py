@@ -189,10 +189,16 @@ def _add_manager_flags(parser: argparse.ArgumentParser) -> None:
         "--port", dest="manager_port", type=port_number, metavar="PORT", help="its port"
     )
     parser.add_argument("--run-dir", metavar="FOLDER", help="folder for journal and logs")
-    parser.add_argument(
+    ends = parser.add_mutually_exclusive_group()
+    ends.add_argument(
         "--detach-on-exit",
         action="store_true",
         help="leave the replicas running at the end; the next manager adopts them",
+    )
+    ends.add_argument(
+        "--sweep",
+        action="store_true",
+        help="stop what an earlier manager of the run folder left running, and end",
     )
     parser.set_defaults(run=_manager)
 
@@ -239,7 +245,9 @@ def _manager(options: argparse.Namespace) -> int:
     from backends.settings import manager_config_of
 
     config, path = manager_config_of(vars(options), os.environ)
-    return asyncio.run(serve(config, path, detach_on_exit=options.detach_on_exit))
+    return asyncio.run(
+        serve(config, path, detach_on_exit=options.detach_on_exit, sweep=options.sweep)
+    )
 
 
 def _offline(options: argparse.Namespace) -> int:

@@ -3,7 +3,8 @@
 `offline.sizing` says how many are needed at one moment; here is what only time tells. The services
 of a region have one store, so the newest report is the whole of what is left to do, and rates,
 which each knows of those that report to it, are added up. A service that has been silent for
-`NEEDS_AGE_S_MAX` is gone, and nobody can get lines of it.
+`NEEDS_AGE_S_MAX` is gone, and nobody can get lines of it. Lines that no worker of the model
+understands, as these have said to any service, bring none up.
 
 **Rates** are measured while a worker has lines to be busy with, and smoothed; until then a pool's
 rate is what the planner expects, or else a guess. One that is too low starts a worker too many
@@ -79,8 +80,13 @@ class NeedsBook:
         """Return what is left to do of a model and its adapters, the earliest due first."""
         newest = max(self._heard.values(), key=lambda heard: heard.at_s, default=None)
         told = newest.needs.models if newest else {}
-        needs = (need for model in models for need in told.get(model, ()))
+        needs = (n for m in models for n in told.get(m, ()) if self._understood(m, n.url))
         return _bounded(sorted(needs, key=lambda need: need.due_in_s))
+
+    def _understood(self, model: str, url: str) -> bool:
+        """Say whether a worker of the model would do such a line; yes, until one has spoken."""
+        said = {u for heard in self._heard.values() for u in heard.needs.urls.get(model, ())}
+        return not url or not said or url in said
 
     def rate(self, worker_id: str) -> float:
         """Return the tokens a second of a worker; 0.0: it has not reported lately."""

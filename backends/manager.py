@@ -143,6 +143,12 @@ class Manager:
         await self._stopped.wait()
         await self._cards.settled()
 
+    async def sweep(self) -> None:
+        """Adopt what a manager before left running, start nothing, and stop all of it."""
+        await self._adopt()
+        self._started = True
+        await self.stop()
+
     def hurry(self) -> None:
         """Stop waiting for anybody."""
         for keeper in list(self.keepers.values()):

@@ -89,6 +89,8 @@ def demand_report(pools: Iterable[ScaledPool], book: DemandBook) -> DemandReport
     """Return what each model is asked for, and the burst that any of its pools sees."""
     models: dict[str, ModelReport] = {}
     for pool in pools:
+        if pool.pool.serves == "jobs":
+            continue  # nobody asks it for anything
         scale, first = pool.pool.autoscale, pool.pool.first
         if first.serves == "jobs":  # nothing is asked of these, and nothing is spare there
             continue

@@ -6,7 +6,8 @@ answers only once the first snapshot is complete: a proxy that comes back to a n
 see a fleet without the replicas that are being adopted.
 
 SIGTERM and SIGINT stop every replica in order and exit 0, and the second one hurries. With
-`detach_on_exit` the replicas run on for the next manager. SIGHUP reads the models again; the
+`detach_on_exit` the replicas run on for the next manager; a `sweep` is a manager that only stops
+what one before it left. SIGHUP reads the models again; the
 manager's own section, the region and the address of the desk stay as they were until it is started
 anew, which costs nothing with `detach_on_exit`.
 """
@@ -40,7 +41,7 @@ from backends.journal import Journal
 from backends.log import Log
 from backends.manager import Manager
 from backends.notice_watch import watch_notice
-from backends.providers.choice import cards_of, open_provider
+from backends.providers.choice import cluster_cards, open_provider
 from backends.snapshots.choice import look_ahead, open_snapshots, suspenders
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ConfigError, OfflineConfig, load_config
@@ -106,6 +107,7 @@ async def serve(
     config_path: str | None,
     *,
     detach_on_exit: bool = False,
+    sweep: bool = False,
     engines: Mapping[str, Engine] = ENGINES,
 ) -> int:
     """Run until a signal ends it. Raises `StartError` before anything has been started."""
@@ -115,13 +117,15 @@ async def serve(
     run_folder = Path(settings.run_dir)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(os.close, lock_run_folder(run_folder))
-        listener = stack.enter_context(listen(settings.host, settings.port))
+        listener = None
+        if not sweep:
+            listener = stack.enter_context(listen(settings.host, settings.port))
         journal = open_journal(run_folder, log)
         stack.callback(journal.close)
         fetch = HttpFetch()
         stack.push_async_callback(fetch.close)
         provider = await stack.enter_async_context(open_provider(config, journal, log))
-        cards = await open_cards(cards_of(settings), log)
+        cards = cluster_cards(provider, settings, log) or await open_cards(settings.cards, log)
         snapshots = open_snapshots(config, log)
         ahead = functools.partial(look_ahead, engines=engines, snapshots=snapshots)
         await asyncio.to_thread(ahead, config)
@@ -138,6 +142,9 @@ async def serve(
             snapshots=snapshots,
         )
         stack.push_async_callback(manager.close)
+        if listener is None:
+            await _sweep(manager, orders, log)
+            return 0
         if (place := settings.reclaim_notice) is not None:
             task = spawn(watch_notice(place, manager.reclaims, SystemClock(), log), "notices", log)
             stack.push_async_callback(cancel_all, [task])
@@ -207,6 +214,18 @@ async def _run(
         api.end_watches()
         await runner.cleanup()
         log.tell("manager_stopped", detach=detach)
+
+
+async def _sweep(manager: Manager, orders: Orders, log: Log) -> None:
+    """Stop what runs; a signal hurries."""
+    orders.stop.set()
+    orders.attend()
+    hurry = spawn(_hurry_on_order(manager, orders), "hurry", log)
+    try:
+        await manager.sweep()
+    finally:
+        await cancel_all([hurry])
+    log.tell("manager_swept")
 
 
 async def _hurry_on_order(manager: Manager, orders: Orders) -> None:

@@ -5,7 +5,8 @@ what comes up while it comes up, prints lines that work when they are pasted, an
 proxy running, and between them the service that keeps jobs. None needs the others to live: a proxy
 whose manager is gone serves the fleet that it knows, a manager that comes back adopts its replicas,
 and jobs go on where they were. On the way down the proxy goes first and finishes what it has; then
-the manager stops the replicas.
+the manager stops the replicas. One that died before it could (it may have been killed a moment ago,
+and was to be started again) is started once more for that alone: nothing outlives this command.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import aiohttp
 import msgspec
 
 from backends.failure import StartError
+from backends.journal import Launch, replay
 from backends.log import Log
 from backends.logfile import bound, last_lines
 from backends.providers.process import read_stat
@@ -63,6 +65,16 @@ def refuse_left(run_folder: Path) -> None:
                 )
 
 
+def left_running(run_folder: Path) -> list[Launch]:
+    """Return what a manager of this folder has started and not ended, as its journal has it."""
+    try:
+        content = (run_folder / "journal").read_bytes()
+    except OSError:
+        return []
+    live, _ = replay(content.split(b"\n"))
+    return list(live.values())
+
+
 class Up:
     """One run of `doherty up`."""
 
@@ -87,7 +99,8 @@ class Up:
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         loop.add_signal_handler(signal.SIGUSR2, self._upgrade)
         self._plan.logs.mkdir(parents=True, exist_ok=True)
-        self._say(f"starting manager and proxy (logs: {self._plan.logs})")
+        names = _listed([service.command.name for service in self._services])
+        self._say(f"starting {names} (logs: {self._plan.logs})")
         running = {s: spawn(s.run(), s.command.name, self._log) for s in self._services}
         self._chores += [
             spawn(self._follow(), "follow", self._log),
@@ -100,8 +113,8 @@ class Up:
             self._say(banner(self._plan, await self._models_down()))
             await self._stop.wait()
         await cancel_all(self._chores)
-        await self._stop_all(running)
-        return 0 if ready or self._stop.is_set() else 1
+        clean = await self._stop_all(running)
+        return 0 if clean and (ready or self._stop.is_set()) else 1
 
     @property
     def _services(self) -> tuple[Service, ...]:
@@ -187,7 +200,8 @@ class Up:
             for path in self._plan.own_logs:
                 bound(path)
 
-    async def _stop_all(self, running: Mapping[Service, asyncio.Task[None]]) -> None:
+    async def _stop_all(self, running: Mapping[Service, asyncio.Task[None]]) -> bool:
+        """Stop everything; say whether nothing was left."""
         self._say("stopping: the proxy finishes its requests, then the replicas stop")
         grace_s = self._plan.proxy.shutdown_grace_period_secs
         settle_s = self._plan.proxy.drain_settle_secs
@@ -201,9 +215,32 @@ class Up:
         grace_s = max((pool.stop_grace_secs for pool in pools), default=0.0)
         most_s = 2 * grace_s + 2 * STOP_MARGIN_S
         await self._end_service(self._manager, running[self._manager], most_s)
+        clean = await self._sweep(most_s)
         for name in _NOTED:
             (self._plan.run_folder / f"{name}.pid").unlink(missing_ok=True)
-        self._say("stopped")
+        self._say("stopped" if clean else "stopped, but for what is named above")
+        return clean
+
+    async def _sweep(self, most_s: float) -> bool:
+        """Have what a manager that died left running stopped; say whether nothing is left."""
+        if not (left := left_running(self._plan.run_folder)):
+            return True
+        names = _listed([launch.replica_id for launch in left])
+        self._say(f"the manager ended without stopping {names}: it is started once more for that")
+        command = self._manager.command
+        command = msgspec.structs.replace(command, argv=(*command.argv, "--sweep"))
+        sweep = Service(command, self._say)
+        task = spawn(sweep.run(), "sweep", self._log)
+        # Not told to hurry before it listens to signals: one that comes sooner would end it.
+        hurried = spawn(_wait(self._hurry), "hurry", self._log)
+        await asyncio.wait({task, hurried}, timeout=most_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task}, timeout=HURRY_S_MAX)
+        await cancel_all([hurried])
+        await self._end_service(sweep, task, HURRY_S_MAX)
+        for launch in left_running(self._plan.run_folder):
+            what = f"pid {launch.pid}" if launch.pid else f"launch {launch.launch_id}"
+            self._say(f"  {launch.replica_id} was not stopped ({what}; log: {command.log_path})")
+        return not left_running(self._plan.run_folder)
 
     async def _end_service(
         self, service: Service, task: asyncio.Task[None], grace_s: float
@@ -263,6 +300,11 @@ async def up(plan: Plan) -> int:
     os.close(lock_run_folder(plan.run_folder))  # says so when a manager runs there already
     refuse_left(plan.run_folder)
     return await Up(with_ports(plan)).run()
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Write names as one does in a sentence."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 async def _wait(event: asyncio.Event) -> None:

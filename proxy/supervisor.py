@@ -229,6 +229,9 @@ class Supervisor:
         able = [r for r in replicas if r.state is ReplicaState.READY]
         if self._fleet and any(pool.wakes for pool in self._fleet.pools):
             return None  # who comes is held, and brings up what he waits for
+        jobs_only = self._fleet and not (self._fleet.replicas or self._fleet.pools)
+        if jobs_only and self._config.offline_url is not None:
+            return None
         if not [r for r in able if r.replica_id not in suspects]:
             return "no replica can take a request"
         return None

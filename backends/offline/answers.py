@@ -20,6 +20,7 @@ WAIT_S_MIN, WAIT_S_MAX = 0.5, 60.0  # between two attempts of a line
 WAIT_FULL_S = 1.0  # where nobody said how long
 RETRY_AFTER_S_MAX = 120.0  # no proxy means more
 MESSAGE_CHARACTERS_MAX = 500
+TOKENS_MAX = 2**40  # that a line may be said to have taken
 # The proxy's words for: there is no room now, nobody serves it at this moment.
 _NO_ROOM = frozenset(
     ("no_spare_capacity", "preempted", "queue_full", "queue_timeout", "too_many_requests")
@@ -138,10 +139,15 @@ def _done(line: Line, answered: Answered, body: bytes) -> Result:
         status=answered.status,
         request_id=answered.request_id,
         body=msgspec.Raw(body),
-        prompt_tokens=max(0, prompt),
-        cached_tokens=max(0, details.cached_tokens or 0),
-        completion_tokens=max(0, usage.completion_tokens or usage.output_tokens or 0),
+        prompt_tokens=_count(prompt),
+        cached_tokens=_count(details.cached_tokens),
+        completion_tokens=_count(usage.completion_tokens or usage.output_tokens),
     )
+
+
+def _count(said: int | None) -> int:
+    """Return a count of tokens; what cannot be one is none, and a database would choke on it."""
+    return said if said is not None and 0 <= said <= TOKENS_MAX else 0
 
 
 def _after_failure(line: Line, answered: Answered, failures: int) -> Result | Again:

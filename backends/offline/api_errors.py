@@ -1,7 +1,8 @@
 """Refusals of the service, in the shape of OpenAI's errors, and what becomes of all others.
 
 Whatever a handler raises ends here: a refusal as itself, one of aiohttp's in the same shape, and
-anything unforeseen as a 500 whose cause is in the log and not in the answer.
+anything unforeseen as a 500 whose cause is in the log and not in the answer. An answer that has
+begun is cut instead: a second one would stand in the midst of the content that the first promised.
 """
 
 from __future__ import annotations
@@ -64,22 +65,26 @@ def error_middleware(log: Log, translate: Callable[[Exception], ApiError | None]
             _require_plain(request)
             _require_text(request)
             return await handler(request)
-        except ApiError as error:
-            return error_response(error)
         except web.HTTPException as error:
             if error.status < 400:
                 raise
-            return error_response(ApiError(error.status, error.text or error.reason))
+            told = ApiError(error.status, error.text or error.reason)
         except ConnectionError:
             if request.transport is not None and not request.transport.is_closing():
                 raise  # which cuts an answer that is under way
             return web.Response(status=499)  # whoever asked has gone: nobody reads this
         except Exception as error:  # noqa: BLE001  # the last line: told, and answered
-            told = translate(error)
-            if told is None:
-                what = f"{type(error).__name__}: {error}"
-                log.fault("request_failed", path=request.path, error=what, where=place_of(error))
-                told = ApiError(500, "The service failed at this request; its log has the cause.")
-            return error_response(told)
+            told = refusal(request, error)
+        if request.writer.output_size:
+            raise ConnectionError(f"the answer was cut: {told}")
+        return error_response(told)
+
+    def refusal(request: web.Request, error: Exception) -> ApiError:
+        told = error if isinstance(error, ApiError) else translate(error)
+        if told is None:
+            what = f"{type(error).__name__}: {error}"
+            log.fault("request_failed", path=request.path, error=what, where=place_of(error))
+            told = ApiError(500, "The service failed at this request; its log has the cause.")
+        return told
 
     return answer

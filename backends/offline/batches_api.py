@@ -25,6 +25,7 @@ import orjson
 from aiohttp import web
 
 from backends.clock import Clock
+from backends.offline.abilities import problem_of
 from backends.offline.api_errors import ApiError
 from backends.offline.counted_desk import CountedDesk
 from backends.offline.objects import batch_object, page_object, window_of
@@ -37,7 +38,7 @@ from backends.offline.queries import (
     limit_of,
     number_of,
 )
-from backends.offline.records import JobRecord, ResultRecord
+from backends.offline.records import IN_PROGRESS, JobRecord, ResultRecord
 from backends.offline.store import Store
 from backends.offline.tenants import owner_of
 from backends.offline.until import until
@@ -70,11 +71,13 @@ class BatchesApi:
         ending: asyncio.Event,
         cancelled: asyncio.Event,
         moved_up: Callable[[str], bool],
+        nobody: Callable[[str, str], bool],
     ) -> None:
-        """`moved_up(model)` says whether its lines go as more urgent work at the moment."""
+        """`moved_up(model)` says whether its lines go as more urgent work at the moment,
+        `nobody(model, url)` that none is known who understands such requests."""
         self._store, self._desk, self._clock = store, desk, clock
         self._api_key, self._prices = api_key, prices
-        self._ending, self._moved_up = ending, moved_up
+        self._ending, self._moved_up, self._nobody = ending, moved_up, nobody
         self._cancelled = cancelled  # set when there is a batch to finish
 
     def routes(self) -> list[web.RouteDef]:
@@ -94,7 +97,14 @@ class BatchesApi:
         tokens_per_s = self._desk.tokens_per_s().get(job.id, 0.0)
         price = self._prices.get(job.model)
         cost = None if price is None else job.busy_s / 3600 * price
-        return batch_object(job, tokens_per_s, cost, moved_up=self._moved_up(job.model))
+        in_vain = job.state == IN_PROGRESS and self._nobody(job.model, job.endpoint)
+        return batch_object(
+            job,
+            tokens_per_s,
+            cost,
+            moved_up=self._moved_up(job.model),
+            problem=problem_of(job.model, job.endpoint) if in_vain else None,
+        )
 
     async def _create(self, request: web.Request) -> web.Response:
         owner = self._owner(request)

@@ -2,7 +2,7 @@
 
 Everything that is done for jobs passes through here, whether it comes over HTTP from engine workers
 or from the dispatcher in this process: so this is where the speed of jobs is measured.
-Only what the store has accepted counts.
+Only what the store has accepted counts. It is also where workers say what they understand.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 
 from backends.clock import Clock
+from backends.offline.abilities import Abilities
 from backends.offline.rates import Rates
 from backends.offline.work import Ask, Chunk, Desk, Receipt, Report
 
@@ -21,9 +22,11 @@ class CountedDesk:
         self._desk = desk
         self._clock = clock
         self._jobs = Rates()
+        self.abilities = Abilities()
         self.totals: Counter[str] = Counter()  # by name of the metric
 
     async def ask(self, ask: Ask) -> Chunk | None:
+        self.abilities.note(ask, self._clock.unix_s())
         chunk = await self._desk.ask(ask)
         self.totals["asks"] += 1
         if chunk is not None:

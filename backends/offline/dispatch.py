@@ -185,6 +185,10 @@ class Dispatcher:
             for served in self._served.values()
         ]
 
+    def serves(self, model: str) -> bool:
+        """Say whether there are replicas, up or not, that lines of a model may go to."""
+        return any(model in served.sender.names for served in self._served.values())
+
     def moved_up(self, model: str) -> bool:
         """Say whether lines of a model go as semi-online work, because they would be late."""
         return any(

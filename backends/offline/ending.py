@@ -28,7 +28,7 @@ from backends.offline.schema import DONE
 from backends.offline.work import LineError, Result
 
 _SLICE = 2000  # lines or pieces of one transaction
-_SLICE_BYTES_MAX = 64  # pieces of one transaction that deletes
+_PIECES_AT_ONCE = 64  # of one transaction that deletes
 
 
 class Ender(Part):
@@ -236,17 +236,19 @@ class Ender(Part):
                 "SELECT number, kind, job FROM files WHERE state = 'gone' ORDER BY number"
             )
         for number, kind, job in files:
+            bad = kind == "errors"
             if kind == "stored":
-                gone += await self._delete(_DELETE_PIECES, int(number), _SLICE_BYTES_MAX)
-                async with self._database.transaction() as transaction:
-                    await transaction.execute(_DELETE_FILE, int(number))
+                went, whole = await self._delete(_LOCK_FILE, number, _DELETE_PIECES, number)
+            else:
+                which = _DELETE_ERRORS if bad else _DELETE_OUTPUT
+                went, whole = await self._delete(_LOCK_FILE, number, which, job)
+            gone += went
+            if not whole:
                 continue
-            bad = int(kind == "errors")
-            which = _DELETE_ERRORS if bad else _DELETE_OUTPUT
-            gone += await self._delete(which, int(job), _SLICE)
             async with self._database.transaction() as transaction:
-                await transaction.execute(_NO_ERRORS if bad else _NO_OUTPUT, int(job))
-                await transaction.execute(_DELETE_RESULTS_FILE, int(number), int(job), bad)
+                if kind != "stored":
+                    await transaction.execute(_NO_ERRORS if bad else _NO_OUTPUT, job)
+                await transaction.execute("DELETE FROM files WHERE number = $1", number)
         return gone
 
     async def _prune_jobs(self) -> int:
@@ -255,20 +257,30 @@ class Ender(Part):
             jobs = await reading.fetch("SELECT number FROM jobs WHERE state = 'gone'")
         for (number,) in jobs:
             for sql in (_DELETE_OUTPUT, _DELETE_ERRORS, _DELETE_LINES):
-                gone += await self._delete(sql, int(number), _SLICE)
-            async with self._database.transaction() as transaction:
-                await transaction.execute("DELETE FROM files WHERE job = $1", int(number))
-                await transaction.execute(_DELETE_JOB, int(number))
+                went, whole = await self._delete(LOCK_JOB + " SKIP LOCKED", number, sql, number)
+                gone += went
+                if not whole:
+                    break
+            else:
+                async with self._database.transaction() as transaction:
+                    await transaction.execute("DELETE FROM files WHERE job = $1", number)
+                    await transaction.execute("DELETE FROM jobs WHERE number = $1", number)
         return gone
 
-    async def _delete(self, sql: str, number: int, slice_rows: int) -> int:
-        gone = 0
+    async def _delete(self, lock: str, owner: int, sql: str, number: int) -> tuple[int, bool]:
+        """Delete rows in slices, each under the lock of what owns them.
+
+        Return how many went, and whether that was all: not when another service is at it.
+        """
+        gone, slice_rows = 0, _PIECES_AT_ONCE if sql == _DELETE_PIECES else _SLICE
         while True:
             async with self._database.transaction() as transaction:
+                if not await transaction.fetch(lock, owner):
+                    return gone, False
                 rows = await transaction.fetch(sql, number, slice_rows)
             gone += len(rows)
             if len(rows) < slice_rows:
-                return gone
+                return gone, True
 
 
 _UPLOAD_SILENCE_S_MAX = 3600.0  # after which an upload is taken for abandoned
@@ -288,18 +300,7 @@ _DELETE_ERRORS = (
     "(SELECT number FROM results WHERE job = $1 AND failed = 1 ORDER BY number LIMIT $2) AS few) "
     "RETURNING number"
 )
-# What owned the rows goes last: while another service still deletes some, it stays.
-_DELETE_FILE = (
-    "DELETE FROM files WHERE number = $1 AND NOT EXISTS (SELECT 1 FROM pieces WHERE file = $1)"
-)
-_DELETE_RESULTS_FILE = (
-    "DELETE FROM files WHERE number = $1 "
-    "AND NOT EXISTS (SELECT 1 FROM results WHERE job = $2 AND failed = $3)"
-)
-_DELETE_JOB = (
-    "DELETE FROM jobs WHERE number = $1 AND NOT EXISTS (SELECT 1 FROM lines WHERE job = $1) "
-    "AND NOT EXISTS (SELECT 1 FROM results WHERE job = $1)"
-)
+_LOCK_FILE = "SELECT number FROM files WHERE number = $1 FOR UPDATE SKIP LOCKED"
 _NO_OUTPUT = "UPDATE jobs SET output_bytes = 0 WHERE number = $1"
 _NO_ERRORS = "UPDATE jobs SET error_bytes = 0 WHERE number = $1"
 _DELETE_LINES = (

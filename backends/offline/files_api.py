@@ -65,9 +65,8 @@ class FilesApi:
             raise self._too_large()
         if self.uploads >= UPLOADS_MAX:
             raise ApiError(503, f"{UPLOADS_MAX} files are being uploaded already.")
+        key, taken = idempotency_key(request), list[str]()
         self.uploads += 1
-        taken: list[str] = []
-        key = idempotency_key(request)
         try:
             record = await self._take(request, owner, taken)
             if key:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
+from backends.offline.prefix_order import OCTETS_PER_TOKEN
 from backends.offline.work import Chunk, Line, Receipt, Report, Result
 
 RENEW_SHARE = 0.3  # of a hold, after which it is renewed
@@ -27,7 +28,7 @@ class Held:
         self.failures = 0
         self.not_before_s = 0.0
         self.gone = False  # the desk wants no answer any more
-        self.prompt_tokens = max(1, len(bytes(line.body)) // 4)  # some four octets each
+        self.prompt_tokens = max(1, len(bytes(line.body)) // OCTETS_PER_TOKEN)
 
 
 class HeldChunk:

@@ -21,6 +21,7 @@ EMBEDDINGS, RESPONSES = "/v1/embeddings", "/v1/responses"
 GENERATING = (CHAT, COMPLETIONS, RESPONSES)
 # How vLLM and the simulator word a prompt that does not fit the model.
 _TOO_LONG = re.compile(r"maximum (context|model) length|max_model_len|longer than the maximum")
+_NO_MODEL = re.compile(r"The model .*does not exist", re.DOTALL)
 
 
 class Gauges(NamedTuple):
@@ -103,7 +104,7 @@ def response_result(line: Line, body: bytes) -> Result:
 def error_result(line: Line, status: int, message: str, param: str | None = None) -> Result:
     """Return the result of a line that cannot be answered, with OpenAI's body."""
     code = None
-    if status == 404:
+    if status == 404 and _NO_MODEL.search(message):  # else an earlier response, of /v1/responses
         code = "model_not_found"
     elif _TOO_LONG.search(message):
         code = "context_length_exceeded"

@@ -48,11 +48,17 @@ def file_object(record: FileRecord) -> dict[str, Any]:
 
 
 def batch_object(
-    job: JobRecord, tokens_per_s: float, cost: float | None, *, moved_up: bool
+    job: JobRecord,
+    tokens_per_s: float,
+    cost: float | None,
+    *,
+    moved_up: bool,
+    problem: str | None,
 ) -> dict[str, Any]:
     """Return a batch; `tokens_per_s` is what was done of it lately, `cost` what that has cost.
 
     `moved_up`: its model's lines go as semi-online work now, because some would be late else.
+    `problem`: why nobody does its lines, in words.
     """
     return {
         "id": job.id,
@@ -84,6 +90,7 @@ def batch_object(
             "gpu_s": round(job.busy_s, 3),
             "cost": None if cost is None else round(cost, 6),
             "moved_up": moved_up and job.state == IN_PROGRESS,
+            "problem": problem,
         },
     }
 

@@ -24,7 +24,7 @@ from backends.offline.answers import Again, Answered, judge
 from backends.offline.gate import Verdict
 from backends.offline.holds import Held, HeldChunk, Pace
 from backends.offline.work import Ask, Desk, Line, Result
-from backends.tasks import cancel_all, spawn
+from backends.tasks import cancel_all, place_of, spawn
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 REPORT_S = 0.5
@@ -104,6 +104,8 @@ class Sender:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LAST_REPORT_S):
                     await self._report(last=True)
+            for chunk_id in list(self._chunks):  # not told: its hold runs out
+                self._forget(chunk_id)
 
     def turn(self, verdict: Verdict, work_class: str) -> None:
         """Go by this from now on: send more, or take out what may not stay."""
@@ -159,11 +161,16 @@ class Sender:
         self._alarm.ring()
 
     async def _do(self, held: Held) -> None:
-        answered = await self._post(held.line, self.work_class)
+        try:
+            answered = await self._post(held.line, self.work_class)
+            fate = judge(held.line, answered, held.failures)
+        except Exception as error:  # noqa: BLE001 - it has failed: a line that nobody minds never ends
+            problem = f"{type(error).__name__}: {error}"
+            self._log.fault("line_failed", models=self.names, error=problem, where=place_of(error))
+            fate = judge(held.line, Answered(status=0, problem=problem), held.failures)
         if held.gone:
             self.counts.dropped += 1
             return
-        fate = judge(held.line, answered, held.failures)
         if isinstance(fate, Result):
             self._take(held, fate)
         else:

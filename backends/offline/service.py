@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import socket
 import uuid
@@ -40,6 +41,7 @@ from backends.offline.setting import Setting, prices_of
 from backends.offline.store import Store
 from backends.offline.validating import Validator
 from backends.offline.work_api import WorkApi
+from backends.providers.process import boot_id
 from backends.serve import Orders
 from backends.tasks import cancel_all, spawn
 from proxy.config import ConfigError, load_config
@@ -114,7 +116,9 @@ class OfflineService:
         self._models = KnownModels(configured_names(setting.config.models))
         self.desk = CountedDesk(store, clock)
         self._prices = prices_of(setting.config.models)
-        self._teller = NeedsTeller(store, uuid.uuid4().hex, log)
+        self._teller = NeedsTeller(
+            store, uuid.uuid4().hex, self.desk.abilities, self._has_replicas, clock, log
+        )
         offline, api_key = setting.config.offline, setting.config.proxy.api_key
         self._files = FilesApi(store, api_key, offline.file_bytes_max)
         self._batches = BatchesApi(
@@ -126,6 +130,7 @@ class OfflineService:
             ending=self._ending,
             cancelled=self._cancelled,
             moved_up=self._moved_up,
+            nobody=self._teller.nobody,
         )
         self._work = WorkApi(self.desk, offline.work_key, self._ending)
         self._dispatcher = self._make_dispatcher()
@@ -147,6 +152,9 @@ class OfflineService:
     def _moved_up(self, model: str) -> bool:
         return self._dispatcher is not None and self._dispatcher.moved_up(model)
 
+    def _has_replicas(self, model: str) -> bool:
+        return self._dispatcher is not None and self._dispatcher.serves(model)
+
     def _sent(self) -> list[GroupReport]:
         return [] if self._dispatcher is None else self._dispatcher.reports()
 
@@ -166,7 +174,7 @@ class OfflineService:
         await runner.setup()
         stop = spawn(_wait(orders.stop), "stop", self._log)
         host, port = listener.getsockname()[:2]
-        place = f"{socket.gethostname()}:{port}"
+        place = _place(port)
         chores = [
             *self._chores(place),
             spawn(self._reload(orders), "reload", self._log),
@@ -241,6 +249,7 @@ class OfflineService:
                 self._log.fault("reload_failed", reason=str(error), kept="the models before")
                 continue
             self._models.configure(configured_names(models))
+            self.desk.abilities.forget()
             if self._dispatcher is not None:
                 self._dispatcher.configure(models)
             self._prices.clear()
@@ -277,3 +286,13 @@ class OfflineService:
 
 async def _wait(event: asyncio.Event) -> None:
     await event.wait()
+
+
+def _place(port: int) -> str:
+    """Name where this service listens: its next life has the same name, and nobody else.
+
+    Machines that were copied from one image may share theirs, so that of this boot counts, too. It
+    is short, because ids of workers begin with it and have to end in their models.
+    """
+    whole = f"{boot_id()}:{socket.gethostname()}:{port}"
+    return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()

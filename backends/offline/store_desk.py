@@ -376,13 +376,16 @@ class DeskStore(JobStore):
                 due_in_s=max(0.0, float(expires_s) - now_s),
                 lines=left,
                 tokens=round(left * each),
-                embeddings=endpoint == "/v1/embeddings",
+                url=str(endpoint),
             )
             of_model = needs.setdefault(str(model), [])
             if len(of_model) == _NEEDS_MAX:
                 last = of_model.pop()
                 need = msgspec.structs.replace(
-                    last, lines=last.lines + need.lines, tokens=last.tokens + need.tokens
+                    last,
+                    lines=last.lines + need.lines,
+                    tokens=last.tokens + need.tokens,
+                    url=last.url if last.url == need.url else "",
                 )
             of_model.append(need)
         return {model: tuple(of_model) for model, of_model in needs.items()}

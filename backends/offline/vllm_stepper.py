@@ -49,10 +49,12 @@ class Stepper:
         return await self._built
 
     async def request(self, request_id: str, add: Work) -> Any:
-        """Have `add` add a request and return its finished output. Raises what `add` raises, and
-        `EngineError`; cancelled, the request is aborted."""
+        """Have `add` add a request and return its finished output. Raises what `add` raises,
+        `EngineError`, and `ValueError` for an id in use; cancelled, the request is aborted."""
         if self.dead.done():
             raise EngineError(self.dead.result())
+        if request_id in self._waiters:  # the output of one would never come
+            raise ValueError(f"the request id {request_id} is another request's")
         waiter: asyncio.Future[Any] = self._loop.create_future()
         self._waiters[request_id] = waiter
         self._work.put(partial(self._add, request_id, add))

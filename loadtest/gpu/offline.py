@@ -11,6 +11,9 @@ One after another, each with the card for itself and after a warm-up:
 Bare and Doherty also get a job whose lines share beginnings, more than the KV cache holds, in no
 order: Doherty does them in the order of their prefixes.
 
+Beside speed, the forms: jobs whose lines ask for everything that a request can ask for, checked one
+by one and held against the engine's own server (`forms.py`).
+
     RUN=offline bash loadtest/gpu/host.sh vllm BUNDLES OUT 590
     python -m loadtest gpu offline --engine simulator --lines 500 --shared-lines 100
 """
@@ -19,8 +22,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import shutil
 import sys
 import tempfile
 import time
@@ -33,6 +34,8 @@ import orjson
 
 from loadtest.gpu import machine
 from loadtest.gpu.command import add_stack_arguments, finish
+from loadtest.gpu.forms_steps import Forms
+from loadtest.gpu.offline_stage import HOST, MODEL, Setting, desk, server, vllm_python
 from loadtest.gpu.steps import Finding, Findings, Step, run_steps, status_of
 from loadtest.offline import stage
 from loadtest.offline.lines import COMPLETIONS, Shape, bodies, input_file
@@ -40,11 +43,10 @@ from loadtest.run import RunError
 
 SUMMARY = "jobs through an engine worker, against LLM.generate and against HTTP"
 RATIO_MIN = 0.95
-MODEL = "m"
 WARM_LINES = 64
 MARK = "FIGURES "
-HOST = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 DIFFERENT, SHARED = "different", "shared"
+STEPS = ("bare", "doherty", "served", "forms", "forms served", "forms embedded")
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -57,22 +59,6 @@ class Figures(msgspec.Struct, frozen=True):
     completion_tokens: int
     seconds: float
     tokens_per_s: float
-
-
-class Setting(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked of which engine."""
-
-    engine: str
-    model_path: str
-    args: tuple[str, ...]
-    lines: int = 4000
-    shared_lines: int = 900
-    prefixes: int = 150  # of some 3,500 tokens: 525,000 together, where 60 GiB of KV hold 437,000
-    prefix_words: int = 3500
-    in_flight: int = 256
-    chunk_lines: int = 2000
-    load_s: float = 240.0
-    seed: int = 1
 
 
 class Run:
@@ -140,32 +126,18 @@ class Run:
         async with stage.program(command, log, HOST) as process:
             if await process.wait():
                 raise RunError(f"the bare engine failed: {stage.said(log)}")
-        return log.read_text("utf-8", "replace")
+            return log.read_text("utf-8", "replace")
 
     async def doherty(self, found: Findings) -> None:
         """Have both files done as jobs."""
-        setting, port, log = self.setting, stage.free_port(), self.folder / "worker.log"
-        simulated = setting.engine != "vllm"
-        python = [sys.executable] if simulated else vllm_python()
-        command = [*python, "-m", "backends.offline.worker", "--model", MODEL, "--engine"]
-        command += ["simulator"] if simulated else ["vllm", "--model-path", setting.model_path]
-        command += ["--worker-id", "worker-1", "--port", str(port)]
-        command += ["--chunk-lines", str(setting.chunk_lines)]
-        roots = f"{Path.cwd()}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
-        rest = {"chunk_lines": setting.chunk_lines, "store": str(self.store)}
-        async with stage.service(self.folder, rest) as url:
-            command += ["--desk", url, *self._rest()]
-            async with stage.program(command, log, {**HOST, "PYTHONPATH": roots}) as process:
-                healthy = stage.until_healthy(
-                    f"http://127.0.0.1:{port}", process, log, setting.load_s
-                )
-                found.figures["worker ready, s"] = round(await healthy, 1)
-                for job in ("warm", DIFFERENT, SHARED):
-                    content = self.paths[job].read_bytes()
-                    course = await stage.do_job(url, content, setting.load_s, COMPLETIONS)
-                    found.claim(not course.failed, f"{job}: no line fails, {course.failed} did")
-                    if job != "warm":
-                        self._course(found, job, course)
+        setting = self.setting
+        async with desk(setting, self.folder, self.store, found) as url:
+            for job in ("warm", DIFFERENT, SHARED):
+                content = self.paths[job].read_bytes()
+                course = await stage.do_job(url, content, setting.load_s, COMPLETIONS)
+                found.claim(not course.failed, f"{job}: no line fails, {course.failed} did")
+                if job != "warm":
+                    self._course(found, job, course)
 
     def _course(self, found: Findings, job: str, course: stage.Course) -> None:
         self._note(found, "doherty", job, course.tokens_per_s)
@@ -181,14 +153,8 @@ class Run:
 
     async def served(self, found: Findings) -> None:
         """Ask for the lines of the first file one by one."""
-        setting, port, log = self.setting, stage.free_port(), self.folder / "serve.log"
-        command = ["vllm", "serve", setting.model_path]
-        if setting.engine != "vllm":
-            command = [sys.executable, "-m", "backends.simulator"]
-        command += ["--served-model-name", MODEL, "--port", str(port), *setting.args]
-        url = f"http://127.0.0.1:{port}"
-        async with stage.program(command, log, HOST) as process:
-            await stage.until_healthy(url, process, log, setting.load_s)
+        setting = self.setting
+        async with server(setting, self.folder) as url:
             await one_by_one(url, self.bodies["warm"], setting.in_flight)
             begun_s = time.perf_counter()
             tokens = await one_by_one(url, self.bodies[DIFFERENT], setting.in_flight)
@@ -208,15 +174,6 @@ class Run:
 
 def _share(part: int, whole: int) -> str:
     return f"{part / max(1, whole):.1%}"
-
-
-def vllm_python() -> list[str]:
-    """Return the Python that vLLM is in. Raises `RunError`."""
-    if (program := shutil.which("vllm-python")) is not None:  # of deploy/airgap/unpack.py
-        return [program]
-    if found := machine.interpreters("vllm"):
-        return found[:1]
-    raise RunError("no command 'vllm' on PATH whose Python could be found; install it")
 
 
 async def one_by_one(url: str, requests: list[dict[str, object]], in_flight: int) -> int:
@@ -249,7 +206,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--prefix-words", type=int, default=base.prefix_words, help="of each (%(default)s)")
     add("--in-flight", type=int, default=base.in_flight, help="over HTTP (%(default)s)")
     add("--chunk-lines", type=int, default=base.chunk_lines, help="(%(default)s)")
-    add("--skip", action="append", default=[], choices=("bare", "doherty", "served"))
+    add("--form-lines", type=int, default=base.form_lines, help="of each kind (%(default)s)")
+    add("--skip", action="append", default=[], choices=STEPS)
     add_stack_arguments(command)
 
 
@@ -267,6 +225,7 @@ def run(args: argparse.Namespace) -> int:
         prefix_words=args.prefix_words,
         in_flight=args.in_flight,
         chunk_lines=args.chunk_lines,
+        form_lines=args.form_lines,
         seed=args.seed,
     )
     with tempfile.TemporaryDirectory(prefix="doherty-gpu-offline-") as made:
@@ -280,10 +239,14 @@ def run(args: argparse.Namespace) -> int:
 
 async def prove(made: Run, skip: Sequence[str], limit_s: float) -> list[Finding]:
     """Do each way within the limit."""
+    forms = Forms(made.setting, made.folder, made.store)
     steps = [
         Step(name="bare", run=made.bare, usual_s=180.0, limit_s=330.0),
         Step(name="doherty", run=made.doherty, usual_s=110.0, limit_s=280.0),
         Step(name="served", run=made.served, usual_s=95.0, limit_s=240.0),
+        Step(name="forms", run=forms.generated, usual_s=110.0, limit_s=280.0),
+        Step(name="forms served", run=forms.served, usual_s=90.0, limit_s=240.0),
+        Step(name="forms embedded", run=forms.embedded, usual_s=70.0, limit_s=200.0),
     ]
     chosen = [step for step in steps if step.name not in skip]
     return await run_steps(chosen, limit_s, lambda text: print(text, flush=True))

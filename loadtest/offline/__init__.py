@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 
 from loadtest.command import Command
-from loadtest.offline import kills, lab, spare, throughput
+from loadtest.offline import jobs, kills, lab, spare, throughput
 
 SUMMARY = "jobs of many lines: their speed, their cost to others, kills amid them"
 
 
 COMMANDS: dict[str, Command] = {
-    "lab": lab,
+    "jobs": jobs,
     "kills": kills,
+    "lab": lab,
     "spare": spare,
     "throughput": throughput,
 }

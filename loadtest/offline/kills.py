@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ async def measure(setting: Setting, folder: Path) -> Finding:
     )
     content = input_file(bodies(shape, MODEL))
     async with (
-        doherty(config(setting, folder), folder) as (urls, up_pid),
+        stage.whole(config(setting, folder), folder) as (urls, up_pid),
         Patient(urls["proxy"]) as proxy,
     ):
         async with Computed(urls["manager"]) as computed, asyncio.timeout(setting.limit_s):
@@ -211,28 +211,6 @@ def faults(lines: int, ids: Sequence[str]) -> tuple[int, int]:
 
 def _files(batch: dict[str, Any]) -> tuple[str | None, str | None]:
     return batch.get("output_file_id"), batch.get("error_file_id")
-
-
-@contextlib.asynccontextmanager
-async def doherty(value: dict[str, Any], folder: Path) -> AsyncIterator[tuple[dict[str, str], int]]:
-    """A `doherty up` of this configuration; its URLs and its process."""
-    path, log = folder / "doherty.yaml", folder / "up.log"
-    path.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))  # JSON is YAML
-    urls = {
-        name: f"http://127.0.0.1:{value[name]['port']}" for name in ("proxy", "manager", "offline")
-    }
-    async with stage.program([*stage.DOHERTY, "up", str(path)], log) as process:
-        await stage.until_healthy(urls["offline"], process, log, 60.0)
-        await _until_said("Ready:", log, 60.0)  # from then on what dies is started again
-        yield urls, process.pid
-
-
-async def _until_said(words: str, log: Path, limit_s: float) -> None:
-    end_s = time.monotonic() + limit_s
-    while words not in stage.said(log):
-        if time.monotonic() > end_s:
-            raise RunError(f"not {words!r} in {limit_s:g} s: {stage.said(log)}")
-        await asyncio.sleep(POLL_S)
 
 
 async def _until_done(proxy: Patient, job_id: str, lines: int) -> int:

@@ -45,15 +45,17 @@ class Patient:
     ) -> None:
         await self._session.close()
 
-    async def submit(self, content: bytes) -> str:
-        """Upload a file and have it done; return the batch's id."""
-        sent = await self._asked("POST", "/v1/files", lambda: {"data": _form(content)}, "file")
+    async def submit(self, content: bytes, name: str = "job") -> str:
+        """Upload a file and have it done, once by each name; return the batch's id."""
+        sent = await self._asked(
+            "POST", "/v1/files", lambda: {"data": _form(content)}, f"file of {name}"
+        )
         wish = {
             "input_file_id": orjson.loads(sent)["id"],
             "endpoint": self._endpoint,
             "completion_window": "24h",
         }
-        made = await self._asked("POST", "/v1/batches", lambda: {"json": wish}, "batch")
+        made = await self._asked("POST", "/v1/batches", lambda: {"json": wish}, name)
         return str(orjson.loads(made)["id"])
 
     async def batch(self, batch_id: str) -> dict[str, Any]:

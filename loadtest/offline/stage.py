@@ -26,6 +26,8 @@ from loadtest.run import RunError
 POLL_S = 0.05
 STOP_S = 20.0
 SAID_CHARACTERS_MAX = 3000
+STALL_S = 60.0  # without one line done, on any machine, nothing is being computed
+LOG_HEAD_BYTES, LOG_TAIL_BYTES = 1024 * 1024, 4 * 1024 * 1024  # of a log, once its program ended
 ENDED = ("completed", "failed", "expired", "cancelled")
 DOHERTY = (sys.executable, "-m", "backends.cli")
 
@@ -63,7 +65,10 @@ def free_port() -> int:
 async def program(
     command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process in a session of its own; ended with all its children. Raises `RunError`."""
+    """A process in a session of its own; ended with all its children. Raises `RunError`.
+
+    Then its log is cut in the middle, if it is long: one reads how it began and how it ended.
+    """
     with open(log, "wb") as output:  # noqa: ASYNC230 - once, before anything is measured
         try:
             process = await asyncio.create_subprocess_exec(
@@ -80,6 +85,42 @@ async def program(
         yield process
     finally:
         await _stop(process)
+        cut(log)
+
+
+def cut(log: Path) -> None:
+    """Leave out the middle of a long log."""
+    left_out = log.stat().st_size - LOG_HEAD_BYTES - LOG_TAIL_BYTES
+    if left_out <= 0:
+        return
+    with log.open("r+b") as file:
+        file.seek(-LOG_TAIL_BYTES, os.SEEK_END)
+        tail = file.read()
+        file.seek(LOG_HEAD_BYTES)
+        file.write(b"\n... %d bytes are left out ...\n" % left_out + tail)
+        file.truncate()
+
+
+@contextlib.asynccontextmanager
+async def alive(process: asyncio.subprocess.Process, log: Path) -> AsyncIterator[None]:
+    """Break the body off as soon as the process ends; say its last words with any failure.
+
+    Who waits for an engine's answers would wait in vain for one that has died. Raises `RunError`.
+    """
+
+    async def until_ended() -> None:
+        raise RunError(f"it ended with {await process.wait()} before its work was done")
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            watch = group.create_task(until_ended())
+            yield
+            watch.cancel()
+    except BaseExceptionGroup as errors:
+        first = errors.exceptions[0]
+        if isinstance(first, RunError):
+            raise RunError(f"{first}; the end of {log.name}: {said(log)}") from None
+        raise first from None
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
@@ -130,36 +171,81 @@ async def service(
         yield url
 
 
-async def do_job(url: str, content: bytes, limit_s: float, endpoint: str = CHAT) -> Course:
+@contextlib.asynccontextmanager
+async def whole(value: dict[str, Any], folder: Path) -> AsyncIterator[tuple[dict[str, str], int]]:
+    """A `doherty up` of this configuration; its URLs and its process."""
+    path, log = folder / "doherty.yaml", folder / "up.log"
+    path.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))  # JSON is YAML
+    urls = {
+        name: f"http://127.0.0.1:{value[name]['port']}" for name in ("proxy", "manager", "offline")
+    }
+    async with program([*DOHERTY, "up", str(path)], log) as process:
+        await until_healthy(urls["offline"], process, log, 60.0)
+        await _until_said("Ready:", log, 60.0)  # from then on what dies is started again
+        yield urls, process.pid
+
+
+async def _until_said(words: str, log: Path, limit_s: float) -> None:
+    end_s = time.monotonic() + limit_s
+    while words not in said(log):
+        if time.monotonic() > end_s:
+            raise RunError(f"not {words!r} in {limit_s:g} s: {said(log)}")
+        await asyncio.sleep(POLL_S)
+
+
+async def do_job(
+    url: str, content: bytes, limit_s: float, endpoint: str = CHAT, stall_s: float = STALL_S
+) -> Course:
     """Upload a file, have it done, read all of its answers. Raises `RunError`."""
     try:
         async with asyncio.timeout(limit_s), aiohttp.ClientSession(url) as session:
-            form = aiohttp.FormData()
-            form.add_field("purpose", "batch")
-            form.add_field("file", content, filename="job.jsonl")
-            file = await answer_json(session.post("/v1/files", data=form))
-            asked = {
-                "input_file_id": file["id"],
-                "endpoint": endpoint,
-                "completion_window": "24h",
-            }
+            file_id = await upload(session, content)
             begun_s = time.monotonic()
-            batch = await answer_json(session.post("/v1/batches", json=asked))
-            running_s, answered_s, now_s = 0.0, 0.0, 0.0
+            batch = await begin(session, file_id, endpoint)
+            running_s, answered_s, now_s, moved_s, done = 0.0, 0.0, 0.0, 0.0, -1
             while batch["status"] not in ENDED:
                 await asyncio.sleep(POLL_S)
                 batch = await answer_json(session.get(f"/v1/batches/{batch['id']}"))
                 now_s = time.monotonic() - begun_s
                 counts = batch["request_counts"]
+                before, done = done, counts["completed"] + counts["failed"]
+                moved_s = now_s if done != before else moved_s
+                if now_s - moved_s > stall_s:
+                    raise RunError(f"for {stall_s:g} s no line was done, of {counts['total']}")
                 if not running_s and batch["status"] != "validating":
                     running_s = now_s
-                if not answered_s and 0 < counts["total"] == counts["completed"] + counts["failed"]:
+                if not answered_s and 0 < counts["total"] == done:
                     answered_s = now_s
             return await _course(session, batch, running_s, answered_s, now_s)
     except (aiohttp.ClientError, OSError) as error:
         raise RunError(f"the service does not answer: {error}") from error
     except TimeoutError:
         raise RunError(f"the job was not done in {limit_s:g} s") from None
+
+
+async def upload(session: aiohttp.ClientSession, content: bytes) -> str:
+    """Upload an input file; return its id. Raises `RunError`."""
+    form = aiohttp.FormData()
+    form.add_field("purpose", "batch")
+    form.add_field("file", content, filename="job.jsonl")
+    file = await answer_json(session.post("/v1/files", data=form))
+    return str(file["id"])
+
+
+async def begin(session: aiohttp.ClientSession, file_id: str, endpoint: str) -> dict[str, Any]:
+    """Ask for a batch; return it. Raises `RunError`."""
+    asked = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h"}
+    return await answer_json(session.post("/v1/batches", json=asked))
+
+
+async def rows(session: aiohttp.ClientSession, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of both files of an ended batch."""
+    found: list[dict[str, Any]] = []
+    for file_id in (batch.get("output_file_id"), batch.get("error_file_id")):
+        if file_id is not None:
+            async with session.get(f"/v1/files/{file_id}/content") as answer:
+                found += map(orjson.loads, (await answer.read()).splitlines())
+    return found
 
 
 async def answer_json(asking: Any) -> dict[str, Any]:
@@ -184,24 +270,19 @@ async def _course(
     seen: set[str] = set()
     sums = {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0}
     failed = 0
-    for file_id in (batch.get("output_file_id"), batch.get("error_file_id")):
-        if file_id is None:
+    for line in await rows(session, batch):
+        if line["custom_id"] in seen:
+            raise RunError(f"{line['custom_id']} is there twice")
+        seen.add(line["custom_id"])
+        response = line["response"]
+        if response is None or response["status_code"] != 200:
+            failed += 1
             continue
-        async with session.get(f"/v1/files/{file_id}/content") as answer:
-            for row in (await answer.read()).splitlines():
-                line = orjson.loads(row)
-                if line["custom_id"] in seen:
-                    raise RunError(f"{line['custom_id']} is there twice")
-                seen.add(line["custom_id"])
-                response = line["response"]
-                if response is None or response["status_code"] != 200:
-                    failed += 1
-                    continue
-                usage = response["body"]["usage"]
-                sums["prompt_tokens"] += usage["prompt_tokens"]
-                sums["completion_tokens"] += usage["completion_tokens"]
-                details = usage.get("prompt_tokens_details") or {}
-                sums["cached_tokens"] += details.get("cached_tokens") or 0
+        usage = response["body"]["usage"]
+        sums["prompt_tokens"] += usage["prompt_tokens"]
+        sums["completion_tokens"] += usage["completion_tokens"]
+        details = usage.get("prompt_tokens_details") or {}
+        sums["cached_tokens"] += details.get("cached_tokens") or 0
     if len(seen) != batch["request_counts"]["total"]:
         raise RunError(f"{batch['request_counts']['total'] - len(seen)} lines are in no file")
     return Course(

@@ -9,17 +9,16 @@ ranks the proxy does not know the client's word goes on as it came.
 
 from __future__ import annotations
 
-import contextlib
 from hashlib import sha256
 from typing import Final
 
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits
-from proxy.core.classes import SPARE, class_of_field
+from proxy.core.classes import SPARE, UNSAID, class_of_field
 from proxy.core.http1 import EXPLAIN, WORK_CLASS, RequestHead, parse_request_head
 from proxy.core.replica import RANK_FIELD
-from proxy.core.routes import Route, find_route
+from proxy.core.routes import OFFLINE_ROOTS, Route, find_route
 from proxy.core.session import session_of_head
 
 _RANK_CHOSEN: Final = b"\n" + RANK_FIELD  # in what a rank is sent first
@@ -62,19 +61,21 @@ class Preamble:
         self.chunked = head.chunked
         self.content_length = head.content_length
         self.counted = head.counted
-        self.route: Route | None = None  # None: there is none, and `find_route` says why
-        with contextlib.suppress(errors.ProxyError):
-            self.route = find_route(head.method, head.path)
+        try:
+            self.route: Route | None = find_route(head.method, head.path)
+        except errors.ProxyError:
+            self.route = None  # there is none, and whoever needs one is told why
         # What goes on to the offline service, octet by octet, and is no exchange with a replica.
-        self.passes = self.route is not None and self.route.offline
+        self.passes = head.path.startswith(OFFLINE_ROOTS)
         self.key_digest = sha256(heads.presented_key(head) or b"").digest()
         given = head.get(heads.REQUEST_ID)
         self.request_id = given if given and heads.valid_request_id(given) else None
         self.session_key = session_of_head(head)
         self.asks_for_reasons = EXPLAIN in head.special
-        named = head.special.get(WORK_CLASS, b"")
-        self.work_class = class_of_field(named)
-        self.spare = named == SPARE
+        self.work_class, self.spare = UNSAID, False
+        if WORK_CLASS in head.special:
+            named = head.special[WORK_CLASS]
+            self.work_class, self.spare = class_of_field(named), named == SPARE
         self.encoded = b"content-encoding" in head.special
         self.request_line, self.sent_fields = heads.sent_to_replica(head)
         self.rank_fields = b"".join(

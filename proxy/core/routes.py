@@ -36,8 +36,11 @@ class Route:
     lookup: bool = False  # state that one replica holds: asked of each until one knows it
     local: bool = False  # answered by the proxy itself
     json: bool = True  # the body is a JSON object that names a model
-    offline: bool = False  # the offline service's: octets pass as they come, and no replica sees it
 
+
+# The offline service's, with all below them: octets pass as they come, and no replica sees them.
+# Where there is no such service they are unknown, whatever the method.
+OFFLINE_ROOTS: Final = (b"/v1/files", b"/v1/batches")
 
 _POST = frozenset((b"POST",))
 _GET = frozenset((b"GET", b"HEAD"))
@@ -48,7 +51,7 @@ def _post(name: str, prompt: PromptKind, *, json: bool = True) -> Route:
 
 
 def _offline(name: str, *methods: bytes) -> Route:
-    return Route(name, frozenset(methods), json=False, offline=True)
+    return Route(name, frozenset(methods), json=False)
 
 
 ROUTES: Final[dict[bytes, Route]] = {

@@ -34,6 +34,10 @@ def _explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) ->
     route = preamble.route or find_route(preamble.method, preamble.path)
     if route.local:
         raise errors.InvalidRequestError("the proxy answers this path itself")
+    if preamble.passes:
+        raise errors.InvalidRequestError(
+            "no replica answers this path: it is the offline service's"
+        )
     plane.judge_length(len(body))
     asked = plane.read(route, preamble, body)
     request, picture = asked.request, plane.picture

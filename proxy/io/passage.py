@@ -61,6 +61,8 @@ class Passage(Relay):
     @override
     def judge_head(self) -> None:
         preamble, plane = self._preamble, self._plane
+        if self._framing is None and not self._left:  # whole already, even if it is refused
+            self._whole_s = self._started_s
         if plane.offline is None:
             raise unknown_path(preamble.path)
         self._route = preamble.route or find_route(preamble.method, preamble.path)
@@ -76,9 +78,7 @@ class Passage(Relay):
         plane = self._plane
         assert plane.offline is not None
         self._last_octet_s = plane.clock.now_s()
-        if self._framing is None and not self._left:
-            self._whole_s = self._last_octet_s
-        else:
+        if not self._whole_s:
             self._hold_back()
         self._progress = _CONNECTING
         self._connecting = plane.offline_links.connect(plane.offline, self)

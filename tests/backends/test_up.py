@@ -135,6 +135,7 @@ def test_one_command_serves_survives_kills_and_leaves_nothing(runs: list[Run]) -
     run = runs[0]
     endpoint, manager = run.ready()
     replicas = pids_of(manager)
+    assert run.output.startswith("starting manager, offline service and proxy (logs: ")
     run.printed(r"demo-0 is ready \(simulator, http://127\.0\.0\.1:\d+\)")
 
     pasted = run.output.split("\ncurl")[1].split("\n\n")[0]
@@ -159,9 +160,38 @@ def test_one_command_serves_survives_kills_and_leaves_nothing(runs: list[Run]) -
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(PATIENCE_S) == 0
     assert run.output.endswith("stopped\n")
+    assert "without stopping" not in run.output
     assert not any(alive(pid) for pid in replicas)
     assert status_of(endpoint + "/readyz") == 0
     assert (run.folder / "run" / "logs" / "access.log").exists()
+
+
+def test_an_end_just_after_the_manager_was_killed_leaves_nothing_either(runs: list[Run]) -> None:
+    run = runs[0]
+    _, manager = run.ready()
+    replicas = pids_of(manager)
+    os.kill(int((run.folder / "run" / "lock").read_text()), signal.SIGKILL)
+    run.printed("manager was killed by SIGKILL; starting it again")
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(PATIENCE_S) == 0
+    assert "the manager ended without stopping demo-0 and demo-1: it is started once" in run.output
+    assert run.output.endswith("stopped\n")
+    assert not any(alive(pid) for pid in replicas)
+
+
+def test_a_manager_that_cannot_sweep_is_told_with_what_it_left(runs: list[Run]) -> None:
+    run = runs[0]
+    _, manager = run.ready()
+    replicas = pids_of(manager)
+    (run.folder / "config.yaml").write_text("models: 7")
+    os.kill(int((run.folder / "run" / "lock").read_text()), signal.SIGKILL)
+    run.printed("manager was killed by SIGKILL; starting it again")
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(PATIENCE_S) == 1
+    for number, pid in enumerate(replicas):
+        assert f"demo-{number} was not stopped (pid {pid}; log: " in run.output
+        os.killpg(pid, signal.SIGKILL)
+    assert run.output.endswith("stopped, but for what is named above\n")
 
 
 def test_a_reload_reaches_manager_and_proxy(runs: list[Run]) -> None:

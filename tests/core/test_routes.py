@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy import errors
-from proxy.core.routes import ROUTES, PromptKind, find_route, model_of_path
+from proxy.core.routes import OFFLINE_ROOTS, ROUTES, PromptKind, find_route, model_of_path
 
 _ENGINE_CONTROL = (
     b"/flush_cache", b"/release_memory_occupation", b"/sleep", b"/wake_up", b"/load_lora_adapter",
@@ -185,5 +185,5 @@ def test_prompts_are_where_the_apis_have_them() -> None:
     assert kinds[b"/v1/messages"] is PromptKind.ANTHROPIC
     for path, route in ROUTES.items():
         posts = route.methods == {b"POST"}
-        assert posts is not (route.local or route.offline)
+        assert posts is not (route.local or path.startswith(OFFLINE_ROOTS))
         assert (route.prompt is PromptKind.OPAQUE) is (route.local or not route.json), path

@@ -94,6 +94,7 @@ class HttpWorker:
         self._url = url
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._worker_id = worker_id
+        self.urls: tuple[str, ...] = (CHAT, "/v1/embeddings", "/v1/completions", "/v1/responses")
         self.done: list[tuple[str, int]] = []
 
     async def ask(
@@ -102,7 +103,7 @@ class HttpWorker:
         ask = Ask(
             worker_id=self._worker_id,
             models=("demo",),
-            urls=(CHAT, "/v1/embeddings", "/v1/completions", "/v1/responses"),
+            urls=self.urls,
             lines_max=lines_max,
             wait_s=wait_s,
         )

@@ -29,11 +29,21 @@ class ChatCompletionRequest(pydantic.BaseModel):
     stream: bool = False
     stream_options: dict[str, Any] | None = None
     request_id: str = "given"
+    tools: list[int] | list[list[int]] | None = None  # a union: its errors name the types as well
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def check_messages(cls, data: Any) -> Any:
+        """Take for granted that there are messages, as vLLM's own check does."""
+        for _ in data["messages"]:
+            pass
+        return data
 
 
 class _Response(pydantic.BaseModel):
     id: str
     usage: dict[str, Any]
+    schema_: str = pydantic.Field(default="asked for", alias="schema")  # as in /v1/responses
 
 
 class _Error(pydantic.BaseModel):
@@ -123,6 +133,9 @@ class _Chat:
             error = _Error(message="The model `unknown` does not exist.", code=404, param="model")
             return _ErrorResponse(error=error)
         content = request.messages[-1]["content"]
+        if content == "go on":
+            error = _Error(message="Response with id 'resp_0' not found.", code=404)
+            return _ErrorResponse(error=error)
         generator = self._client.generate(
             content, request.max_tokens, request.request_id, trace_headers=None, priority=0
         )

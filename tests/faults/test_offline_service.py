@@ -6,6 +6,8 @@ import json
 import random
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,9 +18,10 @@ import openai
 import pytest
 from openai import OpenAI
 
+from backends.offline.client import Client
 from tests.fakes.offline_stage import CHAT, CONFIG, jsonl, request
 from tests.fakes.offline_worker import BlockingWorker
-from tests.fakes.programs import CLI, WAIT_S, Program, free_port, until
+from tests.fakes.programs import CLI, ROOT, WAIT_S, Program, environment, free_port, until
 
 pytestmark = pytest.mark.faults
 
@@ -158,3 +161,67 @@ def test_a_file_of_200_mb_passes_in_flat_memory(service: _Service, tmp_path: Pat
         with client.files.with_streaming_response.content(uploaded.id) as response:
             assert sum(map(len, response.iter_bytes(_MIB))) == size
     assert service.most_bytes - before < 100 * _MIB
+
+
+def test_a_client_reads_each_result_once_while_the_service_is_killed(service: _Service) -> None:
+    lines, page = 600, 200
+    over = threading.Event()
+
+    def work() -> None:
+        worker = BlockingWorker(service.url, lines_max=40)
+        while not over.is_set():
+            if not worker.do_some():
+                over.wait(0.05)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        with Client(service.url, "key") as client:
+            job = client.spawn_map(request(n)["body"] for n in range(lines))
+            for ordered in (True, False):
+                places = []
+                for result in job.results(ordered=ordered):
+                    if len(places) in {1, page + 1}:  # with a page in hand, and more to come
+                        service.kill()
+                        service.start()
+                    places.append(result.number if ordered else result.sequence - 1)
+                assert places == list(range(lines))
+            assert job.progress().succeeded
+    finally:
+        over.set()
+        worker.join(WAIT_S)
+
+
+_SPAWNING = """\
+import re, sys
+from pathlib import Path
+from backends.offline.client import Client
+
+def most_kib():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def requests(count):
+    for number in range(count):
+        content = f"{number} " + "lorem ipsum " * 350
+        yield {"model": "demo", "messages": [{"role": "user", "content": content}]}
+
+with Client(sys.argv[1], "key") as client:
+    client.spawn_map(requests(100))
+    before = most_kib()
+    job = client.spawn_map(requests(10_000))
+    print(job.lines, most_kib() - before)
+"""
+
+
+def test_a_client_sends_what_a_generator_yields_in_flat_memory(service: _Service) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", _SPAWNING, service.url],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+    )
+    lines, grown_kib = map(int, run.stdout.split())
+    assert lines == 10_000, "some 42 MB"
+    assert grown_kib < 12 * 1024

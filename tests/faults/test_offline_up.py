@@ -17,7 +17,9 @@ from tests.fakes.programs import CLI, Program, running, until
 
 pytestmark = pytest.mark.faults
 
+# The service may die with lines in its dispatcher's hands: they go out anew after the hold.
 _CONFIG = """
+offline: {hold_secs: 2}
 models:
 - name: demo
   pools:

@@ -221,6 +221,7 @@ async def test_a_stored_answer_is_part_of_the_choice(make_bench: MakeBench) -> N
         (CHAT, b'{"model":"zz"}', 404, "model_not_found"),
         (b"/v1/nope", CHAT_BODY, 404, "unknown_path"),
         (b"/v1/models", b"", 405, "method_not_allowed"),
+        (b"/v1/files", b"", 400, "invalid_request"),
         (b"/v1/chat completions", CHAT_BODY, 400, "bad_request_head"),
         (CHAT, b"x" * 2000, 413, "request_too_large"),
     ],

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from proxy.contract import PoolRecord
 from proxy.core import limits
 from tests.fakes.plane import Bench, Client, Engine, answer
 
@@ -84,14 +85,44 @@ async def test_the_next_request_of_a_connection_goes_its_own_way(bench: Bench) -
     assert [each.body for each in answers] == [b"1", b"2", b'{"status":"alive"}']
 
 
-@pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_without_a_service_the_paths_are_unknown(make_bench: MakeBench, method: str) -> None:
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "PUT"])
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/files/file-1", "/v1/batches/batch_1"])
+async def test_without_a_service_the_paths_are_unknown(
+    make_bench: MakeBench, path: str, method: str
+) -> None:
     bench = make_bench()
     client = bench.client()
-    client.send(request("/v1/files", method=method))
+    client.send(request(path, method=method))
     got = client.answer(method)
     assert got.status == 404
     assert b'"unknown_path"' in got.body
+    assert bench.service.dialled == bench.upstreams.dialled == []
+
+
+async def test_what_is_refused_without_a_body_holds_up_nobody_behind_it(bench: Bench) -> None:
+    client = bench.client()
+    refused, whole = request("/v1/files", method="DELETE"), request("/health", method="GET")
+    client.send(refused + whole)
+    await bench.settle()
+    assert [each.status for each in client.answers("DELETE", "GET")] == [405, 200]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("DELETE", "/v1/files", 405),
+        ("POST", "/v1/files/file-1", 405),
+        ("DELETE", "/v1/batches/batch_1", 405),
+        ("GET", "/v1/filesystem", 404),
+        ("GET", "/v1/files/file-1/content/more", 404),
+    ],
+)
+async def test_what_the_service_does_not_have_is_refused_here(
+    bench: Bench, method: str, path: str, status: int
+) -> None:
+    client = bench.client()
+    client.send(request(path, method=method))
+    assert client.answer(method).status == status
     assert bench.service.dialled == bench.upstreams.dialled == []
 
 
@@ -302,3 +333,19 @@ async def test_a_reload_says_where_the_service_is(bench: Bench) -> None:
     nobody = bench.client()
     nobody.send(request(method="GET"))
     assert nobody.answer("GET").status == 404
+
+
+async def test_a_region_that_has_only_jobs_is_ready(bench: Bench) -> None:
+    def readiness() -> int:
+        client = bench.client()
+        client.send(b"GET /readyz HTTP/1.1\r\nhost: p\r\n\r\n")
+        return client.answer("GET").status
+
+    bench.publish()
+    assert readiness() == 200
+    bench.publish(pools=(PoolRecord(model="m", pool="m"),))
+    assert readiness() == 503, "there is a pool that takes requests, and nobody of it is up"
+    bench.publish()
+    plane = bench.plane
+    plane.reconfigure(msgspec.structs.replace(plane.config, offline_url=None), plane.access_log)
+    assert readiness() == 503, "there are no jobs either"

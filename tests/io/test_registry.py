@@ -12,6 +12,7 @@ import pytest
 from proxy.contract import (
     FLEET_WATCH_PATH,
     FleetSnapshot,
+    PoolRecord,
     ReplicaRecord,
     ReplicaState,
     encode_snapshot,
@@ -211,6 +212,30 @@ async def test_requests_go_on_when_the_manager_dies() -> None:
             assert (await ask(proxy.port, chat_request())).status == 200
         assert (await proxy.admin("/readyz")).status == 200
         assert list(await proxy.replicas()) == ["r1"]
+
+
+async def test_a_region_without_pools_for_requests_is_ready_where_jobs_are_served() -> None:
+    pools = (PoolRecord(model="m", pool="m"),)
+    snapshot = FleetSnapshot(epoch="e", version=2, pools=pools)
+    release = asyncio.Event()
+
+    async def tell(connection: Connection) -> None:
+        await connection.send(WATCH_HEAD + line(1))
+        await release.wait()
+        await connection.send(encode_snapshot(snapshot) + b"\n")
+        await asyncio.Event().wait()
+
+    async with (
+        ScriptedManager(tell) as manager,
+        ProxyProcess(
+            *("--manager-url", manager.url, "--offline-url", "http://127.0.0.1:9")
+        ) as proxy,
+    ):
+        while (await proxy.admin("/readyz")).status != 200:
+            await asyncio.sleep(0.005)
+        release.set()
+        while (await proxy.admin("/readyz")).status != 503:
+            await asyncio.sleep(0.005)
 
 
 async def test_a_record_that_cannot_be_reached_does_not_spoil_the_others() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from loadtest.gpu import bare_llm
-from loadtest.gpu.offline import Run, Setting, prove, vllm_python
+from loadtest.gpu.offline import Run, prove
+from loadtest.gpu.offline_stage import Setting, vllm_python
 from loadtest.gpu.steps import Verdict
 from loadtest.run import RunError
 
@@ -28,7 +29,8 @@ def test_the_three_ways_are_compared(tmp_path: Path) -> None:
         prefix_words=30,
         in_flight=16,
     )
-    bare, doherty, served = asyncio.run(prove(Run(setting, tmp_path, tmp_path), [], 0.0))
+    forms = ("forms", "forms served", "forms embedded")
+    bare, doherty, served = asyncio.run(prove(Run(setting, tmp_path, tmp_path), forms, 0.0))
     assert bare.verdict is Verdict.PASS
     assert served.verdict is Verdict.PASS
     # A job of an instant says nothing of speed; that all lines were answered is claimed as well.

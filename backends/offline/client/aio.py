@@ -45,6 +45,7 @@ YIELD_EVERY = 100  # requests, while a plain iterable is read
 ALONE_MAX = 16  # calls of one job that are asked for one by one; more are picked from a stream
 ASKED_MAX = 32  # at a time
 SILENCE_S = 5.0  # that a timeout may be overrun by, where nobody answers
+NAME_BYTES_MAX = 1024  # of an id in a path
 POLL_S_MIN, POLL_S_MAX = 0.05, 2.0
 
 Request = Mapping[str, Any]  # the body that would be posted to the endpoint
@@ -305,6 +306,8 @@ class AsyncCall:
 
     async def _result(self, end_s: float | None) -> LineResult:
         now_s, last = asyncio.get_running_loop().time, False
+        if self.custom_id in {".", ".."} or len(self.custom_id.encode()) > NAME_BYTES_MAX:
+            return await self._looked_for(end_s)
         path = f"/v1/batches/{quote(self.job_id, safe='')}/results/{quote(self.custom_id, safe='')}"
         while True:
             wait_s = WAIT_S if end_s is None else min(WAIT_S, max(0.0, end_s - now_s()))
@@ -319,6 +322,15 @@ class AsyncCall:
             last = progress.ended  # it may have ended in between: once more
             if not last and end_s is not None and now_s() >= end_s:
                 raise TimeoutError(f"{self.id} is not done yet")
+
+    async def _looked_for(self, end_s: float | None) -> LineResult:
+        """Find an id that no path may have: a step in the tree, or too long for one."""
+        left_s = None if end_s is None else end_s - asyncio.get_running_loop().time()
+        async with asyncio.timeout(left_s):
+            async for result in self.job.results():
+                if result.custom_id == self.custom_id:
+                    return result
+        raise RefusedError(404, f"{self.job_id} has no request '{self.custom_id}'")
 
 
 async def gather(

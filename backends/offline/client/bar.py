@@ -49,6 +49,7 @@ def story(progress: Progress) -> str:
     """Return what is known of one job, in lines."""
     lines = [f"{progress.job_id}  {line(progress)}"]
     lines += [f"  {name}: {value}" for name, value in sorted(progress.metadata.items())]
+    lines += [f"  {progress.problem}"] if progress.problem else []
     lines += [f"  {problem} ({problem.code})" for problem in progress.problems]
     return "\n".join(lines)
 

@@ -108,8 +108,8 @@ def _guarded(run: Callable[[Client, argparse.Namespace], int], options: argparse
             raise StartError(str(error)) from error
         except BrokenPipeError:
             raise
-        except OSError as error:  # a full disk
-            raise StartError(f"the output cannot be written: {error.strerror or error}") from error
+        except OSError as error:  # of the file that is written, or the one that is uploaded
+            raise StartError(f"{error.filename or 'on disk'}: {error.strerror}") from error
 
 
 def _submit(client: Client, options: argparse.Namespace) -> int:
@@ -177,9 +177,14 @@ def _watch(client: Client, options: argparse.Namespace) -> int:
 
 def _watched(job: Job) -> int:
     shown: Final = _Terminal(sys.stderr) if sys.stderr.isatty() else _Plain(sys.stderr)
+    told: str | None = None
     try:
         while not (progress := job.progress()).ended:
             shown.show(progress)
+            if progress.problem and progress.problem != told:
+                shown.end()
+                sys.stderr.write(f"{progress.problem}\n")
+            told = progress.problem
             time.sleep(REFRESH_S)
     except KeyboardInterrupt:
         shown.end()

@@ -33,6 +33,7 @@ class _Own(msgspec.Struct, frozen=True):
     tokens_per_s: float = 0.0
     eta_s: float | None = None
     cost: float | None = None
+    problem: str | None = None
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -53,7 +54,9 @@ class Batch(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a job is. `cost` is in the currency of the configured price; None: there is none."""
+    """How far a job is. `cost` is in the currency of the configured price; None: there is none.
+    `problem` says why nobody does its lines; None: nothing is known to be wrong.
+    """
 
     job_id: str
     state: str
@@ -68,6 +71,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float
     eta_s: float | None
     cost: float | None
+    problem: str | None
     problems: tuple[JobProblem, ...]
     metadata: dict[str, str]
 
@@ -123,6 +127,7 @@ def _progress(batch: Batch) -> Progress:
         tokens_per_s=own.tokens_per_s,
         eta_s=own.eta_s,
         cost=own.cost,
+        problem=own.problem,
         problems=batch.errors.data if batch.errors else (),
         metadata=batch.metadata or {},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import subprocess
 import sys
 import threading
@@ -27,8 +28,9 @@ from backends.offline.client import (
     agather,
     gather,
 )
+from backends.offline.client.spool import Spool
 from tests.fakes.offline_stage import CHAT, LONG, HttpWorker, Stage, offline_stage
-from tests.fakes.programs import ROOT, environment
+from tests.fakes.programs import ROOT, environment, free_port
 
 LINES = 450  # more than two pages
 
@@ -143,6 +145,21 @@ async def test_lines_that_fail_do_not_hide_the_others(tmp_path: Path) -> None:
         answers = await agather(calls, return_errors=True)
         assert [isinstance(a, LineFailedError) for a in answers] == [False, True, True, False]
         assert answers[2].code == "worker_died"
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "..", ".", "50%", "%2e", "a b?c#d&e", "\u00fc\u2603", "'\"", "\u2603" * 512]
+)
+async def test_a_line_is_found_by_whatever_id_it_has(tmp_path: Path, name: str) -> None:
+    row = {"custom_id": name, "method": "POST", "url": CHAT, "body": body("say it")}
+    async with stage_and_client(tmp_path) as (stage, client), worker_at(stage):
+        with Spool(CHAT) as spool:
+            spool.add_text(1, json.dumps(row).encode())
+            job = await client.submit(spool)
+        call = client.call(job.call(name).id)
+        assert call.custom_id == name
+        assert said(await call.get(20)) == "it"
+        assert said(await call.get()) == "it"
 
 
 async def test_a_job_that_is_cancelled_ends_with_what_there_is(tmp_path: Path) -> None:
@@ -317,6 +334,13 @@ async def test_patience_has_an_end_and_a_refusal_is_final() -> None:
         with pytest.raises(RefusedError, match=r"not now \(401\)"):
             await client.job("batch_1").progress()
     assert len(flaky.seen) == 1
+
+
+async def test_a_timeout_is_kept_where_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.offline.client.aio.SILENCE_S", 0.1)
+    async with AsyncClient(f"http://127.0.0.1:{free_port()}") as client:
+        with pytest.raises(TimeoutError):
+            await client.call("batch_1/line-0").get(timeout=0.1)
 
 
 async def test_calls_of_a_client_that_is_closed_are_not_left_waiting(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import openai
 import pytest
 
 from backends.offline import files_api, forms, queries
+from backends.offline.records import UnavailableError
+from backends.offline.store import Store
 from tests.fakes.offline_stage import (
     CHAT,
     PATIENCE_S,
@@ -176,6 +179,17 @@ async def test_no_more_uploads_at_a_time_than_there_is_room_for(
         assert response.headers["retry-after"]
 
 
+async def test_a_refused_upload_takes_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_api, "UPLOADS_MAX", 1)
+    body, headers = _form(("purpose", "batch"), ("file", b"content"))
+    async with offline_stage(tmp_path) as stage:
+        for key, status in (("k" * 256, 400), ("k", 200), ("l" * 256, 400), ("m", 200)):
+            found, _ = await _post(stage.url, body, {**headers, "Idempotency-Key": key})
+            assert found == status
+
+
 async def test_lists_are_read_page_by_page(tmp_path: Path) -> None:
     async with offline_stage(tmp_path) as stage, stage.client() as client:
         ids = [
@@ -311,6 +325,26 @@ async def test_a_full_store_says_so(tmp_path: Path) -> None:
             stage.url, *_form(("purpose", "batch"), ("file", b"x" * 900_000))
         )
         assert (status, answer["error"]["code"]) == (507, "storage_full")
+
+
+async def test_content_that_the_store_cannot_go_on_with_is_cut_and_nothing_stands_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> AsyncIterator[bytes]:
+        yield b"x" * 1000
+        raise UnavailableError("the database is away")
+
+    async with offline_stage(tmp_path) as stage:
+        _, file = await _post(stage.url, *_form(("purpose", "batch"), ("file", b"x" * 5000)))
+        monkeypatch.setattr(Store, "read_file", fail)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"{stage.url}/v1/files/{file['id']}/content") as response,
+        ):
+            assert (response.status, response.content_length) == (200, 5000)
+            assert await response.content.readexactly(1000) == b"x" * 1000
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await response.content.read()
 
 
 def test_who_sends_an_octet_now_and_then_holds_no_place_for_long() -> None:

@@ -51,11 +51,17 @@ class Jobs(World):
             "test",
         )
 
+    urls: dict[str, tuple[str, ...]] | None = None
+
     def tell(self, *needs: JobNeed, rates: dict[str, float] | None = None) -> None:
         assert self.manager is not None
         self.sequence += 1
         told = JobNeeds(
-            service_id="s", sequence=self.sequence, models={"m": needs}, rates=rates or {}
+            service_id="s",
+            sequence=self.sequence,
+            models={"m": needs},
+            rates=rates or {},
+            urls=self.urls or {},
         )
         self.manager.scaler.take_needs(told)
 
@@ -111,6 +117,19 @@ async def test_workers_come_with_the_work_and_go_to_zero_after_it(world: Jobs) -
     assert world.phases() == {}
     assert [len(p.signals) for p in world.provider.spawned] == [1, 1, 1]
     assert manager.feed.snapshot.workers == ()
+
+
+async def test_lines_that_no_worker_understands_keep_none_up(world: Jobs) -> None:
+    await world.start(world.configured())
+    embeddings = msgspec.structs.replace(need(10_000_000), url="/v1/embeddings")
+    chats = msgspec.structs.replace(need(10_000_000), url="/v1/chat/completions")
+    await world.told_for(3, embeddings)
+    assert world.phases() == {"m-0": "ready"}, "nobody knows what the worker will understand"
+    world.urls = {"m": ("/v1/chat/completions",), "other": ("/v1/embeddings",)}
+    await world.told_for(20, embeddings)
+    assert world.phases() == {}
+    await world.told_for(3, embeddings, chats)
+    assert world.phases() == {"m-0": "ready"}
 
 
 async def test_proxies_hear_of_workers_only_as_such(world: Jobs) -> None:

@@ -86,6 +86,7 @@ def test_what_asking_again_would_not_better_is_the_result(
             (5, 4, 2),
         ),
         (b',"usage":{"prompt_tokens":-5}', (0, 0, 0)),
+        (b',"usage":{"prompt_tokens":%d}' % 2**63, (0, 0, 0)),
         (b',"usage":"much"', (0, 0, 0)),
         (b',"usage":null', (0, 0, 0)),
     ],

@@ -263,6 +263,32 @@ def test_a_line_of_output_is_one_line_whatever_the_response_looks_like() -> None
     assert found.response.body == {"a": "b\n"}
 
 
+async def test_results_in_the_order_of_lines_end_before_the_first_that_is_not_done(
+    store_url: str,
+) -> None:
+    store = await Store.open(store_url)
+    job = await begun_job(store, 6)
+    chunk = await given(store)
+    lines = {line.number: line for line in chunk.lines}
+
+    async def numbers(after: int, limit: int = 100) -> list[int]:
+        found = await store.results(ANN, job.id, after=after, limit=limit, in_order=True)
+        return [result.number for result in found]
+
+    assert await numbers(-1) == []
+    await report(store, chunk, [lines[5], lines[1], lines[0], lines[3]])
+    assert await numbers(-1) == [0, 1]
+    assert await numbers(-1, limit=1) == [0]
+    assert await numbers(1) == []
+    assert await numbers(2) == [3], "who has passed a line does not wait for it"
+    await store.cancel_job(ANN, job.id)
+    await report(store, chunk, [], done=True)
+    await store.finish_due()
+    assert (await store.job(ANN, job.id)).state == "cancelled"
+    assert await numbers(0, limit=4) == [1, 2, 3, 4]
+    await store.close()
+
+
 def test_an_answer_that_is_no_utf_8_spoils_no_file() -> None:
     faulty = Result(
         job_id="batch_1", number=0, status=200, body=msgspec.Raw(b'{"a":"\xff\xc3\xa4"}')

@@ -65,6 +65,7 @@ def test_a_line_is_answered_in_the_servers_words_and_counted(
         assert (result.cached_tokens, result.completion_tokens) == (1, 5)
         assert result.request_id.startswith("chatcmpl-")
         assert "mine" not in result.request_id, "two lines may have chosen the same id"
+        assert json.loads(bytes(result.body))["schema"] == "asked for"
 
     engine = play(monkeypatch, scene)
     assert engine.adapters == ["adapter-file"]
@@ -90,7 +91,9 @@ def test_the_batch_stays_full_while_lines_come_in_two_portions(
     [
         (line("too long"), 400, "context_length_exceeded"),
         (line(model="unknown"), 404, "model_not_found"),
+        (line("go on"), 404, None),
         (line(messages=[]), 400, None),
+        (line(messages=None), 400, None),
         (Line("job", 0, "/v1/embeddings", msgspec.Raw(b"{}")), 400, None),
     ],
 )
@@ -111,6 +114,9 @@ def test_a_field_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         error = error_of(await engine.do(line(max_tokens="many")))
         assert error["param"] == "max_tokens"
         assert str(error["message"]).startswith("max_tokens: ")
+        error = error_of(await engine.do(line(tools="many")))
+        assert error["param"] == "tools"
+        assert "[" not in str(error["message"])
 
     play(monkeypatch, scene)
 
@@ -193,3 +199,17 @@ def test_flags_that_vllm_does_not_take_are_told_apart(
 def test_a_release_without_a_name_is_said() -> None:
     with pytest.raises(EngineError, match="this vLLM has no LLM that we know: No module"):
         find("LLM")
+
+
+def test_of_two_requests_with_one_id_the_second_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(engine: VllmEngine, _: Engine) -> None:
+        def add(inner: Engine) -> None:
+            inner.add_request("same", "hello", 5, lora_request=None, priority=0)
+
+        first = asyncio.ensure_future(engine._stepper.request("same", add))
+        await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="same"):
+            await engine._stepper.request("same", add)
+        assert (await first).finished
+
+    play(monkeypatch, scene)

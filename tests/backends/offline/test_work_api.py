@@ -15,10 +15,11 @@ import pytest
 from aiohttp import web
 
 from backends.failure import StartError
+from backends.offline.abilities import MODELS_MAX, REMEMBERED_S, URLS_MAX, Abilities
 from backends.offline.fleet_models import KnownModels, configured_names
 from backends.offline.service import listen
 from backends.offline.setting import exposed, prices_of
-from backends.offline.work import NEEDS_PATH, JobNeeds
+from backends.offline.work import NEEDS_PATH, Ask, JobNeeds
 from proxy.config import OfflineConfig, parse_config
 from proxy.contract import (
     FLEET_WATCH_PATH,
@@ -83,6 +84,58 @@ async def test_what_is_no_word_of_a_worker(tmp_path: Path) -> None:
         large = {"content-length": str(65 * 1024 * 1024)}
         async with session.post(stage.url + "/work/report", headers=large) as response:
             assert response.status == 413
+
+
+async def test_a_batch_that_nobody_understands_says_so(tmp_path: Path) -> None:
+    """Told are the manager, by what workers can, and the client, in words."""
+    async with (
+        _manager(FleetSnapshot(epoch="e", version=1)) as (url, told),
+        offline_stage(tmp_path, manager_url=url) as stage,
+        stage.client() as client,
+        aiohttp.ClientSession() as session,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        line = request(0) | {"url": "/v1/embeddings", "body": {"model": "demo", "input": "a"}}
+        file = await client.files.create(file=("a", jsonl([line])), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h"
+        )
+        batch = await until_state(client, batch.id, "in_progress")
+        assert batch.doherty["problem"] is None, "no worker has said what it can do"
+        worker = HttpWorker(stage.url)
+        worker.urls = (CHAT,)
+        assert await worker.ask(session) is None
+        batch = await client.batches.retrieve(batch.id)
+        assert batch.doherty["problem"].startswith(
+            "no engine worker of demo understands /v1/embeddings, and no replica"
+        )
+        while not (needs := await told.get()).urls:
+            pass
+        assert needs.urls == {"demo": (CHAT,)}
+        assert [need.url for need in needs.models["demo"]] == ["/v1/embeddings"]
+        other = HttpWorker(stage.url, worker_id="other")
+        chunk = await other.ask(session)
+        assert chunk is not None
+        batch = await client.batches.retrieve(batch.id)
+        assert batch.doherty["problem"] is None
+
+
+def test_what_workers_said_is_believed_for_a_time() -> None:
+    abilities = Abilities()
+    ask = Ask(worker_id="w", models=("m",), urls=(CHAT,), lines_max=1)
+    assert not abilities.lacks("m", "/v1/embeddings", 0.0), "nobody has said anything"
+    abilities.note(msgspec.structs.replace(ask, spare=True), 0.0)
+    assert abilities.urls(0.0) == {}
+    abilities.note(ask, 0.0)
+    assert abilities.lacks("m", "/v1/embeddings", REMEMBERED_S)
+    assert not abilities.lacks("m", CHAT, 0.0)
+    assert not abilities.lacks("m", "/v1/embeddings", REMEMBERED_S + 1)
+    many = tuple(f"m{n}" for n in range(MODELS_MAX + 5))
+    abilities.note(msgspec.structs.replace(ask, models=many, urls=tuple("abcdefghijklmnopqr")), 0.0)
+    urls = abilities.urls(0.0)
+    assert (len(urls), len(urls["m0"])) == (MODELS_MAX, URLS_MAX)
+    abilities.forget()
+    assert abilities.urls(0.0) == {}
 
 
 async def test_a_report_of_a_chunk_that_nobody_holds_is_told_so(tmp_path: Path) -> None:
