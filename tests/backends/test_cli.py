@@ -279,7 +279,7 @@ def test_a_note_of_one_that_is_gone_stops_nobody(name: str, tmp_path: Path) -> N
         note.write_text(text)  # the last: the number is another process's by now
         refuse_left(tmp_path)
     note.write_text(f"{stat.pid} {stat.start_ticks}\n")
-    with pytest.raises(StartError, match=f"its {name} running"):
+    with pytest.raises(StartError, match=f"its {name}( service)? running"):
         refuse_left(tmp_path)
 
 
