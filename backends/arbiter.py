@@ -23,6 +23,7 @@ knows).
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from backends.claims import Claim, Holder, Lower, Raise, Refusal, Room, Transit, Verdict, Wait
@@ -80,7 +81,11 @@ def replicas_possible(claim: Claim, claims: Sequence[Claim], room: Room) -> int 
         return None
     held = sum(len(holder.devices) for other in claims for holder in other.holders)
     promised = sum(other.min * other.gpus_each for other in claims if other.pool != claim.pool)
-    return max(0, held + len(room.free) - promised) // claim.gpus_each
+    possible = max(0, held + len(room.free) - promised) // claim.gpus_each
+    by_node = Counter(gpu.host for gpu in room.gpus)
+    if set(by_node) - {""}:  # no replica has cards of two nodes
+        possible = min(possible, sum(gpus // claim.gpus_each for gpus in by_node.values()))
+    return possible
 
 
 class _Table:

@@ -43,7 +43,7 @@ from backends.scaled_pool import ScaledPool
 from backends.scaling_metrics import Tally
 from backends.scaling_report import GpuReport, ScalingReport
 from backends.spec import PoolSpec, pool_specs
-from backends.starting import gpus_wanted
+from backends.starting import gpus_leased, gpus_wanted
 from backends.surroundings import Surroundings
 from proxy.config import Config
 from proxy.contract import PoolRecord
@@ -445,6 +445,6 @@ class Autoscaler:
 
     def _gpus_of(self, pool: PoolSpec, engine: Engine) -> int:
         """Return how many of our cards a replica leases; one that is pinned shares its own."""
-        count = gpus_wanted(engine, pool.first)
+        count = gpus_leased(engine, pool.first)
         ours = self._around.cards.leases is not None
         return count if ours and pinned(pool.first.env, pool.first.args, count) is None else 0

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from backends.gpus import GpuLeases, NoGpuError, bound_to_node, pinned
+from backends.gpus import GpuInventory, GpuLeases, NoGpuError, bound_to_node, pinned
 from backends.inventory import CardUse
 from backends.log import Log
 from backends.tasks import cancel_all, spawn
@@ -108,6 +108,12 @@ class Cards:
         """Give these out no more, and others again that were not given out so far."""
         if self._leases is not None and devices != self._leases.withdrawn:
             self._leases.withdrawn = devices
+            self._wake()
+
+    def renew(self, inventory: GpuInventory) -> None:
+        """Give out these from now on; what is held of others stays held until its owner ends."""
+        if self._leases is not None and inventory != self._leases.inventory:
+            self._leases.inventory = inventory
             self._wake()
 
     def claim(self, owner: str, devices: Sequence[str]) -> None:

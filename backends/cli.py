@@ -274,6 +274,7 @@ def _check(options: argparse.Namespace) -> int:
     import yaml
 
     from backends.checking import check_cards, check_engines
+    from backends.offline.setting import locked_out
     from backends.redact import redacted
     from backends.settings import manager_settings, offline_settings
     from proxy import tls
@@ -290,6 +291,7 @@ def _check(options: argparse.Namespace) -> int:
     warnings = [
         *tls.check(config.proxy, datetime.now(UTC)),
         *check_engines(config, options.file, os.environ),
+        *filter(None, [locked_out(config.offline, config.proxy)]),
         *check_cards(config, manager_settings(config.manager, {}, os.environ).cards),
     ]
     for warning in warnings:

@@ -10,11 +10,11 @@ places, and the first that has enough free cards gives them:
 4. any cards.
 
 All of one lease are of one model: an engine's ranks wait for the slowest, and size their KV caches
-by the smallest. Among places that are big enough the smallest is taken (best fit; of equals, the
-one in the smallest surroundings), so that the largest free group stays whole for the replica that
-needs it; within a place that spans several groups, whole groups go first. Ties go to the lowest
-number. There is no luck in it: the same leases in the same order give the same cards in every life
-of the manager.
+by the smallest. In a cluster they are of one node. Among places that are big enough the smallest is
+taken (best fit; of equals, the one in the smallest surroundings), so that the largest free group
+stays whole for the replica that needs it; within a place that spans several groups, whole groups go
+first. Ties go to the lowest number. There is no luck in it: the same leases in the same order give
+the same cards in every life of the manager.
 
 **What a card is called.** By its number in the order of the PCI bus, and the engine is told that
 this is the order (`CUDA_DEVICE_ORDER`): CUDA itself numbers the fastest first, nvidia-smi by the
@@ -54,6 +54,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     used_mib: int = 0  # when it was looked at; not all of it need be ours
     numa_node: int | None = None
     nvlink_group: int | None = None  # cards with one number are linked; None: with nobody
+    host: str = ""  # the node of a cluster, which itself says what card it is; empty: this machine
 
 
 class GpuInventory(msgspec.Struct, frozen=True):
@@ -75,11 +76,13 @@ class Lease(msgspec.Struct, frozen=True):
 
     devices: tuple[str, ...] = ()
     numa_node: int | None = None
+    named: bool = True  # so that CUDA knows them by it
 
     @property
     def environment(self) -> dict[str, str]:
         """What an engine must be told; nothing when it has no cards of ours."""
-        return {VISIBLE: ",".join(self.devices), **ORDER} if self.devices else {}
+        told = self.named and self.devices
+        return {VISIBLE: ",".join(self.devices), **ORDER} if told else {}
 
 
 class NoGpuError(Exception):
@@ -115,7 +118,7 @@ class GpuLeases:
         Raises `NoGpuError`, and then it has none.
         """
         held = self._held.get(owner, ())
-        if len(held) == count and self.withdrawn.isdisjoint(held):
+        if len(held) == count and {gpu.device for gpu in self.gpus}.issuperset(held):
             return self._lease(held)
         self.release(owner)
         if not count:
@@ -159,12 +162,18 @@ class GpuLeases:
     def _lease(self, devices: tuple[str, ...]) -> Lease:
         nodes = {gpu.numa_node if (gpu := self.inventory.gpu(d)) else None for d in devices}
         node = nodes.pop() if len(nodes) == 1 else None
-        return Lease(devices, node if node in self.inventory.bindable_nodes else None)
+        named = not any((gpu := self.inventory.gpu(d)) and gpu.host for d in devices)
+        return Lease(devices, node if node in self.inventory.bindable_nodes else None, named)
 
     def _refusal(self, count: int, free: Sequence[Gpu]) -> str:
         gpus = self.gpus
-        models = {gpu.name for gpu in gpus}
-        most = max((sum(g.name == model for g in gpus) for model in models), default=0)
+        models = {_alike(gpu) for gpu in gpus}
+        most = max((sum(_alike(g) == model for g in gpus) for model in models), default=0)
+        if count > most and any(gpu.host for gpu in gpus):
+            return (
+                f"it needs {_cards(count)} on one node and no node has more than {most} for it; "
+                "lower the parallelism in the pool's args, or its gpus, or add a larger node"
+            )
         if count > most:
             kind = " of one model" if len(models) > 1 else ""
             return (
@@ -237,7 +246,12 @@ def described(gpu: Gpu) -> str:
 
 
 def _by_link_and_node(gpu: Gpu) -> Hashable:
-    return gpu.name, _link(gpu), gpu.numa_node
+    return _alike(gpu), _link(gpu), gpu.numa_node
+
+
+def _alike(gpu: Gpu) -> Hashable:
+    """Return what all cards of a lease have in common."""
+    return gpu.host, gpu.name
 
 
 def _link(gpu: Gpu) -> Hashable:
@@ -247,9 +261,9 @@ def _link(gpu: Gpu) -> Hashable:
 
 _PLACES: tuple[Callable[[Gpu], Hashable], ...] = (
     _by_link_and_node,
-    lambda gpu: (gpu.name, _link(gpu)),
-    lambda gpu: (gpu.name, gpu.numa_node),
-    lambda gpu: gpu.name,
+    lambda gpu: (_alike(gpu), _link(gpu)),
+    lambda gpu: (_alike(gpu), gpu.numa_node),
+    _alike,
 )
 
 

@@ -36,7 +36,7 @@ from backends.providers.base import Process
 from backends.questions import Questions
 from backends.reconcile import Observed, Wanted
 from backends.snapshots.base import Snapshot
-from backends.starting import START_ERRORS, gpus_wanted, intent, warm_up
+from backends.starting import START_ERRORS, gpus_leased, intent, warm_up
 from backends.surroundings import Surroundings
 from backends.tasks import cancel_all, spawn
 from backends.telling import record_of
@@ -278,7 +278,7 @@ class Keeper:
         return self.state.phase is Phase.STARTING and self.state.starts == starts
 
     def _place(self) -> Placement:
-        spec, wanted = self.spec, gpus_wanted(self._engine, self.spec)
+        spec, wanted = self.spec, gpus_leased(self._engine, self.spec)
         return self._around.cards.take(spec.replica_id, wanted, spec.env, spec.args, self._room)
 
     def _not_started(self, error: Exception) -> None:

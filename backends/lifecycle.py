@@ -310,7 +310,8 @@ def step(
     if rule is None:
         return state, ()
     faulted = rule.faulted or (state.faulted and event not in _FORGIVING)
-    if event is Event.EXITED and state.phase in {Phase.STOPPING, Phase.KILLING}:
+    ends = event is Event.EXITED and state.phase in {Phase.STOPPING, Phase.KILLING}
+    if ends or (event is Event.IDLE and not reason):
         reason = state.reason  # why it was stopped says more than how it ended
     state, commands = _settle(state, rule.phase, faulted, reason)
     failures = state.failures + rule.faulted

@@ -41,7 +41,7 @@ from backends.journal import Journal
 from backends.log import Log
 from backends.manager import Manager
 from backends.notice_watch import watch_notice
-from backends.providers.choice import cards_of, open_provider
+from backends.providers.choice import cluster_cards, open_provider
 from backends.snapshots.choice import look_ahead, open_snapshots, suspenders
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ConfigError, OfflineConfig, load_config
@@ -125,7 +125,7 @@ async def serve(
         fetch = HttpFetch()
         stack.push_async_callback(fetch.close)
         provider = await stack.enter_async_context(open_provider(config, journal, log))
-        cards = await open_cards(cards_of(settings), log)
+        cards = cluster_cards(provider, settings, log) or await open_cards(settings.cards, log)
         snapshots = open_snapshots(config, log)
         ahead = functools.partial(look_ahead, engines=engines, snapshots=snapshots)
         await asyncio.to_thread(ahead, config)

@@ -61,6 +61,14 @@ def gpus_wanted(engine: Engine, spec: ReplicaSpec) -> int:
     return engine.gpus_needed(spec) if spec.gpus is None else spec.gpus
 
 
+def gpus_leased(engine: Engine, spec: ReplicaSpec) -> int:
+    """Return how many of them are leased: none where it names what else its node must have.
+
+    Only the cluster knows which nodes those are, and it may have to get one first.
+    """
+    return 0 if spec.resources else gpus_wanted(engine, spec)
+
+
 def prepare(
     engine: Engine,
     spec: ReplicaSpec,

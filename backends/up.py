@@ -46,7 +46,7 @@ RECONNECT_S = 0.5
 HURRY_S_MAX = 10.0
 LOG_CHECK_INTERVAL_S = 30.0
 STOP_MARGIN_S = 10.0  # beyond the grace that a service grants its own work
-_NOTED = ("proxy", "offline")  # whose pids stand in the run folder
+_NOTED = {"proxy": "proxy", "offline": "offline service"}  # whose pids stand in the run folder
 
 
 def refuse_left(run_folder: Path) -> None:
@@ -54,14 +54,14 @@ def refuse_left(run_folder: Path) -> None:
 
     Whatever port is asked for now: a second proxy would make an orphan of the first.
     """
-    for name in _NOTED:
+    for name, words in _NOTED.items():
         with suppress(OSError, ValueError):
             pid, ticks = map(int, (run_folder / f"{name}.pid").read_text().split())
             stat = read_stat(pid)
             if stat is not None and stat.alive and stat.start_ticks == ticks:
                 raise StartError(
-                    f"an earlier `doherty up` of {run_folder} left its {name} running (pid {pid}); "
-                    f"end it first: kill {pid}"
+                    f"an earlier `doherty up` of {run_folder} left its {words} running "
+                    f"(pid {pid}); end it first: kill {pid}"
                 )
 
 
@@ -101,6 +101,8 @@ class Up:
         self._plan.logs.mkdir(parents=True, exist_ok=True)
         names = _listed([service.command.name for service in self._services])
         self._say(f"starting {names} (logs: {self._plan.logs})")
+        if (reason := self._plan.locked_out) is not None:
+            self._say(reason)
         running = {s: spawn(s.run(), s.command.name, self._log) for s in self._services}
         self._chores += [
             spawn(self._follow(), "follow", self._log),

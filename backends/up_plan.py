@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from backends.failure import StartError
+from backends.offline.setting import locked_out
 from backends.ports import PortLeases, bind_problem
 from backends.service import Command, environment, flags_of
 from proxy.config import Config, ManagerConfig, OfflineConfig, ProxyConfig
@@ -39,6 +40,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     def serves_jobs(self) -> bool:
         """Whether it starts an offline service of its own."""
         return self.offline.enabled and self.proxy.offline_url is None
+
+    @property
+    def locked_out(self) -> str | None:
+        """Why the offline service cannot send lines through the proxy, in words."""
+        return locked_out(self.offline, self.proxy) if self.serves_jobs else None
 
     @property
     def run_folder(self) -> Path:
@@ -152,7 +158,7 @@ def services(plan: Plan, environ: Mapping[str, str]) -> Commands:
         (
             *(*cli, "offline", *config[1:], f"--port={plan.offline.port}"),
             *(f"--run-dir={plan.manager.run_dir}", f"--manager-url={plan.manager_url}"),
-            f"--proxy-url={plan.url}",
+            *([] if plan.locked_out else [f"--proxy-url={plan.url}"]),
         ),
         environment(environ, secrets),
         plan.logs / "offline.log",

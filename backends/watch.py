@@ -98,7 +98,7 @@ class Watch:
 
     async def _ask(self) -> None:
         if self._phase() is Phase.DRAINING and self._questions.gives_back:
-            self._told.apply(Event.IDLE, "it gives back the lines that it has not done")
+            self._told.apply(Event.IDLE)
             return
         if self._questions.listing_due:
             await self._questions.list()

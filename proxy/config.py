@@ -271,8 +271,9 @@ class ManagerConfig(Section, frozen=True, kw_only=True):
     gpus: Annotated[
         str | Count | tuple[str | Count, ...],
         Meta(
-            description="GPUs to lease to replicas: auto (what nvidia-smi lists), none (leave that "
-            "to engines), or a list such as 0,2-3 (UUIDs and MIG instances, too)"
+            description="GPUs to lease to replicas: auto (what nvidia-smi lists; of a Ray cluster, "
+            "those that nobody else has), none (leave that to engines or the cluster), or a list "
+            "such as 0,2-3 (UUIDs and MIG instances, too)"
         ),
     ] = "auto"
     warm_page_cache: Annotated[
@@ -311,6 +312,10 @@ class ManagerConfig(Section, frozen=True, kw_only=True):
             raise ValueError(
                 f"gpus: '{self.cards}' is none of auto, none, or a list such as 0,2-3 or "
                 "GPU-8932f937 (names of nvidia-smi, ranges upwards)"
+            )
+        if self.provider == "ray" and self.cards not in {"auto", "none"}:
+            raise ValueError(
+                "gpus: a list names cards of this machine; with provider ray say auto or none"
             )
 
 

@@ -195,7 +195,7 @@ class Places:
 
     def _hear(self, place: Place, message: control.Message) -> None:
         match message:
-            case control.Noted() | control.Page() | control.Garbled():
+            case control.Noted() | control.Page() | control.Garbled() | control.GiveWay():
                 self._hub.hear(place.origin, message)
             case control.Demanded():
                 self._teller.hear(place.origin, message)

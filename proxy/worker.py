@@ -156,6 +156,7 @@ class Worker:
                 | control.Listen()
                 | control.Whole()
                 | control.Recite()
+                | control.GiveWay()
             ):
                 plane.sharing.obey(self._channel, message)
                 plane.heard()

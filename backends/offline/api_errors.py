@@ -50,6 +50,12 @@ def _require_plain(request: web.Request) -> None:
         raise ApiError(415, message, code="unsupported_content_encoding")
 
 
+def _require_text(request: web.Request) -> None:
+    """Refuse ids that no database takes for text."""
+    if any("\0" in text for text in (request.path, *request.query.values())):
+        raise ApiError(400, "A NUL character.", code="invalid_id")
+
+
 def error_middleware(log: Log, translate: Callable[[Exception], ApiError | None]) -> Middleware:
     """Return the middleware; `translate` knows the errors of the store."""
 
@@ -57,6 +63,7 @@ def error_middleware(log: Log, translate: Callable[[Exception], ApiError | None]
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             _require_plain(request)
+            _require_text(request)
             return await handler(request)
         except web.HTTPException as error:
             if error.status < 400:

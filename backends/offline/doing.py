@@ -5,9 +5,9 @@ Values in, values out; time is an argument. The rules:
 - A result is told with the next report of its chunk, and stays here until the desk has taken it.
 - A report goes out every `REPORT_S` while there are results, at once when the chunk is done, and at
   the latest after a third of the hold, so that two may be lost before the hold is.
-- A hold that nobody renewed is over: its lines are dropped, because by then others have them. The
-  hold counts from when the last report that was answered was sent, which is before the desk began
-  to count.
+- Whether a hold that was not renewed in time is over, the desk alone knows: it may have been away,
+  and then nobody else has the lines. Everything is kept until it has spoken. What that takes is
+  bounded by the lines in hand, of which no more come from a desk that is away.
 - More lines are wanted while fewer than `ahead` are undone: the engine must not run dry while the
   next chunk is on its way, and must not hoard what another worker could do. Nor may they fill the
   memory: from `HELD_BYTES_MAX` on no more are asked for.
@@ -167,11 +167,6 @@ class Holdings:
         for line in unwanted:
             chunk.remove(line)
         return unwanted
-
-    def lapsed(self, now_s: float) -> list[HeldLine]:
-        """Drop what is held no longer; return its lines."""
-        over = [chunk for chunk in self._chunks.values() if chunk.held_until_s <= now_s]
-        return [line for chunk in over for line in self.drop(chunk)]
 
     def drop(self, chunk: HeldChunk) -> list[HeldLine]:
         """Forget a chunk; return the lines of it that are still in hand."""

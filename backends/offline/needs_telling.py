@@ -8,6 +8,7 @@ for this service. A manager of a release that does not know of jobs answers 404,
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable
 
 import aiohttp
@@ -18,7 +19,7 @@ from backends.log import Log
 from backends.offline.abilities import Abilities, problem_of
 from backends.offline.records import StoreError
 from backends.offline.store import Store
-from backends.offline.work import NEEDS_INTERVAL_S, NEEDS_PATH, JobNeed, JobNeeds
+from backends.offline.work import NEEDS_INTERVAL_S, NEEDS_PATH, JobNeed, JobNeeds, name_of
 
 ANSWER_S_MAX = 5.0
 WORKERS_TOLD_MAX = 1_000
@@ -57,12 +58,15 @@ class NeedsTeller:
         """Return what is to be told now."""
         models = await self._store.needs()
         self._look_for_vain(models)
+        rates = defaultdict[str, float](float)
+        for worker_id, rate in self._store.rates().items():
+            rates[name_of(worker_id)] += rate
         return JobNeeds(
             service_id=self._service_id,
             sequence=self._sequence,
             models=models,
             urls=self._abilities.urls(self._clock.unix_s()),
-            rates=dict(sorted(self._store.rates().items())[:WORKERS_TOLD_MAX]),
+            rates=dict(sorted(rates.items())[:WORKERS_TOLD_MAX]),
         )
 
     def _look_for_vain(self, models: dict[str, tuple[JobNeed, ...]]) -> None:

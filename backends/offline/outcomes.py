@@ -34,6 +34,8 @@ def written(custom_id: str, result: Result) -> bytes:
     if b"\n" in body or b"\r" in body:
         # Within a string JSON has no such octet, so these only lay out; a line must not end here.
         body = body.replace(b"\r", b" ").replace(b"\n", b" ")
+    if not body.isascii():  # a file is read as a whole: one faulty answer must not spoil it
+        body = body.decode("utf-8", "replace").encode()
     request_id = _encode(result.request_id or name)
     response = b'{"status_code":%d,"request_id":%b,"body":%b}' % (result.status, request_id, body)
     return b'%b%b,"error":null}\n' % (head, response)

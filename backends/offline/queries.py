@@ -35,7 +35,9 @@ class ExpiresAfter(msgspec.Struct, frozen=True):
 class BatchWish(msgspec.Struct, frozen=True):
     """The body of a request for a new batch."""
 
-    input_file_id: Annotated[str, Meta(min_length=1, max_length=ID_CHARACTERS_MAX)]
+    input_file_id: Annotated[
+        str, Meta(min_length=1, max_length=ID_CHARACTERS_MAX, pattern=r"^[^\x00]*$")
+    ]
     endpoint: str
     completion_window: str
     metadata: dict[_MetadataKey, _MetadataValue] | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import socket
 import uuid
@@ -36,7 +37,7 @@ from backends.offline.records import (
     StoreError,
     UnavailableError,
 )
-from backends.offline.setting import Setting, prices_of
+from backends.offline.setting import Setting, locked_out, prices_of
 from backends.offline.store import Store
 from backends.offline.validating import Validator
 from backends.offline.work_api import WorkApi
@@ -174,8 +175,7 @@ class OfflineService:
         await runner.setup()
         stop = spawn(_wait(orders.stop), "stop", self._log)
         host, port = listener.getsockname()[:2]
-        # Machines that were copied from one image may have one name.
-        place = f"{boot_id()}:{socket.gethostname()}:{port}"
+        place = _place(port)
         chores = [
             *self._chores(place),
             spawn(self._reload(orders), "reload", self._log),
@@ -205,6 +205,9 @@ class OfflineService:
         setting = self._setting
         proxy_url, manager_url = setting.proxy_url, setting.manager_url
         if not setting.config.offline.spare_capacity or proxy_url is None or manager_url is None:
+            return None
+        if (reason := locked_out(setting.config.offline, setting.config.proxy)) is not None:
+            self._log.caution("no_spare_capacity", reason=reason)
             return None
         return Dispatcher(
             self.desk,
@@ -287,3 +290,13 @@ class OfflineService:
 
 async def _wait(event: asyncio.Event) -> None:
     await event.wait()
+
+
+def _place(port: int) -> str:
+    """Name where this service listens: its next life has the same name, and nobody else.
+
+    Machines that were copied from one image may share theirs, so that of this boot counts, too. It
+    is short, because ids of workers begin with it and have to end in their models.
+    """
+    whole = f"{boot_id()}:{socket.gethostname()}:{port}"
+    return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from backends.offline.records import Limits
-from proxy.config import Config, ModelConfig, OfflineConfig
+from proxy.config import Config, ModelConfig, OfflineConfig, ProxyConfig
 
 STORE_NAME = "offline.db"
 
@@ -51,6 +51,20 @@ def exposed(offline: OfflineConfig) -> str | None:
     return (
         f"offline.host {offline.host} can be reached from other machines, whose processes could "
         "take everybody's lines; set offline.work_key (or DOHERTY_WORK_KEY)"
+    )
+
+
+def locked_out(offline: OfflineConfig, proxy: ProxyConfig) -> str | None:
+    """Say why no lines can be sent to replicas through this proxy; None: they can, or are not to.
+
+    Lines go to the proxy as anybody's requests do, and by no certificate: each would fail.
+    """
+    if not offline.enabled or not offline.spare_capacity or proxy.tls_client_auth != "required":
+        return None
+    return (
+        "proxy.tls_client_auth: required: lines of batches have no client certificate and are not "
+        "sent to replicas; only engine workers (serves: jobs) do them. Make it optional, or set "
+        "offline.spare_capacity: false if that is meant"
     )
 
 

@@ -58,6 +58,7 @@ class _Connection:
         self._path = path
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._sqlite: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None  # that it has open, whatever its path leads to
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Do `work` in the thread, after all that was asked of it before, waited for or not."""
@@ -67,11 +68,21 @@ class _Connection:
         try:
             if self._sqlite is None:
                 self._sqlite = _connected(self._path)
+                self._file = _file_at(self._path)
             return work(self._sqlite)
         except sqlite3.Error as error:
             raise _told(error, self._path) from error
         except OSError as error:
             raise StoreError(f"cannot open {self._path}: {error.strerror}") from error
+
+    def begin(self, sqlite: sqlite3.Connection) -> None:
+        """Begin to write. What goes to a file that nobody finds again would be lost at the end."""
+        if _file_at(self._path) != self._file:
+            raise UnavailableError(
+                f"{self._path} was removed or replaced while this service has it open: put it "
+                "back, or start the service anew"
+            )
+        sqlite.execute("BEGIN IMMEDIATE")
 
     async def close(self) -> None:
         def close() -> None:
@@ -136,7 +147,7 @@ class Sqlite(Database):
         async with self._one_writes:
             self._topics.clear()
             try:
-                await self._writer.run(lambda sqlite: sqlite.execute("BEGIN IMMEDIATE"))
+                await self._writer.run(self._writer.begin)
                 yield _Statements(self._writer)
                 await self._writer.run(lambda sqlite: sqlite.execute("COMMIT"))
             except BaseException:
@@ -206,6 +217,14 @@ def _connected(path: Path) -> sqlite3.Connection:
     sqlite.execute("PRAGMA journal_size_limit = 67108864")
     sqlite.execute("PRAGMA cache_size = -8192")  # KiB
     return sqlite
+
+
+def _file_at(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _roll_back(sqlite: sqlite3.Connection) -> None:

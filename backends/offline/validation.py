@@ -16,6 +16,7 @@ Codes are OpenAI's where it has one for the case.
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Iterator
 
 import msgspec
@@ -27,6 +28,9 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/r
 ERRORS_MAX = 100  # that a batch lists; what more there are is counted
 CUSTOM_ID_CHARACTERS_MAX = 512
 MODEL_CHARACTERS_MAX = 512
+# Python's readers of JSON give up at about 1,000 levels, less what they are called from. What is
+# read here must be readable to whoever holds it next, or a line would end each worker it goes to.
+DEPTH_MAX = 200
 _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
 
@@ -129,6 +133,8 @@ class _Given(msgspec.Struct):
 _GIVEN = msgspec.json.Decoder(_Given)
 _PROMPT = msgspec.json.Decoder(Prompt)
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+_NO_BRACKETS = bytes(octet for octet in range(256) if octet not in b"[]{}")
 _NOT_JSON = "This line is not parseable as valid JSON"
 
 
@@ -190,10 +196,25 @@ def _given(octets: bytes) -> _Given:
     except (msgspec.DecodeError, RecursionError) as error:
         message = f"{_NOT_JSON}: {_short(error)}."
         raise _WrongError(Code.INVALID_JSON_LINE, message) from None
+    if too_deep(octets):
+        message = f"{_NOT_JSON}: it is nested too deep (more than {DEPTH_MAX} levels)."
+        raise _WrongError(Code.INVALID_JSON_LINE, message)
     for name in _Given.__struct_fields__:
         if getattr(given, name) is msgspec.UNSET:
             raise _WrongError(Code.MISSING, f"Missing required parameter: '{name}'.", name)
     return given
+
+
+def too_deep(octets: bytes) -> bool:
+    """Say whether octets, which are JSON, have objects and lists too deep within each other."""
+    if octets.count(b"[") + octets.count(b"{") <= DEPTH_MAX:
+        return False
+    depth = 0
+    for octet in _STRING.sub(b"", octets).translate(None, _NO_BRACKETS):
+        depth += 1 if octet in b"[{" else -1
+        if depth > DEPTH_MAX:
+            return True
+    return False
 
 
 def _custom_id(part: Part) -> str:

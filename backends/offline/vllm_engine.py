@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import re
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ _PLACES = {
     "ValidationError": ("pydantic",),
 }
 PROBLEMS_SHOWN_MAX = 3
+_NAME = re.compile(r"\w+")  # pydantic's places also name its own functions and types
 
 
 def find(name: str) -> Any:
@@ -121,6 +123,8 @@ class VllmEngine:
             request = endpoint.reader.validate_json(bytes(line.body))
         except find("ValidationError") as error:
             return error_result(line, 400, *_what_is_wrong(error))
+        except Exception as error:  # noqa: BLE001  # of a check that took a field for granted
+            return error_result(line, 400, str(error))
         _make_whole(request)
         try:
             response = await endpoint.answer(request)
@@ -244,13 +248,13 @@ def _make_whole(request: Any) -> None:
 
 def _what_is_wrong(error: Any) -> tuple[str, str | None]:
     """Return what pydantic found, in a few words, and the field."""
-    problems = error.errors()
-    said = "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'body'}: {problem['msg']}"
-        for problem in problems[:PROBLEMS_SHOWN_MAX]
-    )
-    place = problems[0]["loc"] if problems else ()
-    return said, str(place[0]) if place else None
+    found = [
+        ([part for part in problem["loc"] if _NAME.fullmatch(str(part))], problem["msg"])
+        for problem in error.errors()
+    ]
+    said = [f"{'.'.join(map(str, place)) or 'body'}: {what}" for place, what in found]
+    place = found[0][0] if found else []
+    return "; ".join(said[:PROBLEMS_SHOWN_MAX]), str(place[0]) if place else None
 
 
 def _result(line: Line, response: Any) -> Result:

@@ -19,6 +19,7 @@ chunk. Workers are strangers to the store: all of this goes over HTTP, from what
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Annotated, Protocol
 
 import msgspec
@@ -31,6 +32,7 @@ WAIT_S_MAX = 30.0  # that an ask may wait for lines
 ID_LENGTH_MAX = 128
 MODELS_MAX, URLS_MAX = 1_000, 16  # of one ask
 SPARE_PREFIX = "spare-"  # of the worker ids of dispatchers
+_PLACE_BYTES = 6
 NO_BODY = msgspec.Raw(b"")  # msgspec reads no object into `Raw | None`
 
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -46,6 +48,22 @@ _WorkerId = Annotated[str, Meta(max_length=ID_LENGTH_MAX, pattern=_NO_NUL)]
 def spare_worker(dispatcher_id: str, model: str) -> str:
     """Return the worker id by which a dispatcher does the lines of a model with spare capacity."""
     return f"{dispatcher_id}:{model}"[:ID_LENGTH_MAX]
+
+
+def worker_at(name: str, place: str) -> str:
+    """Return the id of the engine worker `name` at this `place`.
+
+    Each manager names its workers for itself, and several may have one queue: what begins anew
+    under one of their names must not be taken for the others.
+    """
+    digest = blake2b(place.encode(), digest_size=_PLACE_BYTES).hexdigest()
+    return f"{name[: ID_LENGTH_MAX - len(digest) - 1]}@{digest}"
+
+
+def name_of(worker_id: str) -> str:
+    """Return what its manager calls a worker; a dispatcher's id is its name."""
+    name, at, _ = worker_id.rpartition("@")
+    return name if at and not worker_id.startswith(SPARE_PREFIX) else worker_id
 
 
 class Line(msgspec.Struct, frozen=True):

@@ -13,6 +13,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -22,6 +24,7 @@ from backends.clock import SystemClock
 from backends.log import Log
 from backends.offline.desk_client import RemoteDesk
 from backends.offline.line_engine import EngineError, FlagsError, Gauges, LineEngine
+from backends.offline.work import worker_at
 from backends.offline.worker_loop import Worker
 from backends.offline.worker_meters import Meters, render
 
@@ -29,6 +32,7 @@ KEY_VARIABLE = "DOHERTY_WORK_KEY"
 DESK_PATIENCE_S = 30.0
 CLOSE_S = 5.0
 ENGINES = ("vllm", "simulator")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Options(NamedTuple):
@@ -62,7 +66,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     add("--model", required=True, help="the name that lines ask for")
     add("--model-path", default="", help="where its weights are (the name)")
     add("--desk", required=True, metavar="URL", help="the offline service")
-    add("--worker-id", required=True, help="told to the desk; unique among workers")
+    add("--worker-id", required=True, help="told to the desk; unique among those of a manager")
     add("--host", default="127.0.0.1", help="for /health and /metrics (%(default)s)")
     add("--port", type=int, required=True, help="for the same; 0 takes a free one")
     add("--chunk-lines", type=int, default=2000, help="lines asked for at once (%(default)s)")
@@ -175,10 +179,18 @@ async def _work(
     """Return the exit code. Raises `EngineError` when the model cannot be loaded."""
     if not await _started(engine, stop):
         return 0
-    worker = Worker(engine, desk, options.worker_id, options.chunk_lines, SystemClock(), log)
+    worker_id = worker_at(options.worker_id, f"{_boot_id()} {options.desk}")
+    worker = Worker(engine, desk, worker_id, options.chunk_lines, SystemClock(), log)
     page.engine, page.worker = engine, worker
     log.tell("worker_ready", worker=options.worker_id, models=engine.models)
     return await worker.run(stop)
+
+
+def _boot_id() -> str:
+    """Return what names this machine until it boots again, as far as it says."""
+    with suppress(OSError):
+        return BOOT_ID.read_text().strip()
+    return ""
 
 
 async def _started(engine: LineEngine, stop: asyncio.Event) -> bool:

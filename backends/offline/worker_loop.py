@@ -7,8 +7,10 @@ own, which waits for the engine. The ends:
 - told to stop: lines are given up, what is done is told, the rest goes back, exit 0;
 - the engine is dead: what is done is told, the rest is NOT given back, exit 1. The desk must see
   that it was not done: a line that kills engines is found by that;
-- the desk is lost: what is in hand is computed on and told once it is back; what nobody renewed in
-  time is dropped, because others have it by then;
+- the desk is lost: what is in hand is computed on and told once it is back, under the old fence.
+  A desk that was away has given nothing to others and takes it all; what it did give to others,
+  because only the way to it was lost, is dropped at its word and at no sooner time: there was
+  nothing else to compute meanwhile, since nobody could be asked for it;
 - the desk refuses (a wrong key): exit 1 with its word.
 """
 
@@ -29,7 +31,7 @@ from backends.tasks import cancel_all, spawn
 
 ASK_WAIT_S = 20.0
 EMPTY_PAUSE_S = 0.5  # after a desk that answered "nothing" without waiting
-REPORT_PATIENCE_S = 5.0  # then it is looked whether the holds still hold
+REPORT_PATIENCE_S = 5.0  # then the chunk that lapses first has its turn again
 LOOK_S = 1.0  # at most between two looks at what is due
 STOP_S = 5.0  # to give back what is in hand
 DEATH_OR_STOP_S = 0.5  # within which a signal explains the engine's end
@@ -188,11 +190,6 @@ class Worker:
             for chunk in self.holdings.due(self._clock.now_s()):
                 if not await self._tell(chunk, give_back=False):
                     break
-            lapsed = self.holdings.lapsed(self._clock.now_s())
-            if lapsed:
-                self.meters.lines["lost"] += len(lapsed)
-                self._log.caution("hold_lapsed", lines=len(lapsed))
-                await self._give_up(lapsed)
 
     async def _tell(self, chunk: HeldChunk, *, give_back: bool) -> bool:
         """Report on one chunk; return whether the desk answered."""

@@ -10,15 +10,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from backends.cards import Cards
+from backends.cluster_cards import places
 from backends.engines.base import EVERYWHERE
 from backends.failure import StartError
+from backends.gpus import GpuLeases
 from backends.journal import Journal
 from backends.log import Log
 from backends.nvidia_smi import NONE
 from backends.ports import PortLeases
 from backends.providers.base import Provider
 from backends.providers.process import ProcessProvider
-from backends.providers.ray import ray_provider
+from backends.providers.ray import RayProvider, ray_provider
 from proxy.config import Config, ManagerConfig
 
 
@@ -58,6 +61,16 @@ def warms(settings: ManagerConfig) -> bool:
     return settings.warm_page_cache and settings.provider != "ray"
 
 
-def cards_of(settings: ManagerConfig) -> str:
-    """Return which of this machine's GPUs are to be leased; a cluster leases its own."""
-    return NONE if settings.provider == "ray" else settings.cards
+def cluster_cards(provider: Provider, settings: ManagerConfig, log: Log) -> Cards | None:
+    """Return the GPUs of a cluster, as they come and go; None: those of this machine are meant."""
+    if not isinstance(provider, RayProvider) or settings.cards == NONE:
+        return None
+    leases = GpuLeases(places(provider.nodes, ()))
+    cards = Cards(leases, log)
+
+    def renew() -> None:
+        held = {device for devices in leases.holders.values() for device in devices}
+        cards.renew(places(provider.nodes, held))
+
+    provider.on_nodes = renew
+    return cards

@@ -1,6 +1,7 @@
 """Engines as actors of a Ray cluster, on whichever of its nodes has room.
 
-Ray's scheduler owns the GPUs: it chooses the node, and the process has an address once it has one.
+Ray's scheduler owns the GPUs: it names the devices, and chooses the node where no lease has done so
+(`cluster_cards`); the process has an address once it has a node.
 Engines are told to listen on all addresses of their node, for the proxies that are elsewhere.
 
 All that is asked of Ray goes through a process of our own (`ray_bridge`). When that ends, because
@@ -18,7 +19,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 
 import msgspec
 
+from backends.cluster_cards import Node, host_of
 from backends.engines.base import UNPLACED, Engine, Ports
 from backends.engines.probe import Program
 from backends.engines.release import UNKNOWN_RELEASE
@@ -46,6 +48,7 @@ from backends.providers.ray_words import (
     Keep,
     Need,
     News,
+    Nodes,
     Order,
     Runs,
     Said,
@@ -145,6 +148,8 @@ class RayProvider:
         self._processes: dict[str, RayProcess] = {}
         self._left: set[str] = set()  # that nobody watches any more
         self._found: frozenset[str] = frozenset()
+        self.nodes: tuple[Node, ...] = ()
+        self.on_nodes: Callable[[], None] = lambda: None  # when they have changed
         self._recovered = False
         self._bridge: asyncio.subprocess.Process | None = None  # that has been answered by Ray
         self._problem = ""
@@ -202,7 +207,7 @@ class RayProvider:
             argv=tuple(argv),
             env=dict(env),
             ports=(launch.port, *(first + i for first, count in runs for i in range(count))),
-            need=Need(launch.gpus_wanted, launch.resources),
+            need=_need(launch),
         )
         return self._begin(order, log_path)
 
@@ -216,8 +221,7 @@ class RayProvider:
         for launch in launches:
             if launch.launch_id in self._found:
                 log_path = self._log_folder / f"{launch.replica_id}.log"
-                need = Need(launch.gpus_wanted, launch.resources)
-                process = self._begin(Follow(launch.launch_id, need), log_path)
+                process = self._begin(Follow(launch.launch_id, _need(launch)), log_path)
                 if launch.host != UNPLACED:
                     process.placed.set_result(launch.host)
                 adopted[launch.launch_id] = process
@@ -311,6 +315,8 @@ class RayProvider:
                     problem = news.problem
                 elif isinstance(news, Connected):
                     self._reached(bridge, news, connected)
+                elif isinstance(news, Nodes):
+                    self._see(news.nodes)
                 else:
                     self._take(news)
         finally:
@@ -326,8 +332,8 @@ class RayProvider:
         """Ray answers: go on with all that was under way."""
         self._bridge, self._problem = bridge, ""
         self._found = frozenset(news.launch_ids)
-        address = self._cluster.address
-        self._log.tell("ray_cluster", address=address, nodes=news.nodes, gpus=news.gpus)
+        self._log.tell("ray_cluster", address=self._cluster.address)
+        self._see(news.nodes)
         for process in list(self._processes.values()):
             process.waits = ""
             self._send(process.order)
@@ -337,6 +343,12 @@ class RayProvider:
             self._send(Keep(tuple(self._processes.keys() | self._left)))
         if not connected.done():
             connected.set_result(None)
+
+    def _see(self, nodes: tuple[Node, ...]) -> None:
+        self.nodes = nodes
+        told = {node.host: f"{node.ours} of {node.gpus} GPUs" for node in nodes}
+        self._log.tell("ray_nodes", free_or_leased=told)
+        self.on_nodes()
 
     def _lost(self, problem: str) -> None:
         self._log.fault("ray_lost", address=self._cluster.address, problem=problem)
@@ -371,6 +383,10 @@ class RayProvider:
         task = spawn(coroutine, name, self._log)
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
+
+
+def _need(launch: Launch) -> Need:
+    return Need(launch.gpus_wanted, launch.resources, host_of(launch.gpus))
 
 
 def _how(news: Exited) -> str:

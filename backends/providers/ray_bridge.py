@@ -7,8 +7,12 @@ could be lost with it. What it finds in the cluster, it goes on with: an actor i
 launch.
 
 Each launch is an actor in a placement group of one bundle, so all GPUs of one engine are of one
-node, and an autoscaler sees what is waited for. An actor that Ray cannot reach is asked again until
-Ray says that it is dead: only then may its launch be started elsewhere.
+node, and an autoscaler sees what is waited for. The bundle of one that has a lease names its node,
+by the resource that Ray gives each for that; where the node dies, or has no room after all, the
+launch ends, and the next one gets another lease.
+
+An actor that Ray cannot reach is asked again until Ray says that it is dead: only then may its
+launch be started elsewhere.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from typing import Any
 import msgspec
 import ray
 import ray.cloudpickle
+from ray._private.state import available_resources_per_node
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 from ray.util import list_named_actors
 from ray.util.placement_group import (
@@ -36,6 +41,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from backends.cluster_cards import Node, believed
 from backends.providers import ray_actor, ray_guard
 from backends.providers.ray_actor import EngineActor
 from backends.providers.ray_words import (
@@ -48,12 +54,14 @@ from backends.providers.ray_words import (
     Keep,
     Need,
     News,
+    Nodes,
     Order,
     Runs,
     Said,
     Signal,
     Start,
     Waits,
+    nodes_of,
     one_line,
     unplaced_words,
     waits_for,
@@ -63,6 +71,8 @@ PREFIX = "doherty-"
 POLL_S = 5.0  # that an actor may keep a question
 WAITS_S = 3.0  # a start takes a second or two; what takes longer is waited for
 PAUSE_S = 0.5
+LOOK_S = 1.0  # between two looks at the nodes
+ROOM_S_MAX = 10.0  # what is leased is free, unless somebody else was quicker
 KILLED_S_MAX = 5.0  # after which one that was told to die is no longer asked whether it did
 ENDED_BY_US = 2
 
@@ -89,6 +99,8 @@ class Bridge:
         self._launched: dict[str, Launched] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._guard = Path(ray_guard.__file__).read_text()
+        self._told: tuple[Node, ...] = ()
+        self._seen: tuple[Node, ...] = ()
 
     def tell(self, news: News) -> None:
         line = msgspec.json.encode(news) + b"\n"
@@ -104,9 +116,25 @@ class Bridge:
             configure_logging=False,
         )
         ray.cloudpickle.register_pickle_by_value(ray_actor)
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        gpus = sum(node["Resources"].get("GPU", 0.0) for node in nodes)
-        self.tell(Connected(tuple(_names()), len(nodes), gpus))
+        self._told = self._seen = _nodes()
+        self.tell(Connected(tuple(_names()), self._told))
+
+    def begin(self) -> None:
+        """Tell from now on what becomes of the nodes."""
+        self._own(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self._look()
+
+    async def _look(self) -> None:
+        now = await asyncio.to_thread(_nodes)
+        told = believed(self._told, self._seen, now)
+        self._seen = now
+        if told != self._told:
+            self._told = told
+            self.tell(Nodes(told))
 
     def obey(self, order: Order) -> None:
         match order:
@@ -161,6 +189,7 @@ class Bridge:
                 continue
             except RayActorError as error:
                 words = await asyncio.to_thread(_end_in_words, launched, error)
+                await self._look()  # first, or it would be started there again
                 return Exited(launched.launch_id, problem=words)
             if said is None:
                 return Exited(launched.launch_id, problem=launched.killed)
@@ -177,6 +206,7 @@ class Bridge:
         """Return the actor's next answer; None: it has been killed, and has none."""
         wait_s = POLL_S if launched.host else 0.0
         answer = _future(launched.actor.poll.remote(taken, wait_s))
+        waited_s = 0.0
         killing = asyncio.get_running_loop().create_task(launched.killing.wait())
         try:
             while True:
@@ -191,7 +221,12 @@ class Bridge:
                     return said
                 if killing in done:
                     return None
-                words = await asyncio.to_thread(_waits_in_words, launched)
+                waited_s += WAITS_S
+                words, hopeless = await asyncio.to_thread(_waits_in_words, launched, waited_s)
+                if hopeless:
+                    await self._look()
+                    launched.killed = words
+                    return None
                 self.tell(Waits(launched.launch_id, words))
         finally:
             killing.cancel()
@@ -295,17 +330,37 @@ def _end_in_words(launched: Launched, error: RayActorError) -> str:
     return f"its actor ended: {one_line(error)}"
 
 
-def _waits_in_words(launched: Launched) -> str:
-    """Say what one waits for that has been asked for and is not there yet."""
+def _waits_in_words(launched: Launched, waited_s: float) -> tuple[str, bool]:
+    """Say what one waits for that has been asked for and is not there yet, and whether in vain."""
     try:
         group = get_placement_group(f"{_namespace()}/{PREFIX}{launched.launch_id}")
         state = placement_group_table(group)["state"]
     except (ValueError, KeyError):
         state = ""
     if state != "PENDING":
-        return "its node starts it" if state == "CREATED" else "waits for the cluster"
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return waits_for(launched.need, nodes, ray.available_resources())
+        return "its node starts it" if state == "CREATED" else "waits for the cluster", False
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    host = launched.need.node
+    if host and host not in {node["NodeManagerAddress"] for node in nodes}:
+        return f"its node {host} is gone", True
+    if host and waited_s > ROOM_S_MAX:
+        return f"somebody else has the GPUs of node {host}", True
+    has = [node["Resources"] for node in nodes]
+    return waits_for(launched.need, has, ray.available_resources()), False
+
+
+def _nodes() -> tuple[Node, ...]:
+    """Look at the nodes. What each has free, only who is in the cluster is told."""
+    free = ray.get(_FREE.remote()) if ray.util.client.ray.is_connected() else _free()
+    return nodes_of(ray.nodes(), free, placement_group_table().values(), _namespace())
+
+
+def _free() -> dict[str, dict[str, float]]:
+    free: dict[str, dict[str, float]] = available_resources_per_node()
+    return free
+
+
+_FREE = ray.remote(num_cpus=0)(_free)
 
 
 def _future(ref: Any) -> asyncio.Future[Any]:
@@ -323,6 +378,7 @@ async def run(news_fd: int) -> int:
     except (RayError, OSError, RuntimeError, ValueError) as error:
         bridge.tell(Failed(one_line(error)))
         return 1
+    bridge.begin()
     decoder: msgspec.json.Decoder[Order] = msgspec.json.Decoder(Order)
     while line := await reader.readline():
         bridge.obey(decoder.decode(line))

@@ -2,7 +2,9 @@
 
 It must outlive a manager that is killed, as engines do, so it is no child of Ray's client library
 but a process like an engine: a session of its own, and an identity that the run folder remembers.
-It ends with the manager that stops in order, unless engines are left to run.
+It ends with the manager that stops in order, unless engines are left to run. One that ends by
+itself takes its engines along; another one is started at the same address, where the bridge looks
+for it.
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ from backends.providers.process import (
     kill_remains,
     read_stat,
 )
+from backends.tasks import cancel_all, spawn
 from proxy.config import RayConfig
 
 LOCAL = "local"
 UP_S_MAX = 60.0
 DOWN_S_MAX = 2.0  # nothing runs there any more that would have to end in order
 POLL_S = 0.1
+AGAIN_S = 10.0
 
 
 class Head(msgspec.Struct, frozen=True):
@@ -54,18 +58,33 @@ class LocalCluster:
     def __init__(self, address: str, process: LocalProcess, path: Path) -> None:
         self.address = address
         self.kept = False  # something runs there that is to run on
-        self._process = process
+        self.process = process
         self._path = path
+
+    async def keep(self, config: RayConfig, log: Log) -> None:
+        """Start the head again whenever it has ended."""
+        while True:
+            how = await asyncio.shield(self.process.exited)
+            log.fault("ray_head_ended", address=self.address, how=how)
+            await asyncio.to_thread(kill_remains, {_name(self._path.parent)})
+            try:
+                again = await _start(config, self._path.parent, self._path, self.address)
+            except StartError as error:
+                log.fault("ray_head_missing", address=self.address, problem=str(error))
+                await asyncio.sleep(AGAIN_S)
+                continue
+            self.process = again.process
+            log.tell("ray_head_started", address=self.address)
 
     async def close(self) -> None:
         if self.kept:
-            self._process.release()
+            self.process.release()
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
-            if not self._process.exited.done():
-                self._process.signal_group(number)
-                await asyncio.wait({self._process.exited}, timeout=DOWN_S_MAX)
-        self._process.release()
+            if not self.process.exited.done():
+                self.process.signal_group(number)
+                await asyncio.wait({self.process.exited}, timeout=DOWN_S_MAX)
+        self.process.release()
         kill_remains({_name(self._path.parent)})  # its daemons have groups of their own
         self._path.unlink(missing_ok=True)
         await asyncio.to_thread(shutil.rmtree, _folder(self._path.parent), ignore_errors=True)
@@ -82,11 +101,13 @@ async def local_cluster(
     path = run_folder / "ray-head.json"
     cluster = _remembered(path)
     if cluster is None:
-        cluster = await _start(config, run_folder, path)
+        cluster = await _start(config, run_folder, path, f"127.0.0.1:{_free_port()}")
         log.tell("ray_head_started", address=cluster.address)
+    keeping = spawn(cluster.keep(config, log), "keep the head of Ray", log)
     try:
         yield cluster
     finally:
+        await cancel_all([keeping])
         await cluster.close()
 
 
@@ -100,9 +121,8 @@ def _remembered(path: Path) -> LocalCluster | None:
     return None
 
 
-async def _start(config: RayConfig, run_folder: Path, path: Path) -> LocalCluster:
+async def _start(config: RayConfig, run_folder: Path, path: Path, address: str) -> LocalCluster:
     log_path = run_folder / "logs" / "ray-head.log"
-    address = f"127.0.0.1:{_free_port()}"
     command = _command(address, config, run_folder)
     try:
         process = ProcessProvider().spawn(

@@ -7,12 +7,17 @@ each. A launch is named by its id, which is also the name of its actor and of it
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
+from backends.cluster_cards import Node
+
 LINE_BYTES_MAX = 64 * 1024 * 1024
+NODE = "node:"  # by which Ray names a resource that one node has, 1.0 of it
+NODE_SHARE = 0.001
+_MODEL = "accelerator_type:"
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, tag="cluster", tag_field="word"):
@@ -24,16 +29,18 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, tag="cluster", tag_fiel
 
 
 class Need(msgspec.Struct, frozen=True):
-    """What an engine takes of one node."""
+    """What an engine takes of one node, and of which, where it has a lease there."""
 
     gpus: int = 0
     resources: dict[str, float] = {}
+    node: str = ""
 
     @property
     def bundle(self) -> dict[str, float]:
         """Return it as Ray counts it. An engine without any need of its own takes a processor."""
         gpus = {"GPU": float(self.gpus)} if self.gpus else {}
-        return gpus | (self.resources or ({} if gpus else {"CPU": 1.0}))
+        there = {NODE + self.node: NODE_SHARE} if self.node else {}
+        return gpus | (self.resources or ({} if gpus else {"CPU": 1.0})) | there
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start", tag_field="word"):
@@ -71,8 +78,13 @@ class Connected(msgspec.Struct, frozen=True, tag="connected", tag_field="word"):
     """Ray answers, and has these launches."""
 
     launch_ids: tuple[str, ...]
-    nodes: int
-    gpus: float
+    nodes: tuple[Node, ...]
+
+
+class Nodes(msgspec.Struct, frozen=True, tag="nodes", tag_field="word"):
+    """What has become of the nodes since they were told."""
+
+    nodes: tuple[Node, ...]
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed", tag_field="word"):
@@ -109,11 +121,13 @@ class Exited(msgspec.Struct, frozen=True, tag="exited", tag_field="word"):
     problem: str = ""
 
 
-News = Connected | Failed | Waits | Runs | Said | Exited
+News = Connected | Nodes | Failed | Waits | Runs | Said | Exited
 
 
 def waits_for(need: Need, nodes: Sequence[Mapping[str, float]], free: Mapping[str, float]) -> str:
     """Say what a start waits for; `nodes`: what each has in all, `free`: what all have now."""
+    if need.node:
+        return f"waits for {_amount(need.gpus, 'GPU')} on node {need.node} of the cluster"
     lacking = [
         (name, amount, max((node.get(name, 0.0) for node in nodes), default=0.0))
         for name, amount in need.bundle.items()
@@ -132,6 +146,35 @@ def _amount(amount: float, name: str) -> str:
 
 def _unit(name: str, amount: float) -> str:
     return name + "s" * (name in {"GPU", "CPU"} and amount != 1)
+
+
+def nodes_of(
+    nodes: Iterable[Mapping[str, Any]],
+    free: Mapping[str, Mapping[str, float]],
+    groups: Iterable[Mapping[str, Any]],
+    namespace: str,
+) -> tuple[Node, ...]:
+    """Return the nodes as Ray tells of them: all of them, what each has free, placement groups.
+
+    What a bundle of this namespace has taken of a node that it names is ours.
+    """
+    taken: dict[str, float] = {}
+    for group in groups:
+        if group["state"] == "CREATED" and group["name"].startswith(namespace + "/"):
+            for bundle in group["bundles"].values():
+                for name in bundle:
+                    if name.startswith(NODE):
+                        host = name.removeprefix(NODE)
+                        taken[host] = taken.get(host, 0.0) + bundle.get("GPU", 0.0)
+    found: dict[str, Node] = {}
+    for node in nodes:
+        host, has = node["NodeManagerAddress"], node["Resources"]
+        gpus = int(has.get("GPU", 0.0))
+        ours = int(free.get(node["NodeID"], {}).get("GPU", 0.0) + taken.get(host, 0.0))
+        if node["Alive"] and (host not in found or gpus > found[host].gpus):
+            models = [name.removeprefix(_MODEL) for name in has if name.startswith(_MODEL)]
+            found[host] = Node(host, gpus, min(gpus, ours), models[0] if models else "")
+    return tuple(sorted(found.values(), key=lambda node: node.host))
 
 
 def unplaced_words(number: int) -> str:

@@ -165,15 +165,19 @@ _OBJECT = _all("the beginning of an object", lambda text: text.lstrip().startswi
 _YES = _all("of the grammar", lambda text: text in {"yes", "no"})
 
 
+def _tools(body: Body) -> list[str]:
+    """The first call is of the tool; a model without sense goes on calling until it is cut off."""
+    calls = body["choices"][0]["message"].get("tool_calls") or []
+    if not calls or calls[0]["type"] != "function" or not calls[0].get("id"):
+        return [f"no call of a function: {calls!r}"]
+    function = calls[0]["function"]
+    fine = function["name"] == "paint" and follows_schema(function["arguments"])
+    return [] if fine else [f"not a call of the tool: {function!r}"]
+
+
 def _tool(body: Body) -> list[str]:
-    for choice in body["choices"]:
-        calls = choice["message"].get("tool_calls") or []
-        if len(calls) != 1 or calls[0]["type"] != "function" or not calls[0].get("id"):
-            return [f"not one call of a function: {calls!r}"]
-        function = calls[0]["function"]
-        if function["name"] != "paint" or not follows_schema(function["arguments"]):
-            return [f"not a call of the tool: {function!r}"]
-    return []
+    calls = body["choices"][0]["message"].get("tool_calls") or []
+    return _tools(body) if len(calls) == 1 else [f"not one call of a function: {calls!r}"]
 
 
 def _stopped(body: Body) -> list[str]:
@@ -254,8 +258,9 @@ KINDS = (
     Kind("choice", CHAT, _guided(choice=CHOICES), _CHOICE),
     Kind("grammar", CHAT, _guided(grammar='root ::= "yes" | "no"'), _YES),
     Kind("named tool", CHAT, {"tools": TOOLS, "tool_choice": NAMED, **_FEW}, _tool),
-    Kind("required tool", CHAT, {"tools": TOOLS, "tool_choice": "required", **_FEW}, _tool),
-    _bad("auto tool, not enabled", CHAT, tools=TOOLS, tool_choice="auto"),
+    Kind("required tool", CHAT, {"tools": TOOLS, "tool_choice": "required", **_FEW}, _tools),
+    Kind("auto tool", CHAT, {"tools": TOOLS, "tool_choice": "auto"}),
+    _bad("no tools to choose from", CHAT, tool_choice="required"),
     _bad("warm temperature", CHAT, temperature="warm"),
     _bad("negative temperature", CHAT, temperature=-1.0),
     _bad("n of 0", CHAT, n=0),

@@ -35,7 +35,11 @@ JOB_S = 60.0
 ASKED_S = 60.0
 GENERATING = (CHAT, COMPLETIONS, RESPONSES)
 # A model without sense would write spaces for ever where a grammar lets it.
-VLLM = ("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}')
+VLLM = (
+    "--structured-outputs-config",
+    '{"backend": "xgrammar", "disable_any_whitespace": true}',
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+)
 Answer = tuple[int, Body]
 Key = tuple[int, int]  # of `KINDS`, and which of its lines
 

@@ -126,7 +126,7 @@ class Run:
         async with stage.program(command, log, HOST) as process:
             if await process.wait():
                 raise RunError(f"the bare engine failed: {stage.said(log)}")
-        return log.read_text("utf-8", "replace")
+            return log.read_text("utf-8", "replace")
 
     async def doherty(self, found: Findings) -> None:
         """Have both files done as jobs."""

@@ -56,7 +56,8 @@ async def desk(
         async with stage.program(command, log, {**HOST, "PYTHONPATH": roots}) as process:
             healthy = stage.until_healthy(f"http://127.0.0.1:{port}", process, log, setting.load_s)
             found.figures["worker ready, s"] = round(await healthy, 1)
-            yield url
+            async with stage.alive(process, log):
+                yield url
 
 
 @contextlib.asynccontextmanager
@@ -70,7 +71,8 @@ async def server(setting: Setting, folder: Path, *extra: str) -> AsyncIterator[s
     url = f"http://127.0.0.1:{port}"
     async with stage.program(command, log, HOST) as process:
         await stage.until_healthy(url, process, log, setting.load_s)
-        yield url
+        async with stage.alive(process, log):
+            yield url
 
 
 def vllm_python() -> list[str]:

@@ -26,6 +26,8 @@ from loadtest.run import RunError
 POLL_S = 0.05
 STOP_S = 20.0
 SAID_CHARACTERS_MAX = 3000
+STALL_S = 60.0  # without one line done, on any machine, nothing is being computed
+LOG_HEAD_BYTES, LOG_TAIL_BYTES = 1024 * 1024, 4 * 1024 * 1024  # of a log, once its program ended
 ENDED = ("completed", "failed", "expired", "cancelled")
 DOHERTY = (sys.executable, "-m", "backends.cli")
 
@@ -63,7 +65,10 @@ def free_port() -> int:
 async def program(
     command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process in a session of its own; ended with all its children. Raises `RunError`."""
+    """A process in a session of its own; ended with all its children. Raises `RunError`.
+
+    Then its log is cut in the middle, if it is long: one reads how it began and how it ended.
+    """
     with open(log, "wb") as output:  # noqa: ASYNC230 - once, before anything is measured
         try:
             process = await asyncio.create_subprocess_exec(
@@ -80,6 +85,42 @@ async def program(
         yield process
     finally:
         await _stop(process)
+        cut(log)
+
+
+def cut(log: Path) -> None:
+    """Leave out the middle of a long log."""
+    left_out = log.stat().st_size - LOG_HEAD_BYTES - LOG_TAIL_BYTES
+    if left_out <= 0:
+        return
+    with log.open("r+b") as file:
+        file.seek(-LOG_TAIL_BYTES, os.SEEK_END)
+        tail = file.read()
+        file.seek(LOG_HEAD_BYTES)
+        file.write(b"\n... %d bytes are left out ...\n" % left_out + tail)
+        file.truncate()
+
+
+@contextlib.asynccontextmanager
+async def alive(process: asyncio.subprocess.Process, log: Path) -> AsyncIterator[None]:
+    """Break the body off as soon as the process ends; say its last words with any failure.
+
+    Who waits for an engine's answers would wait in vain for one that has died. Raises `RunError`.
+    """
+
+    async def until_ended() -> None:
+        raise RunError(f"it ended with {await process.wait()} before its work was done")
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            watch = group.create_task(until_ended())
+            yield
+            watch.cancel()
+    except BaseExceptionGroup as errors:
+        first = errors.exceptions[0]
+        if isinstance(first, RunError):
+            raise RunError(f"{first}; the end of {log.name}: {said(log)}") from None
+        raise first from None
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
@@ -152,22 +193,28 @@ async def _until_said(words: str, log: Path, limit_s: float) -> None:
         await asyncio.sleep(POLL_S)
 
 
-async def do_job(url: str, content: bytes, limit_s: float, endpoint: str = CHAT) -> Course:
+async def do_job(
+    url: str, content: bytes, limit_s: float, endpoint: str = CHAT, stall_s: float = STALL_S
+) -> Course:
     """Upload a file, have it done, read all of its answers. Raises `RunError`."""
     try:
         async with asyncio.timeout(limit_s), aiohttp.ClientSession(url) as session:
             file_id = await upload(session, content)
             begun_s = time.monotonic()
             batch = await begin(session, file_id, endpoint)
-            running_s, answered_s, now_s = 0.0, 0.0, 0.0
+            running_s, answered_s, now_s, moved_s, done = 0.0, 0.0, 0.0, 0.0, -1
             while batch["status"] not in ENDED:
                 await asyncio.sleep(POLL_S)
                 batch = await answer_json(session.get(f"/v1/batches/{batch['id']}"))
                 now_s = time.monotonic() - begun_s
                 counts = batch["request_counts"]
+                before, done = done, counts["completed"] + counts["failed"]
+                moved_s = now_s if done != before else moved_s
+                if now_s - moved_s > stall_s:
+                    raise RunError(f"for {stall_s:g} s no line was done, of {counts['total']}")
                 if not running_s and batch["status"] != "validating":
                     running_s = now_s
-                if not answered_s and 0 < counts["total"] == counts["completed"] + counts["failed"]:
+                if not answered_s and 0 < counts["total"] == done:
                     answered_s = now_s
             return await _course(session, batch, running_s, answered_s, now_s)
     except (aiohttp.ClientError, OSError) as error:

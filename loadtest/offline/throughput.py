@@ -190,7 +190,8 @@ async def through(setting: Setting, folder: Path, job: str, content: bytes) -> R
         command += ["--chunk-lines", str(setting.chunk_lines), "--", *engine_flags(setting)]
         async with stage.program([sys.executable, *command], log) as process:
             await stage.until_healthy(f"http://127.0.0.1:{port}", process, log, 60.0)
-            course = await stage.do_job(url, content, setting.limit_s)
+            async with stage.alive(process, log):
+                course = await stage.do_job(url, content, setting.limit_s)
     if course.failed:
         raise RunError(f"{course.failed} of {course.lines} lines failed")
     cached = course.cached_tokens / max(1, course.prompt_tokens)

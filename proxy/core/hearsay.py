@@ -28,6 +28,10 @@ class Hearsay:
         self._responses = responses
         self._names: dict[int, str] = {}  # of replicas, by key
         self._origins: dict[int, dict[int, Lease]] = {}
+        # Unanswered offline work of this proxy's other workers, each with its origin: who needs its
+        # place asks for that. As many as there are leases.
+        self.yielding: dict[Lease, int] = {}
+        self._asked = 0  # the origin that is being heard, if it can be asked; else 0
         self.inflight: dict[str, int] = {}  # of others, by replica
         self.states: dict[str, notes.State] = {}  # what engines said last, by replica
         self.states_at_s: dict[str, float] = {}  # and when
@@ -46,9 +50,10 @@ class Hearsay:
         """Return how many leases of others are held."""
         return sum([len(table) for table in self._origins.values()])
 
-    def hear(self, origin: int, batch: bytes, now_s: float) -> str | None:
+    def hear(self, origin: int, batch: bytes, now_s: float, *, ours: bool = False) -> str | None:
         """Take in a batch; return why it could not be read whole, if so.
 
+        `ours`: it is of a worker of this proxy, which can be asked to end what yields.
         What came before the fault counts. Then the origin is as if it had said nothing: it may
         have lost its place, and a list of what it holds open will come.
         """
@@ -63,6 +68,7 @@ class Hearsay:
                 self.full_total += len(found)
                 return fault
             table = self._origins[origin] = {}
+        self._asked = origin if ours else 0
         for note in found:
             self._apply(table, note, now_s)
         self.heard_total += len(found)
@@ -85,7 +91,7 @@ class Hearsay:
         elif isinstance(note, notes.PrefillEnded):
             lease = table.get(note.lease_id)
             if lease is not None:
-                self._picture.prefill_ended(lease, now_s)
+                self._answered(lease, now_s)
         elif isinstance(note, notes.Released):
             lease = table.pop(note.lease_id, None)
             if lease is not None:
@@ -120,7 +126,7 @@ class Hearsay:
             if known is None:
                 self._join(table, said, now_s)
             elif said.prefill_ended:
-                self._picture.prefill_ended(known, now_s)
+                self._answered(known, now_s)
 
     def _join(self, table: dict[int, Lease], said: OpenLease, now_s: float) -> None:
         lease = self._lease(said)
@@ -178,6 +184,7 @@ class Hearsay:
             weight=said.weight,
             lease_id=said.lease_id,
         )
+        lease.yields = said.yields
         lease.life = self._picture.life_of(slot)
         lease.prompt_octets = said.prompt_bytes
         lease.cached_octets = said.prompt_bytes * said.cached_tokens // max(1, prompt_tokens)
@@ -193,9 +200,18 @@ class Hearsay:
 
     def _keep(self, table: dict[int, Lease], lease: Lease) -> None:
         table[lease.lease_id] = lease
+        if lease.yields and lease.pending and self._asked:
+            self.yielding[lease] = self._asked
         self.inflight[lease.replica_name] = self.inflight.get(lease.replica_name, 0) + 1
 
+    def _answered(self, lease: Lease, now_s: float) -> None:
+        if lease.yields:
+            self.yielding.pop(lease, None)
+        self._picture.prefill_ended(lease, now_s)
+
     def _end(self, lease: Lease, now_s: float, usage: Usage | None) -> None:
+        if lease.yields:
+            self.yielding.pop(lease, None)
         left = self.inflight[lease.replica_name] - 1
         if left:
             self.inflight[lease.replica_name] = left

@@ -12,7 +12,7 @@ class Lease:
         "cached_octets", "cell", "decoding", "first_noted", "head_s", "lease_id", "life", "pending",
         "prefill_tokens", "prompt_octets", "prompt_tokens", "queued_tokens", "released",
         "replica_name", "sighting", "slot", "spare", "started_s", "streamed",
-        "weight",
+        "weight", "yields",
     )  # fmt: skip
 
     def __init__(
@@ -36,6 +36,7 @@ class Lease:
         self.lease_id = lease_id
         self.life = 0  # of its slot
         self.spare = False  # it may have only what is spare, and is no demand
+        self.yields = False  # it may be ended for online work before it is answered
         self.pending = False
         self.decoding = False
         self.released = False

@@ -268,6 +268,10 @@ OFFLINE_PATIENCE_WEIGHT: Final = 10.0
 # Requests that one online request may have ended, so that its own can begin. A replica takes more
 # only while it has less to do than `RUNWAY_S`, so what is to be cleared is a few prompts.
 PREEMPTED_TOGETHER_MAX: Final = 16
+# Another worker that was asked to give way keeps offline work from that replica for so long, and so
+# do all others: until the end of what went is told, and the place taken, a few times what notes are
+# collected for by a busy worker.
+GIVE_WAY_S: Final = 0.1
 # How often one is sent back before it is left to end: work that is begun a fourth time has cost
 # more than what online work would wait for it.
 PREEMPTIONS_MAX: Final = 3

@@ -43,6 +43,7 @@ HOLDS: Final = 9
 _U32_MAX: Final = IDS - 1
 _STREAM: Final = 1
 _PREFILL_ENDED: Final = 2
+_YIELDS: Final = 4  # readers of before it skip it, as every flag that they do not know
 _NO_COUNT: Final = _U32_MAX
 
 # kind, flags, lease, replica, prefill, cached and prompt sizes, weight, number of points
@@ -180,7 +181,8 @@ def _write_open(first: int, end: int, leases: list[OpenLease]) -> bytes:
 
 
 def _flags(lease: OpenLease) -> int:
-    return (_STREAM if lease.stream else 0) | (_PREFILL_ENDED if lease.prefill_ended else 0)
+    flags = (_STREAM if lease.stream else 0) | (_PREFILL_ENDED if lease.prefill_ended else 0)
+    return flags | _YIELDS if lease.yields else flags
 
 
 def _tokens(count: int) -> int:
@@ -316,6 +318,7 @@ def _lease(fields: tuple[int, int, int, int, int, int, float]) -> OpenLease:
         stream=flags & _STREAM != 0,
         weight=weight,
         prefill_ended=flags & _PREFILL_ENDED != 0,
+        yields=flags & _YIELDS != 0,
     )
 
 

@@ -30,6 +30,7 @@ class OpenLease:
         "replica_key",
         "stream",
         "weight",
+        "yields",
     )
 
     def __init__(
@@ -43,6 +44,7 @@ class OpenLease:
         stream: bool,
         weight: float,
         prefill_ended: bool = False,
+        yields: bool = False,
     ) -> None:
         self.lease_id = lease_id
         self.replica_key = replica_key
@@ -52,6 +54,7 @@ class OpenLease:
         self.stream = stream
         self.weight = weight
         self.prefill_ended = prefill_ended
+        self.yields = yields  # to online work, as long as it is unanswered
 
 
 class Note:

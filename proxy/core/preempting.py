@@ -9,6 +9,10 @@ fewest have to go.
 
 Each decision is the same wherever it is made of the same figures: nothing is drawn, and of equals
 the last that was dispatched goes first.
+
+Where it is another worker's work that has to go, that is asked, and its end has to be told before
+the place can be taken. Until then no worker sends offline work there: who gave way would be the
+first to see the room that he made.
 """
 
 from __future__ import annotations
@@ -111,3 +115,23 @@ class _Relief:
         if slot in loads.tight and self._needed_tokens > self._free_tokens:
             return False
         return wait_s <= limits.RUNWAY_S
+
+
+class Clearing:
+    """The replicas that another worker's online work waits for, kept clear for a moment."""
+
+    __slots__ = ("_bits", "end_s")
+
+    def __init__(self) -> None:
+        self._bits = 0
+        self.end_s = 0.0
+
+    def keep(self, slot: int, now_s: float) -> None:
+        self._bits = self.bits(now_s) | 1 << slot
+        self.end_s = now_s + limits.GIVE_WAY_S
+
+    def bits(self, now_s: float) -> int:
+        """Return them, as bits of their slots."""
+        if self._bits and now_s >= self.end_s:
+            self._bits = 0
+        return self._bits

@@ -84,6 +84,8 @@ _HELP = {
     "queue_held_for_start": "Requests that wait for a model of which nothing is awake",
     "queue_refused": "Requests that found no room to wait, or made room for others, by class",
     "preempted": "Offline requests that were ended unanswered for online work, by outcome",
+    "preemption_asked": "Offline requests of other workers that were asked to give way",
+    "preemption_late": "Of those, answered or over before they could",
     "queue_wait_seconds": "How long requests waited for a replica, of those that had to",
     "demand_reports": "Reports to the manager of what is in flight and waits, by outcome",
     "leases_of_others": "Leases that workers know of from other workers and proxies",

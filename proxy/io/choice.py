@@ -10,7 +10,7 @@ rule, those for which nothing is awake and demand brings something up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from proxy.config import ProxyConfig
@@ -121,7 +121,7 @@ class Choice:
         decision, held = self._place(request, pool, model, lookup=lookup, now_s=now_s)
         if not self.preemption or lookup or not (held or decision is None):
             return decision, held
-        if not self._makes_way(request, pool, model, decision, now_s):
+        if not self._makes_way(request, pool, model, decision, held=held, now_s=now_s):
             return decision, held
         return self._place(request, pool, model, lookup=lookup, now_s=now_s)
 
@@ -131,21 +131,34 @@ class Choice:
         pool: fleets.Pool,
         model: str,
         decision: Decision | None,
+        *,
+        held: bool,
         now_s: float,
     ) -> bool:
+        """Have offline work give way, where that helps; return whether some has at once."""
         if request.work_class == UNSAID:
             request.work_class = self.prospect_of(self.queue_of(model)).work_class
         if request.work_class != ONLINE:
             return False
-        make_way, picture = self.preemption.make_way, self.picture
-        if decision is not None:
-            if is_open(decision, request, picture, now_s):  # it waits for others of its class
-                return False
-            if make_way(request, (decision.slot,), picture, now_s):
+        preemption, picture = self.preemption, self.picture
+        if decision is not None and is_open(decision, request, picture, now_s):
+            return False  # it waits for others of its class
+        places: list[Sequence[int]] = [] if decision is None else [(decision.slot,)]
+        if not request.pinned and not request.response_key:  # else no other replica would do
+            places.append(picture.seats(pool).slots)
+        for slots in places:
+            if preemption.make_way(request, slots, picture, now_s):
                 return True
-        if request.pinned or request.response_key:  # no other replica would do
-            return False
-        return make_way(request, picture.seats(pool).slots, picture, now_s)
+        if held:  # one that cannot wait has nothing of what others will have done in a moment
+            preemption.ask_way(request, places, picture, now_s)
+        return False
+
+    def give_way(self, replica_name: str, lease_ids: Sequence[int]) -> None:
+        """Another worker's online request waits for a replica: end these, and let it go first."""
+        slot = self.picture.slots.get(replica_name, -1)
+        if slot >= 0:
+            self.waiting.clearing.keep(slot, self.clock.now_s())
+        self.preemption.give_way(lease_ids)
 
     def _place(
         self, request: Request, pool: fleets.Pool, model: str, *, lookup: bool, now_s: float

@@ -96,6 +96,18 @@ class Heard(msgspec.Struct, tag=True, frozen=True):
     origin: int
     at_s: float
     batch: bytes
+    ours: bool = False  # of another worker of this proxy
+
+
+class GiveWay(msgspec.Struct, tag=True, frozen=True):
+    """An online request waits for a replica: up, what the worker of this origin is to end for it.
+
+    Down, to that worker; and to all others without leases: keep offline work from there meanwhile.
+    """
+
+    origin: int
+    replica: str
+    lease_ids: list[int]
 
 
 class Gone(msgspec.Struct, tag=True, frozen=True):
@@ -178,8 +190,8 @@ class Counted(msgspec.Struct, tag=True, frozen=True):
 
 
 Down = Start | Accept | Reconfigure | FleetIs | Cleared | Accused | Drain | Count | Explain
-Sharing = Listen | Whole | Heard | Gone | Recite
-FromWorker = Noted | Page | Garbled
+Sharing = Listen | Whole | Heard | Gone | Recite | GiveWay
+FromWorker = Noted | Page | Garbled | GiveWay
 Message = Down | Sharing | FromWorker | Ready | Suspect | Doubt | Demanded | Counted | Explained
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

@@ -167,8 +167,10 @@ class Exchange(Relay):
         self._decision = decision
         self._attempts += 1
         self._know_price(decision, now_s)
-        self._lease = plane.acquire(decision, self._request, now_s)
-        if self._request.work_class == OFFLINE and self._preempted < limits.PREEMPTIONS_MAX:
+        request = self._request
+        yields = request.work_class == OFFLINE and self._preempted < limits.PREEMPTIONS_MAX
+        self._lease = plane.acquire(decision, request, now_s, yields=yields)
+        if yields:
             plane.preemption.add(self._lease, self.give_way)
         upstream = plane.upstreams.take(replica.replica_id)
         if upstream is not None:

@@ -202,6 +202,8 @@ class Hub:
                 self._turn(self._members.get(origin), transfer, batch, last)
             case control.Garbled(faulty, reason):
                 self._blame(faulty, reason)
+            case control.GiveWay():
+                self._pass_on(origin, message)
 
     def _relay(self, origin: int, at_s: float, batch: bytes) -> None:
         self._batches_total += 1
@@ -218,8 +220,23 @@ class Hub:
         frame = b""
         for member in self._members.values():
             if member.origin != origin:
-                frame = frame or control.frame_of(control.Heard(origin, at_s, batch))
+                if not frame:
+                    ours = origin in self._members
+                    frame = control.frame_of(control.Heard(origin, at_s, batch, ours))
                 member.tell(frame)
+
+    def _pass_on(self, asker: int, message: control.GiveWay) -> None:
+        """Have one give way, unless he is gone, and all let the one who asks go first.
+
+        Lost on those who are behind: then the request waits as if nobody had been asked.
+        """
+        if message.origin not in self._members:
+            return
+        whole = control.frame_of(message)
+        empty = control.frame_of(control.GiveWay(message.origin, message.replica, []))
+        for member in self._members.values():
+            if member.origin != asker:
+                member.tell(whole if member.origin == message.origin else empty)
 
     def _blame(self, origin: int, reason: str) -> None:
         """A worker cannot read the notes of this one."""

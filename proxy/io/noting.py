@@ -18,7 +18,7 @@ from proxy.core.picture import Picture
 from proxy.core.prefix import PrefixChain
 from proxy.core.usage import Usage
 from proxy.io.clock import Clock
-from proxy.io.control import Channel, Noted
+from proxy.io.control import Channel, GiveWay, Noted
 
 _KEYS_MAX = 4096  # names of replicas whose keys are kept
 
@@ -83,6 +83,11 @@ class Noting:
         """A replica keeps an answer that later requests may go on from."""
         self._add(note_wire.write_response(response_key, self._key(replica_name)))
 
+    def ask_way(self, origin: int, replica_name: str, lease_ids: list[int]) -> None:
+        """Have another worker of this proxy end these, so that an online request of ours begins."""
+        if self._channel is not None:
+            self._channel.send(GiveWay(origin, replica_name, lease_ids))
+
     def tell_all(self) -> None:
         """Tell all that is open, after what was collected; and of prefixes when they are used."""
         self._flush()
@@ -106,6 +111,7 @@ class Noting:
             stream=lease.streamed,
             weight=lease.weight,
             prefill_ended=not lease.pending,
+            yields=lease.yields,
         )
 
     def _key(self, name: str) -> int:

@@ -63,7 +63,10 @@ class Plane(Refusal):
         self.access_log = access_log
         self._leases: dict[int, Lease] = {}  # those held, by id
         self.noting = Noting(clock, self.picture, self._leases)
-        self.sharing = Sharing(self.picture, self.responses, self.noting, clock, tasks)
+        self.sharing = Sharing(
+            self.picture, self.responses, self.noting, clock, tasks, self.give_way
+        )
+        self.preemption.know_others(self.sharing.hearsay.yielding, self.noting.ask_way)
         self.preambles: HeadMemory[Preamble] = HeadMemory(read_preamble)
         self.outbox = Outbox(clock, self._fault)
         self.upstreams = Upstreams(
@@ -197,8 +200,10 @@ class Plane(Refusal):
 
     # --- the load ----------------------------------------------------------------------------
 
-    def acquire(self, decision: Decision, request: Request, now_s: float) -> Lease:
-        """Count a request that goes out now."""
+    def acquire(
+        self, decision: Decision, request: Request, now_s: float, *, yields: bool = False
+    ) -> Lease:
+        """Count a request that goes out now; `yields`: and may have to come back."""
         lease = self.picture.acquire(
             decision.replica,
             request.chain,
@@ -209,7 +214,7 @@ class Plane(Refusal):
             known=decision.known,
             whole=not request.response_key,
         )
-        lease.spare = request.spare
+        lease.spare, lease.yields = request.spare, yields
         self._leases[lease.lease_id] = lease
         if self.noting.on:
             self.noting.dispatched(lease, request.chain)

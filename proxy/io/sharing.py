@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 
 from proxy.core import limits, note_wire, notes
 from proxy.core.hearsay import Hearsay
@@ -29,12 +30,20 @@ class Sharing:
     """Both directions of one worker's notes."""
 
     def __init__(
-        self, picture: Picture, responses: Responses, noting: Noting, clock: Clock, tasks: Tasks
+        self,
+        picture: Picture,
+        responses: Responses,
+        noting: Noting,
+        clock: Clock,
+        tasks: Tasks,
+        give_way: Callable[[str, Sequence[int]], None],
     ) -> None:
+        """`give_way(replica, leases)` ends those for another worker's online request."""
         self._picture = picture
         self._responses = responses
         self._clock = clock
         self._tasks = tasks
+        self._give_way = give_way
         self._lag_s = Histogram(SECONDS_BUCKETS)
         self._garbled_total = 0
         self.noting = noting
@@ -43,9 +52,9 @@ class Sharing:
     def obey(self, channel: control.Channel, message: control.Sharing) -> None:
         """Do what the supervisor says of notes."""
         match message:
-            case control.Heard(origin, at_s, batch):
+            case control.Heard(origin, at_s, batch, ours):
                 now_s = self._clock.now_s()
-                fault = self.hearsay.hear(origin, batch, now_s)
+                fault = self.hearsay.hear(origin, batch, now_s, ours=ours)
                 self._lag_s.observe(max(0.0, now_s - at_s))
                 if fault is not None:
                     self._garbled_total += 1
@@ -56,6 +65,8 @@ class Sharing:
                 self.noting.listen(on=on)
             case control.Whole():
                 self.noting.tell_all()
+            case control.GiveWay(_, replica_name, lease_ids):
+                self._give_way(replica_name, lease_ids)
             case control.Recite(transfer):
                 self._tasks.start("recite", self._recite(channel, transfer))
 

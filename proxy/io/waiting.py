@@ -26,6 +26,7 @@ from proxy.core.holding import Held, Holding, class_of
 from proxy.core.opening import Opening
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Policy, Request
+from proxy.core.preempting import Clearing
 from proxy.core.prospects import Prospect
 from proxy.core.room import Pace, Room, retry_after_s, start_retry_s
 from proxy.errors import NotAwakeError, ProxyError, QueueFullError, QueueTimeoutError
@@ -118,6 +119,7 @@ class Waiting:
         self._numbers = 0
         self._look_due = False
         self._timer: asyncio.TimerHandle | None = None
+        self.clearing = Clearing()  # for online work that waits at other workers
 
     @property
     def count(self) -> int:
@@ -133,7 +135,7 @@ class Waiting:
         No offline work goes there meanwhile, even to one that is open: what waits for another may
         be better there in a moment, and what has begun cannot be called back from a batch.
         """
-        bits = 0
+        bits = self.clearing.bits(self._clock.now_s())
         for queue in self.queues.values():
             if queue.online and queue.bits > 0:
                 bits |= queue.bits
@@ -334,6 +336,8 @@ class Waiting:
             self.work_done()
         if not share:
             next_s = self._quota_end_s
+        if self.clearing.bits(now_s):
+            next_s = min(next_s, self.clearing.end_s)
         self._wake_at(next_s if self.room.count else _NEVER)
 
     def _divide(self, opened: int, now_s: float) -> None:

@@ -144,3 +144,35 @@ def test_usage(bootstrap: Any, capsys: pytest.CaptureFixture[str]) -> None:
 def test_it_needs_nothing_but_the_standard_library() -> None:
     code = f"import runpy; runpy.run_path({str(PATH)!r}, run_name='x')"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+
+
+def test_parts_run_in_their_order_and_none_after_one_that_failed(
+    bootstrap: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def part(name: str, status: int = 0, after: str = "") -> Any:
+        code = f"import os, sys; print('said by', os.environ['NAME']); sys.exit({status})"
+        env = {"NAME": name}
+        return bootstrap.Part(name, (sys.executable, "-c", code), lambda: env, after)
+
+    parts = [part("a"), part("b", after="a"), part("c", 3), part("d", after="c"), part("e")]
+    assert bootstrap.run_parts(parts, tmp_path) == 3
+    said = capsys.readouterr().out
+    assert [name for name in "abcde" if f"said by {name}" in said] == ["a", "b", "c", "e"]
+    assert said.index("said by a") < said.index("said by b")
+    assert bootstrap.run_parts(parts[:2], tmp_path) == 0
+
+
+def test_every_test_is_in_one_part(bootstrap: Any, tmp_path: Path) -> None:
+    """As pytest reads the command lines: the folders given, less what is ignored."""
+    tests = PATH.parents[1] / "tests"
+    files = [str(each.relative_to(tests.parent)) for each in tests.rglob("test_*.py")]
+    places = dict.fromkeys(files, 0)
+    for part in bootstrap.test_parts(tmp_path):
+        if part.name in ("translation", "translated"):
+            continue
+        words = [word for word in part.command if "tests" in word and str(tmp_path) not in word]
+        ignored = [word.removeprefix("--ignore=") for word in words if word.startswith("--ignore=")]
+        for name in files:
+            within = [Path(name).is_relative_to(each) for each in words]
+            places[name] += any(within) and not any(map(Path(name).is_relative_to, ignored))
+    assert set(places.values()) == {1}, [name for name, count in places.items() if count != 1]

@@ -34,6 +34,7 @@ from proxy.contract import (
     ReplicaState,
     encode_snapshot,
 )
+from tests.fakes.certificates import Authority
 
 GOOD = """\
 proxy: {port: 9100, api_key: hush-hush}
@@ -182,6 +183,39 @@ def test_check_asks_whether_the_engine_would_take_its_arguments(
     assert "vllm 0.33.0 has no flag --max-num-sequences; did you mean" in capsys.readouterr().err
 
 
+def test_lines_of_batches_do_not_run_against_a_demand_for_certificates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue()
+    path = tmp_path / "c.yaml"
+
+    def config(mode: str, offline: str) -> str:
+        path.write_text(
+            f"proxy: {{tls_cert_path: {cert}, tls_key_path: {key}, tls_client_auth: {mode},\n"
+            f"  tls_client_ca_path: {authority.path}}}\noffline: {{{offline}}}\n"
+            "models: [{name: m, pools: [{engine: simulator}]}]\n"
+        )
+        return str(path)
+
+    for mode, offline in (
+        ("optional", ""),
+        ("required", "spare_capacity: false"),
+        ("required", "enabled: false"),
+    ):
+        assert main(["check", config(mode, offline)]) == 0
+        assert capsys.readouterr().err == ""
+    assert main(["check", config("required", "")]) == 0
+    warned = capsys.readouterr().err
+    assert "warning: proxy.tls_client_auth: required: lines of batches have no client" in warned
+    plan = plan_of(given(config=str(path)), {})
+    assert plan.locked_out is not None
+    assert plan.locked_out in warned
+    offline = services(plan, {}).offline
+    assert offline is not None
+    assert not any(flag.startswith("--proxy-url") for flag in offline.argv)
+
+
 def test_check_without_a_file_and_with_a_missing_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check"]) == 2
     assert main(["check", "/no/such/file.yaml"]) == 2
@@ -245,7 +279,7 @@ def test_a_note_of_one_that_is_gone_stops_nobody(name: str, tmp_path: Path) -> N
         note.write_text(text)  # the last: the number is another process's by now
         refuse_left(tmp_path)
     note.write_text(f"{stat.pid} {stat.start_ticks}\n")
-    with pytest.raises(StartError, match=f"its {name} running"):
+    with pytest.raises(StartError, match=f"its {name}( service)? running"):
         refuse_left(tmp_path)
 
 

@@ -270,6 +270,14 @@ def test_an_end_that_was_ordered_keeps_its_reason() -> None:
     assert (state.phase, state.reason) == (Phase.BACKOFF, "not ready after 100 s")
 
 
+def test_one_that_nobody_waits_for_keeps_the_reason_for_which_it_ends() -> None:
+    state, _ = after(Event.START, Event.ANSWERED)
+    state, _ = step(state, Event.STOP, 0.0, TIMING, "its GPU is needed")
+    state, commands = step(state, Event.IDLE, 0.0, TIMING)
+    assert (state.phase, state.reason) == (Phase.STOPPING, "its GPU is needed")
+    assert commands == (Command.TERMINATE,)
+
+
 def test_no_start_timeout_means_no_deadline() -> None:
     endless = Timing(0.0, 10.0, 0.5, 8.0)
     state, _ = step(Lifecycle(), Event.START, 0.0, endless)

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from backends.cluster_cards import Node
 from backends.journal import Launch
 from backends.log import Log
 from backends.providers import ray as subject
@@ -67,7 +68,7 @@ class Stage:
     def bridge(self, *found: str) -> FakeBridge:
         bridge: Any = FakeBridge()
         connected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.provider._reached(bridge, Connected(found, 1, 2.0), connected)
+        self.provider._reached(bridge, Connected(found, (Node("10.0.0.7", 2, 2),)), connected)
         assert connected.done()
         fake: FakeBridge = bridge
         return fake

@@ -82,6 +82,7 @@ def test_a_ray_cluster_is_named_in_every_way_that_ray_has(address: str) -> None:
         (RAY.format(ray="", pool=", resources: {CPU: 0}"), "> 0"),
         ("models: [{name: m, pools: [{engine: vllm, resources: {CPU: 1}}]}]", "provider: ray"),
         (RAY.format(ray="address: auto", pool=", serves: jobs"), "offline.work_url"),
+        ("manager: {provider: ray, gpus: '0-3'}", "with provider ray say auto or none"),
     ],
 )
 def test_what_ray_cannot_start_is_refused(text: str, says: str) -> None:

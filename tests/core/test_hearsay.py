@@ -54,6 +54,39 @@ def whole(*leases: OpenLease, next_id: int = 100) -> bytes:
     return b"".join(note_wire.write_open_leases(leases, next_id))
 
 
+def test_what_yields_is_known_from_its_dispatch_or_a_list_to_its_first_octet_or_end() -> None:
+    def yielding(lease_id: int, *, ended: bool = False) -> OpenLease:
+        return OpenLease(
+            *(lease_id, A, 300, 100, 1200),
+            stream=True,
+            weight=1.0,
+            prefill_ended=ended,
+            yields=True,
+        )
+
+    def known() -> list[tuple[int, int]]:
+        return [(lease.lease_id, origin) for lease, origin in listener.hearsay.yielding.items()]
+
+    listener = Listener()
+    for ours in (False, True):
+        told = note_wire.write_dispatched(yielding(5), CHAIN) + whole(
+            *(yielding(5), yielding(6), yielding(7), yielding(8, ended=True), opened(9))
+        )
+        assert listener.hearsay.hear(1 + ours, told, 0.0, ours=ours) is None
+    assert known() == [(5, 2), (6, 2), (7, 2)]
+    listener.hear(note_wire.write_prefill_ended(5), origin=2)
+    assert known() == [(6, 2), (7, 2)]
+    listener.hear(note_wire.write_released(6, None), origin=2)
+    assert known() == [(7, 2)]
+    listener.hear(whole(yielding(7, ended=True)), origin=2)
+    assert known() == []
+    told = note_wire.write_dispatched(yielding(10), CHAIN)
+    assert listener.hearsay.hear(2, told, 0.0, ours=True) is None
+    assert known() == [(10, 2)]
+    listener.hearsay.forget(2, 0.0)
+    assert known() == []
+
+
 def test_a_request_of_another_weighs_as_one_of_ours_from_its_dispatch_to_its_end() -> None:
     listener = Listener()
     assert listener.hear(sent(5)) is None

@@ -21,6 +21,7 @@ LEASES = st.builds(
     stream=st.booleans(),
     weight=st.floats(0, limits.NOTE_WEIGHT_MAX, width=32),
     prefill_ended=st.booleans(),
+    yields=st.booleans(),
 )  # fmt: skip
 POINTS = st.lists(st.tuples(U32, U64), max_size=limits.NOTE_POINTS_MAX).map(sorted)
 CHAINS = POINTS.map(

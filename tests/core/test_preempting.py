@@ -11,7 +11,7 @@ from proxy.core.lease import Lease
 from proxy.core.opening import is_open
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Request
-from proxy.core.preempting import who_gives_way
+from proxy.core.preempting import Clearing, who_gives_way
 from tests.core.builders import chain, pool, replica
 
 _RUNWAY_TOKENS = int(limits.RUNWAY_S * limits.PREFILL_TOKENS_PER_S_DEFAULT)
@@ -153,3 +153,14 @@ def test_where_somebody_leaves_the_replica_is_open_after(
         world.picture.release(by_id[lease_id], 0.0, served=False)
     if leaving:
         assert opened()
+
+
+def test_a_replica_is_kept_clear_for_a_moment_that_each_who_asks_begins_anew() -> None:
+    clearing = Clearing()
+    assert clearing.bits(0.0) == 0
+    clearing.keep(3, 1.0)
+    clearing.keep(0, 1.0 + limits.GIVE_WAY_S / 2)
+    assert clearing.bits(1.0 + limits.GIVE_WAY_S) == 0b1001
+    assert clearing.bits(clearing.end_s) == 0
+    clearing.keep(1, clearing.end_s)
+    assert clearing.bits(clearing.end_s - limits.GIVE_WAY_S / 2) == 0b10

@@ -86,6 +86,12 @@ class MemoryDesk:
         """Let all holds be over at once: the next reports are too late."""
         self._held = {key: held._replace(until_s=0.0) for key, held in self._held.items()}
 
+    def come_back(self) -> None:
+        """Answer again, as one that was started anew: the holds count from now."""
+        until_s = time.monotonic() + self.hold_s
+        self._held = {key: held._replace(until_s=until_s) for key, held in self._held.items()}
+        self.down = False
+
     def ask(self, ask: Ask) -> Chunk | None:
         """Give out lines."""
         self._expire()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -16,6 +19,17 @@ ANN, BOB = "ann", "bob"
 
 def body(number: int, padding: int = 0) -> bytes:
     return b'{"model":"m","n":%d,"p":"%b"}' % (number, b"x" * padding)
+
+
+def chats(count: int, fields: Mapping[str, Any] | None = None) -> list[bytes]:
+    """Return requests that say "line 0" and so on."""
+    return [
+        json.dumps(
+            {"model": "m", "messages": [{"role": "user", "content": f"line {number}"}]}
+            | dict(fields or {})
+        ).encode()
+        for number in range(count)
+    ]
 
 
 def input_file(bodies: Sequence[bytes]) -> tuple[bytes, list[NewLine]]:
@@ -53,18 +67,42 @@ async def begun_job(
     window_s: float = 86400.0,
     padding: int = 0,
     lines_at_once: int = 2000,
+    bodies: Sequence[bytes] = (),
+    url: str = CHAT,
 ) -> JobRecord:
-    """Upload, create, validate and begin a job of so many lines."""
-    content, new = input_file([body(number, padding) for number in range(lines)])
+    """Upload, create, validate and begin a job of so many lines, or of these bodies."""
+    content, new = input_file(bodies or [body(number, padding) for number in range(lines)])
     file_id = await stored_file(store, content, owner)
-    job = await store.create_job(owner, file_id, CHAT, window_s=window_s)
+    job = await store.create_job(owner, file_id, url, window_s=window_s)
     claimed = await store.claim_validation("service-1")
     assert claimed is not None
     assert claimed.id == job.id
-    for start in range(0, lines, lines_at_once):
+    for start in range(0, len(new), lines_at_once):
         await store.add_lines("service-1", job.id, new[start : start + lines_at_once])
     await store.begin_job("service-1", job.id, model)
     return await store.job(owner, job.id)
+
+
+async def chat_job(
+    store: Store,
+    count: int,
+    fields: Mapping[str, Any] | None = None,
+    *,
+    window_s: float = 86400.0,
+    url: str = CHAT,
+) -> JobRecord:
+    """Begin a job of such requests as an engine reads."""
+    return await begun_job(store, count, bodies=chats(count, fields), window_s=window_s, url=url)
+
+
+async def outcomes(store: Store, job_id: str) -> tuple[Counter[str], list[dict[str, Any]]]:
+    """Return how often each custom id has a result, ended or not, and all results."""
+    found: list[dict[str, Any]] = []
+    after = 0
+    while page := await store.results(ANN, job_id, after=after, limit=1000):
+        found += [json.loads(record.content) for record in page]
+        after = page[-1].sequence
+    return Counter(each["custom_id"] for each in found), found
 
 
 async def ask(

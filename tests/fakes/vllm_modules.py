@@ -29,6 +29,15 @@ class ChatCompletionRequest(pydantic.BaseModel):
     stream: bool = False
     stream_options: dict[str, Any] | None = None
     request_id: str = "given"
+    tools: list[int] | list[list[int]] | None = None  # a union: its errors name the types as well
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def check_messages(cls, data: Any) -> Any:
+        """Take for granted that there are messages, as vLLM's own check does."""
+        for _ in data["messages"]:
+            pass
+        return data
 
 
 class _Response(pydantic.BaseModel):

@@ -94,13 +94,16 @@ class Whole:
     def proxy_pid(self) -> int:
         return int((self.run_dir / "proxy.pid").read_text().split()[0])
 
+    def offline_pid(self) -> int:
+        return int((self.run_dir / "offline.pid").read_text().split()[0])
+
     def worker_pids(self) -> list[int]:
         return children(self.proxy_pid())
 
     def marks(self) -> list[Mark]:
         """Return every process of this run."""
         replicas = list(self.replica_pids().values())
-        services = [self.manager_pid(), self.proxy_pid()]
+        services = [self.manager_pid(), self.offline_pid(), self.proxy_pid()]
         return [mark(pid) for pid in (self.up.pid, *services, *self.worker_pids(), *replicas)]
 
 

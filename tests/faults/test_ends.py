@@ -71,6 +71,7 @@ async def test_killing_the_parent_alone(tmp_path: Path) -> None:
         marks.extend(first.marks())
         before = first.replica_pids()
         manager_pid, proxy_pid = first.manager_pid(), first.proxy_pid()
+        offline_pid = first.offline_pid()
         async with Load(first.url, clients=CLIENTS) as load:
             await load.until_more(CLIENTS)
             await asyncio.to_thread(kill_for_certain, first.up.pid)
@@ -94,14 +95,19 @@ async def test_killing_the_parent_alone(tmp_path: Path) -> None:
         assert f"left its proxy running (pid {proxy_pid})" in third.said
         assert f"kill {proxy_pid}" in third.said
         os.kill(proxy_pid, signal.SIGTERM)
+        until(lambda: not any(m.alive for m in marks if m.pid == proxy_pid), "proxy's end")
+        fourth = Whole(tmp_path, log_name="fourth.log").up
+        assert fourth.ended() == 1
+        assert f"left its offline service running (pid {offline_pid})" in fourth.said
+        os.kill(offline_pid, signal.SIGTERM)
         until_gone(marks)
 
-        fourth = Whole(tmp_path, f"--port={port}", log_name="fourth.log")
-        fourth.start()
-        marks.extend(fourth.marks())
-        assert fourth.url == first.url
-        assert not set(fourth.replica_pids().values()) & set(before.values())
-        assert fourth.up.end() == 0
+        fifth = Whole(tmp_path, f"--port={port}", log_name="fifth.log")
+        fifth.start()
+        marks.extend(fifth.marks())
+        assert fifth.url == first.url
+        assert not set(fifth.replica_pids().values()) & set(before.values())
+        assert fifth.up.end() == 0
 
 
 def test_killing_all_but_the_replicas(tmp_path: Path) -> None:
@@ -112,7 +118,8 @@ def test_killing_all_but_the_replicas(tmp_path: Path) -> None:
         before = first.replica_pids()
         workers = first.worker_pids()
         assert len(workers) == WORKERS
-        for pid in (first.up.pid, first.manager_pid(), first.proxy_pid(), *workers):
+        services = (first.manager_pid(), first.offline_pid(), first.proxy_pid())
+        for pid in (first.up.pid, *services, *workers):
             kill_for_certain(pid)
         first.up.ended()
 

@@ -28,7 +28,7 @@ def up(tmp_path: Path) -> Iterator[Program]:
     pool = {"engine": "simulator", "gpus": 1, "replicas": 2, "args": ["--profile", "fast"]}
     config = {
         "proxy": {"workers": 1, "access_log": "off"},
-        "manager": {"provider": "ray", "ray": {"local_gpus": 1}},
+        "manager": {"provider": "ray", "gpus": "none", "ray": {"local_gpus": 1}},
         "offline": {"enabled": False},
         "models": [{"name": "demo", "pools": [pool | {"stop_grace_secs": 5}]}],
     }
@@ -81,3 +81,14 @@ def test_one_gpu_for_two_replicas_and_a_manager_that_dies(up: Program, tmp_path:
     pid = int(json.loads(log.read_text().split('"ray_placed"')[1].split('"pid":')[1].split(",")[0]))
     os.kill(pid, signal.SIGKILL)  # and what held the card makes room, for itself or the other
     until(lambda: "killed by SIGKILL" in log.read_text(), "its end is told")
+
+    os.killpg(head["pid"], signal.SIGKILL)
+    until(lambda: '"ray_head_ended"' in log.read_text(), "the end of the head is told")
+
+    def serves_again() -> bool:
+        now = json.loads((run_dir / "ray-head.json").read_text())
+        ready = [one for one in records() if one.get("state", "ready") == "ready"]
+        return now["pid"] != head["pid"] and len(ready) == 1 and ready[0]["url"] != again["url"]
+
+    until(serves_again, "another head at the same address, and an engine there", 90.0)
+    assert json.loads((run_dir / "ray-head.json").read_text())["address"] == head["address"]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from tests.fakes import ray_cluster
 from tests.fakes.load import Load, Outcome
 from tests.fakes.programs import CLI, Program, children, fetch, free_port, until
-from tests.fakes.ray_cluster import Node, RayCluster
+from tests.fakes.ray_cluster import RAY_ENVIRONMENT, Node, RayCluster
 
 pytestmark = [
     pytest.mark.faults,
@@ -28,6 +29,10 @@ pytestmark = [
 CLIENTS = 12
 REPLICAS, WORKERS = 4, 2
 LINES = 1200
+WINDOWS = {"stable_window_secs": 4, "panic_window_secs": 1, "scaledown_window_secs": 2}
+CHAT = {"max": 1, "rungs": ["cold"], **WINDOWS}
+FAST = ["--profile", "h200-8b"]
+WORK = {"max": 9, "scaledown_window_secs": 2}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,14 @@ class Region:
                 "hold_secs": 3,
                 "spare_capacity": False,
             },
-            "models": [{"name": "demo", "pools": pools}],
+            "models": [
+                {"name": "demo", "pools": pools},
+                {"name": "chat", "pools": [pool | {"autoscale": CHAT, "target_inputs": 4}]},
+                {
+                    "name": "work",
+                    "pools": [pool | {"args": FAST, "serves": "jobs", "autoscale": WORK}],
+                },
+            ],
         }
         path = folder / "doherty.yaml"
         path.write_text(json.dumps(config))
@@ -71,7 +83,7 @@ class Region:
         self.up = Program((*CLI, "up", str(path), *ports), folder / "up.log")
 
     def start(self) -> None:
-        self.url = self.up.until_said(r"Ready: (http://\S+)/v1")[1]
+        self.url = self.up.until_said(r"Ready.*: (http://\S+)/v1")[1]
         self.manager_url = self.up.until_said(r"--manager-url (http://\S+)")[1]
         self.admin_url = self.up.until_said(r"admin +(http://\S+)")[1]
         until(self.whole, "all are ready")
@@ -98,7 +110,7 @@ class Region:
 
     # --- jobs ---------------------------------------------------------------------------------
 
-    def submit(self, lines: int) -> str:
+    def submit(self, lines: int, model: str = "demo", tokens: int = 20) -> str:
         content = b"".join(
             json.dumps(
                 {
@@ -106,9 +118,9 @@ class Region:
                     "method": "POST",
                     "url": "/v1/chat/completions",
                     "body": {
-                        "model": "demo",
+                        "model": model,
                         "messages": [{"role": "user", "content": f"{number} is the number"}],
-                        "max_tokens": 20,
+                        "max_tokens": tokens,
                     },
                 }
             ).encode()
@@ -175,6 +187,55 @@ async def test_the_manager_and_its_bridge_die_and_nobody_notices(region: Region)
     assert not any(record.get("restarts") for record in region.records())
     with pytest.raises(ProcessLookupError):
         os.kill(bridge, 0)
+
+
+TENANT = """
+import sys, time, ray
+ray.init(address=sys.argv[1], namespace="another", log_to_driver=False)
+ray.get(ray.util.placement_group([{"GPU": 1}] * int(sys.argv[2])).ready())
+print("it has them", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def tenant(cluster: RayCluster, tmp_path: Path) -> Iterator[int]:
+    """Somebody else of the cluster, who leaves one GPU beside those of the fixed replicas."""
+    gpus = 2 + 4 + 4 - REPLICAS - WORKERS - 1
+    argv = (sys.executable, "-c", TENANT, cluster.address, str(gpus))
+    program = Program(argv, tmp_path / "tenant.log", env=RAY_ENVIRONMENT)
+    program.until_said("it has them")
+    yield gpus
+    program.end()
+
+
+def test_a_worker_has_the_last_gpu_that_is_ours_and_yields_to_who_is_online(
+    region: Region, tenant: int
+) -> None:
+    def gpus() -> dict[str, Any]:
+        return dict(fetch(region.manager_url + "/v1/scaling").value["gpus"])
+
+    def workers() -> list[str]:
+        return [name for name in region.ready() if name.startswith("work")]
+
+    until(lambda: gpus()["total"] == 10 - tenant, "what another tenant has is not ours")
+    job_id = region.submit(LINES // 4, "work", 100)
+    until(workers, "a worker")
+    assert gpus()["free"] == 0
+    body = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    assert fetch(region.url + "/v1/chat/completions", json.dumps(body).encode()).status == 200
+    assert region.job(job_id)["status"] == "in_progress"
+    hosts, holders = region.ready(), gpus()["holders"]
+    assert "chat-0" in hosts
+    assert not workers()
+    leased = {name: place.rpartition("/")[0] for name, (place,) in holders.items()}
+    assert hosts.items() <= leased.items(), "each runs where its lease says"
+    log = (region.run_dir / "logs" / "manager.log").read_text()
+    assert "work-0 makes room for it" in log
+    until(lambda: region.job(job_id)["status"] == "completed", "the job is done")
+    job = region.job(job_id)
+    assert job["request_counts"] == {"total": LINES // 4, "completed": LINES // 4, "failed": 0}
+    until(region.whole, "what has no work has gone")
 
 
 def command(pid: int) -> bytes:

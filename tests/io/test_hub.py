@@ -63,9 +63,24 @@ def test_what_a_worker_says_reaches_its_siblings_and_all_peers() -> None:
     one, other = scene.workers
     one.note(b"abc", at_s=99.5)
     assert one.batches() == []
-    assert other.channel.heard(control.Heard) == [control.Heard(one.origin, 99.5, b"abc")]
+    assert other.channel.heard(control.Heard) == [
+        control.Heard(one.origin, 99.5, b"abc", ours=True)
+    ]
     for peer in scene.peers:
         assert peer.sent(peer_wire.NOTES) == [Frame(peer_wire.NOTES, one.origin, 0.5, b"abc")]
+
+
+def test_who_is_to_give_way_is_told_which_leases_and_the_others_that_somebody_waits() -> None:
+    scene = Scene(workers=3)
+    asker, owner, third = scene.workers
+    scene.hub.hear(asker.origin, control.GiveWay(owner.origin, "a", [5, 7]))
+    assert owner.channel.heard(control.GiveWay) == [control.GiveWay(owner.origin, "a", [5, 7])]
+    assert third.channel.heard(control.GiveWay) == [control.GiveWay(owner.origin, "a", [])]
+    assert asker.channel.heard(control.GiveWay) == []
+    assert [peer.sent(peer_wire.NOTES) for peer in scene.peers] == [[] for _ in scene.peers]
+    owner.leave()
+    scene.hub.hear(asker.origin, control.GiveWay(owner.origin, "a", [5]))
+    assert third.channel.heard(control.GiveWay) == []  # there is nobody to wait for
 
 
 def test_what_a_peer_says_reaches_our_workers_and_no_peer() -> None:

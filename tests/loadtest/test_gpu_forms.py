@@ -38,14 +38,14 @@ def call(name: str, arguments: str) -> dict[str, Any]:
 
 def test_the_forms_are_done_by_a_worker_as_by_its_server(tmp_path: Path) -> None:
     args = ("--profile", "fast")
-    setting = Setting(engine="simulator", model_path="", args=args, form_lines=2)
+    setting = Setting(engine="simulator", model_path="", args=args, form_lines=1)
     found = asyncio.run(prove(Run(setting, tmp_path, tmp_path), STEPS[:3], 0.0))
     assert [finding.name for finding in found] == list(STEPS[3:])
     for finding in found:
         assert (finding.verdict, finding.broken) == (Verdict.PASS, ()), finding.name
-    assert found[0].figures["chat/completions: n of 2"] == "2 of 2"
-    assert found[1].figures["answers compared"] == 20
-    assert found[2].figures["embeddings: base64"] == "2 of 2"
+    assert found[0].figures["chat/completions: n of 2"] == "1 of 1"
+    assert found[1].figures["answers compared"] == 10
+    assert found[2].figures["embeddings: base64"] == "1 of 1"
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,8 @@ def test_the_forms_are_done_by_a_worker_as_by_its_server(tmp_path: Path) -> None
         ("stop", chat("alpha beta gamma"), False),
         ("named tool", call("paint", PAINT), True),
         ("named tool", call("paint", "{}"), False),
+        ("required tool", call("paint", PAINT), True),
+        ("required tool", call("draw", PAINT), False),
         ("required tool", chat(PAINT), False),
     ],
 )

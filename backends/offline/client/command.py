@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Final, TextIO
 import orjson
 
 from backends.failure import StartError
+from backends.offline.client.aio import DEFAULT_URL
 from backends.offline.client.bar import line, story, table
 from backends.offline.client.errors import InputError, OfflineError
 from backends.offline.client.lines import LINE_BYTES_MAX, endpoint_of
@@ -30,7 +31,6 @@ from backends.offline.client.sync import Client, Job
 from backends.offline.client.values import Progress
 from backends.offline.validation import ENDPOINTS, LineReader, Piece
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 REFRESH_S = 0.5  # of the bar on a terminal
 TELL_S = 10.0  # between lines where there is none
 PIECE_BYTES = 256 * 1024
@@ -108,8 +108,9 @@ def _guarded(run: Callable[[Client, argparse.Namespace], int], options: argparse
             raise StartError(str(error)) from error
         except BrokenPipeError:
             raise
-        except OSError as error:  # of the file that is written, or the one that is uploaded
-            raise StartError(f"{error.filename or 'on disk'}: {error.strerror}") from error
+        except OSError as error:  # of the file that is read or written, which may be the output
+            where = error.filename or "the output"
+            raise StartError(f"{where}: {error.strerror or error}") from error
 
 
 def _submit(client: Client, options: argparse.Namespace) -> int:
@@ -248,6 +249,8 @@ def _results(client: Client, options: argparse.Namespace) -> int:
 
 
 def _target(name: str | None) -> contextlib.AbstractContextManager[BinaryIO]:
+    if name is None and sys.stdout is None:
+        raise StartError("standard output is closed; name a file with --output")
     return contextlib.nullcontext(sys.stdout.buffer) if name is None else open(name, "wb")
 
 

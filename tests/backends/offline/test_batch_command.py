@@ -233,7 +233,7 @@ async def test_a_disk_that_is_full_is_said_in_one_line(tmp_path: Path) -> None:
             await worker.work(1)
             await asyncio.sleep(0.02)
         full = await batch(stage, "results", job_id, "-o", "/dev/full")
-        assert (full.returncode, full.stderr) == (1, "on disk: No space left on device\n")
+        assert (full.returncode, full.stderr) == (1, "the output: No space left on device\n")
 
 
 async def test_an_interrupt_leaves_the_job_running_and_says_so(tmp_path: Path) -> None:

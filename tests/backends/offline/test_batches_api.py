@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+from yarl import URL
 
 from backends.offline import batches_api
 from tests.fakes.offline_stage import (
@@ -356,3 +357,18 @@ async def test_the_official_client_tries_again_without_harm(tmp_path: Path) -> N
         assert [b.id for b in (await client.batches.list()).data] == [batch.id]
         with pytest.raises(openai.NotFoundError):
             await client.batches.retrieve("batch_unknown")
+
+
+async def test_an_id_with_a_nul_is_refused_before_the_store_sees_it(
+    tmp_path: Path, store_url: str
+) -> None:
+    batch = {"input_file_id": "a\0", "endpoint": CHAT, "completion_window": "24h"}
+    async with (
+        offline_stage(tmp_path, store=store_url) as stage,
+        aiohttp.ClientSession(stage.url) as session,
+    ):
+        for path in ("files/a%00", "files?after=%00", "batches/%00", "batches/b/results/%00"):
+            async with session.get(URL(f"/v1/{path}", encoded=True)) as response:
+                assert response.status == 400, path
+        async with session.post("/v1/batches", json=batch) as response:
+            assert response.status == 400

@@ -27,7 +27,7 @@ from proxy.contract import LoadSample, ReplicaRecord
 from proxy.contract.demand import ModelDemand
 from tests.fakes.engine import Connection, Received, ScriptedEngine, answer_json
 from tests.fakes.plane import RealPlane, until
-from tests.fakes.stored_job import OWNER, add_job, outcomes
+from tests.fakes.stored_jobs import ANN, chat_job, outcomes
 from tests.fakes.told_manager import ToldManager
 
 KEY = "a-key-of-the-region"
@@ -130,7 +130,7 @@ async def echo(connection: Connection, request: Received) -> None:
 
 async def ended(store: Store, job_id: str, count: int) -> None:
     async with asyncio.timeout(20):
-        while (job := await store.job(OWNER, job_id)).completed + job.failed < count:
+        while (job := await store.job(ANN, job_id)).completed + job.failed < count:
             await asyncio.sleep(0.02)
 
 
@@ -144,23 +144,24 @@ async def refuse(connection: Connection, status: int, code: str, more: bytes = b
 
 async def test_a_job_is_done_line_by_line_with_bodies_as_they_came(tmp_path: Path) -> None:
     async with region(tmp_path, echo) as made:
-        job = await add_job(made.store, 120, body={"temperature": 0, "x": "\u00e9"})
+        job = await chat_job(made.store, 120, fields={"temperature": 0, "x": "\u00e9"})
         await ended(made.store, job.id, 120)
         times, results = await outcomes(made.store, job.id)
         assert len(times) == 120
         assert set(times.values()) == {1}
         for each in results:
-            number = each["custom_id"].removeprefix("line-")
+            number = each["custom_id"].removeprefix("c")
             assert each["response"]["status_code"] == 200
             assert each["response"]["body"]["echo"] == f"line {number}"
             assert each["response"]["request_id"]
         assert all(b'"temperature": 0, "x": "\\u00e9"}' in r.body for r in made.engine.requests)
         assert not any("x-doherty-class" in r.fields for r in made.engine.requests)
-        done = await made.store.job(OWNER, job.id)
+        done = await made.store.job(ANN, job.id)
         assert (done.completed, done.failed) == (120, 0)
         assert (done.prompt_tokens, done.completion_tokens) == (840, 360)
         (report,) = made.dispatcher.reports()
-        assert report.counts.results == 120
+        # Where a hold ran out, which the job does not show, a second answer is counted here, too.
+        assert report.counts.results >= 120
         assert report.in_flight == report.in_hand == 0
 
 
@@ -173,15 +174,15 @@ async def test_what_a_replica_does_not_understand_is_the_error_of_the_line(tmp_p
             await connection.send(head + b'content-length: 22\r\n\r\n{"detail":"Not Found"}')
 
     async with region(tmp_path, unknown_path) as made:
-        job = await add_job(made.store, 2, url="/v1/embeddings")
+        job = await chat_job(made.store, 2, url="/v1/embeddings")
         await ended(made.store, job.id, 2)
         _, results = await outcomes(made.store, job.id)
         by_id = {each["custom_id"]: each["response"] for each in results}
         assert {name: each["status_code"] for name, each in by_id.items()} == {
-            "line-0": 404,
-            "line-1": 400,
+            "c0": 404,
+            "c1": 400,
         }
-        assert by_id["line-0"]["body"]["error"]["message"] == "Not Found"
+        assert by_id["c0"]["body"]["error"]["message"] == "Not Found"
         assert len(made.engine.requests) == 2, "asking again would bring the same"
         assert made.dispatcher.serves("m")
         assert not made.dispatcher.serves("other")
@@ -195,7 +196,7 @@ async def test_a_burst_ends_all_lines_at_once_and_they_are_done_later(tmp_path: 
         await echo(connection, request)
 
     async with region(tmp_path, slow) as made:
-        job = await add_job(made.store, 30)
+        job = await chat_job(made.store, 30)
         await until(lambda: len(made.engine.requests) >= 16)
         await made.tell(panicking=True)
         await until(lambda: not made.proxy.plane.upstreams.open_count)
@@ -234,7 +235,7 @@ async def test_what_says_nothing_of_a_line_costs_it_nothing(tmp_path: Path) -> N
             await echo(connection, request)
 
     async with region(tmp_path, moody) as made:
-        job = await add_job(made.store, 6)
+        job = await chat_job(made.store, 6)
         await ended(made.store, job.id, 6)
         times, results = await outcomes(made.store, job.id)
         assert set(times.values()) == {1}
@@ -251,17 +252,17 @@ async def test_a_wrong_request_and_one_that_always_fails_have_their_errors(tmp_p
             await echo(connection, request)
 
     async with region(tmp_path, judge) as made:
-        job = await add_job(made.store, 4)
+        job = await chat_job(made.store, 4)
         await ended(made.store, job.id, 4)
         _, results = await outcomes(made.store, job.id)
         by_id = {each["custom_id"]: each for each in results}
-        wrong = by_id["line-0"]["response"]
+        wrong = by_id["c0"]["response"]
         assert wrong["status_code"] == 400
         assert wrong["body"]["error"]["code"] == "context_length_exceeded"
-        assert by_id["line-1"]["response"]["status_code"] == 200
-        assert by_id["line-2"]["response"]["status_code"] == 500
-        assert by_id["line-3"]["response"]["status_code"] == 200
-        done = await made.store.job(OWNER, job.id)
+        assert by_id["c1"]["response"]["status_code"] == 200
+        assert by_id["c2"]["response"]["status_code"] == 500
+        assert by_id["c3"]["response"]["status_code"] == 200
+        done = await made.store.job(ANN, job.id)
         assert (done.completed, done.failed) == (2, 2)
         tries = [b"line 2" in request.body for request in made.engine.requests]
         assert sum(tries) == answers.FAILURES_MAX
@@ -277,11 +278,11 @@ async def test_a_line_over_which_the_sender_itself_fails_ends_with_an_error(
 
     monkeypatch.setattr(sender, "judge", judge)
     async with region(tmp_path, echo) as made:
-        job = await add_job(made.store, 8)
+        job = await chat_job(made.store, 8)
         await ended(made.store, job.id, 8)
         _, results = await outcomes(made.store, job.id)
         (bad,) = [each for each in results if each["error"]]
-        assert bad["custom_id"] == "line-3"
+        assert bad["custom_id"] == "c3"
         assert bad["error"]["code"] == "no_answer"
         assert "ValueError: odd" in bad["error"]["message"]
 
@@ -295,7 +296,7 @@ async def test_a_killed_dispatcher_loses_and_doubles_nothing(tmp_path: Path) -> 
         await echo(connection, request)
 
     async with region(tmp_path, script) as made:
-        job = await add_job(made.store, 60)
+        job = await chat_job(made.store, 60)
         await until(lambda: made.dispatcher.reports()[0].counts.results > 20)
 
         class Dead:
@@ -320,7 +321,7 @@ async def test_an_orderly_end_gives_everything_back_at_once(tmp_path: Path) -> N
         await asyncio.sleep(60)
 
     async with region(tmp_path, never) as made:
-        await add_job(made.store, 40)
+        await chat_job(made.store, 40)
         await until(lambda: len(made.engine.requests) >= 4)
         await made.dispatcher.close()
         chunk = await made.store.ask(
@@ -335,9 +336,9 @@ async def test_a_cancelled_job_ends_its_lines_in_flight(tmp_path: Path) -> None:
         await asyncio.sleep(60)
 
     async with region(tmp_path, never) as made:
-        job = await add_job(made.store, 40)
+        job = await chat_job(made.store, 40)
         await until(lambda: len(made.engine.requests) >= 4)
-        await made.store.cancel_job(OWNER, job.id)
+        await made.store.cancel_job(ANN, job.id)
         await until(lambda: made.dispatcher.reports()[0].in_hand == 0)
         await until(lambda: not made.proxy.plane.upstreams.open_count)
 
@@ -356,7 +357,7 @@ async def test_a_late_job_moves_up_unless_workers_do_its_model(tmp_path: Path) -
         models = [{"name": "m", "pools": [{"engine": "simulator"}, {**workers, "name": "w"}]}]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dispatch._Post, "__call__", seen)
-            job = await add_job(made.store, 20, window_s=0.9)
+            job = await chat_job(made.store, 20, window_s=0.9)
             made.dispatcher = made.make(msgspec.convert({"models": models}, Config))
             made.dispatcher.start()
             await until(lambda: len(classes) >= 1)
@@ -364,7 +365,7 @@ async def test_a_late_job_moves_up_unless_workers_do_its_model(tmp_path: Path) -
             await made.dispatcher.close()
             assert set(classes) == {"spare"}
             classes.clear()
-            late = await add_job(made.store, 200, window_s=4.0)
+            late = await chat_job(made.store, 200, window_s=4.0)
             made.dispatcher = made.make()
             made.dispatcher.start()
             await until(lambda: "semi-online" in classes)
@@ -372,12 +373,12 @@ async def test_a_late_job_moves_up_unless_workers_do_its_model(tmp_path: Path) -
             await until(lambda: "lines_moved_up" in made.log.getvalue())
             await ended(made.store, late.id, 200)
             await until(lambda: not made.dispatcher.moved_up("m"))
-        assert (await made.store.job(OWNER, job.id)).completed <= 20
+        assert (await made.store.job(ANN, job.id)).completed <= 20
 
 
 async def test_a_key_that_is_refused_stops_everything_and_errs_nobody(tmp_path: Path) -> None:
     async with region(tmp_path, echo, start=False) as made:
-        job = await add_job(made.store, 5)
+        job = await chat_job(made.store, 5)
         made.dispatcher = Dispatcher(
             made.store,
             made.needs,
@@ -392,4 +393,4 @@ async def test_a_key_that_is_refused_stops_everything_and_errs_nobody(tmp_path: 
         await until(lambda: "lines_refused" in made.log.getvalue())
         await asyncio.sleep(0.1)
         assert made.engine.requests == []
-        assert (await made.store.job(OWNER, job.id)).failed == 0
+        assert (await made.store.job(ANN, job.id)).failed == 0

@@ -129,15 +129,20 @@ def test_large_answers_go_in_more_reports_but_each_has_one(
     assert told == [[60, 30], [30], [500], [10]]
 
 
-def test_a_hold_counts_from_the_sending_of_the_last_report_that_was_answered() -> None:
+def test_results_are_kept_beyond_the_hold_until_the_desk_has_spoken() -> None:
     held = Holdings("w", ahead=3)
-    lines = held.take(chunk_of(2), 0.0)
-    (chunk,) = held.all()
-    held.told(chunk, held.report(chunk, 0.0), HELD, 50.0)
-    assert held.lapsed(109.0) == []
-    assert held.lapsed(110.0) == lines
+    first, second = held.take(chunk_of(2), 0.0)
+    held.finish(first, done(first))
+    (chunk,) = held.due(500.0)
+    held.finish(second, done(second))
+    late = held.report(chunk, 0.0)
+    assert [result.number for result in late.results] == [0, 1]
+    assert held.told(chunk, late, HELD, 500.0) == []
+    (other, _) = held.take(chunk_of(2, "d"), 500.0)
+    held.finish(other, done(other))
+    held.told(other.chunk, held.report(other.chunk, 0.0), Receipt(held=False), 900.0)
     assert len(held) == 0
-    assert not held.finish(lines[0], done(lines[0])), "it is nobody's"
+    assert not held.finish(other, done(other)), "it is nobody's"
 
 
 def test_a_lost_fence_and_an_ended_job_leave_nothing_to_do() -> None:

@@ -68,6 +68,24 @@ async def _run(folder: Path) -> tuple[Orders, asyncio.Future[int], Store]:
     return orders, asyncio.ensure_future(service.run(listen("127.0.0.1", 0), orders)), store
 
 
+async def test_no_line_is_sent_to_a_proxy_that_demands_a_certificate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = f"manager: {{run_dir: {tmp_path}}}\n"
+    config = parse_config(CONFIG + run + "proxy: {tls_client_auth: required}", "the test")
+    setting = Setting(
+        config=config,
+        config_path=None,
+        manager_url="http://127.0.0.1:9",
+        proxy_url="https://127.0.0.1:9",
+    )
+    store = await open_store(setting, SystemClock())
+    service = OfflineService(setting, store, SystemClock(), Log())
+    assert service._dispatcher is None
+    assert "lines of batches have no client certificate" in capsys.readouterr().err
+    await store.close()
+
+
 async def test_a_service_whose_chore_dies_ends_to_be_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,8 +19,8 @@ from tests.fakes.stored_jobs import ANN, ask, outcome, report
 KILLS = 8
 
 
-def _killed(url: str, after_s: float) -> list[str]:
-    """Let a writer live so long after it has opened the store; return what it said."""
+def _killed(url: str, count: int, after_s: float) -> list[str]:
+    """Let a writer live until it has said `count` lines and a moment longer; return them all."""
     writer = subprocess.Popen(
         [sys.executable, "-m", "tests.fakes.store_writer", url],
         cwd=Path(__file__).parents[3],
@@ -29,10 +29,11 @@ def _killed(url: str, after_s: float) -> list[str]:
     )
     assert writer.stdout is not None
     assert writer.stdout.readline() == "open\n"
+    before = [writer.stdout.readline() for _ in range(count)]
     time.sleep(after_s)
     writer.kill()
     said, _ = writer.communicate()
-    return said.splitlines(keepends=True)
+    return before + said.splitlines(keepends=True)
 
 
 @pytest.mark.faults
@@ -41,7 +42,8 @@ async def test_what_was_acknowledged_is_there_after_a_kill(store_url: str) -> No
     jobs: list[str] = []
     done: set[str] = set()
     for _ in range(KILLS):
-        for line in await asyncio.to_thread(_killed, store_url, moments.uniform(0.05, 0.8)):
+        count, after_s = moments.randrange(12), moments.uniform(0.0, 0.1)
+        for line in await asyncio.to_thread(_killed, store_url, count, after_s):
             kind, *words = line.split()
             if not line.endswith("\n"):
                 continue  # it died while it said this
@@ -58,7 +60,7 @@ async def test_what_was_acknowledged_is_there_after_a_kill(store_url: str) -> No
             good = {f"{job_id}/{r.number}" for r in results if not r.failed}
             assert {line for line in done if line.startswith(job_id)} <= good
         await store.close()
-    assert len(done) > 100  # it did get somewhere
+    assert done  # it did get somewhere
     await _finished(store_url, jobs)
 
 

@@ -287,3 +287,11 @@ async def test_results_in_the_order_of_lines_end_before_the_first_that_is_not_do
     assert (await store.job(ANN, job.id)).state == "cancelled"
     assert await numbers(0, limit=4) == [1, 2, 3, 4]
     await store.close()
+
+
+def test_an_answer_that_is_no_utf_8_spoils_no_file() -> None:
+    faulty = Result(
+        job_id="batch_1", number=0, status=200, body=msgspec.Raw(b'{"a":"\xff\xc3\xa4"}')
+    )
+    row = msgspec.json.decode(written("c", faulty))
+    assert row["response"]["body"] == {"a": "\ufffdä"}

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from backends.offline import sqlite
-from backends.offline.records import FullError, StoreError
+from backends.offline.records import FullError, StoreError, UnavailableError
 from backends.offline.store import Store
 from backends.offline.work import Line, Result
 from tests.fakes.stored_jobs import ANN, begun_job, content, given, outcome, report, stored_file
@@ -51,6 +51,24 @@ async def test_a_file_that_is_something_else_is_refused_and_left_alone(tmp_path:
 async def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="nowhere"):
         await Store.open(tmp_path / "nowhere" / "offline.db")
+
+
+async def test_nothing_is_written_to_a_file_that_was_removed_or_replaced(tmp_path: Path) -> None:
+    path, away = tmp_path / "offline.db", tmp_path / "away.db"
+    store = await Store.open(path)
+    file_id = await stored_file(store, b"kept")
+    path.rename(away)
+    for _ in range(2):  # gone, then another one in its place
+        with pytest.raises(UnavailableError, match="removed or replaced"):
+            await stored_file(store, b"lost")
+        assert (await store.file(ANN, file_id)).bytes == 4  # what there is can still be fetched
+        path.write_bytes(b"")
+    away.rename(path)
+    await stored_file(store, b"kept, too")
+    await store.close()
+    store = await Store.open(path)
+    assert len((await store.files(ANN)).items) == 2
+    await store.close()
 
 
 async def test_a_commit_is_on_the_disk_before_it_is_acknowledged(tmp_path: Path) -> None:

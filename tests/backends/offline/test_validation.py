@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from backends.offline.records import JobError
 from backends.offline.validation import (
+    DEPTH_MAX,
     ERRORS_MAX,
     FileCheck,
     Good,
@@ -122,6 +123,24 @@ def test_what_is_missing(name: str) -> None:
 )
 def test_what_is_wrong(changes: dict[str, object], code: str, param: str) -> None:
     assert _problem(_octets(**changes)) == (code, param)
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_what_others_could_not_read_is_refused_here(opening: str) -> None:
+    closing = "]" if opening == "[" else "}"
+
+    def line(levels: int) -> bytes:
+        deep = opening * levels + "1" + closing * levels
+        wide = ",".join(["[]"] * 300)
+        body = f'{{"model":"m","s":"\\"[{{[{{","wide":[{wide}],"deep":{deep}}}'
+        return b'{"custom_id":"1","method":"POST","url":"%b","body":%b}' % (
+            _CHAT.encode(),
+            body.encode(),
+        )
+
+    assert isinstance(_checked(line(DEPTH_MAX - 2))[0], Good)  # the line and its body are two
+    assert _problem(line(DEPTH_MAX - 1))[0] == "invalid_json_line"
+    assert _problem(line(3 * DEPTH_MAX))[0] == "invalid_json_line"
 
 
 def test_what_is_not_streamed_may_say_so() -> None:

@@ -93,6 +93,7 @@ def test_the_batch_stays_full_while_lines_come_in_two_portions(
         (line(model="unknown"), 404, "model_not_found"),
         (line("go on"), 404, None),
         (line(messages=[]), 400, None),
+        (line(messages=None), 400, None),
         (Line("job", 0, "/v1/embeddings", msgspec.Raw(b"{}")), 400, None),
     ],
 )
@@ -113,6 +114,9 @@ def test_a_field_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         error = error_of(await engine.do(line(max_tokens="many")))
         assert error["param"] == "max_tokens"
         assert str(error["message"]).startswith("max_tokens: ")
+        error = error_of(await engine.do(line(tools="many")))
+        assert error["param"] == "tools"
+        assert "[" not in str(error["message"])
 
     play(monkeypatch, scene)
 

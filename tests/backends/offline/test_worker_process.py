@@ -15,6 +15,7 @@ import pytest
 
 from backends.clock import SystemClock
 from backends.log import Log
+from backends.offline import worker_loop
 from backends.offline.desk_client import RemoteDesk
 from backends.offline.line_engine import Gauges
 from backends.offline.work import Line, Result
@@ -219,27 +220,68 @@ def test_a_wrong_key_is_said_and_is_an_exit_of_1() -> None:
     play([chat(0)], FAST, scene, desk_key="right", work_key="wrong")
 
 
+class HandEngine:
+    """Answers lines when the test says so, those below `answered`."""
+
+    models, urls, gpus, sequences_max = ("m",), ("/v1/chat/completions",), 1, 4
+
+    def __init__(self) -> None:
+        self.dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.answered = 0
+
+    async def start(self) -> None: ...
+
+    async def do(self, line: Line) -> Result:
+        while line.number >= self.answered:
+            await asyncio.sleep(0.01)
+        return Result(job_id=line.job_id, number=line.number, status=200, body=msgspec.Raw(b"{}"))
+
+    def gauges(self) -> Gauges:
+        return Gauges(0, 0)
+
+    async def close(self) -> None: ...
+
+
+def test_what_is_done_while_the_desk_is_away_counts_though_the_hold_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_loop, "REPORT_PATIENCE_S", 0.1)
+    monkeypatch.setattr(worker_loop, "LOOK_S", 0.05)
+
+    async def run() -> MemoryDesk:
+        desk, engine, stop = (
+            MemoryDesk([chat(n) for n in range(4)], 0.3),
+            HandEngine(),
+            asyncio.Event(),
+        )
+        remote = RemoteDesk(await desk.start())
+        worker = Worker(engine, remote, "w", 10, SystemClock(), Log())
+        running = asyncio.ensure_future(worker.run(stop))
+        while not desk.held:
+            await asyncio.sleep(0.01)
+        desk.down = True
+        engine.answered = 2
+        await asyncio.sleep(1.0)  # three holds, and as many looks at what they became
+        engine.answered = 4
+        desk.hold_s = 60.0
+        desk.come_back()
+        await desk.until(4)
+        stop.set()
+        assert await running == 0
+        await remote.close()
+        await desk.close()
+        return desk
+
+    desk = asyncio.run(run())
+    assert set(desk.repeated.values()) == {1}
+    assert desk.refused == 0
+
+
 def test_a_stop_that_ends_the_engine_as_well_is_a_stop() -> None:
     """Who kills a group ends the engine's processes at once: its death is no line's fault."""
 
-    class Dying:
-        models, urls, gpus, sequences_max = ("m",), ("/v1/chat/completions",), 1, 4
-
-        def __init__(self) -> None:
-            self.dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-        async def start(self) -> None: ...
-
-        async def do(self, line: Line) -> Result:
-            return await asyncio.get_running_loop().create_future()
-
-        def gauges(self) -> Gauges:
-            return Gauges(0, 0)
-
-        async def close(self) -> None: ...
-
     async def run(*, stopped: bool) -> tuple[int, int]:
-        desk, engine, stop = MemoryDesk([chat(0)]), Dying(), asyncio.Event()
+        desk, engine, stop = MemoryDesk([chat(0)]), HandEngine(), asyncio.Event()
         remote = RemoteDesk(await desk.start())
         worker = Worker(engine, remote, "w", 10, SystemClock(), Log())
         running = asyncio.ensure_future(worker.run(stop))
