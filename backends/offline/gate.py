@@ -22,6 +22,10 @@ requests that still wait at the second look. What came out is done later, elsewh
 line costs what was computed of it, a person's wait is never made good.
 
 Where there is nobody else there is nobody to be spared: then only caches, queues and limits count.
+And where nobody has come for `ALONE_S` it opens within a second or two: it begins at `ALONE_LINES`
+a replica and doubles at each look. To wait for readings would spare nobody, and a job of some
+hundred lines would be done before the gate is open. The proxies still turn back what an engine
+could not begin at once, so no queue forms for who comes next.
 
 A pool grows by `target_inputs` and `kv_target`: lines stay below both, together with the others, so
 that nothing is started for them.
@@ -62,6 +66,8 @@ BURST_MIN = 4.0  # and so many requests beyond them: two do not make a burst
 BURST_HOLD_S = 5.0  # nothing goes in for so long after one
 PRESSED_HOLD_S = 1.0  # the same after a line was ended for somebody's sake
 USED_SHARE = 0.7  # of the limit that must be in use before it grows
+ALONE_S = BASE_S  # without anybody else, after which it opens fast
+ALONE_LINES = 8.0  # a replica, to begin with
 CUT_OVER = 1.5  # times the room, beyond which lines come out: fewer come out by ending
 
 
@@ -111,6 +117,8 @@ class Gate:
         self._held_until_s = -math.inf
         self._held_for = ""
         self._others_waited = False
+        self._others_s = math.inf  # when others were last seen
+        self._alone = False  # and that is long ago
         self._heard_s = -math.inf  # of the newest reading when it last grew
         self._arrivals: deque[tuple[float, int]] = deque(maxlen=256)
         self._others: deque[tuple[float, int]] = deque(maxlen=256)
@@ -167,6 +175,13 @@ class Gate:
 
     def _note_arrivals(self, seen: Seen) -> None:
         arrivals = self._arrivals
+        news = not arrivals or arrivals[-1][1] != seen.others_arrivals_total
+        if news or seen.others_in_flight or seen.others_queued:
+            self._others_s = seen.at_s
+        alone = seen.at_s - self._others_s >= ALONE_S
+        if alone and not self._alone:
+            self._turn = math.inf  # what was felt, others felt
+        self._alone = alone
         if arrivals and seen.others_arrivals_total < arrivals[-1][1]:
             arrivals.clear()  # another manager counts
         arrivals.append((seen.at_s, seen.others_arrivals_total))
@@ -227,17 +242,21 @@ class Gate:
         return room, why
 
     def _grow(self, seen: Seen, room: int) -> None:
-        """Let in more, if all that may be in is, and readings have come since the last time."""
+        """Let in more, if all that may be in is, and readings have come or nobody else has."""
         if seen.turned_back:  # it is as full as proxies let it be
             self._limit = max(1.0, min(self._limit, float(seen.lines)))
             return
         heard_s = min((load.at_s for _, load in _read(seen.replicas)), default=-math.inf)
-        if self._limit and heard_s <= self._heard_s:
+        fast = self._alone and self._limit < self._turn
+        if self._limit and heard_s <= self._heard_s and not fast:
             return
         self._heard_s = heard_s
         count = len(seen.replicas)
-        if not self._limit:
-            self._limit = float(count)
+        least = 0.0 if self._limit else float(count)
+        if fast:
+            least = max(least, min(count * ALONE_LINES, self._turn))
+        if self._limit < least:
+            self._limit = least
         elif seen.lines >= USED_SHARE * self._limit and not _kv_near(seen):
             doubled = min(2 * self._limit, max(self._turn, self._limit))
             self._limit = max(doubled, self._limit + count)

@@ -163,6 +163,7 @@ def _told(driver: Any) -> Iterator[None]:
         OSError,
         TimeoutError,
     ) as error:
-        raise UnavailableError(f"PostgreSQL does not answer ({error}): ask again") from error
+        problem = str(error) or type(error).__name__  # a timeout has no words
+        raise UnavailableError(f"PostgreSQL does not answer ({problem}): ask again") from error
     except driver.PostgresError as error:
         raise StoreError(f"PostgreSQL: {error}") from error

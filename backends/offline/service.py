@@ -91,7 +91,8 @@ async def open_store(setting: Setting, clock: Clock) -> Store:
         return await Store.open(setting.store, limits=setting.limits, clock=clock)
     except (StoreError, OSError) as error:
         place = setting.store.rpartition("@")[2]  # without a password
-        raise StartError(f"the store of jobs, {place}, cannot be used: {error}") from error
+        problem = (error.strerror if isinstance(error, OSError) else None) or error
+        raise StartError(f"the store of jobs, {place}, cannot be used: {problem}") from error
 
 
 def listen(host: str, port: int) -> socket.socket:

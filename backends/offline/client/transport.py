@@ -105,7 +105,7 @@ class Transport:
             try:
                 reply = await self._once(method, path, headers or {}, content, wait_s)
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                problem = str(error) or type(error).__name__
+                problem = problem_of(error)
             else:
                 if reply.status < 300:
                     return reply
@@ -161,6 +161,19 @@ class _Upload:
             yield piece
             at += len(piece)
         yield self._tail
+
+
+def problem_of(error: Exception) -> str:
+    """Say why nothing was answered, in words for people where the library has its own."""
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"the name {error.host} is not known"
+    if isinstance(error, aiohttp.ClientSSLError):
+        return f"no connection by TLS ({error.os_error})"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        # With several addresses of one name there is no number, but a list of what happened.
+        why = os.strerror(error.errno).lower() if error.errno else "no connection"
+        return f"{why}; does Doherty run there (`doherty up`)?"
+    return str(error) or type(error).__name__
 
 
 def refusal_of(reply: Reply) -> RefusedError:

@@ -336,6 +336,14 @@ async def test_patience_has_an_end_and_a_refusal_is_final() -> None:
     assert len(flaky.seen) == 1
 
 
+async def test_who_finds_nobody_is_told_so_in_plain_words() -> None:
+    async with AsyncClient(f"http://127.0.0.1:{free_port()}", patience_s=0.0) as client:
+        with pytest.raises(UnreachableError) as error:
+            await client.job("batch_1").progress()
+    assert "does not answer: connection refused; does Doherty run there" in str(error.value)
+    assert "ssl" not in str(error.value)
+
+
 async def test_a_timeout_is_kept_where_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backends.offline.client.aio.SILENCE_S", 0.1)
     async with AsyncClient(f"http://127.0.0.1:{free_port()}") as client:

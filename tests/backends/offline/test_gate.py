@@ -43,10 +43,9 @@ class World:
         if batch:
             self.tokens += batch * LOOK_S / self.step_s(batch)
         load = LoadSample(
-            at_s=self.now_s,
             running=math.ceil(batch),
             generation_tokens_total=int(self.tokens),
-            **self.load,
+            **{"at_s": self.now_s, **self.load},
         )
         seen = Seen(
             at_s=self.now_s,
@@ -74,6 +73,38 @@ def test_where_nobody_else_is_lines_grow_to_what_a_replica_may_have_within_secon
     assert world.look().lines == 2, "a slow start"
     assert world.run(10).lines == 128
     assert world.look().prompt_tokens_per_s == math.inf
+
+
+def test_where_nobody_else_came_for_a_while_it_opens_at_once_without_new_readings() -> None:
+    world = World(replicas=2)
+    world.arrivals = 1
+    world.run(1)
+    world.lines = 0  # no work yet
+    verdict = Verdict(lines=0, keep=0)
+    for _ in range(int(gates.ALONE_S / LOOK_S)):
+        assert verdict.lines <= 2, "somebody was there a moment ago"
+        verdict = world.look()
+    assert verdict.lines == 2 * gates.ALONE_LINES
+    world.load = {"at_s": world.now_s}
+    for expected in (32, 64, 128):
+        world.lines = verdict.lines
+        verdict = world.look()
+        assert verdict.lines == expected
+    world.arrivals += 1  # somebody comes, and it is as careful as ever
+    world.look(preempted=1)
+    world.lines = 32
+    assert world.run(6).lines == 32, "and without new readings it does not grow"
+
+
+def test_alone_with_full_caches_it_stays_below_what_filled_them() -> None:
+    world = World(replicas=1)
+    world.run(int(gates.ALONE_S / LOOK_S) + 4)
+    assert world.lines == 64
+    world.load = {"kv_used_ratio": 0.95}
+    assert world.look().lines == 32
+    world.load, world.lines = {}, 32
+    assert world.look().lines <= 33
+    assert world.look().lines <= 34
 
 
 def test_beside_others_steps_stay_nearly_as_short_as_theirs_alone() -> None:
