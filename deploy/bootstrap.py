@@ -36,7 +36,7 @@ STAMP = VENV / "doherty-stamp"
 PYTHON_MIN = (3, 11)
 CORE = "proxy/core/"
 CORE_BRANCH_PERCENT_MIN = 95.0
-SLOTS = 2  # parts of the test run at a time: one computes while another waits for processes
+SLOTS = 3  # parts of the test run at a time: half of what each takes is waiting for processes
 # Where the core's branches are counted: counting costs three times what the tests themselves do, so
 # it is done where it is judged. The files of tests/io are those that reach the rest of the core.
 MEASURED = (

@@ -114,7 +114,7 @@ REFUSALS = (
         "up: one port for two",
         "up FILE --run-dir RUN --port=FREE --admin-port=FREE --manager-port=0",
         1,
-        ("three different ports",),
+        ("two of --port, --admin-port, --manager-port, --offline-port are the same",),
         MODEL,
     ),
     Refusal(

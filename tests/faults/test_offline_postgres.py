@@ -45,7 +45,8 @@ async def test_connections_that_are_killed_come_back(tmp_path: Path) -> None:
     programs = postgres_server.programs()
     if programs is None:
         pytest.skip("needs a PostgreSQL server (Debian: postgresql)")
-    with postgres_server.running(programs) as url:
+    with postgres_server.running(programs) as server:
+        url = server.url
         async with offline_stage(tmp_path, store=url) as stage, stage.client() as client:
             content = jsonl([request(n) for n in range(100)])
             file = await client.files.create(file=("a", content), purpose="batch")

@@ -246,6 +246,8 @@ async def test_an_interrupt_leaves_the_job_running_and_says_so(tmp_path: Path) -
             stderr=terminal,
             cwd=ROOT,
             env=environment(),
+            # Whoever runs these tests in the background has it ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(terminal)
         seen = b""
