@@ -46,11 +46,11 @@ MEASURED = (
 )
 # What runs beside each other; the longest first, so that the last to end are short.
 TOGETHER = (
-    ("tests/backends",),
     ("tests/faults", "tests/contract"),
-    ("tests/backends/offline",),
+    ("tests/backends",),
     ("tests/io",),
     ("tests/loadtest", "tests/deploy", "tests/bench_core"),
+    ("tests/backends/offline",),
 )
 CACHES = (".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", ".import_linter_cache")
 PRODUCTS = (".venv", "build", "dist", "doherty.egg-info", ".coverage")
