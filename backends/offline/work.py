@@ -25,8 +25,8 @@ from typing import Annotated, Protocol
 import msgspec
 from msgspec import Meta
 
-ASK_PATH = "/work/ask"
-REPORT_PATH = "/work/report"
+ASK_PATH = "/desk/ask"
+REPORT_PATH = "/desk/report"
 WORK_BYTES_MAX = 64 * 1024 * 1024  # of one body, either way
 WAIT_S_MAX = 30.0  # that an ask may wait for lines
 ID_LENGTH_MAX = 128

@@ -107,7 +107,7 @@ class HttpWorker:
             lines_max=lines_max,
             wait_s=wait_s,
         )
-        body = await self._post(session, "/work/ask", ask)
+        body = await self._post(session, "/desk/ask", ask)
         return msgspec.json.decode(body, type=Chunk) if body else None
 
     async def report(
@@ -127,7 +127,7 @@ class HttpWorker:
             done=done,
             busy_s=busy_s,
         )
-        return msgspec.json.decode(await self._post(session, "/work/report", report), type=Receipt)
+        return msgspec.json.decode(await self._post(session, "/desk/report", report), type=Receipt)
 
     async def work(self, lines: int = 10**9, lines_max: int = 1000) -> None:
         """Do lines until there are none, or so many are done."""

@@ -23,7 +23,7 @@ class BlockingWorker:
     def do_some(self) -> bool:
         """Do a chunk; False: there is none."""
         ask = Ask(worker_id="w", models=("demo",), urls=(CHAT,), lines_max=self._lines_max)
-        said = self._post("/work/ask", ask)
+        said = self._post("/desk/ask", ask)
         if not said:
             return False
         chunk = msgspec.json.decode(said, type=Chunk)
@@ -35,7 +35,7 @@ class BlockingWorker:
             results=tuple(answer(line) for line in chunk.lines),
             done=True,
         )
-        msgspec.json.decode(self._post("/work/report", report), type=Receipt)
+        msgspec.json.decode(self._post("/desk/report", report), type=Receipt)
         return True
 
     def _post(self, path: str, what: msgspec.Struct) -> bytes:

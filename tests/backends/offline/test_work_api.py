@@ -52,7 +52,7 @@ async def test_only_who_has_the_key_is_a_worker(tmp_path: Path) -> None:
             ({"authorization": "Bearer other"}, 401),
             ({"authorization": "Bearer work-key", "origin": "http://page"}, 403),
         ):
-            for path in ("/work/ask", "/work/report"):
+            for path in ("/desk/ask", "/desk/report"):
                 async with session.post(stage.url + path, data=b"{}", headers=headers) as response:
                     assert response.status == status
                     assert (await response.json())["error"]["message"]
@@ -64,25 +64,25 @@ async def test_what_is_no_word_of_a_worker(tmp_path: Path) -> None:
         report = {"worker_id": "w", "chunk_id": "c", "fence": 1}
         result = {"job_id": "j", "number": 1, "prompt_tokens": 2**53}
         for path, body in (
-            ("/work/ask", b""),
-            ("/work/ask", b"{}"),
-            ("/work/ask", b"[" * 5_000),
-            ("/work/ask", json.dumps(ask | {"lines_max": 0}).encode()),
-            ("/work/ask", json.dumps(ask | {"wait_s": 31}).encode()),
-            ("/work/ask", json.dumps(ask | {"worker_id": "w" * 200}).encode()),
-            ("/work/ask", json.dumps(ask | {"worker_id": "w\n\0"}).encode()),
-            ("/work/ask", json.dumps(ask | {"models": ["m\0"]}).encode()),
-            ("/work/ask", json.dumps(ask | {"models": ["m"] * 1_001}).encode()),
-            ("/work/report", json.dumps(report | {"fence": -1}).encode()),
-            ("/work/report", json.dumps(report | {"back": [["j", 2**70]]}).encode()),
-            ("/work/report", json.dumps(report | {"busy_s": -1}).encode()),
-            ("/work/report", json.dumps(report | {"busy_s": 1e300}).encode()),
-            ("/work/report", json.dumps(report | {"results": [result]}).encode()),
+            ("/desk/ask", b""),
+            ("/desk/ask", b"{}"),
+            ("/desk/ask", b"[" * 5_000),
+            ("/desk/ask", json.dumps(ask | {"lines_max": 0}).encode()),
+            ("/desk/ask", json.dumps(ask | {"wait_s": 31}).encode()),
+            ("/desk/ask", json.dumps(ask | {"worker_id": "w" * 200}).encode()),
+            ("/desk/ask", json.dumps(ask | {"worker_id": "w\n\0"}).encode()),
+            ("/desk/ask", json.dumps(ask | {"models": ["m\0"]}).encode()),
+            ("/desk/ask", json.dumps(ask | {"models": ["m"] * 1_001}).encode()),
+            ("/desk/report", json.dumps(report | {"fence": -1}).encode()),
+            ("/desk/report", json.dumps(report | {"back": [["j", 2**70]]}).encode()),
+            ("/desk/report", json.dumps(report | {"busy_s": -1}).encode()),
+            ("/desk/report", json.dumps(report | {"busy_s": 1e300}).encode()),
+            ("/desk/report", json.dumps(report | {"results": [result]}).encode()),
         ):
             async with session.post(stage.url + path, data=body) as response:
                 assert response.status == 400, body
         large = {"content-length": str(65 * 1024 * 1024)}
-        async with session.post(stage.url + "/work/report", headers=large) as response:
+        async with session.post(stage.url + "/desk/report", headers=large) as response:
             assert response.status == 413
 
 
