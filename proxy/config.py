@@ -12,14 +12,22 @@ read it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from proxy.config_access import (
+    AccessConfig,
+    ClassesConfig,
+    JwtConfig,
+    ModelAccess,
+    RemoteRegionConfig,
+    TenantConfig,
+)
 from proxy.config_machines import DockerConfig, RayConfig, ReclaimNoticeConfig
+from proxy.config_manager import ManagerConfig
 from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig, Serves, WorkClass
 from proxy.config_offline import OfflineConfig
 from proxy.config_reading import (
@@ -40,15 +48,21 @@ from proxy.config_reading import (
 
 # Beside what is defined here.
 __all__ = (
+    "AccessConfig",
     "AutoscaleConfig",
+    "ClassesConfig",
     "ConfigError",
     "DockerConfig",
+    "JwtConfig",
+    "ManagerConfig",
     "ModelConfig",
     "OfflineConfig",
     "PoolConfig",
     "RayConfig",
     "ReclaimNoticeConfig",
+    "RemoteRegionConfig",
     "Serves",
+    "TenantConfig",
     "WorkClass",
     "describe_fields",
 )
@@ -60,9 +74,6 @@ Policy = Literal["prefix", "session", "least_load", "round_robin", "random"]
 ClientAuth = Literal["off", "optional", "required"]
 KvEvents = Literal["auto", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-_CARD = r"(\d{1,3}(-\d{1,3})?|(GPU|MIG)-[A-Za-z0-9/-]+)"
-_CARDS = re.compile(rf"auto|none|{_CARD}(, ?{_CARD})*")
-_SPAN = re.compile(r"(?<![\w-])(\d+)-(\d+)(?![\w-])")
 
 # What the routers that people come from call the same thing.
 POLICY_ALIASES = {
@@ -249,74 +260,17 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
             "http://127.0.0.1:8003 (default: none, these are 404)"
         ),
     ] = None
-
-
-class ManagerConfig(Section, frozen=True, kw_only=True):
-    """The control plane."""
-
-    host: Annotated[str, Meta(description="address of the manager's API")] = "127.0.0.1"
-    port: Annotated[Port, Meta(description="port of the manager's API")] = 8002
-    run_dir: Annotated[str, Meta(description="folder for the journal and the engines' logs")] = (
-        ".doherty"
-    )
-    scrape_interval_secs: Annotated[
-        float, Meta(ge=0.05, description="pause between readings of an engine's metrics")
-    ] = 1.0
-    restart_backoff_secs: Annotated[
-        Seconds, Meta(description="pause before the first restart of a replica; doubles each time")
-    ] = 0.5
-    restart_backoff_max_secs: Annotated[
-        Seconds, Meta(description="longest pause between restarts")
-    ] = 30.0
-    gpus: Annotated[
-        str | Count | tuple[str | Count, ...],
-        Meta(
-            description="GPUs to lease to replicas: auto (what nvidia-smi lists; of a Ray cluster, "
-            "those that nobody else has), none (leave that to engines or the cluster), or a list "
-            "such as 0,2-3 (UUIDs and MIG instances, too)"
-        ),
-    ] = "auto"
-    warm_page_cache: Annotated[
-        bool, Meta(description="read weights and compile caches into memory beside a start")
-    ] = True
-    snapshot_dir: Annotated[
+    keys_path: Annotated[
         Path | None,
-        Meta(description="folder for images of warm replicas (default: snapshots in run_dir)"),
+        Meta(description="file of API keys, as `doherty keys` keeps it (default: the manager's)"),
     ] = None
-    snapshot_bytes_max: Annotated[
-        PositiveInt, Meta(description="disk space that these may take; the oldest go first")
-    ] = 200 * 1024**3
-    provider: Annotated[
-        Literal["process", "docker", "ray"], Meta(description="what engines are started as")
-    ] = "process"
-    docker: Annotated[
-        DockerConfig, Meta(description="with provider docker: how containers are made")
-    ] = DockerConfig()
-    ray: Annotated[
-        RayConfig, Meta(description="with provider ray: the cluster, and what engines get there")
-    ] = RayConfig()
-    reclaim_notice: Annotated[
-        ReclaimNoticeConfig | None,
-        Meta(description="where a cloud says that this machine will be taken away"),
-    ] = None
-
-    @property
-    def cards(self) -> str:
-        """`gpus` as one text."""
-        return ",".join(map(str, self.gpus)) if isinstance(self.gpus, tuple) else str(self.gpus)
-
-    def __post_init__(self) -> None:
-        """Refuse a list that names no cards, or seems to and names none (a range 2-0)."""
-        spans = _SPAN.findall(self.cards)
-        if not _CARDS.fullmatch(self.cards) or any(int(a) > int(b) for a, b in spans):
-            raise ValueError(
-                f"gpus: '{self.cards}' is none of auto, none, or a list such as 0,2-3 or "
-                "GPU-8932f937 (names of nvidia-smi, ranges upwards)"
-            )
-        if self.provider == "ray" and self.cards not in {"auto", "none"}:
-            raise ValueError(
-                "gpus: a list names cards of this machine; with provider ray say auto or none"
-            )
+    usage_log: Annotated[
+        str, Meta(description="file for usage records, one JSON line each; '-' or 'off'")
+    ] = "off"
+    access: Annotated[
+        AccessConfig,
+        Meta(description="said at the top of the file: tenants, jwt, classes, regions, models"),
+    ] = AccessConfig()
 
 
 class Config(Section, frozen=True, kw_only=True):
@@ -327,9 +281,55 @@ class Config(Section, frozen=True, kw_only=True):
     manager: ManagerConfig = ManagerConfig()
     offline: OfflineConfig = OfflineConfig()
     models: tuple[ModelConfig, ...] = ()
+    tenants: tuple[TenantConfig, ...] = ()
+    jwt: JwtConfig | None = None
+    classes: ClassesConfig = ClassesConfig()
+    remote_regions: tuple[RemoteRegionConfig, ...] = ()
+
+    @property
+    def access(self) -> AccessConfig:
+        """Return what proxies must know of all this."""
+        models = {
+            model.name: ModelAccess(
+                regions=model.regions,
+                prompt_price=model.prompt_price,
+                cached_price=(
+                    model.prompt_price if model.cached_price is None else model.cached_price
+                ),
+                completion_price=model.completion_price,
+            )
+            for model in self.models
+        }
+        return AccessConfig(
+            tenants=self.tenants,
+            jwt=self.jwt,
+            classes=self.classes,
+            remote_regions=self.remote_regions,
+            models=models,
+        )
+
+    def _check_claims(self) -> None:
+        """Refuse tenants, regions and models that contradict each other."""
+        tenants = [tenant.name for tenant in self.tenants]
+        for name in tenants:
+            if tenants.count(name) > 1:
+                raise ValueError(f"tenant '{name}' is defined twice")
+        for remote in self.remote_regions:
+            if remote.region == self.region:
+                raise ValueError(
+                    f"remote_regions: {remote.url} is said to be in this region, {self.region}; "
+                    "proxies of one region are in proxy.peers"
+                )
+        for model in self.models:
+            if model.regions and self.region not in model.regions and model.pools:
+                raise ValueError(
+                    f"model '{model.name}' may not run in this region, {self.region}: add it to "
+                    "the model's regions, or remove the model"
+                )
 
     def __post_init__(self) -> None:
-        """Refuse a model that is defined twice."""
+        """Refuse what is defined twice, and what contradicts another part."""
+        self._check_claims()
         names = [model.name for model in self.models]
         for name in names:
             if names.count(name) > 1:
@@ -407,11 +407,18 @@ def parse_config(text: str, source: str) -> Config:
     return read_yaml(text, source, Config, _respell)
 
 
+_NO_ACCESS = msgspec.json.decode(msgspec.json.encode(AccessConfig()))
+
+
 def _respell(value: Any) -> None:
     """Take what people write for what they mean."""
     proxy = value.get("proxy") if isinstance(value, dict) else None
     if not isinstance(proxy, dict):
         return
+    if msgspec.to_builtins(proxy.get("access") or _NO_ACCESS) != _NO_ACCESS:
+        raise ConfigError(
+            "proxy.access: say tenants, jwt, classes and so on at the top of the file"
+        )
     policy = proxy.get("policy")
     if isinstance(policy, str):
         proxy["policy"] = POLICY_ALIASES.get(policy, policy)

@@ -200,6 +200,19 @@ class ModelConfig(Section, frozen=True, kw_only=True):
 
     name: Name
     pools: Annotated[tuple[PoolConfig, ...], Meta(min_length=1)]
+    regions: Annotated[
+        tuple[Name, ...], Meta(description="regions in which it may be computed (default: all)")
+    ] = ()
+    prompt_price: Annotated[
+        float, Meta(ge=0, description="of a million prompt tokens, for budgets and usage records")
+    ] = 0.0
+    cached_price: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        Meta(description="of a million prompt tokens that a cache held (default: prompt_price)"),
+    ] = None
+    completion_price: Annotated[
+        float, Meta(ge=0, description="of a million tokens that were generated")
+    ] = 0.0
 
     def __post_init__(self) -> None:
         """Refuse an adapter of the model's own name."""

@@ -101,6 +101,8 @@ def describe_fields(section: type[Section]) -> Iterator[tuple[str, Any, str]]:
     """Yield name, bare type and description of each field, in order; flags are made of these."""
     hints = get_type_hints(section, include_extras=True)
     for field in msgspec.structs.fields(section):
+        if isinstance(field.default, Section):
+            continue  # a part of its own, and no value that a flag could give
         annotation = hints[field.name]
         metas = [a for a in get_args(annotation) if isinstance(a, Meta) and a.description]
         bare = get_type_hints(section)[field.name]

@@ -59,6 +59,7 @@ class Invocation(msgspec.Struct, frozen=True):
         from_file = config.proxy
         if from_file.region == ProxyConfig().region:
             from_file = msgspec.structs.replace(from_file, region=config.region)
+        from_file = msgspec.structs.replace(from_file, access=config.access)
         from_environment = override(
             from_file, environment_values(self.environment), ENVIRONMENT_PREFIX + "{env}"
         )

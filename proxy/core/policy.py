@@ -36,12 +36,15 @@ class Request:
     `has_session`: the chain's key is a session's; `pinned`: its home is a must, which `io.choice`
     sees to before it asks a policy. `weight`: what a second of its waiting counts, a person's is 1.
     `work_class`: how urgent it is, which counts only among those who wait. `spare`: it
-    does not wait, and is no demand.
+    does not wait, and is no demand. `deadline_s`, of the same clock as decisions, is when its first
+    token is wanted, `tpot_s` the time between tokens that it wants. `regions`: where it may be
+    computed; `abroad`: whether it may leave this one. Tenants share what is scarce by their weight.
     """
 
     __slots__ = (
-        "adapter", "chain", "has_session", "pinned", "response_key", "spare", "stream", "tried",
-        "weight", "work_class",
+        "abroad", "adapter", "chain", "deadline_s", "has_session", "pinned", "regions",
+        "response_key", "spare", "stream", "tenant", "tenant_weight", "tpot_s", "tried", "weight",
+        "work_class",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +69,12 @@ class Request:
         self.adapter = adapter
         self.response_key = response_key  # of the answer that this one goes on from; 0: none
         self.spare = spare
+        self.tenant = ""
+        self.tenant_weight = 1.0
+        self.deadline_s = 0.0  # 0: none said
+        self.tpot_s = 0.0  # 0: none said
+        self.regions: frozenset[str] | None = None  # None: all
+        self.abroad = True
         self.tried: set[str] = set()  # replicas that have already failed this request
 
 

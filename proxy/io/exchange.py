@@ -77,7 +77,7 @@ class Exchange(Relay):
         """Everything that can be refused before the body is read. Raises `ProxyError`."""
         preamble = self._preamble
         self._route = preamble.route or find_route(preamble.method, preamble.path)
-        self._plane.admit(self._route, preamble, self._length)
+        self._principal = self._plane.admit(self._route, preamble, self._length)
 
     @override
     def hold_body(self, size: int) -> None:

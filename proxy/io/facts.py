@@ -15,6 +15,7 @@ from proxy.core.http1 import Field
 from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble
 from proxy.core.prefix import NO_CHAIN
+from proxy.core.principal import ANYBODY
 from proxy.core.routes import Route
 from proxy.core.usage import Usage
 from proxy.errors import Dialect, dialect_of
@@ -37,6 +38,7 @@ class Facts:
         "_pool",
         "_preamble",
         "_preempted",
+        "_principal",
         "_queue_s",
         "_received_bytes",
         "_request",
@@ -57,6 +59,7 @@ class Facts:
         self._peer = peer
         self.request_id = preamble.request_id or plane.clock.request_id()
         self._route: Route | None = None
+        self._principal = ANYBODY
         self._model = ""
         self._stream = False
         self._pool: Pool | None = None

@@ -23,6 +23,7 @@ from proxy.core.head_memory import HeadMemory
 from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
+from proxy.core.principal import ANYBODY, Principal
 from proxy.core.replica import Replica, replica_of
 from proxy.core.routes import Route, model_of_path
 from proxy.core.usage import Usage
@@ -288,8 +289,8 @@ class Plane(Refusal):
                 return orjson.dumps(model)
         raise self.unknown_model(wanted)
 
-    def admit(self, route: Route, preamble: Preamble, length: int) -> None:
-        """Judge a head by what this proxy may and can serve. Raises `ProxyError`.
+    def admit(self, route: Route, preamble: Preamble, length: int) -> Principal:
+        """Judge a head by what this proxy may and can serve; return who asks. Raises `ProxyError`.
 
         A `length` that is announced is judged, but only what has come is held and counted.
         """
@@ -301,11 +302,12 @@ class Plane(Refusal):
             raise UnsupportedEncodingError("compressed request bodies are not read here")
         self.judge_length(length)
         if route.local:
-            return
+            return ANYBODY
         if self.exchanges_open > self.config.max_concurrent_requests:
             raise OverloadedError(
                 f"{self.config.max_concurrent_requests} requests are in flight already"
             )
+        return ANYBODY
 
     def judge_length(self, body_bytes: int) -> None:
         """Refuse a body that is, or will be, too large. Raises `BodyTooLargeError`."""

@@ -79,7 +79,10 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
             _POOL + "        evn: {}",
             "f:5: models[0].pools[0]: unknown key 'evn'; did you mean 'env'",
         ),
-        ("zzz: 1", "f:1: unknown key 'zzz'; valid keys: region, proxy, manager, offline, models"),
+        (
+            "zzz: 1",
+            "f:1: unknown key 'zzz'; valid keys: region, proxy, manager, offline, models, tenants",
+        ),
         ("proxy:\n  port: 70000", "f:2: proxy.port: Expected `int` <= 65535"),
         ("\nproxy: {port: '80'}", "f:2: proxy.port: Expected `int`, got `str`"),
         ("proxy: {api_key: ''}", "f:1: proxy.api_key: Expected `str` of length >= 1"),
@@ -294,10 +297,12 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "client_cert_path": (["e.pem"], "e.pem", "e.pem"),
     "client_key_path": (["f.pem"], "f.pem", "f.pem"),
     "verify_replica_tls": ([], "false", False),
+    "keys_path": (["k.json"], "k.json", "k.json"),
+    "usage_log": (["-"], "-", "-"),
 }
 
 
-@pytest.mark.parametrize("name", ProxyConfig.__struct_fields__)
+@pytest.mark.parametrize("name", [name for name, _, _ in describe_fields(ProxyConfig)])
 def test_every_field_has_its_flag_and_its_twin(name: str) -> None:
     words, text, value = _OTHER_VALUES[name]
     assert getattr(ProxyConfig(), name) != value
@@ -387,7 +392,8 @@ def test_the_schema_knows_every_section() -> None:
     schema = json_schema()
     assert set(schema["$defs"]) == {
         "Config", "ProxyConfig", "ManagerConfig", "ModelConfig", "PoolConfig", "AutoscaleConfig",
-        "DockerConfig", "RayConfig", "ReclaimNoticeConfig", "OfflineConfig",
+        "DockerConfig", "RayConfig", "ReclaimNoticeConfig", "OfflineConfig", "AccessConfig",
+        "ClassesConfig", "JwtConfig", "ModelAccess", "RemoteRegionConfig", "TenantConfig",
     }  # fmt: skip
     assert schema["$defs"]["ProxyConfig"]["additionalProperties"] is False
     assert schema["$defs"]["ProxyConfig"]["properties"]["port"]["maximum"] == 65535

@@ -1,0 +1,70 @@
+"""What the proxies of two regions tell each other: what each could take, and what it would.
+
+A *summary* is a whole, pushed several times a second over a link; who reads it knows its age, and a
+region whose summary is old is one that nothing is sent to. It says of each model what a newcomer
+would meet there. It carries no prompt, no key and no name of a tenant.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+SUMMARY_INTERVAL_S = 0.25
+SUMMARY_AGE_S_MAX = 1.5  # six that did not come
+SUMMARY_BYTES_MAX = 1024 * 1024
+
+_Count = Annotated[int, Meta(ge=0, le=2**53)]
+_Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+_Name = Annotated[str, Meta(max_length=128)]
+
+
+class ModelSummary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one region has for one model, as one of its proxies sees it."""
+
+    awake: _Count = 0  # replicas that take requests
+    free: _Count = 0  # requests that these would begin at once
+    wait_s: _Seconds = 0.0  # before a newcomer's prefill begins, at the best of them
+    s_per_token: _Seconds = 0.0  # of prefill there; 0: not known
+    queued: _Count = 0  # requests that wait in its proxies
+    coming: _Count = 0  # replicas on their way up
+    ready_in_s: _Seconds = 0.0  # when the next of these serves; 0: none comes, or nobody knows
+    start_s: _Seconds = 0.0  # what a start takes; 0: not known
+    wakes: bool = False  # demand brings replicas up
+    startable: _Count = 0  # further replicas that it could start now
+
+
+class RegionSummary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One proxy's account of its region."""
+
+    region: _Name
+    sequence: _Count
+    draining: bool = False
+    models: dict[_Name, ModelSummary] = {}
+
+
+class RemoteState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a proxy knows of one proxy of another region; its supervisor tells its workers."""
+
+    name: str  # such as `us#0`; unlike any replica's
+    region: str
+    url: str
+    linked: bool = False  # and its summary is young
+    since_s: float = 0.0  # monotonic: since when it is linked
+    round_trip_s: float = 0.0
+    at_s: float = 0.0  # monotonic: when the summary came
+    summary: RegionSummary | None = None
+
+
+def encode_summary(summary: RegionSummary) -> bytes:
+    return msgspec.msgpack.encode(summary)
+
+
+def decode_summary(octets: bytes) -> RegionSummary:
+    """Return a summary; raises `msgspec.MsgspecError` when it is none."""
+    return _DECODER.decode(octets)
+
+
+_DECODER = msgspec.msgpack.Decoder(RegionSummary)

@@ -1,0 +1,41 @@
+"""Who asks, and all that he may: a key or token and its tenant's policy, laid over each other.
+
+Worked out once for each key when keys or configuration change, so that a request costs one look-up
+by the digest of what it presented. A key can only be allowed less than its tenant.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from proxy.core.classes import NAMES, UNSAID
+
+ALL_CLASSES: Final = (1 << len(NAMES)) - 1
+
+
+class Principal:
+    """One key or token, ready to be asked. It is never changed; a new reading makes a new one."""
+
+    __slots__ = (
+        "classes", "default_class", "expires_s", "isolated", "key_id", "models", "regions",
+        "row", "salt", "slo_ttft_s", "tenant", "weight",
+    )  # fmt: skip
+
+    def __init__(self, tenant: str = "", key_id: str = "") -> None:
+        """One who may do everything, without limit; `""` is nobody's key in particular."""
+        self.tenant = tenant
+        self.key_id = key_id
+        self.weight = 1.0
+        self.default_class = UNSAID
+        self.classes = ALL_CLASSES  # bits of those that may be asked for
+        self.models: frozenset[str] | None = None  # None: all
+        self.regions: frozenset[str] | None = None  # None: all
+        self.isolated = False
+        self.salt = ""  # of its cached prefixes in engines; empty: shared with others
+        self.slo_ttft_s = 0.0  # 0: none said
+        self.expires_s = 0.0  # Unix time; 0: never
+        self.row = -1  # of its tenant in the memory of all workers; below 0: it has no limits
+
+
+# Where no key is demanded, or one that is nobody's in particular.
+ANYBODY: Final = Principal()
