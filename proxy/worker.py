@@ -140,6 +140,10 @@ class Worker:
         match message:
             case control.FleetIs(snapshot, columns):
                 plane.take_snapshot(snapshot, columns)
+            case control.KeysAre(keys):
+                plane.know_keys(keys)
+            case control.RemotesAre(remotes):
+                plane.know_remotes(remotes)
             case control.Cleared(replica_id):
                 plane.clear(replica_id)
             case control.Accused(replica_id):

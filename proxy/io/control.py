@@ -20,6 +20,8 @@ from typing_extensions import override
 from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot
 from proxy.contract.demand import ModelDemand, ReplicaDemand
+from proxy.contract.keys import KeySet
+from proxy.contract.regions import RemoteState
 from proxy.io.telemetry import Sample
 
 _LENGTH = struct.Struct("!I")
@@ -48,6 +50,18 @@ class Reconfigure(msgspec.Struct, tag=True, frozen=True):
 class FleetIs(msgspec.Struct, tag=True, frozen=True):
     snapshot: FleetSnapshot
     columns: dict[str, int] = {}  # of the replicas that have a limit, in the memory of all workers
+
+
+class KeysAre(msgspec.Struct, tag=True, frozen=True):
+    """All API keys there are now; it is obeyed before any request that comes after it."""
+
+    keys: KeySet
+
+
+class RemotesAre(msgspec.Struct, tag=True, frozen=True):
+    """What is known now of the proxies of other regions."""
+
+    remotes: list[RemoteState]
 
 
 class Cleared(msgspec.Struct, tag=True, frozen=True):
@@ -189,7 +203,19 @@ class Counted(msgspec.Struct, tag=True, frozen=True):
     gauges: list[Sample]
 
 
-Down = Start | Accept | Reconfigure | FleetIs | Cleared | Accused | Drain | Count | Explain
+Down = (
+    Start
+    | Accept
+    | Reconfigure
+    | FleetIs
+    | KeysAre
+    | RemotesAre
+    | Cleared
+    | Accused
+    | Drain
+    | Count
+    | Explain
+)
 Sharing = Listen | Whole | Heard | Gone | Recite | GiveWay
 FromWorker = Noted | Page | Garbled | GiveWay
 Message = Down | Sharing | FromWorker | Ready | Suspect | Doubt | Demanded | Counted | Explained

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ssl
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import orjson
@@ -16,6 +16,8 @@ import orjson
 from proxy import tls
 from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaRecord
+from proxy.contract.keys import KeySet
+from proxy.contract.regions import RemoteState
 from proxy.core import fleet as fleets
 from proxy.core import limits
 from proxy.core.asked import Asked, read_body
@@ -96,6 +98,8 @@ class Plane(Refusal):
         self._doubted_s: dict[str, float] = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
         self._key_digest = _digest(config.api_key)
+        self.keys = KeySet()
+        self.remotes: tuple[RemoteState, ...] = ()
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
@@ -141,6 +145,14 @@ class Plane(Refusal):
         self.upstreams.close_idle([r.replica_id for r in servers.values() if not r.serves])
         self.telemetry.retain_replicas(present)
         self.fleet_changed()
+
+    def know_keys(self, keys: KeySet) -> None:
+        """These are all API keys now, from the next request on."""
+        self.keys = keys
+
+    def know_remotes(self, remotes: Sequence[RemoteState]) -> None:
+        """This is what is known now of other regions."""
+        self.remotes = tuple(remotes)
 
     def suspect(self, replica_id: str, reason: str) -> None:
         """A replica failed a request in a way that says it may be gone."""
