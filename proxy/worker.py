@@ -138,16 +138,14 @@ class Worker:
 
     async def _do(self, plane: Plane, entrance: Entrance, message: control.Message) -> None:
         match message:
-            case control.FleetIs(snapshot, columns):
-                plane.take_snapshot(snapshot, columns)
-            case control.KeysAre(keys):
-                plane.know_keys(keys)
-            case control.RemotesAre(remotes):
-                plane.know_remotes(remotes)
-            case control.Cleared(replica_id):
-                plane.clear(replica_id)
-            case control.Accused(replica_id):
-                plane.accuse(replica_id)
+            case (
+                control.FleetIs()
+                | control.KeysAre()
+                | control.RemotesAre()
+                | control.Cleared()
+                | control.Accused()
+            ):
+                _tell(plane, message)
             case control.Count() | control.Explain():
                 self._channel.send(_answer(plane, entrance, message))
             case control.Accept():
@@ -242,6 +240,21 @@ class Worker:
 def _fault(plane: Plane, doing: str) -> None:
     plane.telemetry.internal_errors_total += 1
     _log.exception("%s", doing)
+
+
+def _tell(plane: Plane, message: control.News) -> None:
+    """Have the plane know what the supervisor has heard."""
+    match message:
+        case control.FleetIs(snapshot, columns):
+            plane.take_snapshot(snapshot, columns)
+        case control.KeysAre(keys):
+            plane.know_keys(keys)
+        case control.RemotesAre(remotes):
+            plane.know_remotes(remotes)
+        case control.Cleared(replica_id):
+            plane.clear(replica_id)
+        case control.Accused(replica_id):
+            plane.accuse(replica_id)
 
 
 def _answer(

@@ -203,19 +203,9 @@ class Counted(msgspec.Struct, tag=True, frozen=True):
     gauges: list[Sample]
 
 
-Down = (
-    Start
-    | Accept
-    | Reconfigure
-    | FleetIs
-    | KeysAre
-    | RemotesAre
-    | Cleared
-    | Accused
-    | Drain
-    | Count
-    | Explain
-)
+News = FleetIs | KeysAre | RemotesAre | Cleared | Accused
+Down = Start | Accept | Reconfigure | News | Drain | Count | Explain
+
 Sharing = Listen | Whole | Heard | Gone | Recite | GiveWay
 FromWorker = Noted | Page | Garbled | GiveWay
 Message = Down | Sharing | FromWorker | Ready | Suspect | Doubt | Demanded | Counted | Explained
