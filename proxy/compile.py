@@ -31,7 +31,7 @@ headcount hearsay holding http1 idle index lease lengths limits loads multipart 
 opening picture pieces policy preamble preempting prefix prospects replica response_id responses
 retry ring room routes scan session sketch speeds sse usage"""
 _IO: Final = (
-    "access_log choice clock connection endings engine_answer exchange facts noting outbox passage "
+    "access_log choice clock connection crossing endings engine_answer exchange facts noting outbox passage "
     "plane preemption refusal relay server telemetry upstream upstreams waiting"
 )
 MODULES: Final = (

@@ -15,6 +15,7 @@ from proxy import errors
 from proxy.core import limits
 from proxy.core.http1 import (
     EXPLAIN,
+    HOP,
     WORK_CLASS,
     Field,
     RequestHead,
@@ -29,7 +30,7 @@ CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NOT_FORWARDED: Final = frozenset(
     (
         *(b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, WORK_CLASS, RANK_FIELD),
-        b"x-vllm-priority",
+        *(b"x-vllm-priority", HOP),
     )
 )
 # With these SGLang overrides what a body says: the id, the priority, the rank. A client that sets
@@ -165,6 +166,8 @@ def error_fields(error: errors.ProxyError) -> list[Field]:
     if error.wait_s:
         wait_s = min(error.wait_s, errors.RETRY_AFTER_S_MAX)
         fields.append((b"retry-after", b"%d" % wait_s))
+    if isinstance(error, errors.HopRefusedError):
+        fields.append((HOP, b"refused"))
     if error.status == 401:  # RFC 9110 §11.6.1: a 401 must name the scheme
         fields.append((b"www-authenticate", b"Bearer"))
     return fields

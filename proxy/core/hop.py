@@ -29,8 +29,6 @@ from proxy.core import limits
 from proxy.core.classes import NAMES, UNSAID
 from proxy.core.peer_wire import PROXY_ID_BYTES
 
-HOP: Final = b"x-doherty-hop"
-VIA: Final = b"via"
 REGION: Final = b"x-doherty-region"
 REFUSED: Final = b"refused"  # what an answer says in `HOP` where a hop was not taken
 NONCE_BYTES: Final = 16

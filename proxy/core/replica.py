@@ -63,6 +63,7 @@ class Replica:
     rid_header: bool = False  # it takes a chat request's id from `RID_FIELD`
     lowest_priority: bytes = b""  # the field that offline work is sent with, with its line end
     suspect: bool = False
+    remote: bool = False  # a proxy of another region, which chooses among its replicas itself
 
     @property
     def available(self) -> bool:

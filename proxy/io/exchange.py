@@ -35,16 +35,15 @@ from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import PromptKind, find_route
 from proxy.core.session import response_key
 from proxy.core.sse import Openings
+from proxy.io.crossing import Crossing
 from proxy.io.endings import Client
 from proxy.io.engine_answer import EngineAnswer, keep_error, told_head
 from proxy.io.plane import Plane
-from proxy.io.relay import Relay
 from proxy.io.upstream import Upstream
 
 _log = logging.getLogger("doherty.exchange")
 
-_QUEUED: Final = Progress.QUEUED  # looked up once: every request passes through them
-_CONNECTING: Final = Progress.CONNECTING
+_CONNECTING: Final = Progress.CONNECTING  # looked up once: every request passes through them
 _REQUEST_SENT: Final = Progress.REQUEST_SENT
 _RESPONSE_STARTED: Final = Progress.RESPONSE_STARTED
 _RESPONSES: Final = PromptKind.RESPONSES
@@ -55,7 +54,7 @@ _OPENINGS: Final = {
 }
 
 
-class Exchange(Relay):
+class Exchange(Crossing):
     """One request and its response. How it ends stands in `Ending`, what is counted in `Facts`."""
 
     __slots__ = (
@@ -77,7 +76,10 @@ class Exchange(Relay):
         """Everything that can be refused before the body is read. Raises `ProxyError`."""
         preamble = self._preamble
         self._route = preamble.route or find_route(preamble.method, preamble.path)
-        self._principal = self._plane.admit(self._route, preamble, self._length)
+        if preamble.crossed:
+            self._arrive()
+        known = self._principal if self._arrived is not None else None
+        self._principal = self._plane.admit(self._route, preamble, self._length, known)
 
     @override
     def hold_body(self, size: int) -> None:
@@ -98,26 +100,17 @@ class Exchange(Relay):
                 return
             asked = self._plane.read(self._route, self._preamble, body)
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
+            self._lay_claims()
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, lookup=lookup)
             self._plane.arrived(self._model, self._request)
-            decision, held = self._plane.decide(
-                self._request, self._pool, self._model, lookup=lookup, now_s=self._whole_s
-            )
-            if held:
-                self._waiter = self._plane.wait(
-                    self._model, self._request, self._held_bytes, self.open_for, self.fail
-                )
-                self._progress = _QUEUED
-            elif decision is not None:
-                self._go_to(decision)
-            else:
-                self.fail(self._nobody())
+            self._place(self._pool, self._whole_s)
         except errors.ProxyError as error:
             self.fail(error)
         except Exception:  # noqa: BLE001 - the top of this request: its neighbours must live
             self._broken()
 
+    @override
     def open_for(self, decision: Decision) -> None:
         """It has waited, and now a replica is open, perhaps one that was not there before."""
         assert self._waiter is not None
@@ -160,6 +153,7 @@ class Exchange(Relay):
         plane.picture.loads.crowded.clear()
         return decision if may else None
 
+    @override
     def _go_to(self, decision: Decision) -> None:
         """Take a lease on a replica, and get a connection to it."""
         plane, replica = self._plane, decision.replica
@@ -172,12 +166,13 @@ class Exchange(Relay):
         self._lease = plane.acquire(decision, request, now_s, yields=yields)
         if yields:
             plane.preemption.add(self._lease, self.give_way)
+        timeout_s = self._leave(replica.replica_id) if replica.remote else 0.0
         upstream = plane.upstreams.take(replica.replica_id)
         if upstream is not None:
             self.connected(upstream)
         else:
             self._progress = _CONNECTING
-            self._connecting = plane.upstreams.connect(replica, self)
+            self._connecting = plane.upstreams.connect(replica, self, timeout_s)
 
     def give_way(self) -> None:
         """Online work needs its place, before an octet of its answer has come: wait again."""
@@ -199,9 +194,10 @@ class Exchange(Relay):
             plane.preemption.refused_total += 1
             self.fail(errors.PreemptedError("online work needed the place of this request"))
         else:
-            self._progress = _QUEUED
+            self._progress = Progress.QUEUED
             plane.preemption.requeued_total += 1
 
+    @override
     def _nobody(self, reason: str = "") -> errors.ProxyError:
         assert self._pool is not None
         in_vain = self._request.tried if self._progress is _CONNECTING else ()
@@ -217,6 +213,9 @@ class Exchange(Relay):
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
         plane.suspect(replica_id, reason)
+        if self._remote:
+            self.take_back(reason)
+            return
         self._request.tried.update(plane.fleet.names_of(replica_id))
         self._release(self._plane.clock.now_s())
         if not may_retry(self._progress, self._attempts, plane.retries_max):
@@ -249,6 +248,8 @@ class Exchange(Relay):
             host_field += self._name_itself()
         if self._request.work_class == OFFLINE:
             host_field += self._decision.replica.lowest_priority
+        if self._remote:
+            host_field += self._hop_fields()
         head = self._preamble.upstream_head(host_field, self.request_id, len(self._body))
         upstream.send(self, head, self._body)
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
@@ -264,6 +265,11 @@ class Exchange(Relay):
         assert self._upstream is not None
         self._sent_s = max(self._sent_s, self._upstream.sent_s)  # it may have been held a little
         replica = self._decision.replica
+        if self._remote:
+            if self._refuses_hop(head):
+                self.take_back(f"region {replica.region} answers {head.status}")
+                return
+            self._settle("answered")
         self._plane.answered(replica.replica_id, head.status)
         lookup = self._route is not None and self._route.lookup
         if head.status == 404 and lookup and self._ask_next(replica.replica_id):
@@ -280,6 +286,8 @@ class Exchange(Relay):
             return
         self._progress = _RESPONSE_STARTED
         self._response = head
+        if self._arrived is not None:
+            self._settle("answered")
         if self._request.work_class == OFFLINE and self._lease is not None:
             self._plane.preemption.drop(self._lease)
         self._drop_body()  # it will not be sent again
@@ -380,7 +388,9 @@ class Exchange(Relay):
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
         self._plane.suspect(replica_id, reason)
-        if self._response is None or self._unsent_head:
+        if self._remote:
+            self.take_back(reason)
+        elif self._response is None or self._unsent_head:
             lost = reason.startswith("connection")
             kind = errors.ReplicaLostError if lost else errors.BadReplicaAnswerError
             self.fail(kind(f"replica {replica_id} failed before it answered: {reason}"))

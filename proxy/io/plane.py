@@ -40,6 +40,7 @@ from proxy.errors import (
 from proxy.io.aborts import Aborts
 from proxy.io.access_log import AccessLog
 from proxy.io.clock import Clock
+from proxy.io.hops import Hops
 from proxy.io.noting import Noting
 from proxy.io.outbox import Outbox
 from proxy.io.refusal import Refusal
@@ -100,11 +101,12 @@ class Plane(Refusal):
         self._key_digest = _digest(config.api_key)
         self.keys = KeySet()
         self.remotes: tuple[RemoteState, ...] = ()
-        self.proxy_id = b""
+        self.hops = Hops(config, clock)
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
         self.follow(config)
+        self.hops.follow(config)
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
         self._key_digest = _digest(config.api_key)
         self.upstreams.reconfigure(
@@ -153,8 +155,8 @@ class Plane(Refusal):
 
     def know_remotes(self, remotes: Sequence[RemoteState], ours: bytes = b"") -> None:
         """This is what is known now of other regions; `ours` names this proxy's life to them."""
-        self.proxy_id = ours
         self.remotes = tuple(remotes)
+        self.hops.know(remotes, ours)
 
     def suspect(self, replica_id: str, reason: str) -> None:
         """A replica failed a request in a way that says it may be gone."""
@@ -303,12 +305,19 @@ class Plane(Refusal):
                 return orjson.dumps(model)
         raise self.unknown_model(wanted)
 
-    def admit(self, route: Route, preamble: Preamble, length: int) -> Principal:
+    def admit(
+        self, route: Route, preamble: Preamble, length: int, known: Principal | None = None
+    ) -> Principal:
         """Judge a head by what this proxy may and can serve; return who asks. Raises `ProxyError`.
 
-        A `length` that is announced is judged, but only what has come is held and counted.
+        A `length` that is announced is judged, but only what has come is held and counted. `known`
+        is who asks where another region has found that out.
         """
-        if route.name != "health" and not self.authorized(preamble.key_digest):
+        if known is None and preamble.crossed:
+            self.hops.refuse(preamble)
+        if known is not None:
+            pass
+        elif route.name != "health" and not self.authorized(preamble.key_digest):
             raise UnauthorizedError(
                 "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             )
@@ -321,7 +330,7 @@ class Plane(Refusal):
             raise OverloadedError(
                 f"{self.config.max_concurrent_requests} requests are in flight already"
             )
-        return ANYBODY
+        return known or ANYBODY
 
     def judge_length(self, body_bytes: int) -> None:
         """Refuse a body that is, or will be, too large. Raises `BodyTooLargeError`."""
@@ -366,6 +375,7 @@ class Plane(Refusal):
             *self.sharing.counters(),
             *self.waiting.counters(),
             *self.preemption.counters(),
+            *self.hops.counters(),
             dropped,
         ]
 
@@ -383,6 +393,7 @@ class Plane(Refusal):
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
             *self.sharing.gauges(),
             *self.waiting.gauges(now_s),
+            *self.hops.gauges(),
         ]
         for replica_id, server in self.fleet.servers.items():
             out += self._believed(replica_id, now_s)

@@ -1,0 +1,166 @@
+"""A request that crosses between regions: how it leaves, how it is taken back, how it arrives.
+
+Until the first octet of its answer nothing is lost with the other region: a generation can be
+repeated, the other side ends what nobody waits for, and so the request is chosen for anew, without
+that remote, as if it had just come, but with the time that it has waited.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Final
+
+from typing_extensions import override
+
+from proxy import errors
+from proxy.core import limits
+from proxy.core.fleet import Pool
+from proxy.core.hop import REFUSED, REGION
+from proxy.core.http1 import HOP, Field, ResponseHead
+from proxy.core.policy import Decision
+from proxy.core.preamble import Preamble
+from proxy.core.retry import Progress
+from proxy.io.endings import Client
+from proxy.io.hops import Arrived
+from proxy.io.plane import Plane
+from proxy.io.relay import Relay
+
+_QUEUED: Final = Progress.QUEUED
+
+
+class Crossing(Relay):
+    """What an exchange with a replica has to do with other regions."""
+
+    __slots__ = ("_arrived", "_crossed_times", "_remote")
+
+    def __init__(self, plane: Plane, client: Client, preamble: Preamble, length: int) -> None:
+        super().__init__(plane, client, preamble, length)
+        self._arrived: Arrived | None = None  # it comes from another region
+        self._remote = ""  # where it went and is not answered yet
+        self._crossed_times = 0
+
+    @abstractmethod
+    def open_for(self, decision: Decision) -> None:
+        """It has waited, and now a replica is open."""
+
+    @abstractmethod
+    def _go_to(self, decision: Decision) -> None:
+        """Send it there."""
+
+    @abstractmethod
+    def _nobody(self, reason: str = "") -> errors.ProxyError:
+        """Say why nobody takes it."""
+
+    # --- it arrives --------------------------------------------------------------------------
+
+    def _arrive(self) -> None:
+        """See whether it is a hop. Raises `ProxyError`."""
+        arrived = self._arrived = self._plane.hops.arrive(self._preamble, self._peer)
+        if arrived is not None:
+            self._principal = arrived.principal
+            self._client.mind_path()
+
+    def _lay_claims(self) -> None:
+        """Have the request be what it was where it came from. Raises `ProxyError`."""
+        arrived = self._arrived
+        if arrived is not None:
+            arrived.lay_on(self._request, self._body, self._whole_s)
+            self._plane.hops.came(arrived, self)
+
+    def origin_gone(self) -> None:
+        """Nobody will read the answer."""
+        if not self._done:
+            self.client_gone()
+            self._client.cut(reset=True)
+
+    # --- it leaves ---------------------------------------------------------------------------
+
+    def _leave(self, remote: str) -> float:
+        """It goes to another region now; return how long a connection there may take."""
+        hops = self._plane.hops
+        self._remote = remote
+        self._crossed_times += 1
+        hops.left(remote, self)
+        return hops.connect_timeout_s(remote)
+
+    def _hop_fields(self) -> bytes:
+        return self._plane.hops.fields(
+            self._remote,
+            self._preamble,
+            self.request_id,
+            self._principal,
+            self._request,
+            self._body,
+        )
+
+    def _refuses_hop(self, head: ResponseHead) -> bool:
+        """Whether the other region has sent this request away before anybody began it."""
+        if head.status in (429, 503):
+            return True
+        return head.status in (403, 421) and dict(head.fields).get(HOP) == REFUSED
+
+    def take_back(self, reason: str) -> None:
+        """It has crossed in vain, and not an octet of an answer has come: choose anew."""
+        if self._done or not self._remote:
+            return
+        plane, request, remote = self._plane, self._request, self._remote
+        self._drop_replica()
+        self._settle("taken_back")
+        self._release(plane.clock.now_s(), refused=True)
+        request.tried.update(plane.fleet.names_of(remote))
+        if self._crossed_times >= limits.HOPS_TRIED_MAX:
+            request.abroad = False
+        self._attempts = 0  # what was tried before says nothing of what is here
+        lookup = self._route is not None and self._route.lookup
+        try:
+            pool = self._pool = plane.find_pool(self._model, lookup=lookup)
+            self._place(pool, plane.clock.now_s(), reason)
+        except errors.ProxyError as error:
+            self.fail(error)
+
+    def _place(self, pool: Pool, now_s: float, reason: str = "") -> None:
+        """Choose, and go there or wait. Raises `ProxyError`."""
+        plane, request = self._plane, self._request
+        lookup = self._route is not None and self._route.lookup
+        decision, held = plane.decide(request, pool, self._model, lookup=lookup, now_s=now_s)
+        if held:
+            self._waiter = plane.wait(
+                self._model, request, self._held_bytes, self.open_for, self.fail, self._whole_s
+            )
+            self._progress = _QUEUED
+        elif decision is not None:
+            self._go_to(decision)
+        else:
+            self.fail(self._nobody(reason))
+
+    def _settle(self, outcome: str) -> None:
+        """It is answered, or over: nothing brings it back any more."""
+        remote, self._remote = self._remote, ""
+        hops = self._plane.hops
+        hops.settled(remote, self._arrived, self)
+        if remote:
+            hops.outcomes[remote, outcome] += 1
+
+    @override
+    def _finish(self, status: int, outcome: str) -> None:
+        if self._remote or self._arrived is not None:
+            self._settle(outcome)
+        super()._finish(status, outcome)
+
+    # --- what its client is told -------------------------------------------------------------
+
+    @override
+    def _diagnostics(self) -> tuple[Field, ...]:
+        """Where it was computed is told where it has crossed, by the region that it came to."""
+        if self._arrived is not None:
+            return ()
+        told = super()._diagnostics()
+        if not told and self._decision is not None and self._decision.replica.remote:
+            return ((REGION, self._decision.replica.region.encode()),)
+        return told
+
+    @override
+    def _comment(self, now_s: float) -> None:
+        """Only the first proxy begins a stream before its answer; this one's may be repeated."""
+        if self._arrived is None:
+            super()._comment(now_s)
