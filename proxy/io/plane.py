@@ -5,8 +5,6 @@ One writer: the worker's event loop. Events change the fleet here and nowhere el
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ssl
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -26,6 +24,7 @@ from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
 from proxy.core.principal import ANYBODY, Principal
+from proxy.core.principals import Principals
 from proxy.core.replica import Replica, replica_of
 from proxy.core.routes import Route, model_of_path
 from proxy.core.usage import Usage
@@ -34,7 +33,6 @@ from proxy.errors import (
     DrainingError,
     NoReplicaError,
     OverloadedError,
-    UnauthorizedError,
     UnsupportedEncodingError,
 )
 from proxy.io.aborts import Aborts
@@ -97,15 +95,15 @@ class Plane(Refusal):
         self._on_doubt = on_doubt
         self._doubted_s: dict[str, float] = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
-        self._key_digest = _digest(config.api_key)
-        self.keys = KeySet()
+        self.keys: KeySet | None = None  # None: none have been told
+        self.principals = self._principals()
         self.remotes: tuple[RemoteState, ...] = ()
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
         self.follow(config)
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
-        self._key_digest = _digest(config.api_key)
+        self._know_who()
         self.upstreams.reconfigure(
             config.connect_timeout_secs, partial(tls.replica_context, config)
         )
@@ -149,6 +147,17 @@ class Plane(Refusal):
     def know_keys(self, keys: KeySet) -> None:
         """These are all API keys now, from the next request on."""
         self.keys = keys
+        self._know_who()
+
+    def _know_who(self) -> None:
+        """Forget the heads of before, too: what is no key any more need not stay in memory."""
+        self.principals = self._principals()
+        self.preambles.clear()
+
+    def _principals(self) -> Principals:
+        config, access = self.config, self.config.access
+        awaited = config.keys_path is not None or (bool(access.tenants) and access.jwt is None)
+        return Principals(access, self.keys, config.api_key, awaited=awaited)
 
     def know_remotes(self, remotes: Sequence[RemoteState]) -> None:
         """This is what is known now of other regions."""
@@ -271,9 +280,15 @@ class Plane(Refusal):
 
     # --- answers of our own ------------------------------------------------------------------
 
-    def authorized(self, key_digest: bytes) -> bool:
-        """Compare digests, so that time tells nothing of the key."""
-        return not self._key_digest or hmac.compare_digest(key_digest, self._key_digest)
+    def who_asks(self, preamble: Preamble) -> Principal:
+        """Return who shows the credential of this head. Raises `ProxyError`."""
+        principals = self.principals
+        if not principals.demanded:
+            return ANYBODY
+        principal = principals.find(preamble.key_digest, self.clock.unix_s())
+        if principal is None:
+            raise principals.refusal(preamble.key_digest)
+        return principal
 
     def local_answer(self, path: bytes) -> bytes:
         """Return the body of a path that the proxy answers itself. Raises `ProxyError`."""
@@ -306,20 +321,17 @@ class Plane(Refusal):
 
         A `length` that is announced is judged, but only what has come is held and counted.
         """
-        if route.name != "health" and not self.authorized(preamble.key_digest):
-            raise UnauthorizedError(
-                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            )
+        principal = ANYBODY if route.name == "health" else self.who_asks(preamble)
         if preamble.encoded:
             raise UnsupportedEncodingError("compressed request bodies are not read here")
         self.judge_length(length)
         if route.local:
-            return ANYBODY
+            return principal
         if self.exchanges_open > self.config.max_concurrent_requests:
             raise OverloadedError(
                 f"{self.config.max_concurrent_requests} requests are in flight already"
             )
-        return ANYBODY
+        return principal
 
     def judge_length(self, body_bytes: int) -> None:
         """Refuse a body that is, or will be, too large. Raises `BodyTooLargeError`."""
@@ -412,10 +424,6 @@ def _offline(config: ProxyConfig) -> Replica | None:
     if config.offline_url is None:
         return None
     return replica_of(ReplicaRecord(replica_id="offline", url=config.offline_url))
-
-
-def _digest(key: str | None) -> bytes:
-    return hashlib.sha256(key.encode()).digest() if key else b""
 
 
 def _same_place(one: Replica, other: Replica) -> bool:
