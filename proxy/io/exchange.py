@@ -249,7 +249,8 @@ class Exchange(Relay):
             host_field += self._name_itself()
         if self._request.work_class == OFFLINE:
             host_field += self._decision.replica.lowest_priority
-        head = self._preamble.upstream_head(host_field, self.request_id, len(self._body))
+        own = self._plane.authentication.engine_credential
+        head = self._preamble.upstream_head(host_field, self.request_id, len(self._body), own)
         upstream.send(self, head, self._body)
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
 

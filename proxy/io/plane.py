@@ -24,7 +24,6 @@ from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
 from proxy.core.principal import ANYBODY, Principal
-from proxy.core.principals import Principals
 from proxy.core.replica import Replica, replica_of
 from proxy.core.routes import Route, model_of_path
 from proxy.core.usage import Usage
@@ -37,6 +36,7 @@ from proxy.errors import (
 )
 from proxy.io.aborts import Aborts
 from proxy.io.access_log import AccessLog
+from proxy.io.authentication import Authentication
 from proxy.io.clock import Clock
 from proxy.io.noting import Noting
 from proxy.io.outbox import Outbox
@@ -95,15 +95,15 @@ class Plane(Refusal):
         self._on_doubt = on_doubt
         self._doubted_s: dict[str, float] = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
-        self.keys: KeySet | None = None  # None: none have been told
-        self.principals = self._principals()
+        self.authentication = Authentication(config, clock)
         self.remotes: tuple[RemoteState, ...] = ()
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
         self.follow(config)
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
-        self._know_who()
+        self.authentication.reconfigure(config)
+        self.preambles.clear()
         self.upstreams.reconfigure(
             config.connect_timeout_secs, partial(tls.replica_context, config)
         )
@@ -146,18 +146,8 @@ class Plane(Refusal):
 
     def know_keys(self, keys: KeySet) -> None:
         """These are all API keys now, from the next request on."""
-        self.keys = keys
-        self._know_who()
-
-    def _know_who(self) -> None:
-        """Forget the heads of before, too: what is no key any more need not stay in memory."""
-        self.principals = self._principals()
-        self.preambles.clear()
-
-    def _principals(self) -> Principals:
-        config, access = self.config, self.config.access
-        awaited = config.keys_path is not None or (bool(access.tenants) and access.jwt is None)
-        return Principals(access, self.keys, config.api_key, awaited=awaited)
+        self.authentication.know_keys(keys)
+        self.preambles.clear()  # what is no key any more need not stay in memory
 
     def know_remotes(self, remotes: Sequence[RemoteState]) -> None:
         """This is what is known now of other regions."""
@@ -280,16 +270,6 @@ class Plane(Refusal):
 
     # --- answers of our own ------------------------------------------------------------------
 
-    def who_asks(self, preamble: Preamble) -> Principal:
-        """Return who shows the credential of this head. Raises `ProxyError`."""
-        principals = self.principals
-        if not principals.demanded:
-            return ANYBODY
-        principal = principals.find(preamble.key_digest, self.clock.unix_s())
-        if principal is None:
-            raise principals.refusal(preamble.key_digest)
-        return principal
-
     def local_answer(self, path: bytes) -> bytes:
         """Return the body of a path that the proxy answers itself. Raises `ProxyError`."""
         if path == b"/readyz":
@@ -321,7 +301,7 @@ class Plane(Refusal):
 
         A `length` that is announced is judged, but only what has come is held and counted.
         """
-        principal = ANYBODY if route.name == "health" else self.who_asks(preamble)
+        principal = ANYBODY if route.name == "health" else self.authentication.who_asks(preamble)
         if preamble.encoded:
             raise UnsupportedEncodingError("compressed request bodies are not read here")
         self.judge_length(length)
