@@ -134,7 +134,8 @@ class Exchange(Relay):
         self.fail(errors.InternalError("the proxy failed; its log has the reason"))
 
     def _answer_locally(self) -> None:
-        body, keep_alive = self._plane.local_answer(self._preamble.path), self._may_keep_alive()
+        keep_alive = self._may_keep_alive()
+        body = self._plane.local_answer(self._preamble.path, self._principal)
         answer = heads.local_answer(
             200,
             body,

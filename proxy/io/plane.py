@@ -270,7 +270,7 @@ class Plane(Refusal):
 
     # --- answers of our own ------------------------------------------------------------------
 
-    def local_answer(self, path: bytes) -> bytes:
+    def local_answer(self, path: bytes, principal: Principal = ANYBODY) -> bytes:
         """Return the body of a path that the proxy answers itself. Raises `ProxyError`."""
         if path == b"/readyz":
             if self.draining and not self.relieved:
@@ -280,21 +280,26 @@ class Plane(Refusal):
             return b'{"status":"ready"}'
         if path in (b"/livez", b"/health"):
             return b'{"status":"alive"}'
-        return self._models(model_of_path(path).decode("ascii"))
+        return self._models(model_of_path(path).decode("ascii"), principal)
 
-    def _models(self, wanted: str) -> bytes:
-        """OpenAI's model list: what the fleet can serve, whether or not a replica is up now."""
+    def _models(self, wanted: str, principal: Principal) -> bytes:
+        """OpenAI's model list: what the fleet can serve, whether or not a replica is up now.
+
+        What its reader may not ask for is not there, here as elsewhere.
+        """
+        may = principal.models
         listed = [
             {"id": model, "object": "model", "created": 0, "owned_by": "doherty"}
             for model, pool in sorted(self.fleet.pools.items())
-            if pool.replicas or self.fleet.prospect_of(model).wakes
+            if (pool.replicas or self.fleet.prospect_of(model).wakes)
+            and (may is None or model in may)
         ]
         if not wanted:
             return orjson.dumps({"object": "list", "data": listed})
         for model in listed:
             if model["id"] == wanted:
                 return orjson.dumps(model)
-        raise self.unknown_model(wanted)
+        raise self.unknown_model(wanted, principal)
 
     def admit(self, route: Route, preamble: Preamble, length: int) -> Principal:
         """Judge a head by what this proxy may and can serve; return who asks. Raises `ProxyError`.
