@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
+from types import FrameType
 
 import pytest
 
@@ -10,6 +14,8 @@ from proxy.config_access import AccessConfig, JwtConfig, TenantConfig
 from proxy.config_policy import flaws_of, is_limited, policy_of, rows_of
 from proxy.contract.keys import KeyRecord, KeySet
 from proxy.core.classes import OFFLINE, ONLINE, SEMI_ONLINE, UNSAID
+from proxy.core.credentials import read_credential
+from proxy.core.http1 import parse_request_head
 from proxy.core.principal import ALL_CLASSES, ANYBODY
 from proxy.core.principals import Principals, class_bits
 from proxy.errors import KeysUnknownError, UnauthorizedError
@@ -192,3 +198,56 @@ def test_a_policy_says_what_is_left() -> None:
         {"qwen"}, ("offline",), {"eu", "us"},
     )  # fmt: skip
     assert class_bits(policy.classes) == 1 << OFFLINE
+
+
+def work_of(call: Callable[[], object]) -> int:
+    """Return how many operations of the interpreter a call takes."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., object]:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def judge(principals: Principals, key: str) -> None:
+    line = b"GET /x HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer %b"
+    token, problem = read_credential(parse_request_head(line % key.encode()))
+    assert not problem
+    found = sha256(token).digest()
+    if principals.find(found, 0.0) is None:
+        principals.refusal(found)
+
+
+def test_the_work_for_a_wrong_key_says_nothing_of_the_right_one() -> None:
+    right = "doh_abcdefgh_0123456789abcdefghijklmnopqrstuvwxyzABCDEFG"
+    principals = table(record(right), record("other-key"), *(record(f"k{n}") for n in range(50)))
+    wrong = [right[:n] + "#" * (len(right) - n) for n in range(len(right))]
+    work_of(partial(judge, principals, wrong[0]))  # what is worked out once is now
+    assert len({work_of(partial(judge, principals, key)) for key in wrong}) == 1
+    # As near to a stored digest as it gets: all octets but the last.
+    stored = digest(right)
+    near = [stored[:n] + bytes(32 - n) for n in range(32)]
+    assert len({work_of(partial(principals.find, found, 0.0)) for found in near}) == 1
+
+
+def test_equality_is_settled_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bytes, bytes]] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        asked.append((one, other))
+        return False
+
+    principals = table(record("k"))
+    monkeypatch.setattr("proxy.core.principals.hmac.compare_digest", compare)
+    assert principals.find(digest("k"), 0.0) is None  # and on nothing but that
+    assert asked == [(digest("k"), digest("k"))]
