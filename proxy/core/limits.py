@@ -113,6 +113,8 @@ SERVER_ERRORS_IN_ROW_MAX: Final = 5
 
 # --- routing --------------------------------------------------------------------------------
 MODEL_BYTES_MAX: Final = 256
+# Tokens that a body may ask for; whoever writes more means no number. `_scan.c` has it, too.
+OUTPUT_TOKENS_MAX: Final = 1_000_000_000
 SESSION_KEY_BYTES_MAX: Final = 255
 # Ring points per replica. The share of the fullest of n replicas is about 1 + 2.5/sqrt(points).
 VIRTUAL_NODES: Final = 160
