@@ -253,6 +253,31 @@ RUNWAY_S: Final = 0.3
 # which is the longest prompts, rises by a tenth; with 4 by a tenth and a fiftieth.
 AGEING_WEIGHT: Final = 4.0
 HELD_TRIED_MAX: Final = 16  # requests that one release looks at
+# Who waits and has said no deadline stands among those who have as if it were so long after it
+# came: a reader's patience with a page (Nielsen 1993: ten seconds keep attention, one second the
+# flow of thought), and longer than a proxy that is not overloaded ever holds anybody.
+OBJECTIVE_S: Final = 2.0
+# One with a deadline far ahead lets others of its class go first by so much at the most: less than
+# classes lie apart.
+DEADLINE_YIELD_S_MAX: Final = 5.0
+# Tenants whose counters differ by less than this are equal, and the earliest deadline decides: some
+# ordinary requests, so that it is not whose turn it is that orders them, and a few tens of
+# milliseconds of a replica, which is all that one who comes now and then waits for another's.
+SHARE_QUANTUM_TOKENS: Final = 4096.0
+# Whoever sent something within so long is about, though nothing of his waits: a person between two
+# turns of an agent, and a client with less than his share. Others are judged by him, too.
+SHARE_RECENT_S: Final = 5.0
+# While others are about, one who is over his share finds replicas open only when they have less
+# than this to do: so that who comes next does not wait for a whole runway of his.
+RUNWAY_OVER_S: Final = 0.1
+# Of an answer, until a tenant's own answers have told: what they have at the mean in the first half
+# hour of Azure's conversation trace of 2023 (AzurePublicDataset).
+OUTPUT_TOKENS_DEFAULT: Final = 222.0
+ACCOUNTS_MAX: Final = 4096  # of tenants, by class, in one worker; those who have nothing open go
+# What other workers charged is read again after so long: a fraction of what a request takes, and
+# some thousand cells for each reading.
+SHARE_READ_S = 0.01
+SHARE_IDLE_S: Final = 60.0  # after that the cells of one may become another's
 # A class of work that waits yields to online work that comes within so long after it, and to none
 # that comes later: so online work is first in every queue that is shorter, and nobody waits longer
 # for it by more than this. Ten seconds are nothing to a burst that is done in minutes, and two
