@@ -96,7 +96,9 @@ class Exchange(Relay):
             if self._route.local:
                 self._answer_locally()
                 return
-            asked = self._plane.read(self._route, self._preamble, body)
+            asked = self._plane.read(
+                self._route, self._preamble, body, self._principal, self._started_s
+            )
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, lookup=lookup)
