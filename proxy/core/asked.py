@@ -20,12 +20,22 @@ _RESPONSES: Final = b"/v1/responses/"
 class Asked:
     """The facts of one body. `model` is empty where the path or a form names none."""
 
-    __slots__ = ("model", "request", "stream")
+    __slots__ = ("cache_salt", "model", "request", "service_tier", "stream")
 
-    def __init__(self, model: str, *, stream: bool, request: Request) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        stream: bool,
+        request: Request,
+        service_tier: str | None = None,
+        cache_salt: str | None = None,
+    ) -> None:
         self.model = model
         self.stream = stream
         self.request = request
+        self.service_tier = service_tier
+        self.cache_salt = cache_salt
 
 
 def read_body(
@@ -61,7 +71,13 @@ def read_body(
         response_key=_built_upon(route, scanned),
         spare=preamble.wishes.spare,
     )
-    return Asked(scanned.model, stream=request.stream, request=request)
+    return Asked(
+        scanned.model,
+        stream=request.stream,
+        request=request,
+        service_tier=scanned.service_tier,
+        cache_salt=scanned.cache_salt,
+    )
 
 
 def _built_upon(route: Route, scanned: Scanned) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing_extensions import override
 
 from proxy.config import ProxyConfig
+from proxy.core.additions import fields_for, salt_of_key
 from proxy.core.asked import Asked, read_body
 from proxy.core.claims import lay, may_ask, regions_of
 from proxy.core.classes import UNSAID
@@ -43,12 +44,13 @@ class Reading(Refusal):
 
         `arrived_s` is when its head came: what it wants by a time it wants from then on.
         """
+        salt = self._salt(principal, preamble)
         asked = read_body(
             route,
             preamble,
             body,
             strict=self.strict,
-            tenant=preamble.key_digest if self.config.tenant_isolation else b"",
+            tenant=salt.encode(),
             adapters=self.fleet.adapters,
         )
         request, model = asked.request, asked.model
@@ -63,6 +65,19 @@ class Reading(Refusal):
         if self._model_regions or principal.regions is not None:
             request.regions = regions_of(principal, model or self.only_model(), self._model_regions)
         return asked
+
+    def added(self, asked: Asked, route: Route, preamble: Preamble, principal: Principal) -> bytes:
+        """Return what has to be added to the body that was read; nothing, as a rule."""
+        salt = self._salt(principal, preamble) if route.json else ""
+        if not salt and asked.service_tier is None:
+            return b""
+        return fields_for(route.name, salt, asked.cache_salt, asked.service_tier)
+
+    def _salt(self, principal: Principal, preamble: Preamble) -> str:
+        """Return what sets its cached prefixes apart from those of others; empty: nothing does."""
+        if principal.salt or not self.config.tenant_isolation:
+            return principal.salt
+        return salt_of_key(preamble.key_digest)
 
 
 def _regions_of_models(config: ProxyConfig) -> dict[str, frozenset[str]]:
