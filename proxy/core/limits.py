@@ -161,6 +161,9 @@ MEDIA_REGIONS_MAX: Final = 64
 # What a second of a flex request counts against one of the others. OpenAI sells that tier at half
 # the price and promises no latency; half again, so that two of them never outweigh one of these.
 FLEX_WEIGHT: Final = 0.25
+# How long OpenAI's and Anthropic's clients listen unless they are told otherwise (`_constants.py`,
+# `client.ts`): ten minutes, which nobody has chosen.
+CLIENT_PATIENCE_DEFAULT_S: Final = 600.0
 # Believed cache of a replica that does not say: 8 B shape at 0.45 of a 141 GB card.
 KV_CAPACITY_TOKENS_DEFAULT: Final = 340_000
 # Entries of the index per replica, ghosts included; some 250 octets each, so 33 MB at the most.

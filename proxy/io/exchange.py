@@ -24,6 +24,7 @@ from typing_extensions import override
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
+from proxy.core.additions import with_fields
 from proxy.core.chunked import decode_followed
 from proxy.core.classes import OFFLINE
 from proxy.core.http1 import ResponseHead
@@ -96,8 +97,13 @@ class Exchange(Relay):
             if self._route.local:
                 self._answer_locally()
                 return
-            asked = self._plane.read(self._route, self._preamble, body)
+            asked = self._plane.read(
+                self._route, self._preamble, body, self._principal, self._started_s
+            )
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
+            added = self._plane.added(asked, self._route, self._preamble, self._principal)
+            if added:
+                self._body = with_fields(body, added)
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, lookup=lookup)
             self._plane.arrived(self._model, self._request)

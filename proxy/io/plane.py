@@ -18,7 +18,6 @@ from proxy.contract.keys import KeySet
 from proxy.contract.regions import RemoteState
 from proxy.core import fleet as fleets
 from proxy.core import limits
-from proxy.core.asked import Asked, read_body
 from proxy.core.head_memory import HeadMemory
 from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
@@ -40,14 +39,14 @@ from proxy.io.authentication import Authentication
 from proxy.io.clock import Clock
 from proxy.io.noting import Noting
 from proxy.io.outbox import Outbox
-from proxy.io.refusal import Refusal
+from proxy.io.reading import Reading
 from proxy.io.sharing import Sharing
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.upstreams import Upstreams
 
 
-class Plane(Refusal):
+class Plane(Reading):
     """The data plane of one worker."""
 
     def __init__(
@@ -334,17 +333,6 @@ class Plane(Refusal):
             raise OverloadedError("this proxy holds as many request bodies as it may")
         self.bodies_bytes += more_bytes
         return held_bytes
-
-    def read(self, route: Route, preamble: Preamble, body: bytes) -> Asked:
-        """Read what a whole request asks for. Raises the kinds of `InvalidRequestError`."""
-        return read_body(
-            route,
-            preamble,
-            body,
-            strict=self.strict,
-            tenant=preamble.key_digest if self.config.tenant_isolation else b"",
-            adapters=self.fleet.adapters,
-        )
 
     def _unsolicited(self) -> None:
         self.telemetry.unsolicited_total += 1
