@@ -423,6 +423,32 @@ PEER_BEAT_S = 1.0
 PEER_SILENCE_S = 5.0
 PEER_PAUSE_FIRST_S = 0.1
 PEER_PAUSE_MAX_S = 5.0
+# Between regions a connection that the path has lost is not waited for: as soon as the path is
+# there again a fresh one is, and a SYN that got lost was sent twice more by then (RFC 6298 §2).
+REGION_DIAL_TIMEOUT_S = 2.0
+REGION_PAUSE_MAX_S = 1.0
+# By how much the clocks of two regions may differ, with the time that a request is on its way.
+HOP_SKEW_S: Final = 30.0
+HOP_BYTES_MAX: Final = 8 * KIB  # of what is signed: some 300, and the regions that are allowed
+HOP_REGIONS_MAX: Final = 64
+# How often one request crosses in vain before it stays where it came: each time cost a round trip.
+HOPS_TRIED_MAX: Final = 3
+# A connection to another region takes a round trip, with TLS three, and a lost SYN is sent again
+# after a second (RFC 6298 §2).
+HOP_CONNECT_S_MIN: Final = 1.0
+HOP_CONNECT_WEIGHT: Final = 4.0
+# Octets on their way between regions that are not acknowledged for so long end their connection.
+HOP_SILENCE_S: Final = 4.0
+# Places in which used numbers are kept, fifteen in each, per worker and minute: 1,000 a second fill
+# half of them. 1 MiB.
+NONCE_BUCKETS_MAX: Final = 8192
+# Models of which other regions are told, and what is told at most to be free for one.
+SUMMARY_MODELS_MAX: Final = 4096
+SUMMARY_FREE_MAX: Final = 65_536
+# A request is taken to bring at least as much work, as long as few have been seen.
+USUAL_WORK_TOKENS: Final = 256
+# Round trips of which the least is that of the path: sixteen seconds of them.
+ROUND_TRIPS_MAX: Final = 64
 # What is cached where, told to one who has just started: 1.4 million entries, as many as twenty
 # replicas of a million tokens have, in pages that hold up neither side for a millisecond.
 DIGEST_BYTES_MAX = 16 * MIB

@@ -96,6 +96,7 @@ class Plane(Reading):
         self._server_errors: dict[str, int] = {}  # in a row, by replica
         self.authentication = Authentication(config, clock)
         self.remotes: tuple[RemoteState, ...] = ()
+        self.proxy_id = b""
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
@@ -148,8 +149,9 @@ class Plane(Reading):
         self.authentication.know_keys(keys)
         self.preambles.clear()  # what is no key any more need not stay in memory
 
-    def know_remotes(self, remotes: Sequence[RemoteState]) -> None:
-        """This is what is known now of other regions."""
+    def know_remotes(self, remotes: Sequence[RemoteState], ours: bytes = b"") -> None:
+        """This is what is known now of other regions; `ours` names this proxy's life to them."""
+        self.proxy_id = ours
         self.remotes = tuple(remotes)
 
     def suspect(self, replica_id: str, reason: str) -> None:
