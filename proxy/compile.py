@@ -28,11 +28,11 @@ FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sour
 # What a request passes through. The rest runs when somebody asks, or once.
 _CORE: Final = """asked chunked classes cost engine_errors explanation fleet head head_memory
 headcount hearsay holding http1 idle index lease lengths limits loads multipart note_wire notes
-opening picture pieces policy preamble preempting prefix prospects replica response_id responses
-retry ring room routes scan session sketch speeds sse usage"""
+opening outlook picture pieces policy preamble preempting prefix prospects regions replica
+response_id responses retry ring room routes scan session sketch speeds sse usage"""
 _IO: Final = (
-    "access_log choice clock connection endings engine_answer exchange facts noting outbox passage "
-    "plane preemption refusal relay server telemetry upstream upstreams waiting"
+    "abroad access_log choice clock connection endings engine_answer exchange facts noting outbox "
+    "passage plane preemption refusal relay server telemetry upstream upstreams waiting"
 )
 MODULES: Final = (
     "errors",

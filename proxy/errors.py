@@ -201,6 +201,13 @@ class UnauthorizedError(ProxyError):
     code = "invalid_api_key"
 
 
+class RegionNotAllowedError(InvalidRequestError):
+    """It may be computed in certain regions only, and none of them serves its model from here."""
+
+    status = 403
+    code = "region_not_allowed"
+
+
 class OverloadedError(ProxyError):
     """More requests in flight than this proxy or every replica may hold."""
 
@@ -344,6 +351,7 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     NotFoundError,
     MethodNotAllowedError,
     ModelNotFoundError,
+    RegionNotAllowedError,
     RequestTimeoutError,
     BodyTooLargeError,
     UnsupportedEncodingError,
