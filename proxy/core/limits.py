@@ -337,6 +337,27 @@ OPENED_SHARED_S: Final = 0.05
 # wait before they ask again.
 DRAIN_HALF_LIFE_S: Final = 10.0
 
+# --- other regions ---------------------------------------------------------------------------
+# What a place abroad must be cheaper by than one here, besides the round trip: prices are guesses,
+# a request that crosses costs two proxies, and a burst that is over in less than a person notices
+# is no reason to send anybody away.
+REGION_SLACK_S: Final = 0.25
+# A region that was gone is taken back by degrees within so long: what was sent away from it comes
+# back to empty caches and, perhaps, to a cause that is still there.
+REGION_RETURN_S: Final = 10.0
+# One that cannot be reached although it tells of itself is left alone for so long, twice as long
+# each time in a row up to the fifth.
+REGION_PAUSE_S: Final = 0.5
+REGION_PAUSES_COUNTED_MAX: Final = 5
+# How long a start takes of which nobody has said it.
+UNKNOWN_START_S: Final = 60.0
+# How long a request holds its place where none has ended yet.
+UNKNOWN_REQUEST_S: Final = 1.0
+# Models that one remote proxy may name; a place in the picture for each.
+REMOTE_MODELS_MAX: Final = 256
+# Pools of one fleet as those see them who may not go everywhere.
+RESIDENT_POOLS_MAX: Final = 1024
+
 # --- stored responses -----------------------------------------------------------------------
 # Answers whose replica is remembered, since only that one can go on from them: two hours at ten a
 # second, some 150 octets each. Engines keep them in memory, too, and lose them with the process.

@@ -105,7 +105,7 @@ class Exchange(Relay):
             if added:
                 self._body = with_fields(body, added)
             lookup = self._route.lookup
-            self._pool = self._plane.find_pool(self._model, lookup=lookup)
+            self._pool = self._plane.find_pool(self._model, self._request.regions, lookup=lookup)
             self._plane.arrived(self._model, self._request)
             decision, held = self._plane.decide(
                 self._request, self._pool, self._model, lookup=lookup, now_s=self._whole_s
@@ -156,7 +156,7 @@ class Exchange(Relay):
         """Choose among the replicas of today: the fleet may have changed meanwhile."""
         plane, lookup = self._plane, self._route is not None and self._route.lookup
         try:
-            self._pool = plane.find_pool(self._model, lookup=lookup)
+            self._pool = plane.find_pool(self._model, self._request.regions, lookup=lookup)
         except errors.ProxyError:  # nobody serves it any more
             return None
         now_s, request = plane.clock.now_s(), self._request
@@ -176,7 +176,11 @@ class Exchange(Relay):
         self._know_price(decision, now_s)
         request = self._request
         yields = request.work_class == OFFLINE and self._preempted < limits.PREEMPTIONS_MAX
-        self._lease = plane.acquire(decision, request, now_s, yields=yields)
+        try:
+            self._lease = plane.acquire(decision, request, now_s, yields=yields)
+        except errors.InternalError as error:
+            self.fail(error)
+            return
         if yields:
             plane.preemption.add(self._lease, self.give_way)
         upstream = plane.upstreams.take(replica.replica_id)
