@@ -72,6 +72,7 @@ class Elsewhere(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     startable: _Count = 0  # replicas that it could start now
     coming: _Count = 0  # on their way up there
     free: _Count = 0  # requests that would begin there at once
+    in_flight: _Count = 0  # requests of this proxy that are there, and not ended
     carries: _Inputs = 0.0  # requests in flight that a replica there is meant to have; 0: not known
     share: _Share = 1.0  # of the requests that wait here, that may be computed there
 
