@@ -32,8 +32,9 @@ not while requests wait for what is coming, and only when the rest stayed under 
 their target for the hold: as long as a start takes, for which keeping a replica costs what bringing
 it back would, at most `scaledown_window_s`. To nothing only when there was nothing for all of
 `scaledown_window_s`.
-Of what is needed beyond what serves or comes, other regions may be left a part (`spread`); what they
-ask of this one is needed as well.
+
+Of what nothing serves or comes for, other regions may be left a part (`spread`); what they ask of
+this one is needed as well.
 
 No seasonal baseline: the lab (`loadtest.scaling`) has a day's wave followed without one, for a few
 hundredths more than an oracle's replica-seconds.
