@@ -391,6 +391,17 @@ PEER_BEAT_S = 1.0
 PEER_SILENCE_S = 5.0
 PEER_PAUSE_FIRST_S = 0.1
 PEER_PAUSE_MAX_S = 5.0
+# Between regions a connection that the path has lost is not waited for: as soon as the path is
+# there again a fresh one is, and a SYN that got lost was sent twice more by then (RFC 6298 §2).
+REGION_DIAL_TIMEOUT_S = 2.0
+REGION_PAUSE_MAX_S = 1.0
+# Models of which other regions are told, and what is told at most to be free for one.
+SUMMARY_MODELS_MAX: Final = 4096
+SUMMARY_FREE_MAX: Final = 65_536
+# A request is taken to bring at least as much work, as long as few have been seen.
+USUAL_WORK_TOKENS: Final = 256
+# Round trips of which the least is that of the path: sixteen seconds of them.
+ROUND_TRIPS_MAX: Final = 64
 # What is cached where, told to one who has just started: 1.4 million entries, as many as twenty
 # replicas of a million tokens have, in pages that hold up neither side for a millisecond.
 DIGEST_BYTES_MAX = 16 * MIB

@@ -100,6 +100,7 @@ class Plane(Refusal):
         self._key_digest = _digest(config.api_key)
         self.keys = KeySet()
         self.remotes: tuple[RemoteState, ...] = ()
+        self.proxy_id = b""
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
@@ -150,8 +151,9 @@ class Plane(Refusal):
         """These are all API keys now, from the next request on."""
         self.keys = keys
 
-    def know_remotes(self, remotes: Sequence[RemoteState]) -> None:
-        """This is what is known now of other regions."""
+    def know_remotes(self, remotes: Sequence[RemoteState], ours: bytes = b"") -> None:
+        """This is what is known now of other regions; `ours` names this proxy's life to them."""
+        self.proxy_id = ours
         self.remotes = tuple(remotes)
 
     def suspect(self, replica_id: str, reason: str) -> None:
