@@ -70,7 +70,8 @@ class Claims(msgspec.Struct, frozen=True, array_like=True):
     tpot_s: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
     isolated: bool = False
     salt: _Text = ""
-    owner: _Text = ""
+    # Until whoever asks has no patience left.
+    listens_s: Annotated[float, Meta(ge=-1e9, le=1e9)] | None = None
 
 
 _decoder: Final = msgspec.msgpack.Decoder(Claims)

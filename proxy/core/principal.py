@@ -18,13 +18,14 @@ class Principal:
 
     __slots__ = (
         "classes", "crossed", "default_class", "expires_s", "isolated", "key_id", "models",
-        "regions", "row", "salt", "slo_ttft_s", "tenant", "weight",
+        "owner", "regions", "row", "salt", "slo_ttft_s", "tenant", "weight",
     )  # fmt: skip
 
     def __init__(self, tenant: str = "", key_id: str = "") -> None:
         """One who may do everything, without limit; `""` is nobody's key in particular."""
         self.tenant = tenant
         self.key_id = key_id
+        self.owner = tenant  # whose its files and cached prefixes are
         self.weight = 1.0
         self.default_class = UNSAID
         self.classes = ALL_CLASSES  # bits of those that may be asked for

@@ -14,9 +14,11 @@ from typing_extensions import override
 
 from proxy import errors
 from proxy.core import limits
+from proxy.core.additions import with_fields
 from proxy.core.fleet import Pool
 from proxy.core.hop import REFUSED, REGION
 from proxy.core.http1 import HOP, Field, ResponseHead
+from proxy.core.opening import has_room
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
 from proxy.core.retry import Progress
@@ -31,10 +33,11 @@ _QUEUED: Final = Progress.QUEUED
 class Crossing(Relay):
     """What an exchange with a replica has to do with other regions."""
 
-    __slots__ = ("_arrived", "_crossed_times", "_remote")
+    __slots__ = ("_added", "_arrived", "_crossed_times", "_remote")
 
     def __init__(self, plane: Plane, client: Client, preamble: Preamble, length: int) -> None:
         super().__init__(plane, client, preamble, length)
+        self._added = b""  # to the body, where it goes to a replica
         self._arrived: Arrived | None = None  # it comes from another region
         self._remote = ""  # where it went and is not answered yet
         self._crossed_times = 0
@@ -46,10 +49,6 @@ class Crossing(Relay):
     @abstractmethod
     def _go_to(self, decision: Decision) -> None:
         """Send it there."""
-
-    @abstractmethod
-    def _nobody(self, reason: str = "") -> errors.ProxyError:
-        """Say why nobody takes it."""
 
     # --- it arrives --------------------------------------------------------------------------
 
@@ -64,8 +63,11 @@ class Crossing(Relay):
         """Have the request be what it was where it came from. Raises `ProxyError`."""
         arrived = self._arrived
         if arrived is not None:
-            arrived.lay_on(self._request, self._body, self._whole_s)
-            self._plane.hops.came(arrived, self)
+            plane, request = self._plane, self._request
+            arrived.lay_on(request, self._body, self._whole_s)
+            if not plane.resides(request.regions):
+                raise plane.hops.misdirected(request.regions)
+            plane.hops.came(arrived, self)
 
     def origin_gone(self) -> None:
         """Nobody will read the answer."""
@@ -83,15 +85,27 @@ class Crossing(Relay):
         hops.left(remote, self)
         return hops.connect_timeout_s(remote)
 
-    def _hop_fields(self) -> bytes:
-        return self._plane.hops.fields(
+    def _outward(self, host_field: bytes) -> tuple[bytes, bytes]:
+        """Return head and body as they go out: to a replica, or to another region's proxy.
+
+        That one gets the body as it came, and no credentials but our word.
+        """
+        plane, preamble = self._plane, self._preamble
+        if not self._remote:
+            body = with_fields(self._body, self._added) if self._added else self._body
+            own = plane.authentication.engine_credential
+            return preamble.upstream_head(host_field, self.request_id, len(body), own), body
+        host_field += plane.hops.fields(
             self._remote,
-            self._preamble,
-            self.request_id,
-            self._principal,
+            preamble,
             self._request,
             self._body,
+            request_id=self.request_id,
+            principal=self._principal,
+            salt=plane.salt_of(self._principal, preamble),
         )
+        head = preamble.upstream_head(host_field, self.request_id, len(self._body), b"")
+        return head, self._body
 
     def _refuses_hop(self, head: ResponseHead) -> bool:
         """Whether the other region has sent this request away before anybody began it."""
@@ -113,7 +127,7 @@ class Crossing(Relay):
         self._attempts = 0  # what was tried before says nothing of what is here
         lookup = self._route is not None and self._route.lookup
         try:
-            pool = self._pool = plane.find_pool(self._model, lookup=lookup)
+            pool = self._pool = plane.find_pool(self._model, request.regions, lookup=lookup)
             self._place(pool, plane.clock.now_s(), reason)
         except errors.ProxyError as error:
             self.fail(error)
@@ -132,6 +146,26 @@ class Crossing(Relay):
             self._go_to(decision)
         else:
             self.fail(self._nobody(reason))
+
+    def _choose_anew(self) -> Decision | None:
+        """Choose among the replicas of today: the fleet may have changed meanwhile."""
+        plane, lookup = self._plane, self._route is not None and self._route.lookup
+        try:
+            self._pool = plane.find_pool(self._model, self._request.regions, lookup=lookup)
+        except errors.ProxyError:  # nobody serves it any more
+            return None
+        now_s, request = plane.clock.now_s(), self._request
+        decision = plane.choose(request, self._pool, plane.picture, now_s)
+        if decision is None or lookup:
+            return decision
+        may = has_room(decision, request, plane.picture) and plane.reserves(decision, request)
+        plane.picture.loads.crowded.clear()
+        return decision if may else None
+
+    def _nobody(self, reason: str = "") -> errors.ProxyError:
+        assert self._pool is not None
+        in_vain = self._request.tried if self._progress is Progress.CONNECTING else ()
+        return self._plane.turn_away(self._model, self._pool, in_vain, reason)
 
     def _settle(self, outcome: str) -> None:
         """It is answered, or over: nothing brings it back any more."""

@@ -27,7 +27,6 @@ from proxy.core import limits, sse
 from proxy.core.chunked import decode_followed
 from proxy.core.classes import OFFLINE
 from proxy.core.http1 import ResponseHead
-from proxy.core.opening import has_room
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
 from proxy.core.response_id import find_id
@@ -98,11 +97,14 @@ class Exchange(Crossing):
             if self._route.local:
                 self._answer_locally()
                 return
-            asked = self._plane.read(self._route, self._preamble, body)
+            asked = self._plane.read(
+                self._route, self._preamble, body, self._principal, self._started_s
+            )
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
             self._lay_claims()
+            self._added = self._plane.added(asked, self._route, self._preamble, self._principal)
             lookup = self._route.lookup
-            self._pool = self._plane.find_pool(self._model, lookup=lookup)
+            self._pool = self._plane.find_pool(self._model, self._request.regions, lookup=lookup)
             self._plane.arrived(self._model, self._request)
             self._place(self._pool, self._whole_s)
         except errors.ProxyError as error:
@@ -127,7 +129,8 @@ class Exchange(Crossing):
         self.fail(errors.InternalError("the proxy failed; its log has the reason"))
 
     def _answer_locally(self) -> None:
-        body, keep_alive = self._plane.local_answer(self._preamble.path), self._may_keep_alive()
+        keep_alive = self._may_keep_alive()
+        body = self._plane.local_answer(self._preamble.path, self._principal)
         answer = heads.local_answer(
             200,
             body,
@@ -137,21 +140,6 @@ class Exchange(Crossing):
             head_only=self._preamble.method == b"HEAD",
         )
         self._answer_ourselves(200, answer)
-
-    def _choose_anew(self) -> Decision | None:
-        """Choose among the replicas of today: the fleet may have changed meanwhile."""
-        plane, lookup = self._plane, self._route is not None and self._route.lookup
-        try:
-            self._pool = plane.find_pool(self._model, lookup=lookup)
-        except errors.ProxyError:  # nobody serves it any more
-            return None
-        now_s, request = plane.clock.now_s(), self._request
-        decision = plane.choose(request, self._pool, plane.picture, now_s)
-        if decision is None or lookup:
-            return decision
-        may = has_room(decision, request, plane.picture) and plane.reserves(decision, request)
-        plane.picture.loads.crowded.clear()
-        return decision if may else None
 
     @override
     def _go_to(self, decision: Decision) -> None:
@@ -163,7 +151,11 @@ class Exchange(Crossing):
         self._know_price(decision, now_s)
         request = self._request
         yields = request.work_class == OFFLINE and self._preempted < limits.PREEMPTIONS_MAX
-        self._lease = plane.acquire(decision, request, now_s, yields=yields)
+        try:
+            self._lease = plane.acquire(decision, request, now_s, yields=yields)
+        except errors.InternalError as error:
+            self.fail(error)
+            return
         if yields:
             plane.preemption.add(self._lease, self.give_way)
         timeout_s = self._leave(replica.replica_id) if replica.remote else 0.0
@@ -196,12 +188,6 @@ class Exchange(Crossing):
         else:
             self._progress = Progress.QUEUED
             plane.preemption.requeued_total += 1
-
-    @override
-    def _nobody(self, reason: str = "") -> errors.ProxyError:
-        assert self._pool is not None
-        in_vain = self._request.tried if self._progress is _CONNECTING else ()
-        return self._plane.turn_away(self._model, self._pool, in_vain, reason)
 
     # --- 3. the replica ----------------------------------------------------------------------
 
@@ -248,10 +234,7 @@ class Exchange(Crossing):
             host_field += self._name_itself()
         if self._request.work_class == OFFLINE:
             host_field += self._decision.replica.lowest_priority
-        if self._remote:
-            host_field += self._hop_fields()
-        head = self._preamble.upstream_head(host_field, self.request_id, len(self._body))
-        upstream.send(self, head, self._body)
+        upstream.send(self, *self._outward(host_field))
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
 
     def request_slow(self) -> None:

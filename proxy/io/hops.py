@@ -21,7 +21,7 @@ from typing import Final, Protocol
 from proxy.config import ProxyConfig
 from proxy.contract.regions import RemoteState
 from proxy.core import limits
-from proxy.core.classes import UNSAID
+from proxy.core.classes import OFFLINE, UNSAID
 from proxy.core.hop import (
     NONCE_BYTES,
     Claims,
@@ -76,17 +76,17 @@ class Arrived:
 
         Raises `HopRefusedError` where the body is another.
         """
-        claims, principal = self.claims, self.principal
+        claims = self.claims
         try:
             check_body(claims, body)
         except HopError as error:
             raise HopRefusedError(f"{HOP.decode()} is not taken: {error}") from None
         request.abroad = False
-        request.regions = principal.regions
-        request.tenant, request.tenant_weight = principal.tenant, principal.weight
         if claims.work_class != UNSAID:
             request.work_class = claims.work_class
+            request.weight = limits.FLEX_WEIGHT if claims.work_class == OFFLINE else 1.0
         request.deadline_s = 0.0 if claims.deadline_s is None else now_s + claims.deadline_s
+        request.listens_until_s = 0.0 if claims.listens_s is None else now_s + claims.listens_s
         request.tpot_s = claims.tpot_s
 
 
@@ -128,12 +128,6 @@ class Hops:
             raise self._refusal(error.kind, str(error)) from None
         if claims is None:
             return None
-        if claims.regions is not None and self._region not in claims.regions:
-            self.refused["misdirected"] += 1
-            raise HopMisdirectedError(
-                f"this request may be computed in {' or '.join(sorted(claims.regions))} only; "
-                f"this is {self._region}"
-            )
         self.arrived[claims.origin] += 1
         return Arrived(claims)
 
@@ -141,6 +135,12 @@ class Hops:
         """Nothing may cross on this path: raises `HopRefusedError` for what tries to."""
         if preamble.hop is not None or has_passed(preamble.via, self._region):
             raise self._refusal("unexpected", "no hop leads to this path")
+
+    def misdirected(self, regions: Iterable[str] | None) -> HopMisdirectedError:
+        """It may be computed in these regions only, and this is none of them."""
+        self.refused["misdirected"] += 1
+        where = " or ".join(sorted(regions or ())) or "no region"
+        return HopMisdirectedError(f"this is {self._region}; it may be computed in {where} only")
 
     def _refusal(self, kind: str, reason: str) -> HopRefusedError:
         self.refused[kind] += 1
@@ -174,12 +174,13 @@ class Hops:
     # --- what goes ---------------------------------------------------------------------------
 
     def fields(
-        self, remote: str, preamble: Preamble, request_id: bytes, principal: Principal,
-        request: Request, body: bytes,
+        self, remote: str, preamble: Preamble, request: Request, body: bytes, *,
+        request_id: bytes, principal: Principal, salt: str,
     ) -> bytes:  # fmt: skip
         """Return the fields by which another region will believe this request."""
         state = self._remotes.get(remote, _UNLINKED)
-        deadline_s = request.deadline_s
+        now_s = self._clock.now_s()
+        deadline_s, listens_until_s = request.deadline_s, request.listens_until_s
         claims = Claims(
             request_id=request_id.decode("ascii"),
             origin=self._region,
@@ -194,10 +195,11 @@ class Hops:
             weight=request.tenant_weight,
             work_class=request.work_class,
             regions=None if request.regions is None else sorted(request.regions),
-            deadline_s=deadline_s - self._clock.now_s() if deadline_s else None,
+            deadline_s=deadline_s - now_s if deadline_s else None,
             tpot_s=request.tpot_s,
             isolated=principal.isolated,
-            salt=principal.salt,
+            salt=salt,
+            listens_s=listens_until_s - now_s if listens_until_s else None,
         )
         hop = write_hop(claims, self._key, preamble.method, preamble.target)
         return b"%b: %b\r\n%b" % (HOP, hop, self._via)
