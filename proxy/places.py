@@ -17,7 +17,7 @@ from proxy.core.headcount import Columns
 from proxy.io import control
 from proxy.io.admin import sum_samples
 from proxy.io.hub import Hub
-from proxy.io.shared_cells import SharedCells
+from proxy.io.shared_cells import SharedCells, SharedNonces
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.teller import Teller
@@ -82,6 +82,7 @@ class Places:
         self._columns = Columns()
         # One worker alone knows what it has.
         self._cells = SharedCells(len(hands)) if len(hands) > 1 else None
+        self._nonces = SharedNonces(len(hands))
         self._departed: list[Sample] = []  # what dead workers had counted
         self._restarts = 0
         self._explanations: dict[int, asyncio.Future[tuple[int, bytes]]] = {}  # asked for
@@ -153,7 +154,7 @@ class Places:
             # Without -P the working folder would come first, and it may hold another `proxy`.
             command = (sys.executable, "-P", "-m", "proxy.worker", *map(str, fds))
             place.process = process = await asyncio.create_subprocess_exec(
-                *command, pass_fds=(*fds, *shared), env=worker_environment()
+                *command, pass_fds=(*fds, *shared, self._nonces.fd), env=worker_environment()
             )
         except BaseException:
             ours.close()
@@ -188,7 +189,14 @@ class Places:
         """Tell a new worker what the others know."""
         cells_fd = self._cells.fd if self._cells is not None else -1
         channel.send(
-            control.Start(self._config, self.accepting, place, cells_fd, len(self._places))
+            control.Start(
+                self._config,
+                self.accepting,
+                place,
+                cells_fd,
+                len(self._places),
+                self._nonces.fd,
+            )
         )
         for told in self._told.values():
             channel.send(told)
@@ -301,6 +309,7 @@ class Places:
                 await place.process.wait()
         if self._cells is not None:
             self._cells.close()
+        self._nonces.close()
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

@@ -35,6 +35,7 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     place: int = 0  # among the workers
     cells_fd: int = -1  # of the memory in which all of them count (`io/shared_cells.py`); -1: none
     workers: int = 1
+    nonces_fd: int = -1  # of that in which all keep the hops that they took; -1: each its own
 
 
 class Accept(msgspec.Struct, tag=True, frozen=True):

@@ -1,7 +1,8 @@
-"""The memory in which the workers of one proxy count together (`core.headcount`).
+"""The memory that the workers of one proxy have in common.
 
-The supervisor makes it, and each worker inherits its descriptor. It has no name anywhere, and is
-gone with the last who has it open.
+In one part they count together what each replica has (`core.headcount`), in another they keep the
+numbers of hops that have been used (`core.nonces`). The supervisor makes it, and each worker
+inherits its descriptor. It has no name anywhere, and is gone with the last who has it open.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import mmap
 import os
 
 from proxy.core.headcount import CELL_BYTES, Headcount, table_bytes
+from proxy.core.nonces import Nonces, memory_bytes
 
 
 class SharedCells:
@@ -33,6 +35,25 @@ class SharedCells:
         if not self._memory.closed:
             self._memory.close()
             os.close(self.fd)
+
+
+class SharedNonces:
+    """The supervisor's hold on the numbers that workers have used: they outlive who used them."""
+
+    def __init__(self, workers: int) -> None:
+        self.fd = os.memfd_create("doherty-nonces", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, memory_bytes(workers))  # pages are there once they are written
+
+    def close(self) -> None:
+        """Harmless when repeated."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def nonces_at(fd: int, place: int, workers: int) -> Nonces:
+    """Return a worker's part in the memory behind this descriptor."""
+    return Nonces(memoryview(mmap.mmap(fd, memory_bytes(workers))).cast("Q"), place, workers)
 
 
 def headcount_at(fd: int, place: int, workers: int) -> Headcount:
