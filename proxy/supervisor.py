@@ -26,16 +26,15 @@ from aiohttp import web
 from proxy import settings, takeover, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
-from proxy.core.peer_wire import parse_address
-from proxy.core.replica import parse_url, replica_of
+from proxy.core.replica import replica_of
 from proxy.flags import Invocation
 from proxy.io import control
 from proxy.io.admin import make_app
 from proxy.io.entrance import LISTEN_BACKLOG
 from proxy.io.hub import Hub
+from proxy.io.jwt_keys import JwtKeys
 from proxy.io.lookout import Lookout
 from proxy.io.peers import Peers
-from proxy.io.registry import check_urls
 from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
@@ -87,6 +86,7 @@ class Supervisor:
             on_cleared=lambda replica_id: self._places.tell(control.Cleared(replica_id)),
             on_silent=lambda replica_id: self._places.tell(control.Accused(replica_id)),
         )
+        self._jwt_keys = JwtKeys(self._tasks, lambda d: self._places.tell(control.JwtKeysAre(d)))
         self._admin = web.AppRunner(make_app(self, config.admin_api_key), access_log=None)
         self._door: takeover.Door | None = None
         self._door_task: asyncio.Task[None] | None = None
@@ -148,6 +148,7 @@ class Supervisor:
 
     def _look(self) -> None:
         self._lookout.look(self._config)
+        self._jwt_keys.look(self._config.access.jwt)
         self._witness.look(self._lookout.session, self._config)
         self._teller.tell(self._config.manager_url)
 
@@ -177,6 +178,8 @@ class Supervisor:
                 self._lookout.prober.suspect(replica_id, reason)
             case control.Doubt(replica_id):
                 self._lookout.prober.doubt(replica_id)
+            case control.JwtKeysWanted():
+                self._jwt_keys.want()
             case _:
                 _log.error("a worker said %s", type(message).__name__)
 
@@ -245,8 +248,9 @@ class Supervisor:
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         counters, gauges = await self._places.samples()
         told, linked = self.hub.samples()
-        counters += [*told, *self._peers.samples(), *self._teller.samples()]
-        gauges += [*linked, *self._witness.samples()]
+        failed, aged = self._jwt_keys.samples()
+        counters += [*told, *failed, *self._peers.samples(), *self._teller.samples()]
+        gauges += [*linked, *aged, *self._witness.samples()]
         age_s = time.monotonic() - self._fleet_at_s
         return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
 
@@ -270,7 +274,7 @@ class Supervisor:
         self._fingerprint = settings.fingerprint(self._invocation.path, self._config)
         try:
             read = self._invocation.settings()
-            check_source(read)
+            settings.check_source(read)
             warnings = tls.check(read, datetime.now(UTC))
         except (ConfigError, StartError, ValueError) as error:
             _log.error("not reloaded, going on as before: %s", error)
@@ -424,18 +428,3 @@ async def _end_of(successor: asyncio.subprocess.Process) -> int:
         with contextlib.suppress(ProcessLookupError):
             end()
     return await successor.wait()
-
-
-def check_source(config: ProxyConfig) -> None:
-    """Raise `StartError` or `ValueError` when it is not plain where the fleet is known from."""
-    check_urls(config.worker_urls)
-    if config.offline_url is not None:
-        parse_url(config.offline_url, "--offline-url")
-    for address in (*config.peers, *filter(None, (config.peer_listen,))):
-        parse_address(address)
-    if not config.worker_urls and not config.manager_url:
-        raise StartError(
-            "the replica list is empty: pass --worker-urls http://HOST:PORT … or --manager-url"
-        )
-    if config.worker_urls and config.manager_url:
-        raise StartError("--worker-urls and --manager-url exclude each other: one names the fleet")

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 import uvloop
@@ -74,6 +75,7 @@ class Worker:
             counted = headcount_at(start.cells_fd, start.place, start.workers)
             plane.picture.loads.headcount = counted
         plane.noting.connect(self._channel)
+        plane.authentication.on_unknown_key = partial(self._channel.send, control.JwtKeysWanted())
         plane.outbox.on = True
         entrance = Entrance(plane, self._listeners)
         self._tasks.start("obey", self._obey(plane, entrance))
@@ -98,14 +100,15 @@ class Worker:
         return self._status
 
     async def _fleet_or_first_silence(self, plane: Plane) -> None:
-        """Do not answer before there is somebody to ask, unless that takes too long.
+        """Do not answer before it is known whom to ask and who may, unless that takes too long.
 
         The supervisor sends the fleet right after the start, and again once engines have said what
         they serve.
         """
         until_s = plane.clock.now_s() + FLEET_WAIT_S
         while plane.clock.now_s() < until_s:
-            if plane.fleet_known and (plane.ready or not plane.fleet.replicas):
+            served = plane.fleet_known and (plane.ready or not plane.fleet.replicas)
+            if served and plane.authentication.complete:
                 return
             await asyncio.sleep(0.001)
 
@@ -141,6 +144,7 @@ class Worker:
             case (
                 control.FleetIs()
                 | control.KeysAre()
+                | control.JwtKeysAre()
                 | control.RemotesAre()
                 | control.Cleared()
                 | control.Accused()
@@ -249,6 +253,8 @@ def _tell(plane: Plane, message: control.News) -> None:
             plane.take_snapshot(snapshot, columns)
         case control.KeysAre(keys):
             plane.know_keys(keys)
+        case control.JwtKeysAre(document):
+            plane.know_jwt_keys(document)
         case control.RemotesAre(remotes):
             plane.know_remotes(remotes)
         case control.Cleared(replica_id):

@@ -149,6 +149,10 @@ class Plane(Refusal):
         self.authentication.know_keys(keys)
         self.preambles.clear()  # what is no key any more need not stay in memory
 
+    def know_jwt_keys(self, document: bytes) -> None:
+        """By these the tokens of the identity provider are verified now."""
+        self.authentication.know_jwt_keys(document)
+
     def know_remotes(self, remotes: Sequence[RemoteState]) -> None:
         """This is what is known now of other regions."""
         self.remotes = tuple(remotes)
