@@ -13,11 +13,6 @@ import msgspec
 
 from proxy import tls
 from proxy.config import ProxyConfig
-from proxy.core.peer_wire import parse_address
-from proxy.core.replica import parse_url
-from proxy.io.jwt_tokens import library
-from proxy.io.registry import check_urls
-from proxy.listeners import StartError
 
 # These would need other sockets or other processes.
 FIXED = (
@@ -61,23 +56,3 @@ def _stamp(path: str) -> object:
     except OSError as error:
         return (path, error.errno)
     return (path, found.st_mtime_ns, found.st_size, found.st_ino)
-
-
-def check_source(config: ProxyConfig) -> None:
-    """Refuse what cannot be run: no plain source of the fleet, tokens without their library.
-
-    Raises `ConfigError`, `StartError` or `ValueError`.
-    """
-    if config.access.jwt is not None:
-        library()
-    check_urls(config.worker_urls)
-    if config.offline_url is not None:
-        parse_url(config.offline_url, "--offline-url")
-    for address in (*config.peers, *filter(None, (config.peer_listen,))):
-        parse_address(address)
-    if not config.worker_urls and not config.manager_url:
-        raise StartError(
-            "the replica list is empty: pass --worker-urls http://HOST:PORT … or --manager-url"
-        )
-    if config.worker_urls and config.manager_url:
-        raise StartError("--worker-urls and --manager-url exclude each other: one names the fleet")

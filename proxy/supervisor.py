@@ -35,6 +35,7 @@ from proxy.io.hub import Hub
 from proxy.io.jwt_keys import JwtKeys
 from proxy.io.lookout import Lookout
 from proxy.io.peers import Peers
+from proxy.io.regions import Regions
 from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
@@ -43,6 +44,7 @@ from proxy.io.witness import Witness
 from proxy.listeners import Listeners, StartError, deal
 from proxy.logs import set_up_logging
 from proxy.places import Places
+from proxy.sources import check_source
 from proxy.terminal import has_terminal
 
 _log = logging.getLogger("doherty.proxy")
@@ -69,7 +71,6 @@ class Supervisor:
         self._predecessor = predecessor
         self._tasks = Tasks()
         self.hub = Hub()
-        self._peers = Peers(self._tasks, self.hub)
         self._witness = Witness(self._tasks, self.hub)
         self._teller = Teller(lambda: self._lookout.session)
         self._places = Places(
@@ -80,6 +81,8 @@ class Supervisor:
             on_message=self._hear,
             on_failure=self._fail,
         )
+        self._regions = Regions(self._places.tell, self._teller.summary)
+        self._peers = Peers(self._tasks, self.hub, self._regions)
         self._lookout = Lookout(
             self._tasks,
             on_snapshot=self._on_snapshot,
@@ -120,6 +123,7 @@ class Supervisor:
             self._places.start(self._config)
             self._tasks.start("hub", self.hub.run())
             self._tasks.start("demand", self._teller.run())
+            self._tasks.start("regions", self._regions.run())
             self._peers.start(self._config, listen=self._predecessor is None)
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
@@ -250,7 +254,7 @@ class Supervisor:
         told, linked = self.hub.samples()
         failed, aged = self._jwt_keys.samples()
         counters += [*told, *failed, *self._peers.samples(), *self._teller.samples()]
-        gauges += [*linked, *aged, *self._witness.samples()]
+        gauges += [*linked, *aged, *self._witness.samples(), *self._regions.samples()]
         age_s = time.monotonic() - self._fleet_at_s
         return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
 
@@ -274,7 +278,7 @@ class Supervisor:
         self._fingerprint = settings.fingerprint(self._invocation.path, self._config)
         try:
             read = self._invocation.settings()
-            settings.check_source(read)
+            check_source(read)
             warnings = tls.check(read, datetime.now(UTC))
         except (ConfigError, StartError, ValueError) as error:
             _log.error("not reloaded, going on as before: %s", error)
@@ -378,6 +382,8 @@ class Supervisor:
 
     async def _drain(self) -> None:
         self._draining = True
+        self._regions.draining = not self._relieved  # else those who call find the successor
+        self._regions.say_now()
         if self._relieved:
             _log.info("a new proxy has taken over; finishing what runs")
             self._close_door()
