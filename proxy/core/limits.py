@@ -31,10 +31,6 @@ JWKS_KEYS_MAX: Final = 64
 TOKENS_REMEMBERED_MAX: Final = 16_384
 # Times beyond it are none: the year 5138.
 UNIX_S_MAX: Final = 1e11
-# A token that names an unknown key is told to come again for so long after the keys were asked for.
-JWKS_PATIENCE_S: Final = 5.0
-# Meanwhile, and while it is not known, they are not asked for again.
-JWKS_ASK_INTERVAL_S: Final = 10.0
 # A connection may send ahead this much while its current request is served; then we stop reading.
 PIPELINED_BYTES_MAX: Final = 64 * KIB
 # While we do not read, the loop does not tell us that the client has gone; so we look.

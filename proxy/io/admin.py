@@ -105,6 +105,8 @@ _HELP = {
     "worker_restarts": "Workers started again",
     "workers": "Worker processes that serve",
     "fleet_age_seconds": "Since the fleet was last heard of",
+    "jwt_keys_age_seconds": "Since the identity provider's keys were last seen",
+    "jwt_keys_failures": "Times that the identity provider's keys could not be had",
     "build_info": "Version of the proxy",
 }
 

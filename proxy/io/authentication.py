@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
+from typing import Final
 
 from proxy.config import ProxyConfig
 from proxy.contract.keys import KeySet
@@ -27,6 +28,11 @@ from proxy.errors import KeysUnknownError, ProxyError, UnauthorizedError
 from proxy.io.clock import Clock
 from proxy.io.jwt_tokens import BadTokenError, Jwks, UnknownKeyError
 
+# After a token has named an unknown key: its client is told to come again for so long, and the
+# provider is not asked once more before so long.
+PATIENCE_S: Final = 5.0
+ASK_INTERVAL_S: Final = 10.0
+
 
 class Authentication:
     """What one worker knows of those who may ask."""
@@ -37,7 +43,7 @@ class Authentication:
         self._keys: KeySet | None = None  # None: none have been told
         self._jwks: Jwks | None = None  # None: there are none, or they are not known
         self._tokens: dict[bytes, tuple[bytes, Principal]] = {}  # verified, by digest
-        self._asked_s = -limits.JWKS_ASK_INTERVAL_S  # when keys of the provider were asked for
+        self._asked_s = -ASK_INTERVAL_S  # when keys of the provider were asked for
         self.on_unknown_key: Callable[[], None] = _nobody_hears
         self._work_out()
 
@@ -131,10 +137,10 @@ class Authentication:
     def _about_unknown_key(self, error: UnknownKeyError) -> ProxyError:
         """A provider that rotates its keys signs with new ones: ask for them, but not for ever."""
         now_s = self._clock.now_s()
-        if now_s - self._asked_s >= limits.JWKS_ASK_INTERVAL_S:
+        if now_s - self._asked_s >= ASK_INTERVAL_S:
             self._asked_s = now_s
             self.on_unknown_key()
-        if now_s - self._asked_s < limits.JWKS_PATIENCE_S:
+        if now_s - self._asked_s < PATIENCE_S:
             return KeysUnknownError(f"{error}; it is being asked again")
         return UnauthorizedError(str(error))
 

@@ -45,6 +45,7 @@ class JwtKeys:
         self._task: asyncio.Task[None] | None = None
         self._document = b""
         self._wanted = asyncio.Event()
+        self._asked_again_s = -ASK_AGAIN_S  # when somebody last wanted it
         self._good_s = 0.0  # when the set in force was last seen to be the provider's
         self._failures = 0
 
@@ -70,17 +71,15 @@ class JwtKeys:
         """Return counters and gauges."""
         if self._config is None:
             return [], []
-        age_s = time.monotonic() - self._good_s if self._document else float("inf")
-        return (
-            [Sample("jwt_keys_failures_total", (), self._failures)],
-            [Sample("jwt_keys_age_seconds", (), age_s)],
-        )
+        gauges = []
+        if self._document:
+            gauges.append(Sample("jwt_keys_age_seconds", (), time.monotonic() - self._good_s))
+        return [Sample("jwt_keys_failures_total", (), self._failures)], gauges
 
     async def _keep(self, config: JwtConfig) -> None:
         stamp: object = None
         retry_s = RETRY_FIRST_S
         while True:
-            asked_s = time.monotonic()
             self._wanted.clear()
             try:
                 if config.jwks_path is None:
@@ -100,7 +99,8 @@ class JwtKeys:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._wanted.wait()
-                    await asyncio.sleep(ASK_AGAIN_S - (time.monotonic() - asked_s))
+                    await asyncio.sleep(self._asked_again_s + ASK_AGAIN_S - time.monotonic())
+                    self._asked_again_s = time.monotonic()
 
     def _take(self, config: JwtConfig, document: bytes) -> None:
         Jwks(config, document)

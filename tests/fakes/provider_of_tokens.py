@@ -63,7 +63,8 @@ class TokenProvider:
         self.document = jwks(jwk(RSA, "one"))
         self.status = 200
         self.asked = 0
-        self.says_issuer: str | None = None  # its own URL
+        self.says_issuer = ""  # its own URL
+        self.uri = ""  # its own page
         self._runner: web.AppRunner
 
     async def __aenter__(self) -> Self:
@@ -82,9 +83,8 @@ class TokenProvider:
         await self._runner.cleanup()
 
     async def _discovery(self, _: web.Request) -> web.Response:
-        return web.json_response(
-            {"issuer": self.says_issuer or self.issuer, "jwks_uri": f"{self.issuer}/keys"}
-        )
+        uri = self.uri or f"{self.issuer}/keys"
+        return web.json_response({"issuer": self.says_issuer or self.issuer, "jwks_uri": uri})
 
     async def _keys(self, _: web.Request) -> web.Response:
         self.asked += 1
