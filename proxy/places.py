@@ -79,6 +79,7 @@ class Places:
         self._on_failure = on_failure
         self._config = ProxyConfig()
         self._fleet: control.FleetIs | None = None
+        self._keys: control.KeysAre | None = None
         self._columns = Columns()
         # One worker alone knows what it has.
         self._cells = SharedCells(len(hands)) if len(hands) > 1 else None
@@ -109,6 +110,8 @@ class Places:
             case control.FleetIs(snapshot):
                 columns = self._columns.assign(snapshot) if self._cells is not None else {}
                 message = self._fleet = control.FleetIs(snapshot, columns)
+            case control.KeysAre():
+                self._keys = message
             case control.Reconfigure(config):
                 self._config = config
             case control.Accept():
@@ -188,6 +191,8 @@ class Places:
         channel.send(
             control.Start(self._config, self.accepting, place, cells_fd, len(self._places))
         )
+        if self._keys is not None:  # before there is anybody to ask
+            channel.send(self._keys)
         if self._fleet is not None:
             channel.send(self._fleet)
         if self._order is not None:  # given while the process was being started
