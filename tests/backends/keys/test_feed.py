@@ -79,7 +79,7 @@ async def test_a_changed_file_is_told_and_a_broken_one_takes_nothing_back(tmp_pa
     add(path, 1)
     async with running(source(tmp_path, keys_path=str(path))) as feed:
         assert feed.keys is not None
-        assert [key.key_id for key in feed.keys.keys] == ["k1"]
+        assert [known.key_id for known in feed.keys.keys] == ["k1"]
         add(path, 2)
         assert await feed.newer(1, 20)
         assert len(feed.keys.keys) == 2
@@ -118,11 +118,11 @@ async def test_without_a_file_there_are_no_keys_and_then_there_are(tmp_path: Pat
     path = tmp_path / "keys.json"
     async with running(source(tmp_path, keys_path=str(path))) as feed:
         assert feed.keys is not None
-        assert feed.keys.keys == ()
+        assert not feed.keys.keys
         assert len(feed.keys.salt) >= 16, "what is derived with it may not be guessed"
         add(path, 1)
         assert await feed.newer(1, 20)
-        assert [key.key_id for key in feed.keys.keys] == ["k1"]
+        assert [known.key_id for known in feed.keys.keys] == ["k1"]
 
 
 async def test_a_region_that_follows_knows_the_keys_without_the_other(tmp_path: Path) -> None:
