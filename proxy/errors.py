@@ -201,6 +201,15 @@ class UnauthorizedError(ProxyError):
     code = "invalid_api_key"
 
 
+class KeysUnknownError(ProxyError):
+    """Which keys are right is not known here yet; nobody is let in on trust."""
+
+    status = 503
+    code = "keys_not_known"
+    should_retry = True
+    retry_after_s = 1
+
+
 class OverloadedError(ProxyError):
     """More requests in flight than this proxy or every replica may hold."""
 
@@ -348,6 +357,7 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     BodyTooLargeError,
     UnsupportedEncodingError,
     UnauthorizedError,
+    KeysUnknownError,
     OverloadedError,
     QueueFullError,
     NoSpareError,

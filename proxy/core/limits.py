@@ -22,6 +22,8 @@ TARGET_BYTES_MAX: Final = 8 * KIB
 HEADS_REMEMBERED_MAX: Final = 512
 REMEMBERED_HEAD_BYTES_MAX: Final = 2 * KIB
 FIELDS_MAX: Final = 128
+# A key has some 60 octets; a token of an identity provider with groups and roles, a few KiB.
+CREDENTIAL_BYTES_MAX: Final = 8 * KIB
 # A connection may send ahead this much while its current request is served; then we stop reading.
 PIPELINED_BYTES_MAX: Final = 64 * KIB
 # While we do not read, the loop does not tell us that the client has gone; so we look.

@@ -134,7 +134,8 @@ class Exchange(Relay):
         self.fail(errors.InternalError("the proxy failed; its log has the reason"))
 
     def _answer_locally(self) -> None:
-        body, keep_alive = self._plane.local_answer(self._preamble.path), self._may_keep_alive()
+        keep_alive = self._may_keep_alive()
+        body = self._plane.local_answer(self._preamble.path, self._principal)
         answer = heads.local_answer(
             200,
             body,
@@ -249,7 +250,8 @@ class Exchange(Relay):
             host_field += self._name_itself()
         if self._request.work_class == OFFLINE:
             host_field += self._decision.replica.lowest_priority
-        head = self._preamble.upstream_head(host_field, self.request_id, len(self._body))
+        own = self._plane.authentication.engine_credential
+        head = self._preamble.upstream_head(host_field, self.request_id, len(self._body), own)
         upstream.send(self, head, self._body)
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
 
