@@ -210,6 +210,13 @@ class KeysUnknownError(ProxyError):
     retry_after_s = 1
 
 
+class RegionNotAllowedError(InvalidRequestError):
+    """It may be computed in certain regions only, and none of them serves its model from here."""
+
+    status = 403
+    code = "region_not_allowed"
+
+
 class OverloadedError(ProxyError):
     """More requests in flight than this proxy or every replica may hold."""
 
@@ -353,6 +360,7 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     NotFoundError,
     MethodNotAllowedError,
     ModelNotFoundError,
+    RegionNotAllowedError,
     RequestTimeoutError,
     BodyTooLargeError,
     UnsupportedEncodingError,

@@ -24,15 +24,19 @@ from proxy.core.http1 import (
     parse_response_head,
 )
 from proxy.core.replica import RANK_FIELD
+from proxy.core.wishes import ENDING_HERE
 
 REQUEST_ID: Final = b"x-request-id"
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Written by us, or meaningful to this hop only. Ranks: see `core/preamble.py`.
-_NOT_FORWARDED: Final = frozenset(
-    (
-        *(b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, WORK_CLASS, RANK_FIELD),
-        b"x-vllm-priority",
+_NOT_FORWARDED: Final = (
+    frozenset(
+        (
+            *(b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, WORK_CLASS, RANK_FIELD),
+            b"x-vllm-priority",
+        )
     )
+    | ENDING_HERE
 )
 # With these SGLang overrides what a body says: the id, the priority, the rank. A client that sets
 # them, or vLLM's field above, could go before others, or end what is theirs; so none of them ever

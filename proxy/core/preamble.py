@@ -15,12 +15,12 @@ from typing import Final
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits
-from proxy.core.classes import SPARE, UNSAID, class_of_field
 from proxy.core.credentials import read_credential
-from proxy.core.http1 import EXPLAIN, WORK_CLASS, RequestHead, parse_request_head
+from proxy.core.http1 import EXPLAIN, RequestHead, parse_request_head
 from proxy.core.replica import RANK_FIELD
 from proxy.core.routes import OFFLINE_ROOTS, Route, find_route
 from proxy.core.session import session_of_head
+from proxy.core.wishes import read_wishes
 
 _RANK_CHOSEN: Final = b"\n" + RANK_FIELD  # in what a rank is sent first
 
@@ -50,8 +50,7 @@ class Preamble:
         "route",
         "sent_fields",
         "session_key",
-        "spare",
-        "work_class",
+        "wishes",
     )
 
     def __init__(self, head: RequestHead) -> None:
@@ -76,10 +75,7 @@ class Preamble:
         self.request_id = given if given and heads.valid_request_id(given) else None
         self.session_key = session_of_head(head)
         self.asks_for_reasons = EXPLAIN in head.special
-        self.work_class, self.spare = UNSAID, False
-        if WORK_CLASS in head.special:
-            named = head.special[WORK_CLASS]
-            self.work_class, self.spare = class_of_field(named), named == SPARE
+        self.wishes = read_wishes(head)
         self.encoded = b"content-encoding" in head.special
         self.request_line, self.credential_fields, self.sent_fields = heads.sent_to_replica(head)
         self.rank_fields = b"".join(

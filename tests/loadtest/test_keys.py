@@ -11,6 +11,7 @@ from loadtest.__main__ import main
 from loadtest.keys import Finding, Options, table
 
 
+@pytest.mark.faults
 def test_a_revoked_key_is_refused_by_every_worker_of_every_region_for_good(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
