@@ -107,6 +107,10 @@ _HELP = {
     "fleet_age_seconds": "Since the fleet was last heard of",
     "jwt_keys_age_seconds": "Since the identity provider's keys were last seen",
     "jwt_keys_failures": "Times that the identity provider's keys could not be had",
+    "keys": "API keys that are known, those that are over among them",
+    "keys_version": "Version of the set of API keys",
+    "keys_age_seconds": "Since the set of API keys was last seen to be the newest",
+    "keys_failures": "Times that the set of API keys could not be read, or its source was lost",
     "build_info": "Version of the proxy",
 }
 
