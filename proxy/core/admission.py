@@ -257,7 +257,8 @@ def settle(
 def told(account: Account, allowed: Allowance, now_s: float) -> list[Field]:
     """Return the fields that say how much is left of a minute, as OpenAI has them.
 
-    Reset is when nothing of what was used counts any more, if nothing more comes.
+    Reset is when nothing of what was used counts any more, if nothing more comes, to within a
+    quarter of a second.
     """
     fields: list[Field] = []
     for name, limit, kind in (
@@ -266,7 +267,7 @@ def told(account: Account, allowed: Allowance, now_s: float) -> list[Field]:
     ):
         if limit >= 0:
             used = account.sum(kind)
-            reset = duration(account.whole_s(kind, now_s)).encode()
+            reset = duration(min(account.whole_s(kind, now_s), quota.WINDOW_S)).encode()
             fields += [
                 (b"x-ratelimit-limit-" + name, b"%d" % limit),
                 (b"x-ratelimit-remaining-" + name, b"%d" % max(0, limit - used)),

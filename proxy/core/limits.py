@@ -256,10 +256,6 @@ COMPLETION_TOKENS_PRIOR: Final = 256
 COMPLETION_TOKENS_BELIEVED_MAX: Final = 8192
 # Series of tenants and models that a worker counts; those after them are counted as `other`.
 TENANT_SERIES_MAX: Final = 1024
-# Between two looks of the supervisor at what tenants have used: what proxies tell each other is no
-# older, and a proxy that is killed forgets no more than ten such of a day's sums.
-QUOTA_TELL_S: Final = 0.1
-QUOTA_KEEP_S: Final = 1.0
 
 # --- late binding ---------------------------------------------------------------------------
 # A replica with less work than this is open: an engine fills each step with up to 8,192 tokens of

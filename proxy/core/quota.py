@@ -51,6 +51,13 @@ def memory_bytes(workers: int) -> int:
     return ROWS_MAX * CELL_BYTES * (KINDS * (workers + 1) + 2 * BUCKETS * workers)
 
 
+def cells_of(row: int, workers: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return where the counts and the rings of a row begin and end."""
+    counts, rings = KINDS * (workers + 1), 2 * BUCKETS * workers
+    first = ROWS_MAX * counts + row * rings
+    return (row * counts, (row + 1) * counts), (first, first + rings)
+
+
 def bucket_at(now_s: float) -> int:
     return int(now_s * BUCKETS_PER_S)
 
@@ -102,7 +109,7 @@ class Row:
         """`cells` are 64-bit numbers. The supervisor's place is the one after the workers'."""
         self._cells = cells
         self._columns = workers + 1
-        self._at = row * KINDS * (workers + 1)
+        self._at = cells_of(row, workers)[0][0]
         self._place = place
 
     def sum(self, kind: int) -> int:
@@ -158,12 +165,12 @@ class Row:
 class Account(Row):
     """A row as a worker has it, with its part of the minute."""
 
-    __slots__ = ("_merged", "_merged_at", "_ring", "_row", "_swept", "_workers")
+    __slots__ = ("_merged", "_merged_at", "_ring", "_rings", "_swept", "_workers")
 
     def __init__(self, cells: memoryview, workers: int, row: int, place: int) -> None:
         super().__init__(cells, workers, row, place)
         self._workers = workers
-        self._row = row
+        self._rings = cells_of(row, workers)[1][0]
         self._ring = self._ring_of(place)
         self._swept = self.own(SWEPT)
         self._merged: list[list[int]] = [[], []]  # of requests and tokens, oldest first, summed up
@@ -174,8 +181,7 @@ class Account(Row):
             self.put(kind, sum(cells[start : start + BUCKETS].tolist()))
 
     def _ring_of(self, place: int) -> int:
-        rings = ROWS_MAX * KINDS * self._columns
-        return rings + (self._row * self._workers + place) * 2 * BUCKETS
+        return self._rings + place * 2 * BUCKETS
 
     def advance(self, bucket: int) -> bool:
         """Forget what is older than a minute; return whether anything is left."""
