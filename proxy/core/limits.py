@@ -254,6 +254,16 @@ RING_WEIGHT: Final = 1.2
 # Loading a LoRA adapter from disk takes a tenth of a second to a second.
 ADAPTER_LOAD_S: Final = 0.5
 
+# --- what tenants may have --------------------------------------------------------------------
+# When to come again who was refused for what others of its tenant have running: nobody knows when
+# one of them ends, and a second is what the official clients wait at first.
+CLAIM_RETRY_S: Final = 1.0
+# An answer whose request does not bound it is reckoned as its tenant's mean, which begins here.
+COMPLETION_TOKENS_PRIOR: Final = 256
+COMPLETION_TOKENS_BELIEVED_MAX: Final = 8192
+# Series of tenants and models that a worker counts; those after them are counted as `other`.
+TENANT_SERIES_MAX: Final = 1024
+
 # --- late binding ---------------------------------------------------------------------------
 # A replica with less work than this is open: an engine fills each step with up to 8,192 tokens of
 # whatever waits, 0.27 s of an 8 B model on an H200, and with less before it runs steps half empty.

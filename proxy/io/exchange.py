@@ -106,6 +106,7 @@ class Exchange(Relay):
                 self._body = with_fields(body, added)
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, self._request.regions, lookup=lookup)
+            self._meter(asked)
             self._plane.arrived(self._model, self._request)
             decision, held = self._plane.decide(
                 self._request, self._pool, self._model, lookup=lookup, now_s=self._whole_s
@@ -327,6 +328,7 @@ class Exchange(Relay):
         self._last_octet_s = now_s
         size = len(data)
         self._received_bytes += size
+        self._count_events(data)
         if self._beginning is not None:
             self._find_response_id(self._beginning + data)
         keep = limits.USAGE_TAIL_BYTES
