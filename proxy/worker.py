@@ -30,7 +30,7 @@ from proxy.io.entrance import Entrance
 from proxy.io.explain import explain
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
-from proxy.io.shared_cells import headcount_at
+from proxy.io.shared_cells import headcount_at, shares_at
 from proxy.io.tally import Tally
 from proxy.io.tasks import Tasks
 from proxy.logs import set_up_logging
@@ -73,6 +73,7 @@ class Worker:
         if start.cells_fd >= 0:
             counted = headcount_at(start.cells_fd, start.place, start.workers)
             plane.picture.loads.headcount = counted
+            plane.waiting.shares.cells = shares_at(start.cells_fd, start.place, start.workers)
         plane.noting.connect(self._channel)
         plane.outbox.on = True
         entrance = Entrance(plane, self._listeners)

@@ -24,7 +24,7 @@ from typing import Final
 
 from proxy.core import limits
 from proxy.core.fairness import Shares
-from proxy.core.held import Held, begin_by_s, rank_s, yields
+from proxy.core.held import Held, begin_by_s, class_of, rank_s, yields
 from proxy.core.lines import Line, Order
 from proxy.core.opening import has_little_to_do, has_room, is_open
 from proxy.core.picture import Picture
@@ -84,11 +84,7 @@ class Holding:
         self._count += 1
         if held.request.deadline_s > 0.0:
             self._await_deadline(held)
-        if self.shares.on:
-            request = held.request
-            held.account = self.shares.account(
-                request.work_class, request.tenant, request.tenant_weight, held.since_s
-            )
+        if held.account is not None:
             self.shares.begins_to_wait(held.account)
         self._enter(held, _UNSEEN if prefill_s >= 0.0 else _line_of_nobody(held.queue), 0)
 
@@ -364,7 +360,9 @@ class _Look:
         return (
             goes
             and self._in_time(held, decision)
-            and picture.reserve(held.request.chain, decision.cached_octets, decision.slot)
+            and picture.reserve(
+                held.request.chain, decision.cached_octets, decision.slot, class_of(held)
+            )
         )
 
 

@@ -21,6 +21,7 @@ from proxy.contract.regions import RemoteState
 from proxy.core import fleet as fleets
 from proxy.core import limits
 from proxy.core.asked import Asked, read_body
+from proxy.core.charging import charge, settle
 from proxy.core.head_memory import HeadMemory
 from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
@@ -149,6 +150,8 @@ class Plane(Refusal):
     def know_keys(self, keys: KeySet) -> None:
         """These are all API keys now, from the next request on."""
         self.keys = keys
+        self.some_keys = bool(keys.keys)
+        self.tell_tenants_apart()
 
     def know_remotes(self, remotes: Sequence[RemoteState]) -> None:
         """This is what is known now of other regions."""
@@ -228,6 +231,8 @@ class Plane(Refusal):
             whole=not request.response_key,
         )
         lease.spare, lease.yields = request.spare, yields
+        if self.waiting.shares.on:
+            charge(self.waiting.shares, lease, request, now_s)
         self._leases[lease.lease_id] = lease
         if self.noting.on:
             self.noting.dispatched(lease, request.chain)
@@ -256,6 +261,9 @@ class Plane(Refusal):
         `served`: its prompt has been computed. `refused`: the replica sent it away.
         """
         del self._leases[lease.lease_id]
+        if lease.account is not None:
+            loads = self.picture.loads
+            settle(self.waiting.shares, lease, loads, usage, first_octet_s, now_s)
         if usage is not None and first_octet_s and lease.streamed:
             self.picture.decoded(lease, usage.completion_tokens, now_s - first_octet_s)
         self.picture.release(lease, now_s, usage, served=served, refused=refused)
