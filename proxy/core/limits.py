@@ -22,6 +22,8 @@ TARGET_BYTES_MAX: Final = 8 * KIB
 HEADS_REMEMBERED_MAX: Final = 512
 REMEMBERED_HEAD_BYTES_MAX: Final = 2 * KIB
 FIELDS_MAX: Final = 128
+# A key has some 60 octets; a token of an identity provider with groups and roles, a few KiB.
+CREDENTIAL_BYTES_MAX: Final = 8 * KIB
 # A connection may send ahead this much while its current request is served; then we stop reading.
 PIPELINED_BYTES_MAX: Final = 64 * KIB
 # While we do not read, the loop does not tell us that the client has gone; so we look.
@@ -111,6 +113,8 @@ SERVER_ERRORS_IN_ROW_MAX: Final = 5
 
 # --- routing --------------------------------------------------------------------------------
 MODEL_BYTES_MAX: Final = 256
+# Tokens that a body may ask for; whoever writes more means no number. `_scan.c` has it, too.
+OUTPUT_TOKENS_MAX: Final = 1_000_000_000
 SESSION_KEY_BYTES_MAX: Final = 255
 # Ring points per replica. The share of the fullest of n replicas is about 1 + 2.5/sqrt(points).
 VIRTUAL_NODES: Final = 160
@@ -157,6 +161,9 @@ MEDIA_REGIONS_MAX: Final = 64
 # What a second of a flex request counts against one of the others. OpenAI sells that tier at half
 # the price and promises no latency; half again, so that two of them never outweigh one of these.
 FLEX_WEIGHT: Final = 0.25
+# How long OpenAI's and Anthropic's clients listen unless they are told otherwise (`_constants.py`,
+# `client.ts`): ten minutes, which nobody has chosen.
+CLIENT_PATIENCE_DEFAULT_S: Final = 600.0
 # Believed cache of a replica that does not say: 8 B shape at 0.45 of a 141 GB card.
 KV_CAPACITY_TOKENS_DEFAULT: Final = 340_000
 # Entries of the index per replica, ghosts included; some 250 octets each, so 33 MB at the most.
@@ -330,6 +337,27 @@ OPENED_SHARED_S: Final = 0.05
 # wait before they ask again.
 DRAIN_HALF_LIFE_S: Final = 10.0
 
+# --- other regions ---------------------------------------------------------------------------
+# What a place abroad must be cheaper by than one here, besides the round trip: prices are guesses,
+# a request that crosses costs two proxies, and a burst that is over in less than a person notices
+# is no reason to send anybody away.
+REGION_SLACK_S: Final = 0.25
+# A region that was gone is taken back by degrees within so long: what was sent away from it comes
+# back to empty caches and, perhaps, to a cause that is still there.
+REGION_RETURN_S: Final = 10.0
+# One that cannot be reached although it tells of itself is left alone for so long, twice as long
+# each time in a row up to the fifth.
+REGION_PAUSE_S: Final = 0.5
+REGION_PAUSES_COUNTED_MAX: Final = 5
+# How long a start takes of which nobody has said it.
+UNKNOWN_START_S: Final = 60.0
+# How long a request holds its place where none has ended yet.
+UNKNOWN_REQUEST_S: Final = 1.0
+# Models that one remote proxy may name; a place in the picture for each.
+REMOTE_MODELS_MAX: Final = 256
+# Pools of one fleet as those see them who may not go everywhere.
+RESIDENT_POOLS_MAX: Final = 1024
+
 # --- stored responses -----------------------------------------------------------------------
 # Answers whose replica is remembered, since only that one can go on from them: two hours at ten a
 # second, some 150 octets each. Engines keep them in memory, too, and lose them with the process.
@@ -416,6 +444,32 @@ PEER_BEAT_S = 1.0
 PEER_SILENCE_S = 5.0
 PEER_PAUSE_FIRST_S = 0.1
 PEER_PAUSE_MAX_S = 5.0
+# Between regions a connection that the path has lost is not waited for: as soon as the path is
+# there again a fresh one is, and a SYN that got lost was sent twice more by then (RFC 6298 §2).
+REGION_DIAL_TIMEOUT_S = 2.0
+REGION_PAUSE_MAX_S = 1.0
+# By how much the clocks of two regions may differ, with the time that a request is on its way.
+HOP_SKEW_S: Final = 30.0
+HOP_BYTES_MAX: Final = 8 * KIB  # of what is signed: some 300, and the regions that are allowed
+HOP_REGIONS_MAX: Final = 64
+# How often one request crosses in vain before it stays where it came: each time cost a round trip.
+HOPS_TRIED_MAX: Final = 3
+# A connection to another region takes a round trip, with TLS three, and a lost SYN is sent again
+# after a second (RFC 6298 §2).
+HOP_CONNECT_S_MIN: Final = 1.0
+HOP_CONNECT_WEIGHT: Final = 4.0
+# Octets on their way between regions that are not acknowledged for so long end their connection.
+HOP_SILENCE_S: Final = 4.0
+# Places in which used numbers are kept, fifteen in each, per worker and minute: 1,000 a second fill
+# half of them. 1 MiB.
+NONCE_BUCKETS_MAX: Final = 8192
+# Models of which other regions are told, and what is told at most to be free for one.
+SUMMARY_MODELS_MAX: Final = 4096
+SUMMARY_FREE_MAX: Final = 65_536
+# A request is taken to bring at least as much work, as long as few have been seen.
+USUAL_WORK_TOKENS: Final = 256
+# Round trips of which the least is that of the path: sixteen seconds of them.
+ROUND_TRIPS_MAX: Final = 64
 # What is cached where, told to one who has just started: 1.4 million entries, as many as twenty
 # replicas of a million tokens have, in pages that hold up neither side for a millisecond.
 DIGEST_BYTES_MAX = 16 * MIB

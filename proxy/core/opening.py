@@ -48,6 +48,8 @@ def is_open(
 ) -> bool:
     """Whether the replica can soon begin this, so that sending it there is right."""
     loads, slot = picture.loads, decision.slot
+    if decision.replica.remote:  # it was chosen because it can (`core.regions`)
+        return True
     if not has_room(decision, request, picture):
         return False
     if not loads.inflight[slot]:  # whatever is wrong there, waiting for nobody will not mend it
@@ -70,7 +72,10 @@ class Opening:
     def __init__(self, pool: Pool, picture: Picture, now_s: float) -> None:
         self.now = False
         self.next_s = _NEVER
-        for slot in picture.seats(pool).slots:
+        seats = picture.seats(pool)
+        if seats.away_slots:
+            self.now = picture.may_leave(seats, now_s)
+        for slot in seats.slots:
             if has_little_to_do(slot, picture, now_s):
                 self.now = True
                 continue

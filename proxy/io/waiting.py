@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from proxy.core import limits
@@ -24,7 +25,7 @@ from proxy.core.charging import account_of
 from proxy.core.classes import NAMES, ONLINE, PATIENCE
 from proxy.core.fairness import Shares
 from proxy.core.fleet import Pool
-from proxy.core.held import class_of
+from proxy.core.held import class_of, is_vain
 from proxy.core.holding import Holding
 from proxy.core.opening import Opening
 from proxy.core.picture import Picture
@@ -51,11 +52,11 @@ class Waiting:
         clock: Clock,
         picture: Picture,
         choose: Policy,
-        pool_of: Callable[[str], Pool | None],
+        pool_of: Callable[[str, frozenset[str] | None], Pool | None],
         prospect_of: Callable[[str], Prospect],
         on_fault: Callable[[], None],
     ) -> None:
-        """`pool_of(key)` returns the pool that those under this key wait for, as it is now.
+        """`pool_of(key, regions)` returns the pool that those under this key wait for in regions.
 
         `prospect_of(key)` returns what is to be expected of it.
         """
@@ -117,7 +118,8 @@ class Waiting:
         """
         now_s = self._clock.now_s()
         came_s = since_s if since_s >= 0.0 else now_s
-        waiter = Waiter(key, request, lambda: self._pool_of(key), on_decision, on_refusal, came_s)
+        pool_of = partial(self._pool_of, key, request.regions)
+        waiter = Waiter(key, request, pool_of, on_decision, on_refusal, came_s)
         waiter.held_bytes = held_bytes
         if self.shares.on:
             waiter.account = account_of(self.shares, request, now_s)
@@ -186,7 +188,7 @@ class Waiting:
 
     def _retry_after_s(self, waiter: Waiter, queue: Queue) -> int:
         """Of its tenant's own part of the queue, where tenants are told apart."""
-        pool, account = self._pool_of(waiter.key), waiter.account
+        pool, account = self._pool_of(waiter.key, None), waiter.account
         awake = len(pool.available) if pool is not None else 0
         count, pace_per_s = len(queue.waiters), queue.pace.per_s(self._clock.now_s())
         if account is not None:
@@ -207,7 +209,7 @@ class Waiting:
     def _see(self, key: str, queue: Queue) -> None:
         """Note what there is for those in a queue now."""
         now_s = self._clock.now_s()
-        pool, prospect = self._pool_of(key), self._prospect_of(key)
+        pool, prospect = self._pool_of(key, None), self._prospect_of(key)
         bits = self._picture.seats(pool).bits if pool is not None else 0
         if bits != queue.bits:
             if queue.waiters and self.sharers > 1:
@@ -304,14 +306,13 @@ class Waiting:
             next_s = self._quota_end_s
         if self.clearing.bits(now_s):
             next_s = min(next_s, self.clearing.end_s)
-        if self.lateness.shed:
-            next_s = min(next_s, self._holding.next_due_s)
+        next_s = min(next_s, self._holding.next_due_s)
         self._wake_at(next_s if self.room.count else _NEVER)
 
     def _end_late(self, now_s: float) -> None:
         """Who cannot meet his deadline any more goes behind those who can, or is told so."""
         for held in self._holding.overdue(now_s):
-            if self.lateness.shed:
+            if self.lateness.shed or is_vain(held, now_s):
                 assert isinstance(held, Waiter)
                 self._send_away(held, self.lateness.refusal)
 
@@ -341,8 +342,8 @@ class Waiting:
         some_open, next_s = False, _NEVER
         seen: set[int] = set()
         for key, queue in self.queues.items():
-            pool = self._pool_of(key) if queue.waiters else None
-            bits = self._picture.seats(pool).bits if pool is not None else 0
+            pool = self._pool_of(key, None) if queue.waiters else None
+            bits = self._picture.seats(pool).all_bits if pool is not None else 0
             if pool is None or bits in seen:
                 continue
             seen.add(bits)
