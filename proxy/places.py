@@ -190,7 +190,8 @@ class Places:
         channel.send(
             control.Start(self._config, self.accepting, place, cells_fd, len(self._places))
         )
-        for told in self._told.values():
+        # Keys before the fleet: before there is anybody to ask.
+        for told in sorted(self._told.values(), key=lambda told: isinstance(told, control.FleetIs)):
             channel.send(told)
         if self._order is not None:  # given while the process was being started
             channel.send(self._order)

@@ -87,6 +87,7 @@ class Supervisor:
             on_snapshot=self._on_snapshot,
             on_cleared=lambda replica_id: self._places.tell(control.Cleared(replica_id)),
             on_silent=lambda replica_id: self._places.tell(control.Accused(replica_id)),
+            on_keys=lambda keys: self._places.tell(control.KeysAre(keys)),
         )
         self._admin = web.AppRunner(make_app(self, config.admin_api_key), access_log=None)
         self._door: takeover.Door | None = None
@@ -247,8 +248,9 @@ class Supervisor:
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         counters, gauges = await self._places.samples()
         told, linked = self.hub.samples()
-        counters += [*told, *self._peers.samples(), *self._teller.samples()]
-        gauges += [*linked, *self._witness.samples(), *self._regions.samples()]
+        keyring = self._lookout.keyring
+        counters += [*told, *self._peers.samples(), *self._teller.samples(), *keyring.counters()]
+        gauges += [*linked, *self._witness.samples(), *self._regions.samples(), *keyring.gauges()]
         age_s = time.monotonic() - self._fleet_at_s
         return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
 
@@ -273,6 +275,7 @@ class Supervisor:
         try:
             read = self._invocation.settings()
             check_source(read)
+            settings.check_tenants(read)
             warnings = tls.check(read, datetime.now(UTC))
         except (ConfigError, StartError, ValueError) as error:
             _log.error("not reloaded, going on as before: %s", error)

@@ -108,6 +108,10 @@ _HELP = {
     "worker_restarts": "Workers started again",
     "workers": "Worker processes that serve",
     "fleet_age_seconds": "Since the fleet was last heard of",
+    "keys": "API keys that are known, those that are over among them",
+    "keys_version": "Version of the set of API keys",
+    "keys_age_seconds": "Since the set of API keys was last seen to be the newest",
+    "keys_failures": "Times that the set of API keys could not be read, or its source was lost",
     "build_info": "Version of the proxy",
 }
 
