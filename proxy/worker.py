@@ -32,7 +32,7 @@ from proxy.io.explain import explain
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
 from proxy.io.quota_memory import quota_cells_at
-from proxy.io.shared_cells import headcount_at
+from proxy.io.shared_cells import headcount_at, shares_at
 from proxy.io.tally import Tally, summarise_regularly
 from proxy.io.tasks import Tasks
 from proxy.logs import set_up_logging
@@ -251,6 +251,7 @@ def _share(plane: Plane, start: control.Start) -> None:
     if start.cells_fd >= 0:
         counted = headcount_at(start.cells_fd, start.place, start.workers)
         plane.picture.loads.headcount = counted
+        plane.waiting.shares.cells = shares_at(start.cells_fd, start.place, start.workers)
     if start.quota_fd >= 0:
         cells = quota_cells_at(start.quota_fd, start.workers)
         plane.metering.connect(cells, start.place, start.workers, start.rows)
