@@ -29,10 +29,12 @@ FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sour
 _CORE: Final = """additions asked chunked claims classes cost engine_errors explanation fleet head
 head_memory headcount hearsay holding http1 idle index lease lengths limits loads multipart
 note_wire notes opening picture pieces policy preamble preempting prefix principal prospects replica
-response_id responses retry ring room routes scan session sketch speeds sse usage wishes"""
+response_id responses retry ring room routes scan session sketch speeds sse tier_echo usage
+wishes"""
 _IO: Final = (
-    "access_log choice clock connection endings engine_answer exchange facts noting outbox passage "
-    "plane preemption reading refusal relay server telemetry upstream upstreams waiting"
+    "access_log choice clock connection echoing endings engine_answer exchange facts noting "
+    "outbox passage plane preemption reading refusal relay server telemetry upstream upstreams "
+    "waiting"
 )
 MODULES: Final = (
     "errors",

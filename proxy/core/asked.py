@@ -18,9 +18,12 @@ _RESPONSES: Final = b"/v1/responses/"
 
 
 class Asked:
-    """The facts of one body. `model` is empty where the path or a form names none."""
+    """The facts of one body. `model` is empty where the path or a form names none.
 
-    __slots__ = ("cache_salt", "model", "request", "service_tier", "stream")
+    `tier` is how it is served, as its answer has to tell; empty where it did not ask for any.
+    """
+
+    __slots__ = ("cache_salt", "model", "request", "service_tier", "stream", "tier")
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class Asked:
         self.request = request
         self.service_tier = service_tier
         self.cache_salt = cache_salt
+        self.tier = b""
 
 
 def read_body(

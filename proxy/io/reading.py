@@ -6,18 +6,23 @@ to know of this proxy.
 
 from __future__ import annotations
 
+from typing import Final
+
 from typing_extensions import override
 
 from proxy.config import ProxyConfig
 from proxy.core.additions import fields_for, salt_of_key
 from proxy.core.asked import Asked, read_body
-from proxy.core.claims import lay, may_ask, regions_of
+from proxy.core.claims import lay, may_ask, regions_of, tier_used
 from proxy.core.classes import UNSAID
 from proxy.core.preamble import Preamble
 from proxy.core.principal import ANYBODY, Principal
-from proxy.core.routes import Route
+from proxy.core.routes import PromptKind, Route
 from proxy.io.clock import Clock
 from proxy.io.refusal import Refusal
+
+# In whose answers a tier is told. Anthropic's has words of its own, in `usage`.
+_TOLD: Final = (PromptKind.CHAT, PromptKind.COMPLETION, PromptKind.RESPONSES)
 
 
 class Reading(Refusal):
@@ -54,10 +59,12 @@ class Reading(Refusal):
             adapters=self.fleet.adapters,
         )
         request, model = asked.request, asked.model
-        pool_class = UNSAID
-        if request.work_class == UNSAID:
+        asked_class, pool_class = request.work_class, UNSAID
+        if asked_class == UNSAID:
             pool_class = self.prospect_of(self.queue_of(model)).work_class
         lay(request, preamble.wishes, principal, pool_class=pool_class, arrived_s=arrived_s)
+        if asked.service_tier is not None and route.prompt in _TOLD:
+            asked.tier = tier_used(asked_class, request.work_class)
         if principal.models is not None and not route.lookup:
             wanted = model or self.only_model()
             if not may_ask(principal, wanted, request.adapter):

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.core.additions import fields_for, salt_of_key, with_fields
@@ -16,6 +16,7 @@ _SALT = "a" * 64
 _VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.lists(st.text()))
 
 
+@settings(max_examples=50)
 @given(
     st.dictionaries(st.text(), _VALUES),
     st.sampled_from(["", " ", "\r\n", " \t\n  "]),
