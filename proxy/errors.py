@@ -201,6 +201,22 @@ class UnauthorizedError(ProxyError):
     code = "invalid_api_key"
 
 
+class KeysUnknownError(ProxyError):
+    """Which keys are right is not known here yet; nobody is let in on trust."""
+
+    status = 503
+    code = "keys_not_known"
+    should_retry = True
+    retry_after_s = 1
+
+
+class RegionNotAllowedError(InvalidRequestError):
+    """It may be computed in certain regions only, and none of them serves its model from here."""
+
+    status = 403
+    code = "region_not_allowed"
+
+
 class OverloadedError(ProxyError):
     """More requests in flight than this proxy or every replica may hold."""
 
@@ -344,10 +360,12 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     NotFoundError,
     MethodNotAllowedError,
     ModelNotFoundError,
+    RegionNotAllowedError,
     RequestTimeoutError,
     BodyTooLargeError,
     UnsupportedEncodingError,
     UnauthorizedError,
+    KeysUnknownError,
     OverloadedError,
     QueueFullError,
     NoSpareError,

@@ -80,6 +80,9 @@ class LoadSample(Figures, frozen=True, kw_only=True, omit_defaults=True):
     ranks: tuple[RankLoad, ...] = ()
 
 
+NO_REGION = "local"  # the name of the region where nobody has named it
+
+
 class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One engine server. `url` is scheme and authority only, such as `http://127.0.0.1:30000`."""
 
@@ -87,7 +90,7 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     url: str
     models: tuple[str, ...] = ()  # names it answers to; empty: not known, so any
     pool: str = "default"
-    region: str = "local"
+    region: str = NO_REGION
     engine: str = "unknown"  # sglang, vllm, simulator, unknown
     state: ReplicaState = ReplicaState.READY
     reason: str = ""  # why it is in this state, for people
@@ -136,6 +139,10 @@ class PoolRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     max_tokens: int = (
         0  # uncached prompt tokens queued on a replica that it may never exceed; 0: any
     )
+    carries: float = 0.0  # requests in flight that a replica is meant to have; 0: nobody has said
+    startable: int = 0  # further replicas that could be started now, nobody else's taken for them
+    # Requests in flight, by the other region that is to have replicas for them.
+    wanted: dict[str, float] = {}
 
 
 class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,7 +150,7 @@ class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     epoch: str
     version: int
-    region: str = "local"
+    region: str = NO_REGION
     replicas: tuple[ReplicaRecord, ...] = ()
     pools: tuple[PoolRecord, ...] = ()  # those that are scaled
     # Engine workers: they do the lines of jobs, and no request may be sent to them.

@@ -27,7 +27,9 @@ _NOT_CACHED: Final = ("tokenize", "count_tokens")  # routes by name: nothing is 
 
 
 def with_fields(body: bytes, fields: bytes) -> bytes:
-    """Return a JSON object that has members with these members after them."""
+    """Return a JSON object that has members with these members, if any, after them."""
+    if not fields:
+        return body
     end = len(body) - 1
     while body[end] in _SPACE:
         end -= 1

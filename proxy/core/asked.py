@@ -21,9 +21,10 @@ class Asked:
     """The facts of one body. `model` is empty where the path or a form names none.
 
     `tier` is how it is served, as its answer has to tell; empty where it did not ask for any.
+    `body` is what goes to a replica.
     """
 
-    __slots__ = ("cache_salt", "model", "request", "service_tier", "stream", "tier")
+    __slots__ = ("body", "cache_salt", "model", "request", "service_tier", "stream", "tier")
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Asked:
         self.service_tier = service_tier
         self.cache_salt = cache_salt
         self.tier = b""
+        self.body = b""
 
 
 def read_body(

@@ -76,7 +76,7 @@ class Request:
         self.tpot_s = 0.0  # 0: none said
         self.listens_until_s = 0.0  # 0: not known
         self.regions: frozenset[str] | None = None  # None: all
-        self.abroad = True
+        self.abroad = not spare
         self.tried: set[str] = set()  # replicas that have already failed this request
 
 
@@ -100,7 +100,7 @@ Policy = Callable[[Request, Pool, Picture, float], Decision | None]
 
 REASONS: Final = (
     "prefix", "spill", "hot", "new", "home", "session", "response",
-    "least_load", "round_robin", "random",
+    "least_load", "round_robin", "random", "region",
 )  # fmt: skip
 
 
@@ -348,6 +348,7 @@ def _decide(place: int, reason: str, request: Request, seats: Seats, picture: Pi
 def terms(decision: Decision, request: Request, picture: Picture, now_s: float) -> Terms:
     """Return the price of one decision, term by term."""
     picture.loads.settle(decision.slot, now_s)
+    outlook = picture.outlooks.of[decision.slot] if decision.replica.remote else None
     octets = request.chain.prompt_bytes - decision.cached_octets
     return Terms(
         picture.loads,
@@ -358,6 +359,7 @@ def terms(decision: Decision, request: Request, picture: Picture, now_s: float) 
         ),
         uncached_tokens=picture.tokens_of(octets, decision.slot),
         adapter_s=adapter_s(request, decision.replica),
+        outlook=outlook,
     )
 
 

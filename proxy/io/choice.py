@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from proxy.config import ProxyConfig
+from proxy.contract import NO_REGION
 from proxy.core import fleet as fleets
-from proxy.core import limits
+from proxy.core import limits, regions
 from proxy.core.classes import OFFLINE, ONLINE
 from proxy.core.opening import has_room, is_open
 from proxy.core.picture import Picture, Seats
@@ -38,6 +39,7 @@ class Choice:
 
     def __init__(self, config: ProxyConfig, clock: Clock) -> None:
         self.config = config
+        self.region = config.region
         self.clock = clock
         self.telemetry = Telemetry()
         self.picture = Picture(clock.draw)
@@ -45,6 +47,7 @@ class Choice:
         self.policy = POLICIES[config.policy]
         self.strict = config.session_affinity == "strict"
         self._holds_back = _holds_back(config)
+        self.residency = regions.Residency()
         self.responses = Responses()  # answers that requests may go on from
         self.arrivals: dict[str, int] = {}  # requests that came, by model
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
@@ -58,6 +61,7 @@ class Choice:
     def follow(self, config: ProxyConfig) -> None:
         """Choose as `config` says from now on."""
         self.config = config
+        self.know_region(self.region)
         self.policy = POLICIES[config.policy]
         self.strict = config.session_affinity == "strict"
         self._holds_back = _holds_back(config)
@@ -82,12 +86,34 @@ class Choice:
         if request.response_key:
             name = self.responses.place_of(request.response_key)
             seats = picture.seats(pool)
-            place = seats.places.get(picture.slots.get(name, -1), -1) if name is not None else -1
+            slot = picture.slots.get(name, -1) if name is not None else -1
+            place = seats.places.get(slot, -1)
             if place >= 0 and name not in request.tried:
                 return self._to_state(seats, place, "response", request)
+            if slot in seats.away_slots and name not in request.tried and request.abroad:
+                return Decision(seats.away[seats.away_slots.index(slot)], slot, "response")
         if request.pinned and self.config.policy in _PINNING:
-            return self._to_home(request, pool)
-        return self.policy(request, pool, picture, now_s)
+            home = self._to_home(request, pool)
+            if picture.seats(pool).slots:  # its state is here
+                return home
+        else:
+            home = self.policy(request, pool, picture, now_s)
+        if not pool.remotes or not request.abroad or pool.anywhere:
+            return home
+        priced = regions.prices_regions(self.policy)
+        return regions.choose_region(
+            home, request, pool, picture, now_s, priced=priced, held=self._held_for
+        )
+
+    def _held_for(self, pool: fleets.Pool) -> int:
+        """Return how many wait for the replicas of a pool."""
+        held = 0
+        for key, queue in self.waiting.queues.items():
+            if queue.waiters:
+                awaited = self.awaited(key)
+                if awaited is not None and awaited.ring is pool.ring:
+                    held += len(queue.waiters)
+        return held
 
     def _to_home(self, request: Request, pool: fleets.Pool) -> Decision | None:
         """Where its session lives, however busy; the next on the ring only if that is not there."""
@@ -169,7 +195,7 @@ class Choice:
             if held or decision is None or lookup or self.reserves(decision, request):
                 break
         else:
-            decision, held = None, request.spare or self._held_for_want(self.queue_of(model))
+            decision, held = None, request.spare or self._held_for_want(model, request)
         if crowded:
             crowded.clear()
         return decision, held
@@ -188,7 +214,7 @@ class Choice:
         if lookup:
             return False
         if decision is None:
-            return request.spare or self._held_for_want(self.queue_of(model))
+            return request.spare or self._held_for_want(model, request)
         if request.pinned or decision.reason == "response":
             return not has_room(decision, request, self.picture)
         if not self._holds_back:
@@ -200,12 +226,26 @@ class Choice:
             decision, request, self.picture, now_s
         )
 
-    def _held_for_want(self, queue: str) -> bool:
+    def _held_for_want(self, model: str, request: Request) -> bool:
         """Whether to wait where nobody may take it: all are full, or demand brings somebody up."""
-        pool = self.awaited(queue)
+        queue = self.queue_of(model)
+        pool = self.awaited(queue, request.regions)
         if pool is not None and pool.available:
             return self._holds_back
-        return self.config.queue_size > 0 and self.prospect_of(queue).wakes
+        if not self.config.queue_size:
+            return False
+        wakes = self.prospect_of(queue).wakes and self.resides(request.regions)
+        if wakes or pool is None or not pool.remotes:
+            return wakes
+        return self.picture.some_serve(self.picture.seats(pool), self.clock.now_s())
+
+    def resides(self, within: frozenset[str] | None) -> bool:
+        """Whether what is bound to these regions may be computed in this one."""
+        return within is None or self.region in within
+
+    def know_region(self, managed: str) -> None:
+        """The region is that of the configuration, or, where it names none, of the manager."""
+        self.region = managed if self.config.region == NO_REGION else self.config.region
 
     def wait(
         self,
@@ -236,6 +276,7 @@ class Choice:
 
     def fleet_changed(self) -> None:
         """Other replicas may take requests: look anew at those who wait for them."""
+        self.residency.forget()
         pools = self.fleet.pools
         self.arrivals = {model: self.arrivals.get(model, 0) for model in pools}
         self.waiting.fleet_changed(lambda queue: queue in pools or queue in _NAMELESS)
@@ -252,11 +293,13 @@ class Choice:
         """Name the queue of a model. Names that clients invent make none of their own."""
         return model if not model or model in self.fleet.pools else _ANY_MODEL
 
-    def awaited(self, queue: str) -> fleets.Pool | None:
-        """Return the pool that those in a queue wait for, as it is now."""
+    def awaited(self, queue: str, within: frozenset[str] | None = None) -> fleets.Pool | None:
+        """Return the pool that those in a queue wait for, as it is now, in these regions."""
         if queue == _ANY_MODEL:
-            return self.fleet.any_model if self.fleet.any_model.replicas else None
-        return self.fleet.pool_for(queue) if queue else self.fleet.only_pool()
+            pool = self.fleet.any_model if self.fleet.any_model.replicas else None
+        else:
+            pool = self.fleet.pool_for(queue) if queue else self.fleet.only_pool()
+        return pool if pool is None else self.residency.within(pool, within)
 
     def prospect_of(self, queue: str) -> Prospect:
         """Return what is to be expected of the replicas that those in a queue wait for."""

@@ -24,7 +24,6 @@ from typing_extensions import override
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
-from proxy.core.additions import with_fields
 from proxy.core.classes import OFFLINE
 from proxy.core.http1 import ResponseHead
 from proxy.core.opening import has_room
@@ -100,12 +99,9 @@ class Exchange(Echoing):
                 self._route, self._preamble, body, self._principal, self._started_s
             )
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
-            self._tier = asked.tier
-            added = self._plane.added(asked, self._route, self._preamble, self._principal)
-            if added:
-                self._body = with_fields(body, added)
+            self._body, self._tier = asked.body, asked.tier
             lookup = self._route.lookup
-            self._pool = self._plane.find_pool(self._model, lookup=lookup)
+            self._pool = self._plane.find_pool(self._model, self._request.regions, lookup=lookup)
             self._plane.arrived(self._model, self._request)
             decision, held = self._plane.decide(
                 self._request, self._pool, self._model, lookup=lookup, now_s=self._whole_s
@@ -140,7 +136,8 @@ class Exchange(Echoing):
         self.fail(errors.InternalError("the proxy failed; its log has the reason"))
 
     def _answer_locally(self) -> None:
-        body, keep_alive = self._plane.local_answer(self._preamble.path), self._may_keep_alive()
+        keep_alive = self._may_keep_alive()
+        body = self._plane.local_answer(self._preamble.path, self._principal)
         answer = heads.local_answer(
             200,
             body,
@@ -155,7 +152,7 @@ class Exchange(Echoing):
         """Choose among the replicas of today: the fleet may have changed meanwhile."""
         plane, lookup = self._plane, self._route is not None and self._route.lookup
         try:
-            self._pool = plane.find_pool(self._model, lookup=lookup)
+            self._pool = plane.find_pool(self._model, self._request.regions, lookup=lookup)
         except errors.ProxyError:  # nobody serves it any more
             return None
         now_s, request = plane.clock.now_s(), self._request
@@ -175,7 +172,11 @@ class Exchange(Echoing):
         self._know_price(decision, now_s)
         request = self._request
         yields = request.work_class == OFFLINE and self._preempted < limits.PREEMPTIONS_MAX
-        self._lease = plane.acquire(decision, request, now_s, yields=yields)
+        try:
+            self._lease = plane.acquire(decision, request, now_s, yields=yields)
+        except errors.InternalError as error:
+            self.fail(error)
+            return
         if yields:
             plane.preemption.add(self._lease, self.give_way)
         upstream = plane.upstreams.take(replica.replica_id)
@@ -255,7 +256,8 @@ class Exchange(Echoing):
             host_field += self._name_itself()
         if self._request.work_class == OFFLINE:
             host_field += self._decision.replica.lowest_priority
-        head = self._preamble.upstream_head(host_field, self.request_id, len(self._body))
+        own = self._plane.authentication.engine_credential
+        head = self._preamble.upstream_head(host_field, self.request_id, len(self._body), own)
         upstream.send(self, head, self._body)
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
 

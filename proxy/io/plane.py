@@ -5,8 +5,6 @@ One writer: the worker's event loop. Events change the fleet here and nowhere el
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ssl
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -33,22 +31,22 @@ from proxy.errors import (
     DrainingError,
     NoReplicaError,
     OverloadedError,
-    UnauthorizedError,
     UnsupportedEncodingError,
 )
 from proxy.io.aborts import Aborts
+from proxy.io.abroad import Abroad, moved_of
 from proxy.io.access_log import AccessLog
+from proxy.io.authentication import Authentication
 from proxy.io.clock import Clock
 from proxy.io.noting import Noting
 from proxy.io.outbox import Outbox
-from proxy.io.reading import Reading
 from proxy.io.sharing import Sharing
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.upstreams import Upstreams
 
 
-class Plane(Reading):
+class Plane(Abroad):
     """The data plane of one worker."""
 
     def __init__(
@@ -96,15 +94,15 @@ class Plane(Reading):
         self._on_doubt = on_doubt
         self._doubted_s: dict[str, float] = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
-        self._key_digest = _digest(config.api_key)
-        self.keys = KeySet()
-        self.remotes: tuple[RemoteState, ...] = ()
+        self.authentication = Authentication(config, clock)
+        self.proxy_id = b""
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
         self.follow(config)
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
-        self._key_digest = _digest(config.api_key)
+        self.authentication.reconfigure(config)
+        self.preambles.clear()
         self.upstreams.reconfigure(
             config.connect_timeout_secs, partial(tls.replica_context, config)
         )
@@ -121,40 +119,51 @@ class Plane(Reading):
     ) -> None:
         """`columns` says where all workers count what each replica has (`core.headcount`)."""
         before = self.fleet.replicas
-        self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot))
+        self.know_region(snapshot.region)
+        self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot, self.region))
         self.fleet_known = True
         self.fleet_epoch, self.fleet_version = snapshot.epoch, snapshot.version
-        self.picture.know(self.fleet.replicas.values(), self.clock.now_s())
+        self.seat()
+        self.sharing.hearsay.know(self.picture.slots)
         if self.picture.loads.headcount is not None:
             replicas = self.fleet.replicas.values()
             self.picture.loads.headcount.know(columns or {}, replicas, self.leases)
-        self.sharing.hearsay.know(self.picture.slots)
         servers = self.fleet.servers
         present = frozenset(servers)
         for gone in {r.replica_id for r in before.values()} - present:
             self._server_errors.pop(gone, None)
             self._doubted_s.pop(gone, None)
         # A connection to the address that a replica had before is one to somebody else.
-        moved = {
-            r.replica_id
-            for r in before.values()
-            if r.replica_id in present and not _same_place(r, servers[r.replica_id])
-        }
-        self.upstreams.retain(present - moved)
+        moved = moved_of(before, servers)
+        self._retain(moved)
         self.upstreams.close_idle([r.replica_id for r in servers.values() if not r.serves])
-        self.telemetry.retain_replicas(present)
         self.fleet_changed()
+
+    def _retain(self, moved: Collection[str]) -> None:
+        """Let go of connections and counts of what is not there any more."""
+        remotes = [remote.replica_id for remote in self.fleet.remotes.values()]
+        present = frozenset((*self.fleet.servers, *remotes))
+        self.upstreams.retain(present.difference(moved))
+        self.telemetry.retain_replicas(present)
 
     def know_keys(self, keys: KeySet) -> None:
         """These are all API keys now, from the next request on."""
-        self.keys = keys
+        self.authentication.know_keys(keys)
+        self.preambles.clear()  # what is no key any more need not stay in memory
 
-    def know_remotes(self, remotes: Sequence[RemoteState]) -> None:
-        """This is what is known now of other regions."""
-        self.remotes = tuple(remotes)
+    def know_remotes(self, remotes: Sequence[RemoteState], ours: bytes = b"") -> None:
+        """This is what is known now of other regions; `ours` names this proxy's life to them."""
+        self.proxy_id = ours
+        moved = self.take_remotes(remotes)
+        if moved is not None:
+            self.sharing.hearsay.know(self.picture.slots)
+            self._retain(moved)
+            self.fleet_changed()
+        self.work_done()
 
     def suspect(self, replica_id: str, reason: str) -> None:
         """A replica failed a request in a way that says it may be gone."""
+        self.picture.suspect_remote(replica_id, self.clock.now_s())
         before = self.fleet
         self.fleet = fleets.apply(before, fleets.ReplicaSuspected(replica_id))
         if self.fleet is not before:
@@ -184,6 +193,7 @@ class Plane(Reading):
     def answered(self, replica_id: str, status: int) -> None:
         """Count server errors in a row. Client errors are no sign of a sick replica."""
         if status < 500 or status == 501:
+            self.picture.remote_answered(replica_id)
             if self._server_errors:
                 self._server_errors.pop(replica_id, None)
             return
@@ -201,8 +211,10 @@ class Plane(Reading):
         fleet = self.fleet
         if self.offline is not None and self.fleet_known and not (fleet.servers or fleet.scaled):
             return True  # nobody is meant to take requests here: what is served is files and jobs
-        return any(r.available for r in fleet.replicas.values()) or any(
-            p.wakes for p in fleet.prospects.values()
+        return (
+            any(r.available for r in fleet.replicas.values())
+            or any(p.wakes for p in fleet.prospects.values())
+            or self.picture.some_remote_serves(self.clock.now_s())
         )
 
     @property
@@ -215,7 +227,11 @@ class Plane(Reading):
     def acquire(
         self, decision: Decision, request: Request, now_s: float, *, yields: bool = False
     ) -> Lease:
-        """Count a request that goes out now; `yields`: and may have to come back."""
+        """Count a request that goes out now; `yields`: and may have to come back.
+
+        Raises `InternalError` where it may not be computed there, whoever decided so.
+        """
+        self.assert_permitted(decision, request)
         lease = self.picture.acquire(
             decision.replica,
             request.chain,
@@ -270,11 +286,7 @@ class Plane(Reading):
 
     # --- answers of our own ------------------------------------------------------------------
 
-    def authorized(self, key_digest: bytes) -> bool:
-        """Compare digests, so that time tells nothing of the key."""
-        return not self._key_digest or hmac.compare_digest(key_digest, self._key_digest)
-
-    def local_answer(self, path: bytes) -> bytes:
+    def local_answer(self, path: bytes, principal: Principal = ANYBODY) -> bytes:
         """Return the body of a path that the proxy answers itself. Raises `ProxyError`."""
         if path == b"/readyz":
             if self.draining and not self.relieved:
@@ -284,41 +296,43 @@ class Plane(Reading):
             return b'{"status":"ready"}'
         if path in (b"/livez", b"/health"):
             return b'{"status":"alive"}'
-        return self._models(model_of_path(path).decode("ascii"))
+        return self._models(model_of_path(path).decode("ascii"), principal)
 
-    def _models(self, wanted: str) -> bytes:
-        """OpenAI's model list: what the fleet can serve, whether or not a replica is up now."""
+    def _models(self, wanted: str, principal: Principal) -> bytes:
+        """OpenAI's model list: what the fleet can serve, whether or not a replica is up now.
+
+        What its reader may not ask for is not there, here as elsewhere.
+        """
+        may = principal.models
         listed = [
             {"id": model, "object": "model", "created": 0, "owned_by": "doherty"}
             for model, pool in sorted(self.fleet.pools.items())
-            if pool.replicas or self.fleet.prospect_of(model).wakes
+            if (pool.replicas or pool.remotes or self.fleet.prospect_of(model).wakes)
+            and (may is None or model in may)
         ]
         if not wanted:
             return orjson.dumps({"object": "list", "data": listed})
         for model in listed:
             if model["id"] == wanted:
                 return orjson.dumps(model)
-        raise self.unknown_model(wanted)
+        raise self.unknown_model(wanted, principal)
 
     def admit(self, route: Route, preamble: Preamble, length: int) -> Principal:
         """Judge a head by what this proxy may and can serve; return who asks. Raises `ProxyError`.
 
         A `length` that is announced is judged, but only what has come is held and counted.
         """
-        if route.name != "health" and not self.authorized(preamble.key_digest):
-            raise UnauthorizedError(
-                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            )
+        principal = ANYBODY if route.name == "health" else self.authentication.who_asks(preamble)
         if preamble.encoded:
             raise UnsupportedEncodingError("compressed request bodies are not read here")
         self.judge_length(length)
         if route.local:
-            return ANYBODY
+            return principal
         if self.exchanges_open > self.config.max_concurrent_requests:
             raise OverloadedError(
                 f"{self.config.max_concurrent_requests} requests are in flight already"
             )
-        return ANYBODY
+        return principal
 
     def judge_length(self, body_bytes: int) -> None:
         """Refuse a body that is, or will be, too large. Raises `BodyTooLargeError`."""
@@ -400,11 +414,3 @@ def _offline(config: ProxyConfig) -> Replica | None:
     if config.offline_url is None:
         return None
     return replica_of(ReplicaRecord(replica_id="offline", url=config.offline_url))
-
-
-def _digest(key: str | None) -> bytes:
-    return hashlib.sha256(key.encode()).digest() if key else b""
-
-
-def _same_place(one: Replica, other: Replica) -> bool:
-    return (one.host, one.port, one.tls) == (other.host, other.port, other.tls)

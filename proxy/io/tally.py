@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 
 from proxy.contract.demand import DEMAND_INTERVAL_S, ModelDemand, ReplicaDemand
+from proxy.contract.regions import SUMMARY_INTERVAL_S, ModelSummary
 from proxy.core import limits
 from proxy.core.demand import sum_models
 from proxy.core.fleet import Fleet
 from proxy.core.replica import Replica
+from proxy.core.summary import summarise
 from proxy.io import control
 from proxy.io.plane import Plane
 
@@ -85,6 +87,24 @@ def demand_of(plane: Plane, *, at_once: bool = False) -> control.Demanded:
     )
 
 
+async def summarise_regularly(plane: Plane, channel: control.Channel) -> None:
+    """Say what other regions should know of the models here, where there are others."""
+    while True:
+        await asyncio.sleep(SUMMARY_INTERVAL_S)
+        behind = channel.waiting_bytes > limits.NOTES_WAITING_BYTES_MAX
+        if plane.config.access.remote_regions and not behind:
+            channel.send(control.Summarised(summary_of(plane)))
+
+
+def summary_of(plane: Plane) -> dict[str, ModelSummary]:
+    """Return what this worker sees of each model."""
+    waiting: dict[str, int] = {}
+    for key, queue in plane.waiting.queues.items():
+        model = key or plane.only_model()
+        waiting[model] = waiting.get(model, 0) + len(queue.waiters)
+    return summarise(plane.fleet, plane.picture, waiting, plane.clock.now_s())
+
+
 class _Count:
     """The requests that one replica has of ours, and the tokens of those not answered."""
 
@@ -97,6 +117,8 @@ class _Count:
 def _by_replica(plane: Plane) -> dict[str, _Count]:
     found: dict[str, _Count] = {}
     for lease in plane.leases:
+        if lease.replica_name in plane.fleet.remotes:
+            continue  # the work of another region's replicas
         count = found.get(lease.replica_name)
         if count is None:
             count = found[lease.replica_name] = _Count()
@@ -145,6 +167,7 @@ def _arrived(plane: Plane) -> list[dict[str, ModelDemand]]:
 
 
 def _counted_as(model: str, fleet: Fleet) -> str:
-    if model not in fleet.pools:
-        return ""
+    pool = fleet.pools.get(model)
+    if pool is None or not (pool.replicas or model in fleet.prospects):
+        return ""  # of nobody's here: other regions alone have it
     return fleet.prospect_of(model).name or model

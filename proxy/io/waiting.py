@@ -17,12 +17,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from proxy.core import limits
 from proxy.core.classes import NAMES, ONLINE, PATIENCE
 from proxy.core.fleet import Pool
-from proxy.core.holding import Held, Holding, class_of
+from proxy.core.held import Held, class_of
+from proxy.core.holding import Holding
 from proxy.core.opening import Opening
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Policy, Request
@@ -93,11 +95,11 @@ class Waiting:
         clock: Clock,
         picture: Picture,
         choose: Policy,
-        pool_of: Callable[[str], Pool | None],
+        pool_of: Callable[[str, frozenset[str] | None], Pool | None],
         prospect_of: Callable[[str], Prospect],
         on_fault: Callable[[], None],
     ) -> None:
-        """`pool_of(key)` returns the pool that those under this key wait for, as it is now.
+        """`pool_of(key, regions)` returns the pool that those under this key wait for in regions.
 
         `prospect_of(key)` returns what is to be expected of it.
         """
@@ -157,7 +159,8 @@ class Waiting:
         """
         now_s = self._clock.now_s()
         came_s = since_s if since_s >= 0.0 else now_s
-        waiter = Waiter(key, request, lambda: self._pool_of(key), on_decision, on_refusal, came_s)
+        pool_of = partial(self._pool_of, key, request.regions)
+        waiter = Waiter(key, request, pool_of, on_decision, on_refusal, came_s)
         waiter.held_bytes = held_bytes
         queue = self.queue(key)
         leaving = None if self._crowded(queue) else self.room.enter(waiter)
@@ -223,7 +226,7 @@ class Waiting:
             self.work_done()  # it may have been the last that offline work waited for
 
     def _retry_after_s(self, key: str, queue: Queue) -> int:
-        pool = self._pool_of(key)
+        pool = self._pool_of(key, None)
         awake = len(pool.available) if pool is not None else 0
         pace_per_s = queue.pace.per_s(self._clock.now_s())
         return retry_after_s(len(queue.waiters), pace_per_s, awake, self._prospect_of(key))
@@ -242,7 +245,7 @@ class Waiting:
     def _see(self, key: str, queue: Queue) -> None:
         """Note what there is for those in a queue now."""
         now_s = self._clock.now_s()
-        pool, prospect = self._pool_of(key), self._prospect_of(key)
+        pool, prospect = self._pool_of(key, None), self._prospect_of(key)
         bits = self._picture.seats(pool).bits if pool is not None else 0
         if bits != queue.bits:
             if queue.waiters and self.sharers > 1:
@@ -366,8 +369,8 @@ class Waiting:
         some_open, next_s = False, _NEVER
         seen: set[int] = set()
         for key, queue in self.queues.items():
-            pool = self._pool_of(key) if queue.waiters else None
-            bits = self._picture.seats(pool).bits if pool is not None else 0
+            pool = self._pool_of(key, None) if queue.waiters else None
+            bits = self._picture.seats(pool).all_bits if pool is not None else 0
             if pool is None or bits in seen:
                 continue
             seen.add(bits)
