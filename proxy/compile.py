@@ -32,9 +32,9 @@ lines loads multipart note_wire notes opening outlook picture pieces policy prea
 prefix principal principals prospects regions replica response_id responses retry ring room routes
 scan session share_cells sketch speeds sse tier_echo usage wishes"""
 _IO: Final = (
-    "abroad access_log authentication choice clock connection echoing endings engine_answer "
-    "exchange facts noting outbox passage plane preemption reading refusal relay server telemetry "
-    "upstream upstreams waiting"
+    "abroad access_log authentication choice class_telemetry clock connection echoing endings "
+    "engine_answer exchange facts noting outbox passage plane preemption reading refusal relay "
+    "server telemetry upstream upstreams waiting"
 )
 MODULES: Final = (
     "errors",

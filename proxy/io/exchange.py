@@ -24,7 +24,7 @@ from typing_extensions import override
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
-from proxy.core.classes import OFFLINE
+from proxy.core.classes import OFFLINE, ONLINE
 from proxy.core.http1 import ResponseHead
 from proxy.core.opening import has_room
 from proxy.core.policy import Decision
@@ -254,8 +254,9 @@ class Exchange(Echoing):
         self._rid = b""
         if self._decision.replica.rid_header:
             host_field += self._name_itself()
-        if self._request.work_class == OFFLINE:
-            host_field += self._decision.replica.lowest_priority
+        priorities, work_class = self._decision.replica.priority_fields, self._request.work_class
+        if priorities and (work_class > ONLINE or self._principal.tenant):
+            host_field += priorities[work_class]  # above whatever a tenant's body says
         own = self._plane.authentication.engine_credential
         head = self._preamble.upstream_head(host_field, self.request_id, len(self._body), own)
         upstream.send(self, head, self._body)

@@ -11,7 +11,7 @@ from typing import Final
 from typing_extensions import override
 
 from proxy.config import ProxyConfig
-from proxy.core.additions import fields_for, salt_of_key, with_fields
+from proxy.core.additions import fields_for, names_priority, salt_of_key, with_fields
 from proxy.core.asked import Asked, read_body
 from proxy.core.claims import lay, may_ask, regions_of, tier_used
 from proxy.core.classes import UNSAID
@@ -66,8 +66,11 @@ class Reading(Refusal):
         if self._model_regions or principal.models is not None or principal.regions is not None:
             self._restrict(asked, principal, lookup=route.lookup)
         asked.body = body
-        if (salt and route.json) or asked.service_tier is not None:
-            fields = fields_for(route.name, salt, asked.cache_salt, asked.service_tier)
+        levels = route.json and bool(principal.tenant) and names_priority(body)
+        if (salt and route.json) or levels or asked.service_tier is not None:
+            fields = fields_for(
+                route.name, salt, asked.cache_salt, asked.service_tier, levels=levels
+            )
             asked.body = with_fields(body, fields)
             if asked.service_tier is not None and route.prompt in _TOLD:
                 asked.tier = tier_used(asked_class, request.work_class)
