@@ -95,6 +95,9 @@ USAGE_TOKENS_MAX: Final = 1 << 40
 # An engine's error is read whole, to be told as the client reads errors. Engines' own stay below
 # 16 KiB; what is longer is no error object and passes as it comes.
 ENGINE_ERROR_BYTES_MAX: Final = 64 * KIB
+# Of an answer in which a tier has to be told: a whole one, or a line of a stream. It has room for
+# some 50,000 tokens of text.
+TIER_HELD_BYTES_MAX: Final = 256 * KIB
 ENGINE_MESSAGE_CHARS_MAX: Final = 8 * KIB
 
 # --- replicas -------------------------------------------------------------------------------

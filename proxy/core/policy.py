@@ -39,11 +39,11 @@ class Request:
     does not wait, and is no demand. `deadline_s`, of the same clock as decisions, is when its first
     token is wanted, `tpot_s` the time between tokens that it wants, and `listens_until_s` when its
     client gives up. `regions`: where it may be computed; `abroad`: whether it may leave this one.
-    Tenants share what is scarce by their weight.
+    Tenants share what is scarce by their weight. `held_for` says why it has to wait, if it has.
     """
 
     __slots__ = (
-        "abroad", "adapter", "chain", "deadline_s", "has_session", "listens_until_s",
+        "abroad", "adapter", "chain", "deadline_s", "has_session", "held_for", "listens_until_s",
         "pinned", "regions", "response_key", "spare", "stream", "tenant", "tenant_weight",
         "tpot_s", "tried", "weight", "work_class",
     )  # fmt: skip
@@ -75,6 +75,7 @@ class Request:
         self.deadline_s = 0.0  # 0: none said
         self.tpot_s = 0.0  # 0: none said
         self.listens_until_s = 0.0  # 0: not known
+        self.held_for = ""
         self.regions: frozenset[str] | None = None  # None: all
         self.abroad = not spare
         self.tried: set[str] = set()  # replicas that have already failed this request

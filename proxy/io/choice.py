@@ -24,6 +24,7 @@ from proxy.core.policy import POLICIES, Decision, Request
 from proxy.core.prospects import UNSCALED, Prospect
 from proxy.core.responses import Responses
 from proxy.errors import NoSpareError, ProxyError
+from proxy.io.class_telemetry import ClassTelemetry
 from proxy.io.clock import Clock
 from proxy.io.preemption import Preemption
 from proxy.io.queues import Waiter
@@ -43,6 +44,7 @@ class Choice:
         self.region = config.region
         self.clock = clock
         self.telemetry = Telemetry()
+        self.classes = ClassTelemetry()
         self.picture = Picture(clock.draw)
         self.fleet = fleets.empty_fleet()
         self.policy = POLICIES[config.policy]
@@ -277,7 +279,19 @@ class Choice:
         if request.spare:
             raise NoSpareError("no replica has room to spare now")
         queue = self.queue_of(model)
+        request.held_for = self._held_for_what(queue, request, again=since_s >= 0.0)
         return self.waiting.add(queue, request, held_bytes, on_decision, on_refusal, since_s)
+
+    def _held_for_what(self, queue: str, request: Request, *, again: bool) -> str:
+        """Say why a request has to wait. `again`: it had a place, and gave it to online work."""
+        if again:
+            return "preempted"
+        pool = self.awaited(queue, request.regions)
+        if pool is None or not pool.available:
+            return "starting"
+        if request.work_class == OFFLINE and self.waiting.braked():
+            return "online-first"
+        return "replicas-busy"
 
     def arrived(self, model: str, request: Request) -> None:
         """Count a request for a model that the fleet has, if it is demand."""

@@ -83,6 +83,7 @@ class Ending(Metered):
         if self._done:
             return
         self._drop_replica()
+        self._end_wait()  # so that its client is told of that, too
         if self._commented_s:
             self._end_begun(error.event(self._dialect), error.status, error.code)
             return

@@ -378,6 +378,7 @@ class Plane(Abroad):
             Sample(aborts, (("outcome", "sent"),), self.aborts.sent_total),
             Sample(aborts, (("outcome", "dropped"),), self.aborts.dropped_total),
             *self.telemetry.samples(),
+            *self.classes.samples(),
             *self.sharing.counters(),
             *self.waiting.counters(),
             *self.preemption.counters(),
