@@ -39,7 +39,7 @@ from backends.pools import Portion, View
 from backends.portions import Portions
 from backends.reconcile import Wanted
 from backends.rungs_here import RungsHere, host_bytes_free
-from backends.scaled_pool import ScaledPool
+from backends.scaled_pool import ScaledPool, records_of
 from backends.scaling_metrics import Tally
 from backends.scaling_report import GpuReport, ScalingReport
 from backends.spec import PoolSpec, pool_specs
@@ -136,7 +136,7 @@ class Autoscaler:
         """Note what a proxy reports; look at once if somebody waits for whom nobody comes."""
         if not self.book.take(demand, self._around.clock.now_s()) or not self._open:
             return
-        waiting = {model for model, told in demand.models.items() if told.queued}
+        waiting = {model for model, told in demand.models.items() if told.queued} | {*demand.wanted}
         for pool_id, view in self._views.items():
             asked = waiting & view.names and view.pool.serves == "requests"
             if asked and self.pools[pool_id].scaled and not view.have:
@@ -200,15 +200,9 @@ class Autoscaler:
 
     def records(self) -> tuple[PoolRecord, ...]:
         """Return what the proxies are told, for each name that a pool answers to."""
-        now_s = self._around.clock.now_s()
-        records = []
-        for view in self._views.values():
-            if view.pool.serves == "jobs":
-                continue
-            record = view.record(self.ladder, now_s)
-            names = (view.pool.first.model, *sorted(view.pool.first.adapters))
-            records += [msgspec.structs.replace(record, model=name) for name in names]
-        return tuple(records)
+        leases = self._around.cards.leases
+        free = len(free_cards(leases)) if leases is not None else None
+        return records_of(self.pools, self._views, self.ladder, self._around.clock.now_s(), free)
 
     def report(self) -> ScalingReport:
         leases = self._around.cards.leases
@@ -248,7 +242,9 @@ class Autoscaler:
         self._views = orders.recall(self._shed)
         verdict = self._judge(now_s)
         self._shed = (self._shed & self._keepers.keys()) | orders.take(verdict)
+        refused = {refusal.pool for refusal in verdict.refused}
         for pool_id, pool in self.pools.items():
+            pool.refused = pool_id in refused
             self._tell(pool, orders.words.get(pool_id, ()), orders.waiting.get(pool_id, ""))
         self._orders = orders.by_replica
         try:

@@ -21,16 +21,26 @@ are; what a proxy reports beside these is dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import islice
+from typing import TypeVar
 
 import msgspec
 
 from proxy.contract import FleetSnapshot, ReplicaState
-from proxy.contract.demand import DEMAND_AGE_S_MAX, DEMAND_INTERVAL_S, Demand, ModelDemand
+from proxy.contract.demand import (
+    DEMAND_AGE_S_MAX,
+    DEMAND_INTERVAL_S,
+    Demand,
+    Elsewhere,
+    ModelDemand,
+)
 
 PROXIES_MAX = 256
+REGIONS_MAX = 64  # that a report may speak of
 FIRST_SEQUENCE_MAX = 1  # a proxy that has said no more than this has just begun
 DOUBT_S = 3 * DEMAND_INTERVAL_S  # one report may be late, and one lost
 NONE = ModelDemand()
+_T = TypeVar("_T")
 
 
 class _Heard(msgspec.Struct, frozen=True):
@@ -81,7 +91,13 @@ class DemandBook:
         if before is not None or demand.sequence <= FIRST_SEQUENCE_MAX:
             self._count(models, before.demand.models if before else {})
         replicas = {name: told for name, told in demand.replicas.items() if name in self._replicas}
-        demand = msgspec.structs.replace(demand, models=models, replicas=replicas)
+        demand = msgspec.structs.replace(
+            demand,
+            models=models,
+            replicas=replicas,
+            elsewhere=_of(demand.elsewhere, self._models),
+            wanted=_of(demand.wanted, self._models),
+        )
         self._heard[demand.proxy_id] = _Heard(demand, now_s)
         return True
 
@@ -100,6 +116,24 @@ class DemandBook:
             arrivals_total=self._arrivals.get(model, 0),
             refused_total=self._refused.get(model, 0),
         )
+
+    def wanted(self, model: str) -> dict[str, float]:
+        """Return what each other region asks of this one: what one proxy says, they all do."""
+        asked: dict[str, float] = {}
+        for heard in self._heard.values():
+            for region, inputs in heard.demand.wanted.get(model, {}).items():
+                asked[region] = max(inputs, asked.get(region, 0.0))
+        return asked
+
+    def elsewhere(self, model: str) -> dict[str, Elsewhere]:
+        """Return what each other region could do, as the newest report has it; but requests that
+        are there are of all proxies, and where one has few that may be computed there, few may."""
+        found: dict[str, Elsewhere] = {}
+        for heard in sorted(self._heard.values(), key=lambda heard: heard.at_s):
+            for region, newer in heard.demand.elsewhere.get(model, {}).items():
+                older = found.get(region)
+                found[region] = newer if older is None else _newer(older, newer)
+        return found
 
     def in_flight(self, replica_id: str) -> int | None:
         """Return the requests of all proxies on this replica; None: no proxy tells."""
@@ -136,6 +170,23 @@ class DemandBook:
             refused = told.refused_total - last.refused_total
             self._arrivals[model] = self._arrivals.get(model, 0) + max(0, arrivals)
             self._refused[model] = self._refused.get(model, 0) + max(0, refused)
+
+
+def _of(told: Mapping[str, dict[str, _T]], models: frozenset[str]) -> dict[str, dict[str, _T]]:
+    """Return what is told of these models, by a bounded number of regions."""
+    return {
+        model: dict(islice(by_region.items(), REGIONS_MAX))
+        for model, by_region in told.items()
+        if model in models
+    }
+
+
+def _newer(older: Elsewhere, newer: Elsewhere) -> Elsewhere:
+    return msgspec.structs.replace(
+        newer,
+        in_flight=older.in_flight + newer.in_flight,
+        share=min(older.share, newer.share),
+    )
 
 
 def summed(demands: Iterable[ModelDemand]) -> ModelDemand:

@@ -24,6 +24,7 @@ import msgspec
 
 from backends.ladder import Ladder
 from backends.members import Standing
+from backends.observation import Decision
 from backends.offline.sizing import LINES_EACH, Crew, Hand, Size, Work, size_all
 from backends.offline.work import (
     NEEDS_AGE_S_MAX,
@@ -33,7 +34,6 @@ from backends.offline.work import (
     spare_worker,
 )
 from backends.pools import Portion, View
-from backends.scaling import Decision
 from backends.spec import ReplicaSpec
 
 SERVICES_MAX: Final = 16

@@ -130,7 +130,6 @@ class Manager:
         """Want what `config` says from now on."""
         self.scaler.want(config)
         self.scaler.tick()
-        self.feed.mark()  # a pool that has no replica yet is news, too
 
     async def stop(self) -> None:
         """Stop every replica in order: drain, SIGTERM, SIGKILL; return when all are at rest.
@@ -208,6 +207,7 @@ class Manager:
             self._stopped.set()
         else:
             self._stopped.clear()
+        self.feed.mark()  # pools are news, too: new ones, and what they ask of other regions
 
     def _tell(self, keeper: Keeper, action: Start | Restart | Adapt | Lower | Raise | Stop) -> None:
         try:

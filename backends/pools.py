@@ -3,6 +3,9 @@
 Pure: from the pool's specification, its members, its portion of the model's demand and what the
 rungs cost follow the law's observation, the arbiter's claim and the record in the fleet.
 
+What other regions ask of this one, and what they offer, goes to the last scaled pool: the one that
+takes what the others cannot.
+
 A model may have several pools, and its demand is counted by model. It is poured into them in order:
 first what the pools of a fixed size are meant to carry, then the scaled ones as the configuration
 names them, each up to what its most replicas are meant to carry; the last takes the rest. So a pool
@@ -18,10 +21,10 @@ import msgspec
 from backends.claims import Claim
 from backends.ladder import Ladder, Resting, Rung, Rungs
 from backends.members import Member, Standing
-from backends.scaling import Observation, ScalingPolicy
+from backends.observation import Observation, ScalingPolicy
 from backends.spec import PoolSpec
 from proxy.contract import PoolRecord
-from proxy.contract.demand import DEMAND_INTERVAL_S, ModelDemand
+from proxy.contract.demand import DEMAND_INTERVAL_S, Elsewhere, ModelDemand
 
 HANDED_S = 2 * DEMAND_INTERVAL_S  # from now on reports tell of what a new replica has been given
 
@@ -36,6 +39,8 @@ class Portion(msgspec.Struct, frozen=True):
     in_flight_tokens: int = 0
     arrivals: float = 0.0
     refused: float = 0.0
+    wanted: float = 0.0  # requests in flight of other regions, that this pool is to serve
+    elsewhere: Mapping[str, Elsewhere] = {}  # by region: what it could do for this pool's requests
 
 
 def handed(portion: Portion) -> Portion:
@@ -171,7 +176,23 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
             left.append(max(0.0, cost.up_s - member.for_s))
         return tuple(sorted(left))
 
-    def observation(self, ladder: Ladder, now_s: float, gpu_limit: int | None) -> Observation:
+    def startable(self, cards_free: int | None, limit: int | None) -> int:
+        """Return how many more replicas could be started now, and nobody else's taken for them.
+
+        None where the last ones failed: what is promised to other regions must come.
+        """
+        scale = self.pool.autoscale
+        if scale is None or any(member.failing for member in self.members):
+            return 0
+        more = min(scale.max, scale.max if limit is None else limit) - self.have
+        if cards_free is not None and self.gpus_each:
+            resting = sum(rest.rung.holds_gpus for rest in self.resting)
+            more = min(more, resting + cards_free // self.gpus_each)
+        return max(0, more)
+
+    def observation(
+        self, ladder: Ladder, now_s: float, gpu_limit: int | None, *, blocked: bool = False
+    ) -> Observation:
         """Return what the control law is told."""
         serving = self.standing(Standing.SERVES)
         loads = [member.load for member in serving if member.load is not None]
@@ -186,6 +207,9 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
             in_flight_tokens=portion.in_flight_tokens,
             arrivals_total=int(portion.arrivals),
             refused_total=int(portion.refused),
+            blocked=blocked,
+            wanted=portion.wanted,
+            elsewhere=dict(portion.elsewhere),
             kv_used_ratio=sum(load.kv_used_ratio for load in loads) / max(1, len(loads)),
             preemptions_total=sum(member.preemptions for member in self.members),
             ready=len(serving),
@@ -232,7 +256,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
             ways_up=ladder.ways_up(self.rungs, () if scale is None else self.resting, now_s),
         )
 
-    def record(self, ladder: Ladder, now_s: float) -> PoolRecord:
+    def record(self, ladder: Ladder, now_s: float, startable: int = 0) -> PoolRecord:
         """Return what the proxies are told, under the model's own name."""
         coming = self.coming_in_s(ladder, hopeful=True)
         scale = self.pool.autoscale
@@ -246,4 +270,6 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
             ready_in_s=round(coming[0], 1) if coming else 0.0,
             start_s=round(self.up_s(ladder, now_s), 1),
             max_tokens=self.pool.first.max_tokens,
+            carries=float(target_inputs(self.pool)),
+            startable=startable,
         )

@@ -41,8 +41,21 @@ class Portions:
             last = self._poured.get(model, demand)
             self._poured[model] = demand
             known = {view.pool.pool_id: before[view.pool.pool_id] for view in served}
-            portions |= pour(demand, last, list(map(_vessel, served)), known)
+            poured = pour(demand, last, list(map(_vessel, served)), known)
+            portions |= self._with_regions(model, served, poured)
         return portions
+
+    def _with_regions(
+        self, model: str, views: list[View], poured: dict[str, Portion]
+    ) -> dict[str, Portion]:
+        """Let the last scaled pool know of other regions, who call a model by its own name."""
+        scaled = [view.pool.pool_id for view in views if view.pool.autoscale is not None]
+        wanted, elsewhere = self._book.wanted(model), self._book.elsewhere(model)
+        if scaled and (wanted or elsewhere):
+            poured[scaled[-1]] = msgspec.structs.replace(
+                poured[scaled[-1]], wanted=sum(wanted.values()), elsewhere=elsewhere
+            )
+        return poured
 
     def _demand(self, names: frozenset[str], views: list[View]) -> ModelDemand:
         """Return what proxies report; where none does, what the engines say that they have."""

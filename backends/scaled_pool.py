@@ -7,6 +7,7 @@ it needs. What pools of engine workers need follows from jobs (`job_scaling`), a
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -14,10 +15,12 @@ import msgspec
 
 from backends.ladder import Ladder
 from backends.members import Standing
+from backends.observation import Decision, Observation
 from backends.pools import Portion, View, policy_of, target_inputs
-from backends.scaling import Decision, Observation, Scaler
+from backends.scaling import Scaler
 from backends.scaling_report import NOTES_MAX, Note, PoolReport
 from backends.spec import PoolSpec
+from proxy.contract import PoolRecord
 
 
 class ScaledPool:
@@ -29,6 +32,7 @@ class ScaledPool:
         self.portion = Portion()
         self.presses = False  # its jobs have moved up a class
         self.waiting = ""  # why one that is wanted does not come
+        self.refused = False  # and will not, as things are
         self.crowded_until_s = 0.0
         self.observation = Observation(at_s=now_s)
         self.decision: Decision | None = None
@@ -58,7 +62,7 @@ class ScaledPool:
 
     def decide(self, view: View, ladder: Ladder, now_s: float, gpu_limit: int | None) -> None:
         """Ask the law how many should serve."""
-        self.observation = view.observation(ladder, now_s, gpu_limit)
+        self.observation = view.observation(ladder, now_s, gpu_limit, blocked=self.refused)
         if self._scaler is None:
             self.desired = self.fixed or 0
             return
@@ -69,6 +73,21 @@ class ScaledPool:
             reason = f"{decision.reason}; {kept} are kept, for this manager is new to the load"
             decision = msgspec.structs.replace(decision, desired=kept, reason=reason)
         self.decision, self.desired = decision, decision.desired
+
+    def record(self, view: View, ladder: Ladder, now_s: float, free: int | None) -> PoolRecord:
+        """Return what the proxies are told of it, under the model's own name.
+
+        `free`: the cards that nobody has. What it is to have and has not got yet, it could not
+        start for others as well.
+        """
+        startable = 0
+        if not self.waiting:
+            ordered = max(0, self.desired - view.have)
+            startable = max(0, view.startable(free, self.observation.gpu_limit) - ordered)
+        record = view.record(ladder, now_s, startable)
+        away = self.decision.away if self.decision else {}
+        asked = {region: float(math.ceil(inputs)) for region, inputs in away.items()}
+        return msgspec.structs.replace(record, wanted=asked)
 
     def settle(self, decision: Decision, observation: Observation) -> None:
         """Take what was decided of a pool of engine workers."""
@@ -118,3 +137,22 @@ class ScaledPool:
             decision=self.decision,
             notes=tuple(self.notes),
         )
+
+
+def records_of(
+    pools: Mapping[str, ScaledPool],
+    views: Mapping[str, View],
+    ladder: Ladder,
+    now_s: float,
+    free: int | None,
+) -> tuple[PoolRecord, ...]:
+    """Return what the proxies are told of all pools, for each name that a pool answers to."""
+    records: list[PoolRecord] = []
+    for pool_id, view in views.items():
+        if view.pool.serves == "jobs":
+            continue
+        record = pools[pool_id].record(view, ladder, now_s, free)
+        again = msgspec.structs.replace(record, wanted={})  # the same replicas, by another name
+        names = sorted(view.pool.first.adapters)
+        records += [record, *(msgspec.structs.replace(again, model=name) for name in names)]
+    return tuple(records)

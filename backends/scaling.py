@@ -32,6 +32,10 @@ not while requests wait for what is coming, and only when the rest stayed under 
 their target for the hold: as long as a start takes, for which keeping a replica costs what bringing
 it back would, at most `scaledown_window_s`. To nothing only when there was nothing for all of
 `scaledown_window_s`.
+
+Of what nothing serves or comes for, other regions may be left a part (`spread`); what they ask of
+this one is needed as well.
+
 No seasonal baseline: the lab (`loadtest.scaling`) has a day's wave followed without one, for a few
 hundredths more than an oracle's replica-seconds.
 """
@@ -41,10 +45,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import msgspec
-
 from backends.load_history import LoadHistory, Totals
 from backends.load_trend import PARTS, rate_ahead
+from backends.observation import Decision, Observation, ScalingPolicy
+from backends.spread import Here, Spreading
 
 WIDTH_S = 1.0  # of a bucket of the history
 ROUND_SHARE = 0.05  # of a replica: not started for so little, the room above the target has it
@@ -69,50 +73,6 @@ LIKELY = 0.5  # and that it is answered with
 BURST_OVER = 0.75  # of its mean rate: where it falls below, the burst is over
 
 
-class ScalingPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pool's configuration says of its size."""
-
-    min: int = 0
-    max: int = 1
-    buffer: int = 0  # more than demand asks for, while there is any
-    target_inputs: float = 1.0  # requests in flight per replica to aim at
-    target_tokens: int = 0  # uncached prompt tokens queued per replica to aim at; 0: not looked at
-    max_inputs: int = 0  # what a replica can be given at most; 0: any number
-    kv_target: float = 0.85  # share of the KV cache held by requests to aim at
-    stable_window_s: float = 60.0
-    panic_window_s: float = 6.0
-    panic_threshold: float = 2.0  # demand of the panic window over what is there
-    scaledown_window_s: float = 60.0
-    scaledown_share: float = 0.7  # of the target, that the remaining replicas stay under
-
-
-class Observation(msgspec.Struct, frozen=True, kw_only=True):
-    """A pool at one moment. Counters only grow, over restarts of a proxy too."""
-
-    at_s: float  # monotonic
-    in_flight: int = 0
-    queued: int = 0
-    queued_tokens: int = 0  # uncached prompt tokens that wait in proxies
-    in_flight_tokens: int = 0  # uncached prompt tokens that wait on replicas
-    arrivals_total: int = 0
-    refused_total: int = 0
-    kv_used_ratio: float = 0.0  # mean over the replicas that serve
-    preemptions_total: int = 0
-    ready: int = 0  # replicas that serve
-    coming_in_s: tuple[float, ...] = ()  # for each on its way up: seconds until it should serve
-    start_s: float = 0.0  # what bringing up one more would take
-    gpu_limit: int | None = None  # replicas that the GPU budget allows; None: not limited
-
-
-class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """What should be, and why: `terms` has every figure that entered, by its name."""
-
-    desired: int
-    panicking: bool = False
-    reason: str = ""
-    terms: dict[str, float] = {}
-
-
 class Stay(NamedTuple):
     """How long a request stayed while a replica had so many."""
 
@@ -135,6 +95,7 @@ class Scaler:
         self._full_ready = 0
         self._queued_for_s = 0.0
         self._burst_since_s: float | None = None
+        self._spreading = Spreading()
 
     def decide(self, seen: Observation) -> Decision:
         """Return what should be, given what is. `seen.at_s` never goes back."""
@@ -149,9 +110,10 @@ class Scaler:
         panicking = self._burst_since_s is not None
         need, name = max((value, name) for name, value in {**wants, "burst": burst}.items())
         terms["need"] = need
-        up = math.ceil(need - ROUND_SHARE)
         if seen.in_flight + seen.queued > 0:
-            up = max(up, 1)
+            need = max(need, 1.0)
+        need, away = self._shared(seen, total, need, terms)
+        up = math.ceil(need - ROUND_SHARE)
         if self._active(seen):
             up += policy.buffer
         if up >= total:
@@ -166,8 +128,10 @@ class Scaler:
         if clamped != desired:
             by = " by the GPUs there are" if clamped == seen.gpu_limit else ""
             reason += f"; {desired} limited to {clamped}{by}"
+        if "away" in terms:
+            reason += f"; {terms['away']:.1f} left to other regions, {terms['wanted']:.1f} for them"
         terms["desired"] = float(clamped)
-        return Decision(desired=clamped, panicking=panicking, reason=reason, terms=terms)
+        return Decision(desired=clamped, panicking=panicking, reason=reason, terms=terms, away=away)
 
     # --- what has been --------------------------------------------------------------------------
 
@@ -367,13 +331,35 @@ class Scaler:
             best = max(best, (window.rate_less(sure), span_s))
         return best
 
+    def _shared(
+        self, seen: Observation, total: int, need: float, terms: dict[str, float]
+    ) -> tuple[float, dict[str, float]]:
+        """Return the replicas needed here, with what other regions ask for and without what they
+        are given; and what each of them is given."""
+        foreign = seen.wanted / self._carried
+        here = Here(
+            at_s=seen.at_s,
+            short=max(0.0, need - max(0.0, total - foreign)) * self._carried,
+            carries=self._carried,
+            startable=0 if seen.blocked else self._clamped(self.policy.max, seen) - total,
+            start_s=seen.start_s,
+            waits=seen.queued > 0 or self._burst_since_s is not None,
+        )
+        away = self._spreading.share(here, seen.elsewhere)
+        given = sum(away.values()) / self._carried
+        if given or foreign:
+            terms.update(away=given, wanted=foreign)
+        # What is given away was short: of what there is, all stays needed.
+        return max(min(need, total), need - given) + foreign, away
+
     def _active(self, seen: Observation) -> bool:
         window = self._history.window(seen.at_s - self.policy.scaledown_window_s)
-        return window.stock_s > 0.0 or window.arrivals > 0 or seen.in_flight + seen.queued > 0
+        there = seen.in_flight + seen.queued + seen.wanted
+        return window.stock_s > 0.0 or window.arrivals > 0 or there > 0
 
     def _more(self, seen: Observation, total: int, need: float, name: str) -> str:
         """Return why more than `total` are wanted, of whom `name` asks for `need`."""
-        if need - ROUND_SHARE > total:
+        if need - ROUND_SHARE > total and (total or need > 1.0):
             return f"{name} asks for {need:.1f}"
         if not total and seen.in_flight + seen.queued > 0:
             return "a request is there, and no replica"
@@ -402,7 +388,7 @@ class Scaler:
         carried = self._carried
         rate = min(window.rate, trend) if trend else window.rate
         held = self._inputs(seen, rate) / carried
-        held = max(held, seen.in_flight / carried)
+        held = max(held, seen.in_flight / carried) + seen.wanted / carried
         terms["held"] = held
         if window.span_s < 0.8 * hold_s or held > policy.scaledown_share * (total - 1):
             return total, f"work for {held:.1f} is too much for {total - 1}, so none is taken away"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from backends.scaling import Decision, Observation
+from backends.observation import Decision, Observation
 from proxy.contract.demand import ModelDemand
 
 SCALING_PATH = "/v1/scaling"

@@ -14,7 +14,8 @@ from proxy import flags, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.listeners import Listeners, StartError, arrange, given_by_systemd
 from proxy.logs import set_up_logging
-from proxy.supervisor import Supervisor, check_source
+from proxy.sources import check_source
+from proxy.supervisor import Supervisor
 from proxy.takeover import DESCRIPTOR_VARIABLE, Predecessor, socket_in_use
 
 _log = logging.getLogger("doherty.proxy")

@@ -201,6 +201,15 @@ class UnauthorizedError(ProxyError):
     code = "invalid_api_key"
 
 
+class KeysUnknownError(ProxyError):
+    """Which keys are right is not known here yet; nobody is let in on trust."""
+
+    status = 503
+    code = "keys_not_known"
+    should_retry = True
+    retry_after_s = 1
+
+
 class RegionNotAllowedError(InvalidRequestError):
     """It may be computed in certain regions only, and none of them serves its model from here."""
 
@@ -356,6 +365,7 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     BodyTooLargeError,
     UnsupportedEncodingError,
     UnauthorizedError,
+    KeysUnknownError,
     OverloadedError,
     QueueFullError,
     NoSpareError,

@@ -78,7 +78,7 @@ class Places:
         self._on_message = on_message
         self._on_failure = on_failure
         self._config = ProxyConfig()
-        self._fleet: control.FleetIs | None = None
+        self._told: dict[type, control.Message] = {}  # what later workers must know, too
         self._columns = Columns()
         # One worker alone knows what it has.
         self._cells = SharedCells(len(hands)) if len(hands) > 1 else None
@@ -108,7 +108,9 @@ class Places:
         match message:
             case control.FleetIs(snapshot):
                 columns = self._columns.assign(snapshot) if self._cells is not None else {}
-                message = self._fleet = control.FleetIs(snapshot, columns)
+                message = self._told[control.FleetIs] = control.FleetIs(snapshot, columns)
+            case control.KeysAre() | control.RemotesAre():
+                self._told[type(message)] = message
             case control.Reconfigure(config):
                 self._config = config
             case control.Accept():
@@ -188,8 +190,8 @@ class Places:
         channel.send(
             control.Start(self._config, self.accepting, place, cells_fd, len(self._places))
         )
-        if self._fleet is not None:
-            channel.send(self._fleet)
+        for told in self._told.values():
+            channel.send(told)
         if self._order is not None:  # given while the process was being started
             channel.send(self._order)
 
@@ -197,7 +199,7 @@ class Places:
         match message:
             case control.Noted() | control.Page() | control.Garbled() | control.GiveWay():
                 self._hub.hear(place.origin, message)
-            case control.Demanded():
+            case control.Demanded() | control.Summarised():
                 self._teller.hear(place.origin, message)
             case control.Ready():
                 place.ready = True

@@ -26,8 +26,7 @@ from aiohttp import web
 from proxy import settings, takeover, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
-from proxy.core.peer_wire import parse_address
-from proxy.core.replica import parse_url, replica_of
+from proxy.core.replica import replica_of
 from proxy.flags import Invocation
 from proxy.io import control
 from proxy.io.admin import make_app
@@ -35,7 +34,7 @@ from proxy.io.entrance import LISTEN_BACKLOG
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
 from proxy.io.peers import Peers
-from proxy.io.registry import check_urls
+from proxy.io.regions import Regions
 from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
@@ -44,6 +43,7 @@ from proxy.io.witness import Witness
 from proxy.listeners import Listeners, StartError, deal
 from proxy.logs import set_up_logging
 from proxy.places import Places
+from proxy.sources import check_source
 from proxy.terminal import has_terminal
 
 _log = logging.getLogger("doherty.proxy")
@@ -70,7 +70,6 @@ class Supervisor:
         self._predecessor = predecessor
         self._tasks = Tasks()
         self.hub = Hub()
-        self._peers = Peers(self._tasks, self.hub)
         self._witness = Witness(self._tasks, self.hub)
         self._teller = Teller(lambda: self._lookout.session)
         self._places = Places(
@@ -81,6 +80,8 @@ class Supervisor:
             on_message=self._hear,
             on_failure=self._fail,
         )
+        self._regions = Regions(self._places.tell, self._teller.summary)
+        self._peers = Peers(self._tasks, self.hub, self._regions)
         self._lookout = Lookout(
             self._tasks,
             on_snapshot=self._on_snapshot,
@@ -120,6 +121,7 @@ class Supervisor:
             self._places.start(self._config)
             self._tasks.start("hub", self.hub.run())
             self._tasks.start("demand", self._teller.run())
+            self._tasks.start("regions", self._regions.run())
             self._peers.start(self._config, listen=self._predecessor is None)
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
@@ -246,7 +248,7 @@ class Supervisor:
         counters, gauges = await self._places.samples()
         told, linked = self.hub.samples()
         counters += [*told, *self._peers.samples(), *self._teller.samples()]
-        gauges += [*linked, *self._witness.samples()]
+        gauges += [*linked, *self._witness.samples(), *self._regions.samples()]
         age_s = time.monotonic() - self._fleet_at_s
         return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
 
@@ -374,6 +376,8 @@ class Supervisor:
 
     async def _drain(self) -> None:
         self._draining = True
+        self._regions.draining = not self._relieved  # else those who call find the successor
+        self._regions.say_now()
         if self._relieved:
             _log.info("a new proxy has taken over; finishing what runs")
             self._close_door()
@@ -424,18 +428,3 @@ async def _end_of(successor: asyncio.subprocess.Process) -> int:
         with contextlib.suppress(ProcessLookupError):
             end()
     return await successor.wait()
-
-
-def check_source(config: ProxyConfig) -> None:
-    """Raise `StartError` or `ValueError` when it is not plain where the fleet is known from."""
-    check_urls(config.worker_urls)
-    if config.offline_url is not None:
-        parse_url(config.offline_url, "--offline-url")
-    for address in (*config.peers, *filter(None, (config.peer_listen,))):
-        parse_address(address)
-    if not config.worker_urls and not config.manager_url:
-        raise StartError(
-            "the replica list is empty: pass --worker-urls http://HOST:PORT … or --manager-url"
-        )
-    if config.worker_urls and config.manager_url:
-        raise StartError("--worker-urls and --manager-url exclude each other: one names the fleet")

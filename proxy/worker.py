@@ -31,7 +31,7 @@ from proxy.io.explain import explain
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
 from proxy.io.shared_cells import headcount_at
-from proxy.io.tally import Tally
+from proxy.io.tally import Tally, summarise_regularly
 from proxy.io.tasks import Tasks
 from proxy.logs import set_up_logging
 
@@ -86,6 +86,7 @@ class Worker:
         gc.set_threshold(GC_ALLOCATIONS_MAX, 20, 50)
         self._tasks.start("sweep", self._sweep(plane, entrance))
         self._tasks.start("tally", Tally(plane, self._channel).run())
+        self._tasks.start("summary", summarise_regularly(plane, self._channel))
         self._channel.send(control.Ready())
         await self._drain_asked.wait()
         await self._drain(plane, entrance)
@@ -249,8 +250,8 @@ def _tell(plane: Plane, message: control.News) -> None:
             plane.take_snapshot(snapshot, columns)
         case control.KeysAre(keys):
             plane.know_keys(keys)
-        case control.RemotesAre(remotes):
-            plane.know_remotes(remotes)
+        case control.RemotesAre(remotes, ours):
+            plane.know_remotes(remotes, ours)
         case control.Cleared(replica_id):
             plane.clear(replica_id)
         case control.Accused(replica_id):

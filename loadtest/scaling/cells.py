@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import msgspec
 
-from backends.scaling import ScalingPolicy
+from backends.observation import ScalingPolicy
 from loadtest.scaling.laws import Doherty, Instant, Knative, Planned, Static, Tracking
 from loadtest.scaling.loads import LOADS, carried_by, jobs_of
 from loadtest.scaling.oracle import needs, schedule

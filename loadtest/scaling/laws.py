@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from backends.scaling import Observation, Scaler, ScalingPolicy
+from backends.observation import Observation, ScalingPolicy
+from backends.scaling import Scaler
 from loadtest.scaling.world import Seen
 
 

@@ -19,8 +19,9 @@ from backends.arbiter import Unserved, arbitrate, replicas_possible
 from backends.claims import Claim, Holder, Lower, Move, Raise, Room, Transit, Verdict
 from backends.gpus import Gpu
 from backends.ladder import Ladder, Rest, Resting, Rung, RungCost, Rungs
+from backends.observation import Observation, ScalingPolicy
 from backends.planning.goal import WorkClass
-from backends.scaling import Observation, Scaler, ScalingPolicy
+from backends.scaling import Scaler
 from loadtest.scaling.replicas import Job, Replica, Speeds
 from loadtest.scaling.world import Pool, Seen, World
 

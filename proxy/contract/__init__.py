@@ -139,6 +139,10 @@ class PoolRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     max_tokens: int = (
         0  # uncached prompt tokens queued on a replica that it may never exceed; 0: any
     )
+    carries: float = 0.0  # requests in flight that a replica is meant to have; 0: nobody has said
+    startable: int = 0  # further replicas that could be started now, nobody else's taken for them
+    # Requests in flight, by the other region that is to have replicas for them.
+    wanted: dict[str, float] = {}
 
 
 class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,12 @@ A request that may have only what is spare (`x-doherty-class: spare`) is no dema
 stays up or comes back for it. So it is in none of a model's counts but `spare`. On a replica it
 counts as any other: one that drains has to finish it.
 
+Of other regions a report says two things. What each could do for a model (`elsewhere`), so that the
+manager, who alone decides what is started for its demand, can leave a part to one that has replicas
+sooner or has some at all. And what each asks of this region (`wanted`): requests in flight that it
+is to have replicas for, over and above those of its own proxies. All proxies of a region tell the
+same of another, so neither is summed over them.
+
 What is not of this form, or counts less than nothing, is no report and is refused as a whole: the
 manager divides by sums of these.
 """
@@ -33,6 +39,8 @@ DEMAND_BYTES_MAX = 4 * 1024 * 1024
 
 _Count = Annotated[int, Meta(ge=0, le=2**53)]  # beyond it a float is not exact
 _Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+_Inputs = Annotated[float, Meta(ge=0, le=1e6)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
 _Id = Annotated[str, Meta(max_length=128)]
 
 
@@ -57,6 +65,18 @@ class ModelDemand(msgspec.Struct, frozen=True, omit_defaults=True):
     spare: _Count = 0  # requests sent and not ended that may have only what is spare
 
 
+class Elsewhere(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What another region could do for a model, as its proxies have said just now."""
+
+    start_s: _Seconds = 0.0  # until one that is ordered now serves us, its round trip included
+    startable: _Count = 0  # replicas that it could start now
+    coming: _Count = 0  # on their way up there
+    free: _Count = 0  # requests that would begin there at once
+    in_flight: _Count = 0  # requests of this proxy that are there, and not ended
+    carries: _Inputs = 0.0  # requests in flight that a replica there is meant to have; 0: not known
+    share: _Share = 1.0  # of the requests that wait here, that may be computed there
+
+
 class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """All of one proxy, over its workers. Models by the names that pools serve."""
 
@@ -64,6 +84,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sequence: _Count  # grows with each report of this proxy
     models: dict[str, ModelDemand] = {}
     replicas: dict[str, ReplicaDemand] = {}
+    elsewhere: dict[str, dict[_Id, Elsewhere]] = {}  # by model, then by region
+    wanted: dict[str, dict[_Id, _Inputs]] = {}  # the same: what they ask of this one
     last: bool = False  # it has ended, and has nothing on any replica
     # The `FleetSnapshot` by which every worker chose, at least, when it counted; 0: none yet.
     fleet_epoch: _Id = ""

@@ -16,8 +16,13 @@ SUMMARY_INTERVAL_S = 0.25
 SUMMARY_AGE_S_MAX = 1.5  # six that did not come
 SUMMARY_BYTES_MAX = 1024 * 1024
 
+WANTED_INTERVAL_S = 0.5
+WANTED_AGE_S_MAX = 2.0  # of what was told last: who is cut off wants nothing any more
+WANTED_BYTES_MAX = 256 * 1024
+
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
 _Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+_Inputs = Annotated[float, Meta(ge=0, le=1e6)]
 _Name = Annotated[str, Meta(max_length=128)]
 
 
@@ -34,6 +39,7 @@ class ModelSummary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     start_s: _Seconds = 0.0  # what a start takes; 0: not known
     wakes: bool = False  # demand brings replicas up
     startable: _Count = 0  # further replicas that it could start now
+    carries: _Inputs = 0.0  # requests in flight that one of them is meant to have; 0: not known
 
 
 class RegionSummary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -45,6 +51,17 @@ class RegionSummary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     models: dict[_Name, ModelSummary] = {}
 
 
+class Wanted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one region asks of another: replicas for so many requests in flight, by model.
+
+    A whole, told every `WANTED_INTERVAL_S` for as long as it is true. All proxies of a region tell
+    the same, as their manager has decided it; so it is never summed over those who tell it.
+    """
+
+    region: _Name  # whose requests they are
+    models: dict[_Name, _Inputs] = {}
+
+
 class RemoteState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a proxy knows of one proxy of another region; its supervisor tells its workers."""
 
@@ -54,6 +71,7 @@ class RemoteState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     linked: bool = False  # and its summary is young
     since_s: float = 0.0  # monotonic: since when it is linked
     round_trip_s: float = 0.0
+    proxy_id: bytes = b""  # of its present life; empty: it was never linked
     at_s: float = 0.0  # monotonic: when the summary came
     summary: RegionSummary | None = None
 
@@ -67,4 +85,14 @@ def decode_summary(octets: bytes) -> RegionSummary:
     return _DECODER.decode(octets)
 
 
+def encode_wanted(wanted: Wanted) -> bytes:
+    return msgspec.msgpack.encode(wanted)
+
+
+def decode_wanted(octets: bytes) -> Wanted:
+    """Return what is wanted; raises `msgspec.MsgspecError` when it is nothing of that kind."""
+    return _WANTED_DECODER.decode(octets)
+
+
 _DECODER = msgspec.msgpack.Decoder(RegionSummary)
+_WANTED_DECODER = msgspec.msgpack.Decoder(Wanted)

@@ -22,6 +22,8 @@ TARGET_BYTES_MAX: Final = 8 * KIB
 HEADS_REMEMBERED_MAX: Final = 512
 REMEMBERED_HEAD_BYTES_MAX: Final = 2 * KIB
 FIELDS_MAX: Final = 128
+# A key has some 60 octets; a token of an identity provider with groups and roles, a few KiB.
+CREDENTIAL_BYTES_MAX: Final = 8 * KIB
 # A connection may send ahead this much while its current request is served; then we stop reading.
 PIPELINED_BYTES_MAX: Final = 64 * KIB
 # While we do not read, the loop does not tell us that the client has gone; so we look.
@@ -111,6 +113,8 @@ SERVER_ERRORS_IN_ROW_MAX: Final = 5
 
 # --- routing --------------------------------------------------------------------------------
 MODEL_BYTES_MAX: Final = 256
+# Tokens that a body may ask for; whoever writes more means no number. `_scan.c` has it, too.
+OUTPUT_TOKENS_MAX: Final = 1_000_000_000
 SESSION_KEY_BYTES_MAX: Final = 255
 # Ring points per replica. The share of the fullest of n replicas is about 1 + 2.5/sqrt(points).
 VIRTUAL_NODES: Final = 160
@@ -157,6 +161,9 @@ MEDIA_REGIONS_MAX: Final = 64
 # What a second of a flex request counts against one of the others. OpenAI sells that tier at half
 # the price and promises no latency; half again, so that two of them never outweigh one of these.
 FLEX_WEIGHT: Final = 0.25
+# How long OpenAI's and Anthropic's clients listen unless they are told otherwise (`_constants.py`,
+# `client.ts`): ten minutes, which nobody has chosen.
+CLIENT_PATIENCE_DEFAULT_S: Final = 600.0
 # Believed cache of a replica that does not say: 8 B shape at 0.45 of a 141 GB card.
 KV_CAPACITY_TOKENS_DEFAULT: Final = 340_000
 # Entries of the index per replica, ghosts included; some 250 octets each, so 33 MB at the most.
@@ -249,6 +256,31 @@ RUNWAY_S: Final = 0.3
 # which is the longest prompts, rises by a tenth; with 4 by a tenth and a fiftieth.
 AGEING_WEIGHT: Final = 4.0
 HELD_TRIED_MAX: Final = 16  # requests that one release looks at
+# Who waits and has said no deadline stands among those who have as if it were so long after it
+# came: a reader's patience with a page (Nielsen 1993: ten seconds keep attention, one second the
+# flow of thought), and longer than a proxy that is not overloaded ever holds anybody.
+OBJECTIVE_S: Final = 2.0
+# One with a deadline far ahead lets others of its class go first by so much at the most: less than
+# classes lie apart.
+DEADLINE_YIELD_S_MAX: Final = 5.0
+# Tenants whose counters differ by less than this are equal, and the earliest deadline decides: some
+# ordinary requests, so that it is not whose turn it is that orders them, and a few tens of
+# milliseconds of a replica, which is all that one who comes now and then waits for another's.
+SHARE_QUANTUM_TOKENS: Final = 4096.0
+# Whoever sent something within so long is about, though nothing of his waits: a person between two
+# turns of an agent, and a client with less than his share. Others are judged by him, too.
+SHARE_RECENT_S: Final = 5.0
+# While others are about, one who is over his share finds replicas open only when they have less
+# than this to do: so that who comes next does not wait for a whole runway of his.
+RUNWAY_OVER_S: Final = 0.1
+# Of an answer, until a tenant's own answers have told: what they have at the mean in the first half
+# hour of Azure's conversation trace of 2023 (AzurePublicDataset).
+OUTPUT_TOKENS_DEFAULT: Final = 222.0
+ACCOUNTS_MAX: Final = 4096  # of tenants, by class, in one worker; those who have nothing open go
+# What other workers charged is read again after so long: a fraction of what a request takes, and
+# some thousand cells for each reading.
+SHARE_READ_S = 0.01
+SHARE_IDLE_S: Final = 60.0  # after that the cells of one may become another's
 # A class of work that waits yields to online work that comes within so long after it, and to none
 # that comes later: so online work is first in every queue that is shorter, and nobody waits longer
 # for it by more than this. Ten seconds are nothing to a burst that is done in minutes, and two
@@ -412,6 +444,32 @@ PEER_BEAT_S = 1.0
 PEER_SILENCE_S = 5.0
 PEER_PAUSE_FIRST_S = 0.1
 PEER_PAUSE_MAX_S = 5.0
+# Between regions a connection that the path has lost is not waited for: as soon as the path is
+# there again a fresh one is, and a SYN that got lost was sent twice more by then (RFC 6298 §2).
+REGION_DIAL_TIMEOUT_S = 2.0
+REGION_PAUSE_MAX_S = 1.0
+# By how much the clocks of two regions may differ, with the time that a request is on its way.
+HOP_SKEW_S: Final = 30.0
+HOP_BYTES_MAX: Final = 8 * KIB  # of what is signed: some 300, and the regions that are allowed
+HOP_REGIONS_MAX: Final = 64
+# How often one request crosses in vain before it stays where it came: each time cost a round trip.
+HOPS_TRIED_MAX: Final = 3
+# A connection to another region takes a round trip, with TLS three, and a lost SYN is sent again
+# after a second (RFC 6298 §2).
+HOP_CONNECT_S_MIN: Final = 1.0
+HOP_CONNECT_WEIGHT: Final = 4.0
+# Octets on their way between regions that are not acknowledged for so long end their connection.
+HOP_SILENCE_S: Final = 4.0
+# Places in which used numbers are kept, fifteen in each, per worker and minute: 1,000 a second fill
+# half of them. 1 MiB.
+NONCE_BUCKETS_MAX: Final = 8192
+# Models of which other regions are told, and what is told at most to be free for one.
+SUMMARY_MODELS_MAX: Final = 4096
+SUMMARY_FREE_MAX: Final = 65_536
+# A request is taken to bring at least as much work, as long as few have been seen.
+USUAL_WORK_TOKENS: Final = 256
+# Round trips of which the least is that of the path: sixteen seconds of them.
+ROUND_TRIPS_MAX: Final = 64
 # What is cached where, told to one who has just started: 1.4 million entries, as many as twenty
 # replicas of a million tokens have, in pages that hold up neither side for a millisecond.
 DIGEST_BYTES_MAX = 16 * MIB

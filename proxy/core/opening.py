@@ -39,7 +39,13 @@ def has_little_to_do(slot: int, picture: Picture, now_s: float) -> bool:
     )
 
 
-def is_open(decision: Decision, request: Request, picture: Picture, now_s: float) -> bool:
+def is_open(
+    decision: Decision,
+    request: Request,
+    picture: Picture,
+    now_s: float,
+    runway_s: float = limits.RUNWAY_S,
+) -> bool:
     """Whether the replica can soon begin this, so that sending it there is right."""
     loads, slot = picture.loads, decision.slot
     if decision.replica.remote:  # it was chosen because it can (`core.regions`)
@@ -52,7 +58,7 @@ def is_open(decision: Decision, request: Request, picture: Picture, now_s: float
     if slot in loads.tight:
         tokens = picture.tokens_of(request.chain.prompt_bytes, slot)
         wait_s += loads.shortage_s(slot, tokens)
-    return wait_s <= limits.RUNWAY_S
+    return wait_s <= runway_s
 
 
 class Opening:

@@ -1,4 +1,4 @@
-"""What two proxies say to each other: who they are, and then frames of notes.
+"""What two proxies say to each other: who they are, and then frames of notes and messages.
 
 Both say hello at once: versions, region, a name that is drawn anew for each life, and a nonce. Then
 each proves that it has the key that both were given, over both hellos and its own part in the
@@ -7,12 +7,16 @@ carries a tag over its number and its octets: who sits between them can read, bu
 repeat nor leave out. Without a key there is no proof and no tag: for loopback, unix sockets, and
 networks that are trusted.
 
+Proxies of one region share notes, and so must be of one version. Those of two regions send each
+other only messages that say what they mean by themselves, and need not be.
+
 Frames are read totally: whatever comes, a value or `WireError`.
 """
 
 from __future__ import annotations
 
 import hmac
+from collections.abc import Collection
 from hashlib import blake2b, sha256
 from struct import Struct, error
 from typing import Annotated, Final, NamedTuple
@@ -30,6 +34,7 @@ NONCE_BYTES: Final = 32
 PROXY_ID_BYTES: Final = 16
 TAG_BYTES: Final = 16
 UNIX: Final = "unix:"
+_NEAR: Final = (UNIX, "127.", "localhost:", "[::1]:", "::1:")
 
 NOTES: Final = 1
 GONE: Final = 2
@@ -38,6 +43,12 @@ ECHO: Final = 4
 WHOLE: Final = 5
 ASK: Final = 6
 PAGE: Final = 7
+SUMMARY: Final = 8
+
+# Frames whose octets are read by who asked for that kind (`io.peers.Peers.listen`).
+MESSAGES: Final = frozenset((SUMMARY,))
+# Those that proxies of two regions may send each other.
+BETWEEN_REGIONS: Final = MESSAGES
 
 _NOTES: Final = Struct("<BIf")
 _GONE: Final = Struct("<BI")
@@ -72,8 +83,11 @@ def make_hello(region: str, proxy_id: bytes, nonce: bytes, key: str | None) -> b
     return msgspec.msgpack.encode(hello)
 
 
-def read_hello(octets: bytes, region: str, key: str | None) -> Hello:
-    """Return who is there. Raises `WireError` when it cannot be talked to."""
+def read_hello(octets: bytes, region: str, key: str | None, others: Collection[str] = ()) -> Hello:
+    """Return who is there. Raises `WireError` when it cannot be talked to.
+
+    `others` are the regions besides ours whose proxies may link to us.
+    """
     try:
         hello = _hello_decoder.decode(octets)
     except (msgspec.MsgspecError, ValueError) as fault:  # text that is no UTF-8 is the latter
@@ -81,10 +95,10 @@ def read_hello(octets: bytes, region: str, key: str | None) -> Hello:
     if hello.magic != MAGIC:
         raise WireError("it does not speak as a proxy does")
     versions = (hello.notes_version, hello.chain_version)
-    if versions != (NOTES_VERSION, CHAIN_VERSION):
-        raise WireError("it is of another version; notes go on when both are of one")
-    if hello.region != region:
+    if hello.region not in (region, *others):
         raise WireError(f"its region is {hello.region!r}, ours is {region!r}")
+    if hello.region == region and versions != (NOTES_VERSION, CHAIN_VERSION):
+        raise WireError("it is of another version; notes go on when both are of one")
     if hello.keyed != (key is not None):
         raise WireError("one of us has a peer_key and the other has none")
     return hello
@@ -179,6 +193,11 @@ def write_page(transfer: int, batch: bytes, *, last: bool) -> bytes:
     return _PAGE.pack(PAGE, transfer, int(last)) + batch
 
 
+def write_message(kind: int, octets: bytes) -> bytes:
+    """Say something that is one of `MESSAGES`."""
+    return bytes((kind,)) + octets
+
+
 def read_frame(octets: bytes) -> Frame:
     """Raises `WireError`."""
     kind = octets[0] if octets else 0
@@ -197,9 +216,16 @@ def read_frame(octets: bytes) -> Frame:
             return Frame(kind, _GONE.unpack(octets)[1])
     except error as fault:
         raise WireError("a frame is broken") from fault
+    if kind in MESSAGES:
+        return Frame(kind, batch=octets[1:])
     if kind == WHOLE and len(octets) == 1:
         return Frame(kind)
     raise WireError(f"no frame is of kind {kind}")
+
+
+def is_near(address: str) -> bool:
+    """Whether an address of ours is on this machine, by its looks."""
+    return address.startswith(_NEAR)
 
 
 def parse_address(address: str) -> tuple[str, int]:

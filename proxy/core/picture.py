@@ -243,6 +243,10 @@ class Picture:
         """Return how many tokens so many octets of a prompt are for the model of this replica."""
         return int(octets / self._size_of[slot].octets_per_token)
 
+    def usual_tokens(self, slot: int) -> float:
+        """Return how many tokens of a usual request are still to be computed when it comes."""
+        return self._size_of[slot].prefill_tokens
+
     def cached_tokens_of(self, chain: PrefixChain, cached_octets: int, slot: int) -> int:
         """Return the tokens of what is believed cached: as an answer told, or by the mean."""
         told = self.lengths.tokens_at(chain, cached_octets) if cached_octets else 0

@@ -37,14 +37,15 @@ class Request:
     sees to before it asks a policy. `weight`: what a second of its waiting counts, a person's is 1.
     `work_class`: how urgent it is, which counts only among those who wait. `spare`: it
     does not wait, and is no demand. `deadline_s`, of the same clock as decisions, is when its first
-    token is wanted, `tpot_s` the time between tokens that it wants. `regions`: where it may be
-    computed; `abroad`: whether it may leave this one. Tenants share what is scarce by their weight.
+    token is wanted, `tpot_s` the time between tokens that it wants, and `listens_until_s` when its
+    client gives up. `regions`: where it may be computed; `abroad`: whether it may leave this one.
+    Tenants share what is scarce by their weight.
     """
 
     __slots__ = (
-        "abroad", "adapter", "chain", "deadline_s", "has_session", "pinned", "regions",
-        "response_key", "spare", "stream", "tenant", "tenant_weight", "tpot_s", "tried", "weight",
-        "work_class",
+        "abroad", "adapter", "chain", "deadline_s", "has_session", "listens_until_s",
+        "pinned", "regions", "response_key", "spare", "stream", "tenant", "tenant_weight",
+        "tpot_s", "tried", "weight", "work_class",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +74,7 @@ class Request:
         self.tenant_weight = 1.0
         self.deadline_s = 0.0  # 0: none said
         self.tpot_s = 0.0  # 0: none said
+        self.listens_until_s = 0.0  # 0: not known
         self.regions: frozenset[str] | None = None  # None: all
         self.abroad = not spare
         self.tried: set[str] = set()  # replicas that have already failed this request

@@ -17,7 +17,7 @@ class Principal:
     """One key or token, ready to be asked. It is never changed; a new reading makes a new one."""
 
     __slots__ = (
-        "classes", "default_class", "expires_s", "isolated", "key_id", "models", "regions",
+        "classes", "default_class", "expires_s", "isolated", "key_id", "models", "owner", "regions",
         "row", "salt", "slo_ttft_s", "tenant", "weight",
     )  # fmt: skip
 
@@ -25,6 +25,7 @@ class Principal:
         """One who may do everything, without limit; `""` is nobody's key in particular."""
         self.tenant = tenant
         self.key_id = key_id
+        self.owner = tenant  # whose its files and cached prefixes are
         self.weight = 1.0
         self.default_class = UNSAID
         self.classes = ALL_CLASSES  # bits of those that may be asked for

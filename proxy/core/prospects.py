@@ -26,6 +26,8 @@ class Prospect:
     coming: int = 0
     ready_in_s: float = 0.0  # when the next of these should serve; 0: none comes, or nobody knows
     start_s: float = 0.0  # what a start takes; 0: not known
+    startable: int = 0  # further replicas that could be started now
+    carries: float = 0.0  # requests in flight that a replica is meant to have; 0: not known
 
     @property
     def starts_in_s(self) -> float:
@@ -70,6 +72,8 @@ def _prospect(record: PoolRecord) -> Prospect:
         record.coming,
         max(0.0, record.ready_in_s),
         max(0.0, record.start_s),
+        max(0, record.startable),
+        max(0.0, record.carries),
     )
 
 
@@ -82,6 +86,8 @@ def _together(one: Prospect, other: Prospect) -> Prospect:
         coming=one.coming + other.coming,
         ready_in_s=_sooner_s(one.ready_in_s, other.ready_in_s),
         start_s=_sooner_s(one.start_s, other.start_s),
+        startable=one.startable + other.startable,
+        carries=max(one.carries, other.carries),
     )
 
 

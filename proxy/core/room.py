@@ -15,7 +15,7 @@ from math import ceil
 
 from proxy.core import limits
 from proxy.core.classes import NAMES, OFFLINE, ONLINE, SHARES
-from proxy.core.holding import Held, class_of
+from proxy.core.held import Held, class_of
 from proxy.core.prospects import Prospect
 from proxy.errors import RETRY_AFTER_S_MAX
 

@@ -15,10 +15,10 @@ from proxy.core.policy import Decision, Request
 from proxy.core.regions import permits, remotes_of
 from proxy.core.replica import Replica
 from proxy.errors import InternalError
-from proxy.io.refusal import Refusal
+from proxy.io.reading import Reading
 
 
-class Abroad(Refusal):
+class Abroad(Reading):
     """A choice that knows of other regions."""
 
     remotes: tuple[RemoteState, ...] = ()

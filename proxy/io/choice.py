@@ -17,7 +17,7 @@ from proxy.config import ProxyConfig
 from proxy.contract import NO_REGION
 from proxy.core import fleet as fleets
 from proxy.core import limits, regions
-from proxy.core.classes import OFFLINE, ONLINE, UNSAID
+from proxy.core.classes import OFFLINE, ONLINE
 from proxy.core.opening import has_room, is_open
 from proxy.core.picture import Picture, Seats
 from proxy.core.policy import POLICIES, Decision, Request
@@ -52,7 +52,6 @@ class Choice:
         self.arrivals: dict[str, int] = {}  # requests that came, by model
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
         self.preemption = Preemption(self._fault)
-        self._some_offline = False  # there are pools of offline work
         self.waiting = Waiting(
             clock, self.picture, self.choose, self.awaited, self.prospect_of, self._fault
         )
@@ -142,8 +141,6 @@ class Choice:
         Where another worker was before us, the choice is made anew without that replica. An online
         request that would have to wait for offline work has that give way, and is placed then.
         """
-        if self._some_offline and request.work_class == UNSAID:
-            request.work_class = self.prospect_of(self.queue_of(model)).work_class
         decision, held = self._place(request, pool, model, lookup=lookup, now_s=now_s)
         if not self.preemption or lookup or not (held or decision is None):
             return decision, held
@@ -162,8 +159,6 @@ class Choice:
         now_s: float,
     ) -> bool:
         """Have offline work give way, where that helps; return whether some has at once."""
-        if request.work_class == UNSAID:
-            request.work_class = self.prospect_of(self.queue_of(model)).work_class
         if request.work_class != ONLINE:
             return False
         preemption, picture = self.preemption, self.picture
@@ -268,8 +263,6 @@ class Choice:
         if request.spare:
             raise NoSpareError("no replica has room to spare now")
         queue = self.queue_of(model)
-        if request.work_class == UNSAID:
-            request.work_class = self.prospect_of(queue).work_class
         return self.waiting.add(queue, request, held_bytes, on_decision, on_refusal, since_s)
 
     def arrived(self, model: str, request: Request) -> None:
@@ -286,8 +279,6 @@ class Choice:
         self.residency.forget(self.region)
         pools = self.fleet.pools
         self.arrivals = {model: self.arrivals.get(model, 0) for model in pools}
-        prospects = self.fleet.prospects.values()
-        self._some_offline = any(each.work_class == OFFLINE for each in prospects)
         self.waiting.fleet_changed(lambda queue: queue in pools or queue in _NAMELESS)
 
     def work_done(self) -> None:

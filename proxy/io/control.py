@@ -21,7 +21,7 @@ from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot
 from proxy.contract.demand import ModelDemand, ReplicaDemand
 from proxy.contract.keys import KeySet
-from proxy.contract.regions import RemoteState
+from proxy.contract.regions import ModelSummary, RemoteState
 from proxy.io.telemetry import Sample
 
 _LENGTH = struct.Struct("!I")
@@ -59,9 +59,10 @@ class KeysAre(msgspec.Struct, tag=True, frozen=True):
 
 
 class RemotesAre(msgspec.Struct, tag=True, frozen=True):
-    """What is known now of the proxies of other regions."""
+    """What is known now of the proxies of other regions, and the name of this one's life."""
 
     remotes: list[RemoteState]
+    ours: bytes = b""
 
 
 class Cleared(msgspec.Struct, tag=True, frozen=True):
@@ -198,6 +199,12 @@ class Demanded(msgspec.Struct, tag=True, frozen=True):
     at_once: bool = False  # somebody waits for a model of which nothing is awake
 
 
+class Summarised(msgspec.Struct, tag=True, frozen=True):
+    """What this worker sees of each model here, for other regions."""
+
+    models: dict[str, ModelSummary]
+
+
 class Counted(msgspec.Struct, tag=True, frozen=True):
     counters: list[Sample]
     gauges: list[Sample]
@@ -208,7 +215,8 @@ Down = Start | Accept | Reconfigure | News | Drain | Count | Explain
 
 Sharing = Listen | Whole | Heard | Gone | Recite | GiveWay
 FromWorker = Noted | Page | Garbled | GiveWay
-Message = Down | Sharing | FromWorker | Ready | Suspect | Doubt | Demanded | Counted | Explained
+Told = Demanded | Summarised | Counted | Explained
+Message = Down | Sharing | FromWorker | Ready | Suspect | Doubt | Told
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 

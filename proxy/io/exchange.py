@@ -24,6 +24,7 @@ from typing_extensions import override
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
+from proxy.core.additions import with_fields
 from proxy.core.chunked import decode_followed
 from proxy.core.classes import OFFLINE
 from proxy.core.http1 import ResponseHead
@@ -96,8 +97,13 @@ class Exchange(Relay):
             if self._route.local:
                 self._answer_locally()
                 return
-            asked = self._plane.read(self._route, self._preamble, body)
+            asked = self._plane.read(
+                self._route, self._preamble, body, self._principal, self._started_s
+            )
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
+            added = self._plane.added(asked, self._route, self._preamble, self._principal)
+            if added:
+                self._body = with_fields(body, added)
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, self._request.regions, lookup=lookup)
             self._plane.arrived(self._model, self._request)
@@ -134,7 +140,8 @@ class Exchange(Relay):
         self.fail(errors.InternalError("the proxy failed; its log has the reason"))
 
     def _answer_locally(self) -> None:
-        body, keep_alive = self._plane.local_answer(self._preamble.path), self._may_keep_alive()
+        keep_alive = self._may_keep_alive()
+        body = self._plane.local_answer(self._preamble.path, self._principal)
         answer = heads.local_answer(
             200,
             body,
@@ -253,7 +260,8 @@ class Exchange(Relay):
             host_field += self._name_itself()
         if self._request.work_class == OFFLINE:
             host_field += self._decision.replica.lowest_priority
-        head = self._preamble.upstream_head(host_field, self.request_id, len(self._body))
+        own = self._plane.authentication.engine_credential
+        head = self._preamble.upstream_head(host_field, self.request_id, len(self._body), own)
         upstream.send(self, head, self._body)
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
 

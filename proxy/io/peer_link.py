@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import time
+from collections import deque
+from collections.abc import Collection
 
+from proxy.contract.regions import SUMMARY_BYTES_MAX
 from proxy.core import limits, peer_wire
 from proxy.core.peer_wire import Frame, Hello, WireError
 
@@ -20,20 +24,34 @@ class PeerLink:
         other side comes again."""
         self.name = name
         self.place = place
+        self.region = ""
+        self.expected = ""  # the region that it should be of; empty: any that may link to us
         self.peer_id = b""
         self.dialled_by = b""
         self.ended = asyncio.Event()
         self.failure: str | None = None  # why we ended it
         self.heard_s = time.monotonic()
         self.delay_s = 0.0  # of what the other side says, about
+        self._round_trips_s: deque[float] = deque(maxlen=limits.ROUND_TRIPS_MAX)
+        self._bytes_max = limits.PEER_FRAME_BYTES_MAX
         self._reader = reader
         self._writer = writer
         self._outward = self._inward = peer_wire.Seal(b"")
 
     async def shake_hands(
-        self, *, region: str, proxy_id: bytes, key: str | None, dialled: bool
+        self,
+        *,
+        region: str,
+        proxy_id: bytes,
+        key: str | None,
+        dialled: bool,
+        others: Collection[str] = (),
     ) -> Hello:
-        """Find out who is there, and show who we are. Raises `WireError`."""
+        """Find out who is there, and show who we are. Raises `WireError`.
+
+        `others` are the regions besides ours that may link to us: with the key, or from this
+        machine.
+        """
         try:
             async with asyncio.timeout(limits.PEER_HANDSHAKE_TIMEOUT_S):
                 ours = peer_wire.make_hello(
@@ -41,7 +59,9 @@ class PeerLink:
                 )
                 self._write(ours)
                 theirs = await self._read(limits.PEER_HELLO_BYTES_MAX)
-                hello = peer_wire.read_hello(theirs, region, key)
+                hello = peer_wire.read_hello(theirs, region, key, others)
+                if hello.region != region and key is None and not self.near:
+                    raise WireError("proxies of two regions link only with a peer_key")
                 both = peer_wire.Link(key, ours, theirs, dialled=dialled)
                 self._write(both.proof)
                 both.check(await self._read(limits.PEER_HELLO_BYTES_MAX))
@@ -49,6 +69,9 @@ class PeerLink:
             raise WireError("it does not answer") from error
         self._outward, self._inward = both.outward, both.inward
         self.peer_id = hello.proxy_id
+        self.region = hello.region
+        if hello.region != region:
+            self._bytes_max = SUMMARY_BYTES_MAX
         self.dialled_by = proxy_id if dialled else hello.proxy_id
         self.heard_s = time.monotonic()
         return hello
@@ -56,7 +79,7 @@ class PeerLink:
     async def receive(self) -> Frame:
         """Return the next frame for others; beats are answered here. Raises `WireError`."""
         while True:
-            octets = await self._read(limits.PEER_FRAME_BYTES_MAX + peer_wire.TAG_BYTES)
+            octets = await self._read(self._bytes_max + peer_wire.TAG_BYTES)
             frame = peer_wire.read_frame(self._inward.open(octets))
             self.heard_s = time.monotonic()
             if frame.kind == peer_wire.BEAT:
@@ -65,6 +88,7 @@ class PeerLink:
                 there_and_back_s = self.heard_s - frame.figure
                 if 0.0 <= there_and_back_s <= limits.PEER_SILENCE_S:
                     self.delay_s = there_and_back_s / 2
+                    self._round_trips_s.append(there_and_back_s)
             else:
                 return frame
 
@@ -74,6 +98,19 @@ class PeerLink:
         if now_s - self.heard_s > limits.PEER_SILENCE_S:
             self.fail("it is silent")
         self.send(peer_wire.write_beat(peer_wire.BEAT, now_s))
+
+    @property
+    def round_trip_s(self) -> float:
+        """Return the least of the last: that is the path's, and the rest of others is a queue's."""
+        return min(self._round_trips_s, default=0.0)
+
+    @property
+    def near(self) -> bool:
+        """Whether the other end is on this machine."""
+        name = self._writer.get_extra_info("peername")
+        if not isinstance(name, tuple):
+            return True  # a unix socket's has no address
+        return ipaddress.ip_address(name[0].partition("%")[0]).is_loopback
 
     @property
     def waiting_bytes(self) -> int:
@@ -107,10 +144,10 @@ class LinkLostError(Exception):
     """The connection has ended; nobody has said anything wrong."""
 
 
-async def connect(address: str) -> PeerLink:
+async def connect(address: str, timeout_s: float) -> PeerLink:
     """Dial a peer. Raises `OSError`."""
     host, port = peer_wire.parse_address(address)
-    async with asyncio.timeout(limits.PEER_HANDSHAKE_TIMEOUT_S):
+    async with asyncio.timeout(timeout_s):
         if port < 0:
             path = host.removeprefix(peer_wire.UNIX)
             reader, writer = await asyncio.open_unix_connection(path)

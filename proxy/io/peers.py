@@ -1,9 +1,12 @@
-"""The links to the other proxies of the region: listened for, dialled, kept to one for each pair.
+"""The links to other proxies: listened for, dialled, kept to one for each pair.
 
 Every proxy may be given the same list, itself in it: who dials himself hears his own name and lets
 it be. Two who dial each other keep the link of whose name is smaller, and both know which that is.
 A proxy's name is drawn anew for each life. A link that breaks is dialled again, with pauses that
 grow; whatever the other side does wrong ends its link and nothing else.
+
+With the proxies of the region notes are shared. Those of other regions that the configuration names
+may link as well, and say only messages; what becomes of these links `io/regions.py` says.
 """
 
 from __future__ import annotations
@@ -14,19 +17,21 @@ import logging
 import os
 import socket
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 
 from proxy.config import ProxyConfig
 from proxy.core import limits, peer_wire
 from proxy.core.peer_wire import WireError
 from proxy.io.hub import Hub
 from proxy.io.peer_link import LinkLostError, PeerLink, accepted, connect
+from proxy.io.regions import Regions
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 
 _log = logging.getLogger("doherty.peers")
 
 _REFUSALS_REMEMBERED_MAX = 256
-_NEAR = (peer_wire.UNIX, "127.", "localhost:", "[::1]:")
+Reader = Callable[[PeerLink, bytes], None]
 
 
 class _IsSelfError(Exception):
@@ -44,16 +49,19 @@ class _DoubledError(Exception):
 class Peers:
     """All links of one proxy."""
 
-    def __init__(self, tasks: Tasks, hub: Hub) -> None:
+    def __init__(self, tasks: Tasks, hub: Hub, regions: Regions | None = None) -> None:
         self._tasks = tasks
         self._hub = hub
+        self._regions = regions or Regions(lambda _: None, dict)
+        self._readers: dict[int, Reader] = {peer_wire.SUMMARY: self._regions.hear}
+        self._others: frozenset[str] = frozenset()  # regions whose proxies may link to us
         self._proxy_id = os.urandom(peer_wire.PROXY_ID_BYTES)
         self._region = ""
         self._key: str | None = None
         self._may_listen = True
         self._listen_at: str | None = None
         self._listening: asyncio.Task[None] | None = None
-        self._dialling: dict[str, asyncio.Task[None]] = {}
+        self._dialling: dict[tuple[str, str], asyncio.Task[None]] = {}  # by address and region
         self._links: dict[bytes, PeerLink] = {}  # by the other's name
         self._greeting: set[PeerLink] = set()  # who has not shown yet who he is
         self._failures: dict[str, int] = defaultdict(int)
@@ -76,23 +84,50 @@ class Peers:
             for link in (*self._links.values(), *self._greeting):
                 link.fail("the configuration has changed")
         self._refusals.clear()
+        self._regions.know(config, self._proxy_id)
+        remotes = self._regions.places()
+        self._others = frozenset(remotes.values())
+        for link in self._links.values():
+            if link.region not in (self._region, *self._others):
+                link.fail("its region is no longer configured")
         listen_at = config.peer_listen if self._may_listen else None
         if listen_at != self._listen_at:
             self._close_listener()
             self._listen_at = listen_at
             if listen_at is not None:
                 self._listening = self._tasks.spawn("peer listener", self._listen(listen_at))
-        for address in self._dialling.keys() - set(config.peers):
-            self._dialling.pop(address).cancel()
-        for address in config.peers:
-            if address not in self._dialling:
-                work = self._keep_linked(address)
-                self._dialling[address] = self._tasks.spawn(f"peer {address}", work)
+        self._dial({**dict.fromkeys(config.peers, self._region), **remotes})
+
+    def _dial(self, wanted: Mapping[str, str]) -> None:
+        """Keep linked with those at these addresses, each of the region that is said."""
+        for place in self._dialling.keys() - wanted.items():
+            self._dialling.pop(place).cancel()
+        for place in wanted.items():
+            if place not in self._dialling:
+                work = self._keep_linked(*place)
+                self._dialling[place] = self._tasks.spawn(f"peer {place[0]}", work)
+
+    def listen(self, kind: int, reader: Reader) -> None:
+        """Have messages of this kind read by `reader`; it raises `WireError`."""
+        assert kind in peer_wire.MESSAGES
+        self._readers[kind] = reader
+
+    def links(self, *, abroad: bool | None = None) -> list[PeerLink]:
+        """Return the links with this region's proxies, with those of others, or all."""
+        return [
+            link
+            for link in self._links.values()
+            if abroad is None or abroad == (link.region != self._region)
+        ]
 
     def stop_listening(self) -> None:
-        """Leave the address to a successor. The links remain."""
+        """Leave the address to a successor. The links remain, but for those with other regions:
+        these are to find the successor."""
         self._may_listen = False
         self._close_listener()
+        self._dial({place: region for place, region in self._dialling if region == self._region})
+        for link in self.links(abroad=True):
+            link.fail("a new proxy takes over")
 
     def _close_listener(self) -> None:
         self._listen_at = None
@@ -139,7 +174,7 @@ class Peers:
                 continue
             break
         _log.info("listening for peers at %s", _shown(server, address))
-        if self._key is None and not address.startswith(_NEAR):
+        if self._key is None and not peer_wire.is_near(address):
             _log.warning("without a peer_key, whoever reaches %s is believed", address)
         path = address.removeprefix(peer_wire.UNIX) if address.startswith(peer_wire.UNIX) else None
         inode = os.stat(path).st_ino if path else 0
@@ -182,11 +217,15 @@ class Peers:
 
     # --- dialling ----------------------------------------------------------------------------
 
-    async def _keep_linked(self, address: str) -> None:
-        pause_s = limits.PEER_PAUSE_FIRST_S
+    async def _keep_linked(self, address: str, region: str) -> None:
+        pause_s, pause_s_max = limits.PEER_PAUSE_FIRST_S, limits.PEER_PAUSE_MAX_S
+        timeout_s = limits.PEER_HANDSHAKE_TIMEOUT_S
+        if region != self._region:
+            pause_s_max, timeout_s = limits.REGION_PAUSE_MAX_S, limits.REGION_DIAL_TIMEOUT_S
         while True:
             try:
-                link = await connect(address)
+                link = await connect(address, timeout_s)
+                link.expected = region
             except OSError as error:  # a timeout is one
                 self._refuse(address, f"cannot be reached: {error.strerror or error}")
             else:
@@ -198,7 +237,7 @@ class Peers:
                 except _DoubledError as doubled:
                     await doubled.other.ended.wait()
             await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, limits.PEER_PAUSE_MAX_S)
+            pause_s = min(pause_s * 2, pause_s_max)
 
     # --- one link ----------------------------------------------------------------------------
 
@@ -207,12 +246,17 @@ class Peers:
         self._greeting.add(link)
         try:
             await link.shake_hands(
-                region=self._region, proxy_id=self._proxy_id, key=key, dialled=dialled
+                region=self._region,
+                proxy_id=self._proxy_id,
+                key=key,
+                dialled=dialled,
+                others=self._others,
             )
             self._greeting.discard(link)
+            self._know_who(link)
             self._establish(link)
             while self._links.get(link.peer_id) is link:
-                self._hub.hear_peer(link, await link.receive(), link.delay_s)
+                self._hear(link, await link.receive())
         except WireError as error:
             self._failed(link, str(error), "refused" if link.peer_id == b"" else "broken")
         except LinkLostError as error:
@@ -222,10 +266,35 @@ class Peers:
             established = self._links.get(link.peer_id) is link
             if established:
                 del self._links[link.peer_id]
-                self._hub.unlink(link)
+                self._unlink(link)
             link.ended.set()
             link.close()
         return established
+
+    def _know_who(self, link: PeerLink) -> None:
+        """Whom we have called must be of the region that is said. Raises `WireError`."""
+        if link.expected and link.region != link.expected:
+            region, link.peer_id = link.region, b""
+            raise WireError(f"its region is {region!r}, and {link.expected!r} was said")
+        if link.expected:
+            self._regions.met(link.place, link.peer_id)
+
+    def _hear(self, link: PeerLink, frame: peer_wire.Frame) -> None:
+        reader = self._readers.get(frame.kind)
+        if reader is not None:
+            reader(link, frame.batch)
+        elif frame.kind in peer_wire.MESSAGES:
+            pass  # nobody here wants to know
+        elif link.region == self._region:
+            self._hub.hear_peer(link, frame, link.delay_s)
+        else:
+            raise WireError(f"a proxy of another region sends a frame of kind {frame.kind}")
+
+    def _unlink(self, link: PeerLink) -> None:
+        if link.region == self._region:
+            self._hub.unlink(link)
+        else:
+            self._regions.unlink(link)
 
     def _establish(self, link: PeerLink) -> None:
         """Make it the one link to this proxy. Raises when it should not be."""
@@ -237,12 +306,15 @@ class Peers:
             if link.dialled_by != smaller or other.dialled_by == smaller:
                 raise _DoubledError(other)
             del self._links[link.peer_id]
-            self._hub.unlink(other)
+            self._unlink(other)
             other.fail("there is another link to the same proxy")
         self._links[link.peer_id] = link
         self._refusals.pop(link.place, None)
         _log.info("linked with the proxy at %s", link.name)
-        self._hub.link(link)
+        if link.region == self._region:
+            self._hub.link(link)
+        else:
+            self._regions.link(link)
 
     def _failed(self, link: PeerLink, reason: str, kind: str) -> None:
         self._failures[kind] += 1
@@ -262,7 +334,7 @@ class Peers:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(limits.PEER_BEAT_S)
-            for link in list(self._links.values()):
+            for link in self.links(abroad=False):
                 link.beat()
 
 

@@ -5,8 +5,6 @@ One writer: the worker's event loop. Events change the fleet here and nowhere el
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ssl
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -20,7 +18,6 @@ from proxy.contract.keys import KeySet
 from proxy.contract.regions import RemoteState
 from proxy.core import fleet as fleets
 from proxy.core import limits
-from proxy.core.asked import Asked, read_body
 from proxy.core.head_memory import HeadMemory
 from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
@@ -34,12 +31,12 @@ from proxy.errors import (
     DrainingError,
     NoReplicaError,
     OverloadedError,
-    UnauthorizedError,
     UnsupportedEncodingError,
 )
 from proxy.io.aborts import Aborts
 from proxy.io.abroad import Abroad, moved_of
 from proxy.io.access_log import AccessLog
+from proxy.io.authentication import Authentication
 from proxy.io.clock import Clock
 from proxy.io.noting import Noting
 from proxy.io.outbox import Outbox
@@ -97,14 +94,15 @@ class Plane(Abroad):
         self._on_doubt = on_doubt
         self._doubted_s: dict[str, float] = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
-        self._key_digest = _digest(config.api_key)
-        self.keys = KeySet()
+        self.authentication = Authentication(config, clock)
+        self.proxy_id = b""
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
         self.follow(config)
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
-        self._key_digest = _digest(config.api_key)
+        self.authentication.reconfigure(config)
+        self.preambles.clear()
         self.upstreams.reconfigure(
             config.connect_timeout_secs, partial(tls.replica_context, config)
         )
@@ -150,10 +148,12 @@ class Plane(Abroad):
 
     def know_keys(self, keys: KeySet) -> None:
         """These are all API keys now, from the next request on."""
-        self.keys = keys
+        self.authentication.know_keys(keys)
+        self.preambles.clear()  # what is no key any more need not stay in memory
 
-    def know_remotes(self, remotes: Sequence[RemoteState]) -> None:
-        """This is what is known now of other regions."""
+    def know_remotes(self, remotes: Sequence[RemoteState], ours: bytes = b"") -> None:
+        """This is what is known now of other regions; `ours` names this proxy's life to them."""
+        self.proxy_id = ours
         moved = self.take_remotes(remotes)
         if moved is not None:
             self.sharing.hearsay.know(self.picture.slots)
@@ -286,11 +286,7 @@ class Plane(Abroad):
 
     # --- answers of our own ------------------------------------------------------------------
 
-    def authorized(self, key_digest: bytes) -> bool:
-        """Compare digests, so that time tells nothing of the key."""
-        return not self._key_digest or hmac.compare_digest(key_digest, self._key_digest)
-
-    def local_answer(self, path: bytes) -> bytes:
+    def local_answer(self, path: bytes, principal: Principal = ANYBODY) -> bytes:
         """Return the body of a path that the proxy answers itself. Raises `ProxyError`."""
         if path == b"/readyz":
             if self.draining and not self.relieved:
@@ -300,41 +296,43 @@ class Plane(Abroad):
             return b'{"status":"ready"}'
         if path in (b"/livez", b"/health"):
             return b'{"status":"alive"}'
-        return self._models(model_of_path(path).decode("ascii"))
+        return self._models(model_of_path(path).decode("ascii"), principal)
 
-    def _models(self, wanted: str) -> bytes:
-        """OpenAI's model list: what the fleet can serve, whether or not a replica is up now."""
+    def _models(self, wanted: str, principal: Principal) -> bytes:
+        """OpenAI's model list: what the fleet can serve, whether or not a replica is up now.
+
+        What its reader may not ask for is not there, here as elsewhere.
+        """
+        may = principal.models
         listed = [
             {"id": model, "object": "model", "created": 0, "owned_by": "doherty"}
             for model, pool in sorted(self.fleet.pools.items())
-            if pool.replicas or pool.remotes or self.fleet.prospect_of(model).wakes
+            if (pool.replicas or pool.remotes or self.fleet.prospect_of(model).wakes)
+            and (may is None or model in may)
         ]
         if not wanted:
             return orjson.dumps({"object": "list", "data": listed})
         for model in listed:
             if model["id"] == wanted:
                 return orjson.dumps(model)
-        raise self.unknown_model(wanted)
+        raise self.unknown_model(wanted, principal)
 
     def admit(self, route: Route, preamble: Preamble, length: int) -> Principal:
         """Judge a head by what this proxy may and can serve; return who asks. Raises `ProxyError`.
 
         A `length` that is announced is judged, but only what has come is held and counted.
         """
-        if route.name != "health" and not self.authorized(preamble.key_digest):
-            raise UnauthorizedError(
-                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            )
+        principal = ANYBODY if route.name == "health" else self.authentication.who_asks(preamble)
         if preamble.encoded:
             raise UnsupportedEncodingError("compressed request bodies are not read here")
         self.judge_length(length)
         if route.local:
-            return ANYBODY
+            return principal
         if self.exchanges_open > self.config.max_concurrent_requests:
             raise OverloadedError(
                 f"{self.config.max_concurrent_requests} requests are in flight already"
             )
-        return ANYBODY
+        return principal
 
     def judge_length(self, body_bytes: int) -> None:
         """Refuse a body that is, or will be, too large. Raises `BodyTooLargeError`."""
@@ -352,17 +350,6 @@ class Plane(Abroad):
             raise OverloadedError("this proxy holds as many request bodies as it may")
         self.bodies_bytes += more_bytes
         return held_bytes
-
-    def read(self, route: Route, preamble: Preamble, body: bytes) -> Asked:
-        """Read what a whole request asks for. Raises the kinds of `InvalidRequestError`."""
-        return read_body(
-            route,
-            preamble,
-            body,
-            strict=self.strict,
-            tenant=preamble.key_digest if self.config.tenant_isolation else b"",
-            adapters=self.fleet.adapters,
-        )
 
     def _unsolicited(self) -> None:
         self.telemetry.unsolicited_total += 1
@@ -427,7 +414,3 @@ def _offline(config: ProxyConfig) -> Replica | None:
     if config.offline_url is None:
         return None
     return replica_of(ReplicaRecord(replica_id="offline", url=config.offline_url))
-
-
-def _digest(key: str | None) -> bytes:
-    return hashlib.sha256(key.encode()).digest() if key else b""

@@ -11,6 +11,7 @@ from typing import Final
 
 from proxy.contract import ReplicaState
 from proxy.core import fleet as fleets
+from proxy.core.principal import ANYBODY, Principal
 from proxy.core.replica import Replica
 from proxy.core.room import start_retry_s
 from proxy.errors import (
@@ -67,8 +68,10 @@ class Refusal(Choice):
             raise MissingModelError("say which model is meant", "model")
         raise self.unknown_model(model)
 
-    def unknown_model(self, model: str) -> ModelNotFoundError:
-        known = ", ".join(sorted(self.fleet.pools)[:20]) or "none"
+    def unknown_model(self, model: str, principal: Principal = ANYBODY) -> ModelNotFoundError:
+        """Say so, and which there are; of those that its sender may not ask for he learns none."""
+        pools, may = self.fleet.pools, principal.models
+        known = ", ".join(sorted(pools if may is None else pools.keys() & may)[:20]) or "none"
         return ModelNotFoundError(
             f"the model {model!r} is not served here; served: {known}", "model"
         )

@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 
 from proxy.contract.demand import DEMAND_INTERVAL_S, ModelDemand, ReplicaDemand
+from proxy.contract.regions import SUMMARY_INTERVAL_S, ModelSummary
 from proxy.core import limits
 from proxy.core.demand import sum_models
 from proxy.core.fleet import Fleet
 from proxy.core.replica import Replica
+from proxy.core.summary import summarise
 from proxy.io import control
 from proxy.io.plane import Plane
 
@@ -83,6 +85,24 @@ def demand_of(plane: Plane, *, at_once: bool = False) -> control.Demanded:
         plane.fleet_version,
         at_once,
     )
+
+
+async def summarise_regularly(plane: Plane, channel: control.Channel) -> None:
+    """Say what other regions should know of the models here, where there are others."""
+    while True:
+        await asyncio.sleep(SUMMARY_INTERVAL_S)
+        behind = channel.waiting_bytes > limits.NOTES_WAITING_BYTES_MAX
+        if plane.config.access.remote_regions and not behind:
+            channel.send(control.Summarised(summary_of(plane)))
+
+
+def summary_of(plane: Plane) -> dict[str, ModelSummary]:
+    """Return what this worker sees of each model."""
+    waiting: dict[str, int] = {}
+    for key, queue in plane.waiting.queues.items():
+        model = key or plane.only_model()
+        waiting[model] = waiting.get(model, 0) + len(queue.waiters)
+    return summarise(plane.fleet, plane.picture, waiting, plane.clock.now_s())
 
 
 class _Count:

@@ -10,15 +10,17 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import aiohttp
 import msgspec
 
 from proxy.contract.demand import DEMAND_INTERVAL_S, DEMAND_PATH, Demand, encode_demand
+from proxy.contract.regions import ModelSummary
 from proxy.core import limits
 from proxy.core.demand import counted, sum_models, sum_replicas
-from proxy.io.control import Demanded
+from proxy.core.summary import merge
+from proxy.io.control import Demanded, Summarised
 from proxy.io.telemetry import Sample
 
 _log = logging.getLogger("doherty.demand")
@@ -32,6 +34,7 @@ class Teller:
         self._session = session
         self._url: str | None = None
         self._of: dict[int, Demanded | None] = {}  # by origin; None: it has said nothing yet
+        self._seen: dict[int, Mapping[str, ModelSummary]] = {}  # by origin, for other regions
         self._departed = Demanded({}, {})
         self._urgent = asyncio.Event()
         self._proxy_id = os.urandom(8).hex()
@@ -52,14 +55,23 @@ class Teller:
         """A worker has been started, and may choose before it has told anything."""
         self._of[origin] = None
 
-    def hear(self, origin: int, demanded: Demanded) -> None:
-        if origin in self._of:
-            self._of[origin] = demanded
-            if demanded.at_once:
-                self._urgent.set()
+    def hear(self, origin: int, said: Demanded | Summarised) -> None:
+        if origin not in self._of:
+            return
+        if isinstance(said, Summarised):
+            self._seen[origin] = said.models
+            return
+        self._of[origin] = said
+        if said.at_once:
+            self._urgent.set()
+
+    def summary(self) -> dict[str, ModelSummary]:
+        """Return what other regions are told of this one's models."""
+        return merge(self._seen.values())
 
     def leave(self, origin: int) -> None:
         """It is no more, and neither is what it had in hand."""
+        self._seen.pop(origin, None)
         last = self._of.pop(origin, None)
         if last is not None:
             models = sum_models((self._departed.models, counted(last.models)))

@@ -23,7 +23,8 @@ from typing import Final
 from proxy.core import limits
 from proxy.core.classes import NAMES, ONLINE, PATIENCE
 from proxy.core.fleet import Pool
-from proxy.core.holding import Held, Holding, class_of
+from proxy.core.held import Held, class_of
+from proxy.core.holding import Holding
 from proxy.core.opening import Opening
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Policy, Request

@@ -17,7 +17,7 @@ from backends.ladder import Rung, RungCost
 from backends.lifecycle import Event, Phase
 from backends.log import Log
 from backends.snapshots.base import Capability
-from proxy.contract.demand import Demand, ModelDemand
+from proxy.contract.demand import Demand, Elsewhere, ModelDemand
 from tests.fakes.provider import METRICS
 from tests.fakes.world import World, configuration
 
@@ -417,3 +417,52 @@ async def test_a_look_that_fails_is_followed_by_the_next(
     manager.scaler.book.take(told, world.clock.now_s())
     await world.clock.advance(TICK_S)
     assert set(world.phases()) == {"m-0"}
+
+
+async def test_what_another_region_asks_for_is_started_at_once(world: Scaled) -> None:
+    manager = await world.start(configuration(world.run_dir, scaled()))
+    assert manager.feed.snapshot.pools[0].startable == 4
+    assert manager.feed.snapshot.pools[0].carries == 4.0
+    manager.scaler.take(Demand(proxy_id="p", sequence=1, wanted={"m": {"eu": 8.0}}))
+    assert len(world.provider.spawned) == 2, "not at the next tick: now"
+    await world.clock.advance(0.5)
+    assert world.phases() == {"m-0": "ready", "m-1": "ready"}
+    assert manager.feed.snapshot.pools[0].startable == 2
+
+
+async def test_what_another_region_starts_sooner_is_not_started_here(world: Scaled) -> None:
+    manager = await world.start(configuration(world.run_dir, scaled()))
+    told = {"m": ModelDemand(queued=1, arrivals_total=1)}
+    soon = Elsewhere(start_s=0.1, startable=4, carries=4.0)
+    for sequence, offer in enumerate((soon, msgspec.structs.replace(soon, coming=1)), 1):
+        demand = Demand(
+            proxy_id="p", sequence=sequence, models=told, elsewhere={"m": {"us": offer}}
+        )
+        manager.scaler.take(demand)
+        await world.clock.advance(TICK_S)
+        assert world.provider.spawned == []
+        assert manager.feed.snapshot.pools[0].wanted == {"us": 4.0}
+    manager.scaler.take(Demand(proxy_id="p", sequence=3, models=told))
+    assert len(world.provider.spawned) == 1, "the other one is not heard of: at once"
+    assert manager.scaler.records()[0].wanted == {}
+
+
+async def test_another_region_gets_what_the_cards_do_not_allow(world: Scaled) -> None:
+    """One card, and a pool that needs two: the second replica is the other region's."""
+    world.cards = Cards(
+        GpuLeases(GpuInventory((Gpu(device="0", uuid="GPU-0", name="x"),))), Log(world.stream)
+    )
+    scale = f"autoscale: {{min: 2, max: 4, rungs: [cold], {WINDOWS}}}"
+    pools = f"[{{engine: simulator, target_inputs: 4, gpus: 1, {scale}}}]"
+    manager = await world.start(configuration(world.run_dir, pools))
+    record = manager.feed.snapshot.pools[0]
+    assert (len(world.provider.spawned), record.startable) == (1, 0)
+    told = {"m": ModelDemand(queued=9, arrivals_total=9)}
+    late = Elsewhere(start_s=90.0, startable=4, carries=4.0)
+    for sequence in range(1, 4):
+        manager.scaler.take(
+            Demand(proxy_id="p", sequence=sequence, models=told, elsewhere={"m": {"us": late}})
+        )
+        await world.clock.advance(TICK_S)
+    assert len(world.provider.spawned) == 1
+    assert manager.feed.snapshot.pools[0].wanted.get("us", 0.0) > 0.0

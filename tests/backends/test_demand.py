@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.demand import DOUBT_S, PROXIES_MAX, DemandBook
+from backends.demand import DOUBT_S, PROXIES_MAX, REGIONS_MAX, DemandBook
 from proxy.contract import FleetSnapshot, ReplicaRecord, ReplicaState
 from proxy.contract.demand import (
     DEMAND_AGE_S_MAX,
     Demand,
+    Elsewhere,
     ModelDemand,
     ReplicaDemand,
     decode_demand,
@@ -96,6 +97,37 @@ def test_counters_only_grow() -> None:
     made.expire(60.0)
     made.take(report("a", 1, arrivals_total=2), 60.0)
     assert (made.of("m").arrivals_total, made.of("m").refused_total) == (15, 1)
+
+
+def test_what_other_regions_ask_and_offer_is_not_summed_over_proxies() -> None:
+    made = book()
+    first = Demand(
+        proxy_id="a",
+        sequence=1,
+        wanted={"m": {"eu": 4.0}, "unknown": {"eu": 9.0}},
+        elsewhere={"m": {"us": Elsewhere(start_s=2.0, startable=3, in_flight=2, share=0.5)}},
+    )
+    second = Demand(
+        proxy_id="b",
+        sequence=1,
+        wanted={"m": {"eu": 5.0, "ap": 1.0}},
+        elsewhere={"m": {"us": Elsewhere(start_s=2.5, startable=1, in_flight=1)}},
+    )
+    made.take(first, 0.0)
+    made.take(second, 0.1)
+    assert made.wanted("m") == {"eu": 5.0, "ap": 1.0}
+    assert made.wanted("unknown") == {}
+    together = Elsewhere(start_s=2.5, startable=1, in_flight=3, share=0.5)
+    assert made.elsewhere("m") == {"us": together}
+    made.expire(DEMAND_AGE_S_MAX + 1.0)
+    assert (made.wanted("m"), made.elsewhere("m")) == ({}, {})
+
+
+def test_a_report_keeps_only_so_many_regions() -> None:
+    made = book()
+    many = {f"r{number}": 1.0 for number in range(2 * REGIONS_MAX)}
+    made.take(Demand(proxy_id="a", sequence=1, wanted={"m": many}), 0.0)
+    assert len(made.wanted("m")) == REGIONS_MAX
 
 
 def fleet(version: int, state: str = "ready", asleep: bool = False) -> FleetSnapshot:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from backends.load_history import LoadHistory, Totals
 from backends.load_trend import PARTS, line_through, rate_ahead, step_in
-from backends.scaling import Decision, Observation, Scaler, ScalingPolicy
+from backends.observation import Decision, Observation, ScalingPolicy
+from backends.scaling import Scaler
 
 POLICY = ScalingPolicy(min=0, max=40, target_inputs=8.0, max_inputs=12)
 STAY_S = 4.0

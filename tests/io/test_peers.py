@@ -435,5 +435,5 @@ async def test_a_peer_that_does_not_read_costs_a_bounded_buffer_and_holds_up_nob
 async def test_hello_is_said_to_oneself_in_vain() -> None:
     (place,) = await addresses(1)
     async with Proxy(peer_listen=place, peers=(place,)) as proxy:
-        await until(proxy.peers._dialling[place].done)
+        await until(proxy.peers._dialling[place, "local"].done)
         assert not proxy.links

@@ -1,0 +1,45 @@
+"""Whether it is plain from where the fleet is known, and who else is to be spoken with."""
+
+from __future__ import annotations
+
+from proxy.config import ProxyConfig
+from proxy.core.peer_wire import is_near, parse_address
+from proxy.core.replica import parse_url
+from proxy.io.registry import check_urls
+from proxy.listeners import StartError
+
+
+def check_source(config: ProxyConfig) -> None:
+    """Raise `StartError` or `ValueError` with what is wrong and what to do."""
+    check_urls(config.worker_urls)
+    if config.offline_url is not None:
+        parse_url(config.offline_url, "--offline-url")
+    for address in (*config.peers, *filter(None, (config.peer_listen,))):
+        parse_address(address)
+    _check_remotes(config)
+    if not config.worker_urls and not config.manager_url:
+        raise StartError(
+            "the replica list is empty: pass --worker-urls http://HOST:PORT … or --manager-url"
+        )
+    if config.worker_urls and config.manager_url:
+        raise StartError("--worker-urls and --manager-url exclude each other: one names the fleet")
+
+
+def _check_remotes(config: ProxyConfig) -> None:
+    """Between regions nobody is believed without the key, unless all of it is on one machine."""
+    peers = set(config.peers)
+    for remote in config.access.remote_regions:
+        what = f"remote_regions: {remote.region}"
+        try:
+            parse_address(remote.peer)
+            host = parse_url(remote.url, "url")[1]
+        except ValueError as error:
+            raise StartError(f"{what}: {error}") from error
+        if remote.peer in peers:
+            raise StartError(f"{what}: {remote.peer} is in proxy.peers, of this region, as well")
+        peers.add(remote.peer)
+        if config.peer_key is None and not (is_near(remote.peer) and is_near(f"{host}:0")):
+            raise StartError(
+                f"{what}: set proxy.peer_key, the same in all regions; without it requests cross "
+                "only between proxies on one machine"
+            )
