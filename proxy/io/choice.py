@@ -50,7 +50,7 @@ class Choice:
         self.policy = POLICIES[config.policy]
         self.strict = config.session_affinity == "strict"
         self._holds_back = _holds_back(config)
-        self.residency = regions.Residency()
+        self.residency = regions.Residency(self.region)
         self.responses = Responses()  # answers that requests may go on from
         self.arrivals: dict[str, int] = {}  # requests that came, by model
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
@@ -304,7 +304,7 @@ class Choice:
 
     def fleet_changed(self) -> None:
         """Other replicas may take requests: look anew at those who wait for them."""
-        self.residency.forget()
+        self.residency.forget(self.region)
         pools = self.fleet.pools
         self.arrivals = {model: self.arrivals.get(model, 0) for model in pools}
         self.waiting.fleet_changed(lambda queue: queue in pools or queue in _NAMELESS)
