@@ -97,6 +97,7 @@ class ProxyError(Exception):
         self.message = message
         self.param = param
         self.wait_s = wait_s or self.retry_after_s
+        self.wait_ms = 0  # the same to the millisecond, where it is known so well
 
     def body(self, dialect: Dialect = Dialect.OPENAI) -> bytes:
         """Return the JSON object that the client reads."""
@@ -225,6 +226,28 @@ class OverloadedError(ProxyError):
     code = "too_many_requests"
     should_retry = True
     retry_after_s = 1
+
+
+class RateLimitError(OverloadedError):
+    """The tenant has used what it may within a minute, or at a time; it may come again."""
+
+    code = "rate_limit_exceeded"
+
+
+class OverRateLimitError(OverloadedError):
+    """It asks for more tokens than its tenant may have in a whole minute."""
+
+    code = "over_rate_limit"
+    should_retry = False
+    retry_after_s = 0
+
+
+class QuotaError(OverloadedError):
+    """The tenant has used its tokens or its budget of the day."""
+
+    code = "insufficient_quota"
+    should_retry = False
+    retry_after_s = 0
 
 
 class QueueFullError(OverloadedError):
@@ -367,6 +390,9 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     UnauthorizedError,
     KeysUnknownError,
     OverloadedError,
+    RateLimitError,
+    OverRateLimitError,
+    QuotaError,
     QueueFullError,
     NoSpareError,
     QueueTimeoutError,

@@ -24,7 +24,9 @@ class Asked:
     `body` is what goes to a replica.
     """
 
-    __slots__ = ("body", "cache_salt", "model", "request", "service_tier", "stream", "tier")
+    __slots__ = (
+        "body", "cache_salt", "model", "output_tokens", "request", "service_tier", "stream", "tier",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -34,12 +36,14 @@ class Asked:
         request: Request,
         service_tier: str | None = None,
         cache_salt: str | None = None,
+        output_tokens: int = 0,
     ) -> None:
         self.model = model
         self.stream = stream
         self.request = request
         self.service_tier = service_tier
         self.cache_salt = cache_salt
+        self.output_tokens = output_tokens  # that the answer may have; 0: it does not say
         self.tier = b""
         self.body = b""
 
@@ -83,6 +87,7 @@ def read_body(
         request=request,
         service_tier=scanned.service_tier,
         cache_salt=scanned.cache_salt,
+        output_tokens=scanned.output_tokens,
     )
 
 

@@ -247,6 +247,16 @@ class Picture:
         """Return how many tokens of a usual request are still to be computed when it comes."""
         return self._size_of[slot].prefill_tokens
 
+    def prompt_tokens_of(self, chain: PrefixChain, pool: Pool | None) -> int:
+        """Return the tokens of a whole prompt: as an answer told, or by the mean of its model."""
+        told = self.lengths.tokens_at(chain, chain.prompt_bytes)
+        if told >= 0:
+            return told
+        slots = self.seats(pool).slots if pool is not None else []
+        if not slots:
+            return chain.prompt_bytes // limits.BYTES_PER_TOKEN
+        return self.tokens_of(chain.prompt_bytes, slots[0])
+
     def cached_tokens_of(self, chain: PrefixChain, cached_octets: int, slot: int) -> int:
         """Return the tokens of what is believed cached: as an answer told, or by the mean."""
         told = self.lengths.tokens_at(chain, cached_octets) if cached_octets else 0

@@ -102,6 +102,7 @@ class Exchange(Echoing):
             self._body, self._tier = asked.body, asked.tier
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, self._request.regions, lookup=lookup)
+            self._meter(asked)
             self._plane.arrived(self._model, self._request)
             decision, held = self._plane.decide(
                 self._request, self._pool, self._model, lookup=lookup, now_s=self._whole_s
@@ -324,6 +325,7 @@ class Exchange(Echoing):
             self._hear_first(data, now_s)
         self._last_octet_s = now_s
         self._received_bytes += len(data)
+        self._count_events(data)
         if self._beginning is not None:
             self._find_response_id(self._beginning + data)
         if self._error is not None:

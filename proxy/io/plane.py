@@ -38,6 +38,7 @@ from proxy.io.abroad import Abroad, moved_of
 from proxy.io.access_log import AccessLog
 from proxy.io.authentication import Authentication
 from proxy.io.clock import Clock
+from proxy.io.metering import Metering
 from proxy.io.noting import Noting
 from proxy.io.outbox import Outbox
 from proxy.io.sharing import Sharing
@@ -95,6 +96,7 @@ class Plane(Abroad):
         self._doubted_s: dict[str, float] = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
         self.authentication = Authentication(config, clock)
+        self.metering = Metering(config, clock)
         self.proxy_id = b""
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
@@ -102,6 +104,7 @@ class Plane(Abroad):
         self.follow(config)
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
         self.authentication.reconfigure(config)
+        self.metering.follow(config)
         self.preambles.clear()
         self.upstreams.reconfigure(
             config.connect_timeout_secs, partial(tls.replica_context, config)
@@ -150,6 +153,10 @@ class Plane(Abroad):
         """These are all API keys now, from the next request on."""
         self.authentication.know_keys(keys)
         self.preambles.clear()  # what is no key any more need not stay in memory
+
+    def know_jwt_keys(self, document: bytes) -> None:
+        """By these the tokens of the identity provider are verified now."""
+        self.authentication.know_jwt_keys(document)
 
     def know_remotes(self, remotes: Sequence[RemoteState], ours: bytes = b"") -> None:
         """This is what is known now of other regions; `ours` names this proxy's life to them."""
@@ -367,6 +374,7 @@ class Plane(Abroad):
             *self.sharing.counters(),
             *self.waiting.counters(),
             *self.preemption.counters(),
+            *self.metering.counters(),
             dropped,
         ]
 
@@ -384,6 +392,7 @@ class Plane(Abroad):
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
             *self.sharing.gauges(),
             *self.waiting.gauges(now_s),
+            *self.metering.gauges(),
         ]
         for replica_id, server in self.fleet.servers.items():
             out += self._believed(replica_id, now_s)
