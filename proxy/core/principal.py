@@ -18,7 +18,7 @@ class Principal:
 
     __slots__ = (
         "classes", "crossed", "default_class", "expires_s", "isolated", "key_id", "models",
-        "owner", "regions", "row", "salt", "slo_ttft_s", "tenant", "weight",
+        "owner", "rated", "regions", "row", "salt", "slo_ttft_s", "tenant", "weight",
     )  # fmt: skip
 
     def __init__(self, tenant: str = "", key_id: str = "") -> None:
@@ -36,6 +36,7 @@ class Principal:
         self.slo_ttft_s = 0.0  # 0: none said
         self.expires_s = 0.0  # Unix time; 0: never
         self.crossed = False  # another region has admitted and counts it: nothing is counted here
+        self.rated = True  # its requests count for the limits of a minute; lines of jobs do not
         self.row = -1  # of its tenant in the memory of all workers; below 0: it has no limits
 
 

@@ -22,15 +22,15 @@ from proxy.core.opening import has_room
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
 from proxy.core.retry import Progress
+from proxy.io.echoing import Echoing
 from proxy.io.endings import Client
 from proxy.io.hops import Arrived
 from proxy.io.plane import Plane
-from proxy.io.relay import Relay
 
 _QUEUED: Final = Progress.QUEUED
 
 
-class Crossing(Relay):
+class Crossing(Echoing):
     """What an exchange with a replica has to do with other regions."""
 
     __slots__ = ("_added", "_arrived", "_crossed_times", "_remote")
@@ -64,7 +64,8 @@ class Crossing(Relay):
         arrived = self._arrived
         if arrived is not None:
             plane, request = self._plane, self._request
-            arrived.lay_on(request, self._body, self._whole_s)
+            plane.hops.check_body(arrived, self._body)
+            arrived.lay_on(request, self._whole_s)
             if not plane.resides(request.regions):
                 raise plane.hops.misdirected(request.regions)
             plane.hops.came(arrived, self)
@@ -94,6 +95,9 @@ class Crossing(Relay):
         if not self._remote:
             body = with_fields(self._body, self._added) if self._added else self._body
             own = plane.authentication.engine_credential
+            if own is None and self._arrived is not None:  # nobody's key has come with it
+                key = plane.config.api_key
+                own = b"authorization: Bearer %b\r\n" % key.encode() if key else b""
             return preamble.upstream_head(host_field, self.request_id, len(body), own), body
         host_field += plane.hops.fields(
             self._remote,
@@ -109,9 +113,9 @@ class Crossing(Relay):
 
     def _refuses_hop(self, head: ResponseHead) -> bool:
         """Whether the other region has sent this request away before anybody began it."""
-        if head.status in (429, 503):
-            return True
-        return head.status in (403, 421) and dict(head.fields).get(HOP) == REFUSED
+        return head.status in (429, 503) or (
+            head.status >= 400 and dict(head.fields).get(HOP) == REFUSED
+        )
 
     def take_back(self, reason: str) -> None:
         """It has crossed in vain, and not an octet of an answer has come: choose anew."""
@@ -119,7 +123,7 @@ class Crossing(Relay):
             return
         plane, request, remote = self._plane, self._request, self._remote
         self._drop_replica()
-        self._settle("taken_back")
+        self._land("taken_back")
         self._release(plane.clock.now_s(), refused=True)
         request.tried.update(plane.fleet.names_of(remote))
         if self._crossed_times >= limits.HOPS_TRIED_MAX:
@@ -167,7 +171,7 @@ class Crossing(Relay):
         in_vain = self._request.tried if self._progress is Progress.CONNECTING else ()
         return self._plane.turn_away(self._model, self._pool, in_vain, reason)
 
-    def _settle(self, outcome: str) -> None:
+    def _land(self, outcome: str) -> None:
         """It is answered, or over: nothing brings it back any more."""
         remote, self._remote = self._remote, ""
         hops = self._plane.hops
@@ -178,16 +182,19 @@ class Crossing(Relay):
     @override
     def _finish(self, status: int, outcome: str) -> None:
         if self._remote or self._arrived is not None:
-            self._settle(outcome)
+            self._land(outcome)
         super()._finish(status, outcome)
 
     # --- what its client is told -------------------------------------------------------------
 
     @override
     def _diagnostics(self) -> tuple[Field, ...]:
-        """Where it was computed is told where it has crossed, by the region that it came to."""
+        """Where it was computed is told where it has crossed, by the region that it came to.
+
+        That one is told here whether anybody can have begun it.
+        """
         if self._arrived is not None:
-            return ()
+            return ((HOP, REFUSED),) if self._progress < Progress.REQUEST_SENT else ()
         told = super()._diagnostics()
         if not told and self._decision is not None and self._decision.replica.remote:
             return ((REGION, self._decision.replica.region.encode()),)

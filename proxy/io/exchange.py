@@ -24,8 +24,7 @@ from typing_extensions import override
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
-from proxy.core.chunked import decode_followed
-from proxy.core.classes import OFFLINE
+from proxy.core.classes import OFFLINE, ONLINE
 from proxy.core.http1 import ResponseHead
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
@@ -101,10 +100,11 @@ class Exchange(Crossing):
                 self._route, self._preamble, body, self._principal, self._started_s
             )
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
+            self._added, self._tier = asked.added, asked.tier
             self._lay_claims()
-            self._added = self._plane.added(asked, self._route, self._preamble, self._principal)
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, self._request.regions, lookup=lookup)
+            self._meter(asked)
             self._plane.arrived(self._model, self._request)
             self._place(self._pool, self._whole_s)
         except errors.ProxyError as error:
@@ -232,8 +232,9 @@ class Exchange(Crossing):
         self._rid = b""
         if self._decision.replica.rid_header:
             host_field += self._name_itself()
-        if self._request.work_class == OFFLINE:
-            host_field += self._decision.replica.lowest_priority
+        priorities, work_class = self._decision.replica.priority_fields, self._request.work_class
+        if priorities and (work_class > ONLINE or self._principal.tenant):
+            host_field += priorities[work_class]  # above whatever a tenant's body says
         upstream.send(self, *self._outward(host_field))
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
 
@@ -252,7 +253,7 @@ class Exchange(Crossing):
             if self._refuses_hop(head):
                 self.take_back(f"region {replica.region} answers {head.status}")
                 return
-            self._settle("answered")
+            self._land("answered")
         self._plane.answered(replica.replica_id, head.status)
         lookup = self._route is not None and self._route.lookup
         if head.status == 404 and lookup and self._ask_next(replica.replica_id):
@@ -270,7 +271,7 @@ class Exchange(Crossing):
         self._progress = _RESPONSE_STARTED
         self._response = head
         if self._arrived is not None:
-            self._settle("answered")
+            self._land("answered")
         if self._request.work_class == OFFLINE and self._lease is not None:
             self._plane.preemption.drop(self._lease)
         self._drop_body()  # it will not be sent again
@@ -279,6 +280,7 @@ class Exchange(Crossing):
         if head.event_stream and self._route is not None and head.status == 200:
             names = _OPENINGS.get(self._route.prompt)
             self._openings = Openings(names) if names else None
+        self._begin_echo(head, length)
         if not self._commented_s:
             self._render_head(head, length)
         if self._paused and self._upstream is not None:  # slow before there was what to pause
@@ -304,12 +306,10 @@ class Exchange(Crossing):
         if not self._first_octet_s:
             self._hear_first(data, now_s)
         self._last_octet_s = now_s
-        size = len(data)
-        self._received_bytes += size
+        self._received_bytes += len(data)
+        self._count_events(data)
         if self._beginning is not None:
             self._find_response_id(self._beginning + data)
-        keep = limits.USAGE_TAIL_BYTES
-        self._tail = data[-keep:] if size >= keep else (self._tail + data)[-keep:]
         if self._error is not None:
             if not (data := self._error.keep(data)):
                 return
@@ -317,9 +317,9 @@ class Exchange(Crossing):
             self._start_answer(head, -1)  # chunked, and too large for an error: it passes
             if self._done:
                 return
-        if self._decoder is not None:
-            data = decode_followed(self._decoder, data)
-        self._send(data)
+        if self._echo is not None and not (data := self._echo.feed(data)):
+            return
+        self._pass_on(data)
 
     def _hear_first(self, data: bytes, now_s: float) -> None:
         """What is generated shows that the prompt is computed: neither an opening nor an error."""
@@ -343,6 +343,7 @@ class Exchange(Crossing):
     def response_ended(self, *, reusable: bool) -> None:
         if self._done:
             return
+        self._end_echo()
         response, route = self._response, self._route
         if response and route and sse.cut_by_close(route, response, self._tail):
             self.response_failed("connection closed before [DONE]")
@@ -366,7 +367,7 @@ class Exchange(Crossing):
         """The replica went away, or what it said is not HTTP."""
         if self._done:
             return
-        open_chunk = self._upstream.open_chunk if self._upstream is not None else None
+        open_chunk = self._open_chunk
         self._upstream = None
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
@@ -419,7 +420,7 @@ class Exchange(Crossing):
         error = errors.ReplicaTimeoutError(
             f"replica {replica_id} was silent for {silence_s:.0f} s (--request-timeout-secs)"
         )
-        open_chunk = self._upstream.open_chunk if self._upstream is not None else None
+        open_chunk = self._open_chunk
         self._drop_replica()
         if self._response is None or self._unsent_head:
             self.fail(error)

@@ -71,16 +71,9 @@ class Arrived:
         principal.isolated = claims.isolated
         principal.salt = claims.salt
 
-    def lay_on(self, request: Request, body: bytes, now_s: float) -> None:
-        """Make the request what it was where it came from; it may go no further.
-
-        Raises `HopRefusedError` where the body is another.
-        """
+    def lay_on(self, request: Request, now_s: float) -> None:
+        """Make the request what it was where it came from; it may go no further."""
         claims = self.claims
-        try:
-            check_body(claims, body)
-        except HopError as error:
-            raise HopRefusedError(f"{HOP.decode()} is not taken: {error}") from None
         request.abroad = False
         if claims.work_class != UNSAID:
             request.work_class = claims.work_class
@@ -130,6 +123,13 @@ class Hops:
             return None
         self.arrived[claims.origin] += 1
         return Arrived(claims)
+
+    def check_body(self, arrived: Arrived, body: bytes) -> None:
+        """Raises `HopRefusedError` where the body is not the one that was signed."""
+        try:
+            check_body(arrived.claims, body)
+        except HopError as error:
+            raise self._refusal(error.kind, str(error)) from None
 
     def refuse(self, preamble: Preamble) -> None:
         """Nothing may cross on this path: raises `HopRefusedError` for what tries to."""
