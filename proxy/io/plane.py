@@ -170,7 +170,7 @@ class Plane(Abroad):
             self.sharing.hearsay.know(self.picture.slots)
             self._retain(moved)
             self.fleet_changed()
-        self.hops.know(remotes, ours)
+        self.upstreams.close_idle(self.hops.know(remotes, ours))
         self.work_done()
 
     def suspect(self, replica_id: str, reason: str) -> None:
