@@ -38,13 +38,14 @@ class Outlook:
     """One remote proxy and one model, as they were told, and what was sent there since."""
 
     __slots__ = (
-        "_pauses", "_sent", "_sent_tokens", "_suspect_until_s", "at_s", "linked", "lost",
+        "_pauses", "_sent", "_sent_tokens", "_suspect_until_s", "at_s", "draining", "linked", "lost",
         "round_trip_s", "said", "since_s",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.said = NOTHING_SAID
-        self.linked = False
+        self.linked = False  # and tells of the model
+        self.draining = False
         self.lost = False  # it was linked once, and then was not
         self.since_s = 0.0
         self.at_s = 0.0
@@ -57,13 +58,14 @@ class Outlook:
     def know(self, state: RemoteState, said: ModelSummary | None) -> None:
         """This is what is known of it now; None: it does not speak of the model."""
         summary = state.summary
-        linked = state.linked and summary is not None and not summary.draining and said is not None
-        if self.linked and not linked:
+        linked = state.linked and said is not None
+        draining = summary is not None and summary.draining
+        if (self.linked and not linked) or draining:
             self.lost = True
         if linked and not self.linked:
             self._pauses = 0
             self._suspect_until_s = 0.0
-        self.linked = linked
+        self.linked, self.draining = linked, draining
         self.since_s, self.at_s = state.since_s, state.at_s
         self.round_trip_s = state.round_trip_s
         if said is not None:
@@ -101,8 +103,12 @@ class Outlook:
 
     def why_not(self, now_s: float) -> str:
         """Return why nothing is sent there at all; empty: something may be."""
+        return "draining" if self.linked and self.draining else self.gone(now_s)
+
+    def gone(self, now_s: float) -> str:
+        """Return why not even what has its state there is sent; empty: that may be."""
         if not self.linked:
-            return "not linked, or draining"
+            return "not linked"
         if now_s - self.at_s > SUMMARY_AGE_S_MAX:
             return "silent"
         if now_s < self._suspect_until_s:

@@ -90,8 +90,9 @@ class Choice:
             place = seats.places.get(slot, -1)
             if place >= 0 and name not in request.tried:
                 return self._to_state(seats, place, "response", request)
-            if slot in seats.away_slots and name not in request.tried and request.abroad:
-                return Decision(seats.away[seats.away_slots.index(slot)], slot, "response")
+            if slot in seats.away_slots and request.abroad and name not in request.tried:
+                if not picture.outlooks.of[slot].gone(now_s):
+                    return Decision(seats.away[seats.away_slots.index(slot)], slot, "response")
         if request.pinned and self.config.policy in _PINNING:
             home = self._to_home(request, pool)
             if picture.seats(pool).slots:  # its state is here
@@ -235,7 +236,7 @@ class Choice:
         if not self.config.queue_size:
             return False
         wakes = self.prospect_of(queue).wakes and self.resides(request.regions)
-        if wakes or pool is None or not pool.remotes:
+        if wakes or pool is None or not pool.remotes or not request.abroad:
             return wakes
         return self.picture.some_serve(self.picture.seats(pool), self.clock.now_s())
 

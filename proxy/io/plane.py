@@ -163,7 +163,8 @@ class Plane(Abroad):
 
     def suspect(self, replica_id: str, reason: str) -> None:
         """A replica failed a request in a way that says it may be gone."""
-        self.picture.suspect_remote(replica_id, self.clock.now_s())
+        if self.fleet.remotes:
+            self.picture.suspect_remote(replica_id, self.clock.now_s())
         before = self.fleet
         self.fleet = fleets.apply(before, fleets.ReplicaSuspected(replica_id))
         if self.fleet is not before:
@@ -193,7 +194,8 @@ class Plane(Abroad):
     def answered(self, replica_id: str, status: int) -> None:
         """Count server errors in a row. Client errors are no sign of a sick replica."""
         if status < 500 or status == 501:
-            self.picture.remote_answered(replica_id)
+            if self.fleet.remotes:
+                self.picture.remote_answered(replica_id)
             if self._server_errors:
                 self._server_errors.pop(replica_id, None)
             return

@@ -110,7 +110,9 @@ class Refusal(Choice):
         """Return why a request should wait no longer, if so."""
         pool, config = self.awaited(waiter.key, waiter.request.regions), self.config
         coming = pool is not None and any(r.state in _COMING for r in pool.replicas.values())
-        if not coming and not self.prospect_of(waiter.key).wakes and not self._abroad(pool, now_s):
+        wakes = self.prospect_of(waiter.key).wakes
+        abroad = waiter.request.abroad and self._abroad(pool, now_s)
+        if not (coming or wakes or abroad):
             return NoReplicaError(self.no_replica_reason(pool))
         return self.waiting.end_of_wait(
             waiter,
