@@ -27,22 +27,24 @@ SUMMARY = "three regions that share their load against three islands, in virtual
 AFTER_SHARE = 0.1  # of each region's requests, while caches are empty
 
 
-class Scene(msgspec.Struct, frozen=True, kw_only=True):
-    """How busy each region is, in rates at which round robin would have it full.
+# The rate at which the project's own choice has a region's replicas full, in rates at which round
+# robin has: the one keeps conversations where their prefixes are, the other computes them anew.
+FULL = {"shared-head": 1.75, "nothing-shared": 1.1}
 
-    Routed by prefixes, conversations are full at nearly twice that.
-    """
+
+class Scene(msgspec.Struct, frozen=True, kw_only=True):
+    """How busy each region is: 1 is as much as its replicas can do."""
 
     name: str
     loads: tuple[float, ...]
 
 
 SCENES = (
-    Scene(name="quiet", loads=(0.7, 0.7, 0.7)),
-    Scene(name="all nearly full", loads=(1.5, 1.5, 1.5)),
-    Scene(name="one over", loads=(2.0, 0.7, 0.7)),
-    Scene(name="one far over", loads=(2.5, 0.7, 0.7)),
-    Scene(name="all over", loads=(2.0, 2.0, 2.0)),
+    Scene(name="quiet", loads=(0.4, 0.4, 0.4)),
+    Scene(name="all nearly full", loads=(0.85, 0.85, 0.85)),
+    Scene(name="one over", loads=(1.15, 0.4, 0.4)),
+    Scene(name="one far over", loads=(1.45, 0.4, 0.4)),
+    Scene(name="all over", loads=(1.1, 1.1, 1.1)),
 )
 
 
@@ -111,7 +113,9 @@ def jobs_of(
     for number, load in enumerate(scene.loads):
         source = Source(name=workload, picked=Picked(limit=requests, seed=number + 1))
         own = SYNTHETIC[workload](requests, number + 1)
-        rate = load * full_rate(source, ground.cache_tokens, "mixed", ground.replicas)
+        rate = (
+            load * FULL[workload] * full_rate(source, ground.cache_tokens, "mixed", ground.replicas)
+        )
         scale = rate * own.span_s / len(own.jobs)
         merged += [(job.at_s / scale, number, job) for job in own.jobs]
     # The scene lasts as long as the busiest region's requests do.

@@ -38,8 +38,8 @@ class Outlook:
     """One remote proxy and one model, as they were told, and what was sent there since."""
 
     __slots__ = (
-        "_pauses", "_sent", "_sent_tokens", "_suspect_until_s", "at_s", "draining", "linked", "lost",
-        "round_trip_s", "said", "since_s",
+        "_pauses", "_sent", "_sent_tokens", "_suspect_until_s", "at_s", "draining", "linked",
+        "lost", "round_trip_s", "said", "since_s",
     )  # fmt: skip
 
     def __init__(self) -> None:

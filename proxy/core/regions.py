@@ -28,7 +28,7 @@ from proxy.contract.regions import RemoteState
 from proxy.core import limits
 from proxy.core.cost import Terms
 from proxy.core.fleet import Pool
-from proxy.core.picture import Picture
+from proxy.core.picture import Picture, Seats
 from proxy.core.policy import Decision, Policy, Request, prefix, terms
 from proxy.core.replica import Replica, remote_replica
 
@@ -156,6 +156,13 @@ def why_not(
     if pool.available:
         return "it would not begin one at once"
     return "" if outlook.takes(inflight, now_s) else "it serves none"
+
+
+def may_have_state(
+    request: Request, slot: int, seats: Seats, picture: Picture, now_s: float
+) -> bool:
+    """Whether a request may go to this remote because what it goes on from is there."""
+    return slot in seats.away_slots and request.abroad and not picture.outlooks.of[slot].gone(now_s)
 
 
 def choose_region(

@@ -99,13 +99,11 @@ class Choice:
         """
         if request.response_key:
             name = self.responses.place_of(request.response_key)
-            seats = picture.seats(pool)
-            slot = picture.slots.get(name, -1) if name is not None else -1
-            place = seats.places.get(slot, -1)
-            if place >= 0 and name not in request.tried:
-                return self._to_state(seats, place, "response", request)
-            if slot in seats.away_slots and request.abroad and name not in request.tried:
-                if not picture.outlooks.of[slot].gone(now_s):
+            if name is not None and name not in request.tried:
+                seats, slot = picture.seats(pool), picture.slots.get(name, -1)
+                if slot in seats.places:
+                    return self._to_state(seats, seats.places[slot], "response", request)
+                if regions.may_have_state(request, slot, seats, picture, now_s):
                     return Decision(seats.away[seats.away_slots.index(slot)], slot, "response")
         if request.pinned and self.config.policy in _PINNING:
             home = self._to_home(request, pool)

@@ -8,7 +8,7 @@ REQUESTS = 500
 
 
 def test_below_saturation_nearly_all_requests_stay_where_they_came() -> None:
-    outcome = play(Scene(name="calm", loads=(0.8, 0.8, 0.8)), "nothing-shared", REQUESTS, 2)
+    outcome = play(Scene(name="calm", loads=(0.75, 0.75, 0.75)), "nothing-shared", REQUESTS, 2)
     for one in outcome.shared:
         assert one.local_share >= 0.95
     assert len(rows(outcome).splitlines()) == len(outcome.shared)
@@ -16,7 +16,7 @@ def test_below_saturation_nearly_all_requests_stay_where_they_came() -> None:
 
 
 def test_a_region_in_a_surge_is_spared_half_of_its_wait_and_the_others_lose_little() -> None:
-    outcome = play(Scene(name="surge", loads=(2.0, 0.4, 0.4)), "nothing-shared", REQUESTS, 2)
+    outcome = play(Scene(name="surge", loads=(1.8, 0.35, 0.35)), "nothing-shared", REQUESTS, 2)
     surge, island = outcome.shared[0], outcome.islands[0]
     assert island.local_share == 1.0
     assert surge.local_share < 0.95
