@@ -408,7 +408,7 @@ class Plane(Abroad):
             out += self._believed(replica_id, now_s)
             by = (("replica", replica_id),)
             out.append(Sample("replica_suspect", by, float(server.suspect)))
-        return out
+        return out + self.gauges_abroad(self.leases) if self.fleet.remotes else out
 
     def _believed(self, replica_id: str, now_s: float) -> list[Sample]:
         """Return what is believed of a server, with all of its ranks."""
