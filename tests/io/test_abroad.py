@@ -59,6 +59,8 @@ async def test_a_request_goes_where_it_can_begin_and_comes_back_as_any_other(ben
     assert bench.plane.picture.loads.inflight[bench.plane.picture.slots["us#0/m"]] == 1
     assert demand_of(bench.plane).models["m"].in_flight == 1  # that of the replica here
     assert set(demand_of(bench.plane).replicas) == {"a"}
+    gauges = {s.name: s.value for s in bench.plane.gauges(0) if s.name.startswith("remote_")}
+    assert gauges == {"remote_inflight": 1, "remote_room": FREE.free - 1}
     engine.send(answer())
     got = client.answer()
     assert got.fields["x-doherty-region"] == "us"
