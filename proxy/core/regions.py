@@ -182,10 +182,19 @@ def choose_region(
     if home is not None and not priced:
         return home
     seats = picture.seats(pool)
-    as_slot = home.slot if home is not None else seats.slots[0] if seats.slots else -1
     least_octets = _hot_octets(home, request)
-    best_s, best_at = _NEVER, -1
+    as_slot = home.slot if home is not None else seats.slots[0] if seats.slots else -1
+    if home is not None:
+        best_s = _home_s(home, request, picture, now_s, least_octets)
+    elif seats.slots:
+        best_s = _full_s(request, seats.slots, picture, held(pool))
+    else:
+        best_s = pool.starts_in_s
+    best_at = -1
     for at, slot in enumerate(seats.away_slots):
+        # Most requests need not look further: no place there is better than its way is long.
+        if picture.outlooks.of[slot].round_trip_s + limits.REGION_SLACK_S >= best_s:
+            continue
         if why_not(request, seats.away[at], slot, pool, picture, now_s):
             continue
         of_slot = as_slot if as_slot >= 0 else slot
@@ -194,20 +203,19 @@ def choose_region(
             best_s, best_at = one.price_s, at
     if best_at < 0:
         return home
-    if home is not None:
-        octets = max(home.cached_octets, least_octets)
-        as_if = Decision(home.replica, home.slot, home.reason, octets, home.known)
-        home_s = terms(as_if, request, picture, now_s).price_s
-    elif seats.slots:
-        home_s = _full_s(request, seats.slots, picture, held(pool))
-    else:
-        home_s = pool.starts_in_s
-    if best_s >= home_s:
-        return home
     slot = seats.away_slots[best_at]
     known = home.known if home is not None else 0
     octets = picture.index.held_of(slot, request.chain)
     return Decision(seats.away[best_at], slot, REASON, octets, known)
+
+
+def _home_s(
+    home: Decision, request: Request, picture: Picture, now_s: float, least_octets: int
+) -> float:
+    """Return the price of what was chosen here, where so much counts as cached anywhere."""
+    octets = max(home.cached_octets, least_octets)
+    as_if = Decision(home.replica, home.slot, home.reason, octets, home.known)
+    return terms(as_if, request, picture, now_s).price_s
 
 
 def _hot_octets(home: Decision | None, request: Request) -> int:
