@@ -32,7 +32,7 @@ from proxy.core.lease import Lease
 from proxy.core.opening import is_open
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Request, prefix
-from proxy.core.regions import choose_region, remotes_of
+from proxy.core.regions import Place, choose_region, places_of, remotes_of
 from proxy.core.summary import summarise
 from proxy.core.usage import Usage
 
@@ -93,6 +93,7 @@ class Region:
         )
         told = FleetSnapshot(epoch="lab", version=1, replicas=records)
         self.fleet = apply(empty_fleet(), SnapshotReceived(told, self.name))
+        self.others: list[Place] = []
         self.states: dict[str, RemoteState] = {}
         self.places = {
             f"{self.name}-{p}": number * ground.replicas + p for p in range(ground.replicas)
@@ -109,8 +110,10 @@ class Region:
         """A summary of another region has come."""
         self.states[state.name] = state
         states = list(self.states.values())
-        found = remotes_of(states, self.fleet.remotes, self.name)
-        if found != tuple(self.fleet.remotes.values()):
+        places = places_of(states, self.others, self.name)
+        if places != self.others:
+            self.others = places
+            found = remotes_of(places)
             self.fleet = apply(self.fleet, RemotesReceived(found))
             self.picture.know((*self.fleet.replicas.values(), *found), now_s)
         self.picture.know_remotes(states)

@@ -20,7 +20,7 @@ in no pool that it is shown, so that no rule, no retry and no stored answer can 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final
 
@@ -83,32 +83,39 @@ class Residency:
 # --- who is there ------------------------------------------------------------------------------
 
 
-def remotes_of(
-    states: Iterable[RemoteState], known: Mapping[str, Replica], own: str
-) -> tuple[Replica, ...]:
-    """Return the remotes that requests can be sent to, as long as they tell of themselves or not.
+Place = tuple[str, str, str, tuple[str, ...]]  # name, region and URL of a proxy, and its models
 
-    What one has told of its models counts until it tells of others; `known` are those of before,
-    and returned as they are, so that nothing is forgotten of what has not changed. A URL that
-    nothing can be done with is that of no remote: the configuration is where it is refused.
+
+def places_of(states: Iterable[RemoteState], before: Iterable[Place], own: str) -> list[Place]:
+    """Return what requests can be sent to in other regions than our `own`.
+
+    What one has told of its models counts until it tells of others, linked or not: `before` are
+    the places as they were.
     """
-    before: dict[str, list[Replica]] = {}
-    for remote in known.values():
-        before.setdefault(remote.replica_id, []).append(remote)
-    found: list[Replica] = []
+    known = {place[0]: place[3] for place in before}
+    found: list[Place] = []
     for state in states:
         if state.region == own:
             continue
-        models = [min(remote.models) for remote in before.get(state.name, ())]
+        models = known.get(state.name, ())
         if state.linked and state.summary is not None:
-            models = sorted(state.summary.models)[: limits.REMOTE_MODELS_MAX]
-        for model in models:
-            try:
-                one = remote_replica(state.name, state.region, state.url, model)
-            except ValueError:
-                break
-            same = known.get(one.name)
-            found.append(same if same == one and same is not None else one)
+            models = tuple(sorted(state.summary.models)[: limits.REMOTE_MODELS_MAX])
+        found.append((state.name, state.region, state.url, models))
+    return found
+
+
+def remotes_of(places: Iterable[Place]) -> tuple[Replica, ...]:
+    """Return the remotes of these places, one for each model.
+
+    A URL that nothing can be done with is that of no remote: the configuration is where it is
+    refused.
+    """
+    found: list[Replica] = []
+    for name, region, url, models in places:
+        try:
+            found += [remote_replica(name, region, url, model) for model in models]
+        except ValueError:
+            continue
     return tuple(found)
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from proxy.config import ProxyConfig
 from proxy.contract.regions import RemoteState
 from proxy.core import fleet as fleets
 from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
-from proxy.core.regions import permits, remotes_of
+from proxy.core.regions import Place, permits, places_of, remotes_of
 from proxy.core.replica import Replica
 from proxy.errors import InternalError
+from proxy.io.clock import Clock
 from proxy.io.reading import Reading
 from proxy.io.telemetry import Sample
 
@@ -23,7 +25,10 @@ from proxy.io.telemetry import Sample
 class Abroad(Reading):
     """A choice that knows of other regions."""
 
-    remotes: tuple[RemoteState, ...] = ()
+    def __init__(self, config: ProxyConfig, clock: Clock) -> None:
+        super().__init__(config, clock)
+        self.remotes: tuple[RemoteState, ...] = ()
+        self._places: list[Place] = []
 
     def seat(self) -> None:
         """Have a place in the picture for all that a request can be sent to."""
@@ -37,8 +42,10 @@ class Abroad(Reading):
         None: they are the same, with the same models.
         """
         before, moved = self.fleet.remotes, None
-        found = remotes_of(states, before, self.region)
-        if found != tuple(before.values()):
+        places = places_of(states, self._places, self.region)
+        if places != self._places:
+            self._places = places
+            found = remotes_of(places)
             self.fleet = fleets.apply(self.fleet, fleets.RemotesReceived(found))
             self.seat()
             servers = {remote.replica_id: remote for remote in found}
