@@ -65,6 +65,26 @@ def test_no_more_go_than_the_other_region_said_it_would_begin() -> None:
     assert later.replica.remote
 
 
+def test_two_proxies_of_a_region_have_its_room_but_once() -> None:
+    bench = Bench(HOME, [state("us#0"), state("us#1", round_trip_s=0.09)])
+    bench.load(BUSY_TOKENS * 10)
+    went = 0
+    for key in range(20):
+        decision = bench.choose(asked(key, octets=40))
+        assert decision is not None
+        went += decision.replica.remote
+        bench.send(asked(key, octets=40), decision)
+    assert went == FREE.free
+    bench.hear(state("us#0"), state("us#1", at_s=NOW_S + 1.0), now_s=NOW_S + 1.0)
+    later = bench.choose(asked(99), NOW_S + 1.0)
+    assert later is not None
+    assert later.replica.name == "us#1/m"  # the other one's summary may not have what was sent
+    bench.hear(state("us#0"))
+    assert list(bench.picture.outlooks._sent) == [("us", "m")]
+    bench.hear()
+    assert not bench.picture.outlooks._sent
+
+
 @pytest.mark.parametrize(
     "changed",
     [
