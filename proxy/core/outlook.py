@@ -55,8 +55,11 @@ class Sent:
             reader.unseen_tokens += tokens
 
     def trim(self) -> None:
-        """Forget what the summaries of all have."""
-        shown_s = min([reader.shown_s for reader in self.readers])
+        """Forget what the summaries of all that tell have."""
+        shown_s = float("inf")
+        for reader in self.readers:
+            if reader.linked:
+                shown_s = min(shown_s, reader.shown_s)
         while self.entries and self.entries[0][0] < shown_s:
             self.entries.popleft()
 
