@@ -40,7 +40,7 @@ from loadtest.command import Command
 from loadtest.compare import broken_promises, compare, in_engine_seconds
 from loadtest.fleet import FleetOptions
 from loadtest.measure import warmup_count
-from loadtest.policies import beside
+from loadtest.policies import beside, regions_lab
 from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
 from loadtest.scaling import pool
 from loadtest.traces import Trace, TraceError
@@ -66,6 +66,7 @@ COMMANDS: dict[str, Command] = {
     "pool": pool,
     "readahead": readahead,
     "regions": regions,
+    "regions-lab": regions_lab,
     "scaling": scaling,
     "sdk": sdk,
     "siege": siege,

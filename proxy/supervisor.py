@@ -240,7 +240,8 @@ class Supervisor:
         jobs_only = self._fleet and not (self._fleet.replicas or self._fleet.pools)
         if jobs_only and self._config.offline_url is not None:
             return None
-        if not [r for r in able if r.replica_id not in suspects]:
+        here = [r for r in able if r.replica_id not in suspects]
+        if not here and not self._regions.serve:
             return "no replica can take a request"
         return None
 
