@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 REPLICAS_MAX = 4096  # of one pool, as the configuration has it; that module takes its time
 
 
@@ -28,3 +29,16 @@ def mebibytes(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 12):
         raise argparse.ArgumentTypeError(f"'{text[:80]}' is no number of MiB; use 0 or more")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """Return the seconds in a time such as 90d, 24h, 30m or 0s; an argparse type."""
+    count, unit = text[:-1], text[-1:]
+    if unit not in _UNITS_S or not (count.isascii() and count.isdigit() and len(count) <= 6):
+        raise argparse.ArgumentTypeError(f"'{text[:80]}' is no time; use one such as 90d or 24h")
+    return float(count) * _UNITS_S[unit]
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Return the names in a list with commas; an argparse type."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -95,11 +95,8 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
         from backends.planning.command import add_flags
 
         add_flags(plan)
-    snapshot = commands.add_parser("snapshot", help="images of warm replicas: make, list, try")
-    if list(command) == ["snapshot"]:
-        from backends.snapshots.commands import add_flags
-
-        add_flags(snapshot)
+    _add_snapshot(commands, command)
+    _add_keys(commands, command)
     status = commands.add_parser("status", help="show the replicas of a running manager")
     _add_manager_url(status)
     status.set_defaults(run=_status)
@@ -132,6 +129,22 @@ def _add_batch(commands: Any, command: Sequence[str]) -> None:
         from backends.offline.client.command import add_flags
 
         add_flags(batch)
+
+
+def _add_snapshot(commands: Any, command: Sequence[str]) -> None:
+    snapshot = commands.add_parser("snapshot", help="images of warm replicas: make, list, try")
+    if list(command) == ["snapshot"]:
+        from backends.snapshots.commands import add_flags
+
+        add_flags(snapshot)
+
+
+def _add_keys(commands: Any, command: Sequence[str]) -> None:
+    keys = commands.add_parser("keys", help="API keys: create, list, rotate, revoke")
+    if list(command) == ["keys"]:
+        from backends.keys.commands import add_flags
+
+        add_flags(keys)
 
 
 def _add_scale(commands: Any) -> None:

@@ -123,7 +123,11 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
         Meta(description="key that clients must present; it goes on to the engines with a request"),
     ] = None
     tenant_isolation: Annotated[
-        bool, Meta(description="requests with different keys share no known prefix and no home")
+        bool,
+        Meta(
+            description="requests with different keys share no home and no cached prefix, here "
+            "and in the engines"
+        ),
     ] = False
     admin_api_key: Annotated[
         Key | None, Meta(description="key of the admin listener's pages other than health")

@@ -97,6 +97,7 @@ class ProxyError(Exception):
         self.message = message
         self.param = param
         self.wait_s = wait_s or self.retry_after_s
+        self.wait_ms = 0  # the same to the millisecond, where it is known so well
 
     def body(self, dialect: Dialect = Dialect.OPENAI) -> bytes:
         """Return the JSON object that the client reads."""
@@ -201,6 +202,22 @@ class UnauthorizedError(ProxyError):
     code = "invalid_api_key"
 
 
+class KeysUnknownError(ProxyError):
+    """Which keys are right is not known here yet; nobody is let in on trust."""
+
+    status = 503
+    code = "keys_not_known"
+    should_retry = True
+    retry_after_s = 1
+
+
+class RegionNotAllowedError(InvalidRequestError):
+    """It may be computed in certain regions only, and none of them serves its model from here."""
+
+    status = 403
+    code = "region_not_allowed"
+
+
 class OverloadedError(ProxyError):
     """More requests in flight than this proxy or every replica may hold."""
 
@@ -209,6 +226,28 @@ class OverloadedError(ProxyError):
     code = "too_many_requests"
     should_retry = True
     retry_after_s = 1
+
+
+class RateLimitError(OverloadedError):
+    """The tenant has used what it may within a minute, or at a time; it may come again."""
+
+    code = "rate_limit_exceeded"
+
+
+class OverRateLimitError(OverloadedError):
+    """It asks for more tokens than its tenant may have in a whole minute."""
+
+    code = "over_rate_limit"
+    should_retry = False
+    retry_after_s = 0
+
+
+class QuotaError(OverloadedError):
+    """The tenant has used its tokens or its budget of the day."""
+
+    code = "insufficient_quota"
+    should_retry = False
+    retry_after_s = 0
 
 
 class QueueFullError(OverloadedError):
@@ -289,6 +328,16 @@ class ReplicaTimeoutError(ProxyError):
     should_retry = True
 
 
+class DeadlineExceededError(ProxyError):
+    """It waited, and its first token can no longer come when it was wanted; nobody has begun it.
+
+    Repeated at once it would be as late again.
+    """
+
+    status = 504
+    code = "deadline_exceeded"
+
+
 class OfflineUnreachableError(ProxyError):
     """Nobody answers where files and batches are kept; nothing of the request went anywhere."""
 
@@ -344,11 +393,16 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     NotFoundError,
     MethodNotAllowedError,
     ModelNotFoundError,
+    RegionNotAllowedError,
     RequestTimeoutError,
     BodyTooLargeError,
     UnsupportedEncodingError,
     UnauthorizedError,
+    KeysUnknownError,
     OverloadedError,
+    RateLimitError,
+    OverRateLimitError,
+    QuotaError,
     QueueFullError,
     NoSpareError,
     QueueTimeoutError,
@@ -360,6 +414,7 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     ReplicaLostError,
     BadReplicaAnswerError,
     ReplicaTimeoutError,
+    DeadlineExceededError,
     OfflineUnreachableError,
     OfflineLostError,
     OfflineReadLostError,

@@ -161,6 +161,6 @@ def _common(
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         priority=priority or 0,
-        salt=body.cache_salt or body.extra_key or "",
+        salt=(body.cache_salt or "") + (body.extra_key or ""),  # as SGLang joins them
         seed=body.seed or 0,
     )

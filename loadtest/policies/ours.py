@@ -24,7 +24,8 @@ from loadtest.policies.world import HELD, Chooser, Stage
 from proxy.contract import LoadSample, ReplicaRecord
 from proxy.core import limits
 from proxy.core.fleet import Pool, Shares, make_pool
-from proxy.core.holding import Held, Holding
+from proxy.core.held import Held
+from proxy.core.holding import Holding
 from proxy.core.lease import Lease
 from proxy.core.opening import is_open
 from proxy.core.picture import Picture

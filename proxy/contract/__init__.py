@@ -80,6 +80,9 @@ class LoadSample(Figures, frozen=True, kw_only=True, omit_defaults=True):
     ranks: tuple[RankLoad, ...] = ()
 
 
+NO_REGION = "local"  # the name of the region where nobody has named it
+
+
 class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One engine server. `url` is scheme and authority only, such as `http://127.0.0.1:30000`."""
 
@@ -87,7 +90,7 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     url: str
     models: tuple[str, ...] = ()  # names it answers to; empty: not known, so any
     pool: str = "default"
-    region: str = "local"
+    region: str = NO_REGION
     engine: str = "unknown"  # sglang, vllm, simulator, unknown
     state: ReplicaState = ReplicaState.READY
     reason: str = ""  # why it is in this state, for people
@@ -116,8 +119,9 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     kv_topic: str = ""
     # It takes the id of a chat request from `x-override-rid`, and ends that at `/abort_request`.
     rid_header: bool = False
-    # A field of the head, "name: number", by which it computes a request after all others.
-    lowest_priority: str = ""
+    # By class, online first: the field of the head, "name: number", by which it computes a request
+    # before or after others. Empty: it reads none.
+    priority_fields: tuple[str, ...] = ()
 
 
 class PoolRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -147,7 +151,7 @@ class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     epoch: str
     version: int
-    region: str = "local"
+    region: str = NO_REGION
     replicas: tuple[ReplicaRecord, ...] = ()
     pools: tuple[PoolRecord, ...] = ()  # those that are scaled
     # Engine workers: they do the lines of jobs, and no request may be sent to them.

@@ -19,10 +19,11 @@
 #include "_media.h"
 #include "_usage.h"
 
-enum { MODEL_KEPT_BYTES_MAX = 256 };
+enum { MODEL_KEPT_BYTES_MAX = 256, OUTPUT_TOKENS_MAX = 1000000000 };
 
-/* Names of the members that are ours: texts first, then the flag, then the parts of a prompt. */
-enum { TEXTS = 7, STREAM = TEXTS, PARTS = STREAM + 1, NAMES = PARTS + 11, FIELDS = TEXTS + 5 };
+/* Names of the members that are ours: texts, the flag, the numbers, then the parts of a prompt. */
+enum { TEXTS = 7, STREAM = TEXTS, COUNTED = STREAM + 1, CHOICES = COUNTED + 3 };
+enum { PARTS = CHOICES + 1, NAMES = PARTS + 11, FIELDS = TEXTS + 6 };
 enum { MESSAGES_PART = PARTS, INPUT_PART = PARTS + 6 };
 
 static const struct {
@@ -31,7 +32,9 @@ static const struct {
 } NAME_OF[NAMES] = {
     NAME("model"),     NAME("service_tier"), NAME("prompt_cache_key"), NAME("session_id"),
     NAME("cache_salt"), NAME("lora_path"),   NAME("previous_response_id"),
-    NAME("stream"),    NAME("messages"),     NAME("prompt"),           NAME("tools"),
+    NAME("stream"),    NAME("max_tokens"),   NAME("max_completion_tokens"),
+    NAME("max_output_tokens"),               NAME("n"),
+    NAME("messages"),     NAME("prompt"),           NAME("tools"),
     NAME("system"),    NAME("instructions"), NAME("query"),            NAME("input"),
     NAME("documents"), NAME("text_1"),       NAME("input_ids"),        NAME("session_params"),
 };
@@ -66,9 +69,11 @@ static inline int which_name(const octet *text, size_t size) {
 }
 
 /* Whether the value is of the form in which `name` is read here. */
-static int is_usual(int name, const octet *value, int escaped) {
+static int is_usual(int name, const octet *value, const octet *end, int escaped) {
     if (name >= PARTS)
         return 1;
+    if (name >= COUNTED)
+        return count_of(value, end) != ODD;
     if (*value == '"')
         return name != STREAM && !escaped;
     if (name == STREAM)
@@ -126,7 +131,7 @@ static const octet *scan_member(Scan *scan, const octet *at) {
     at = scan_value(scan, name, value);
     if (at == NULL || name == NAMES)
         return at;
-    if (!is_usual(name, value, scan->json.escaped))
+    if (!is_usual(name, value, at, scan->json.escaped))
         scan->unusual = 1;
     scan->found[name].start = value; /* the last of several counts */
     scan->found[name].end = at;
@@ -274,6 +279,22 @@ static PyObject *stream_of(Span span) {
     return PyBool_FromLong(*span.start == 't');
 }
 
+static long long number_of(Span span) {
+    long long count = span.start == NULL ? ABSENT : count_of(span.start, span.end);
+    return count < 0 ? 0 : count < OUTPUT_TOKENS_MAX ? count : OUTPUT_TOKENS_MAX;
+}
+
+/* How many tokens the answer may have; `scan._output_tokens` is the law. */
+static PyObject *output_tokens_of(const Scan *scan) {
+    long long most = 0, choices = number_of(scan->found[CHOICES]);
+    for (int name = COUNTED; name < CHOICES; name++) {
+        long long count = number_of(scan->found[name]);
+        most = count > most ? count : most;
+    }
+    most *= choices > 1 ? choices : 1; /* at most 10 to the 18th */
+    return PyLong_FromLongLong(most < OUTPUT_TOKENS_MAX ? most : OUTPUT_TOKENS_MAX);
+}
+
 static PyObject *spans_of(const Scan *scan, const octet *body) {
     PyObject *spans = PyTuple_New(2 * (NAMES - PARTS));
     if (spans == NULL)
@@ -361,7 +382,8 @@ static PyObject *scan(PyObject *module, PyObject *argument) {
                          : i == STREAM + 1 ? spans_of(&scan, body)
                          : i == STREAM + 2 ? ends_of(&scan.messages, body)
                          : i == STREAM + 3 ? ends_of(&scan.input, body)
-                                           : media_of(&scan, body);
+                         : i == STREAM + 4 ? media_of(&scan, body)
+                                           : output_tokens_of(&scan);
         if (item == NULL) {
             Py_DECREF(result);
             return NULL;

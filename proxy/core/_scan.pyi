@@ -16,6 +16,7 @@ def scan(
         tuple[int, ...],
         tuple[int, ...],
         tuple[int, ...],
+        int,
     ]
     | None
 ): ...

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Final
 
-from proxy.core import limits, multipart
-from proxy.core.classes import OFFLINE, UNSAID, class_of_tier
+from proxy.core import multipart
+from proxy.core.classes import UNSAID, class_of_tier
 from proxy.core.policy import Request
 from proxy.core.preamble import Preamble
 from proxy.core.prefix import form_chain, prefix_chain
@@ -18,14 +18,34 @@ _RESPONSES: Final = b"/v1/responses/"
 
 
 class Asked:
-    """The facts of one body. `model` is empty where the path or a form names none."""
+    """The facts of one body. `model` is empty where the path or a form names none.
 
-    __slots__ = ("model", "request", "stream")
+    `tier` is how it is served, as its answer has to tell; empty where it did not ask for any.
+    `body` is what goes to a replica.
+    """
 
-    def __init__(self, model: str, *, stream: bool, request: Request) -> None:
+    __slots__ = (
+        "body", "cache_salt", "model", "output_tokens", "request", "service_tier", "stream", "tier",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        stream: bool,
+        request: Request,
+        service_tier: str | None = None,
+        cache_salt: str | None = None,
+        output_tokens: int = 0,
+    ) -> None:
         self.model = model
         self.stream = stream
         self.request = request
+        self.service_tier = service_tier
+        self.cache_salt = cache_salt
+        self.output_tokens = output_tokens  # that the answer may have; 0: it does not say
+        self.tier = b""
+        self.body = b""
 
 
 def read_body(
@@ -48,7 +68,7 @@ def read_body(
     key = preamble.session_key
     if key is None:
         key = session_of_body(scanned)
-    work_class = preamble.work_class
+    work_class = preamble.wishes.work_class
     if work_class == UNSAID:
         work_class = class_of_tier(scanned.service_tier)
     request = Request(
@@ -56,13 +76,19 @@ def read_body(
         has_session=key is not None,
         pinned=strict and key is not None,
         stream=bool(scanned.stream),
-        weight=limits.FLEX_WEIGHT if work_class == OFFLINE else 1.0,
         work_class=work_class,
         adapter=scanned.lora_path or (scanned.model if scanned.model in adapters else ""),
         response_key=_built_upon(route, scanned),
-        spare=preamble.spare,
+        spare=preamble.wishes.spare,
     )
-    return Asked(scanned.model, stream=request.stream, request=request)
+    return Asked(
+        scanned.model,
+        stream=request.stream,
+        request=request,
+        service_tier=scanned.service_tier,
+        cache_salt=scanned.cache_salt,
+        output_tokens=scanned.output_tokens,
+    )
 
 
 def _built_upon(route: Route, scanned: Scanned) -> int:
@@ -84,8 +110,8 @@ def _read_form(preamble: Preamble, body: bytes, *, strict: bool, tenant: bytes) 
         form_chain(form.model, body, form.file_begin, form.file_end, key, tenant),
         has_session=key is not None,
         pinned=strict and key is not None,
-        work_class=preamble.work_class,
-        spare=preamble.spare,
+        work_class=preamble.wishes.work_class,
+        spare=preamble.wishes.spare,
         response_key=response_key(asked_for.partition(b"/")[0]),
     )
     return Asked(form.model, stream=False, request=request)

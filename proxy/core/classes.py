@@ -39,8 +39,16 @@ SPARE: Final = b"spare"
 _FIELD_VALUES: Final[dict[bytes, int]] = {
     b"online": ONLINE, b"semi-online": SEMI_ONLINE, b"offline": OFFLINE, SPARE: OFFLINE,
 }  # fmt: skip
-# "fast" is what Anthropic's clients call OpenAI's "priority"; "flex" is cheap and may take long.
-_TIERS: Final[dict[str, int]] = {"priority": ONLINE, "fast": ONLINE, "flex": OFFLINE}
+# OpenAI's "fast" and "ultrafast" are "priority" by other names, and "scale" is capacity bought in
+# advance; "flex" is cheap and may take long.
+_TIERS: Final[dict[str, int]] = {
+    "priority": ONLINE, "fast": ONLINE, "ultrafast": ONLINE, "scale": ONLINE, "flex": OFFLINE,
+}  # fmt: skip
+# The classes of SGLang's gateway. Its "default" is what a request gets that says nothing.
+_PRIORITIES: Final[dict[bytes, int]] = {
+    b"system": ONLINE, b"interactive": ONLINE, b"bulk": OFFLINE,
+    b"online": ONLINE, b"semi-online": SEMI_ONLINE, b"offline": OFFLINE,
+}  # fmt: skip
 
 
 def class_of_tier(service_tier: str | None) -> int:
@@ -51,6 +59,11 @@ def class_of_tier(service_tier: str | None) -> int:
 def class_of_field(value: bytes) -> int:
     """Return the class that `x-doherty-class` names; `UNSAID` where it names none."""
     return _FIELD_VALUES.get(value, UNSAID)
+
+
+def class_of_priority(value: bytes) -> int:
+    """Return the class that `x-priority` names, in lower case; `UNSAID` where it names none."""
+    return _PRIORITIES.get(value, UNSAID)
 
 
 def class_named(name: str) -> int:

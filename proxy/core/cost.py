@@ -3,6 +3,7 @@
     price = wait for the work that is there (others' prefill, less what must be done by now)
           + this request's uncached tokens x (1 + recompute + stall x streams) / prefill speed
           + wait for a slot or for KV space, load of an adapter
+          + round trip, for a place in another region, and what that must be cheaper by
 
 Its own uncached tokens count more than once. Once for its own wait; again (*recompute*) for those
 who come after it and for what its blocks displace; and again for each stream that decodes on the
@@ -15,6 +16,7 @@ from typing import Final
 
 from proxy.core import limits
 from proxy.core.loads import Loads
+from proxy.core.outlook import Outlook
 
 _ROUNDED_S_MAX: Final = 1e9  # their microseconds are exact in a float
 
@@ -24,7 +26,7 @@ class Terms:
 
     __slots__ = (
         "adapter_s", "cached_tokens", "extra_s", "prefill_s", "price_s", "recompute_s",
-        "shortage_s", "stall_s", "uncached_tokens", "wait_s",
+        "round_trip_s", "shortage_s", "stall_s", "uncached_tokens", "wait_s",
     )  # fmt: skip
 
     def __init__(
@@ -36,20 +38,26 @@ class Terms:
         cached_tokens: int,
         uncached_tokens: int,
         adapter_s: float = 0.0,
+        outlook: Outlook | None = None,
     ) -> None:
-        speed = loads.s_per_token[slot]
+        """`outlook` is that of the slot's remote, where it is one: its replicas have its loads."""
+        abroad = outlook is not None
+        speed = loads.s_per_token[slot] if outlook is None else outlook.s_per_token
         self.cached_tokens = cached_tokens
         self.uncached_tokens = uncached_tokens
-        self.wait_s = loads.wait_s(slot, now_s)
+        self.wait_s = loads.wait_s(slot, now_s) if outlook is None else outlook.wait_s(now_s)
         self.prefill_s = uncached_tokens * speed
         self.recompute_s = self.prefill_s * limits.RECOMPUTE_WEIGHT
-        self.stall_s = self.prefill_s * limits.STALL_WEIGHT * loads.decoding[slot]
-        self.extra_s = loads.extra_s[slot]
-        self.shortage_s = loads.shortage_s(slot, cached_tokens + uncached_tokens)
+        stalled = 0.0 if abroad else loads.decoding[slot]
+        self.stall_s = self.prefill_s * limits.STALL_WEIGHT * stalled
+        self.extra_s = loads.extra_s[slot] if outlook is None else outlook.start_s(now_s)
+        tokens = cached_tokens + uncached_tokens
+        self.shortage_s = 0.0 if abroad else loads.shortage_s(slot, tokens)
+        self.round_trip_s = 0.0 if outlook is None else outlook.round_trip_s + limits.REGION_SLACK_S
         self.adapter_s = adapter_s
         self.price_s = (
             self.wait_s + self.prefill_s + self.recompute_s + self.stall_s + self.extra_s
-            + self.shortage_s + adapter_s
+            + self.shortage_s + adapter_s + self.round_trip_s
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, float]:
@@ -63,6 +71,7 @@ class Terms:
             "extra_s": _rounded(self.extra_s),
             "shortage_s": _rounded(self.shortage_s),
             "adapter_s": _rounded(self.adapter_s),
+            "round_trip_s": _rounded(self.round_trip_s),
             "cached_tokens": self.cached_tokens,
             "uncached_tokens": self.uncached_tokens,
         }

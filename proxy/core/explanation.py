@@ -13,6 +13,7 @@ from proxy.core.fleet import Pool
 from proxy.core.hearsay import Hearsay
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Prices, Request, terms
+from proxy.core.regions import terms_abroad, why_not
 from proxy.core.replica import Replica
 
 Shown = dict[str, object]
@@ -88,6 +89,39 @@ def candidates(
             continue
         shown["price_s"] = round(prices.prices_s[place], 6)
         able.append((prices.prices_s[place], name, shown))
+    return [entry[2] for entry in sorted(able, key=lambda entry: entry[:2])] + unable
+
+
+def candidates_abroad(
+    request: Request, pool: Pool, picture: Picture, home: Decision | None, now_s: float
+) -> list[Shown]:
+    """Return other regions' proxies: those that may take the request by price, then the others.
+
+    `home` is what the policy has chosen here, in whose tokens the prompt is counted.
+    """
+    seats = picture.seats(pool)
+    able: list[tuple[float, str, Shown]] = []
+    unable: list[Shown] = []
+    for replica in pool.remotes:
+        slot = picture.slots.get(replica.name, -1)
+        shown: Shown = {"replica": replica.name, "region": replica.region, "remote": True}
+        reason = why_not(request, replica, slot, pool, picture, now_s)
+        if slot in seats.away_slots:
+            as_slot = home.slot if home is not None else seats.slots[0] if seats.slots else slot
+            found = terms_abroad(request, slot, picture, now_s, as_slot)
+            outlook = picture.outlooks.of[slot]
+            shown |= found.as_dict()
+            shown |= {
+                "inflight": picture.loads.inflight[slot],
+                "room": outlook.room(picture.loads.inflight[slot], now_s),
+                "awake": outlook.said.awake,
+                "queued": outlook.said.queued,
+                "summary_age_s": round(max(0.0, now_s - outlook.at_s), 3),
+            }
+            if not reason:
+                able.append((found.price_s, replica.name, shown | {"may_take": True}))
+                continue
+        unable.append(shown | {"may_take": False, "reason": reason})
     return [entry[2] for entry in sorted(able, key=lambda entry: entry[:2])] + unable
 
 

@@ -7,6 +7,10 @@ the other: a suspect stays one through new snapshots until a probe has cleared i
 The ring of a model holds every replica that could serve it, ready or not: a replica that restarts
 comes back to its own keys, and meanwhile they go to their successors.
 
+Proxies of other regions are in the pools of the models that they have, and apart: on no ring, among
+no replicas of ours, and the same as long as it is the same proxies with the same models, whatever
+they tell of their load meanwhile.
+
 Replicas go by their names. Events are about servers, and so about all ranks of one.
 """
 
@@ -14,8 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Final
 
-from proxy.contract import FleetSnapshot, PoolRecord, ReplicaState
+from msgspec import structs
+
+from proxy.contract import NO_REGION, FleetSnapshot, PoolRecord, ReplicaState
 from proxy.core.prospects import UNSCALED, Prospect, prospects_of
 from proxy.core.replica import Replica, replicas_of
 from proxy.core.ring import Ring
@@ -24,6 +32,14 @@ from proxy.core.ring import Ring
 @dataclass(frozen=True)
 class SnapshotReceived:
     snapshot: FleetSnapshot
+    region: str = NO_REGION  # that of replicas whose record names none
+
+
+@dataclass(frozen=True)
+class RemotesReceived:
+    """These are what other regions have, in place of what they had."""
+
+    remotes: tuple[Replica, ...]
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,9 @@ class ReplicaCleared:
     replica_id: str
 
 
-Event = SnapshotReceived | ReplicaSuspected | ReplicaCleared
+Event = SnapshotReceived | RemotesReceived | ReplicaSuspected | ReplicaCleared
+
+_NEVER: Final = float("inf")
 
 # States in which a replica will not come back under its name soon enough to keep its keys.
 _OFF_RING = frozenset((ReplicaState.STOPPED,))
@@ -52,6 +70,9 @@ class Pool:
     replicas: Mapping[str, Replica]
     ring: Ring
     available: tuple[Replica, ...]  # by name
+    remotes: tuple[Replica, ...] = ()  # proxies of other regions that have it
+    starts_in_s: float = _NEVER  # where none is available, when one may be
+    anywhere: bool = False  # for state that one of them holds: no other would do
 
 
 @dataclass(frozen=True)
@@ -65,6 +86,7 @@ class Fleet:
     any_model: Pool  # replicas whose models are not known
     everyone: Pool  # all of them: for state that some replica holds, and nobody says which
     adapters: frozenset[str]  # those that some replica has loaded; a model name may be one
+    remotes: Mapping[str, Replica]  # proxies of other regions, by name, for each model once
     scaled: tuple[PoolRecord, ...]  # what the manager says of its pools
     prospects: Mapping[
         str, Prospect
@@ -86,8 +108,12 @@ class Fleet:
         return self.prospects.get(model, UNSCALED)
 
     def only_pool(self) -> Pool | None:
-        """Return the pool to use when a request names no model; None when that is unclear."""
-        pools = list(self.pools.values())
+        """Return the pool to use when a request names no model; None when that is unclear.
+
+        What only other regions have counts where there is nothing else.
+        """
+        pools = [p for m, p in self.pools.items() if p.replicas or m in self.prospects]
+        pools = pools or list(self.pools.values())
         if len(pools) == 1:
             return pools[0]
         if pools and pools[0].replicas and all(p.replicas == pools[0].replicas for p in pools):
@@ -102,16 +128,21 @@ def empty_fleet() -> Fleet:
 def apply(fleet: Fleet, event: Event) -> Fleet:
     """Return the fleet after `event`. Records that cannot be used raise `ValueError`."""
     match event:
-        case SnapshotReceived(snapshot):
+        case SnapshotReceived(snapshot, region):
             replicas: dict[str, Replica] = {}
             tokens_max = {record.pool: record.max_tokens for record in snapshot.pools}
             for record in snapshot.replicas:
                 known = fleet.servers.get(record.replica_id)
                 # A restart is news from the manager: what we suspected is gone.
                 suspect = known is not None and known.suspect and known.restarts == record.restarts
-                for replica in replicas_of(record, tokens_max.get(record.pool, 0)):
+                unsaid = record.region == NO_REGION != region
+                placed = structs.replace(record, region=region) if unsaid else record
+                for replica in replicas_of(placed, tokens_max.get(record.pool, 0)):
                     replicas[replica.name] = replace(replica, suspect=True) if suspect else replica
-            return _build(replicas, snapshot.pools, previous=fleet)
+            return _build(replicas, snapshot.pools, fleet.remotes, previous=fleet)
+        case RemotesReceived(remotes):
+            known_remotes = {remote.name: remote for remote in remotes}
+            return _build(fleet.replicas, fleet.scaled, known_remotes, previous=fleet)
         case ReplicaSuspected(replica_id):
             return _with_suspect(fleet, replica_id, suspect=True)
         case ReplicaCleared(replica_id):
@@ -126,7 +157,7 @@ def _with_suspect(fleet: Fleet, replica_id: str, *, suspect: bool) -> Fleet:
         name: replace(replica, suspect=suspect) if replica.replica_id == replica_id else replica
         for name, replica in fleet.replicas.items()
     }
-    return _build(replicas, fleet.scaled, previous=fleet)
+    return _build(replicas, fleet.scaled, fleet.remotes, previous=fleet)
 
 
 # Names and weights of a ring's replicas, in order.
@@ -150,6 +181,7 @@ def make_pool(members: Mapping[str, Replica], rings: dict[Shares, Ring]) -> Pool
 def _build(
     replicas: Mapping[str, Replica],
     scaled: tuple[PoolRecord, ...] = (),
+    remotes: Mapping[str, Replica] = MappingProxyType({}),
     previous: Fleet | None = None,
 ) -> Fleet:
     rings: dict[Shares, Ring] = {}
@@ -160,7 +192,8 @@ def _build(
     # Those that have not been asked yet are not known to serve anything at all.
     unknown = {k: r for k, r in on_ring.items() if not r.models and r.state is ReplicaState.READY}
     models = sorted(
-        {model for r in on_ring.values() for model in r.models} | {p.model for p in scaled}
+        {model for r in (*on_ring.values(), *remotes.values()) for model in r.models}
+        | {p.model for p in scaled}
     )
     pools = {
         model: make_pool(
@@ -170,13 +203,33 @@ def _build(
     }
     servers = {r.replica_id: r for r in replicas.values()}
     names: dict[str, tuple[str, ...]] = {}
-    for name, replica in replicas.items():
+    for name, replica in (*replicas.items(), *remotes.items()):
         names[replica.replica_id] = (*names.get(replica.replica_id, ()), name)
     any_model, everyone = make_pool(unknown, rings), make_pool(on_ring, rings)
     adapters = frozenset({name for r in on_ring.values() for name in r.adapters or ()})
     pools_of = {m: frozenset({r.pool for r in p.replicas.values()}) for m, p in pools.items()}
     prospects = prospects_of(scaled, pools_of) if scaled else {}
-    return Fleet(replicas, servers, names, pools, any_model, everyone, adapters, scaled, prospects)
+    if remotes:
+        pools = _with_remotes(pools, remotes, prospects)
+        everyone = replace(everyone, remotes=tuple(remotes.values()), anywhere=True)
+    return Fleet(
+        replicas, servers, names, pools, any_model, everyone, adapters, remotes, scaled, prospects
+    )
+
+
+def _with_remotes(
+    pools: Mapping[str, Pool], remotes: Mapping[str, Replica], prospects: Mapping[str, Prospect]
+) -> dict[str, Pool]:
+    """Return the pools with what other regions have of each model."""
+    found: dict[str, list[Replica]] = {}
+    for remote in remotes.values():
+        for model in remote.models:
+            found.setdefault(model, []).append(remote)
+    out: dict[str, Pool] = {}
+    for model, pool in pools.items():
+        starts_in_s = prospects.get(model, UNSCALED).starts_in_s
+        out[model] = replace(pool, remotes=tuple(found.get(model, ())), starts_in_s=starts_in_s)
+    return out
 
 
 def _shares(pool: Pool) -> Shares:

@@ -13,6 +13,8 @@ from typing import Final
 
 from proxy import errors
 from proxy.core import limits
+from proxy.core.credentials import API_KEY, without_keys
+from proxy.core.credentials import FIELDS as CREDENTIAL_FIELDS
 from proxy.core.http1 import (
     EXPLAIN,
     WORK_CLASS,
@@ -22,23 +24,24 @@ from proxy.core.http1 import (
     parse_response_head,
 )
 from proxy.core.replica import RANK_FIELD
+from proxy.core.wishes import ENDING_HERE
 
 REQUEST_ID: Final = b"x-request-id"
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Written by us, or meaningful to this hop only. Ranks: see `core/preamble.py`.
-_NOT_FORWARDED: Final = frozenset(
-    (
-        *(b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, WORK_CLASS, RANK_FIELD),
-        b"x-vllm-priority",
+_NOT_FORWARDED: Final = (
+    frozenset(
+        (
+            *(b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, WORK_CLASS, RANK_FIELD),
+            b"x-vllm-priority",
+        )
     )
+    | ENDING_HERE
 )
 # With these SGLang overrides what a body says: the id, the priority, the rank. A client that sets
 # them, or vLLM's field above, could go before others, or end what is theirs; so none of them ever
 # passes.
 _OVERRIDES: Final = b"x-override-"
-# Written as a bearer token, the one form that every engine checks, unless there is one already.
-_API_KEY: Final = b"x-api-key"
-_NOT_FORWARDED_KEYED: Final = _NOT_FORWARDED | {_API_KEY}
 _PRINTABLE: Final = re.compile(rb"[\x21-\x7e]{1,%d}" % limits.REQUEST_ID_BYTES_MAX)
 _REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
 
@@ -48,30 +51,26 @@ def valid_request_id(value: bytes | None) -> bool:
     return value is not None and _PRINTABLE.fullmatch(value) is not None
 
 
-def presented_key(request: RequestHead) -> bytes | None:
-    """Return the client's key: a bearer token, or the field that Anthropic's clients send."""
-    authorization = request.special.get(b"authorization")
-    if authorization is None:
-        return request.get(_API_KEY)
-    scheme, _, key = authorization.partition(b" ")
-    return key.strip() if scheme.lower() == b"bearer" else None
+def sent_to_replica(request: RequestHead) -> tuple[bytes, bytes, bytes]:
+    """Return what to send to a replica: request line, credentials, other fields, with line ends.
 
-
-def sent_to_replica(request: RequestHead) -> tuple[bytes, bytes]:
-    """Return the request line and the fields to send to a replica, each with its line end.
-
-    Between them goes the replica's Host field, after them the body's length and the request's id.
+    The replica's Host field goes behind the first, the body's length and the request's id behind
+    the last. Credentials are apart, because what goes on may be ours in place of the client's.
     """
-    lines = []
-    dropped = _NOT_FORWARDED
-    if b"authorization" not in request.special and (key := request.get(_API_KEY)):
-        dropped = _NOT_FORWARDED_KEYED
-        lines.append(b"authorization: Bearer %b\r\n" % key)
+    special, lines, credentials = request.special, [], []
+    # Written as a bearer token, the one form that every engine checks, unless there is one already.
+    key = special.get(API_KEY) if b"authorization" not in special else None
+    if key:
+        credentials.append(b"authorization: Bearer %b\r\n" % key)
     for name, value in request.fields:
-        if name not in dropped and not name.startswith(_OVERRIDES):
+        if name in CREDENTIAL_FIELDS:
+            if not key or name != API_KEY:
+                credentials.append(b"%b: %b\r\n" % (name, value))
+        elif name not in _NOT_FORWARDED and not name.startswith(_OVERRIDES):
             lines.append(b"%b: %b\r\n" % (name, value))
-    request_line = b"%b %b%b HTTP/1.1\r\n" % (request.method, request.path, request.query)
-    return request_line, b"".join(lines)
+    query = without_keys(request.query)
+    request_line = b"%b %b%b HTTP/1.1\r\n" % (request.method, request.path, query)
+    return request_line, b"".join(credentials), b"".join(lines)
 
 
 def read_answer_head(block: bytes) -> ResponseHead:
@@ -117,12 +116,16 @@ def client_head(
     )
 
 
-def waiting_head(request_id: bytes, *, keep_alive: bool) -> bytes:
+def waiting_head(request_id: bytes, *, keep_alive: bool, extra: Iterable[Field] = ()) -> bytes:
     """Return the head of a stream of events that begins while its request still waits."""
     return (
         b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
-        b"cache-control: no-cache\r\nx-request-id: %b\r\ntransfer-encoding: chunked\r\n%b"
-    ) % (request_id, b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
+        b"cache-control: no-cache\r\nx-request-id: %b\r\ntransfer-encoding: chunked\r\n%b%b"
+    ) % (
+        request_id,
+        b"".join([b"%b: %b\r\n" % field for field in extra]),
+        b"\r\n" if keep_alive else b"connection: close\r\n\r\n",
+    )
 
 
 def with_fields(response: ResponseHead, fields: list[Field]) -> ResponseHead:
@@ -165,6 +168,8 @@ def error_fields(error: errors.ProxyError) -> list[Field]:
     if error.wait_s:
         wait_s = min(error.wait_s, errors.RETRY_AFTER_S_MAX)
         fields.append((b"retry-after", b"%d" % wait_s))
+    if error.wait_ms:
+        fields.append((b"retry-after-ms", b"%d" % error.wait_ms))
     if error.status == 401:  # RFC 9110 §11.6.1: a 401 must name the scheme
         fields.append((b"www-authenticate", b"Bearer"))
     return fields

@@ -94,5 +94,10 @@ class HeadMemory(Generic[H]):
             known.clear()
         known[key] = head
 
+    def clear(self) -> None:
+        """Remember nothing of what came before."""
+        self._counted.clear()
+        self._plain.clear()
+
     def __len__(self) -> int:
         return len(self._counted) + len(self._plain)

@@ -9,11 +9,9 @@ place reserved there: who comes later sees that work as if it were on its way. S
 by those who wait for another replica, and one look asks for few: the first of each line that is
 open, then, should nobody want what is open, some out of the lines that are closed, in turn.
 
-The order in a line is shortest first with ageing: by the least prefill that the request needs on
-any replica, less the time it has waited. As everybody ages alike, the place in the order never
-changes: it is that prefill plus the time of arrival, each in seconds. Less urgent classes stand as
-if they had come later, by more than most queues are long: so online work goes first, and still
-nobody waits for ever (`core.classes`).
+Who is first in a line: `core.held` says it of one tenant's requests, `core.lines` of several
+tenants'. Where there are none to tell apart, it is shortest first with ageing, and the same place
+for all of a request's life.
 
 Where nothing of a model is awake, those who wait for it have a line of their own, in which nothing
 is known of their prefill: they go in the order in which they came, and hold up nobody else.
@@ -22,13 +20,12 @@ is known of their prefill: they go in the order in which they came, and hold up 
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
-from collections.abc import Callable
 from typing import Final
 
 from proxy.core import limits
-from proxy.core.classes import OFFLINE, YIELD_S
-from proxy.core.fleet import Pool
+from proxy.core.fairness import Shares
+from proxy.core.held import Held, begin_by_s, class_of, rank_s, yields
+from proxy.core.lines import Line, Order
 from proxy.core.opening import has_little_to_do, has_room, is_open
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Policy, Request
@@ -39,69 +36,18 @@ _NOBODY: Final = Request(NO_CHAIN, has_session=False)
 # each set of replicas of which none may take those who wait for it, and each queue for which there
 # is no replica: see `_line_of_all` and `_line_of_nobody`.
 _UNSEEN: Final = -1
-
-
-def class_of(held: Held) -> int:
-    """Return the class of one that waits; what nobody has said is online work."""
-    return max(0, held.request.work_class)
-
-
-def yields(held: Held, now_s: float) -> bool:
-    """Whether one that waits lets all online work go first, wherever that waits.
-
-    It does for as long as its rank yields to it: so it may wait long, and not for ever.
-    """
-    return class_of(held) == OFFLINE and now_s - held.since_s < YIELD_S[OFFLINE]
-
-
-class Held:
-    """One request that waits, and what is called with its decision when that has come."""
-
-    __slots__ = (
-        "gone", "held_bytes", "line", "needed_tokens", "on_decision", "order", "pool_of", "queue",
-        "rank_s", "request", "since_s", "tokens",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        request: Request,
-        pool_of: Callable[[], Pool | None],
-        on_decision: Callable[[Decision], None],
-        since_s: float,
-    ) -> None:
-        """`pool_of` returns the pool as it is now: the fleet changes while one waits."""
-        self.request = request
-        self.pool_of = pool_of
-        self.on_decision = on_decision
-        self.since_s = since_s
-        self.rank_s = 0.0
-        self.order = 0
-        self.line = _UNSEEN
-        self.queue = 0  # the number of what it waits for, the same for all who wait for the same
-        self.held_bytes = 0  # of its body
-        self.needed_tokens = 0  # of its prompt that no replica held when it came
-        self.tokens = 0  # what it would have computed where it has reserved its place
-        self.gone = False
-
-
-class _Line:
-    """Those who wait for one replica, best first, and the tokens that they bring there."""
-
-    __slots__ = ("entries", "next_at", "tokens")
-
-    def __init__(self) -> None:
-        self.entries: list[tuple[float, int, Held]] = []
-        self.tokens = 0
-        self.next_at = 0  # where the next look goes on while the line is closed
+_NEVER: Final = float("inf")
 
 
 class Holding:
     """The requests that wait, by what they wait for. Bounded by whoever adds."""
 
-    __slots__ = ("_count", "_lines", "_order", "_turn")
+    __slots__ = ("_count", "_due", "_lines", "_order", "_turn", "shares")
 
-    def __init__(self) -> None:
-        self._lines: dict[int, _Line] = {}
+    def __init__(self, shares: Shares | None = None) -> None:
+        self.shares = shares if shares is not None else Shares()
+        self._lines: dict[int, Line] = {}
+        self._due: list[tuple[float, int, Held]] = []  # who can still meet a deadline: a heap
         self._count = 0
         self._order = 0
         self._turn = 0
@@ -114,6 +60,13 @@ class Holding:
         """Whether some have not been looked at yet, so that nobody knows what they wait for."""
         return _UNSEEN in self._lines
 
+    def runway_s(self, held: Held) -> float:
+        """Return how little a replica must have to do to be open to this one."""
+        account = held.account
+        if account is None or not self.shares.level(account):
+            return limits.RUNWAY_S
+        return limits.RUNWAY_OVER_S
+
     def awaits(self, slot: int) -> bool:
         """Whether somebody waits for this replica, or may do so."""
         if slot in self._lines or _UNSEEN in self._lines:
@@ -124,21 +77,66 @@ class Holding:
         return bits >> slot & 1 > 0
 
     def add(self, held: Held, picture: Picture) -> None:
-        arrival_s = held.since_s + YIELD_S[class_of(held)]
-        prefill_s = _least_prefill_s(held, picture)
-        held.rank_s = arrival_s * limits.AGEING_WEIGHT + max(0.0, prefill_s)
+        prefill_s = held.prefill_s = _least_prefill_s(held, picture)
+        held.rank_s = rank_s(held)
         self._order += 1
         held.order = self._order
         self._count += 1
+        self._await_deadline(held)
+        if held.account is not None:
+            self.shares.begins_to_wait(held.account)
         self._enter(held, _UNSEEN if prefill_s >= 0.0 else _line_of_nobody(held.queue), 0)
+
+    def _await_deadline(self, held: Held) -> None:
+        due_s = begin_by_s(held)
+        if due_s <= 0.0:
+            return
+        if len(self._due) > 2 * self._count + limits.HELD_TRIED_MAX:  # most of it has gone
+            self._due = [each for each in self._due if not each[2].gone]
+            heapq.heapify(self._due)
+        heapq.heappush(self._due, (due_s, held.order, held))
+
+    def overdue(self, now_s: float) -> list[Held]:
+        """Return those that cannot meet their deadlines any more; they are late now.
+
+        Once each, and once more when its client will not listen any longer.
+        """
+        out: list[Held] = []
+        while self._due and (self._due[0][2].gone or self._due[0][0] < now_s):
+            held = heapq.heappop(self._due)[2]
+            if held.gone:
+                continue
+            out.append(held)
+            if not held.late:
+                self.be_late(held)
+        return out
+
+    @property
+    def next_due_s(self) -> float:
+        """Return when the next one may be late."""
+        return self._due[0][0] if self._due else _NEVER
+
+    def be_late(self, held: Held) -> None:
+        """It goes behind those that can still meet theirs."""
+        line = self._lines[held.line]
+        line.leave(held)
+        held.late = True
+        held.rank_s = rank_s(held)
+        line.enter(held)
+        self._await_deadline(held)
 
     def drop(self, held: Held) -> None:
         """It waits no longer: cancelled, or its time is over. Harmless when repeated."""
         if not held.gone:
-            self._leave(held)
-            held.gone = True
+            self._gone(held)
             held.request = _NOBODY
-            self._count -= 1
+
+    def _gone(self, held: Held) -> None:
+        self._leave(held)
+        held.gone = True
+        self._count -= 1
+        if held.account is not None:
+            self.shares.waits_no_more(held.account)
 
     def renew(self, queue: int, *, empty: bool) -> None:
         """Other replicas may take those of a queue now: look anew at who waited for any of them.
@@ -147,9 +145,9 @@ class Holding:
         """
         to = _line_of_nobody(queue) if empty else _UNSEEN
         for name in [name for name in self._lines if name < 0 and name != to]:
-            for entry in list(self._lines[name].entries):
-                if entry[2].queue == queue:
-                    self.move(entry[2], to, 0)
+            for held in self._lines[name].all():
+                if held.queue == queue:
+                    self.move(held, to, 0)
 
     def take(
         self,
@@ -165,6 +163,7 @@ class Holding:
         `at_once`: whatever there is to do, as far as replicas may take more. `braked` are the
         replicas, as bits of their slots, that no offline work goes to now.
         """
+        self.shares.refresh(now_s)
         look = _Look(self, policy, picture, now_s, at_once, braked)
         self._forget_replicas(picture)
         found = self._among_unseen(look)
@@ -174,45 +173,44 @@ class Holding:
             if found is None and closed:
                 found = self._among_closed(look, closed)
         if found is not None:
-            held = found[0]
-            self._leave(held)
-            held.gone = True
-            self._count -= 1
+            self._gone(found[0])
         return found
 
     def _among_unseen(self, look: _Look) -> tuple[Held, Decision] | None:
         unseen = self._lines.get(_UNSEEN)
         if unseen is not None:
-            for entry in unseen.entries[: limits.HELD_TRIED_MAX]:
-                decision = look.ask(entry[2], 0)
+            for held in unseen.firsts(look.order, limits.HELD_TRIED_MAX):
+                decision = look.ask(held, 0)
                 if decision is not None:
-                    return entry[2], decision
+                    return held, decision
         return None
 
     def _among_open(self, look: _Look, closed: list[int]) -> tuple[Held, Decision] | None:
         """Ask the first of each line that may be open, in order; name the others in `closed`."""
+        order = look.order
         first = [
-            (line.entries[0][0], line.entries[0][1], name)
+            (order.place(line.first(order)), name)
             for name, line in self._lines.items()
             if name != _UNSEEN
         ]
         heapq.heapify(first)
         left = limits.HELD_TRIED_MAX + len(first)
         while first:
-            name = heapq.heappop(first)[2]
+            name = heapq.heappop(first)[1]
             line = self._lines.get(name)
             if line is None:
                 continue
             if name >= 0 and not look.open(name):
                 closed.append(name)
                 continue
-            while line.entries and left:
+            while line.count and left:
                 left -= 1
-                held = line.entries[0][2]
+                held = line.first(order)
+                late = held.late
                 decision = look.ask(held, 0)
                 if decision is not None:
                     return held, decision
-                if held.line == name:
+                if held.line == name and held.late == late:
                     break  # it has to wait, and those behind it with it
         return None
 
@@ -230,13 +228,11 @@ class Holding:
             line = self._lines.get(name)
             if line is None or left <= 0:
                 continue
-            at = line.next_at if line.next_at < len(line.entries) else 0
-            before_tokens = sum([entry[2].tokens for entry in line.entries[:at]])
-            for _ in range(min(share, left)):
-                if at >= len(line.entries):
-                    break
+            at = line.next_at if line.next_at < line.count else 0
+            waiting = line.in_order(look.order)
+            before_tokens = sum([held.tokens for held in waiting[:at]])
+            for held in waiting[at : at + min(share, left)]:
                 left -= 1
-                held = line.entries[at][2]
                 decision = look.ask(held, before_tokens)
                 if decision is not None:
                     return held, decision
@@ -250,8 +246,8 @@ class Holding:
         """Who waits for a replica that is gone is looked at anew."""
         present = picture.slots.values()
         for name in [name for name in self._lines if name >= 0 and name not in present]:
-            for entry in list(self._lines[name].entries):
-                self.move(entry[2], _UNSEEN, 0)
+            for held in self._lines[name].all():
+                self.move(held, _UNSEEN, 0)
 
     def reserve(self, picture: Picture, held: Held, before_tokens: int, sign: int) -> None:
         """Let the picture show (or no longer) what waits, as `held` sees it: that before it."""
@@ -261,16 +257,16 @@ class Holding:
                 tokens = before_tokens if name == held.line else line.tokens
                 pending_tokens[name] += sign * tokens
 
-    def overtaken(self, held: Held, slot: int) -> bool:
+    def overtaken(self, held: Held, slot: int, order: Order) -> bool:
         """Whether others wait for this replica to which `held` comes only now."""
         if slot == held.line:
             return False
         if slot in self._lines:
             return True
         if held.line == _UNSEEN and len(self._lines) > 1:
-            place = (held.rank_s, held.order)
+            place = order.place(held)
             for name, line in self._lines.items():
-                if _bits_of(name) >> slot & 1 and line.entries[0][:2] < place:
+                if _bits_of(name) >> slot & 1 and order.place(line.first(order)) < place:
                     return True
         return False
 
@@ -285,23 +281,23 @@ class Holding:
     def _enter(self, held: Held, name: int, tokens: int) -> None:
         line = self._lines.get(name)
         if line is None:
-            line = self._lines[name] = _Line()
-        insort(line.entries, (held.rank_s, held.order, held))
+            line = self._lines[name] = Line()
+        line.enter(held)
         line.tokens += tokens
         held.line, held.tokens = name, tokens
 
     def _leave(self, held: Held) -> None:
         line = self._lines[held.line]
-        del line.entries[bisect_left(line.entries, (held.rank_s, held.order, held))]
+        line.leave(held)
         line.tokens -= held.tokens
-        if not line.entries:
+        if not line.count:
             del self._lines[held.line]
 
 
 class _Look:
     """One look at those who wait: what it goes by."""
 
-    __slots__ = ("_at_once", "_braked", "_holding", "_now_s", "_picture", "_policy")
+    __slots__ = ("_at_once", "_braked", "_holding", "_now_s", "_picture", "_policy", "order")
 
     def __init__(
         self,
@@ -318,6 +314,7 @@ class _Look:
         self._now_s = now_s
         self._at_once = at_once
         self._braked = braked
+        self.order = Order(holding.shares, now_s)
 
     def open(self, slot: int) -> bool:
         """Whether the line of a replica may be open."""
@@ -345,6 +342,19 @@ class _Look:
             holding.move(held, decision.slot, picture.tokens_of(octets, decision.slot))
         return None
 
+    def _in_time(self, held: Held, decision: Decision) -> bool:
+        """Whether one that goes there now may go; who is late by that lets others go first."""
+        request, loads, slot = held.request, self._picture.loads, decision.slot
+        if request.deadline_s <= 0.0 or held.late:
+            return True
+        octets = request.chain.prompt_bytes - decision.cached_octets
+        own_s = self._picture.tokens_of(octets, slot) * loads.s_per_token[slot]
+        first_s = self._now_s + loads.wait_s(slot, self._now_s) + loads.extra_s[slot] + own_s
+        if first_s <= request.deadline_s:
+            return True
+        self._holding.be_late(held)
+        return False
+
     def _goes(self, held: Held, decision: Decision) -> bool:
         picture = self._picture
         if self._at_once:
@@ -352,10 +362,16 @@ class _Look:
         elif self._braked >> decision.slot & 1 and yields(held, self._now_s):
             goes = False
         else:
-            goes = not self._holding.overtaken(held, decision.slot) and is_open(
-                decision, held.request, picture, self._now_s
+            goes = not self._holding.overtaken(held, decision.slot, self.order) and is_open(
+                decision, held.request, picture, self._now_s, self._holding.runway_s(held)
             )
-        return goes and picture.reserve(held.request.chain, decision.cached_octets, decision.slot)
+        return (
+            goes
+            and self._in_time(held, decision)
+            and picture.reserve(
+                held.request.chain, decision.cached_octets, decision.slot, class_of(held)
+            )
+        )
 
 
 def _line_of_all(bits: int) -> int:

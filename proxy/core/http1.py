@@ -65,10 +65,16 @@ HOP_BY_HOP: Final = frozenset(
 )
 # What Connection may never name, or a client could strip what others rely on.
 _NEVER_HOP: Final = frozenset(
-    (b"host", b"content-length", b"transfer-encoding", b"authorization", b"content-type", b"cookie")
+    (
+        *(b"host", b"content-length", b"transfer-encoding", b"content-type", b"cookie"),
+        *(b"authorization", b"x-api-key"),
+    )
 )
 _ONCE: Final = frozenset(
-    (b"host", b"content-length", b"transfer-encoding", b"authorization", b"content-type", b"expect")
+    (
+        *(b"host", b"content-length", b"transfer-encoding", b"content-type", b"expect"),
+        *(b"authorization", b"x-api-key"),
+    )
 )
 # A client that sends this wants to be told where its request went, and why.
 EXPLAIN: Final = b"x-doherty-explain"

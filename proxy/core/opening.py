@@ -19,7 +19,7 @@ _NEVER: Final = float("inf")
 def has_room(decision: Decision, request: Request, picture: Picture) -> bool:
     """Whether a replica may have this request besides those that it has, and its tokens."""
     slot = decision.slot
-    if picture.loads.is_full(slot):
+    if picture.loads.is_full(slot, request.work_class):
         return False
     if slot not in picture.loads.measured:
         return True
@@ -39,9 +39,17 @@ def has_little_to_do(slot: int, picture: Picture, now_s: float) -> bool:
     )
 
 
-def is_open(decision: Decision, request: Request, picture: Picture, now_s: float) -> bool:
+def is_open(
+    decision: Decision,
+    request: Request,
+    picture: Picture,
+    now_s: float,
+    runway_s: float = limits.RUNWAY_S,
+) -> bool:
     """Whether the replica can soon begin this, so that sending it there is right."""
     loads, slot = picture.loads, decision.slot
+    if decision.replica.remote:  # it was chosen because it can (`core.regions`)
+        return True
     if not has_room(decision, request, picture):
         return False
     if not loads.inflight[slot]:  # whatever is wrong there, waiting for nobody will not mend it
@@ -50,7 +58,7 @@ def is_open(decision: Decision, request: Request, picture: Picture, now_s: float
     if slot in loads.tight:
         tokens = picture.tokens_of(request.chain.prompt_bytes, slot)
         wait_s += loads.shortage_s(slot, tokens)
-    return wait_s <= limits.RUNWAY_S
+    return wait_s <= runway_s
 
 
 class Opening:
@@ -64,7 +72,10 @@ class Opening:
     def __init__(self, pool: Pool, picture: Picture, now_s: float) -> None:
         self.now = False
         self.next_s = _NEVER
-        for slot in picture.seats(pool).slots:
+        seats = picture.seats(pool)
+        if seats.away_slots:
+            self.now = picture.may_leave(seats, now_s)
+        for slot in seats.slots:
             if has_little_to_do(slot, picture, now_s):
                 self.now = True
                 continue

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from proxy.contract import LoadSample
+from proxy.contract.regions import RemoteState
 from proxy.core import limits
 from proxy.core.fleet import Pool
 from proxy.core.index import Index, Sighting
 from proxy.core.lease import Lease
 from proxy.core.lengths import Lengths
 from proxy.core.loads import Loads
+from proxy.core.outlook import Outlooks
 from proxy.core.prefix import PrefixChain
 from proxy.core.replica import Replica
 from proxy.core.sketch import HotPrefixes
@@ -23,9 +25,12 @@ from proxy.core.usage import Usage
 
 
 class Seats:
-    """The replicas of a pool that may take requests, and their slots, in the same order."""
+    """The replicas of a pool that may take requests, and their slots, in the same order.
 
-    __slots__ = ("bits", "places", "pool", "replicas", "slots")
+    Apart from them, in the same way, its proxies of other regions, whatever can be sent there now.
+    """
+
+    __slots__ = ("all_bits", "away", "away_slots", "bits", "places", "pool", "replicas", "slots")
 
     def __init__(self, pool: Pool, slots: dict[str, int]) -> None:
         self.pool = pool
@@ -33,6 +38,9 @@ class Seats:
         self.slots = [slots[replica.name] for replica in self.replicas]
         self.places = {slot: place for place, slot in enumerate(self.slots)}
         self.bits = sum([1 << slot for slot in self.slots])
+        self.away = [remote for remote in pool.remotes if remote.name in slots]
+        self.away_slots = [slots[remote.name] for remote in self.away]
+        self.all_bits = self.bits | sum([1 << slot for slot in self.away_slots])
 
 
 class _Sizes:
@@ -66,6 +74,7 @@ class Picture:
         self.loads = Loads()
         self.hot = HotPrefixes()
         self.lengths = Lengths()
+        self.outlooks = Outlooks()
         self.slots: dict[str, int] = {}
         self.turn = 0  # of round robin
         self.draw = draw
@@ -79,12 +88,15 @@ class Picture:
         self._heard_at_s: list[float] = []  # by slot: when its gauges came; below 0: never
         self._seats: dict[int, Seats] = {}
         self._lease_id = 0
+        # By the name of a remote proxy: its models, and their slots.
+        self._remotes: dict[str, list[tuple[str, int]]] = {}
 
     # --- the fleet ---------------------------------------------------------------------------
 
     def know(self, replicas: Iterable[Replica], now_s: float = 0.0) -> None:
         """These are the replicas now. Those that restarted or slept have an empty cache."""
         present = {replica.name: replica for replica in replicas}
+        self._remotes.clear()
         for name in [name for name in self.slots if name not in present]:
             self._vacate(name)
         for name, replica in present.items():
@@ -92,6 +104,9 @@ class Picture:
                 self._settle_in(replica)
             elif self._restarts[name] != replica.restarts or replica.asleep:
                 self.index.clear(self.slots[name])
+            if replica.remote:
+                places = self._remotes.setdefault(replica.replica_id, [])
+                places += [(model, self.slots[name]) for model in replica.models]
             self._restarts[name] = replica.restarts
             slot = self.slots[name]
             running_max = replica.load.running_max if replica.load is not None else 0
@@ -103,6 +118,49 @@ class Picture:
                 self._heard_at_s[slot] = now_s
                 self._reconcile(slot, replica.load, now_s)
         self._seats.clear()
+
+    def know_remotes(self, states: Iterable[RemoteState]) -> None:
+        """This is what other regions tell of themselves now, of those that are known here."""
+        for state in states:
+            models = state.summary.models if state.summary is not None else {}
+            for name, slot in self._remotes.get(state.name, ()):
+                self.outlooks.of[slot].know(state, models.get(name))
+
+    def suspect_remote(self, name: str, now_s: float) -> None:
+        """A remote proxy could not be reached."""
+        for _, slot in self._remotes.get(name, ()):
+            self.outlooks.of[slot].suspect(now_s)
+
+    def remote_answered(self, name: str) -> None:
+        """It has served, or may be there at least."""
+        for _, slot in self._remotes.get(name, ()):
+            self.outlooks.of[slot].answered()
+
+    def some_remote_serves(self, now_s: float) -> bool:
+        """Whether another region serves anything."""
+        return any(o.serves and not o.why_not(now_s) for o in self.outlooks.of.values())
+
+    def may_leave(self, seats: Seats, now_s: float) -> bool:
+        """Whether some remote of a pool would take one of those who wait for it."""
+        loads = self.loads
+        for slot in seats.away_slots:
+            outlook = self.outlooks.of[slot]
+            if outlook.why_not(now_s) or loads.gauge_end_s[slot] > now_s:
+                continue
+            inflight = loads.inflight[slot]
+            if outlook.begins(inflight, now_s):
+                return True
+            if not seats.slots and outlook.takes(inflight, now_s):
+                return True
+        return False
+
+    def some_serve(self, seats: Seats, now_s: float) -> bool:
+        """Whether a remote of a pool serves it, though it may have no room now."""
+        for slot in seats.away_slots:
+            outlook = self.outlooks.of[slot]
+            if outlook.serves and not outlook.why_not(now_s):
+                return True
+        return False
 
     def sweep(self, now_s: float) -> None:
         """Forget gauges that nobody has renewed."""
@@ -147,6 +205,8 @@ class Picture:
             sizes = self._sizes[group] = _Sizes()
         sizes.slots.add(slot)
         self._size_of[slot] = sizes
+        if replica.remote:
+            self.outlooks.open(slot)
         tokens = _capacity_tokens(replica)
         self.loads.open(slot, group, capacity_tokens=tokens, inflight_max=replica.max_inputs)
         self.index.open(slot, self.cache_octets(slot))
@@ -155,6 +215,7 @@ class Picture:
         slot = self.slots.pop(name)
         self.index.close(slot)
         self.loads.close(slot)
+        self.outlooks.close(slot)
         self._names[slot] = ""
         self._restarts.pop(name, None)
         self._read_at_s.pop(name, None)
@@ -185,6 +246,16 @@ class Picture:
     def usual_tokens(self, slot: int) -> float:
         """Return how many tokens of a usual request are still to be computed when it comes."""
         return self._size_of[slot].prefill_tokens
+
+    def prompt_tokens_of(self, chain: PrefixChain, pool: Pool | None) -> int:
+        """Return the tokens of a whole prompt: as an answer told, or by the mean of its model."""
+        told = self.lengths.tokens_at(chain, chain.prompt_bytes)
+        if told >= 0:
+            return told
+        slots = self.seats(pool).slots if pool is not None else []
+        if not slots:
+            return chain.prompt_bytes // limits.BYTES_PER_TOKEN
+        return self.tokens_of(chain.prompt_bytes, slots[0])
 
     def cached_tokens_of(self, chain: PrefixChain, cached_octets: int, slot: int) -> int:
         """Return the tokens of what is believed cached: as an answer told, or by the mean."""
@@ -221,12 +292,12 @@ class Picture:
         self.dispatched(lease, chain, now_s)
         return lease
 
-    def reserve(self, chain: PrefixChain, cached_octets: int, slot: int) -> bool:
+    def reserve(self, chain: PrefixChain, cached_octets: int, slot: int, work_class: int) -> bool:
         """Take the place of a request that goes to this slot's replica in this turn, if it may."""
         if self.loads.headcount is None:
             return True
         tokens = self.tokens_of(chain.prompt_bytes - cached_octets, slot)
-        return self.loads.reserve(slot, self._names[slot], max(1, tokens))
+        return self.loads.reserve(slot, self._names[slot], max(1, tokens), work_class)
 
     def lease(
         self,
@@ -258,6 +329,8 @@ class Picture:
         lease.sighting = self.index.note(lease.slot, chain)
         lease.first_noted = self.index.first_noted
         self.loads.acquire(lease, now_s)
+        if self.outlooks.of:
+            self.outlooks.dispatched(lease.slot, lease.prefill_tokens, now_s)
         sizes = self._size_of[lease.slot]
         tokens = lease.prefill_tokens
         sizes.prefill_tokens += limits.MIX_SHARE * (tokens - sizes.prefill_tokens)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy.core import limits
-from proxy.core.classes import UNSAID
+from proxy.core.classes import ONLINE, UNSAID
 from proxy.core.cost import Terms
 from proxy.core.fleet import Pool
 from proxy.core.picture import Picture, Seats
@@ -37,14 +37,15 @@ class Request:
     sees to before it asks a policy. `weight`: what a second of its waiting counts, a person's is 1.
     `work_class`: how urgent it is, which counts only among those who wait. `spare`: it
     does not wait, and is no demand. `deadline_s`, of the same clock as decisions, is when its first
-    token is wanted, `tpot_s` the time between tokens that it wants. `regions`: where it may be
-    computed; `abroad`: whether it may leave this one. Tenants share what is scarce by their weight.
+    token is wanted, `tpot_s` the time between tokens that it wants, and `listens_until_s` when its
+    client gives up. `regions`: where it may be computed; `abroad`: whether it may leave this one.
+    Tenants share what is scarce by their weight. `held_for` says why it has to wait, if it has.
     """
 
     __slots__ = (
-        "abroad", "adapter", "chain", "deadline_s", "has_session", "pinned", "regions",
-        "response_key", "spare", "stream", "tenant", "tenant_weight", "tpot_s", "tried", "weight",
-        "work_class",
+        "abroad", "adapter", "chain", "deadline_s", "has_session", "held_for", "listens_until_s",
+        "pinned", "regions", "response_key", "spare", "stream", "tenant", "tenant_weight",
+        "tpot_s", "tried", "weight", "work_class",
     )  # fmt: skip
 
     def __init__(
@@ -73,8 +74,10 @@ class Request:
         self.tenant_weight = 1.0
         self.deadline_s = 0.0  # 0: none said
         self.tpot_s = 0.0  # 0: none said
+        self.listens_until_s = 0.0  # 0: not known
+        self.held_for = ""
         self.regions: frozenset[str] | None = None  # None: all
-        self.abroad = True
+        self.abroad = not spare
         self.tried: set[str] = set()  # replicas that have already failed this request
 
 
@@ -98,7 +101,7 @@ Policy = Callable[[Request, Pool, Picture, float], Decision | None]
 
 REASONS: Final = (
     "prefix", "spill", "hot", "new", "home", "session", "response",
-    "least_load", "round_robin", "random",
+    "least_load", "round_robin", "random", "region",
 )  # fmt: skip
 
 
@@ -179,8 +182,10 @@ class Prices:
     def _exclude(self, request: Request) -> None:
         """Make those infinitely dear that may not take it, and dearer that lack its adapter."""
         loads, prices_s = self._picture.loads, self.prices_s
+        lower = request.work_class > ONLINE and loads.online_reserve > 0.0
+        limits_of = loads.lower_max if lower else loads.inflight_max
         for place, slot in enumerate(self._slots):
-            most = loads.inflight_max[slot]
+            most = limits_of[slot]
             if most and loads.inflight[slot] >= most:
                 prices_s[place] = _NEVER
         for slot in loads.measured:
@@ -320,7 +325,7 @@ def random(request: Request, pool: Pool, picture: Picture, now_s: float) -> Deci
 
 def _has_room(slot: int, request: Request, picture: Picture) -> bool:
     loads = picture.loads
-    if loads.is_full(slot):
+    if loads.is_full(slot, request.work_class):
         return False
     if slot not in loads.measured:
         return True
@@ -346,6 +351,7 @@ def _decide(place: int, reason: str, request: Request, seats: Seats, picture: Pi
 def terms(decision: Decision, request: Request, picture: Picture, now_s: float) -> Terms:
     """Return the price of one decision, term by term."""
     picture.loads.settle(decision.slot, now_s)
+    outlook = picture.outlooks.of[decision.slot] if decision.replica.remote else None
     octets = request.chain.prompt_bytes - decision.cached_octets
     return Terms(
         picture.loads,
@@ -356,6 +362,7 @@ def terms(decision: Decision, request: Request, picture: Picture, now_s: float) 
         ),
         uncached_tokens=picture.tokens_of(octets, decision.slot),
         adapter_s=adapter_s(request, decision.replica),
+        outlook=outlook,
     )
 
 

@@ -15,11 +15,12 @@ from typing import Final
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits
-from proxy.core.classes import SPARE, UNSAID, class_of_field
-from proxy.core.http1 import EXPLAIN, WORK_CLASS, RequestHead, parse_request_head
+from proxy.core.credentials import read_credential
+from proxy.core.http1 import EXPLAIN, RequestHead, parse_request_head
 from proxy.core.replica import RANK_FIELD
 from proxy.core.routes import OFFLINE_ROOTS, Route, find_route
 from proxy.core.session import session_of_head
+from proxy.core.wishes import read_wishes
 
 _RANK_CHOSEN: Final = b"\n" + RANK_FIELD  # in what a rank is sent first
 
@@ -32,6 +33,8 @@ class Preamble:
         "chunked",
         "content_length",
         "counted",
+        "credential_fields",
+        "credential_problem",
         "encoded",
         "head",
         "key_digest",
@@ -47,8 +50,7 @@ class Preamble:
         "route",
         "sent_fields",
         "session_key",
-        "spare",
-        "work_class",
+        "wishes",
     )
 
     def __init__(self, head: RequestHead) -> None:
@@ -67,24 +69,33 @@ class Preamble:
             self.route = None  # there is none, and whoever needs one is told why
         # What goes on to the offline service, octet by octet, and is no exchange with a replica.
         self.passes = head.path.startswith(OFFLINE_ROOTS)
-        self.key_digest = sha256(heads.presented_key(head) or b"").digest()
+        token, self.credential_problem = read_credential(head)
+        self.key_digest = sha256(token).digest()
         given = head.get(heads.REQUEST_ID)
         self.request_id = given if given and heads.valid_request_id(given) else None
         self.session_key = session_of_head(head)
         self.asks_for_reasons = EXPLAIN in head.special
-        self.work_class, self.spare = UNSAID, False
-        if WORK_CLASS in head.special:
-            named = head.special[WORK_CLASS]
-            self.work_class, self.spare = class_of_field(named), named == SPARE
+        self.wishes = read_wishes(head)
         self.encoded = b"content-encoding" in head.special
-        self.request_line, self.sent_fields = heads.sent_to_replica(head)
+        self.request_line, self.credential_fields, self.sent_fields = heads.sent_to_replica(head)
         self.rank_fields = b"".join(
             [b"%b: %b\r\n" % field for field in head.fields if field[0] == RANK_FIELD]
         )
 
-    def upstream_head(self, host_field: bytes, request_id: bytes, body_bytes: int) -> bytes:
-        """Return the whole head to send to the replica of `host_field` (see `Replica`)."""
-        if self.rank_fields and _RANK_CHOSEN not in host_field:
+    def upstream_head(
+        self,
+        host_field: bytes,
+        request_id: bytes,
+        body_bytes: int,
+        credential: bytes | None = None,
+    ) -> bytes:
+        """Return the whole head to send to the replica of `host_field` (see `Replica`).
+
+        `credential` is the field that goes on in place of what the client showed, or nothing.
+        """
+        rank_chosen = _RANK_CHOSEN in host_field
+        host_field += self.credential_fields if credential is None else credential
+        if self.rank_fields and not rank_chosen:
             host_field += self.rank_fields
         if body_bytes or self.method == b"POST":
             return b"%b%b%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n" % (
@@ -101,11 +112,14 @@ class Preamble:
             request_id,
         )
 
-    def passed_head(self, host_field: bytes, request_id: bytes, length: int) -> bytes:
+    def passed_head(
+        self, host_field: bytes, request_id: bytes, length: int, credential: bytes | None = None
+    ) -> bytes:
         """Return the head to send where bodies pass as they come, one request a connection.
 
         Without a Content-Length, `length` is that of no body, and a chunked one is chunked anew.
         """
+        host_field += self.credential_fields if credential is None else credential
         framing = b""
         if self.chunked:
             framing = b"transfer-encoding: chunked\r\n"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from proxy.contract import PoolRecord
+from proxy.core import limits
 from proxy.core.classes import ONLINE, class_named
 
 
@@ -27,6 +28,15 @@ class Prospect:
     start_s: float = 0.0  # what a start takes; 0: not known
     startable: int = 0  # further replicas that could be started now
     carries: float = 0.0  # requests in flight that a replica is meant to have; 0: not known
+
+    @property
+    def starts_in_s(self) -> float:
+        """When one that comes up for a request of this moment should serve it; infinite: never."""
+        if self.coming and self.ready_in_s > 0.0:
+            return self.ready_in_s
+        if self.coming or self.wakes:
+            return self.start_s or limits.UNKNOWN_START_S
+        return float("inf")
 
 
 UNSCALED: Final = Prospect("")

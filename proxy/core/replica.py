@@ -4,6 +4,9 @@ An engine server with several data-parallel ranks has a KV cache and a queue in 
 takes a request to the rank that a header names. So each rank is a replica here, chosen for itself
 by its `name`. What happens to a server (a refused connection, a probe, a restart) happens to all of
 its ranks; that and its connections go by `replica_id`.
+
+A proxy of another region takes the place of a replica, too, once for each model that it has: its
+name is then `replica_id/model`, and what it can take is in `core.outlook`, not in its load.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from proxy.contract import (
     ReplicaRecord,
     ReplicaState,
 )
+from proxy.core.classes import NAMES
 
 RANK_FIELD: Final = b"x-data-parallel-rank"  # both engines read it
 RID_FIELD: Final = b"x-override-rid"  # SGLang's
@@ -61,8 +65,9 @@ class Replica:
     restarts: int
     asleep: bool
     rid_header: bool = False  # it takes a chat request's id from `RID_FIELD`
-    lowest_priority: bytes = b""  # the field that offline work is sent with, with its line end
+    priority_fields: tuple[bytes, ...] = ()  # by class, each with its line end; empty: none
     suspect: bool = False
+    remote: bool = False  # a proxy of another region, which chooses among its replicas itself
 
     @property
     def available(self) -> bool:
@@ -120,13 +125,26 @@ def replica_of(record: ReplicaRecord, max_tokens: int = 0) -> Replica:
         restarts=record.restarts,
         asleep=record.asleep,
         rid_header=record.rid_header,
-        lowest_priority=_field(record.lowest_priority),
+        priority_fields=_fields(record.priority_fields),
     )
 
 
-def _field(text: str) -> bytes:
-    """Return a field as it is sent; nothing of what is not plainly a name and a number."""
-    return text.encode() + b"\r\n" if _NUMBER_FIELD.fullmatch(text) else b""
+def remote_replica(name: str, region: str, url: str, model: str) -> Replica:
+    """Return a proxy of another region as what a request for this model can be sent to.
+
+    Raises `ValueError` on a URL that nothing can be done with.
+    """
+    record = ReplicaRecord(
+        replica_id=name, url=url, models=(model,), pool=name, region=region, engine="proxy"
+    )
+    return replace(replica_of(record), name=f"{name}/{model}", remote=True)
+
+
+def _fields(texts: tuple[str, ...]) -> tuple[bytes, ...]:
+    """Return fields as they are sent; none of what is not plainly a name and a number a class."""
+    if len(texts) != len(NAMES) or not all(_NUMBER_FIELD.fullmatch(text) for text in texts):
+        return ()
+    return tuple([text.encode() + b"\r\n" for text in texts])
 
 
 def replicas_of(record: ReplicaRecord, max_tokens: int = 0) -> list[Replica]:

@@ -27,7 +27,7 @@ from proxy.core.body_wire import NOTHING, Typed, Untyped
 _Ends = tuple[int, ...]
 _Fields = tuple[
     str, str | None, str | None, str | None, str | None, str | None, str | None,
-    bool | None, tuple[int, ...], _Ends, _Ends, tuple[int, ...],
+    bool | None, tuple[int, ...], _Ends, _Ends, tuple[int, ...], int,
 ]  # fmt: skip
 _Reader = Callable[[bytes], _Fields | None]
 
@@ -59,12 +59,14 @@ class Scanned:
     Part `i` is `octets[spans[2 * i] : spans[2 * i + 1]]`, and is not copied to be named. Where the
     last elements of the messages and of the input end in `octets` is in `message_ends` and
     `input_ends`, in rising order; both are empty where the part is no array. `media` are the
-    regions of data within the parts, four numbers each: see `media.py`.
+    regions of data within the parts, four numbers each: see `media.py`. `output_tokens` is how many
+    the answer may have in all its choices, as far as the body says it in numbers; 0: it does not.
     """
 
     __slots__ = (
         "cache_salt", "input_ends", "lora_path", "media", "message_ends", "model", "octets",
-        "previous_response_id", "prompt_cache_key", "service_tier", "session_id", "spans", "stream",
+        "output_tokens", "previous_response_id", "prompt_cache_key", "service_tier", "session_id",
+        "spans", "stream",
     )  # fmt: skip
 
     def __init__(self, fields: _Fields, octets: bytes) -> None:
@@ -80,6 +82,7 @@ class Scanned:
         self.message_ends = fields[9]
         self.input_ends = fields[10]
         self.media = fields[11]
+        self.output_tokens = fields[12]
         self.octets = octets
 
     def has(self, part: int) -> bool:
@@ -152,7 +155,7 @@ def _scan_any(body: bytes) -> Scanned:
         typed.cache_salt, typed.lora_path, typed.previous_response_id, typed.stream, spans,
         element_ends(octets, spans[2 * MESSAGES], spans[2 * MESSAGES + 1]),
         element_ends(octets, spans[2 * INPUT], spans[2 * INPUT + 1]),
-        _media(octets, spans),
+        _media(octets, spans), _output_tokens(typed),
     )  # fmt: skip
     return Scanned(fields, octets)
 
@@ -273,6 +276,24 @@ def _typed(raw: Untyped) -> Typed:
         _stream(raw.stream),
         *(getattr(raw, name) for name in Untyped.__struct_fields__[8:]),
     )
+
+
+def _output_tokens(typed: Typed) -> int:
+    """Which of the names counts differs among engines: the largest bounds them all."""
+    names = (typed.max_tokens, typed.max_completion_tokens, typed.max_output_tokens)
+    most = max([_count(raw) for raw in names])
+    return min(most * max(1, _count(typed.n)), limits.OUTPUT_TOKENS_MAX)
+
+
+def _count(raw: Raw) -> int:
+    """Return a number of at least 0 without its fraction; 0 of what is none: engines judge it."""
+    if not memoryview(raw):
+        return 0
+    try:
+        number = body_wire.number.decode(raw)
+    except msgspec.MsgspecError:
+        return 0
+    return max(0, int(min(number, limits.OUTPUT_TOKENS_MAX)))
 
 
 def _model(raw: Raw) -> str:

@@ -14,19 +14,22 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from proxy.config import ProxyConfig
+from proxy.contract import NO_REGION
 from proxy.core import fleet as fleets
-from proxy.core import limits
-from proxy.core.classes import OFFLINE, ONLINE, UNSAID
+from proxy.core import limits, regions
+from proxy.core.classes import OFFLINE, ONLINE
 from proxy.core.opening import has_room, is_open
 from proxy.core.picture import Picture, Seats
 from proxy.core.policy import POLICIES, Decision, Request
 from proxy.core.prospects import UNSCALED, Prospect
 from proxy.core.responses import Responses
 from proxy.errors import NoSpareError, ProxyError
+from proxy.io.class_telemetry import ClassTelemetry
 from proxy.io.clock import Clock
 from proxy.io.preemption import Preemption
+from proxy.io.queues import Waiter
 from proxy.io.telemetry import Telemetry
-from proxy.io.waiting import Waiter, Waiting
+from proxy.io.waiting import Waiting
 
 _PINNING: Final = ("prefix", "session")  # rules under which a session can be pinned
 _ANY_MODEL: Final = "\n"  # the queue for replicas that do not say what they serve
@@ -38,30 +41,44 @@ class Choice:
 
     def __init__(self, config: ProxyConfig, clock: Clock) -> None:
         self.config = config
+        self.region = config.region
         self.clock = clock
         self.telemetry = Telemetry()
+        self.classes = ClassTelemetry()
         self.picture = Picture(clock.draw)
         self.fleet = fleets.empty_fleet()
         self.policy = POLICIES[config.policy]
         self.strict = config.session_affinity == "strict"
         self._holds_back = _holds_back(config)
+        self.residency = regions.Residency(self.region)
         self.responses = Responses()  # answers that requests may go on from
         self.arrivals: dict[str, int] = {}  # requests that came, by model
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
+        self.some_keys = False  # by which tenants are known
         self.preemption = Preemption(self._fault)
-        self._some_offline = False  # there are pools of offline work
         self.waiting = Waiting(
             clock, self.picture, self.choose, self.awaited, self.prospect_of, self._fault
         )
+        self.tell_tenants_apart()
         self.make_room()
         self.waiting.at_once = not self._holds_back
+
+    def tell_tenants_apart(self) -> None:
+        """Share what is scarce among tenants, if there are any, and be late as configured."""
+        access = self.config.access
+        named = bool(access.tenants) or access.jwt is not None
+        self.waiting.shares.on = named or self.some_keys
+        self.waiting.lateness.shed = access.classes.late == "shed"
+        self.picture.loads.reserve_online(access.classes.online_reserve)
 
     def follow(self, config: ProxyConfig) -> None:
         """Choose as `config` says from now on."""
         self.config = config
+        self.know_region(self.region)
         self.policy = POLICIES[config.policy]
         self.strict = config.session_affinity == "strict"
         self._holds_back = _holds_back(config)
+        self.tell_tenants_apart()
         self.make_room()
         self.waiting.at_once = not self._holds_back  # who waits by the rules of before goes
         self.work_done()
@@ -83,12 +100,34 @@ class Choice:
         if request.response_key:
             name = self.responses.place_of(request.response_key)
             seats = picture.seats(pool)
-            place = seats.places.get(picture.slots.get(name, -1), -1) if name is not None else -1
+            slot = picture.slots.get(name, -1) if name is not None else -1
+            place = seats.places.get(slot, -1)
             if place >= 0 and name not in request.tried:
                 return self._to_state(seats, place, "response", request)
+            if slot in seats.away_slots and name not in request.tried and request.abroad:
+                return Decision(seats.away[seats.away_slots.index(slot)], slot, "response")
         if request.pinned and self.config.policy in _PINNING:
-            return self._to_home(request, pool)
-        return self.policy(request, pool, picture, now_s)
+            home = self._to_home(request, pool)
+            if picture.seats(pool).slots:  # its state is here
+                return home
+        else:
+            home = self.policy(request, pool, picture, now_s)
+        if not pool.remotes or not request.abroad or pool.anywhere:
+            return home
+        priced = regions.prices_regions(self.policy)
+        return regions.choose_region(
+            home, request, pool, picture, now_s, priced=priced, held=self._held_for
+        )
+
+    def _held_for(self, pool: fleets.Pool) -> int:
+        """Return how many wait for the replicas of a pool."""
+        held = 0
+        for key, queue in self.waiting.queues.items():
+            if queue.waiters:
+                awaited = self.awaited(key)
+                if awaited is not None and awaited.ring is pool.ring:
+                    held += len(queue.waiters)
+        return held
 
     def _to_home(self, request: Request, pool: fleets.Pool) -> Decision | None:
         """Where its session lives, however busy; the next on the ring only if that is not there."""
@@ -103,7 +142,7 @@ class Choice:
     def _to_state(self, seats: Seats, place: int, reason: str, request: Request) -> Decision | None:
         """A replica that is full has to be waited for. None: it is, and nobody may wait."""
         slot = seats.slots[place]
-        if not self.config.queue_size and self.picture.loads.is_full(slot):
+        if not self.config.queue_size and self.picture.loads.is_full(slot, request.work_class):
             return None
         cached_octets = self.picture.index.held_of(slot, request.chain)
         return Decision(seats.replicas[place], slot, reason, cached_octets)
@@ -116,8 +155,6 @@ class Choice:
         Where another worker was before us, the choice is made anew without that replica. An online
         request that would have to wait for offline work has that give way, and is placed then.
         """
-        if self._some_offline and request.work_class == UNSAID:
-            request.work_class = self.prospect_of(self.queue_of(model)).work_class
         decision, held = self._place(request, pool, model, lookup=lookup, now_s=now_s)
         if not self.preemption or lookup or not (held or decision is None):
             return decision, held
@@ -136,8 +173,6 @@ class Choice:
         now_s: float,
     ) -> bool:
         """Have offline work give way, where that helps; return whether some has at once."""
-        if request.work_class == UNSAID:
-            request.work_class = self.prospect_of(self.queue_of(model)).work_class
         if request.work_class != ONLINE:
             return False
         preemption, picture = self.preemption, self.picture
@@ -174,14 +209,16 @@ class Choice:
             if held or decision is None or lookup or self.reserves(decision, request):
                 break
         else:
-            decision, held = None, request.spare or self._held_for_want(self.queue_of(model))
+            decision, held = None, request.spare or self._held_for_want(model, request)
         if crowded:
             crowded.clear()
         return decision, held
 
     def reserves(self, decision: Decision, request: Request) -> bool:
         """Take the place of a request that goes there in this turn, before any other worker."""
-        return self.picture.reserve(request.chain, decision.cached_octets, decision.slot)
+        return self.picture.reserve(
+            request.chain, decision.cached_octets, decision.slot, request.work_class
+        )
 
     def holds(
         self, decision: Decision | None, request: Request, model: str, *, lookup: bool, now_s: float
@@ -193,7 +230,7 @@ class Choice:
         if lookup:
             return False
         if decision is None:
-            return request.spare or self._held_for_want(self.queue_of(model))
+            return request.spare or self._held_for_want(model, request)
         if request.pinned or decision.reason == "response":
             return not has_room(decision, request, self.picture)
         if not self._holds_back:
@@ -205,12 +242,26 @@ class Choice:
             decision, request, self.picture, now_s
         )
 
-    def _held_for_want(self, queue: str) -> bool:
+    def _held_for_want(self, model: str, request: Request) -> bool:
         """Whether to wait where nobody may take it: all are full, or demand brings somebody up."""
-        pool = self.awaited(queue)
+        queue = self.queue_of(model)
+        pool = self.awaited(queue, request.regions)
         if pool is not None and pool.available:
             return self._holds_back
-        return self.config.queue_size > 0 and self.prospect_of(queue).wakes
+        if not self.config.queue_size:
+            return False
+        wakes = self.prospect_of(queue).wakes and self.resides(request.regions)
+        if wakes or pool is None or not pool.remotes:
+            return wakes
+        return self.picture.some_serve(self.picture.seats(pool), self.clock.now_s())
+
+    def resides(self, within: frozenset[str] | None) -> bool:
+        """Whether what is bound to these regions may be computed in this one."""
+        return within is None or self.region in within
+
+    def know_region(self, managed: str) -> None:
+        """The region is that of the configuration, or, where it names none, of the manager."""
+        self.region = managed if self.config.region == NO_REGION else self.config.region
 
     def wait(
         self,
@@ -228,9 +279,19 @@ class Choice:
         if request.spare:
             raise NoSpareError("no replica has room to spare now")
         queue = self.queue_of(model)
-        if request.work_class == UNSAID:
-            request.work_class = self.prospect_of(queue).work_class
+        request.held_for = self._held_for_what(queue, request, again=since_s >= 0.0)
         return self.waiting.add(queue, request, held_bytes, on_decision, on_refusal, since_s)
+
+    def _held_for_what(self, queue: str, request: Request, *, again: bool) -> str:
+        """Say why a request has to wait. `again`: it had a place, and gave it to online work."""
+        if again:
+            return "preempted"
+        pool = self.awaited(queue, request.regions)
+        if pool is None or not pool.available:
+            return "starting"
+        if request.work_class == OFFLINE and self.waiting.braked():
+            return "online-first"
+        return "replicas-busy"
 
     def arrived(self, model: str, request: Request) -> None:
         """Count a request for a model that the fleet has, if it is demand."""
@@ -243,10 +304,9 @@ class Choice:
 
     def fleet_changed(self) -> None:
         """Other replicas may take requests: look anew at those who wait for them."""
+        self.residency.forget(self.region)
         pools = self.fleet.pools
         self.arrivals = {model: self.arrivals.get(model, 0) for model in pools}
-        prospects = self.fleet.prospects.values()
-        self._some_offline = any(each.work_class == OFFLINE for each in prospects)
         self.waiting.fleet_changed(lambda queue: queue in pools or queue in _NAMELESS)
 
     def work_done(self) -> None:
@@ -261,11 +321,13 @@ class Choice:
         """Name the queue of a model. Names that clients invent make none of their own."""
         return model if not model or model in self.fleet.pools else _ANY_MODEL
 
-    def awaited(self, queue: str) -> fleets.Pool | None:
-        """Return the pool that those in a queue wait for, as it is now."""
+    def awaited(self, queue: str, within: frozenset[str] | None = None) -> fleets.Pool | None:
+        """Return the pool that those in a queue wait for, as it is now, in these regions."""
         if queue == _ANY_MODEL:
-            return self.fleet.any_model if self.fleet.any_model.replicas else None
-        return self.fleet.pool_for(queue) if queue else self.fleet.only_pool()
+            pool = self.fleet.any_model if self.fleet.any_model.replicas else None
+        else:
+            pool = self.fleet.pool_for(queue) if queue else self.fleet.only_pool()
+        return pool if pool is None else self.residency.within(pool, within)
 
     def prospect_of(self, queue: str) -> Prospect:
         """Return what is to be expected of the replicas that those in a queue wait for."""

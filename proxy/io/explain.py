@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import orjson
 
 from proxy import errors
-from proxy.core.explanation import candidates, chain_shown, hot_octets, priced
+from proxy.core.classes import NAMES
+from proxy.core.explanation import candidates, candidates_abroad, chain_shown, hot_octets, priced
 from proxy.core.fleet import Pool
 from proxy.core.http1 import Field
 from proxy.core.policy import Decision, Request
@@ -41,7 +42,7 @@ def _explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) ->
     plane.judge_length(len(body))
     asked = plane.read(route, preamble, body)
     request, picture = asked.request, plane.picture
-    pool = plane.find_pool(asked.model, lookup=route.lookup)
+    pool = plane.find_pool(asked.model, request.regions, lookup=route.lookup)
     now_s, turn = plane.clock.now_s(), picture.turn
     # First, for prices let go of what must be done by now, which not every policy looks at.
     able = candidates(request, pool, picture, plane.sharing.hearsay, now_s)
@@ -53,6 +54,7 @@ def _explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) ->
         "route": route.name,
         "model": asked.model,
         "stream": asked.stream,
+        "class": NAMES[request.work_class],
         "policy": plane.config.policy,
         "session": _session(request, preamble),
         "continues_response": bool(request.response_key),
@@ -65,7 +67,9 @@ def _explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) ->
         shown["decision"] = _decision(decision, request, pool, plane, now_s)
     elif not held:
         shown["error"] = orjson.Fragment(plane.nobody(asked.model, pool, (), "").body())
-    shown["candidates"] = able
+    home = decision if decision is not None and not decision.replica.remote else None
+    abroad = candidates_abroad(request, pool, picture, home, now_s) if pool.remotes else []
+    shown["candidates"] = able + abroad
     return shown
 
 

@@ -5,8 +5,6 @@ One writer: the worker's event loop. Events change the fleet here and nowhere el
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ssl
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -20,7 +18,7 @@ from proxy.contract.keys import KeySet
 from proxy.contract.regions import RemoteState
 from proxy.core import fleet as fleets
 from proxy.core import limits
-from proxy.core.asked import Asked, read_body
+from proxy.core.charging import charge, settle
 from proxy.core.head_memory import HeadMemory
 from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
@@ -34,22 +32,23 @@ from proxy.errors import (
     DrainingError,
     NoReplicaError,
     OverloadedError,
-    UnauthorizedError,
     UnsupportedEncodingError,
 )
 from proxy.io.aborts import Aborts
+from proxy.io.abroad import Abroad, moved_of
 from proxy.io.access_log import AccessLog
+from proxy.io.authentication import Authentication
 from proxy.io.clock import Clock
+from proxy.io.metering import Metering
 from proxy.io.noting import Noting
 from proxy.io.outbox import Outbox
-from proxy.io.refusal import Refusal
 from proxy.io.sharing import Sharing
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.upstreams import Upstreams
 
 
-class Plane(Refusal):
+class Plane(Abroad):
     """The data plane of one worker."""
 
     def __init__(
@@ -97,16 +96,17 @@ class Plane(Refusal):
         self._on_doubt = on_doubt
         self._doubted_s: dict[str, float] = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
-        self._key_digest = _digest(config.api_key)
-        self.keys = KeySet()
-        self.remotes: tuple[RemoteState, ...] = ()
+        self.authentication = Authentication(config, clock)
+        self.metering = Metering(config, clock)
         self.proxy_id = b""
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
         self.follow(config)
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
-        self._key_digest = _digest(config.api_key)
+        self.authentication.reconfigure(config)
+        self.metering.follow(config)
+        self.preambles.clear()
         self.upstreams.reconfigure(
             config.connect_timeout_secs, partial(tls.replica_context, config)
         )
@@ -123,41 +123,57 @@ class Plane(Refusal):
     ) -> None:
         """`columns` says where all workers count what each replica has (`core.headcount`)."""
         before = self.fleet.replicas
-        self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot))
+        self.know_region(snapshot.region)
+        self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot, self.region))
         self.fleet_known = True
         self.fleet_epoch, self.fleet_version = snapshot.epoch, snapshot.version
-        self.picture.know(self.fleet.replicas.values(), self.clock.now_s())
+        self.seat()
+        self.sharing.hearsay.know(self.picture.slots)
         if self.picture.loads.headcount is not None:
             replicas = self.fleet.replicas.values()
             self.picture.loads.headcount.know(columns or {}, replicas, self.leases)
-        self.sharing.hearsay.know(self.picture.slots)
         servers = self.fleet.servers
         present = frozenset(servers)
         for gone in {r.replica_id for r in before.values()} - present:
             self._server_errors.pop(gone, None)
             self._doubted_s.pop(gone, None)
         # A connection to the address that a replica had before is one to somebody else.
-        moved = {
-            r.replica_id
-            for r in before.values()
-            if r.replica_id in present and not _same_place(r, servers[r.replica_id])
-        }
-        self.upstreams.retain(present - moved)
+        moved = moved_of(before, servers)
+        self._retain(moved)
         self.upstreams.close_idle([r.replica_id for r in servers.values() if not r.serves])
-        self.telemetry.retain_replicas(present)
         self.fleet_changed()
+
+    def _retain(self, moved: Collection[str]) -> None:
+        """Let go of connections and counts of what is not there any more."""
+        remotes = [remote.replica_id for remote in self.fleet.remotes.values()]
+        present = frozenset((*self.fleet.servers, *remotes))
+        self.upstreams.retain(present.difference(moved))
+        self.telemetry.retain_replicas(present)
 
     def know_keys(self, keys: KeySet) -> None:
         """These are all API keys now, from the next request on."""
-        self.keys = keys
+        self.authentication.know_keys(keys)
+        self.preambles.clear()  # what is no key any more need not stay in memory
+        self.some_keys = bool(keys.keys)
+        self.tell_tenants_apart()
+
+    def know_jwt_keys(self, document: bytes) -> None:
+        """By these the tokens of the identity provider are verified now."""
+        self.authentication.know_jwt_keys(document)
 
     def know_remotes(self, remotes: Sequence[RemoteState], ours: bytes = b"") -> None:
         """This is what is known now of other regions; `ours` names this proxy's life to them."""
         self.proxy_id = ours
-        self.remotes = tuple(remotes)
+        moved = self.take_remotes(remotes)
+        if moved is not None:
+            self.sharing.hearsay.know(self.picture.slots)
+            self._retain(moved)
+            self.fleet_changed()
+        self.work_done()
 
     def suspect(self, replica_id: str, reason: str) -> None:
         """A replica failed a request in a way that says it may be gone."""
+        self.picture.suspect_remote(replica_id, self.clock.now_s())
         before = self.fleet
         self.fleet = fleets.apply(before, fleets.ReplicaSuspected(replica_id))
         if self.fleet is not before:
@@ -187,6 +203,7 @@ class Plane(Refusal):
     def answered(self, replica_id: str, status: int) -> None:
         """Count server errors in a row. Client errors are no sign of a sick replica."""
         if status < 500 or status == 501:
+            self.picture.remote_answered(replica_id)
             if self._server_errors:
                 self._server_errors.pop(replica_id, None)
             return
@@ -204,8 +221,10 @@ class Plane(Refusal):
         fleet = self.fleet
         if self.offline is not None and self.fleet_known and not (fleet.servers or fleet.scaled):
             return True  # nobody is meant to take requests here: what is served is files and jobs
-        return any(r.available for r in fleet.replicas.values()) or any(
-            p.wakes for p in fleet.prospects.values()
+        return (
+            any(r.available for r in fleet.replicas.values())
+            or any(p.wakes for p in fleet.prospects.values())
+            or self.picture.some_remote_serves(self.clock.now_s())
         )
 
     @property
@@ -218,7 +237,11 @@ class Plane(Refusal):
     def acquire(
         self, decision: Decision, request: Request, now_s: float, *, yields: bool = False
     ) -> Lease:
-        """Count a request that goes out now; `yields`: and may have to come back."""
+        """Count a request that goes out now; `yields`: and may have to come back.
+
+        Raises `InternalError` where it may not be computed there, whoever decided so.
+        """
+        self.assert_permitted(decision, request)
         lease = self.picture.acquire(
             decision.replica,
             request.chain,
@@ -230,6 +253,8 @@ class Plane(Refusal):
             whole=not request.response_key,
         )
         lease.spare, lease.yields = request.spare, yields
+        if self.waiting.shares.on:
+            charge(self.waiting.shares, lease, request, now_s)
         self._leases[lease.lease_id] = lease
         if self.noting.on:
             self.noting.dispatched(lease, request.chain)
@@ -258,6 +283,9 @@ class Plane(Refusal):
         `served`: its prompt has been computed. `refused`: the replica sent it away.
         """
         del self._leases[lease.lease_id]
+        if lease.account is not None:
+            loads = self.picture.loads
+            settle(self.waiting.shares, lease, loads, usage, first_octet_s, now_s)
         if usage is not None and first_octet_s and lease.streamed:
             self.picture.decoded(lease, usage.completion_tokens, now_s - first_octet_s)
         self.picture.release(lease, now_s, usage, served=served, refused=refused)
@@ -273,11 +301,7 @@ class Plane(Refusal):
 
     # --- answers of our own ------------------------------------------------------------------
 
-    def authorized(self, key_digest: bytes) -> bool:
-        """Compare digests, so that time tells nothing of the key."""
-        return not self._key_digest or hmac.compare_digest(key_digest, self._key_digest)
-
-    def local_answer(self, path: bytes) -> bytes:
+    def local_answer(self, path: bytes, principal: Principal = ANYBODY) -> bytes:
         """Return the body of a path that the proxy answers itself. Raises `ProxyError`."""
         if path == b"/readyz":
             if self.draining and not self.relieved:
@@ -287,41 +311,43 @@ class Plane(Refusal):
             return b'{"status":"ready"}'
         if path in (b"/livez", b"/health"):
             return b'{"status":"alive"}'
-        return self._models(model_of_path(path).decode("ascii"))
+        return self._models(model_of_path(path).decode("ascii"), principal)
 
-    def _models(self, wanted: str) -> bytes:
-        """OpenAI's model list: what the fleet can serve, whether or not a replica is up now."""
+    def _models(self, wanted: str, principal: Principal) -> bytes:
+        """OpenAI's model list: what the fleet can serve, whether or not a replica is up now.
+
+        What its reader may not ask for is not there, here as elsewhere.
+        """
+        may = principal.models
         listed = [
             {"id": model, "object": "model", "created": 0, "owned_by": "doherty"}
             for model, pool in sorted(self.fleet.pools.items())
-            if pool.replicas or self.fleet.prospect_of(model).wakes
+            if (pool.replicas or pool.remotes or self.fleet.prospect_of(model).wakes)
+            and (may is None or model in may)
         ]
         if not wanted:
             return orjson.dumps({"object": "list", "data": listed})
         for model in listed:
             if model["id"] == wanted:
                 return orjson.dumps(model)
-        raise self.unknown_model(wanted)
+        raise self.unknown_model(wanted, principal)
 
     def admit(self, route: Route, preamble: Preamble, length: int) -> Principal:
         """Judge a head by what this proxy may and can serve; return who asks. Raises `ProxyError`.
 
         A `length` that is announced is judged, but only what has come is held and counted.
         """
-        if route.name != "health" and not self.authorized(preamble.key_digest):
-            raise UnauthorizedError(
-                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            )
+        principal = ANYBODY if route.name == "health" else self.authentication.who_asks(preamble)
         if preamble.encoded:
             raise UnsupportedEncodingError("compressed request bodies are not read here")
         self.judge_length(length)
         if route.local:
-            return ANYBODY
+            return principal
         if self.exchanges_open > self.config.max_concurrent_requests:
             raise OverloadedError(
                 f"{self.config.max_concurrent_requests} requests are in flight already"
             )
-        return ANYBODY
+        return principal
 
     def judge_length(self, body_bytes: int) -> None:
         """Refuse a body that is, or will be, too large. Raises `BodyTooLargeError`."""
@@ -340,17 +366,6 @@ class Plane(Refusal):
         self.bodies_bytes += more_bytes
         return held_bytes
 
-    def read(self, route: Route, preamble: Preamble, body: bytes) -> Asked:
-        """Read what a whole request asks for. Raises the kinds of `InvalidRequestError`."""
-        return read_body(
-            route,
-            preamble,
-            body,
-            strict=self.strict,
-            tenant=preamble.key_digest if self.config.tenant_isolation else b"",
-            adapters=self.fleet.adapters,
-        )
-
     def _unsolicited(self) -> None:
         self.telemetry.unsolicited_total += 1
 
@@ -363,9 +378,11 @@ class Plane(Refusal):
             Sample(aborts, (("outcome", "sent"),), self.aborts.sent_total),
             Sample(aborts, (("outcome", "dropped"),), self.aborts.dropped_total),
             *self.telemetry.samples(),
+            *self.classes.samples(),
             *self.sharing.counters(),
             *self.waiting.counters(),
             *self.preemption.counters(),
+            *self.metering.counters(),
             dropped,
         ]
 
@@ -383,6 +400,7 @@ class Plane(Refusal):
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
             *self.sharing.gauges(),
             *self.waiting.gauges(now_s),
+            *self.metering.gauges(),
         ]
         for replica_id, server in self.fleet.servers.items():
             out += self._believed(replica_id, now_s)
@@ -414,11 +432,3 @@ def _offline(config: ProxyConfig) -> Replica | None:
     if config.offline_url is None:
         return None
     return replica_of(ReplicaRecord(replica_id="offline", url=config.offline_url))
-
-
-def _digest(key: str | None) -> bytes:
-    return hashlib.sha256(key.encode()).digest() if key else b""
-
-
-def _same_place(one: Replica, other: Replica) -> bool:
-    return (one.host, one.port, one.tls) == (other.host, other.port, other.tls)

@@ -6,11 +6,13 @@ it may be awake: then a request is held while demand brings a replica up, or tol
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from proxy.contract import ReplicaState
 from proxy.core import fleet as fleets
+from proxy.core.principal import ANYBODY, Principal
+from proxy.core.replica import Replica
 from proxy.core.room import start_retry_s
 from proxy.errors import (
     MissingModelError,
@@ -19,10 +21,11 @@ from proxy.errors import (
     NotAwakeError,
     OverloadedError,
     ProxyError,
+    RegionNotAllowedError,
     ReplicaUnreachableError,
 )
 from proxy.io.choice import Choice
-from proxy.io.waiting import Waiter
+from proxy.io.queues import Waiter
 
 # States from which a replica takes requests, or soon will.
 _COMING: Final = frozenset((ReplicaState.READY, ReplicaState.STARTING, ReplicaState.BACKOFF))
@@ -33,10 +36,27 @@ class Refusal(Choice):
 
     fleet_known = False
 
-    def find_pool(self, model: str, *, lookup: bool) -> fleets.Pool:
-        """Return the replicas that could serve this. Raises `ProxyError` when there are none."""
+    def find_pool(
+        self, model: str, within: frozenset[str] | None = None, *, lookup: bool
+    ) -> fleets.Pool:
+        """Return the replicas that could serve this, in these regions.
+
+        Raises `ProxyError` when there are none.
+        """
+        pool = self._find_pool(model, lookup=lookup)
+        if within is None:
+            return pool
+        resident = self.residency.within(pool, within)
+        if not (resident.replicas or resident.remotes or self.resides(within)):
+            raise RegionNotAllowedError(
+                f"this request may be computed in {' or '.join(sorted(within))} only, "
+                f"and no replica there serves the model; it came to {self.region}"
+            )
+        return resident
+
+    def _find_pool(self, model: str, *, lookup: bool) -> fleets.Pool:
         fleet = self.fleet
-        if lookup and fleet.replicas:
+        if lookup and (fleet.replicas or fleet.remotes):
             return fleet.everyone
         pool = fleet.pool_for(model) if model else fleet.only_pool()
         if pool is not None and not lookup:
@@ -48,8 +68,10 @@ class Refusal(Choice):
             raise MissingModelError("say which model is meant", "model")
         raise self.unknown_model(model)
 
-    def unknown_model(self, model: str) -> ModelNotFoundError:
-        known = ", ".join(sorted(self.fleet.pools)[:20]) or "none"
+    def unknown_model(self, model: str, principal: Principal = ANYBODY) -> ModelNotFoundError:
+        """Say so, and which there are; of those that its sender may not ask for he learns none."""
+        pools, may = self.fleet.pools, principal.models
+        known = ", ".join(sorted(pools if may is None else pools.keys() & may)[:20]) or "none"
         return ModelNotFoundError(
             f"the model {model!r} is not served here; served: {known}", "model"
         )
@@ -86,9 +108,9 @@ class Refusal(Choice):
 
     def end_of_wait(self, waiter: Waiter, now_s: float) -> ProxyError | None:
         """Return why a request should wait no longer, if so."""
-        pool, config = self.awaited(waiter.key), self.config
+        pool, config = self.awaited(waiter.key, waiter.request.regions), self.config
         coming = pool is not None and any(r.state in _COMING for r in pool.replicas.values())
-        if not coming and not self.prospect_of(waiter.key).wakes:
+        if not coming and not self.prospect_of(waiter.key).wakes and not self._abroad(pool, now_s):
             return NoReplicaError(self.no_replica_reason(pool))
         return self.waiting.end_of_wait(
             waiter,
@@ -96,6 +118,12 @@ class Refusal(Choice):
             queue_timeout_s=config.queue_timeout_secs,
             hold_timeout_s=config.hold_timeout_secs,
         )
+
+    def _abroad(self, pool: fleets.Pool | None, now_s: float) -> bool:
+        """Whether another region serves a pool."""
+        if pool is None or not pool.remotes:
+            return False
+        return self.picture.some_serve(self.picture.seats(pool), now_s)
 
     def no_replica_reason(self, pool: fleets.Pool | None = None) -> str:
         """Say why nobody can take a request, in words that tell an operator what to do.
@@ -109,7 +137,11 @@ class Refusal(Choice):
                 m for m, p in self.fleet.pools.items() if p.replicas.keys() == pool.replicas.keys()
             ]
             whose = f" of {' or '.join(sorted(same)[:3])}" if same else ""
+        remotes = pool.remotes if pool is not None else tuple(self.fleet.remotes.values())
+        away = self._remotes_shown(remotes) if remotes else ""
         if not replicas:
+            if away:
+                return f"nothing of it runs in this region{away}"
             if self.fleet_known:
                 return "the replica list is empty; start replicas or pass --worker-urls"
             return "the fleet is not known yet; the manager has not answered"
@@ -120,4 +152,14 @@ class Refusal(Choice):
                 word = "asleep"
             states[word] = states.get(word, 0) + 1
         shown = ", ".join(f"{count} {word}" for word, count in sorted(states.items()))
-        return f"no replica{whose} can take the request now: {shown}"
+        return f"no replica{whose} can take the request now: {shown}{away}"
+
+    def _remotes_shown(self, remotes: Sequence[Replica]) -> str:
+        """Say of other regions why nothing goes there."""
+        found: dict[str, str] = {}
+        for remote in remotes:
+            slot = self.picture.slots.get(remote.name, -1)
+            outlook = self.picture.outlooks.of.get(slot)
+            reason = outlook.why_not(self.clock.now_s()) if outlook is not None else "not known"
+            found.setdefault(remote.region, reason or "no room")
+        return "".join([f"; {region}: {reason}" for region, reason in sorted(found.items())])

@@ -117,6 +117,8 @@ class _Count:
 def _by_replica(plane: Plane) -> dict[str, _Count]:
     found: dict[str, _Count] = {}
     for lease in plane.leases:
+        if lease.replica_name in plane.fleet.remotes:
+            continue  # the work of another region's replicas
         count = found.get(lease.replica_name)
         if count is None:
             count = found[lease.replica_name] = _Count()
@@ -158,13 +160,14 @@ def _waiting(plane: Plane) -> list[dict[str, ModelDemand]]:
 
 def _arrived(plane: Plane) -> list[dict[str, ModelDemand]]:
     return [
-        {_counted_as(model, plane.fleet): ModelDemand(arrivals_total=count)}
+        {name: ModelDemand(arrivals_total=count)}
         for model, count in plane.arrivals.items()
-        if count
+        if count and (name := _counted_as(model, plane.fleet))
     ]
 
 
 def _counted_as(model: str, fleet: Fleet) -> str:
-    if model not in fleet.pools:
-        return ""
+    pool = fleet.pools.get(model)
+    if pool is None or not (pool.replicas or model in fleet.prospects):
+        return ""  # of nobody's here: other regions alone have it
     return fleet.prospect_of(model).name or model

@@ -6,9 +6,6 @@ import json
 from collections.abc import Container
 from typing import Any
 
-import pytest
-
-from proxy.core import limits
 from proxy.core.asked import Asked, read_body
 from proxy.core.preamble import read_preamble
 from proxy.core.session import response_key
@@ -55,12 +52,6 @@ def test_a_model_that_is_a_loaded_adapter_asks_for_it() -> None:
     assert _chat(adapters={"m"}).request.adapter == "m"
     assert _chat(adapters={"other"}).request.adapter == ""
     assert _chat(adapters={"m"}, lora_path="sql").request.adapter == "sql"
-
-
-@pytest.mark.parametrize("tier", [None, "auto", "default", "priority", "fast", "scale", "other"])
-def test_every_tier_but_flex_weighs_one(tier: str | None) -> None:
-    assert _chat(service_tier=tier).request.weight == 1.0
-    assert _chat(service_tier="flex").request.weight == limits.FLEX_WEIGHT < 1.0
 
 
 def test_only_a_session_is_pinned_and_only_when_told() -> None:

@@ -50,7 +50,7 @@ def test_the_field_outweighs_the_tier() -> None:
     head = read_preamble(_HEAD + b"\r\nx-doherty-class: spare")
     body = b'{"model":"m","service_tier":"priority","messages":[]}'
     request = read_body(find_route(b"POST", b"/v1/chat/completions"), head, body).request
-    assert (request.work_class, request.spare, request.weight) == (OFFLINE, True, 0.25)
+    assert (request.work_class, request.spare) == (OFFLINE, True)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,8 @@ def test_the_field_outweighs_the_tier() -> None:
     [
         ("priority", ONLINE),
         ("fast", ONLINE),
+        ("ultrafast", ONLINE),
+        ("scale", ONLINE),
         ("flex", OFFLINE),
         ("auto", UNSAID),
         ("default", UNSAID),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from proxy.core import limits
 from proxy.core.classes import OFFLINE, ONLINE, SEMI_ONLINE, YIELD_S
 from proxy.core.fleet import Pool
-from proxy.core.holding import Held, Holding
+from proxy.core.held import Held
+from proxy.core.holding import Holding
 from proxy.core.lease import Lease
 from proxy.core.opening import Opening, is_open
 from proxy.core.picture import Picture
@@ -207,7 +208,7 @@ def test_one_that_is_dropped_is_not_sent_and_leaves_nothing() -> None:
         world.holding.drop(held)
         world.holding.drop(held)
     assert len(world.holding) == 1
-    assert sum(len(line.entries) for line in world.holding._lines.values()) == 1
+    assert sum(line.count for line in world.holding._lines.values()) == 1
     world.picture.prefill_ended(lease, 1.0)
     world.release(1.0)
     assert world.sent == [(1, "a")]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.core.classes import NAMES, OFFLINE, ONLINE, SEMI_ONLINE, SHARES
-from proxy.core.holding import Held
+from proxy.core.held import Held
 from proxy.core.policy import Request
 from proxy.core.prefix import NO_CHAIN
 from proxy.core.prospects import Prospect

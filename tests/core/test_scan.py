@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import tracemalloc
 from typing import Any
 
@@ -31,6 +32,9 @@ _TRAPS = st.sampled_from(
     ]
 )  # fmt: skip
 _TEXT = st.lists(_TRAPS | st.text(max_size=5), max_size=4).map("".join)
+_COUNTS = (
+    "max_tokens", "max_completion_tokens", "max_output_tokens",
+)  # fmt: skip
 _NUMBERS = st.sampled_from(["0", "-0", "1e400", "-1.5E-7", "9" * 30, "9" * 5000, "0.1"])
 
 
@@ -45,10 +49,12 @@ _VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.lists(st.tuples(_TEXT, inner), max_size=3),
     max_leaves=8,
 )
-_KEYS = st.sampled_from([*_OURS, *_PARTS]) | _TEXT
+_KEYS = st.sampled_from([*_OURS, *_PARTS, *_COUNTS, "n"]) | _TEXT
+_COUNTED = st.integers(0, 10**10).map(lambda count: _Number(str(count)))
 _MOSTLY_RIGHT = {
     "model": st.sampled_from(["m", "org/model", "é", "😀", "m" * 300, ""]),
     "stream": st.booleans() | st.none(),
+    **dict.fromkeys((*_COUNTS, "n"), _COUNTED),
 }
 
 
@@ -99,6 +105,16 @@ def _read(body: bytes) -> Any:
     return json.loads(body, parse_int=lambda digits: (digits,))
 
 
+def _count(value: Any) -> int:
+    """What a number says of how many; anything else says nothing."""
+    if isinstance(value, tuple):  # an integer, as `_read` has it
+        (digits,) = value
+        value = int(digits) if len(digits) < 100 else math.copysign(math.inf, float(digits[:2]))
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        return 0
+    return max(0, int(min(value, limits.OUTPUT_TOKENS_MAX)))
+
+
 def _check(body: bytes) -> Scanned | None:
     """The law. Returns None when the body is refused."""
     try:
@@ -117,6 +133,8 @@ def _check(body: bytes) -> Scanned | None:
         given_value = value.get(name)
         expected = given_value if isinstance(given_value, str) else None
         assert getattr(scanned, name) == expected
+    most = max(_count(value.get(name)) for name in _COUNTS) * max(1, _count(value.get("n")))
+    assert scanned.output_tokens == min(most, limits.OUTPUT_TOKENS_MAX)
     for name, place in _PARTS.items():
         octets = scanned.part(place)
         assert bool(octets) is (name in value)
@@ -236,6 +254,28 @@ def test_messages_of_the_usual_form_are_read_from_the_end(inner: bytes, count: i
         ends = scan.element_ends(array, 0, len(array))
         read = [len(json.loads(array[:end] + b"]")) for end in ends]
         assert read == list(range(count + 3 - limits.CHAIN_BOUNDARIES_MAX, count + 3))[-count - 2 :]
+
+
+@pytest.mark.parametrize(
+    ("members", "tokens"),
+    [
+        (b'"max_tokens":7', 7),
+        (b'"max_tokens":null', 0),
+        (b'"max_tokens":7,"max_completion_tokens":9', 9),
+        (b'"max_output_tokens":7,"n":3', 21),
+        (b'"n":3', 0),
+        (b'"max_tokens":7.5', 7),
+        (b'"max_tokens":-7', 0),
+        (b'"max_tokens":"7"', 0),
+        (b'"max_tokens":true', 0),
+        (b'"max_tokens":1e300', limits.OUTPUT_TOKENS_MAX),
+        (b'"max_tokens":999999999,"n":999999999', limits.OUTPUT_TOKENS_MAX),
+        (b'"x":{"max_tokens":7}', 0),
+        (b'"max_tokens":7,"max_tokens":2', 2),
+    ],
+)
+def test_how_many_tokens_may_be_generated(members: bytes, tokens: int) -> None:
+    assert scan_body(b'{"model":"m",%b}' % members).output_tokens == tokens
 
 
 @pytest.mark.parametrize(

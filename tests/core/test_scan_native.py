@@ -56,6 +56,7 @@ def _seen(read: Any, body: bytes) -> object:
     fields = (
         scanned.model, scanned.stream, scanned.service_tier, scanned.prompt_cache_key,
         scanned.session_id, scanned.cache_salt, scanned.lora_path, scanned.previous_response_id,
+        scanned.output_tokens,
     )  # fmt: skip
     ends = [
         [end - scanned.spans[2 * part] for end in there]
@@ -166,8 +167,11 @@ def test_depth_is_bounded(native: ModuleType, opened: bytes) -> None:
 
 
 def test_the_usual_form_needs_no_second_reader(native: ModuleType) -> None:
-    usual = native.scan(b'{"stream":null,"session_id":"s","model":"m","x":"\\n","lora_path":null}')
-    assert usual == ("m", None, None, "s", None, None, None, None, (0,) * 22, (), (), ())
+    usual = native.scan(
+        b'{"stream":null,"session_id":"s","model":"m","x":"\\n","lora_path":null,'
+        b'"max_tokens":7,"n":2,"max_output_tokens":null}'
+    )
+    assert usual == ("m", None, None, "s", None, None, None, None, (0,) * 22, (), (), (), 14)
     # An escape beyond the end of a name, and read along with it, is none of the name.
     for size in range(1, 80):
         name = b"m" * size

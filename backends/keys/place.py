@@ -1,0 +1,74 @@
+"""Where the keys are, and what the configuration beside them says of tenants.
+
+The file is said by a flag, else by the environment, else by the configuration; whoever runs
+`doherty up` and `doherty keys` with the same configuration speaks of the same file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from proxy.config import ENVIRONMENT_PREFIX, Config, ConfigError, TenantConfig, load_config
+
+_ONE = {"classes": "class", "models": "model", "regions": "region"}
+KEYS_VARIABLE = ENVIRONMENT_PREFIX + "KEYS_PATH"
+
+
+class Place(msgspec.Struct, frozen=True):
+    """A file of keys, and the configuration that it belongs to, if that is known."""
+
+    path: str
+    config: Config | None = None
+    config_path: str = ""
+
+
+def place_of(keys: str | None, config_path: str | None, environ: Mapping[str, str]) -> Place:
+    """Raises `ConfigError` where no file is named."""
+    config_path = config_path or environ.get(ENVIRONMENT_PREFIX + "CONFIG") or None
+    config = load_config(config_path) if config_path else None
+    configured = config.proxy.keys_path if config else None
+    path = keys or environ.get(KEYS_VARIABLE) or configured
+    if not path:
+        where = f"proxy.keys_path in {config_path}" if config_path else "--config FILE"
+        raise ConfigError(f"which file of keys? say it by --keys FILE, {KEYS_VARIABLE} or {where}")
+    return Place(path, config, config_path or "")
+
+
+def check_rights(
+    place: Place,
+    tenant: str,
+    *,
+    models: Iterable[str] = (),
+    classes: Iterable[str] = (),
+    regions: Iterable[str] = (),
+) -> None:
+    """Refuse a key that could do nothing. Raises `ConfigError` with the nearest name."""
+    config = place.config
+    if config is None or not config.tenants:
+        return
+    tenants = {one.name: one for one in config.tenants}
+    if tenant not in tenants:
+        raise ConfigError(_unknown("tenant", tenant, tenants, place.config_path))
+    _check_granted(tenants[tenant], "classes", classes, place.config_path)
+    _check_granted(tenants[tenant], "models", models, place.config_path)
+    _check_granted(tenants[tenant], "regions", regions, place.config_path)
+
+
+def _check_granted(tenant: TenantConfig, what: str, asked: Iterable[str], source: str) -> None:
+    granted: Sequence[str] = getattr(tenant, what)
+    for name in asked:
+        if granted and name not in granted:
+            raise ConfigError(
+                f"tenant '{tenant.name}' may not have the {_ONE[what]} '{name}', so no key of it "
+                f"may; {source} allows {', '.join(granted)}"
+            )
+
+
+def _unknown(what: str, name: str, known: Iterable[str], source: str) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
+    return f"{source} has no {what} '{name}'; {hint}"

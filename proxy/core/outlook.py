@@ -1,0 +1,182 @@
+"""What a request would meet in another region, by its last summary and what went there since.
+
+A summary is some time old when it is read: what it says of waiting has passed by its age, and what
+we sent since it was written is not in it yet. So both are counted here, for each remote proxy and
+each model: `room` is how many requests more it would begin at once, `wait_s` how long one would
+wait there. A request counts as not in the summary until one has come that was begun a round trip
+after it was sent: perhaps too long, and never too short, so that nobody is sent after what is gone.
+
+A region whose summary is old, that drains, or that cannot be reached, is left at once. One that was
+gone and is back is given its requests by degrees (`returning_max`): a pure function of how long it
+has been back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+from proxy.contract.regions import (
+    SUMMARY_AGE_S_MAX,
+    SUMMARY_INTERVAL_S,
+    ModelSummary,
+    RemoteState,
+)
+from proxy.core import limits
+
+NOTHING_SAID: Final = ModelSummary()
+
+
+def returning_max(most: int, back_s: float) -> int:
+    """Return how many of `most` requests a region may have that has been back for so long."""
+    if back_s >= limits.REGION_RETURN_S:
+        return most
+    return 1 + int(most * max(0.0, back_s) / limits.REGION_RETURN_S)
+
+
+class Outlook:
+    """One remote proxy and one model, as they were told, and what was sent there since."""
+
+    __slots__ = (
+        "_pauses", "_sent", "_sent_tokens", "_suspect_until_s", "at_s", "linked", "lost",
+        "round_trip_s", "said", "since_s",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.said = NOTHING_SAID
+        self.linked = False
+        self.lost = False  # it was linked once, and then was not
+        self.since_s = 0.0
+        self.at_s = 0.0
+        self.round_trip_s = 0.0
+        self._sent: deque[tuple[float, int]] = deque()  # when, and its uncached tokens
+        self._sent_tokens = 0
+        self._suspect_until_s = 0.0
+        self._pauses = 0
+
+    def know(self, state: RemoteState, said: ModelSummary | None) -> None:
+        """This is what is known of it now; None: it does not speak of the model."""
+        summary = state.summary
+        linked = state.linked and summary is not None and not summary.draining and said is not None
+        if self.linked and not linked:
+            self.lost = True
+        if linked and not self.linked:
+            self._pauses = 0
+            self._suspect_until_s = 0.0
+        self.linked = linked
+        self.since_s, self.at_s = state.since_s, state.at_s
+        self.round_trip_s = state.round_trip_s
+        if said is not None:
+            self.said = said
+        self._trim()
+
+    def suspect(self, now_s: float) -> None:
+        """It could not be reached: go there no more for a while, whatever it tells."""
+        self._pauses = min(self._pauses + 1, limits.REGION_PAUSES_COUNTED_MAX)
+        self._suspect_until_s = now_s + limits.REGION_PAUSE_S * 2.0 ** (self._pauses - 1)
+
+    def answered(self) -> None:
+        """It has answered a request."""
+        self._pauses = 0
+
+    def dispatched(self, tokens: int, now_s: float) -> None:
+        """A request goes there now, whoever of this region sent it."""
+        if len(self._sent) >= limits.FOREIGN_LEASES_MAX:
+            self._sent_tokens -= self._sent.popleft()[1]
+        self._sent.append((now_s, tokens))
+        self._sent_tokens += tokens
+
+    def _trim(self) -> None:
+        """Forget what the summary shows.
+
+        What it is made of may be an interval old when it is written, and an interval older before
+        it is written again.
+        """
+        shown_s = self.at_s - self.round_trip_s - 2.0 * SUMMARY_INTERVAL_S
+        sent = self._sent
+        while sent and sent[0][0] < shown_s:
+            self._sent_tokens -= sent.popleft()[1]
+
+    # --- what one more request would meet ----------------------------------------------------
+
+    def why_not(self, now_s: float) -> str:
+        """Return why nothing is sent there at all; empty: something may be."""
+        if not self.linked:
+            return "not linked, or draining"
+        if now_s - self.at_s > SUMMARY_AGE_S_MAX:
+            return "silent"
+        if now_s < self._suspect_until_s:
+            return "unreachable"
+        return ""
+
+    def room(self, inflight: int, now_s: float) -> int:
+        """Return how many requests more it would begin at once; it has `inflight` of ours.
+
+        It has no room for strangers while anybody waits there: those were first.
+        """
+        if self.said.queued:
+            return 0
+        return self._returning(self.said.free - len(self._sent), inflight, now_s)
+
+    def begins(self, inflight: int, now_s: float) -> bool:
+        """Whether it would begin one more at once."""
+        return self.said.awake > 0 and self.room(inflight, now_s) > 0
+
+    def _returning(self, room: int, inflight: int, now_s: float) -> int:
+        if not self.lost:
+            return room
+        most = returning_max(max(0, room) + inflight, now_s - self.since_s)
+        return min(room, most - inflight)
+
+    def takes(self, inflight: int, now_s: float) -> bool:
+        """Whether it would take one for which there is nothing here, to wait if need be."""
+        if not self.serves:
+            return False
+        if not self.lost:
+            return True
+        most = max(1, self.said.free) + inflight
+        return inflight < returning_max(most, now_s - self.since_s)
+
+    @property
+    def serves(self) -> bool:
+        """Whether it has the model awake, or brings it up."""
+        return self.said.awake > 0 or self.said.coming > 0 or self.said.wakes
+
+    def wait_s(self, now_s: float) -> float:
+        """Return how long a newcomer's prefill would wait for others' there."""
+        said = self.said
+        ahead_s = self._sent_tokens * self.s_per_token / max(1, said.awake)
+        return max(0.0, said.wait_s - (now_s - self.at_s)) + ahead_s
+
+    @property
+    def s_per_token(self) -> float:
+        return self.said.s_per_token or 1.0 / limits.PREFILL_TOKENS_PER_S_DEFAULT
+
+    def start_s(self, now_s: float) -> float:
+        """Return when something of the model should serve there; 0 where something does."""
+        said = self.said
+        if said.awake:
+            return 0.0
+        if said.coming and said.ready_in_s > 0.0:
+            return max(0.0, said.ready_in_s - (now_s - self.at_s))
+        return said.start_s or limits.UNKNOWN_START_S
+
+
+class Outlooks:
+    """All of them, by the slot of the remote in the picture."""
+
+    __slots__ = ("of",)
+
+    def __init__(self) -> None:
+        self.of: dict[int, Outlook] = {}
+
+    def open(self, slot: int) -> None:
+        self.of[slot] = Outlook()
+
+    def close(self, slot: int) -> None:
+        self.of.pop(slot, None)
+
+    def dispatched(self, slot: int, tokens: int, now_s: float) -> None:
+        found = self.of.get(slot)
+        if found is not None:
+            found.dispatched(tokens, now_s)
