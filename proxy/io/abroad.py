@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from proxy.contract.regions import RemoteState
 from proxy.core import fleet as fleets
+from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
 from proxy.core.regions import permits, remotes_of
 from proxy.core.replica import Replica
@@ -22,6 +23,7 @@ class Abroad(Reading):
     """A choice that knows of other regions."""
 
     remotes: tuple[RemoteState, ...] = ()
+    departures: dict[str, int]  # requests that left, by model
 
     def seat(self) -> None:
         """Have a place in the picture for all that a request can be sent to."""
@@ -42,9 +44,17 @@ class Abroad(Reading):
             servers = {remote.replica_id: remote for remote in found}
             gone = {r.replica_id for r in before.values()} - servers.keys()
             moved = frozenset(gone | moved_of(before, servers))
+            self.departures = {m: n for m, n in self.departures.items() if m in self.fleet.pools}
         self.remotes = tuple(states)
         self.picture.know_remotes(states)
         return moved
+
+    def count_departure(self, lease: Lease, more: int) -> None:
+        """Count a request that another region computes, and demand that is not this one's."""
+        remote = self.fleet.remotes.get(lease.replica_name)
+        if remote is not None:
+            model = min(remote.models)
+            self.departures[model] = self.departures.get(model, 0) + more
 
     def assert_permitted(self, decision: Decision, request: Request) -> None:
         """Refuse what may not be computed there, whoever has decided so: a fault of ours.
