@@ -19,7 +19,7 @@ def of_model(bench: Bench) -> ModelDemand:
     return demand_of(bench.plane).models["m"]
 
 
-async def test_what_left_is_no_arrival_here_and_is_counted_where_it_is(
+async def test_what_left_is_no_arrival_here_and_counts_where_it_is(
     make_bench: MakeBench,
 ) -> None:
     bench = make_bench(region="eu")
