@@ -43,6 +43,7 @@ from loadtest.measure import warmup_count
 from loadtest.policies import beside, regions_lab
 from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
 from loadtest.scaling import pool
+from loadtest.scaling import regions as regions_day
 from loadtest.traces import Trace, TraceError
 
 REPLAY_EXAMPLE = """\
@@ -66,6 +67,7 @@ COMMANDS: dict[str, Command] = {
     "pool": pool,
     "readahead": readahead,
     "regions": regions,
+    "regions-day": regions_day,
     "regions-lab": regions_lab,
     "scaling": scaling,
     "sdk": sdk,

@@ -40,6 +40,7 @@ from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.teller import Teller
+from proxy.io.wanting import Wanting
 from proxy.io.witness import Witness
 from proxy.listeners import Listeners, StartError, deal
 from proxy.logs import set_up_logging
@@ -83,6 +84,7 @@ class Supervisor:
         )
         self._regions = Regions(self._places.tell, self._teller.summary)
         self._peers = Peers(self._tasks, self.hub, self._regions)
+        self._wanting = Wanting(self._peers, self._regions, self._teller)
         self._lookout = Lookout(
             self._tasks,
             on_snapshot=self._on_snapshot,
@@ -125,6 +127,7 @@ class Supervisor:
             self._tasks.start("hub", self.hub.run())
             self._tasks.start("demand", self._teller.run())
             self._tasks.start("regions", self._regions.run())
+            self._tasks.start("wanted", self._wanting.run())
             self._peers.start(self._config, listen=self._predecessor is None)
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
@@ -156,6 +159,7 @@ class Supervisor:
         self._jwt_keys.look(self._config.access.jwt)
         self._witness.look(self._lookout.session, self._config)
         self._teller.tell(self._config.manager_url)
+        self._wanting.look(self._config)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -210,6 +214,7 @@ class Supervisor:
         self._places.tell(control.FleetIs(snapshot))
         self.hub.know_fleet()
         self._witness.know(snapshot)
+        self._wanting.know(snapshot)
 
     def _usable(self, snapshot: FleetSnapshot) -> FleetSnapshot:
         """Leave out records that nobody can connect to, so that one cannot spoil the rest."""
@@ -255,6 +260,7 @@ class Supervisor:
         counters, gauges = await self._places.samples()
         told, linked = self.hub.samples()
         extra = [self._jwt_keys.samples(), self._lookout.keyring.samples()]
+        extra.append(([], self._wanting.samples()))
         counters += [*told, *self._peers.samples(), *self._teller.samples()]
         gauges += [*linked, *self._witness.samples(), *self._regions.samples()]
         for counted, gauged in extra:
