@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
-from proxy import flags, tls
+from proxy import dumps, flags, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.listeners import Listeners, StartError, arrange, given_by_systemd
 from proxy.logs import set_up_logging
@@ -24,6 +24,7 @@ _log = logging.getLogger("doherty.proxy")
 def serve(invocation: flags.Invocation, config: ProxyConfig) -> int:
     """Run the proxy until it is told to stop. Raises what `main` tells."""
     set_up_logging(config.log_level)
+    dumps.leave_none()
     check_source(config)
     for warning in tls.check(config, datetime.now(UTC)):
         _log.warning("%s", warning)
