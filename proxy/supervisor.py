@@ -88,6 +88,7 @@ class Supervisor:
             on_snapshot=self._on_snapshot,
             on_cleared=lambda replica_id: self._places.tell(control.Cleared(replica_id)),
             on_silent=lambda replica_id: self._places.tell(control.Accused(replica_id)),
+            on_keys=lambda keys: self._places.tell(control.KeysAre(keys)),
         )
         self._jwt_keys = JwtKeys(self._tasks, lambda d: self._places.tell(control.JwtKeysAre(d)))
         self._admin = web.AppRunner(make_app(self, config.admin_api_key), access_log=None)
@@ -252,9 +253,12 @@ class Supervisor:
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         counters, gauges = await self._places.samples()
         told, linked = self.hub.samples()
-        failed, aged = self._jwt_keys.samples()
-        counters += [*told, *failed, *self._peers.samples(), *self._teller.samples()]
-        gauges += [*linked, *aged, *self._witness.samples(), *self._regions.samples()]
+        extra = [self._jwt_keys.samples(), self._lookout.keyring.samples()]
+        counters += [*told, *self._peers.samples(), *self._teller.samples()]
+        gauges += [*linked, *self._witness.samples(), *self._regions.samples()]
+        for counted, gauged in extra:
+            counters += counted
+            gauges += gauged
         age_s = time.monotonic() - self._fleet_at_s
         return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
 
@@ -279,6 +283,7 @@ class Supervisor:
         try:
             read = self._invocation.settings()
             check_source(read)
+            settings.check_tenants(read)
             warnings = tls.check(read, datetime.now(UTC))
         except (ConfigError, StartError, ValueError) as error:
             _log.error("not reloaded, going on as before: %s", error)

@@ -35,6 +35,8 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     place: int = 0  # among the workers
     cells_fd: int = -1  # of the memory in which all of them count (`io/shared_cells.py`); -1: none
     workers: int = 1
+    quota_fd: int = -1  # of the memory in which tenants are counted (`io/quota_memory.py`)
+    rows: dict[str, int] = {}  # whose row is whose in it
 
 
 class Accept(msgspec.Struct, tag=True, frozen=True):
@@ -45,6 +47,7 @@ class Reconfigure(msgspec.Struct, tag=True, frozen=True):
     """Go on as this says; open logs and certificates anew."""
 
     config: ProxyConfig
+    rows: dict[str, int] = {}  # of the tenants that have limits by it
 
 
 class FleetIs(msgspec.Struct, tag=True, frozen=True):
