@@ -323,10 +323,11 @@ class Choice:
 
     def awaited(self, queue: str, within: frozenset[str] | None = None) -> fleets.Pool | None:
         """Return the pool that those in a queue wait for, as it is now, in these regions."""
-        if queue == _ANY_MODEL:
-            pool = self.fleet.any_model if self.fleet.any_model.replicas else None
-        else:
+        pool: fleets.Pool | None = None
+        if queue != _ANY_MODEL:
             pool = self.fleet.pool_for(queue) if queue else self.fleet.only_pool()
+        elif self.fleet.any_model.replicas:
+            pool = self.fleet.any_model
         return pool if pool is None else self.residency.within(pool, within)
 
     def prospect_of(self, queue: str) -> Prospect:
