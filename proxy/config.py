@@ -40,6 +40,7 @@ from proxy.config_reading import (
     PositiveInt,
     Seconds,
     Section,
+    ShownKey,
     describe_fields,
     laid_over,
     read_text,
@@ -119,7 +120,7 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
         ),
     ] = "soft"
     api_key: Annotated[
-        Key | None,
+        ShownKey | None,
         Meta(description="key that clients must present; it goes on to the engines with a request"),
     ] = None
     tenant_isolation: Annotated[
