@@ -20,7 +20,7 @@ def redacted(config: Config) -> dict[str, Any]:
     """Return `config` as plain values, secrets replaced."""
     value = msgspec.to_builtins(config)
     proxy = value["proxy"]
-    for name in ("api_key", "admin_api_key", "peer_key"):
+    for name in ("api_key", "admin_api_key", "peer_key", "internal_key"):
         if proxy[name] is not None:
             proxy[name] = HIDDEN
     proxy["worker_urls"] = [_USERINFO.sub(HIDDEN, url) for url in proxy["worker_urls"]]

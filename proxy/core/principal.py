@@ -17,8 +17,8 @@ class Principal:
     """One key or token, ready to be asked. It is never changed; a new reading makes a new one."""
 
     __slots__ = (
-        "classes", "default_class", "expires_s", "isolated", "key_id", "models", "owner", "regions",
-        "row", "salt", "slo_ttft_s", "tenant", "weight",
+        "classes", "default_class", "expires_s", "isolated", "key_id", "lines", "models", "owner",
+        "regions", "row", "salt", "slo_ttft_s", "tenant", "weight",
     )  # fmt: skip
 
     def __init__(self, tenant: str = "", key_id: str = "") -> None:
@@ -26,6 +26,7 @@ class Principal:
         self.tenant = tenant
         self.key_id = key_id
         self.owner = tenant  # whose its files and cached prefixes are
+        self.lines = False  # of jobs: they count as what a tenant uses, not as requests of its own
         self.weight = 1.0
         self.default_class = UNSAID
         self.classes = ALL_CLASSES  # bits of those that may be asked for
@@ -38,5 +39,7 @@ class Principal:
         self.row = -1  # of its tenant in the memory of all workers; below 0: it has no limits
 
 
+# The offline service, which sends lines of jobs; it says on whose behalf.
+INTERNAL: Final = Principal("", "internal")
 # Where no key is demanded, or one that is nobody's in particular.
 ANYBODY: Final = Principal()
