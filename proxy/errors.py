@@ -97,6 +97,7 @@ class ProxyError(Exception):
         self.message = message
         self.param = param
         self.wait_s = wait_s or self.retry_after_s
+        self.wait_ms = 0  # the same to the millisecond, where it is known so well
 
     def body(self, dialect: Dialect = Dialect.OPENAI) -> bytes:
         """Return the JSON object that the client reads."""
@@ -227,6 +228,28 @@ class OverloadedError(ProxyError):
     retry_after_s = 1
 
 
+class RateLimitError(OverloadedError):
+    """The tenant has used what it may within a minute, or at a time; it may come again."""
+
+    code = "rate_limit_exceeded"
+
+
+class OverRateLimitError(OverloadedError):
+    """It asks for more tokens than its tenant may have in a whole minute."""
+
+    code = "over_rate_limit"
+    should_retry = False
+    retry_after_s = 0
+
+
+class QuotaError(OverloadedError):
+    """The tenant has used its tokens or its budget of the day."""
+
+    code = "insufficient_quota"
+    should_retry = False
+    retry_after_s = 0
+
+
 class QueueFullError(OverloadedError):
     """As many requests wait for a replica as may."""
 
@@ -305,6 +328,16 @@ class ReplicaTimeoutError(ProxyError):
     should_retry = True
 
 
+class DeadlineExceededError(ProxyError):
+    """It waited, and its first token can no longer come when it was wanted; nobody has begun it.
+
+    Repeated at once it would be as late again.
+    """
+
+    status = 504
+    code = "deadline_exceeded"
+
+
 class OfflineUnreachableError(ProxyError):
     """Nobody answers where files and batches are kept; nothing of the request went anywhere."""
 
@@ -367,6 +400,9 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     UnauthorizedError,
     KeysUnknownError,
     OverloadedError,
+    RateLimitError,
+    OverRateLimitError,
+    QuotaError,
     QueueFullError,
     NoSpareError,
     QueueTimeoutError,
@@ -378,6 +414,7 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     ReplicaLostError,
     BadReplicaAnswerError,
     ReplicaTimeoutError,
+    DeadlineExceededError,
     OfflineUnreachableError,
     OfflineLostError,
     OfflineReadLostError,

@@ -117,12 +117,16 @@ def client_head(
     )
 
 
-def waiting_head(request_id: bytes, *, keep_alive: bool) -> bytes:
+def waiting_head(request_id: bytes, *, keep_alive: bool, extra: Iterable[Field] = ()) -> bytes:
     """Return the head of a stream of events that begins while its request still waits."""
     return (
         b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
-        b"cache-control: no-cache\r\nx-request-id: %b\r\ntransfer-encoding: chunked\r\n%b"
-    ) % (request_id, b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
+        b"cache-control: no-cache\r\nx-request-id: %b\r\ntransfer-encoding: chunked\r\n%b%b"
+    ) % (
+        request_id,
+        b"".join([b"%b: %b\r\n" % field for field in extra]),
+        b"\r\n" if keep_alive else b"connection: close\r\n\r\n",
+    )
 
 
 def with_fields(response: ResponseHead, fields: list[Field]) -> ResponseHead:
@@ -165,6 +169,8 @@ def error_fields(error: errors.ProxyError) -> list[Field]:
     if error.wait_s:
         wait_s = min(error.wait_s, errors.RETRY_AFTER_S_MAX)
         fields.append((b"retry-after", b"%d" % wait_s))
+    if error.wait_ms:
+        fields.append((b"retry-after-ms", b"%d" % error.wait_ms))
     if error.status == 401:  # RFC 9110 §11.6.1: a 401 must name the scheme
         fields.append((b"www-authenticate", b"Bearer"))
     return fields

@@ -24,6 +24,13 @@ REMEMBERED_HEAD_BYTES_MAX: Final = 2 * KIB
 FIELDS_MAX: Final = 128
 # A key has some 60 octets; a token of an identity provider with groups and roles, a few KiB.
 CREDENTIAL_BYTES_MAX: Final = 8 * KIB
+# A provider's key has some 400 octets, with its certificates a few KiB, and few are in force.
+JWKS_BYTES_MAX: Final = 256 * KIB
+JWKS_KEYS_MAX: Final = 64
+# Tokens whose verification a worker remembers; each is some 100 octets of digest and a principal.
+TOKENS_REMEMBERED_MAX: Final = 16_384
+# Times beyond it are none: the year 5138.
+UNIX_S_MAX: Final = 1e11
 # A connection may send ahead this much while its current request is served; then we stop reading.
 PIPELINED_BYTES_MAX: Final = 64 * KIB
 # While we do not read, the loop does not tell us that the client has gone; so we look.
@@ -88,6 +95,9 @@ USAGE_TOKENS_MAX: Final = 1 << 40
 # An engine's error is read whole, to be told as the client reads errors. Engines' own stay below
 # 16 KiB; what is longer is no error object and passes as it comes.
 ENGINE_ERROR_BYTES_MAX: Final = 64 * KIB
+# Of an answer in which a tier has to be told: a whole one, or a line of a stream. It has room for
+# some 50,000 tokens of text.
+TIER_HELD_BYTES_MAX: Final = 256 * KIB
 ENGINE_MESSAGE_CHARS_MAX: Final = 8 * KIB
 
 # --- replicas -------------------------------------------------------------------------------
@@ -246,6 +256,16 @@ FOREIGN_SHARE_MIN: Final = 0.2
 RING_WEIGHT: Final = 1.2
 # Loading a LoRA adapter from disk takes a tenth of a second to a second.
 ADAPTER_LOAD_S: Final = 0.5
+
+# --- what tenants may have --------------------------------------------------------------------
+# When to come again who was refused for what others of its tenant have running: nobody knows when
+# one of them ends, and a second is what the official clients wait at first.
+CLAIM_RETRY_S: Final = 1.0
+# An answer whose request does not bound it is reckoned as its tenant's mean, which begins here.
+COMPLETION_TOKENS_PRIOR: Final = 256
+COMPLETION_TOKENS_BELIEVED_MAX: Final = 8192
+# Series of tenants and models that a worker counts; those after them are counted as `other`.
+TENANT_SERIES_MAX: Final = 1024
 
 # --- late binding ---------------------------------------------------------------------------
 # A replica with less work than this is open: an engine fills each step with up to 8,192 tokens of

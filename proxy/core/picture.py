@@ -247,6 +247,16 @@ class Picture:
         """Return how many tokens of a usual request are still to be computed when it comes."""
         return self._size_of[slot].prefill_tokens
 
+    def prompt_tokens_of(self, chain: PrefixChain, pool: Pool | None) -> int:
+        """Return the tokens of a whole prompt: as an answer told, or by the mean of its model."""
+        told = self.lengths.tokens_at(chain, chain.prompt_bytes)
+        if told >= 0:
+            return told
+        slots = self.seats(pool).slots if pool is not None else []
+        if not slots:
+            return chain.prompt_bytes // limits.BYTES_PER_TOKEN
+        return self.tokens_of(chain.prompt_bytes, slots[0])
+
     def cached_tokens_of(self, chain: PrefixChain, cached_octets: int, slot: int) -> int:
         """Return the tokens of what is believed cached: as an answer told, or by the mean."""
         told = self.lengths.tokens_at(chain, cached_octets) if cached_octets else 0
@@ -282,12 +292,12 @@ class Picture:
         self.dispatched(lease, chain, now_s)
         return lease
 
-    def reserve(self, chain: PrefixChain, cached_octets: int, slot: int) -> bool:
+    def reserve(self, chain: PrefixChain, cached_octets: int, slot: int, work_class: int) -> bool:
         """Take the place of a request that goes to this slot's replica in this turn, if it may."""
         if self.loads.headcount is None:
             return True
         tokens = self.tokens_of(chain.prompt_bytes - cached_octets, slot)
-        return self.loads.reserve(slot, self._names[slot], max(1, tokens))
+        return self.loads.reserve(slot, self._names[slot], max(1, tokens), work_class)
 
     def lease(
         self,

@@ -17,7 +17,7 @@ class Principal:
     """One key or token, ready to be asked. It is never changed; a new reading makes a new one."""
 
     __slots__ = (
-        "classes", "default_class", "expires_s", "isolated", "key_id", "lines", "models", "owner",
+        "classes", "default_class", "expires_s", "isolated", "key_id", "models", "owner", "rated",
         "regions", "row", "salt", "slo_ttft_s", "tenant", "weight",
     )  # fmt: skip
 
@@ -26,7 +26,6 @@ class Principal:
         self.tenant = tenant
         self.key_id = key_id
         self.owner = tenant  # whose its files and cached prefixes are
-        self.lines = False  # of jobs: they count as what a tenant uses, not as requests of its own
         self.weight = 1.0
         self.default_class = UNSAID
         self.classes = ALL_CLASSES  # bits of those that may be asked for
@@ -36,6 +35,7 @@ class Principal:
         self.salt = ""  # of its cached prefixes in engines; empty: shared with others
         self.slo_ttft_s = 0.0  # 0: none said
         self.expires_s = 0.0  # Unix time; 0: never
+        self.rated = True  # its requests count for the limits of a minute; lines of jobs do not
         self.row = -1  # of its tenant in the memory of all workers; below 0: it has no limits
 
 

@@ -124,7 +124,7 @@ class Principals:
         if principal is None:
             # Not 401: the service has the right key, and others' lines are to go on.
             raise InvalidRequestError("the tenant of this job is not configured any more")
-        principal.lines = True
+        principal.rated = False
         return principal
 
     def find(self, digest: bytes, unix_s: float) -> Principal | None:

@@ -35,6 +35,8 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     place: int = 0  # among the workers
     cells_fd: int = -1  # of the memory in which all of them count (`io/shared_cells.py`); -1: none
     workers: int = 1
+    quota_fd: int = -1  # of the memory in which tenants are counted (`io/quota_memory.py`)
+    rows: dict[str, int] = {}  # whose row is whose in it
 
 
 class Accept(msgspec.Struct, tag=True, frozen=True):
@@ -45,6 +47,7 @@ class Reconfigure(msgspec.Struct, tag=True, frozen=True):
     """Go on as this says; open logs and certificates anew."""
 
     config: ProxyConfig
+    rows: dict[str, int] = {}  # of the tenants that have limits by it
 
 
 class FleetIs(msgspec.Struct, tag=True, frozen=True):
@@ -56,6 +59,16 @@ class KeysAre(msgspec.Struct, tag=True, frozen=True):
     """All API keys there are now; it is obeyed before any request that comes after it."""
 
     keys: KeySet
+
+
+class JwtKeysAre(msgspec.Struct, tag=True, frozen=True):
+    """The public keys of the identity provider, as it publishes them."""
+
+    document: bytes
+
+
+class JwtKeysWanted(msgspec.Struct, tag=True, frozen=True):
+    """A token names a key that is not among them."""
 
 
 class RemotesAre(msgspec.Struct, tag=True, frozen=True):
@@ -210,13 +223,13 @@ class Counted(msgspec.Struct, tag=True, frozen=True):
     gauges: list[Sample]
 
 
-News = FleetIs | KeysAre | RemotesAre | Cleared | Accused
+News = FleetIs | KeysAre | JwtKeysAre | RemotesAre | Cleared | Accused
 Down = Start | Accept | Reconfigure | News | Drain | Count | Explain
 
 Sharing = Listen | Whole | Heard | Gone | Recite | GiveWay
 FromWorker = Noted | Page | Garbled | GiveWay
-Told = Demanded | Summarised | Counted | Explained
-Message = Down | Sharing | FromWorker | Ready | Suspect | Doubt | Told
+Told = Ready | Suspect | Doubt | JwtKeysWanted | Demanded | Summarised | Counted | Explained
+Message = Down | Sharing | FromWorker | Told
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 

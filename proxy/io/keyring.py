@@ -140,16 +140,14 @@ class Keyring:
 
     # --- what is reported --------------------------------------------------------------------
 
-    def counters(self) -> list[Sample]:
-        """Return nothing where this proxy has no keys to know."""
-        return [Sample("keys_failures_total", (), self._failed_total)] if self._source else []
-
-    def gauges(self) -> list[Sample]:
+    def samples(self) -> tuple[list[Sample], list[Sample]]:
+        """Return counters and gauges; nothing where this proxy has no keys to know."""
         if not self._source:
-            return []
+            return [], []
         keys = self._keys or KeySet()
-        return [
+        gauges = [
             Sample("keys", (), len(keys.keys)),
             Sample("keys_version", (), keys.version),
             Sample("keys_age_seconds", (), time.monotonic() - self._heard_s),
         ]
+        return [Sample("keys_failures_total", (), self._failed_total)], gauges

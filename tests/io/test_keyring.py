@@ -136,7 +136,7 @@ async def test_a_manager_without_keys_says_so_and_the_fleet_is_told() -> None:
         looking(ProxyConfig(manager_url=manager.url)) as (lookout, told),
     ):
         await told.until(lambda events: events == ["fleet 1"])
-        assert lookout.keyring.gauges() == lookout.keyring.counters() == []
+        assert lookout.keyring.samples() == ([], [])
 
 
 async def test_keys_that_a_manager_has_lost_stay_in_force(
@@ -154,7 +154,7 @@ async def test_keys_that_a_manager_has_lost_stay_in_force(
                 while manager.asked[asked:].count(KEYS_WATCH_PATH) < 3:
                     await asyncio.sleep(0.01)
             assert [event for event in told.events if event.startswith("keys")] == ["keys a"]
-            gauges = {sample.name: sample.value for sample in lookout.keyring.gauges()}
+            gauges = {sample.name: sample.value for sample in lookout.keyring.samples()[1]}
             assert (gauges["keys"], gauges["keys_version"]) == (1, 1)
     said = [r.getMessage() for r in caplog.records if "going on with those" in r.getMessage()]
     assert len(said) == 1, "once, however often it is asked in vain"
@@ -181,12 +181,12 @@ async def test_a_file_is_read_at_once_and_again_when_it_changes(
         assert told.events[0] == "keys a", "before anything else, and without waiting"
         write(path, b"{broken")
         async with asyncio.timeout(20):
-            while not lookout.keyring.counters()[0].value:
+            while not lookout.keyring.samples()[0][0].value:
                 await asyncio.sleep(0.02)
         assert "going on with the keys as before" in caplog.text
         write(path, encode_keys(keys("b", "c", version=2)))
         await told.until(lambda events: "keys b,c" in events)
-        gauges = {sample.name: sample.value for sample in lookout.keyring.gauges()}
+        gauges = {sample.name: sample.value for sample in lookout.keyring.samples()[1]}
         assert (gauges["keys"], gauges["keys_version"]) == (2, 2)
 
 
