@@ -136,6 +136,8 @@ class Prices:
                 found = []
         self._add_prefill(found)
         self._add_shortage()
+        if request.tpot_s:
+            self._add_lateness(request.tpot_s)
         self._exclude(request)
 
     def _add_prefill(self, found: list[tuple[int, int]]) -> None:
@@ -178,6 +180,11 @@ class Prices:
             place = self.seats.places.get(slot, -1)
             if place >= 0:
                 self.prices_s[place] += loads.shortage_s(slot, tokens)
+
+    def _add_lateness(self, tpot_s: float) -> None:
+        """Make those dearer that would be too slow from one token to the next."""
+        for place, slot in enumerate(self._slots):
+            self.prices_s[place] += self._picture.loads.late_s(slot, tpot_s)
 
     def _exclude(self, request: Request) -> None:
         """Make those infinitely dear that may not take it, and dearer that lack its adapter."""
@@ -362,6 +369,7 @@ def terms(decision: Decision, request: Request, picture: Picture, now_s: float) 
         ),
         uncached_tokens=picture.tokens_of(octets, decision.slot),
         adapter_s=adapter_s(request, decision.replica),
+        tpot_s=request.tpot_s,
         outlook=outlook,
     )
 

@@ -212,7 +212,7 @@ def _terms_field(terms: Terms) -> bytes:
     """Return what a price is the sum of: a dictionary of decimals (RFC 8941 §3.2, §3.3.2)."""
     return (
         b"wait_ms=%.3f, prefill_ms=%.3f, recompute_ms=%.3f, stall_ms=%.3f, extra_ms=%.3f, "
-        b"shortage_ms=%.3f, adapter_ms=%.3f, round_trip_ms=%.3f"
+        b"shortage_ms=%.3f, adapter_ms=%.3f, pace_ms=%.3f, round_trip_ms=%.3f"
     ) % (
         1e3 * terms.wait_s,
         1e3 * terms.prefill_s,
@@ -221,5 +221,6 @@ def _terms_field(terms: Terms) -> bytes:
         1e3 * terms.extra_s,
         1e3 * terms.shortage_s,
         1e3 * terms.adapter_s,
+        1e3 * terms.pace_s,
         1e3 * terms.round_trip_s,
     )
