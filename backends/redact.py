@@ -24,8 +24,9 @@ def redacted(config: Config) -> dict[str, Any]:
         if proxy[name] is not None:
             proxy[name] = HIDDEN
     proxy["worker_urls"] = [_USERINFO.sub(HIDDEN, url) for url in proxy["worker_urls"]]
-    if proxy["manager_url"] is not None:
-        proxy["manager_url"] = _USERINFO.sub(HIDDEN, proxy["manager_url"])
+    for part, name in ((proxy, "manager_url"), (value["manager"], "keys_follow")):
+        if part[name] is not None:
+            part[name] = _USERINFO.sub(HIDDEN, part[name])
     cluster = value["manager"]["ray"]
     cluster["env"] = {k: HIDDEN if secret(k) else v for k, v in cluster["env"].items()}
     if cluster["runtime_env"]:
