@@ -24,9 +24,6 @@ def redacted(config: Config) -> dict[str, Any]:
         if proxy[name] is not None:
             proxy[name] = HIDDEN
     proxy["worker_urls"] = [_USERINFO.sub(HIDDEN, url) for url in proxy["worker_urls"]]
-    for part, name in ((proxy, "manager_url"), (value["manager"], "keys_follow")):
-        if part[name] is not None:
-            part[name] = _USERINFO.sub(HIDDEN, part[name])
     cluster = value["manager"]["ray"]
     cluster["env"] = {k: HIDDEN if secret(k) else v for k, v in cluster["env"].items()}
     if cluster["runtime_env"]:
@@ -34,9 +31,10 @@ def redacted(config: Config) -> dict[str, Any]:
     offline = value["offline"]
     if offline["work_key"] is not None:
         offline["work_key"] = HIDDEN
-    for name in ("store", "work_url"):
-        if offline[name] is not None:
-            offline[name] = _USERINFO.sub(HIDDEN, offline[name])
+    places = ((proxy, "manager_url"), (value["manager"], "keys_follow"))
+    for part, name in (*places, (offline, "store"), (offline, "work_url")):
+        if part[name] is not None:
+            part[name] = _USERINFO.sub(HIDDEN, part[name])
     for model in value["models"]:
         for pool in model["pools"]:
             pool["args"] = redacted_args(pool["args"])
