@@ -35,6 +35,7 @@ _MANAGER_SETTINGS: _Settings = (
     ("gpus", "gpus", "GPUS"),
     ("keys_path", "keys_path", "KEYS_PATH"),
     ("keys_follow", "keys_follow", "KEYS_FOLLOW"),
+    ("keys_listen", "keys_listen", "KEYS_LISTEN"),
     ("warm_page_cache", "warm_page_cache", "WARM_PAGE_CACHE"),
 )
 _OFFLINE_SETTINGS: _Settings = (
@@ -65,16 +66,15 @@ def manager_config_of(
     config, path = read_config(given["config"], environ)
     manager = manager_settings(config.manager, given, environ)
     offline = offline_settings(config.offline, given, environ)
-    return msgspec.structs.replace(config, manager=manager, offline=offline), path
+    proxy = override(config.proxy, environment_values(environ), ENVIRONMENT_PREFIX + "{env}")
+    return msgspec.structs.replace(config, manager=manager, offline=offline, proxy=proxy), path
 
 
 def offline_config_of(
     given: Mapping[str, Any], environ: Mapping[str, str]
 ) -> tuple[Config, str | None]:
     """Return the configuration of `doherty offline`. Raises `ConfigError`."""
-    config, path = manager_config_of(given, environ)
-    proxy = override(config.proxy, environment_values(environ), ENVIRONMENT_PREFIX + "{env}")
-    return msgspec.structs.replace(config, proxy=proxy), path
+    return manager_config_of(given, environ)
 
 
 def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:

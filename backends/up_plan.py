@@ -172,7 +172,7 @@ def services(plan: Plan, environ: Mapping[str, str]) -> Commands:
     manager = Command(
         "manager",
         (*cli, "manager", *config, *flags_of(manager_flags)),
-        environment(environ, desk),
+        environment(environ, desk | {k: v for k, v in secrets.items() if k.endswith("PEER_KEY")}),
         plan.logs / "manager.log",
     )
     offline = Command(
