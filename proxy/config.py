@@ -269,6 +269,9 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
         Path | None,
         Meta(description="file of API keys, as `doherty keys` keeps it (default: the manager's)"),
     ] = None
+    internal_key: Annotated[
+        Key | None, Meta(description="secret shared with the offline service (`up` draws one)")
+    ] = None
     usage_log: Annotated[
         str, Meta(description="file for usage records, one JSON line each; '-' or 'off'")
     ] = "off"

@@ -515,3 +515,7 @@ assert NOTES_WHOLE_S < PEER_SILENCE_S
 assert SEMI_ONLINE_SHARE + OFFLINE_SHARE < 1.0
 assert PEER_BEAT_S * 3 < PEER_SILENCE_S
 assert NOTES_BATCH_BYTES_MAX + 32 * max(NOTE_HASHES_MAX, NOTE_LEASES_MAX) < PEER_FRAME_BYTES_MAX
+
+# Tenants for whom the offline service asks, each worked out once: as many as are often configured,
+# and with an identity provider's tenants the busiest of them.
+TENANTS_REMEMBERED_MAX = 4096

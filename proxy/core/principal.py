@@ -40,5 +40,7 @@ class Principal:
         self.limited = False  # something of its tenant is counted before it is let in
 
 
+# The offline service, which sends lines of jobs; it says on whose behalf.
+INTERNAL: Final = Principal("", "internal")
 # Where no key is demanded, or one that is nobody's in particular.
 ANYBODY: Final = Principal()

@@ -18,6 +18,7 @@ from proxy.core.classes import UNSAID
 from proxy.core.preamble import Preamble
 from proxy.core.principal import ANYBODY, Principal
 from proxy.core.routes import PromptKind, Route
+from proxy.errors import InvalidRequestError
 from proxy.io.clock import Clock
 from proxy.io.refusal import Refusal
 
@@ -78,6 +79,8 @@ class Reading(Refusal):
         """Refuse a model that its sender may not ask for; else note where it may be computed."""
         model = asked.model or self.only_model()
         if not lookup and not may_ask(principal, model, asked.request.adapter):
+            if not principal.rated:  # a line of a job would wait for such a model in vain
+                raise InvalidRequestError("the tenant of this job may not ask for its model")
             raise self.unknown_model(model, principal)
         asked.request.regions = regions_of(principal, model, self._model_regions)
 
