@@ -299,6 +299,7 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "verify_replica_tls": ([], "false", False),
     "keys_path": (["k.json"], "k.json", "k.json"),
     "usage_log": (["-"], "-", "-"),
+    "quota_path": (["day.json"], "day.json", "day.json"),
 }
 
 
