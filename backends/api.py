@@ -7,9 +7,8 @@ POST with one is refused.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 import orjson
@@ -23,18 +22,19 @@ from backends import scaling_metrics
 from backends.autoscale import Autoscaler
 from backends.feed import Feed
 from backends.keeper import Keeper
+from backends.keys.api import KeysApi
+from backends.keys.feed import KeyFeed
 from backends.ladder import Rung
 from backends.lifecycle import Event
 from backends.notices import Reclaims
 from backends.reclaim_api import ReclaimApi
 from backends.scaling_api import ScalingApi, refuse_web_pages
 from backends.turns import RefusedError
-from proxy.contract import FLEET_PATH, FLEET_WATCH_PATH, HEARTBEAT_INTERVAL_S, ReplicaState
+from backends.watches import Watches
+from proxy.contract import FLEET_PATH, FLEET_WATCH_PATH, ReplicaState
 
 REPLICA_PATH = "/v1/replicas/{replica_id}"
 BODY_BYTES_MAX = 16 * 1024
-WATCHERS_MAX = 256
-WRITE_TIMEOUT_S = 10.0  # a watcher that takes no bytes for this long is gone
 
 _WISHES = {
     "drain": (Event.HOLD, "drained by an operator"),
@@ -66,13 +66,15 @@ class Source(Protocol):
 class Api:
     """The handlers, and the watchers that they serve."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, keys: KeyFeed | None = None) -> None:
+        """`keys` is None where no keys are told from here."""
         self._source = source
         self._scaling = ScalingApi(source.scaler)
         self._reclaim = ReclaimApi(source.reclaims)
-        self._watchers: set[asyncio.Task[Any]] = set()
+        self._keys = KeysApi(keys)
+        self._watches = Watches()
         self._registry = CollectorRegistry()
-        self._registry.register(_ManagerCollector(source, self._watchers))
+        self._registry.register(_ManagerCollector(source, self._watches))
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[answer_errors])
@@ -87,14 +89,15 @@ class Api:
                 web.post(REPLICA_PATH + "/{wish}", self._wish),
                 *self._scaling.routes(),
                 *self._reclaim.routes(),
+                *self._keys.routes(),
             ]
         )
         return app
 
     def end_watches(self) -> None:
         """Let the watchers go, so that the listener can close."""
-        for task in self._watchers:
-            task.cancel()
+        self._watches.end()
+        self._keys.end_watches()
 
     async def _live(self, _request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -112,29 +115,7 @@ class Api:
         return web.Response(body=self._source.feed.line, content_type="application/json")
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
-        if len(self._watchers) >= WATCHERS_MAX:
-            raise web.HTTPServiceUnavailable(text=f"{WATCHERS_MAX} watchers are connected already")
-        task = asyncio.current_task()
-        assert task is not None
-        self._watchers.add(task)
-        response = web.StreamResponse(headers={"content-type": "application/x-ndjson"})
-        try:
-            await response.prepare(request)
-            await self._stream(response)
-        except (ConnectionError, TimeoutError):
-            pass  # the watcher has gone
-        finally:
-            self._watchers.discard(task)
-        return response
-
-    async def _stream(self, response: web.StreamResponse) -> None:
-        feed, version = self._source.feed, -1
-        while True:
-            line = b"\n"
-            if version < 0 or await feed.newer(version, HEARTBEAT_INTERVAL_S):
-                version, line = feed.snapshot.version, feed.line + b"\n"
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await response.write(line)
+        return await self._watches.answer(request, self._source.feed)
 
     async def _wish(self, request: web.Request) -> web.Response:
         refuse_web_pages(request)
@@ -222,9 +203,9 @@ def _word(reason: str) -> str:
 class _ManagerCollector(Collector):
     """Reads the figures off the keepers when they are asked for: nothing to keep in step."""
 
-    def __init__(self, source: Source, watchers: set[asyncio.Task[Any]]) -> None:
+    def __init__(self, source: Source, watches: Watches) -> None:
         self._source = source
-        self._watchers = watchers
+        self._watches = watches
 
     @override
     def collect(self) -> Iterator[scaling_metrics.Metric]:
@@ -256,7 +237,7 @@ class _ManagerCollector(Collector):
             prefix + "fleet_version", "Snapshots published.", self._source.feed.snapshot.version
         )
         watchers = GaugeMetricFamily(
-            prefix + "watchers", "Proxies that watch the fleet.", len(self._watchers)
+            prefix + "watchers", "Proxies that watch the fleet.", len(self._watches)
         )
         yield from (replicas, workers, restarts, failures, version, watchers)
         yield from scaling_metrics.collect(self._source.scaler.report())

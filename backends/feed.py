@@ -47,6 +47,10 @@ class Feed:
         self.snapshot = FleetSnapshot(epoch=epoch, version=0, region=region)
         self.line = encode_snapshot(self.snapshot)
 
+    @property
+    def version(self) -> int:
+        return self.snapshot.version
+
     def mark(self) -> None:
         """Something changed; publish now or, shortly after the last one, in a moment."""
         if self._timer is None:

@@ -38,6 +38,7 @@ from backends.fetch import HttpFetch
 from backends.gpus import GpuLeases, described
 from backends.inventory import card_use, find_gpus
 from backends.journal import Journal
+from backends.keys.feed import KeySource
 from backends.log import Log
 from backends.manager import Manager
 from backends.notice_watch import watch_notice
@@ -120,6 +121,7 @@ async def serve(
         listener = None
         if not sweep:
             listener = stack.enter_context(listen(settings.host, settings.port))
+        keys = KeySource(config, log)
         journal = open_journal(run_folder, log)
         stack.callback(journal.close)
         fetch = HttpFetch()
@@ -148,7 +150,9 @@ async def serve(
         if (place := settings.reclaim_notice) is not None:
             task = spawn(watch_notice(place, manager.reclaims, SystemClock(), log), "notices", log)
             stack.push_async_callback(cancel_all, [task])
-        await _run(manager, listener, orders, config_path, ahead, detach=detach_on_exit, log=log)
+        await _run(
+            manager, keys, listener, orders, config_path, ahead, detach=detach_on_exit, log=log
+        )
     return 0
 
 
@@ -180,6 +184,7 @@ def open_journal(run_folder: Path, log: Log) -> Journal:
 
 async def _run(
     manager: Manager,
+    keys: KeySource,
     listener: socket.socket,
     orders: Orders,
     config_path: str | None,
@@ -190,7 +195,7 @@ async def _run(
 ) -> None:
     orders.attend()
     await manager.start()
-    api = Api(manager)
+    api = Api(manager, keys.feed)
     runner = web.AppRunner(api.application(), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     await web.SockSite(runner, listener).start()
@@ -201,6 +206,7 @@ async def _run(
     chores = [
         spawn(_reload_on_order(manager, orders, config_path, ahead, log), "reload", log),
         spawn(_bound_logs(manager), "bound logs", log),
+        spawn(keys.run(), "keys", log),
     ]
     try:
         await orders.stop.wait()

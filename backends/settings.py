@@ -32,6 +32,8 @@ _MANAGER_SETTINGS: _Settings = (
     ("port", "manager_port", "MANAGER_PORT"),
     ("run_dir", "run_dir", "RUN_DIR"),
     ("gpus", "gpus", "GPUS"),
+    ("keys_path", "keys_path", "KEYS_PATH"),
+    ("keys_follow", "keys_follow", "KEYS_FOLLOW"),
     ("warm_page_cache", "warm_page_cache", "WARM_PAGE_CACHE"),
 )
 _OFFLINE_SETTINGS: _Settings = (
@@ -142,4 +144,7 @@ def _laid_over(
             msgspec.convert({field: value}, type(base), strict=False)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{source}: {str(error).split(' - at ')[0]}") from error
-    return msgspec.convert(merged, type(base), strict=False)
+    try:
+        return msgspec.convert(merged, type(base), strict=False)
+    except msgspec.ValidationError as error:  # two that contradict each other
+        raise ConfigError(str(error)) from error

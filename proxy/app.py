@@ -10,8 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
-from proxy import flags, tls
+from proxy import flags, settings, tls
 from proxy.config import ConfigError, ProxyConfig
+from proxy.contract.key_file import KeyFile, KeyFileError
 from proxy.listeners import Listeners, StartError, arrange, given_by_systemd
 from proxy.logs import set_up_logging
 from proxy.sources import check_source
@@ -25,6 +26,8 @@ def serve(invocation: flags.Invocation, config: ProxyConfig) -> int:
     """Run the proxy until it is told to stop. Raises what `main` tells."""
     set_up_logging(config.log_level)
     check_source(config)
+    settings.check_tenants(config)
+    check_keys(config)
     for warning in tls.check(config, datetime.now(UTC)):
         _log.warning("%s", warning)
     predecessor = _predecessor(invocation)
@@ -39,6 +42,15 @@ def serve(invocation: flags.Invocation, config: ProxyConfig) -> int:
         found = given_by_systemd(invocation.environment)
     listeners = arrange(config, found)
     return asyncio.run(_run(invocation, config, listeners, predecessor))
+
+
+def check_keys(config: ProxyConfig) -> None:
+    """Refuse to start on keys that cannot be read. Raises `ConfigError`."""
+    if config.keys_path is not None:
+        try:
+            KeyFile(config.keys_path).look()
+        except KeyFileError as error:
+            raise ConfigError(f"keys_path: {error}") from error
 
 
 def _predecessor(invocation: flags.Invocation) -> Predecessor | None:

@@ -63,6 +63,14 @@ class ManagerConfig(Section, frozen=True, kw_only=True):
         ReclaimNoticeConfig | None,
         Meta(description="where a cloud says that this machine will be taken away"),
     ] = None
+    keys_path: Annotated[
+        Path | None,
+        Meta(description="file of API keys to tell proxies of (default: the proxy's keys_path)"),
+    ] = None
+    keys_follow: Annotated[
+        str | None,
+        Meta(description="manager of another region, whose API keys are taken and told on"),
+    ] = None
 
     @property
     def cards(self) -> str:
@@ -76,6 +84,10 @@ class ManagerConfig(Section, frozen=True, kw_only=True):
             raise ValueError(
                 f"gpus: '{self.cards}' is none of auto, none, or a list such as 0,2-3 or "
                 "GPU-8932f937 (names of nvidia-smi, ranges upwards)"
+            )
+        if self.keys_path is not None and self.keys_follow is not None:
+            raise ValueError(
+                "keys_path and keys_follow exclude each other: keys are kept here or elsewhere"
             )
         if self.provider == "ray" and self.cards not in {"auto", "none"}:
             raise ValueError(

@@ -112,7 +112,7 @@ class Places:
             case control.FleetIs(snapshot):
                 columns = self._columns.assign(snapshot) if self._cells is not None else {}
                 message = self._told[control.FleetIs] = control.FleetIs(snapshot, columns)
-            case control.KeysAre() | control.RemotesAre():
+            case control.KeysAre() | control.JwtKeysAre() | control.RemotesAre():
                 self._told[type(message)] = message
             case control.Reconfigure(config):
                 self._config = config
@@ -206,7 +206,8 @@ class Places:
                 self._quota_rows(),
             )
         )
-        for told in self._told.values():
+        # Keys before the fleet: before there is anybody to ask.
+        for told in sorted(self._told.values(), key=lambda told: isinstance(told, control.FleetIs)):
             channel.send(told)
         if self._order is not None:  # given while the process was being started
             channel.send(self._order)

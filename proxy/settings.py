@@ -12,13 +12,24 @@ from collections.abc import Iterable
 import msgspec
 
 from proxy import tls
-from proxy.config import ProxyConfig
+from proxy.config import ConfigError, ProxyConfig
 
 # These would need other sockets or other processes.
 FIXED = (
     *("host", "port", "workers", "admin_host", "admin_port", "admin_api_key"),
     "upgrade_socket",
 )
+
+
+def check_tenants(config: ProxyConfig) -> None:
+    """Refuse tenants of which nobody can be one. Raises `ConfigError`."""
+    access = config.access
+    told = config.keys_path or config.manager_url or config.api_key
+    if access.tenants and not told and access.jwt is None:
+        raise ConfigError(
+            "tenants: nobody can show that he is one of them; set proxy.keys_path and make keys "
+            f"(doherty keys create --tenant {access.tenants[0].name}), or set jwt"
+        )
 
 
 class Change(msgspec.Struct, frozen=True):

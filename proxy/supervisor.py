@@ -32,6 +32,7 @@ from proxy.io import control
 from proxy.io.admin import make_app
 from proxy.io.entrance import LISTEN_BACKLOG
 from proxy.io.hub import Hub
+from proxy.io.jwt_keys import JwtKeys
 from proxy.io.lookout import Lookout
 from proxy.io.peers import Peers
 from proxy.io.quota_keeper import QuotaKeeper
@@ -91,7 +92,9 @@ class Supervisor:
             on_snapshot=self._on_snapshot,
             on_cleared=lambda replica_id: self._places.tell(control.Cleared(replica_id)),
             on_silent=lambda replica_id: self._places.tell(control.Accused(replica_id)),
+            on_keys=lambda keys: self._places.tell(control.KeysAre(keys)),
         )
+        self._jwt_keys = JwtKeys(self._tasks, lambda d: self._places.tell(control.JwtKeysAre(d)))
         self._admin = web.AppRunner(make_app(self, config.admin_api_key), access_log=None)
         self._door: takeover.Door | None = None
         self._door_task: asyncio.Task[None] | None = None
@@ -158,6 +161,7 @@ class Supervisor:
 
     def _look(self) -> None:
         self._lookout.look(self._config)
+        self._jwt_keys.look(self._config.access.jwt)
         self._witness.look(self._lookout.session, self._config)
         self._teller.tell(self._config.manager_url)
 
@@ -187,6 +191,8 @@ class Supervisor:
                 self._lookout.prober.suspect(replica_id, reason)
             case control.Doubt(replica_id):
                 self._lookout.prober.doubt(replica_id)
+            case control.JwtKeysWanted():
+                self._jwt_keys.want()
             case _:
                 _log.error("a worker said %s", type(message).__name__)
 
@@ -255,8 +261,12 @@ class Supervisor:
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         counters, gauges = await self._places.samples()
         told, linked = self.hub.samples()
+        extra = [self._jwt_keys.samples(), self._lookout.keyring.samples()]
         counters += [*told, *self._peers.samples(), *self._teller.samples()]
         gauges += [*linked, *self._witness.samples(), *self._regions.samples()]
+        for counted, gauged in extra:
+            counters += counted
+            gauges += gauged
         age_s = time.monotonic() - self._fleet_at_s
         return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
 
@@ -281,6 +291,7 @@ class Supervisor:
         try:
             read = self._invocation.settings()
             check_source(read)
+            settings.check_tenants(read)
             warnings = tls.check(read, datetime.now(UTC))
         except (ConfigError, StartError, ValueError) as error:
             _log.error("not reloaded, going on as before: %s", error)

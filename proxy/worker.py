@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 import uvloop
@@ -31,7 +32,7 @@ from proxy.io.explain import explain
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
 from proxy.io.quota_memory import quota_cells_at
-from proxy.io.shared_cells import headcount_at
+from proxy.io.shared_cells import headcount_at, shares_at
 from proxy.io.tally import Tally, summarise_regularly
 from proxy.io.tasks import Tasks
 from proxy.logs import set_up_logging
@@ -71,14 +72,10 @@ class Worker:
         plane.connections_max = min(plane.connections_max, _connections_possible())
         plane.bodies_bytes_max = _bodies_possible(start.config)
         plane.make_room()
-        if start.cells_fd >= 0:
-            counted = headcount_at(start.cells_fd, start.place, start.workers)
-            plane.picture.loads.headcount = counted
+        _share(plane, start)
         plane.metering.change_log(usage_log)
-        if start.quota_fd >= 0:
-            cells = quota_cells_at(start.quota_fd, start.workers)
-            plane.metering.connect(cells, start.place, start.workers, start.rows)
         plane.noting.connect(self._channel)
+        plane.authentication.on_unknown_key = partial(self._channel.send, control.JwtKeysWanted())
         plane.outbox.on = True
         entrance = Entrance(plane, self._listeners)
         self._tasks.start("obey", self._obey(plane, entrance))
@@ -105,14 +102,15 @@ class Worker:
         return self._status
 
     async def _fleet_or_first_silence(self, plane: Plane) -> None:
-        """Do not answer before there is somebody to ask, unless that takes too long.
+        """Do not answer before it is known whom to ask and who may, unless that takes too long.
 
         The supervisor sends the fleet right after the start, and again once engines have said what
         they serve.
         """
         until_s = plane.clock.now_s() + FLEET_WAIT_S
         while plane.clock.now_s() < until_s:
-            if plane.fleet_known and (plane.ready or not plane.fleet.replicas):
+            served = plane.fleet_known and (plane.ready or not plane.fleet.replicas)
+            if served and plane.authentication.complete:
                 return
             await asyncio.sleep(0.001)
 
@@ -148,6 +146,7 @@ class Worker:
             case (
                 control.FleetIs()
                 | control.KeysAre()
+                | control.JwtKeysAre()
                 | control.RemotesAre()
                 | control.Cleared()
                 | control.Accused()
@@ -247,6 +246,17 @@ class Worker:
         entrance.kill()
 
 
+def _share(plane: Plane, start: control.Start) -> None:
+    """Have the plane count in the memory that it has with other workers, as far as there is any."""
+    if start.cells_fd >= 0:
+        counted = headcount_at(start.cells_fd, start.place, start.workers)
+        plane.picture.loads.headcount = counted
+        plane.waiting.shares.cells = shares_at(start.cells_fd, start.place, start.workers)
+    if start.quota_fd >= 0:
+        cells = quota_cells_at(start.quota_fd, start.workers)
+        plane.metering.connect(cells, start.place, start.workers, start.rows)
+
+
 def _fault(plane: Plane, doing: str) -> None:
     plane.telemetry.internal_errors_total += 1
     _log.exception("%s", doing)
@@ -259,6 +269,8 @@ def _tell(plane: Plane, message: control.News) -> None:
             plane.take_snapshot(snapshot, columns)
         case control.KeysAre(keys):
             plane.know_keys(keys)
+        case control.JwtKeysAre(document):
+            plane.know_jwt_keys(document)
         case control.RemotesAre(remotes, ours):
             plane.know_remotes(remotes, ours)
         case control.Cleared(replica_id):

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import msgspec
 
-from proxy.contract.key_file import KeyFileError, parse_key_file, read_key_file
+from proxy.contract.key_file import KeyFileError, no_keys_yet, parse_key_file, read_key_file
 from proxy.contract.keys import KeySet
 
-SALT_BYTES = 24
 _MODE, _MODE_KEPT = 0o600, 0o640
 
 
@@ -30,7 +29,7 @@ def load(path: str) -> KeySet:
     Raises `KeyFileError`.
     """
     if not os.path.exists(path):
-        return KeySet(salt=secrets.token_urlsafe(SALT_BYTES))
+        return no_keys_yet()
     return read_key_file(path)
 
 

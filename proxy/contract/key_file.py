@@ -5,20 +5,26 @@ credentials towards the offline service are made of. So a file that other users 
 read, or that its group can write, is refused, as ssh refuses such a private key. Unknown fields are
 errors: a misspelt `expires_at` would be a key that never ends.
 
-Whoever reads it keeps what it read last when a new reading fails: see those who call.
+A reading that fails takes nothing back: whoever watches a file goes on with what it said last. One
+that is not there at the start says that there are no keys yet, and nobody is let in; one that goes
+away later says nothing.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from collections import Counter
 
 import msgspec
 
-from proxy.contract.keys import KEYS_BYTES_MAX, KEYS_MAX, KeyRecord, KeySet
+from proxy.contract.keys import KEYS_BYTES_MAX, KEYS_MAX, KeyRecord, KeySet, decode_keys
 
-SALT_CHARACTERS_MIN = 16
+WATCH_INTERVAL_S = (
+    0.2  # between two looks at a file, so that a revocation is everywhere in a second
+)
+SALT_BYTES = 24
 _MODES_REFUSED = 0o027  # the group may read: so secrets are mounted for a service's own group
 
 
@@ -45,14 +51,9 @@ def parse_key_file(content: bytes, source: str) -> KeySet:
     """Return what a file says; `source` names it in errors. Raises `KeyFileError`."""
     try:
         msgspec.json.decode(content, type=_File)
-        keys = msgspec.json.decode(content, type=KeySet)
+        keys = decode_keys(content)
     except msgspec.MsgspecError as error:
         raise KeyFileError(f"{source}: no file of keys: {error}") from error
-    if len(keys.salt) < SALT_CHARACTERS_MIN:
-        raise KeyFileError(
-            f"{source}: salt needs {SALT_CHARACTERS_MIN} characters or more; `doherty keys create` "
-            "draws one for a new file"
-        )
     if len(keys.keys) > KEYS_MAX:
         raise KeyFileError(
             f"{source}: {len(keys.keys)} keys, and {KEYS_MAX} are the most; remove those that are "
@@ -85,3 +86,38 @@ def _content(path: str) -> bytes:
     if len(content) > KEYS_BYTES_MAX:
         raise KeyFileError(f"{path}: larger than {KEYS_BYTES_MAX} bytes")
     return content
+
+
+def no_keys_yet() -> KeySet:
+    """Return a set without keys, and with a salt of its own."""
+    return KeySet(salt=secrets.token_urlsafe(SALT_BYTES))
+
+
+class KeyFile:
+    """A file that is looked at again and again."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.missing = False  # it was not there at the first look, and has not come since
+        self._seen: tuple[int, ...] | None = None
+
+    def look(self) -> KeySet | None:
+        """Return what it says if that may have changed since the last look.
+
+        Raises `KeyFileError`, once for each change, where it cannot be used.
+        """
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return None
+        first, self._seen = self._seen is None, stamp
+        self.missing = not stamp and (first or self.missing)
+        return no_keys_yet() if self.missing else read_key_file(self.path)
+
+    def _stamp(self) -> tuple[int, ...]:
+        """Return what differs when it was changed or replaced; nothing when there is none."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return ()
+        times = (found.st_mtime_ns, found.st_ctime_ns)  # the latter for its mode
+        return (*times, found.st_size, found.st_ino)

@@ -16,6 +16,7 @@ KEYS_PATH = "/v1/keys"
 KEYS_WATCH_PATH = "/v1/keys/watch"
 KEYS_BYTES_MAX = 16 * 1024 * 1024
 KEYS_MAX = 65_536
+SALT_CHARACTERS_MIN = 16
 
 _Text = Annotated[str, Meta(max_length=128)]
 _Seconds = Annotated[float, Meta(ge=0, le=1e11)]
@@ -53,7 +54,11 @@ def decode_keys(line: bytes) -> KeySet:
     """Return the set in one line; raises `msgspec.MsgspecError` when it is none."""
     if len(line) > KEYS_BYTES_MAX:
         raise msgspec.ValidationError(f"a set of keys over {KEYS_BYTES_MAX} bytes")
-    return _DECODER.decode(line)
+    keys = _DECODER.decode(line)
+    if len(keys.salt) < SALT_CHARACTERS_MIN:
+        # What is derived with it could be guessed; and other things have a version, too.
+        raise msgspec.ValidationError(f"salt needs {SALT_CHARACTERS_MIN} characters or more")
+    return keys
 
 
 _DECODER = msgspec.json.Decoder(KeySet)

@@ -18,9 +18,15 @@ _RESPONSES: Final = b"/v1/responses/"
 
 
 class Asked:
-    """The facts of one body. `model` is empty where the path or a form names none."""
+    """The facts of one body. `model` is empty where the path or a form names none.
 
-    __slots__ = ("cache_salt", "model", "output_tokens", "request", "service_tier", "stream")
+    `tier` is how it is served, as its answer has to tell; empty where it did not ask for any.
+    `body` is what goes to a replica.
+    """
+
+    __slots__ = (
+        "body", "cache_salt", "model", "output_tokens", "request", "service_tier", "stream", "tier",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -38,6 +44,8 @@ class Asked:
         self.service_tier = service_tier
         self.cache_salt = cache_salt
         self.output_tokens = output_tokens  # that the answer may have; 0: it does not say
+        self.tier = b""
+        self.body = b""
 
 
 def read_body(

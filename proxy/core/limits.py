@@ -24,6 +24,13 @@ REMEMBERED_HEAD_BYTES_MAX: Final = 2 * KIB
 FIELDS_MAX: Final = 128
 # A key has some 60 octets; a token of an identity provider with groups and roles, a few KiB.
 CREDENTIAL_BYTES_MAX: Final = 8 * KIB
+# A provider's key has some 400 octets, with its certificates a few KiB, and few are in force.
+JWKS_BYTES_MAX: Final = 256 * KIB
+JWKS_KEYS_MAX: Final = 64
+# Tokens whose verification a worker remembers; each is some 100 octets of digest and a principal.
+TOKENS_REMEMBERED_MAX: Final = 16_384
+# Times beyond it are none: the year 5138.
+UNIX_S_MAX: Final = 1e11
 # A connection may send ahead this much while its current request is served; then we stop reading.
 PIPELINED_BYTES_MAX: Final = 64 * KIB
 # While we do not read, the loop does not tell us that the client has gone; so we look.
@@ -88,6 +95,9 @@ USAGE_TOKENS_MAX: Final = 1 << 40
 # An engine's error is read whole, to be told as the client reads errors. Engines' own stay below
 # 16 KiB; what is longer is no error object and passes as it comes.
 ENGINE_ERROR_BYTES_MAX: Final = 64 * KIB
+# Of an answer in which a tier has to be told: a whole one, or a line of a stream. It has room for
+# some 50,000 tokens of text.
+TIER_HELD_BYTES_MAX: Final = 256 * KIB
 ENGINE_MESSAGE_CHARS_MAX: Final = 8 * KIB
 
 # --- replicas -------------------------------------------------------------------------------
@@ -205,6 +215,7 @@ SPEED_HALF_LIFE_S: Final = 20.0
 SPEED_PRIOR_S: Final = 1.0
 SPEED_BAND: Final = 1.25
 LEARN_SHARE: Final = 0.1  # of a new sample in a running mean
+PACE_VARIANCE_MIN: Final = 0.25  # of a number of streams, before it tells what one more costs
 MIX_SHARE: Final = 0.01  # in that of prompts' sizes, which differ a hundredfold
 # What a first token takes beyond its prefill is seen where there is hardly any prefill.
 SMALL_PREFILL_TOKENS: Final = 256

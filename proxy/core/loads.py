@@ -16,8 +16,10 @@ from collections import deque
 from typing import Final
 
 from proxy.core import limits
+from proxy.core.classes import ONLINE
 from proxy.core.headcount import Headcount
 from proxy.core.lease import Lease
+from proxy.core.pacing import Pacing
 from proxy.core.speeds import Speeds
 
 _NEVER_ZERO_S: Final = 1e-9
@@ -29,6 +31,8 @@ class Loads:
     def __init__(self) -> None:
         self.inflight: list[int] = []
         self.inflight_max: list[int] = []  # 0: no limit
+        self.lower_max: list[int] = []  # the same for all but online work; 0: no limit
+        self.online_reserve = 0.0  # part of what a replica may have that only online work takes
         self.tokens_max: list[int] = []  # in its line, of more than one request; 0: no limit
         self.measured: set[int] = set()  # slots that have such a limit
         self.headcount: Headcount | None = None  # None: nobody else of this proxy chooses
@@ -43,7 +47,8 @@ class Loads:
         self.free_tokens: list[int] = []  # of KV, by the engine's gauge and what came since
         self.tight: set[int] = set()  # slots where a prompt might not fit
         self.decoding: list[float] = []  # requests past their prefill, by weight
-        self.s_per_output_token: list[float] = []  # learned; 0: not yet
+        self.pacing = Pacing()
+        self.s_per_output_token = self.pacing.s_per_token  # learned; 0: not yet
         self.held_tokens: list[int] = []  # KV of requests under way: prompts
         self.capacity_tokens: list[int] = []
         self.running_max: list[int] = []  # requests that it computes at a time; 0: any
@@ -81,7 +86,8 @@ class Loads:
         self._refused_end_s[slot] = 0.0
         self.head_end_s[slot] = self.extra_s[slot] = self.decoding[slot] = 0.0
         self.gauge_end_s[slot] = 0.0
-        self.s_per_output_token[slot] = self.request_s[slot] = 0.0
+        self.pacing.open(slot)
+        self.request_s[slot] = 0.0
         self.line[slot] = deque()
         self.unseen.discard(slot)
         # A newcomer that begins as the least used would get everything until it has caught up.
@@ -102,11 +108,25 @@ class Loads:
         self.inflight_max[slot] = inflight_max
         self.running_max[slot] = running_max
         self.tokens_max[slot] = tokens_max
+        self._reserve(slot)
         if tokens_max:
             self.measured.add(slot)
         else:
             self.measured.discard(slot)
         self._reprice(slot)
+
+    def reserve_online(self, share: float) -> None:
+        """Keep this part of each replica for online work from now on."""
+        self.online_reserve = share
+        for slot in range(len(self.inflight)):
+            self._reserve(slot)
+
+    def _reserve(self, slot: int) -> None:
+        most = self.inflight_max[slot]
+        if self.online_reserve and (most or self.running_max[slot]):
+            kept = int((most or self.running_max[slot]) * (1.0 - self.online_reserve))
+            most = max(1, kept)  # less would be a replica that serves online work alone
+        self.lower_max[slot] = most
 
     def close(self, slot: int) -> None:
         """The replica is gone. Leases on it may still be released; they change nothing more."""
@@ -119,14 +139,15 @@ class Loads:
 
     def _grow(self) -> None:
         for ints in (
-            self.inflight, self.inflight_max, self.tokens_max, self.dispatched_tokens,
-            self.pending_tokens, self.held_tokens, self.capacity_tokens, self.running_max,
-            self.free_tokens, self._foreign, self._others_held_tokens, self._peak, self._refused,
+            self.inflight, self.inflight_max, self.lower_max, self.tokens_max,
+            self.dispatched_tokens, self.pending_tokens, self.held_tokens, self.capacity_tokens,
+            self.running_max, self.free_tokens, self._foreign, self._others_held_tokens,
+            self._peak, self._refused,
         ):  # fmt: skip
             ints.append(0)
         for floats in (
             self.head_end_s, self.price_per_token, self.extra_s, self.decoding,
-            self.s_per_output_token, self.request_s, self.gauge_end_s, self._head_start_s,
+            self.request_s, self.gauge_end_s, self._head_start_s,
             self._refused_end_s,
         ):  # fmt: skip
             floats.append(0.0)
@@ -223,10 +244,15 @@ class Loads:
     def decoded(self, slot: int, tokens: int, seconds: float) -> None:
         """An answer took so long from its first token to its last."""
         if tokens > 1 and seconds > 0.0:
-            sample_s = seconds / (tokens - 1)
-            before_s = self.s_per_output_token[slot]
-            share = limits.LEARN_SHARE if before_s else 1.0
-            self.s_per_output_token[slot] = before_s + share * (sample_s - before_s)
+            self.pacing.learn(slot, self.streams(slot), seconds / (tokens - 1))
+
+    def streams(self, slot: int) -> int:
+        """Return how many requests decode there, whatever each of them weighs."""
+        return self.inflight[slot] - len(self.line[slot])
+
+    def late_s(self, slot: int, tpot_s: float) -> float:
+        """Return by how much an answer would be later than it should, at so long a token."""
+        return self.pacing.late_s(slot, self.streams(slot) + 1, tpot_s) if tpot_s else 0.0
 
     def settle(self, slot: int, now_s: float) -> None:
         """Let requests that show no first octet leave the line when they should be computed."""
@@ -278,18 +304,19 @@ class Loads:
         line = self.line[slot]
         return self.pending_tokens[slot] + (line[0].prefill_tokens if line else 0)
 
-    def is_full(self, slot: int) -> bool:
-        """Whether it has as many requests as it may have."""
-        most = self.inflight_max[slot]
+    def is_full(self, slot: int, work_class: int = ONLINE) -> bool:
+        """Whether it has as many requests as it may have for one of this class to come."""
+        most = self.inflight_max[slot] if work_class <= ONLINE else self.lower_max[slot]
         return (most > 0 and self.inflight[slot] >= most) or slot in self.crowded
 
-    def reserve(self, slot: int, name: str, tokens: int) -> bool:
+    def reserve(self, slot: int, name: str, tokens: int, work_class: int = ONLINE) -> bool:
         """Take the place of a request that is dispatched in this turn.
 
         False: others have taken the last, of which nothing has been heard yet; then the replica
         is full until `crowded` is cleared.
         """
-        if self.headcount is None or self.headcount.take(name, tokens):
+        most = self.lower_max[slot] if work_class > ONLINE and self.online_reserve else 0
+        if self.headcount is None or self.headcount.take(name, tokens, most):
             return True
         self.crowded.add(slot)
         return False

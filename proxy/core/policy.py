@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy.core import limits
-from proxy.core.classes import UNSAID
+from proxy.core.classes import ONLINE, UNSAID
 from proxy.core.cost import Terms
 from proxy.core.fleet import Pool
 from proxy.core.picture import Picture, Seats
@@ -39,11 +39,11 @@ class Request:
     does not wait, and is no demand. `deadline_s`, of the same clock as decisions, is when its first
     token is wanted, `tpot_s` the time between tokens that it wants, and `listens_until_s` when its
     client gives up. `regions`: where it may be computed; `abroad`: whether it may leave this one.
-    Tenants share what is scarce by their weight.
+    Tenants share what is scarce by their weight. `held_for` says why it has to wait, if it has.
     """
 
     __slots__ = (
-        "abroad", "adapter", "chain", "deadline_s", "has_session", "listens_until_s",
+        "abroad", "adapter", "chain", "deadline_s", "has_session", "held_for", "listens_until_s",
         "pinned", "regions", "response_key", "spare", "stream", "tenant", "tenant_weight",
         "tpot_s", "tried", "weight", "work_class",
     )  # fmt: skip
@@ -75,6 +75,7 @@ class Request:
         self.deadline_s = 0.0  # 0: none said
         self.tpot_s = 0.0  # 0: none said
         self.listens_until_s = 0.0  # 0: not known
+        self.held_for = ""
         self.regions: frozenset[str] | None = None  # None: all
         self.abroad = not spare
         self.tried: set[str] = set()  # replicas that have already failed this request
@@ -135,6 +136,8 @@ class Prices:
                 found = []
         self._add_prefill(found)
         self._add_shortage()
+        if request.tpot_s:
+            self._add_lateness(request.tpot_s)
         self._exclude(request)
 
     def _add_prefill(self, found: list[tuple[int, int]]) -> None:
@@ -178,11 +181,18 @@ class Prices:
             if place >= 0:
                 self.prices_s[place] += loads.shortage_s(slot, tokens)
 
+    def _add_lateness(self, tpot_s: float) -> None:
+        """Make those dearer that would be too slow from one token to the next."""
+        for place, slot in enumerate(self._slots):
+            self.prices_s[place] += self._picture.loads.late_s(slot, tpot_s)
+
     def _exclude(self, request: Request) -> None:
         """Make those infinitely dear that may not take it, and dearer that lack its adapter."""
         loads, prices_s = self._picture.loads, self.prices_s
+        lower = request.work_class > ONLINE and loads.online_reserve > 0.0
+        limits_of = loads.lower_max if lower else loads.inflight_max
         for place, slot in enumerate(self._slots):
-            most = loads.inflight_max[slot]
+            most = limits_of[slot]
             if most and loads.inflight[slot] >= most:
                 prices_s[place] = _NEVER
         for slot in loads.measured:
@@ -322,7 +332,7 @@ def random(request: Request, pool: Pool, picture: Picture, now_s: float) -> Deci
 
 def _has_room(slot: int, request: Request, picture: Picture) -> bool:
     loads = picture.loads
-    if loads.is_full(slot):
+    if loads.is_full(slot, request.work_class):
         return False
     if slot not in loads.measured:
         return True
@@ -359,6 +369,7 @@ def terms(decision: Decision, request: Request, picture: Picture, now_s: float) 
         ),
         uncached_tokens=picture.tokens_of(octets, decision.slot),
         adapter_s=adapter_s(request, decision.replica),
+        tpot_s=request.tpot_s,
         outlook=outlook,
     )
 

@@ -61,6 +61,16 @@ class KeysAre(msgspec.Struct, tag=True, frozen=True):
     keys: KeySet
 
 
+class JwtKeysAre(msgspec.Struct, tag=True, frozen=True):
+    """The public keys of the identity provider, as it publishes them."""
+
+    document: bytes
+
+
+class JwtKeysWanted(msgspec.Struct, tag=True, frozen=True):
+    """A token names a key that is not among them."""
+
+
 class RemotesAre(msgspec.Struct, tag=True, frozen=True):
     """What is known now of the proxies of other regions, and the name of this one's life."""
 
@@ -213,13 +223,13 @@ class Counted(msgspec.Struct, tag=True, frozen=True):
     gauges: list[Sample]
 
 
-News = FleetIs | KeysAre | RemotesAre | Cleared | Accused
+News = FleetIs | KeysAre | JwtKeysAre | RemotesAre | Cleared | Accused
 Down = Start | Accept | Reconfigure | News | Drain | Count | Explain
 
 Sharing = Listen | Whole | Heard | Gone | Recite | GiveWay
 FromWorker = Noted | Page | Garbled | GiveWay
-Told = Demanded | Summarised | Counted | Explained
-Message = Down | Sharing | FromWorker | Ready | Suspect | Doubt | Told
+Told = Ready | Suspect | Doubt | JwtKeysWanted | Demanded | Summarised | Counted | Explained
+Message = Down | Sharing | FromWorker | Told
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 

@@ -23,8 +23,8 @@ from proxy.core.routes import PromptKind
 from proxy.core.usage import read_usage
 from proxy.io.metered import Metered
 from proxy.io.plane import Plane
+from proxy.io.queues import Waiter
 from proxy.io.upstream import Upstream
-from proxy.io.waiting import Waiter
 
 
 class Client(Protocol):
@@ -83,6 +83,7 @@ class Ending(Metered):
         if self._done:
             return
         self._drop_replica()
+        self._end_wait()  # so that its client is told of that, too
         if self._commented_s:
             self._end_begun(error.event(self._dialect), error.status, error.code)
             return

@@ -24,9 +24,7 @@ from typing_extensions import override
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
-from proxy.core.additions import with_fields
-from proxy.core.chunked import decode_followed
-from proxy.core.classes import OFFLINE
+from proxy.core.classes import OFFLINE, ONLINE
 from proxy.core.http1 import ResponseHead
 from proxy.core.opening import has_room
 from proxy.core.policy import Decision
@@ -36,10 +34,10 @@ from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import PromptKind, find_route
 from proxy.core.session import response_key
 from proxy.core.sse import Openings
+from proxy.io.echoing import Echoing
 from proxy.io.endings import Client
 from proxy.io.engine_answer import EngineAnswer, keep_error, told_head
 from proxy.io.plane import Plane
-from proxy.io.relay import Relay
 from proxy.io.upstream import Upstream
 
 _log = logging.getLogger("doherty.exchange")
@@ -56,7 +54,7 @@ _OPENINGS: Final = {
 }
 
 
-class Exchange(Relay):
+class Exchange(Echoing):
     """One request and its response. How it ends stands in `Ending`, what is counted in `Facts`."""
 
     __slots__ = (
@@ -101,9 +99,7 @@ class Exchange(Relay):
                 self._route, self._preamble, body, self._principal, self._started_s
             )
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
-            added = self._plane.added(asked, self._route, self._preamble, self._principal)
-            if added:
-                self._body = with_fields(body, added)
+            self._body, self._tier = asked.body, asked.tier
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, self._request.regions, lookup=lookup)
             self._meter(asked)
@@ -259,8 +255,9 @@ class Exchange(Relay):
         self._rid = b""
         if self._decision.replica.rid_header:
             host_field += self._name_itself()
-        if self._request.work_class == OFFLINE:
-            host_field += self._decision.replica.lowest_priority
+        priorities, work_class = self._decision.replica.priority_fields, self._request.work_class
+        if priorities and (work_class > ONLINE or self._principal.tenant):
+            host_field += priorities[work_class]  # above whatever a tenant's body says
         own = self._plane.authentication.engine_credential
         head = self._preamble.upstream_head(host_field, self.request_id, len(self._body), own)
         upstream.send(self, head, self._body)
@@ -301,6 +298,7 @@ class Exchange(Relay):
         if head.event_stream and self._route is not None and head.status == 200:
             names = _OPENINGS.get(self._route.prompt)
             self._openings = Openings(names) if names else None
+        self._begin_echo(head, length)
         if not self._commented_s:
             self._render_head(head, length)
         if self._paused and self._upstream is not None:  # slow before there was what to pause
@@ -326,13 +324,10 @@ class Exchange(Relay):
         if not self._first_octet_s:
             self._hear_first(data, now_s)
         self._last_octet_s = now_s
-        size = len(data)
-        self._received_bytes += size
+        self._received_bytes += len(data)
         self._count_events(data)
         if self._beginning is not None:
             self._find_response_id(self._beginning + data)
-        keep = limits.USAGE_TAIL_BYTES
-        self._tail = data[-keep:] if size >= keep else (self._tail + data)[-keep:]
         if self._error is not None:
             if not (data := self._error.keep(data)):
                 return
@@ -340,9 +335,9 @@ class Exchange(Relay):
             self._start_answer(head, -1)  # chunked, and too large for an error: it passes
             if self._done:
                 return
-        if self._decoder is not None:
-            data = decode_followed(self._decoder, data)
-        self._send(data)
+        if self._echo is not None and not (data := self._echo.feed(data)):
+            return
+        self._pass_on(data)
 
     def _hear_first(self, data: bytes, now_s: float) -> None:
         """What is generated shows that the prompt is computed: neither an opening nor an error."""
@@ -366,6 +361,7 @@ class Exchange(Relay):
     def response_ended(self, *, reusable: bool) -> None:
         if self._done:
             return
+        self._end_echo()
         response, route = self._response, self._route
         if response and route and sse.cut_by_close(route, response, self._tail):
             self.response_failed("connection closed before [DONE]")
@@ -389,7 +385,7 @@ class Exchange(Relay):
         """The replica went away, or what it said is not HTTP."""
         if self._done:
             return
-        open_chunk = self._upstream.open_chunk if self._upstream is not None else None
+        open_chunk = self._open_chunk
         self._upstream = None
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
@@ -440,7 +436,7 @@ class Exchange(Relay):
         error = errors.ReplicaTimeoutError(
             f"replica {replica_id} was silent for {silence_s:.0f} s (--request-timeout-secs)"
         )
-        open_chunk = self._upstream.open_chunk if self._upstream is not None else None
+        open_chunk = self._open_chunk
         self._drop_replica()
         if self._response is None or self._unsent_head:
             self.fail(error)

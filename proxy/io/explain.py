@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import orjson
 
 from proxy import errors
+from proxy.core.classes import NAMES
 from proxy.core.explanation import candidates, candidates_abroad, chain_shown, hot_octets, priced
 from proxy.core.fleet import Pool
 from proxy.core.http1 import Field
@@ -53,6 +54,7 @@ def _explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) ->
         "route": route.name,
         "model": asked.model,
         "stream": asked.stream,
+        "class": NAMES[request.work_class],
         "policy": plane.config.policy,
         "session": _session(request, preamble),
         "continues_response": bool(request.response_key),

@@ -1,4 +1,5 @@
-"""What the supervisor asks the world outside: who the replicas are, and whether suspects are well.
+"""What the supervisor asks the world outside: who the replicas are, whether suspects are well, and
+which API keys there are. No fleet is told before these are known.
 
 All of it goes through one HTTP client that speaks TLS as the data path does. The configuration may
 change at any time; what is known of replicas that remain, suspects among them, stays known.
@@ -13,7 +14,10 @@ import aiohttp
 
 from proxy import tls
 from proxy.config import ProxyConfig
+from proxy.contract import FleetSnapshot
+from proxy.contract.keys import KeySet
 from proxy.io.health import Prober
+from proxy.io.keyring import Keyring
 from proxy.io.registry import ManagerWatch, OnSnapshot, StaticList
 from proxy.io.tasks import Tasks
 
@@ -28,6 +32,7 @@ class Lookout:
         on_snapshot: OnSnapshot,
         on_cleared: Callable[[str], None],
         on_silent: Callable[[str], None],
+        on_keys: Callable[[KeySet], None],
     ) -> None:
         self._tasks = tasks
         self._on_snapshot = on_snapshot
@@ -37,6 +42,8 @@ class Lookout:
         self._old_sessions: set[aiohttp.ClientSession] = set()
         self._static: StaticList | None = None
         self._following: asyncio.Task[None] | None = None
+        self._held_back: FleetSnapshot | None = None
+        self.keyring = Keyring(tasks, on_keys, self._keys_known)
         self.prober = Prober(tasks, on_cleared=on_cleared, on_silent=on_silent)
 
     @property
@@ -61,9 +68,21 @@ class Lookout:
             interval_s=config.health_check_interval_secs,
             timeout_s=config.health_check_timeout_secs,
         )
+        self.keyring.look(config, session)
         if self._following is not None:
             self._following.cancel()
-        self._following = self._tasks.spawn("fleet", self._source(config).run(self._on_snapshot))
+        self._following = self._tasks.spawn("fleet", self._source(config).run(self._hear))
+
+    def _hear(self, snapshot: FleetSnapshot) -> None:
+        if self.keyring.known:
+            self._on_snapshot(snapshot)
+        else:
+            self._held_back = snapshot
+
+    def _keys_known(self) -> None:
+        snapshot, self._held_back = self._held_back, None
+        if snapshot is not None:
+            self._on_snapshot(snapshot)
 
     def _source(self, config: ProxyConfig) -> StaticList | ManagerWatch:
         if config.manager_url:

@@ -18,6 +18,7 @@ from proxy.contract.keys import KeySet
 from proxy.contract.regions import RemoteState
 from proxy.core import fleet as fleets
 from proxy.core import limits
+from proxy.core.charging import charge, settle
 from proxy.core.head_memory import HeadMemory
 from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
@@ -153,6 +154,12 @@ class Plane(Abroad):
         """These are all API keys now, from the next request on."""
         self.authentication.know_keys(keys)
         self.preambles.clear()  # what is no key any more need not stay in memory
+        self.some_keys = bool(keys.keys)
+        self.tell_tenants_apart()
+
+    def know_jwt_keys(self, document: bytes) -> None:
+        """By these the tokens of the identity provider are verified now."""
+        self.authentication.know_jwt_keys(document)
 
     def know_remotes(self, remotes: Sequence[RemoteState], ours: bytes = b"") -> None:
         """This is what is known now of other regions; `ours` names this proxy's life to them."""
@@ -246,6 +253,8 @@ class Plane(Abroad):
             whole=not request.response_key,
         )
         lease.spare, lease.yields = request.spare, yields
+        if self.waiting.shares.on:
+            charge(self.waiting.shares, lease, request, now_s)
         self._leases[lease.lease_id] = lease
         if self.noting.on:
             self.noting.dispatched(lease, request.chain)
@@ -274,6 +283,9 @@ class Plane(Abroad):
         `served`: its prompt has been computed. `refused`: the replica sent it away.
         """
         del self._leases[lease.lease_id]
+        if lease.account is not None:
+            loads = self.picture.loads
+            settle(self.waiting.shares, lease, loads, usage, first_octet_s, now_s)
         if usage is not None and first_octet_s and lease.streamed:
             self.picture.decoded(lease, usage.completion_tokens, now_s - first_octet_s)
         self.picture.release(lease, now_s, usage, served=served, refused=refused)
@@ -366,6 +378,7 @@ class Plane(Abroad):
             Sample(aborts, (("outcome", "sent"),), self.aborts.sent_total),
             Sample(aborts, (("outcome", "dropped"),), self.aborts.dropped_total),
             *self.telemetry.samples(),
+            *self.classes.samples(),
             *self.sharing.counters(),
             *self.waiting.counters(),
             *self.preemption.counters(),

@@ -20,7 +20,6 @@ import msgspec
 from proxy import tls
 from proxy.contract import (
     FLEET_WATCH_PATH,
-    HEARTBEAT_INTERVAL_S,
     SNAPSHOT_BYTES_MAX,
     FleetSnapshot,
     LoadSample,
@@ -32,6 +31,7 @@ from proxy.contract import (
 )
 from proxy.contract.engines import MODELS_PATH, Listing, read_listing
 from proxy.core.replica import parse_url
+from proxy.io.newest_lines import newest_lines
 from proxy.io.scrape import Scraper, TooLargeError, ask, begun_anew
 
 _log = logging.getLogger("doherty.registry")
@@ -230,19 +230,9 @@ class ManagerWatch:
             pause_s = min(RETRY_MAX_S, pause_s * 2)
 
     async def _watch(self) -> AsyncIterator[FleetSnapshot]:
-        timeout = aiohttp.ClientTimeout(sock_connect=2.0, sock_read=3 * HEARTBEAT_INTERVAL_S)
-        async with self._session.get(self._url, timeout=timeout) as answer:
-            answer.raise_for_status()
-            buffer = bytearray()
-            async for piece in answer.content.iter_any():
-                buffer += piece
-                if len(buffer) > SNAPSHOT_BYTES_MAX:
-                    raise ValueError("a snapshot is larger than it may be")
-                *lines, rest = bytes(buffer).split(b"\n")
-                buffer = bytearray(rest)
-                # Snapshots are whole: of several that came together only the last one counts.
-                for line in [line for line in lines if line.strip()][-1:]:
-                    yield decode_snapshot(line)
+        async for line in newest_lines(self._session, self._url, SNAPSHOT_BYTES_MAX):
+            if line:
+                yield decode_snapshot(line)
 
 
 def check_urls(urls: Sequence[str]) -> None:

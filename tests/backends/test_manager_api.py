@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from backends import api as module
+from backends import watches
 from backends.api import BODY_BYTES_MAX, Api
 from backends.clock import SystemClock
 from backends.journal import Journal
@@ -123,7 +123,7 @@ async def test_a_watch_begins_with_the_snapshot_and_tells_each_change(client: Cl
 
 
 async def test_a_quiet_watch_beats(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HEARTBEAT_INTERVAL_S", 0.02)
+    monkeypatch.setattr(watches, "HEARTBEAT_INTERVAL_S", 0.02)
     async with client.session.get(FLEET_WATCH_PATH) as response:
         await response.content.readline()
         lines = [await response.content.readline() for _ in range(5)]
@@ -131,7 +131,7 @@ async def test_a_quiet_watch_beats(client: Client, monkeypatch: pytest.MonkeyPat
 
 
 async def test_watchers_are_bounded(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WATCHERS_MAX", 1)
+    monkeypatch.setattr(watches, "WATCHERS_MAX", 1)
     async with client.session.get(FLEET_WATCH_PATH) as first:
         await read_snapshot(first)
         status, body = await client.get(FLEET_WATCH_PATH)

@@ -17,13 +17,15 @@ from proxy.contract import (
     ReplicaState,
     encode_snapshot,
 )
-from proxy.io import registry
+from proxy.contract.keys import KEYS_WATCH_PATH
+from proxy.io import newest_lines, registry
 from proxy.io.registry import ManagerWatch, StaticList
 from tests.fakes.engine import Connection, ScriptedEngine
 from tests.fakes.plane import chat_request, until
 from tests.fakes.proxy_process import ProxyProcess
 from tests.fakes.talk import ask
 
+NO_KEYS = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 WATCH_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n\r\n"
 
 
@@ -72,6 +74,9 @@ class ScriptedManager:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             self.paths.append(head.split(b" ")[1].decode())
+            if self.paths[-1] == KEYS_WATCH_PATH:
+                writer.write(NO_KEYS)
+                return
             script = self._scripts[min(self.watches, len(self._scripts) - 1)]
             self.watches += 1
             await script(Connection(writer))
@@ -172,7 +177,7 @@ async def test_an_error_status_is_no_fleet() -> None:
 
 async def test_a_silent_manager_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heartbeats keep a watch; without them the connection may be dead on the other side."""
-    monkeypatch.setattr(registry, "HEARTBEAT_INTERVAL_S", 0.03)
+    monkeypatch.setattr(newest_lines, "HEARTBEAT_INTERVAL_S", 0.03)
     beats = 0
 
     async def beating(connection: Connection) -> None:
