@@ -275,6 +275,13 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     usage_log: Annotated[
         str, Meta(description="file for usage records, one JSON line each; '-' or 'off'")
     ] = "off"
+    quota_path: Annotated[
+        Path | None,
+        Meta(
+            description="file that keeps what tenants have used of the day, of this proxy alone "
+            "(default: none, the day begins anew with each start)"
+        ),
+    ] = None
     access: Annotated[
         AccessConfig,
         Meta(description="said at the top of the file: tenants, jwt, classes, regions, models"),

@@ -300,6 +300,7 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "keys_path": (["k.json"], "k.json", "k.json"),
     "internal_key": (["k"], "k", "k"),
     "usage_log": (["-"], "-", "-"),
+    "quota_path": (["day.json"], "day.json", "day.json"),
 }
 
 
