@@ -43,6 +43,7 @@ from loadtest.measure import warmup_count
 from loadtest.policies import beside
 from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
 from loadtest.scaling import pool
+from loadtest.tenants import fairness
 from loadtest.traces import Trace, TraceError
 
 REPLAY_EXAMPLE = """\
@@ -59,6 +60,7 @@ example:
 COMMANDS: dict[str, Command] = {
     "bench": bench,
     "burst": burst,
+    "fairness": fairness,
     "gpu": gpu,
     "keys": keys,
     "offline": offline,
