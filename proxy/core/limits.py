@@ -293,7 +293,7 @@ SHARE_QUANTUM_TOKENS: Final = 4096.0
 SHARE_RECENT_S: Final = 5.0
 # While others are about, one who is over his share finds replicas open only when they have less
 # than this to do: so that who comes next does not wait for a whole runway of his.
-RUNWAY_OVER_S: Final = 0.1
+RUNWAY_OVER_S: Final = 0.03
 # Of an answer, until a tenant's own answers have told: what they have at the mean in the first half
 # hour of Azure's conversation trace of 2023 (AzurePublicDataset).
 OUTPUT_TOKENS_DEFAULT: Final = 222.0
