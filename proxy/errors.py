@@ -328,6 +328,16 @@ class ReplicaTimeoutError(ProxyError):
     should_retry = True
 
 
+class DeadlineExceededError(ProxyError):
+    """It waited, and its first token can no longer come when it was wanted; nobody has begun it.
+
+    Repeated at once it would be as late again.
+    """
+
+    status = 504
+    code = "deadline_exceeded"
+
+
 class OfflineUnreachableError(ProxyError):
     """Nobody answers where files and batches are kept; nothing of the request went anywhere."""
 
@@ -404,6 +414,7 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     ReplicaLostError,
     BadReplicaAnswerError,
     ReplicaTimeoutError,
+    DeadlineExceededError,
     OfflineUnreachableError,
     OfflineLostError,
     OfflineReadLostError,

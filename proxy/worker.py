@@ -32,7 +32,7 @@ from proxy.io.explain import explain
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
 from proxy.io.quota_memory import quota_cells_at
-from proxy.io.shared_cells import headcount_at
+from proxy.io.shared_cells import headcount_at, shares_at
 from proxy.io.tally import Tally, summarise_regularly
 from proxy.io.tasks import Tasks
 from proxy.logs import set_up_logging
@@ -72,13 +72,8 @@ class Worker:
         plane.connections_max = min(plane.connections_max, _connections_possible())
         plane.bodies_bytes_max = _bodies_possible(start.config)
         plane.make_room()
-        if start.cells_fd >= 0:
-            counted = headcount_at(start.cells_fd, start.place, start.workers)
-            plane.picture.loads.headcount = counted
+        _share(plane, start)
         plane.metering.change_log(usage_log)
-        if start.quota_fd >= 0:
-            cells = quota_cells_at(start.quota_fd, start.workers)
-            plane.metering.connect(cells, start.place, start.workers, start.rows)
         plane.noting.connect(self._channel)
         plane.authentication.on_unknown_key = partial(self._channel.send, control.JwtKeysWanted())
         plane.outbox.on = True
@@ -249,6 +244,17 @@ class Worker:
             _log.warning("grace is over; cutting %d connections", len(entrance))
         entrance.close()
         entrance.kill()
+
+
+def _share(plane: Plane, start: control.Start) -> None:
+    """Have the plane count in the memory that it has with other workers, as far as there is any."""
+    if start.cells_fd >= 0:
+        counted = headcount_at(start.cells_fd, start.place, start.workers)
+        plane.picture.loads.headcount = counted
+        plane.waiting.shares.cells = shares_at(start.cells_fd, start.place, start.workers)
+    if start.quota_fd >= 0:
+        cells = quota_cells_at(start.quota_fd, start.workers)
+        plane.metering.connect(cells, start.place, start.workers, start.rows)
 
 
 def _fault(plane: Plane, doing: str) -> None:

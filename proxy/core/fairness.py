@@ -233,6 +233,15 @@ class Shares:
         if least < _NEVER:
             self._floors[work_class] = max(self._floors[work_class], least)
 
+    def part_of(self, account: Account) -> float:
+        """Return which part of what its class is given is this one's, of those who wait here."""
+        weights = [
+            each.weight
+            for each in self._accounts.values()
+            if each.work_class == account.work_class and (each.waiting or each is account)
+        ]
+        return account.weight / sum(weights)
+
     def level(self, account: Account) -> int:
         """Return by how many quanta it is over the least of those who are about; 0: within.
 

@@ -109,13 +109,17 @@ class Headcount:
             if self._cells[cell] != counts.get(cell, 0):
                 self._cells[cell] = counts.get(cell, 0)
 
-    def take(self, name: str, tokens: int) -> bool:
-        """Reserve a place for a request with so much to compute; `hold` it in the same turn."""
+    def take(self, name: str, tokens: int, lower_max: int = 0) -> bool:
+        """Reserve a place for a request with so much to compute; `hold` it in the same turn.
+
+        `lower_max`: for one that may only come while there are fewer than this; 0: as many as may.
+        """
         self._give_up()
         limits = self._limits.get(name)
         if limits is None:
             return True
         own, most, tokens_most = limits
+        most = lower_max or most
         if not tokens_most:
             tokens = 0
         self._add(own, 1, tokens)

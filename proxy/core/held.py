@@ -74,9 +74,11 @@ def yields(held: Held, now_s: float) -> bool:
 def rank_s(held: Held) -> float:
     """Return its place among those of its tenant, the least first."""
     stands_s = held.since_s + YIELD_S[_standing(held)]
-    deadline_s = held.request.deadline_s
-    if deadline_s > 0.0 and not held.late:
-        later_s = deadline_s - held.since_s - limits.OBJECTIVE_S
+    request = held.request
+    if request.deadline_s > 0.0 and not held.late:
+        later_s = request.deadline_s - held.since_s - limits.OBJECTIVE_S
+        if request.deadline_s == request.listens_until_s:  # patience is no wish to be served late
+            later_s = min(0.0, later_s)
         stands_s += min(limits.DEADLINE_YIELD_S_MAX, max(-limits.OBJECTIVE_S, later_s))
     return stands_s * limits.AGEING_WEIGHT + max(0.0, held.prefill_s)
 
@@ -92,5 +94,15 @@ def _standing(held: Held) -> int:
 
 
 def begin_by_s(held: Held) -> float:
-    """Return when it would have to begin, to meet its deadline where that is possible soonest."""
-    return held.request.deadline_s - max(0.0, held.prefill_s)
+    """Return when it would have to begin, to meet its deadline where that is possible soonest.
+
+    For one that has missed it, the same for its client's patience; 0: nobody knows of any.
+    """
+    until_s = held.request.listens_until_s if held.late else held.request.deadline_s
+    return until_s - max(0.0, held.prefill_s) if until_s > 0.0 else 0.0
+
+
+def is_vain(held: Held, now_s: float) -> bool:
+    """Whether nobody will listen any more when its first token could come."""
+    until_s = held.request.listens_until_s
+    return 0.0 < until_s < now_s + max(0.0, held.prefill_s)

@@ -24,7 +24,7 @@ from typing import Final
 
 from proxy.core import limits
 from proxy.core.fairness import Shares
-from proxy.core.held import Held, begin_by_s, rank_s, yields
+from proxy.core.held import Held, begin_by_s, class_of, rank_s, yields
 from proxy.core.lines import Line, Order
 from proxy.core.opening import has_little_to_do, has_room, is_open
 from proxy.core.picture import Picture
@@ -82,30 +82,33 @@ class Holding:
         self._order += 1
         held.order = self._order
         self._count += 1
-        if held.request.deadline_s > 0.0:
-            self._await_deadline(held)
-        if self.shares.on:
-            request = held.request
-            held.account = self.shares.account(
-                request.work_class, request.tenant, request.tenant_weight, held.since_s
-            )
+        self._await_deadline(held)
+        if held.account is not None:
             self.shares.begins_to_wait(held.account)
         self._enter(held, _UNSEEN if prefill_s >= 0.0 else _line_of_nobody(held.queue), 0)
 
     def _await_deadline(self, held: Held) -> None:
+        due_s = begin_by_s(held)
+        if due_s <= 0.0:
+            return
         if len(self._due) > 2 * self._count + limits.HELD_TRIED_MAX:  # most of it has gone
             self._due = [each for each in self._due if not each[2].gone]
             heapq.heapify(self._due)
-        heapq.heappush(self._due, (begin_by_s(held), held.order, held))
+        heapq.heappush(self._due, (due_s, held.order, held))
 
     def overdue(self, now_s: float) -> list[Held]:
-        """Return those that cannot meet their deadlines any more, once each; they are late now."""
+        """Return those that cannot meet their deadlines any more; they are late now.
+
+        Once each, and once more when its client will not listen any longer.
+        """
         out: list[Held] = []
         while self._due and (self._due[0][2].gone or self._due[0][0] < now_s):
             held = heapq.heappop(self._due)[2]
-            if not (held.gone or held.late):
+            if held.gone:
+                continue
+            out.append(held)
+            if not held.late:
                 self.be_late(held)
-                out.append(held)
         return out
 
     @property
@@ -120,6 +123,7 @@ class Holding:
         held.late = True
         held.rank_s = rank_s(held)
         line.enter(held)
+        self._await_deadline(held)
 
     def drop(self, held: Held) -> None:
         """It waits no longer: cancelled, or its time is over. Harmless when repeated."""
@@ -364,7 +368,9 @@ class _Look:
         return (
             goes
             and self._in_time(held, decision)
-            and picture.reserve(held.request.chain, decision.cached_octets, decision.slot)
+            and picture.reserve(
+                held.request.chain, decision.cached_octets, decision.slot, class_of(held)
+            )
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from proxy.core.fairness import Account
 from proxy.core.index import Sighting
 
 
@@ -9,10 +10,10 @@ class Lease:
     """The load that one exchange holds on a replica, from dispatch to its one release."""
 
     __slots__ = (
-        "cached_octets", "cell", "decoding", "first_noted", "head_s", "lease_id", "life", "pending",
-        "prefill_tokens", "prompt_octets", "prompt_tokens", "queued_tokens", "released",
-        "replica_name", "sighting", "slot", "spare", "started_s", "streamed",
-        "weight", "yields",
+        "account", "cached_octets", "cell", "charged_tokens", "decoding", "first_noted", "head_s",
+        "lease_id", "life", "pending", "prefill_tokens", "prompt_octets", "prompt_tokens",
+        "queued_tokens", "released", "replica_name", "sighting", "slot", "spare", "started_s",
+        "streamed", "weight", "yields",
     )  # fmt: skip
 
     def __init__(
@@ -37,6 +38,8 @@ class Lease:
         self.life = 0  # of its slot
         self.spare = False  # it may have only what is spare, and is no demand
         self.yields = False  # it may be ended for online work before it is answered
+        self.account: Account | None = None  # of its tenant, until it is settled; None: of none
+        self.charged_tokens = 0.0  # there
         self.pending = False
         self.decoding = False
         self.released = False

@@ -16,6 +16,7 @@ from collections import deque
 from typing import Final
 
 from proxy.core import limits
+from proxy.core.classes import ONLINE
 from proxy.core.headcount import Headcount
 from proxy.core.lease import Lease
 from proxy.core.pacing import Pacing
@@ -30,6 +31,8 @@ class Loads:
     def __init__(self) -> None:
         self.inflight: list[int] = []
         self.inflight_max: list[int] = []  # 0: no limit
+        self.lower_max: list[int] = []  # the same for all but online work; 0: no limit
+        self.online_reserve = 0.0  # part of what a replica may have that only online work takes
         self.tokens_max: list[int] = []  # in its line, of more than one request; 0: no limit
         self.measured: set[int] = set()  # slots that have such a limit
         self.headcount: Headcount | None = None  # None: nobody else of this proxy chooses
@@ -105,11 +108,25 @@ class Loads:
         self.inflight_max[slot] = inflight_max
         self.running_max[slot] = running_max
         self.tokens_max[slot] = tokens_max
+        self._reserve(slot)
         if tokens_max:
             self.measured.add(slot)
         else:
             self.measured.discard(slot)
         self._reprice(slot)
+
+    def reserve_online(self, share: float) -> None:
+        """Keep this part of each replica for online work from now on."""
+        self.online_reserve = share
+        for slot in range(len(self.inflight)):
+            self._reserve(slot)
+
+    def _reserve(self, slot: int) -> None:
+        most = self.inflight_max[slot]
+        if self.online_reserve and (most or self.running_max[slot]):
+            kept = int((most or self.running_max[slot]) * (1.0 - self.online_reserve))
+            most = max(1, kept)  # less would be a replica that serves online work alone
+        self.lower_max[slot] = most
 
     def close(self, slot: int) -> None:
         """The replica is gone. Leases on it may still be released; they change nothing more."""
@@ -122,9 +139,10 @@ class Loads:
 
     def _grow(self) -> None:
         for ints in (
-            self.inflight, self.inflight_max, self.tokens_max, self.dispatched_tokens,
-            self.pending_tokens, self.held_tokens, self.capacity_tokens, self.running_max,
-            self.free_tokens, self._foreign, self._others_held_tokens, self._peak, self._refused,
+            self.inflight, self.inflight_max, self.lower_max, self.tokens_max,
+            self.dispatched_tokens, self.pending_tokens, self.held_tokens, self.capacity_tokens,
+            self.running_max, self.free_tokens, self._foreign, self._others_held_tokens,
+            self._peak, self._refused,
         ):  # fmt: skip
             ints.append(0)
         for floats in (
@@ -286,18 +304,19 @@ class Loads:
         line = self.line[slot]
         return self.pending_tokens[slot] + (line[0].prefill_tokens if line else 0)
 
-    def is_full(self, slot: int) -> bool:
-        """Whether it has as many requests as it may have."""
-        most = self.inflight_max[slot]
+    def is_full(self, slot: int, work_class: int = ONLINE) -> bool:
+        """Whether it has as many requests as it may have for one of this class to come."""
+        most = self.inflight_max[slot] if work_class <= ONLINE else self.lower_max[slot]
         return (most > 0 and self.inflight[slot] >= most) or slot in self.crowded
 
-    def reserve(self, slot: int, name: str, tokens: int) -> bool:
+    def reserve(self, slot: int, name: str, tokens: int, work_class: int = ONLINE) -> bool:
         """Take the place of a request that is dispatched in this turn.
 
         False: others have taken the last, of which nothing has been heard yet; then the replica
         is full until `crowded` is cleared.
         """
-        if self.headcount is None or self.headcount.take(name, tokens):
+        most = self.lower_max[slot] if work_class > ONLINE and self.online_reserve else 0
+        if self.headcount is None or self.headcount.take(name, tokens, most):
             return True
         self.crowded.add(slot)
         return False

@@ -19,7 +19,7 @@ _NEVER: Final = float("inf")
 def has_room(decision: Decision, request: Request, picture: Picture) -> bool:
     """Whether a replica may have this request besides those that it has, and its tokens."""
     slot = decision.slot
-    if picture.loads.is_full(slot):
+    if picture.loads.is_full(slot, request.work_class):
         return False
     if slot not in picture.loads.measured:
         return True

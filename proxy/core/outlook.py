@@ -87,8 +87,12 @@ class Outlook:
         self._sent_tokens += tokens
 
     def _trim(self) -> None:
-        """Forget what the summary shows: a worker's part of it may be an interval old."""
-        shown_s = self.at_s - self.round_trip_s - SUMMARY_INTERVAL_S
+        """Forget what the summary shows.
+
+        What it is made of may be an interval old when it is written, and an interval older before
+        it is written again.
+        """
+        shown_s = self.at_s - self.round_trip_s - 2.0 * SUMMARY_INTERVAL_S
         sent = self._sent
         while sent and sent[0][0] < shown_s:
             self._sent_tokens -= sent.popleft()[1]

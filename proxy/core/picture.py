@@ -292,12 +292,12 @@ class Picture:
         self.dispatched(lease, chain, now_s)
         return lease
 
-    def reserve(self, chain: PrefixChain, cached_octets: int, slot: int) -> bool:
+    def reserve(self, chain: PrefixChain, cached_octets: int, slot: int, work_class: int) -> bool:
         """Take the place of a request that goes to this slot's replica in this turn, if it may."""
         if self.loads.headcount is None:
             return True
         tokens = self.tokens_of(chain.prompt_bytes - cached_octets, slot)
-        return self.loads.reserve(slot, self._names[slot], max(1, tokens))
+        return self.loads.reserve(slot, self._names[slot], max(1, tokens), work_class)
 
     def lease(
         self,

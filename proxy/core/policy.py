@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy.core import limits
-from proxy.core.classes import UNSAID
+from proxy.core.classes import ONLINE, UNSAID
 from proxy.core.cost import Terms
 from proxy.core.fleet import Pool
 from proxy.core.picture import Picture, Seats
@@ -189,8 +189,10 @@ class Prices:
     def _exclude(self, request: Request) -> None:
         """Make those infinitely dear that may not take it, and dearer that lack its adapter."""
         loads, prices_s = self._picture.loads, self.prices_s
+        lower = request.work_class > ONLINE and loads.online_reserve > 0.0
+        limits_of = loads.lower_max if lower else loads.inflight_max
         for place, slot in enumerate(self._slots):
-            most = loads.inflight_max[slot]
+            most = limits_of[slot]
             if most and loads.inflight[slot] >= most:
                 prices_s[place] = _NEVER
         for slot in loads.measured:
@@ -330,7 +332,7 @@ def random(request: Request, pool: Pool, picture: Picture, now_s: float) -> Deci
 
 def _has_room(slot: int, request: Request, picture: Picture) -> bool:
     loads = picture.loads
-    if loads.is_full(slot):
+    if loads.is_full(slot, request.work_class):
         return False
     if slot not in loads.measured:
         return True

@@ -46,9 +46,11 @@ def permits(regions: frozenset[str] | None, replica: Replica) -> bool:
 class Residency:
     """Pools as those see them who may not go everywhere: what they may not go to is not there."""
 
-    __slots__ = ("_seen",)
+    __slots__ = ("_own", "_seen")
 
-    def __init__(self) -> None:
+    def __init__(self, own: str) -> None:
+        """`own` is this region: what may not be computed in it waits for no start in it."""
+        self._own = own
         self._seen: dict[tuple[int, frozenset[str]], tuple[Pool, Pool]] = {}
 
     def within(self, pool: Pool, regions: frozenset[str] | None) -> Pool:
@@ -60,22 +62,22 @@ class Residency:
         if found is None or found[0] is not pool:
             if len(self._seen) >= limits.RESIDENT_POOLS_MAX:
                 self._seen.clear()
-            found = self._seen[key] = (pool, _restricted(pool, regions))
+            found = self._seen[key] = (pool, self._restricted(pool, regions))
         return found[1]
 
-    def forget(self) -> None:
+    def forget(self, own: str) -> None:
         """The fleet has changed: none of its pools are asked for any more."""
+        self._own = own
         self._seen.clear()
 
-
-def _restricted(pool: Pool, regions: frozenset[str]) -> Pool:
-    members = {name: r for name, r in pool.replicas.items() if permits(regions, r)}
-    return replace(
-        pool,
-        replicas=members,
-        available=tuple([r for r in pool.available if permits(regions, r)]),
-        remotes=tuple([r for r in pool.remotes if permits(regions, r)]),
-    )
+    def _restricted(self, pool: Pool, regions: frozenset[str]) -> Pool:
+        return replace(
+            pool,
+            replicas={name: r for name, r in pool.replicas.items() if permits(regions, r)},
+            available=tuple([r for r in pool.available if permits(regions, r)]),
+            remotes=tuple([r for r in pool.remotes if permits(regions, r)]),
+            starts_in_s=pool.starts_in_s if self._own in regions else _NEVER,
+        )
 
 
 # --- who is there ------------------------------------------------------------------------------

@@ -5,6 +5,11 @@ would let a burst of offline work take room from an online request that comes la
 is no room, a newcomer takes the place of those of a less urgent class that came last. They are told
 to come again, and nobody has begun their work.
 
+Nor may one tenant keep the others of its class out by coming first with a thousand: where there is
+no room, a newcomer takes the place of the latest of the tenant who has most of it for his weight,
+as long as that leaves him no less than the newcomer's tenant has then. That is the longest queue
+giving way (McKenney, "Stochastic Fairness Queueing", INFOCOM 1990), with weights.
+
 Who finds no room is told when to come: when as many have left as wait now. They leave at the pace
 of the last seconds, and faster once the replicas serve that are on their way.
 """
@@ -12,23 +17,48 @@ of the last seconds, and faster once the replicas serve that are on their way.
 from __future__ import annotations
 
 from math import ceil
+from typing import Final
 
 from proxy.core import limits
 from proxy.core.classes import NAMES, OFFLINE, ONLINE, SHARES
+from proxy.core.fairness import Account
 from proxy.core.held import Held, class_of
 from proxy.core.prospects import Prospect
 from proxy.errors import RETRY_AFTER_S_MAX
 
 
+class Part:
+    """Those of one tenant, in the order in which they came."""
+
+    __slots__ = ("bytes", "members")
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.members: dict[Held, None] = {}
+
+    def enter(self, held: Held) -> None:
+        self.members[held] = None
+        self.bytes += held.held_bytes
+
+    def leave(self, held: Held) -> None:
+        del self.members[held]
+        self.bytes -= held.held_bytes
+
+
+_NOTHING: Final = Part()  # of a tenant of whom nobody waits
+_FITS, _CLASS_OVER, _WHOLE_OVER = range(3)
+
+
 class Room:
     """Those who wait in one worker, by class, in the order in which they came."""
 
-    __slots__ = ("_bytes", "_bytes_max", "_classes", "_counts_max", "bytes", "count")
+    __slots__ = ("_bytes", "_bytes_max", "_classes", "_counts_max", "_parts", "bytes", "count")
 
     def __init__(self) -> None:
         self.count = 0
         self.bytes = 0  # of their bodies
         self._classes: list[dict[Held, None]] = [{} for _ in NAMES]
+        self._parts: dict[Account, Part] = {}  # of tenants, where they are told apart
         self._bytes = [0 for _ in NAMES]
         self._counts_max = [0 for _ in NAMES]  # each class's, and the first one's is the whole
         self._bytes_max = [0 for _ in NAMES]
@@ -60,33 +90,77 @@ class Room:
         None where it finds no room.
         """
         work_class, size = class_of(held), held.held_bytes
-        if (
-            len(self._classes[work_class]) >= self._counts_max[work_class]
-            or self._bytes[work_class] + size > self._bytes_max[work_class]
-        ):
-            return None
-        leaving = self._displaced(work_class, size)
-        if leaving is not None:
-            self._classes[work_class][held] = None
-            self._bytes[work_class] += size
-            self.count += 1
-            self.bytes += size
-        return leaving
+        leaving: dict[Held, None] = {}
+        gone_bytes = 0
+        while True:
+            over = self._over(work_class, len(leaving), size - gone_bytes)
+            if over == _FITS:
+                break
+            other = self._latest_below(work_class, leaving) if over == _WHOLE_OVER else None
+            other = other or self._latest_of_most(held, leaving)
+            if other is None:
+                return None
+            leaving[other] = None
+            gone_bytes += other.held_bytes
+        self._classes[work_class][held] = None
+        self._bytes[work_class] += size
+        self.count += 1
+        self.bytes += size
+        if held.account is not None:
+            self._parts.setdefault(held.account, Part()).enter(held)
+        return list(leaving)
 
-    def _displaced(self, work_class: int, size: int) -> list[Held] | None:
-        count_over = self.count + 1 - self._counts_max[ONLINE]
-        bytes_over = self.bytes + size - self._bytes_max[ONLINE]
-        leaving: list[Held] = []
-        lower = OFFLINE
-        while lower > work_class and (count_over > 0 or bytes_over > 0):
+    def _over(self, work_class: int, leaving: int, more_bytes: int) -> int:
+        """Return what would be over its limits with one more of a class: that, or the whole.
+
+        Of those who leave while the class is over, all are of that class.
+        """
+        if (
+            len(self._classes[work_class]) - leaving >= self._counts_max[work_class]
+            or self._bytes[work_class] + more_bytes > self._bytes_max[work_class]
+        ):
+            return _CLASS_OVER
+        whole = self.count - leaving >= self._counts_max[ONLINE]
+        whole = whole or self.bytes + more_bytes > self._bytes_max[ONLINE]
+        return _WHOLE_OVER if whole else _FITS
+
+    def _latest_below(self, work_class: int, leaving: dict[Held, None]) -> Held | None:
+        """Return who came last of the least urgent class that is less urgent than this."""
+        for lower in range(OFFLINE, work_class, -1):
             for other in reversed(self._classes[lower]):
-                if count_over <= 0 and bytes_over <= 0:
+                if other not in leaving:
+                    return other
+        return None
+
+    def _latest_of_most(self, held: Held, leaving: dict[Held, None]) -> Held | None:
+        """Return who came last of the tenant, in this class, that has most of the room.
+
+        None where that would have less of it then than the newcomer's.
+        """
+        account = held.account
+        if account is None:
+            return None
+        own = self._parts.get(account, _NOTHING)
+        most = self._share(account, len(own.members) + 1, own.bytes + held.held_bytes)
+        found: Held | None = None
+        for other, part in self._parts.items():
+            if other is account or other.work_class != account.work_class:
+                continue
+            count, size = len(part.members), part.bytes
+            for each in reversed(part.members):
+                count, size = count - 1, size - each.held_bytes
+                if each not in leaving:
+                    share = self._share(other, count, size)
+                    if share >= most:
+                        found, most = each, share
                     break
-                leaving.append(other)
-                count_over -= 1
-                bytes_over -= other.held_bytes
-            lower -= 1
-        return leaving if count_over <= 0 and bytes_over <= 0 else None
+        return found
+
+    def _share(self, account: Account, count: int, size: int) -> float:
+        """Return which part of the room so much is, for its weight: of places or of octets."""
+        places = count / max(1, self._counts_max[account.work_class])
+        octets = size / max(1, self._bytes_max[account.work_class])
+        return max(places, octets) / account.weight
 
     def leave(self, held: Held) -> None:
         work_class = class_of(held)
@@ -94,6 +168,11 @@ class Room:
         self._bytes[work_class] -= held.held_bytes
         self.count -= 1
         self.bytes -= held.held_bytes
+        if held.account is not None:
+            part = self._parts[held.account]
+            part.leave(held)
+            if not part.members:
+                del self._parts[held.account]
 
 
 class Pace:

@@ -23,14 +23,14 @@ from proxy.core.classes import NAMES
 
 ROWS: Final = 1024
 _WAYS: Final = 16  # rows among which one name is looked for
-_NAME_BYTES: Final = 8
+NAME_BYTES: Final = 8
 _CELL_BYTES: Final = 8
 _KINDS: Final = 3  # charged, waiting, seen
 
 
 def share_table_bytes(workers: int) -> int:
     """Return the size of the memory that so many workers share."""
-    return ROWS * (_NAME_BYTES + _row_cells(workers) * _CELL_BYTES)
+    return ROWS * (NAME_BYTES + _row_cells(workers) * _CELL_BYTES)
 
 
 def _row_cells(workers: int) -> int:

@@ -26,6 +26,8 @@ def summarise(
     """Return what there is for each model; `waiting` says how many requests wait, by model."""
     found: dict[str, ModelSummary] = {}
     for model, pool in fleet.pools.items():
+        if not (pool.replicas or model in fleet.prospects):
+            continue  # other regions alone have it: told on, it would be told back
         if len(found) >= limits.SUMMARY_MODELS_MAX:
             break
         found[model] = _of(model, fleet, pool, picture, waiting.get(model, 0), now_s)

@@ -27,8 +27,9 @@ from proxy.errors import NoSpareError, ProxyError
 from proxy.io.class_telemetry import ClassTelemetry
 from proxy.io.clock import Clock
 from proxy.io.preemption import Preemption
+from proxy.io.queues import Waiter
 from proxy.io.telemetry import Telemetry
-from proxy.io.waiting import Waiter, Waiting
+from proxy.io.waiting import Waiting
 
 _PINNING: Final = ("prefix", "session")  # rules under which a session can be pinned
 _ANY_MODEL: Final = "\n"  # the queue for replicas that do not say what they serve
@@ -49,16 +50,26 @@ class Choice:
         self.policy = POLICIES[config.policy]
         self.strict = config.session_affinity == "strict"
         self._holds_back = _holds_back(config)
-        self.residency = regions.Residency()
+        self.residency = regions.Residency(self.region)
         self.responses = Responses()  # answers that requests may go on from
         self.arrivals: dict[str, int] = {}  # requests that came, by model
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
+        self.some_keys = False  # by which tenants are known
         self.preemption = Preemption(self._fault)
         self.waiting = Waiting(
             clock, self.picture, self.choose, self.awaited, self.prospect_of, self._fault
         )
+        self.tell_tenants_apart()
         self.make_room()
         self.waiting.at_once = not self._holds_back
+
+    def tell_tenants_apart(self) -> None:
+        """Share what is scarce among tenants, if there are any, and be late as configured."""
+        access = self.config.access
+        named = bool(access.tenants) or access.jwt is not None
+        self.waiting.shares.on = named or self.some_keys
+        self.waiting.lateness.shed = access.classes.late == "shed"
+        self.picture.loads.reserve_online(access.classes.online_reserve)
 
     def follow(self, config: ProxyConfig) -> None:
         """Choose as `config` says from now on."""
@@ -67,6 +78,7 @@ class Choice:
         self.policy = POLICIES[config.policy]
         self.strict = config.session_affinity == "strict"
         self._holds_back = _holds_back(config)
+        self.tell_tenants_apart()
         self.make_room()
         self.waiting.at_once = not self._holds_back  # who waits by the rules of before goes
         self.work_done()
@@ -130,7 +142,7 @@ class Choice:
     def _to_state(self, seats: Seats, place: int, reason: str, request: Request) -> Decision | None:
         """A replica that is full has to be waited for. None: it is, and nobody may wait."""
         slot = seats.slots[place]
-        if not self.config.queue_size and self.picture.loads.is_full(slot):
+        if not self.config.queue_size and self.picture.loads.is_full(slot, request.work_class):
             return None
         cached_octets = self.picture.index.held_of(slot, request.chain)
         return Decision(seats.replicas[place], slot, reason, cached_octets)
@@ -204,7 +216,9 @@ class Choice:
 
     def reserves(self, decision: Decision, request: Request) -> bool:
         """Take the place of a request that goes there in this turn, before any other worker."""
-        return self.picture.reserve(request.chain, decision.cached_octets, decision.slot)
+        return self.picture.reserve(
+            request.chain, decision.cached_octets, decision.slot, request.work_class
+        )
 
     def holds(
         self, decision: Decision | None, request: Request, model: str, *, lookup: bool, now_s: float
@@ -290,7 +304,7 @@ class Choice:
 
     def fleet_changed(self) -> None:
         """Other replicas may take requests: look anew at those who wait for them."""
-        self.residency.forget()
+        self.residency.forget(self.region)
         pools = self.fleet.pools
         self.arrivals = {model: self.arrivals.get(model, 0) for model in pools}
         self.waiting.fleet_changed(lambda queue: queue in pools or queue in _NAMELESS)

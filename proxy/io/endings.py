@@ -23,8 +23,8 @@ from proxy.core.routes import PromptKind
 from proxy.core.usage import read_usage
 from proxy.io.metered import Metered
 from proxy.io.plane import Plane
+from proxy.io.queues import Waiter
 from proxy.io.upstream import Upstream
-from proxy.io.waiting import Waiter
 
 
 class Client(Protocol):

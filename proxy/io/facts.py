@@ -145,6 +145,8 @@ class Facts:
         series = plane.telemetry.series(route_name, known)
         series.outcomes[status, outcome] += 1
         series.duration_s.observe(now_s - self._started_s)
+        if self._request.deadline_s:
+            plane.waiting.lateness.count(self._request, self._first_octet_s, status, outcome)
         if self._first_octet_s:
             series.first_token_s.observe(self._first_octet_s - self._started_s)
         if self._decision is not None:

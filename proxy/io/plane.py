@@ -18,6 +18,7 @@ from proxy.contract.keys import KeySet
 from proxy.contract.regions import RemoteState
 from proxy.core import fleet as fleets
 from proxy.core import limits
+from proxy.core.charging import charge, settle
 from proxy.core.head_memory import HeadMemory
 from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
@@ -153,6 +154,8 @@ class Plane(Abroad):
         """These are all API keys now, from the next request on."""
         self.authentication.know_keys(keys)
         self.preambles.clear()  # what is no key any more need not stay in memory
+        self.some_keys = bool(keys.keys)
+        self.tell_tenants_apart()
 
     def know_jwt_keys(self, document: bytes) -> None:
         """By these the tokens of the identity provider are verified now."""
@@ -250,6 +253,8 @@ class Plane(Abroad):
             whole=not request.response_key,
         )
         lease.spare, lease.yields = request.spare, yields
+        if self.waiting.shares.on:
+            charge(self.waiting.shares, lease, request, now_s)
         self._leases[lease.lease_id] = lease
         if self.noting.on:
             self.noting.dispatched(lease, request.chain)
@@ -278,6 +283,9 @@ class Plane(Abroad):
         `served`: its prompt has been computed. `refused`: the replica sent it away.
         """
         del self._leases[lease.lease_id]
+        if lease.account is not None:
+            loads = self.picture.loads
+            settle(self.waiting.shares, lease, loads, usage, first_octet_s, now_s)
         if usage is not None and first_octet_s and lease.streamed:
             self.picture.decoded(lease, usage.completion_tokens, now_s - first_octet_s)
         self.picture.release(lease, now_s, usage, served=served, refused=refused)

@@ -25,7 +25,7 @@ from proxy.errors import (
     ReplicaUnreachableError,
 )
 from proxy.io.choice import Choice
-from proxy.io.waiting import Waiter
+from proxy.io.queues import Waiter
 
 # States from which a replica takes requests, or soon will.
 _COMING: Final = frozenset((ReplicaState.READY, ReplicaState.STARTING, ReplicaState.BACKOFF))

@@ -1,4 +1,7 @@
-"""The memory in which the workers of one proxy count together (`core.headcount`).
+"""The memory in which the workers of one proxy count together.
+
+In its first part they count requests (`core.headcount`), in its second tenants' tokens
+(`core.share_cells`).
 
 The supervisor makes it, and each worker inherits its descriptor. It has no name anywhere, and is
 gone with the last who has it open.
@@ -11,6 +14,7 @@ import mmap
 import os
 
 from proxy.core.headcount import CELL_BYTES, Headcount, table_bytes
+from proxy.core.share_cells import NAME_BYTES, ROWS, ShareCells, bury, share_table_bytes
 
 
 class SharedCells:
@@ -19,14 +23,18 @@ class SharedCells:
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self.fd = os.memfd_create("doherty-headcount", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, table_bytes(workers))
-        self._memory = mmap.mmap(self.fd, table_bytes(workers))
+        os.ftruncate(self.fd, _all_bytes(workers))
+        self._memory = mmap.mmap(self.fd, _all_bytes(workers))
 
     def clear(self, place: int) -> None:
         """Whoever filled this place is dead: so are the requests that it had."""
         step = self.workers * CELL_BYTES
-        for at in range(place * CELL_BYTES, len(self._memory), step):
+        for at in range(place * CELL_BYTES, table_bytes(self.workers), step):
             self._memory[at : at + CELL_BYTES] = bytes(CELL_BYTES)
+        names, cells = _shares_in(self._memory, self.workers)
+        bury(names, cells, place, self.workers)
+        names.release()
+        cells.release()
 
     def close(self) -> None:
         """Harmless when repeated."""
@@ -51,3 +59,28 @@ def headcount_at(fd: int, place: int, workers: int) -> Headcount:
         fcntl.lockf(fd, fcntl.LOCK_UN, 1, at - place)
 
     return Headcount(cells, place, workers, lock, unlock)
+
+
+def shares_at(fd: int, place: int, workers: int) -> ShareCells:
+    """Return a worker's part in the second part of that memory."""
+    names, cells = _shares_in(mmap.mmap(fd, _all_bytes(workers)), workers)
+    end = _all_bytes(workers)
+
+    def lock() -> None:
+        fcntl.lockf(fd, fcntl.LOCK_EX, 1, end)  # for microseconds, and never by a dead process
+
+    def unlock() -> None:
+        fcntl.lockf(fd, fcntl.LOCK_UN, 1, end)
+
+    return ShareCells(names, cells, place, workers, lock, unlock)
+
+
+def _all_bytes(workers: int) -> int:
+    return table_bytes(workers) + share_table_bytes(workers)
+
+
+def _shares_in(memory: mmap.mmap, workers: int) -> tuple[memoryview[int], memoryview[float]]:
+    start = table_bytes(workers)
+    whole = memoryview(memory)
+    names = whole[start : start + ROWS * NAME_BYTES].cast("Q")
+    return names, whole[start + ROWS * NAME_BYTES :].cast("d")

@@ -160,9 +160,9 @@ def _waiting(plane: Plane) -> list[dict[str, ModelDemand]]:
 
 def _arrived(plane: Plane) -> list[dict[str, ModelDemand]]:
     return [
-        {_counted_as(model, plane.fleet): ModelDemand(arrivals_total=count)}
+        {name: ModelDemand(arrivals_total=count)}
         for model, count in plane.arrivals.items()
-        if count
+        if count and (name := _counted_as(model, plane.fleet))
     ]
 
 

@@ -21,70 +21,27 @@ from functools import partial
 from typing import Final
 
 from proxy.core import limits
+from proxy.core.charging import account_of
 from proxy.core.classes import NAMES, ONLINE, PATIENCE
+from proxy.core.fairness import Shares
 from proxy.core.fleet import Pool
-from proxy.core.held import Held, class_of
+from proxy.core.held import class_of, is_vain
 from proxy.core.holding import Holding
 from proxy.core.opening import Opening
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Policy, Request
 from proxy.core.preempting import Clearing
 from proxy.core.prospects import Prospect
-from proxy.core.room import Pace, Room, retry_after_s, start_retry_s
+from proxy.core.room import Room, retry_after_s, start_retry_s
 from proxy.errors import NotAwakeError, ProxyError, QueueFullError, QueueTimeoutError
 from proxy.io.clock import Clock
+from proxy.io.lateness import Lateness
+from proxy.io.queues import Queue, Waiter
 from proxy.io.telemetry import Sample
 
 _log = logging.getLogger("doherty.waiting")
 
 _NEVER: Final = float("inf")
-
-
-class Waiter(Held):
-    """One that waits, with whom, and whom to tell when it may wait no longer."""
-
-    __slots__ = ("key", "on_refusal")
-
-    def __init__(
-        self,
-        key: str,
-        request: Request,
-        pool_of: Callable[[], Pool | None],
-        on_decision: Callable[[Decision], None],
-        on_refusal: Callable[[ProxyError], None],
-        since_s: float,
-    ) -> None:
-        super().__init__(request, pool_of, on_decision, since_s)
-        self.key = key
-        self.on_refusal = on_refusal
-
-
-class Queue:
-    """Those who wait for the replicas of one model, in the order in which they came."""
-
-    __slots__ = (
-        "bits", "empty_since_s", "let_be_since_s", "number", "online", "open_since_s", "pace",
-        "refused_total", "start_seen", "tokens", "waiters",
-    )  # fmt: skip
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.waiters: dict[Waiter, None] = {}
-        self.online = 0  # of them that are online work
-        self.tokens = 0  # of their prompts that no replica held when they came
-        self.pace = Pace()
-        self.refused_total = 0
-        self.bits = -1  # the replicas that may take them; -1: nobody has looked
-        self.open_since_s = 0.0  # when there was one again, after a time when there was none
-        self.empty_since_s = -1.0  # since when there is none; -1: there is
-        self.start_seen = False  # since then one was on its way
-        self.let_be_since_s = -1.0  # since when none is any more, though one was
-
-    def oldest_s(self, now_s: float) -> float:
-        """Return the longest wait of those who wait now."""
-        for waiter in self.waiters:
-            return max(0.0, now_s - waiter.since_s)
-        return 0.0
 
 
 class Waiting:
@@ -99,10 +56,7 @@ class Waiting:
         prospect_of: Callable[[str], Prospect],
         on_fault: Callable[[], None],
     ) -> None:
-        """`pool_of(key, regions)` returns the pool that those under this key wait for in regions.
-
-        `prospect_of(key)` returns what is to be expected of it.
-        """
+        """`pool_of(key, regions)` returns what those under a key wait for there; see `Choice`."""
         self.room = Room()
         self.queues: dict[str, Queue] = {}  # by key; also of those for whom nobody waits any more
         self.on_hold: Callable[[], None] = _nothing  # somebody waits for what has nothing awake
@@ -117,7 +71,9 @@ class Waiting:
         self._quota = 0  # requests that may leave until that moment
         self._quota_end_s = 0.0
         self.at_once = False  # nobody is held back any more: go as soon as there is room
-        self._holding = Holding()
+        self.shares = Shares()
+        self._holding = Holding(self.shares)
+        self.lateness = Lateness()
         self._numbers = 0
         self._look_due = False
         self._timer: asyncio.TimerHandle | None = None
@@ -162,6 +118,8 @@ class Waiting:
         pool_of = partial(self._pool_of, key, request.regions)
         waiter = Waiter(key, request, pool_of, on_decision, on_refusal, came_s)
         waiter.held_bytes = held_bytes
+        if self.shares.on:
+            waiter.account = account_of(self.shares, request, now_s)
         queue = self.queue(key)
         leaving = None if self._crowded(queue) else self.room.enter(waiter)
         if leaving is None:
@@ -176,15 +134,15 @@ class Waiting:
         if queue.empty_since_s >= 0.0 and len(queue.waiters) == 1:
             self.on_hold()
         for other in leaving:
-            self._send_away(other)
+            assert isinstance(other, Waiter)
+            self._send_away(other, self._refusal)
         self.work_done()
         return waiter
 
-    def _send_away(self, other: Held) -> None:
-        assert isinstance(other, Waiter)
+    def _send_away(self, other: Waiter, refusal_of: Callable[[Waiter, Queue], ProxyError]) -> None:
         if other.gone:  # sent away already, for one that came while others were
             return
-        refusal = self._refusal(other, self.queues[other.key])
+        refusal = refusal_of(other, self.queues[other.key])
         self.drop(other)
         try:
             other.on_refusal(refusal)
@@ -215,7 +173,7 @@ class Waiting:
         return QueueFullError(
             f"{self.room.count} requests wait for a replica already, "
             f"{self.room.count_of(work_class)} of them {NAMES[work_class]} ones (--queue-size)",
-            wait_s=self._retry_after_s(waiter.key, queue),
+            wait_s=self._retry_after_s(waiter, queue),
         )
 
     def drop(self, waiter: Waiter) -> None:
@@ -225,11 +183,14 @@ class Waiting:
             self._holding.drop(waiter)
             self.work_done()  # it may have been the last that offline work waited for
 
-    def _retry_after_s(self, key: str, queue: Queue) -> int:
-        pool = self._pool_of(key, None)
+    def _retry_after_s(self, waiter: Waiter, queue: Queue) -> int:
+        """Of its tenant's own part of the queue, where tenants are told apart."""
+        pool, account = self._pool_of(waiter.key, None), waiter.account
         awake = len(pool.available) if pool is not None else 0
-        pace_per_s = queue.pace.per_s(self._clock.now_s())
-        return retry_after_s(len(queue.waiters), pace_per_s, awake, self._prospect_of(key))
+        count, pace_per_s = len(queue.waiters), queue.pace.per_s(self._clock.now_s())
+        if account is not None:
+            count, pace_per_s = account.waiting, pace_per_s * self.shares.part_of(account)
+        return retry_after_s(count, pace_per_s, awake, self._prospect_of(waiter.key))
 
     # --- the fleet, and time -----------------------------------------------------------------
 
@@ -286,7 +247,7 @@ class Waiting:
             return None
         return QueueTimeoutError(
             f"no replica was free for {waited_s:.0f} s (--queue-timeout-secs)",
-            wait_s=self._retry_after_s(waiter.key, queue),
+            wait_s=self._retry_after_s(waiter, queue),
         )
 
     def _end_of_hold(
@@ -323,6 +284,7 @@ class Waiting:
         """Give away what can go now."""
         self._look_due = False
         now_s = self._clock.now_s()
+        self._end_late(now_s)
         share = left = self._share(now_s)
         some_open, next_s = self._openings(now_s)
         while left and (some_open or (self.at_once and self.room.count)) and self._take(now_s):
@@ -341,7 +303,15 @@ class Waiting:
             next_s = self._quota_end_s
         if self.clearing.bits(now_s):
             next_s = min(next_s, self.clearing.end_s)
+        next_s = min(next_s, self._holding.next_due_s)
         self._wake_at(next_s if self.room.count else _NEVER)
+
+    def _end_late(self, now_s: float) -> None:
+        """Who cannot meet his deadline any more goes behind those who can, or is told so."""
+        for held in self._holding.overdue(now_s):
+            if self.lateness.shed or is_vain(held, now_s):
+                assert isinstance(held, Waiter)
+                self._send_away(held, self.lateness.refusal)
 
     def _divide(self, opened: int, now_s: float) -> None:
         """Every worker sees these replicas come up at once: take a part of what they may have.
@@ -429,10 +399,11 @@ class Waiting:
     # --- what is reported --------------------------------------------------------------------
 
     def counters(self) -> list[Sample]:
-        return [
+        refused = [
             Sample("queue_refused_total", (("class", name),), self.refused[number])
             for number, name in enumerate(NAMES)
         ]
+        return [*refused, *self.lateness.counters()]
 
     def gauges(self, now_s: float) -> list[Sample]:
         out = []
