@@ -291,6 +291,9 @@ class Choice:
             return "starting"
         if request.work_class == OFFLINE and self.waiting.braked():
             return "online-first"
+        loads, slots = self.picture.loads, self.picture.seats(pool).slots
+        if any(loads.is_full(s, request.work_class) and not loads.is_full(s) for s in slots):
+            return "reserve"
         return "replicas-busy"
 
     def arrived(self, model: str, request: Request) -> None:
@@ -323,6 +326,7 @@ class Choice:
 
     def awaited(self, queue: str, within: frozenset[str] | None = None) -> fleets.Pool | None:
         """Return the pool that those in a queue wait for, as it is now, in these regions."""
+        pool: fleets.Pool | None
         if queue == _ANY_MODEL:
             pool = self.fleet.any_model if self.fleet.any_model.replicas else None
         else:
