@@ -51,6 +51,15 @@ def _both(one: Collection[str], other: Collection[str]) -> frozenset[str] | None
     return frozenset(one or other) or None
 
 
+def class_granted(wanted: str, classes: Collection[str]) -> str:
+    """Return the class itself where it is allowed, else the next lower that is.
+
+    One that is lower than all of them needs no leave.
+    """
+    lower = WORK_CLASSES[[str(name) for name in WORK_CLASSES].index(wanted) :]
+    return next((name for name in lower if name in classes), wanted)
+
+
 def rows_of(access: AccessConfig) -> dict[str, int]:
     """Return the row of each tenant in what all workers count together.
 
