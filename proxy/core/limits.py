@@ -215,7 +215,7 @@ SPEED_HALF_LIFE_S: Final = 20.0
 SPEED_PRIOR_S: Final = 1.0
 SPEED_BAND: Final = 1.25
 LEARN_SHARE: Final = 0.1  # of a new sample in a running mean
-PACE_VARIANCE_MIN: Final = 0.25  # of a number of streams, before it tells what one more costs
+PACE_SPREAD_COUNT_MIN: Final = 0.25  # of a number of streams, before it tells what one more costs
 MIX_SHARE: Final = 0.01  # in that of prompts' sizes, which differ a hundredfold
 # What a first token takes beyond its prefill is seen where there is hardly any prefill.
 SMALL_PREFILL_TOKENS: Final = 256

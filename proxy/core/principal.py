@@ -17,7 +17,8 @@ class Principal:
     """One key or token, ready to be asked. It is never changed; a new reading makes a new one."""
 
     __slots__ = (
-        "classes", "crossed", "default_class", "expires_s", "isolated", "key_id", "limited", "models",
+        "classes", "crossed", "default_class", "expires_s", "isolated", "key_id", "limited",
+        "models",
         "owner", "rated", "regions", "salt", "slo_ttft_s", "tenant", "weight",
     )  # fmt: skip
 
