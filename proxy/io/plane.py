@@ -175,7 +175,8 @@ class Plane(Abroad):
 
     def suspect(self, replica_id: str, reason: str) -> None:
         """A replica failed a request in a way that says it may be gone."""
-        self.picture.suspect_remote(replica_id, self.clock.now_s())
+        if self.fleet.remotes:
+            self.picture.suspect_remote(replica_id, self.clock.now_s())
         before = self.fleet
         self.fleet = fleets.apply(before, fleets.ReplicaSuspected(replica_id))
         if self.fleet is not before:
@@ -205,7 +206,8 @@ class Plane(Abroad):
     def answered(self, replica_id: str, status: int) -> None:
         """Count server errors in a row. Client errors are no sign of a sick replica."""
         if status < 500 or status == 501:
-            self.picture.remote_answered(replica_id)
+            if self.fleet.remotes:
+                self.picture.remote_answered(replica_id)
             if self._server_errors:
                 self._server_errors.pop(replica_id, None)
             return
@@ -258,6 +260,8 @@ class Plane(Abroad):
         if self.waiting.shares.on:
             charge(self.waiting.shares, lease, request, now_s)
         self._leases[lease.lease_id] = lease
+        if decision.replica.remote:
+            self.count_departure(lease, 1)
         if self.noting.on:
             self.noting.dispatched(lease, request.chain)
         return lease
@@ -285,6 +289,8 @@ class Plane(Abroad):
         `served`: its prompt has been computed. `refused`: the replica sent it away.
         """
         del self._leases[lease.lease_id]
+        if lease.pending and self.fleet.remotes:
+            self.count_departure(lease, -1)  # nothing was computed there: it is ours again
         if lease.account is not None:
             loads = self.picture.loads
             settle(self.waiting.shares, lease, loads, usage, first_octet_s, now_s)
@@ -417,7 +423,7 @@ class Plane(Abroad):
             out += self._believed(replica_id, now_s)
             by = (("replica", replica_id),)
             out.append(Sample("replica_suspect", by, float(server.suspect)))
-        return out
+        return out + self.gauges_abroad(self.leases) if self.fleet.remotes else out
 
     def _believed(self, replica_id: str, now_s: float) -> list[Sample]:
         """Return what is believed of a server, with all of its ranks."""
