@@ -195,10 +195,8 @@ class Plane(Abroad):
 
     def doubt(self, replica_id: str, now_s: float) -> None:
         """A request has long heard nothing of its replica: have it asked, now and then."""
-        if (
-            now_s - self._doubted_s.get(replica_id, -limits.SILENCE_DOUBT_S)
-            < limits.SILENCE_DOUBT_S
-        ):
+        before_s = self._doubted_s.get(replica_id, -limits.SILENCE_DOUBT_S)
+        if now_s - before_s < limits.SILENCE_DOUBT_S:
             return
         self._doubted_s[replica_id] = now_s
         self._on_doubt(replica_id)
