@@ -15,7 +15,16 @@ from proxy.core import limits
 from proxy.core.policy import Decision, Request
 from proxy.io.explain import explain
 from proxy.io.tally import demand_of, summary_of
-from tests.fakes.plane import CHAT_BODY, Bench, answer, chat_request
+from tests.fakes.plane import (
+    CHAT_BODY,
+    EVENTS,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    Bench,
+    answer,
+    chat_request,
+    chunk,
+)
 
 MakeBench = Callable[..., Bench]
 FREE = ModelSummary(awake=2, free=8, s_per_token=1 / 30_000)
@@ -158,12 +167,13 @@ async def test_what_may_not_leave_waits_for_nobody_abroad(make_bench: MakeBench)
 async def test_a_region_that_goes_takes_its_place_in_the_picture_with_it(bench: Bench) -> None:
     await busy(bench)
     client, engine = await bench.begun()
+    engine.send(STREAM_HEAD + chunk(EVENTS[0]))
     fleet = bench.plane.fleet
     told(bench, linked=False)
     assert bench.plane.fleet is fleet
     bench.plane.know_remotes([])
     assert "us#0/m" not in bench.plane.picture.slots
-    engine.send(answer())  # under way, it is answered
+    engine.send(b"".join([chunk(event) for event in EVENTS[1:]]) + LAST_CHUNK)  # it goes on
     assert client.answer().status == 200
 
 
@@ -196,6 +206,7 @@ async def test_what_goes_on_from_an_answer_goes_where_that_is(bench: Bench) -> N
     assert bench.plane.waiting.count == 1
     assert engine.received == seen
     told(bench)
+    assert (await bench.engine()).replica_id == "us#0"
     unknown = b"GET /v1/responses/resp_9 HTTP/1.1\r\nhost: p\r\n\r\n"
     client, engine = await bench.begun(unknown)
     assert engine.replica_id == "a"
