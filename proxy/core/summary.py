@@ -30,6 +30,8 @@ def summarise(
             continue  # other regions alone have it: told on, it would be told back
         if len(found) >= limits.SUMMARY_MODELS_MAX:
             break
+        if not pool.replicas and model not in fleet.prospects:
+            continue  # only other regions have it: they tell of it themselves
         found[model] = _of(model, fleet, pool, picture, waiting.get(model, 0), now_s)
     return found
 

@@ -250,9 +250,16 @@ class Choice:
         if not self.config.queue_size:
             return False
         wakes = self.prospect_of(queue).wakes and self.resides(request.regions)
-        if wakes or pool is None or not pool.remotes or not request.abroad:
-            return wakes
-        return self.picture.some_serve(self.picture.seats(pool), self.clock.now_s())
+        return wakes or self.may_leave(request, pool, self.clock.now_s())
+
+    def may_leave(self, request: Request, pool: fleets.Pool | None, now_s: float) -> bool:
+        """Whether another region serves it, and has not sent it away: one may wait for room there.
+
+        One that has come from there may not.
+        """
+        if pool is None or not pool.remotes or not request.abroad:
+            return False
+        return self.picture.some_serve(self.picture.seats(pool), request.tried, now_s)
 
     def resides(self, within: frozenset[str] | None) -> bool:
         """Whether what is bound to these regions may be computed in this one."""

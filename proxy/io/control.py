@@ -37,6 +37,7 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     workers: int = 1
     quota_fd: int = -1  # of the memory in which tenants are counted (`io/quota_memory.py`)
     rows: dict[str, int] = {}  # whose row is whose in it
+    nonces_fd: int = -1  # of that in which all keep the hops that they took; -1: each its own
 
 
 class Accept(msgspec.Struct, tag=True, frozen=True):

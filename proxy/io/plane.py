@@ -39,6 +39,7 @@ from proxy.io.abroad import Abroad, moved_of
 from proxy.io.access_log import AccessLog
 from proxy.io.authentication import Authentication
 from proxy.io.clock import Clock
+from proxy.io.hops import Hops
 from proxy.io.metering import Metering
 from proxy.io.noting import Noting
 from proxy.io.outbox import Outbox
@@ -97,12 +98,13 @@ class Plane(Abroad):
         self._doubted_s: dict[str, float] = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
         self.authentication = Authentication(config, clock)
+        self.hops = Hops(config, clock)
         self.metering = Metering(config, clock)
-        self.proxy_id = b""
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
         self.follow(config)
+        self.hops.follow(config)
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
         self.authentication.reconfigure(config)
         self.metering.follow(config)
@@ -163,12 +165,12 @@ class Plane(Abroad):
 
     def know_remotes(self, remotes: Sequence[RemoteState], ours: bytes = b"") -> None:
         """This is what is known now of other regions; `ours` names this proxy's life to them."""
-        self.proxy_id = ours
         moved = self.take_remotes(remotes)
         if moved is not None:
             self.sharing.hearsay.know(self.picture.slots)
             self._retain(moved)
             self.fleet_changed()
+        self.hops.know(remotes, ours)
         self.work_done()
 
     def suspect(self, replica_id: str, reason: str) -> None:
@@ -334,12 +336,19 @@ class Plane(Abroad):
                 return orjson.dumps(model)
         raise self.unknown_model(wanted, principal)
 
-    def admit(self, route: Route, preamble: Preamble, length: int) -> Principal:
+    def admit(
+        self, route: Route, preamble: Preamble, length: int, known: Principal | None = None
+    ) -> Principal:
         """Judge a head by what this proxy may and can serve; return who asks. Raises `ProxyError`.
 
-        A `length` that is announced is judged, but only what has come is held and counted.
+        A `length` that is announced is judged, but only what has come is held and counted. `known`
+        is who asks where another region has found that out.
         """
-        principal = ANYBODY if route.name == "health" else self.authentication.who_asks(preamble)
+        if known is None and preamble.crossed:
+            self.hops.refuse(preamble)
+        principal = known or (
+            ANYBODY if route.name == "health" else self.authentication.who_asks(preamble)
+        )
         if preamble.encoded:
             raise UnsupportedEncodingError("compressed request bodies are not read here")
         self.judge_length(length)
@@ -384,6 +393,7 @@ class Plane(Abroad):
             *self.sharing.counters(),
             *self.waiting.counters(),
             *self.preemption.counters(),
+            *self.hops.counters(),
             *self.metering.counters(),
             dropped,
         ]
@@ -402,6 +412,7 @@ class Plane(Abroad):
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
             *self.sharing.gauges(),
             *self.waiting.gauges(now_s),
+            *self.hops.gauges(),
             *self.metering.gauges(),
         ]
         for replica_id, server in self.fleet.servers.items():

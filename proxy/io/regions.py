@@ -94,7 +94,7 @@ class Regions:
             numbers[each.region] = number + 1
             remote = _Remote(f"{each.region}#{number}", each.region, each.url)
             known = before.get(each.peer)
-            if known is not None and (known.name, known.url) == (remote.name, remote.url):
+            if known is not None and known.region == remote.region:
                 remote.proxy_id, remote.since_s = known.proxy_id, known.since_s
             self._remotes[each.peer] = remote
         if self._remotes or before:
