@@ -62,6 +62,8 @@ def _of(
         ready_in_s=prospect.ready_in_s,
         start_s=prospect.start_s,
         wakes=prospect.wakes,
+        startable=prospect.startable,
+        carries=prospect.carries,
     )
 
 
@@ -104,4 +106,5 @@ def _both(one: ModelSummary, other: ModelSummary) -> ModelSummary:
         start_s=max(one.start_s, other.start_s),
         wakes=one.wakes or other.wakes,
         startable=min(one.startable, other.startable),
+        carries=max(one.carries, other.carries),
     )

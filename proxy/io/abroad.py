@@ -29,6 +29,7 @@ class Abroad(Reading):
         super().__init__(config, clock)
         self.remotes: tuple[RemoteState, ...] = ()
         self._places: list[Place] = []
+        self.departures: dict[str, int] = {}  # requests that left, by model
 
     def seat(self) -> None:
         """Have a place in the picture for all that a request can be sent to."""
@@ -51,6 +52,7 @@ class Abroad(Reading):
             servers = {remote.replica_id: remote for remote in found}
             gone = {r.replica_id for r in before.values()} - servers.keys()
             moved = frozenset(gone | moved_of(before, servers))
+            self.departures = {m: n for m, n in self.departures.items() if m in self.fleet.pools}
         self.remotes = tuple(states)
         self.picture.know_remotes(states)
         return moved
@@ -71,6 +73,13 @@ class Abroad(Reading):
             by = (("remote", remote.replica_id), ("model", min(remote.models)))
             out.append(Sample("remote_room", by, max(0, room)))
         return out
+
+    def count_departure(self, lease: Lease, more: int) -> None:
+        """Count a request that another region computes, and demand that is not this one's."""
+        remote = self.fleet.remotes.get(lease.replica_name)
+        if remote is not None:
+            model = min(remote.models)
+            self.departures[model] = self.departures.get(model, 0) + more
 
     def assert_permitted(self, decision: Decision, request: Request) -> None:
         """Refuse what may not be computed there, whoever has decided so: a fault of ours.

@@ -297,6 +297,9 @@ class Choice:
             return "starting"
         if request.work_class == OFFLINE and self.waiting.braked():
             return "online-first"
+        loads, slots = self.picture.loads, self.picture.seats(pool).slots
+        if any(loads.is_full(s, request.work_class) and not loads.is_full(s) for s in slots):
+            return "reserve"
         return "replicas-busy"
 
     def arrived(self, model: str, request: Request) -> None:

@@ -211,6 +211,10 @@ class Demanded(msgspec.Struct, tag=True, frozen=True):
     epoch: str = ""
     version: int = 0
     at_once: bool = False  # somebody waits for a model of which nothing is awake
+    # By model, then by other region: our requests that are there, and those that wait and may not
+    # be computed there.
+    abroad: dict[str, dict[str, int]] = {}
+    bound: dict[str, dict[str, int]] = {}
 
 
 class Summarised(msgspec.Struct, tag=True, frozen=True):

@@ -260,6 +260,8 @@ class Plane(Abroad):
         if self.waiting.shares.on:
             charge(self.waiting.shares, lease, request, now_s)
         self._leases[lease.lease_id] = lease
+        if decision.replica.remote:
+            self.count_departure(lease, 1)
         if self.noting.on:
             self.noting.dispatched(lease, request.chain)
         return lease
@@ -287,6 +289,8 @@ class Plane(Abroad):
         `served`: its prompt has been computed. `refused`: the replica sent it away.
         """
         del self._leases[lease.lease_id]
+        if lease.pending and self.fleet.remotes:
+            self.count_departure(lease, -1)  # nothing was computed there: it is ours again
         if lease.account is not None:
             loads = self.picture.loads
             settle(self.waiting.shares, lease, loads, usage, first_octet_s, now_s)
