@@ -52,7 +52,6 @@ from proxy.terminal import has_terminal
 _log = logging.getLogger("doherty.proxy")
 
 WATCH_INTERVAL_S = 1.0
-SUCCESSOR_END_TIMEOUT_S = 5.0  # one that failed cleans up; that is more than it needs
 TELL_MARGIN_S = 1.0  # for asking, beyond what a worker takes to tell what is cached where
 END_MARGIN_S = 2.0  # beyond the grace that workers were given
 
@@ -397,7 +396,7 @@ class Supervisor:
             theirs.close()
         await self._serve_successor(ours)
         if not self._relieved:
-            status = await _end_of(self._successor)
+            status = await takeover.end_of(self._successor)
             _log.error("the new proxy ended with %d", status)
 
     # --- the end -----------------------------------------------------------------------------
@@ -445,14 +444,3 @@ class Supervisor:
         timeout_s = order.grace_s + END_MARGIN_S
         await asyncio.wait((hurry, ended), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         return ended.done()
-
-
-async def _end_of(successor: asyncio.subprocess.Process) -> int:
-    """Wait for a successor that failed; end it when it hangs. Its workers end with it."""
-    for end in (successor.terminate, successor.kill):
-        with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(successor.wait(), SUCCESSOR_END_TIMEOUT_S)
-        _log.error("the new proxy (pid %d) hangs; ending it", successor.pid)
-        with contextlib.suppress(ProcessLookupError):
-            end()
-    return await successor.wait()

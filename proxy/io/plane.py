@@ -170,7 +170,7 @@ class Plane(Abroad):
             self.sharing.hearsay.know(self.picture.slots)
             self._retain(moved)
             self.fleet_changed()
-        self.hops.know(remotes, ours)
+        self.upstreams.close_idle(self.hops.know(remotes, ours))
         self.work_done()
 
     def suspect(self, replica_id: str, reason: str) -> None:
@@ -195,10 +195,8 @@ class Plane(Abroad):
 
     def doubt(self, replica_id: str, now_s: float) -> None:
         """A request has long heard nothing of its replica: have it asked, now and then."""
-        if (
-            now_s - self._doubted_s.get(replica_id, -limits.SILENCE_DOUBT_S)
-            < limits.SILENCE_DOUBT_S
-        ):
+        before_s = self._doubted_s.get(replica_id, -limits.SILENCE_DOUBT_S)
+        if now_s - before_s < limits.SILENCE_DOUBT_S:
             return
         self._doubted_s[replica_id] = now_s
         self._on_doubt(replica_id)
