@@ -92,11 +92,11 @@ async def test_what_stays_true_is_said_again_however_often_the_fleet_changes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(wanting_io, "WANTED_INTERVAL_S", 0.05)
-    monkeypatch.setattr(wanting, "WANTED_AGE_S_MAX", 0.2)
+    monkeypatch.setattr(wanting, "WANTED_AGE_S_MAX", 0.5)
     async with sides() as (eu, us):
         eu.decide(us=8.0)
         await until(lambda: us.report().wanted == {"m": {"eu": 8.0}})
-        for _ in range(30):
+        for _ in range(50):
             eu.decide(us=8.0)  # another snapshot, and the same decision
             await asyncio.sleep(0.02)
             assert us.report().wanted == {"m": {"eu": 8.0}}
