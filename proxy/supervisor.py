@@ -35,6 +35,7 @@ from proxy.io.hub import Hub
 from proxy.io.jwt_keys import JwtKeys
 from proxy.io.lookout import Lookout
 from proxy.io.peers import Peers
+from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.regions import Regions
 from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
@@ -85,6 +86,9 @@ class Supervisor:
         self._regions = Regions(self._places.tell, self._teller.summary)
         self._peers = Peers(self._tasks, self.hub, self._regions)
         self._wanting = Wanting(self._peers, self._regions, self._teller)
+        self._quotas = QuotaKeeper(
+            self._places.quotas, self._peers, takes_over=predecessor is not None
+        )
         self._lookout = Lookout(
             self._tasks,
             on_snapshot=self._on_snapshot,
@@ -128,10 +132,14 @@ class Supervisor:
             self._tasks.start("demand", self._teller.run())
             self._tasks.start("regions", self._regions.run())
             self._tasks.start("wanted", self._wanting.run())
+            self._quotas.know(self._config)
+            self._tasks.start("quotas", self._quotas.run())
             self._peers.start(self._config, listen=self._predecessor is None)
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
             await self._drain()
+            self._quotas.tick()
+            await self._quotas.keep()
             await self._teller.farewell()
         finally:
             self._close_door()
@@ -245,7 +253,8 @@ class Supervisor:
         jobs_only = self._fleet and not (self._fleet.replicas or self._fleet.pools)
         if jobs_only and self._config.offline_url is not None:
             return None
-        if not [r for r in able if r.replica_id not in suspects]:
+        here = [r for r in able if r.replica_id not in suspects]
+        if not here and not self._regions.serve:
             return "no replica can take a request"
         return None
 
@@ -306,6 +315,7 @@ class Supervisor:
         if change.changed or tls.files(self._config):
             self._look()
         self._peers.reconfigure(self._config)
+        self._quotas.know(self._config)
         if change.changed or tls.files(self._config) or ordered:
             self._places.tell(control.Reconfigure(self._config))
             _log.info("reloaded; changed: %s", ", ".join(change.changed) or "nothing")
@@ -351,6 +361,7 @@ class Supervisor:
             self._linked_successor = True
             self.hub.told.clear()
             self._peers.adopt(link, dialled=False)
+        self._quotas.leave()
         self._relieved = self._draining = True
         self._stop.set()
 

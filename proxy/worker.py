@@ -20,7 +20,7 @@ from functools import partial
 import msgspec
 import uvloop
 
-from proxy import tls
+from proxy import dumps, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.core import limits
 from proxy.core.memory import bodies_bytes_max
@@ -315,6 +315,7 @@ def _bodies_possible(config: ProxyConfig) -> int:
 
 def main(argv: list[str]) -> int:
     """`python -m proxy.worker CONTROL_FD LISTENER_FD…`, as the supervisor calls it."""
+    dumps.leave_none()
     end, *listeners = (socket.socket(fileno=int(fd)) for fd in argv)
     # The terminal's signals reach the whole group; the supervisor decides what they mean.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):

@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Final
 
 from proxy import errors
+from proxy.contract.behalf import PROOF_FIELD, TENANT_FIELD
 from proxy.core import limits
 from proxy.core.credentials import API_KEY, without_keys
 from proxy.core.credentials import FIELDS as CREDENTIAL_FIELDS
@@ -34,7 +35,7 @@ _NOT_FORWARDED: Final = (
     frozenset(
         (
             *(b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, WORK_CLASS, RANK_FIELD),
-            *(b"x-vllm-priority", HOP),
+            *(b"x-vllm-priority", HOP, TENANT_FIELD.encode(), PROOF_FIELD.encode()),
         )
     )
     | ENDING_HERE

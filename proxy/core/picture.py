@@ -206,7 +206,7 @@ class Picture:
         sizes.slots.add(slot)
         self._size_of[slot] = sizes
         if replica.remote:
-            self.outlooks.open(slot)
+            self.outlooks.open(slot, replica.region, min(replica.models))
         tokens = _capacity_tokens(replica)
         self.loads.open(slot, group, capacity_tokens=tokens, inflight_max=replica.max_inputs)
         self.index.open(slot, self.cache_octets(slot))

@@ -130,15 +130,15 @@ class Preamble:
 
         Without a Content-Length, `length` is that of no body, and a chunked one is chunked anew.
         """
-        host_field += self.credential_fields if credential is None else credential
         framing = b""
         if self.chunked:
             framing = b"transfer-encoding: chunked\r\n"
         elif length or self.method == b"POST":
             framing = b"content-length: %d\r\n" % length
-        return b"%b%bconnection: close\r\n%b%bx-request-id: %b\r\n\r\n" % (
+        return b"%b%bconnection: close\r\n%b%b%bx-request-id: %b\r\n\r\n" % (
             self.request_line,
             host_field,
+            self.credential_fields if credential is None else credential,
             self.sent_fields,
             framing,
             request_id,

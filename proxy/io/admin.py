@@ -37,6 +37,7 @@ _LARGEST = frozenset(
     (
         "event_loop_lag_seconds",
         "replica_queued_tokens",
+        "remote_room",
         "replica_wait_seconds",
         "replica_decoding",
         "replica_prefill_tokens_per_second",
@@ -78,6 +79,8 @@ _HELP = {
     "replica_cache_source": "1 for what a replica's cache is judged by: events, or the record",
     "replica_cache_source_age_seconds": "Since the KV events of a replica were last heard",
     "replica_suspect": "Workers that hold the replica for gone",
+    "remote_inflight": "Requests in flight at a proxy of another region",
+    "remote_room": "Further requests that a proxy of another region would begin now, by model",
     "replica_state": "1 for the state that the fleet gives a replica",
     "connections_accepted": "Client connections accepted",
     "client_connections": "Open client connections",

@@ -96,7 +96,6 @@ class Plane(Abroad):
         self._on_suspect = on_suspect
         self._on_doubt = on_doubt
         self._doubted_s: dict[str, float] = {}
-        self.departures = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
         self.authentication = Authentication(config, clock)
         self.hops = Hops(config, clock)
@@ -176,7 +175,8 @@ class Plane(Abroad):
 
     def suspect(self, replica_id: str, reason: str) -> None:
         """A replica failed a request in a way that says it may be gone."""
-        self.picture.suspect_remote(replica_id, self.clock.now_s())
+        if self.fleet.remotes:
+            self.picture.suspect_remote(replica_id, self.clock.now_s())
         before = self.fleet
         self.fleet = fleets.apply(before, fleets.ReplicaSuspected(replica_id))
         if self.fleet is not before:
@@ -206,7 +206,8 @@ class Plane(Abroad):
     def answered(self, replica_id: str, status: int) -> None:
         """Count server errors in a row. Client errors are no sign of a sick replica."""
         if status < 500 or status == 501:
-            self.picture.remote_answered(replica_id)
+            if self.fleet.remotes:
+                self.picture.remote_answered(replica_id)
             if self._server_errors:
                 self._server_errors.pop(replica_id, None)
             return
@@ -422,7 +423,7 @@ class Plane(Abroad):
             out += self._believed(replica_id, now_s)
             by = (("replica", replica_id),)
             out.append(Sample("replica_suspect", by, float(server.suspect)))
-        return out
+        return out + self.gauges_abroad(self.leases) if self.fleet.remotes else out
 
     def _believed(self, replica_id: str, now_s: float) -> list[Sample]:
         """Return what is believed of a server, with all of its ranks."""

@@ -14,10 +14,11 @@ from proxy.config import ProxyConfig
 from proxy.core.additions import fields_for, names_priority, salt_of_key
 from proxy.core.asked import Asked, read_body
 from proxy.core.claims import lay, may_ask, regions_of, tier_used
-from proxy.core.classes import UNSAID
+from proxy.core.classes import ONLINE, UNSAID
 from proxy.core.preamble import Preamble
 from proxy.core.principal import ANYBODY, Principal
 from proxy.core.routes import PromptKind, Route
+from proxy.errors import InvalidRequestError
 from proxy.io.clock import Clock
 from proxy.io.refusal import Refusal
 
@@ -59,8 +60,8 @@ class Reading(Refusal):
             adapters=self.fleet.adapters,
         )
         request = asked.request
-        asked_class, pool_class = request.work_class, UNSAID
-        if asked_class == UNSAID:
+        asked_class, pool_class = request.work_class, ONLINE
+        if asked_class == UNSAID and self.fleet.prospects:
             pool_class = self.prospect_of(self.queue_of(asked.model)).work_class
         lay(request, preamble.wishes, principal, pool_class=pool_class, arrived_s=arrived_s)
         if self._model_regions or principal.models is not None or principal.regions is not None:
@@ -78,6 +79,8 @@ class Reading(Refusal):
         """Refuse a model that its sender may not ask for; else note where it may be computed."""
         model = asked.model or self.only_model()
         if not lookup and not may_ask(principal, model, asked.request.adapter):
+            if not principal.rated:  # a line of a job would wait for such a model in vain
+                raise InvalidRequestError("the tenant of this job may not ask for its model")
             raise self.unknown_model(model, principal)
         asked.request.regions = regions_of(principal, model, self._model_regions)
 

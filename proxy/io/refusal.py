@@ -131,7 +131,9 @@ class Refusal(Choice):
             same = [
                 m for m, p in self.fleet.pools.items() if p.replicas.keys() == pool.replicas.keys()
             ]
-            whose = f" of {' or '.join(sorted(same)[:3])}" if same else ""
+            # Where there are tenants, a replica may serve models under names of one of them.
+            tell = same and not self.config.access.tenants
+            whose = f" of {' or '.join(sorted(same)[:3])}" if tell else ""
         remotes = pool.remotes if pool is not None else tuple(self.fleet.remotes.values())
         away = self._remotes_shown(remotes) if remotes else ""
         if not replicas:

@@ -197,6 +197,16 @@ class Regions:
         now_s = self._now_s()
         return [self._state(remote, now_s) for remote in self._remotes.values()]
 
+    @property
+    def serve(self) -> bool:
+        """Whether a request that nobody here can take would be served in another region."""
+        return any(
+            model.awake or model.coming or model.wakes
+            for state in self.states()
+            if state.linked and state.summary is not None and not state.summary.draining
+            for model in state.summary.models.values()
+        )
+
     def _state(self, remote: _Remote, now_s: float) -> RemoteState:
         linked = self._links.get(remote.proxy_id)
         is_young = linked is not None and linked.is_young(now_s)
