@@ -72,9 +72,9 @@ class Authentication:
     def _work_out(self) -> None:
         self._tokens.clear()
         access, api_key = self._config.access, self._config.api_key
-        awaited = self._config.keys_path is not None or (
-            bool(access.tenants) and access.jwt is None
-        )
+        # Without a file or a manager, nobody will ever tell of any.
+        told = access.jwt is None and self._config.manager_url is not None and access.tenants
+        awaited = self._config.keys_path is not None or bool(told)
         self.principals = Principals(access, self._keys, api_key, awaited=awaited)
         # The field that engines get in place of what clients show; None: they get that.
         self.engine_credential: bytes | None = None
