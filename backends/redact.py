@@ -11,7 +11,7 @@ import msgspec
 from proxy.config import Config
 
 HIDDEN = "***"
-_KEYS = ("api_key", "admin_api_key", "peer_key")
+_KEYS = ("api_key", "admin_api_key", "peer_key", "internal_key")
 _SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
 _NOT_SECRET = re.compile(r"tokens|tokenizer", re.IGNORECASE)  # --max-num-batched-tokens
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
@@ -34,9 +34,10 @@ def redacted(config: Config) -> dict[str, Any]:
     offline = value["offline"]
     if offline["work_key"] is not None:
         offline["work_key"] = HIDDEN
-    for name in ("store", "work_url"):
-        if offline[name] is not None:
-            offline[name] = _USERINFO.sub(HIDDEN, offline[name])
+    places = ((proxy, "manager_url"), (value["manager"], "keys_follow"))
+    for part, name in (*places, (offline, "store"), (offline, "work_url")):
+        if part[name] is not None:
+            part[name] = _USERINFO.sub(HIDDEN, part[name])
     for model in value["models"]:
         for pool in model["pools"]:
             pool["args"] = redacted_args(pool["args"])

@@ -32,7 +32,7 @@ from proxy.io.explain import explain
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
 from proxy.io.quota_memory import quota_cells_at
-from proxy.io.shared_cells import headcount_at, shares_at
+from proxy.io.shared_cells import headcount_at, nonces_at, shares_at
 from proxy.io.tally import Tally, summarise_regularly
 from proxy.io.tasks import Tasks
 from proxy.logs import set_up_logging
@@ -255,6 +255,8 @@ def _share(plane: Plane, start: control.Start) -> None:
     if start.quota_fd >= 0:
         cells = quota_cells_at(start.quota_fd, start.workers)
         plane.metering.connect(cells, start.place, start.workers, start.rows)
+    if start.nonces_fd >= 0:
+        plane.hops.share(nonces_at(start.nonces_fd, start.place, start.workers))
 
 
 def _fault(plane: Plane, doing: str) -> None:

@@ -19,8 +19,8 @@ from proxy.config_access import AccessConfig, TenantConfig
 from proxy.config_policy import KeyPolicy, is_limited, policy_of
 from proxy.contract.keys import KeyRecord, KeySet
 from proxy.core.classes import NAMES
-from proxy.core.principal import ANYBODY, Principal
-from proxy.errors import KeysUnknownError, ProxyError, UnauthorizedError
+from proxy.core.principal import ANYBODY, INTERNAL, Principal
+from proxy.errors import InvalidRequestError, KeysUnknownError, ProxyError, UnauthorizedError
 
 DEFAULT_TENANT: Final = "default"  # whose policy those have that no one has configured
 _MISSING: Final = "no API key came; send it as 'Authorization: Bearer KEY'"
@@ -42,10 +42,15 @@ class Principals:
         api_key: str | None = None,
         *,
         awaited: bool = False,
+        internal_key: str | None = None,
+        secret: str = "",
     ) -> None:
-        """`keys` is None where none have been told; `awaited`: some will be."""
+        """`keys` is None where none have been told; `awaited`: some will be.
+
+        `secret` is the operator's: where tokens stand in for keys, it does so for their salt.
+        """
         self._tenants = {tenant.name: tenant for tenant in access.tenants}
-        self._salt = keys.salt.encode() if keys is not None else b""
+        self._salt = (keys.salt if keys is not None else secret).encode()
         self._table: dict[bytes, tuple[bytes, Principal]] = {}
         self._refused: dict[bytes, str] = {}
         # Whether requests are somebody's in particular: then engines see no key, and nobody hears
@@ -55,6 +60,9 @@ class Principals:
         self.complete = keys is not None or not awaited
         for record in keys.keys if keys is not None else ():
             self._add(record)
+        if internal_key is not None:
+            digest = sha256(internal_key.encode()).digest()
+            self._table[digest] = (digest, INTERNAL)
         if api_key is not None:
             digest = sha256(api_key.encode()).digest()
             self._table[digest] = (digest, ANYBODY)
@@ -110,6 +118,17 @@ class Principals:
         if tenant is None:
             return None
         return self._principal(tenant, policy_of(tenant), key_id, owner)
+
+    def on_behalf(self, owner: str) -> Principal:
+        """Return one who may what the tenant may that owns a job. Raises `ProxyError`."""
+        unknown = owner.startswith(f"{DEFAULT_TENANT} ")
+        name = owner.removeprefix(f"{DEFAULT_TENANT} ") if unknown else owner
+        principal = self.of_tenant(name, INTERNAL.key_id, unknown=unknown)
+        if principal is None:
+            # Not 401: the service has the right key, and others' lines are to go on.
+            raise InvalidRequestError("the tenant of this job is not configured any more")
+        principal.rated = False
+        return principal
 
     def find(self, digest: bytes, unix_s: float) -> Principal | None:
         """Return who shows what has this digest, if he may ask now."""

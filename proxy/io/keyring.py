@@ -147,8 +147,9 @@ class Keyring:
                     pause_s, reason = RETRY_MAX_S, ""
             except (aiohttp.ClientError, TimeoutError, ValueError, msgspec.MsgspecError) as error:
                 reason = str(error) or type(error).__name__
-            if reason and not lost and self._keys is not None:
-                _log.warning("no news of API keys, going on with those last told: %s", reason)
+            if reason and not lost:
+                kept = "nobody is served" if self._keys is None else "going on with those last told"
+                _log.warning("no news of API keys, %s: %s", kept, reason)
             self._failed_total += reason != "" and not lost
             lost = reason
             await asyncio.sleep(pause_s)

@@ -298,7 +298,9 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "client_key_path": (["f.pem"], "f.pem", "f.pem"),
     "verify_replica_tls": ([], "false", False),
     "keys_path": (["k.json"], "k.json", "k.json"),
+    "internal_key": (["k"], "k", "k"),
     "usage_log": (["-"], "-", "-"),
+    "quota_path": (["day.json"], "day.json", "day.json"),
 }
 
 
