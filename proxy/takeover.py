@@ -35,6 +35,7 @@ DESCRIPTOR_VARIABLE = "DOHERTY_TAKEOVER_FD"
 READY, LEFT = b"ready", b"left"
 SOCKETS_PER_MESSAGE = 64
 MESSAGE_BYTES_MAX = 4096
+SUCCESSOR_END_TIMEOUT_S = 5.0  # one that failed cleans up; that is more than it needs
 # The old one may be busy; but whoever starts the new one wants to know before long.
 ANSWER_TIMEOUT_S = 10.0
 # From the sockets to READY a successor starts its workers, which takes a second or two, or ten on a
@@ -241,3 +242,14 @@ def socket_in_use(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as end:
         end.setblocking(False)
         return end.connect_ex(path) == 0
+
+
+async def end_of(successor: asyncio.subprocess.Process) -> int:
+    """Wait for a successor that failed; end it when it hangs. Its workers end with it."""
+    for end in (successor.terminate, successor.kill):
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(successor.wait(), SUCCESSOR_END_TIMEOUT_S)
+        _log.error("the new proxy (pid %d) hangs; ending it", successor.pid)
+        with contextlib.suppress(ProcessLookupError):
+            end()
+    return await successor.wait()
