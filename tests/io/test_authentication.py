@@ -165,6 +165,20 @@ async def test_engines_see_no_tenants_key(
         assert client.answer().status == 200
 
 
+async def test_nobody_asks_in_anothers_name(make_bench: MakeBench) -> None:
+    """What proxy and offline service tell each other is no client's to say."""
+    bench = keyed(make_bench, internal_key="between-the-two")
+    forged = ("x-doherty-tenant: beta", f"x-doherty-proof: {'0' * 64}")
+    client, engine = await bench.begun(chat_request(fields=[bearer(KEY), *forged]))
+    assert client.protocol._exchange is not None
+    assert client.protocol._exchange._principal.tenant == "acme"
+    assert b"x-doherty-" not in engine.received
+    engine.send(answer())
+    await bench.settle()
+    assert client.answer().status == 200
+    assert status(bench, *forged) == 401
+
+
 async def test_with_one_key_for_all_it_goes_on_as_it_came(make_bench: MakeBench) -> None:
     bench = make_bench(api_key="master")
     client, engine = await bench.begun(chat_request(fields=["x-api-key: master"]))
