@@ -159,10 +159,6 @@ class Plane(Abroad):
         self.some_keys = bool(keys.keys)
         self.tell_tenants_apart()
 
-    def know_jwt_keys(self, document: bytes) -> None:
-        """By these the tokens of the identity provider are verified now."""
-        self.authentication.know_jwt_keys(document)
-
     def know_remotes(self, remotes: Sequence[RemoteState], ours: bytes = b"") -> None:
         """This is what is known now of other regions; `ours` names this proxy's life to them."""
         moved = self.take_remotes(remotes)
