@@ -16,7 +16,7 @@ from hashlib import sha256
 from typing import Final
 
 from proxy.config_access import AccessConfig, TenantConfig
-from proxy.config_policy import KeyPolicy, is_limited, policy_of, rows_of
+from proxy.config_policy import KeyPolicy, is_limited, policy_of
 from proxy.contract.keys import KeyRecord, KeySet
 from proxy.core.classes import NAMES
 from proxy.core.principal import ANYBODY, INTERNAL, Principal
@@ -32,7 +32,7 @@ class Principals:
     """The table of one reading of keys and configuration. It is never changed."""
 
     __slots__ = (
-        "_refused", "_rows", "_salt", "_table", "_tenants", "complete", "demanded", "named",
+        "_refused", "_salt", "_table", "_tenants", "complete", "demanded", "named",
     )  # fmt: skip
 
     def __init__(
@@ -46,7 +46,6 @@ class Principals:
     ) -> None:
         """`keys` is None where none have been told; `awaited`: some will be."""
         self._tenants = {tenant.name: tenant for tenant in access.tenants}
-        self._rows = rows_of(access)
         self._salt = keys.salt.encode() if keys is not None else b""
         self._table: dict[bytes, tuple[bytes, Principal]] = {}
         self._refused: dict[bytes, str] = {}
@@ -96,7 +95,7 @@ class Principals:
         if who.isolated:
             who.salt = self.derived("cache", owner)
         who.slo_ttft_s = tenant.slo_ttft_ms / 1000.0
-        who.row = self._rows[tenant.name] if is_limited(tenant) else -1
+        who.limited = is_limited(tenant)
         return who
 
     def derived(self, purpose: str, owner: str) -> str:

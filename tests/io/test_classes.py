@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from proxy.config_access import AccessConfig, ClassesConfig
 from proxy.contract import PoolRecord
 from proxy.core.principal import Principal
 from tests.fakes.plane import CHAT_BODY, Bench, Client, Engine, answer, chat_request, records
@@ -86,6 +87,19 @@ async def test_who_waits_for_a_start_is_told_that(make_bench: MakeBench) -> None
     fields = client.answer().fields
     assert (fields["x-doherty-queue-reason"], fields["x-doherty-queue-ms"]) == ("starting", "2000")
     assert fields["x-doherty-class"] == "semi-online"
+
+
+async def test_who_waits_though_only_online_work_may_come_is_told_that(
+    make_bench: MakeBench,
+) -> None:
+    access = AccessConfig(classes=ClassesConfig(online_reserve=0.5))
+    bench = make_bench((), access=access)
+    bench.publish(*(msgspec.structs.replace(each, max_inputs=2) for each in records("a")))
+    await _ask(bench, None, "x-doherty-class: semi-online")
+    second = await _ask(bench, None, "x-doherty-class: semi-online")
+    await _answered(bench, 0)
+    await _answered(bench, 0)
+    assert second.answer().fields["x-doherty-queue-reason"] == "reserve"
 
 
 async def test_what_gave_its_place_away_is_told_that(bench: Bench) -> None:
