@@ -22,6 +22,7 @@ from backends.arguments import port_number, replica_count
 DESCRIPTION = "One OpenAI-compatible endpoint in front of many SGLang and vLLM replicas."
 EPILOG = "`doherty COMMAND --help` tells more. `doherty up` alone serves two simulated replicas."
 USAGE_STATUS, FAILURE_STATUS = 2, 1
+CLASSES = ("online", "semi-online", "offline")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,6 +89,7 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="check a configuration file")
     check.add_argument("file", nargs="?", metavar="FILE")
     check.add_argument("--schema", action="store_true", help="print the file's JSON schema")
+    _add_question(check)
     check.set_defaults(run=_check)
     plan = commands.add_parser("plan", help="plan a launch: GPUs, format, limits, and why")
     plan.set_defaults(run=_plan)
@@ -280,6 +282,16 @@ def _offline(options: argparse.Namespace) -> int:
     return asyncio.run(serve_offline(setting))
 
 
+def _add_question(check: argparse.ArgumentParser) -> None:
+    words = "explain what holds for a tenant, or for one key"
+    asked = check.add_argument_group(words)
+    asked.add_argument("--tenant", default="", metavar="NAME")
+    asked.add_argument("--key", default="", metavar="ID", help="id or name of a key")
+    asked.add_argument("--keys", metavar="FILE", help="file of keys (default: proxy.keys_path)")
+    asked.add_argument("--model", default="", metavar="NAME", help="when it asks for this model")
+    asked.add_argument("--class", dest="work_class", default="", choices=CLASSES)
+
+
 def _check(options: argparse.Namespace) -> int:
     import json
     from datetime import UTC, datetime
@@ -287,6 +299,7 @@ def _check(options: argparse.Namespace) -> int:
     import yaml
 
     from backends.checking import check_cards, check_engines
+    from backends.keys.checking import check_keys
     from backends.offline.setting import locked_out
     from backends.redact import redacted
     from backends.settings import manager_settings, offline_settings
@@ -300,11 +313,17 @@ def _check(options: argparse.Namespace) -> int:
         print("which file? doherty check FILE, or doherty check --schema", file=sys.stderr)
         return USAGE_STATUS
     config = load_config(options.file)
+    if any((options.tenant, options.key, options.keys, options.model, options.work_class)):
+        from backends.access_report import explain
+
+        print(explain(options, config, os.environ))
+        return 0
     offline_settings(config.offline, {}, os.environ)
     warnings = [
         *tls.check(config.proxy, datetime.now(UTC)),
         *check_engines(config, options.file, os.environ),
         *filter(None, [locked_out(config.offline, config.proxy)]),
+        *check_keys(config, os.environ, datetime.now(UTC).timestamp()),
         *check_cards(config, manager_settings(config.manager, {}, os.environ).cards),
     ]
     for warning in warnings:

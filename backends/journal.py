@@ -52,7 +52,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, tag="intent", tag_field=
     engine_version: str = ""
     kv_source: tuple[str, str, str] | None = None  # endpoint, replay endpoint and topic
     rid_header: bool = False  # it takes a chat request's id from a field of the head
-    lowest_priority: str = ""  # a field of the head that puts a request behind all others
+    priority_fields: tuple[str, ...] = ()  # of the head, by class
     nap_level: int | None = None  # how deep it sleeps; None: awake
     gpus: tuple[str, ...] = ()  # leased to it
     turning: bool = False  # between awake and asleep: what it has let go of is not known

@@ -53,7 +53,7 @@ class Start(NamedTuple):
     restored: bool = False  # from an image
     image_of: str = ""  # what an image made of it would be an image of; empty: none can be made
     rid_header: bool = False  # it takes a chat request's id from a field of the head
-    lowest_priority: str = ""  # a field of the head that puts a request behind all others
+    priority_fields: tuple[str, ...] = ()  # of the head, by class
 
 
 def gpus_wanted(engine: Engine, spec: ReplicaSpec) -> int:
@@ -146,7 +146,7 @@ def _start(
         launch_id=uuid.uuid4().hex,
         gpus=placement.devices,
         rid_header=command.rid_header,
-        lowest_priority=command.lowest_priority,
+        priority_fields=command.priority_fields,
     )
 
 
@@ -181,7 +181,7 @@ def intent(
         engine_version=start.engine_version,
         kv_source=start.kv_source,
         rid_header=start.rid_header,
-        lowest_priority=start.lowest_priority,
+        priority_fields=start.priority_fields,
         gpus=start.gpus,
         loras=of_start(engine, spec),
         image_of=start.image_of,

@@ -50,5 +50,5 @@ def record_of(
         kv_replay=replay,
         kv_topic=topic,
         rid_header=launch is not None and launch.rid_header,
-        lowest_priority=launch.lowest_priority if launch else "",
+        priority_fields=launch.priority_fields if launch else (),
     )

@@ -8,6 +8,7 @@ in all is said here, and a key can only be allowed less.
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -91,6 +92,24 @@ class JwtConfig(Section, frozen=True, kw_only=True):
         Meta(description="a tenant that is not configured: refuse, or policy of tenant `default`"),
     ] = "refuse"
     leeway_secs: Annotated[Seconds, Meta(description="by which clocks may differ")] = 30.0
+
+    def __post_init__(self) -> None:
+        """Refuse keys of two sources, and such as anybody on the way could put his own among."""
+        if self.jwks_url is not None and self.jwks_path is not None:
+            raise ValueError("jwks_url and jwks_path exclude each other: one names the keys")
+        if self.jwks_path is None and not _is_safe(self.jwks_url or self.issuer):
+            what = "the issuer" if self.jwks_url is None else "jwks_url"
+            raise ValueError(
+                f"{what} must be an https URL, or http on this machine: whoever can change its "
+                "answer on the way could sign tokens; or put the keys into a file (jwks_path)"
+            )
+
+
+def _is_safe(url: str) -> bool:
+    parts = urlsplit(url)
+    if parts.scheme == "https":
+        return bool(parts.hostname)
+    return parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1", "::1")
 
 
 class ClassesConfig(Section, frozen=True, kw_only=True):

@@ -51,12 +51,13 @@ def _both(one: Collection[str], other: Collection[str]) -> frozenset[str] | None
     return frozenset(one or other) or None
 
 
-def rows_of(access: AccessConfig) -> dict[str, int]:
-    """Return the row of each tenant in what all workers count together.
+def class_granted(wanted: str, classes: Collection[str]) -> str:
+    """Return the class itself where it is allowed, else the next lower that is.
 
-    It follows from the configuration alone, so that all of them find the same one.
+    One that is lower than all of them needs no leave.
     """
-    return {name: row for row, name in enumerate(sorted(t.name for t in access.tenants))}
+    lower = WORK_CLASSES[[str(name) for name in WORK_CLASSES].index(wanted) :]
+    return next((name for name in lower if name in classes), wanted)
 
 
 def is_limited(tenant: TenantConfig) -> bool:

@@ -97,6 +97,7 @@ class ProxyError(Exception):
         self.message = message
         self.param = param
         self.wait_s = wait_s or self.retry_after_s
+        self.wait_ms = 0  # the same to the millisecond, where it is known so well
 
     def body(self, dialect: Dialect = Dialect.OPENAI) -> bytes:
         """Return the JSON object that the client reads."""
@@ -201,6 +202,21 @@ class UnauthorizedError(ProxyError):
     code = "invalid_api_key"
 
 
+class HopRefusedError(ProxyError):
+    """It claims to come from another region, and is not believed; or it has been here before."""
+
+    status = 403
+    kind = "permission_error"
+    code = "hop_refused"
+
+
+class HopMisdirectedError(HopRefusedError):
+    """Another region has sent it here, where it may not be computed (RFC 9110 §15.5.20)."""
+
+    status = 421
+    code = "hop_misdirected"
+
+
 class KeysUnknownError(ProxyError):
     """Which keys are right is not known here yet; nobody is let in on trust."""
 
@@ -225,6 +241,28 @@ class OverloadedError(ProxyError):
     code = "too_many_requests"
     should_retry = True
     retry_after_s = 1
+
+
+class RateLimitError(OverloadedError):
+    """The tenant has used what it may within a minute, or at a time; it may come again."""
+
+    code = "rate_limit_exceeded"
+
+
+class OverRateLimitError(OverloadedError):
+    """It asks for more tokens than its tenant may have in a whole minute."""
+
+    code = "over_rate_limit"
+    should_retry = False
+    retry_after_s = 0
+
+
+class QuotaError(OverloadedError):
+    """The tenant has used its tokens or its budget of the day."""
+
+    code = "insufficient_quota"
+    should_retry = False
+    retry_after_s = 0
 
 
 class QueueFullError(OverloadedError):
@@ -375,8 +413,13 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     BodyTooLargeError,
     UnsupportedEncodingError,
     UnauthorizedError,
+    HopRefusedError,
+    HopMisdirectedError,
     KeysUnknownError,
     OverloadedError,
+    RateLimitError,
+    OverRateLimitError,
+    QuotaError,
     QueueFullError,
     NoSpareError,
     QueueTimeoutError,

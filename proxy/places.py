@@ -13,11 +13,13 @@ import msgspec
 
 from proxy.compile import worker_environment
 from proxy.config import ProxyConfig
+from proxy.core.admission import allowances
 from proxy.core.headcount import Columns
 from proxy.io import control
 from proxy.io.admin import sum_samples
 from proxy.io.hub import Hub
-from proxy.io.shared_cells import SharedCells
+from proxy.io.quota_memory import QuotaMemory
+from proxy.io.shared_cells import SharedCells, SharedNonces
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.teller import Teller
@@ -82,6 +84,8 @@ class Places:
         self._columns = Columns()
         # One worker alone knows what it has.
         self._cells = SharedCells(len(hands)) if len(hands) > 1 else None
+        self._nonces = SharedNonces(len(hands))
+        self.quotas = QuotaMemory(len(hands))
         self._departed: list[Sample] = []  # what dead workers had counted
         self._restarts = 0
         self._explanations: dict[int, asyncio.Future[tuple[int, bytes]]] = {}  # asked for
@@ -109,10 +113,11 @@ class Places:
             case control.FleetIs(snapshot):
                 columns = self._columns.assign(snapshot) if self._cells is not None else {}
                 message = self._told[control.FleetIs] = control.FleetIs(snapshot, columns)
-            case control.KeysAre() | control.RemotesAre():
+            case control.KeysAre() | control.JwtKeysAre() | control.RemotesAre():
                 self._told[type(message)] = message
             case control.Reconfigure(config):
                 self._config = config
+                message = control.Reconfigure(config, self._quota_rows())
             case control.Accept():
                 self.accepting = True
             case _:
@@ -141,6 +146,9 @@ class Places:
             pause_s = RESTART_PAUSE_FIRST_S if not place.failed_starts else pause_s * 2
             await asyncio.sleep(min(pause_s, RESTART_PAUSE_MAX_S))
 
+    def _quota_rows(self) -> dict[str, int]:
+        return self.quotas.assign(allowances(self._config.access))
+
     def _draining(self) -> bool:
         return self._order is not None
 
@@ -149,11 +157,11 @@ class Places:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             fds = (theirs.fileno(), *(listener.fileno() for listener in place.listeners))
-            shared = (self._cells.fd,) if self._cells is not None else ()
+            shared = (self.quotas.fd, *((self._cells.fd,) if self._cells is not None else ()))
             # Without -P the working folder would come first, and it may hold another `proxy`.
             command = (sys.executable, "-P", "-m", "proxy.worker", *map(str, fds))
             place.process = process = await asyncio.create_subprocess_exec(
-                *command, pass_fds=(*fds, *shared), env=worker_environment()
+                *command, pass_fds=(*fds, *shared, self._nonces.fd), env=worker_environment()
             )
         except BaseException:
             ours.close()
@@ -181,6 +189,7 @@ class Places:
         status = await _end_of(process)
         if self._cells is not None:
             self._cells.clear(place.index)
+        self.quotas.forget_flight(place.index)
         if not self._draining():
             _log.error("worker %d (pid %d) ended with %d", place.index, process.pid, status)
 
@@ -188,7 +197,16 @@ class Places:
         """Tell a new worker what the others know."""
         cells_fd = self._cells.fd if self._cells is not None else -1
         channel.send(
-            control.Start(self._config, self.accepting, place, cells_fd, len(self._places))
+            control.Start(
+                self._config,
+                self.accepting,
+                place,
+                cells_fd,
+                len(self._places),
+                self.quotas.fd,
+                self._quota_rows(),
+                self._nonces.fd,
+            )
         )
         # Keys before the fleet: before there is anybody to ask.
         for told in sorted(self._told.values(), key=lambda told: isinstance(told, control.FleetIs)):
@@ -302,6 +320,8 @@ class Places:
                 await place.process.wait()
         if self._cells is not None:
             self._cells.close()
+        self._nonces.close()
+        self.quotas.close()
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

@@ -1,16 +1,19 @@
-"""Whether it is plain from where the fleet is known, and who else is to be spoken with."""
+"""Whether it is plain from where the fleet is known, who else is to be spoken with, and by what."""
 
 from __future__ import annotations
 
 from proxy.config import ProxyConfig
 from proxy.core.peer_wire import is_near, parse_address
 from proxy.core.replica import parse_url
+from proxy.io.jwt_tokens import library
 from proxy.io.registry import check_urls
 from proxy.listeners import StartError
 
 
 def check_source(config: ProxyConfig) -> None:
-    """Raise `StartError` or `ValueError` with what is wrong and what to do."""
+    """Raise `ConfigError`, `StartError` or `ValueError` with what is wrong and what to do."""
+    if config.access.jwt is not None:
+        library()
     check_urls(config.worker_urls)
     if config.offline_url is not None:
         parse_url(config.offline_url, "--offline-url")

@@ -15,22 +15,24 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 import uvloop
 
-from proxy import tls
+from proxy import dumps, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.core import limits
 from proxy.core.memory import bodies_bytes_max
 from proxy.io import control
-from proxy.io.access_log import AccessLog
+from proxy.io.access_log import close_all, open_logs
 from proxy.io.clock import Clock
 from proxy.io.entrance import Entrance
 from proxy.io.explain import explain
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
-from proxy.io.shared_cells import headcount_at, shares_at
+from proxy.io.quota_memory import quota_cells_at
+from proxy.io.shared_cells import headcount_at, nonces_at, shares_at
 from proxy.io.tally import Tally, summarise_regularly
 from proxy.io.tasks import Tasks
 from proxy.logs import set_up_logging
@@ -63,18 +65,17 @@ class Worker:
             return 1
         set_up_logging(start.config.log_level)
         clock = Clock()
-        access_log = AccessLog(start.config.access_log)
+        access_log, usage_log = open_logs(start.config)
         plane = Plane(
             start.config, clock, self._tasks, access_log, self._on_suspect, self._on_doubt
         )
         plane.connections_max = min(plane.connections_max, _connections_possible())
         plane.bodies_bytes_max = _bodies_possible(start.config)
         plane.make_room()
-        if start.cells_fd >= 0:
-            counted = headcount_at(start.cells_fd, start.place, start.workers)
-            plane.picture.loads.headcount = counted
-            plane.waiting.shares.cells = shares_at(start.cells_fd, start.place, start.workers)
+        _share(plane, start)
+        plane.metering.change_log(usage_log)
         plane.noting.connect(self._channel)
+        plane.authentication.on_unknown_key = partial(self._channel.send, control.JwtKeysWanted())
         plane.outbox.on = True
         entrance = Entrance(plane, self._listeners)
         self._tasks.start("obey", self._obey(plane, entrance))
@@ -86,6 +87,7 @@ class Worker:
         gc.freeze()
         gc.set_threshold(GC_ALLOCATIONS_MAX, 20, 50)
         self._tasks.start("sweep", self._sweep(plane, entrance))
+        self._tasks.start("minute", plane.metering.run())
         self._tasks.start("tally", Tally(plane, self._channel).run())
         self._tasks.start("summary", summarise_regularly(plane, self._channel))
         self._channel.send(control.Ready())
@@ -95,19 +97,20 @@ class Worker:
         await self._tasks.close()
         plane.upstreams.close()
         plane.offline_links.close()
-        plane.access_log.close()
+        close_all((plane.access_log, plane.metering.log))
         self._channel.close()
         return self._status
 
     async def _fleet_or_first_silence(self, plane: Plane) -> None:
-        """Do not answer before there is somebody to ask, unless that takes too long.
+        """Do not answer before it is known whom to ask and who may, unless that takes too long.
 
         The supervisor sends the fleet right after the start, and again once engines have said what
         they serve.
         """
         until_s = plane.clock.now_s() + FLEET_WAIT_S
         while plane.clock.now_s() < until_s:
-            if plane.fleet_known and (plane.ready or not plane.fleet.replicas):
+            served = plane.fleet_known and (plane.ready or not plane.fleet.replicas)
+            if served and plane.authentication.complete:
                 return
             await asyncio.sleep(0.001)
 
@@ -143,6 +146,7 @@ class Worker:
             case (
                 control.FleetIs()
                 | control.KeysAre()
+                | control.JwtKeysAre()
                 | control.RemotesAre()
                 | control.Cleared()
                 | control.Accused()
@@ -152,8 +156,8 @@ class Worker:
                 self._channel.send(_answer(plane, entrance, message))
             case control.Accept():
                 await self._accept(plane, entrance)
-            case control.Reconfigure(config):
-                await self._reconfigure(plane, entrance, config)
+            case control.Reconfigure(config, rows):
+                await self._reconfigure(plane, entrance, config, rows)
             case (
                 control.Heard()
                 | control.Gone()
@@ -181,11 +185,13 @@ class Worker:
             self._status = 1
             self._drain_asked.set()
 
-    async def _reconfigure(self, plane: Plane, entrance: Entrance, config: ProxyConfig) -> None:
+    async def _reconfigure(
+        self, plane: Plane, entrance: Entrance, config: ProxyConfig, rows: dict[str, int]
+    ) -> None:
         """All of it or nothing: what fails here leaves the worker as it was."""
         try:
             context = tls.server_context(config)
-            access_log = AccessLog(config.access_log)
+            access_log, usage_log = open_logs(config)
         except (ConfigError, OSError) as error:
             _log.error("not reloaded, going on as before: %s", error)
             return
@@ -193,11 +199,12 @@ class Worker:
             await entrance.change(context)
         except OSError as error:
             _log.error("not reloaded, going on as before: %s", error)
-            await asyncio.to_thread(access_log.close)
+            await asyncio.to_thread(close_all, (access_log, usage_log))
             return
         set_up_logging(config.log_level)
-        before = plane.reconfigure(config, access_log)
-        await asyncio.to_thread(before.close)  # it writes what waits; that may take a moment
+        plane.metering.know_rows(rows)
+        before = plane.reconfigure(config, access_log), plane.metering.change_log(usage_log)
+        await asyncio.to_thread(close_all, before)  # they write what waits; it may take a moment
 
     async def _sweep(self, plane: Plane, entrance: Entrance) -> None:
         """One timer for all deadlines; its lateness is the loop's lag."""
@@ -239,6 +246,19 @@ class Worker:
         entrance.kill()
 
 
+def _share(plane: Plane, start: control.Start) -> None:
+    """Have the plane count in the memory that it has with other workers, as far as there is any."""
+    if start.cells_fd >= 0:
+        counted = headcount_at(start.cells_fd, start.place, start.workers)
+        plane.picture.loads.headcount = counted
+        plane.waiting.shares.cells = shares_at(start.cells_fd, start.place, start.workers)
+    if start.quota_fd >= 0:
+        cells = quota_cells_at(start.quota_fd, start.workers)
+        plane.metering.connect(cells, start.place, start.workers, start.rows)
+    if start.nonces_fd >= 0:
+        plane.hops.share(nonces_at(start.nonces_fd, start.place, start.workers))
+
+
 def _fault(plane: Plane, doing: str) -> None:
     plane.telemetry.internal_errors_total += 1
     _log.exception("%s", doing)
@@ -251,6 +271,8 @@ def _tell(plane: Plane, message: control.News) -> None:
             plane.take_snapshot(snapshot, columns)
         case control.KeysAre(keys):
             plane.know_keys(keys)
+        case control.JwtKeysAre(document):
+            plane.know_jwt_keys(document)
         case control.RemotesAre(remotes, ours):
             plane.know_remotes(remotes, ours)
         case control.Cleared(replica_id):
@@ -293,6 +315,7 @@ def _bodies_possible(config: ProxyConfig) -> int:
 
 def main(argv: list[str]) -> int:
     """`python -m proxy.worker CONTROL_FD LISTENER_FD…`, as the supervisor calls it."""
+    dumps.leave_none()
     end, *listeners = (socket.socket(fileno=int(fd)) for fd in argv)
     # The terminal's signals reach the whole group; the supervisor decides what they mean.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):

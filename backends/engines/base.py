@@ -37,9 +37,10 @@ LORA_TIMEOUT_S = 120.0
 _BOUND_LOOPBACK = "tcp://[::ffff:127.0.0.1]"
 _BOUND_EVERYWHERE = "tcp://*"
 
-# Behind whatever clients ask for in the priorities of their bodies, which are small numbers, and
-# within 32 bits; both engines run the lower number first, as they are started here.
-LOWEST_PRIORITY = 1_000_000
+# By class, online first. Both engines run the lower number first, as they are started here. What
+# clients ask for in the priorities of their bodies are small numbers, so offline work is behind all
+# of them; and within 32 bits.
+PRIORITIES = (0, 1_000, 1_000_000)
 
 
 class Launch(msgspec.Struct, frozen=True):
@@ -49,7 +50,13 @@ class Launch(msgspec.Struct, frozen=True):
     env: dict[str, str] = {}
     python_path: str = ""  # put before what PYTHONPATH says
     rid_header: bool = False  # it takes a chat request's id from a field of the head
-    lowest_priority: str = ""  # a field of the head that puts a request behind all others
+    # By class, online first: the field of the head that puts a request in its place. Empty: none
+    priority_fields: tuple[str, ...] = ()
+
+
+def priority_fields(name: str) -> tuple[str, ...]:
+    """Return the fields of an engine that reads a request's priority from this one."""
+    return tuple(f"{name}: {priority}" for priority in PRIORITIES)
 
 
 class Ports(msgspec.Struct, frozen=True):

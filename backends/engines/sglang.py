@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from backends.engines.base import (
-    LOWEST_PRIORITY,
     Call,
     Entry,
     FlagError,
@@ -36,6 +35,7 @@ from backends.engines.base import (
     kv_events_of,
     lora_calls,
     option,
+    priority_fields,
 )
 from backends.engines.dumps import ENVIRONMENT, HOOK, reads_weights
 from backends.engines.facts import SGLANG as FACTS
@@ -51,7 +51,7 @@ from proxy.contract.engines import SGLANG
 # By it the proxy names a request, and ends it when its client has left; what clients say in such
 # fields the proxy keeps to itself.
 OVERRIDES = "SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES"
-LOWEST_FIELD = f"x-override-priority: {LOWEST_PRIORITY}"
+FIELDS_BY_CLASS = priority_fields("x-override-priority")
 # A request that names no priority would be last of all (managers/scheduler.py takes sys.maxsize for
 # it), and nothing could be put behind it; so it gets vLLM's default. With the switch between them
 # both engines count in one direction.
@@ -111,7 +111,7 @@ class Sglang:
             {**env, **ENVIRONMENT} if spec.snapshot else env,
             HOOK,
             rid_header,
-            LOWEST_FIELD if rid_header else "",
+            FIELDS_BY_CLASS if rid_header else (),
         )
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:

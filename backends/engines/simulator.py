@@ -23,8 +23,8 @@ from backends.engines.base import (
 )
 from backends.engines.facts import Facts
 from backends.engines.release import Release, parse_release
-from backends.engines.sglang import LOWEST_FIELD, OVERRIDES, PRIORITY_FLAGS, Sglang
-from backends.engines.vllm import Vllm, lowest_priority
+from backends.engines.sglang import FIELDS_BY_CLASS, OVERRIDES, PRIORITY_FLAGS, Sglang
+from backends.engines.vllm import Vllm, fields_by_class
 from backends.simulator.settings import VERSIONS
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
@@ -58,9 +58,9 @@ class Simulator:
             env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
         if dialect == "vllm":
             played = parse_release(VERSIONS["vllm"])
-            return Launch(argv, env, lowest_priority=lowest_priority(spec, played))
+            return Launch(argv, env, priority_fields=fields_by_class(spec, played))
         env[OVERRIDES] = "1"
-        return Launch(argv, env, rid_header=True, lowest_priority=LOWEST_FIELD)
+        return Launch(argv, env, rid_header=True, priority_fields=FIELDS_BY_CLASS)
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         return ()

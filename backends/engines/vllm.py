@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from backends.engines.base import (
-    LOWEST_PRIORITY,
     Call,
     Entry,
     FlagError,
@@ -27,6 +26,7 @@ from backends.engines.base import (
     kv_events_of,
     lora_calls,
     option,
+    priority_fields,
 )
 from backends.engines.dumps import ENVIRONMENT, HOOK, reads_weights
 from backends.engines.facts import VLLM as FACTS
@@ -92,7 +92,7 @@ class Vllm:
         env = _environment(spec, ports, release)
         if self._keeps_a_file(spec):
             env[_FORM_VARIABLE] = _form(spec)
-        return Launch(argv, env, HOOK, lowest_priority=lowest_priority(spec, release))
+        return Launch(argv, env, HOOK, priority_fields=fields_by_class(spec, release))
 
     def check(self, spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
         refuse(flag_table(self.name), spec.args, _REFUSED, release)
@@ -211,14 +211,14 @@ class Vllm:
         return VLLM.read(answers, at_s)
 
 
-def lowest_priority(spec: ReplicaSpec, release: Release) -> str:
-    """Return the field that puts a request behind all others, where the release reads one.
+def fields_by_class(spec: ReplicaSpec, release: Release) -> tuple[str, ...]:
+    """Return the fields that put requests in their places, where the release reads one.
 
     A pool that asks for another policy gets it, and then no number changes the order.
     """
     policy = option(spec.args, "--scheduling-policy") or "priority"
     reads = has(FEATURES, "priority_header", release) and policy == "priority"
-    return f"x-vllm-priority: {LOWEST_PRIORITY}" if reads else ""
+    return priority_fields("x-vllm-priority") if reads else ()
 
 
 def _form(spec: ReplicaSpec) -> str:

@@ -119,8 +119,9 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     kv_topic: str = ""
     # It takes the id of a chat request from `x-override-rid`, and ends that at `/abort_request`.
     rid_header: bool = False
-    # A field of the head, "name: number", by which it computes a request after all others.
-    lowest_priority: str = ""
+    # By class, online first: the field of the head, "name: number", by which it computes a request
+    # before or after others. Empty: it reads none.
+    priority_fields: tuple[str, ...] = ()
 
 
 class PoolRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -12,6 +12,11 @@ and SGLang's, which puts it in front of a client's own `extra_key`. All salts ar
 no two tenants can come to the same joined key. A client's own salt sets apart once more, within
 its tenant. What knows no salt ignores it: both engines accept fields that they do not know.
 
+*Priority.* Engines read one from the body as well, by which a client could go before others. What a
+tenant may is said by its class, in a field of the head that outweighs the body's; where an engine
+is not known to read that field, a body that names a priority, or might by way of escapes, goes on
+with one of 0, which is nobody's advantage and the default of both engines.
+
 *Tier.* vLLM refuses tiers that OpenAI has named since (`fast`), so they go on as what they mean.
 """
 
@@ -27,15 +32,32 @@ _NOT_CACHED: Final = ("tokenize", "count_tokens")  # routes by name: nothing is 
 
 
 def with_fields(body: bytes, fields: bytes) -> bytes:
-    """Return a JSON object that has members with these members after them."""
+    """Return a JSON object that has members with these members, if any, after them."""
+    if not fields:
+        return body
     end = len(body) - 1
     while body[end] in _SPACE:
         end -= 1
     return b"%b,%b}" % (body[:end], fields)
 
 
-def fields_for(route_name: str, salt: str, own_salt: str | None, tier: str | None) -> bytes:
-    """Return the members to add to a body; empty for none. `salt` is its tenant's, or empty."""
+def names_priority(body: bytes) -> bool:
+    """Whether a body may name a priority: its key is there, or escapes that may hide it."""
+    return b'"priority"' in body or b"\\u" in body
+
+
+def fields_for(
+    route_name: str,
+    salt: str,
+    own_salt: str | None,
+    tier: str | None,
+    *,
+    levels: bool = False,
+) -> bytes:
+    """Return the members to add to a body; empty for none. `salt` is its tenant's, or empty.
+
+    `levels`: a priority that the body names may count for nothing.
+    """
     fields = []
     if salt and route_name not in _NOT_CACHED:
         joined = (
@@ -46,6 +68,8 @@ def fields_for(route_name: str, salt: str, own_salt: str | None, tier: str | Non
         fields.append(b'"cache_salt":"%b"' % joined.encode())
     if tier in _NEW_TIERS:
         fields.append(b'"service_tier":"priority"')
+    if levels:
+        fields.append(b'"priority":0')
     return b",".join(fields)
 
 

@@ -18,9 +18,16 @@ _RESPONSES: Final = b"/v1/responses/"
 
 
 class Asked:
-    """The facts of one body. `model` is empty where the path or a form names none."""
+    """The facts of one body. `model` is empty where the path or a form names none.
 
-    __slots__ = ("cache_salt", "model", "request", "service_tier", "stream")
+    `tier` is how it is served, as its answer has to tell; empty where it did not ask for any.
+    `body` is what goes to a replica.
+    """
+
+    __slots__ = (
+        "added", "cache_salt", "model", "output_tokens", "request", "service_tier", "stream",
+        "tier",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -30,12 +37,16 @@ class Asked:
         request: Request,
         service_tier: str | None = None,
         cache_salt: str | None = None,
+        output_tokens: int = 0,
     ) -> None:
         self.model = model
         self.stream = stream
         self.request = request
         self.service_tier = service_tier
         self.cache_salt = cache_salt
+        self.output_tokens = output_tokens  # that the answer may have; 0: it does not say
+        self.tier = b""
+        self.added = b""  # to the body, where an engine gets it
 
 
 def read_body(
@@ -77,6 +88,7 @@ def read_body(
         request=request,
         service_tier=scanned.service_tier,
         cache_salt=scanned.cache_salt,
+        output_tokens=scanned.output_tokens,
     )
 
 

@@ -3,11 +3,15 @@
     price = wait for the work that is there (others' prefill, less what must be done by now)
           + this request's uncached tokens x (1 + recompute + stall x streams) / prefill speed
           + wait for a slot or for KV space, load of an adapter
+          + by how much its answer would be late, at a token each so long (`core.pacing`)
           + round trip, for a place in another region, and what that must be cheaper by
 
 Its own uncached tokens count more than once. Once for its own wait; again (*recompute*) for those
 who come after it and for what its blocks displace; and again for each stream that decodes on the
 replica (*stall*), because a prefill chunk holds up the next token of all of them.
+
+A request that wants its tokens by a time each is drawn to where it would have them, and kept from
+nowhere: too slow a replica is better than none, and than one with an hour of work before it.
 """
 
 from __future__ import annotations
@@ -25,8 +29,8 @@ class Terms:
     """The price of one replica for one request, term by term. Seconds, unless tokens."""
 
     __slots__ = (
-        "adapter_s", "cached_tokens", "extra_s", "prefill_s", "price_s", "recompute_s",
-        "round_trip_s", "shortage_s", "stall_s", "uncached_tokens", "wait_s",
+        "adapter_s", "cached_tokens", "extra_s", "pace_s", "prefill_s", "price_s",
+        "recompute_s", "round_trip_s", "shortage_s", "stall_s", "uncached_tokens", "wait_s",
     )  # fmt: skip
 
     def __init__(
@@ -38,6 +42,7 @@ class Terms:
         cached_tokens: int,
         uncached_tokens: int,
         adapter_s: float = 0.0,
+        tpot_s: float = 0.0,
         outlook: Outlook | None = None,
     ) -> None:
         """`outlook` is that of the slot's remote, where it is one: its replicas have its loads."""
@@ -55,9 +60,10 @@ class Terms:
         self.shortage_s = 0.0 if abroad else loads.shortage_s(slot, tokens)
         self.round_trip_s = 0.0 if outlook is None else outlook.round_trip_s + limits.REGION_SLACK_S
         self.adapter_s = adapter_s
+        self.pace_s = 0.0 if abroad else loads.late_s(slot, tpot_s)
         self.price_s = (
             self.wait_s + self.prefill_s + self.recompute_s + self.stall_s + self.extra_s
-            + self.shortage_s + adapter_s + self.round_trip_s
+            + self.shortage_s + adapter_s + self.pace_s + self.round_trip_s
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, float]:
@@ -71,6 +77,7 @@ class Terms:
             "extra_s": _rounded(self.extra_s),
             "shortage_s": _rounded(self.shortage_s),
             "adapter_s": _rounded(self.adapter_s),
+            "pace_s": _rounded(self.pace_s),
             "round_trip_s": _rounded(self.round_trip_s),
             "cached_tokens": self.cached_tokens,
             "uncached_tokens": self.uncached_tokens,

@@ -24,6 +24,13 @@ REMEMBERED_HEAD_BYTES_MAX: Final = 2 * KIB
 FIELDS_MAX: Final = 128
 # A key has some 60 octets; a token of an identity provider with groups and roles, a few KiB.
 CREDENTIAL_BYTES_MAX: Final = 8 * KIB
+# A provider's key has some 400 octets, with its certificates a few KiB, and few are in force.
+JWKS_BYTES_MAX: Final = 256 * KIB
+JWKS_KEYS_MAX: Final = 64
+# Tokens whose verification a worker remembers; each is some 100 octets of digest and a principal.
+TOKENS_REMEMBERED_MAX: Final = 16_384
+# Times beyond it are none: the year 5138.
+UNIX_S_MAX: Final = 1e11
 # A connection may send ahead this much while its current request is served; then we stop reading.
 PIPELINED_BYTES_MAX: Final = 64 * KIB
 # While we do not read, the loop does not tell us that the client has gone; so we look.
@@ -88,6 +95,9 @@ USAGE_TOKENS_MAX: Final = 1 << 40
 # An engine's error is read whole, to be told as the client reads errors. Engines' own stay below
 # 16 KiB; what is longer is no error object and passes as it comes.
 ENGINE_ERROR_BYTES_MAX: Final = 64 * KIB
+# Of an answer in which a tier has to be told: a whole one, or a line of a stream. It has room for
+# some 50,000 tokens of text.
+TIER_HELD_BYTES_MAX: Final = 256 * KIB
 ENGINE_MESSAGE_CHARS_MAX: Final = 8 * KIB
 
 # --- replicas -------------------------------------------------------------------------------
@@ -205,6 +215,7 @@ SPEED_HALF_LIFE_S: Final = 20.0
 SPEED_PRIOR_S: Final = 1.0
 SPEED_BAND: Final = 1.25
 LEARN_SHARE: Final = 0.1  # of a new sample in a running mean
+PACE_SPREAD_COUNT_MIN: Final = 0.25  # of a number of streams, before it tells what one more costs
 MIX_SHARE: Final = 0.01  # in that of prompts' sizes, which differ a hundredfold
 # What a first token takes beyond its prefill is seen where there is hardly any prefill.
 SMALL_PREFILL_TOKENS: Final = 256
@@ -246,6 +257,16 @@ FOREIGN_SHARE_MIN: Final = 0.2
 RING_WEIGHT: Final = 1.2
 # Loading a LoRA adapter from disk takes a tenth of a second to a second.
 ADAPTER_LOAD_S: Final = 0.5
+
+# --- what tenants may have --------------------------------------------------------------------
+# When to come again who was refused for what others of its tenant have running: nobody knows when
+# one of them ends, and a second is what the official clients wait at first.
+CLAIM_RETRY_S: Final = 1.0
+# An answer whose request does not bound it is reckoned as its tenant's mean, which begins here.
+COMPLETION_TOKENS_PRIOR: Final = 256
+COMPLETION_TOKENS_BELIEVED_MAX: Final = 8192
+# Series of tenants and models that a worker counts; those after them are counted as `other`.
+TENANT_SERIES_MAX: Final = 1024
 
 # --- late binding ---------------------------------------------------------------------------
 # A replica with less work than this is open: an engine fills each step with up to 8,192 tokens of
@@ -494,3 +515,7 @@ assert NOTES_WHOLE_S < PEER_SILENCE_S
 assert SEMI_ONLINE_SHARE + OFFLINE_SHARE < 1.0
 assert PEER_BEAT_S * 3 < PEER_SILENCE_S
 assert NOTES_BATCH_BYTES_MAX + 32 * max(NOTE_HASHES_MAX, NOTE_LEASES_MAX) < PEER_FRAME_BYTES_MAX
+
+# Tenants for whom the offline service asks, each worked out once: as many as are often configured,
+# and with an identity provider's tenants the busiest of them.
+TENANTS_REMEMBERED_MAX = 4096

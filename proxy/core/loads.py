@@ -19,6 +19,7 @@ from proxy.core import limits
 from proxy.core.classes import ONLINE
 from proxy.core.headcount import Headcount
 from proxy.core.lease import Lease
+from proxy.core.pacing import Pacing
 from proxy.core.speeds import Speeds
 
 _NEVER_ZERO_S: Final = 1e-9
@@ -46,7 +47,8 @@ class Loads:
         self.free_tokens: list[int] = []  # of KV, by the engine's gauge and what came since
         self.tight: set[int] = set()  # slots where a prompt might not fit
         self.decoding: list[float] = []  # requests past their prefill, by weight
-        self.s_per_output_token: list[float] = []  # learned; 0: not yet
+        self.pacing = Pacing()
+        self.s_per_output_token = self.pacing.s_per_token  # learned; 0: not yet
         self.held_tokens: list[int] = []  # KV of requests under way: prompts
         self.capacity_tokens: list[int] = []
         self.running_max: list[int] = []  # requests that it computes at a time; 0: any
@@ -84,7 +86,8 @@ class Loads:
         self._refused_end_s[slot] = 0.0
         self.head_end_s[slot] = self.extra_s[slot] = self.decoding[slot] = 0.0
         self.gauge_end_s[slot] = 0.0
-        self.s_per_output_token[slot] = self.request_s[slot] = 0.0
+        self.pacing.open(slot)
+        self.request_s[slot] = 0.0
         self.line[slot] = deque()
         self.unseen.discard(slot)
         # A newcomer that begins as the least used would get everything until it has caught up.
@@ -144,7 +147,7 @@ class Loads:
             ints.append(0)
         for floats in (
             self.head_end_s, self.price_per_token, self.extra_s, self.decoding,
-            self.s_per_output_token, self.request_s, self.gauge_end_s, self._head_start_s,
+            self.request_s, self.gauge_end_s, self._head_start_s,
             self._refused_end_s,
         ):  # fmt: skip
             floats.append(0.0)
@@ -241,10 +244,15 @@ class Loads:
     def decoded(self, slot: int, tokens: int, seconds: float) -> None:
         """An answer took so long from its first token to its last."""
         if tokens > 1 and seconds > 0.0:
-            sample_s = seconds / (tokens - 1)
-            before_s = self.s_per_output_token[slot]
-            share = limits.LEARN_SHARE if before_s else 1.0
-            self.s_per_output_token[slot] = before_s + share * (sample_s - before_s)
+            self.pacing.learn(slot, self.streams(slot), seconds / (tokens - 1))
+
+    def streams(self, slot: int) -> int:
+        """Return how many requests decode there, whatever each of them weighs."""
+        return self.inflight[slot] - len(self.line[slot])
+
+    def late_s(self, slot: int, tpot_s: float) -> float:
+        """Return by how much an answer would be later than it should, at so long a token."""
+        return self.pacing.late_s(slot, self.streams(slot) + 1, tpot_s) if tpot_s else 0.0
 
     def settle(self, slot: int, now_s: float) -> None:
         """Let requests that show no first octet leave the line when they should be computed."""

@@ -7,7 +7,7 @@ small numbers that index every list; a slot is given away again only when its re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from proxy.contract import LoadSample
 from proxy.contract.regions import RemoteState
@@ -154,11 +154,11 @@ class Picture:
                 return True
         return False
 
-    def some_serve(self, seats: Seats, now_s: float) -> bool:
-        """Whether a remote of a pool serves it, though it may have no room now."""
-        for slot in seats.away_slots:
+    def some_serve(self, seats: Seats, tried: Collection[str], now_s: float) -> bool:
+        """Whether a remote of a pool that was not `tried` serves it, if without room now."""
+        for remote, slot in zip(seats.away, seats.away_slots, strict=True):
             outlook = self.outlooks.of[slot]
-            if outlook.serves and not outlook.why_not(now_s):
+            if remote.name not in tried and outlook.serves and not outlook.why_not(now_s):
                 return True
         return False
 
@@ -206,7 +206,7 @@ class Picture:
         sizes.slots.add(slot)
         self._size_of[slot] = sizes
         if replica.remote:
-            self.outlooks.open(slot)
+            self.outlooks.open(slot, replica.region, min(replica.models))
         tokens = _capacity_tokens(replica)
         self.loads.open(slot, group, capacity_tokens=tokens, inflight_max=replica.max_inputs)
         self.index.open(slot, self.cache_octets(slot))
@@ -246,6 +246,16 @@ class Picture:
     def usual_tokens(self, slot: int) -> float:
         """Return how many tokens of a usual request are still to be computed when it comes."""
         return self._size_of[slot].prefill_tokens
+
+    def prompt_tokens_of(self, chain: PrefixChain, pool: Pool | None) -> int:
+        """Return the tokens of a whole prompt: as an answer told, or by the mean of its model."""
+        told = self.lengths.tokens_at(chain, chain.prompt_bytes)
+        if told >= 0:
+            return told
+        slots = self.seats(pool).slots if pool is not None else []
+        if not slots:
+            return chain.prompt_bytes // limits.BYTES_PER_TOKEN
+        return self.tokens_of(chain.prompt_bytes, slots[0])
 
     def cached_tokens_of(self, chain: PrefixChain, cached_octets: int, slot: int) -> int:
         """Return the tokens of what is believed cached: as an answer told, or by the mean."""

@@ -39,11 +39,11 @@ class Request:
     does not wait, and is no demand. `deadline_s`, of the same clock as decisions, is when its first
     token is wanted, `tpot_s` the time between tokens that it wants, and `listens_until_s` when its
     client gives up. `regions`: where it may be computed; `abroad`: whether it may leave this one.
-    Tenants share what is scarce by their weight.
+    Tenants share what is scarce by their weight. `held_for` says why it has to wait, if it has.
     """
 
     __slots__ = (
-        "abroad", "adapter", "chain", "deadline_s", "has_session", "listens_until_s",
+        "abroad", "adapter", "chain", "deadline_s", "has_session", "held_for", "listens_until_s",
         "pinned", "regions", "response_key", "spare", "stream", "tenant", "tenant_weight",
         "tpot_s", "tried", "weight", "work_class",
     )  # fmt: skip
@@ -75,6 +75,7 @@ class Request:
         self.deadline_s = 0.0  # 0: none said
         self.tpot_s = 0.0  # 0: none said
         self.listens_until_s = 0.0  # 0: not known
+        self.held_for = ""
         self.regions: frozenset[str] | None = None  # None: all
         self.abroad = not spare
         self.tried: set[str] = set()  # replicas that have already failed this request
@@ -135,6 +136,8 @@ class Prices:
                 found = []
         self._add_prefill(found)
         self._add_shortage()
+        if request.tpot_s:
+            self._add_lateness(request.tpot_s)
         self._exclude(request)
 
     def _add_prefill(self, found: list[tuple[int, int]]) -> None:
@@ -177,6 +180,11 @@ class Prices:
             place = self.seats.places.get(slot, -1)
             if place >= 0:
                 self.prices_s[place] += loads.shortage_s(slot, tokens)
+
+    def _add_lateness(self, tpot_s: float) -> None:
+        """Make those dearer that would be too slow from one token to the next."""
+        for place, slot in enumerate(self._slots):
+            self.prices_s[place] += self._picture.loads.late_s(slot, tpot_s)
 
     def _exclude(self, request: Request) -> None:
         """Make those infinitely dear that may not take it, and dearer that lack its adapter."""
@@ -361,6 +369,7 @@ def terms(decision: Decision, request: Request, picture: Picture, now_s: float) 
         ),
         uncached_tokens=picture.tokens_of(octets, decision.slot),
         adapter_s=adapter_s(request, decision.replica),
+        tpot_s=request.tpot_s,
         outlook=outlook,
     )
 

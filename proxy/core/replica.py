@@ -26,6 +26,7 @@ from proxy.contract import (
     ReplicaRecord,
     ReplicaState,
 )
+from proxy.core.classes import NAMES
 
 RANK_FIELD: Final = b"x-data-parallel-rank"  # both engines read it
 RID_FIELD: Final = b"x-override-rid"  # SGLang's
@@ -64,7 +65,7 @@ class Replica:
     restarts: int
     asleep: bool
     rid_header: bool = False  # it takes a chat request's id from `RID_FIELD`
-    lowest_priority: bytes = b""  # the field that offline work is sent with, with its line end
+    priority_fields: tuple[bytes, ...] = ()  # by class, each with its line end; empty: none
     suspect: bool = False
     remote: bool = False  # a proxy of another region, which chooses among its replicas itself
 
@@ -124,7 +125,7 @@ def replica_of(record: ReplicaRecord, max_tokens: int = 0) -> Replica:
         restarts=record.restarts,
         asleep=record.asleep,
         rid_header=record.rid_header,
-        lowest_priority=_field(record.lowest_priority),
+        priority_fields=_fields(record.priority_fields),
     )
 
 
@@ -139,9 +140,11 @@ def remote_replica(name: str, region: str, url: str, model: str) -> Replica:
     return replace(replica_of(record), name=f"{name}/{model}", remote=True)
 
 
-def _field(text: str) -> bytes:
-    """Return a field as it is sent; nothing of what is not plainly a name and a number."""
-    return text.encode() + b"\r\n" if _NUMBER_FIELD.fullmatch(text) else b""
+def _fields(texts: tuple[str, ...]) -> tuple[bytes, ...]:
+    """Return fields as they are sent; none of what is not plainly a name and a number a class."""
+    if len(texts) != len(NAMES) or not all(_NUMBER_FIELD.fullmatch(text) for text in texts):
+        return ()
+    return tuple([text.encode() + b"\r\n" for text in texts])
 
 
 def replicas_of(record: ReplicaRecord, max_tokens: int = 0) -> list[Replica]:

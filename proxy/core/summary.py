@@ -26,8 +26,12 @@ def summarise(
     """Return what there is for each model; `waiting` says how many requests wait, by model."""
     found: dict[str, ModelSummary] = {}
     for model, pool in fleet.pools.items():
+        if not (pool.replicas or model in fleet.prospects):
+            continue  # other regions alone have it: told on, it would be told back
         if len(found) >= limits.SUMMARY_MODELS_MAX:
             break
+        if not pool.replicas and model not in fleet.prospects:
+            continue  # only other regions have it: they tell of it themselves
         found[model] = _of(model, fleet, pool, picture, waiting.get(model, 0), now_s)
     return found
 
@@ -58,6 +62,8 @@ def _of(
         ready_in_s=prospect.ready_in_s,
         start_s=prospect.start_s,
         wakes=prospect.wakes,
+        startable=prospect.startable,
+        carries=prospect.carries,
     )
 
 
@@ -100,4 +106,5 @@ def _both(one: ModelSummary, other: ModelSummary) -> ModelSummary:
         start_s=max(one.start_s, other.start_s),
         wakes=one.wakes or other.wakes,
         startable=min(one.startable, other.startable),
+        carries=max(one.carries, other.carries),
     )

@@ -2,7 +2,7 @@
 
 Lines wait in a bounded buffer; what does not fit is dropped and counted, never waited for. A line
 holds no header, prompt, completion or key; what clients chose (path, id, model) is escaped by the
-JSON encoder and was bounded before.
+JSON encoder and was bounded before. Records of usage (`contract.usage`) are written the same way.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import stat
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
+from proxy.config import ProxyConfig
 from proxy.core import limits
 from proxy.core.cost import Terms
 
@@ -67,7 +68,7 @@ class AccessLog:
         """Open the target. Raises `OSError` when it cannot be written."""
         self.dropped_total = 0
         self.enabled = target != "off"
-        self._lines: deque[AccessRecord] = deque()
+        self._lines: deque[msgspec.Struct] = deque()
         self._wake = threading.Event()
         self._closing = False
         self._writer: threading.Thread | None = None
@@ -84,7 +85,7 @@ class AccessLog:
             self._writer = threading.Thread(target=self._write, name="access-log", daemon=True)
             self._writer.start()
 
-    def write(self, record: AccessRecord) -> None:
+    def write(self, record: msgspec.Struct) -> None:
         """Queue one record; the thread picks it up within `FLUSH_INTERVAL_S`."""
         if len(self._lines) >= limits.ACCESS_LOG_LINES_MAX:
             self.dropped_total += 1
@@ -124,7 +125,23 @@ class AccessLog:
             self.enabled = False
 
 
-def _batches(records: Sequence[AccessRecord], size_max: int) -> Iterator[tuple[bytes, int]]:
+def open_logs(config: ProxyConfig) -> tuple[AccessLog, AccessLog]:
+    """Open the access log and that of usage. Raises `OSError`, and then none is open."""
+    access_log = AccessLog(config.access_log)
+    try:
+        return access_log, AccessLog(config.usage_log)
+    except OSError:
+        access_log.close()
+        raise
+
+
+def close_all(logs: Iterable[AccessLog]) -> None:
+    """Write what waits in each, and stop."""
+    for log in logs:
+        log.close()
+
+
+def _batches(records: Sequence[msgspec.Struct], size_max: int) -> Iterator[tuple[bytes, int]]:
     """Yield whole lines and their number, at most `size_max` octets unless one line is longer."""
     for begin in range(0, len(records), RECORDS_AT_ONCE):
         some = records[begin : begin + RECORDS_AT_ONCE]

@@ -35,6 +35,9 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     place: int = 0  # among the workers
     cells_fd: int = -1  # of the memory in which all of them count (`io/shared_cells.py`); -1: none
     workers: int = 1
+    quota_fd: int = -1  # of the memory in which tenants are counted (`io/quota_memory.py`)
+    rows: dict[str, int] = {}  # whose row is whose in it
+    nonces_fd: int = -1  # of that in which all keep the hops that they took; -1: each its own
 
 
 class Accept(msgspec.Struct, tag=True, frozen=True):
@@ -45,6 +48,7 @@ class Reconfigure(msgspec.Struct, tag=True, frozen=True):
     """Go on as this says; open logs and certificates anew."""
 
     config: ProxyConfig
+    rows: dict[str, int] = {}  # of the tenants that have limits by it
 
 
 class FleetIs(msgspec.Struct, tag=True, frozen=True):
@@ -56,6 +60,16 @@ class KeysAre(msgspec.Struct, tag=True, frozen=True):
     """All API keys there are now; it is obeyed before any request that comes after it."""
 
     keys: KeySet
+
+
+class JwtKeysAre(msgspec.Struct, tag=True, frozen=True):
+    """The public keys of the identity provider, as it publishes them."""
+
+    document: bytes
+
+
+class JwtKeysWanted(msgspec.Struct, tag=True, frozen=True):
+    """A token names a key that is not among them."""
 
 
 class RemotesAre(msgspec.Struct, tag=True, frozen=True):
@@ -197,6 +211,10 @@ class Demanded(msgspec.Struct, tag=True, frozen=True):
     epoch: str = ""
     version: int = 0
     at_once: bool = False  # somebody waits for a model of which nothing is awake
+    # By model, then by other region: our requests that are there, and those that wait and may not
+    # be computed there.
+    abroad: dict[str, dict[str, int]] = {}
+    bound: dict[str, dict[str, int]] = {}
 
 
 class Summarised(msgspec.Struct, tag=True, frozen=True):
@@ -210,13 +228,13 @@ class Counted(msgspec.Struct, tag=True, frozen=True):
     gauges: list[Sample]
 
 
-News = FleetIs | KeysAre | RemotesAre | Cleared | Accused
+News = FleetIs | KeysAre | JwtKeysAre | RemotesAre | Cleared | Accused
 Down = Start | Accept | Reconfigure | News | Drain | Count | Explain
 
 Sharing = Listen | Whole | Heard | Gone | Recite | GiveWay
 FromWorker = Noted | Page | Garbled | GiveWay
-Told = Demanded | Summarised | Counted | Explained
-Message = Down | Sharing | FromWorker | Ready | Suspect | Doubt | Told
+Told = Ready | Suspect | Doubt | JwtKeysWanted | Demanded | Summarised | Counted | Explained
+Message = Down | Sharing | FromWorker | Told
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 

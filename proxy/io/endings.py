@@ -21,7 +21,7 @@ from proxy.core.preamble import Preamble
 from proxy.core.replica import RID_FIELD
 from proxy.core.routes import PromptKind
 from proxy.core.usage import read_usage
-from proxy.io.facts import Facts
+from proxy.io.metered import Metered
 from proxy.io.plane import Plane
 from proxy.io.queues import Waiter
 from proxy.io.upstream import Upstream
@@ -37,9 +37,10 @@ class Client(Protocol):
     def cut(self, *, reset: bool) -> None: ...
     def hold_back(self) -> None: ...
     def read_on(self) -> None: ...
+    def mind_path(self) -> None: ...
 
 
-class Ending(Facts):
+class Ending(Metered):
     """What an exchange holds, and how it lets go of it."""
 
     __slots__ = (
@@ -83,6 +84,7 @@ class Ending(Facts):
         if self._done:
             return
         self._drop_replica()
+        self._end_wait()  # so that its client is told of that, too
         if self._commented_s:
             self._end_begun(error.event(self._dialect), error.status, error.code)
             return
@@ -134,7 +136,11 @@ class Ending(Facts):
             if not streamed or not self._preamble.minor:
                 return  # a client of HTTP/1.0 knows no chunks
             self._keep_alive = self._may_keep_alive()
-            self._client.write(heads.waiting_head(self.request_id, keep_alive=self._keep_alive))
+            self._client.write(
+                heads.waiting_head(
+                    self.request_id, keep_alive=self._keep_alive, extra=self._limit_fields
+                )
+            )
         self._commented_s = now_s
         self._plane.telemetry.keepalive_comments_total += 1
         self._client.write(sse.COMMENT)
@@ -209,3 +215,4 @@ class Ending(Facts):
         now_s = self._plane.clock.now_s()
         self._release(now_s, served=self._served(outcome), refused=refused and status != 501)
         self._write_down(status, outcome, now_s)
+        self._settle(status, outcome)

@@ -24,11 +24,8 @@ from typing_extensions import override
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits, sse
-from proxy.core.additions import with_fields
-from proxy.core.chunked import decode_followed
-from proxy.core.classes import OFFLINE
+from proxy.core.classes import OFFLINE, ONLINE
 from proxy.core.http1 import ResponseHead
-from proxy.core.opening import has_room
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
 from proxy.core.response_id import find_id
@@ -36,16 +33,15 @@ from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import PromptKind, find_route
 from proxy.core.session import response_key
 from proxy.core.sse import Openings
+from proxy.io.crossing import Crossing
 from proxy.io.endings import Client
 from proxy.io.engine_answer import EngineAnswer, keep_error, told_head
 from proxy.io.plane import Plane
-from proxy.io.relay import Relay
 from proxy.io.upstream import Upstream
 
 _log = logging.getLogger("doherty.exchange")
 
-_QUEUED: Final = Progress.QUEUED  # looked up once: every request passes through them
-_CONNECTING: Final = Progress.CONNECTING
+_CONNECTING: Final = Progress.CONNECTING  # looked up once: every request passes through them
 _REQUEST_SENT: Final = Progress.REQUEST_SENT
 _RESPONSE_STARTED: Final = Progress.RESPONSE_STARTED
 _RESPONSES: Final = PromptKind.RESPONSES
@@ -56,7 +52,7 @@ _OPENINGS: Final = {
 }
 
 
-class Exchange(Relay):
+class Exchange(Crossing):
     """One request and its response. How it ends stands in `Ending`, what is counted in `Facts`."""
 
     __slots__ = (
@@ -78,7 +74,10 @@ class Exchange(Relay):
         """Everything that can be refused before the body is read. Raises `ProxyError`."""
         preamble = self._preamble
         self._route = preamble.route or find_route(preamble.method, preamble.path)
-        self._principal = self._plane.admit(self._route, preamble, self._length)
+        if preamble.crossed:
+            self._arrive()
+        known = self._principal if self._arrived is not None else None
+        self._principal = self._plane.admit(self._route, preamble, self._length, known)
 
     @override
     def hold_body(self, size: int) -> None:
@@ -101,29 +100,19 @@ class Exchange(Relay):
                 self._route, self._preamble, body, self._principal, self._started_s
             )
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
-            added = self._plane.added(asked, self._route, self._preamble, self._principal)
-            if added:
-                self._body = with_fields(body, added)
+            self._added, self._tier = asked.added, asked.tier
+            self._lay_claims()
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, self._request.regions, lookup=lookup)
+            self._meter(asked)
             self._plane.arrived(self._model, self._request)
-            decision, held = self._plane.decide(
-                self._request, self._pool, self._model, lookup=lookup, now_s=self._whole_s
-            )
-            if held:
-                self._waiter = self._plane.wait(
-                    self._model, self._request, self._held_bytes, self.open_for, self.fail
-                )
-                self._progress = _QUEUED
-            elif decision is not None:
-                self._go_to(decision)
-            else:
-                self.fail(self._nobody())
+            self._place(self._pool, self._whole_s)
         except errors.ProxyError as error:
             self.fail(error)
         except Exception:  # noqa: BLE001 - the top of this request: its neighbours must live
             self._broken()
 
+    @override
     def open_for(self, decision: Decision) -> None:
         """It has waited, and now a replica is open, perhaps one that was not there before."""
         assert self._waiter is not None
@@ -152,21 +141,7 @@ class Exchange(Relay):
         )
         self._answer_ourselves(200, answer)
 
-    def _choose_anew(self) -> Decision | None:
-        """Choose among the replicas of today: the fleet may have changed meanwhile."""
-        plane, lookup = self._plane, self._route is not None and self._route.lookup
-        try:
-            self._pool = plane.find_pool(self._model, self._request.regions, lookup=lookup)
-        except errors.ProxyError:  # nobody serves it any more
-            return None
-        now_s, request = plane.clock.now_s(), self._request
-        decision = plane.choose(request, self._pool, plane.picture, now_s)
-        if decision is None or lookup:
-            return decision
-        may = has_room(decision, request, plane.picture) and plane.reserves(decision, request)
-        plane.picture.loads.crowded.clear()
-        return decision if may else None
-
+    @override
     def _go_to(self, decision: Decision) -> None:
         """Take a lease on a replica, and get a connection to it."""
         plane, replica = self._plane, decision.replica
@@ -183,12 +158,13 @@ class Exchange(Relay):
             return
         if yields:
             plane.preemption.add(self._lease, self.give_way)
+        timeout_s = self._leave(replica.replica_id) if replica.remote else 0.0
         upstream = plane.upstreams.take(replica.replica_id)
         if upstream is not None:
             self.connected(upstream)
         else:
             self._progress = _CONNECTING
-            self._connecting = plane.upstreams.connect(replica, self)
+            self._connecting = plane.upstreams.connect(replica, self, timeout_s)
 
     def give_way(self) -> None:
         """Online work needs its place, before an octet of its answer has come: wait again."""
@@ -210,13 +186,8 @@ class Exchange(Relay):
             plane.preemption.refused_total += 1
             self.fail(errors.PreemptedError("online work needed the place of this request"))
         else:
-            self._progress = _QUEUED
+            self._progress = Progress.QUEUED
             plane.preemption.requeued_total += 1
-
-    def _nobody(self, reason: str = "") -> errors.ProxyError:
-        assert self._pool is not None
-        in_vain = self._request.tried if self._progress is _CONNECTING else ()
-        return self._plane.turn_away(self._model, self._pool, in_vain, reason)
 
     # --- 3. the replica ----------------------------------------------------------------------
 
@@ -228,6 +199,9 @@ class Exchange(Relay):
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
         plane.suspect(replica_id, reason)
+        if self._remote:
+            self.take_back(reason)
+            return
         self._request.tried.update(plane.fleet.names_of(replica_id))
         self._release(self._plane.clock.now_s())
         if not may_retry(self._progress, self._attempts, plane.retries_max):
@@ -258,11 +232,10 @@ class Exchange(Relay):
         self._rid = b""
         if self._decision.replica.rid_header:
             host_field += self._name_itself()
-        if self._request.work_class == OFFLINE:
-            host_field += self._decision.replica.lowest_priority
-        own = self._plane.authentication.engine_credential
-        head = self._preamble.upstream_head(host_field, self.request_id, len(self._body), own)
-        upstream.send(self, head, self._body)
+        priorities, work_class = self._decision.replica.priority_fields, self._request.work_class
+        if priorities and (work_class > ONLINE or self._principal.tenant):
+            host_field += priorities[work_class]  # above whatever a tenant's body says
+        upstream.send(self, *self._outward(host_field))
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
 
     def request_slow(self) -> None:
@@ -276,6 +249,11 @@ class Exchange(Relay):
         assert self._upstream is not None
         self._sent_s = max(self._sent_s, self._upstream.sent_s)  # it may have been held a little
         replica = self._decision.replica
+        if self._remote:
+            if self._refuses_hop(head):
+                self.take_back(f"region {replica.region} answers {head.status}")
+                return
+            self._land("answered")
         self._plane.answered(replica.replica_id, head.status)
         lookup = self._route is not None and self._route.lookup
         if head.status == 404 and lookup and self._ask_next(replica.replica_id):
@@ -292,6 +270,8 @@ class Exchange(Relay):
             return
         self._progress = _RESPONSE_STARTED
         self._response = head
+        if self._arrived is not None:
+            self._land("answered")
         if self._request.work_class == OFFLINE and self._lease is not None:
             self._plane.preemption.drop(self._lease)
         self._drop_body()  # it will not be sent again
@@ -300,6 +280,7 @@ class Exchange(Relay):
         if head.event_stream and self._route is not None and head.status == 200:
             names = _OPENINGS.get(self._route.prompt)
             self._openings = Openings(names) if names else None
+        self._begin_echo(head, length)
         if not self._commented_s:
             self._render_head(head, length)
         if self._paused and self._upstream is not None:  # slow before there was what to pause
@@ -325,12 +306,10 @@ class Exchange(Relay):
         if not self._first_octet_s:
             self._hear_first(data, now_s)
         self._last_octet_s = now_s
-        size = len(data)
-        self._received_bytes += size
+        self._received_bytes += len(data)
+        self._count_events(data)
         if self._beginning is not None:
             self._find_response_id(self._beginning + data)
-        keep = limits.USAGE_TAIL_BYTES
-        self._tail = data[-keep:] if size >= keep else (self._tail + data)[-keep:]
         if self._error is not None:
             if not (data := self._error.keep(data)):
                 return
@@ -338,9 +317,9 @@ class Exchange(Relay):
             self._start_answer(head, -1)  # chunked, and too large for an error: it passes
             if self._done:
                 return
-        if self._decoder is not None:
-            data = decode_followed(self._decoder, data)
-        self._send(data)
+        if self._echo is not None and not (data := self._echo.feed(data)):
+            return
+        self._pass_on(data)
 
     def _hear_first(self, data: bytes, now_s: float) -> None:
         """What is generated shows that the prompt is computed: neither an opening nor an error."""
@@ -364,6 +343,7 @@ class Exchange(Relay):
     def response_ended(self, *, reusable: bool) -> None:
         if self._done:
             return
+        self._end_echo()
         response, route = self._response, self._route
         if response and route and sse.cut_by_close(route, response, self._tail):
             self.response_failed("connection closed before [DONE]")
@@ -387,12 +367,14 @@ class Exchange(Relay):
         """The replica went away, or what it said is not HTTP."""
         if self._done:
             return
-        open_chunk = self._upstream.open_chunk if self._upstream is not None else None
+        open_chunk = self._open_chunk
         self._upstream = None
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
         self._plane.suspect(replica_id, reason)
-        if self._response is None or self._unsent_head:
+        if self._remote:
+            self.take_back(reason)
+        elif self._response is None or self._unsent_head:
             lost = reason.startswith("connection")
             kind = errors.ReplicaLostError if lost else errors.BadReplicaAnswerError
             self.fail(kind(f"replica {replica_id} failed before it answered: {reason}"))
@@ -438,7 +420,7 @@ class Exchange(Relay):
         error = errors.ReplicaTimeoutError(
             f"replica {replica_id} was silent for {silence_s:.0f} s (--request-timeout-secs)"
         )
-        open_chunk = self._upstream.open_chunk if self._upstream is not None else None
+        open_chunk = self._open_chunk
         self._drop_replica()
         if self._response is None or self._unsent_head:
             self.fail(error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from proxy.core.classes import NAMES, UNSAID
 from proxy.core.cost import Terms
 from proxy.core.explanation import priced
 from proxy.core.fleet import Pool
@@ -86,11 +87,19 @@ class Facts:
         return ()
 
     def _diagnostics(self) -> tuple[Field, ...]:
-        """Where the request went and why, for those who ask, or run with `expose_routing`."""
+        """How long it waited and for what, if it did; where it went and why, for those who ask."""
         decision, terms = self._decision, self._terms
+        waited: tuple[Field, ...] = ()
+        if self._queue_s >= 0.0:
+            waited = (
+                (b"x-doherty-queue-ms", b"%d" % int(self._queue_s * 1e3)),
+                (b"x-doherty-queue-reason", self._request.held_for.encode()),
+            )
         if decision is None or terms is None or not self._explained:
-            return ()
+            return waited
         return (
+            *(waited or ((b"x-doherty-queue-ms", b"0"),)),
+            (b"x-doherty-class", NAMES[self._request.work_class].encode()),
             (b"x-doherty-replica", decision.replica.name.encode()),
             (b"x-doherty-region", decision.replica.region.encode()),
             (b"x-doherty-decision", decision.reason.encode()),
@@ -99,7 +108,6 @@ class Facts:
             (b"x-doherty-wait-s", b"%.6f" % terms.wait_s),
             (b"x-doherty-cached-tokens", b"%d" % terms.cached_tokens),
             (b"x-doherty-uncached-tokens", b"%d" % terms.uncached_tokens),
-            (b"x-doherty-queue-ms", b"%d" % int(max(0.0, self._queue_s) * 1e3)),
             (b"x-doherty-overhead-us", b"%d" % max(0, int(self._overhead_s * 1e6))),
         )
 
@@ -146,8 +154,10 @@ class Facts:
             plane.telemetry.replica_requests[self._decision.replica.replica_id] += 1
         if self._sent_s:
             plane.telemetry.overhead_s.observe(self._overhead_s)
-        if self._queue_s >= 0.0:
-            plane.telemetry.queue_wait_s.observe(self._queue_s)
+        if self._request.work_class > UNSAID:
+            first_s = self._first_octet_s - self._started_s if self._first_octet_s else 0.0
+            wishes = self._preamble.wishes
+            plane.classes.count(self._request, wishes, outcome, first_s, self._queue_s)
         usage = self._usage
         if usage is None:
             plane.telemetry.usage_missing_total += status == 200 and self._decision is not None
@@ -202,7 +212,7 @@ def _terms_field(terms: Terms) -> bytes:
     """Return what a price is the sum of: a dictionary of decimals (RFC 8941 §3.2, §3.3.2)."""
     return (
         b"wait_ms=%.3f, prefill_ms=%.3f, recompute_ms=%.3f, stall_ms=%.3f, extra_ms=%.3f, "
-        b"shortage_ms=%.3f, adapter_ms=%.3f"
+        b"shortage_ms=%.3f, adapter_ms=%.3f, pace_ms=%.3f, round_trip_ms=%.3f"
     ) % (
         1e3 * terms.wait_s,
         1e3 * terms.prefill_s,
@@ -211,4 +221,6 @@ def _terms_field(terms: Terms) -> bytes:
         1e3 * terms.extra_s,
         1e3 * terms.shortage_s,
         1e3 * terms.adapter_s,
+        1e3 * terms.pace_s,
+        1e3 * terms.round_trip_s,
     )

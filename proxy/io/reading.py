@@ -6,18 +6,24 @@ to know of this proxy.
 
 from __future__ import annotations
 
+from typing import Final
+
 from typing_extensions import override
 
 from proxy.config import ProxyConfig
-from proxy.core.additions import fields_for, salt_of_key
+from proxy.core.additions import fields_for, names_priority, salt_of_key
 from proxy.core.asked import Asked, read_body
-from proxy.core.claims import lay, may_ask, regions_of
-from proxy.core.classes import UNSAID
+from proxy.core.claims import lay, may_ask, regions_of, tier_used
+from proxy.core.classes import ONLINE, UNSAID
 from proxy.core.preamble import Preamble
 from proxy.core.principal import ANYBODY, Principal
-from proxy.core.routes import Route
+from proxy.core.routes import PromptKind, Route
+from proxy.errors import InvalidRequestError
 from proxy.io.clock import Clock
 from proxy.io.refusal import Refusal
+
+# In whose answers a tier is told. Anthropic's has words of its own, in `usage`.
+_TOLD: Final = (PromptKind.CHAT, PromptKind.COMPLETION, PromptKind.RESPONSES)
 
 
 class Reading(Refusal):
@@ -44,7 +50,7 @@ class Reading(Refusal):
 
         `arrived_s` is when its head came: what it wants by a time it wants from then on.
         """
-        salt = self._salt(principal, preamble)
+        salt = self.salt_of(principal, preamble)
         asked = read_body(
             route,
             preamble,
@@ -53,27 +59,32 @@ class Reading(Refusal):
             tenant=salt.encode(),
             adapters=self.fleet.adapters,
         )
-        request, model = asked.request, asked.model
-        pool_class = UNSAID
-        if request.work_class == UNSAID:
-            pool_class = self.prospect_of(self.queue_of(model)).work_class
+        request = asked.request
+        asked_class, pool_class = request.work_class, ONLINE
+        if asked_class == UNSAID and self.fleet.prospects:
+            pool_class = self.prospect_of(self.queue_of(asked.model)).work_class
         lay(request, preamble.wishes, principal, pool_class=pool_class, arrived_s=arrived_s)
-        if principal.models is not None and not route.lookup:
-            wanted = model or self.only_model()
-            if not may_ask(principal, wanted, request.adapter):
-                raise self.unknown_model(wanted, principal)
-        if self._model_regions or principal.regions is not None:
-            request.regions = regions_of(principal, model or self.only_model(), self._model_regions)
+        if self._model_regions or principal.models is not None or principal.regions is not None:
+            self._restrict(asked, principal, lookup=route.lookup)
+        levels = route.json and bool(principal.tenant) and names_priority(body)
+        if (salt and route.json) or levels or asked.service_tier is not None:
+            asked.added = fields_for(
+                route.name, salt, asked.cache_salt, asked.service_tier, levels=levels
+            )
+            if asked.service_tier is not None and route.prompt in _TOLD:
+                asked.tier = tier_used(asked_class, request.work_class)
         return asked
 
-    def added(self, asked: Asked, route: Route, preamble: Preamble, principal: Principal) -> bytes:
-        """Return what has to be added to the body that was read; nothing, as a rule."""
-        salt = self._salt(principal, preamble) if route.json else ""
-        if not salt and asked.service_tier is None:
-            return b""
-        return fields_for(route.name, salt, asked.cache_salt, asked.service_tier)
+    def _restrict(self, asked: Asked, principal: Principal, *, lookup: bool) -> None:
+        """Refuse a model that its sender may not ask for; else note where it may be computed."""
+        model = asked.model or self.only_model()
+        if not lookup and not may_ask(principal, model, asked.request.adapter):
+            if not principal.rated:  # a line of a job would wait for such a model in vain
+                raise InvalidRequestError("the tenant of this job may not ask for its model")
+            raise self.unknown_model(model, principal)
+        asked.request.regions = regions_of(principal, model, self._model_regions)
 
-    def _salt(self, principal: Principal, preamble: Preamble) -> str:
+    def salt_of(self, principal: Principal, preamble: Preamble) -> str:
         """Return what sets its cached prefixes apart from those of others; empty: nothing does."""
         if principal.salt or not self.config.tenant_isolation:
             return principal.salt

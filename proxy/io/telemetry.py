@@ -90,7 +90,6 @@ class Telemetry:
         self.replica_requests: dict[str, int] = defaultdict(int)
         self.tls_failures: dict[str, int] = defaultdict(int)  # handshakes with clients, by reason
         self.overhead_s = Histogram(OVERHEAD_BUCKETS)
-        self.queue_wait_s = Histogram(SECONDS_BUCKETS)  # of those that waited
         self.unsolicited_total = 0
         self.internal_errors_total = 0
         self.connections_total = 0
@@ -145,7 +144,6 @@ class Telemetry:
         )
         out += (
             self.overhead_s.sample("overhead_seconds", ()),
-            self.queue_wait_s.sample("queue_wait_seconds", ()),
             Sample("unsolicited_answers_total", (), self.unsolicited_total),
             Sample("internal_errors_total", (), self.internal_errors_total),
             Sample("connections_accepted_total", (), self.connections_total),

@@ -56,10 +56,7 @@ class Waiting:
         prospect_of: Callable[[str], Prospect],
         on_fault: Callable[[], None],
     ) -> None:
-        """`pool_of(key, regions)` returns the pool that those under this key wait for in regions.
-
-        `prospect_of(key)` returns what is to be expected of it.
-        """
+        """`pool_of(key, regions)` returns what those under a key wait for there; see `Choice`."""
         self.room = Room()
         self.queues: dict[str, Queue] = {}  # by key; also of those for whom nobody waits any more
         self.on_hold: Callable[[], None] = _nothing  # somebody waits for what has nothing awake

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from backends.engines import ENGINES, features
 from backends.engines.base import (
+    PRIORITIES,
     EngineMissingError,
     Launch,
     Ports,
@@ -401,31 +402,33 @@ def test_ids_are_given_where_chat_takes_them_from_the_head(release: Release, tak
 
 
 @pytest.mark.parametrize(
-    ("engine", "release", "field"),
+    ("engine", "release", "name"),
     [
         ("vllm", Release(0, 27, 1), ""),
-        ("vllm", Release(0, 30, 0), "x-vllm-priority: 1000000"),
+        ("vllm", Release(0, 30, 0), "x-vllm-priority"),
         ("vllm", UNKNOWN_RELEASE, ""),
         ("sglang", Release(0, 5, 17), ""),
-        ("sglang", Release(0, 5, 20), "x-override-priority: 1000000"),
+        ("sglang", Release(0, 5, 20), "x-override-priority"),
     ],
 )
-def test_offline_work_is_put_last_where_the_release_reads_it_from_the_head(
-    engine: str, release: Release, field: str
+def test_each_class_has_its_place_where_the_release_reads_it_from_the_head(
+    engine: str, release: Release, name: str
 ) -> None:
-    assert ENGINES[engine].command(spec(engine), LEASED, release).lowest_priority == field
+    fields = ENGINES[engine].command(spec(engine), LEASED, release).priority_fields
+    assert fields == (tuple(f"{name}: {number}" for number in PRIORITIES) if name else ())
+    assert list(PRIORITIES) == sorted(set(PRIORITIES))
 
 
-def test_a_pool_that_asks_for_first_come_first_served_has_no_last() -> None:
+def test_a_pool_that_asks_for_first_come_first_served_has_no_places() -> None:
     own = spec("vllm", "--scheduling-policy", "fcfs")
-    assert ENGINES["vllm"].command(own, LEASED, Release(0, 33)).lowest_priority == ""
+    assert ENGINES["vllm"].command(own, LEASED, Release(0, 33)).priority_fields == ()
 
 
 @pytest.mark.parametrize(("dialect", "name"), [("vllm", "vllm"), ("sglang", "override")])
 def test_the_simulator_is_started_as_its_engine_is(dialect: str, name: str) -> None:
     played = spec("simulator", "--dialect", dialect)
     command = ENGINES["simulator"].command(played, LEASED, UNKNOWN_RELEASE)
-    assert command.lowest_priority == f"x-{name}-priority: 1000000"
+    assert command.priority_fields == tuple(f"x-{name}-priority: {n}" for n in PRIORITIES)
     settings = parse_flags(list(command.argv[3:]))
     assert settings.rank(1) < settings.rank(2)
 

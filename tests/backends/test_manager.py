@@ -366,12 +366,12 @@ async def test_a_replica_that_takes_ids_from_heads_is_told_of_by_the_manager_aft
     (launch,) = world.journal.live.values()
     world.provider.left_behind[launch.launch_id] = world.provider.spawned[0]
     assert world.record().rid_header is (dialect == "sglang")
-    assert world.record().lowest_priority
+    assert len(world.record().priority_fields) == 3
     await manager.keepers["m-0"].close()
     await world.start(configuration(world.run_dir, pools))
     assert len(world.provider.spawned) == 1
     assert world.record().rid_header is (dialect == "sglang")
-    assert world.record().lowest_priority
+    assert len(world.record().priority_fields) == 3
 
 
 async def test_a_hold_outlives_the_manager(world: World) -> None:

@@ -6,16 +6,17 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.core.additions import fields_for, salt_of_key, with_fields
+from proxy.core.additions import fields_for, names_priority, salt_of_key, with_fields
 from proxy.core.scan import scan_body
 
 _SALT = "a" * 64
 _VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.lists(st.text()))
 
 
+@settings(max_examples=50)
 @given(
     st.dictionaries(st.text(), _VALUES),
     st.sampled_from(["", " ", "\r\n", " \t\n  "]),
@@ -69,6 +70,13 @@ def test_a_client_cannot_come_to_another_tenants_salt_by_its_own() -> None:
 )
 def test_nothing_is_added_without_need(route: str, salt: str, tier: str | None, due: bytes) -> None:
     assert fields_for(route, salt, None, tier) == due
+
+
+def test_a_priority_is_levelled_where_a_body_may_name_one() -> None:
+    assert names_priority(b'{"priority":5}')
+    assert names_priority(b'{"pri\\u006frity":5}')
+    assert not names_priority(b'{"messages":"a priority"}')
+    assert fields_for("chat", "", None, None, levels=True) == b'"priority":0'
 
 
 def test_a_keys_salt_is_not_the_digest_that_is_kept_of_it() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.core import limits
@@ -66,6 +66,7 @@ def test_a_class_is_the_requests_word_then_the_keys_then_the_pools_as_far_as_the
     assert _laid(asked, _principal(classes, default), pool_class=pool).work_class == due
 
 
+@settings(max_examples=50)
 @given(st.integers(0, len(NAMES) - 1), st.integers(1, ALL_CLASSES))
 def test_nobody_is_raised_and_nobody_goes_lower_than_the_key_makes_him(
     wanted: int, classes: int

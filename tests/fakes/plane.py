@@ -313,6 +313,7 @@ def assert_nothing_held(plane: Plane) -> None:
     assert plane.waiting._timer is None
     assert plane.bodies_bytes == 0
     assert len(plane.leases) == 0
+    assert plane.metering.in_flight() == 0
     for replica_id in plane.fleet.replicas:
         assert inflight(plane, replica_id) == 0
         assert queued_tokens(plane, replica_id) == 0

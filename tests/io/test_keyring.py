@@ -8,9 +8,10 @@ import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from proxy.config import ProxyConfig
+from proxy.config import AccessConfig, ProxyConfig, TenantConfig
 from proxy.contract import FLEET_WATCH_PATH, FleetSnapshot, encode_snapshot
 from proxy.contract.keys import KEYS_WATCH_PATH, KeyRecord, KeySet, encode_keys
 from proxy.io import keyring
@@ -136,7 +137,7 @@ async def test_a_manager_without_keys_says_so_and_the_fleet_is_told() -> None:
         looking(ProxyConfig(manager_url=manager.url)) as (lookout, told),
     ):
         await told.until(lambda events: events == ["fleet 1"])
-        assert lookout.keyring.gauges() == lookout.keyring.counters() == []
+        assert lookout.keyring.samples() == ([], [])
 
 
 async def test_keys_that_a_manager_has_lost_stay_in_force(
@@ -154,7 +155,7 @@ async def test_keys_that_a_manager_has_lost_stay_in_force(
                 while manager.asked[asked:].count(KEYS_WATCH_PATH) < 3:
                     await asyncio.sleep(0.01)
             assert [event for event in told.events if event.startswith("keys")] == ["keys a"]
-            gauges = {sample.name: sample.value for sample in lookout.keyring.gauges()}
+            gauges = {sample.name: sample.value for sample in lookout.keyring.samples()[1]}
             assert (gauges["keys"], gauges["keys_version"]) == (1, 1)
     said = [r.getMessage() for r in caplog.records if "going on with those" in r.getMessage()]
     assert len(said) == 1, "once, however often it is asked in vain"
@@ -181,12 +182,12 @@ async def test_a_file_is_read_at_once_and_again_when_it_changes(
         assert told.events[0] == "keys a", "before anything else, and without waiting"
         write(path, b"{broken")
         async with asyncio.timeout(20):
-            while not lookout.keyring.counters()[0].value:
+            while not lookout.keyring.samples()[0][0].value:
                 await asyncio.sleep(0.02)
         assert "going on with the keys as before" in caplog.text
         write(path, encode_keys(keys("b", "c", version=2)))
         await told.until(lambda events: "keys b,c" in events)
-        gauges = {sample.name: sample.value for sample in lookout.keyring.gauges()}
+        gauges = {sample.name: sample.value for sample in lookout.keyring.samples()[1]}
         assert (gauges["keys"], gauges["keys_version"]) == (2, 2)
 
 
@@ -201,3 +202,22 @@ async def test_another_configuration_names_another_source_and_nothing_is_open_be
         assert [event for event in told.events if event.startswith("keys")] == ["keys a", "keys "]
         write(other, encode_keys(keys("b")))
         await told.until(lambda events: "keys b" in events)
+
+
+async def test_keys_that_can_never_be_used_are_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    many = [f"k{number}" for number in range(keyring.FLAWS_TOLD_MAX + 2)]
+    write(tmp_path / "keys.json", encode_keys(keys(*many)))
+    config = ProxyConfig(keys_path=str(tmp_path / "keys.json"))
+    async with looking(config) as (lookout, _):
+        told = [record.message for record in caplog.records if "not configured" in record.message]
+        assert len(told) == keyring.FLAWS_TOLD_MAX
+        assert told[0] == "key k0: its tenant 't' is not configured; it is refused"
+        assert "so are 2 more keys" in caplog.text
+        caplog.clear()
+        lookout.look(config)
+        assert "not configured" not in caplog.text
+        access = AccessConfig(tenants=(TenantConfig(name="t"),))
+        lookout.look(msgspec.structs.replace(config, access=access))
+        assert "is refused" not in caplog.text

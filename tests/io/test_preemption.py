@@ -244,29 +244,31 @@ async def test_the_brake_lets_go_of_what_has_yielded_long_enough(make_bench: Mak
 
 # --- in the engine's own queue --------------------------------------------------------------------
 
-LOWEST = "x-vllm-priority: 1000000"
+VLLM = ("x-vllm-priority: 0", "x-vllm-priority: 1000", "x-vllm-priority: 1000000")
+SGLANG = ("x-override-priority: 0", "x-override-priority: 1000", "x-override-priority: 1000000")
 
 
 @pytest.mark.parametrize(
     ("tier", "sent"), [("flex", True), ("auto", False), ("priority", False), (None, False)]
 )
-async def test_offline_work_alone_is_put_last(
+async def test_offline_work_is_put_last_and_a_person_goes_as_he_would_alone(
     make_bench: MakeBench, tier: str | None, *, sent: bool
 ) -> None:
     (record,) = records("a")
-    stage = Stage(make_bench((msgspec.structs.replace(record, lowest_priority=LOWEST),)))
+    stage = Stage(make_bench((msgspec.structs.replace(record, priority_fields=VLLM),)))
     await stage.send("one", tier)
     (engine,) = stage.engines("one")
     assert (engine.received.count(b"x-vllm-priority: 1000000\r\n") == 1) is sent
+    assert (b"x-vllm-priority" in engine.received) is sent
     assert await stage.answer("one") == 200
 
 
 @pytest.mark.parametrize(
-    "odd", ["x-vllm-priority", "x-a: 1\r\nx-b: 2", "content-length: 5", "x-a: one", "x-a: 1\n"]
+    "odd", ["x-vllm-priority", "x-a: 1\r\nx-b: 2", "content-length: 5", "x-a: one", "x-a: 1\n", ""]
 )
 async def test_what_is_no_field_is_never_sent(make_bench: MakeBench, odd: str) -> None:
     (record,) = records("a")
-    stage = Stage(make_bench((msgspec.structs.replace(record, lowest_priority=odd),)))
+    stage = Stage(make_bench((msgspec.structs.replace(record, priority_fields=(*VLLM[:2], odd)),)))
     await stage.send("one", "flex")
     head = stage.engines("one")[0].received.partition(b"\r\n\r\n")[0]
     assert b"x-vllm" not in head
@@ -276,16 +278,17 @@ async def test_what_is_no_field_is_never_sent(make_bench: MakeBench, odd: str) -
 
 
 @pytest.mark.parametrize(
-    ("dialect", "field"),
-    [("vllm", LOWEST), ("sglang", "x-override-priority: 1000000"), ("vllm", "")],
+    ("dialect", "by_class"), [("vllm", VLLM), ("sglang", SGLANG), ("vllm", ())]
 )
 @on_uvloop
-async def test_an_engine_computes_online_work_first(dialect: str, field: str) -> None:
+async def test_an_engine_computes_online_work_first(
+    dialect: str, by_class: tuple[str, ...]
+) -> None:
     """What came before it as well; without the field it is first come, first served."""
     slowly = {"sequences_max": 1, "priorities": True, "low_priority_first": True}
     async with simulator(dialect=dialect, header_overrides=True, **slowly) as engine:
         record = ReplicaRecord(
-            replica_id="a", url=engine.url, models=("demo",), lowest_priority=field
+            replica_id="a", url=engine.url, models=("demo",), priority_fields=by_class
         )
         async with RealPlane([record], policy="round_robin") as proxy:
             order: list[str] = []
@@ -304,4 +307,4 @@ async def test_an_engine_computes_online_work_first(dialect: str, field: str) ->
                 for waiting, (name, tier) in enumerate((("line", "flex"), ("person", "auto"))):
                     group.create_task(send(name, tier, 20))
                     await engine.until(lambda state, n=waiting: state["waiting"] == n + 1)
-            assert order == ["running", *(("person", "line") if field else ("line", "person"))]
+            assert order == ["running", *(("person", "line") if by_class else ("line", "person"))]
