@@ -33,8 +33,8 @@ pieces policy preamble preempting prefix principal principals prospects quota re
 response_id responses retry ring room routes scan session share_cells sketch speeds sse tier_echo
 usage wishes"""
 _IO: Final = (
-    "abroad access_log authentication choice class_telemetry clock connection echoing endings "
-    "engine_answer exchange facts lateness metered metering noting outbox passage plane "
+    "abroad access_log authentication choice class_telemetry clock connection crossing echoing "
+    "endings engine_answer exchange facts lateness metered metering noting outbox passage plane "
     "preemption queues reading refusal relay server telemetry upstream upstreams waiting"
 )
 MODULES: Final = (

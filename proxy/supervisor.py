@@ -35,11 +35,13 @@ from proxy.io.hub import Hub
 from proxy.io.jwt_keys import JwtKeys
 from proxy.io.lookout import Lookout
 from proxy.io.peers import Peers
+from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.regions import Regions
 from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.teller import Teller
+from proxy.io.wanting import Wanting
 from proxy.io.witness import Witness
 from proxy.listeners import Listeners, StartError, deal
 from proxy.logs import set_up_logging
@@ -83,6 +85,10 @@ class Supervisor:
         )
         self._regions = Regions(self._places.tell, self._teller.summary)
         self._peers = Peers(self._tasks, self.hub, self._regions)
+        self._wanting = Wanting(self._peers, self._regions, self._teller)
+        self._quotas = QuotaKeeper(
+            self._places.quotas, self._peers, takes_over=predecessor is not None
+        )
         self._lookout = Lookout(
             self._tasks,
             on_snapshot=self._on_snapshot,
@@ -125,10 +131,15 @@ class Supervisor:
             self._tasks.start("hub", self.hub.run())
             self._tasks.start("demand", self._teller.run())
             self._tasks.start("regions", self._regions.run())
+            self._tasks.start("wanted", self._wanting.run())
+            self._quotas.know(self._config)
+            self._tasks.start("quotas", self._quotas.run())
             self._peers.start(self._config, listen=self._predecessor is None)
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
             await self._drain()
+            self._quotas.tick()
+            await self._quotas.keep()
             await self._teller.farewell()
         finally:
             self._close_door()
@@ -156,6 +167,7 @@ class Supervisor:
         self._jwt_keys.look(self._config.access.jwt)
         self._witness.look(self._lookout.session, self._config)
         self._teller.tell(self._config.manager_url)
+        self._wanting.look(self._config)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -210,6 +222,7 @@ class Supervisor:
         self._places.tell(control.FleetIs(snapshot))
         self.hub.know_fleet()
         self._witness.know(snapshot)
+        self._wanting.know(snapshot)
 
     def _usable(self, snapshot: FleetSnapshot) -> FleetSnapshot:
         """Leave out records that nobody can connect to, so that one cannot spoil the rest."""
@@ -240,7 +253,8 @@ class Supervisor:
         jobs_only = self._fleet and not (self._fleet.replicas or self._fleet.pools)
         if jobs_only and self._config.offline_url is not None:
             return None
-        if not [r for r in able if r.replica_id not in suspects]:
+        here = [r for r in able if r.replica_id not in suspects]
+        if not here and not self._regions.serve:
             return "no replica can take a request"
         return None
 
@@ -254,6 +268,7 @@ class Supervisor:
         counters, gauges = await self._places.samples()
         told, linked = self.hub.samples()
         extra = [self._jwt_keys.samples(), self._lookout.keyring.samples()]
+        extra.append(([], self._wanting.samples()))
         counters += [*told, *self._peers.samples(), *self._teller.samples()]
         gauges += [*linked, *self._witness.samples(), *self._regions.samples()]
         for counted, gauged in extra:
@@ -300,6 +315,7 @@ class Supervisor:
         if change.changed or tls.files(self._config):
             self._look()
         self._peers.reconfigure(self._config)
+        self._quotas.know(self._config)
         if change.changed or tls.files(self._config) or ordered:
             self._places.tell(control.Reconfigure(self._config))
             _log.info("reloaded; changed: %s", ", ".join(change.changed) or "nothing")
@@ -345,6 +361,7 @@ class Supervisor:
             self._linked_successor = True
             self.hub.told.clear()
             self._peers.adopt(link, dialled=False)
+        self._quotas.leave()
         self._relieved = self._draining = True
         self._stop.set()
 

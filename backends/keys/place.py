@@ -37,6 +37,16 @@ def place_of(keys: str | None, config_path: str | None, environ: Mapping[str, st
     return Place(path, config, config_path or "")
 
 
+def usage_log_of(config_path: str | None, environ: Mapping[str, str]) -> str:
+    """Return the file of usage records. Raises `ConfigError` where none is named."""
+    config_path = config_path or environ.get(ENVIRONMENT_PREFIX + "CONFIG") or None
+    configured = load_config(config_path).proxy.usage_log if config_path else "off"
+    path = environ.get(ENVIRONMENT_PREFIX + "USAGE_LOG") or configured
+    if path in {"off", "-"}:
+        raise ConfigError("which usage records? name files, or proxy.usage_log by --config FILE")
+    return path
+
+
 def check_rights(
     place: Place,
     tenant: str,

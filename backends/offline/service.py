@@ -39,6 +39,7 @@ from backends.offline.records import (
 )
 from backends.offline.setting import Setting, locked_out, prices_of
 from backends.offline.store import Store
+from backends.offline.tenants import Door
 from backends.offline.validating import Validator
 from backends.offline.work_api import WorkApi
 from backends.providers.process import boot_id
@@ -120,13 +121,13 @@ class OfflineService:
         self._teller = NeedsTeller(
             store, uuid.uuid4().hex, self.desk.abilities, self._has_replicas, clock, log
         )
-        offline, api_key = setting.config.offline, setting.config.proxy.api_key
-        self._files = FilesApi(store, api_key, offline.file_bytes_max)
+        offline, door = setting.config.offline, Door.of(setting.config.proxy)
+        self._files = FilesApi(store, door, offline.file_bytes_max)
         self._batches = BatchesApi(
             store,
             self.desk,
             clock,
-            api_key=api_key,
+            door=door,
             prices=self._prices,
             ending=self._ending,
             cancelled=self._cancelled,
@@ -216,6 +217,7 @@ class OfflineService:
             proxy_url=proxy_url.rstrip("/"),
             manager_url=manager_url.rstrip("/"),
             api_key=setting.config.proxy.api_key,
+            internal_key=setting.config.proxy.internal_key,
             clock=self._clock,
             log=self._log,
         )

@@ -102,7 +102,7 @@ class DeskStore(JobStore):
         """Make a chunk of lines of these jobs."""
         async with self._database.transaction() as transaction:
             rows = await transaction.fetch_each(
-                "SELECT number, id, state, endpoint, input_file_id, expires_s FROM jobs "
+                "SELECT number, id, state, endpoint, input_file_id, expires_s, tenant FROM jobs "
                 "WHERE number = $1 FOR UPDATE",
                 [(job,) for job in sorted(jobs)],
             )
@@ -147,7 +147,10 @@ class DeskStore(JobStore):
             hold_s=self._limits.hold_s,
             due_in_s=min(float(there[job][5]) for job in taken) - now_s,
             lines=tuple(
-                Line(str(there[line.job][1]), line.number, str(there[line.job][3]), body)
+                Line(
+                    *(str(there[line.job][1]), line.number, str(there[line.job][3]), body),
+                    tenant=str(there[line.job][6]),
+                )
                 for line, body in zip(taking.lines, bodies, strict=True)
             ),
             alone=any(line.span for line in taking.lines),

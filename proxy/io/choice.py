@@ -99,13 +99,12 @@ class Choice:
         """
         if request.response_key:
             name = self.responses.place_of(request.response_key)
-            seats = picture.seats(pool)
-            slot = picture.slots.get(name, -1) if name is not None else -1
-            place = seats.places.get(slot, -1)
-            if place >= 0 and name not in request.tried:
-                return self._to_state(seats, place, "response", request)
-            if slot in seats.away_slots and name not in request.tried and request.abroad:
-                return Decision(seats.away[seats.away_slots.index(slot)], slot, "response")
+            if name is not None and name not in request.tried:
+                seats, slot = picture.seats(pool), picture.slots.get(name, -1)
+                if slot in seats.places:
+                    return self._to_state(seats, seats.places[slot], "response", request)
+                if regions.may_have_state(request, slot, seats, picture, now_s):
+                    return Decision(seats.away[seats.away_slots.index(slot)], slot, "response")
         if request.pinned and self.config.policy in _PINNING:
             home = self._to_home(request, pool)
             if picture.seats(pool).slots:  # its state is here
@@ -251,9 +250,16 @@ class Choice:
         if not self.config.queue_size:
             return False
         wakes = self.prospect_of(queue).wakes and self.resides(request.regions)
-        if wakes or pool is None or not pool.remotes:
-            return wakes
-        return self.picture.some_serve(self.picture.seats(pool), self.clock.now_s())
+        return wakes or self.may_leave(request, pool, self.clock.now_s())
+
+    def may_leave(self, request: Request, pool: fleets.Pool | None, now_s: float) -> bool:
+        """Whether another region serves it, and has not sent it away: one may wait for room there.
+
+        One that has come from there may not.
+        """
+        if pool is None or not pool.remotes or not request.abroad:
+            return False
+        return self.picture.some_serve(self.picture.seats(pool), request.tried, now_s)
 
     def resides(self, within: frozenset[str] | None) -> bool:
         """Whether what is bound to these regions may be computed in this one."""
@@ -326,11 +332,11 @@ class Choice:
 
     def awaited(self, queue: str, within: frozenset[str] | None = None) -> fleets.Pool | None:
         """Return the pool that those in a queue wait for, as it is now, in these regions."""
-        pool: fleets.Pool | None
-        if queue == _ANY_MODEL:
-            pool = self.fleet.any_model if self.fleet.any_model.replicas else None
-        else:
+        pool: fleets.Pool | None = None
+        if queue != _ANY_MODEL:
             pool = self.fleet.pool_for(queue) if queue else self.fleet.only_pool()
+        elif self.fleet.any_model.replicas:
+            pool = self.fleet.any_model
         return pool if pool is None else self.residency.within(pool, within)
 
     def prospect_of(self, queue: str) -> Prospect:

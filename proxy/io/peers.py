@@ -31,6 +31,7 @@ from proxy.io.telemetry import Sample
 _log = logging.getLogger("doherty.peers")
 
 _REFUSALS_REMEMBERED_MAX = 256
+PREDECESSOR = "the proxy before"  # the name of the link to the one that this has taken over from
 Reader = Callable[[PeerLink, bytes], None]
 
 
@@ -107,6 +108,11 @@ class Peers:
                 work = self._keep_linked(*place)
                 self._dialling[place] = self._tasks.spawn(f"peer {place[0]}", work)
 
+    @property
+    def proxy_id(self) -> bytes:
+        """The name of this proxy's life."""
+        return self._proxy_id
+
     def listen(self, kind: int, reader: Reader) -> None:
         """Have messages of this kind read by `reader`; it raises `WireError`."""
         assert kind in peer_wire.MESSAGES
@@ -146,7 +152,7 @@ class Peers:
         except OSError:
             end.close()
             return
-        name = "the proxy before" if dialled else "the proxy that takes over"
+        name = PREDECESSOR if dialled else "the proxy that takes over"
         link = PeerLink(reader, writer, name, "")
         with contextlib.suppress(_IsSelfError, _DoubledError):
             await self._run(link, None, dialled=dialled)

@@ -94,7 +94,7 @@ class Regions:
             numbers[each.region] = number + 1
             remote = _Remote(f"{each.region}#{number}", each.region, each.url)
             known = before.get(each.peer)
-            if known is not None and (known.name, known.url) == (remote.name, remote.url):
+            if known is not None and known.region == remote.region:
                 remote.proxy_id, remote.since_s = known.proxy_id, known.since_s
             self._remotes[each.peer] = remote
         if self._remotes or before:
@@ -196,6 +196,16 @@ class Regions:
         """Return what is known now of each remote."""
         now_s = self._now_s()
         return [self._state(remote, now_s) for remote in self._remotes.values()]
+
+    @property
+    def serve(self) -> bool:
+        """Whether a request that nobody here can take would be served in another region."""
+        return any(
+            model.awake or model.coming or model.wakes
+            for state in self.states()
+            if state.linked and state.summary is not None and not state.summary.draining
+            for model in state.summary.models.values()
+        )
 
     def _state(self, remote: _Remote, now_s: float) -> RemoteState:
         linked = self._links.get(remote.proxy_id)

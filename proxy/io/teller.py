@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import aiohttp
 import msgspec
@@ -20,6 +20,7 @@ from proxy.contract.regions import ModelSummary
 from proxy.core import limits
 from proxy.core.demand import counted, sum_models, sum_replicas
 from proxy.core.summary import merge
+from proxy.core.wanting import Between
 from proxy.io.control import Demanded, Summarised
 from proxy.io.telemetry import Sample
 
@@ -35,6 +36,7 @@ class Teller:
         self._url: str | None = None
         self._of: dict[int, Demanded | None] = {}  # by origin; None: it has said nothing yet
         self._seen: dict[int, Mapping[str, ModelSummary]] = {}  # by origin, for other regions
+        self.between: Callable[[Sequence[Demanded]], Between] = lambda _: ({}, {})
         self._departed = Demanded({}, {})
         self._urgent = asyncio.Event()
         self._proxy_id = os.urandom(8).hex()
@@ -65,6 +67,10 @@ class Teller:
         if said.at_once:
             self._urgent.set()
 
+    def hurry(self) -> None:
+        """Report at once: somebody may wait for what there is to say."""
+        self._urgent.set()
+
     def summary(self) -> dict[str, ModelSummary]:
         """Return what other regions are told of this one's models."""
         return merge(self._seen.values())
@@ -84,6 +90,7 @@ class Teller:
         epochs = {one.epoch for one in told}
         # One that has said nothing may still do anything: then nothing is known of any fleet.
         known = len(epochs) == 1 and len(told) == len(self._of)
+        elsewhere, wanted = self.between(told)
         return Demand(
             proxy_id=self._proxy_id,
             sequence=self._sequence,
@@ -91,6 +98,8 @@ class Teller:
             replicas=sum_replicas(one.replicas for one in told),
             fleet_epoch=epochs.pop() if known else "",
             fleet_version=min(one.version for one in told) if known else 0,
+            elsewhere=elsewhere,
+            wanted=wanted,
         )
 
     # --- the manager -------------------------------------------------------------------------

@@ -59,6 +59,8 @@ async def test_a_request_goes_where_it_can_begin_and_comes_back_as_any_other(ben
     assert bench.plane.picture.loads.inflight[bench.plane.picture.slots["us#0/m"]] == 1
     assert demand_of(bench.plane).models["m"].in_flight == 1  # that of the replica here
     assert set(demand_of(bench.plane).replicas) == {"a"}
+    gauges = {s.name: s.value for s in bench.plane.gauges(0) if s.name.startswith("remote_")}
+    assert gauges == {"remote_inflight": 1, "remote_room": FREE.free - 1}
     engine.send(answer())
     got = client.answer()
     assert got.fields["x-doherty-region"] == "us"
@@ -131,6 +133,28 @@ async def test_where_nothing_is_awake_those_who_wait_leave(make_bench: MakeBench
     assert client.answer().status == 200
 
 
+async def test_what_may_not_leave_waits_for_nobody_abroad(make_bench: MakeBench) -> None:
+    bench = make_bench((), region="eu")
+    told(bench)
+    client = bench.client()
+    client.send(chat_request(fields=["x-doherty-class: spare"]))
+    await bench.settle()
+    assert client.answer().status == 429
+    read = bench.plane.read
+
+    def from_another_region(*args: object) -> object:
+        asked = read(*args)  # type: ignore[arg-type]
+        asked.request.abroad = False
+        return asked
+
+    bench.plane.read = from_another_region  # type: ignore[method-assign,assignment]
+    client = bench.client()
+    client.send(chat_request())
+    await bench.settle()
+    assert client.answer().status == 503
+    assert not bench.upstreams.dialled
+
+
 async def test_a_region_that_goes_takes_its_place_in_the_picture_with_it(bench: Bench) -> None:
     await busy(bench)
     client, engine = await bench.begun()
@@ -166,6 +190,12 @@ async def test_what_goes_on_from_an_answer_goes_where_that_is(bench: Bench) -> N
         assert engine.replica_id == "us#0"
         engine.send(answer(b'{"id":"resp_2","object":"response"}'))
         assert client.answer("POST" if request.startswith(b"POST") else "GET").status == 200
+    told(bench, linked=False)  # nobody else has it, and this one is not waited for
+    seen = engine.received
+    await bench.begun(_turn("resp_1"))
+    assert bench.plane.waiting.count == 1
+    assert engine.received == seen
+    told(bench)
     unknown = b"GET /v1/responses/resp_9 HTTP/1.1\r\nhost: p\r\n\r\n"
     client, engine = await bench.begun(unknown)
     assert engine.replica_id == "a"

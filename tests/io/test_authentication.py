@@ -11,6 +11,7 @@ import pytest
 from proxy.config import AccessConfig, TenantConfig
 from proxy.contract.keys import KeyRecord, KeySet
 from proxy.io.clock import Clock
+from proxy.io.explain import explain
 from tests.fakes.engine import ScriptedEngine
 from tests.fakes.plane import Bench, RealPlane, answer, chat_request, records
 from tests.fakes.talk import Talk, ask, on_uvloop
@@ -243,3 +244,29 @@ async def test_an_address_or_a_trailer_is_no_place_for_a_key() -> None:
         (got,) = engine.requests
         assert KEY.encode() not in got.head + got.body
         assert OTHER.encode() not in got.head
+
+
+async def test_a_dry_run_is_made_as_whoever_it_names(make_bench: MakeBench) -> None:
+    bench = keyed(make_bench)
+    path, body = b"/v1/chat/completions", b'{"model":"secret-model","messages":[]}'
+
+    def explained(*fields: tuple[bytes, bytes]) -> tuple[int, dict[str, object]]:
+        got, shown = explain(bench.plane, path, fields, body)
+        return got, json.loads(shown)
+
+    assert explained()[0] == 200  # an admin may ask for anything
+    got, shown = explained((b"x-api-key", OTHER.encode()))
+    assert (got, shown["tenant"], shown["key_id"]) == (200, "beta", "id-beta")
+    assert explained((b"x-api-key", KEY.encode()))[0] == 404
+    assert explained((b"x-api-key", OLD.encode()))[0] == 401
+
+
+async def test_why_nobody_serves_is_said_without_names_that_may_be_of_others(
+    make_bench: MakeBench,
+) -> None:
+    bench = keyed(make_bench)
+    assert "secret-model" in make_bench(
+        records("a", ("m", "secret-model"))
+    ).plane.no_replica_reason(bench.plane.find_pool("m", lookup=False))
+    reason = bench.plane.no_replica_reason(bench.plane.find_pool("m", lookup=False))
+    assert "secret-model" not in reason

@@ -1,0 +1,242 @@
+"""The supervisor's part in the counts of tenants: other proxies, takeovers, the file of the day."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from proxy.config import ProxyConfig
+from proxy.config_access import AccessConfig, TenantConfig
+from proxy.core import quota
+from proxy.core.peer_wire import read_frame
+from proxy.core.quota import Account
+from proxy.io.peers import PREDECESSOR
+from proxy.io.quota_file import DaySums, read_sums, write_sums
+from proxy.io.quota_keeper import QuotaKeeper
+from proxy.io.quota_memory import QuotaMemory, quota_cells_at
+
+DAY = 20_000
+
+
+class Clocks:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.unix_s = DAY * 86_400.0
+
+
+class Link:
+    """One end of a link; what it is told the other end hears at once."""
+
+    def __init__(self, life: bytes, name: str = "a peer") -> None:
+        self.peer_id = life  # the other's
+        self.name = name
+        self.waiting_bytes = 0
+        self.other: Proxy
+        self.theirs: Link
+
+    def send(self, frame: bytes) -> None:
+        self.other.readers[10](self.theirs, read_frame(frame).batch)
+
+
+class Proxy:
+    """A supervisor's memory and keeper, one worker, and links that the test holds."""
+
+    def __init__(self, clocks: Clocks, number: int, path: Path | None = None, **how: bool) -> None:
+        self.proxy_id = bytes((number,)) * 16
+        self.readers: dict[int, Callable[..., None]] = {}
+        self.linked: list[Link] = []
+        self.memory = QuotaMemory(1)
+        row = self.memory.assign(["t"])["t"]
+        self.account = Account(quota_cells_at(self.memory.fd, 1), 1, row, 0)
+        self.account.advance(quota.bucket_at(clocks.now_s))
+        self.keeper = QuotaKeeper(
+            self.memory, self, now_s=lambda: clocks.now_s, unix_s=lambda: clocks.unix_s, **how  # type: ignore[arg-type]
+        )  # fmt: skip
+        tenants = (TenantConfig(name="t", tokens_per_day=5),)
+        self.config = ProxyConfig(
+            quota_path=str(path) if path else None, access=AccessConfig(tenants=tenants)
+        )
+        self.keeper.know(self.config)
+
+    def listen(self, kind: int, reader: Callable[..., None]) -> None:
+        self.readers[kind] = reader
+
+    def links(self) -> list[Link]:
+        return self.linked
+
+    def use(self, clocks: Clocks, tokens: int) -> None:
+        """A request has begun, and is over."""
+        self.account.use(quota.bucket_at(clocks.now_s), quota.TOKENS, tokens)
+        self.account.add_to_day(quota.day_at(clocks.unix_s), tokens, 7 * tokens)
+
+    def day(self) -> tuple[int, int]:
+        """Return the day's tokens as the worker finds them."""
+        today = self.keeper._today
+        return tuple(  # type: ignore[return-value]
+            self.account.of_day(kind, today) for kind in (quota.DAY_TOKENS, quota.DAY_COST)
+        )
+
+
+def link(one: Proxy, other: Proxy, *, before: bool = False) -> None:
+    """`before`: the other is the one from which the first takes over."""
+    here = Link(other.proxy_id, PREDECESSOR if before else "a peer")
+    there = Link(one.proxy_id)
+    here.other, here.theirs, there.other, there.theirs = other, there, one, here
+    one.linked.append(here)
+    other.linked.append(there)
+
+
+def part(one: Proxy, other: Proxy) -> None:
+    one.linked = [each for each in one.linked if each.other is not other]
+    other.linked = [each for each in other.linked if each.other is not one]
+
+
+@pytest.fixture
+def clocks() -> Iterator[Clocks]:
+    return Clocks()  # type: ignore[return-value]
+
+
+def test_each_counts_what_the_other_has(clocks: Clocks) -> None:
+    one, other = Proxy(clocks, 1), Proxy(clocks, 2)
+    one.use(clocks, 30)
+    link(one, other)
+    one.keeper.tick()
+    assert other.account.sum(quota.TOKENS) == 30
+    other.use(clocks, 5)
+    other.account.add(quota.CONCURRENT, 1)
+    other.keeper.tick()
+    one.use(clocks, 1)
+    one.keeper.tick()
+    for proxy in (one, other):
+        assert proxy.account.sum(quota.TOKENS) == 36
+        assert proxy.account.sum(quota.CONCURRENT) == 1
+        assert proxy.day() == (36, 252)
+    part(one, other)
+    one.keeper.tick()
+    assert (one.account.sum(quota.TOKENS), one.account.sum(quota.CONCURRENT)) == (36, 0)
+    clocks.now_s += 61.0
+    one.account.advance(quota.bucket_at(clocks.now_s))
+    one.keeper.tick()
+    assert one.account.sum(quota.TOKENS) == 0
+    assert one.day() == (36, 252)
+    clocks.unix_s += 86_400.0
+    one.keeper.tick()
+    assert one.day() == (0, 0)
+
+
+def test_a_link_that_is_behind_is_told_all_of_it_later(clocks: Clocks) -> None:
+    one, other = Proxy(clocks, 1), Proxy(clocks, 2)
+    link(one, other)
+    one.keeper.tick()
+    one.linked[0].waiting_bytes = 10**6
+    one.use(clocks, 30)
+    one.keeper.tick()
+    assert other.account.sum(quota.TOKENS) == 0
+    one.linked[0].waiting_bytes = 0
+    one.keeper.tick()
+    assert other.account.sum(quota.TOKENS) == 30
+
+
+async def test_the_day_outlives_an_end_and_counts_once_for_others(
+    clocks: Clocks, tmp_path: Path
+) -> None:
+    path = tmp_path / "day"
+    one, other = Proxy(clocks, 1, path), Proxy(clocks, 2)
+    link(one, other)
+    one.use(clocks, 30)
+    for proxy in (one, other):
+        proxy.keeper.tick()
+    await one.keeper.keep()
+    part(one, other)
+    other.keeper.tick()
+    again = Proxy(clocks, 3, path)
+    assert again.day() == (30, 210)
+    link(again, other)
+    again.use(clocks, 2)
+    again.keeper.tick()
+    assert other.day() == (32, 224)
+    await again.keeper.keep()
+    third = Proxy(clocks, 4, path)
+    assert third.day() == (32, 224)
+    clocks.unix_s += 86_400.0
+    assert Proxy(clocks, 5, path).day() == (0, 0)
+
+
+async def test_a_takeover_hands_the_counts_over(clocks: Clocks, tmp_path: Path) -> None:
+    path = tmp_path / "day"
+    old, peer = Proxy(clocks, 1, path), Proxy(clocks, 9)
+    link(old, peer)
+    old.use(clocks, 30)
+    old.account.add(quota.CONCURRENT, 1)
+    old.keeper.tick()
+    await old.keeper.keep()
+    new = Proxy(clocks, 2, path, takes_over=True)
+    await new.keeper.keep()  # before it has heard anything it writes nothing
+    assert read_sums(str(path)).tenants == {"t": (30, 210)}
+    old.keeper.leave()
+    link(new, old, before=True)
+    link(new, peer)
+    old.keeper.tick()
+    new.keeper.tick()
+    assert new.account.sum(quota.TOKENS) == 30
+    assert new.account.sum(quota.CONCURRENT) == 1
+    assert new.day() == (30, 210)
+    new.use(clocks, 4)
+    old.use(clocks, 1)  # it finishes what it had
+    old.keeper.tick()
+    new.keeper.tick()
+    await new.keeper.keep()
+    await old.keeper.keep()  # the file is not its own any more
+    assert read_sums(str(path)).tenants == {"t": (35, 245)}
+    assert peer.day() == (35, 245)
+    part(new, old)
+    part(peer, old)
+    for proxy in (peer, new):
+        proxy.keeper.tick()
+    assert new.day() == (35, 245)
+    assert peer.day() == (35, 245)
+    await new.keeper.keep()
+    assert read_sums(str(path)).tenants == {"t": (35, 245)}
+
+
+async def test_one_that_hears_nothing_of_the_one_before_reads_its_file(
+    clocks: Clocks, tmp_path: Path
+) -> None:
+    path = tmp_path / "day"
+    write_sums(str(path), DaySums(DAY, ["01" * 16], {"t": (8, 9)}))
+    old, new = Proxy(clocks, 1), Proxy(clocks, 2, path, takes_over=True)
+    link(new, old, before=True)
+    new.keeper.tick()
+    assert new.day() == (0, 0)
+    part(new, old)
+    new.keeper.tick()
+    assert new.day() == (8, 9)
+
+
+async def test_a_file_that_cannot_be_read_or_written_is_named(
+    clocks: Clocks, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "day"
+    path.write_text("not what it should be")
+    proxy = Proxy(clocks, 1, path)
+    assert "cannot be read, the day begins anew" in caplog.text
+    proxy.use(clocks, 1)
+    proxy.keeper.tick()
+    path.unlink()
+    path.mkdir()
+    await proxy.keeper.keep()
+    assert "quota_path" in caplog.text
+    assert "cannot be written" in caplog.text
+    assert list(tmp_path.iterdir()) == [path]
+    path.rmdir()
+    await proxy.keeper.keep()
+    assert read_sums(str(path)).tenants == {"t": (1, 7)}
+
+
+def test_a_daily_limit_that_nothing_keeps_is_warned_of(
+    clocks: Clocks, caplog: pytest.LogCaptureFixture
+) -> None:
+    Proxy(clocks, 1)
+    assert "quota_path names a file that keeps it" in caplog.text
