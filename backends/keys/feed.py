@@ -10,8 +10,6 @@ accident. Nothing is taken back by silence.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,7 +24,14 @@ from proxy import tls
 from proxy.config import Config
 from proxy.contract import HEARTBEAT_INTERVAL_S
 from proxy.contract.key_file import WATCH_INTERVAL_S, KeyFile, KeyFileError, read_key_file
-from proxy.contract.keys import KEYS_BYTES_MAX, KEYS_WATCH_PATH, KeySet, decode_keys, encode_keys
+from proxy.contract.keys import (
+    KEYS_BYTES_MAX,
+    KEYS_WATCH_PATH,
+    KeySet,
+    decode_keys,
+    encode_keys,
+    follow_token,
+)
 
 KEPT_NAME = "keys-last.json"
 RETRY_FIRST_S, RETRY_S_MAX = 0.1, 2.0
@@ -63,11 +68,6 @@ class KeyFeed:
         return self.version > version
 
 
-def token_of(peer_key: str) -> str:
-    """Return what shows the manager of another region that this one has the key of all."""
-    return hmac.new(peer_key.encode(), b"doherty follow keys", hashlib.sha256).hexdigest()
-
-
 class KeySource:
     """Where the keys of a manager come from. `run` keeps `feed` up to date."""
 
@@ -80,7 +80,7 @@ class KeySource:
         self._tls = tls.replica_context(config.proxy)
         self._headers = {}
         if config.proxy.peer_key is not None:
-            self._headers["authorization"] = f"Bearer {token_of(config.proxy.peer_key)}"
+            self._headers["authorization"] = f"Bearer {follow_token(config.proxy.peer_key)}"
         path = settings.keys_path or config.proxy.keys_path
         self._file = KeyFile(path) if path and self._url is None else None
         self.feed: KeyFeed | None = None if self._file is None and self._url is None else KeyFeed()

@@ -56,7 +56,7 @@ async def running(one: KeySource) -> AsyncIterator[KeyFeed]:
 @contextlib.asynccontextmanager
 async def told(feed: KeyFeed | None, port: int = 0) -> AsyncIterator[str]:
     """Serve the pages of a manager that has these keys; yield its URL."""
-    app, api = web.Application(), KeysApi(feed)
+    app, api = web.Application(), KeysApi(feed, None)
     app.add_routes(api.routes())
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
