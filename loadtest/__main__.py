@@ -43,6 +43,7 @@ from loadtest.measure import warmup_count
 from loadtest.policies import beside
 from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
 from loadtest.scaling import pool
+from loadtest.tenants import limits as tenant_limits
 from loadtest.traces import Trace, TraceError
 
 REPLAY_EXAMPLE = """\
@@ -72,6 +73,7 @@ COMMANDS: dict[str, Command] = {
     "snapshots": snapshots,
     "soak": soak,
     "storm": storm,
+    "tenants-limits": tenant_limits,
     "upgrade": upgrade,
 }
 

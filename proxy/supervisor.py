@@ -263,7 +263,12 @@ class Supervisor:
         told, linked = self.hub.samples()
         extra = [self._jwt_keys.samples(), self._lookout.keyring.samples()]
         counters += [*told, *self._peers.samples(), *self._teller.samples()]
-        gauges += [*linked, *self._witness.samples(), *self._regions.samples()]
+        gauges += [
+            *linked,
+            *self._witness.samples(),
+            *self._regions.samples(),
+            *self._quotas.samples(),
+        ]
         for counted, gauged in extra:
             counters += counted
             gauges += gauged

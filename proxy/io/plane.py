@@ -400,7 +400,6 @@ class Plane(Abroad):
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
             *self.sharing.gauges(),
             *self.waiting.gauges(now_s),
-            *self.metering.gauges(),
         ]
         for replica_id, server in self.fleet.servers.items():
             out += self._believed(replica_id, now_s)
