@@ -299,6 +299,7 @@ def _check(options: argparse.Namespace) -> int:
     import yaml
 
     from backends.checking import check_cards, check_engines
+    from backends.keys.checking import check_keys
     from backends.offline.setting import locked_out
     from backends.redact import redacted
     from backends.settings import manager_settings, offline_settings
@@ -322,6 +323,7 @@ def _check(options: argparse.Namespace) -> int:
         *tls.check(config.proxy, datetime.now(UTC)),
         *check_engines(config, options.file, os.environ),
         *filter(None, [locked_out(config.offline, config.proxy)]),
+        *check_keys(config, os.environ, datetime.now(UTC).timestamp()),
         *check_cards(config, manager_settings(config.manager, {}, os.environ).cards),
     ]
     for warning in warnings:

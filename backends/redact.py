@@ -11,6 +11,7 @@ import msgspec
 from proxy.config import Config
 
 HIDDEN = "***"
+_KEYS = ("api_key", "admin_api_key", "peer_key", "internal_key")
 _SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
 _NOT_SECRET = re.compile(r"tokens|tokenizer", re.IGNORECASE)  # --max-num-batched-tokens
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
@@ -20,12 +21,12 @@ def redacted(config: Config) -> dict[str, Any]:
     """Return `config` as plain values, secrets replaced."""
     value = msgspec.to_builtins(config)
     proxy = value["proxy"]
-    for name in ("api_key", "admin_api_key", "peer_key"):
-        if proxy[name] is not None:
-            proxy[name] = HIDDEN
+    proxy.update({name: HIDDEN for name in _KEYS if proxy[name] is not None})
     proxy["worker_urls"] = [_USERINFO.sub(HIDDEN, url) for url in proxy["worker_urls"]]
     if proxy["manager_url"] is not None:
         proxy["manager_url"] = _USERINFO.sub(HIDDEN, proxy["manager_url"])
+    for part in (value["jwt"] or {}, *value["remote_regions"]):
+        part.update(_without_userinfo(part))
     cluster = value["manager"]["ray"]
     cluster["env"] = {k: HIDDEN if secret(k) else v for k, v in cluster["env"].items()}
     if cluster["runtime_env"]:
@@ -33,14 +34,21 @@ def redacted(config: Config) -> dict[str, Any]:
     offline = value["offline"]
     if offline["work_key"] is not None:
         offline["work_key"] = HIDDEN
-    for name in ("store", "work_url"):
-        if offline[name] is not None:
-            offline[name] = _USERINFO.sub(HIDDEN, offline[name])
+    places = ((proxy, "manager_url"), (value["manager"], "keys_follow"))
+    for part, name in (*places, (offline, "store"), (offline, "work_url")):
+        if part[name] is not None:
+            part[name] = _USERINFO.sub(HIDDEN, part[name])
     for model in value["models"]:
         for pool in model["pools"]:
             pool["args"] = redacted_args(pool["args"])
             pool["env"] = {k: HIDDEN if secret(k) else v for k, v in pool["env"].items()}
     return dict(value)
+
+
+def _without_userinfo(part: Mapping[str, Any]) -> dict[str, str]:
+    """Return its addresses as they may be shown."""
+    names = ("url", "jwks_url")
+    return {name: _USERINFO.sub(HIDDEN, part[name]) for name in names if part.get(name)}
 
 
 def redacted_args(args: Sequence[str]) -> list[str]:

@@ -110,10 +110,11 @@ class Scaler:
         panicking = self._burst_since_s is not None
         need, name = max((value, name) for name, value in {**wants, "burst": burst}.items())
         terms["need"] = need
-        if seen.in_flight + seen.queued > 0:
-            need = max(need, 1.0)
-        need, away = self._shared(seen, total, need, terms)
+        asked = seen.in_flight + seen.queued
+        need, away = self._shared(seen, total, max(need, min(1.0, asked / self._carried)), terms)
         up = math.ceil(need - ROUND_SHARE)
+        if asked + seen.wanted > sum(away.values()):
+            up = max(up, 1)
         if self._active(seen):
             up += policy.buffer
         if up >= total:
@@ -337,13 +338,14 @@ class Scaler:
         """Return the replicas needed here, with what other regions ask for and without what they
         are given; and what each of them is given."""
         foreign = seen.wanted / self._carried
+        short = max(0.0, need - max(0.0, total - foreign))
+        waits = seen.queued > 0 or self._burst_since_s is not None
         here = Here(
             at_s=seen.at_s,
-            short=max(0.0, need - max(0.0, total - foreign)) * self._carried,
+            short=short * self._carried * waits,
             carries=self._carried,
             startable=0 if seen.blocked else self._clamped(self.policy.max, seen) - total,
             start_s=seen.start_s,
-            waits=seen.queued > 0 or self._burst_since_s is not None,
         )
         away = self._spreading.share(here, seen.elsewhere)
         given = sum(away.values()) / self._carried
@@ -359,10 +361,10 @@ class Scaler:
 
     def _more(self, seen: Observation, total: int, need: float, name: str) -> str:
         """Return why more than `total` are wanted, of whom `name` asks for `need`."""
-        if need - ROUND_SHARE > total and (total or need > 1.0):
-            return f"{name} asks for {need:.1f}"
-        if not total and seen.in_flight + seen.queued > 0:
+        if not total and need <= 1.0 and seen.in_flight + seen.queued > 0:
             return "a request is there, and no replica"
+        if need - ROUND_SHARE > total:
+            return f"{name} asks for {need:.1f}"
         return f"{need:.1f} are needed, and {self.policy.buffer} more as a buffer"
 
     # --- down, and the bounds -------------------------------------------------------------------

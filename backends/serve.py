@@ -38,7 +38,7 @@ from backends.fetch import HttpFetch
 from backends.gpus import GpuLeases, described
 from backends.inventory import card_use, find_gpus
 from backends.journal import Journal
-from backends.keys.feed import KeySource
+from backends.keys.source import Keys, told_keys
 from backends.log import Log
 from backends.manager import Manager
 from backends.notice_watch import watch_notice
@@ -121,7 +121,7 @@ async def serve(
         listener = None
         if not sweep:
             listener = stack.enter_context(listen(settings.host, settings.port))
-        keys = KeySource(config, log)
+        keys = None if sweep else stack.enter_context(told_keys(config, log))
         journal = open_journal(run_folder, log)
         stack.callback(journal.close)
         fetch = HttpFetch()
@@ -144,7 +144,7 @@ async def serve(
             snapshots=snapshots,
         )
         stack.push_async_callback(manager.close)
-        if listener is None:
+        if listener is None or keys is None:
             await _sweep(manager, orders, log)
             return 0
         if (place := settings.reclaim_notice) is not None:
@@ -184,7 +184,7 @@ def open_journal(run_folder: Path, log: Log) -> Journal:
 
 async def _run(
     manager: Manager,
-    keys: KeySource,
+    keys: Keys,
     listener: socket.socket,
     orders: Orders,
     config_path: str | None,
@@ -206,7 +206,7 @@ async def _run(
     chores = [
         spawn(_reload_on_order(manager, orders, config_path, ahead, log), "reload", log),
         spawn(_bound_logs(manager), "bound logs", log),
-        spawn(keys.run(), "keys", log),
+        *(spawn(work, "keys", log) for work in keys.chores()),
     ]
     try:
         await orders.stop.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ import msgspec
 
 from backends.offline.setting import exposed, unreadable
 from backends.spec import pool_specs
-from backends.up_plan import Plan
+from backends.up_plan import Plan, keyed
 from proxy.config import (
     EMBEDDED_DEFAULT,
     ENVIRONMENT_PREFIX,
@@ -34,6 +35,7 @@ _MANAGER_SETTINGS: _Settings = (
     ("gpus", "gpus", "GPUS"),
     ("keys_path", "keys_path", "KEYS_PATH"),
     ("keys_follow", "keys_follow", "KEYS_FOLLOW"),
+    ("keys_listen", "keys_listen", "KEYS_LISTEN"),
     ("warm_page_cache", "warm_page_cache", "WARM_PAGE_CACHE"),
 )
 _OFFLINE_SETTINGS: _Settings = (
@@ -64,16 +66,15 @@ def manager_config_of(
     config, path = read_config(given["config"], environ)
     manager = manager_settings(config.manager, given, environ)
     offline = offline_settings(config.offline, given, environ)
-    return msgspec.structs.replace(config, manager=manager, offline=offline), path
+    proxy = override(config.proxy, environment_values(environ), ENVIRONMENT_PREFIX + "{env}")
+    return msgspec.structs.replace(config, manager=manager, offline=offline, proxy=proxy), path
 
 
 def offline_config_of(
     given: Mapping[str, Any], environ: Mapping[str, str]
 ) -> tuple[Config, str | None]:
     """Return the configuration of `doherty offline`. Raises `ConfigError`."""
-    config, path = manager_config_of(given, environ)
-    proxy = override(config.proxy, environment_values(environ), ENVIRONMENT_PREFIX + "{env}")
-    return msgspec.structs.replace(config, proxy=proxy), path
+    return manager_config_of(given, environ)
 
 
 def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
@@ -98,6 +99,12 @@ def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
     if manager.port == 0 and offline.port == OfflineConfig().port:
         # Whoever takes any port for the one means it for the other.
         offline = msgspec.structs.replace(offline, port=0)
+    if keyed(config, proxy, manager):
+        _check_tenants(config, proxy, manager)
+        if offline.enabled and proxy.internal_key is None:
+            # Of this run alone: by it the proxy and the offline service know each other.
+            flags["internal_key"] = secrets.token_urlsafe(32)
+            proxy = msgspec.structs.replace(proxy, internal_key=flags["internal_key"])
     if proxy.access_log == "-":  # the terminal belongs to the progress of `up`
         flags["access_log"] = f"{manager.run_dir}/logs/access.log"
     return Plan(
@@ -108,6 +115,16 @@ def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
         manager=manager,
         offline=offline,
     )
+
+
+def _check_tenants(config: Config, proxy: ProxyConfig, manager: ManagerConfig) -> None:
+    """Refuse tenants of which nobody could ever show that he is one. Raises `ConfigError`."""
+    kept = proxy.keys_path or manager.keys_path or manager.keys_follow
+    if config.tenants and not kept and config.jwt is None and proxy.api_key is None:
+        raise ConfigError(
+            "tenants: nobody can show that he is one of them; set proxy.keys_path and make keys "
+            f"(doherty keys create --tenant {config.tenants[0].name}), or set jwt"
+        )
 
 
 def manager_settings(

@@ -103,6 +103,8 @@ class Up:
         self._say(f"starting {names} (logs: {self._plan.logs})")
         if (reason := self._plan.locked_out) is not None:
             self._say(reason)
+        if (advice := self._plan.without_keys) is not None:
+            self._say(advice)
         running = {s: spawn(s.run(), s.command.name, self._log) for s in self._services}
         self._chores += [
             spawn(self._follow(), "follow", self._log),

@@ -21,7 +21,7 @@ from backends.ports import PortLeases, bind_problem
 from backends.service import Command, environment, flags_of
 from proxy.config import Config, ManagerConfig, OfflineConfig, ProxyConfig
 
-SECRETS = ("api_key", "admin_api_key", "peer_key")
+SECRETS = ("api_key", "admin_api_key", "peer_key", "internal_key")
 SOCKET_PATH_BYTES_MAX = 90  # 107 (unix(7)), less what the proxy adds until it has its name
 ACCESS_LOG_NAME = "access.log"
 
@@ -45,6 +45,26 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     def locked_out(self) -> str | None:
         """Why the offline service cannot send lines through the proxy, in words."""
         return locked_out(self.offline, self.proxy) if self.serves_jobs else None
+
+    @property
+    def keyed(self) -> bool:
+        """Whether requests come with keys or tokens of tenants."""
+        return keyed(self.config, self.proxy, self.manager)
+
+    @property
+    def keys_path(self) -> str | None:
+        return self.manager.keys_path or self.proxy.keys_path
+
+    @property
+    def without_keys(self) -> str | None:
+        """Why nobody may ask yet, and what to do, in words."""
+        path = self.keys_path
+        if path is None or os.path.exists(path):
+            return None
+        tenants = self.config.tenants
+        tenant = tenants[0].name if tenants else "TENANT"
+        where = f"--config {self.config_path}" if self.config_path else f"--keys {path}"
+        return f"no API keys yet: doherty keys create --tenant {tenant} {where}"
 
     @property
     def run_folder(self) -> Path:
@@ -76,6 +96,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def offline_url(self) -> str:
         return _url(self.offline.host, self.offline.port)
+
+
+def keyed(config: Config, proxy: ProxyConfig, manager: ManagerConfig) -> bool:
+    """Say whether requests come with keys or tokens of tenants."""
+    kept = proxy.keys_path or manager.keys_path or manager.keys_follow
+    return bool(kept or config.tenants or config.jwt)
 
 
 def with_ports(plan: Plan) -> Plan:
@@ -146,11 +172,14 @@ def services(plan: Plan, environ: Mapping[str, str]) -> Commands:
         plain["upgrade_socket"] = path
     secrets = {f"DOHERTY_{k.upper()}": str(v) for k, v in plan.proxy_flags.items() if k in SECRETS}
     # Where the desk is, for the manager as well: it starts the workers that ask there.
-    desk = {"DOHERTY_OFFLINE_PORT": str(plan.offline.port)} if plan.serves_jobs else {}
+    told = {"DOHERTY_OFFLINE_PORT": str(plan.offline.port)} if plan.serves_jobs else {}
+    told |= {k: v for k, v in secrets.items() if k.endswith("PEER_KEY")}
+    if plan.manager.keys_follow is None and (path := plan.keys_path) is not None:
+        told["DOHERTY_KEYS_PATH"] = path  # it serves the keys that the proxy reads
     manager = Command(
         "manager",
         (*cli, "manager", *config, *flags_of(manager_flags)),
-        environment(environ, desk),
+        environment(environ, told),
         plan.logs / "manager.log",
     )
     offline = Command(

@@ -40,7 +40,7 @@ def banner(plan: Plan, down: Sequence[str] = ()) -> str:
     """Return what to do with a running endpoint, ready to be pasted; models `down` are told."""
     without = f", without {', '.join(down)}" if down else ""
     key, auth = '"none"', ""
-    if plan.proxy.api_key is not None:
+    if plan.proxy.api_key is not None or plan.keyed:
         key, auth = 'os.environ["DOHERTY_API_KEY"]', ' -H "authorization: Bearer $DOHERTY_API_KEY"'
     client = [
         *(["import os"] if auth else []),

@@ -20,6 +20,7 @@ from loadtest import (
     burst,
     faults,
     gpu,
+    guessing,
     keys,
     offline,
     plot,
@@ -40,9 +41,11 @@ from loadtest.command import Command
 from loadtest.compare import broken_promises, compare, in_engine_seconds
 from loadtest.fleet import FleetOptions
 from loadtest.measure import warmup_count
-from loadtest.policies import beside
+from loadtest.policies import beside, regions_lab
 from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
 from loadtest.scaling import pool
+from loadtest.scaling import regions as regions_day
+from loadtest.tenants import fairness
 from loadtest.tenants import limits as tenant_limits
 from loadtest.traces import Trace, TraceError
 
@@ -60,13 +63,17 @@ example:
 COMMANDS: dict[str, Command] = {
     "bench": bench,
     "burst": burst,
+    "fairness": fairness,
     "gpu": gpu,
+    "guessing": guessing,
     "keys": keys,
     "offline": offline,
     "policies": policies,
     "pool": pool,
     "readahead": readahead,
     "regions": regions,
+    "regions-day": regions_day,
+    "regions-lab": regions_lab,
     "scaling": scaling,
     "sdk": sdk,
     "siege": siege,

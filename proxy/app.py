@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
-from proxy import flags, settings, tls
+from proxy import dumps, flags, settings, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract.key_file import KeyFile, KeyFileError
 from proxy.listeners import Listeners, StartError, arrange, given_by_systemd
@@ -25,6 +25,7 @@ _log = logging.getLogger("doherty.proxy")
 def serve(invocation: flags.Invocation, config: ProxyConfig) -> int:
     """Run the proxy until it is told to stop. Raises what `main` tells."""
     set_up_logging(config.log_level)
+    dumps.leave_none()
     check_source(config)
     settings.check_tenants(config)
     check_keys(config)

@@ -40,6 +40,7 @@ from proxy.config_reading import (
     PositiveInt,
     Seconds,
     Section,
+    ShownKey,
     describe_fields,
     laid_over,
     read_text,
@@ -119,7 +120,7 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
         ),
     ] = "soft"
     api_key: Annotated[
-        Key | None,
+        ShownKey | None,
         Meta(description="key that clients must present; it goes on to the engines with a request"),
     ] = None
     tenant_isolation: Annotated[
@@ -268,15 +269,14 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
         Path | None,
         Meta(description="file of API keys, as `doherty keys` keeps it (default: the manager's)"),
     ] = None
+    internal_key: Annotated[
+        Key | None, Meta(description="secret shared with the offline service (`up` draws one)")
+    ] = None
     usage_log: Annotated[
         str, Meta(description="file for usage records, one JSON line each; '-' or 'off'")
     ] = "off"
     quota_path: Annotated[
-        Path | None,
-        Meta(
-            description="file that keeps what tenants have used of the day, of this proxy alone "
-            "(default: none, the day begins anew with each start)"
-        ),
+        Path | None, Meta(description="file of this proxy that keeps what tenants used of the day")
     ] = None
     access: Annotated[
         AccessConfig,

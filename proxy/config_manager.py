@@ -72,6 +72,14 @@ class ManagerConfig(Section, frozen=True, kw_only=True):
         Meta(description="manager of another region, whose API keys are taken and told on"),
     ] = None
 
+    keys_listen: Annotated[
+        Path | None,
+        Meta(
+            description="HOST:PORT where managers of other regions follow the keys of this one, "
+            "with proxy.peer_key and by the proxy's certificate"
+        ),
+    ] = None
+
     @property
     def cards(self) -> str:
         """`gpus` as one text."""

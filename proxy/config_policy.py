@@ -60,14 +60,6 @@ def class_granted(wanted: str, classes: Collection[str]) -> str:
     return next((name for name in lower if name in classes), wanted)
 
 
-def rows_of(access: AccessConfig) -> dict[str, int]:
-    """Return the row of each tenant in what all workers count together.
-
-    It follows from the configuration alone, so that all of them find the same one.
-    """
-    return {name: row for row, name in enumerate(sorted(t.name for t in access.tenants))}
-
-
 def is_limited(tenant: TenantConfig) -> bool:
     """Whether anything of it has to be counted before it is let in."""
     return bool(

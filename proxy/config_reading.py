@@ -20,6 +20,8 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 PositiveInt = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
 Key = Annotated[str, Meta(min_length=1)]  # an empty one would open what it should close
+# One that comes in a head: visible ASCII, which is what a bearer token may hold (RFC 6750 §2.1).
+ShownKey = Annotated[str, Meta(min_length=1, max_length=8192, pattern=r"^[!-~]*$")]
 Path = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(ge=0)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]

@@ -202,6 +202,21 @@ class UnauthorizedError(ProxyError):
     code = "invalid_api_key"
 
 
+class HopRefusedError(ProxyError):
+    """It claims to come from another region, and is not believed; or it has been here before."""
+
+    status = 403
+    kind = "permission_error"
+    code = "hop_refused"
+
+
+class HopMisdirectedError(HopRefusedError):
+    """Another region has sent it here, where it may not be computed (RFC 9110 §15.5.20)."""
+
+    status = 421
+    code = "hop_misdirected"
+
+
 class KeysUnknownError(ProxyError):
     """Which keys are right is not known here yet; nobody is let in on trust."""
 
@@ -398,6 +413,8 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     BodyTooLargeError,
     UnsupportedEncodingError,
     UnauthorizedError,
+    HopRefusedError,
+    HopMisdirectedError,
     KeysUnknownError,
     OverloadedError,
     RateLimitError,

@@ -19,7 +19,7 @@ from proxy.io import control
 from proxy.io.admin import sum_samples
 from proxy.io.hub import Hub
 from proxy.io.quota_memory import QuotaMemory
-from proxy.io.shared_cells import SharedCells
+from proxy.io.shared_cells import SharedCells, SharedNonces
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.teller import Teller
@@ -84,6 +84,7 @@ class Places:
         self._columns = Columns()
         # One worker alone knows what it has.
         self._cells = SharedCells(len(hands)) if len(hands) > 1 else None
+        self._nonces = SharedNonces(len(hands))
         self.quotas = QuotaMemory(len(hands))
         self._departed: list[Sample] = []  # what dead workers had counted
         self._restarts = 0
@@ -161,7 +162,7 @@ class Places:
             # Without -P the working folder would come first, and it may hold another `proxy`.
             command = (sys.executable, "-P", "-m", "proxy.worker", *map(str, fds))
             place.process = process = await asyncio.create_subprocess_exec(
-                *command, pass_fds=(*fds, *shared), env=worker_environment()
+                *command, pass_fds=(*fds, *shared, self._nonces.fd), env=worker_environment()
             )
         except BaseException:
             ours.close()
@@ -205,6 +206,7 @@ class Places:
                 len(self._places),
                 self.quotas.fd,
                 self._quota_rows(),
+                self._nonces.fd,
             )
         )
         # Keys before the fleet: before there is anybody to ask.
@@ -319,6 +321,7 @@ class Places:
                 await place.process.wait()
         if self._cells is not None:
             self._cells.close()
+        self._nonces.close()
         self.quotas.close()
 
 

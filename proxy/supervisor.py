@@ -32,7 +32,6 @@ from proxy.io import control
 from proxy.io.admin import make_app
 from proxy.io.entrance import LISTEN_BACKLOG
 from proxy.io.hub import Hub
-from proxy.io.jwt_keys import JwtKeys
 from proxy.io.lookout import Lookout
 from proxy.io.peers import Peers
 from proxy.io.quota_keeper import QuotaKeeper
@@ -41,6 +40,7 @@ from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.teller import Teller
+from proxy.io.wanting import Wanting
 from proxy.io.witness import Witness
 from proxy.listeners import Listeners, StartError, deal
 from proxy.logs import set_up_logging
@@ -51,7 +51,6 @@ from proxy.terminal import has_terminal
 _log = logging.getLogger("doherty.proxy")
 
 WATCH_INTERVAL_S = 1.0
-SUCCESSOR_END_TIMEOUT_S = 5.0  # one that failed cleans up; that is more than it needs
 TELL_MARGIN_S = 1.0  # for asking, beyond what a worker takes to tell what is cached where
 END_MARGIN_S = 2.0  # beyond the grace that workers were given
 
@@ -84,6 +83,7 @@ class Supervisor:
         )
         self._regions = Regions(self._places.tell, self._teller.summary)
         self._peers = Peers(self._tasks, self.hub, self._regions)
+        self._wanting = Wanting(self._peers, self._regions, self._teller)
         self._quotas = QuotaKeeper(
             self._places.quotas, self._peers, takes_over=predecessor is not None
         )
@@ -93,8 +93,8 @@ class Supervisor:
             on_cleared=lambda replica_id: self._places.tell(control.Cleared(replica_id)),
             on_silent=lambda replica_id: self._places.tell(control.Accused(replica_id)),
             on_keys=lambda keys: self._places.tell(control.KeysAre(keys)),
+            on_jwt_keys=lambda document: self._places.tell(control.JwtKeysAre(document)),
         )
-        self._jwt_keys = JwtKeys(self._tasks, lambda d: self._places.tell(control.JwtKeysAre(d)))
         self._admin = web.AppRunner(make_app(self, config.admin_api_key), access_log=None)
         self._door: takeover.Door | None = None
         self._door_task: asyncio.Task[None] | None = None
@@ -129,6 +129,7 @@ class Supervisor:
             self._tasks.start("hub", self.hub.run())
             self._tasks.start("demand", self._teller.run())
             self._tasks.start("regions", self._regions.run())
+            self._tasks.start("wanted", self._wanting.run())
             self._quotas.know(self._config)
             self._tasks.start("quotas", self._quotas.run())
             self._peers.start(self._config, listen=self._predecessor is None)
@@ -161,9 +162,9 @@ class Supervisor:
 
     def _look(self) -> None:
         self._lookout.look(self._config)
-        self._jwt_keys.look(self._config.access.jwt)
         self._witness.look(self._lookout.session, self._config)
         self._teller.tell(self._config.manager_url)
+        self._wanting.look(self._config)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -192,7 +193,7 @@ class Supervisor:
             case control.Doubt(replica_id):
                 self._lookout.prober.doubt(replica_id)
             case control.JwtKeysWanted():
-                self._jwt_keys.want()
+                self._lookout.jwt_keys.want()
             case _:
                 _log.error("a worker said %s", type(message).__name__)
 
@@ -218,6 +219,7 @@ class Supervisor:
         self._places.tell(control.FleetIs(snapshot))
         self.hub.know_fleet()
         self._witness.know(snapshot)
+        self._wanting.know(snapshot)
 
     def _usable(self, snapshot: FleetSnapshot) -> FleetSnapshot:
         """Leave out records that nobody can connect to, so that one cannot spoil the rest."""
@@ -248,7 +250,8 @@ class Supervisor:
         jobs_only = self._fleet and not (self._fleet.replicas or self._fleet.pools)
         if jobs_only and self._config.offline_url is not None:
             return None
-        if not [r for r in able if r.replica_id not in suspects]:
+        here = [r for r in able if r.replica_id not in suspects]
+        if not here and not self._regions.serve:
             return "no replica can take a request"
         return None
 
@@ -261,7 +264,7 @@ class Supervisor:
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         counters, gauges = await self._places.samples()
         told, linked = self.hub.samples()
-        extra = [self._jwt_keys.samples(), self._lookout.keyring.samples()]
+        extra = [self._lookout.samples(), ([], self._wanting.samples())]
         counters += [*told, *self._peers.samples(), *self._teller.samples()]
         gauges += [
             *linked,
@@ -395,7 +398,7 @@ class Supervisor:
             theirs.close()
         await self._serve_successor(ours)
         if not self._relieved:
-            status = await _end_of(self._successor)
+            status = await takeover.end_of(self._successor)
             _log.error("the new proxy ended with %d", status)
 
     # --- the end -----------------------------------------------------------------------------
@@ -443,14 +446,3 @@ class Supervisor:
         timeout_s = order.grace_s + END_MARGIN_S
         await asyncio.wait((hurry, ended), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         return ended.done()
-
-
-async def _end_of(successor: asyncio.subprocess.Process) -> int:
-    """Wait for a successor that failed; end it when it hangs. Its workers end with it."""
-    for end in (successor.terminate, successor.kill):
-        with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(successor.wait(), SUCCESSOR_END_TIMEOUT_S)
-        _log.error("the new proxy (pid %d) hangs; ending it", successor.pid)
-        with contextlib.suppress(ProcessLookupError):
-            end()
-    return await successor.wait()

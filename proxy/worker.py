@@ -20,7 +20,7 @@ from functools import partial
 import msgspec
 import uvloop
 
-from proxy import tls
+from proxy import dumps, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.core import limits
 from proxy.core.memory import bodies_bytes_max
@@ -32,7 +32,7 @@ from proxy.io.explain import explain
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
 from proxy.io.quota_memory import quota_cells_at
-from proxy.io.shared_cells import headcount_at, shares_at
+from proxy.io.shared_cells import headcount_at, nonces_at, shares_at
 from proxy.io.tally import Tally, summarise_regularly
 from proxy.io.tasks import Tasks
 from proxy.logs import set_up_logging
@@ -255,6 +255,8 @@ def _share(plane: Plane, start: control.Start) -> None:
     if start.quota_fd >= 0:
         cells = quota_cells_at(start.quota_fd, start.workers)
         plane.metering.connect(cells, start.place, start.workers, start.rows)
+    if start.nonces_fd >= 0:
+        plane.hops.share(nonces_at(start.nonces_fd, start.place, start.workers))
 
 
 def _fault(plane: Plane, doing: str) -> None:
@@ -270,7 +272,7 @@ def _tell(plane: Plane, message: control.News) -> None:
         case control.KeysAre(keys):
             plane.know_keys(keys)
         case control.JwtKeysAre(document):
-            plane.know_jwt_keys(document)
+            plane.authentication.know_jwt_keys(document)
         case control.RemotesAre(remotes, ours):
             plane.know_remotes(remotes, ours)
         case control.Cleared(replica_id):
@@ -313,6 +315,7 @@ def _bodies_possible(config: ProxyConfig) -> int:
 
 def main(argv: list[str]) -> int:
     """`python -m proxy.worker CONTROL_FD LISTENER_FD…`, as the supervisor calls it."""
+    dumps.leave_none()
     end, *listeners = (socket.socket(fileno=int(fd)) for fd in argv)
     # The terminal's signals reach the whole group; the supervisor decides what they mean.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):

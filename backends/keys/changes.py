@@ -1,14 +1,12 @@
 """What can be done to a set of keys. Pure: a set and a moment in, the next set out.
 
-A key that is over stays in the set, so that lists can say since when, until it is pruned. Those who
-are told sets go by its times, and by what is in it, not by its version.
+A key that is over stays in the set, so that lists can say since when, until it is pruned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import msgspec
 from msgspec.structs import replace
 
 from proxy.contract.keys import KeyRecord, KeySet
@@ -95,4 +93,4 @@ def successor(
 
 
 def _next(keys: KeySet, records: Sequence[KeyRecord]) -> KeySet:
-    return msgspec.structs.replace(keys, version=keys.version + 1, keys=tuple(records))
+    return replace(keys, keys=tuple(records))

@@ -1,4 +1,4 @@
-"""`doherty keys`: make, list, rotate and end API keys.
+"""`doherty keys`: make, list, rotate and end API keys, and sum up what they were used for.
 
 A key is printed once, when it is made: alone, on standard output, so that it can be piped into a
 store of secrets; all words go to standard error. Nothing that is kept could be turned back into it.
@@ -14,6 +14,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, get_args
 
@@ -43,8 +44,9 @@ from backends.keys.making import (
     new_id,
     new_key,
 )
-from backends.keys.place import Place, check_rights, place_of
+from backends.keys.place import Place, check_rights, place_of, usage_log_of
 from backends.keys.showing import record_shown, story, table
+from backends.keys.usage import BY, COLUMNS, Usage
 from proxy.config import ConfigError, WorkClass
 from proxy.contract.key_file import KeyFileError
 from proxy.contract.keys import KeyRecord, KeySet
@@ -77,6 +79,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     prune = _command(commands, "prune", _prune, "forget keys that are over")
     prune.add_argument("--over", type=seconds, default=PRUNE_S, metavar="TIME",
                        help="for so long (default: 30d)")  # fmt: skip
+
+    usage = _command(commands, "usage", _usage, "sum up what was used, from usage records")
+    usage.add_argument("records", nargs="*", metavar="FILE", help="'-': standard input "
+                       "(default: proxy.usage_log of the configuration)")  # fmt: skip
+    usage.add_argument("--by", type=names, default=BY, metavar="A,B",
+                       help=f"columns: {', '.join(COLUMNS)} (default: {','.join(BY)})")  # fmt: skip
+    usage.add_argument("--tenant", metavar="TENANT", help="of this tenant only")
+    usage.add_argument("--since", type=seconds, metavar="TIME", help="of the last TIME, as 7d")
+    usage.add_argument("--csv", action="store_true", help="print CSV")
 
 
 def _command(
@@ -293,6 +304,32 @@ def _prune(options: argparse.Namespace) -> int:
     _say(f"{gone} keys forgotten")
     if options.json:
         print(_json({"forgotten": gone}))
+    return 0
+
+
+# --- what they were used for ------------------------------------------------------------------
+
+
+def _usage(options: argparse.Namespace) -> int:
+    unknown = [column for column in options.by if column not in COLUMNS]
+    if unknown or not options.by:
+        raise ConfigError(f"--by: '{','.join(unknown)}' is none of {', '.join(COLUMNS)}")
+    since_s = 0.0 if options.since is None else time.time() - options.since
+    usage = Usage(options.by, since_s=since_s, tenant=options.tenant)
+    for path in options.records or [usage_log_of(options.config, os.environ)]:
+        try:
+            with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as lines:
+                usage.read(lines)
+        except OSError as error:
+            raise KeyFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if options.json:
+        print(_json(usage.as_objects()))
+    elif options.csv:
+        print(usage.as_csv(), end="")
+    else:
+        print(usage.as_table())
+    if usage.unreadable:
+        _say(f"{usage.unreadable} lines were no usage records and are left out")
     return 0
 
 

@@ -9,6 +9,8 @@ knows the keys that were last in force. Nothing is taken back by silence.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +21,7 @@ import msgspec
 from backends.failure import StartError
 from backends.keys.file import replace_file
 from backends.log import Log
+from proxy import tls
 from proxy.config import Config
 from proxy.contract import HEARTBEAT_INTERVAL_S
 from proxy.contract.key_file import WATCH_INTERVAL_S, KeyFile, KeyFileError, read_key_file
@@ -59,6 +62,11 @@ class KeyFeed:
         return self.version > version
 
 
+def token_of(peer_key: str) -> str:
+    """Return what shows the manager of another region that this one has the key of all."""
+    return hmac.new(peer_key.encode(), b"doherty follow keys", hashlib.sha256).hexdigest()
+
+
 class KeySource:
     """Where the keys of a manager come from. `run` keeps `feed` up to date."""
 
@@ -68,6 +76,10 @@ class KeySource:
         self._log = log
         self._url = settings.keys_follow
         self._kept = Path(settings.run_dir) / FOLLOWED_NAME
+        self._tls = tls.replica_context(config.proxy)
+        self._headers = {}
+        if config.proxy.peer_key is not None:
+            self._headers["authorization"] = f"Bearer {token_of(config.proxy.peer_key)}"
         path = settings.keys_path or config.proxy.keys_path
         self._file = KeyFile(path) if path and self._url is None else None
         self.feed: KeyFeed | None = None if self._file is None and self._url is None else KeyFeed()
@@ -124,7 +136,7 @@ class KeySource:
         pause_s, lost = RETRY_FIRST_S, False
         while True:
             try:
-                async for keys in _told(url):
+                async for keys in self._told(url):
                     pause_s = RETRY_FIRST_S
                     if lost:
                         self._log.tell("keys_followed_again")
@@ -142,22 +154,25 @@ class KeySource:
             await asyncio.sleep(pause_s)
             pause_s = min(RETRY_S_MAX, pause_s * 2)
 
+    async def _told(self, url: str) -> AsyncIterator[KeySet | None]:
+        """Yield each set that a watch tells, and None for its heartbeats."""
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_S, sock_read=3 * HEARTBEAT_INTERVAL_S
+        )
+        connector = aiohttp.TCPConnector(ssl=self._tls)
+        async with (
+            aiohttp.ClientSession(
+                connector=connector, timeout=timeout, read_bufsize=KEYS_BYTES_MAX
+            ) as session,
+            session.get(url, headers=self._headers, allow_redirects=False) as response,
+        ):
+            if response.status != 200:
+                raise ValueError(f"it answers {response.status}")
+            async for line in response.content:
+                yield decode_keys(line) if line.strip() else None
+
     def _keep(self, keys: KeySet) -> None:
         try:
             replace_file(os.fspath(self._kept), encode_keys(keys))
         except OSError as error:
             self._log.fault("keys_not_kept", path=str(self._kept), reason=str(error))
-
-
-async def _told(url: str) -> AsyncIterator[KeySet | None]:
-    """Yield each set that a watch tells, and None for its heartbeats."""
-    timeout = aiohttp.ClientTimeout(
-        total=None, sock_connect=CONNECT_S, sock_read=3 * HEARTBEAT_INTERVAL_S
-    )
-    async with (
-        aiohttp.ClientSession(timeout=timeout, read_bufsize=KEYS_BYTES_MAX) as session,
-        session.get(url) as response,
-    ):
-        response.raise_for_status()
-        async for line in response.content:
-            yield decode_keys(line) if line.strip() else None

@@ -42,7 +42,7 @@ def change(path: str, make: Callable[[KeySet], KeySet]) -> KeySet:
     try:
         with _locked(os.path.dirname(path)) as folder:
             before = load(path)
-            after = make(before)
+            after = msgspec.structs.replace(make(before), version=before.version + 1)
             content = msgspec.json.format(msgspec.json.encode(after)) + b"\n"
             parse_key_file(content, path)  # no reader would refuse what is written here
             replace_file(path, content)

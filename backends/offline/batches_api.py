@@ -40,7 +40,7 @@ from backends.offline.queries import (
 )
 from backends.offline.records import IN_PROGRESS, JobRecord, ResultRecord
 from backends.offline.store import Store
-from backends.offline.tenants import owner_of
+from backends.offline.tenants import Door
 from backends.offline.until import until
 from backends.offline.validation import ENDPOINTS
 
@@ -66,7 +66,7 @@ class BatchesApi:
         desk: CountedDesk,
         clock: Clock,
         *,
-        api_key: str | None,
+        door: Door,
         prices: Mapping[str, float],
         ending: asyncio.Event,
         cancelled: asyncio.Event,
@@ -76,7 +76,7 @@ class BatchesApi:
         """`moved_up(model)` says whether its lines go as more urgent work at the moment,
         `nobody(model, url)` that none is known who understands such requests."""
         self._store, self._desk, self._clock = store, desk, clock
-        self._api_key, self._prices = api_key, prices
+        self._door, self._prices = door, prices
         self._ending, self._moved_up, self._nobody = ending, moved_up, nobody
         self._cancelled = cancelled  # set when there is a batch to finish
 
@@ -91,7 +91,7 @@ class BatchesApi:
         ]
 
     def _owner(self, request: web.Request) -> str:
-        return owner_of(request.headers, self._api_key)
+        return self._door.asker(request.headers).owner
 
     def _shown(self, job: JobRecord) -> dict[str, object]:
         tokens_per_s = self._desk.tokens_per_s().get(job.id, 0.0)
@@ -107,7 +107,8 @@ class BatchesApi:
         )
 
     async def _create(self, request: web.Request) -> web.Response:
-        owner = self._owner(request)
+        asker = self._door.asker(request.headers)
+        owner = asker.owner
         wish = await batch_wish(request)
         if wish.endpoint not in ENDPOINTS:
             message = f"'{wish.endpoint[:100]}' is none of {', '.join(ENDPOINTS)}."
@@ -128,6 +129,7 @@ class BatchesApi:
                 metadata=wish.metadata,
                 output_expires_after_s=expiry.seconds if expiry else None,
                 job_id=id_of("batch_", owner, key) if key else None,
+                tenant=asker.tenant,
             )
         return web.json_response(self._shown(job))
 

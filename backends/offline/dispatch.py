@@ -32,6 +32,7 @@ from backends.offline.urgency import Speed, Urgency
 from backends.offline.work import SPARE_PREFIX, Desk, JobNeed, JobNeeds, Line, spare_worker
 from backends.tasks import cancel_all, spawn
 from proxy.config import Config, ModelConfig
+from proxy.contract.behalf import TENANT_FIELD, in_field
 from proxy.contract.demand import DEMAND_INTERVAL_S
 
 LOOK_S = DEMAND_INTERVAL_S
@@ -60,12 +61,14 @@ class GroupReport(msgspec.Struct, frozen=True, kw_only=True):
 class _Post:
     """Sends lines to the proxy."""
 
-    def __init__(self, url: str, api_key: str | None) -> None:
+    def __init__(self, url: str, api_key: str | None, internal_key: str | None = None) -> None:
+        """With an `internal_key` lines go on behalf of the tenants whose jobs they are of."""
         self._url = url.rstrip("/")
         self._is_here = (urlsplit(url).hostname or "") in {"127.0.0.1", "::1", "localhost"}
         self._headers = {"content-type": "application/json", "accept-encoding": "identity"}
-        if api_key:
-            self._headers["authorization"] = f"Bearer {api_key}"
+        self._names_tenants = internal_key is not None
+        if key := internal_key or api_key:
+            self._headers["authorization"] = f"Bearer {key}"
         self._session: aiohttp.ClientSession | None = None
 
     async def __call__(self, line: Line, work_class: str) -> Answered:
@@ -79,6 +82,8 @@ class _Post:
                 trust_env=False,  # the proxy is never behind the user's web proxy
             )
         headers = {**self._headers, CLASS_FIELD: work_class}
+        if line.tenant and self._names_tenants:
+            headers[TENANT_FIELD] = in_field(line.tenant)
         try:
             async with self._session.post(
                 self._url + line.url, data=bytes(line.body), headers=headers, allow_redirects=False
@@ -128,6 +133,7 @@ class Dispatcher:
         proxy_url: str,
         manager_url: str,
         api_key: str | None,
+        internal_key: str | None = None,
         clock: Clock,
         log: Log,
     ) -> None:
@@ -135,7 +141,7 @@ class Dispatcher:
         self._desk, self._needs = desk, needs
         self._lines_each_max = config.offline.spare_inputs_max
         self._by_workers = names_of_workers(config.models)
-        self._post = _Post(proxy_url, api_key)
+        self._post = _Post(proxy_url, api_key, internal_key)
         self._watch = RegionWatch(manager_url, clock)
         self._clock, self._log = clock, log
         self._worker_id = f"{SPARE_PREFIX}{os.urandom(6).hex()}"

@@ -25,7 +25,7 @@ from backends.offline.objects import file_object, page_object
 from backends.offline.queries import after_of, expires_after, id_of, idempotency_key, limit_of
 from backends.offline.records import FileRecord, StoreError
 from backends.offline.store import Store
-from backends.offline.tenants import owner_of
+from backends.offline.tenants import Door
 
 PATH = "/v1/files"
 PURPOSE = "batch"
@@ -40,9 +40,9 @@ _FROM = re.compile(r"bytes=(\d{1,15})-")
 class FilesApi:
     """The handlers."""
 
-    def __init__(self, store: Store, api_key: str | None, file_bytes_max: int) -> None:
+    def __init__(self, store: Store, door: Door, file_bytes_max: int) -> None:
         self._store = store
-        self._api_key = api_key
+        self._door = door
         self._file_bytes_max = file_bytes_max
         self.uploads = 0  # in progress
         self.uploaded_bytes = 0
@@ -57,7 +57,7 @@ class FilesApi:
         ]
 
     def _owner(self, request: web.Request) -> str:
-        return owner_of(request.headers, self._api_key)
+        return self._door.asker(request.headers).owner
 
     async def _upload(self, request: web.Request) -> web.Response:
         owner = self._owner(request)

@@ -127,4 +127,7 @@ _FIRST = (
     "CREATE INDEX chunks_by_time ON chunks (held_until_s)",
 )
 
-STEPS = (_FIRST,)
+# The name of the tenant whose job it is, where the proxy says one; an `owner` is a digest.
+_TENANTS = ("ALTER TABLE jobs ADD COLUMN tenant TEXT NOT NULL DEFAULT ''",)
+
+STEPS = (_FIRST, _TENANTS)

@@ -46,6 +46,7 @@ class JobStore(Ender):
         metadata: dict[str, str] | None = None,
         output_expires_after_s: float | None = None,
         job_id: str | None = None,
+        tenant: str = "",
     ) -> JobRecord:
         """Make a job that is to be validated; with a `job_id` that exists, it is that one."""
         await self._require_room()
@@ -60,8 +61,8 @@ class JobStore(Ender):
                 raise NotFoundError(f"no file {input_file_id}")
             await transaction.execute(
                 "INSERT INTO jobs (id, owner, endpoint, input_file_id, window_s, metadata, state, "
-                "created_s, expires_s, output_keep_s) "
-                "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (id) DO NOTHING",
+                "created_s, expires_s, output_keep_s, tenant) "
+                "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) ON CONFLICT (id) DO NOTHING",
                 job_id,
                 owner,
                 endpoint,
@@ -72,6 +73,7 @@ class JobStore(Ender):
                 now_s,
                 now_s + window_s,
                 output_expires_after_s,
+                tenant,
             )
             await self._database.tell(transaction, CHECK)
         return await self.job(owner, job_id)

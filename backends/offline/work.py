@@ -66,13 +66,14 @@ def name_of(worker_id: str) -> str:
     return name if at and not worker_id.startswith(SPARE_PREFIX) else worker_id
 
 
-class Line(msgspec.Struct, frozen=True):
+class Line(msgspec.Struct, frozen=True, omit_defaults=True):
     """One request of a job."""
 
     job_id: _Id
     number: _Count
     url: str  # such as /v1/chat/completions
     body: msgspec.Raw  # the request, a JSON object, as the client wrote it
+    tenant: str = ""  # whose job it is, where keys are tenants'
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -151,7 +151,7 @@ def check_policy(policy: str) -> None:
 
 
 @lru_cache(maxsize=64)
-def _full_rate(source: Source, cache_tokens: int, model: str, replicas: int) -> float:
+def full_rate(source: Source, cache_tokens: int, model: str, replicas: int) -> float:
     """Return requests a second at which round robin would have all replicas busy."""
     workload = _prepared(source, cache_tokens, model)
     fleet = Fleet(replicas=replicas, capacity_tokens=cache_tokens, model=model)
@@ -185,8 +185,8 @@ def scale_of(cell: Cell) -> float:
     if workload.closed_loop:
         return 1.0
     replicas = cell.burst.before if cell.burst else cell.replicas
-    full_rate = _full_rate(cell.source, cell.cache_tokens, cell.model, replicas)
-    return cell.load * full_rate / (len(workload.jobs) / workload.span_s)
+    most = full_rate(cell.source, cell.cache_tokens, cell.model, replicas)
+    return cell.load * most / (len(workload.jobs) / workload.span_s)
 
 
 # --- one run ------------------------------------------------------------------------------------

@@ -128,12 +128,16 @@ class Pool:
         self.world.watch(self, replica)
         if ended is None:
             return
+        self.ended(ended, now_s)
         if replica in self.leaving:
             if not replica.in_flight:
                 self.pay(now_s)
                 self.leaving.remove(replica)
         else:
             self.serve(now_s)
+
+    def ended(self, job: Job, now_s: float) -> None:
+        """A request has been served."""
 
     # --- replicas ---------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A Doherty with tenants, their keys in a file written by hand, and simulated replicas behind it."""
+"""A Doherty with tenants, their keys in a file written by hand, and simulated replicas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     profile: str = "h200-8b"
     time_scale: float = 1.0
     max_inputs: int = 0
-    engine_args: tuple[str, ...] = ()
+    chunk_tokens: int = 2048  # of prompts in a step of an engine, as online work has it
     late: str = "serve"
     online_reserve: float = 0.0
     doherty: str = DOHERTY
@@ -56,7 +56,7 @@ def configuration(
     keys = Path(folder).parent / "keys.json"
     write_keys(keys, tuple(weights))
     args = ["--profile", setting.profile, "--time-scale", f"{setting.time_scale:g}"]
-    args += ["--stream-interval", "10", *setting.engine_args]
+    args += ["--stream-interval", "10", "--max-num-batched-tokens", str(setting.chunk_tokens)]
     pool: dict[str, Any] = {"engine": "simulator", "replicas": setting.replicas, "args": args}
     if setting.max_inputs:
         pool["max_inputs"] = setting.max_inputs

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import orjson
@@ -57,58 +58,67 @@ class Record(msgspec.Struct):
         return self.first_s - self.due_s
 
 
+class Course(msgspec.Struct, frozen=True, kw_only=True):
+    """How long all send, and what they draw from; `name` makes its prompts its own."""
+
+    name: str
+    seconds: float
+    seed: int
+
+
 async def send(
-    port: int, senders: Sequence[Sender], seconds: float, seed: int
+    port: int, senders: Sequence[Sender], course: Course
 ) -> tuple[list[Record], float, float]:
-    """Have all send for so long; return what came, and when that began and ended.
+    """Have all send; return what came of each request, and when that began and ended.
 
     What is under way at the end is cut off: who measures looks at the time in between.
     """
     clock = WallClock()
     records: list[Record] = []
     begun_s = clock.now_s()
-    tasks: set[asyncio.Task[None]] = set()
     async with asyncio.TaskGroup() as group, contextlib.AsyncExitStack() as stack:
         loops = []
-        for place, sender in enumerate(senders):
+        under_way: set[asyncio.Task[None]] = set()
+        for sender in senders:
             client = Client(local(port), clock.now_s, api_key=sender.key, explain=False)
             stack.callback(client.close)
-            loop = _loop(client, clock, sender, records, tasks, (begun_s, seconds, seed + place))
-            loops.append(group.create_task(loop))
+
+            def begin(
+                record: Record, name: str, client: Client = client, by: Sender = sender
+            ) -> None:
+                task = group.create_task(_one(client, clock, by, record, name))
+                under_way.add(task)
+                task.add_done_callback(under_way.discard)
+
+            loops.append(group.create_task(_loop(clock, begun_s, sender, course, records, begin)))
         for each in loops:
             await each
         ended_s = clock.now_s()
-        for task in tasks:
+        for task in under_way:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
     return records, begun_s, ended_s
 
 
 async def _loop(
-    client: Client,
     clock: WallClock,
+    begun_s: float,
     sender: Sender,
+    course: Course,
     records: list[Record],
-    tasks: set[asyncio.Task[None]],
-    course: tuple[float, float, int],
+    begin: Callable[[Record, str], None],
 ) -> None:
-    begun_s, seconds, seed = course
-    draw = random.Random(f"{seed} {sender.name}")
-    due_s, number = 0.0, 0
-    while True:
+    draw = random.Random(f"{course.seed} {sender.name}")
+    due_s = 0.0
+    for number in itertools.count():
         due_s += 1.0 / sender.rate if sender.even else draw.expovariate(sender.rate)
-        if due_s >= seconds:
+        if due_s >= course.seconds:
             break
         await asyncio.sleep(max(0.0, begun_s + due_s - clock.now_s()))
-        number += 1
         record = Record(sender=sender.name, due_s=begun_s + due_s)
         record.prompt_tokens = draw.choice(sender.prompts)
         records.append(record)
-        name = f"{sender.name} {seed} {number}"
-        task = asyncio.create_task(_one(client, clock, sender, record, name))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-    await asyncio.sleep(max(0.0, begun_s + seconds - clock.now_s()))
+        begin(record, f"{course.name} {course.seed} {sender.name} {number}")
+    await asyncio.sleep(max(0.0, begun_s + course.seconds - clock.now_s()))
 
 
 async def _one(client: Client, clock: WallClock, sender: Sender, record: Record, name: str) -> None:

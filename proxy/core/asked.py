@@ -25,7 +25,8 @@ class Asked:
     """
 
     __slots__ = (
-        "body", "cache_salt", "model", "output_tokens", "request", "service_tier", "stream", "tier",
+        "added", "cache_salt", "model", "output_tokens", "request", "service_tier", "stream",
+        "tier",
     )  # fmt: skip
 
     def __init__(
@@ -45,7 +46,7 @@ class Asked:
         self.cache_salt = cache_salt
         self.output_tokens = output_tokens  # that the answer may have; 0: it does not say
         self.tier = b""
-        self.body = b""
+        self.added = b""  # to the body, where an engine gets it
 
 
 def read_body(

@@ -42,7 +42,7 @@ def settle(
     if usage is None:
         needed = computed_tokens(lease, loads, account.output_tokens, first_octet_s, now_s)
     else:
-        needed = uncached_tokens(lease, usage) + usage.completion_tokens
+        needed = float(uncached_tokens(lease, usage) + usage.completion_tokens)
         shares.learn(account, usage.completion_tokens)
     shares.over(account, lease.charged_tokens, needed)
 

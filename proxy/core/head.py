@@ -12,11 +12,13 @@ from http import HTTPStatus
 from typing import Final
 
 from proxy import errors
+from proxy.contract.behalf import PROOF_FIELD, TENANT_FIELD
 from proxy.core import limits
 from proxy.core.credentials import API_KEY, without_keys
 from proxy.core.credentials import FIELDS as CREDENTIAL_FIELDS
 from proxy.core.http1 import (
     EXPLAIN,
+    HOP,
     WORK_CLASS,
     Field,
     RequestHead,
@@ -33,7 +35,7 @@ _NOT_FORWARDED: Final = (
     frozenset(
         (
             *(b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, WORK_CLASS, RANK_FIELD),
-            b"x-vllm-priority",
+            *(b"x-vllm-priority", HOP, TENANT_FIELD.encode(), PROOF_FIELD.encode()),
         )
     )
     | ENDING_HERE
@@ -168,6 +170,8 @@ def error_fields(error: errors.ProxyError) -> list[Field]:
     if error.wait_s:
         wait_s = min(error.wait_s, errors.RETRY_AFTER_S_MAX)
         fields.append((b"retry-after", b"%d" % wait_s))
+    if isinstance(error, errors.HopRefusedError):
+        fields.append((HOP, b"refused"))
     if error.wait_ms:
         fields.append((b"retry-after-ms", b"%d" % error.wait_ms))
     if error.status == 401:  # RFC 9110 §11.6.1: a 401 must name the scheme

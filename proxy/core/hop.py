@@ -29,8 +29,6 @@ from proxy.core import limits
 from proxy.core.classes import NAMES, UNSAID
 from proxy.core.peer_wire import PROXY_ID_BYTES
 
-HOP: Final = b"x-doherty-hop"
-VIA: Final = b"via"
 REGION: Final = b"x-doherty-region"
 REFUSED: Final = b"refused"  # what an answer says in `HOP` where a hop was not taken
 NONCE_BYTES: Final = 16
@@ -72,7 +70,8 @@ class Claims(msgspec.Struct, frozen=True, array_like=True):
     tpot_s: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
     isolated: bool = False
     salt: _Text = ""
-    owner: _Text = ""
+    # Until whoever asks has no patience left.
+    listens_s: Annotated[float, Meta(ge=-1e9, le=1e9)] | None = None
 
 
 _decoder: Final = msgspec.msgpack.Decoder(Claims)

@@ -80,6 +80,8 @@ _ONCE: Final = frozenset(
 EXPLAIN: Final = b"x-doherty-explain"
 # It names the class of its work: see `core/classes.py`.
 WORK_CLASS: Final = b"x-doherty-class"
+# By this a proxy of another region says that it has judged a request: see `core/hop.py`.
+HOP: Final = b"x-doherty-hop"
 _LOOKED_AT: Final = _ONCE | HOP_BY_HOP | {b"content-encoding", EXPLAIN, WORK_CLASS}
 
 Field = tuple[bytes, bytes]

@@ -215,7 +215,7 @@ SPEED_HALF_LIFE_S: Final = 20.0
 SPEED_PRIOR_S: Final = 1.0
 SPEED_BAND: Final = 1.25
 LEARN_SHARE: Final = 0.1  # of a new sample in a running mean
-PACE_VARIANCE_MIN: Final = 0.25  # of a number of streams, before it tells what one more costs
+PACE_SPREAD_COUNT_MIN: Final = 0.25  # of a number of streams, before it tells what one more costs
 MIX_SHARE: Final = 0.01  # in that of prompts' sizes, which differ a hundredfold
 # What a first token takes beyond its prefill is seen where there is hardly any prefill.
 SMALL_PREFILL_TOKENS: Final = 256
@@ -293,7 +293,7 @@ SHARE_QUANTUM_TOKENS: Final = 4096.0
 SHARE_RECENT_S: Final = 5.0
 # While others are about, one who is over his share finds replicas open only when they have less
 # than this to do: so that who comes next does not wait for a whole runway of his.
-RUNWAY_OVER_S: Final = 0.1
+RUNWAY_OVER_S: Final = 0.03
 # Of an answer, until a tenant's own answers have told: what they have at the mean in the first half
 # hour of Azure's conversation trace of 2023 (AzurePublicDataset).
 OUTPUT_TOKENS_DEFAULT: Final = 222.0
@@ -515,3 +515,7 @@ assert NOTES_WHOLE_S < PEER_SILENCE_S
 assert SEMI_ONLINE_SHARE + OFFLINE_SHARE < 1.0
 assert PEER_BEAT_S * 3 < PEER_SILENCE_S
 assert NOTES_BATCH_BYTES_MAX + 32 * max(NOTE_HASHES_MAX, NOTE_LEASES_MAX) < PEER_FRAME_BYTES_MAX
+
+# Tenants for whom the offline service asks, each worked out once: as many as are often configured,
+# and with an identity provider's tenants the busiest of them.
+TENANTS_REMEMBERED_MAX = 4096

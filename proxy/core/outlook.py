@@ -3,8 +3,9 @@
 A summary is some time old when it is read: what it says of waiting has passed by its age, and what
 we sent since it was written is not in it yet. So both are counted here, for each remote proxy and
 each model: `room` is how many requests more it would begin at once, `wait_s` how long one would
-wait there. A request counts as not in the summary until one has come that was begun a round trip
-after it was sent: perhaps too long, and never too short, so that nobody is sent after what is gone.
+wait there. A request counts as not in the summary until it is over, or one has come that was begun
+a round trip after it was sent: perhaps too long, and never too short, so that nobody is sent after
+what is gone.
 
 A region whose summary is old, that drains, or that cannot be reached, is left at once. One that was
 gone and is back is given its requests by degrees (`returning_max`): a pure function of how long it
@@ -13,7 +14,6 @@ has been back.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Final
 
 from proxy.contract.regions import (
@@ -23,6 +23,7 @@ from proxy.contract.regions import (
     RemoteState,
 )
 from proxy.core import limits
+from proxy.core.lease import Lease
 
 NOTHING_SAID: Final = ModelSummary()
 
@@ -34,41 +35,84 @@ def returning_max(most: int, back_s: float) -> int:
     return 1 + int(most * max(0.0, back_s) / limits.REGION_RETURN_S)
 
 
+class Sent:
+    """What went to one region for one model of late, through whichever of its proxies.
+
+    They have the same replicas, so what one of them was sent is not in the summaries of the others.
+    """
+
+    __slots__ = ("leases", "readers")
+
+    def __init__(self) -> None:
+        self.leases: dict[Lease, None] = {}  # in the order of their dispatch
+        self.readers: list[Outlook] = []
+
+    def add(self, lease: Lease) -> None:
+        self.leases[lease] = None
+        for reader in self.readers:
+            reader.unseen += 1
+            reader.unseen_tokens += lease.prefill_tokens
+
+    def drop(self, lease: Lease) -> None:
+        """It is over, so it takes nothing any more, whatever the next summary says."""
+        if lease in self.leases:
+            del self.leases[lease]
+            for reader in self.readers:
+                if lease.started_s >= reader.shown_s:
+                    reader.unseen -= 1
+                    reader.unseen_tokens -= lease.prefill_tokens
+
+    def trim(self) -> None:
+        """Forget what the summaries of all that tell have."""
+        shown_s = float("inf")
+        for reader in self.readers:
+            if reader.linked:
+                shown_s = min(shown_s, reader.shown_s)
+        for lease in list(self.leases):
+            if lease.started_s >= shown_s:
+                break
+            del self.leases[lease]
+
+
 class Outlook:
     """One remote proxy and one model, as they were told, and what was sent there since."""
 
     __slots__ = (
-        "_pauses", "_sent", "_sent_tokens", "_suspect_until_s", "at_s", "linked", "lost",
-        "round_trip_s", "said", "since_s",
+        "_pauses", "_suspect_until_s", "at_s", "draining", "linked", "lost", "round_trip_s",
+        "said", "sent", "since_s", "unseen", "unseen_tokens",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, sent: Sent | None = None) -> None:
+        """`sent` is that of its region and the model."""
         self.said = NOTHING_SAID
-        self.linked = False
+        self.linked = False  # and tells of the model
+        self.draining = False
         self.lost = False  # it was linked once, and then was not
         self.since_s = 0.0
         self.at_s = 0.0
         self.round_trip_s = 0.0
-        self._sent: deque[tuple[float, int]] = deque()  # when, and its uncached tokens
-        self._sent_tokens = 0
+        self.sent = sent if sent is not None else Sent()
+        self.sent.readers.append(self)
+        self.unseen = self.unseen_tokens = 0  # of what was sent, what its summary has not
         self._suspect_until_s = 0.0
         self._pauses = 0
 
     def know(self, state: RemoteState, said: ModelSummary | None) -> None:
         """This is what is known of it now; None: it does not speak of the model."""
         summary = state.summary
-        linked = state.linked and summary is not None and not summary.draining and said is not None
-        if self.linked and not linked:
+        linked = state.linked and said is not None
+        draining = summary is not None and summary.draining
+        if (self.linked and not linked) or draining:
             self.lost = True
         if linked and not self.linked:
             self._pauses = 0
             self._suspect_until_s = 0.0
-        self.linked = linked
+        self.linked, self.draining = linked, draining
         self.since_s, self.at_s = state.since_s, state.at_s
         self.round_trip_s = state.round_trip_s
         if said is not None:
             self.said = said
-        self._trim()
+        self._count()
 
     def suspect(self, now_s: float) -> None:
         """It could not be reached: go there no more for a while, whatever it tells."""
@@ -79,30 +123,39 @@ class Outlook:
         """It has answered a request."""
         self._pauses = 0
 
-    def dispatched(self, tokens: int, now_s: float) -> None:
-        """A request goes there now, whoever of this region sent it."""
-        if len(self._sent) >= limits.FOREIGN_LEASES_MAX:
-            self._sent_tokens -= self._sent.popleft()[1]
-        self._sent.append((now_s, tokens))
-        self._sent_tokens += tokens
+    def leave(self) -> None:
+        """It is there no more."""
+        self.sent.readers.remove(self)
 
-    def _trim(self) -> None:
-        """Forget what the summary shows.
+    @property
+    def shown_s(self) -> float:
+        """Since when what was sent may not be in the summary.
 
         What it is made of may be an interval old when it is written, and an interval older before
         it is written again.
         """
-        shown_s = self.at_s - self.round_trip_s - 2.0 * SUMMARY_INTERVAL_S
-        sent = self._sent
-        while sent and sent[0][0] < shown_s:
-            self._sent_tokens -= sent.popleft()[1]
+        return self.at_s - self.round_trip_s - 2.0 * SUMMARY_INTERVAL_S
+
+    def _count(self) -> None:
+        """Count anew what the summary does not show."""
+        shown_s = self.shown_s
+        self.unseen = self.unseen_tokens = 0
+        for lease in self.sent.leases:
+            if lease.started_s >= shown_s:
+                self.unseen += 1
+                self.unseen_tokens += lease.prefill_tokens
+        self.sent.trim()
 
     # --- what one more request would meet ----------------------------------------------------
 
     def why_not(self, now_s: float) -> str:
         """Return why nothing is sent there at all; empty: something may be."""
+        return "draining" if self.linked and self.draining else self.gone(now_s)
+
+    def gone(self, now_s: float) -> str:
+        """Return why not even what has its state there is sent; empty: that may be."""
         if not self.linked:
-            return "not linked, or draining"
+            return "not linked"
         if now_s - self.at_s > SUMMARY_AGE_S_MAX:
             return "silent"
         if now_s < self._suspect_until_s:
@@ -116,7 +169,7 @@ class Outlook:
         """
         if self.said.queued:
             return 0
-        return self._returning(self.said.free - len(self._sent), inflight, now_s)
+        return self._returning(self.said.free - self.unseen, inflight, now_s)
 
     def begins(self, inflight: int, now_s: float) -> bool:
         """Whether it would begin one more at once."""
@@ -145,7 +198,7 @@ class Outlook:
     def wait_s(self, now_s: float) -> float:
         """Return how long a newcomer's prefill would wait for others' there."""
         said = self.said
-        ahead_s = self._sent_tokens * self.s_per_token / max(1, said.awake)
+        ahead_s = self.unseen_tokens * self.s_per_token / max(1, said.awake)
         return max(0.0, said.wait_s - (now_s - self.at_s)) + ahead_s
 
     @property
@@ -165,18 +218,31 @@ class Outlook:
 class Outlooks:
     """All of them, by the slot of the remote in the picture."""
 
-    __slots__ = ("of",)
+    __slots__ = ("_sent", "of")
 
     def __init__(self) -> None:
         self.of: dict[int, Outlook] = {}
+        self._sent: dict[tuple[str, str], Sent] = {}  # by region and model
 
-    def open(self, slot: int) -> None:
-        self.of[slot] = Outlook()
+    def open(self, slot: int, region: str, model: str) -> None:
+        sent = self._sent.get((region, model))
+        if sent is None:
+            sent = self._sent[region, model] = Sent()
+        self.of[slot] = Outlook(sent)
 
     def close(self, slot: int) -> None:
-        self.of.pop(slot, None)
-
-    def dispatched(self, slot: int, tokens: int, now_s: float) -> None:
-        found = self.of.get(slot)
+        found = self.of.pop(slot, None)
         if found is not None:
-            found.dispatched(tokens, now_s)
+            found.leave()
+            self._sent = {key: sent for key, sent in self._sent.items() if sent.readers}
+
+    def dispatched(self, lease: Lease) -> None:
+        """A request goes out, whoever of this region sends it."""
+        found = self.of.get(lease.slot)
+        if found is not None:
+            found.sent.add(lease)
+
+    def released(self, lease: Lease) -> None:
+        found = self.of.get(lease.slot)
+        if found is not None:
+            found.sent.drop(lease)

@@ -45,7 +45,7 @@ class Pacing:
     def expected_s(self, slot: int, streams: int) -> float:
         """Return the time between tokens among so many streams; 0: not known."""
         seconds, usual = self.s_per_token[slot], self._streams[slot]
-        if not seconds or self._variance[slot] < limits.PACE_VARIANCE_MIN:
+        if not seconds or self._variance[slot] < limits.PACE_SPREAD_COUNT_MIN:
             return seconds
         slope_s = max(0.0, self._covariance[slot] / self._variance[slot])
         slope_s = min(slope_s, seconds / max(1.0, usual))

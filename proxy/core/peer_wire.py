@@ -44,10 +44,11 @@ WHOLE: Final = 5
 ASK: Final = 6
 PAGE: Final = 7
 SUMMARY: Final = 8
-QUOTAS: Final = 10  # what tenants have used
+WANTED: Final = 10
+QUOTAS: Final = 11  # what tenants have used
 
 # Frames whose octets are read by who asked for that kind (`io.peers.Peers.listen`).
-MESSAGES: Final = frozenset((SUMMARY, QUOTAS))
+MESSAGES: Final = frozenset((SUMMARY, WANTED, QUOTAS))
 # Those that proxies of two regions may send each other.
 BETWEEN_REGIONS: Final = MESSAGES
 

@@ -7,7 +7,7 @@ small numbers that index every list; a slot is given away again only when its re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from proxy.contract import LoadSample
 from proxy.contract.regions import RemoteState
@@ -154,11 +154,11 @@ class Picture:
                 return True
         return False
 
-    def some_serve(self, seats: Seats, now_s: float) -> bool:
-        """Whether a remote of a pool serves it, though it may have no room now."""
-        for slot in seats.away_slots:
+    def some_serve(self, seats: Seats, tried: Collection[str], now_s: float) -> bool:
+        """Whether a remote of a pool that was not `tried` serves it, if without room now."""
+        for remote, slot in zip(seats.away, seats.away_slots, strict=True):
             outlook = self.outlooks.of[slot]
-            if outlook.serves and not outlook.why_not(now_s):
+            if remote.name not in tried and outlook.serves and not outlook.why_not(now_s):
                 return True
         return False
 
@@ -206,7 +206,7 @@ class Picture:
         sizes.slots.add(slot)
         self._size_of[slot] = sizes
         if replica.remote:
-            self.outlooks.open(slot)
+            self.outlooks.open(slot, replica.region, min(replica.models))
         tokens = _capacity_tokens(replica)
         self.loads.open(slot, group, capacity_tokens=tokens, inflight_max=replica.max_inputs)
         self.index.open(slot, self.cache_octets(slot))
@@ -330,7 +330,7 @@ class Picture:
         lease.first_noted = self.index.first_noted
         self.loads.acquire(lease, now_s)
         if self.outlooks.of:
-            self.outlooks.dispatched(lease.slot, lease.prefill_tokens, now_s)
+            self.outlooks.dispatched(lease)
         sizes = self._size_of[lease.slot]
         tokens = lease.prefill_tokens
         sizes.prefill_tokens += limits.MIX_SHARE * (tokens - sizes.prefill_tokens)
@@ -363,6 +363,8 @@ class Picture:
         if usage is not None and usage.cached_tokens is not None:
             computed_tokens = max(1, usage.prompt_tokens - usage.cached_tokens)
         self.loads.release(lease, now_s, computed_tokens, served=served)
+        if self.outlooks.of:
+            self.outlooks.released(lease)
         if refused:
             self.loads.refused(lease.slot, now_s)
         if usage is not None:

@@ -16,12 +16,14 @@ from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits
 from proxy.core.credentials import read_credential
-from proxy.core.http1 import EXPLAIN, RequestHead, parse_request_head
+from proxy.core.http1 import EXPLAIN, HOP, RequestHead, parse_request_head
 from proxy.core.replica import RANK_FIELD
 from proxy.core.routes import OFFLINE_ROOTS, Route, find_route
 from proxy.core.session import session_of_head
 from proxy.core.wishes import read_wishes
 
+_VIA: Final = b"via"
+_OURS: Final = b"doherty-"  # in it, where it names one of our regions
 _RANK_CHOSEN: Final = b"\n" + RANK_FIELD  # in what a rank is sent first
 
 
@@ -35,8 +37,10 @@ class Preamble:
         "counted",
         "credential_fields",
         "credential_problem",
+        "crossed",
         "encoded",
         "head",
+        "hop",
         "key_digest",
         "method",
         "method_text",
@@ -50,6 +54,8 @@ class Preamble:
         "route",
         "sent_fields",
         "session_key",
+        "target",
+        "via",
         "wishes",
     )
 
@@ -78,6 +84,11 @@ class Preamble:
         self.wishes = read_wishes(head)
         self.encoded = b"content-encoding" in head.special
         self.request_line, self.credential_fields, self.sent_fields = heads.sent_to_replica(head)
+        self.target = self.request_line.split(b" ")[1]  # as we send it on
+        hops = [value for name, value in head.fields if name == HOP]
+        self.hop = b"" if len(hops) > 1 else hops[0] if hops else None
+        self.via = b",".join([value for name, value in head.fields if name == _VIA])
+        self.crossed = bool(hops) or _OURS in self.via
         self.rank_fields = b"".join(
             [b"%b: %b\r\n" % field for field in head.fields if field[0] == RANK_FIELD]
         )
@@ -119,15 +130,15 @@ class Preamble:
 
         Without a Content-Length, `length` is that of no body, and a chunked one is chunked anew.
         """
-        host_field += self.credential_fields if credential is None else credential
         framing = b""
         if self.chunked:
             framing = b"transfer-encoding: chunked\r\n"
         elif length or self.method == b"POST":
             framing = b"content-length: %d\r\n" % length
-        return b"%b%bconnection: close\r\n%b%bx-request-id: %b\r\n\r\n" % (
+        return b"%b%bconnection: close\r\n%b%b%bx-request-id: %b\r\n\r\n" % (
             self.request_line,
             host_field,
+            self.credential_fields if credential is None else credential,
             self.sent_fields,
             framing,
             request_id,

@@ -17,8 +17,9 @@ class Principal:
     """One key or token, ready to be asked. It is never changed; a new reading makes a new one."""
 
     __slots__ = (
-        "classes", "default_class", "expires_s", "isolated", "key_id", "models", "owner", "rated",
-        "regions", "row", "salt", "slo_ttft_s", "tenant", "weight",
+        "classes", "crossed", "default_class", "expires_s", "isolated", "key_id", "limited",
+        "models",
+        "owner", "rated", "regions", "salt", "slo_ttft_s", "tenant", "weight",
     )  # fmt: skip
 
     def __init__(self, tenant: str = "", key_id: str = "") -> None:
@@ -35,9 +36,12 @@ class Principal:
         self.salt = ""  # of its cached prefixes in engines; empty: shared with others
         self.slo_ttft_s = 0.0  # 0: none said
         self.expires_s = 0.0  # Unix time; 0: never
+        self.crossed = False  # another region has admitted and counts it: nothing is counted here
         self.rated = True  # its requests count for the limits of a minute; lines of jobs do not
-        self.row = -1  # of its tenant in the memory of all workers; below 0: it has no limits
+        self.limited = False  # something of its tenant is counted before it is let in
 
 
+# The offline service, which sends lines of jobs; it says on whose behalf.
+INTERNAL: Final = Principal("", "internal")
 # Where no key is demanded, or one that is nobody's in particular.
 ANYBODY: Final = Principal()

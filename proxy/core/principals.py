@@ -16,11 +16,11 @@ from hashlib import sha256
 from typing import Final
 
 from proxy.config_access import AccessConfig, TenantConfig
-from proxy.config_policy import KeyPolicy, is_limited, policy_of, rows_of
+from proxy.config_policy import KeyPolicy, is_limited, policy_of
 from proxy.contract.keys import KeyRecord, KeySet
 from proxy.core.classes import NAMES
-from proxy.core.principal import ANYBODY, Principal
-from proxy.errors import KeysUnknownError, ProxyError, UnauthorizedError
+from proxy.core.principal import ANYBODY, INTERNAL, Principal
+from proxy.errors import InvalidRequestError, KeysUnknownError, ProxyError, UnauthorizedError
 
 DEFAULT_TENANT: Final = "default"  # whose policy those have that no one has configured
 _MISSING: Final = "no API key came; send it as 'Authorization: Bearer KEY'"
@@ -32,7 +32,7 @@ class Principals:
     """The table of one reading of keys and configuration. It is never changed."""
 
     __slots__ = (
-        "_refused", "_rows", "_salt", "_table", "_tenants", "complete", "demanded", "named",
+        "_refused", "_salt", "_table", "_tenants", "complete", "demanded", "named",
     )  # fmt: skip
 
     def __init__(
@@ -42,11 +42,15 @@ class Principals:
         api_key: str | None = None,
         *,
         awaited: bool = False,
+        internal_key: str | None = None,
+        secret: str = "",
     ) -> None:
-        """`keys` is None where none have been told; `awaited`: some will be."""
+        """`keys` is None where none have been told; `awaited`: some will be.
+
+        `secret` is the operator's: where tokens stand in for keys, it does so for their salt.
+        """
         self._tenants = {tenant.name: tenant for tenant in access.tenants}
-        self._rows = rows_of(access)
-        self._salt = keys.salt.encode() if keys is not None else b""
+        self._salt = (keys.salt if keys is not None else secret).encode()
         self._table: dict[bytes, tuple[bytes, Principal]] = {}
         self._refused: dict[bytes, str] = {}
         # Whether requests are somebody's in particular: then engines see no key, and nobody hears
@@ -56,6 +60,9 @@ class Principals:
         self.complete = keys is not None or not awaited
         for record in keys.keys if keys is not None else ():
             self._add(record)
+        if internal_key is not None:
+            digest = sha256(internal_key.encode()).digest()
+            self._table[digest] = (digest, INTERNAL)
         if api_key is not None:
             digest = sha256(api_key.encode()).digest()
             self._table[digest] = (digest, ANYBODY)
@@ -92,7 +99,7 @@ class Principals:
         if who.isolated:
             who.salt = self.derived("cache", owner)
         who.slo_ttft_s = tenant.slo_ttft_ms / 1000.0
-        who.row = self._rows[tenant.name] if is_limited(tenant) else -1
+        who.limited = is_limited(tenant)
         return who
 
     def derived(self, purpose: str, owner: str) -> str:
@@ -111,6 +118,17 @@ class Principals:
         if tenant is None:
             return None
         return self._principal(tenant, policy_of(tenant), key_id, owner)
+
+    def on_behalf(self, owner: str) -> Principal:
+        """Return one who may what the tenant may that owns a job. Raises `ProxyError`."""
+        unknown = owner.startswith(f"{DEFAULT_TENANT} ")
+        name = owner.removeprefix(f"{DEFAULT_TENANT} ") if unknown else owner
+        principal = self.of_tenant(name, INTERNAL.key_id, unknown=unknown)
+        if principal is None:
+            # Not 401: the service has the right key, and others' lines are to go on.
+            raise InvalidRequestError("the tenant of this job is not configured any more")
+        principal.rated = False
+        return principal
 
     def find(self, digest: bytes, unix_s: float) -> Principal | None:
         """Return who shows what has this digest, if he may ask now."""

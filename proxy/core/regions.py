@@ -8,8 +8,9 @@ went for as long as that is cheaper, and comes back when it is not. Equal prices
 
 Nobody is pushed upon another region: it is sent what it says that it would begin at once, less what
 was sent since it said so, and nothing while anybody waits there (selective pushing, after Xia et
-al., "SkyWalker: A Locality-Aware Cross-Region Load Balancer for LLM Inference", 2025). Only where
-nothing of a model is awake here may a request wait there, if it is served there sooner.
+al., "SkyWalker: A Locality-Aware Cross-Region Load Balancer for LLM Inference", 2025). A request
+waits there only where nothing of its model is awake in either region, and it is served there
+sooner; or where nothing ever will be here.
 
 Rules that do not price (round robin and others) stay here while anybody here may take it.
 
@@ -20,7 +21,7 @@ in no pool that it is shown, so that no rule, no retry and no stored answer can 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final
 
@@ -28,7 +29,7 @@ from proxy.contract.regions import RemoteState
 from proxy.core import limits
 from proxy.core.cost import Terms
 from proxy.core.fleet import Pool
-from proxy.core.picture import Picture
+from proxy.core.picture import Picture, Seats
 from proxy.core.policy import Decision, Policy, Request, prefix, terms
 from proxy.core.replica import Replica, remote_replica
 
@@ -83,32 +84,39 @@ class Residency:
 # --- who is there ------------------------------------------------------------------------------
 
 
-def remotes_of(
-    states: Iterable[RemoteState], known: Mapping[str, Replica], own: str
-) -> tuple[Replica, ...]:
-    """Return the remotes that requests can be sent to, as long as they tell of themselves or not.
+Place = tuple[str, str, str, tuple[str, ...]]  # name, region and URL of a proxy, and its models
 
-    What one has told of its models counts until it tells of others; `known` are those of before,
-    and returned as they are, so that nothing is forgotten of what has not changed. A URL that
-    nothing can be done with is that of no remote: the configuration is where it is refused.
+
+def places_of(states: Iterable[RemoteState], before: Iterable[Place], own: str) -> list[Place]:
+    """Return what requests can be sent to in other regions than our `own`.
+
+    What one has told of its models counts until it tells of others, linked or not: `before` are
+    the places as they were.
     """
-    before: dict[str, list[Replica]] = {}
-    for remote in known.values():
-        before.setdefault(remote.replica_id, []).append(remote)
-    found: list[Replica] = []
+    known = {place[0]: place[3] for place in before}
+    found: list[Place] = []
     for state in states:
         if state.region == own:
             continue
-        models = [min(remote.models) for remote in before.get(state.name, ())]
+        models = known.get(state.name, ())
         if state.linked and state.summary is not None:
-            models = sorted(state.summary.models)[: limits.REMOTE_MODELS_MAX]
-        for model in models:
-            try:
-                one = remote_replica(state.name, state.region, state.url, model)
-            except ValueError:
-                break
-            same = known.get(one.name)
-            found.append(same if same == one and same is not None else one)
+            models = tuple(sorted(state.summary.models)[: limits.REMOTE_MODELS_MAX])
+        found.append((state.name, state.region, state.url, models))
+    return found
+
+
+def remotes_of(places: Iterable[Place]) -> tuple[Replica, ...]:
+    """Return the remotes of these places, one for each model.
+
+    A URL that nothing can be done with is that of no remote: the configuration is where it is
+    refused.
+    """
+    found: list[Replica] = []
+    for name, region, url, models in places:
+        try:
+            found += [remote_replica(name, region, url, model) for model in models]
+        except ValueError:
+            continue
     return tuple(found)
 
 
@@ -153,9 +161,16 @@ def why_not(
     inflight = picture.loads.inflight[slot]
     if outlook.begins(inflight, now_s):
         return ""
-    if pool.available:
-        return "it would not begin one at once"
+    if pool.available or (outlook.said.awake and pool.starts_in_s < _NEVER):
+        return "it would not begin one at once"  # here it can still go wherever it begins first
     return "" if outlook.takes(inflight, now_s) else "it serves none"
+
+
+def may_have_state(
+    request: Request, slot: int, seats: Seats, picture: Picture, now_s: float
+) -> bool:
+    """Whether a request may go to this remote because what it goes on from is there."""
+    return slot in seats.away_slots and request.abroad and not picture.outlooks.of[slot].gone(now_s)
 
 
 def choose_region(
@@ -175,10 +190,19 @@ def choose_region(
     if home is not None and not priced:
         return home
     seats = picture.seats(pool)
-    as_slot = home.slot if home is not None else seats.slots[0] if seats.slots else -1
     least_octets = _hot_octets(home, request)
-    best_s, best_at = _NEVER, -1
+    as_slot = home.slot if home is not None else seats.slots[0] if seats.slots else -1
+    if home is not None:
+        best_s = _home_s(home, request, picture, now_s, least_octets)
+    elif seats.slots:
+        best_s = _full_s(request, seats.slots, picture, held(pool))
+    else:
+        best_s = pool.starts_in_s
+    best_at = -1
     for at, slot in enumerate(seats.away_slots):
+        # Most requests need not look further: no place there is better than its way is long.
+        if picture.outlooks.of[slot].round_trip_s + limits.REGION_SLACK_S >= best_s:
+            continue
         if why_not(request, seats.away[at], slot, pool, picture, now_s):
             continue
         of_slot = as_slot if as_slot >= 0 else slot
@@ -187,20 +211,19 @@ def choose_region(
             best_s, best_at = one.price_s, at
     if best_at < 0:
         return home
-    if home is not None:
-        octets = max(home.cached_octets, least_octets)
-        as_if = Decision(home.replica, home.slot, home.reason, octets, home.known)
-        home_s = terms(as_if, request, picture, now_s).price_s
-    elif seats.slots:
-        home_s = _full_s(request, seats.slots, picture, held(pool))
-    else:
-        home_s = pool.starts_in_s
-    if best_s >= home_s:
-        return home
     slot = seats.away_slots[best_at]
     known = home.known if home is not None else 0
     octets = picture.index.held_of(slot, request.chain)
     return Decision(seats.away[best_at], slot, REASON, octets, known)
+
+
+def _home_s(
+    home: Decision, request: Request, picture: Picture, now_s: float, least_octets: int
+) -> float:
+    """Return the price of what was chosen here, where so much counts as cached anywhere."""
+    octets = max(home.cached_octets, least_octets)
+    as_if = Decision(home.replica, home.slot, home.reason, octets, home.known)
+    return terms(as_if, request, picture, now_s).price_s
 
 
 def _hot_octets(home: Decision | None, request: Request) -> int:

@@ -30,6 +30,8 @@ def summarise(
             continue  # other regions alone have it: told on, it would be told back
         if len(found) >= limits.SUMMARY_MODELS_MAX:
             break
+        if not pool.replicas and model not in fleet.prospects:
+            continue  # only other regions have it: they tell of it themselves
         found[model] = _of(model, fleet, pool, picture, waiting.get(model, 0), now_s)
     return found
 
@@ -60,6 +62,8 @@ def _of(
         ready_in_s=prospect.ready_in_s,
         start_s=prospect.start_s,
         wakes=prospect.wakes,
+        startable=prospect.startable,
+        carries=prospect.carries,
     )
 
 
@@ -102,4 +106,5 @@ def _both(one: ModelSummary, other: ModelSummary) -> ModelSummary:
         start_s=max(one.start_s, other.start_s),
         wakes=one.wakes or other.wakes,
         startable=min(one.startable, other.startable),
+        carries=max(one.carries, other.carries),
     )

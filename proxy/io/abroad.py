@@ -7,21 +7,29 @@ models of theirs, make another fleet; everything else is written where prices ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from proxy.config import ProxyConfig
 from proxy.contract.regions import RemoteState
 from proxy.core import fleet as fleets
+from proxy.core.lease import Lease
 from proxy.core.policy import Decision, Request
-from proxy.core.regions import permits, remotes_of
+from proxy.core.regions import Place, permits, places_of, remotes_of
 from proxy.core.replica import Replica
 from proxy.errors import InternalError
+from proxy.io.clock import Clock
 from proxy.io.reading import Reading
+from proxy.io.telemetry import Sample
 
 
 class Abroad(Reading):
     """A choice that knows of other regions."""
 
-    remotes: tuple[RemoteState, ...] = ()
+    def __init__(self, config: ProxyConfig, clock: Clock) -> None:
+        super().__init__(config, clock)
+        self.remotes: tuple[RemoteState, ...] = ()
+        self._places: list[Place] = []
+        self.departures: dict[str, int] = {}  # requests that left, by model
 
     def seat(self) -> None:
         """Have a place in the picture for all that a request can be sent to."""
@@ -35,16 +43,43 @@ class Abroad(Reading):
         None: they are the same, with the same models.
         """
         before, moved = self.fleet.remotes, None
-        found = remotes_of(states, before, self.region)
-        if found != tuple(before.values()):
+        places = places_of(states, self._places, self.region)
+        if places != self._places:
+            self._places = places
+            found = remotes_of(places)
             self.fleet = fleets.apply(self.fleet, fleets.RemotesReceived(found))
             self.seat()
             servers = {remote.replica_id: remote for remote in found}
             gone = {r.replica_id for r in before.values()} - servers.keys()
             moved = frozenset(gone | moved_of(before, servers))
+            self.departures = {m: n for m, n in self.departures.items() if m in self.fleet.pools}
         self.remotes = tuple(states)
         self.picture.know_remotes(states)
         return moved
+
+    def gauges_abroad(self, leases: Iterable[Lease]) -> list[Sample]:
+        """Return what this worker has elsewhere, and what it believes could go there."""
+        now_s, loads = self.clock.now_s(), self.picture.loads
+        inflight: dict[str, int] = {r.replica_id: 0 for r in self.fleet.remotes.values()}
+        for lease in leases:
+            remote = self.fleet.remotes.get(lease.replica_name)
+            if remote is not None:
+                inflight[remote.replica_id] += 1
+        out = [Sample("remote_inflight", (("remote", k),), n) for k, n in inflight.items()]
+        for name, remote in self.fleet.remotes.items():
+            slot = self.picture.slots[name]
+            outlook = self.picture.outlooks.of[slot]
+            room = 0 if outlook.why_not(now_s) else outlook.room(loads.inflight[slot], now_s)
+            by = (("remote", remote.replica_id), ("model", min(remote.models)))
+            out.append(Sample("remote_room", by, max(0, room)))
+        return out
+
+    def count_departure(self, lease: Lease, more: int) -> None:
+        """Count a request that another region computes, and demand that is not this one's."""
+        remote = self.fleet.remotes.get(lease.replica_name)
+        if remote is not None:
+            model = min(remote.models)
+            self.departures[model] = self.departures.get(model, 0) + more
 
     def assert_permitted(self, decision: Decision, request: Request) -> None:
         """Refuse what may not be computed there, whoever has decided so: a fault of ours.

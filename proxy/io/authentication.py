@@ -18,11 +18,12 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy.config import ProxyConfig
+from proxy.contract.behalf import PROOF_FIELD, TENANT_FIELD, from_field, in_field, proof_of
 from proxy.contract.keys import KeySet
 from proxy.core import limits
 from proxy.core.credentials import read_credential
 from proxy.core.preamble import Preamble
-from proxy.core.principal import ANYBODY, Principal
+from proxy.core.principal import ANYBODY, INTERNAL, Principal
 from proxy.core.principals import Principals
 from proxy.errors import KeysUnknownError, ProxyError, UnauthorizedError
 from proxy.io.clock import Clock
@@ -32,6 +33,8 @@ from proxy.io.jwt_tokens import BadTokenError, Jwks, UnknownKeyError
 # provider is not asked once more before so long.
 PATIENCE_S: Final = 5.0
 ASK_INTERVAL_S: Final = 10.0
+
+TENANT: Final = TENANT_FIELD.encode()
 
 
 class Authentication:
@@ -72,10 +75,17 @@ class Authentication:
     def _work_out(self) -> None:
         self._tokens.clear()
         access, api_key = self._config.access, self._config.api_key
-        awaited = self._config.keys_path is not None or (
-            bool(access.tenants) and access.jwt is None
+        # Without a file or a manager, nobody will ever tell of any.
+        told = access.jwt is None and self._config.manager_url is not None and access.tenants
+        self.principals = Principals(
+            access,
+            self._keys,
+            api_key,
+            awaited=self._config.keys_path is not None or bool(told),
+            internal_key=self._config.internal_key,
+            secret=self._config.peer_key or api_key or "",
         )
-        self.principals = Principals(access, self._keys, api_key, awaited=awaited)
+        self._behalf: dict[str, Principal] = {}
         # The field that engines get in place of what clients show; None: they get that.
         self.engine_credential: bytes | None = None
         if self.principals.named:
@@ -92,10 +102,37 @@ class Authentication:
         unix_s = self._clock.unix_s()
         principal = principals.find(preamble.key_digest, unix_s)
         if principal is not None:
-            return principal
+            return principal if principal is not INTERNAL else self._on_behalf(preamble)
         if self._config.access.jwt is None:
             raise principals.refusal(preamble.key_digest)
         return self._who_stands_for(preamble, unix_s)
+
+    # --- the offline service ----------------------------------------------------------------
+
+    def _on_behalf(self, preamble: Preamble) -> Principal:
+        """Return whom the offline service asks for; nobody else's word is taken for that."""
+        field = preamble.head.get(TENANT)
+        if field is None:
+            return INTERNAL
+        owner = from_field(field.decode("latin-1"))
+        principal = self._behalf.get(owner)
+        if principal is None:
+            if len(self._behalf) >= limits.TENANTS_REMEMBERED_MAX:
+                self._behalf.clear()
+            principal = self._behalf[owner] = self.principals.on_behalf(owner)
+        return principal
+
+    def passed_credential(self, principal: Principal) -> bytes | None:
+        """Return the fields by which the offline service knows who asks; None: as the client's."""
+        if not principal.owner:
+            return None
+        owner = principal.owner
+        credential = self.principals.derived("offline", owner)
+        fields = f"authorization: Bearer {credential}\r\n"
+        if (key := self._config.internal_key) is not None:
+            fields += f"{TENANT_FIELD}: {in_field(owner)}\r\n"
+            fields += f"{PROOF_FIELD}: {proof_of(key, credential, owner)}\r\n"
+        return fields.encode()
 
     # --- tokens of an identity provider ------------------------------------------------------
 

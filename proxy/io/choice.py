@@ -99,13 +99,12 @@ class Choice:
         """
         if request.response_key:
             name = self.responses.place_of(request.response_key)
-            seats = picture.seats(pool)
-            slot = picture.slots.get(name, -1) if name is not None else -1
-            place = seats.places.get(slot, -1)
-            if place >= 0 and name not in request.tried:
-                return self._to_state(seats, place, "response", request)
-            if slot in seats.away_slots and name not in request.tried and request.abroad:
-                return Decision(seats.away[seats.away_slots.index(slot)], slot, "response")
+            if name is not None and name not in request.tried:
+                seats, slot = picture.seats(pool), picture.slots.get(name, -1)
+                if slot in seats.places:
+                    return self._to_state(seats, seats.places[slot], "response", request)
+                if regions.may_have_state(request, slot, seats, picture, now_s):
+                    return Decision(seats.away[seats.away_slots.index(slot)], slot, "response")
         if request.pinned and self.config.policy in _PINNING:
             home = self._to_home(request, pool)
             if picture.seats(pool).slots:  # its state is here
@@ -238,8 +237,9 @@ class Choice:
         self.picture.loads.settle(decision.slot, now_s)  # not every rule has done it
         if request.work_class == OFFLINE and self.waiting.braked() >> decision.slot & 1:
             return True
+        runway_s = self.waiting.runway_s(request, now_s)
         return self.waiting.awaits(decision.slot) or not is_open(
-            decision, request, self.picture, now_s
+            decision, request, self.picture, now_s, runway_s
         )
 
     def _held_for_want(self, model: str, request: Request) -> bool:
@@ -251,9 +251,16 @@ class Choice:
         if not self.config.queue_size:
             return False
         wakes = self.prospect_of(queue).wakes and self.resides(request.regions)
-        if wakes or pool is None or not pool.remotes:
-            return wakes
-        return self.picture.some_serve(self.picture.seats(pool), self.clock.now_s())
+        return wakes or self.may_leave(request, pool, self.clock.now_s())
+
+    def may_leave(self, request: Request, pool: fleets.Pool | None, now_s: float) -> bool:
+        """Whether another region serves it, and has not sent it away: one may wait for room there.
+
+        One that has come from there may not.
+        """
+        if pool is None or not pool.remotes or not request.abroad:
+            return False
+        return self.picture.some_serve(self.picture.seats(pool), request.tried, now_s)
 
     def resides(self, within: frozenset[str] | None) -> bool:
         """Whether what is bound to these regions may be computed in this one."""
@@ -279,18 +286,23 @@ class Choice:
         if request.spare:
             raise NoSpareError("no replica has room to spare now")
         queue = self.queue_of(model)
-        request.held_for = self._held_for_what(queue, request, again=since_s >= 0.0)
-        return self.waiting.add(queue, request, held_bytes, on_decision, on_refusal, since_s)
+        request.held_for = self._held_for_what(queue, request)
+        waiter = self.waiting.add(queue, request, held_bytes, on_decision, on_refusal, since_s)
+        account = waiter.account
+        if account is not None and self.waiting.shares.level(account):
+            request.held_for = "share"  # others, with less than theirs, go first
+        return waiter
 
-    def _held_for_what(self, queue: str, request: Request, *, again: bool) -> str:
-        """Say why a request has to wait. `again`: it had a place, and gave it to online work."""
-        if again:
-            return "preempted"
+    def _held_for_what(self, queue: str, request: Request) -> str:
+        """Say why a request has to wait."""
         pool = self.awaited(queue, request.regions)
         if pool is None or not pool.available:
             return "starting"
         if request.work_class == OFFLINE and self.waiting.braked():
             return "online-first"
+        loads, slots = self.picture.loads, self.picture.seats(pool).slots
+        if any(loads.is_full(s, request.work_class) and not loads.is_full(s) for s in slots):
+            return "reserve"
         return "replicas-busy"
 
     def arrived(self, model: str, request: Request) -> None:
@@ -323,10 +335,11 @@ class Choice:
 
     def awaited(self, queue: str, within: frozenset[str] | None = None) -> fleets.Pool | None:
         """Return the pool that those in a queue wait for, as it is now, in these regions."""
-        if queue == _ANY_MODEL:
-            pool = self.fleet.any_model if self.fleet.any_model.replicas else None
-        else:
+        pool: fleets.Pool | None = None
+        if queue != _ANY_MODEL:
             pool = self.fleet.pool_for(queue) if queue else self.fleet.only_pool()
+        elif self.fleet.any_model.replicas:
+            pool = self.fleet.any_model
         return pool if pool is None else self.residency.within(pool, within)
 
     def prospect_of(self, queue: str) -> Prospect:

@@ -16,6 +16,7 @@ from typing import Final
 
 from proxy.core import limits
 from proxy.io.outbox import Writer
+from proxy.io.paths import mind_path
 from proxy.io.plane import Plane
 
 
@@ -95,6 +96,10 @@ class Connection(Writer, ABC):
             self._transport.close()
         else:
             self._look_later()
+
+    def mind_path(self) -> None:
+        """The other end is a proxy of another region."""
+        mind_path(self._transport)
 
     # --- closing -----------------------------------------------------------------------------
 

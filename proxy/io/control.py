@@ -37,6 +37,7 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     workers: int = 1
     quota_fd: int = -1  # of the memory in which tenants are counted (`io/quota_memory.py`)
     rows: dict[str, int] = {}  # whose row is whose in it
+    nonces_fd: int = -1  # of that in which all keep the hops that they took; -1: each its own
 
 
 class Accept(msgspec.Struct, tag=True, frozen=True):
@@ -210,6 +211,10 @@ class Demanded(msgspec.Struct, tag=True, frozen=True):
     epoch: str = ""
     version: int = 0
     at_once: bool = False  # somebody waits for a model of which nothing is awake
+    # By model, then by other region: our requests that are there, and those that wait and may not
+    # be computed there.
+    abroad: dict[str, dict[str, int]] = {}
+    bound: dict[str, dict[str, int]] = {}
 
 
 class Summarised(msgspec.Struct, tag=True, frozen=True):

@@ -26,7 +26,6 @@ from proxy.core import head as heads
 from proxy.core import limits, sse
 from proxy.core.classes import OFFLINE, ONLINE
 from proxy.core.http1 import ResponseHead
-from proxy.core.opening import has_room
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
 from proxy.core.response_id import find_id
@@ -34,7 +33,7 @@ from proxy.core.retry import Progress, may_retry
 from proxy.core.routes import PromptKind, find_route
 from proxy.core.session import response_key
 from proxy.core.sse import Openings
-from proxy.io.echoing import Echoing
+from proxy.io.crossing import Crossing
 from proxy.io.endings import Client
 from proxy.io.engine_answer import EngineAnswer, keep_error, told_head
 from proxy.io.plane import Plane
@@ -42,8 +41,7 @@ from proxy.io.upstream import Upstream
 
 _log = logging.getLogger("doherty.exchange")
 
-_QUEUED: Final = Progress.QUEUED  # looked up once: every request passes through them
-_CONNECTING: Final = Progress.CONNECTING
+_CONNECTING: Final = Progress.CONNECTING  # looked up once: every request passes through them
 _REQUEST_SENT: Final = Progress.REQUEST_SENT
 _RESPONSE_STARTED: Final = Progress.RESPONSE_STARTED
 _RESPONSES: Final = PromptKind.RESPONSES
@@ -54,7 +52,7 @@ _OPENINGS: Final = {
 }
 
 
-class Exchange(Echoing):
+class Exchange(Crossing):
     """One request and its response. How it ends stands in `Ending`, what is counted in `Facts`."""
 
     __slots__ = (
@@ -76,7 +74,10 @@ class Exchange(Echoing):
         """Everything that can be refused before the body is read. Raises `ProxyError`."""
         preamble = self._preamble
         self._route = preamble.route or find_route(preamble.method, preamble.path)
-        self._principal = self._plane.admit(self._route, preamble, self._length)
+        if preamble.crossed:
+            self._arrive()
+        known = self._principal if self._arrived is not None else None
+        self._principal = self._plane.admit(self._route, preamble, self._length, known)
 
     @override
     def hold_body(self, size: int) -> None:
@@ -99,28 +100,19 @@ class Exchange(Echoing):
                 self._route, self._preamble, body, self._principal, self._started_s
             )
             self._model, self._stream, self._request = asked.model, asked.stream, asked.request
-            self._body, self._tier = asked.body, asked.tier
+            self._added, self._tier = asked.added, asked.tier
+            self._lay_claims()
             lookup = self._route.lookup
             self._pool = self._plane.find_pool(self._model, self._request.regions, lookup=lookup)
             self._meter(asked)
             self._plane.arrived(self._model, self._request)
-            decision, held = self._plane.decide(
-                self._request, self._pool, self._model, lookup=lookup, now_s=self._whole_s
-            )
-            if held:
-                self._waiter = self._plane.wait(
-                    self._model, self._request, self._held_bytes, self.open_for, self.fail
-                )
-                self._progress = _QUEUED
-            elif decision is not None:
-                self._go_to(decision)
-            else:
-                self.fail(self._nobody())
+            self._place(self._pool, self._whole_s)
         except errors.ProxyError as error:
             self.fail(error)
         except Exception:  # noqa: BLE001 - the top of this request: its neighbours must live
             self._broken()
 
+    @override
     def open_for(self, decision: Decision) -> None:
         """It has waited, and now a replica is open, perhaps one that was not there before."""
         assert self._waiter is not None
@@ -149,21 +141,7 @@ class Exchange(Echoing):
         )
         self._answer_ourselves(200, answer)
 
-    def _choose_anew(self) -> Decision | None:
-        """Choose among the replicas of today: the fleet may have changed meanwhile."""
-        plane, lookup = self._plane, self._route is not None and self._route.lookup
-        try:
-            self._pool = plane.find_pool(self._model, self._request.regions, lookup=lookup)
-        except errors.ProxyError:  # nobody serves it any more
-            return None
-        now_s, request = plane.clock.now_s(), self._request
-        decision = plane.choose(request, self._pool, plane.picture, now_s)
-        if decision is None or lookup:
-            return decision
-        may = has_room(decision, request, plane.picture) and plane.reserves(decision, request)
-        plane.picture.loads.crowded.clear()
-        return decision if may else None
-
+    @override
     def _go_to(self, decision: Decision) -> None:
         """Take a lease on a replica, and get a connection to it."""
         plane, replica = self._plane, decision.replica
@@ -180,12 +158,13 @@ class Exchange(Echoing):
             return
         if yields:
             plane.preemption.add(self._lease, self.give_way)
+        timeout_s = self._leave(replica.replica_id) if replica.remote else 0.0
         upstream = plane.upstreams.take(replica.replica_id)
         if upstream is not None:
             self.connected(upstream)
         else:
             self._progress = _CONNECTING
-            self._connecting = plane.upstreams.connect(replica, self)
+            self._connecting = plane.upstreams.connect(replica, self, timeout_s)
 
     def give_way(self) -> None:
         """Online work needs its place, before an octet of its answer has come: wait again."""
@@ -207,13 +186,9 @@ class Exchange(Echoing):
             plane.preemption.refused_total += 1
             self.fail(errors.PreemptedError("online work needed the place of this request"))
         else:
-            self._progress = _QUEUED
+            self._request.held_for = "preempted"
+            self._progress = Progress.QUEUED
             plane.preemption.requeued_total += 1
-
-    def _nobody(self, reason: str = "") -> errors.ProxyError:
-        assert self._pool is not None
-        in_vain = self._request.tried if self._progress is _CONNECTING else ()
-        return self._plane.turn_away(self._model, self._pool, in_vain, reason)
 
     # --- 3. the replica ----------------------------------------------------------------------
 
@@ -225,6 +200,9 @@ class Exchange(Echoing):
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
         plane.suspect(replica_id, reason)
+        if self._remote:
+            self.take_back(reason)
+            return
         self._request.tried.update(plane.fleet.names_of(replica_id))
         self._release(self._plane.clock.now_s())
         if not may_retry(self._progress, self._attempts, plane.retries_max):
@@ -258,9 +236,7 @@ class Exchange(Echoing):
         priorities, work_class = self._decision.replica.priority_fields, self._request.work_class
         if priorities and (work_class > ONLINE or self._principal.tenant):
             host_field += priorities[work_class]  # above whatever a tenant's body says
-        own = self._plane.authentication.engine_credential
-        head = self._preamble.upstream_head(host_field, self.request_id, len(self._body), own)
-        upstream.send(self, head, self._body)
+        upstream.send(self, *self._outward(host_field))
         self._sent_s = self._last_octet_s = self._plane.clock.now_s()
 
     def request_slow(self) -> None:
@@ -274,6 +250,11 @@ class Exchange(Echoing):
         assert self._upstream is not None
         self._sent_s = max(self._sent_s, self._upstream.sent_s)  # it may have been held a little
         replica = self._decision.replica
+        if self._remote:
+            if self._refuses_hop(head):
+                self.take_back(f"region {replica.region} answers {head.status}")
+                return
+            self._land("answered")
         self._plane.answered(replica.replica_id, head.status)
         lookup = self._route is not None and self._route.lookup
         if head.status == 404 and lookup and self._ask_next(replica.replica_id):
@@ -290,6 +271,8 @@ class Exchange(Echoing):
             return
         self._progress = _RESPONSE_STARTED
         self._response = head
+        if self._arrived is not None:
+            self._land("answered")
         if self._request.work_class == OFFLINE and self._lease is not None:
             self._plane.preemption.drop(self._lease)
         self._drop_body()  # it will not be sent again
@@ -390,7 +373,9 @@ class Exchange(Echoing):
         assert self._decision is not None
         replica_id = self._decision.replica.replica_id
         self._plane.suspect(replica_id, reason)
-        if self._response is None or self._unsent_head:
+        if self._remote:
+            self.take_back(reason)
+        elif self._response is None or self._unsent_head:
             lost = reason.startswith("connection")
             kind = errors.ReplicaLostError if lost else errors.BadReplicaAnswerError
             self.fail(kind(f"replica {replica_id} failed before it answered: {reason}"))

@@ -17,6 +17,7 @@ from proxy.core.fleet import Pool
 from proxy.core.http1 import Field
 from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble, read_preamble
+from proxy.core.principal import ANYBODY
 from proxy.core.routes import find_route
 from proxy.io.plane import Plane
 
@@ -40,7 +41,10 @@ def _explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) ->
             "no replica answers this path: it is the offline service's"
         )
     plane.judge_length(len(body))
-    asked = plane.read(route, preamble, body)
+    principal = ANYBODY
+    if preamble.credential_fields:  # explained as theirs: what they may ask for, and where
+        principal = plane.authentication.who_asks(preamble)
+    asked = plane.read(route, preamble, body, principal)
     request, picture = asked.request, plane.picture
     pool = plane.find_pool(asked.model, request.regions, lookup=route.lookup)
     now_s, turn = plane.clock.now_s(), picture.turn
@@ -54,6 +58,8 @@ def _explain(plane: Plane, path: bytes, fields: Sequence[Field], body: bytes) ->
         "route": route.name,
         "model": asked.model,
         "stream": asked.stream,
+        "tenant": principal.tenant,
+        "key_id": principal.key_id,
         "class": NAMES[request.work_class],
         "policy": plane.config.policy,
         "session": _session(request, preamble),

@@ -20,7 +20,8 @@ from collections.abc import Callable
 import aiohttp
 import msgspec
 
-from proxy.config import ProxyConfig
+from proxy.config import AccessConfig, ProxyConfig
+from proxy.config_policy import flaws_of
 from proxy.contract.key_file import WATCH_INTERVAL_S, KeyFile, KeyFileError
 from proxy.contract.keys import KEYS_BYTES_MAX, KEYS_WATCH_PATH, KeySet, decode_keys
 from proxy.io.newest_lines import newest_lines
@@ -30,6 +31,7 @@ from proxy.io.telemetry import Sample
 
 _log = logging.getLogger("doherty.keys")
 
+FLAWS_TOLD_MAX = 10
 # A manager of a former release knows no such path, and one without keys says that it has none.
 _HAS_NONE = (404, 501)
 
@@ -46,6 +48,8 @@ class Keyring:
         self._on_known = on_known
         self._following: asyncio.Task[None] | None = None
         self._keys: KeySet | None = None
+        self._access = AccessConfig()
+        self._flaws: list[str] = []  # of keys that can never be used, as they were last told
         self._source = ""  # file or manager; "": keys are none of this proxy's business
         self._heard_s = 0.0
         self._failed_total = 0
@@ -58,6 +62,7 @@ class Keyring:
             self._following.cancel()
             self._following = None
         self._source = ""
+        self._access = config.access
         self._heard_s = time.monotonic()
         if config.keys_path is not None:
             self._source = "file"
@@ -80,7 +85,18 @@ class Keyring:
             self._keys = keys
             _log.info("%d API keys, version %d", len(keys.keys), keys.version)
             self._on_keys(keys)
+        self._tell_flaws(keys)
         self._settle()
+
+    def _tell_flaws(self, keys: KeySet) -> None:
+        """Here, once for all workers: they can only refuse what comes with such a key."""
+        before, self._flaws = self._flaws, flaws_of(keys.keys, self._access)
+        if self._flaws == before:
+            return
+        for flaw in self._flaws[:FLAWS_TOLD_MAX]:
+            _log.warning("%s; it is refused", flaw)
+        if len(self._flaws) > FLAWS_TOLD_MAX:
+            _log.warning("so are %d more keys", len(self._flaws) - FLAWS_TOLD_MAX)
 
     # --- a file ------------------------------------------------------------------------------
 
@@ -131,8 +147,9 @@ class Keyring:
                     pause_s, reason = RETRY_MAX_S, ""
             except (aiohttp.ClientError, TimeoutError, ValueError, msgspec.MsgspecError) as error:
                 reason = str(error) or type(error).__name__
-            if reason and not lost and self._keys is not None:
-                _log.warning("no news of API keys, going on with those last told: %s", reason)
+            if reason and not lost:
+                kept = "nobody is served" if self._keys is None else "going on with those last told"
+                _log.warning("no news of API keys, %s: %s", kept, reason)
             self._failed_total += reason != "" and not lost
             lost = reason
             await asyncio.sleep(pause_s)

@@ -53,8 +53,8 @@ class Metered(Facts):
     def _meter(self, asked: Asked) -> None:
         """Take what it claims from its tenant's limits. Raises `ProxyError`."""
         metering, principal = self._plane.metering, self._principal
-        if not principal.tenant and not metering.log.enabled:
-            return
+        if principal.crossed or not (principal.tenant or metering.log.enabled):
+            return  # what has crossed is counted where it came in
         self._events = 0
         holding = metering.holding_of(principal)
         self._reckon(asked)

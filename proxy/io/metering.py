@@ -145,7 +145,7 @@ class Metering:
         self._means[tenant] = mean + _MEAN_WEIGHT * (completion_tokens - mean)
 
     def holding_of(self, principal: Principal) -> Holding | None:
-        return self._limited.get(principal.tenant) if principal.row >= 0 else None
+        return self._limited.get(principal.tenant) if principal.limited else None
 
     def take(
         self, holding: Holding, claim: Claim, tenant: str

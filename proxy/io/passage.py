@@ -3,8 +3,10 @@
 An upload may be larger than what this proxy would hold, and an answer longer than what it would
 read; so neither is ever whole here. What comes goes on no faster than the other side takes it: a
 service that is slow stops the reading of the client, and a client that is slow that of the service.
-How large a file may be is the service's to say, who asks is judged here as on every path, and the
-key goes on, because the service tells tenants apart by it.
+How large a file may be is the service's to say, and who asks is judged here as on every path. The
+service tells tenants apart by a credential: that which came, or, where keys are tenants', one that
+is derived from the tenant (`contract.behalf`), so that no key leaves this proxy, and files outlive
+the key by which they came.
 
 Each request has a connection of its own, closed by its end. That costs a local connect for each of
 few requests, and there is no idle one that the service may be closing as the next request comes:
@@ -43,7 +45,8 @@ class Passage(Relay):
     """One request to the offline service, and its answer."""
 
     __slots__ = (
-        "_come_bytes", "_drop_end_s", "_early", "_framing", "_held_back", "_left", "_waited_s",
+        "_come_bytes", "_credential", "_drop_end_s", "_early", "_framing", "_held_back", "_left",
+        "_waited_s",
     )  # fmt: skip
 
     def __init__(self, plane: Plane, client: Client, preamble: Preamble, length: int) -> None:
@@ -52,6 +55,7 @@ class Passage(Relay):
         self._left = length  # octets of a counted body still to come
         self._early = Pieces()  # what came before there was a connection
         self._come_bytes = 0
+        self._credential: bytes | None = None  # that goes on; None: the client's own
         self._held_back = False  # the client is, until the service takes more
         self._waited_s = 0.0  # how long it was held back until now
         self._drop_end_s = 0.0  # answered; until then what comes of the body is dropped
@@ -66,7 +70,9 @@ class Passage(Relay):
         if plane.offline is None:
             raise unknown_path(preamble.path)
         self._route = preamble.route or find_route(preamble.method, preamble.path)
-        plane.admit(self._route, preamble, 0)  # its length is the service's to judge
+        # Its length is the service's to judge.
+        who = plane.admit(self._route, preamble, 0)
+        self._credential = plane.authentication.passed_credential(who)
 
     @override
     def hold_body(self, size: int) -> None:
@@ -143,7 +149,9 @@ class Passage(Relay):
         upstream.moved = True  # never to be used again
         self._upstream = upstream
         self._progress = _REQUEST_SENT
-        head = preamble.passed_head(plane.offline.host_field, self.request_id, self._length)
+        head = preamble.passed_head(
+            plane.offline.host_field, self.request_id, self._length, self._credential
+        )
         upstream.send(self, head, b"")
         if self._early.size:
             upstream.send_on(self._early.take())

@@ -39,6 +39,7 @@ from proxy.io.abroad import Abroad, moved_of
 from proxy.io.access_log import AccessLog
 from proxy.io.authentication import Authentication
 from proxy.io.clock import Clock
+from proxy.io.hops import Hops
 from proxy.io.metering import Metering
 from proxy.io.noting import Noting
 from proxy.io.outbox import Outbox
@@ -97,12 +98,13 @@ class Plane(Abroad):
         self._doubted_s: dict[str, float] = {}
         self._server_errors: dict[str, int] = {}  # in a row, by replica
         self.authentication = Authentication(config, clock)
+        self.hops = Hops(config, clock)
         self.metering = Metering(config, clock)
-        self.proxy_id = b""
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
         self.follow(config)
+        self.hops.follow(config)
         self.retries_max = 0 if config.disable_retries else config.retry_max_retries
         self.authentication.reconfigure(config)
         self.metering.follow(config)
@@ -157,23 +159,20 @@ class Plane(Abroad):
         self.some_keys = bool(keys.keys)
         self.tell_tenants_apart()
 
-    def know_jwt_keys(self, document: bytes) -> None:
-        """By these the tokens of the identity provider are verified now."""
-        self.authentication.know_jwt_keys(document)
-
     def know_remotes(self, remotes: Sequence[RemoteState], ours: bytes = b"") -> None:
         """This is what is known now of other regions; `ours` names this proxy's life to them."""
-        self.proxy_id = ours
         moved = self.take_remotes(remotes)
         if moved is not None:
             self.sharing.hearsay.know(self.picture.slots)
             self._retain(moved)
             self.fleet_changed()
+        self.upstreams.close_idle(self.hops.know(remotes, ours))
         self.work_done()
 
     def suspect(self, replica_id: str, reason: str) -> None:
         """A replica failed a request in a way that says it may be gone."""
-        self.picture.suspect_remote(replica_id, self.clock.now_s())
+        if self.fleet.remotes:
+            self.picture.suspect_remote(replica_id, self.clock.now_s())
         before = self.fleet
         self.fleet = fleets.apply(before, fleets.ReplicaSuspected(replica_id))
         if self.fleet is not before:
@@ -192,10 +191,8 @@ class Plane(Abroad):
 
     def doubt(self, replica_id: str, now_s: float) -> None:
         """A request has long heard nothing of its replica: have it asked, now and then."""
-        if (
-            now_s - self._doubted_s.get(replica_id, -limits.SILENCE_DOUBT_S)
-            < limits.SILENCE_DOUBT_S
-        ):
+        before_s = self._doubted_s.get(replica_id, -limits.SILENCE_DOUBT_S)
+        if now_s - before_s < limits.SILENCE_DOUBT_S:
             return
         self._doubted_s[replica_id] = now_s
         self._on_doubt(replica_id)
@@ -203,7 +200,8 @@ class Plane(Abroad):
     def answered(self, replica_id: str, status: int) -> None:
         """Count server errors in a row. Client errors are no sign of a sick replica."""
         if status < 500 or status == 501:
-            self.picture.remote_answered(replica_id)
+            if self.fleet.remotes:
+                self.picture.remote_answered(replica_id)
             if self._server_errors:
                 self._server_errors.pop(replica_id, None)
             return
@@ -256,6 +254,8 @@ class Plane(Abroad):
         if self.waiting.shares.on:
             charge(self.waiting.shares, lease, request, now_s)
         self._leases[lease.lease_id] = lease
+        if decision.replica.remote:
+            self.count_departure(lease, 1)
         if self.noting.on:
             self.noting.dispatched(lease, request.chain)
         return lease
@@ -283,6 +283,8 @@ class Plane(Abroad):
         `served`: its prompt has been computed. `refused`: the replica sent it away.
         """
         del self._leases[lease.lease_id]
+        if lease.pending and self.fleet.remotes:
+            self.count_departure(lease, -1)  # nothing was computed there: it is ours again
         if lease.account is not None:
             loads = self.picture.loads
             settle(self.waiting.shares, lease, loads, usage, first_octet_s, now_s)
@@ -332,12 +334,19 @@ class Plane(Abroad):
                 return orjson.dumps(model)
         raise self.unknown_model(wanted, principal)
 
-    def admit(self, route: Route, preamble: Preamble, length: int) -> Principal:
+    def admit(
+        self, route: Route, preamble: Preamble, length: int, known: Principal | None = None
+    ) -> Principal:
         """Judge a head by what this proxy may and can serve; return who asks. Raises `ProxyError`.
 
-        A `length` that is announced is judged, but only what has come is held and counted.
+        A `length` that is announced is judged, but only what has come is held and counted. `known`
+        is who asks where another region has found that out.
         """
-        principal = ANYBODY if route.name == "health" else self.authentication.who_asks(preamble)
+        if known is None and preamble.crossed:
+            self.hops.refuse(preamble)
+        principal = known or (
+            ANYBODY if route.name == "health" else self.authentication.who_asks(preamble)
+        )
         if preamble.encoded:
             raise UnsupportedEncodingError("compressed request bodies are not read here")
         self.judge_length(length)
@@ -382,6 +391,7 @@ class Plane(Abroad):
             *self.sharing.counters(),
             *self.waiting.counters(),
             *self.preemption.counters(),
+            *self.hops.counters(),
             *self.metering.counters(),
             dropped,
         ]
@@ -400,12 +410,13 @@ class Plane(Abroad):
             Sample("event_loop_lag_seconds", (), self.telemetry.take_lag_s()),
             *self.sharing.gauges(),
             *self.waiting.gauges(now_s),
+            *self.hops.gauges(),
         ]
         for replica_id, server in self.fleet.servers.items():
             out += self._believed(replica_id, now_s)
             by = (("replica", replica_id),)
             out.append(Sample("replica_suspect", by, float(server.suspect)))
-        return out
+        return out + self.gauges_abroad(self.leases) if self.fleet.remotes else out
 
     def _believed(self, replica_id: str, now_s: float) -> list[Sample]:
         """Return what is believed of a server, with all of its ranks."""

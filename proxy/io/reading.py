@@ -11,13 +11,14 @@ from typing import Final
 from typing_extensions import override
 
 from proxy.config import ProxyConfig
-from proxy.core.additions import fields_for, names_priority, salt_of_key, with_fields
+from proxy.core.additions import fields_for, names_priority, salt_of_key
 from proxy.core.asked import Asked, read_body
 from proxy.core.claims import lay, may_ask, regions_of, tier_used
-from proxy.core.classes import UNSAID
+from proxy.core.classes import ONLINE, UNSAID
 from proxy.core.preamble import Preamble
 from proxy.core.principal import ANYBODY, Principal
 from proxy.core.routes import PromptKind, Route
+from proxy.errors import InvalidRequestError
 from proxy.io.clock import Clock
 from proxy.io.refusal import Refusal
 
@@ -49,7 +50,7 @@ class Reading(Refusal):
 
         `arrived_s` is when its head came: what it wants by a time it wants from then on.
         """
-        salt = self._salt(principal, preamble)
+        salt = self.salt_of(principal, preamble)
         asked = read_body(
             route,
             preamble,
@@ -59,19 +60,17 @@ class Reading(Refusal):
             adapters=self.fleet.adapters,
         )
         request = asked.request
-        asked_class, pool_class = request.work_class, UNSAID
-        if asked_class == UNSAID:
+        asked_class, pool_class = request.work_class, ONLINE
+        if asked_class == UNSAID and self.fleet.prospects:
             pool_class = self.prospect_of(self.queue_of(asked.model)).work_class
         lay(request, preamble.wishes, principal, pool_class=pool_class, arrived_s=arrived_s)
         if self._model_regions or principal.models is not None or principal.regions is not None:
             self._restrict(asked, principal, lookup=route.lookup)
-        asked.body = body
         levels = route.json and bool(principal.tenant) and names_priority(body)
         if (salt and route.json) or levels or asked.service_tier is not None:
-            fields = fields_for(
+            asked.added = fields_for(
                 route.name, salt, asked.cache_salt, asked.service_tier, levels=levels
             )
-            asked.body = with_fields(body, fields)
             if asked.service_tier is not None and route.prompt in _TOLD:
                 asked.tier = tier_used(asked_class, request.work_class)
         return asked
@@ -80,10 +79,12 @@ class Reading(Refusal):
         """Refuse a model that its sender may not ask for; else note where it may be computed."""
         model = asked.model or self.only_model()
         if not lookup and not may_ask(principal, model, asked.request.adapter):
+            if not principal.rated:  # a line of a job would wait for such a model in vain
+                raise InvalidRequestError("the tenant of this job may not ask for its model")
             raise self.unknown_model(model, principal)
         asked.request.regions = regions_of(principal, model, self._model_regions)
 
-    def _salt(self, principal: Principal, preamble: Preamble) -> str:
+    def salt_of(self, principal: Principal, preamble: Preamble) -> str:
         """Return what sets its cached prefixes apart from those of others; empty: nothing does."""
         if principal.salt or not self.config.tenant_isolation:
             return principal.salt

@@ -110,7 +110,8 @@ class Refusal(Choice):
         """Return why a request should wait no longer, if so."""
         pool, config = self.awaited(waiter.key, waiter.request.regions), self.config
         coming = pool is not None and any(r.state in _COMING for r in pool.replicas.values())
-        if not coming and not self.prospect_of(waiter.key).wakes and not self._abroad(pool, now_s):
+        coming = coming or self.prospect_of(waiter.key).wakes
+        if not coming and not self.may_leave(waiter.request, pool, now_s):
             return NoReplicaError(self.no_replica_reason(pool))
         return self.waiting.end_of_wait(
             waiter,
@@ -118,12 +119,6 @@ class Refusal(Choice):
             queue_timeout_s=config.queue_timeout_secs,
             hold_timeout_s=config.hold_timeout_secs,
         )
-
-    def _abroad(self, pool: fleets.Pool | None, now_s: float) -> bool:
-        """Whether another region serves a pool."""
-        if pool is None or not pool.remotes:
-            return False
-        return self.picture.some_serve(self.picture.seats(pool), now_s)
 
     def no_replica_reason(self, pool: fleets.Pool | None = None) -> str:
         """Say why nobody can take a request, in words that tell an operator what to do.
@@ -136,7 +131,9 @@ class Refusal(Choice):
             same = [
                 m for m, p in self.fleet.pools.items() if p.replicas.keys() == pool.replicas.keys()
             ]
-            whose = f" of {' or '.join(sorted(same)[:3])}" if same else ""
+            # Where there are tenants, a replica may serve models under names of one of them.
+            tell = same and not self.config.access.tenants
+            whose = f" of {' or '.join(sorted(same)[:3])}" if tell else ""
         remotes = pool.remotes if pool is not None else tuple(self.fleet.remotes.values())
         away = self._remotes_shown(remotes) if remotes else ""
         if not replicas:

@@ -69,10 +69,10 @@ class Regions:
     def __init__(
         self,
         tell: Callable[[control.Message], None],
-        summary: Callable[[], Mapping[str, ModelSummary]],
+        summary: Callable[[], Mapping[str, ModelSummary] | None],
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`summary()` returns what there is here, for others."""
+        """`summary()` returns what there is here, for others; None: nobody would serve them."""
         self.draining = False  # this proxy is: nobody should send anything here
         self._tell = tell
         self._summary = summary
@@ -94,7 +94,7 @@ class Regions:
             numbers[each.region] = number + 1
             remote = _Remote(f"{each.region}#{number}", each.region, each.url)
             known = before.get(each.peer)
-            if known is not None and (known.name, known.url) == (remote.name, remote.url):
+            if known is not None and known.region == remote.region:
                 remote.proxy_id, remote.since_s = known.proxy_id, known.since_s
             self._remotes[each.peer] = remote
         if self._remotes or before:
@@ -179,12 +179,15 @@ class Regions:
     def _send(self, link: PeerLink) -> None:
         if link.waiting_bytes > SUMMARY_BYTES_MAX:
             return  # a path that is behind gets the next one
+        models = self._summary()
+        if models is None and not self.draining:
+            return  # to be silent is to be left
         self._sequence += 1
         summary = RegionSummary(
             region=self._region,
             sequence=self._sequence,
             draining=self.draining,
-            models=dict(self._summary()),
+            models=dict(models or {}),
         )
         octets = encode_summary(summary)
         if len(octets) < SUMMARY_BYTES_MAX:
@@ -196,6 +199,16 @@ class Regions:
         """Return what is known now of each remote."""
         now_s = self._now_s()
         return [self._state(remote, now_s) for remote in self._remotes.values()]
+
+    @property
+    def serve(self) -> bool:
+        """Whether a request that nobody here can take would be served in another region."""
+        return any(
+            model.awake or model.coming or model.wakes
+            for state in self.states()
+            if state.linked and state.summary is not None and not state.summary.draining
+            for model in state.summary.models.values()
+        )
 
     def _state(self, remote: _Remote, now_s: float) -> RemoteState:
         linked = self._links.get(remote.proxy_id)

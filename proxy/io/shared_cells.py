@@ -1,10 +1,9 @@
-"""The memory in which the workers of one proxy count together.
+"""The memory that the workers of one proxy have in common.
 
 In its first part they count requests (`core.headcount`), in its second tenants' tokens
-(`core.share_cells`).
-
-The supervisor makes it, and each worker inherits its descriptor. It has no name anywhere, and is
-gone with the last who has it open.
+(`core.share_cells`); in another piece they keep the numbers of hops that have been used
+(`core.nonces`). The supervisor makes it, and each worker inherits its descriptor. It has no name
+anywhere, and is gone with the last who has it open.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import mmap
 import os
 
 from proxy.core.headcount import CELL_BYTES, Headcount, table_bytes
+from proxy.core.nonces import Nonces, memory_bytes
 from proxy.core.share_cells import NAME_BYTES, ROWS, ShareCells, bury, share_table_bytes
 
 
@@ -41,6 +41,25 @@ class SharedCells:
         if not self._memory.closed:
             self._memory.close()
             os.close(self.fd)
+
+
+class SharedNonces:
+    """The supervisor's hold on the numbers that workers have used: they outlive who used them."""
+
+    def __init__(self, workers: int) -> None:
+        self.fd = os.memfd_create("doherty-nonces", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, memory_bytes(workers))  # pages are there once they are written
+
+    def close(self) -> None:
+        """Harmless when repeated."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def nonces_at(fd: int, place: int, workers: int) -> Nonces:
+    """Return a worker's part in the memory behind this descriptor."""
+    return Nonces(memoryview(mmap.mmap(fd, memory_bytes(workers))).cast("Q"), place, workers)
 
 
 def headcount_at(fd: int, place: int, workers: int) -> Headcount:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
 from proxy.contract.demand import DEMAND_INTERVAL_S, ModelDemand, ReplicaDemand
 from proxy.contract.regions import SUMMARY_INTERVAL_S, ModelSummary
 from proxy.core import limits
@@ -17,6 +19,7 @@ from proxy.core.demand import sum_models
 from proxy.core.fleet import Fleet
 from proxy.core.replica import Replica
 from proxy.core.summary import summarise
+from proxy.core.wanting import Counts
 from proxy.io import control
 from proxy.io.plane import Plane
 
@@ -51,10 +54,24 @@ class Tally:
             return
         if self._channel.waiting_bytes > limits.NOTES_WAITING_BYTES_MAX:
             return  # a supervisor that is behind gets the next one
-        demanded = demand_of(plane, at_once=at_once)
+        demanded = self._counted(demand_of(plane, at_once=at_once))
         if demanded != self._told or at_once:
             self._told = demanded
             self._channel.send(demanded)
+
+    def _counted(self, demanded: control.Demanded) -> control.Demanded:
+        """Have no counter fall: what leaves for another region had been counted as it came."""
+        if self._told is None or not self._plane.departures:
+            return demanded
+        models = {
+            name: msgspec.structs.replace(
+                one, arrivals_total=max(one.arrivals_total, before.arrivals_total)
+            )
+            if (before := self._told.models.get(name)) is not None
+            else one
+            for name, one in demanded.models.items()
+        }
+        return msgspec.structs.replace(demanded, models=models)
 
 
 def demand_of(plane: Plane, *, at_once: bool = False) -> control.Demanded:
@@ -84,6 +101,8 @@ def demand_of(plane: Plane, *, at_once: bool = False) -> control.Demanded:
         plane.fleet_epoch,
         plane.fleet_version,
         at_once,
+        abroad=_abroad(plane),
+        bound=_bound(plane),
     )
 
 
@@ -159,11 +178,37 @@ def _waiting(plane: Plane) -> list[dict[str, ModelDemand]]:
 
 
 def _arrived(plane: Plane) -> list[dict[str, ModelDemand]]:
+    """Return the requests that came, without those that have left for another region."""
+    left = plane.departures
     return [
-        {name: ModelDemand(arrivals_total=count)}
+        {name: ModelDemand(arrivals_total=max(0, count - left.get(model, 0)))}
         for model, count in plane.arrivals.items()
         if count and (name := _counted_as(model, plane.fleet))
     ]
+
+
+def _abroad(plane: Plane) -> Counts:
+    """Return our requests that are in other regions, by model and region."""
+    found: Counts = {}
+    for lease in plane.leases if plane.fleet.remotes else ():
+        remote = plane.fleet.remotes.get(lease.replica_name)
+        if remote is not None and not lease.spare:
+            by_region = found.setdefault(min(remote.models), {})
+            by_region[remote.region] = by_region.get(remote.region, 0) + 1
+    return found
+
+
+def _bound(plane: Plane) -> Counts:
+    """Return the requests that wait and may not be computed in another region, by these."""
+    found: Counts = {}
+    regions = {remote.region for remote in plane.fleet.remotes.values()}
+    for key, queue in plane.waiting.queues.items() if regions else ():
+        by_region = found.setdefault(key or plane.only_model(), {})
+        for waiter in queue.waiters:
+            allowed = waiter.request.regions
+            for region in regions - allowed if allowed is not None else ():
+                by_region[region] = by_region.get(region, 0) + 1
+    return {model: by_region for model, by_region in found.items() if by_region}
 
 
 def _counted_as(model: str, fleet: Fleet) -> str:

@@ -10,16 +10,18 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import aiohttp
 import msgspec
 
 from proxy.contract.demand import DEMAND_INTERVAL_S, DEMAND_PATH, Demand, encode_demand
-from proxy.contract.regions import ModelSummary
+from proxy.contract.regions import SUMMARY_AGE_S_MAX, ModelSummary
 from proxy.core import limits
 from proxy.core.demand import counted, sum_models, sum_replicas
 from proxy.core.summary import merge
+from proxy.core.wanting import Between
 from proxy.io.control import Demanded, Summarised
 from proxy.io.telemetry import Sample
 
@@ -34,7 +36,9 @@ class Teller:
         self._session = session
         self._url: str | None = None
         self._of: dict[int, Demanded | None] = {}  # by origin; None: it has said nothing yet
-        self._seen: dict[int, Mapping[str, ModelSummary]] = {}  # by origin, for other regions
+        # For other regions, by origin, and when it was said.
+        self._seen: dict[int, tuple[float, Mapping[str, ModelSummary]]] = {}
+        self.between: Callable[[Sequence[Demanded]], Between] = lambda _: ({}, {})
         self._departed = Demanded({}, {})
         self._urgent = asyncio.Event()
         self._proxy_id = os.urandom(8).hex()
@@ -59,15 +63,24 @@ class Teller:
         if origin not in self._of:
             return
         if isinstance(said, Summarised):
-            self._seen[origin] = said.models
+            self._seen[origin] = (time.monotonic(), said.models)
             return
         self._of[origin] = said
         if said.at_once:
             self._urgent.set()
 
-    def summary(self) -> dict[str, ModelSummary]:
-        """Return what other regions are told of this one's models."""
-        return merge(self._seen.values())
+    def hurry(self) -> None:
+        """Report at once: somebody may wait for what there is to say."""
+        self._urgent.set()
+
+    def summary(self) -> dict[str, ModelSummary] | None:
+        """Return what other regions are told of this one's models.
+
+        None: no worker has said anything for long, so that nobody would be served here.
+        """
+        since_s = time.monotonic() - SUMMARY_AGE_S_MAX
+        fresh = [models for at_s, models in self._seen.values() if at_s >= since_s]
+        return merge(fresh) if fresh else None
 
     def leave(self, origin: int) -> None:
         """It is no more, and neither is what it had in hand."""
@@ -84,6 +97,7 @@ class Teller:
         epochs = {one.epoch for one in told}
         # One that has said nothing may still do anything: then nothing is known of any fleet.
         known = len(epochs) == 1 and len(told) == len(self._of)
+        elsewhere, wanted = self.between(told)
         return Demand(
             proxy_id=self._proxy_id,
             sequence=self._sequence,
@@ -91,6 +105,8 @@ class Teller:
             replicas=sum_replicas(one.replicas for one in told),
             fleet_epoch=epochs.pop() if known else "",
             fleet_version=min(one.version for one in told) if known else 0,
+            elsewhere=elsewhere,
+            wanted=wanted,
         )
 
     # --- the manager -------------------------------------------------------------------------

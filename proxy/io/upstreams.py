@@ -22,6 +22,7 @@ from proxy.core.idle import IdleTrust
 from proxy.core.replica import Replica
 from proxy.io.clock import Clock
 from proxy.io.outbox import Outbox
+from proxy.io.paths import mind_path
 from proxy.io.tasks import Tasks
 from proxy.io.upstream import Consumer, Keeper, Upstream
 
@@ -91,15 +92,22 @@ class Upstreams(Keeper):
             upstream.abort()
         return None
 
-    def connect(self, replica: Replica, consumer: Consumer) -> asyncio.Task[None]:
-        """Open a connection and hand it to `consumer`; cancel the task to give up."""
-        return self._tasks.spawn(f"connect {replica.replica_id}", self._connect(replica, consumer))
+    def connect(
+        self, replica: Replica, consumer: Consumer, timeout_s: float = 0.0
+    ) -> asyncio.Task[None]:
+        """Open a connection and hand it to `consumer`; cancel the task to give up.
 
-    async def _connect(self, replica: Replica, consumer: Consumer) -> None:
+        It may take as long as is configured, or `timeout_s` if that is less.
+        """
+        within_s = min(self._connect_timeout_s, timeout_s or self._connect_timeout_s)
+        work = self._connect(replica, consumer, within_s)
+        return self._tasks.spawn(f"connect {replica.replica_id}", work)
+
+    async def _connect(self, replica: Replica, consumer: Consumer, timeout_s: float) -> None:
         upstream = Upstream(replica.replica_id, self)
         self._dialled.add(upstream)
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 await self._dial(replica, upstream)
         except TimeoutError:
             consumer.connect_failed("connect timed out")
@@ -139,6 +147,8 @@ class Upstreams(Keeper):
             ssl=self._tls_context() if replica.tls else None,
         )
         upstream.watch()
+        if replica.remote:
+            mind_path(upstream.transport)
 
     def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:

@@ -441,7 +441,7 @@ async def test_what_another_region_starts_sooner_is_not_started_here(world: Scal
         manager.scaler.take(demand)
         await world.clock.advance(TICK_S)
         assert world.provider.spawned == []
-        assert manager.feed.snapshot.pools[0].wanted == {"us": 4.0}
+        assert manager.feed.snapshot.pools[0].wanted == {"us": 1.0}
     manager.scaler.take(Demand(proxy_id="p", sequence=3, models=told))
     assert len(world.provider.spawned) == 1, "the other one is not heard of: at once"
     assert manager.scaler.records()[0].wanted == {}

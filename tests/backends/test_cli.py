@@ -527,6 +527,11 @@ def test_redaction() -> None:
     config = parse_config(GOOD.replace("port: 9100", "worker_urls: ['http://u:p@h:1']"), "test")
     assert "hush-hush" not in json.dumps(redacted(config))
     assert redacted(config)["proxy"]["worker_urls"] == [f"http://{HIDDEN}@h:1"]
+    access = (
+        "jwt: {issuer: 'https://i', audience: a, jwks_url: 'https://u:hush-hush@i/keys'}\n"
+        "remote_regions: [{region: us, url: 'https://u:hush-hush@us', peer: 'us:1'}]\n"
+    )
+    assert "hush-hush" not in json.dumps(redacted(parse_config(access, "test")))
 
 
 def test_what_ray_is_told_is_shown_without_its_secrets() -> None:

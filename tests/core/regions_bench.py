@@ -12,7 +12,14 @@ from proxy.core.fleet import Fleet, RemotesReceived, SnapshotReceived, apply, em
 from proxy.core.lease import Lease
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Policy, Request, prefix
-from proxy.core.regions import Residency, choose_region, prices_regions, remotes_of
+from proxy.core.regions import (
+    Place,
+    Residency,
+    choose_region,
+    places_of,
+    prices_regions,
+    remotes_of,
+)
 from tests.core import builders
 
 NOW_S = 100.0
@@ -48,14 +55,16 @@ class Bench:
         told = FleetSnapshot(epoch="e", version=1, replicas=tuple(records), pools=tuple(pools))
         self.fleet: Fleet = apply(empty_fleet(), SnapshotReceived(told, "eu"))
         self.picture = Picture(lambda: 0.5)
+        self.places: list[Place] = []
         self.policy = policy
         self.residency = Residency("eu")
         self.hear(*states)
 
     def hear(self, *states: RemoteState, now_s: float = NOW_S) -> None:
-        found = remotes_of(states, self.fleet.remotes, "eu")
-        if found != tuple(self.fleet.remotes.values()):
-            self.fleet = apply(self.fleet, RemotesReceived(found))
+        places = places_of(states, self.places, "eu")
+        if places != self.places:
+            self.places = places
+            self.fleet = apply(self.fleet, RemotesReceived(remotes_of(places)))
         self.picture.know((*self.fleet.replicas.values(), *self.fleet.remotes.values()), now_s)
         self.picture.know_remotes(states)
 

@@ -298,6 +298,7 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "client_key_path": (["f.pem"], "f.pem", "f.pem"),
     "verify_replica_tls": ([], "false", False),
     "keys_path": (["k.json"], "k.json", "k.json"),
+    "internal_key": (["k"], "k", "k"),
     "usage_log": (["-"], "-", "-"),
     "quota_path": (["day.json"], "day.json", "day.json"),
 }
@@ -459,3 +460,10 @@ def test_a_bare_off_is_the_word() -> None:
     text = "proxy: {access_log: off, kv_events: off, tls_client_auth: off}"
     proxy = parse_config(text, "f").proxy
     assert (proxy.access_log, proxy.kv_events, proxy.tls_client_auth) == ("off", "off", "off")
+
+
+@pytest.mark.parametrize("key", ["", "a b", "a\tb", "k\u00e9y", "k\r\nx-evil: 1", "k" * 8193])
+def test_a_key_that_no_head_could_carry_is_refused_unseen(key: str) -> None:
+    with pytest.raises(ConfigError, match="--api-key: ") as refused:
+        override(ProxyConfig(), {"api_key": key}, "--{flag}")
+    assert not key or key not in str(refused.value)

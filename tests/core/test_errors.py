@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from proxy import errors
 
 _KINDS = {
-    "invalid_request_error", "authentication_error", "rate_limit_error", "server_error",
+    "invalid_request_error", "authentication_error", "permission_error",
+    "rate_limit_error", "server_error",
 }  # fmt: skip
 
 

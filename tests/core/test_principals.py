@@ -11,7 +11,7 @@ from types import FrameType
 import pytest
 
 from proxy.config_access import AccessConfig, JwtConfig, TenantConfig
-from proxy.config_policy import flaws_of, is_limited, policy_of, rows_of
+from proxy.config_policy import flaws_of, is_limited, policy_of
 from proxy.contract.keys import KeyRecord, KeySet
 from proxy.core.classes import OFFLINE, ONLINE, SEMI_ONLINE, UNSAID
 from proxy.core.credentials import read_credential
@@ -58,13 +58,13 @@ def test_a_key_has_what_its_tenant_may() -> None:
     assert (who.tenant, who.owner, who.key_id, who.weight) == ("acme", "acme", "id-k", 3.0)
     assert (who.models, who.regions) == ({"llama", "qwen"}, {"eu", "us"})
     assert (who.classes, who.default_class) == (ALL_CLASSES, SEMI_ONLINE)
-    assert (who.isolated, who.slo_ttft_s, who.row) == (True, 0.4, 0)
+    assert (who.isolated, who.slo_ttft_s, who.limited) == (True, 0.4, True)
 
 
-def test_a_tenant_without_policy_may_everything_and_has_no_row() -> None:
+def test_a_tenant_without_policy_may_everything_and_has_no_limit() -> None:
     who = table(record("k", "beta")).find(digest("k"), 0.0)
     assert who is not None
-    assert (who.models, who.regions, who.row, who.salt) == (None, None, -1, "")
+    assert (who.models, who.regions, who.limited, who.salt) == (None, None, False, "")
     assert (who.classes, who.default_class, who.weight) == (ALL_CLASSES, UNSAID, 1.0)
 
 
@@ -155,6 +155,8 @@ def test_salts_are_stable_apart_and_not_to_be_guessed() -> None:
 
     assert salt("s", "acme") == salt("s", "acme")
     assert len({salt("s", "acme"), salt("s", "other"), salt("t", "acme")}) == 3
+    tokens = [Principals(access, secret=secret).derived("cache", "acme") for secret in ("", "p")]
+    assert salt("p", "acme") == tokens[1] != tokens[0]
 
 
 def test_a_tenant_that_a_token_names() -> None:
@@ -168,13 +170,9 @@ def test_a_tenant_that_a_token_names() -> None:
     assert principals.of_tenant("stranger", "jwt-2") is None
     stranger = principals.of_tenant("stranger", "jwt-2", unknown=True)
     assert stranger is not None
-    assert (stranger.tenant, stranger.row) == ("default", 1)
+    assert (stranger.tenant, stranger.limited) == ("default", True)
     assert stranger.owner not in ("default", "acme", "stranger")  # its files are its own
     assert Principals(ACCESS).of_tenant("stranger", "", unknown=True) is None
-
-
-def test_rows_follow_from_the_names_alone() -> None:
-    assert rows_of(ACCESS) == rows_of(AccessConfig(tenants=(ACME, BETA))) == {"acme": 0, "beta": 1}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations
 
 import pytest
 
@@ -11,9 +12,9 @@ from proxy.contract.regions import SUMMARY_AGE_S_MAX, ModelSummary
 from proxy.core import limits
 from proxy.core.opening import Opening, is_open
 from proxy.core.outlook import Outlook, returning_max
-from proxy.core.policy import POLICIES
+from proxy.core.policy import POLICIES, Request
 from proxy.core.regions import REASON, permits
-from tests.core.builders import record
+from tests.core.builders import chain, record
 from tests.core.regions_bench import FREE, NOW_S, Bench, asked, state
 
 HOME = [record("a", "m"), record("b", "m")]
@@ -62,6 +63,46 @@ def test_no_more_go_than_the_other_region_said_it_would_begin() -> None:
     later = bench.choose(asked(99), NOW_S + 0.6)
     assert later is not None
     assert later.replica.remote
+
+
+def test_two_proxies_of_a_region_have_its_room_but_once() -> None:
+    bench = Bench(HOME, [state("us#0"), state("us#1", round_trip_s=0.09)])
+    bench.load(BUSY_TOKENS * 10)
+    went = 0
+    for key in range(20):
+        decision = bench.choose(asked(key, octets=40))
+        assert decision is not None
+        went += decision.replica.remote
+        bench.send(asked(key, octets=40), decision)
+    assert went == FREE.free
+    bench.hear(state("us#0"), state("us#1", at_s=NOW_S + 1.0), now_s=NOW_S + 1.0)
+    later = bench.choose(asked(99), NOW_S + 1.0)
+    assert later is not None
+    assert later.replica.name == "us#1/m"  # the other one's summary may not have what was sent
+    bench.hear(state("us#0"))
+    assert list(bench.picture.outlooks._sent) == [("us", "m")]
+    bench.hear()
+    assert not bench.picture.outlooks._sent
+
+
+def test_what_is_over_takes_no_room_any_more() -> None:
+    bench = Bench(HOME, [state("us#0"), state("us#1", at_s=NOW_S - 0.1)])
+    bench.load(BUSY_TOKENS * 10)
+    outlooks = [bench.picture.outlooks.of[bench.picture.slots[f"us#{n}/m"]] for n in (0, 1)]
+    leases = []
+    for key in range(FREE.free):
+        decision = bench.choose(asked(key, octets=40))
+        assert decision is not None
+        leases.append(bench.send(asked(key, octets=40), decision))
+    assert [each.room(0, NOW_S) for each in outlooks] == [0, 0]
+    bench.picture.release(leases.pop(), NOW_S + 0.1)
+    assert [each.room(0, NOW_S) for each in outlooks] == [1, 1]
+    bench.hear(state("us#0", at_s=NOW_S + 2), state("us#1"), now_s=NOW_S + 2)
+    assert [each.room(0, NOW_S) for each in outlooks] == [FREE.free, 1]
+    for lease in leases:
+        bench.picture.release(lease, NOW_S + 2)
+    assert [each.unseen_tokens for each in outlooks] == [0, 0]
+    assert [each.room(0, NOW_S) for each in outlooks] == [FREE.free, FREE.free]
 
 
 @pytest.mark.parametrize(
@@ -273,6 +314,8 @@ def test_what_is_bound_to_regions_is_never_sent_elsewhere() -> None:
     """A hundred thousand requests over fleets, loads and rules as chance has them."""
     chance = random.Random(8)
     names = ("eu", "us", "ap", "sa")
+    bounds = [frozenset(some) for n in (1, 2, 3) for some in combinations(names, n)]
+    chains = [chain(key, 400) for key in range(30)]
     sent = {True: 0, False: 0}
     served = 0
     for _ in range(400):
@@ -300,9 +343,10 @@ def test_what_is_bound_to_regions_is_never_sent_elsewhere() -> None:
         if chance.random() < 0.5:
             bench.load(BUSY_TOKENS)
         for number in range(270):
-            regions = frozenset(chance.sample(names, chance.randrange(1, 4)))
-            request = asked(chance.randrange(30), octets=400, regions=regions)
-            if chance.random() < 0.1:
+            regions = chance.choice(bounds)
+            request = Request(chance.choice(chains), has_session=number % 7 == 0)
+            request.regions = regions
+            if number % 10 == 0:
                 request.tried.update(chance.sample(list(bench.picture.slots), 1))
             decision = bench.choose(request)
             served += 1

@@ -7,8 +7,16 @@ import pytest
 from proxy.contract import FleetSnapshot, PoolRecord, ReplicaState
 from proxy.contract.regions import ModelSummary
 from proxy.core import limits
-from proxy.core.fleet import Fleet, ReplicaSuspected, SnapshotReceived, apply, empty_fleet
+from proxy.core.fleet import (
+    Fleet,
+    RemotesReceived,
+    ReplicaSuspected,
+    SnapshotReceived,
+    apply,
+    empty_fleet,
+)
 from proxy.core.picture import Picture
+from proxy.core.replica import remote_replica
 from proxy.core.summary import merge, summarise
 from tests.core.builders import chain, record
 
@@ -78,6 +86,14 @@ def test_workers_see_one_fleet_and_hold_each_their_own() -> None:
         awake=3, free=7, wait_s=0.2, s_per_token=2e-4, queued=7, coming=1, wakes=True
     )
     assert merge([{"m": one}, {"m": other, "n": one}, {}]) == {"m": merged, "n": one}
+
+
+def test_what_only_other_regions_have_is_theirs_to_tell() -> None:
+    fleet, picture = of_two()
+    remote = remote_replica("us#0", "us", "http://127.0.0.1:1", "theirs")
+    fleet = apply(fleet, RemotesReceived((remote,)))
+    assert "theirs" in fleet.pools
+    assert list(summarise(fleet, picture, {}, 0.0)) == ["m"]
 
 
 def test_only_so_many_models_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

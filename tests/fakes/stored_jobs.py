@@ -69,11 +69,12 @@ async def begun_job(
     lines_at_once: int = 2000,
     bodies: Sequence[bytes] = (),
     url: str = CHAT,
+    tenant: str = "",
 ) -> JobRecord:
     """Upload, create, validate and begin a job of so many lines, or of these bodies."""
     content, new = input_file(bodies or [body(number, padding) for number in range(lines)])
     file_id = await stored_file(store, content, owner)
-    job = await store.create_job(owner, file_id, url, window_s=window_s)
+    job = await store.create_job(owner, file_id, url, window_s=window_s, tenant=tenant)
     claimed = await store.claim_validation("service-1")
     assert claimed is not None
     assert claimed.id == job.id

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from hashlib import sha256
+from typing import Any
 
 import pytest
 
 from proxy.config import AccessConfig, TenantConfig
 from proxy.contract.keys import KeyRecord, KeySet
 from proxy.io.clock import Clock
+from proxy.io.explain import explain
 from tests.fakes.engine import ScriptedEngine
 from tests.fakes.plane import Bench, RealPlane, answer, chat_request, records
 from tests.fakes.talk import Talk, ask, on_uvloop
@@ -38,7 +40,8 @@ def bearer(key: str) -> str:
 
 
 def keyed(make_bench: MakeBench, *, told: bool = True, **config: object) -> Bench:
-    bench = make_bench(records("a", ("m", "secret-model")), access=ACCESS, **config)
+    models = records("a", ("m", "secret-model"))
+    bench = make_bench(models, access=ACCESS, keys_path="keys.json", **config)
     if told:
         bench.plane.know_keys(KEYS)
     return bench
@@ -76,6 +79,18 @@ async def test_a_change_counts_for_equal_heads_and_on_kept_connections(
     assert [got.status for got in answers] == [200, 200, 401, 200]
 
 
+async def test_who_asked_before_on_a_connection_says_nothing_of_who_asks_now(
+    make_bench: MakeBench,
+) -> None:
+    bench = keyed(make_bench)
+    client = bench.client()
+    right = LIST + bearer(KEY).encode() + b"\r\n\r\n"
+    client.send(right + LIST + b"\r\n" + right + LIST + bearer(OLD).encode() + b"\r\n\r\n")
+    await bench.settle()
+    answers = client.answers("GET", "GET", "GET", "GET")
+    assert [got.status for got in answers] == [200, 401, 200, 401]
+
+
 async def test_a_change_of_policy_counts_at_once(make_bench: MakeBench) -> None:
     bench = keyed(make_bench)
     assert status(bench, bearer(KEY)) == 200
@@ -95,6 +110,18 @@ async def test_nobody_is_let_in_before_keys_are_known(make_bench: MakeBench) -> 
     assert (got.status, got.fields["x-should-retry"]) == (503, "true")
     assert json.loads(got.body)["error"]["code"] == "keys_not_known"
     assert status(bench, bearer("master")) == 200
+    assert status(bench) == 401
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"manager_url": "http://127.0.0.1:1"}, 503), ({"worker_urls": ("http://a:1",)}, 401)],
+)
+async def test_tenants_demand_keys_wherever_these_come_from(
+    make_bench: MakeBench, config: dict[str, Any], expected: int
+) -> None:
+    bench = make_bench(access=ACCESS, **config)
+    assert status(bench, bearer(KEY)) == expected
     assert status(bench) == 401
 
 
@@ -136,6 +163,20 @@ async def test_engines_see_no_tenants_key(
         engine.send(answer())
         await bench.settle()
         assert client.answer().status == 200
+
+
+async def test_nobody_asks_in_anothers_name(make_bench: MakeBench) -> None:
+    """What proxy and offline service tell each other is no client's to say."""
+    bench = keyed(make_bench, internal_key="between-the-two")
+    forged = ("x-doherty-tenant: beta", f"x-doherty-proof: {'0' * 64}")
+    client, engine = await bench.begun(chat_request(fields=[bearer(KEY), *forged]))
+    assert client.protocol._exchange is not None
+    assert client.protocol._exchange._principal.tenant == "acme"
+    assert b"x-doherty-" not in engine.received
+    engine.send(answer())
+    await bench.settle()
+    assert client.answer().status == 200
+    assert status(bench, *forged) == 401
 
 
 async def test_with_one_key_for_all_it_goes_on_as_it_came(make_bench: MakeBench) -> None:
@@ -243,3 +284,29 @@ async def test_an_address_or_a_trailer_is_no_place_for_a_key() -> None:
         (got,) = engine.requests
         assert KEY.encode() not in got.head + got.body
         assert OTHER.encode() not in got.head
+
+
+async def test_a_dry_run_is_made_as_whoever_it_names(make_bench: MakeBench) -> None:
+    bench = keyed(make_bench)
+    path, body = b"/v1/chat/completions", b'{"model":"secret-model","messages":[]}'
+
+    def explained(*fields: tuple[bytes, bytes]) -> tuple[int, dict[str, object]]:
+        got, shown = explain(bench.plane, path, fields, body)
+        return got, json.loads(shown)
+
+    assert explained()[0] == 200  # an admin may ask for anything
+    got, shown = explained((b"x-api-key", OTHER.encode()))
+    assert (got, shown["tenant"], shown["key_id"]) == (200, "beta", "id-beta")
+    assert explained((b"x-api-key", KEY.encode()))[0] == 404
+    assert explained((b"x-api-key", OLD.encode()))[0] == 401
+
+
+async def test_why_nobody_serves_is_said_without_names_that_may_be_of_others(
+    make_bench: MakeBench,
+) -> None:
+    bench = keyed(make_bench)
+    assert "secret-model" in make_bench(
+        records("a", ("m", "secret-model"))
+    ).plane.no_replica_reason(bench.plane.find_pool("m", lookup=False))
+    reason = bench.plane.no_replica_reason(bench.plane.find_pool("m", lookup=False))
+    assert "secret-model" not in reason

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from proxy.config_access import AccessConfig, ClassesConfig, TenantConfig
 from proxy.contract import PoolRecord
 from proxy.core.principal import Principal
 from tests.fakes.plane import CHAT_BODY, Bench, Client, Engine, answer, chat_request, records
@@ -88,6 +89,19 @@ async def test_who_waits_for_a_start_is_told_that(make_bench: MakeBench) -> None
     assert fields["x-doherty-class"] == "semi-online"
 
 
+async def test_who_waits_though_only_online_work_may_come_is_told_that(
+    make_bench: MakeBench,
+) -> None:
+    access = AccessConfig(classes=ClassesConfig(online_reserve=0.5))
+    bench = make_bench((), access=access)
+    bench.publish(*(msgspec.structs.replace(each, max_inputs=2) for each in records("a")))
+    await _ask(bench, None, "x-doherty-class: semi-online")
+    second = await _ask(bench, None, "x-doherty-class: semi-online")
+    await _answered(bench, 0)
+    await _answered(bench, 0)
+    assert second.answer().fields["x-doherty-queue-reason"] == "reserve"
+
+
 async def test_what_gave_its_place_away_is_told_that(bench: Bench) -> None:
     _full(bench)
     line, person = await _ask(bench, "flex"), await _ask(bench, "priority")
@@ -98,6 +112,23 @@ async def test_what_gave_its_place_away_is_told_that(bench: Bench) -> None:
     assert line.answer().fields["x-doherty-queue-reason"] == "preempted"
     due = {("offline", "preempted"): 1, ("online", "replicas-busy"): 1}
     assert _counts(bench, "queue_waits_total") == due
+
+
+async def test_who_is_over_his_share_is_told_that(make_bench: MakeBench) -> None:
+    tenants = (TenantConfig(name="greedy"), TenantConfig(name="modest"))
+    bench = make_bench((), access=AccessConfig(tenants=tenants))
+    _full(bench)
+    long = CHAT_BODY.replace(b"hello", b"hello " * 40_000)
+    for tenant, body in (("modest", CHAT_BODY), ("greedy", long), ("modest", CHAT_BODY)):
+        await _sent_by(bench, Principal(tenant, "k"), body)
+        await _answered(bench, 0)
+    await _sent_by(bench, Principal("modest", "k"), CHAT_BODY)
+    bench.plane.admit = lambda *_: Principal("greedy", "k")  # type: ignore[method-assign]
+    client = await _ask(bench)
+    bench.clock.advance(0.5)
+    await _answered(bench, 0)
+    await _answered(bench, 0)
+    assert client.answer().fields["x-doherty-queue-reason"] == "share"
 
 
 @pytest.mark.parametrize(

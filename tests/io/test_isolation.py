@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any
 
 import aiohttp
 import pytest
 
+from proxy.config_access import AccessConfig, TenantConfig
 from proxy.contract import ReplicaRecord
-from tests.fakes.plane import CHAT_BODY, Bench, RealPlane, chat_request, records
+from proxy.contract.keys import KeyRecord, KeySet
+from tests.fakes.plane import CHAT_BODY, Bench, RealPlane, answer, chat_request, records
 from tests.fakes.simulator import simulator
 
 MakeBench = Callable[..., Bench]
@@ -64,3 +67,32 @@ async def test_the_length_that_is_told_is_that_of_the_body_with_the_salt(
 async def test_a_body_goes_as_it_came_where_nothing_has_to_be_added(bench: Bench) -> None:
     _, engine = await bench.begun(chat_request(CHAT_BODY + b" \r\n", ("x-api-key: one",)))
     assert engine.received.endswith(b"\r\n\r\n" + CHAT_BODY + b" \r\n")
+
+
+async def test_tenants_that_are_set_apart_get_a_salt_of_their_own_and_others_none(
+    make_bench: MakeBench,
+) -> None:
+    tenants = tuple(
+        TenantConfig(name=name, cache_isolation=name != "open") for name in ("acme", "zeta", "open")
+    )
+    keys = [("k1", "acme"), ("k2", "acme"), ("k3", "zeta"), ("k4", "open")]
+    told = KeySet(
+        version=1,
+        salt="drawn once",
+        keys=tuple(
+            KeyRecord(key_id=key, tenant=tenant, digest=sha256(key.encode()).hexdigest())
+            for key, tenant in keys
+        ),
+    )
+    bench = make_bench(records("a"), access=AccessConfig(tenants=tenants))
+    bench.plane.know_keys(told)
+    salts = {}
+    for key, _ in keys:
+        bench.clock.advance(1.0)
+        _, engine = await bench.begun(chat_request(fields=(f"authorization: Bearer {key}",)))
+        sent = json.loads(engine.received.rpartition(b"\r\n\r\n")[2])
+        salts[key] = sent.get("cache_salt")
+        engine.send(answer())
+    assert salts["k1"] == salts["k2"] != salts["k3"]
+    assert salts["k4"] is None
+    assert {len(salt) for salt in salts.values() if salt} == {64}

@@ -8,9 +8,10 @@ import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from proxy.config import ProxyConfig
+from proxy.config import AccessConfig, ProxyConfig, TenantConfig
 from proxy.contract import FLEET_WATCH_PATH, FleetSnapshot, encode_snapshot
 from proxy.contract.keys import KEYS_WATCH_PATH, KeyRecord, KeySet, encode_keys
 from proxy.io import keyring
@@ -98,6 +99,7 @@ async def looking(config: ProxyConfig) -> AsyncIterator[tuple[Lookout, Told]]:
         on_cleared=lambda _: None,
         on_silent=lambda _: None,
         on_keys=lambda k: told.add("keys " + ",".join(key.key_id for key in k.keys)),
+        on_jwt_keys=lambda _: None,
     )
     lookout.look(config)
     try:
@@ -201,3 +203,22 @@ async def test_another_configuration_names_another_source_and_nothing_is_open_be
         assert [event for event in told.events if event.startswith("keys")] == ["keys a", "keys "]
         write(other, encode_keys(keys("b")))
         await told.until(lambda events: "keys b" in events)
+
+
+async def test_keys_that_can_never_be_used_are_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    many = [f"k{number}" for number in range(keyring.FLAWS_TOLD_MAX + 2)]
+    write(tmp_path / "keys.json", encode_keys(keys(*many)))
+    config = ProxyConfig(keys_path=str(tmp_path / "keys.json"))
+    async with looking(config) as (lookout, _):
+        told = [record.message for record in caplog.records if "not configured" in record.message]
+        assert len(told) == keyring.FLAWS_TOLD_MAX
+        assert told[0] == "key k0: its tenant 't' is not configured; it is refused"
+        assert "so are 2 more keys" in caplog.text
+        caplog.clear()
+        lookout.look(config)
+        assert "not configured" not in caplog.text
+        access = AccessConfig(tenants=(TenantConfig(name="t"),))
+        lookout.look(msgspec.structs.replace(config, access=access))
+        assert "is refused" not in caplog.text

@@ -109,11 +109,15 @@ async def test_two_who_name_each_other_share_one_link_and_tell_summaries() -> No
         assert remote.summary is not None
         assert remote.summary.models == us.models
         await until(lambda: 0.0 < eu.remotes[0].round_trip_s < 1.0)
+        assert eu.regions.serve
+        us.models = {"m": ModelSummary()}
+        await until(lambda: not eu.regions.serve)
         us.models = {"m": ModelSummary(awake=2, queued=7)}
         await until(lambda: eu.remotes[0].summary.models["m"].queued == 7)  # type: ignore[union-attr]
         us.regions.draining = True
         us.regions.say_now()
         await until(lambda: eu.remotes[0].summary.draining)  # type: ignore[union-attr]
+        assert not eu.regions.serve
         assert [(s.name, s.value) for s in eu.regions.samples() if "linked" in s.name] == [
             ("remote_linked", 1.0)
         ]

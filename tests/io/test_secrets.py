@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 from tests.fakes.engine import Connection, Received, ScriptedEngine, answer_json, streaming
@@ -126,3 +127,12 @@ async def test_no_secret_is_in_a_log_a_metric_or_an_error(tmp_path: Path) -> Non
     assert b"doherty_requests_total" in everything
     for secret in SECRETS:
         assert secret.encode() not in everything
+
+
+async def test_no_process_of_a_proxy_leaves_an_image_of_its_memory() -> None:
+    async with ProxyProcess("--worker-urls", "http://127.0.0.1:1", "--workers", "2") as proxy:
+        for pid in (proxy.pid, *proxy.workers()):
+            (limit,) = re.findall(
+                r"Max core file size +(\d+) +(\S+)", Path(f"/proc/{pid}/limits").read_text()
+            )
+            assert limit[0] == "0"

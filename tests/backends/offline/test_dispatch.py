@@ -128,6 +128,31 @@ async def echo(connection: Connection, request: Received) -> None:
     await answer_json(connection, answered(request))
 
 
+async def test_lines_of_tenants_go_on_their_behalf(tmp_path: Path) -> None:
+    """As the proxy hears it: the secret of the two as the key, and whose line it is."""
+    seen: list[Received] = []
+
+    async def hear(connection: Connection, request: Received) -> None:
+        seen.append(request)
+        await answer_json(connection, b"{}")
+
+    async with ScriptedEngine(hear) as engine:
+        post = dispatch._Post(f"http://127.0.0.1:{engine.port}", KEY, "internal")
+        plain = dispatch._Post(f"http://127.0.0.1:{engine.port}", KEY)
+        line = Line("j", 0, "/v1/chat/completions", msgspec.Raw(b"{}"), tenant="acme & co")
+        await post(line, "spare")
+        await post(msgspec.structs.replace(line, tenant=""), "spare")
+        await plain(line, "spare")
+        await post.close()
+        await plain.close()
+    told = [(r.fields["authorization"], r.fields.get("x-doherty-tenant")) for r in seen]
+    assert told == [
+        ("Bearer internal", "acme%20%26%20co"),
+        ("Bearer internal", None),
+        (f"Bearer {KEY}", None),
+    ]
+
+
 async def ended(store: Store, job_id: str, count: int) -> None:
     async with asyncio.timeout(20):
         while (job := await store.job(ANN, job_id)).completed + job.failed < count:

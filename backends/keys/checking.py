@@ -1,0 +1,41 @@
+"""`doherty check` of keys: whether the file can be used, and each key by its tenant's policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from backends.keys.changes import IN_FORCE, state_of
+from backends.keys.place import KEYS_VARIABLE
+from proxy.config import Config, ConfigError
+from proxy.config_policy import flaws_of
+from proxy.contract.key_file import KeyFileError, read_key_file
+
+SOON_S = 14 * 86_400.0
+
+
+def check_keys(config: Config, environ: Mapping[str, str], now_s: float) -> list[str]:
+    """Return what to warn of. Raises `ConfigError` where proxies would not start."""
+    path = environ.get(KEYS_VARIABLE) or config.proxy.keys_path or config.manager.keys_path
+    if path is None:
+        elsewhere = config.manager.keys_follow or config.proxy.manager_url or config.jwt
+        if config.tenants and not elsewhere:
+            return ["tenants: nobody can show that he is one of them; set proxy.keys_path or jwt"]
+        return []
+    if not os.path.exists(path):
+        return [f"{path}: there are no keys yet, so nobody is let in; doherty keys create"]
+    try:
+        keys = read_key_file(path).keys
+    except KeyFileError as error:
+        raise ConfigError(f"keys_path: {error}") from error
+    live = [key for key in keys if state_of(key, now_s) == IN_FORCE]
+    warnings = flaws_of(live, config.access)
+    for key in live:
+        left_s = key.expires_at - now_s
+        if key.expires_at and left_s < SOON_S:
+            left = f"{left_s / 86_400:.1f} days"
+            warnings.append(f"key {key.key_id} of tenant {key.tenant} ends in {left}")
+    if config.jwt is None:
+        without = {tenant.name for tenant in config.tenants} - {key.tenant for key in live}
+        warnings += [f"tenant {name} has no key in force" for name in sorted(without)]
+    return warnings
