@@ -4,7 +4,7 @@ A whole Doherty runs with simulated replicas and some workers, and one tenant fo
 
 * tokens       for a minute requests begin evenly at the limit's own pace; from then on `--clients`
                of them come again as soon as they are answered, or half a second after a refusal
-               at the latest. Tokens count when their request begins. Told is what every sliding
+               at the latest. Tokens count when their request comes. Told is what every sliding
                minute had of the limit: the most, and the least of those after the first;
 * burst        the same without the even minute: what the whole time had, since a minute that begins
                between two bursts misses most of one;
@@ -12,7 +12,8 @@ A whole Doherty runs with simulated replicas and some workers, and one tenant fo
 * concurrent   many at once, again and again: how many answers were under way at a time;
 * budget       requests until the day's budget is spent: what the answers of those let in cost.
 
-Nothing here reads what the proxy counts: tokens are those that the answers report.
+Nothing here reads what the proxy counts: tokens are those that the answers report. When a request
+came its access log says, since a client on a busy machine knows it only to some tenths of a second.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import contextlib
 import math
 import random
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +44,8 @@ from loadtest.wire import AnswerReader
 
 SUMMARY = "limits of tenants over several workers, against real processes"
 PATH = "/v1/chat/completions"
+ACCESS_LOG = "access.jsonl"
+LOG_LAG_S = 1.0  # a line is written a moment after its answer
 MINUTE_S = 60.0
 STEP_S = 0.25  # between the beginnings of two sliding minutes that are looked at
 RETRY_S_MAX = 0.5
@@ -64,9 +68,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Used(msgspec.Struct, frozen=True):
-    """One answer: when its request began, its first and last word came, and what it reports."""
+    """One answer: its request, when its first and last word came, and what it reports."""
 
-    begun_s: float
+    request_id: str
     first_s: float
     last_s: float
     tokens: int
@@ -130,7 +134,7 @@ async def run_all(options: Options, say: Callable[[str], None]) -> list[Finding]
 
     findings = []
     async with launched(configure, fleet_options(setting)) as running:
-        stage = Stage(running.ports.proxy, options)
+        stage = Stage(running.ports.proxy, options, running.folder / ACCESS_LOG)
         for name, measured in (
             ("requests", stage.requests),
             ("concurrent", stage.concurrent),
@@ -162,7 +166,7 @@ def configuration(setting: Setting, options: Options, ports: Ports, folder: str)
             "port": ports.proxy,
             "admin_port": ports.admin,
             "workers": setting.workers,
-            "access_log": "off",
+            "access_log": str(Path(folder).parent / ACCESS_LOG),
             "keys_path": str(keys),
             "usage_log": str(Path(folder).parent / "usage.jsonl"),
             "quota_path": str(Path(folder).parent / "day.json"),
@@ -176,11 +180,14 @@ def configuration(setting: Setting, options: Options, ports: Ports, folder: str)
 class Stage:
     """A running Doherty, and those who ask it."""
 
-    def __init__(self, port: int, options: Options) -> None:
+    def __init__(self, port: int, options: Options, log: Path) -> None:
+        """`log` is the proxy's of accesses."""
         self._port = port
         self._options = options
         self._clock = WallClock()
         self._draw = random.Random(8)
+        self._log = log
+        self._count = 0
 
     async def _ask(self, client: Client, answers: Answers, output_tokens: int = 0) -> float:
         """Ask once; return how long to wait after a refusal, 0 after an answer."""
@@ -193,10 +200,12 @@ class Stage:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        begun_s = self._clock.now_s()
+        self._count += 1
+        name = f"limits-{self._count}"
         answers.running += 1
         try:
-            reader = await client.post(PATH, orjson.dumps(body), "", AnswerReader())
+            field = f"x-request-id: {name}\r\n"
+            reader = await client.post(PATH, orjson.dumps(body), field, AnswerReader())
         except RequestError as error:
             answers.refused[error.kind] += 1
             return RETRY_S_MAX
@@ -206,7 +215,7 @@ class Stage:
             tokens = reader.usage["total_tokens"]
             answers.tokens += tokens
             first_s, last_s = reader.first_content_s, reader.last_content_s
-            answers.used.append(Used(begun_s, first_s, last_s, tokens))
+            answers.used.append(Used(name, first_s, last_s, tokens))
             return 0.0
         answers.refused[_code(reader)] += 1
         return min(RETRY_S_MAX, int(reader.headers.get("retry-after-ms", "500")) / 1000.0)
@@ -247,13 +256,16 @@ class Stage:
     async def tokens(self, tenant: str, *, even: bool) -> Finding:
         """The tokens of sliding minutes."""
         options, answers = self._options, Answers()
-        begun_s = self._clock.now_s()
+        begun_s = time.time()
         if even:
             await self._evenly(tenant, answers)
         seconds = MINUTE_S * (options.minutes + (0 if even else 1))
         await self._crowd(tenant, options.clients, seconds, answers)
-        end_s = self._clock.now_s()
-        minutes = sliding(answers.used, begun_s, end_s)
+        end_s = time.time()
+        await asyncio.sleep(LOG_LAG_S)
+        moments = came(self._log)
+        used = [(moments[each.request_id], each.tokens) for each in answers.used]
+        minutes = sliding(used, begun_s, end_s)
         if even:
             least: float = min(minutes[math.ceil(MINUTE_S / STEP_S) :], default=0)
         else:  # of the whole time, for each minute of it
@@ -315,17 +327,26 @@ def _counted(name: str, limit: float, count: float, answers: Answers) -> Finding
     )
 
 
-def sliding(used: Sequence[Used], begun_s: float, end_s: float) -> list[int]:
+def came(log: Path) -> dict[str, float]:
+    """Return when the head of each request came, by the proxy's own clock."""
+    moments = {}
+    for line in log.read_bytes().splitlines():
+        record = orjson.loads(line)
+        moments[record["request_id"]] = record["at"] - record["duration_ms"] / 1000.0
+    return moments
+
+
+def sliding(used: Sequence[tuple[float, int]], begun_s: float, end_s: float) -> list[int]:
     """Return the tokens of each whole minute between two moments, a step after the other."""
-    ordered = sorted(used, key=lambda each: each.begun_s)
+    ordered = sorted(used)
     minutes, first, last, total = [], 0, 0, 0
     at_s = begun_s
     while at_s + MINUTE_S <= end_s:
-        while last < len(ordered) and ordered[last].begun_s < at_s + MINUTE_S:
-            total += ordered[last].tokens
+        while last < len(ordered) and ordered[last][0] < at_s + MINUTE_S:
+            total += ordered[last][1]
             last += 1
-        while first < last and ordered[first].begun_s < at_s:
-            total -= ordered[first].tokens
+        while first < last and ordered[first][0] < at_s:
+            total -= ordered[first][1]
             first += 1
         minutes.append(total)
         at_s += STEP_S

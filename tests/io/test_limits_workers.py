@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections import Counter
+from contextlib import AsyncExitStack
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ class Engine:
         await answer_json(connection, USAGE)
 
 
-def configure(folder: Path, url: str, **tenant: Any) -> Path:
+def configure(folder: Path, url: str, more: dict[str, Any] | None = None, **tenant: Any) -> Path:
     """Write the configuration of a proxy with one tenant, and its key."""
+    folder.mkdir(exist_ok=True)
     path, keys = folder / "doherty.json", folder / "keys.json"
     record = {"key_id": "k", "tenant": "t", "digest": sha256(KEY.encode()).hexdigest()}
     if not keys.exists():
@@ -55,6 +57,7 @@ def configure(folder: Path, url: str, **tenant: Any) -> Path:
         "keys_path": str(keys),
         "usage_log": str(folder / "usage.jsonl"),
         "quota_path": str(folder / "day.json"),
+        **(more or {}),
     }
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps({"proxy": proxy, "tenants": [{"name": "t", **tenant}]}))
@@ -167,3 +170,27 @@ async def test_a_day_goes_on_through_an_upgrade_and_a_new_start(tmp_path: Path) 
         ("t", "k", 10, 20)
     }
     assert KEY not in (tmp_path / "usage.jsonl").read_text()
+
+
+async def test_two_proxies_count_together(tmp_path: Path) -> None:
+    sockets = [f"unix:{tmp_path / name}" for name in ("one.sock", "other.sock")]
+    async with ScriptedEngine(Engine()) as replica, AsyncExitStack() as stack:
+        proxies = []
+        for place, name in zip(sockets, ("one", "other"), strict=True):
+            more = {"peer_listen": place, "peers": sockets, "workers": 1}
+            path = configure(tmp_path / name, replica.url, more, tokens_per_day=340)
+            proxies.append(await stack.enter_async_context(ProxyProcess("--config", str(path))))
+        one, other = proxies
+        assert statuses(await ask_many(one.port, 4)) == {200: 4}
+        async with asyncio.timeout(20):
+            while await other.metric("doherty_tenant_day_tokens", tenant="t") < 120:
+                await asyncio.sleep(0.01)
+        served = 0
+        while served < 7:  # of eleven of thirty tokens, and a prompt that is believed longer
+            served += await serve(other.port, 7 - served)
+        assert served == 7
+        async with asyncio.timeout(20):
+            while await one.metric("doherty_tenant_day_tokens", tenant="t") < 330:
+                await asyncio.sleep(0.01)
+        for proxy in proxies:
+            assert statuses(await ask_many(proxy.port, 3)) == {429: 3}

@@ -16,6 +16,8 @@ from proxy.io.peers import PREDECESSOR
 from proxy.io.quota_file import DaySums, read_sums, write_sums
 from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.quota_memory import QuotaMemory, quota_cells_at
+from proxy.listeners import StartError
+from proxy.sources import check_source
 
 DAY = 20_000
 
@@ -265,3 +267,16 @@ def test_a_daily_limit_that_nothing_keeps_is_warned_of(
 ) -> None:
     Proxy(clocks, 1)
     assert "quota_path names a file that keeps it" in caplog.text
+
+
+def test_more_tenants_with_limits_than_can_be_counted_are_refused() -> None:
+    def config(count: int) -> ProxyConfig:
+        tenants = [TenantConfig(name=str(n), requests_per_min=1) for n in range(count)]
+        free = TenantConfig(name="free")
+        return ProxyConfig(
+            worker_urls=("http://127.0.0.1:1",), access=AccessConfig(tenants=(*tenants, free))
+        )
+
+    check_source(config(quota.ROWS_MAX))
+    with pytest.raises(StartError, match="at most 4096 of them may have limits"):
+        check_source(config(quota.ROWS_MAX + 1))
