@@ -46,6 +46,7 @@ from loadtest.run import Options, Run, RunError, complaint, load_trace, run_repl
 from loadtest.scaling import pool
 from loadtest.scaling import regions as regions_day
 from loadtest.tenants import fairness
+from loadtest.tenants import limits as tenant_limits
 from loadtest.traces import Trace, TraceError
 
 REPLAY_EXAMPLE = """\
@@ -79,6 +80,7 @@ COMMANDS: dict[str, Command] = {
     "snapshots": snapshots,
     "soak": soak,
     "storm": storm,
+    "tenants-limits": tenant_limits,
     "upgrade": upgrade,
 }
 
