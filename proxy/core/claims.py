@@ -3,7 +3,9 @@
 *Class.* The first that says one counts: the head (`core.wishes`), the body's `service_tier`, the
 policy of the key, the pool of the model. What comes of it is then held against the key: of the
 classes that it may have, a request gets the one it asks for or else the next lower. Lower than all
-of them it may always go: to be served later costs nobody anything.
+of them it may always go: to be served later costs nobody anything. The path says nothing of it: who
+waits for an embedding may be a person who searches, or a night's index. Only what is sent as a file
+of lines (`/v1/batches`) is offline work by that, and its sender says so in the head of each line.
 
 *Deadline.* When the first token is wanted, counted from the moment in which the head came, because
 that is when the client's own clock began. Where the client says none, its tenant may, for online

@@ -288,13 +288,15 @@ class Choice:
         if request.spare:
             raise NoSpareError("no replica has room to spare now")
         queue = self.queue_of(model)
-        request.held_for = self._held_for_what(queue, request, again=since_s >= 0.0)
-        return self.waiting.add(queue, request, held_bytes, on_decision, on_refusal, since_s)
+        request.held_for = self._held_for_what(queue, request)
+        waiter = self.waiting.add(queue, request, held_bytes, on_decision, on_refusal, since_s)
+        account = waiter.account
+        if account is not None and self.waiting.shares.level(account):
+            request.held_for = "share"  # others, with less than theirs, go first
+        return waiter
 
-    def _held_for_what(self, queue: str, request: Request, *, again: bool) -> str:
-        """Say why a request has to wait. `again`: it had a place, and gave it to online work."""
-        if again:
-            return "preempted"
+    def _held_for_what(self, queue: str, request: Request) -> str:
+        """Say why a request has to wait."""
         pool = self.awaited(queue, request.regions)
         if pool is None or not pool.available:
             return "starting"

@@ -188,6 +188,7 @@ class Exchange(Crossing):
             plane.preemption.refused_total += 1
             self.fail(errors.PreemptedError("online work needed the place of this request"))
         else:
+            self._request.held_for = "preempted"
             self._progress = Progress.QUEUED
             plane.preemption.requeued_total += 1
 

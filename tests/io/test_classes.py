@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from proxy.config_access import AccessConfig, ClassesConfig
+from proxy.config_access import AccessConfig, ClassesConfig, TenantConfig
 from proxy.contract import PoolRecord
 from proxy.core.principal import Principal
 from tests.fakes.plane import CHAT_BODY, Bench, Client, Engine, answer, chat_request, records
@@ -112,6 +112,23 @@ async def test_what_gave_its_place_away_is_told_that(bench: Bench) -> None:
     assert line.answer().fields["x-doherty-queue-reason"] == "preempted"
     due = {("offline", "preempted"): 1, ("online", "replicas-busy"): 1}
     assert _counts(bench, "queue_waits_total") == due
+
+
+async def test_who_is_over_his_share_is_told_that(make_bench: MakeBench) -> None:
+    tenants = (TenantConfig(name="greedy"), TenantConfig(name="modest"))
+    bench = make_bench((), access=AccessConfig(tenants=tenants))
+    _full(bench)
+    long = CHAT_BODY.replace(b"hello", b"hello " * 40_000)
+    for tenant, body in (("modest", CHAT_BODY), ("greedy", long), ("modest", CHAT_BODY)):
+        await _sent_by(bench, Principal(tenant, "k"), body)
+        await _answered(bench, 0)
+    await _sent_by(bench, Principal("modest", "k"), CHAT_BODY)
+    bench.plane.admit = lambda *_: Principal("greedy", "k")  # type: ignore[method-assign]
+    client = await _ask(bench)
+    bench.clock.advance(0.5)
+    await _answered(bench, 0)
+    await _answered(bench, 0)
+    assert client.answer().fields["x-doherty-queue-reason"] == "share"
 
 
 @pytest.mark.parametrize(
