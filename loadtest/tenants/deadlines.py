@@ -261,7 +261,7 @@ def table(cells: Sequence[Cell], options: Options) -> str:
         mine = [cell for cell in cells if (cell.late, cell.cell) == key]
 
         def middle(figure: str, of: Sequence[Cell] = mine) -> float:
-            return statistics.median(getattr(cell, figure) for cell in of)
+            return float(statistics.median(getattr(cell, figure) for cell in of))
 
         told = "/".join(str(sum(cell.counted[place] for cell in mine)) for place in range(3))
         lines.append(
