@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from proxy.config import ProxyConfig
+from proxy.contract import NO_REGION
 from proxy.core.peer_wire import is_near, parse_address
 from proxy.core.replica import parse_url
 from proxy.io.jwt_tokens import library
@@ -30,6 +31,8 @@ def check_source(config: ProxyConfig) -> None:
 
 def _check_remotes(config: ProxyConfig) -> None:
     """Between regions nobody is believed without the key, unless all of it is on one machine."""
+    if config.access.remote_regions and config.region == NO_REGION:
+        raise StartError("remote_regions: name this region, too (region: eu)")
     peers = set(config.peers)
     for remote in config.access.remote_regions:
         what = f"remote_regions: {remote.region}"

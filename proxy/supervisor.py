@@ -32,7 +32,6 @@ from proxy.io import control
 from proxy.io.admin import make_app
 from proxy.io.entrance import LISTEN_BACKLOG
 from proxy.io.hub import Hub
-from proxy.io.jwt_keys import JwtKeys
 from proxy.io.lookout import Lookout
 from proxy.io.peers import Peers
 from proxy.io.quota_keeper import QuotaKeeper
@@ -52,7 +51,6 @@ from proxy.terminal import has_terminal
 _log = logging.getLogger("doherty.proxy")
 
 WATCH_INTERVAL_S = 1.0
-SUCCESSOR_END_TIMEOUT_S = 5.0  # one that failed cleans up; that is more than it needs
 TELL_MARGIN_S = 1.0  # for asking, beyond what a worker takes to tell what is cached where
 END_MARGIN_S = 2.0  # beyond the grace that workers were given
 
@@ -95,8 +93,8 @@ class Supervisor:
             on_cleared=lambda replica_id: self._places.tell(control.Cleared(replica_id)),
             on_silent=lambda replica_id: self._places.tell(control.Accused(replica_id)),
             on_keys=lambda keys: self._places.tell(control.KeysAre(keys)),
+            on_jwt_keys=lambda document: self._places.tell(control.JwtKeysAre(document)),
         )
-        self._jwt_keys = JwtKeys(self._tasks, lambda d: self._places.tell(control.JwtKeysAre(d)))
         self._admin = web.AppRunner(make_app(self, config.admin_api_key), access_log=None)
         self._door: takeover.Door | None = None
         self._door_task: asyncio.Task[None] | None = None
@@ -164,7 +162,6 @@ class Supervisor:
 
     def _look(self) -> None:
         self._lookout.look(self._config)
-        self._jwt_keys.look(self._config.access.jwt)
         self._witness.look(self._lookout.session, self._config)
         self._teller.tell(self._config.manager_url)
         self._wanting.look(self._config)
@@ -196,7 +193,7 @@ class Supervisor:
             case control.Doubt(replica_id):
                 self._lookout.prober.doubt(replica_id)
             case control.JwtKeysWanted():
-                self._jwt_keys.want()
+                self._lookout.jwt_keys.want()
             case _:
                 _log.error("a worker said %s", type(message).__name__)
 
@@ -267,8 +264,7 @@ class Supervisor:
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         counters, gauges = await self._places.samples()
         told, linked = self.hub.samples()
-        extra = [self._jwt_keys.samples(), self._lookout.keyring.samples()]
-        extra.append(([], self._wanting.samples()))
+        extra = [self._lookout.samples(), ([], self._wanting.samples())]
         counters += [*told, *self._peers.samples(), *self._teller.samples()]
         gauges += [*linked, *self._witness.samples(), *self._regions.samples()]
         for counted, gauged in extra:
@@ -397,7 +393,7 @@ class Supervisor:
             theirs.close()
         await self._serve_successor(ours)
         if not self._relieved:
-            status = await _end_of(self._successor)
+            status = await takeover.end_of(self._successor)
             _log.error("the new proxy ended with %d", status)
 
     # --- the end -----------------------------------------------------------------------------
@@ -445,14 +441,3 @@ class Supervisor:
         timeout_s = order.grace_s + END_MARGIN_S
         await asyncio.wait((hurry, ended), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         return ended.done()
-
-
-async def _end_of(successor: asyncio.subprocess.Process) -> int:
-    """Wait for a successor that failed; end it when it hangs. Its workers end with it."""
-    for end in (successor.terminate, successor.kill):
-        with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(successor.wait(), SUCCESSOR_END_TIMEOUT_S)
-        _log.error("the new proxy (pid %d) hangs; ending it", successor.pid)
-        with contextlib.suppress(ProcessLookupError):
-            end()
-    return await successor.wait()

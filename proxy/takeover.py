@@ -40,6 +40,7 @@ ANSWER_TIMEOUT_S = 10.0
 # From the sockets to READY a successor starts its workers, which takes a second or two, or ten on a
 # machine that is busy. One that is silent for this long hangs, and holds up whoever comes next.
 READY_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 5.0  # a successor that failed cleans up; that is more than it needs
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
@@ -241,3 +242,14 @@ def socket_in_use(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as end:
         end.setblocking(False)
         return end.connect_ex(path) == 0
+
+
+async def end_of(successor: asyncio.subprocess.Process) -> int:
+    """Wait for a successor that failed; end it when it hangs. Its workers end with it."""
+    for end in (successor.terminate, successor.kill):
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(successor.wait(), END_TIMEOUT_S)
+        _log.error("the new proxy (pid %d) hangs; ending it", successor.pid)
+        with contextlib.suppress(ProcessLookupError):
+            end()
+    return await successor.wait()

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from typing import Final, Generic, Protocol, TypeVar
 
 from proxy.core import limits
+from proxy.core.http1 import HOP
 
 # The usual spellings: a field in any other is read afresh each time, and judged by the reader.
 _LENGTH_LOW: Final = b"\r\ncontent-length: "
 _LENGTH_HIGH: Final = b"\r\nContent-Length: "
 _LENGTH_BYTES: Final = 18  # of either of them
 _DIGITS_MAX: Final = 18
+_NEVER_AGAIN: Final = b"\r\n" + HOP + b": "  # as we write it: no two of these are equal
 _ZERO: Final = 0x30
 _NINE: Final = 0x39
 
@@ -88,7 +90,7 @@ class HeadMemory(Generic[H]):
         return head, number if head.counted else head.content_length
 
     def _remember(self, known: dict[bytes, H], key: bytes, head: H) -> None:
-        if len(key) > limits.REMEMBERED_HEAD_BYTES_MAX:
+        if len(key) > limits.REMEMBERED_HEAD_BYTES_MAX or _NEVER_AGAIN in key:
             return
         if len(known) >= limits.HEADS_REMEMBERED_MAX:
             known.clear()

@@ -237,8 +237,9 @@ class Choice:
         self.picture.loads.settle(decision.slot, now_s)  # not every rule has done it
         if request.work_class == OFFLINE and self.waiting.braked() >> decision.slot & 1:
             return True
+        runway_s = self.waiting.runway_s(request, now_s)
         return self.waiting.awaits(decision.slot) or not is_open(
-            decision, request, self.picture, now_s
+            decision, request, self.picture, now_s, runway_s
         )
 
     def _held_for_want(self, model: str, request: Request) -> bool:

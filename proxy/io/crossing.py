@@ -125,10 +125,12 @@ class Crossing(Echoing):
         self._drop_replica()
         self._land("taken_back")
         self._release(plane.clock.now_s(), refused=True)
+        # A replica that failed it before may be there again: of this region nothing is known now.
+        request.tried.intersection_update(plane.fleet.remotes)
         request.tried.update(plane.fleet.names_of(remote))
         if self._crossed_times >= limits.HOPS_TRIED_MAX:
             request.abroad = False
-        self._attempts = 0  # what was tried before says nothing of what is here
+        self._attempts = 0
         lookup = self._route is not None and self._route.lookup
         try:
             pool = self._pool = plane.find_pool(self._model, request.regions, lookup=lookup)

@@ -210,17 +210,23 @@ class Hops:
 
     # --- who is under way --------------------------------------------------------------------
 
-    def know(self, remotes: Sequence[RemoteState], ours: bytes) -> None:
-        """This is what is known now of other regions; see to those whose region is lost."""
+    def know(self, remotes: Sequence[RemoteState], ours: bytes) -> list[str]:
+        """This is what is known now of other regions; see to those whose region is lost.
+
+        Returns the names of those that are.
+        """
         before, self._remotes = self._remotes, {remote.name: remote for remote in remotes}
         self._ours = ours
+        lost = []
         for name, state in before.items():
             now = self._remotes.get(name, _UNLINKED)
             if state.linked and (not now.linked or now.proxy_id != state.proxy_id):
+                lost.append(name)
                 for traveller in self._away.pop(name, ()):
                     traveller.take_back(f"region {state.region} is lost")
                 for traveller in self._here.pop(state.proxy_id, ()):
                     traveller.origin_gone()
+        return lost
 
     def left(self, remote: str, traveller: Traveller) -> None:
         """It is on its way there."""

@@ -159,10 +159,6 @@ class Plane(Abroad):
         self.some_keys = bool(keys.keys)
         self.tell_tenants_apart()
 
-    def know_jwt_keys(self, document: bytes) -> None:
-        """By these the tokens of the identity provider are verified now."""
-        self.authentication.know_jwt_keys(document)
-
     def know_remotes(self, remotes: Sequence[RemoteState], ours: bytes = b"") -> None:
         """This is what is known now of other regions; `ours` names this proxy's life to them."""
         moved = self.take_remotes(remotes)
@@ -170,7 +166,7 @@ class Plane(Abroad):
             self.sharing.hearsay.know(self.picture.slots)
             self._retain(moved)
             self.fleet_changed()
-        self.hops.know(remotes, ours)
+        self.upstreams.close_idle(self.hops.know(remotes, ours))
         self.work_done()
 
     def suspect(self, replica_id: str, reason: str) -> None:
@@ -195,10 +191,8 @@ class Plane(Abroad):
 
     def doubt(self, replica_id: str, now_s: float) -> None:
         """A request has long heard nothing of its replica: have it asked, now and then."""
-        if (
-            now_s - self._doubted_s.get(replica_id, -limits.SILENCE_DOUBT_S)
-            < limits.SILENCE_DOUBT_S
-        ):
+        before_s = self._doubted_s.get(replica_id, -limits.SILENCE_DOUBT_S)
+        if now_s - before_s < limits.SILENCE_DOUBT_S:
             return
         self._doubted_s[replica_id] = now_s
         self._on_doubt(replica_id)

@@ -69,10 +69,10 @@ class Regions:
     def __init__(
         self,
         tell: Callable[[control.Message], None],
-        summary: Callable[[], Mapping[str, ModelSummary]],
+        summary: Callable[[], Mapping[str, ModelSummary] | None],
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`summary()` returns what there is here, for others."""
+        """`summary()` returns what there is here, for others; None: nobody would serve them."""
         self.draining = False  # this proxy is: nobody should send anything here
         self._tell = tell
         self._summary = summary
@@ -179,12 +179,15 @@ class Regions:
     def _send(self, link: PeerLink) -> None:
         if link.waiting_bytes > SUMMARY_BYTES_MAX:
             return  # a path that is behind gets the next one
+        models = self._summary()
+        if models is None and not self.draining:
+            return  # to be silent is to be left
         self._sequence += 1
         summary = RegionSummary(
             region=self._region,
             sequence=self._sequence,
             draining=self.draining,
-            models=dict(self._summary()),
+            models=dict(models or {}),
         )
         octets = encode_summary(summary)
         if len(octets) < SUMMARY_BYTES_MAX:

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import aiohttp
 import msgspec
 
 from proxy.contract.demand import DEMAND_INTERVAL_S, DEMAND_PATH, Demand, encode_demand
-from proxy.contract.regions import ModelSummary
+from proxy.contract.regions import SUMMARY_AGE_S_MAX, ModelSummary
 from proxy.core import limits
 from proxy.core.demand import counted, sum_models, sum_replicas
 from proxy.core.summary import merge
@@ -35,7 +36,8 @@ class Teller:
         self._session = session
         self._url: str | None = None
         self._of: dict[int, Demanded | None] = {}  # by origin; None: it has said nothing yet
-        self._seen: dict[int, Mapping[str, ModelSummary]] = {}  # by origin, for other regions
+        # For other regions, by origin, and when it was said.
+        self._seen: dict[int, tuple[float, Mapping[str, ModelSummary]]] = {}
         self.between: Callable[[Sequence[Demanded]], Between] = lambda _: ({}, {})
         self._departed = Demanded({}, {})
         self._urgent = asyncio.Event()
@@ -61,7 +63,7 @@ class Teller:
         if origin not in self._of:
             return
         if isinstance(said, Summarised):
-            self._seen[origin] = said.models
+            self._seen[origin] = (time.monotonic(), said.models)
             return
         self._of[origin] = said
         if said.at_once:
@@ -71,9 +73,14 @@ class Teller:
         """Report at once: somebody may wait for what there is to say."""
         self._urgent.set()
 
-    def summary(self) -> dict[str, ModelSummary]:
-        """Return what other regions are told of this one's models."""
-        return merge(self._seen.values())
+    def summary(self) -> dict[str, ModelSummary] | None:
+        """Return what other regions are told of this one's models.
+
+        None: no worker has said anything for long, so that nobody would be served here.
+        """
+        since_s = time.monotonic() - SUMMARY_AGE_S_MAX
+        fresh = [models for at_s, models in self._seen.values() if at_s >= since_s]
+        return merge(fresh) if fresh else None
 
     def leave(self, origin: int) -> None:
         """It is no more, and neither is what it had in hand."""

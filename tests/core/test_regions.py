@@ -85,6 +85,26 @@ def test_two_proxies_of_a_region_have_its_room_but_once() -> None:
     assert not bench.picture.outlooks._sent
 
 
+def test_what_is_over_takes_no_room_any_more() -> None:
+    bench = Bench(HOME, [state("us#0"), state("us#1", at_s=NOW_S - 0.1)])
+    bench.load(BUSY_TOKENS * 10)
+    outlooks = [bench.picture.outlooks.of[bench.picture.slots[f"us#{n}/m"]] for n in (0, 1)]
+    leases = []
+    for key in range(FREE.free):
+        decision = bench.choose(asked(key, octets=40))
+        assert decision is not None
+        leases.append(bench.send(asked(key, octets=40), decision))
+    assert [each.room(0, NOW_S) for each in outlooks] == [0, 0]
+    bench.picture.release(leases.pop(), NOW_S + 0.1)
+    assert [each.room(0, NOW_S) for each in outlooks] == [1, 1]
+    bench.hear(state("us#0", at_s=NOW_S + 2), state("us#1"), now_s=NOW_S + 2)
+    assert [each.room(0, NOW_S) for each in outlooks] == [FREE.free, 1]
+    for lease in leases:
+        bench.picture.release(lease, NOW_S + 2)
+    assert [each.unseen_tokens for each in outlooks] == [0, 0]
+    assert [each.room(0, NOW_S) for each in outlooks] == [FREE.free, FREE.free]
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -91,9 +91,10 @@ class InRegion(RealPlane):
 
     def link(self, others: Iterable[tuple[str, int, int]]) -> None:
         """Link with these proxies: region, port for requests, port for peers."""
+        scheme = "https" if self.plane.config.tls_cert_path else "http"
         remotes = [
             RemoteRegionConfig(
-                region=region, url=f"http://127.0.0.1:{port}", peer=f"127.0.0.1:{peer_port}"
+                region=region, url=f"{scheme}://127.0.0.1:{port}", peer=f"127.0.0.1:{peer_port}"
             )
             for region, port, peer_port in others
         ]

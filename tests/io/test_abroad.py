@@ -15,7 +15,16 @@ from proxy.core import limits
 from proxy.core.policy import Decision, Request
 from proxy.io.explain import explain
 from proxy.io.tally import demand_of, summary_of
-from tests.fakes.plane import CHAT_BODY, Bench, answer, chat_request
+from tests.fakes.plane import (
+    CHAT_BODY,
+    EVENTS,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    Bench,
+    answer,
+    chat_request,
+    chunk,
+)
 
 MakeBench = Callable[..., Bench]
 FREE = ModelSummary(awake=2, free=8, s_per_token=1 / 30_000)
@@ -88,9 +97,9 @@ async def test_a_model_that_only_others_have_is_served_and_listed(make_bench: Ma
 async def test_one_that_cannot_be_reached_is_left_and_the_request_served_here(bench: Bench) -> None:
     await busy(bench)
     bench.upstreams.refusing.add("us#0")
-    client, engine = await bench.begun()
-    assert bench.upstreams.dialled[-2:] == ["us#0", "a"] or engine.replica_id == "a"
-    assert bench.plane.telemetry.retries["connect"] == 1
+    await bench.begun()
+    assert bench.upstreams.dialled.count("us#0") == 1
+    assert bench.plane.waiting.count == 1  # as one that has just come
     assert not bench.suspects  # the supervisor probes replicas, and not other regions
     dialled = len(bench.upstreams.dialled)
     told(bench)
@@ -158,12 +167,13 @@ async def test_what_may_not_leave_waits_for_nobody_abroad(make_bench: MakeBench)
 async def test_a_region_that_goes_takes_its_place_in_the_picture_with_it(bench: Bench) -> None:
     await busy(bench)
     client, engine = await bench.begun()
+    engine.send(STREAM_HEAD + chunk(EVENTS[0]))
     fleet = bench.plane.fleet
     told(bench, linked=False)
     assert bench.plane.fleet is fleet
     bench.plane.know_remotes([])
     assert "us#0/m" not in bench.plane.picture.slots
-    engine.send(answer())  # under way, it is answered
+    engine.send(chunk(EVENTS[1]) + LAST_CHUNK)  # under way, it is answered
     assert client.answer().status == 200
 
 

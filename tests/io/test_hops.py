@@ -1,15 +1,21 @@
-"""A request crosses once, as it came, and is neither lost with a region nor believed of anybody."""
+"""A request crosses once, as it came; it is not lost with a region, nor believed of anybody."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from proxy.core import limits
+from proxy.core.classes import SEMI_ONLINE
+from proxy.core.policy import Request
 from proxy.io import regions as regions_module
-from tests.fakes.engine import Connection, Received, ScriptedEngine, streaming
+from proxy.io.access_log import AccessLog
+from tests.fakes.certificates import Authority
+from tests.fakes.engine import Connection, Received, ScriptedEngine, answer_json, streaming
 from tests.fakes.plane import CHAT_BODY, chat_request, until
 from tests.fakes.regions import InRegion, Wire, joined
 from tests.fakes.talk import Talk, ask
@@ -257,3 +263,82 @@ async def test_what_may_not_be_computed_there_comes_back(monkeypatch: pytest.Mon
             assert answered.status in (502, 503)
             assert us.plane.hops.refused["misdirected"] >= 1
             assert not engine.requests
+
+
+# --- mutual TLS, what is stored, what is spare ----------------------------------------------------
+
+
+@pytest.mark.parametrize("shown", [True, False])
+async def test_between_regions_both_ends_of_tls_show_who_they_are(
+    tmp_path: Path, *, shown: bool
+) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("proxy")
+    tls = {
+        "peer_key": KEY,
+        "tls_cert_path": cert,
+        "tls_key_path": key,
+        "tls_client_auth": "optional",
+        "tls_client_ca_path": authority.path,
+        "ca_cert_path": authority.path,
+    }
+    mine = {"client_cert_path": cert, "client_key_path": key} if shown else {}
+    async with ScriptedEngine() as engine:
+        us = InRegion("us", [engine.record("a")], **{**tls, "tls_client_auth": "required"})
+        eu = InRegion("eu", **tls, **mine)
+        async with joined(eu, us):
+            answered = await ask(eu.port, chat_request(), context=authority.client_context())
+            assert (answered.status == 200) is shown
+            assert len(engine.requests) == shown
+
+
+async def test_a_stored_answer_is_looked_up_where_it_was_made() -> None:
+    stored = b'{"id":"resp_1","object":"response","output":[]}'
+
+    async def store(connection: Connection, _: Received) -> None:
+        await answer_json(connection, stored)
+
+    async with ScriptedEngine(store) as engine:
+        us, eu = InRegion("us", [engine.record("a")], peer_key=KEY), InRegion("eu", peer_key=KEY)
+        async with joined(eu, us):
+            body = b'{"model":"m","input":"hello"}'
+            created = chat_request(body).replace(b"/v1/chat/completions", b"/v1/responses")
+            assert (await ask(eu.port, created)).body == stored
+            get = b"GET /v1/responses/resp_1?stream=false HTTP/1.1\r\nhost: x\r\n\r\n"
+            assert (await ask(eu.port, get, "GET")).body == stored
+            assert [request.target for request in engine.requests] == [
+                "/v1/responses",
+                "/v1/responses/resp_1?stream=false",
+            ]
+
+
+async def test_the_lines_of_a_job_do_not_cross() -> None:
+    async with ScriptedEngine() as engine:
+        us, eu = InRegion("us", [engine.record("a")], peer_key=KEY), InRegion("eu", peer_key=KEY)
+        async with joined(eu, us):
+            answered = await ask(eu.port, chat_request(fields=["x-doherty-class: spare"]))
+            assert answered.status in (429, 503)
+            assert not engine.requests
+
+
+async def test_the_class_crosses_and_nothing_is_counted_twice(tmp_path: Path) -> None:
+    async with ScriptedEngine() as engine:
+        us, eu = InRegion("us", [engine.record("a")], peer_key=KEY), InRegion("eu", peer_key=KEY)
+        books = tmp_path / "usage.jsonl"
+        written = AccessLog(str(books))
+        us.plane.metering.change_log(written)
+        async with joined(eu, us):
+            seen: list[tuple[int, bool]] = []
+            before = us.plane.decide
+
+            def decide(request: Request, *rest: Any, **more: Any) -> Any:
+                seen.append((request.work_class, request.abroad))
+                return before(request, *rest, **more)
+
+            us.plane.decide = decide  # type: ignore[method-assign]
+            answered = await ask(eu.port, chat_request(fields=["x-doherty-class: semi-online"]))
+            assert answered.status == 200
+            assert seen == [(SEMI_ONLINE, False)]
+            assert "x-doherty-class" not in engine.requests[0].fields
+        written.close()
+    assert not books.read_text()

@@ -99,6 +99,7 @@ async def looking(config: ProxyConfig) -> AsyncIterator[tuple[Lookout, Told]]:
         on_cleared=lambda _: None,
         on_silent=lambda _: None,
         on_keys=lambda k: told.add("keys " + ",".join(key.key_id for key in k.keys)),
+        on_jwt_keys=lambda _: None,
     )
     lookout.look(config)
     try:
