@@ -338,13 +338,14 @@ class Scaler:
         """Return the replicas needed here, with what other regions ask for and without what they
         are given; and what each of them is given."""
         foreign = seen.wanted / self._carried
+        short = max(0.0, need - max(0.0, total - foreign))
+        waits = seen.queued > 0 or self._burst_since_s is not None
         here = Here(
             at_s=seen.at_s,
-            short=max(0.0, need - max(0.0, total - foreign)) * self._carried,
+            short=short * self._carried * waits,
             carries=self._carried,
             startable=0 if seen.blocked else self._clamped(self.policy.max, seen) - total,
             start_s=seen.start_s,
-            waits=seen.queued > 0 or self._burst_since_s is not None,
         )
         away = self._spreading.share(here, seen.elsewhere)
         given = sum(away.values()) / self._carried

@@ -1,11 +1,14 @@
 """How much of a pool's need other regions are to start replicas for: soonest first, each once.
 
 The manager of a region alone decides what is started for its own demand. What its law needs beyond
-the replicas that serve or come is *short*, in requests in flight. Where somebody waits for them,
-the short is given out by when a replica that is ordered now would serve: this region first, then
-the others, unless one of them is sooner by more than `SOONER_S` and `SOONER_SHARE` of our own
-start. Where nobody waits, speed is worth nothing, and another region gets only what cannot be
-started here. What is given away is not ordered here, so no request has two replicas started for it.
+the replicas that serve or come is *short*, in requests in flight. It is given out by when a replica
+that is ordered now would serve: this region first, then the others, unless one of them is sooner by
+more than `SOONER_S` and `SOONER_SHARE` of our own start. What is given away is not ordered here, so
+no request has two replicas started for it.
+
+Only what somebody waits for counts as short. Where nobody does, speed is worth nothing, and
+requests stay where they came: replicas above their target take them, and those that another region
+had started for them would stand idle (the lab, `loadtest.scaling.regions`, paid a tenth more).
 
 What was given stays given, or the same want would be started for twice: here as soon as the answer
 to it begins to show elsewhere. It shrinks as requests begin to be served there (`in_flight` grows)
@@ -37,11 +40,10 @@ class Here(NamedTuple):
     """This region at one moment."""
 
     at_s: float
-    short: float  # requests in flight that nothing serves or comes for
+    short: float  # requests in flight that nothing serves or comes for, while somebody waits
     carries: float  # of them, by one replica
     startable: int  # replicas that could be started here
     start_s: float
-    waits: bool  # somebody waits for the start
 
 
 class Spreading:
@@ -120,7 +122,7 @@ class Spreading:
 
 def _order(here: Here, others: Mapping[str, Elsewhere]) -> Iterator[str | None]:
     """Yield who is to start, the soonest first; None: this region."""
-    sooner_s = here.start_s - max(SOONER_S, SOONER_SHARE * here.start_s) if here.waits else 0.0
+    sooner_s = here.start_s - max(SOONER_S, SOONER_SHARE * here.start_s)
     ranked = sorted(
         (other.start_s or math.inf, region) for region, other in others.items() if other.startable
     )

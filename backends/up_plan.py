@@ -52,9 +52,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return keyed(self.config, self.proxy, self.manager)
 
     @property
+    def keys_path(self) -> str | None:
+        return self.manager.keys_path or self.proxy.keys_path
+
+    @property
     def without_keys(self) -> str | None:
         """Why nobody may ask yet, and what to do, in words."""
-        path = self.proxy.keys_path or self.manager.keys_path
+        path = self.keys_path
         if path is None or os.path.exists(path):
             return None
         tenants = self.config.tenants
@@ -168,11 +172,14 @@ def services(plan: Plan, environ: Mapping[str, str]) -> Commands:
         plain["upgrade_socket"] = path
     secrets = {f"DOHERTY_{k.upper()}": str(v) for k, v in plan.proxy_flags.items() if k in SECRETS}
     # Where the desk is, for the manager as well: it starts the workers that ask there.
-    desk = {"DOHERTY_OFFLINE_PORT": str(plan.offline.port)} if plan.serves_jobs else {}
+    told = {"DOHERTY_OFFLINE_PORT": str(plan.offline.port)} if plan.serves_jobs else {}
+    told |= {k: v for k, v in secrets.items() if k.endswith("PEER_KEY")}
+    if plan.manager.keys_follow is None and (path := plan.keys_path) is not None:
+        told["DOHERTY_KEYS_PATH"] = path  # it serves the keys that the proxy reads
     manager = Command(
         "manager",
         (*cli, "manager", *config, *flags_of(manager_flags)),
-        environment(environ, desk | {k: v for k, v in secrets.items() if k.endswith("PEER_KEY")}),
+        environment(environ, told),
         plan.logs / "manager.log",
     )
     offline = Command(

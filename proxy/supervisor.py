@@ -32,7 +32,6 @@ from proxy.io import control
 from proxy.io.admin import make_app
 from proxy.io.entrance import LISTEN_BACKLOG
 from proxy.io.hub import Hub
-from proxy.io.jwt_keys import JwtKeys
 from proxy.io.lookout import Lookout
 from proxy.io.peers import Peers
 from proxy.io.quota_keeper import QuotaKeeper
@@ -94,8 +93,8 @@ class Supervisor:
             on_cleared=lambda replica_id: self._places.tell(control.Cleared(replica_id)),
             on_silent=lambda replica_id: self._places.tell(control.Accused(replica_id)),
             on_keys=lambda keys: self._places.tell(control.KeysAre(keys)),
+            on_jwt_keys=lambda document: self._places.tell(control.JwtKeysAre(document)),
         )
-        self._jwt_keys = JwtKeys(self._tasks, lambda d: self._places.tell(control.JwtKeysAre(d)))
         self._admin = web.AppRunner(make_app(self, config.admin_api_key), access_log=None)
         self._door: takeover.Door | None = None
         self._door_task: asyncio.Task[None] | None = None
@@ -163,7 +162,6 @@ class Supervisor:
 
     def _look(self) -> None:
         self._lookout.look(self._config)
-        self._jwt_keys.look(self._config.access.jwt)
         self._witness.look(self._lookout.session, self._config)
         self._teller.tell(self._config.manager_url)
         self._wanting.look(self._config)
@@ -195,7 +193,7 @@ class Supervisor:
             case control.Doubt(replica_id):
                 self._lookout.prober.doubt(replica_id)
             case control.JwtKeysWanted():
-                self._jwt_keys.want()
+                self._lookout.jwt_keys.want()
             case _:
                 _log.error("a worker said %s", type(message).__name__)
 
@@ -266,10 +264,14 @@ class Supervisor:
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         counters, gauges = await self._places.samples()
         told, linked = self.hub.samples()
-        extra = [self._jwt_keys.samples(), self._lookout.keyring.samples()]
-        extra.append(([], self._wanting.samples()))
+        extra = [self._lookout.samples(), ([], self._wanting.samples())]
         counters += [*told, *self._peers.samples(), *self._teller.samples()]
-        gauges += [*linked, *self._witness.samples(), *self._regions.samples()]
+        gauges += [
+            *linked,
+            *self._witness.samples(),
+            *self._regions.samples(),
+            *self._quotas.samples(),
+        ]
         for counted, gauged in extra:
             counters += counted
             gauges += gauged

@@ -272,7 +272,7 @@ def _tell(plane: Plane, message: control.News) -> None:
         case control.KeysAre(keys):
             plane.know_keys(keys)
         case control.JwtKeysAre(document):
-            plane.know_jwt_keys(document)
+            plane.authentication.know_jwt_keys(document)
         case control.RemotesAre(remotes, ours):
             plane.know_remotes(remotes, ours)
         case control.Cleared(replica_id):

@@ -29,7 +29,7 @@ def place_of(keys: str | None, config_path: str | None, environ: Mapping[str, st
     """Raises `ConfigError` where no file is named."""
     config_path = config_path or environ.get(ENVIRONMENT_PREFIX + "CONFIG") or None
     config = load_config(config_path) if config_path else None
-    configured = config.proxy.keys_path if config else None
+    configured = (config.proxy.keys_path or config.manager.keys_path) if config else None
     path = keys or environ.get(KEYS_VARIABLE) or configured
     if not path:
         where = f"proxy.keys_path in {config_path}" if config_path else "--config FILE"
@@ -57,9 +57,14 @@ def check_rights(
 ) -> None:
     """Refuse a key that could do nothing. Raises `ConfigError` with the nearest name."""
     config = place.config
-    if config is None or not config.tenants:
+    if config is None:
         return
     tenants = {one.name: one for one in config.tenants}
+    if not tenants:
+        raise ConfigError(
+            f"{place.config_path} has no tenants, and a key is of one of them; "
+            f"add `tenants: [{{name: {tenant}}}]`"
+        )
     if tenant not in tenants:
         raise ConfigError(_unknown("tenant", tenant, tenants, place.config_path))
     _check_granted(tenants[tenant], "classes", classes, place.config_path)

@@ -22,7 +22,7 @@ from backends.offline.records import (
 WORK = "work"  # topic: there may be lines to give
 CHECK = "check"  # topic: there is a job to validate
 # In this order, and before chunks and lines, so that no two transactions wait for each other.
-LOCK_JOB = "SELECT number, id, state FROM jobs WHERE number = $1 FOR UPDATE"
+LOCK_JOB = "SELECT number, id, state, tenant, model FROM jobs WHERE number = $1 FOR UPDATE"
 _RUN_BYTES = 1024 * 1024  # of results that are in memory at once, or one that is larger
 _ROOM_AGE_S_MAX = 5.0  # of a sum over all files, before it is made anew
 

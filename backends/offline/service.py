@@ -40,6 +40,7 @@ from backends.offline.records import (
 from backends.offline.setting import Setting, locked_out, prices_of
 from backends.offline.store import Store
 from backends.offline.tenants import Door
+from backends.offline.usage_log import UsageLog
 from backends.offline.validating import Validator
 from backends.offline.work_api import WorkApi
 from backends.providers.process import boot_id
@@ -135,6 +136,14 @@ class OfflineService:
             nobody=self._teller.nobody,
         )
         self._work = WorkApi(self.desk, offline.work_key, self._ending)
+        self._usage = UsageLog(
+            setting.config.proxy.usage_log,
+            setting.config.region,
+            setting.config.access.models,
+            clock,
+            log,
+        )
+        store.on_taken = self._usage.take
         self._dispatcher = self._make_dispatcher()
         self._metrics = Metrics(store, self.desk, self._files, self._sent)
 
@@ -226,6 +235,7 @@ class OfflineService:
         """Start what goes on beside the requests; the next life at this `place` claims the same."""
         log, offline = self._log, self._setting.config.offline
         chores = [spawn(self._finish(), "finish", log), spawn(self._prune(), "prune", log)]
+        chores.append(spawn(self._usage.run(), "usage", log))
         for number in range(VALIDATORS):
             validator = Validator(
                 self._store,
@@ -250,10 +260,12 @@ class OfflineService:
             if self._setting.config_path is None:
                 continue
             try:
-                models = load_config(self._setting.config_path).models
+                config = load_config(self._setting.config_path)
             except ConfigError as error:
                 self._log.fault("reload_failed", reason=str(error), kept="the models before")
                 continue
+            models = config.models
+            self._usage.configure(config.access.models)
             self._models.configure(configured_names(models))
             self.desk.abilities.forget()
             if self._dispatcher is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -39,6 +39,14 @@ _NEEDS_MAX = 64  # of one model
 _MODELS_MAX = 10_000  # whose turns are counted
 
 
+# A worker's id, and tenant and model of each result of its that counts.
+OnTaken = Callable[[str, Sequence[tuple[str, str, Result]]], None]
+
+
+def _nobody_hears(_worker_id: str, _taken: Sequence[tuple[str, str, Result]]) -> None:
+    """Where nobody keeps books."""
+
+
 class DeskStore(JobStore):
     """The part of the store that workers talk to; it is a `Desk`."""
 
@@ -47,6 +55,7 @@ class DeskStore(JobStore):
         self._buries_from_s = clock.unix_s() + limits.hold_s
         self._turns: Counter[str] = Counter()  # chunks given, by model
         self._rates = Rates()
+        self.on_taken: OnTaken = _nobody_hears
 
     async def ask(self, ask: Ask) -> Chunk | None:
         """Give lines of one model; see `Desk`."""
@@ -221,6 +230,8 @@ class DeskStore(JobStore):
             await self._take_back(transaction, report, running)
             await self._charge(transaction, report, running)
         self._rates.count(report.worker_id, now_s, sum(map(_tokens, accepted)))
+        owners = {str(row[1]): (str(row[3]), str(row[4])) for row in jobs}
+        self.on_taken(report.worker_id, [(*owners[each.job_id], each) for each in accepted])
         return Receipt(
             held=True,
             accepted=len(accepted),

@@ -38,7 +38,7 @@ def with_fields(body: bytes, fields: bytes) -> bytes:
     end = len(body) - 1
     while body[end] in _SPACE:
         end -= 1
-    return b"%b,%b}" % (body[:end], fields)
+    return b"".join((memoryview(body)[:end], b",", fields, b"}"))  # bodies may be large: one copy
 
 
 def names_priority(body: bytes) -> bool:

@@ -250,6 +250,18 @@ class Shares:
         above = account.counter - self._least[account.work_class]
         return int(above / limits.SHARE_QUANTUM_TOKENS) if above > 0.0 else 0
 
+    def runway_s(self, account: Account | None) -> float:
+        """Return how little a replica must have to do to be open to requests of this one.
+
+        Less for one who was given more than another that is about, by however little: what it has
+        sent is in the way of whoever comes next, and cannot be called back.
+        """
+        if account is None:
+            return limits.RUNWAY_S
+        ahead = account.counter - self._least[account.work_class]
+        over = ahead > limits.SHARE_QUANTUM_TOKENS / 16.0
+        return limits.RUNWAY_OVER_S if over else limits.RUNWAY_S
+
 
 def _seen_s(account: Account) -> float:
     return account.seen_s

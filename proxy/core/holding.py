@@ -60,12 +60,10 @@ class Holding:
         """Whether some have not been looked at yet, so that nobody knows what they wait for."""
         return _UNSEEN in self._lines
 
-    def runway_s(self, held: Held) -> float:
-        """Return how little a replica must have to do to be open to this one."""
-        account = held.account
-        if account is None or not self.shares.level(account):
-            return limits.RUNWAY_S
-        return limits.RUNWAY_OVER_S
+    @property
+    def runway_s_min(self) -> float:
+        """Return how little a replica must have to do to be open to all that wait."""
+        return limits.RUNWAY_OVER_S if self.shares.on else limits.RUNWAY_S
 
     def awaits(self, slot: int) -> bool:
         """Whether somebody waits for this replica, or may do so."""
@@ -363,7 +361,11 @@ class _Look:
             goes = False
         else:
             goes = not self._holding.overtaken(held, decision.slot, self.order) and is_open(
-                decision, held.request, picture, self._now_s, self._holding.runway_s(held)
+                decision,
+                held.request,
+                picture,
+                self._now_s,
+                self._holding.shares.runway_s(held.account),
             )
         return (
             goes

@@ -69,33 +69,39 @@ class Opening:
 
     __slots__ = ("next_s", "now")
 
-    def __init__(self, pool: Pool, picture: Picture, now_s: float) -> None:
+    def __init__(
+        self, pool: Pool, picture: Picture, now_s: float, runway_s: float = limits.RUNWAY_S
+    ) -> None:
+        """`runway_s` is the shortest by which any that wait go: it opens later for them."""
         self.now = False
         self.next_s = _NEVER
         seats = picture.seats(pool)
         if seats.away_slots:
             self.now = picture.may_leave(seats, now_s)
         for slot in seats.slots:
+            until_s = limits.RUNWAY_S
             if has_little_to_do(slot, picture, now_s):
                 self.now = True
-                continue
+                if runway_s >= until_s:
+                    continue
+                until_s = runway_s
             if picture.loads.is_full(slot):
                 continue
-            opens_s = _opens_s(slot, picture, now_s)
+            opens_s = _opens_s(slot, picture, now_s, until_s)
             if opens_s > now_s:
                 self.next_s = min(self.next_s, opens_s)
 
 
-def _opens_s(slot: int, picture: Picture, now_s: float) -> float:
+def _opens_s(slot: int, picture: Picture, now_s: float, runway_s: float) -> float:
     """Return when a replica that is busy will be open if all goes as it should."""
     loads = picture.loads
     extra_s, end_s = loads.extra_s[slot], loads.head_end_s[slot]
     behind_s = loads.pending_tokens[slot] * loads.s_per_token[slot] + extra_s
-    opens_s = loads.gauge_end_s[slot] + extra_s - limits.RUNWAY_S
+    opens_s = loads.gauge_end_s[slot] + extra_s - runway_s
     if end_s <= 0.0:
         return opens_s
-    if end_s > now_s and behind_s <= limits.RUNWAY_S:
-        return max(opens_s, end_s + behind_s - limits.RUNWAY_S)
+    if end_s > now_s and behind_s <= runway_s:
+        return max(opens_s, end_s + behind_s - runway_s)
     if slot in loads.unseen:
         return max(opens_s, end_s)  # the next one is the head then
     return _NEVER

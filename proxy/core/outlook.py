@@ -3,8 +3,9 @@
 A summary is some time old when it is read: what it says of waiting has passed by its age, and what
 we sent since it was written is not in it yet. So both are counted here, for each remote proxy and
 each model: `room` is how many requests more it would begin at once, `wait_s` how long one would
-wait there. A request counts as not in the summary until one has come that was begun a round trip
-after it was sent: perhaps too long, and never too short, so that nobody is sent after what is gone.
+wait there. A request counts as not in the summary until it is over, or one has come that was begun
+a round trip after it was sent: perhaps too long, and never too short, so that nobody is sent after
+what is gone.
 
 A region whose summary is old, that drains, or that cannot be reached, is left at once. One that was
 gone and is back is given its requests by degrees (`returning_max`): a pure function of how long it
@@ -13,7 +14,6 @@ has been back.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Final
 
 from proxy.contract.regions import (
@@ -23,6 +23,7 @@ from proxy.contract.regions import (
     RemoteState,
 )
 from proxy.core import limits
+from proxy.core.lease import Lease
 
 NOTHING_SAID: Final = ModelSummary()
 
@@ -40,19 +41,26 @@ class Sent:
     They have the same replicas, so what one of them was sent is not in the summaries of the others.
     """
 
-    __slots__ = ("entries", "readers")
+    __slots__ = ("leases", "readers")
 
     def __init__(self) -> None:
-        self.entries: deque[tuple[float, int]] = deque()  # when, and its uncached tokens
+        self.leases: dict[Lease, None] = {}  # in the order of their dispatch
         self.readers: list[Outlook] = []
 
-    def add(self, tokens: int, now_s: float) -> None:
-        if len(self.entries) >= limits.FOREIGN_LEASES_MAX:
-            self.entries.popleft()
-        self.entries.append((now_s, tokens))
+    def add(self, lease: Lease) -> None:
+        self.leases[lease] = None
         for reader in self.readers:
             reader.unseen += 1
-            reader.unseen_tokens += tokens
+            reader.unseen_tokens += lease.prefill_tokens
+
+    def drop(self, lease: Lease) -> None:
+        """It is over, so it takes nothing any more, whatever the next summary says."""
+        if lease in self.leases:
+            del self.leases[lease]
+            for reader in self.readers:
+                if lease.started_s >= reader.shown_s:
+                    reader.unseen -= 1
+                    reader.unseen_tokens -= lease.prefill_tokens
 
     def trim(self) -> None:
         """Forget what the summaries of all that tell have."""
@@ -60,16 +68,18 @@ class Sent:
         for reader in self.readers:
             if reader.linked:
                 shown_s = min(shown_s, reader.shown_s)
-        while self.entries and self.entries[0][0] < shown_s:
-            self.entries.popleft()
+        for lease in list(self.leases):
+            if lease.started_s >= shown_s:
+                break
+            del self.leases[lease]
 
 
 class Outlook:
     """One remote proxy and one model, as they were told, and what was sent there since."""
 
     __slots__ = (
-        "_pauses", "_sent", "_suspect_until_s", "at_s", "draining", "left_s", "linked", "lost",
-        "round_trip_s", "said", "since_s", "unseen", "unseen_tokens",
+        "_pauses", "_suspect_until_s", "at_s", "draining", "left_s", "linked", "lost",
+        "round_trip_s", "said", "sent", "since_s", "unseen", "unseen_tokens",
     )  # fmt: skip
 
     def __init__(self, sent: Sent | None = None) -> None:
@@ -82,8 +92,8 @@ class Outlook:
         self.left_s = 0.0  # when its link was lost; 0: it is there
         self.at_s = 0.0
         self.round_trip_s = 0.0
-        self._sent = sent if sent is not None else Sent()
-        self._sent.readers.append(self)
+        self.sent = sent if sent is not None else Sent()
+        self.sent.readers.append(self)
         self.unseen = self.unseen_tokens = 0  # of what was sent, what its summary has not
         self._suspect_until_s = 0.0
         self._pauses = 0
@@ -116,11 +126,7 @@ class Outlook:
 
     def leave(self) -> None:
         """It is there no more."""
-        self._sent.readers.remove(self)
-
-    def dispatched(self, tokens: int, now_s: float) -> None:
-        """A request goes there now, whoever of this region sent it."""
-        self._sent.add(tokens, now_s)
+        self.sent.readers.remove(self)
 
     @property
     def shown_s(self) -> float:
@@ -135,12 +141,11 @@ class Outlook:
         """Count anew what the summary does not show."""
         shown_s = self.shown_s
         self.unseen = self.unseen_tokens = 0
-        for sent_s, tokens in reversed(self._sent.entries):
-            if sent_s < shown_s:
-                break
-            self.unseen += 1
-            self.unseen_tokens += tokens
-        self._sent.trim()
+        for lease in self.sent.leases:
+            if lease.started_s >= shown_s:
+                self.unseen += 1
+                self.unseen_tokens += lease.prefill_tokens
+        self.sent.trim()
 
     # --- what one more request would meet ----------------------------------------------------
 
@@ -239,7 +244,13 @@ class Outlooks:
             found.leave()
             self._sent = {key: sent for key, sent in self._sent.items() if sent.readers}
 
-    def dispatched(self, slot: int, tokens: int, now_s: float) -> None:
-        found = self.of.get(slot)
+    def dispatched(self, lease: Lease) -> None:
+        """A request goes out, whoever of this region sends it."""
+        found = self.of.get(lease.slot)
         if found is not None:
-            found.dispatched(tokens, now_s)
+            found.sent.add(lease)
+
+    def released(self, lease: Lease) -> None:
+        found = self.of.get(lease.slot)
+        if found is not None:
+            found.sent.drop(lease)

@@ -335,7 +335,7 @@ class Picture:
         lease.first_noted = self.index.first_noted
         self.loads.acquire(lease, now_s)
         if self.outlooks.of:
-            self.outlooks.dispatched(lease.slot, lease.prefill_tokens, now_s)
+            self.outlooks.dispatched(lease)
         sizes = self._size_of[lease.slot]
         tokens = lease.prefill_tokens
         sizes.prefill_tokens += limits.MIX_SHARE * (tokens - sizes.prefill_tokens)
@@ -368,6 +368,8 @@ class Picture:
         if usage is not None and usage.cached_tokens is not None:
             computed_tokens = max(1, usage.prompt_tokens - usage.cached_tokens)
         self.loads.release(lease, now_s, computed_tokens, served=served)
+        if self.outlooks.of:
+            self.outlooks.released(lease)
         if refused:
             self.loads.refused(lease.slot, now_s)
         if usage is not None:

@@ -43,10 +43,14 @@ class Principals:
         *,
         awaited: bool = False,
         internal_key: str | None = None,
+        secret: str = "",
     ) -> None:
-        """`keys` is None where none have been told; `awaited`: some will be."""
+        """`keys` is None where none have been told; `awaited`: some will be.
+
+        `secret` is the operator's: where tokens stand in for keys, it does so for their salt.
+        """
         self._tenants = {tenant.name: tenant for tenant in access.tenants}
-        self._salt = keys.salt.encode() if keys is not None else b""
+        self._salt = (keys.salt if keys is not None else secret).encode()
         self._table: dict[bytes, tuple[bytes, Principal]] = {}
         self._refused: dict[bytes, str] = {}
         # Whether requests are somebody's in particular: then engines see no key, and nobody hears

@@ -8,8 +8,9 @@ went for as long as that is cheaper, and comes back when it is not. Equal prices
 
 Nobody is pushed upon another region: it is sent what it says that it would begin at once, less what
 was sent since it said so, and nothing while anybody waits there (selective pushing, after Xia et
-al., "SkyWalker: A Locality-Aware Cross-Region Load Balancer for LLM Inference", 2025). Only where
-nothing of a model is awake here may a request wait there, if it is served there sooner.
+al., "SkyWalker: A Locality-Aware Cross-Region Load Balancer for LLM Inference", 2025). A request
+waits there only where nothing of its model is awake in either region, and it is served there
+sooner; or where nothing ever will be here.
 
 Rules that do not price (round robin and others) stay here while anybody here may take it.
 
@@ -160,8 +161,8 @@ def why_not(
     inflight = picture.loads.inflight[slot]
     if outlook.begins(inflight, now_s):
         return ""
-    if pool.available:
-        return "it would not begin one at once"
+    if pool.available or (outlook.said.awake and pool.starts_in_s < _NEVER):
+        return "it would not begin one at once"  # here it can still go wherever it begins first
     return "" if outlook.takes(inflight, now_s) else "it serves none"
 
 
@@ -219,10 +220,14 @@ def choose_region(
 def _home_s(
     home: Decision, request: Request, picture: Picture, now_s: float, least_octets: int
 ) -> float:
-    """Return the price of what was chosen here, where so much counts as cached anywhere."""
+    """Return the price of what was chosen here, where so much counts as cached anywhere.
+
+    Slow streams are not held against this region: nobody tells of them elsewhere.
+    """
     octets = max(home.cached_octets, least_octets)
     as_if = Decision(home.replica, home.slot, home.reason, octets, home.known)
-    return terms(as_if, request, picture, now_s).price_s
+    found = terms(as_if, request, picture, now_s)
+    return found.price_s - found.pace_s
 
 
 def _hot_octets(home: Decision | None, request: Request) -> int:

@@ -25,7 +25,10 @@ from proxy.core.pieces import Pieces
 
 _NAME: Final = "service_tier"
 _ANSWERS: Final = ("chat.completion", "chat.completion.chunk", "text_completion", "response")
-_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\],:]', re.DOTALL)
+_KEY: Final = b'"service_tier"'
+_VALUE: Final = re.compile(rb"\s*:\s*")
+_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\],]|:\s*', re.DOTALL)
+_EMPTY: Final = b"{} \t\r\n"
 _LAST_CHUNK: Final = b"0\r\n\r\n"
 
 _QUOTE: Final = 0x22
@@ -36,36 +39,62 @@ _OPENING: Final = b"{["
 
 def told(document: bytes, tier: bytes) -> bytes:
     """Return an answer with this tier in it; anything else as it is."""
-    try:
-        kind = tier_wire.kind.decode(document)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+    kind = _kind_of(document)
+    if kind is None:
         return document
-    begin = document.find(b"{")
     if kind.object in _ANSWERS:
-        return _with_tier(document, begin, tier)
-    if kind.type.startswith("response."):
-        within = _find(document, begin, "response")[0]
-        if within >= 0 and document[within] == 0x7B:
-            return _with_tier(document, within, tier)
-    return document
+        return _with_tier(document, kind, tier)
+    if not kind.type.startswith("response."):
+        return document
+    answer = bytes(kind.response)
+    within = _kind_of(answer) if answer.strip(_EMPTY) else None
+    if within is None:
+        return document
+    begin = document.find(answer)
+    if document.find(answer, begin + 1) >= 0:
+        begin = _find(document, "response")
+    with_tier = _with_tier(answer, within, tier)
+    return b"%b%b%b" % (document[:begin], with_tier, document[begin + len(answer) :])
 
 
-def _with_tier(document: bytes, begin: int, tier: bytes) -> bytes:
-    """Return the document with this tier in the object that begins there, which has members."""
-    value, end, close = _find(document, begin, _NAME)
-    if value >= 0:
-        return b'%b"%b"%b' % (document[:value], tier, document[end:])
-    return b'%b,"service_tier":"%b"%b' % (document[:close], tier, document[close:])
+def _kind_of(document: bytes) -> tier_wire.Kind | None:
+    try:
+        return tier_wire.kind.decode(document)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return None
 
 
-def _find(document: bytes, begin: int, name: str) -> tuple[int, int, int]:
-    """Return where a member's value begins and ends, -1 for none, and where its object closes.
+def _with_tier(document: bytes, kind: tier_wire.Kind, tier: bytes) -> bytes:
+    """Return the document, an object that has members, with this tier in it."""
+    before = bytes(kind.service_tier)
+    if not before:
+        close = document.rindex(b"}")
+        return b'%b,"service_tier":"%b"%b' % (document[:close], tier, document[close:])
+    begin = _only_value(document)
+    if begin < 0 or not document.startswith(before, begin):
+        begin = _find(document, _NAME)
+    return b'%b"%b"%b' % (document[:begin], tier, document[begin + len(before) :])
 
-    The document is right JSON. Of several of one name the last counts.
+
+def _only_value(document: bytes) -> int:
+    """Return where the value of the only key of this name begins; -1: it may not be the only one.
+
+    A search is enough: within a string every quote is escaped, and no key is written by escapes.
     """
-    value = end = -1
-    depth, key_due, found, opened = 0, False, False, False
-    for match in _TOKEN.finditer(document, begin):
+    at = document.find(_KEY)
+    if at < 0 or b"\\u" in document or document.find(_KEY, at + len(_KEY)) >= 0:
+        return -1
+    match = _VALUE.match(document, at + len(_KEY))
+    return match.end() if match else -1
+
+
+def _find(document: bytes, name: str) -> int:
+    """Return where the value of a member begins that the document has, which is right JSON.
+
+    Of several of one name the last counts. Only where a search would not be enough.
+    """
+    value, depth, key_due, found = -1, 0, False, False
+    for match in _TOKEN.finditer(document):
         at = match.start()
         first = document[at]
         if first == _QUOTE:
@@ -76,29 +105,18 @@ def _find(document: bytes, begin: int, name: str) -> tuple[int, int, int]:
             key_due = depth == 1
         elif first == _COLON:
             if depth == 1 and found:
-                value, found, opened = match.end(), False, True
+                value, found = match.end(), False
         elif first == _COMMA:
-            if depth == 1:
-                end, opened, key_due = (at if opened else end), False, True
+            key_due = depth == 1
         else:
             depth -= 1
-            if not depth:
-                return *_trimmed(document, value, at if opened else end), at
-    raise AssertionError("an object ends")
+    return value
 
 
 def _is_name(key: bytes, name: str) -> bool:
     if b"\\" in key:
         return tier_wire.text.decode(key) == name
     return key[1:-1] == name.encode()
-
-
-def _trimmed(document: bytes, begin: int, end: int) -> tuple[int, int]:
-    """Return a value's place without the space around it."""
-    if begin < 0:
-        return -1, -1
-    piece = document[begin:end]
-    return end - len(piece.lstrip()), begin + len(piece.rstrip())
 
 
 class Echo:

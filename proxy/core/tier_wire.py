@@ -8,6 +8,9 @@ from __future__ import annotations
 from typing import Final
 
 import msgspec
+from msgspec import Raw
+
+from proxy.core.body_wire import NOTHING
 
 
 class Kind(msgspec.Struct, gc=False):
@@ -15,6 +18,8 @@ class Kind(msgspec.Struct, gc=False):
 
     object: str = ""
     type: str = ""
+    service_tier: Raw = NOTHING
+    response: Raw = NOTHING
 
 
 kind: Final = msgspec.json.Decoder(Kind)

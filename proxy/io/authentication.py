@@ -75,12 +75,15 @@ class Authentication:
     def _work_out(self) -> None:
         self._tokens.clear()
         access, api_key = self._config.access, self._config.api_key
-        awaited = self._config.keys_path is not None or (
-            bool(access.tenants) and access.jwt is None
-        )
-        internal_key = self._config.internal_key
+        # Without a file or a manager, nobody will ever tell of any.
+        told = access.jwt is None and self._config.manager_url is not None and access.tenants
         self.principals = Principals(
-            access, self._keys, api_key, awaited=awaited, internal_key=internal_key
+            access,
+            self._keys,
+            api_key,
+            awaited=self._config.keys_path is not None or bool(told),
+            internal_key=self._config.internal_key,
+            secret=self._config.peer_key or api_key or "",
         )
         self._behalf: dict[str, Principal] = {}
         # The field that engines get in place of what clients show; None: they get that.

@@ -18,6 +18,7 @@ from proxy.contract import NO_REGION
 from proxy.core import fleet as fleets
 from proxy.core import limits, regions
 from proxy.core.classes import OFFLINE, ONLINE
+from proxy.core.crowd import Crowd
 from proxy.core.opening import has_room, is_open
 from proxy.core.picture import Picture, Seats
 from proxy.core.policy import POLICIES, Decision, Request
@@ -55,6 +56,7 @@ class Choice:
         self.arrivals: dict[str, int] = {}  # requests that came, by model
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
         self.some_keys = False  # by which tenants are known
+        self.crowd = Crowd()
         self.preemption = Preemption(self._fault)
         self.waiting = Waiting(
             clock, self.picture, self.choose, self.awaited, self.prospect_of, self._fault
@@ -237,8 +239,9 @@ class Choice:
         self.picture.loads.settle(decision.slot, now_s)  # not every rule has done it
         if request.work_class == OFFLINE and self.waiting.braked() >> decision.slot & 1:
             return True
+        runway_s = self.waiting.runway_s(request, now_s)
         return self.waiting.awaits(decision.slot) or not is_open(
-            decision, request, self.picture, now_s
+            decision, request, self.picture, now_s, runway_s
         )
 
     def _held_for_want(self, model: str, request: Request) -> bool:
@@ -285,13 +288,15 @@ class Choice:
         if request.spare:
             raise NoSpareError("no replica has room to spare now")
         queue = self.queue_of(model)
-        request.held_for = self._held_for_what(queue, request, again=since_s >= 0.0)
-        return self.waiting.add(queue, request, held_bytes, on_decision, on_refusal, since_s)
+        request.held_for = self._held_for_what(queue, request)
+        waiter = self.waiting.add(queue, request, held_bytes, on_decision, on_refusal, since_s)
+        account = waiter.account
+        if account is not None and self.waiting.shares.level(account):
+            request.held_for = "share"  # others, with less than theirs, go first
+        return waiter
 
-    def _held_for_what(self, queue: str, request: Request, *, again: bool) -> str:
-        """Say why a request has to wait. `again`: it had a place, and gave it to online work."""
-        if again:
-            return "preempted"
+    def _held_for_what(self, queue: str, request: Request) -> str:
+        """Say why a request has to wait."""
         pool = self.awaited(queue, request.regions)
         if pool is None or not pool.available:
             return "starting"

@@ -1,8 +1,10 @@
-"""What the supervisor asks the world outside: who the replicas are, whether suspects are well, and
-which API keys there are. No fleet is told before these are known.
+"""What the supervisor asks the world outside: who the replicas are, whether suspects are well,
+which API keys there are, and by which an identity provider signs. No fleet is told before API keys
+are known.
 
-All of it goes through one HTTP client that speaks TLS as the data path does. The configuration may
-change at any time; what is known of replicas that remain, suspects among them, stays known.
+All of it, the provider aside, goes through one HTTP client that speaks TLS as the data path does.
+The configuration may change at any time; what is known of replicas that remain, suspects among
+them, stays known.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot
 from proxy.contract.keys import KeySet
 from proxy.io.health import Prober
+from proxy.io.jwt_keys import JwtKeys
 from proxy.io.keyring import Keyring
 from proxy.io.registry import ManagerWatch, OnSnapshot, StaticList
 from proxy.io.tasks import Tasks
+from proxy.io.telemetry import Sample
 
 
 class Lookout:
@@ -33,6 +37,7 @@ class Lookout:
         on_cleared: Callable[[str], None],
         on_silent: Callable[[str], None],
         on_keys: Callable[[KeySet], None],
+        on_jwt_keys: Callable[[bytes], None],
     ) -> None:
         self._tasks = tasks
         self._on_snapshot = on_snapshot
@@ -44,6 +49,7 @@ class Lookout:
         self._following: asyncio.Task[None] | None = None
         self._held_back: FleetSnapshot | None = None
         self.keyring = Keyring(tasks, on_keys, self._keys_known)
+        self.jwt_keys = JwtKeys(tasks, on_jwt_keys)
         self.prober = Prober(tasks, on_cleared=on_cleared, on_silent=on_silent)
 
     @property
@@ -69,9 +75,16 @@ class Lookout:
             timeout_s=config.health_check_timeout_secs,
         )
         self.keyring.look(config, session)
+        self.jwt_keys.look(config.access.jwt)
         if self._following is not None:
             self._following.cancel()
         self._following = self._tasks.spawn("fleet", self._source(config).run(self._hear))
+
+    def samples(self) -> tuple[list[Sample], list[Sample]]:
+        """Return counters and gauges of what is known of keys."""
+        counters, gauges = self.keyring.samples()
+        failed, aged = self.jwt_keys.samples()
+        return [*counters, *failed], [*gauges, *aged]
 
     def _hear(self, snapshot: FleetSnapshot) -> None:
         if self.keyring.known:

@@ -87,6 +87,14 @@ class Waiting:
         """Whether somebody waits for this replica, so that a newcomer has to wait, too."""
         return self.room.count > 0 and self._holding.awaits(slot)
 
+    def runway_s(self, request: Request, now_s: float) -> float:
+        """Return how little a replica must have to do for this newcomer to go there at once."""
+        if not self.shares.on:
+            return limits.RUNWAY_S
+        account = account_of(self.shares, request, now_s)
+        self.shares.refresh(now_s)
+        return self.shares.runway_s(account)
+
     def braked(self) -> int:
         """Return the replicas, as bits of their slots, for which online work waits.
 
@@ -344,7 +352,7 @@ class Waiting:
             if pool is None or bits in seen:
                 continue
             seen.add(bits)
-            opening = Opening(pool, self._picture, now_s)
+            opening = Opening(pool, self._picture, now_s, self._holding.runway_s_min)
             some_open = some_open or opening.now
             next_s = min(next_s, opening.next_s)
         return some_open, next_s

@@ -8,6 +8,7 @@ leaves no replica running for nobody.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -73,14 +74,15 @@ class Wanting:
     async def run(self) -> None:
         """Say what is asked, until cancelled."""
         while True:
-            try:
-                async with asyncio.timeout(WANTED_INTERVAL_S):
-                    await self._news.wait()
-            except TimeoutError:
-                self.say()
-            else:
-                self._news.clear()
-                self.say(news_only=True)
+            due_s = self._now_s() + WANTED_INTERVAL_S
+            self.say()
+            while (left_s := due_s - self._now_s()) > 0.0:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left_s):
+                        await self._news.wait()
+                if self._news.is_set():  # snapshots may come more often than the interval passes
+                    self._news.clear()
+                    self.say(news_only=True)
 
     def say(self, *, news_only: bool = False) -> None:
         """Say to each other region what is asked of it; nothing, once, when that has ended."""

@@ -22,9 +22,8 @@ def here(
     *,
     startable: int = 4,
     start_s: float = 15.0,
-    waits: bool = True,
 ) -> Here:
-    return Here(at_s, short, CARRIES, startable, start_s, waits)
+    return Here(at_s, short, CARRIES, startable, start_s)
 
 
 def other(start_s: float = 15.0, startable: int = 4, **more: float) -> Elsewhere:
@@ -42,9 +41,8 @@ def test_the_soonest_starts_first_and_the_rest_where_it_comes_up_next() -> None:
     assert Spreading().share(here(short=64.0), others) == {"us": 8.0, "ap": 8.0, "sa": 16.0}
 
 
-def test_speed_is_worth_nothing_where_nobody_waits() -> None:
-    assert Spreading().share(here(waits=False), {"us": other(2.0)}) == {}
-    assert Spreading().share(here(waits=False, startable=1), {"us": other(60.0)}) == {"us": 8.0}
+def test_what_cannot_be_started_here_is_another_regions_however_late() -> None:
+    assert Spreading().share(here(startable=1), {"us": other(60.0)}) == {"us": 8.0}
 
 
 def test_a_region_of_which_nothing_could_be_started_is_asked_for_nothing() -> None:
@@ -111,18 +109,18 @@ REGIONS = st.dictionaries(
     ),
     max_size=3,
 )
-STEPS = st.tuples(st.floats(0.0, 200.0), st.integers(0, 6), st.booleans(), REGIONS)
+STEPS = st.tuples(st.floats(0.0, 200.0), st.integers(0, 6), REGIONS)
 
 
 @given(st.lists(STEPS, max_size=12))
 def test_never_more_is_given_than_was_short_nor_to_one_that_is_not_there(
-    steps: list[tuple[float, int, bool, dict[str, Elsewhere]]],
+    steps: list[tuple[float, int, dict[str, Elsewhere]]],
 ) -> None:
     spreading, again = Spreading(), Spreading()
     shorts: list[float] = []
-    for second, (short, startable, waits, others) in enumerate(steps):
+    for second, (short, startable, others) in enumerate(steps):
         shorts.append(short)
-        seen = here(float(second), short, startable=startable, waits=waits)
+        seen = here(float(second), short, startable=startable)
         given_ = spreading.share(seen, others)
         assert given_ == again.share(seen, dict(reversed(others.items())))
         assert given_.keys() <= others.keys()
@@ -170,6 +168,26 @@ def test_what_others_ask_for_is_not_passed_on() -> None:
     told = {"us": other(1.0)}
     decided = quiet().decide(Observation(at_s=121.0, wanted=80.0, start_s=60.0, elsewhere=told))
     assert (decided.desired, decided.away) == (8, {})
+
+
+def test_nobody_is_asked_where_nobody_waits() -> None:
+    """One replica, which is all there can be, and a load above its target that it takes."""
+    scaler, told = Scaler(msgspec.structs.replace(POLICY, max=1)), {"us": other(2.0)}
+    for second in range(1, 180):
+        seen = Observation(
+            at_s=float(second),
+            in_flight=11,
+            arrivals_total=3 * second,
+            ready=1,
+            start_s=60.0,
+            elsewhere=told,
+        )
+        decided = scaler.decide(seen)
+        assert decided.away == {}
+    assert decided.terms["need"] > 1.2
+    waits = msgspec.structs.replace(seen, at_s=180.0, queued=4, arrivals_total=544)
+    assert decided.away == {}
+    assert scaler.decide(waits).away["us"] > 2.0
 
 
 def test_a_burst_is_started_once_over_both() -> None:

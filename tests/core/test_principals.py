@@ -155,6 +155,8 @@ def test_salts_are_stable_apart_and_not_to_be_guessed() -> None:
 
     assert salt("s", "acme") == salt("s", "acme")
     assert len({salt("s", "acme"), salt("s", "other"), salt("t", "acme")}) == 3
+    tokens = [Principals(access, secret=secret).derived("cache", "acme") for secret in ("", "p")]
+    assert salt("p", "acme") == tokens[1] != tokens[0]
 
 
 def test_a_tenant_that_a_token_names() -> None:

@@ -64,6 +64,8 @@ def test_of_an_answer_just_the_member_at_its_top_is_another(
         b'{"object":["chat.completion"]}',
         b'{"type":"response.output_text.delta","delta":"x"}',
         b'{"type":"response.completed","response":null}',
+        b'{"type":"response.completed","response":{ }}',
+        b'{"type":"response.completed"}',
         b'{"type":"message_start","message":{"usage":{"service_tier":"standard"}}}',
         b"\xff{",
     ],
@@ -86,8 +88,17 @@ def test_an_event_of_a_response_has_it_within_that(before: bytes) -> None:
 
 
 def test_an_escaped_name_is_that_name() -> None:
-    got = told(b'{"object":"response","service\\u005ftier":"auto"}', b"flex")
-    assert got == b'{"object":"response","service\\u005ftier":"flex"}'
+    nested = b'{"object":"response","metadata":{"service_tier":"auto"},"service\\u005ftier":'
+    assert told(nested + b'"auto"}', b"flex") == nested + b'"flex"}'
+
+
+def test_of_two_equal_objects_the_response_is_the_member_of_that_name() -> None:
+    answer = b'{"id":"r","service_tier":"auto"}'
+    event = b'{"type":"response.completed","copy":%b,"response":%b}'
+    assert told(event % (answer, answer), b"flex") == event % (
+        answer,
+        answer.replace(b"auto", b"flex"),
+    )
 
 
 # --- streams ----------------------------------------------------------------------------------

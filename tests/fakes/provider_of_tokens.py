@@ -27,8 +27,12 @@ def public_pem(key: rsa.RSAPrivateKey) -> bytes:
 
 
 def jwk(key: Any, kid: str | None = None, **more: object) -> dict[str, object]:
-    kind = jwt.algorithms.RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else None
-    made = (kind or jwt.algorithms.ECAlgorithm).to_jwk(key.public_key(), as_dict=True)
+    kind: Any = jwt.algorithms.OKPAlgorithm
+    if isinstance(key, rsa.RSAPrivateKey):
+        kind = jwt.algorithms.RSAAlgorithm
+    elif isinstance(key, ec.EllipticCurvePrivateKey):
+        kind = jwt.algorithms.ECAlgorithm
+    made = kind.to_jwk(key.public_key(), as_dict=True)
     return {**made, **({} if kid is None else {"kid": kid}), **more}
 
 

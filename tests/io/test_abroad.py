@@ -97,9 +97,9 @@ async def test_a_model_that_only_others_have_is_served_and_listed(make_bench: Ma
 async def test_one_that_cannot_be_reached_is_left_and_the_request_served_here(bench: Bench) -> None:
     await busy(bench)
     bench.upstreams.refusing.add("us#0")
-    client, engine = await bench.begun()
-    assert bench.upstreams.dialled[-2:] == ["us#0", "a"] or engine.replica_id == "a"
-    assert bench.plane.telemetry.retries["connect"] == 1
+    await bench.begun()
+    assert bench.upstreams.dialled.count("us#0") == 1
+    assert bench.plane.waiting.count == 1  # as one that has just come
     assert not bench.suspects  # the supervisor probes replicas, and not other regions
     dialled = len(bench.upstreams.dialled)
     told(bench)
@@ -173,7 +173,7 @@ async def test_a_region_that_goes_takes_its_place_in_the_picture_with_it(bench: 
     assert bench.plane.fleet is fleet
     bench.plane.know_remotes([])
     assert "us#0/m" not in bench.plane.picture.slots
-    engine.send(b"".join([chunk(event) for event in EVENTS[1:]]) + LAST_CHUNK)  # it goes on
+    engine.send(chunk(EVENTS[1]) + LAST_CHUNK)  # under way, it is answered
     assert client.answer().status == 200
 
 
@@ -206,7 +206,7 @@ async def test_what_goes_on_from_an_answer_goes_where_that_is(bench: Bench) -> N
     assert bench.plane.waiting.count == 1
     assert engine.received == seen
     told(bench)
-    assert (await bench.engine()).replica_id == "us#0"
+    assert (await bench.engine()).replica_id == "us#0"  # it is there again
     unknown = b"GET /v1/responses/resp_9 HTTP/1.1\r\nhost: p\r\n\r\n"
     client, engine = await bench.begun(unknown)
     assert engine.replica_id == "a"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from hashlib import sha256
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,8 @@ def bearer(key: str) -> str:
 
 
 def keyed(make_bench: MakeBench, *, told: bool = True, **config: object) -> Bench:
-    bench = make_bench(records("a", ("m", "secret-model")), access=ACCESS, **config)
+    models = records("a", ("m", "secret-model"))
+    bench = make_bench(models, access=ACCESS, keys_path="keys.json", **config)
     if told:
         bench.plane.know_keys(KEYS)
     return bench
@@ -77,6 +79,18 @@ async def test_a_change_counts_for_equal_heads_and_on_kept_connections(
     assert [got.status for got in answers] == [200, 200, 401, 200]
 
 
+async def test_who_asked_before_on_a_connection_says_nothing_of_who_asks_now(
+    make_bench: MakeBench,
+) -> None:
+    bench = keyed(make_bench)
+    client = bench.client()
+    right = LIST + bearer(KEY).encode() + b"\r\n\r\n"
+    client.send(right + LIST + b"\r\n" + right + LIST + bearer(OLD).encode() + b"\r\n\r\n")
+    await bench.settle()
+    answers = client.answers("GET", "GET", "GET", "GET")
+    assert [got.status for got in answers] == [200, 401, 200, 401]
+
+
 async def test_a_change_of_policy_counts_at_once(make_bench: MakeBench) -> None:
     bench = keyed(make_bench)
     assert status(bench, bearer(KEY)) == 200
@@ -96,6 +110,18 @@ async def test_nobody_is_let_in_before_keys_are_known(make_bench: MakeBench) -> 
     assert (got.status, got.fields["x-should-retry"]) == (503, "true")
     assert json.loads(got.body)["error"]["code"] == "keys_not_known"
     assert status(bench, bearer("master")) == 200
+    assert status(bench) == 401
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"manager_url": "http://127.0.0.1:1"}, 503), ({"worker_urls": ("http://a:1",)}, 401)],
+)
+async def test_tenants_demand_keys_wherever_these_come_from(
+    make_bench: MakeBench, config: dict[str, Any], expected: int
+) -> None:
+    bench = make_bench(access=ACCESS, **config)
+    assert status(bench, bearer(KEY)) == expected
     assert status(bench) == 401
 
 
@@ -137,6 +163,20 @@ async def test_engines_see_no_tenants_key(
         engine.send(answer())
         await bench.settle()
         assert client.answer().status == 200
+
+
+async def test_nobody_asks_in_anothers_name(make_bench: MakeBench) -> None:
+    """What proxy and offline service tell each other is no client's to say."""
+    bench = keyed(make_bench, internal_key="between-the-two")
+    forged = ("x-doherty-tenant: beta", f"x-doherty-proof: {'0' * 64}")
+    client, engine = await bench.begun(chat_request(fields=[bearer(KEY), *forged]))
+    assert client.protocol._exchange is not None
+    assert client.protocol._exchange._principal.tenant == "acme"
+    assert b"x-doherty-" not in engine.received
+    engine.send(answer())
+    await bench.settle()
+    assert client.answer().status == 200
+    assert status(bench, *forged) == 401
 
 
 async def test_with_one_key_for_all_it_goes_on_as_it_came(make_bench: MakeBench) -> None:

@@ -6,13 +6,25 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import anthropic
 import msgspec
+import openai
 import pytest
 
-from proxy.config_access import AccessConfig, ClassesConfig
-from proxy.contract import PoolRecord
+from proxy.config_access import AccessConfig, ClassesConfig, TenantConfig
+from proxy.contract import PoolRecord, ReplicaRecord
 from proxy.core.principal import Principal
-from tests.fakes.plane import CHAT_BODY, Bench, Client, Engine, answer, chat_request, records
+from tests.fakes.plane import (
+    CHAT_BODY,
+    Bench,
+    Client,
+    Engine,
+    RealPlane,
+    answer,
+    chat_request,
+    records,
+)
+from tests.fakes.simulator import simulator
 
 MakeBench = Callable[..., Bench]
 _PRIORITIES = ("x-vllm-priority: 0", "x-vllm-priority: 1000", "x-vllm-priority: 1000000")
@@ -114,6 +126,23 @@ async def test_what_gave_its_place_away_is_told_that(bench: Bench) -> None:
     assert _counts(bench, "queue_waits_total") == due
 
 
+async def test_who_is_over_his_share_is_told_that(make_bench: MakeBench) -> None:
+    tenants = (TenantConfig(name="greedy"), TenantConfig(name="modest"))
+    bench = make_bench((), access=AccessConfig(tenants=tenants))
+    _full(bench)
+    long = CHAT_BODY.replace(b"hello", b"hello " * 40_000)
+    for tenant, body in (("modest", CHAT_BODY), ("greedy", long), ("modest", CHAT_BODY)):
+        await _sent_by(bench, Principal(tenant, "k"), body)
+        await _answered(bench, 0)
+    await _sent_by(bench, Principal("modest", "k"), CHAT_BODY)
+    bench.plane.admit = lambda *_: Principal("greedy", "k")  # type: ignore[method-assign]
+    client = await _ask(bench)
+    bench.clock.advance(0.5)
+    await _answered(bench, 0)
+    await _answered(bench, 0)
+    assert client.answer().fields["x-doherty-queue-reason"] == "share"
+
+
 @pytest.mark.parametrize(
     ("fields", "due"),
     [
@@ -194,3 +223,28 @@ async def test_a_body_of_a_tenant_names_no_priority_of_its_own(
     engine = await _sent_by(bench, Principal(tenant, "k"), body)
     sent = json.loads(engine.received.partition(b"\r\n\r\n")[2])
     assert sent.get("priority") == due
+
+
+# --- from official clients --------------------------------------------------------------------
+
+
+async def test_official_clients_tell_their_patience_and_their_own_default_is_none() -> None:
+    async with simulator() as engine:
+        record = ReplicaRecord(replica_id="a", url=engine.url, models=("demo",))
+        async with RealPlane([record]) as proxy:
+            url = f"http://127.0.0.1:{proxy.port}"
+            for timeout in (7.5, 600.0):
+                ask: dict[str, Any] = {
+                    "model": "demo",
+                    "messages": [{"role": "user", "content": "hello"}],
+                    "max_tokens": 2,
+                    "timeout": timeout,
+                }
+                async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="k") as one:
+                    await one.chat.completions.create(**ask)
+                async with anthropic.AsyncAnthropic(base_url=url, api_key="k") as other:
+                    await other.messages.create(**ask)
+            found = [s for s in proxy.plane.counters() if s.name == "slo_requests_total"]
+    assert [(s.labels, s.value) for s in found] == [
+        ((("class", "online"), ("wish", "patience")), 2)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from proxy.contract import PoolRecord
 from proxy.contract.demand import ModelDemand
 from proxy.contract.regions import ModelSummary
 from proxy.io.control import Demanded
@@ -76,3 +77,22 @@ async def test_no_counter_falls_when_one_that_waited_leaves(make_bench: MakeBenc
     reports = channel.heard(Demanded)
     assert [one.models["m"].arrivals_total for one in reports] == [2, 2, 2]
     assert [one.abroad.get("m", {}) for one in reports] == [{}, {"us": 1}, {"us": 2}]
+
+
+async def test_where_nothing_is_awake_no_more_leave_than_begin_at_once(
+    make_bench: MakeBench,
+) -> None:
+    """The others wait here, from where they may still go to whichever region has room first."""
+    bench = make_bench((), region="eu")
+    bench.publish(pools=(PoolRecord(model="m", pool="m", wakes=True, start_s=20.0),))
+    told(bench, said=ModelSummary(awake=1, free=2))
+    for _ in range(5):
+        bench.client().send(chat_request())
+    await bench.settle()
+    assert demand_of(bench.plane).abroad == {"m": {"us": 2}}
+    assert bench.plane.waiting.count == 3
+    bench.clock.advance(1.0)
+    told(bench, said=ModelSummary(awake=1, free=1))
+    await bench.settle()
+    assert demand_of(bench.plane).abroad == {"m": {"us": 3}}
+    assert bench.plane.waiting.count == 2

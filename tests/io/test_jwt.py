@@ -36,7 +36,7 @@ def bench_with(make_bench: MakeBench, document: bytes = ONE, **jwt: object) -> B
     config = JwtConfig(issuer=ISSUER, audience=AUDIENCE, leeway_secs=0, **jwt)  # type: ignore[arg-type]
     bench = make_bench(access=AccessConfig(tenants=TENANTS, jwt=config))
     if document:
-        bench.plane.know_jwt_keys(document)
+        bench.plane.authentication.know_jwt_keys(document)
     return bench
 
 
@@ -100,13 +100,13 @@ async def test_a_key_that_the_provider_takes_back_ends_its_tokens(make_bench: Ma
     bench = bench_with(make_bench)
     shown = token(bench)
     assert asked(bench, shown)[0] == 200
-    bench.plane.know_jwt_keys(jwks(jwk(OTHER_RSA, "two")))
+    bench.plane.authentication.know_jwt_keys(jwks(jwk(OTHER_RSA, "two")))
     assert asked(bench, shown)[0] == 503  # it may have been a mistake: it is asked once more
     bench.clock.advance(PATIENCE_S)
     assert asked(bench, shown)[0] == 401
     assert asked(bench, token(bench, key=OTHER_RSA, kid="two"))[0] == 200
     with pytest.raises(ValueError, match="no key"):
-        bench.plane.know_jwt_keys(jwks())  # the last good ones stay
+        bench.plane.authentication.know_jwt_keys(jwks())  # the last good ones stay
     assert asked(bench, token(bench, key=OTHER_RSA, kid="two"))[0] == 200
 
 
@@ -125,10 +125,10 @@ async def test_before_the_providers_keys_are_known(make_bench: MakeBench) -> Non
     assert not bench.plane.authentication.complete
     assert asked(bench, token(bench))[0] == 503
     assert asked(bench, "no-token")[0] == 401
-    bench.plane.know_jwt_keys(ONE)
+    bench.plane.authentication.know_jwt_keys(ONE)
     assert bench.plane.authentication.complete
     assert asked(bench, token(bench))[0] == 200
-    bench.plane.know_jwt_keys(b"")
+    bench.plane.authentication.know_jwt_keys(b"")
     assert asked(bench, token(bench))[0] == 503
 
 
@@ -143,7 +143,7 @@ async def test_another_provider_is_not_believed_on_the_word_of_the_first(
     assert asked(bench, token(bench))[0] == 503
     config = ProxyConfig(access_log="off", access=AccessConfig(tenants=TENANTS), api_key="k")
     bench.plane.reconfigure(config, bench.plane.access_log)
-    bench.plane.know_jwt_keys(ONE)  # on its way when the configuration changed
+    bench.plane.authentication.know_jwt_keys(ONE)  # on its way when the configuration changed
     assert asked(bench, token(bench))[0] in (401, 503)
 
 

@@ -8,10 +8,12 @@ import json
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.config import JwtConfig
+from proxy.config_access import Algorithm
 from proxy.io.jwt_tokens import BadTokenError, Jwks, UnknownKeyError
 from tests.fakes import provider_of_tokens as provider
 from tests.fakes.provider_of_tokens import AUDIENCE, EC, OTHER_RSA, RSA, jwk, jwks
@@ -45,6 +47,26 @@ def test_right_tokens() -> None:
     assert KEYS.judge(token(claims(aud=["other", AUDIENCE])), NOW_S).tenant == "acme"
     assert KEYS.judge(token(claims(nbf=NOW_S + 29, iat=NOW_S + 29)), NOW_S).tenant == "acme"
     assert KEYS.judge(token(claims(exp=NOW_S - 29)), NOW_S).tenant == "acme"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "key"),
+    [
+        *((name, RSA) for name in ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")),
+        ("ES256", EC),
+        ("ES384", ec.generate_private_key(ec.SECP384R1())),
+        ("EdDSA", ed25519.Ed25519PrivateKey.generate()),
+    ],
+)
+def test_every_algorithm_that_may_be_configured(algorithm: Algorithm, key: Any) -> None:
+    shown = token(claims(), key, algorithm)
+    document = jwks(jwk(key, "one"))
+    config = JwtConfig(issuer=ISSUER, audience=AUDIENCE, algorithms=(algorithm,))
+    assert Jwks(config, document).judge(shown, NOW_S).tenant == "acme"
+    other: Algorithm = "RS256" if algorithm != "RS256" else "PS256"
+    config = JwtConfig(issuer=ISSUER, audience=AUDIENCE, algorithms=(other,))
+    with pytest.raises((BadTokenError, ValueError), match=r"not taken|holds no key"):
+        Jwks(config, document).judge(shown, NOW_S)
 
 
 @pytest.mark.parametrize(

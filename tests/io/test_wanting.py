@@ -14,6 +14,7 @@ from proxy.contract import FleetSnapshot, PoolRecord
 from proxy.contract.demand import Demand, ModelDemand
 from proxy.contract.regions import ModelSummary, Wanted, encode_wanted
 from proxy.core import peer_wire, wanting
+from proxy.io import wanting as wanting_io
 from proxy.io.control import Demanded
 from proxy.io.teller import Teller
 from proxy.io.wanting import Wanting
@@ -85,6 +86,20 @@ async def test_a_path_that_is_cut_asks_for_nothing(monkeypatch: pytest.MonkeyPat
         await until(lambda: us.report().wanted == {"m": {"eu": 8.0}})
         await eu.proxy.tasks.close()
         await until(lambda: us.report().wanted == {} and us.report().elsewhere == {})
+
+
+async def test_what_stays_true_is_said_again_however_often_the_fleet_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wanting_io, "WANTED_INTERVAL_S", 0.05)
+    monkeypatch.setattr(wanting, "WANTED_AGE_S_MAX", 0.5)
+    async with sides() as (eu, us):
+        eu.decide(us=8.0)
+        await until(lambda: us.report().wanted == {"m": {"eu": 8.0}})
+        for _ in range(50):
+            eu.decide(us=8.0)  # another snapshot, and the same decision
+            await asyncio.sleep(0.02)
+            assert us.report().wanted == {"m": {"eu": 8.0}}
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,9 @@ def test_the_configuration_names_file_and_tenants(
         status, _, err = keys("create", *arguments, *config)
         assert (status, words in err) == (2, True), err
     assert keys("create", "--tenant", "batch", "--classes", "offline", *config)[0] == 0
+    path.write_text(f"manager: {{keys_path: {file}}}")
+    status, _, err = keys("create", "--tenant", "t", *config)
+    assert (status, "has no tenants" in err) == (2, True)
 
 
 def test_where_no_file_is_named_the_command_says_how(
