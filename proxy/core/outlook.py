@@ -64,10 +64,8 @@ class Sent:
 
     def trim(self) -> None:
         """Forget what the summaries of all that tell have."""
-        shown_s = float("inf")
-        for reader in self.readers:
-            if reader.linked:
-                shown_s = min(shown_s, reader.shown_s)
+        linked = [reader.shown_s for reader in self.readers if reader.linked]
+        shown_s = min(linked) if linked else 0.0
         for lease in list(self.leases):
             if lease.started_s >= shown_s:
                 break
