@@ -76,8 +76,8 @@ class Outlook:
     """One remote proxy and one model, as they were told, and what was sent there since."""
 
     __slots__ = (
-        "_pauses", "_suspect_until_s", "at_s", "draining", "linked", "lost", "round_trip_s",
-        "said", "sent", "since_s", "unseen", "unseen_tokens",
+        "_pauses", "_refused_until_s", "_suspect_until_s", "at_s", "draining", "linked", "lost",
+        "round_trip_s", "said", "sent", "since_s", "unseen", "unseen_tokens",
     )  # fmt: skip
 
     def __init__(self, sent: Sent | None = None) -> None:
@@ -92,7 +92,7 @@ class Outlook:
         self.sent = sent if sent is not None else Sent()
         self.sent.readers.append(self)
         self.unseen = self.unseen_tokens = 0  # of what was sent, what its summary has not
-        self._suspect_until_s = 0.0
+        self._suspect_until_s = self._refused_until_s = 0.0
         self._pauses = 0
 
     def know(self, state: RemoteState, said: ModelSummary | None) -> None:
@@ -104,7 +104,7 @@ class Outlook:
             self.lost = True
         if linked and not self.linked:
             self._pauses = 0
-            self._suspect_until_s = 0.0
+            self._suspect_until_s = self._refused_until_s = 0.0
         self.linked, self.draining = linked, draining
         self.since_s, self.at_s = state.since_s, state.at_s
         self.round_trip_s = state.round_trip_s
@@ -113,9 +113,18 @@ class Outlook:
         self._count()
 
     def suspect(self, now_s: float) -> None:
-        """It could not be reached: go there no more for a while, whatever it tells."""
+        """It could not be reached: go there no more for a while, whatever it tells.
+
+        All that find so at once are one.
+        """
+        if now_s < self._suspect_until_s:
+            return
         self._pauses = min(self._pauses + 1, limits.REGION_PAUSES_COUNTED_MAX)
         self._suspect_until_s = now_s + limits.REGION_PAUSE_S * 2.0 ** (self._pauses - 1)
+
+    def refused(self, now_s: float) -> None:
+        """It sent somebody away, or lost him: its next summaries will say how it is."""
+        self._refused_until_s = now_s + limits.REGION_PAUSE_S
 
     def answered(self) -> None:
         """It has answered a request."""
@@ -148,7 +157,11 @@ class Outlook:
 
     def why_not(self, now_s: float) -> str:
         """Return why nothing is sent there at all; empty: something may be."""
-        return "draining" if self.linked and self.draining else self.gone(now_s)
+        if self.linked and self.draining:
+            return "draining"
+        if now_s < self._refused_until_s:
+            return "it has just sent a request away"
+        return self.gone(now_s)
 
     def gone(self, now_s: float) -> str:
         """Return why not even what has its state there is sent; empty: that may be."""
@@ -240,7 +253,12 @@ class Outlooks:
         if found is not None:
             found.sent.add(lease)
 
-    def released(self, lease: Lease) -> None:
+    def released(self, lease: Lease, now_s: float, *, refused: bool) -> bool:
+        """It is over; return whether it was that of a remote."""
         found = self.of.get(lease.slot)
-        if found is not None:
-            found.sent.drop(lease)
+        if found is None:
+            return False
+        found.sent.drop(lease)
+        if refused:
+            found.refused(now_s)
+        return True

@@ -33,7 +33,8 @@ def test_the_count_is_that_of_a_slow_reader_whatever_comes_in_which_order() -> N
                 under_way.append(_lease(slot, now_s, chance.randrange(1, 999)))
                 outlooks.dispatched(under_way[-1])
             elif what < 0.75 and under_way:
-                outlooks.released(under_way.pop(chance.randrange(len(under_way))))
+                one = under_way.pop(chance.randrange(len(under_way)))
+                outlooks.released(one, now_s, refused=False)
             else:
                 seen_s[slot] = now_s
                 said = ModelSummary(awake=1, free=9)
@@ -46,7 +47,7 @@ def test_the_count_is_that_of_a_slow_reader_whatever_comes_in_which_order() -> N
                 assert outlooks.of[each].unseen == len(unseen)
                 assert outlooks.of[each].unseen_tokens == sum(u.prefill_tokens for u in unseen)
         for lease in under_way:
-            outlooks.released(lease)
+            assert outlooks.released(lease, now_s, refused=False)
         assert not outlooks.of[0].sent.leases
 
 
