@@ -412,7 +412,6 @@ class Plane(Abroad):
             *self.sharing.gauges(),
             *self.waiting.gauges(now_s),
             *self.hops.gauges(),
-            *self.metering.gauges(),
             *beliefs.of_servers(self.fleet, self.picture, self.sharing.hearsay.inflight, now_s),
             *beliefs.of_remotes(self.fleet, self.picture, self.leases, now_s),
         ]
