@@ -3,8 +3,8 @@
 A summary is some time old when it is read: what it says of waiting has passed by its age, and what
 we sent since it was written is not in it yet. So both are counted here, for each remote proxy and
 each model: `room` is how many requests more it would begin at once, `wait_s` how long one would
-wait there. A request counts as not in the summary until it is over, or one has come that was begun
-a round trip after it was sent: perhaps too long, and never too short, so that nobody is sent after
+wait there. A request counts as not in the summary until it is over, or one has come that must have
+been begun after it arrived: perhaps too long, and never too short, so that nobody is sent after
 what is gone.
 
 A region whose summary is old, that drains, or that cannot be reached, is left at once. One that was
@@ -138,10 +138,10 @@ class Outlook:
     def shown_s(self) -> float:
         """Since when what was sent may not be in the summary.
 
-        What it is made of may be an interval old when it is written, and an interval older before
-        it is written again.
+        What it is made of may be an interval old when it is written; it was half a round trip on
+        its way, and a request for which a connection had to be made, one and a half.
         """
-        return self.at_s - self.round_trip_s - 2.0 * SUMMARY_INTERVAL_S
+        return self.at_s - 2.0 * self.round_trip_s - SUMMARY_INTERVAL_S
 
     def _count(self) -> None:
         """Count anew what the summary does not show."""

@@ -42,7 +42,7 @@ def test_the_count_is_that_of_a_slow_reader_whatever_comes_in_which_order() -> N
                     state(f"us#{slot}", at_s=now_s, linked=chance.random() < 0.9), said
                 )
             for each in [each for each in (0, 1) if outlooks.of[each].linked]:
-                shown_s = seen_s[each] - 2 * SUMMARY_INTERVAL_S - outlooks.of[each].round_trip_s
+                shown_s = seen_s[each] - 2 * outlooks.of[each].round_trip_s - SUMMARY_INTERVAL_S
                 unseen = [one for one in under_way if one.started_s >= shown_s]
                 assert outlooks.of[each].unseen == len(unseen)
                 assert outlooks.of[each].unseen_tokens == sum(u.prefill_tokens for u in unseen)
