@@ -45,7 +45,8 @@ from loadtest.policies import beside, regions_lab
 from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
 from loadtest.scaling import pool
 from loadtest.scaling import regions as regions_day
-from loadtest.tenants import fairness
+from loadtest.tenants import deadlines, fairness
+from loadtest.tenants import limits as tenant_limits
 from loadtest.traces import Trace, TraceError
 
 REPLAY_EXAMPLE = """\
@@ -62,6 +63,7 @@ example:
 COMMANDS: dict[str, Command] = {
     "bench": bench,
     "burst": burst,
+    "deadlines": deadlines,
     "fairness": fairness,
     "gpu": gpu,
     "guessing": guessing,
@@ -79,6 +81,7 @@ COMMANDS: dict[str, Command] = {
     "snapshots": snapshots,
     "soak": soak,
     "storm": storm,
+    "tenants-limits": tenant_limits,
     "upgrade": upgrade,
 }
 

@@ -277,11 +277,7 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
         str, Meta(description="file for usage records, one JSON line each; '-' or 'off'")
     ] = "off"
     quota_path: Annotated[
-        Path | None,
-        Meta(
-            description="file that keeps what tenants have used of the day, of this proxy alone "
-            "(default: none, the day begins anew with each start)"
-        ),
+        Path | None, Meta(description="file of this proxy that keeps what tenants used of the day")
     ] = None
     access: Annotated[
         AccessConfig,

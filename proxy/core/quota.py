@@ -31,7 +31,7 @@ WINDOW_S: Final = 60
 BUCKETS: Final = WINDOW_S * BUCKETS_PER_S + 1
 DAY_S: Final = 86_400
 
-ROWS_MAX: Final = 4096  # tenants with a limit; `Rows` says what is done with more
+ROWS_MAX: Final = 4096  # tenants with a limit; a configuration with more is refused
 CELL_BYTES: Final = 8
 # What a row has of each process.
 REQUESTS: Final = 0  # begun within the minute
@@ -77,10 +77,7 @@ class Rows:
         self._of: dict[str, int] = {}
 
     def assign(self, names: Iterable[str]) -> tuple[dict[str, int], list[int]]:
-        """Return the rows of those who are limited now, and the rows that must be cleared.
-
-        There is none for those who come after `ROWS_MAX` others.
-        """
+        """Return the rows of those who are limited now, and the rows that must be cleared."""
         wanted = dict.fromkeys(names)
         free = [name for name in self._of if name not in wanted]
         cleared = []
