@@ -45,7 +45,7 @@ from loadtest.policies import beside, regions_lab
 from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
 from loadtest.scaling import pool
 from loadtest.scaling import regions as regions_day
-from loadtest.tenants import fairness
+from loadtest.tenants import deadlines, fairness
 from loadtest.tenants import limits as tenant_limits
 from loadtest.tenants import proxies as tenant_proxies
 from loadtest.traces import Trace, TraceError
@@ -64,6 +64,7 @@ example:
 COMMANDS: dict[str, Command] = {
     "bench": bench,
     "burst": burst,
+    "deadlines": deadlines,
     "fairness": fairness,
     "gpu": gpu,
     "guessing": guessing,

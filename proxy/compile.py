@@ -26,7 +26,7 @@ from typing import Final
 PACKAGE: Final = Path(__file__).resolve().parent
 FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sources run
 # What a request passes through. The rest runs when somebody asks, or once.
-_CORE: Final = """additions admission asked charging chunked claims classes cost credentials
+_CORE: Final = """additions admission asked charging chunked claims classes cost credentials crowd
 engine_errors explanation fairness fleet head head_memory headcount hearsay held holding http1 idle
 index lease lengths limits lines loads multipart note_wire notes opening outlook pacing picture
 pieces policy preamble preempting prefix principal principals prospects quota regions replica

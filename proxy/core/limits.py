@@ -297,6 +297,9 @@ RUNWAY_OVER_S: Final = 0.03
 # Of an answer, until a tenant's own answers have told: what they have at the mean in the first half
 # hour of Azure's conversation trace of 2023 (AzurePublicDataset).
 OUTPUT_TOKENS_DEFAULT: Final = 222.0
+# A tenant may have so many times as many requests open as there are places left, by his weight: one
+# alone 16 of 17 of them, two 16 of 33 each.
+CROWD_WEIGHT: Final = 16.0
 ACCOUNTS_MAX: Final = 4096  # of tenants, by class, in one worker; those who have nothing open go
 # What other workers charged is read again after so long: a fraction of what a request takes, and
 # some thousand cells for each reading.

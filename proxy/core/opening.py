@@ -79,13 +79,15 @@ class Opening:
         if seats.away_slots:
             self.now = picture.may_leave(seats, now_s)
         for slot in seats.slots:
+            until_s = limits.RUNWAY_S
             if has_little_to_do(slot, picture, now_s):
                 self.now = True
-                if runway_s >= limits.RUNWAY_S:
+                if runway_s >= until_s:
                     continue
+                until_s = runway_s
             if picture.loads.is_full(slot):
                 continue
-            opens_s = _opens_s(slot, picture, now_s, runway_s if self.now else limits.RUNWAY_S)
+            opens_s = _opens_s(slot, picture, now_s, until_s)
             if opens_s > now_s:
                 self.next_s = min(self.next_s, opens_s)
 

@@ -18,6 +18,7 @@ from proxy.contract import NO_REGION
 from proxy.core import fleet as fleets
 from proxy.core import limits, regions
 from proxy.core.classes import OFFLINE, ONLINE
+from proxy.core.crowd import Crowd
 from proxy.core.opening import has_room, is_open
 from proxy.core.picture import Picture, Seats
 from proxy.core.policy import POLICIES, Decision, Request
@@ -55,6 +56,7 @@ class Choice:
         self.arrivals: dict[str, int] = {}  # requests that came, by model
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
         self.some_keys = False  # by which tenants are known
+        self.crowd = Crowd()
         self.preemption = Preemption(self._fault)
         self.waiting = Waiting(
             clock, self.picture, self.choose, self.awaited, self.prospect_of, self._fault

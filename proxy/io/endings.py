@@ -50,6 +50,7 @@ class Ending(Metered):
         "_connecting",
         "_decoder",
         "_done",
+        "_entered",
         "_held_bytes",
         "_keep_alive",
         "_lease",
@@ -77,7 +78,22 @@ class Ending(Metered):
         self._keep_alive = preamble.head.keep_alive
         self._commented_s = 0.0  # when a comment was sent last; 0: the answer has not begun so
         self._done = False
+        self._entered = ""  # the tenant that it is counted for
         plane.exchanges_open += 1
+
+    def _enter(self) -> None:
+        """Count it for its tenant, who may not have all places. Raises `OverloadedError`."""
+        plane, principal = self._plane, self._principal
+        most = plane.config.max_concurrent_requests
+        if not plane.crowd.may_enter(
+            principal.tenant, principal.weight, plane.exchanges_open - 1, most
+        ):
+            raise errors.OverloadedError(
+                f"of {most} requests that may be in flight, this tenant has as many as leave room "
+                "for others"
+            )
+        self._entered = principal.tenant
+        plane.crowd.enter(self._entered)
 
     def fail(self, error: errors.ProxyError) -> None:
         """Answer a failure, in the one place where failures are answered."""
@@ -208,6 +224,8 @@ class Ending(Metered):
         assert not self._done
         self._done = True
         self._plane.exchanges_open -= 1
+        if self._entered:
+            self._plane.crowd.leave(self._entered)
         self._drop_body()
         self._end_wait()
         self._usage = read_usage(self._tail) if status == 200 else None

@@ -78,6 +78,8 @@ class Exchange(Crossing):
             self._arrive()
         known = self._principal if self._arrived is not None else None
         self._principal = self._plane.admit(self._route, preamble, self._length, known)
+        if self._principal.tenant and not self._route.local:
+            self._enter()
 
     @override
     def hold_body(self, size: int) -> None:

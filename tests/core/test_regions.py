@@ -12,7 +12,7 @@ from proxy.contract.regions import SUMMARY_AGE_S_MAX, ModelSummary
 from proxy.core import limits
 from proxy.core.opening import Opening, is_open
 from proxy.core.outlook import Outlook, returning_max
-from proxy.core.policy import POLICIES, Request
+from proxy.core.policy import POLICIES, Request, terms
 from proxy.core.regions import REASON, permits
 from tests.core.builders import chain, record
 from tests.core.regions_bench import FREE, NOW_S, Bench, asked, state
@@ -28,6 +28,18 @@ def test_what_is_idle_here_stays_here_whatever_is_idle_elsewhere() -> None:
         assert decision is not None
         assert not decision.replica.remote
         bench.picture.release(bench.send(asked(key), decision), NOW_S)
+
+
+def test_slow_streams_here_send_nobody_where_nothing_is_known_of_them() -> None:
+    bench = Bench(HOME, [state("us#0", round_trip_s=0.0)])
+    for name in ("a", "b"):
+        bench.picture.loads.s_per_output_token[bench.picture.slots[name]] = 9.0
+    quick = asked()
+    quick.tpot_s = 0.001
+    at_home = bench.choose(quick)
+    assert at_home is not None
+    assert terms(at_home, quick, bench.picture, NOW_S).pace_s > limits.REGION_SLACK_S
+    assert not at_home.replica.remote
 
 
 def test_it_leaves_when_waiting_here_costs_more_than_the_way() -> None:

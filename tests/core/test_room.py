@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.core.classes import NAMES, OFFLINE, ONLINE, SEMI_ONLINE, SHARES
+from proxy.core.fairness import Account
 from proxy.core.held import Held
 from proxy.core.policy import Request
 from proxy.core.prefix import NO_CHAIN
@@ -149,3 +150,81 @@ def test_the_pace_is_that_of_the_last_seconds_in_which_any_waited() -> None:
     pace.begin(1000.0)
     assert 0.9 <= pace.per_s(1000.0) <= 1.1
     assert pace.per_s(1060.0) < 0.1
+
+
+def of(account: Account, size: int = 1) -> Held:
+    """Return one of a tenant's."""
+    one = held(account.work_class, size)
+    one.account = account
+    return one
+
+
+def test_a_newcomer_takes_the_place_of_the_latest_of_who_has_most_for_his_weight() -> None:
+    full = room(8)
+    flood, light, twice = (Account(ONLINE, name, weight) for name, weight in
+                           (("flood", 1.0), ("light", 1.0), ("twice", 2.0)))  # fmt: skip
+    ours = [of(flood) for _ in range(8)]
+    assert all(put(full, one) for one in ours)
+    assert not put(full, of(flood))
+    taken = [full.enter(of(light)) for _ in range(1)]
+    assert taken == [[ours[7]]]
+    full.leave(ours[7])
+    assert [put(full, of(light)) for _ in range(3)] == [True] * 3
+    assert not put(full, of(light))  # both have four
+    assert [put(full, of(twice)) for _ in range(5)] == [True] * 4 + [False]
+    assert full.count == 8
+
+
+def test_octets_count_as_places_do() -> None:
+    full = room(100, 100)
+    flood, light = (Account(ONLINE, name, 1.0) for name in ("flood", "light"))
+    large = [of(flood, 10) for _ in range(9)]
+    assert all(put(full, one) for one in large)
+    assert put(full, of(light, 10))
+    assert full.enter(of(light, 20)) == [large[8], large[7]]
+    for one in large[7:]:
+        full.leave(one)
+    assert (full.bytes, full.count) == (100, 9)
+    assert full.enter(of(light, 60)) is None  # that would be more than the other has then
+
+
+def test_no_tenant_takes_a_place_of_another_class_that_is_as_urgent_or_more() -> None:
+    full = room(4)
+    online, offline = (Account(work_class, "a", 1.0) for work_class in (ONLINE, OFFLINE))
+    assert all(put(full, of(online)) for _ in range(4))
+    assert not put(full, of(offline))
+    assert not put(full, of(Account(OFFLINE, "b", 100.0)))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 40), st.booleans()),
+        max_size=60,
+    )
+)
+def test_the_bounds_hold_for_tenants_too(steps: list[tuple[int, int, int, bool]]) -> None:
+    full = room(10, 100)
+    accounts = {
+        (work_class, name): Account(work_class, str(name), 1.0 + name)
+        for work_class in range(3)
+        for name in range(4)
+    }
+    inside: dict[Held, None] = {}
+    for work_class, name, size, leaves in steps:
+        if leaves and inside:
+            one = next(iter(inside))
+            del inside[one]
+            full.leave(one)
+        one = of(accounts[work_class, name], size)
+        leaving = full.enter(one)
+        for other in leaving or ():
+            del inside[other]
+            full.leave(other)
+            assert other.account is not one.account
+        if leaving is not None:
+            inside[one] = None
+        assert full.count == len(inside) <= 10
+        assert full.bytes == sum(each.held_bytes for each in inside) <= 100
+    for one in inside:
+        full.leave(one)
+    assert full._parts == {}

@@ -306,6 +306,8 @@ def queued_tokens(plane: Plane, replica_id: str) -> int:
 def assert_nothing_held(plane: Plane) -> None:
     """Every lease is back, every exchange is over, and nobody waits."""
     assert plane.exchanges_open == 0
+    assert len(plane.crowd) == 0
+    assert not any(account.waiting or account.open for account in plane.waiting.shares.accounts)
     assert plane.waiting.count == 0
     assert not any(queue.waiters or queue.tokens for queue in plane.waiting.queues.values())
     assert (plane.waiting.room.count, plane.waiting.room.bytes) == (0, 0)
