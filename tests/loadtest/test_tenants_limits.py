@@ -35,7 +35,7 @@ def test_when_requests_came_the_access_log_says(tmp_path: Path) -> None:
 
 def test_the_table_says_what_was_let_in() -> None:
     finding = Finding(
-        name="tokens", limit=1000, most=1000, least=989, answers=7, refused=Counter(a=2)
+        name="tokens", limit=1000, most=1000, least=989, mean=995.0, answers=7, refused=Counter(a=2)
     )
     assert not finding.holds
     text = table(Options(), [finding])
