@@ -374,7 +374,8 @@ def table(options: Options, findings: Sequence[Finding]) -> str:
     lines = [
         f"{options.clients} clients, {options.workers} workers, prompts of "
         f"{options.prompt_words} words, answers of {options.output_tokens} tokens",
-        f"{'limit':<12}{'of':>10}{'most':>12}{'':>9}{'least':>12}{'':>9}{'mean':>9}{'answers':>9}  refused",
+        f"{'limit':<12}{'of':>10}{'most':>12}{'':>9}{'least':>12}{'':>9}{'mean':>9}"
+        f"{'answers':>9}  refused",
     ]
     for f in findings:
         most, least, mean = (f"{100 * n / f.limit:.2f} %" for n in (f.most, f.least, f.mean))
