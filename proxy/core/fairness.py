@@ -194,9 +194,8 @@ class Shares:
         if not (self._due or now_s >= self._stale_s):
             return
         self._due = False
-        self._stale_s = (
-            now_s + limits.SHARE_RECENT_S / 8.0
-        )  # by then some may not be about any more
+        # Some may not be about any more then, though nothing happens.
+        self._stale_s = now_s + limits.SHARE_RECENT_S / 8.0
         recent_s = now_s - limits.SHARE_RECENT_S
         least = list(self._least_active_elsewhere)
         for work_class in range(len(NAMES)):

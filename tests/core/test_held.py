@@ -77,7 +77,11 @@ def test_in_a_line_the_class_decides_then_the_share_then_the_rank() -> None:
     shares.refresh(1.0)
     order = Order(shares, 1.0)
     expected = [entries[key] for key in ((ONLINE, "b"), (ONLINE, "a"), (OFFLINE, "a"))]
-    assert line.in_order(order)[:3] == expected
+    for one in entries.values():
+        one.tokens = 10
+    assert line.part(order, 0, 3) == (0, expected)
+    assert line.part(order, 2, 4) == (20, [expected[2], entries[OFFLINE, "b"]])
+    assert line.firsts(order, 2) == expected[:2]
     gone = []
     while line.count:
         first = line.first(order)
