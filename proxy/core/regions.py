@@ -156,8 +156,6 @@ def why_not(
     reason = outlook.why_not(now_s)
     if reason:
         return reason
-    if picture.loads.gauge_end_s[slot] > now_s:
-        return "it has just sent a request away"
     inflight = picture.loads.inflight[slot]
     if outlook.begins(inflight, now_s):
         return ""
