@@ -47,6 +47,7 @@ from loadtest.scaling import pool
 from loadtest.scaling import regions as regions_day
 from loadtest.tenants import deadlines, fairness
 from loadtest.tenants import limits as tenant_limits
+from loadtest.tenants import proxies as tenant_proxies
 from loadtest.traces import Trace, TraceError
 
 REPLAY_EXAMPLE = """\
@@ -82,6 +83,7 @@ COMMANDS: dict[str, Command] = {
     "soak": soak,
     "storm": storm,
     "tenants-limits": tenant_limits,
+    "tenants-proxies": tenant_proxies,
     "upgrade": upgrade,
 }
 

@@ -9,6 +9,7 @@ the `peer_key` of all regions; the key itself never goes over the wire.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 import ssl
 
@@ -47,6 +48,9 @@ class Door:
             await web.SockSite(runner, self._listener, ssl_context=self._tls).start()
             host, port = self._listener.getsockname()[:2]
             self._log.tell("keys_listening", host=host, port=port, tls=self._tls is not None)
+            if self._tls is None and not ipaddress.ip_address(host).is_loopback:
+                advice = "set proxy.tls_cert_path, or keep it in a network of your own"
+                self._log.caution("keys_in_the_clear", host=host, advice=advice)
             await asyncio.Event().wait()
         finally:
             self._api.end_watches()

@@ -3,7 +3,7 @@
 A whole Doherty runs with simulated replicas and some workers, and one tenant for each limit:
 
 * tokens       for a minute requests begin evenly at the limit's own pace; from then on `--clients`
-               of them come again as soon as they are answered, or half a second after a refusal
+               of them come again as soon as they are answered, or a second after a refusal
                at the latest. Tokens count when their request comes. Told is what every sliding
                minute had of the limit: the most, and the least of those after the first;
 * burst        the same without the even minute: what the whole time had, since a minute that begins
@@ -48,7 +48,7 @@ ACCESS_LOG = "access.jsonl"
 LOG_LAG_S = 1.0  # a line is written a moment after its answer
 MINUTE_S = 60.0
 STEP_S = 0.25  # between the beginnings of two sliding minutes that are looked at
-RETRY_S_MAX = 0.5
+RETRY_S_MAX = 1.0
 PRICE = 10.0  # of a million tokens, of any kind
 
 
@@ -92,12 +92,15 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     limit: float
     most: float
     least: float  # of what should have been all of it
+    mean: float
     answers: int
     refused: dict[str, int]
 
     @property
     def holds(self) -> bool:
-        return self.most <= self.limit and self.least >= 0.99 * self.limit
+        """Tokens hold within 1 %, since a prompt's are only believed when it is let in."""
+        most = 1.01 if self.name in ("tokens", "burst") else 1.0
+        return 0.99 * self.limit <= self.least and self.most <= most * self.limit
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -267,14 +270,16 @@ class Stage:
         used = [(moments[each.request_id], each.tokens) for each in answers.used]
         minutes = sliding(used, begun_s, end_s)
         if even:
-            least: float = min(minutes[math.ceil(MINUTE_S / STEP_S) :], default=0)
+            busy = minutes[math.ceil(MINUTE_S / STEP_S) :] or [0]
+            least, mean = float(min(busy)), sum(busy) / len(busy)
         else:  # of the whole time, for each minute of it
-            least = answers.tokens / math.ceil((end_s - begun_s) / 60.3)
+            least = mean = answers.tokens / math.ceil((end_s - begun_s) / 60.3)
         return Finding(
             name=tenant,
             limit=options.tokens_per_min,
             most=max(minutes, default=0),
             least=least,
+            mean=mean,
             answers=len(answers.used),
             refused=dict(answers.refused),
         )
@@ -322,6 +327,7 @@ def _counted(name: str, limit: float, count: float, answers: Answers) -> Finding
         limit=limit,
         most=count,
         least=count,
+        mean=count,
         answers=len(answers.used),
         refused=dict(answers.refused),
     )
@@ -368,13 +374,14 @@ def table(options: Options, findings: Sequence[Finding]) -> str:
     lines = [
         f"{options.clients} clients, {options.workers} workers, prompts of "
         f"{options.prompt_words} words, answers of {options.output_tokens} tokens",
-        f"{'limit':<12}{'of':>10}{'most':>12}{'':>9}{'least':>12}{'':>9}{'answers':>9}  refused",
+        f"{'limit':<12}{'of':>10}{'most':>12}{'':>9}{'least':>12}{'':>9}{'mean':>9}"
+        f"{'answers':>9}  refused",
     ]
     for f in findings:
-        most, least = (f"{100 * value / f.limit:.2f} %" for value in (f.most, f.least))
+        most, least, mean = (f"{100 * n / f.limit:.2f} %" for n in (f.most, f.least, f.mean))
         refused = ", ".join(f"{count} {code}" for code, count in sorted(f.refused.items())) or "0"
         lines.append(
-            f"{f.name:<12}{f.limit:>10g}{f.most:>12g}{most:>9}{f.least:>12g}{least:>9}"
+            f"{f.name:<12}{f.limit:>10g}{f.most:>12g}{most:>9}{f.least:>12g}{least:>9}{mean:>9}"
             f"{f.answers:>9}  {refused}"
         )
     return "\n".join(lines)

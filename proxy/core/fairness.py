@@ -60,14 +60,15 @@ class Shares:
     """All tenants' accounts in one worker, by class."""
 
     __slots__ = (
-        "_accounts", "_due", "_floors", "_least", "_least_active_elsewhere",
-        "_least_waiting_elsewhere", "_read_s", "_waiting", "cells", "on",
+        "_accounts", "_active", "_due", "_floors", "_least", "_least_active_elsewhere",
+        "_least_waiting_elsewhere", "_read_s", "_stale_s", "_waiting", "cells", "on",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.on = False  # there are tenants to tell apart
         self.cells: ShareCells | None = None  # None: this worker is the only one
         self._accounts: dict[tuple[int, str], Account] = {}
+        self._active: dict[Account, None] = {}  # those that wait, or came lately
         self._waiting = [0 for _ in NAMES]
         self._floors = [0.0 for _ in NAMES]
         self._least = [0.0 for _ in NAMES]
@@ -75,6 +76,7 @@ class Shares:
         self._least_active_elsewhere = [_NEVER for _ in NAMES]
         self._due = True
         self._read_s = -_NEVER
+        self._stale_s = -_NEVER
 
     def __len__(self) -> int:
         return len(self._accounts)
@@ -90,7 +92,8 @@ class Shares:
         if found is None:
             found = self._open(work_class, tenant, weight, now_s)
         found.weight = weight
-        if now_s - found.seen_s > limits.SHARE_RECENT_S:
+        if found not in self._active:
+            self._active[found] = None
             self._due = True  # it was not among those by whom the others are judged
         found.seen_s = now_s
         return found
@@ -118,6 +121,7 @@ class Shares:
         idle = [each for each in self._accounts.values() if not each.waiting and not each.open]
         idle.sort(key=_seen_s)
         for each in idle[: len(idle) // 2 + 1]:
+            self._active.pop(each, None)
             del self._accounts[each.work_class, each.tenant]
 
     # --- what happens to it ------------------------------------------------------------------
@@ -129,6 +133,7 @@ class Shares:
             if account.counter < lifted:
                 self._lift(account, lifted)
         account.waiting += 1
+        self._active[account] = None
         self._waiting[account.work_class] += 1
         self._changed(account)
 
@@ -186,17 +191,20 @@ class Shares:
         if cells is not None and now_s - self._read_s >= limits.SHARE_READ_S:
             self._read_s = now_s
             self._read(cells, now_s)
-        if not self._due:
+        if not (self._due or now_s >= self._stale_s):
             return
         self._due = False
+        # Some may not be about any more then, though nothing happens.
+        self._stale_s = now_s + limits.SHARE_RECENT_S / 8.0
         recent_s = now_s - limits.SHARE_RECENT_S
         least = list(self._least_active_elsewhere)
         for work_class in range(len(NAMES)):
             self._renew_floor(work_class)
-        for account in self._accounts.values():
+        for account in list(self._active):
             work_class, counter = account.work_class, account.counter
             if not account.waiting:
                 if account.seen_s < recent_s:
+                    del self._active[account]
                     continue
                 # It would be lifted to this if it waited.
                 counter = max(counter, self._floors[work_class] - limits.SHARE_QUANTUM_TOKENS)
@@ -227,7 +235,7 @@ class Shares:
         """The least of those who wait: it only rises."""
         least = self._least_waiting_elsewhere[work_class]
         if self._waiting[work_class]:
-            for account in self._accounts.values():
+            for account in self._active:
                 if account.waiting and account.work_class == work_class:
                     least = min(least, account.counter)
         if least < _NEVER:
@@ -237,7 +245,7 @@ class Shares:
         """Return which part of what its class is given is this one's, of those who wait here."""
         weights = [
             each.weight
-            for each in self._accounts.values()
+            for each in self._active
             if each.work_class == account.work_class and (each.waiting or each is account)
         ]
         return account.weight / sum(weights)

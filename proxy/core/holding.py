@@ -227,9 +227,8 @@ class Holding:
             if line is None or left <= 0:
                 continue
             at = line.next_at if line.next_at < line.count else 0
-            waiting = line.in_order(look.order)
-            before_tokens = sum([held.tokens for held in waiting[:at]])
-            for held in waiting[at : at + min(share, left)]:
+            before_tokens, waiting = line.part(look.order, at, min(share, left))
+            for held in waiting:
                 left -= 1
                 decision = look.ask(held, before_tokens)
                 if decision is not None:

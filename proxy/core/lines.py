@@ -76,19 +76,32 @@ class Line:
     def all(self) -> list[Held]:
         return [entry[2] for entries in self._of.values() for entry in entries]
 
-    def in_order(self, order: Order) -> list[Held]:
-        """Return all: the first tenant's, then the next one's."""
-        if len(self._of) == 1:
-            return self.all()
-        lists = sorted(self._of.values(), key=lambda entries: order.place(entries[0][2]))
-        return [entry[2] for entries in lists for entry in entries]
+    def part(self, order: Order, at: int, most: int) -> tuple[int, list[Held]]:
+        """Return those from one place on, and the tokens of all before them.
+
+        The first tenant's come first, then the next one's.
+        """
+        before_tokens = 0
+        out: list[Held] = []
+        for entries in self._in_order(order):
+            before_tokens += sum([entry[2].tokens for entry in entries[:at]])
+            out += [entry[2] for entry in entries[at : at + most - len(out)]]
+            if len(out) >= most:
+                break
+            at = max(0, at - len(entries))
+        return before_tokens, out
+
+    def _in_order(self, order: Order) -> list[list[Entry]]:
+        lists = list(self._of.values())
+        if len(lists) > 1:
+            lists.sort(key=lambda entries: order.place(entries[0][2]))
+        return lists
 
     def firsts(self, order: Order, most: int) -> list[Held]:
         """Return so many at the most, the tenants in turn."""
-        if len(self._of) == 1:
-            for entries in self._of.values():
-                return [entry[2] for entry in entries[:most]]
-        lists = sorted(self._of.values(), key=lambda entries: order.place(entries[0][2]))
+        lists = self._in_order(order)
+        if len(lists) == 1:
+            return [entry[2] for entry in lists[0][:most]]
         out: list[Held] = []
         for depth in range(most):
             out += [entries[depth][2] for entries in lists if depth < len(entries)]

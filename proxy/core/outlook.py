@@ -76,7 +76,8 @@ class Outlook:
     """One remote proxy and one model, as they were told, and what was sent there since."""
 
     __slots__ = (
-        "_pauses", "_refused_until_s", "_suspect_until_s", "at_s", "draining", "linked", "lost",
+        "_pauses", "_refused_until_s", "_suspect_until_s", "at_s", "draining", "left_s", "linked",
+        "lost",
         "round_trip_s", "said", "sent", "since_s", "unseen", "unseen_tokens",
     )  # fmt: skip
 
@@ -87,6 +88,7 @@ class Outlook:
         self.draining = False
         self.lost = False  # it was linked once, and then was not
         self.since_s = 0.0
+        self.left_s = 0.0  # when its link was lost; 0: it is there
         self.at_s = 0.0
         self.round_trip_s = 0.0
         self.sent = sent if sent is not None else Sent()
@@ -99,13 +101,13 @@ class Outlook:
         """This is what is known of it now; None: it does not speak of the model."""
         summary = state.summary
         linked = state.linked and said is not None
-        draining = summary is not None and summary.draining
+        draining = self.draining if summary is None else summary.draining
         if (self.linked and not linked) or draining:
             self.lost = True
         if linked and not self.linked:
             self._pauses = 0
             self._suspect_until_s = self._refused_until_s = 0.0
-        self.linked, self.draining = linked, draining
+        self.linked, self.draining, self.left_s = linked, draining, state.left_s
         self.since_s, self.at_s = state.since_s, state.at_s
         self.round_trip_s = state.round_trip_s
         if said is not None:
@@ -154,6 +156,13 @@ class Outlook:
         self.sent.trim()
 
     # --- what one more request would meet ----------------------------------------------------
+
+    def returns_soon(self, now_s: float) -> bool:
+        """Whether it has only just been lost, as in the moment in which its proxy is replaced."""
+        if self._pauses == 1 and now_s < self._suspect_until_s:
+            return True  # it could not be reached, once
+        lately = self.left_s > 0.0 and now_s - self.left_s < limits.REGION_LEFT_S
+        return lately and not self.draining
 
     def why_not(self, now_s: float) -> str:
         """Return why nothing is sent there at all; empty: something may be."""

@@ -155,10 +155,15 @@ class Picture:
         return False
 
     def some_serve(self, seats: Seats, tried: Collection[str], now_s: float) -> bool:
-        """Whether a remote of a pool that was not `tried` serves it, if without room now."""
+        """Whether a remote of a pool that was not `tried` serves it, or should again in a moment.
+
+        It may have no room now.
+        """
         for remote, slot in zip(seats.away, seats.away_slots, strict=True):
             outlook = self.outlooks.of[slot]
-            if remote.name not in tried and outlook.serves and not outlook.why_not(now_s):
+            if remote.name in tried or not outlook.serves:
+                continue
+            if not outlook.why_not(now_s) or outlook.returns_soon(now_s):
                 return True
         return False
 

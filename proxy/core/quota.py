@@ -7,9 +7,9 @@ read, at least one sees the other, because a processor writes within nanoseconds
 writing and the reading stand some hundred instructions. So a limit is never exceeded; right below
 it two who come in the same microseconds may both take back, and the next one gets it.
 
-A minute is a *sliding* one: what was used is kept by quarters of a second, in a ring of each
-worker's own, and forgotten a minute after the end of its quarter. So no sixty seconds, whenever
-they begin, hold more than a minute's limit, and under saturation they hold 240/241 of it. A ring
+A minute is a *sliding* one: what was used is kept by tenths of a second, in a ring of each
+worker's own, and forgotten a minute after the end of its tenth. So no sixty seconds, whenever
+they begin, hold more than a minute's limit, and under saturation they hold 600/601 of it. A ring
 lies in the shared memory, too: it outlives its worker, whose successor goes on with it, and all can
 reckon when enough of everybody's will be forgotten.
 
@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from itertools import accumulate
 from typing import Final
 
-BUCKETS_PER_S: Final = 4
+BUCKETS_PER_S: Final = 10
 WINDOW_S: Final = 60
 # One more than a minute has: the one that has begun is not over.
 BUCKETS: Final = WINDOW_S * BUCKETS_PER_S + 1

@@ -118,7 +118,7 @@ class Metering:
         return account
 
     async def run(self) -> None:
-        """Sweep as each quarter of a second begins."""
+        """Sweep ten times a second."""
         while True:
             await asyncio.sleep(1.0 / quota.BUCKETS_PER_S)
             self.sweep()

@@ -89,8 +89,8 @@ class Waiting:
 
     def runway_s(self, request: Request, now_s: float) -> float:
         """Return how little a replica must have to do for this newcomer to go there at once."""
-        if not self.shares.on:
-            return limits.RUNWAY_S
+        if not (self.shares.on and self.room.count):
+            return limits.RUNWAY_S  # nobody is in anybody's way
         account = account_of(self.shares, request, now_s)
         self.shares.refresh(now_s)
         return self.shares.runway_s(account)

@@ -62,22 +62,26 @@ def test_who_is_late_yields_as_semi_online_work_does_and_not_for_ever() -> None:
 def test_in_a_line_the_class_decides_then_the_share_then_the_rank() -> None:
     shares, line = Shares(), Line()
     accounts = {
-        (work_class, name): Account(work_class, name, 1.0)
+        (work_class, name): shares.account(work_class, name, 1.0, 0.0)
         for work_class in (ONLINE, OFFLINE)
         for name in "ab"
     }
-    shares._accounts = accounts
-    accounts[ONLINE, "a"].charged = 5 * limits.SHARE_QUANTUM_TOKENS
     entries = {}
     for number, (work_class, name) in enumerate(accounts):
         one = entries[work_class, name] = made(number, work_class=work_class)
         one.account, one.order, one.rank_s = accounts[work_class, name], number, float(number)
-        accounts[work_class, name].waiting += 1
+        shares.begins_to_wait(accounts[work_class, name])
         line.enter(one)
+    greedy = accounts[ONLINE, "a"]
+    shares.over(greedy, shares.dispatched(greedy, 0), 5 * limits.SHARE_QUANTUM_TOKENS)
     shares.refresh(1.0)
     order = Order(shares, 1.0)
     expected = [entries[key] for key in ((ONLINE, "b"), (ONLINE, "a"), (OFFLINE, "a"))]
-    assert line.in_order(order)[:3] == expected
+    for one in entries.values():
+        one.tokens = 10
+    assert line.part(order, 0, 3) == (0, expected)
+    assert line.part(order, 2, 4) == (20, [expected[2], entries[OFFLINE, "b"]])
+    assert line.firsts(order, 2) == expected[:2]
     gone = []
     while line.count:
         first = line.first(order)

@@ -314,3 +314,19 @@ def test_a_prompt_that_hardly_fits_waits_though_most_is_free() -> None:
     loads.reconcile(0, requests=1, waiting_tokens=0, held_tokens=0, now_s=5.0)
     assert 0 not in loads.tight
     assert loads.shortage_s(0, 90_000) > 0.0
+
+
+def test_a_part_of_each_replica_is_kept_for_online_work() -> None:
+    loads = Loads()
+    loads.reserve_online(0.25)
+    loads.open(0, "group", capacity_tokens=1000, inflight_max=8)
+    loads.open(1, "group", capacity_tokens=1000, running_max=8)
+    loads.open(2, "group", capacity_tokens=1000, inflight_max=1)
+    loads.open(3, "group", capacity_tokens=1000)
+    assert loads.lower_max == [6, 6, 1, 0]
+    loads.inflight[:] = [6, 6, 0, 100]
+    full = [[loads.is_full(slot, work_class) for slot in range(4)] for work_class in range(3)]
+    assert full == [[False] * 4, [True, True, False, False], [True, True, False, False]]
+    loads.reserve_online(0.0)
+    assert loads.lower_max == [8, 0, 1, 0]
+    assert not any(loads.is_full(slot, 2) for slot in range(4))

@@ -117,7 +117,7 @@ def test_another_region_comes_up_for_a_burst_that_this_one_has_no_room_for(tmp_p
         found = burst(eu)
         assert {(status, tokens) for status, _, tokens in found} == {(200, TOKENS)}
         ours, theirs = pool(eu), pool(us)
-        assert any("left to other regions" in note.reason for note in ours.notes)
+        assert any("left to us" in note.reason for note in ours.notes)
         assert (ours.ready, ours.coming) == (1, 0), "nothing was started twice"
         assert all(note.desired <= 1 for note in ours.notes)
         assert 1 <= max(note.desired for note in theirs.notes) <= 3

@@ -9,7 +9,7 @@ import pytest
 
 from proxy.config import ProxyConfig
 from proxy.config_access import AccessConfig, TenantConfig
-from proxy.core import quota
+from proxy.core import peer_wire, quota
 from proxy.core.peer_wire import read_frame
 from proxy.core.quota import Account
 from proxy.io.peers import PREDECESSOR
@@ -39,7 +39,7 @@ class Link:
         self.theirs: Link
 
     def send(self, frame: bytes) -> None:
-        self.other.readers[10](self.theirs, read_frame(frame).batch)
+        self.other.readers[peer_wire.QUOTAS](self.theirs, read_frame(frame).batch)
 
 
 class Proxy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from loadtest.tenants import proxies
 from loadtest.tenants.limits import Finding, Options, Used, came, sliding, table, under_way
 
 
@@ -34,7 +35,7 @@ def test_when_requests_came_the_access_log_says(tmp_path: Path) -> None:
 
 def test_the_table_says_what_was_let_in() -> None:
     finding = Finding(
-        name="tokens", limit=1000, most=1000, least=989, answers=7, refused=Counter(a=2)
+        name="tokens", limit=1000, most=1000, least=989, mean=995.0, answers=7, refused=Counter(a=2)
     )
     assert not finding.holds
     text = table(Options(), [finding])
@@ -42,3 +43,9 @@ def test_the_table_says_what_was_let_in() -> None:
     assert "100.00 %" in text
     assert "98.90 %" in text
     assert text.endswith("2 a")
+
+
+def test_what_two_proxies_let_in_beyond_a_limit_is_told_in_its_time() -> None:
+    finding = proxies.Finding(rate=50, limit=250, let_in=[250, 254], other={})
+    assert finding.beyond_ms == [0.0, 80.0]
+    assert "0 (0 ms), 4 (80 ms)" in proxies.table(proxies.Options(), [finding])
