@@ -63,7 +63,8 @@ class Shares:
 
     __slots__ = (
         "_accounts", "_active", "_credit_tokens", "_due", "_floors", "_least",
-        "_least_active_elsewhere", "_least_waiting_elsewhere", "_read_s", "_stale_s", "_waiting", "cells", "on",
+        "_least_active_elsewhere", "_least_waiting_elsewhere", "_read_s", "_stale_s", "_waiting",
+        "cells", "on",
     )  # fmt: skip
 
     def __init__(self) -> None:
