@@ -66,12 +66,14 @@ class Source(Protocol):
 class Api:
     """The handlers, and the watchers that they serve."""
 
-    def __init__(self, source: Source, keys: KeyFeed | None = None) -> None:
-        """`keys` is None where no keys are told from here."""
+    def __init__(
+        self, source: Source, keys: KeyFeed | None = None, peer_key: str | None = None
+    ) -> None:
+        """`keys` is None where no keys are told from here; else they are, to who has `peer_key`."""
         self._source = source
         self._scaling = ScalingApi(source.scaler)
         self._reclaim = ReclaimApi(source.reclaims)
-        self._keys = KeysApi(keys)
+        self._keys = KeysApi(keys, peer_key)
         self._watches = Watches()
         self._registry = CollectorRegistry()
         self._registry.register(_ManagerCollector(source, self._watches))

@@ -129,8 +129,10 @@ class Scaler:
         if clamped != desired:
             by = " by the GPUs there are" if clamped == seen.gpu_limit else ""
             reason += f"; {desired} limited to {clamped}{by}"
-        if "away" in terms:
-            reason += f"; {terms['away']:.1f} left to other regions, {terms['wanted']:.1f} for them"
+        if away:
+            reason += f"; {terms['away']:.1f} left to {', '.join(sorted(away))}"
+        if seen.wanted:
+            reason += f"; {terms['wanted']:.1f} of it for other regions"
         terms["desired"] = float(clamped)
         return Decision(desired=clamped, panicking=panicking, reason=reason, terms=terms, away=away)
 

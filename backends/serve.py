@@ -195,7 +195,7 @@ async def _run(
 ) -> None:
     orders.attend()
     await manager.start()
-    api = Api(manager, keys.feed)
+    api = Api(manager, keys.feed, keys.peer_key)
     runner = web.AppRunner(api.application(), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     await web.SockSite(runner, listener).start()

@@ -46,6 +46,8 @@ from loadtest.run import Options, Run, RunError, complaint, load_trace, run_repl
 from loadtest.scaling import pool
 from loadtest.scaling import regions as regions_day
 from loadtest.tenants import deadlines, fairness
+from loadtest.tenants import limits as tenant_limits
+from loadtest.tenants import proxies as tenant_proxies
 from loadtest.traces import Trace, TraceError
 
 REPLAY_EXAMPLE = """\
@@ -80,6 +82,8 @@ COMMANDS: dict[str, Command] = {
     "snapshots": snapshots,
     "soak": soak,
     "storm": storm,
+    "tenants-limits": tenant_limits,
+    "tenants-proxies": tenant_proxies,
     "upgrade": upgrade,
 }
 

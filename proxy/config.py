@@ -25,6 +25,7 @@ from proxy.config_access import (
     ModelAccess,
     RemoteRegionConfig,
     TenantConfig,
+    check_claims,
 )
 from proxy.config_machines import DockerConfig, RayConfig, ReclaimNoticeConfig
 from proxy.config_manager import ManagerConfig
@@ -276,11 +277,7 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
         str, Meta(description="file for usage records, one JSON line each; '-' or 'off'")
     ] = "off"
     quota_path: Annotated[
-        Path | None,
-        Meta(
-            description="file that keeps what tenants have used of the day, of this proxy alone "
-            "(default: none, the day begins anew with each start)"
-        ),
+        Path | None, Meta(description="file of this proxy that keeps what tenants used of the day")
     ] = None
     access: Annotated[
         AccessConfig,
@@ -323,28 +320,9 @@ class Config(Section, frozen=True, kw_only=True):
             models=models,
         )
 
-    def _check_claims(self) -> None:
-        """Refuse tenants, regions and models that contradict each other."""
-        tenants = [tenant.name for tenant in self.tenants]
-        for name in tenants:
-            if tenants.count(name) > 1:
-                raise ValueError(f"tenant '{name}' is defined twice")
-        for remote in self.remote_regions:
-            if remote.region == self.region:
-                raise ValueError(
-                    f"remote_regions: {remote.url} is said to be in this region, {self.region}; "
-                    "proxies of one region are in proxy.peers"
-                )
-        for model in self.models:
-            if model.regions and self.region not in model.regions and model.pools:
-                raise ValueError(
-                    f"model '{model.name}' may not run in this region, {self.region}: add it to "
-                    "the model's regions, or remove the model"
-                )
-
     def __post_init__(self) -> None:
         """Refuse what is defined twice, and what contradicts another part."""
-        self._check_claims()
+        check_claims(self.region, self.tenants, self.remote_regions, self.models)
         names = [model.name for model in self.models]
         for name in names:
             if names.count(name) > 1:

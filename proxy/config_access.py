@@ -7,13 +7,14 @@ in all is said here, and a key can only be allowed less.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
-from proxy.config_models import WorkClass
+from proxy.config_models import ModelConfig, WorkClass
 from proxy.config_reading import Count, Name, Path, Seconds, Section
 
 Money = Annotated[float, Meta(ge=0)]
@@ -161,3 +162,28 @@ class AccessConfig(Section, frozen=True, kw_only=True):
     classes: ClassesConfig = ClassesConfig()
     remote_regions: tuple[RemoteRegionConfig, ...] = ()
     models: dict[str, ModelAccess] = msgspec.field(default_factory=dict)
+
+
+def check_claims(
+    region: str,
+    tenants: Sequence[TenantConfig],
+    remote_regions: Sequence[RemoteRegionConfig],
+    models: Sequence[ModelConfig],
+) -> None:
+    """Refuse tenants, regions and models that contradict each other."""
+    names = [tenant.name for tenant in tenants]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"tenant '{name}' is defined twice")
+    for remote in remote_regions:
+        if remote.region == region:
+            raise ValueError(
+                f"remote_regions: {remote.url} is said to be in this region, {region}; "
+                "proxies of one region are in proxy.peers"
+            )
+    for model in models:
+        if model.regions and region not in model.regions and model.pools:
+            raise ValueError(
+                f"model '{model.name}' may not run in this region, {region}: add it to "
+                "the model's regions, or remove the model"
+            )

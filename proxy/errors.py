@@ -208,6 +208,7 @@ class HopRefusedError(ProxyError):
     status = 403
     kind = "permission_error"
     code = "hop_refused"
+    told = b"refused"  # to who has sent it: go elsewhere; or `moved`: find out who is here now
 
 
 class HopMisdirectedError(HopRefusedError):

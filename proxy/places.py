@@ -103,6 +103,7 @@ class Places:
 
     def start(self, config: ProxyConfig) -> None:
         self._config = config
+        self._quota_rows()  # there are some before the first worker counts
         for place in self._places:
             self._tasks.start(f"worker {place.index}", self._keep_running(place))
         self._tasks.start("count", self._count_regularly())

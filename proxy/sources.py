@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from proxy.config import ProxyConfig
 from proxy.contract import NO_REGION
+from proxy.core.admission import allowances
 from proxy.core.peer_wire import is_near, parse_address
+from proxy.core.quota import ROWS_MAX
 from proxy.core.replica import parse_url
 from proxy.io.jwt_tokens import library
 from proxy.io.registry import check_urls
@@ -21,6 +23,8 @@ def check_source(config: ProxyConfig) -> None:
     for address in (*config.peers, *filter(None, (config.peer_listen,))):
         parse_address(address)
     _check_remotes(config)
+    if len(allowances(config.access)) > ROWS_MAX:
+        raise StartError(f"tenants: at most {ROWS_MAX} of them may have limits")
     if not config.worker_urls and not config.manager_url:
         raise StartError(
             "the replica list is empty: pass --worker-urls http://HOST:PORT … or --manager-url"

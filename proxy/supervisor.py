@@ -266,7 +266,12 @@ class Supervisor:
         told, linked = self.hub.samples()
         extra = [self._lookout.samples(), ([], self._wanting.samples())]
         counters += [*told, *self._peers.samples(), *self._teller.samples()]
-        gauges += [*linked, *self._witness.samples(), *self._regions.samples()]
+        gauges += [
+            *linked,
+            *self._witness.samples(),
+            *self._regions.samples(),
+            *self._quotas.samples(),
+        ]
         for counted, gauged in extra:
             counters += counted
             gauges += gauged

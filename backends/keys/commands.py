@@ -208,7 +208,7 @@ def _take_in(place: Place, options: argparse.Namespace, record: KeyRecord) -> No
 def _rotate(options: argparse.Namespace) -> int:
     place, now_s = _place(options), round(time.time(), 3)
     made = new_key(secrets.token_bytes(RANDOM_BYTES))
-    new: list[KeyRecord] = []
+    pair: list[KeyRecord] = []
 
     def make(keys: KeySet) -> KeySet:
         old = find(keys, options.key, now_s)
@@ -217,13 +217,15 @@ def _rotate(options: argparse.Namespace) -> int:
         life_s = old.expires_at - old.created_at if old.expires_at else None
         life_s = life_s if options.expires is None else options.expires
         expires_s = now_s + life_s if life_s is not None else 0.0
-        new.append(successor(old, made.key_id, made.digest, now_s=now_s, expires_s=expires_s))
-        return added(expiring(keys, old.key_id, now_s + options.grace), new[-1])
+        new = successor(old, made.key_id, made.digest, now_s=now_s, expires_s=expires_s)
+        pair[:] = old, new
+        return added(expiring(keys, old.key_id, now_s + options.grace), new)
 
     change(place.path, make)
-    _print_new(new[-1], made.secret, place, as_json=options.json)
+    old, new = pair
+    _print_new(new, made.secret, place, as_json=options.json)
     when = "now" if not options.grace else f"in {options.grace:g} s"
-    _say(f"the old one, {options.key}, ends {when}")
+    _say(f"the old one, {old.key_id}, ends {when}")
     return 0
 
 

@@ -9,21 +9,18 @@ the `peer_key` of all regions; the key itself never goes over the wire.
 from __future__ import annotations
 
 import asyncio
-import hmac
+import ipaddress
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
 from backends.failure import StartError
 from backends.keys.api import KeysApi
-from backends.keys.feed import KeyFeed, token_of
+from backends.keys.feed import KeyFeed
 from backends.log import Log
 from proxy import tls
 from proxy.config import Config
-
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Door:
@@ -33,9 +30,8 @@ class Door:
         """Raises `StartError` and `ConfigError` where it cannot be opened."""
         if config.proxy.peer_key is None:
             raise StartError("manager.keys_listen: set proxy.peer_key, the same in all regions")
-        self._expected = f"Bearer {token_of(config.proxy.peer_key)}".encode()
         self._tls: ssl.SSLContext | None = tls.server_context(config.proxy)
-        self._api = KeysApi(feed)
+        self._api = KeysApi(feed, config.proxy.peer_key)
         self._log = log
         self._listener = _listen(address)
 
@@ -44,15 +40,7 @@ class Door:
 
     async def serve(self) -> None:
         """Answer until cancelled."""
-
-        @web.middleware
-        async def judge(request: web.Request, handler: _Handler) -> web.StreamResponse:
-            shown = request.headers.get("authorization", "").encode("utf-8", "surrogateescape")
-            if not hmac.compare_digest(shown, self._expected):
-                return web.Response(status=401, text="another peer_key, or none\n")
-            return await handler(request)
-
-        app = web.Application(middlewares=[judge], client_max_size=1024)
+        app = web.Application(client_max_size=1024)
         app.add_routes(self._api.routes())
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         try:
@@ -60,6 +48,9 @@ class Door:
             await web.SockSite(runner, self._listener, ssl_context=self._tls).start()
             host, port = self._listener.getsockname()[:2]
             self._log.tell("keys_listening", host=host, port=port, tls=self._tls is not None)
+            if self._tls is None and not ipaddress.ip_address(host).is_loopback:
+                advice = "set proxy.tls_cert_path, or keep it in a network of your own"
+                self._log.caution("keys_in_the_clear", host=host, advice=advice)
             await asyncio.Event().wait()
         finally:
             self._api.end_watches()

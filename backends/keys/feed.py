@@ -1,16 +1,15 @@
 """The keys that a manager tells: those of a file, or those that another region's manager tells.
 
 What is told is a whole set at a time, under a number of this manager's own, because the versions of
-a file begin anew when it is restored from a copy. What was taken from another region is kept in the
-run folder, for nobody else's eyes: a manager that is started while that region cannot be reached
-knows the keys that were last in force. Nothing is taken back by silence.
+a file begin anew when it is restored from a copy. What was told last is kept in the run folder, for
+nobody else's eyes: a manager that is started while the other region cannot be reached, or after its
+file has been lost, knows the keys that were last in force, and no region is locked out by another's
+accident. Nothing is taken back by silence.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,9 +24,16 @@ from proxy import tls
 from proxy.config import Config
 from proxy.contract import HEARTBEAT_INTERVAL_S
 from proxy.contract.key_file import WATCH_INTERVAL_S, KeyFile, KeyFileError, read_key_file
-from proxy.contract.keys import KEYS_BYTES_MAX, KEYS_WATCH_PATH, KeySet, decode_keys, encode_keys
+from proxy.contract.keys import (
+    KEYS_BYTES_MAX,
+    KEYS_WATCH_PATH,
+    KeySet,
+    decode_keys,
+    encode_keys,
+    follow_token,
+)
 
-FOLLOWED_NAME = "keys-followed.json"
+KEPT_NAME = "keys-last.json"
 RETRY_FIRST_S, RETRY_S_MAX = 0.1, 2.0
 CONNECT_S = 2.0
 
@@ -62,11 +68,6 @@ class KeyFeed:
         return self.version > version
 
 
-def token_of(peer_key: str) -> str:
-    """Return what shows the manager of another region that this one has the key of all."""
-    return hmac.new(peer_key.encode(), b"doherty follow keys", hashlib.sha256).hexdigest()
-
-
 class KeySource:
     """Where the keys of a manager come from. `run` keeps `feed` up to date."""
 
@@ -75,11 +76,11 @@ class KeySource:
         settings = config.manager
         self._log = log
         self._url = settings.keys_follow
-        self._kept = Path(settings.run_dir) / FOLLOWED_NAME
+        self._kept = Path(settings.run_dir) / KEPT_NAME
         self._tls = tls.replica_context(config.proxy)
         self._headers = {}
         if config.proxy.peer_key is not None:
-            self._headers["authorization"] = f"Bearer {token_of(config.proxy.peer_key)}"
+            self._headers["authorization"] = f"Bearer {follow_token(config.proxy.peer_key)}"
         path = settings.keys_path or config.proxy.keys_path
         self._file = KeyFile(path) if path and self._url is None else None
         self.feed: KeyFeed | None = None if self._file is None and self._url is None else KeyFeed()
@@ -94,12 +95,17 @@ class KeySource:
             keys = file.look()
         except KeyFileError as error:
             raise StartError(f"keys_path: {error}") from error
-        if keys is not None:
-            self.feed.publish(keys)
         if file.missing:
+            self._remember()
+            if self.feed.keys is not None:
+                self._log.fault("keys_lost", path=file.path, kept=f"those in {self._kept}")
+                return
             self._log.caution("no_keys_yet", path=file.path, advice="doherty keys create makes it")
+        if keys is not None:
+            self._publish(keys)
 
     def _remember(self) -> None:
+        """Take the keys that were last in force, in a life before."""
         assert self.feed is not None
         try:
             self.feed.publish(read_key_file(str(self._kept)))
@@ -114,12 +120,17 @@ class KeySource:
         elif self._url is not None:
             await self._follow(self._url.rstrip("/") + KEYS_WATCH_PATH)
 
-    def _publish(self, keys: KeySet) -> bool:
+    def _publish(self, keys: KeySet) -> None:
         assert self.feed is not None
         if not self.feed.publish(keys):
-            return False
+            return
         self._log.tell("keys_changed", keys=len(keys.keys), version=keys.version)
-        return True
+        if not keys.keys and not keys.version:
+            return  # there is no file yet
+        try:
+            replace_file(os.fspath(self._kept), encode_keys(keys))
+        except OSError as error:
+            self._log.fault("keys_not_kept", path=str(self._kept), reason=str(error))
 
     async def _watch(self, file: KeyFile) -> None:
         while True:
@@ -141,8 +152,8 @@ class KeySource:
                     if lost:
                         self._log.tell("keys_followed_again")
                     lost = False
-                    if keys is not None and self._publish(keys):
-                        self._keep(keys)
+                    if keys is not None:
+                        self._publish(keys)
                 reason = "the watch ended"
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 reason = str(error) or type(error).__name__
@@ -170,9 +181,3 @@ class KeySource:
                 raise ValueError(f"it answers {response.status}")
             async for line in response.content:
                 yield decode_keys(line) if line.strip() else None
-
-    def _keep(self, keys: KeySet) -> None:
-        try:
-            replace_file(os.fspath(self._kept), encode_keys(keys))
-        except OSError as error:
-            self._log.fault("keys_not_kept", path=str(self._kept), reason=str(error))

@@ -15,8 +15,9 @@ from proxy.config import Config, ConfigError
 class Keys:
     """The source, and the door for other regions where there is one."""
 
-    def __init__(self, source: KeySource, door: Door | None) -> None:
+    def __init__(self, source: KeySource, door: Door | None, peer_key: str | None) -> None:
         self._source, self._door = source, door
+        self.peer_key = peer_key  # by which those are known who are told
 
     @property
     def feed(self) -> KeyFeed | None:
@@ -36,7 +37,7 @@ def told_keys(config: Config, log: Log) -> Iterator[Keys]:
     except ConfigError as error:
         raise StartError(str(error)) from error
     try:
-        yield Keys(source, door)
+        yield Keys(source, door, config.proxy.peer_key)
     finally:
         if door is not None:
             door.close()

@@ -2,7 +2,7 @@
 
 Each region plays the same load, a third of its length later than the one before: a day's wave (an
 hour long, so that a start weighs as much as it does in practice during a burst), and the 29 minutes
-of a public code assistant, with six users for each of its own. The project's own control law
+of a public code assistant, with two users for each of its own. The project's own control law
 (`backends.scaling`) and its own sharing of demand (`backends.spread`) decide, in virtual time.
 
 `islands`: every region serves what comes to it. `requests`: those that would wait go where they
@@ -44,7 +44,7 @@ SUMMARY = "three regions in different hours of the day: one system against three
 REGIONS = ("eu", "us", "ap")
 ROUND_TRIPS_S = {("eu", "us"): 0.080, ("ap", "eu"): 0.160, ("ap", "us"): 0.005}
 ARRANGEMENTS = ("islands", "requests", "demand")
-USERS = 6  # for each of the trace's
+USERS = 2  # for each of the trace's
 SPREAD_S = 0.5  # within which theirs come
 CARDS = ("ample", "scarce")
 SCARCE = 1.2  # of the mean need

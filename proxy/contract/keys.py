@@ -7,6 +7,8 @@ slow ones where people choose the secret). A set is told as a whole, as fleets a
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from typing import Annotated
 
 import msgspec
@@ -43,6 +45,11 @@ class KeySet(msgspec.Struct, frozen=True, kw_only=True):
     version: Annotated[int, Meta(ge=0)] = 0
     salt: _Text = ""
     keys: tuple[KeyRecord, ...] = ()
+
+
+def follow_token(peer_key: str) -> str:
+    """Return what shows whoever tells keys that somebody has the secret of all proxies."""
+    return hmac.new(peer_key.encode(), b"doherty follow keys", hashlib.sha256).hexdigest()
 
 
 def encode_keys(keys: KeySet) -> bytes:

@@ -70,6 +70,7 @@ class RemoteState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     url: str
     linked: bool = False  # and its summary is young
     since_s: float = 0.0  # monotonic: since when it is linked
+    left_s: float = 0.0  # monotonic: when it was lost; 0: it is linked, or never was
     round_trip_s: float = 0.0
     proxy_id: bytes = b""  # of its present life; empty: it was never linked
     at_s: float = 0.0  # monotonic: when the summary came

@@ -258,7 +258,7 @@ def told(account: Account, allowed: Allowance, now_s: float) -> list[Field]:
     """Return the fields that say how much is left of a minute, as OpenAI has them.
 
     Reset is when nothing of what was used counts any more, if nothing more comes, to within a
-    quarter of a second.
+    tenth of a second.
     """
     fields: list[Field] = []
     for name, limit, kind in (

@@ -9,7 +9,8 @@ of lines (`/v1/batches`) is offline work by that, and its sender says so in the 
 
 *Deadline.* When the first token is wanted, counted from the moment in which the head came, because
 that is when the client's own clock began. Where the client says none, its tenant may, for online
-requests; and after its client's patience nobody listens any more.
+requests; and after its client's patience nobody listens any more. That is patience with silence:
+comments in a stream that waits begin it anew.
 
 *Residency.* The regions that both the key and the model allow.
 
@@ -39,10 +40,12 @@ def lay(
     *,
     pool_class: int,
     arrived_s: float,
+    kept_alive: bool = False,
 ) -> None:
     """Lay class, times and tenant on a request, of which `work_class` is what it asked for.
 
-    Raises the error of a head that asks for a time that is none.
+    `kept_alive`: while it waits its client hears something before it loses patience. Raises the
+    error of a head that asks for a time that is none.
     """
     if wishes.error is not None:
         raise wishes.error
@@ -62,7 +65,7 @@ def lay(
         ttft_s = principal.slo_ttft_s
     if ttft_s:
         request.deadline_s = arrived_s + ttft_s
-    if wishes.patience_s:
+    if wishes.patience_s and not kept_alive:
         request.listens_until_s = arrived_s + wishes.patience_s
         if not ttft_s or request.deadline_s > request.listens_until_s:
             request.deadline_s = request.listens_until_s

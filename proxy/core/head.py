@@ -171,7 +171,7 @@ def error_fields(error: errors.ProxyError) -> list[Field]:
         wait_s = min(error.wait_s, errors.RETRY_AFTER_S_MAX)
         fields.append((b"retry-after", b"%d" % wait_s))
     if isinstance(error, errors.HopRefusedError):
-        fields.append((HOP, b"refused"))
+        fields.append((HOP, error.told))
     if error.wait_ms:
         fields.append((b"retry-after-ms", b"%d" % error.wait_ms))
     if error.status == 401:  # RFC 9110 §11.6.1: a 401 must name the scheme

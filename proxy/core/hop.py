@@ -31,6 +31,7 @@ from proxy.core.peer_wire import PROXY_ID_BYTES
 
 REGION: Final = b"x-doherty-region"
 REFUSED: Final = b"refused"  # what an answer says in `HOP` where a hop was not taken
+MOVED: Final = b"moved"  # or where it was for an earlier life of the proxy that is there
 NONCE_BYTES: Final = 16
 DIGEST_BYTES: Final = 32
 
@@ -114,8 +115,10 @@ def check_hop(
     claims: Claims, *, region: str, proxy_id: bytes, request_id: bytes | None, unix_s: float
 ) -> None:
     """Find out whether it is for this proxy, in this life, and for now. Raises `HopError`."""
-    if claims.region != region or not hmac.compare_digest(claims.proxy_id, proxy_id):
-        raise HopError("misdirected", "it is for another proxy, or an earlier life of this one")
+    if claims.region != region:
+        raise HopError("misdirected", "it is for another region")
+    if not hmac.compare_digest(claims.proxy_id, proxy_id):
+        raise HopError("moved", "it is for another proxy, or an earlier life of this one")
     if claims.origin == region:
         raise HopError("loop", "it comes from this very region")
     if claims.request_id.encode() != request_id:

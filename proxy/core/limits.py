@@ -490,6 +490,9 @@ HOP_SILENCE_S: Final = 4.0
 # Places in which used numbers are kept, fifteen in each, per worker and minute: 1,000 a second fill
 # half of them. 1 MiB.
 NONCE_BUCKETS_MAX: Final = 8192
+# Who has only another region to go to waits for so long where that is lost, before he is told so:
+# a proxy that takes over from another is linked in half a second.
+REGION_LEFT_S: Final = 2.0
 # Models of which other regions are told, and what is told at most to be free for one.
 SUMMARY_MODELS_MAX: Final = 4096
 SUMMARY_FREE_MAX: Final = 65_536

@@ -3,8 +3,8 @@
 A summary is some time old when it is read: what it says of waiting has passed by its age, and what
 we sent since it was written is not in it yet. So both are counted here, for each remote proxy and
 each model: `room` is how many requests more it would begin at once, `wait_s` how long one would
-wait there. A request counts as not in the summary until it is over, or one has come that was begun
-a round trip after it was sent: perhaps too long, and never too short, so that nobody is sent after
+wait there. A request counts as not in the summary until it is over, or one has come that must have
+been begun after it arrived: perhaps too long, and never too short, so that nobody is sent after
 what is gone.
 
 A region whose summary is old, that drains, or that cannot be reached, is left at once. One that was
@@ -64,10 +64,8 @@ class Sent:
 
     def trim(self) -> None:
         """Forget what the summaries of all that tell have."""
-        shown_s = float("inf")
-        for reader in self.readers:
-            if reader.linked:
-                shown_s = min(shown_s, reader.shown_s)
+        linked = [reader.shown_s for reader in self.readers if reader.linked]
+        shown_s = min(linked) if linked else 0.0
         for lease in list(self.leases):
             if lease.started_s >= shown_s:
                 break
@@ -78,8 +76,9 @@ class Outlook:
     """One remote proxy and one model, as they were told, and what was sent there since."""
 
     __slots__ = (
-        "_pauses", "_suspect_until_s", "at_s", "draining", "linked", "lost", "round_trip_s",
-        "said", "sent", "since_s", "unseen", "unseen_tokens",
+        "_pauses", "_refused_until_s", "_suspect_until_s", "at_s", "draining", "left_s", "linked",
+        "lost",
+        "round_trip_s", "said", "sent", "since_s", "unseen", "unseen_tokens",
     )  # fmt: skip
 
     def __init__(self, sent: Sent | None = None) -> None:
@@ -89,25 +88,26 @@ class Outlook:
         self.draining = False
         self.lost = False  # it was linked once, and then was not
         self.since_s = 0.0
+        self.left_s = 0.0  # when its link was lost; 0: it is there
         self.at_s = 0.0
         self.round_trip_s = 0.0
         self.sent = sent if sent is not None else Sent()
         self.sent.readers.append(self)
         self.unseen = self.unseen_tokens = 0  # of what was sent, what its summary has not
-        self._suspect_until_s = 0.0
+        self._suspect_until_s = self._refused_until_s = 0.0
         self._pauses = 0
 
     def know(self, state: RemoteState, said: ModelSummary | None) -> None:
         """This is what is known of it now; None: it does not speak of the model."""
         summary = state.summary
         linked = state.linked and said is not None
-        draining = summary is not None and summary.draining
+        draining = self.draining if summary is None else summary.draining
         if (self.linked and not linked) or draining:
             self.lost = True
         if linked and not self.linked:
             self._pauses = 0
-            self._suspect_until_s = 0.0
-        self.linked, self.draining = linked, draining
+            self._suspect_until_s = self._refused_until_s = 0.0
+        self.linked, self.draining, self.left_s = linked, draining, state.left_s
         self.since_s, self.at_s = state.since_s, state.at_s
         self.round_trip_s = state.round_trip_s
         if said is not None:
@@ -115,9 +115,18 @@ class Outlook:
         self._count()
 
     def suspect(self, now_s: float) -> None:
-        """It could not be reached: go there no more for a while, whatever it tells."""
+        """It could not be reached: go there no more for a while, whatever it tells.
+
+        All that find so at once are one.
+        """
+        if now_s < self._suspect_until_s:
+            return
         self._pauses = min(self._pauses + 1, limits.REGION_PAUSES_COUNTED_MAX)
         self._suspect_until_s = now_s + limits.REGION_PAUSE_S * 2.0 ** (self._pauses - 1)
+
+    def refused(self, now_s: float) -> None:
+        """It sent somebody away, or lost him: its next summaries will say how it is."""
+        self._refused_until_s = now_s + limits.REGION_PAUSE_S
 
     def answered(self) -> None:
         """It has answered a request."""
@@ -131,10 +140,10 @@ class Outlook:
     def shown_s(self) -> float:
         """Since when what was sent may not be in the summary.
 
-        What it is made of may be an interval old when it is written, and an interval older before
-        it is written again.
+        What it is made of may be an interval old when it is written; it was half a round trip on
+        its way, and a request for which a connection had to be made, one and a half.
         """
-        return self.at_s - self.round_trip_s - 2.0 * SUMMARY_INTERVAL_S
+        return self.at_s - 2.0 * self.round_trip_s - SUMMARY_INTERVAL_S
 
     def _count(self) -> None:
         """Count anew what the summary does not show."""
@@ -148,9 +157,20 @@ class Outlook:
 
     # --- what one more request would meet ----------------------------------------------------
 
+    def returns_soon(self, now_s: float) -> bool:
+        """Whether it has only just been lost, as in the moment in which its proxy is replaced."""
+        if self._pauses == 1 and now_s < self._suspect_until_s:
+            return True  # it could not be reached, once
+        lately = self.left_s > 0.0 and now_s - self.left_s < limits.REGION_LEFT_S
+        return lately and not self.draining
+
     def why_not(self, now_s: float) -> str:
         """Return why nothing is sent there at all; empty: something may be."""
-        return "draining" if self.linked and self.draining else self.gone(now_s)
+        if self.linked and self.draining:
+            return "draining"
+        if now_s < self._refused_until_s:
+            return "it has just sent a request away"
+        return self.gone(now_s)
 
     def gone(self, now_s: float) -> str:
         """Return why not even what has its state there is sent; empty: that may be."""
@@ -242,7 +262,12 @@ class Outlooks:
         if found is not None:
             found.sent.add(lease)
 
-    def released(self, lease: Lease) -> None:
+    def released(self, lease: Lease, now_s: float, *, refused: bool) -> bool:
+        """It is over; return whether it was that of a remote."""
         found = self.of.get(lease.slot)
-        if found is not None:
-            found.sent.drop(lease)
+        if found is None:
+            return False
+        found.sent.drop(lease)
+        if refused:
+            found.refused(now_s)
+        return True

@@ -145,7 +145,7 @@ class Picture:
         loads = self.loads
         for slot in seats.away_slots:
             outlook = self.outlooks.of[slot]
-            if outlook.why_not(now_s) or loads.gauge_end_s[slot] > now_s:
+            if outlook.why_not(now_s):
                 continue
             inflight = loads.inflight[slot]
             if outlook.begins(inflight, now_s):
@@ -155,10 +155,15 @@ class Picture:
         return False
 
     def some_serve(self, seats: Seats, tried: Collection[str], now_s: float) -> bool:
-        """Whether a remote of a pool that was not `tried` serves it, if without room now."""
+        """Whether a remote of a pool that was not `tried` serves it, or should again in a moment.
+
+        It may have no room now.
+        """
         for remote, slot in zip(seats.away, seats.away_slots, strict=True):
             outlook = self.outlooks.of[slot]
-            if remote.name not in tried and outlook.serves and not outlook.why_not(now_s):
+            if remote.name in tried or not outlook.serves:
+                continue
+            if not outlook.why_not(now_s) or outlook.returns_soon(now_s):
                 return True
         return False
 
@@ -363,8 +368,8 @@ class Picture:
         if usage is not None and usage.cached_tokens is not None:
             computed_tokens = max(1, usage.prompt_tokens - usage.cached_tokens)
         self.loads.release(lease, now_s, computed_tokens, served=served)
-        if self.outlooks.of:
-            self.outlooks.released(lease)
+        if self.outlooks.of and self.outlooks.released(lease, now_s, refused=refused):
+            refused = False
         if refused:
             self.loads.refused(lease.slot, now_s)
         if usage is not None:

@@ -7,9 +7,9 @@ read, at least one sees the other, because a processor writes within nanoseconds
 writing and the reading stand some hundred instructions. So a limit is never exceeded; right below
 it two who come in the same microseconds may both take back, and the next one gets it.
 
-A minute is a *sliding* one: what was used is kept by quarters of a second, in a ring of each
-worker's own, and forgotten a minute after the end of its quarter. So no sixty seconds, whenever
-they begin, hold more than a minute's limit, and under saturation they hold 240/241 of it. A ring
+A minute is a *sliding* one: what was used is kept by tenths of a second, in a ring of each
+worker's own, and forgotten a minute after the end of its tenth. So no sixty seconds, whenever
+they begin, hold more than a minute's limit, and under saturation they hold 600/601 of it. A ring
 lies in the shared memory, too: it outlives its worker, whose successor goes on with it, and all can
 reckon when enough of everybody's will be forgotten.
 
@@ -25,13 +25,13 @@ from collections.abc import Iterable
 from itertools import accumulate
 from typing import Final
 
-BUCKETS_PER_S: Final = 4
+BUCKETS_PER_S: Final = 10
 WINDOW_S: Final = 60
 # One more than a minute has: the one that has begun is not over.
 BUCKETS: Final = WINDOW_S * BUCKETS_PER_S + 1
 DAY_S: Final = 86_400
 
-ROWS_MAX: Final = 4096  # tenants with a limit; `Rows` says what is done with more
+ROWS_MAX: Final = 4096  # tenants with a limit; a configuration with more is refused
 CELL_BYTES: Final = 8
 # What a row has of each process.
 REQUESTS: Final = 0  # begun within the minute
@@ -77,10 +77,7 @@ class Rows:
         self._of: dict[str, int] = {}
 
     def assign(self, names: Iterable[str]) -> tuple[dict[str, int], list[int]]:
-        """Return the rows of those who are limited now, and the rows that must be cleared.
-
-        There is none for those who come after `ROWS_MAX` others.
-        """
+        """Return the rows of those who are limited now, and the rows that must be cleared."""
         wanted = dict.fromkeys(names)
         free = [name for name in self._of if name not in wanted]
         cleared = []

@@ -156,8 +156,6 @@ def why_not(
     reason = outlook.why_not(now_s)
     if reason:
         return reason
-    if picture.loads.gauge_end_s[slot] > now_s:
-        return "it has just sent a request away"
     inflight = picture.loads.inflight[slot]
     if outlook.begins(inflight, now_s):
         return ""
@@ -220,10 +218,14 @@ def choose_region(
 def _home_s(
     home: Decision, request: Request, picture: Picture, now_s: float, least_octets: int
 ) -> float:
-    """Return the price of what was chosen here, where so much counts as cached anywhere."""
+    """Return the price of what was chosen here, where so much counts as cached anywhere.
+
+    Slow streams are not held against this region: nobody tells of them elsewhere.
+    """
     octets = max(home.cached_octets, least_octets)
     as_if = Decision(home.replica, home.slot, home.reason, octets, home.known)
-    return terms(as_if, request, picture, now_s).price_s
+    found = terms(as_if, request, picture, now_s)
+    return found.price_s - found.pace_s
 
 
 def _hot_octets(home: Decision | None, request: Request) -> int:

@@ -147,7 +147,8 @@ class ShareCells:
 
     def seen(self, row: int) -> Seen:
         at, workers, place = row * self._width, self._workers, self._place
-        cells = self._cells[at : at + self._width].tolist()
+        # Not `tolist`, which is declared to give integers: a translation holds it to that.
+        cells = list(self._cells[at : at + self._width])
         own = cells[place]
         waiting = sum(cells[workers : 2 * workers]) - cells[workers + place]
         return Seen(

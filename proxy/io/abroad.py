@@ -7,7 +7,7 @@ models of theirs, make another fleet; everything else is written where prices ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from proxy.config import ProxyConfig
 from proxy.contract.regions import RemoteState
@@ -19,7 +19,6 @@ from proxy.core.replica import Replica
 from proxy.errors import InternalError
 from proxy.io.clock import Clock
 from proxy.io.reading import Reading
-from proxy.io.telemetry import Sample
 
 
 class Abroad(Reading):
@@ -56,23 +55,6 @@ class Abroad(Reading):
         self.remotes = tuple(states)
         self.picture.know_remotes(states)
         return moved
-
-    def gauges_abroad(self, leases: Iterable[Lease]) -> list[Sample]:
-        """Return what this worker has elsewhere, and what it believes could go there."""
-        now_s, loads = self.clock.now_s(), self.picture.loads
-        inflight: dict[str, int] = {r.replica_id: 0 for r in self.fleet.remotes.values()}
-        for lease in leases:
-            remote = self.fleet.remotes.get(lease.replica_name)
-            if remote is not None:
-                inflight[remote.replica_id] += 1
-        out = [Sample("remote_inflight", (("remote", k),), n) for k, n in inflight.items()]
-        for name, remote in self.fleet.remotes.items():
-            slot = self.picture.slots[name]
-            outlook = self.picture.outlooks.of[slot]
-            room = 0 if outlook.why_not(now_s) else outlook.room(loads.inflight[slot], now_s)
-            by = (("remote", remote.replica_id), ("model", min(remote.models)))
-            out.append(Sample("remote_room", by, max(0, room)))
-        return out
 
     def count_departure(self, lease: Lease, more: int) -> None:
         """Count a request that another region computes, and demand that is not this one's."""

@@ -118,6 +118,8 @@ _HELP = {
     "note_batches": "Batches of decisions that the supervisor passed on, by where they came from",
     "note_batches_dropped": "Batches that somebody did not hear because he was behind",
     "peers": "Other proxies that this one is linked with",
+    "wanted_here_inputs": "Requests in flight that another region asks replicas for, of this one",
+    "wanted_elsewhere_inputs": "Requests in flight that another region is asked replicas for",
     "remote_linked": "Whether a proxy of another region is linked, and its summary young",
     "remote_round_trip_seconds": "Least of the last round trips to a proxy of another region",
     "remote_summary_age_seconds": "Age of the last summary of a proxy of another region",

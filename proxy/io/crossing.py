@@ -16,7 +16,7 @@ from proxy import errors
 from proxy.core import limits
 from proxy.core.additions import with_fields
 from proxy.core.fleet import Pool
-from proxy.core.hop import REFUSED, REGION
+from proxy.core.hop import MOVED, REFUSED, REGION
 from proxy.core.http1 import HOP, Field, ResponseHead
 from proxy.core.opening import has_room
 from proxy.core.policy import Decision
@@ -111,23 +111,36 @@ class Crossing(Echoing):
         head = preamble.upstream_head(host_field, self.request_id, len(self._body), b"")
         return head, self._body
 
-    def _refuses_hop(self, head: ResponseHead) -> bool:
-        """Whether the other region has sent this request away before anybody began it."""
-        return head.status in (429, 503) or (
-            head.status >= 400 and dict(head.fields).get(HOP) == REFUSED
-        )
+    def _was_refused(self, head: ResponseHead) -> bool:
+        """Whether the other region has sent this request away before anybody began it.
+
+        Then it is taken back.
+        """
+        if head.status < 400:
+            return False
+        word = dict(head.fields).get(HOP, b"")
+        if word not in (REFUSED, MOVED) and head.status not in (429, 503):
+            return False
+        assert self._decision is not None
+        replica = self._decision.replica
+        if word != MOVED:  # else it may go there again, once it is known who is there
+            self._request.tried.add(replica.name)
+        self.take_back(f"region {replica.region} answers {head.status}")
+        return True
 
     def take_back(self, reason: str) -> None:
-        """It has crossed in vain, and not an octet of an answer has come: choose anew."""
+        """It has crossed in vain, and not an octet of an answer has come: choose anew.
+
+        A region that is lost or cannot be reached is out of the choice by itself, until it is back.
+        """
         if self._done or not self._remote:
             return
-        plane, request, remote = self._plane, self._request, self._remote
+        plane, request = self._plane, self._request
         self._drop_replica()
         self._land("taken_back")
         self._release(plane.clock.now_s(), refused=True)
         # A replica that failed it before may be there again: of this region nothing is known now.
         request.tried.intersection_update(plane.fleet.remotes)
-        request.tried.update(plane.fleet.names_of(remote))
         if self._crossed_times >= limits.HOPS_TRIED_MAX:
             request.abroad = False
         self._attempts = 0
@@ -137,6 +150,18 @@ class Crossing(Echoing):
             self._place(pool, plane.clock.now_s(), reason)
         except errors.ProxyError as error:
             self.fail(error)
+
+    def _waits_to_leave(self, reason: str) -> bool:
+        """Nobody here takes it: let it wait for room in another region, if one serves it."""
+        plane, pool = self._plane, self._pool
+        now_s = plane.clock.now_s()
+        if pool is None or not plane.may_leave(self._request, pool, now_s):
+            return False
+        try:
+            self._place(pool, now_s, reason)
+        except errors.ProxyError as error:
+            self.fail(error)
+        return True
 
     def _place(self, pool: Pool, now_s: float, reason: str = "") -> None:
         """Choose, and go there or wait. Raises `ProxyError`."""

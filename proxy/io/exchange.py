@@ -203,6 +203,7 @@ class Exchange(Crossing):
         replica_id = self._decision.replica.replica_id
         plane.suspect(replica_id, reason)
         if self._remote:
+            plane.telemetry.retries["connect"] += 1
             self.take_back(reason)
             return
         self._request.tried.update(plane.fleet.names_of(replica_id))
@@ -212,7 +213,8 @@ class Exchange(Crossing):
             return
         decision = self._choose_anew()
         if decision is None:
-            self.fail(self._nobody(reason))
+            if not self._waits_to_leave(reason):
+                self.fail(self._nobody(reason))
             return
         plane.telemetry.retries["connect"] += 1
         self._go_to(decision)
@@ -253,8 +255,7 @@ class Exchange(Crossing):
         self._sent_s = max(self._sent_s, self._upstream.sent_s)  # it may have been held a little
         replica = self._decision.replica
         if self._remote:
-            if self._refuses_hop(head):
-                self.take_back(f"region {replica.region} answers {head.status}")
+            if self._was_refused(head):
                 return
             self._land("answered")
         self._plane.answered(replica.replica_id, head.status)

@@ -23,6 +23,7 @@ from proxy.contract.regions import RemoteState
 from proxy.core import limits
 from proxy.core.classes import OFFLINE, UNSAID
 from proxy.core.hop import (
+    MOVED,
     NONCE_BYTES,
     Claims,
     HopError,
@@ -144,7 +145,10 @@ class Hops:
 
     def _refusal(self, kind: str, reason: str) -> HopRefusedError:
         self.refused[kind] += 1
-        return HopRefusedError(f"{HOP.decode()} is not taken: {reason}")
+        error = HopRefusedError(f"{HOP.decode()} is not taken: {reason}")
+        if kind == "moved":
+            error.told = MOVED
+        return error
 
     def _read(self, preamble: Preamble, peer: str) -> Claims | None:
         if has_passed(preamble.via, self._region):
@@ -220,7 +224,7 @@ class Hops:
         lost = []
         for name, state in before.items():
             now = self._remotes.get(name, _UNLINKED)
-            if state.linked and (not now.linked or now.proxy_id != state.proxy_id):
+            if state.linked and not now.linked:
                 lost.append(name)
                 for traveller in self._away.pop(name, ()):
                     traveller.take_back(f"region {state.region} is lost")

@@ -23,7 +23,13 @@ import msgspec
 from proxy.config import AccessConfig, ProxyConfig
 from proxy.config_policy import flaws_of
 from proxy.contract.key_file import WATCH_INTERVAL_S, KeyFile, KeyFileError
-from proxy.contract.keys import KEYS_BYTES_MAX, KEYS_WATCH_PATH, KeySet, decode_keys
+from proxy.contract.keys import (
+    KEYS_BYTES_MAX,
+    KEYS_WATCH_PATH,
+    KeySet,
+    decode_keys,
+    follow_token,
+)
 from proxy.io.newest_lines import newest_lines
 from proxy.io.registry import RETRY_FIRST_S, RETRY_MAX_S
 from proxy.io.tasks import Tasks
@@ -71,7 +77,8 @@ class Keyring:
             self._following = self._tasks.spawn("keys", self._watch_file(file))
         elif config.manager_url is not None:
             url = config.manager_url.rstrip("/") + KEYS_WATCH_PATH
-            self._following = self._tasks.spawn("keys", self._watch_manager(url, session))
+            watching = self._watch_manager(url, session, config.peer_key)
+            self._following = self._tasks.spawn("keys", watching)
         else:
             self._settle()
 
@@ -129,12 +136,15 @@ class Keyring:
 
     # --- a manager ---------------------------------------------------------------------------
 
-    async def _watch_manager(self, url: str, session: aiohttp.ClientSession) -> None:
+    async def _watch_manager(
+        self, url: str, session: aiohttp.ClientSession, peer_key: str | None
+    ) -> None:
         """Follow the watch and take it up again whenever it breaks, until cancelled."""
+        token = f"Bearer {follow_token(peer_key)}" if peer_key is not None else ""
         pause_s, lost = RETRY_FIRST_S, ""
         while True:
             try:
-                async for line in newest_lines(session, url, KEYS_BYTES_MAX):
+                async for line in newest_lines(session, url, KEYS_BYTES_MAX, token):
                     self._source, pause_s, lost = "manager", RETRY_FIRST_S, ""
                     self._heard_s = time.monotonic()
                     if line:
@@ -142,6 +152,8 @@ class Keyring:
                 reason = "the watch ended"
             except aiohttp.ClientResponseError as error:
                 reason = f"the manager answers {error.status}"
+                if error.status == 401:
+                    reason += ": peer_key must be the same there"
                 if error.status in _HAS_NONE and self._keys is None:
                     self._settle()
                     pause_s, reason = RETRY_MAX_S, ""

@@ -118,7 +118,7 @@ class Metering:
         return account
 
     async def run(self) -> None:
-        """Sweep as each quarter of a second begins."""
+        """Sweep ten times a second."""
         while True:
             await asyncio.sleep(1.0 / quota.BUCKETS_PER_S)
             self.sweep()
@@ -202,22 +202,6 @@ class Metering:
                 Sample("tenant_cost_total", by, series.cost / admission.NANO),
             ]
         out.append(Sample("usage_log_dropped_total", (), self.log.dropped_total))
-        return out
-
-    def gauges(self) -> list[Sample]:
-        """Return what this worker has of the counts of each limited tenant, to be summed up."""
-        today = quota.day_at(self._clock.unix_s())
-        out = []
-        for name in list(self._limited)[: limits.TENANT_SERIES_MAX]:
-            account, by = self._limited[name].account, (("tenant", name),)
-            of_today = account.own(quota.DAY) == today
-            out += [
-                Sample("tenant_minute_requests", by, account.own(quota.REQUESTS)),
-                Sample("tenant_minute_tokens", by, account.own(quota.TOKENS)),
-                Sample("tenant_concurrent", by, account.own(quota.CONCURRENT)),
-                Sample("tenant_day_tokens", by, of_today * account.own(quota.DAY_TOKENS)),
-                Sample("tenant_day_cost", by, of_today * account.own(quota.DAY_COST) / 1e9),
-            ]
         return out
 
 

@@ -13,14 +13,15 @@ from proxy.contract import HEARTBEAT_INTERVAL_S
 
 
 async def newest_lines(
-    session: aiohttp.ClientSession, url: str, bytes_max: int
+    session: aiohttp.ClientSession, url: str, bytes_max: int, authorization: str = ""
 ) -> AsyncIterator[bytes]:
     """Yield the last line of several that came together, or nothing in it for a heartbeat.
 
     Raises `aiohttp.ClientError`, `TimeoutError`, or `ValueError` for a line that has no end.
     """
     timeout = aiohttp.ClientTimeout(sock_connect=2.0, sock_read=3 * HEARTBEAT_INTERVAL_S)
-    async with session.get(url, timeout=timeout) as answer:
+    headers = {"authorization": authorization} if authorization else {}
+    async with session.get(url, timeout=timeout, headers=headers) as answer:
         answer.raise_for_status()
         buffer = bytearray()
         async for piece in answer.content.iter_any():

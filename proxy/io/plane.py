@@ -34,6 +34,7 @@ from proxy.errors import (
     OverloadedError,
     UnsupportedEncodingError,
 )
+from proxy.io import beliefs
 from proxy.io.aborts import Aborts
 from proxy.io.abroad import Abroad, moved_of
 from proxy.io.access_log import AccessLog
@@ -399,7 +400,7 @@ class Plane(Abroad):
     def gauges(self, connections_open: int) -> list[Sample]:
         busy = self.upstreams.open_count - self.upstreams.idle_count
         now_s = self.clock.now_s()
-        out = [
+        return [
             Sample("client_connections", (), connections_open),
             Sample("requests_in_flight", (), self.exchanges_open),
             Sample("upstream_connections", (("state", "idle"),), self.upstreams.idle_count),
@@ -411,30 +412,8 @@ class Plane(Abroad):
             *self.sharing.gauges(),
             *self.waiting.gauges(now_s),
             *self.hops.gauges(),
-            *self.metering.gauges(),
-        ]
-        for replica_id, server in self.fleet.servers.items():
-            out += self._believed(replica_id, now_s)
-            by = (("replica", replica_id),)
-            out.append(Sample("replica_suspect", by, float(server.suspect)))
-        return out + self.gauges_abroad(self.leases) if self.fleet.remotes else out
-
-    def _believed(self, replica_id: str, now_s: float) -> list[Sample]:
-        """Return what is believed of a server, with all of its ranks."""
-        picture, loads = self.picture, self.picture.loads
-        names = self.fleet.names_of(replica_id)
-        slots = [picture.slots[name] for name in names]
-        others = sum([self.sharing.hearsay.inflight.get(name, 0) for name in names])
-        by = (("replica", replica_id),)
-        speed = sum([1.0 / loads.s_per_token[slot] for slot in slots])
-        return [
-            Sample("replica_inflight", by, sum([loads.inflight[slot] for slot in slots]) - others),
-            Sample("replica_queued_tokens", by, sum([loads.queued_tokens(slot) for slot in slots])),
-            # A newcomer would go to the rank that has least to do.
-            Sample("replica_wait_seconds", by, min([loads.wait_s(slot, now_s) for slot in slots])),
-            Sample("replica_decoding", by, sum([loads.decoding[slot] for slot in slots])),
-            Sample("replica_prefill_tokens_per_second", by, speed),
-            Sample("replica_cache_tokens", by, sum([picture.cache_tokens(s) for s in slots])),
+            *beliefs.of_servers(self.fleet, self.picture, self.sharing.hearsay.inflight, now_s),
+            *beliefs.of_remotes(self.fleet, self.picture, self.leases, now_s),
         ]
 
 

@@ -12,19 +12,23 @@ two; when that one ends, its day becomes part of what was before this process be
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 from proxy.config import ProxyConfig
-from proxy.core import peer_wire, quota
+from proxy.core import limits, peer_wire, quota
+from proxy.core.admission import NANO
 from proxy.core.quota import Row
 from proxy.core.quota_sums import LIVES_MAX, Elsewhere, Sums, read_telling, write_tellings
 from proxy.io.peer_link import PeerLink
 from proxy.io.peers import PREDECESSOR, Peers
 from proxy.io.quota_file import DaySums, read_sums, write_sums
 from proxy.io.quota_memory import QuotaMemory
+from proxy.io.telemetry import Sample
 
 _log = logging.getLogger("doherty.quotas")
 
@@ -106,6 +110,7 @@ class QuotaKeeper:
             self._today, self._before = today, DaySums()
             self._touch(set(self._memory.rows()))
         rows = self._memory.rows()
+        self._touch(rows.keys() - self._told.keys())  # others may know them, or the file
         self._see_links(now_s)
         changed = [sums for name, row in rows.items() if (sums := self._changed(name, row))]
         if changed or self._behind:
@@ -186,7 +191,7 @@ class QuotaKeeper:
             self._awaits = False
         self._touch(self._elsewhere.take_touched() & self._memory.rows().keys())
 
-    def _touch(self, tenants: set[str]) -> None:
+    def _touch(self, tenants: AbstractSet[str]) -> None:
         """Write what others have of these tenants, with what was before, for our workers."""
         rows = self._memory.rows() if tenants else {}
         for name in tenants & rows.keys():
@@ -229,3 +234,20 @@ class QuotaKeeper:
                     days[name] = (tokens + sums.day_tokens, cost + sums.day_cost)
         tenants = {name: sums for name, sums in days.items() if any(sums)}
         return DaySums(self._today, lives[-LIVES_MAX:], tenants)
+
+    # --- what is reported --------------------------------------------------------------------
+
+    def samples(self) -> list[Sample]:
+        """Return gauges: what counts for each limited tenant, wherever it was used."""
+        out = []
+        for name, row in itertools.islice(self._memory.rows().items(), limits.TENANT_SERIES_MAX):
+            by = (("tenant", name),)
+            cost = row.of_day(quota.DAY_COST, self._today) / NANO
+            out += [
+                Sample("tenant_minute_requests", by, row.sum(quota.REQUESTS)),
+                Sample("tenant_minute_tokens", by, row.sum(quota.TOKENS)),
+                Sample("tenant_concurrent", by, row.sum(quota.CONCURRENT)),
+                Sample("tenant_day_tokens", by, row.of_day(quota.DAY_TOKENS, self._today)),
+                Sample("tenant_day_cost", by, cost),
+            ]
+        return out

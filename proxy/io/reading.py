@@ -63,7 +63,15 @@ class Reading(Refusal):
         asked_class, pool_class = request.work_class, ONLINE
         if asked_class == UNSAID and self.fleet.prospects:
             pool_class = self.prospect_of(self.queue_of(asked.model)).work_class
-        lay(request, preamble.wishes, principal, pool_class=pool_class, arrived_s=arrived_s)
+        wishes, pause_s = preamble.wishes, self.config.keepalive_comment_secs
+        lay(
+            request,
+            wishes,
+            principal,
+            pool_class=pool_class,
+            arrived_s=arrived_s,
+            kept_alive=asked.stream and 0.0 < pause_s < wishes.patience_s,
+        )
         if self._model_regions or principal.models is not None or principal.regions is not None:
             self._restrict(asked, principal, lookup=route.lookup)
         levels = route.json and bool(principal.tenant) and names_priority(body)

@@ -61,6 +61,7 @@ class _Remote:
         self.url = url
         self.proxy_id = b""  # of its present life; empty: we have not reached it yet
         self.since_s = 0.0  # when it became linked; 0: it is not
+        self.left_s = 0.0  # when it ceased to be; 0: it is, or never was
 
 
 class Regions:
@@ -96,6 +97,7 @@ class Regions:
             known = before.get(each.peer)
             if known is not None and known.region == remote.region:
                 remote.proxy_id, remote.since_s = known.proxy_id, known.since_s
+                remote.left_s = known.left_s
             self._remotes[each.peer] = remote
         if self._remotes or before:
             self._news.set()
@@ -110,7 +112,7 @@ class Regions:
         """Who answers at this address is that one now."""
         remote = self._remotes.get(address)
         if remote is not None and remote.proxy_id != proxy_id:
-            remote.proxy_id, remote.since_s = proxy_id, 0.0
+            remote.proxy_id = proxy_id
             self._news.set()
 
     def link(self, link: PeerLink) -> None:
@@ -160,7 +162,7 @@ class Regions:
         """Say what there is here, and see who has long said nothing."""
         now_s = self._now_s()
         for linked in list(self._links.values()):
-            if now_s - linked.at_s > GIVEN_UP_S:
+            if now_s - linked.link.heard_s > GIVEN_UP_S:
                 linked.link.fail("it is silent")
                 continue
             self._send(linked.link)
@@ -214,14 +216,18 @@ class Regions:
         linked = self._links.get(remote.proxy_id)
         is_young = linked is not None and linked.is_young(now_s)
         if is_young != (remote.since_s > 0.0):
-            remote.since_s = now_s if is_young else 0.0
+            remote.since_s, remote.left_s = (now_s, 0.0) if is_young else (0.0, now_s)
             if is_young:
                 _log.info("%s is linked", remote.name)
             else:
                 _log.warning("%s is left: nothing is heard of it", remote.name)
         if linked is None:
             return RemoteState(
-                name=remote.name, region=remote.region, url=remote.url, proxy_id=remote.proxy_id
+                name=remote.name,
+                region=remote.region,
+                url=remote.url,
+                proxy_id=remote.proxy_id,
+                left_s=remote.left_s,
             )
         return RemoteState(
             name=remote.name,
@@ -229,6 +235,7 @@ class Regions:
             url=remote.url,
             linked=is_young,
             since_s=remote.since_s,
+            left_s=remote.left_s,
             round_trip_s=linked.link.round_trip_s,
             proxy_id=remote.proxy_id,
             at_s=linked.at_s,

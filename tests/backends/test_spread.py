@@ -145,13 +145,14 @@ def test_the_first_request_is_left_to_the_region_that_is_sooner() -> None:
     assert quiet().decide(seen).desired == 1
     decided = quiet().decide(msgspec.structs.replace(seen, elsewhere={"us": other(2.0)}))
     assert (decided.desired, decided.away) == (0, {"us": 1.0}), "no more than is there"
-    assert "0.1 left to other regions" in decided.reason
+    assert decided.reason.endswith("; 0.1 left to us")
 
 
 def test_what_another_region_asks_for_is_started_and_kept() -> None:
     scaler = quiet()
     decided = scaler.decide(Observation(at_s=121.0, wanted=20.0, start_s=2.0))
     assert (decided.desired, decided.away) == (3, {})
+    assert decided.reason.endswith("; 2.5 of it for other regions")
     held = [
         scaler.decide(Observation(at_s=float(at_s), wanted=20.0, ready=3, start_s=2.0)).desired
         for at_s in range(122, 200)

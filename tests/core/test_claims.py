@@ -113,6 +113,13 @@ def test_a_deadline_counts_from_the_moment_in_which_the_head_came(
     assert request.listens_until_s == (100.0 + patience_s if patience_s else 0.0)
 
 
+def test_patience_is_with_silence() -> None:
+    request = Request(NO_CHAIN, has_session=False)
+    wishes = _wishes(0.5, 0.2)
+    lay(request, wishes, ANYBODY, pool_class=ONLINE, arrived_s=100.0, kept_alive=True)
+    assert (request.deadline_s, request.listens_until_s) == (100.5, 0.0)
+
+
 def test_a_time_that_could_not_be_read_is_told_when_the_request_is_whole() -> None:
     wishes = Wishes()
     wishes.error = InvalidRequestError("x-slo-ttft-ms must be a number", "x-slo-ttft-ms")

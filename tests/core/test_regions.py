@@ -12,7 +12,7 @@ from proxy.contract.regions import SUMMARY_AGE_S_MAX, ModelSummary
 from proxy.core import limits
 from proxy.core.opening import Opening, is_open
 from proxy.core.outlook import Outlook, returning_max
-from proxy.core.policy import POLICIES, Request
+from proxy.core.policy import POLICIES, Request, terms
 from proxy.core.regions import REASON, permits
 from tests.core.builders import chain, record
 from tests.core.regions_bench import FREE, NOW_S, Bench, asked, state
@@ -28,6 +28,18 @@ def test_what_is_idle_here_stays_here_whatever_is_idle_elsewhere() -> None:
         assert decision is not None
         assert not decision.replica.remote
         bench.picture.release(bench.send(asked(key), decision), NOW_S)
+
+
+def test_slow_streams_here_send_nobody_where_nothing_is_known_of_them() -> None:
+    bench = Bench(HOME, [state("us#0", round_trip_s=0.0)])
+    for name in ("a", "b"):
+        bench.picture.loads.s_per_output_token[bench.picture.slots[name]] = 9.0
+    quick = asked()
+    quick.tpot_s = 0.001
+    at_home = bench.choose(quick)
+    assert at_home is not None
+    assert terms(at_home, quick, bench.picture, NOW_S).pace_s > limits.REGION_SLACK_S
+    assert not at_home.replica.remote
 
 
 def test_it_leaves_when_waiting_here_costs_more_than_the_way() -> None:
@@ -55,12 +67,12 @@ def test_no_more_go_than_the_other_region_said_it_would_begin() -> None:
     names = [d.replica.name for d in went[1:] if d is not None]
     assert names.count("us#0/m") == names.count("ap#0/m") == FREE.free
     # The next summary may be older than the last of these: they count until it cannot be.
-    bench.hear(state("us#0", at_s=NOW_S + 0.5), now_s=NOW_S + 0.5)
-    later = bench.choose(asked(99), NOW_S + 0.5)
+    bench.hear(state("us#0", at_s=NOW_S + 0.3), now_s=NOW_S + 0.3)
+    later = bench.choose(asked(99), NOW_S + 0.3)
     assert later is not None
     assert not later.replica.remote
-    bench.hear(state("us#0", at_s=NOW_S + 0.6), now_s=NOW_S + 0.6)
-    later = bench.choose(asked(99), NOW_S + 0.6)
+    bench.hear(state("us#0", at_s=NOW_S + 0.5), now_s=NOW_S + 0.5)
+    later = bench.choose(asked(99), NOW_S + 0.5)
     assert later is not None
     assert later.replica.remote
 
@@ -131,20 +143,45 @@ def test_a_region_that_is_gone_or_full_or_has_others_waiting_is_left_at_once(cha
 
 
 def test_one_that_cannot_be_reached_is_left_for_longer_each_time() -> None:
-    outlook = Outlook()
+    outlook, now_s = Outlook(), NOW_S
     outlook.know(state("us#0"), FREE)
     pauses_s = []
-    for _ in range(8):
-        outlook.suspect(NOW_S)
-        pauses_s.append(
-            next(s / 8 for s in range(1000) if not outlook.why_not(NOW_S + s / 8) or s > 900)
-        )
-        outlook.know(state("us#0", at_s=NOW_S), FREE)
-    assert pauses_s[0] < 1.0
-    assert sorted(pauses_s) == pauses_s
+    for _ in range(6):
+        begin_s = now_s
+        outlook.suspect(now_s)
+        while outlook.why_not(now_s):
+            now_s += 0.125
+            outlook.know(state("us#0", at_s=now_s), FREE)
+        pauses_s.append(now_s - begin_s)
+    assert pauses_s == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
     outlook.answered()
-    outlook.suspect(NOW_S)
-    assert not outlook.why_not(NOW_S + limits.REGION_PAUSE_S)
+    outlook.suspect(now_s)
+    assert not outlook.why_not(now_s + limits.REGION_PAUSE_S)
+    outlook.suspect(now_s + 1.0)
+    outlook.know(state("us#0", linked=False), FREE)
+    outlook.know(state("us#0", at_s=now_s + 1.0), FREE)
+    assert not outlook.why_not(now_s + 1.0)  # it has come back, and all is forgiven
+
+
+def test_many_that_are_lost_at_once_are_one_reason_to_pause() -> None:
+    bench = Bench(HOME, [state("us#0", ModelSummary(awake=8, free=99))])
+    bench.load(BUSY_TOKENS)
+    leases = []
+    for key in range(30):
+        decision = bench.choose(asked(key, octets=4))
+        assert decision is not None
+        leases.append(bench.send(asked(key, octets=4), decision))
+    for lease in leases:
+        bench.picture.suspect_remote("us#0", NOW_S)
+        bench.picture.release(lease, NOW_S, served=False, refused=True)
+    outlook = bench.picture.outlooks.of[bench.picture.slots["us#0/m"]]
+    assert outlook.why_not(NOW_S)
+    later_s = NOW_S + limits.REGION_PAUSE_S + 0.1
+    bench.hear(state("us#0", at_s=later_s))
+    assert not outlook.why_not(later_s)
+    decision = bench.choose(asked(), later_s)
+    assert decision is not None
+    assert decision.replica.remote
 
 
 def test_a_conversation_that_went_stays_there_while_that_is_cheaper() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,39 @@ def test_the_local_cluster_has_a_gpu_for_everybody() -> None:
     }
     assert ray.address == "local"
     assert ray.local_gpus == sum(number or 0 for number in most.values())
+
+
+REGIONS = ("eu", "us", "ap")
+
+
+def test_the_regions_name_each_other_where_they_listen() -> None:
+    files = {name: load_config(str(FOLDER / "regions" / f"{name}.yaml")) for name in REGIONS}
+    ports: list[int] = []
+    for name, config in files.items():
+        assert config.region == name
+        ports += [config.proxy.port, config.proxy.admin_port, config.manager.port]
+        assert config.manager.run_dir.endswith(name)
+        remotes = {remote.region: remote for remote in config.remote_regions}
+        assert remotes.keys() == files.keys() - {name}
+        for region, remote in remotes.items():
+            assert remote.url == f"http://127.0.0.1:{files[region].proxy.port}"
+            assert remote.peer == files[region].proxy.peer_listen
+    assert len(set(ports)) == len(ports), "they run beside each other"
+    only = {model.name: model.regions for config in files.values() for model in config.models}
+    assert only == {"demo": (), "demo-eu": ("eu",)}
+
+
+def test_the_tenants_ask_for_no_more_than_they_may() -> None:
+    config = load_config(str(FOLDER / "tenants.yaml"))
+    assert [tenant.name for tenant in config.tenants] == ["product", "research", "nightly"]
+    assert {config.region} == set(config.tenants[2].regions)
+    assert config.access.models["demo"].completion_price > config.access.models["demo"].cached_price
+
+
+@pytest.mark.parametrize("name", ["regions/README.md", "regions/eu.yaml", "tenants.yaml"])
+def test_every_command_and_file_that_is_named_is_there(name: str) -> None:
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    named = re.findall(r"doherty (\w+)", text)
+    assert set(named) <= {"up", "keys", "check", "scale", "status"}
+    for path in re.findall(r"deploy/[\w./-]+\.yaml", text):
+        assert (FOLDER.parent / path).is_file(), path

@@ -35,6 +35,7 @@ class ProxyProcess:
         self, *flags: str, environment: dict[str, str] | None = None, folder: Path = ROOT
     ) -> None:
         ports = ("--port", "0", "--admin-port", "0", "--access-log", "off")
+        self.flags = flags
         self._argv = (sys.executable, "-m", "proxy", *ports, *flags)
         self._folder = folder
         self._environment = {**os.environ, **(environment or {})}

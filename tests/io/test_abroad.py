@@ -206,6 +206,7 @@ async def test_what_goes_on_from_an_answer_goes_where_that_is(bench: Bench) -> N
     assert bench.plane.waiting.count == 1
     assert engine.received == seen
     told(bench)
+    assert (await bench.engine()).replica_id == "us#0"  # it is there again
     unknown = b"GET /v1/responses/resp_9 HTTP/1.1\r\nhost: p\r\n\r\n"
     client, engine = await bench.begun(unknown)
     assert engine.replica_id == "a"

@@ -6,13 +6,25 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import anthropic
 import msgspec
+import openai
 import pytest
 
 from proxy.config_access import AccessConfig, ClassesConfig, TenantConfig
-from proxy.contract import PoolRecord
+from proxy.contract import PoolRecord, ReplicaRecord
 from proxy.core.principal import Principal
-from tests.fakes.plane import CHAT_BODY, Bench, Client, Engine, answer, chat_request, records
+from tests.fakes.plane import (
+    CHAT_BODY,
+    Bench,
+    Client,
+    Engine,
+    RealPlane,
+    answer,
+    chat_request,
+    records,
+)
+from tests.fakes.simulator import simulator
 
 MakeBench = Callable[..., Bench]
 _PRIORITIES = ("x-vllm-priority: 0", "x-vllm-priority: 1000", "x-vllm-priority: 1000000")
@@ -211,3 +223,28 @@ async def test_a_body_of_a_tenant_names_no_priority_of_its_own(
     engine = await _sent_by(bench, Principal(tenant, "k"), body)
     sent = json.loads(engine.received.partition(b"\r\n\r\n")[2])
     assert sent.get("priority") == due
+
+
+# --- from official clients --------------------------------------------------------------------
+
+
+async def test_official_clients_tell_their_patience_and_their_own_default_is_none() -> None:
+    async with simulator() as engine:
+        record = ReplicaRecord(replica_id="a", url=engine.url, models=("demo",))
+        async with RealPlane([record]) as proxy:
+            url = f"http://127.0.0.1:{proxy.port}"
+            for timeout in (7.5, 600.0):
+                ask: dict[str, Any] = {
+                    "model": "demo",
+                    "messages": [{"role": "user", "content": "hello"}],
+                    "max_tokens": 2,
+                    "timeout": timeout,
+                }
+                async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="k") as one:
+                    await one.chat.completions.create(**ask)
+                async with anthropic.AsyncAnthropic(base_url=url, api_key="k") as other:
+                    await other.messages.create(**ask)
+            found = [s for s in proxy.plane.counters() if s.name == "slo_requests_total"]
+    assert [(s.labels, s.value) for s in found] == [
+        ((("class", "online"), ("wish", "patience")), 2)
+    ]

@@ -13,7 +13,7 @@ import pytest
 
 from proxy.config import AccessConfig, ProxyConfig, TenantConfig
 from proxy.contract import FLEET_WATCH_PATH, FleetSnapshot, encode_snapshot
-from proxy.contract.keys import KEYS_WATCH_PATH, KeyRecord, KeySet, encode_keys
+from proxy.contract.keys import KEYS_WATCH_PATH, KeyRecord, KeySet, encode_keys, follow_token
 from proxy.io import keyring
 from proxy.io.lookout import Lookout
 from proxy.io.tasks import Tasks
@@ -54,6 +54,7 @@ class Manager:
         fleet = WATCH + encode_snapshot(FleetSnapshot(epoch="e", version=1)) + b"\n"
         self.answers = {FLEET_WATCH_PATH: fleet, KEYS_WATCH_PATH: GONE}
         self.asked: list[str] = []
+        self.heads: list[str] = []
         self.writers: list[asyncio.StreamWriter] = []
         self.url = ""
 
@@ -81,6 +82,7 @@ class Manager:
         head = await reader.readuntil(b"\r\n\r\n")
         path = head.split(b" ")[1].decode()
         self.asked.append(path)
+        self.heads.append(head.decode())
         answer = self.answers[path]
         writer.write(answer)
         if answer.startswith(WATCH):
@@ -160,6 +162,17 @@ async def test_keys_that_a_manager_has_lost_stay_in_force(
             assert (gauges["keys"], gauges["keys_version"]) == (1, 1)
     said = [r.getMessage() for r in caplog.records if "going on with those" in r.getMessage()]
     assert len(said) == 1, "once, however often it is asked in vain"
+
+
+async def test_a_manager_is_shown_that_this_proxy_has_the_secret_of_all() -> None:
+    async with Manager() as manager:
+        async with looking(ProxyConfig(manager_url=manager.url, peer_key="shared")) as (_, told):
+            await told.until(lambda events: events == ["fleet 1"])
+        (head,) = [head for head in manager.heads if KEYS_WATCH_PATH in head]
+        assert f"Authorization: Bearer {follow_token('shared')}\r\n" in head.replace(
+            "authorization", "Authorization"
+        )
+        assert "shared" not in "".join(manager.heads)
 
 
 @pytest.mark.parametrize("line", [b"{}\n", b"[]\n", b'{"version":1,"keys":[]}\n'])

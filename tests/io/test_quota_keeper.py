@@ -9,13 +9,15 @@ import pytest
 
 from proxy.config import ProxyConfig
 from proxy.config_access import AccessConfig, TenantConfig
-from proxy.core import quota
+from proxy.core import peer_wire, quota
 from proxy.core.peer_wire import read_frame
 from proxy.core.quota import Account
 from proxy.io.peers import PREDECESSOR
 from proxy.io.quota_file import DaySums, read_sums, write_sums
 from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.quota_memory import QuotaMemory, quota_cells_at
+from proxy.listeners import StartError
+from proxy.sources import check_source
 
 DAY = 20_000
 
@@ -37,7 +39,7 @@ class Link:
         self.theirs: Link
 
     def send(self, frame: bytes) -> None:
-        self.other.readers[10](self.theirs, read_frame(frame).batch)
+        self.other.readers[peer_wire.QUOTAS](self.theirs, read_frame(frame).batch)
 
 
 class Proxy:
@@ -113,6 +115,14 @@ def test_each_counts_what_the_other_has(clocks: Clocks) -> None:
         assert proxy.account.sum(quota.TOKENS) == 36
         assert proxy.account.sum(quota.CONCURRENT) == 1
         assert proxy.day() == (36, 252)
+        told = {sample.name: sample.value for sample in proxy.keeper.samples()}
+        assert told == {
+            "tenant_minute_requests": 0,
+            "tenant_minute_tokens": 36,
+            "tenant_concurrent": 1,
+            "tenant_day_tokens": 36,
+            "tenant_day_cost": pytest.approx(252e-9),
+        }
     part(one, other)
     one.keeper.tick()
     assert (one.account.sum(quota.TOKENS), one.account.sum(quota.CONCURRENT)) == (36, 0)
@@ -235,8 +245,38 @@ async def test_a_file_that_cannot_be_read_or_written_is_named(
     assert read_sums(str(path)).tenants == {"t": (1, 7)}
 
 
+def test_a_tenant_that_is_configured_later_has_what_was_known_of_it(
+    clocks: Clocks, tmp_path: Path
+) -> None:
+    path = tmp_path / "day"
+    write_sums(str(path), DaySums(DAY, ["01" * 16], {"later": (8, 9)}))
+    one, other = Proxy(clocks, 1, path), Proxy(clocks, 2)
+    link(one, other)
+    other.memory.assign(["t", "later"])
+    other.memory.rows()["later"].add_to_day(DAY, 1, 1)
+    for proxy in (one, other):
+        proxy.keeper.tick()
+    row = one.memory.assign(["t", "later"])["later"]
+    one.keeper.tick()
+    late = Account(quota_cells_at(one.memory.fd, 1), 1, row, 0)
+    assert late.of_day(quota.DAY_TOKENS, DAY) == 8
+
+
 def test_a_daily_limit_that_nothing_keeps_is_warned_of(
     clocks: Clocks, caplog: pytest.LogCaptureFixture
 ) -> None:
     Proxy(clocks, 1)
     assert "quota_path names a file that keeps it" in caplog.text
+
+
+def test_more_tenants_with_limits_than_can_be_counted_are_refused() -> None:
+    def config(count: int) -> ProxyConfig:
+        tenants = [TenantConfig(name=str(n), requests_per_min=1) for n in range(count)]
+        free = TenantConfig(name="free")
+        return ProxyConfig(
+            worker_urls=("http://127.0.0.1:1",), access=AccessConfig(tenants=(*tenants, free))
+        )
+
+    check_source(config(quota.ROWS_MAX))
+    with pytest.raises(StartError, match="at most 4096 of them may have limits"):
+        check_source(config(quota.ROWS_MAX + 1))

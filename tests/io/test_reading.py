@@ -55,6 +55,18 @@ async def test_where_it_may_be_computed_is_the_keys_and_the_models(make_bench: M
     assert _read(bench, "free").request.regions is None
 
 
+@pytest.mark.parametrize(
+    ("stream", "pause_s", "listens_until_s"),
+    [("true", 3.0, 0.0), ("false", 3.0, 57.0), ("true", 0.0, 57.0), ("true", 10.0, 57.0)],
+)
+async def test_whom_comments_keep_alive_is_listening(
+    make_bench: MakeBench, stream: str, pause_s: float, listens_until_s: float
+) -> None:
+    bench = make_bench(records("a", ["m"]), keepalive_comment_secs=pause_s)
+    asked = _read(bench, "m", body=f',"stream":{stream}', field="x-stainless-read-timeout: 7")
+    assert asked.request.listens_until_s == listens_until_s
+
+
 async def test_head_and_key_say_class_and_deadline(make_bench: MakeBench) -> None:
     bench = make_bench(records("a", ["m"]))
     assert _read(bench, "m", field="x-slo-ttft-ms: 200").request.deadline_s == 50.2

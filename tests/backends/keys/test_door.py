@@ -15,13 +15,12 @@ import pytest
 
 from backends.failure import StartError
 from backends.keys.changes import added
-from backends.keys.feed import token_of
 from backends.keys.file import change
 from backends.keys.source import Keys, told_keys
 from backends.log import Log
 from proxy.config import Config, ManagerConfig, ProxyConfig
 from proxy.contract import FLEET_PATH
-from proxy.contract.keys import KEYS_PATH, KEYS_WATCH_PATH, KeyRecord
+from proxy.contract.keys import KEYS_PATH, KEYS_WATCH_PATH, KeyRecord, follow_token
 from tests.fakes.certificates import Authority
 
 RECORD = KeyRecord(key_id="k1", tenant="t", digest="1" * 64)
@@ -80,7 +79,7 @@ async def test_a_region_follows_over_tls_with_the_key_of_all(tmp_path: Path, pat
 async def test_nobody_else_comes_in_and_nothing_else_is_there(tmp_path: Path, path: str) -> None:
     address = free_address()
     here = config(tmp_path, {"peer_key": "shared"}, keys_path=path, keys_listen=address)
-    right = {"authorization": f"Bearer {token_of('shared')}"}
+    right = {"authorization": f"Bearer {follow_token('shared')}"}
     async with running(here), aiohttp.ClientSession() as session:
         for page, headers, status in (
             (KEYS_PATH, right, 200),
@@ -88,8 +87,8 @@ async def test_nobody_else_comes_in_and_nothing_else_is_there(tmp_path: Path, pa
             ("/v1/replicas/a/drain", right, 404),
             (KEYS_PATH, {}, 401),
             (KEYS_WATCH_PATH, {"authorization": "Bearer shared"}, 401),
-            (KEYS_WATCH_PATH, {"authorization": f"Bearer {token_of('other')}"}, 401),
-            ("/nowhere", {}, 401),
+            (KEYS_WATCH_PATH, {"authorization": f"Bearer {follow_token('other')}"}, 401),
+            ("/nowhere", {}, 404),
         ):
             async with session.get(f"http://{address}{page}", headers=headers) as answer:
                 assert answer.status == status, page

@@ -18,7 +18,7 @@ from backends import watches
 from backends.failure import StartError
 from backends.keys.api import KeysApi
 from backends.keys.changes import added, revoked
-from backends.keys.feed import FOLLOWED_NAME, KeyFeed, KeySource
+from backends.keys.feed import KEPT_NAME, KeyFeed, KeySource
 from backends.keys.file import change
 from backends.log import Log
 from proxy.config import Config, ManagerConfig, ProxyConfig
@@ -56,7 +56,7 @@ async def running(one: KeySource) -> AsyncIterator[KeyFeed]:
 @contextlib.asynccontextmanager
 async def told(feed: KeyFeed | None, port: int = 0) -> AsyncIterator[str]:
     """Serve the pages of a manager that has these keys; yield its URL."""
-    app, api = web.Application(), KeysApi(feed)
+    app, api = web.Application(), KeysApi(feed, None)
     app.add_routes(api.routes())
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
@@ -125,8 +125,19 @@ async def test_without_a_file_there_are_no_keys_and_then_there_are(tmp_path: Pat
         assert [known.key_id for known in feed.keys.keys] == ["k1"]
 
 
+def test_a_file_that_is_lost_between_two_lives_locks_nobody_out(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    add(path, 1)
+    source(tmp_path, keys_path=str(path))
+    path.unlink()
+    feed = source(tmp_path, keys_path=str(path)).feed
+    assert feed is not None
+    assert feed.keys is not None
+    assert feed.keys.keys == (record(1),)
+
+
 async def test_a_region_that_follows_knows_the_keys_without_the_other(tmp_path: Path) -> None:
-    first, kept = KeyFeed(), tmp_path / FOLLOWED_NAME
+    first, kept = KeyFeed(), tmp_path / KEPT_NAME
     first.publish(KeySet(version=4, salt=SALT, keys=(record(1),)))
     async with told(first) as url, running(source(tmp_path, keys_follow=url)) as feed:
         await until(lambda: feed.keys == first.keys)

@@ -14,7 +14,7 @@ import pytest
 
 from backends.keys.changes import added
 from backends.keys.file import change, load
-from proxy.contract.key_file import KeyFileError, parse_key_file, read_key_file
+from proxy.contract.key_file import KeyFile, KeyFileError, parse_key_file, read_key_file
 from proxy.contract.keys import KeyRecord, KeySet
 
 ROOT = Path(__file__).parents[3]
@@ -135,3 +135,55 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
             read_key_file(str(tmp_path / "pipe"))
     finally:
         os.close(fd)
+
+
+def test_a_file_is_read_again_when_anything_of_it_changes_and_only_then(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    add(path, 1)
+    file = KeyFile(str(path))
+    assert file.look() is not None
+    assert file.look() is None
+    path.chmod(0o644)
+    with pytest.raises(KeyFileError, match="mode 0644"):
+        file.look()
+    assert file.look() is None, "a fault is told once"
+    path.chmod(0o600)
+    assert file.look() is not None
+    add(path, 2)
+    seen = file.look()
+    assert seen is not None
+    assert len(seen.keys) == 2
+    path.unlink()
+    with pytest.raises(KeyFileError, match="No such file"):
+        file.look()
+    assert not file.missing, "it was there"
+
+
+def test_a_mounted_secret_that_is_swapped_by_its_link_is_read_anew(tmp_path: Path) -> None:
+    """As Kubernetes does it: the file is a link through a folder that is a link."""
+    for number in (1, 2):
+        (tmp_path / f"v{number}").mkdir()
+        add(tmp_path / f"v{number}" / "keys.json", number)
+    (tmp_path / "data").symlink_to("v1")
+    (tmp_path / "keys.json").symlink_to("data/keys.json")
+    file = KeyFile(str(tmp_path / "keys.json"))
+    first = file.look()
+    (tmp_path / "new").symlink_to("v2")
+    os.replace(tmp_path / "new", tmp_path / "data")
+    second = file.look()
+    assert first is not None
+    assert second is not None
+    assert [set_.keys[0].key_id for set_ in (first, second)] == ["k1", "k2"]
+
+
+def test_where_there_is_no_file_yet_there_are_no_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    file = KeyFile(str(path))
+    none = file.look()
+    assert none is not None
+    assert file.missing
+    assert (none.keys, len(none.salt) >= 16) == ((), True)
+    assert file.look() is None
+    add(path, 1)
+    assert file.look() is not None
+    assert not file.missing
