@@ -138,13 +138,17 @@ class Shares:
     def begins_to_wait(self, account: Account) -> None:
         if not account.waiting + account.waiting_elsewhere:
             self._renew_floor(account.work_class)
-            lifted = self._floors[account.work_class] - self._credit_tokens
+            lifted = self._lifted(account)
             if account.counter < lifted:
                 self._lift(account, lifted)
         account.waiting += 1
         self._active[account] = None
         self._waiting[account.work_class] += 1
         self._changed(account)
+
+    def _lifted(self, account: Account) -> float:
+        """Return what the counter of one that begins to wait is at the least."""
+        return self._floors[account.work_class] - self._credit_tokens / account.weight
 
     def _lift(self, account: Account, counter: float) -> None:
         if self.cells is not None and account.row >= 0:
@@ -216,7 +220,7 @@ class Shares:
                     del self._active[account]
                     continue
                 # It would be lifted to this if it waited.
-                counter = max(counter, self._floors[work_class] - self._credit_tokens)
+                counter = max(counter, self._lifted(account))
             least[work_class] = min(least[work_class], counter)
         self._least = least
 
