@@ -10,9 +10,11 @@ Language Models", OSDI 2024). All within one quantum of the least are equal, so 
 earliest deadline decides and then the shortest: no tenant can buy all capacity with tight
 deadlines, and none loses for want of one.
 
-What nobody else wanted costs nothing: who begins to wait is lifted to one quantum below the least
-of those who wait, and where nobody waits, the one served last is the measure. So idling earns no
-credit but that quantum, by which one who comes now and then goes at once.
+What nobody else wanted costs nothing: who begins to wait is lifted to a little below the least of
+those who wait, and where nobody waits, the one served last is the measure. So idling earns no more
+credit than that little: what all replicas do in `SHARE_CREDIT_S`. By it one who takes less than his
+share has his bursts served at once, as if nobody else were there. Without it he would wait as for a
+server of his share alone, which is long where he uses most of it.
 
 Each class has counters of its own: a class goes before another whosesoever it is, and within each
 the shares hold. Those of other workers are added where there are any (`core.share_cells`).
@@ -60,8 +62,9 @@ class Shares:
     """All tenants' accounts in one worker, by class."""
 
     __slots__ = (
-        "_accounts", "_active", "_due", "_floors", "_least", "_least_active_elsewhere",
-        "_least_waiting_elsewhere", "_read_s", "_stale_s", "_waiting", "cells", "on",
+        "_accounts", "_active", "_credit_tokens", "_due", "_floors", "_least",
+        "_least_active_elsewhere", "_least_waiting_elsewhere", "_read_s", "_stale_s", "_waiting",
+        "cells", "on",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -75,11 +78,17 @@ class Shares:
         self._least_waiting_elsewhere = [_NEVER for _ in NAMES]
         self._least_active_elsewhere = [_NEVER for _ in NAMES]
         self._due = True
+        self._credit_tokens = limits.SHARE_QUANTUM_TOKENS
         self._read_s = -_NEVER
         self._stale_s = -_NEVER
 
     def __len__(self) -> int:
         return len(self._accounts)
+
+    def know_speed(self, tokens_per_s: float) -> None:
+        """This is what all replicas together compute: by it a burst is measured."""
+        credit = tokens_per_s * limits.SHARE_CREDIT_S
+        self._credit_tokens = max(limits.SHARE_QUANTUM_TOKENS, credit)
 
     @property
     def accounts(self) -> list[Account]:
@@ -129,13 +138,17 @@ class Shares:
     def begins_to_wait(self, account: Account) -> None:
         if not account.waiting + account.waiting_elsewhere:
             self._renew_floor(account.work_class)
-            lifted = self._floors[account.work_class] - limits.SHARE_QUANTUM_TOKENS
+            lifted = self._lifted(account)
             if account.counter < lifted:
                 self._lift(account, lifted)
         account.waiting += 1
         self._active[account] = None
         self._waiting[account.work_class] += 1
         self._changed(account)
+
+    def _lifted(self, account: Account) -> float:
+        """Return what the counter of one that begins to wait is at the least."""
+        return self._floors[account.work_class] - self._credit_tokens / account.weight
 
     def _lift(self, account: Account, counter: float) -> None:
         if self.cells is not None and account.row >= 0:
@@ -207,7 +220,7 @@ class Shares:
                     del self._active[account]
                     continue
                 # It would be lifted to this if it waited.
-                counter = max(counter, self._floors[work_class] - limits.SHARE_QUANTUM_TOKENS)
+                counter = max(counter, self._lifted(account))
             least[work_class] = min(least[work_class], counter)
         self._least = least
 
@@ -227,7 +240,7 @@ class Shares:
                 waiting[work_class] = min(waiting[work_class], seen.charged)
                 active[work_class] = min(active[work_class], seen.charged)
             elif seen.seen_s >= recent_s:
-                lifted = self._floors[work_class] - limits.SHARE_QUANTUM_TOKENS
+                lifted = self._floors[work_class] - self._credit_tokens
                 active[work_class] = min(active[work_class], max(seen.charged, lifted))
         self._least_waiting_elsewhere, self._least_active_elsewhere = waiting, active
 

@@ -288,6 +288,9 @@ DEADLINE_YIELD_S_MAX: Final = 5.0
 # ordinary requests, so that it is not whose turn it is that orders them, and a few tens of
 # milliseconds of a replica, which is all that one who comes now and then waits for another's.
 SHARE_QUANTUM_TOKENS: Final = 4096.0
+# What one who takes less than his share has in hand when he comes, as time of all replicas: the
+# bursts of an even stream of requests are over by then, and a flood is held up no longer.
+SHARE_CREDIT_S: Final = 2.0
 # Whoever sent something within so long is about, though nothing of his waits: a person between two
 # turns of an agent, and a client with less than his share. Others are judged by him, too.
 SHARE_RECENT_S: Final = 5.0

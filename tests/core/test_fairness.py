@@ -233,3 +233,26 @@ def test_names_tell_their_class_and_no_two_tenants_have_the_same() -> None:
     assert len(set(names)) == len(names)
     assert all(0 < name < 2**64 for name in names)
     assert [name & 3 for name in names[:3]] == [0, 1, 2]
+
+
+def test_a_burst_of_one_below_his_share_goes_at_once_and_is_paid_back() -> None:
+    shares = Shares()
+    shares.know_speed(50_000.0)
+    flood = shares.account(ONLINE, "flood", 1.0, 0.0)
+    guest = shares.account(ONLINE, "guest", 2.0, 0.0)
+    shares.begins_to_wait(flood)
+    for _ in range(100):
+        _served(shares, flood, 10_000)
+    shares.begins_to_wait(guest)
+    given = 0
+    while _next(shares, [flood, guest]) is guest:
+        _served(shares, guest, 4_000)
+        given += 4_000
+    in_hand = 50_000.0 * limits.SHARE_CREDIT_S
+    assert in_hand - 3 * _Q <= given <= in_hand + 3 * _Q
+    served = {"flood": 0, "guest": 0}
+    for _ in range(300):
+        account = _next(shares, [flood, guest])
+        _served(shares, account, 4_000)
+        served[account.tenant] += 4_000
+    assert abs(served["guest"] / served["flood"] - 2.0) < 0.1
