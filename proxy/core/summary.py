@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from proxy.contract.regions import ModelSummary
+from proxy.contract.regions import NAME_CHARS_MAX, ModelSummary
 from proxy.core import limits
 from proxy.core.fleet import Fleet, Pool
 from proxy.core.opening import has_little_to_do
@@ -32,6 +32,8 @@ def summarise(
             break
         if not pool.replicas and model not in fleet.prospects:
             continue  # only other regions have it: they tell of it themselves
+        if len(model) > NAME_CHARS_MAX:
+            continue  # one name that cannot be told must not silence the rest
         found[model] = _of(model, fleet, pool, picture, waiting.get(model, 0), now_s)
     return found
 

@@ -237,6 +237,22 @@ async def test_what_may_not_be_computed_here_goes_where_it_may(bench: Bench) -> 
     assert client.answer().status == 200
 
 
+async def test_what_may_not_be_computed_here_waits_for_room_where_it_may(bench: Bench) -> None:
+    bound(bench, "us")
+    told(bench, said=ModelSummary(awake=2, free=0, queued=3), linked=False)
+    client = bench.client()
+    client.send(chat_request())
+    await bench.settle()
+    got = client.answer()
+    assert got.status == 503
+    assert "us: not linked" in json.loads(got.body)["error"]["message"]
+    told(bench, said=ModelSummary(awake=0, wakes=True, start_s=9.0))
+    client, engine = await bench.begun()
+    assert engine.replica_id == "us#0"  # where it wakes somebody, and waits for him
+    engine.send(answer())
+    assert client.answer().status == 200
+
+
 async def test_where_it_may_not_be_computed_at_all_it_is_told_where_it_may(bench: Bench) -> None:
     bound(bench, "ap", "sa")
     client = bench.client()

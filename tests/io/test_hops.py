@@ -12,6 +12,8 @@ import pytest
 from proxy.core import limits
 from proxy.core.classes import SEMI_ONLINE
 from proxy.core.policy import Request
+from proxy.core.preamble import read_preamble
+from proxy.errors import HopRefusedError
 from proxy.io import regions as regions_module
 from proxy.io.access_log import AccessLog
 from tests.fakes.certificates import Authority
@@ -178,6 +180,22 @@ async def test_no_hop_is_taken_where_no_region_is_known_or_on_other_paths() -> N
             answered = await ask(alone.port, octets, method)
             assert (answered.status, b'"hop_refused"' in answered.body) == (403, True), octets
         assert not engine.requests
+
+
+async def test_without_a_key_hops_are_taken_from_this_machine_only() -> None:
+    async with ScriptedEngine() as engine:
+        us, eu = InRegion("us", [engine.record("a")]), InRegion("eu")
+        async with joined(eu, us), Wire(us.port) as wire:
+            eu.link([("us", wire.port, us.peer_port)])
+            await until(lambda: bool(eu.urls == [f"http://127.0.0.1:{wire.port}"] and eu.linked))
+            assert (await ask(eu.port, chat_request())).status == 200
+            sent = next(octets for octets in wire.carried if b"x-doherty-hop" in octets)
+            preamble = read_preamble(sent.partition(b"\r\n\r\n")[0])
+            for peer in ("192.0.2.7", "2001:db8::1", "", "nobody"):
+                with pytest.raises(HopRefusedError, match="this machine"):
+                    us.plane.hops.arrive(preamble, peer)
+            with pytest.raises(HopRefusedError, match="taken before"):
+                us.plane.hops.arrive(preamble, "::1")
 
 
 # --- a region that is lost -----------------------------------------------------------------------

@@ -123,6 +123,14 @@ async def test_two_who_name_each_other_share_one_link_and_tell_summaries() -> No
         ]
 
 
+async def test_what_is_too_much_to_tell_is_told_in_part() -> None:
+    async with two() as (eu, us):
+        us.models = {f"{number:0128}": ModelSummary(start_s=1.5) for number in range(10_000)}
+        await until(lambda: bool(eu.linked) and len(eu.remotes[0].summary.models) > 1)  # type: ignore[union-attr]
+        assert eu.remotes[0].summary.models.items() <= us.models.items()  # type: ignore[union-attr]
+        assert not eu.failures("broken")
+
+
 async def test_notes_do_not_cross_and_whoever_sends_them_is_cut_off() -> None:
     async with two() as (eu, us):
         await until(lambda: bool(eu.linked and us.linked))
