@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.classes import NAMES, ONLINE
 from proxy.core.share_cells import ShareCells, name_of
 
@@ -48,7 +48,7 @@ class Account:
         self.waiting = 0
         self.waiting_elsewhere = 0
         self.open = 0  # requests dispatched and not over
-        self.output_tokens = limits.OUTPUT_TOKENS_DEFAULT  # of an answer; learned
+        self.output_tokens = claim_limits.OUTPUT_TOKENS_DEFAULT  # of an answer; learned
         self.seen_s = -_NEVER  # when one of its requests came last
         self.name = 0  # under which all workers know it; 0: there is only this one
         self.row = -1  # where they count it together; below 0: nowhere
@@ -78,7 +78,7 @@ class Shares:
         self._least_waiting_elsewhere = [_NEVER for _ in NAMES]
         self._least_active_elsewhere = [_NEVER for _ in NAMES]
         self._due = True
-        self._credit_tokens = limits.SHARE_QUANTUM_TOKENS
+        self._credit_tokens = claim_limits.SHARE_QUANTUM_TOKENS
         self._read_s = -_NEVER
         self._stale_s = -_NEVER
 
@@ -87,8 +87,8 @@ class Shares:
 
     def know_speed(self, tokens_per_s: float) -> None:
         """This is what all replicas together compute: by it a burst is measured."""
-        credit = tokens_per_s * limits.SHARE_CREDIT_S
-        self._credit_tokens = max(limits.SHARE_QUANTUM_TOKENS, credit)
+        credit = tokens_per_s * claim_limits.SHARE_CREDIT_S
+        self._credit_tokens = max(claim_limits.SHARE_QUANTUM_TOKENS, credit)
 
     @property
     def accounts(self) -> list[Account]:
@@ -108,7 +108,7 @@ class Shares:
         return found
 
     def _open(self, work_class: int, tenant: str, weight: float, now_s: float) -> Account:
-        if len(self._accounts) >= limits.ACCOUNTS_MAX:
+        if len(self._accounts) >= claim_limits.ACCOUNTS_MAX:
             self._forget()
         account = Account(work_class, tenant, weight)
         self._accounts[work_class, tenant] = account
@@ -201,15 +201,15 @@ class Shares:
     def refresh(self, now_s: float) -> None:
         """Look at all of them once, so that `level` only reads. Before each look at who waits."""
         cells = self.cells
-        if cells is not None and now_s - self._read_s >= limits.SHARE_READ_S:
+        if cells is not None and now_s - self._read_s >= claim_limits.SHARE_READ_S:
             self._read_s = now_s
             self._read(cells, now_s)
         if not (self._due or now_s >= self._stale_s):
             return
         self._due = False
         # Some may not be about any more then, though nothing happens.
-        self._stale_s = now_s + limits.SHARE_RECENT_S / 8.0
-        recent_s = now_s - limits.SHARE_RECENT_S
+        self._stale_s = now_s + claim_limits.SHARE_RECENT_S / 8.0
+        recent_s = now_s - claim_limits.SHARE_RECENT_S
         least = list(self._least_active_elsewhere)
         for work_class in range(len(NAMES)):
             self._renew_floor(work_class)
@@ -230,7 +230,7 @@ class Shares:
         rows = {account.name: account for account in self._accounts.values()}
         waiting = [_NEVER for _ in NAMES]
         active = [_NEVER for _ in NAMES]
-        recent_s = now_s - limits.SHARE_RECENT_S
+        recent_s = now_s - claim_limits.SHARE_RECENT_S
         for seen in cells.all_seen():
             account, work_class = rows.get(seen.name), seen.work_class
             if account is not None:
@@ -269,7 +269,7 @@ class Shares:
         As `refresh` saw them last: others' charges since then can only have lowered it.
         """
         above = account.counter - self._least[account.work_class]
-        return int(above / limits.SHARE_QUANTUM_TOKENS) if above > 0.0 else 0
+        return int(above / claim_limits.SHARE_QUANTUM_TOKENS) if above > 0.0 else 0
 
     def runway_s(self, account: Account | None) -> float:
         """Return how little a replica must have to do to be open to requests of this one.
@@ -280,8 +280,8 @@ class Shares:
         if account is None:
             return limits.RUNWAY_S
         ahead = account.counter - self._least[account.work_class]
-        over = ahead > limits.SHARE_QUANTUM_TOKENS / 16.0
-        return limits.RUNWAY_OVER_S if over else limits.RUNWAY_S
+        over = ahead > claim_limits.SHARE_QUANTUM_TOKENS / 16.0
+        return claim_limits.RUNWAY_OVER_S if over else limits.RUNWAY_S
 
 
 def _seen_s(account: Account) -> float:

@@ -12,7 +12,7 @@ from proxy.contract.regions import (
     decode_summary,
     encode_summary,
 )
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.fleet import (
     Fleet,
     RemotesReceived,
@@ -113,7 +113,7 @@ def test_a_name_that_cannot_be_told_does_not_silence_the_others() -> None:
 
 
 def test_only_so_many_models_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "SUMMARY_MODELS_MAX", 3)
+    monkeypatch.setattr(claim_limits, "SUMMARY_MODELS_MAX", 3)
     replica = record("a", *(f"m{number}" for number in range(9)))
     fleet = apply(
         empty_fleet(), SnapshotReceived(FleetSnapshot(epoch="e", version=1, replicas=(replica,)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.classes import SEMI_ONLINE
 from proxy.core.policy import Request
 from proxy.core.preamble import read_preamble
@@ -28,7 +28,7 @@ KEY = "the key of all regions"
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "PEER_PAUSE_FIRST_S", 0.005)
-    monkeypatch.setattr(limits, "REGION_PAUSE_MAX_S", 0.02)
+    monkeypatch.setattr(claim_limits, "REGION_PAUSE_MAX_S", 0.02)
     monkeypatch.setattr(regions_module, "SUMMARY_INTERVAL_S", 0.02)
 
 
@@ -87,7 +87,7 @@ async def test_two_regions_that_both_have_nothing_do_not_send_in_circles() -> No
     async with joined(eu, us):
         answered = await ask(eu.port, chat_request())
         assert answered.status in (502, 503)
-        assert sum(us.plane.hops.arrived.values()) <= limits.HOPS_TRIED_MAX
+        assert sum(us.plane.hops.arrived.values()) <= claim_limits.HOPS_TRIED_MAX
         assert not eu.plane.hops.arrived
 
 

@@ -17,7 +17,7 @@ from proxy.contract.regions import (
     RemoteState,
     encode_summary,
 )
-from proxy.core import limits, peer_wire
+from proxy.core import claim_limits, limits, peer_wire
 from proxy.io import control, regions
 from proxy.io.hub import Hub
 from proxy.io.peers import Peers
@@ -32,8 +32,8 @@ from tests.io.test_peers import Cable
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "PEER_PAUSE_FIRST_S", 0.005)
-    monkeypatch.setattr(limits, "REGION_PAUSE_MAX_S", 0.02)
-    monkeypatch.setattr(limits, "REGION_DIAL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(claim_limits, "REGION_PAUSE_MAX_S", 0.02)
+    monkeypatch.setattr(claim_limits, "REGION_DIAL_TIMEOUT_S", 0.5)
     monkeypatch.setattr(regions, "SUMMARY_INTERVAL_S", 0.02)
     monkeypatch.setattr(regions, "SUMMARY_AGE_S_MAX", 0.15)
     monkeypatch.setattr(regions, "GIVEN_UP_S", 0.3)
