@@ -26,12 +26,12 @@ from typing import Final
 PACKAGE: Final = Path(__file__).resolve().parent
 FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sources run
 # What a request passes through. The rest runs when somebody asks, or once.
-_CORE: Final = """additions admission asked charging chunked claims classes cost credentials crowd
-engine_errors explanation fairness fleet head head_memory headcount hearsay held holding http1 idle
-index lease lengths limits lines loads multipart note_wire notes opening outlook pacing picture
-pieces policy preamble preempting prefix principal principals prospects quota regions replica
-response_id responses retry ring room routes scan session share_cells sketch speeds sse tier_echo
-usage wishes"""
+_CORE: Final = """additions admission asked charging chunked claim_limits claims classes cost
+credentials crowd engine_errors explanation fairness fleet head head_memory headcount hearsay
+held holding http1 idle index lease lengths limits lines loads multipart note_wire notes
+opening outlook pacing picture pieces policy preamble preempting prefix principal principals
+prospects quota regions replica response_id responses retry ring room routes scan session
+share_cells sketch speeds sse tier_echo usage wishes"""
 _IO: Final = (
     "abroad access_log authentication choice class_telemetry clock connection crossing echoing "
     "endings engine_answer exchange facts lateness metered metering noting outbox passage plane "

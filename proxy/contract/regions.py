@@ -23,7 +23,8 @@ WANTED_BYTES_MAX = 256 * 1024
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
 _Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 _Inputs = Annotated[float, Meta(ge=0, le=1e6)]
-_Name = Annotated[str, Meta(max_length=128)]
+NAME_CHARS_MAX = 128
+_Name = Annotated[str, Meta(max_length=NAME_CHARS_MAX)]
 
 
 class ModelSummary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

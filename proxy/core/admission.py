@@ -18,7 +18,7 @@ import math
 from typing import Final
 
 from proxy.config_access import AccessConfig, ModelAccess, TenantConfig
-from proxy.core import limits, quota
+from proxy.core import claim_limits, quota
 from proxy.core.http1 import Field
 from proxy.core.quota import Account
 from proxy.core.usage import Usage
@@ -204,7 +204,7 @@ def _of_day(account: Account, allowed: Allowance, claim: Claim, unix_s: float) -
             return Refused(kind, limit, used, claimed, -1.0)
         running = account.sum(held) - claimed
         if used + running + claimed > limit:  # some of it may come back when they have ended
-            return Refused(kind, limit, used + running, claimed, limits.CLAIM_RETRY_S)
+            return Refused(kind, limit, used + running, claimed, claim_limits.CLAIM_RETRY_S)
     return None
 
 
@@ -212,7 +212,9 @@ def _of_minute(account: Account, allowed: Allowance, claim: Claim, now_s: float)
     if allowed.concurrent >= 0:
         running = account.sum(quota.CONCURRENT)
         if running > allowed.concurrent:
-            return Refused(CONCURRENT, allowed.concurrent, running - 1, 1, limits.CLAIM_RETRY_S)
+            return Refused(
+                CONCURRENT, allowed.concurrent, running - 1, 1, claim_limits.CLAIM_RETRY_S
+            )
     for kind, limit, counted, claimed in (
         (REQUESTS, allowed.requests_per_min, quota.REQUESTS, 1),
         (TOKENS, allowed.tokens_per_min, quota.TOKENS, claim.tokens),

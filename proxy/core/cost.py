@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.loads import Loads
 from proxy.core.outlook import Outlook
 
@@ -58,7 +58,9 @@ class Terms:
         self.extra_s = loads.extra_s[slot] if outlook is None else outlook.start_s(now_s)
         tokens = cached_tokens + uncached_tokens
         self.shortage_s = 0.0 if abroad else loads.shortage_s(slot, tokens)
-        self.round_trip_s = 0.0 if outlook is None else outlook.round_trip_s + limits.REGION_SLACK_S
+        self.round_trip_s = (
+            0.0 if outlook is None else outlook.round_trip_s + claim_limits.REGION_SLACK_S
+        )
         self.adapter_s = adapter_s
         self.pace_s = 0.0 if abroad else loads.late_s(slot, tpot_s)
         self.price_s = (

@@ -26,7 +26,7 @@ import re
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.http1 import RequestHead
 
 API_KEY: Final = b"x-api-key"
@@ -62,8 +62,8 @@ def read_credential(head: RequestHead) -> tuple[bytes, str]:
 def _judged(token: bytes) -> tuple[bytes, str]:
     if not token:
         return b"", f"the API key is empty; {_HOW}"
-    if len(token) > limits.CREDENTIAL_BYTES_MAX:
-        return b"", f"the API key is over {limits.CREDENTIAL_BYTES_MAX} octets"
+    if len(token) > claim_limits.CREDENTIAL_BYTES_MAX:
+        return b"", f"the API key is over {claim_limits.CREDENTIAL_BYTES_MAX} octets"
     if not _TOKEN.fullmatch(token):
         return b"", f"the API key is not one word of visible ASCII characters; {_HOW}"
     return token, ""

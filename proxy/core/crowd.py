@@ -10,7 +10,7 @@ gets nearly all. Requests without a tenant are only bounded together, as they ar
 
 from __future__ import annotations
 
-from proxy.core import limits
+from proxy.core import claim_limits
 
 
 class Crowd:
@@ -27,7 +27,7 @@ class Crowd:
     def may_enter(self, tenant: str, weight: float, open_total: int, open_max: int) -> bool:
         """Whether one more of this tenant may be open besides `open_total` of all."""
         free = max(0, open_max - open_total)
-        return self._open.get(tenant, 0) < limits.CROWD_WEIGHT * weight * free
+        return self._open.get(tenant, 0) < claim_limits.CROWD_WEIGHT * weight * free
 
     def enter(self, tenant: str) -> None:
         self._open[tenant] = self._open.get(tenant, 0) + 1

@@ -100,6 +100,7 @@ def candidates_abroad(
     `home` is what the policy has chosen here, in whose tokens the prompt is counted.
     """
     seats = picture.seats(pool)
+    hot = hot_octets(home, request, pool, picture) if home is not None else 0
     able: list[tuple[float, str, Shown]] = []
     unable: list[Shown] = []
     for replica in pool.remotes:
@@ -108,7 +109,7 @@ def candidates_abroad(
         reason = why_not(request, replica, slot, pool, picture, now_s)
         if slot in seats.away_slots:
             as_slot = home.slot if home is not None else seats.slots[0] if seats.slots else slot
-            found = terms_abroad(request, slot, picture, now_s, as_slot)
+            found = terms_abroad(request, slot, picture, now_s, as_slot, hot)
             outlook = picture.outlooks.of[slot]
             shown |= found.as_dict()
             shown |= {

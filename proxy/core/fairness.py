@@ -10,9 +10,11 @@ Language Models", OSDI 2024). All within one quantum of the least are equal, so 
 earliest deadline decides and then the shortest: no tenant can buy all capacity with tight
 deadlines, and none loses for want of one.
 
-What nobody else wanted costs nothing: who begins to wait is lifted to one quantum below the least
-of those who wait, and where nobody waits, the one served last is the measure. So idling earns no
-credit but that quantum, by which one who comes now and then goes at once.
+What nobody else wanted costs nothing: who begins to wait is lifted to a little below the least of
+those who wait, and where nobody waits, the one served last is the measure. So idling earns no more
+credit than that little: what all replicas do in `SHARE_CREDIT_S`. By it one who takes less than his
+share has his bursts served at once, as if nobody else were there. Without it he would wait as for a
+server of his share alone, which is long where he uses most of it.
 
 Each class has counters of its own: a class goes before another whosesoever it is, and within each
 the shares hold. Those of other workers are added where there are any (`core.share_cells`).
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.classes import NAMES, ONLINE
 from proxy.core.share_cells import ShareCells, name_of
 
@@ -46,7 +48,7 @@ class Account:
         self.waiting = 0
         self.waiting_elsewhere = 0
         self.open = 0  # requests dispatched and not over
-        self.output_tokens = limits.OUTPUT_TOKENS_DEFAULT  # of an answer; learned
+        self.output_tokens = claim_limits.OUTPUT_TOKENS_DEFAULT  # of an answer; learned
         self.seen_s = -_NEVER  # when one of its requests came last
         self.name = 0  # under which all workers know it; 0: there is only this one
         self.row = -1  # where they count it together; below 0: nowhere
@@ -60,8 +62,9 @@ class Shares:
     """All tenants' accounts in one worker, by class."""
 
     __slots__ = (
-        "_accounts", "_active", "_due", "_floors", "_least", "_least_active_elsewhere",
-        "_least_waiting_elsewhere", "_read_s", "_stale_s", "_waiting", "cells", "on",
+        "_accounts", "_active", "_credit_tokens", "_due", "_floors", "_least",
+        "_least_active_elsewhere", "_least_waiting_elsewhere", "_read_s", "_stale_s", "_waiting",
+        "cells", "on",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -75,11 +78,17 @@ class Shares:
         self._least_waiting_elsewhere = [_NEVER for _ in NAMES]
         self._least_active_elsewhere = [_NEVER for _ in NAMES]
         self._due = True
+        self._credit_tokens = claim_limits.SHARE_QUANTUM_TOKENS
         self._read_s = -_NEVER
         self._stale_s = -_NEVER
 
     def __len__(self) -> int:
         return len(self._accounts)
+
+    def know_speed(self, tokens_per_s: float) -> None:
+        """This is what all replicas together compute: by it a burst is measured."""
+        credit = tokens_per_s * claim_limits.SHARE_CREDIT_S
+        self._credit_tokens = max(claim_limits.SHARE_QUANTUM_TOKENS, credit)
 
     @property
     def accounts(self) -> list[Account]:
@@ -99,7 +108,7 @@ class Shares:
         return found
 
     def _open(self, work_class: int, tenant: str, weight: float, now_s: float) -> Account:
-        if len(self._accounts) >= limits.ACCOUNTS_MAX:
+        if len(self._accounts) >= claim_limits.ACCOUNTS_MAX:
             self._forget()
         account = Account(work_class, tenant, weight)
         self._accounts[work_class, tenant] = account
@@ -129,13 +138,17 @@ class Shares:
     def begins_to_wait(self, account: Account) -> None:
         if not account.waiting + account.waiting_elsewhere:
             self._renew_floor(account.work_class)
-            lifted = self._floors[account.work_class] - limits.SHARE_QUANTUM_TOKENS
+            lifted = self._lifted(account)
             if account.counter < lifted:
                 self._lift(account, lifted)
         account.waiting += 1
         self._active[account] = None
         self._waiting[account.work_class] += 1
         self._changed(account)
+
+    def _lifted(self, account: Account) -> float:
+        """Return what the counter of one that begins to wait is at the least."""
+        return self._floors[account.work_class] - self._credit_tokens / account.weight
 
     def _lift(self, account: Account, counter: float) -> None:
         if self.cells is not None and account.row >= 0:
@@ -188,15 +201,15 @@ class Shares:
     def refresh(self, now_s: float) -> None:
         """Look at all of them once, so that `level` only reads. Before each look at who waits."""
         cells = self.cells
-        if cells is not None and now_s - self._read_s >= limits.SHARE_READ_S:
+        if cells is not None and now_s - self._read_s >= claim_limits.SHARE_READ_S:
             self._read_s = now_s
             self._read(cells, now_s)
         if not (self._due or now_s >= self._stale_s):
             return
         self._due = False
         # Some may not be about any more then, though nothing happens.
-        self._stale_s = now_s + limits.SHARE_RECENT_S / 8.0
-        recent_s = now_s - limits.SHARE_RECENT_S
+        self._stale_s = now_s + claim_limits.SHARE_RECENT_S / 8.0
+        recent_s = now_s - claim_limits.SHARE_RECENT_S
         least = list(self._least_active_elsewhere)
         for work_class in range(len(NAMES)):
             self._renew_floor(work_class)
@@ -207,7 +220,7 @@ class Shares:
                     del self._active[account]
                     continue
                 # It would be lifted to this if it waited.
-                counter = max(counter, self._floors[work_class] - limits.SHARE_QUANTUM_TOKENS)
+                counter = max(counter, self._lifted(account))
             least[work_class] = min(least[work_class], counter)
         self._least = least
 
@@ -217,7 +230,7 @@ class Shares:
         rows = {account.name: account for account in self._accounts.values()}
         waiting = [_NEVER for _ in NAMES]
         active = [_NEVER for _ in NAMES]
-        recent_s = now_s - limits.SHARE_RECENT_S
+        recent_s = now_s - claim_limits.SHARE_RECENT_S
         for seen in cells.all_seen():
             account, work_class = rows.get(seen.name), seen.work_class
             if account is not None:
@@ -227,7 +240,7 @@ class Shares:
                 waiting[work_class] = min(waiting[work_class], seen.charged)
                 active[work_class] = min(active[work_class], seen.charged)
             elif seen.seen_s >= recent_s:
-                lifted = self._floors[work_class] - limits.SHARE_QUANTUM_TOKENS
+                lifted = self._floors[work_class] - self._credit_tokens
                 active[work_class] = min(active[work_class], max(seen.charged, lifted))
         self._least_waiting_elsewhere, self._least_active_elsewhere = waiting, active
 
@@ -256,7 +269,7 @@ class Shares:
         As `refresh` saw them last: others' charges since then can only have lowered it.
         """
         above = account.counter - self._least[account.work_class]
-        return int(above / limits.SHARE_QUANTUM_TOKENS) if above > 0.0 else 0
+        return int(above / claim_limits.SHARE_QUANTUM_TOKENS) if above > 0.0 else 0
 
     def runway_s(self, account: Account | None) -> float:
         """Return how little a replica must have to do to be open to requests of this one.
@@ -267,8 +280,8 @@ class Shares:
         if account is None:
             return limits.RUNWAY_S
         ahead = account.counter - self._least[account.work_class]
-        over = ahead > limits.SHARE_QUANTUM_TOKENS / 16.0
-        return limits.RUNWAY_OVER_S if over else limits.RUNWAY_S
+        over = ahead > claim_limits.SHARE_QUANTUM_TOKENS / 16.0
+        return claim_limits.RUNWAY_OVER_S if over else limits.RUNWAY_S
 
 
 def _seen_s(account: Account) -> float:

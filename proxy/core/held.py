@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.classes import OFFLINE, ONLINE, SEMI_ONLINE, YIELD_S
 from proxy.core.fairness import Account
 from proxy.core.fleet import Pool
@@ -76,10 +76,10 @@ def rank_s(held: Held) -> float:
     stands_s = held.since_s + YIELD_S[_standing(held)]
     request = held.request
     if request.deadline_s > 0.0 and not held.late:
-        later_s = request.deadline_s - held.since_s - limits.OBJECTIVE_S
+        later_s = request.deadline_s - held.since_s - claim_limits.OBJECTIVE_S
         if request.deadline_s == request.listens_until_s:  # patience is no wish to be served late
             later_s = min(0.0, later_s)
-        stands_s += min(limits.DEADLINE_YIELD_S_MAX, max(-limits.OBJECTIVE_S, later_s))
+        stands_s += min(claim_limits.DEADLINE_YIELD_S_MAX, max(-claim_limits.OBJECTIVE_S, later_s))
     return stands_s * limits.AGEING_WEIGHT + max(0.0, held.prefill_s)
 
 

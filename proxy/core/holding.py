@@ -22,7 +22,7 @@ from __future__ import annotations
 import heapq
 from typing import Final
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.fairness import Shares
 from proxy.core.held import Held, begin_by_s, class_of, rank_s, yields
 from proxy.core.lines import Line, Order
@@ -63,7 +63,7 @@ class Holding:
     @property
     def runway_s_min(self) -> float:
         """Return how little a replica must have to do to be open to all that wait."""
-        return limits.RUNWAY_OVER_S if self.shares.on else limits.RUNWAY_S
+        return claim_limits.RUNWAY_OVER_S if self.shares.on else limits.RUNWAY_S
 
     def awaits(self, slot: int) -> bool:
         """Whether somebody waits for this replica, or may do so."""

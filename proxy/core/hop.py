@@ -25,7 +25,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.classes import NAMES, UNSAID
 from proxy.core.peer_wire import PROXY_ID_BYTES
 
@@ -66,7 +66,7 @@ class Claims(msgspec.Struct, frozen=True, array_like=True):
     key_id: _Text = ""
     weight: Annotated[float, Meta(ge=0.0, le=limits.NOTE_WEIGHT_MAX)] = 1.0
     work_class: Annotated[int, Meta(ge=UNSAID, lt=len(NAMES))] = UNSAID
-    regions: Annotated[list[_Text], Meta(max_length=limits.HOP_REGIONS_MAX)] | None = None
+    regions: Annotated[list[_Text], Meta(max_length=claim_limits.HOP_REGIONS_MAX)] | None = None
     deadline_s: Annotated[float, Meta(ge=-1e9, le=1e9)] | None = None  # that are left
     tpot_s: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
     isolated: bool = False
@@ -96,7 +96,7 @@ def read_hop(value: bytes, key: str | None, method: bytes, target: bytes) -> Cla
     """
     version, _, rest = value.partition(b";")
     claimed, _, shown = rest.partition(b";")
-    if len(value) > limits.HOP_BYTES_MAX or version != _VERSION or not claimed:
+    if len(value) > claim_limits.HOP_BYTES_MAX or version != _VERSION or not claimed:
         raise HopError("malformed", "it is not of a form that is known here")
     try:
         octets = b64decode(claimed, altchars=b"-_", validate=True)
@@ -123,11 +123,11 @@ def check_hop(
         raise HopError("loop", "it comes from this very region")
     if claims.request_id.encode() != request_id:
         raise HopError("altered", "it is for a request of another id")
-    if abs(unix_s - claims.unix_s) > limits.HOP_SKEW_S:
+    if abs(unix_s - claims.unix_s) > claim_limits.HOP_SKEW_S:
         raise HopError(
             "expired",
             f"it was signed {unix_s - claims.unix_s:+.0f} s ago; keep the clocks of all regions "
-            f"within {limits.HOP_SKEW_S:.0f} s",
+            f"within {claim_limits.HOP_SKEW_S:.0f} s",
         )
 
 

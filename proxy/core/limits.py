@@ -22,15 +22,6 @@ TARGET_BYTES_MAX: Final = 8 * KIB
 HEADS_REMEMBERED_MAX: Final = 512
 REMEMBERED_HEAD_BYTES_MAX: Final = 2 * KIB
 FIELDS_MAX: Final = 128
-# A key has some 60 octets; a token of an identity provider with groups and roles, a few KiB.
-CREDENTIAL_BYTES_MAX: Final = 8 * KIB
-# A provider's key has some 400 octets, with its certificates a few KiB, and few are in force.
-JWKS_BYTES_MAX: Final = 256 * KIB
-JWKS_KEYS_MAX: Final = 64
-# Tokens whose verification a worker remembers; each is some 100 octets of digest and a principal.
-TOKENS_REMEMBERED_MAX: Final = 16_384
-# Times beyond it are none: the year 5138.
-UNIX_S_MAX: Final = 1e11
 # A connection may send ahead this much while its current request is served; then we stop reading.
 PIPELINED_BYTES_MAX: Final = 64 * KIB
 # While we do not read, the loop does not tell us that the client has gone; so we look.
@@ -95,9 +86,6 @@ USAGE_TOKENS_MAX: Final = 1 << 40
 # An engine's error is read whole, to be told as the client reads errors. Engines' own stay below
 # 16 KiB; what is longer is no error object and passes as it comes.
 ENGINE_ERROR_BYTES_MAX: Final = 64 * KIB
-# Of an answer in which a tier has to be told: a whole one, or a line of a stream. It has room for
-# some 50,000 tokens of text.
-TIER_HELD_BYTES_MAX: Final = 256 * KIB
 ENGINE_MESSAGE_CHARS_MAX: Final = 8 * KIB
 
 # --- replicas -------------------------------------------------------------------------------
@@ -123,8 +111,6 @@ SERVER_ERRORS_IN_ROW_MAX: Final = 5
 
 # --- routing --------------------------------------------------------------------------------
 MODEL_BYTES_MAX: Final = 256
-# Tokens that a body may ask for; whoever writes more means no number. `_scan.c` has it, too.
-OUTPUT_TOKENS_MAX: Final = 1_000_000_000
 SESSION_KEY_BYTES_MAX: Final = 255
 # Ring points per replica. The share of the fullest of n replicas is about 1 + 2.5/sqrt(points).
 VIRTUAL_NODES: Final = 160
@@ -171,9 +157,6 @@ MEDIA_REGIONS_MAX: Final = 64
 # What a second of a flex request counts against one of the others. OpenAI sells that tier at half
 # the price and promises no latency; half again, so that two of them never outweigh one of these.
 FLEX_WEIGHT: Final = 0.25
-# How long OpenAI's and Anthropic's clients listen unless they are told otherwise (`_constants.py`,
-# `client.ts`): ten minutes, which nobody has chosen.
-CLIENT_PATIENCE_DEFAULT_S: Final = 600.0
 # Believed cache of a replica that does not say: 8 B shape at 0.45 of a 141 GB card.
 KV_CAPACITY_TOKENS_DEFAULT: Final = 340_000
 # Entries of the index per replica, ghosts included; some 250 octets each, so 33 MB at the most.
@@ -215,7 +198,6 @@ SPEED_HALF_LIFE_S: Final = 20.0
 SPEED_PRIOR_S: Final = 1.0
 SPEED_BAND: Final = 1.25
 LEARN_SHARE: Final = 0.1  # of a new sample in a running mean
-PACE_SPREAD_COUNT_MIN: Final = 0.25  # of a number of streams, before it tells what one more costs
 MIX_SHARE: Final = 0.01  # in that of prompts' sizes, which differ a hundredfold
 # What a first token takes beyond its prefill is seen where there is hardly any prefill.
 SMALL_PREFILL_TOKENS: Final = 256
@@ -259,14 +241,6 @@ RING_WEIGHT: Final = 1.2
 ADAPTER_LOAD_S: Final = 0.5
 
 # --- what tenants may have --------------------------------------------------------------------
-# When to come again who was refused for what others of its tenant have running: nobody knows when
-# one of them ends, and a second is what the official clients wait at first.
-CLAIM_RETRY_S: Final = 1.0
-# An answer whose request does not bound it is reckoned as its tenant's mean, which begins here.
-COMPLETION_TOKENS_PRIOR: Final = 256
-COMPLETION_TOKENS_BELIEVED_MAX: Final = 8192
-# Series of tenants and models that a worker counts; those after them are counted as `other`.
-TENANT_SERIES_MAX: Final = 1024
 
 # --- late binding ---------------------------------------------------------------------------
 # A replica with less work than this is open: an engine fills each step with up to 8,192 tokens of
@@ -277,34 +251,6 @@ RUNWAY_S: Final = 0.3
 # which is the longest prompts, rises by a tenth; with 4 by a tenth and a fiftieth.
 AGEING_WEIGHT: Final = 4.0
 HELD_TRIED_MAX: Final = 16  # requests that one release looks at
-# Who waits and has said no deadline stands among those who have as if it were so long after it
-# came: a reader's patience with a page (Nielsen 1993: ten seconds keep attention, one second the
-# flow of thought), and longer than a proxy that is not overloaded ever holds anybody.
-OBJECTIVE_S: Final = 2.0
-# One with a deadline far ahead lets others of its class go first by so much at the most: less than
-# classes lie apart.
-DEADLINE_YIELD_S_MAX: Final = 5.0
-# Tenants whose counters differ by less than this are equal, and the earliest deadline decides: some
-# ordinary requests, so that it is not whose turn it is that orders them, and a few tens of
-# milliseconds of a replica, which is all that one who comes now and then waits for another's.
-SHARE_QUANTUM_TOKENS: Final = 4096.0
-# Whoever sent something within so long is about, though nothing of his waits: a person between two
-# turns of an agent, and a client with less than his share. Others are judged by him, too.
-SHARE_RECENT_S: Final = 5.0
-# While others are about, one who is over his share finds replicas open only when they have less
-# than this to do: so that who comes next does not wait for a whole runway of his.
-RUNWAY_OVER_S: Final = 0.03
-# Of an answer, until a tenant's own answers have told: what they have at the mean in the first half
-# hour of Azure's conversation trace of 2023 (AzurePublicDataset).
-OUTPUT_TOKENS_DEFAULT: Final = 222.0
-# A tenant may have so many times as many requests open as there are places left, by his weight: one
-# alone 16 of 17 of them, two 16 of 33 each.
-CROWD_WEIGHT: Final = 16.0
-ACCOUNTS_MAX: Final = 4096  # of tenants, by class, in one worker; those who have nothing open go
-# What other workers charged is read again after so long: a fraction of what a request takes, and
-# some thousand cells for each reading.
-SHARE_READ_S = 0.01
-SHARE_IDLE_S: Final = 60.0  # after that the cells of one may become another's
 # A class of work that waits yields to online work that comes within so long after it, and to none
 # that comes later: so online work is first in every queue that is shorter, and nobody waits longer
 # for it by more than this. Ten seconds are nothing to a burst that is done in minutes, and two
@@ -362,25 +308,6 @@ OPENED_SHARED_S: Final = 0.05
 DRAIN_HALF_LIFE_S: Final = 10.0
 
 # --- other regions ---------------------------------------------------------------------------
-# What a place abroad must be cheaper by than one here, besides the round trip: prices are guesses,
-# a request that crosses costs two proxies, and a burst that is over in less than a person notices
-# is no reason to send anybody away.
-REGION_SLACK_S: Final = 0.25
-# A region that was gone is taken back by degrees within so long: what was sent away from it comes
-# back to empty caches and, perhaps, to a cause that is still there.
-REGION_RETURN_S: Final = 10.0
-# One that cannot be reached although it tells of itself is left alone for so long, twice as long
-# each time in a row up to the fifth.
-REGION_PAUSE_S: Final = 0.5
-REGION_PAUSES_COUNTED_MAX: Final = 5
-# How long a start takes of which nobody has said it.
-UNKNOWN_START_S: Final = 60.0
-# How long a request holds its place where none has ended yet.
-UNKNOWN_REQUEST_S: Final = 1.0
-# Models that one remote proxy may name; a place in the picture for each.
-REMOTE_MODELS_MAX: Final = 256
-# Pools of one fleet as those see them who may not go everywhere.
-RESIDENT_POOLS_MAX: Final = 1024
 
 # --- stored responses -----------------------------------------------------------------------
 # Answers whose replica is remembered, since only that one can go on from them: two hours at ten a
@@ -468,35 +395,6 @@ PEER_BEAT_S = 1.0
 PEER_SILENCE_S = 5.0
 PEER_PAUSE_FIRST_S = 0.1
 PEER_PAUSE_MAX_S = 5.0
-# Between regions a connection that the path has lost is not waited for: as soon as the path is
-# there again a fresh one is, and a SYN that got lost was sent twice more by then (RFC 6298 §2).
-REGION_DIAL_TIMEOUT_S = 2.0
-REGION_PAUSE_MAX_S = 1.0
-# By how much the clocks of two regions may differ, with the time that a request is on its way.
-HOP_SKEW_S: Final = 30.0
-HOP_BYTES_MAX: Final = 8 * KIB  # of what is signed: some 300, and the regions that are allowed
-HOP_REGIONS_MAX: Final = 64
-# How often one request crosses in vain before it stays where it came: each time cost a round trip.
-HOPS_TRIED_MAX: Final = 3
-# A connection to another region takes a round trip, with TLS three, and a lost SYN is sent again
-# after a second (RFC 6298 §2).
-HOP_CONNECT_S_MIN: Final = 1.0
-HOP_CONNECT_WEIGHT: Final = 4.0
-# Octets on their way between regions that are not acknowledged for so long end their connection.
-HOP_SILENCE_S: Final = 4.0
-# Places in which used numbers are kept, fifteen in each, per worker and minute: 1,000 a second fill
-# half of them. 1 MiB.
-NONCE_BUCKETS_MAX: Final = 8192
-# Who has only another region to go to waits for so long where that is lost, before he is told so:
-# a proxy that takes over from another is linked in half a second.
-REGION_LEFT_S: Final = 2.0
-# Models of which other regions are told, and what is told at most to be free for one.
-SUMMARY_MODELS_MAX: Final = 4096
-SUMMARY_FREE_MAX: Final = 65_536
-# A request is taken to bring at least as much work, as long as few have been seen.
-USUAL_WORK_TOKENS: Final = 256
-# Round trips of which the least is that of the path: sixteen seconds of them.
-ROUND_TRIPS_MAX: Final = 64
 # What is cached where, told to one who has just started: 1.4 million entries, as many as twenty
 # replicas of a million tokens have, in pages that hold up neither side for a millisecond.
 DIGEST_BYTES_MAX = 16 * MIB
@@ -521,7 +419,3 @@ assert NOTES_WHOLE_S < PEER_SILENCE_S
 assert SEMI_ONLINE_SHARE + OFFLINE_SHARE < 1.0
 assert PEER_BEAT_S * 3 < PEER_SILENCE_S
 assert NOTES_BATCH_BYTES_MAX + 32 * max(NOTE_HASHES_MAX, NOTE_LEASES_MAX) < PEER_FRAME_BYTES_MAX
-
-# Tenants for whom the offline service asks, each worked out once: as many as are often configured,
-# and with an identity provider's tenants the busiest of them.
-TENANTS_REMEMBERED_MAX = 4096

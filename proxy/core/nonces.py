@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from proxy.core import limits
+from proxy.core import claim_limits
 
 SPANS: Final = 3  # of which two may be in use, since a signature may be of the future, too
 ENTRIES: Final = 16  # in one place of the memory; the first says of which span the others are
 CELL_BYTES: Final = 8
-PART_CELLS: Final = SPANS * limits.NONCE_BUCKETS_MAX * ENTRIES
+PART_CELLS: Final = SPANS * claim_limits.NONCE_BUCKETS_MAX * ENTRIES
 
 
 def memory_bytes(workers: int) -> int:
@@ -39,9 +39,9 @@ class Nonces:
     def use(self, nonce: bytes, unix_s: float) -> bool:
         """Return whether this number, signed at that time, has not been used yet, and use it."""
         mark = int.from_bytes(nonce[:CELL_BYTES], "little") | 1  # 0 is no number
-        span = int(unix_s // (2 * limits.HOP_SKEW_S)) + 1
-        bucket = int.from_bytes(nonce[CELL_BYTES:], "little") % limits.NONCE_BUCKETS_MAX
-        at = ((span % SPANS) * limits.NONCE_BUCKETS_MAX + bucket) * ENTRIES
+        span = int(unix_s // (2 * claim_limits.HOP_SKEW_S)) + 1
+        bucket = int.from_bytes(nonce[CELL_BYTES:], "little") % claim_limits.NONCE_BUCKETS_MAX
+        at = ((span % SPANS) * claim_limits.NONCE_BUCKETS_MAX + bucket) * ENTRIES
         return self._write(self._place * PART_CELLS + at, span, mark) and not any(
             self._holds(place * PART_CELLS + at, span, mark)
             for place in range(self._workers)

@@ -22,7 +22,7 @@ from proxy.contract.regions import (
     ModelSummary,
     RemoteState,
 )
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.lease import Lease
 
 NOTHING_SAID: Final = ModelSummary()
@@ -30,9 +30,9 @@ NOTHING_SAID: Final = ModelSummary()
 
 def returning_max(most: int, back_s: float) -> int:
     """Return how many of `most` requests a region may have that has been back for so long."""
-    if back_s >= limits.REGION_RETURN_S:
+    if back_s >= claim_limits.REGION_RETURN_S:
         return most
-    return 1 + int(most * max(0.0, back_s) / limits.REGION_RETURN_S)
+    return 1 + int(most * max(0.0, back_s) / claim_limits.REGION_RETURN_S)
 
 
 class Sent:
@@ -121,12 +121,12 @@ class Outlook:
         """
         if now_s < self._suspect_until_s:
             return
-        self._pauses = min(self._pauses + 1, limits.REGION_PAUSES_COUNTED_MAX)
-        self._suspect_until_s = now_s + limits.REGION_PAUSE_S * 2.0 ** (self._pauses - 1)
+        self._pauses = min(self._pauses + 1, claim_limits.REGION_PAUSES_COUNTED_MAX)
+        self._suspect_until_s = now_s + claim_limits.REGION_PAUSE_S * 2.0 ** (self._pauses - 1)
 
     def refused(self, now_s: float) -> None:
         """It sent somebody away, or lost him: its next summaries will say how it is."""
-        self._refused_until_s = now_s + limits.REGION_PAUSE_S
+        self._refused_until_s = now_s + claim_limits.REGION_PAUSE_S
 
     def answered(self) -> None:
         """It has answered a request."""
@@ -161,7 +161,7 @@ class Outlook:
         """Whether it has only just been lost, as in the moment in which its proxy is replaced."""
         if self._pauses == 1 and now_s < self._suspect_until_s:
             return True  # it could not be reached, once
-        lately = self.left_s > 0.0 and now_s - self.left_s < limits.REGION_LEFT_S
+        lately = self.left_s > 0.0 and now_s - self.left_s < claim_limits.REGION_LEFT_S
         return lately and not self.draining
 
     def why_not(self, now_s: float) -> str:
@@ -232,7 +232,7 @@ class Outlook:
             return 0.0
         if said.coming and said.ready_in_s > 0.0:
             return max(0.0, said.ready_in_s - (now_s - self.at_s))
-        return said.start_s or limits.UNKNOWN_START_S
+        return said.start_s or claim_limits.UNKNOWN_START_S
 
 
 class Outlooks:

@@ -10,7 +10,7 @@ streams: what many of them share is not computed again for one more.
 
 from __future__ import annotations
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 
 
 class Pacing:
@@ -45,7 +45,7 @@ class Pacing:
     def expected_s(self, slot: int, streams: int) -> float:
         """Return the time between tokens among so many streams; 0: not known."""
         seconds, usual = self.s_per_token[slot], self._streams[slot]
-        if not seconds or self._variance[slot] < limits.PACE_SPREAD_COUNT_MIN:
+        if not seconds or self._variance[slot] < claim_limits.PACE_SPREAD_COUNT_MIN:
             return seconds
         slope_s = max(0.0, self._covariance[slot] / self._variance[slot])
         slope_s = min(slope_s, seconds / max(1.0, usual))
@@ -54,4 +54,4 @@ class Pacing:
     def late_s(self, slot: int, streams: int, wanted_s: float) -> float:
         """Return by how much an answer of ordinary length would be later than its client wants."""
         over_s = self.expected_s(slot, streams) - wanted_s
-        return over_s * limits.OUTPUT_TOKENS_DEFAULT if over_s > 0.0 else 0.0
+        return over_s * claim_limits.OUTPUT_TOKENS_DEFAULT if over_s > 0.0 else 0.0

@@ -98,7 +98,8 @@ def read_hello(octets: bytes, region: str, key: str | None, others: Collection[s
         raise WireError("it does not speak as a proxy does")
     versions = (hello.notes_version, hello.chain_version)
     if hello.region not in (region, *others):
-        raise WireError(f"its region is {hello.region!r}, ours is {region!r}")
+        named = "; remote_regions names no proxy there" if others else ""
+        raise WireError(f"its region is {hello.region!r}, ours is {region!r}{named}")
     if hello.region == region and versions != (NOTES_VERSION, CHAIN_VERSION):
         raise WireError("it is of another version; notes go on when both are of one")
     if hello.keyed != (key is not None):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from proxy.contract import PoolRecord
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.classes import ONLINE, class_named
 
 
@@ -35,7 +35,7 @@ class Prospect:
         if self.coming and self.ready_in_s > 0.0:
             return self.ready_in_s
         if self.coming or self.wakes:
-            return self.start_s or limits.UNKNOWN_START_S
+            return self.start_s or claim_limits.UNKNOWN_START_S
         return float("inf")
 
 

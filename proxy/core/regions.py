@@ -26,7 +26,7 @@ from dataclasses import replace
 from typing import Final
 
 from proxy.contract.regions import RemoteState
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.cost import Terms
 from proxy.core.fleet import Pool
 from proxy.core.picture import Picture, Seats
@@ -61,7 +61,7 @@ class Residency:
         key = (id(pool), regions)
         found = self._seen.get(key)
         if found is None or found[0] is not pool:
-            if len(self._seen) >= limits.RESIDENT_POOLS_MAX:
+            if len(self._seen) >= claim_limits.RESIDENT_POOLS_MAX:
                 self._seen.clear()
             found = self._seen[key] = (pool, self._restricted(pool, regions))
         return found[1]
@@ -100,7 +100,7 @@ def places_of(states: Iterable[RemoteState], before: Iterable[Place], own: str) 
             continue
         models = known.get(state.name, ())
         if state.linked and state.summary is not None:
-            models = tuple(sorted(state.summary.models)[: limits.REMOTE_MODELS_MAX])
+            models = tuple(sorted(state.summary.models)[: claim_limits.REMOTE_MODELS_MAX])
         found.append((state.name, state.region, state.url, models))
     return found
 
@@ -199,7 +199,7 @@ def choose_region(
     best_at = -1
     for at, slot in enumerate(seats.away_slots):
         # Most requests need not look further: no place there is better than its way is long.
-        if picture.outlooks.of[slot].round_trip_s + limits.REGION_SLACK_S >= best_s:
+        if picture.outlooks.of[slot].round_trip_s + claim_limits.REGION_SLACK_S >= best_s:
             continue
         if why_not(request, seats.away[at], slot, pool, picture, now_s):
             continue
@@ -244,7 +244,7 @@ def _full_s(request: Request, slots: list[int], picture: Picture, held: int) -> 
     loads = picture.loads
     per_s = 0.0
     for slot in slots:
-        per_s += loads.inflight[slot] / (loads.request_s[slot] or limits.UNKNOWN_REQUEST_S)
+        per_s += loads.inflight[slot] / (loads.request_s[slot] or claim_limits.UNKNOWN_REQUEST_S)
     if per_s <= 0.0:
         return _NEVER
     most_octets = max([picture.index.held_of(slot, request.chain) for slot in slots])

@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Raw
 
 from proxy import errors
-from proxy.core import body_wire, limits, media
+from proxy.core import body_wire, claim_limits, limits, media
 from proxy.core.body_wire import NOTHING, Typed, Untyped
 
 _Ends = tuple[int, ...]
@@ -282,7 +282,7 @@ def _output_tokens(typed: Typed) -> int:
     """Which of the names counts differs among engines: the largest bounds them all."""
     names = (typed.max_tokens, typed.max_completion_tokens, typed.max_output_tokens)
     most = max([_count(raw) for raw in names])
-    return min(most * max(1, _count(typed.n)), limits.OUTPUT_TOKENS_MAX)
+    return min(most * max(1, _count(typed.n)), claim_limits.OUTPUT_TOKENS_MAX)
 
 
 def _count(raw: Raw) -> int:
@@ -293,7 +293,7 @@ def _count(raw: Raw) -> int:
         number = body_wire.number.decode(raw)
     except msgspec.MsgspecError:
         return 0
-    return max(0, int(min(number, limits.OUTPUT_TOKENS_MAX)))
+    return max(0, int(min(number, claim_limits.OUTPUT_TOKENS_MAX)))
 
 
 def _model(raw: Raw) -> str:

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 import xxhash
 
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.classes import NAMES
 
 ROWS: Final = 1024
@@ -102,7 +102,7 @@ class ShareCells:
 
     def _make(self, name: int, now_s: float) -> int:
         start = name % ROWS
-        best, best_s = -1, now_s - limits.SHARE_IDLE_S
+        best, best_s = -1, now_s - claim_limits.SHARE_IDLE_S
         for step in range(_WAYS):
             row = (start + step) % ROWS
             if not self._names[row]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from proxy.contract.regions import ModelSummary
-from proxy.core import limits
+from proxy.contract.regions import NAME_CHARS_MAX, ModelSummary
+from proxy.core import claim_limits, limits
 from proxy.core.fleet import Fleet, Pool
 from proxy.core.opening import has_little_to_do
 from proxy.core.picture import Picture
@@ -28,10 +28,12 @@ def summarise(
     for model, pool in fleet.pools.items():
         if not (pool.replicas or model in fleet.prospects):
             continue  # other regions alone have it: told on, it would be told back
-        if len(found) >= limits.SUMMARY_MODELS_MAX:
+        if len(found) >= claim_limits.SUMMARY_MODELS_MAX:
             break
         if not pool.replicas and model not in fleet.prospects:
             continue  # only other regions have it: they tell of it themselves
+        if len(model) > NAME_CHARS_MAX:
+            continue  # one name that cannot be told must not silence the rest
         found[model] = _of(model, fleet, pool, picture, waiting.get(model, 0), now_s)
     return found
 
@@ -75,13 +77,15 @@ def _free(slot: int, picture: Picture, now_s: float) -> int:
     loads = picture.loads
     if not has_little_to_do(slot, picture, now_s):
         return 0
-    work_s = max(limits.USUAL_WORK_TOKENS, picture.usual_tokens(slot)) * loads.s_per_token[slot]
+    work_s = (
+        max(claim_limits.USUAL_WORK_TOKENS, picture.usual_tokens(slot)) * loads.s_per_token[slot]
+    )
     left_s = limits.RUNWAY_S - loads.wait_s(slot, now_s) - loads.extra_s[slot]
     room = 1 + int(max(0.0, left_s) / max(work_s, 1e-9))
     for most in (loads.inflight_max[slot], loads.running_max[slot]):
         if most:
             room = min(room, most - loads.inflight[slot])
-    return max(0, min(room, limits.SUMMARY_FREE_MAX))
+    return max(0, min(room, claim_limits.SUMMARY_FREE_MAX))
 
 
 def merge(parts: Iterable[Mapping[str, ModelSummary]]) -> dict[str, ModelSummary]:

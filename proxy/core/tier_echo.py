@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 from typing_extensions import override
 
-from proxy.core import limits, tier_wire
+from proxy.core import claim_limits, tier_wire
 from proxy.core.chunked import ChunkedDecoder, decode_followed
 from proxy.core.http1 import ResponseHead
 from proxy.core.pieces import Pieces
@@ -184,7 +184,7 @@ class StreamEcho(Echo):
         if self._passes:
             return data
         self._held.add(data)
-        if self._held.size <= limits.TIER_HELD_BYTES_MAX:
+        if self._held.size <= claim_limits.TIER_HELD_BYTES_MAX:
             return b""
         self._passes = True
         return self._held.take()
@@ -210,7 +210,7 @@ class WholeEcho(Echo):
         if not self.holds:
             return data
         self._held.add(data)
-        if self._held.size <= limits.TIER_HELD_BYTES_MAX:
+        if self._held.size <= claim_limits.TIER_HELD_BYTES_MAX:
             return b""
         self.holds = False
         return self._held.take()
@@ -229,6 +229,6 @@ def echo_for(head: ResponseHead, length: int, tier: bytes) -> Echo | None:
         return None if head.counted else StreamEcho(tier, chunked=head.chunked)
     if not fields.get(b"content-type", b"").lower().startswith(b"application/json"):
         return None
-    if head.chunked or 0 < length <= limits.TIER_HELD_BYTES_MAX:
+    if head.chunked or 0 < length <= claim_limits.TIER_HELD_BYTES_MAX:
         return WholeEcho(tier, chunked=head.chunked)
     return None

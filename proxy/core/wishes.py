@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.classes import SPARE, UNSAID, class_of_field, class_of_priority
 from proxy.core.http1 import WORK_CLASS, RequestHead
 from proxy.errors import InvalidRequestError
@@ -91,7 +91,7 @@ def read_wishes(head: RequestHead) -> Wishes:
 def _take_number(wishes: Wishes, kind: int, name: bytes, value: bytes) -> None:
     number = float(value) if _DECIMAL.fullmatch(value) else -1.0
     if kind == _PATIENCE_S:
-        if 0.0 < number < limits.CLIENT_PATIENCE_DEFAULT_S:
+        if 0.0 < number < claim_limits.CLIENT_PATIENCE_DEFAULT_S:
             wishes.patience_s = _stricter(wishes.patience_s, number)
         return
     if number < 0.0:

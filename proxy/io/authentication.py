@@ -20,7 +20,7 @@ from typing import Final
 from proxy.config import ProxyConfig
 from proxy.contract.behalf import PROOF_FIELD, TENANT_FIELD, from_field, in_field, proof_of
 from proxy.contract.keys import KeySet
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.credentials import read_credential
 from proxy.core.preamble import Preamble
 from proxy.core.principal import ANYBODY, INTERNAL, Principal
@@ -117,7 +117,7 @@ class Authentication:
         owner = from_field(field.decode("latin-1"))
         principal = self._behalf.get(owner)
         if principal is None:
-            if len(self._behalf) >= limits.TENANTS_REMEMBERED_MAX:
+            if len(self._behalf) >= claim_limits.TENANTS_REMEMBERED_MAX:
                 self._behalf.clear()
             principal = self._behalf[owner] = self.principals.on_behalf(owner)
         return principal
@@ -155,7 +155,7 @@ class Authentication:
             raise self._about_unknown_key(error) from None
         except BadTokenError as error:
             raise UnauthorizedError(str(error)) from None
-        if len(self._tokens) >= limits.TOKENS_REMEMBERED_MAX:
+        if len(self._tokens) >= claim_limits.TOKENS_REMEMBERED_MAX:
             self._tokens.clear()  # those in use are back within a few requests
         self._tokens[digest] = (digest, principal)
         return principal

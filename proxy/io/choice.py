@@ -321,6 +321,10 @@ class Choice:
         self.residency.forget(self.region)
         pools = self.fleet.pools
         self.arrivals = {model: self.arrivals.get(model, 0) for model in pools}
+        per_token_s = self.picture.loads.s_per_token
+        here = [slot for name, slot in self.picture.slots.items() if name in self.fleet.replicas]
+        speed = sum([1.0 / per_token_s[slot] for slot in here])
+        self.waiting.shares.know_speed(speed)
         self.waiting.fleet_changed(lambda queue: queue in pools or queue in _NAMELESS)
 
     def work_done(self) -> None:

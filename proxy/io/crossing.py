@@ -13,7 +13,7 @@ from typing import Final
 from typing_extensions import override
 
 from proxy import errors
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.additions import with_fields
 from proxy.core.fleet import Pool
 from proxy.core.hop import MOVED, REFUSED, REGION
@@ -141,7 +141,7 @@ class Crossing(Echoing):
         self._release(plane.clock.now_s(), refused=True)
         # A replica that failed it before may be there again: of this region nothing is known now.
         request.tried.intersection_update(plane.fleet.remotes)
-        if self._crossed_times >= limits.HOPS_TRIED_MAX:
+        if self._crossed_times >= claim_limits.HOPS_TRIED_MAX:
             request.abroad = False
         self._attempts = 0
         lookup = self._route is not None and self._route.lookup

@@ -8,6 +8,8 @@
 5. `_finish`        the lease is released, the line is logged, the counts are taken. Once
                     (`io/endings.py`, as are all failures).
 
+What comes from another region, goes there, or is taken back from it: `io/crossing.py`.
+
 An exchange decides nothing itself: verdicts are the core's. It fails in one of two ways. Before the
 first octet of an answer, the client gets an error object and another replica may be tried while
 none can have begun the work. After it, the stream ends visibly: an event stream gets a last event

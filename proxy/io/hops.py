@@ -20,7 +20,7 @@ from typing import Final, Protocol
 
 from proxy.config import ProxyConfig
 from proxy.contract.regions import RemoteState
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.classes import OFFLINE, UNSAID
 from proxy.core.hop import (
     MOVED,
@@ -210,7 +210,7 @@ class Hops:
 
     def connect_timeout_s(self, remote: str) -> float:
         round_trip_s = self._remotes.get(remote, _UNLINKED).round_trip_s
-        return max(limits.HOP_CONNECT_S_MIN, limits.HOP_CONNECT_WEIGHT * round_trip_s)
+        return max(claim_limits.HOP_CONNECT_S_MIN, claim_limits.HOP_CONNECT_WEIGHT * round_trip_s)
 
     # --- who is under way --------------------------------------------------------------------
 

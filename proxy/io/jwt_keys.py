@@ -19,7 +19,7 @@ import aiohttp
 import msgspec
 
 from proxy.config import JwtConfig
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.io.jwt_tokens import Jwks
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
@@ -142,14 +142,14 @@ async def _get(session: aiohttp.ClientSession, url: str) -> bytes:
         octets = b""
         async for piece in answer.content.iter_chunked(64 * limits.KIB):
             octets += piece
-            if len(octets) > limits.JWKS_BYTES_MAX:
-                raise ValueError(f"{url} answers with over {limits.JWKS_BYTES_MAX} octets")
+            if len(octets) > claim_limits.JWKS_BYTES_MAX:
+                raise ValueError(f"{url} answers with over {claim_limits.JWKS_BYTES_MAX} octets")
         return octets
 
 
 def _read(path: str) -> bytes:
     with Path(path).open("rb") as file:
-        return file.read(limits.JWKS_BYTES_MAX + 1)
+        return file.read(claim_limits.JWKS_BYTES_MAX + 1)
 
 
 def _stamp(path: str) -> object:

@@ -21,7 +21,7 @@ from typing import Any, Final
 import msgspec
 
 from proxy.config import ConfigError, JwtConfig
-from proxy.core import limits
+from proxy.core import claim_limits
 
 _TENANT_CHARS_MAX: Final = 128
 _KINDS: Final = {"RS": "RSA", "PS": "RSA", "ES": "EC", "Ed": "OKP"}
@@ -150,14 +150,14 @@ def library() -> Any:
 
 
 def _keys_in(document: bytes) -> list[dict[str, Any]]:
-    if len(document) > limits.JWKS_BYTES_MAX:
-        raise ValueError(f"it is over {limits.JWKS_BYTES_MAX} octets")
+    if len(document) > claim_limits.JWKS_BYTES_MAX:
+        raise ValueError(f"it is over {claim_limits.JWKS_BYTES_MAX} octets")
     try:
         keys = msgspec.json.decode(document)["keys"]
     except (msgspec.MsgspecError, KeyError, TypeError, RecursionError):
         raise ValueError("it is no set of keys in JSON (RFC 7517 §5)") from None
-    if not isinstance(keys, list) or len(keys) > limits.JWKS_KEYS_MAX:
-        raise ValueError(f"its keys are no list of at most {limits.JWKS_KEYS_MAX}")
+    if not isinstance(keys, list) or len(keys) > claim_limits.JWKS_KEYS_MAX:
+        raise ValueError(f"its keys are no list of at most {claim_limits.JWKS_KEYS_MAX}")
     return [key for key in keys if isinstance(key, dict)]
 
 
@@ -179,7 +179,7 @@ def _time(claims: Mapping[str, Any], name: str) -> float:
     value = claims[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadTokenError(f"the token's {name} is no time")
-    if abs(value) > limits.UNIX_S_MAX:
+    if abs(value) > claim_limits.UNIX_S_MAX:
         raise BadTokenError(f"the token's {name} is no time")
     return float(value)
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from proxy import errors
 from proxy.config import ProxyConfig
-from proxy.core import admission, limits, quota
+from proxy.core import admission, claim_limits, quota
 from proxy.core.admission import FREE, Allowance, Claim, Prices, Refused
 from proxy.core.http1 import Field
 from proxy.core.principal import Principal
@@ -136,12 +136,12 @@ class Metering:
 
     def mean_of(self, tenant: str) -> int:
         """Return how many tokens an answer is believed to have that nothing bounds."""
-        mean = self._means.get(tenant, limits.COMPLETION_TOKENS_PRIOR)
-        return min(int(mean), limits.COMPLETION_TOKENS_BELIEVED_MAX)
+        mean = self._means.get(tenant, claim_limits.COMPLETION_PRIOR_TOKENS)
+        return min(int(mean), claim_limits.COMPLETION_TOKENS_BELIEVED_MAX)
 
     def learn(self, tenant: str, completion_tokens: int) -> None:
         """An answer that nothing bounded had so many."""
-        mean = self._means.get(tenant, float(limits.COMPLETION_TOKENS_PRIOR))
+        mean = self._means.get(tenant, float(claim_limits.COMPLETION_PRIOR_TOKENS))
         self._means[tenant] = mean + _MEAN_WEIGHT * (completion_tokens - mean)
 
     def holding_of(self, principal: Principal) -> Holding | None:
@@ -171,7 +171,7 @@ class Metering:
         """Add what one request used to the series of its tenant and model."""
         series = self._series.get((tenant, model))
         if series is None:
-            if len(self._series) >= limits.TENANT_SERIES_MAX:
+            if len(self._series) >= claim_limits.TENANT_SERIES_MAX:
                 tenant = model = _OTHER
             series = self._series.setdefault((tenant, model), TenantSeries())
         series.requests += 1

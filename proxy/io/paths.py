@@ -11,7 +11,7 @@ import contextlib
 import socket
 from typing import Final
 
-from proxy.core import limits
+from proxy.core import claim_limits
 
 _IDLE_S: Final = 2
 _INTERVAL_S: Final = 1
@@ -21,7 +21,7 @@ _PROBES: Final = 3
 def mind_path(transport: asyncio.BaseTransport) -> None:
     """End this connection within seconds after its path."""
     connected = transport.get_extra_info("socket")
-    user_timeout_ms = int(limits.HOP_SILENCE_S * 1e3)
+    user_timeout_ms = int(claim_limits.HOP_SILENCE_S * 1e3)
     with contextlib.suppress(OSError):  # it has ended meanwhile
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_S)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection
 
 from proxy.contract.regions import SUMMARY_BYTES_MAX
-from proxy.core import limits, peer_wire
+from proxy.core import claim_limits, limits, peer_wire
 from proxy.core.peer_wire import Frame, Hello, WireError
 
 
@@ -32,7 +32,7 @@ class PeerLink:
         self.failure: str | None = None  # why we ended it
         self.heard_s = time.monotonic()
         self.delay_s = 0.0  # of what the other side says, about
-        self._round_trips_s: deque[float] = deque(maxlen=limits.ROUND_TRIPS_MAX)
+        self._round_trips_s: deque[float] = deque(maxlen=claim_limits.ROUND_TRIPS_MAX)
         self._bytes_max = limits.PEER_FRAME_BYTES_MAX
         self._reader = reader
         self._writer = writer

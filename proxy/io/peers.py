@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 from proxy.config import ProxyConfig
-from proxy.core import limits, peer_wire
+from proxy.core import claim_limits, limits, peer_wire
 from proxy.core.peer_wire import WireError
 from proxy.io.hub import Hub
 from proxy.io.peer_link import LinkLostError, PeerLink, accepted, connect
@@ -227,7 +227,10 @@ class Peers:
         pause_s, pause_s_max = limits.PEER_PAUSE_FIRST_S, limits.PEER_PAUSE_MAX_S
         timeout_s = limits.PEER_HANDSHAKE_TIMEOUT_S
         if region != self._region:
-            pause_s_max, timeout_s = limits.REGION_PAUSE_MAX_S, limits.REGION_DIAL_TIMEOUT_S
+            pause_s_max, timeout_s = (
+                claim_limits.REGION_PAUSE_MAX_S,
+                claim_limits.REGION_DIAL_TIMEOUT_S,
+            )
         while True:
             try:
                 link = await connect(address, timeout_s)

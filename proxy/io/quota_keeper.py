@@ -20,7 +20,7 @@ from collections.abc import Set as AbstractSet
 from typing import Final
 
 from proxy.config import ProxyConfig
-from proxy.core import limits, peer_wire, quota
+from proxy.core import claim_limits, peer_wire, quota
 from proxy.core.admission import NANO
 from proxy.core.quota import Row
 from proxy.core.quota_sums import LIVES_MAX, Elsewhere, Sums, read_telling, write_tellings
@@ -240,7 +240,9 @@ class QuotaKeeper:
     def samples(self) -> list[Sample]:
         """Return gauges: what counts for each limited tenant, wherever it was used."""
         out = []
-        for name, row in itertools.islice(self._memory.rows().items(), limits.TENANT_SERIES_MAX):
+        for name, row in itertools.islice(
+            self._memory.rows().items(), claim_limits.TENANT_SERIES_MAX
+        ):
             by = (("tenant", name),)
             cost = row.of_day(quota.DAY_COST, self._today) / NANO
             out += [

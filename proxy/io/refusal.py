@@ -138,7 +138,7 @@ class Refusal(Choice):
         away = self._remotes_shown(remotes) if remotes else ""
         if not replicas:
             if away:
-                return f"nothing of it runs in this region{away}"
+                return f"nothing that may take the request runs in this region{away}"
             if self.fleet_known:
                 return "the replica list is empty; start replicas or pass --worker-urls"
             return "the fleet is not known yet; the manager has not answered"

@@ -118,7 +118,8 @@ class Regions:
     def link(self, link: PeerLink) -> None:
         """A proxy of another region has shown who it is."""
         self._links[link.peer_id] = _Linked(link, self._now_s())
-        self._send(link)
+        if frame := self._frame():
+            _send(link, frame)
         link.beat()
 
     def unlink(self, link: PeerLink) -> None:
@@ -164,36 +165,36 @@ class Regions:
         for linked in list(self._links.values()):
             if now_s - linked.link.heard_s > GIVEN_UP_S:
                 linked.link.fail("it is silent")
-                continue
-            self._send(linked.link)
-            linked.link.beat()
+            else:
+                linked.link.beat()
+        self.say_now()
         if self._remotes:
             self.tell_workers()
 
     def say_now(self) -> None:
-        """Something has changed that others must know at once."""
-        for linked in self._links.values():
-            self._send(linked.link)
+        """Tell all others what there is here."""
+        if self._links and (frame := self._frame()):
+            for linked in self._links.values():
+                _send(linked.link, frame)
 
     def tell_workers(self) -> None:
         self._tell(control.RemotesAre(self.states(), self._ours))
 
-    def _send(self, link: PeerLink) -> None:
-        if link.waiting_bytes > SUMMARY_BYTES_MAX:
-            return  # a path that is behind gets the next one
+    def _frame(self) -> bytes:
+        """Return what to tell; nothing, where nobody would serve: to be silent is to be left."""
         models = self._summary()
         if models is None and not self.draining:
-            return  # to be silent is to be left
+            return b""
         self._sequence += 1
-        summary = RegionSummary(
-            region=self._region,
-            sequence=self._sequence,
-            draining=self.draining,
-            models=dict(models or {}),
-        )
-        octets = encode_summary(summary)
-        if len(octets) < SUMMARY_BYTES_MAX:
-            link.send(peer_wire.write_message(peer_wire.SUMMARY, octets))
+        told = dict(models or {})
+        while True:
+            summary = RegionSummary(
+                region=self._region, sequence=self._sequence, draining=self.draining, models=told
+            )
+            octets = encode_summary(summary)
+            if len(octets) < SUMMARY_BYTES_MAX:
+                return peer_wire.write_message(peer_wire.SUMMARY, octets)
+            told = dict(list(told.items())[: len(told) // 2])  # thousands of the longest names
 
     # --- what is known -----------------------------------------------------------------------
 
@@ -253,3 +254,8 @@ class Regions:
                 out.append(Sample("remote_summary_age_seconds", by, now_s - state.at_s))
                 out.append(Sample("remote_draining", by, float(state.summary.draining)))
         return out
+
+
+def _send(link: PeerLink, frame: bytes) -> None:
+    if link.waiting_bytes <= SUMMARY_BYTES_MAX:  # a path that is behind gets the next one
+        link.send(frame)

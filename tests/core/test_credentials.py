@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy import errors
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.credentials import read_credential, without_keys
 from proxy.core.http1 import parse_request_head
 
@@ -17,7 +17,7 @@ def credential(*fields: bytes, target: bytes = b"/v1/models") -> tuple[bytes, st
     return read_credential(parse_request_head(b"\r\n".join((line, b"Host: a", *fields))))
 
 
-LARGEST = b"k" * limits.CREDENTIAL_BYTES_MAX
+LARGEST = b"k" * claim_limits.CREDENTIAL_BYTES_MAX
 
 
 @pytest.mark.parametrize(

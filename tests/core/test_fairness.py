@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.classes import OFFLINE, ONLINE
 from proxy.core.fairness import Account, Shares
 from proxy.core.share_cells import ROWS, ShareCells, bury, name_of, share_table_bytes
 
-_Q = limits.SHARE_QUANTUM_TOKENS
+_Q = claim_limits.SHARE_QUANTUM_TOKENS
 
 
 def _served(shares: Shares, account: Account, tokens: float) -> None:
@@ -105,7 +105,7 @@ def test_one_who_comes_now_and_then_puts_a_flood_over_its_share_for_a_while() ->
     shares.refresh(1.0)
     assert shares.level(flood) >= 1
     shares.account(ONLINE, "flood", 1.0, 8.0)
-    shares.refresh(1.1 + limits.SHARE_RECENT_S)
+    shares.refresh(1.1 + claim_limits.SHARE_RECENT_S)
     assert shares.level(flood) == 0
 
 
@@ -125,9 +125,9 @@ def test_the_table_of_accounts_is_bounded_and_nobody_who_has_something_is_forgot
     waits, runs = (shares.account(ONLINE, name, 1.0, 0.0) for name in ("waits", "runs"))
     shares.begins_to_wait(waits)
     charged = shares.dispatched(runs, 10)
-    for number in range(2 * limits.ACCOUNTS_MAX):
+    for number in range(2 * claim_limits.ACCOUNTS_MAX):
         shares.account(ONLINE, f"t{number}", 1.0, float(number))
-    assert len(shares) <= limits.ACCOUNTS_MAX
+    assert len(shares) <= claim_limits.ACCOUNTS_MAX
     assert shares.account(ONLINE, "waits", 1.0, 1e6) is waits
     assert shares.account(ONLINE, "runs", 1.0, 1e6) is runs
     shares.over(runs, charged, 10.0)
@@ -214,7 +214,7 @@ def test_cells_that_were_idle_for_long_become_anothers_and_the_old_owner_sees_it
         for name in (f"t{number}" for number in range(40_000))
         if 0 <= name_of(ONLINE, name) % ROWS - name_of(ONLINE, "old") % ROWS < 1
     ][:17]
-    taken = [shares.account(ONLINE, name, 1.0, 2.0 * limits.SHARE_IDLE_S) for name in rivals]
+    taken = [shares.account(ONLINE, name, 1.0, 2.0 * claim_limits.SHARE_IDLE_S) for name in rivals]
     rows = [account.row for account in taken if account.row >= 0]
     assert len(set(rows)) == len(rows) == 16
     assert old.row in rows
@@ -233,3 +233,26 @@ def test_names_tell_their_class_and_no_two_tenants_have_the_same() -> None:
     assert len(set(names)) == len(names)
     assert all(0 < name < 2**64 for name in names)
     assert [name & 3 for name in names[:3]] == [0, 1, 2]
+
+
+def test_a_burst_of_one_below_his_share_goes_at_once_and_is_paid_back() -> None:
+    shares = Shares()
+    shares.know_speed(50_000.0)
+    flood = shares.account(ONLINE, "flood", 1.0, 0.0)
+    guest = shares.account(ONLINE, "guest", 2.0, 0.0)
+    shares.begins_to_wait(flood)
+    for _ in range(100):
+        _served(shares, flood, 10_000)
+    shares.begins_to_wait(guest)
+    given = 0
+    while _next(shares, [flood, guest]) is guest:
+        _served(shares, guest, 4_000)
+        given += 4_000
+    in_hand = 50_000.0 * claim_limits.SHARE_CREDIT_S
+    assert in_hand - 3 * _Q <= given <= in_hand + 3 * _Q
+    served = {"flood": 0, "guest": 0}
+    for _ in range(300):
+        account = _next(shares, [flood, guest])
+        _served(shares, account, 4_000)
+        served[account.tenant] += 4_000
+    assert abs(served["guest"] / served["flood"] - 2.0) < 0.1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.classes import OFFLINE, ONLINE, SEMI_ONLINE, YIELD_S
 from proxy.core.fairness import Account, Shares
 from proxy.core.fleet import Pool
@@ -34,7 +34,7 @@ def made(
 def test_the_earliest_deadline_is_first_and_none_said_is_a_deadline_too() -> None:
     soon, later, none = made(deadline_s=0.5), made(deadline_s=4.0), made()
     assert sorted((later, none, soon), key=rank_s) == [soon, none, later]
-    assert rank_s(made(deadline_s=limits.OBJECTIVE_S)) == rank_s(none)
+    assert rank_s(made(deadline_s=claim_limits.OBJECTIVE_S)) == rank_s(none)
 
 
 def test_no_deadline_makes_a_request_one_of_another_class() -> None:
@@ -73,7 +73,7 @@ def test_in_a_line_the_class_decides_then_the_share_then_the_rank() -> None:
         shares.begins_to_wait(accounts[work_class, name])
         line.enter(one)
     greedy = accounts[ONLINE, "a"]
-    shares.over(greedy, shares.dispatched(greedy, 0), 5 * limits.SHARE_QUANTUM_TOKENS)
+    shares.over(greedy, shares.dispatched(greedy, 0), 5 * claim_limits.SHARE_QUANTUM_TOKENS)
     shares.refresh(1.0)
     order = Order(shares, 1.0)
     expected = [entries[key] for key in ((ONLINE, "b"), (ONLINE, "a"), (OFFLINE, "a"))]
@@ -176,7 +176,7 @@ def test_one_who_is_ahead_of_another_finds_a_replica_open_later() -> None:
     one = world.hold(made(1, tokens=600), flood)
     shares.account(ONLINE, "guest", 1.0, 0.0)
     assert world.take(0.0) is None
-    assert world.holding.runway_s_min == limits.RUNWAY_OVER_S
+    assert world.holding.runway_s_min == claim_limits.RUNWAY_OVER_S
     found = world.take(0.18)
     assert found is not None
     assert found[0] is one

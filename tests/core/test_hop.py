@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.hop import (
     Claims,
     HopError,
@@ -116,7 +116,7 @@ def test_claims_of_one_who_has_the_key_are_read_totally(octets: bytes) -> None:
 
 def test_one_that_is_too_long_is_not_even_decoded() -> None:
     with pytest.raises(HopError, match="form"):
-        read_hop(b"v1;" + b"A" * limits.HOP_BYTES_MAX + b";A", "secret", *POST)
+        read_hop(b"v1;" + b"A" * claim_limits.HOP_BYTES_MAX + b";A", "secret", *POST)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_one_that_is_too_long_is_not_even_decoded() -> None:
         ({"proxy_id": b""}, "moved"),
         ({"request_id": b"other"}, "altered"),
         ({"request_id": None}, "altered"),
-        ({"unix_s": NOW_S + limits.HOP_SKEW_S + 1}, "expired"),
-        ({"unix_s": NOW_S - limits.HOP_SKEW_S - 1}, "expired"),
+        ({"unix_s": NOW_S + claim_limits.HOP_SKEW_S + 1}, "expired"),
+        ({"unix_s": NOW_S - claim_limits.HOP_SKEW_S - 1}, "expired"),
     ],
 )
 def test_it_is_for_one_proxy_one_request_and_now(here: dict[str, object], kind: str) -> None:
@@ -204,7 +204,7 @@ def test_it_is_remembered_for_as_long_as_its_signature_holds() -> None:
     for step in range(200):
         signed_s = NOW_S + step
         assert one.use(number(step), signed_s)
-        for before in range(max(0, step - 2 * int(limits.HOP_SKEW_S)), step + 1):
+        for before in range(max(0, step - 2 * int(claim_limits.HOP_SKEW_S)), step + 1):
             for worker in (one, two):
                 assert not worker.use(number(before), NOW_S + before)
 
@@ -214,7 +214,7 @@ def test_a_full_place_refuses_and_is_free_again_when_its_time_is_over() -> None:
     numbers = [number.to_bytes(CELL_BYTES, "little") + b"\0" * CELL_BYTES for number in range(99)]
     taken = [one.use(number, NOW_S) for number in numbers[1::2]]
     assert taken == [True] * (ENTRIES - 1) + [False] * (len(taken) - ENTRIES + 1)
-    later_s = NOW_S + 3 * 2 * limits.HOP_SKEW_S  # the same place in the memory
+    later_s = NOW_S + 3 * 2 * claim_limits.HOP_SKEW_S  # the same place in the memory
     assert [one.use(number, later_s) for number in numbers[1:9:2]] == [True] * 4
 
 

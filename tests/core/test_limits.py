@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 
 _SOURCE = Path(__file__).parents[2].joinpath("proxy/core/limits.py").read_text(encoding="utf-8")
 _UNITS = (
@@ -18,7 +18,8 @@ _UNITS = (
 
 
 def _numbers() -> dict[str, float]:
-    return {name: value for name, value in vars(limits).items() if name.isupper()}
+    named = vars(limits) | vars(claim_limits)
+    return {name: value for name, value in named.items() if name.isupper()}
 
 
 def test_every_bound_is_a_positive_number_with_its_unit() -> None:

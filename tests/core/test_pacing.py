@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.fleet import Pool
 from proxy.core.lease import Lease
 from proxy.core.pacing import Pacing
@@ -101,6 +101,6 @@ def test_one_that_wants_its_tokens_soon_goes_where_it_will_have_them() -> None:
     # Nobody is kept from anything: where all are slow, one of them takes it, and says by how much.
     name, late_s = _chosen(0.005, replicas, picture)
     assert name == "b"
-    assert late_s == pytest.approx(0.006 * limits.OUTPUT_TOKENS_DEFAULT, rel=0.05)
+    assert late_s == pytest.approx(0.006 * claim_limits.OUTPUT_TOKENS_DEFAULT, rel=0.05)
     _busy(picture, slots["b"], 60)
     assert _chosen(0.005, replicas, picture)[0] == "a"

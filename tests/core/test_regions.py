@@ -9,7 +9,7 @@ import pytest
 
 from proxy.contract import PoolRecord
 from proxy.contract.regions import SUMMARY_AGE_S_MAX, ModelSummary
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.opening import Opening, is_open
 from proxy.core.outlook import Outlook, returning_max
 from proxy.core.policy import POLICIES, Request, terms
@@ -38,13 +38,13 @@ def test_slow_streams_here_send_nobody_where_nothing_is_known_of_them() -> None:
     quick.tpot_s = 0.001
     at_home = bench.choose(quick)
     assert at_home is not None
-    assert terms(at_home, quick, bench.picture, NOW_S).pace_s > limits.REGION_SLACK_S
+    assert terms(at_home, quick, bench.picture, NOW_S).pace_s > claim_limits.REGION_SLACK_S
     assert not at_home.replica.remote
 
 
 def test_it_leaves_when_waiting_here_costs_more_than_the_way() -> None:
     bench = Bench(HOME, [state("us#0"), state("ap#0", round_trip_s=0.16)])
-    bench.load(int(30_000 * 0.8 * (0.08 + limits.REGION_SLACK_S)))
+    bench.load(int(30_000 * 0.8 * (0.08 + claim_limits.REGION_SLACK_S)))
     decision = bench.choose(asked())
     assert decision is not None
     assert not decision.replica.remote
@@ -156,7 +156,7 @@ def test_one_that_cannot_be_reached_is_left_for_longer_each_time() -> None:
     assert pauses_s == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
     outlook.answered()
     outlook.suspect(now_s)
-    assert not outlook.why_not(now_s + limits.REGION_PAUSE_S)
+    assert not outlook.why_not(now_s + claim_limits.REGION_PAUSE_S)
     outlook.suspect(now_s + 1.0)
     outlook.know(state("us#0", linked=False), FREE)
     outlook.know(state("us#0", at_s=now_s + 1.0), FREE)
@@ -176,7 +176,7 @@ def test_many_that_are_lost_at_once_are_one_reason_to_pause() -> None:
         bench.picture.release(lease, NOW_S, served=False, refused=True)
     outlook = bench.picture.outlooks.of[bench.picture.slots["us#0/m"]]
     assert outlook.why_not(NOW_S)
-    later_s = NOW_S + limits.REGION_PAUSE_S + 0.1
+    later_s = NOW_S + claim_limits.REGION_PAUSE_S + 0.1
     bench.hear(state("us#0", at_s=later_s))
     assert not outlook.why_not(later_s)
     decision = bench.choose(asked(), later_s)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy import errors
-from proxy.core import limits, scan
+from proxy.core import claim_limits, limits, scan
 from proxy.core.scan import Scanned, scan_body
 
 _OURS = (
@@ -112,7 +112,7 @@ def _count(value: Any) -> int:
         value = int(digits) if len(digits) < 100 else math.copysign(math.inf, float(digits[:2]))
     if not isinstance(value, float | int) or isinstance(value, bool):
         return 0
-    return max(0, int(min(value, limits.OUTPUT_TOKENS_MAX)))
+    return max(0, int(min(value, claim_limits.OUTPUT_TOKENS_MAX)))
 
 
 def _check(body: bytes) -> Scanned | None:
@@ -134,7 +134,7 @@ def _check(body: bytes) -> Scanned | None:
         expected = given_value if isinstance(given_value, str) else None
         assert getattr(scanned, name) == expected
     most = max(_count(value.get(name)) for name in _COUNTS) * max(1, _count(value.get("n")))
-    assert scanned.output_tokens == min(most, limits.OUTPUT_TOKENS_MAX)
+    assert scanned.output_tokens == min(most, claim_limits.OUTPUT_TOKENS_MAX)
     for name, place in _PARTS.items():
         octets = scanned.part(place)
         assert bool(octets) is (name in value)
@@ -268,8 +268,8 @@ def test_messages_of_the_usual_form_are_read_from_the_end(inner: bytes, count: i
         (b'"max_tokens":-7', 0),
         (b'"max_tokens":"7"', 0),
         (b'"max_tokens":true', 0),
-        (b'"max_tokens":1e300', limits.OUTPUT_TOKENS_MAX),
-        (b'"max_tokens":999999999,"n":999999999', limits.OUTPUT_TOKENS_MAX),
+        (b'"max_tokens":1e300', claim_limits.OUTPUT_TOKENS_MAX),
+        (b'"max_tokens":999999999,"n":999999999', claim_limits.OUTPUT_TOKENS_MAX),
         (b'"x":{"max_tokens":7}', 0),
         (b'"max_tokens":7,"max_tokens":2', 2),
     ],

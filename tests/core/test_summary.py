@@ -5,8 +5,14 @@ from __future__ import annotations
 import pytest
 
 from proxy.contract import FleetSnapshot, PoolRecord, ReplicaState
-from proxy.contract.regions import ModelSummary
-from proxy.core import limits
+from proxy.contract.regions import (
+    NAME_CHARS_MAX,
+    ModelSummary,
+    RegionSummary,
+    decode_summary,
+    encode_summary,
+)
+from proxy.core import claim_limits, limits
 from proxy.core.fleet import (
     Fleet,
     RemotesReceived,
@@ -96,8 +102,18 @@ def test_what_only_other_regions_have_is_theirs_to_tell() -> None:
     assert list(summarise(fleet, picture, {}, 0.0)) == ["m"]
 
 
+def test_a_name_that_cannot_be_told_does_not_silence_the_others() -> None:
+    replica = record("a", "m", "n" * (NAME_CHARS_MAX + 1))
+    snapshot = FleetSnapshot(epoch="e", version=1, replicas=(replica,))
+    fleet = apply(empty_fleet(), SnapshotReceived(snapshot))
+    picture = Picture()
+    picture.know(fleet.replicas.values())
+    summary = RegionSummary(region="eu", sequence=1, models=summarise(fleet, picture, {}, 0.0))
+    assert list(decode_summary(encode_summary(summary)).models) == ["m"]
+
+
 def test_only_so_many_models_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "SUMMARY_MODELS_MAX", 3)
+    monkeypatch.setattr(claim_limits, "SUMMARY_MODELS_MAX", 3)
     replica = record("a", *(f"m{number}" for number in range(9)))
     fleet = apply(
         empty_fleet(), SnapshotReceived(FleetSnapshot(epoch="e", version=1, replicas=(replica,)))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.chunked import ChunkedDecoder, decode_followed
 from proxy.core.head import read_answer_head
 from proxy.core.tier_echo import StreamEcho, WholeEcho, echo_for, told
@@ -169,7 +169,7 @@ def test_a_line_that_is_too_long_passes_and_the_next_is_read_again() -> None:
         passed = echo.feed(piece)
         out += passed
         held = 0 if passed else held + len(piece)
-        assert held <= limits.TIER_HELD_BYTES_MAX
+        assert held <= claim_limits.TIER_HELD_BYTES_MAX
     assert out == b"".join(long)
     assert b"flex" in echo.feed(b'data: {"object":"response"}\n')
     assert echo.end() == b""

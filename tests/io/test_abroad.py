@@ -11,7 +11,7 @@ import pytest
 
 from proxy.contract import PoolRecord
 from proxy.contract.regions import ModelSummary, RegionSummary, RemoteState
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.policy import Decision, Request
 from proxy.io.explain import explain
 from proxy.io.tally import demand_of, summary_of
@@ -106,7 +106,7 @@ async def test_one_that_cannot_be_reached_is_left_and_the_request_served_here(be
     await bench.begun()
     assert "us#0" not in bench.upstreams.dialled[dialled:]
     bench.upstreams.refusing.clear()
-    bench.clock.advance(limits.REGION_PAUSE_S + 0.1)
+    bench.clock.advance(claim_limits.REGION_PAUSE_S + 0.1)
     told(bench)
     client, engine = await bench.begun()
     assert engine.replica_id == "us#0"
@@ -237,6 +237,22 @@ async def test_what_may_not_be_computed_here_goes_where_it_may(bench: Bench) -> 
     assert client.answer().status == 200
 
 
+async def test_what_may_not_be_computed_here_waits_for_room_where_it_may(bench: Bench) -> None:
+    bound(bench, "us")
+    told(bench, said=ModelSummary(awake=2, free=0, queued=3), linked=False)
+    client = bench.client()
+    client.send(chat_request())
+    await bench.settle()
+    got = client.answer()
+    assert got.status == 503
+    assert "us: not linked" in json.loads(got.body)["error"]["message"]
+    told(bench, said=ModelSummary(awake=0, wakes=True, start_s=9.0))
+    client, engine = await bench.begun()
+    assert engine.replica_id == "us#0"  # where it wakes somebody, and waits for him
+    engine.send(answer())
+    assert client.answer().status == 200
+
+
 async def test_where_it_may_not_be_computed_at_all_it_is_told_where_it_may(bench: Bench) -> None:
     bound(bench, "ap", "sa")
     client = bench.client()
@@ -310,7 +326,7 @@ async def test_the_explanation_has_other_regions_with_every_term(bench: Bench) -
     assert away["may_take"]
     terms = ("wait_s", "prefill_s", "recompute_s", "extra_s", "round_trip_s")
     assert away["price_s"] == pytest.approx(sum(away[term] for term in terms), abs=1e-5)
-    assert away["round_trip_s"] == pytest.approx(0.01 + limits.REGION_SLACK_S)
+    assert away["round_trip_s"] == pytest.approx(0.01 + claim_limits.REGION_SLACK_S)
     await busy(bench)
     decision = shown(bench)["decision"]
     assert (decision["replica"], decision["reason"]) == ("us#0/m", "region")

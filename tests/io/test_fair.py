@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from proxy.config_access import AccessConfig, ClassesConfig, TenantConfig
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.core.principal import Principal
 from tests.fakes.plane import CHAT_BODY, Bench, Client, answer, chat_request, records
 
@@ -140,7 +140,7 @@ async def test_shares_are_put_right_by_what_the_engine_counted(make_bench: MakeB
     client.send(chat_request())
     await bench.settle()
     (account,) = bench.plane.waiting.shares.accounts
-    assert account.counter > limits.OUTPUT_TOKENS_DEFAULT / 2.0
+    assert account.counter > claim_limits.OUTPUT_TOKENS_DEFAULT / 2.0
     bench.upstreams.engines[-1].send(
         answer(b'{"usage":{"prompt_tokens":30,"completion_tokens":10,"total_tokens":40}}')
     )

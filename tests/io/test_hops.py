@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.classes import SEMI_ONLINE
 from proxy.core.policy import Request
+from proxy.core.preamble import read_preamble
+from proxy.errors import HopRefusedError
 from proxy.io import regions as regions_module
 from proxy.io.access_log import AccessLog
 from tests.fakes.certificates import Authority
@@ -26,7 +28,7 @@ KEY = "the key of all regions"
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "PEER_PAUSE_FIRST_S", 0.005)
-    monkeypatch.setattr(limits, "REGION_PAUSE_MAX_S", 0.02)
+    monkeypatch.setattr(claim_limits, "REGION_PAUSE_MAX_S", 0.02)
     monkeypatch.setattr(regions_module, "SUMMARY_INTERVAL_S", 0.02)
 
 
@@ -85,7 +87,7 @@ async def test_two_regions_that_both_have_nothing_do_not_send_in_circles() -> No
     async with joined(eu, us):
         answered = await ask(eu.port, chat_request())
         assert answered.status in (502, 503)
-        assert sum(us.plane.hops.arrived.values()) <= limits.HOPS_TRIED_MAX
+        assert sum(us.plane.hops.arrived.values()) <= claim_limits.HOPS_TRIED_MAX
         assert not eu.plane.hops.arrived
 
 
@@ -178,6 +180,22 @@ async def test_no_hop_is_taken_where_no_region_is_known_or_on_other_paths() -> N
             answered = await ask(alone.port, octets, method)
             assert (answered.status, b'"hop_refused"' in answered.body) == (403, True), octets
         assert not engine.requests
+
+
+async def test_without_a_key_hops_are_taken_from_this_machine_only() -> None:
+    async with ScriptedEngine() as engine:
+        us, eu = InRegion("us", [engine.record("a")]), InRegion("eu")
+        async with joined(eu, us), Wire(us.port) as wire:
+            eu.link([("us", wire.port, us.peer_port)])
+            await until(lambda: bool(eu.urls == [f"http://127.0.0.1:{wire.port}"] and eu.linked))
+            assert (await ask(eu.port, chat_request())).status == 200
+            sent = next(octets for octets in wire.carried if b"x-doherty-hop" in octets)
+            preamble = read_preamble(sent.partition(b"\r\n\r\n")[0])
+            for peer in ("192.0.2.7", "2001:db8::1", "", "nobody"):
+                with pytest.raises(HopRefusedError, match="this machine"):
+                    us.plane.hops.arrive(preamble, peer)
+            with pytest.raises(HopRefusedError, match="taken before"):
+                us.plane.hops.arrive(preamble, "::1")
 
 
 # --- a region that is lost -----------------------------------------------------------------------

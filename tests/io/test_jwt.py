@@ -13,7 +13,7 @@ import pytest
 
 from proxy.config import AccessConfig, JwtConfig, ProxyConfig, TenantConfig
 from proxy.contract.keys import KeySet
-from proxy.core import limits
+from proxy.core import claim_limits
 from proxy.io.authentication import ASK_INTERVAL_S, PATIENCE_S
 from proxy.io.jwt_keys import JwtKeys
 from proxy.io.jwt_tokens import Jwks
@@ -85,7 +85,7 @@ async def test_a_token_is_verified_once(
 async def test_what_is_remembered_has_a_bound(
     make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "TOKENS_REMEMBERED_MAX", 3)
+    monkeypatch.setattr(claim_limits, "TOKENS_REMEMBERED_MAX", 3)
     bench = bench_with(make_bench)
     for number in range(8):
         content = provider.claims(ISSUER, exp=bench.clock.unix_s() + 600, jti=str(number))
@@ -230,7 +230,7 @@ async def test_a_provider_that_is_not_what_it_should_be(
         elif kind == "redirect":
             idp.status = 302
         elif kind == "size":
-            idp.document = b" " * (limits.JWKS_BYTES_MAX + 1)
+            idp.document = b" " * (claim_limits.JWKS_BYTES_MAX + 1)
         elif kind == "uri":
             idp.uri = "http://evil.example/keys"
         else:

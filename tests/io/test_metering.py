@@ -246,7 +246,7 @@ async def test_series_of_tenants_are_bounded(
     limited: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = limited()
-    monkeypatch.setattr("proxy.core.limits.TENANT_SERIES_MAX", 1)
+    monkeypatch.setattr("proxy.core.claim_limits.TENANT_SERIES_MAX", 1)
     for key in (KEY, OTHER, OTHER):
         _, engine = await bench.begun(chat_request(body(), (bearer(key),)))
         engine.send(answer(used(1, 1)))

@@ -17,7 +17,7 @@ from proxy.contract.regions import (
     RemoteState,
     encode_summary,
 )
-from proxy.core import limits, peer_wire
+from proxy.core import claim_limits, limits, peer_wire
 from proxy.io import control, regions
 from proxy.io.hub import Hub
 from proxy.io.peers import Peers
@@ -32,8 +32,8 @@ from tests.io.test_peers import Cable
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "PEER_PAUSE_FIRST_S", 0.005)
-    monkeypatch.setattr(limits, "REGION_PAUSE_MAX_S", 0.02)
-    monkeypatch.setattr(limits, "REGION_DIAL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(claim_limits, "REGION_PAUSE_MAX_S", 0.02)
+    monkeypatch.setattr(claim_limits, "REGION_DIAL_TIMEOUT_S", 0.5)
     monkeypatch.setattr(regions, "SUMMARY_INTERVAL_S", 0.02)
     monkeypatch.setattr(regions, "SUMMARY_AGE_S_MAX", 0.15)
     monkeypatch.setattr(regions, "GIVEN_UP_S", 0.3)
@@ -121,6 +121,14 @@ async def test_two_who_name_each_other_share_one_link_and_tell_summaries() -> No
         assert [(s.name, s.value) for s in eu.regions.samples() if "linked" in s.name] == [
             ("remote_linked", 1.0)
         ]
+
+
+async def test_what_is_too_much_to_tell_is_told_in_part() -> None:
+    async with two() as (eu, us):
+        us.models = {f"{number:0128}": ModelSummary(start_s=1.5) for number in range(10_000)}
+        await until(lambda: bool(eu.linked) and len(eu.remotes[0].summary.models) > 1)  # type: ignore[union-attr]
+        assert eu.remotes[0].summary.models.items() <= us.models.items()  # type: ignore[union-attr]
+        assert not eu.failures("broken")
 
 
 async def test_notes_do_not_cross_and_whoever_sends_them_is_cut_off() -> None:

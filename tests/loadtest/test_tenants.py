@@ -13,7 +13,7 @@ from loadtest.tenants.stage import Setting, configuration, key_of
 from loadtest.tenants.traffic import Record, Sender, request_body
 
 PORTS = Ports(proxy=1, admin=2, manager=3)
-OPTIONS = fairness.Options(load=0.5, times=10.0, prompts=(900,), output_tokens=100)
+OPTIONS = fairness.Options(warm=5.0, load=0.5, times=10.0, prompts=(900,), output_tokens=100)
 
 
 def test_the_configuration_has_a_key_for_each_tenant_that_only_its_owner_can_read(
