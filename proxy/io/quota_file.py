@@ -36,7 +36,7 @@ def read_sums(path: str) -> DaySums:
             return msgspec.json.decode(file.read(), type=DaySums)
     except FileNotFoundError:
         return DaySums()
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         _log.error("quota_path: %s cannot be read, the day begins anew: %s", path, error)
         return DaySums()
 
