@@ -32,7 +32,7 @@ class Principals:
     """The table of one reading of keys and configuration. It is never changed."""
 
     __slots__ = (
-        "_refused", "_salt", "_table", "_tenants", "complete", "demanded", "named",
+        "_refused", "_salt", "_table", "_tenants", "complete", "demanded", "named", "own_key",
     )  # fmt: skip
 
     def __init__(
@@ -60,13 +60,18 @@ class Principals:
         self.complete = keys is not None or not awaited
         for record in keys.keys if keys is not None else ():
             self._add(record)
+        # The proxy's own key, for everything, to engines too. One that is a tenant's as well is his
+        # alone, and bound by what he may: `DOHERTY_API_KEY` is also what clients call their key.
+        self.own_key = api_key
+        if api_key is not None:
+            digest = sha256(api_key.encode()).digest()
+            if digest in self._table or digest in self._refused:
+                self.own_key = None
+            else:
+                self._table[digest] = (digest, ANYBODY)
         if internal_key is not None:
             digest = sha256(internal_key.encode()).digest()
             self._table[digest] = (digest, INTERNAL)
-        if api_key is not None:
-            digest = sha256(api_key.encode()).digest()
-            self._table[digest] = (digest, ANYBODY)
-            self._refused.pop(digest, None)
 
     def _add(self, record: KeyRecord) -> None:
         digest = bytes.fromhex(record.digest)

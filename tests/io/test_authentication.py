@@ -141,7 +141,7 @@ async def test_health_is_anybodys(make_bench: MakeBench, path: str) -> None:
     assert client.answer("GET").status == 200
 
 
-@pytest.mark.parametrize(("own", "sent"), [(None, []), ("master", ["Bearer master"])])
+@pytest.mark.parametrize(("own", "sent"), [(None, []), ("master", ["Bearer master"]), (KEY, [])])
 async def test_engines_see_no_tenants_key(
     make_bench: MakeBench, own: str | None, sent: list[str]
 ) -> None:
