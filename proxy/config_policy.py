@@ -15,7 +15,8 @@ import msgspec
 
 from proxy.config_access import AccessConfig, TenantConfig
 from proxy.config_models import WorkClass
-from proxy.contract.keys import KeyRecord
+from proxy.config_reading import ConfigError
+from proxy.contract.keys import KeyRecord, KeySet, holder_of
 
 WORK_CLASSES: tuple[WorkClass, ...] = get_args(WorkClass)
 
@@ -69,6 +70,19 @@ def is_limited(tenant: TenantConfig) -> bool:
         or tenant.tokens_per_day
         or tenant.budget_per_day is not None
     )
+
+
+def check_own_key(api_key: str | None, keys: KeySet) -> None:
+    """Refuse a tenant's key as the proxy's own: engines would see it. Raises `ConfigError`.
+
+    It happens where one shell has a client's key in the variable that the proxy reads, too.
+    """
+    holder = holder_of(keys, api_key) if api_key is not None else None
+    if holder is not None:
+        raise ConfigError(
+            f"api_key is key {holder.key_id} of tenant {holder.tenant}, and the proxy's own is for "
+            "those who are no tenant: start it without --api-key and DOHERTY_API_KEY"
+        )
 
 
 def flaws_of(keys: Iterable[KeyRecord], access: AccessConfig) -> list[str]:

@@ -32,7 +32,7 @@ class Principals:
     """The table of one reading of keys and configuration. It is never changed."""
 
     __slots__ = (
-        "_refused", "_salt", "_table", "_tenants", "complete", "demanded", "named",
+        "_refused", "_salt", "_table", "_tenants", "complete", "demanded", "named", "own_key",
     )  # fmt: skip
 
     def __init__(
@@ -60,13 +60,15 @@ class Principals:
         self.complete = keys is not None or not awaited
         for record in keys.keys if keys is not None else ():
             self._add(record)
+        # A client's key that was given to the proxy as well, as by a variable that both read, is
+        # still that client's: with its limits, refused once it is revoked, and for no engine.
+        own = sha256(api_key.encode()).digest() if api_key is not None else _NOBODY
+        self.own_key = None if own in self._table or own in self._refused else api_key
         if internal_key is not None:
             digest = sha256(internal_key.encode()).digest()
             self._table[digest] = (digest, INTERNAL)
-        if api_key is not None:
-            digest = sha256(api_key.encode()).digest()
-            self._table[digest] = (digest, ANYBODY)
-            self._refused.pop(digest, None)
+        if self.own_key is not None:
+            self._table[own] = (own, ANYBODY)
 
     def _add(self, record: KeyRecord) -> None:
         digest = bytes.fromhex(record.digest)

@@ -90,7 +90,8 @@ class Authentication:
         self.engine_credential: bytes | None = None
         if self.principals.named:
             own = b"authorization: Bearer %b\r\n"
-            self.engine_credential = b"" if api_key is None else own % api_key.encode()
+            key = self.principals.own_key
+            self.engine_credential = b"" if key is None else own % key.encode()
 
     def who_asks(self, preamble: Preamble) -> Principal:
         """Return who shows the credential of this head. Raises `ProxyError`."""

@@ -63,6 +63,13 @@ async def test_keys_and_nothing_else_open_the_door(make_bench: MakeBench) -> Non
     assert status(bench) == 401
 
 
+async def test_engines_get_the_proxys_own_key_but_no_clients(make_bench: MakeBench) -> None:
+    own = keyed(make_bench, api_key="ours").plane.authentication
+    assert own.engine_credential == b"authorization: Bearer ours\r\n"
+    his = keyed(make_bench, api_key=KEY).plane.authentication
+    assert his.engine_credential == b""
+
+
 async def test_a_change_counts_for_equal_heads_and_on_kept_connections(
     make_bench: MakeBench,
 ) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from backends.keys.file import change
 from backends.settings import manager_config_of, plan_of
 from backends.up_plan import Plan, services
 from proxy.config import ConfigError
+from proxy.contract.keys import KeyRecord
 
 MODELS = "models: [{name: m, pools: [{engine: simulator, replicas: 1}]}]\n"
 SECRET = "DOHERTY_INTERNAL_KEY"
@@ -61,6 +64,24 @@ def test_it_says_how_the_first_key_is_made(tmp_path: Path) -> None:
     )
     change(str(keys), lambda nothing: nothing)
     assert made.without_keys is None
+
+
+def test_a_clients_key_is_not_taken_for_the_proxys_own(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    held = KeyRecord(key_id="id", tenant="acme", digest=sha256(b"his").hexdigest())
+    change(str(keys), lambda none: msgspec.structs.replace(none, keys=(held,)))
+    text = f"tenants: [{{name: acme}}]\nproxy: {{keys_path: {keys}}}\n"
+    with pytest.raises(ConfigError, match="api_key is key id of tenant acme"):
+        plan(tmp_path, text, DOHERTY_API_KEY="his")
+    assert plan(tmp_path, text, DOHERTY_API_KEY="ours").proxy.api_key == "ours"
+
+
+def test_a_key_file_that_cannot_be_used_is_told_before_anything_is_started(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    change(str(keys), lambda none: none)
+    keys.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        plan(tmp_path, f"tenants: [{{name: acme}}]\nproxy: {{keys_path: {keys}}}\n")
 
 
 def test_tenants_of_which_nobody_can_be_one_are_refused(tmp_path: Path) -> None:
