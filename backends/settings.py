@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -24,8 +23,6 @@ from proxy.config import (
     override,
     parse_config,
 )
-from proxy.config_policy import check_own_key
-from proxy.contract.key_file import KeyFileError, read_key_file
 from proxy.flags import environment_values
 
 S = TypeVar("S", ManagerConfig, OfflineConfig)
@@ -104,7 +101,6 @@ def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
         offline = msgspec.structs.replace(offline, port=0)
     if keyed(config, proxy, manager):
         _check_tenants(config, proxy, manager)
-        _check_keys(manager.keys_path or proxy.keys_path, proxy.api_key)
         if offline.enabled and proxy.internal_key is None:
             # Of this run alone: by it the proxy and the offline service know each other.
             flags["internal_key"] = secrets.token_urlsafe(32)
@@ -129,19 +125,6 @@ def _check_tenants(config: Config, proxy: ProxyConfig, manager: ManagerConfig) -
             "tenants: nobody can show that he is one of them; set proxy.keys_path and make keys "
             f"(doherty keys create --tenant {config.tenants[0].name}), or set jwt"
         )
-
-
-def _check_keys(path: str | None, api_key: str | None) -> None:
-    """Refuse before anything is started what proxy or manager would refuse. Raises `ConfigError`.
-
-    No file is no error: `doherty keys create` may come later.
-    """
-    if path is None or not os.path.exists(path):
-        return
-    try:
-        check_own_key(api_key, read_key_file(path))
-    except KeyFileError as error:
-        raise ConfigError(f"keys_path: {error}") from error
 
 
 def manager_settings(

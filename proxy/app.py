@@ -12,9 +12,7 @@ from datetime import UTC, datetime
 
 from proxy import dumps, flags, settings, tls
 from proxy.config import ConfigError, ProxyConfig
-from proxy.config_policy import check_own_key
 from proxy.contract.key_file import KeyFile, KeyFileError
-from proxy.contract.keys import KeySet
 from proxy.listeners import Listeners, StartError, arrange, given_by_systemd
 from proxy.logs import set_up_logging
 from proxy.sources import check_source
@@ -48,13 +46,12 @@ def serve(invocation: flags.Invocation, config: ProxyConfig) -> int:
 
 
 def check_keys(config: ProxyConfig) -> None:
-    """Refuse to start on keys that cannot be used. Raises `ConfigError`."""
+    """Refuse to start on keys that cannot be read. Raises `ConfigError`."""
     if config.keys_path is not None:
         try:
-            keys = KeyFile(config.keys_path).look()
+            KeyFile(config.keys_path).look()
         except KeyFileError as error:
             raise ConfigError(f"keys_path: {error}") from error
-        check_own_key(config.api_key, keys or KeySet())
 
 
 def _predecessor(invocation: flags.Invocation) -> Predecessor | None:

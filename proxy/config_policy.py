@@ -8,6 +8,7 @@ the proxy refuses it like one that it does not know.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable
 from typing import get_args
 
@@ -15,8 +16,7 @@ import msgspec
 
 from proxy.config_access import AccessConfig, TenantConfig
 from proxy.config_models import WorkClass
-from proxy.config_reading import ConfigError
-from proxy.contract.keys import KeyRecord, KeySet, holder_of
+from proxy.contract.keys import KeyRecord
 
 WORK_CLASSES: tuple[WorkClass, ...] = get_args(WorkClass)
 
@@ -72,19 +72,6 @@ def is_limited(tenant: TenantConfig) -> bool:
     )
 
 
-def check_own_key(api_key: str | None, keys: KeySet) -> None:
-    """Refuse a tenant's key as the proxy's own: engines would see it. Raises `ConfigError`.
-
-    It happens where one shell has a client's key in the variable that the proxy reads, too.
-    """
-    holder = holder_of(keys, api_key) if api_key is not None else None
-    if holder is not None:
-        raise ConfigError(
-            f"api_key is key {holder.key_id} of tenant {holder.tenant}, and the proxy's own is for "
-            "those who are no tenant: start it without --api-key and DOHERTY_API_KEY"
-        )
-
-
 def flaws_of(keys: Iterable[KeyRecord], access: AccessConfig) -> list[str]:
     """Say of each key that is still meant to work why it cannot, by its public id."""
     tenants = {tenant.name: tenant for tenant in access.tenants}
@@ -98,3 +85,18 @@ def flaws_of(keys: Iterable[KeyRecord], access: AccessConfig) -> list[str]:
         elif flaw := policy_of(tenant, key).flaw:
             found.append(f"key {key.key_id}: {flaw}")
     return found
+
+
+def shared_key(keys: Iterable[KeyRecord], api_key: str | None) -> str:
+    """Say whose key the proxy's own is as well, which then is no key for everything any more."""
+    if api_key is None:
+        return ""
+    digest = hashlib.sha256(api_key.encode()).hexdigest()
+    for key in keys:
+        if key.digest == digest:
+            return (
+                f"api_key (DOHERTY_API_KEY) is the key {key.key_id} of tenant {key.tenant} and "
+                "counts as that, so no key is for everything and engines get none; unset it, or "
+                "set another"
+            )
+    return ""

@@ -52,7 +52,7 @@ def parse_key_file(content: bytes, source: str) -> KeySet:
     try:
         msgspec.json.decode(content, type=_File)
         keys = decode_keys(content)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise KeyFileError(f"{source}: no file of keys: {error}") from error
     if len(keys.keys) > KEYS_MAX:
         raise KeyFileError(
@@ -71,7 +71,7 @@ def parse_key_file(content: bytes, source: str) -> KeySet:
 
 def _content(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise KeyFileError(f"{path}: it is no file")
@@ -86,6 +86,11 @@ def _content(path: str) -> bytes:
     if len(content) > KEYS_BYTES_MAX:
         raise KeyFileError(f"{path}: larger than {KEYS_BYTES_MAX} bytes")
     return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe is refused, not waited for: whoever watches a file has more to do (open(2))."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def no_keys_yet() -> KeySet:

@@ -47,12 +47,6 @@ class KeySet(msgspec.Struct, frozen=True, kw_only=True):
     keys: tuple[KeyRecord, ...] = ()
 
 
-def holder_of(keys: KeySet, secret: str) -> KeyRecord | None:
-    """Return the key that this is, whether it still works or not."""
-    digest = hashlib.sha256(secret.encode()).hexdigest()
-    return next((key for key in keys.keys if key.digest == digest), None)
-
-
 def follow_token(peer_key: str) -> str:
     """Return what shows whoever tells keys that somebody has the secret of all proxies."""
     return hmac.new(peer_key.encode(), b"doherty follow keys", hashlib.sha256).hexdigest()

@@ -60,15 +60,18 @@ class Principals:
         self.complete = keys is not None or not awaited
         for record in keys.keys if keys is not None else ():
             self._add(record)
-        # A client's key that was given to the proxy as well, as by a variable that both read, is
-        # still that client's: with its limits, refused once it is revoked, and for no engine.
-        own = sha256(api_key.encode()).digest() if api_key is not None else _NOBODY
-        self.own_key = None if own in self._table or own in self._refused else api_key
+        # The proxy's own key, for everything, to engines too. One that is a tenant's as well is his
+        # alone, and bound by what he may: `DOHERTY_API_KEY` is also what clients call their key.
+        self.own_key = api_key
+        if api_key is not None:
+            digest = sha256(api_key.encode()).digest()
+            if digest in self._table or digest in self._refused:
+                self.own_key = None
+            else:
+                self._table[digest] = (digest, ANYBODY)
         if internal_key is not None:
             digest = sha256(internal_key.encode()).digest()
             self._table[digest] = (digest, INTERNAL)
-        if self.own_key is not None:
-            self._table[own] = (own, ANYBODY)
 
     def _add(self, record: KeyRecord) -> None:
         digest = bytes.fromhex(record.digest)

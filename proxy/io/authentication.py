@@ -89,9 +89,8 @@ class Authentication:
         # The field that engines get in place of what clients show; None: they get that.
         self.engine_credential: bytes | None = None
         if self.principals.named:
-            own = b"authorization: Bearer %b\r\n"
-            key = self.principals.own_key
-            self.engine_credential = b"" if key is None else own % key.encode()
+            own, field = self.principals.own_key, b"authorization: Bearer %b\r\n"
+            self.engine_credential = b"" if own is None else field % own.encode()
 
     def who_asks(self, preamble: Preamble) -> Principal:
         """Return who shows the credential of this head. Raises `ProxyError`."""
