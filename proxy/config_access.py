@@ -7,6 +7,7 @@ in all is said here, and a key can only be allowed less.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -171,9 +172,9 @@ def check_claims(
     models: Sequence[ModelConfig],
 ) -> None:
     """Refuse tenants, regions and models that contradict each other."""
-    names = [tenant.name for tenant in tenants]
-    for name in names:
-        if names.count(name) > 1:
+    names = Counter(tenant.name for tenant in tenants)
+    for name, count in names.most_common(1):
+        if count > 1:
             raise ValueError(f"tenant '{name}' is defined twice")
     for remote in remote_regions:
         if remote.region == region:
