@@ -77,7 +77,8 @@ def flaws_of(keys: Iterable[KeyRecord], access: AccessConfig) -> list[str]:
     tenants = {tenant.name: tenant for tenant in access.tenants}
     found = []
     for key in keys:
-        if key.revoked_at:
+        narrows = key.models or key.classes or key.regions  # else it may what its tenant may
+        if key.revoked_at or (key.tenant in tenants and not narrows):
             continue
         tenant = tenants.get(key.tenant)
         if tenant is None:

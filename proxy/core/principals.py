@@ -32,7 +32,8 @@ class Principals:
     """The table of one reading of keys and configuration. It is never changed."""
 
     __slots__ = (
-        "_refused", "_salt", "_table", "_tenants", "complete", "demanded", "named", "own_key",
+        "_policies", "_refused", "_salt", "_table", "_tenants", "complete", "demanded", "named",
+        "own_key",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +54,7 @@ class Principals:
         self._salt = (keys.salt if keys is not None else secret).encode()
         self._table: dict[bytes, tuple[bytes, Principal]] = {}
         self._refused: dict[bytes, str] = {}
+        self._policies: dict[tuple[object, ...], tuple[KeyPolicy, int]] = {}
         # Whether requests are somebody's in particular: then engines see no key, and nobody hears
         # of models that are not his.
         self.named = keys is not None or awaited or access.jwt is not None or bool(access.tenants)
@@ -60,6 +62,7 @@ class Principals:
         self.complete = keys is not None or not awaited
         for record in keys.keys if keys is not None else ():
             self._add(record)
+        self._policies.clear()  # they were of use while all keys were read
         # The proxy's own key, for everything, to engines too. One that is a tenant's as well is his
         # alone, and bound by what he may: `DOHERTY_API_KEY` is also what clients call their key.
         self.own_key = api_key
@@ -82,23 +85,32 @@ class Principals:
         if tenant is None:
             self._refused[digest] = "the API key is of a tenant that is not configured here"
             return
-        policy = policy_of(tenant, record)
+        policy, bits = self._policy_of(tenant, record)
         if policy.flaw:
             self._refused[digest] = "the API key may not be used for anything"
             return
-        principal = self._principal(tenant, policy, record.key_id, tenant.name)
+        principal = self._principal(tenant, policy, bits, record.key_id, tenant.name)
         principal.expires_s = record.expires_at
         self._table[digest] = (digest, principal)
 
+    def _policy_of(self, tenant: TenantConfig, key: KeyRecord) -> tuple[KeyPolicy, int]:
+        """Return the policy, and its classes as bits. Most keys of a tenant have the same."""
+        same = (tenant.name, key.models, key.classes, key.regions)
+        found = self._policies.get(same)
+        if found is None:
+            policy = policy_of(tenant, key)
+            found = self._policies[same] = (policy, class_bits(policy.classes))
+        return found
+
     def _principal(
-        self, tenant: TenantConfig, policy: KeyPolicy, key_id: str, owner: str
+        self, tenant: TenantConfig, policy: KeyPolicy, bits: int, key_id: str, owner: str
     ) -> Principal:
         who = Principal(tenant.name, key_id)
         who.owner = owner
         who.weight = tenant.weight
         if tenant.work_class is not None:
             who.default_class = NAMES.index(tenant.work_class)
-        who.classes = class_bits(policy.classes)
+        who.classes = bits
         who.models, who.regions = policy.models, policy.regions
         who.narrowed = (policy.models, policy.regions) != (
             frozenset(tenant.models) or None,
@@ -126,7 +138,8 @@ class Principals:
             tenant, owner = self._tenants.get(DEFAULT_TENANT), owner_unknown(name)
         if tenant is None:
             return None
-        return self._principal(tenant, policy_of(tenant), key_id, owner)
+        policy = policy_of(tenant)
+        return self._principal(tenant, policy, class_bits(policy.classes), key_id, owner)
 
     def on_behalf(self, owner: str) -> Principal:
         """Return one who may what the tenant may that owns a job. Raises `ProxyError`."""
