@@ -17,12 +17,12 @@ from typing import Final
 
 from proxy.config_access import AccessConfig, TenantConfig
 from proxy.config_policy import KeyPolicy, is_limited, policy_of
+from proxy.contract.behalf import DEFAULT_TENANT, owner_unknown, tenant_of
 from proxy.contract.keys import KeyRecord, KeySet
 from proxy.core.classes import NAMES
 from proxy.core.principal import ANYBODY, INTERNAL, Principal
 from proxy.errors import InvalidRequestError, KeysUnknownError, ProxyError, UnauthorizedError
 
-DEFAULT_TENANT: Final = "default"  # whose policy those have that no one has configured
 _MISSING: Final = "no API key came; send it as 'Authorization: Bearer KEY'"
 _WRONG: Final = "the API key is wrong; send it as 'Authorization: Bearer KEY'"
 _NOBODY: Final = sha256(b"").digest()
@@ -100,6 +100,10 @@ class Principals:
             who.default_class = NAMES.index(tenant.work_class)
         who.classes = class_bits(policy.classes)
         who.models, who.regions = policy.models, policy.regions
+        who.narrowed = (policy.models, policy.regions) != (
+            frozenset(tenant.models) or None,
+            frozenset(tenant.regions) or None,
+        )
         who.isolated = tenant.cache_isolation
         if who.isolated:
             who.salt = self.derived("cache", owner)
@@ -119,15 +123,14 @@ class Principals:
         """
         tenant, owner = self._tenants.get(name), name
         if tenant is None and unknown:
-            tenant, owner = self._tenants.get(DEFAULT_TENANT), f"{DEFAULT_TENANT} {name}"
+            tenant, owner = self._tenants.get(DEFAULT_TENANT), owner_unknown(name)
         if tenant is None:
             return None
         return self._principal(tenant, policy_of(tenant), key_id, owner)
 
     def on_behalf(self, owner: str) -> Principal:
         """Return one who may what the tenant may that owns a job. Raises `ProxyError`."""
-        unknown = owner.startswith(f"{DEFAULT_TENANT} ")
-        name = owner.removeprefix(f"{DEFAULT_TENANT} ") if unknown else owner
+        name, unknown = tenant_of(owner)
         principal = self.of_tenant(name, INTERNAL.key_id, unknown=unknown)
         if principal is None:
             # Not 401: the service has the right key, and others' lines are to go on.
