@@ -9,7 +9,7 @@ import msgspec
 import orjson
 import pytest
 
-from proxy.contract import PoolRecord
+from proxy.contract import PoolRecord, ReplicaState
 from proxy.contract.regions import ModelSummary, RegionSummary, RemoteState
 from proxy.core import claim_limits
 from proxy.core.policy import Decision, Request
@@ -24,6 +24,7 @@ from tests.fakes.plane import (
     answer,
     chat_request,
     chunk,
+    records,
 )
 
 MakeBench = Callable[..., Bench]
@@ -263,6 +264,25 @@ async def test_where_it_may_not_be_computed_at_all_it_is_told_where_it_may(bench
     assert (got.status, error["code"]) == (403, "region_not_allowed")
     assert "ap or sa" in error["message"]
     assert "eu" in error["message"]
+
+
+async def test_what_is_bound_to_us_though_only_others_serve_it_is_told_so(bench: Bench) -> None:
+    bound(bench, "eu")
+    summary = RegionSummary(region="us", sequence=2, models={"m": FREE, "theirs": FREE})
+    told(bench, summary=summary)
+    wanted = chat_request(CHAT_BODY.replace(b'"m"', b'"theirs"'))
+    client = bench.client()
+    client.send(wanted)
+    await bench.settle()
+    got = client.answer()
+    assert (got.status, json.loads(got.body)["error"]["code"]) == (403, "region_not_allowed")
+    (coming,) = records("b", ())
+    coming = msgspec.structs.replace(coming, state=ReplicaState.STARTING)
+    bench.publish(*records("a"), coming)  # nobody knows yet what it will serve
+    client = bench.client()
+    client.send(wanted)
+    await bench.settle()
+    assert client.answer().status == 503
 
 
 async def test_who_waits_is_bound_as_well(make_bench: MakeBench) -> None:
