@@ -24,9 +24,7 @@ TENANTS_MAX: Final = 2 * ROWS_MAX  # of one proxy: it may have given its rows to
 SUMS_MAX: Final = 1000  # of one message; who has more sends more messages
 LIVES_MAX: Final = 32
 PROXIES_MAX: Final = 256  # remembered, those that are gone among them
-# Of one proxy, so that all of them together still fit where they are counted, in 64 bits; as money,
-# eighteen millions.
-COUNT_MAX: Final = 2**54
+COUNT_MAX: Final = 2**62 - 1  # so that those of others and ours fit together, in 64 bits
 
 _Count = Annotated[int, Meta(ge=0, le=COUNT_MAX)]
 _Life = Annotated[bytes, Meta(min_length=PROXY_ID_BYTES, max_length=PROXY_ID_BYTES)]
@@ -163,14 +161,14 @@ class Elsewhere:
                 day_cost += told.day_cost
         return Sums(
             tenant,
-            requests,
-            tokens,
-            concurrent,
-            held_tokens,
-            held_cost,
+            min(COUNT_MAX, requests),
+            min(COUNT_MAX, tokens),
+            min(COUNT_MAX, concurrent),
+            min(COUNT_MAX, held_tokens),
+            min(COUNT_MAX, held_cost),
             today,
-            day_tokens,
-            day_cost,
+            min(COUNT_MAX, day_tokens),
+            min(COUNT_MAX, day_cost),
         )
 
     def _forget_one(self) -> bool:
