@@ -65,7 +65,8 @@ def read_yaml(
             raise ConfigError(f"{source}:{repeated[0]}: '{repeated[1]}' is given twice")
         value = loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        # libyaml puts the end of a text without a last line feed into a line that there is not.
+        line = min(error.problem_mark.line, text.count("\n")) + 1 if error.problem_mark else 1
         raise ConfigError(f"{source}:{line}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from error
