@@ -18,7 +18,8 @@ from msgspec import Meta
 from proxy.config_models import ModelConfig, WorkClass
 from proxy.config_reading import Count, Name, Path, Seconds, Section
 
-Money = Annotated[float, Meta(ge=0)]
+# Billionths of it are counted in 63 bits, and there is no day of which that is not enough.
+Money = Annotated[float, Meta(ge=0, le=1e9)]
 Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA"]
 
 
