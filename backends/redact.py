@@ -21,6 +21,7 @@ def redacted(config: Config) -> dict[str, Any]:
     """Return `config` as plain values, secrets replaced."""
     value = msgspec.to_builtins(config)
     proxy = value["proxy"]
+    del proxy["access"]  # what the top of the file says; it is shown there
     proxy.update({name: HIDDEN for name in _KEYS if proxy[name] is not None})
     proxy["worker_urls"] = [_USERINFO.sub(HIDDEN, url) for url in proxy["worker_urls"]]
     if proxy["manager_url"] is not None:

@@ -18,8 +18,9 @@ from msgspec import Meta
 from proxy.config_models import ModelConfig, WorkClass
 from proxy.config_reading import Count, Name, Path, Seconds, Section
 
-# Billionths of it are counted in 63 bits, and there is no day of which that is not enough.
+# Counted in billionths, all of it still fits into 64 bits.
 Money = Annotated[float, Meta(ge=0, le=1e9)]
+WEIGHT_MIN = 0.01  # shares are divided by it
 Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA"]
 
 
@@ -29,7 +30,9 @@ class TenantConfig(Section, frozen=True, kw_only=True, rename={"work_class": "cl
     name: Name
     weight: Annotated[
         float,
-        Meta(ge=0.01, le=1000.0, description="share of what is scarce, against other tenants"),
+        Meta(
+            ge=WEIGHT_MIN, le=1000.0, description="share of what is scarce, against other tenants"
+        ),
     ] = 1.0
     work_class: Annotated[
         WorkClass | None,

@@ -11,12 +11,11 @@ from proxy.config_reading import Count, Name, Path, Seconds, Section
 
 REPLICAS_MAX = 4096
 RestingRung = Literal["asleep", "suspended", "snapshotted", "cold"]
+Price = Annotated[float, Meta(ge=0, le=1e6)]  # infinity is none that could be counted
 WorkClass = Literal["online", "semi-online", "offline"]
 Serves = Literal["requests", "jobs"]
 _Window = Annotated[float, Meta(ge=1, le=3600)]
 _Replicas = Annotated[int, Meta(ge=0, le=REPLICAS_MAX)]
-# Of a million tokens. A request may ask for 10^9, and costs are billionths in 63 bits.
-Price = Annotated[float, Meta(ge=0, le=1e6)]
 
 
 class AutoscaleConfig(Section, frozen=True, kw_only=True):

@@ -108,10 +108,10 @@ def laid_over(base: SectionT, values: Mapping[str, Any], source: str) -> Section
 def describe_fields(section: type[Section]) -> Iterator[tuple[str, Any, str]]:
     """Yield name, bare type and description of each field, in order; flags are made of these."""
     hints = get_type_hints(section, include_extras=True)
+    bare = get_type_hints(section)  # once: each look evaluates the annotation of every field
     for field in msgspec.structs.fields(section):
         if isinstance(field.default, Section):
             continue  # a part of its own, and no value that a flag could give
         annotation = hints[field.name]
         metas = [a for a in get_args(annotation) if isinstance(a, Meta) and a.description]
-        bare = get_type_hints(section)[field.name]
-        yield field.name, bare, metas[-1].description or "" if metas else ""
+        yield field.name, bare[field.name], metas[-1].description or "" if metas else ""

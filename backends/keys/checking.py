@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from backends.keys.changes import IN_FORCE, state_of
 from backends.keys.place import KEYS_VARIABLE
 from proxy.config import Config, ConfigError
-from proxy.config_policy import flaws_of
+from proxy.config_policy import flaws_of, shared_key
 from proxy.contract.key_file import KeyFileError, read_key_file
 
 SOON_S = 14 * 86_400.0
@@ -30,6 +30,8 @@ def check_keys(config: Config, environ: Mapping[str, str], now_s: float) -> list
         raise ConfigError(f"keys_path: {error}") from error
     live = [key for key in keys if state_of(key, now_s) == IN_FORCE]
     warnings = flaws_of(live, config.access)
+    # Not that of the environment, which in a shell is the key of whoever asks.
+    warnings += filter(None, [shared_key(keys, config.proxy.api_key)])
     for key in live:
         left_s = key.expires_at - now_s
         if key.expires_at and left_s < SOON_S:

@@ -47,6 +47,22 @@ def usage_log_of(config_path: str | None, environ: Mapping[str, str]) -> str:
     return path
 
 
+def unknown_rights(
+    place: Place, *, models: Iterable[str] = (), regions: Iterable[str] = ()
+) -> list[str]:
+    """Say which names the configuration does not have; they may come with another one, or late."""
+    config = place.config
+    if config is None:
+        return []
+    served = {model.name for model in config.models}
+    served |= {name for model in config.models for pool in model.pools for name in pool.adapters}
+    reached = {config.region, *(remote.region for remote in config.remote_regions)}
+    flaws = [("region", name, reached) for name in regions if name not in reached]
+    if served and not config.remote_regions:  # other regions, and engines that run, have others
+        flaws += [("model", name, served) for name in models if name not in served]
+    return [_unknown(what, name, known, place.config_path) for what, name, known in flaws]
+
+
 def check_rights(
     place: Place,
     tenant: str,

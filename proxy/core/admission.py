@@ -198,11 +198,12 @@ def _of_day(account: Account, allowed: Allowance, claim: Claim, unix_s: float) -
     ):
         if limit < 0:
             continue
+        # What runs first: whoever ends it meanwhile, elsewhere, has added to the day before.
+        running = account.sum(held) - claimed
         used = account.of_day(spent, today)
         # Who has spent all gets nothing more, even what costs nothing.
         if used >= limit or used + claimed > limit:
             return Refused(kind, limit, used, claimed, -1.0)
-        running = account.sum(held) - claimed
         if used + running + claimed > limit:  # some of it may come back when they have ended
             return Refused(kind, limit, used + running, claimed, claim_limits.CLAIM_RETRY_S)
     return None
@@ -244,13 +245,14 @@ def settle(
     assert claim.open
     bucket = quota.bucket_at(now_s)
     account.advance(bucket)
-    _let_go(account, claim)
     tokens = usage.prompt_tokens + usage.completion_tokens if usage is not None else 0
+    # Before it is let go: in between, it counts twice for others, and never not at all.
+    if tokens or cost:
+        account.add_to_day(quota.day_at(unix_s), tokens, cost)
+    _let_go(account, claim)
     _unrate(account, claim, max(0, claim.tokens - tokens), 0 if begun else 1)
     if claim.rated:
         account.use(bucket, quota.TOKENS, max(0, tokens - claim.tokens))
-    if tokens or cost:
-        account.add_to_day(quota.day_at(unix_s), tokens, cost)
 
 
 # --- what clients are told -----------------------------------------------------------------------

@@ -69,6 +69,13 @@ SHARE_RECENT_S: Final = 5.0
 # While others are about, one who is over his share finds replicas open only when they have less
 # than this to do: so that who comes next does not wait for a whole runway of his.
 RUNWAY_OVER_S: Final = 0.03
+# Offline work is beside more urgent work for so long after a replica was given any: longer than the
+# gaps of an even stream of requests, shorter than what offline work would notice. It finds such a
+# replica open as one over his share does, and gets a part of its time: what the other work leaves
+# below nine tenths, from where on queues grow fast, squared; and a hundredth at any rate.
+BESIDE_S: Final = 5.0
+SPARE_BUSY_MAX: Final = 0.9
+SPARE_PART_MIN: Final = 0.01
 # Of an answer, until a tenant's own answers have told: what they have at the mean in the first half
 # hour of Azure's conversation trace of 2023 (AzurePublicDataset).
 OUTPUT_TOKENS_DEFAULT: Final = 222.0

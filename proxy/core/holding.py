@@ -26,7 +26,7 @@ from proxy.core import claim_limits, limits
 from proxy.core.fairness import Shares
 from proxy.core.held import Held, begin_by_s, class_of, rank_s, yields
 from proxy.core.lines import Line, Order
-from proxy.core.opening import has_little_to_do, has_room, is_open
+from proxy.core.opening import has_little_to_do, has_room, is_open, runway_beside_s
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Policy, Request
 from proxy.core.prefix import NO_CHAIN
@@ -251,7 +251,7 @@ class Holding:
         pending_tokens = picture.loads.pending_tokens
         for name, line in self._lines.items():
             if name >= 0:
-                tokens = before_tokens if name == held.line else line.tokens
+                tokens = before_tokens if name == held.line else line.tokens_for(held)
                 pending_tokens[name] += sign * tokens
 
     def overtaken(self, held: Held, slot: int, order: Order) -> bool:
@@ -259,7 +259,7 @@ class Holding:
         if slot == held.line:
             return False
         if slot in self._lines:
-            return True
+            return not self._lines[slot].gives_way(held, order)
         if held.line == _UNSEEN and len(self._lines) > 1:
             place = order.place(held)
             for name, line in self._lines.items():
@@ -272,21 +272,20 @@ class Holding:
             self._leave(held)
             self._enter(held, name, tokens)
         else:
-            self._lines[name].tokens += tokens - held.tokens
-            held.tokens = tokens
+            self._lines[name].bring(held, tokens)
 
     def _enter(self, held: Held, name: int, tokens: int) -> None:
         line = self._lines.get(name)
         if line is None:
             line = self._lines[name] = Line()
         line.enter(held)
-        line.tokens += tokens
-        held.line, held.tokens = name, tokens
+        line.bring(held, tokens)
+        held.line = name
 
     def _leave(self, held: Held) -> None:
         line = self._lines[held.line]
+        line.bring(held, 0)
         line.leave(held)
-        line.tokens -= held.tokens
         if not line.count:
             del self._lines[held.line]
 
@@ -352,6 +351,12 @@ class _Look:
         self._holding.be_late(held)
         return False
 
+    def _runway_s(self, held: Held, slot: int) -> float:
+        runway_s = self._holding.shares.runway_s(held.account)
+        if yields(held, self._now_s) and not held.request.spare:
+            runway_s = min(runway_s, runway_beside_s(slot, self._picture, self._now_s))
+        return runway_s
+
     def _goes(self, held: Held, decision: Decision) -> bool:
         picture = self._picture
         if self._at_once:
@@ -360,11 +365,7 @@ class _Look:
             goes = False
         else:
             goes = not self._holding.overtaken(held, decision.slot, self.order) and is_open(
-                decision,
-                held.request,
-                picture,
-                self._now_s,
-                self._holding.shares.runway_s(held.account),
+                decision, held.request, picture, self._now_s, self._runway_s(held, decision.slot)
             )
         return (
             goes

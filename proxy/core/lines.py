@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
+from proxy.core.classes import OFFLINE
 from proxy.core.fairness import Account, Shares
-from proxy.core.held import Held, band
+from proxy.core.held import Held, band, class_of, yields
 
 Entry = tuple[float, int, Held]
 Place = tuple[int, int, float, int]  # class, quanta over the share, rank, order of arrival
@@ -20,28 +21,29 @@ Place = tuple[int, int, float, int]  # class, quanta over the share, rank, order
 class Order:
     """By what the first among tenants is found at one moment."""
 
-    __slots__ = ("_now_s", "_shares")
+    __slots__ = ("_shares", "now_s")
 
     def __init__(self, shares: Shares, now_s: float) -> None:
         self._shares = shares
-        self._now_s = now_s
+        self.now_s = now_s
 
     def place(self, held: Held) -> Place:
         account = held.account
         if account is None:
             return (0, 0, held.rank_s, held.order)
-        return (band(held, self._now_s), self._shares.level(account), held.rank_s, held.order)
+        return (band(held, self.now_s), self._shares.level(account), held.rank_s, held.order)
 
 
 class Line:
     """Those who wait for one replica, and the tokens that they bring there."""
 
-    __slots__ = ("_of", "count", "next_at", "tokens")
+    __slots__ = ("_of", "count", "next_at", "offline_tokens", "tokens")
 
     def __init__(self) -> None:
         self._of: dict[Account | None, list[Entry]] = {}
         self.count = 0
         self.tokens = 0
+        self.offline_tokens = 0  # of them, of offline work
         self.next_at = 0  # where the next look goes on while the line is closed
 
     def enter(self, held: Held) -> None:
@@ -57,6 +59,22 @@ class Line:
         if not entries:
             del self._of[held.account]
         self.count -= 1
+
+    def bring(self, held: Held, tokens: int) -> None:
+        """One in this line has so many to be computed there now."""
+        more = tokens - held.tokens
+        held.tokens = tokens
+        self.tokens += more
+        if class_of(held) == OFFLINE:
+            self.offline_tokens += more
+
+    def tokens_for(self, held: Held) -> int:
+        """Return those that stand before one who comes: offline work gives way to all other."""
+        return self.tokens if class_of(held) == OFFLINE else self.tokens - self.offline_tokens
+
+    def gives_way(self, held: Held, order: Order) -> bool:
+        """Whether all in this line let one go first who does not stand in it."""
+        return class_of(held) != OFFLINE and yields(self.first(order), order.now_s)
 
     def first(self, order: Order) -> Held:
         """Return who is first; there is somebody."""

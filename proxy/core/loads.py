@@ -20,6 +20,7 @@ from proxy.core.classes import ONLINE
 from proxy.core.headcount import Headcount
 from proxy.core.lease import Lease
 from proxy.core.pacing import Pacing
+from proxy.core.spare import Spare
 from proxy.core.speeds import Speeds
 
 _NEVER_ZERO_S: Final = 1e-9
@@ -53,6 +54,7 @@ class Loads:
         self.capacity_tokens: list[int] = []
         self.running_max: list[int] = []  # requests that it computes at a time; 0: any
         self.request_s: list[float] = []  # how long a request holds its slot; learned
+        self.spare = Spare()
         self.line: list[deque[Lease]] = []
         self.unseen: set[int] = set()  # slots whose head shows no first octet
         self._head_start_s: list[float] = []
@@ -83,11 +85,10 @@ class Loads:
         self.held_tokens[slot] = self._foreign[slot] = self._others_held_tokens[slot] = 0
         self._gauged[slot] = False
         self._peak[slot] = self._refused[slot] = 0
-        self._refused_end_s[slot] = 0.0
         self.head_end_s[slot] = self.extra_s[slot] = self.decoding[slot] = 0.0
-        self.gauge_end_s[slot] = 0.0
+        self.gauge_end_s[slot] = self.request_s[slot] = self._refused_end_s[slot] = 0.0
         self.pacing.open(slot)
-        self.request_s[slot] = 0.0
+        self.spare.open(slot)
         self.line[slot] = deque()
         self.unseen.discard(slot)
         # A newcomer that begins as the least used would get everything until it has caught up.
@@ -147,8 +148,7 @@ class Loads:
             ints.append(0)
         for floats in (
             self.head_end_s, self.price_per_token, self.extra_s, self.decoding,
-            self.request_s, self.gauge_end_s, self._head_start_s,
-            self._refused_end_s,
+            self.request_s, self.gauge_end_s, self._head_start_s, self._refused_end_s,
         ):  # fmt: skip
             floats.append(0.0)
         self.line.append(deque())
@@ -161,6 +161,8 @@ class Loads:
         slot = lease.slot
         lease.pending = True
         lease.started_s = now_s
+        prefill_s = lease.prefill_tokens * self.s_per_token[slot]
+        self.spare.dispatched(slot, prefill_s, now_s, urgent=lease.weight >= 1.0)
         self.settle(slot, now_s)
         line = self.line[slot]
         line.append(lease)
@@ -170,7 +172,7 @@ class Loads:
         self.held_tokens[slot] += lease.prompt_tokens
         if self._foreign[slot]:
             waiting_s = max(self.gauge_end_s[slot], now_s)
-            self.gauge_end_s[slot] = waiting_s + lease.prefill_tokens * self.s_per_token[slot]
+            self.gauge_end_s[slot] = waiting_s + prefill_s
         if len(line) == 1:
             self._begin(slot, now_s)
         else:
@@ -282,9 +284,8 @@ class Loads:
     def waits_s(self, slots: list[int], now_s: float) -> list[float]:
         """Return `wait_s` of many slots, and what else they would have a newcomer wait for."""
         self.settle_due(now_s)
-        pending, speed, ends, extra, gauges = (
-            self.pending_tokens, self.s_per_token, self.head_end_s, self.extra_s, self.gauge_end_s,
-        )  # fmt: skip
+        pending, speed, ends = self.pending_tokens, self.s_per_token, self.head_end_s
+        extra, gauges = self.extra_s, self.gauge_end_s
         out = []
         for slot in slots:
             wait_s = pending[slot] * speed[slot]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.fleet import Pool
 from proxy.core.picture import Picture
 from proxy.core.policy import Decision, Request
@@ -61,6 +61,18 @@ def is_open(
     return wait_s <= runway_s
 
 
+def runway_beside_s(slot: int, picture: Picture, now_s: float) -> float:
+    """Return how little a replica must have to do to be open to offline work.
+
+    Beside more urgent work it is next to nothing, so that what waits for such a replica, here or at
+    another worker, has it long before; and below zero while it has had its part (`core.spare`).
+    """
+    spare = picture.loads.spare
+    if not spare.beside(slot, now_s):
+        return limits.RUNWAY_S
+    return claim_limits.RUNWAY_OVER_S if spare.opens_s(slot, now_s) <= now_s else -1.0
+
+
 class Opening:
     """Whether a replica of a pool is open now to some request, and when time alone will open one.
 
@@ -70,15 +82,26 @@ class Opening:
     __slots__ = ("next_s", "now")
 
     def __init__(
-        self, pool: Pool, picture: Picture, now_s: float, runway_s: float = limits.RUNWAY_S
+        self,
+        pool: Pool,
+        picture: Picture,
+        now_s: float,
+        runway_s: float = limits.RUNWAY_S,
+        *,
+        offline: bool = False,
     ) -> None:
-        """`runway_s` is the shortest by which any that wait go: it opens later for them."""
+        """`runway_s` is the shortest by which any that wait go: it opens later for them.
+
+        `offline`: work of that class waits, too.
+        """
         self.now = False
         self.next_s = _NEVER
         seats = picture.seats(pool)
         if seats.away_slots:
             self.now = picture.may_leave(seats, now_s)
         for slot in seats.slots:
+            if offline and (spare_s := picture.loads.spare.opens_s(slot, now_s)) > now_s:
+                self.next_s = min(self.next_s, spare_s)
             until_s = limits.RUNWAY_S
             if has_little_to_do(slot, picture, now_s):
                 self.now = True

@@ -17,12 +17,12 @@ from typing import Final
 
 from proxy.config_access import AccessConfig, TenantConfig
 from proxy.config_policy import KeyPolicy, is_limited, policy_of
+from proxy.contract.behalf import DEFAULT_TENANT, owner_unknown, tenant_of
 from proxy.contract.keys import KeyRecord, KeySet
 from proxy.core.classes import NAMES
 from proxy.core.principal import ANYBODY, INTERNAL, Principal
 from proxy.errors import InvalidRequestError, KeysUnknownError, ProxyError, UnauthorizedError
 
-DEFAULT_TENANT: Final = "default"  # whose policy those have that no one has configured
 _MISSING: Final = "no API key came; send it as 'Authorization: Bearer KEY'"
 _WRONG: Final = "the API key is wrong; send it as 'Authorization: Bearer KEY'"
 _NOBODY: Final = sha256(b"").digest()
@@ -33,6 +33,7 @@ class Principals:
 
     __slots__ = (
         "_policies", "_refused", "_salt", "_table", "_tenants", "complete", "demanded", "named",
+        "own_key",
     )  # fmt: skip
 
     def __init__(
@@ -62,13 +63,18 @@ class Principals:
         for record in keys.keys if keys is not None else ():
             self._add(record)
         self._policies.clear()  # they were of use while all keys were read
+        # The proxy's own key, for everything, to engines too. One that is a tenant's as well is his
+        # alone, and bound by what he may: `DOHERTY_API_KEY` is also what clients call their key.
+        self.own_key = api_key
+        if api_key is not None:
+            digest = sha256(api_key.encode()).digest()
+            if digest in self._table or digest in self._refused:
+                self.own_key = None
+            else:
+                self._table[digest] = (digest, ANYBODY)
         if internal_key is not None:
             digest = sha256(internal_key.encode()).digest()
             self._table[digest] = (digest, INTERNAL)
-        if api_key is not None:
-            digest = sha256(api_key.encode()).digest()
-            self._table[digest] = (digest, ANYBODY)
-            self._refused.pop(digest, None)
 
     def _add(self, record: KeyRecord) -> None:
         digest = bytes.fromhex(record.digest)
@@ -106,6 +112,10 @@ class Principals:
             who.default_class = NAMES.index(tenant.work_class)
         who.classes = bits
         who.models, who.regions = policy.models, policy.regions
+        who.narrowed = (policy.models, policy.regions) != (
+            frozenset(tenant.models) or None,
+            frozenset(tenant.regions) or None,
+        )
         who.isolated = tenant.cache_isolation
         if who.isolated:
             who.salt = self.derived("cache", owner)
@@ -125,7 +135,7 @@ class Principals:
         """
         tenant, owner = self._tenants.get(name), name
         if tenant is None and unknown:
-            tenant, owner = self._tenants.get(DEFAULT_TENANT), f"{DEFAULT_TENANT} {name}"
+            tenant, owner = self._tenants.get(DEFAULT_TENANT), owner_unknown(name)
         if tenant is None:
             return None
         policy = policy_of(tenant)
@@ -133,8 +143,7 @@ class Principals:
 
     def on_behalf(self, owner: str) -> Principal:
         """Return one who may what the tenant may that owns a job. Raises `ProxyError`."""
-        unknown = owner.startswith(f"{DEFAULT_TENANT} ")
-        name = owner.removeprefix(f"{DEFAULT_TENANT} ") if unknown else owner
+        name, unknown = tenant_of(owner)
         principal = self.of_tenant(name, INTERNAL.key_id, unknown=unknown)
         if principal is None:
             # Not 401: the service has the right key, and others' lines are to go on.

@@ -19,7 +19,7 @@ from proxy.core import fleet as fleets
 from proxy.core import limits, regions
 from proxy.core.classes import OFFLINE, ONLINE
 from proxy.core.crowd import Crowd
-from proxy.core.opening import has_room, is_open
+from proxy.core.opening import has_room, is_open, runway_beside_s
 from proxy.core.picture import Picture, Seats
 from proxy.core.policy import POLICIES, Decision, Request
 from proxy.core.prospects import UNSCALED, Prospect
@@ -237,9 +237,12 @@ class Choice:
         if not self._holds_back:
             return False
         self.picture.loads.settle(decision.slot, now_s)  # not every rule has done it
-        if request.work_class == OFFLINE and self.waiting.braked() >> decision.slot & 1:
-            return True
         runway_s = self.waiting.runway_s(request, now_s)
+        if request.work_class == OFFLINE:
+            if self.waiting.braked() >> decision.slot & 1:
+                return True
+            if not request.spare:
+                runway_s = min(runway_s, runway_beside_s(decision.slot, self.picture, now_s))
         return self.waiting.awaits(decision.slot) or not is_open(
             decision, request, self.picture, now_s, runway_s
         )

@@ -27,6 +27,7 @@ from proxy.errors import (
 from proxy.io.choice import Choice
 from proxy.io.queues import Waiter
 
+_NEVER: Final = float("inf")
 # States from which a replica takes requests, or soon will.
 _COMING: Final = frozenset((ReplicaState.READY, ReplicaState.STARTING, ReplicaState.BACKOFF))
 
@@ -47,7 +48,8 @@ class Refusal(Choice):
         if within is None:
             return pool
         resident = self.residency.within(pool, within)
-        if not (resident.replicas or resident.remotes or self.resides(within)):
+        here = self.resides(within) and (resident.starts_in_s < _NEVER or not self.fleet_known)
+        if not (resident.replicas or resident.remotes or here):
             raise RegionNotAllowedError(
                 f"this request may be computed in {' or '.join(sorted(within))} only, "
                 f"and no replica there serves the model; it came to {self.region}"

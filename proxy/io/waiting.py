@@ -20,9 +20,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.charging import account_of
-from proxy.core.classes import NAMES, ONLINE, PATIENCE
+from proxy.core.classes import NAMES, OFFLINE, ONLINE, PATIENCE
 from proxy.core.fairness import Shares
 from proxy.core.fleet import Pool
 from proxy.core.held import class_of, is_vain
@@ -345,6 +345,10 @@ class Waiting:
     def _openings(self, now_s: float) -> tuple[bool, float]:
         """Return whether any replica that is waited for is open, and else when one should be."""
         some_open, next_s = False, _NEVER
+        offline = self.room.count_of(OFFLINE) > 0
+        runway_s = self._holding.runway_s_min
+        if offline:
+            runway_s = min(runway_s, claim_limits.RUNWAY_OVER_S)
         seen: set[int] = set()
         for key, queue in self.queues.items():
             pool = self._pool_of(key, None) if queue.waiters else None
@@ -352,7 +356,7 @@ class Waiting:
             if pool is None or bits in seen:
                 continue
             seen.add(bits)
-            opening = Opening(pool, self._picture, now_s, self._holding.runway_s_min)
+            opening = Opening(pool, self._picture, now_s, runway_s, offline=offline)
             some_open = some_open or opening.now
             next_s = min(next_s, opening.next_s)
         return some_open, next_s

@@ -178,6 +178,14 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
             "f:2: models[0]: model 'm' has an adapter of the same name; clients could not ask",
         ),
         (_POOL + "        adapters: {a: ''}", "f:5: models[0].pools[0].adapters"),
+        (
+            "tenants: [{name: t, budget_per_day: .inf}]",
+            "f:1: tenants[0].budget_per_day: Expected `float` <= 1000000000",
+        ),
+        (
+            _POOL + "    prompt_price: .inf",
+            "f:5: models[0].prompt_price: Expected `float` <= 1000000",
+        ),
         ("manager: {gpus: 0-999999999}", "f:1: manager: gpus: '0-999999999' is none of"),
     ],
 )

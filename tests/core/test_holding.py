@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.core import limits
+from proxy.core import claim_limits, limits
 from proxy.core.classes import OFFLINE, ONLINE, SEMI_ONLINE, YIELD_S
 from proxy.core.fleet import Pool
 from proxy.core.held import Held
@@ -41,9 +41,9 @@ class _World:
         self.holding.add(held, self.picture)
         return held
 
-    def release(self, now_s: float, *, at_once: bool = False) -> None:
+    def release(self, now_s: float, *, at_once: bool = False, braked: int = 0) -> None:
         picture = self.picture
-        while found := self.holding.take(prefix, picture, now_s, at_once=at_once):
+        while found := self.holding.take(prefix, picture, now_s, at_once=at_once, braked=braked):
             held, decision = found
             self.sent.append((held.request.chain.home_key, decision.replica.name))
             self.leases.append(
@@ -445,3 +445,55 @@ def test_every_policy_passes_over_a_line_that_is_full(name: str) -> None:
         assert decision.replica.name == "b"
     world.busy("b", 900)
     assert POLICIES[name](request, world.pool, world.picture, 0.0) is None
+
+
+def _sent_online(world: _World, tokens: int, now_s: float) -> Lease:
+    lease = world.busy("a", tokens, now_s)
+    world.picture.prefill_ended(lease, now_s)
+    return lease
+
+
+def test_offline_work_beside_online_work_waits_until_a_replica_has_next_to_nothing_to_do() -> None:
+    world = _World("a")
+    world.busy("a", int(0.2 * _RATE))  # a replica with less than its runway to do
+    _classed(world, 1, OFFLINE, 0.0)
+    world.release(0.0)
+    assert world.sent == []
+    _classed(world, 2, ONLINE, 0.0)
+    world.release(0.0)
+    assert world.sent == [(2, "a")]
+
+
+def test_of_what_online_work_leaves_offline_work_gets_a_part() -> None:
+    world = _World("a")
+    _sent_online(world, 600, 0.0)  # and is still being answered
+    world.hold(1, 600, 0.0).request.work_class = OFFLINE
+    world.release(0.0)
+    lease = world.picture.loads.line[0][0]
+    lease.weight = limits.FLEX_WEIGHT
+    spare = world.picture.loads.spare
+    spare.dispatched(0, 0.1, 0.0, urgent=False)
+    world.picture.prefill_ended(lease, 0.01)
+    _classed(world, 2, OFFLINE, 0.01)
+    world.release(0.01)
+    assert [key for key, _ in world.sent] == [1]
+    assert world.pool is not None
+    opening = Opening(world.pool, world.picture, 0.01, offline=True)
+    assert 0.01 < opening.next_s < claim_limits.BESIDE_S
+    world.release(opening.next_s + 1e-6)
+    assert [key for key, _ in world.sent] == [1, 2]
+
+
+def test_online_work_changes_its_replica_whatever_offline_work_waits_for_that() -> None:
+    world = _World("ab")
+    first, second = world.busy("a", 60_000), world.busy("b", 90_000)
+    for key in range(10, 20):
+        _classed(world, key, OFFLINE, 0.0, tokens=60_000)
+    world.release(0.0)
+    _classed(world, 1, ONLINE, 0.0)
+    world.release(0.0)
+    assert world.sent == []
+    world.picture.prefill_ended(second, 1.0)
+    world.release(1.0, braked=0b11)
+    assert world.sent == [(1, "b")]
+    assert first.pending

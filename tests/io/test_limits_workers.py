@@ -12,6 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from proxy.contract.usage import decode_usage
 from tests.fakes.engine import Connection, Received, ScriptedEngine, answer_json
 from tests.fakes.plane import Answer, chat_request, until
@@ -122,6 +124,7 @@ async def test_workers_together_let_in_what_a_tenant_may_have(tmp_path: Path) ->
             assert engine.most <= 7
 
 
+@pytest.mark.faults
 async def test_what_a_dead_worker_had_running_counts_no_more(tmp_path: Path) -> None:
     engine = Engine()
     async with ScriptedEngine(engine) as replica:
@@ -140,6 +143,7 @@ async def test_what_a_dead_worker_had_running_counts_no_more(tmp_path: Path) -> 
             assert statuses(await ask_many(proxy.port, 4)) == {200: 4}
 
 
+@pytest.mark.faults
 async def test_a_day_goes_on_through_an_upgrade_and_a_new_start(tmp_path: Path) -> None:
     async with ScriptedEngine(Engine()) as replica:
         path = configure(tmp_path, replica.url, tokens_per_day=300)

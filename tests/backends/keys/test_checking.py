@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,18 @@ def test_tenants_of_which_nobody_can_be_one() -> None:
     followed = "tenants: [{name: a}]\nmanager: {keys_follow: 'http://127.0.0.1:1'}"
     assert check_keys(parse_config(followed, "t"), {}, NOW_S) == []
     assert check_keys(parse_config("", "t"), {}, NOW_S) == []
+
+
+def test_a_tenants_key_that_is_the_proxys_as_well(path: Path) -> None:
+    own = key(7, "a", digest=sha256(b"both").hexdigest())
+    change(str(path), lambda keys: added(keys, own))
+
+    def warned(api_key: str) -> set[str]:
+        text = CONFIG.replace("%s}", f"%s, api_key: {api_key}}}") % path
+        return set(check_keys(parse_config(text, "test"), {}, NOW_S))
+
+    (more,) = warned("both") - warned("other")
+    assert more.startswith("api_key (DOHERTY_API_KEY) is the key k7 of tenant a")
 
 
 def test_the_command_warns_and_says_no_digest(

@@ -160,6 +160,28 @@ def test_a_file_is_read_again_when_anything_of_it_changes_and_only_then(tmp_path
     assert not file.missing, "it was there"
 
 
+def test_what_cannot_be_read_for_a_moment_is_told_once_and_read_as_soon_as_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing about a file changes when descriptors were short as a key in it was revoked."""
+    path = tmp_path / "keys.json"
+    add(path, 1)
+    file = KeyFile(str(path))
+    assert file.look() is not None
+    changed = add(path, 2)
+
+    def none_left(*_: object, **__: object) -> object:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as short:
+        short.setattr("builtins.open", none_left)
+        with pytest.raises(KeyFileError, match="Too many open files"):
+            file.look()
+        assert [file.look() for _ in range(3)] == [None] * 3
+    assert file.look() == changed
+    assert file.look() is None
+
+
 def test_a_mounted_secret_that_is_swapped_by_its_link_is_read_anew(tmp_path: Path) -> None:
     """As Kubernetes does it: the file is a link through a folder that is a link."""
     for number in (1, 2):
