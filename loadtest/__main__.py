@@ -41,7 +41,7 @@ from loadtest.command import Command
 from loadtest.compare import broken_promises, compare, in_engine_seconds
 from loadtest.fleet import FleetOptions
 from loadtest.measure import warmup_count
-from loadtest.policies import beside, regions_lab
+from loadtest.policies import beside, claims_lab, regions_lab
 from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
 from loadtest.scaling import pool
 from loadtest.scaling import regions as regions_day
@@ -64,6 +64,7 @@ example:
 COMMANDS: dict[str, Command] = {
     "bench": bench,
     "burst": burst,
+    "claims-lab": claims_lab,
     "deadlines": deadlines,
     "fairness": fairness,
     "gpu": gpu,

@@ -31,6 +31,11 @@ def place_of(keys: str | None, config_path: str | None, environ: Mapping[str, st
     config = load_config(config_path) if config_path else None
     configured = (config.proxy.keys_path or config.manager.keys_path) if config else None
     path = keys or environ.get(KEYS_VARIABLE) or configured
+    if not path and config and config.manager.keys_follow:
+        raise ConfigError(
+            f"{config_path} has no file of keys: it follows {config.manager.keys_follow}, "
+            "where keys are made"
+        )
     if not path:
         where = f"proxy.keys_path in {config_path}" if config_path else "--config FILE"
         raise ConfigError(f"which file of keys? say it by --keys FILE, {KEYS_VARIABLE} or {where}")

@@ -26,6 +26,15 @@ from proxy.core.usage import Usage
 NANO: Final = 1_000_000_000  # costs are counted in billionths, so that single tokens are whole
 _NONE: Final = -1  # no limit
 
+_REQUEST_FIELDS: Final = (
+    b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests",
+    b"x-ratelimit-reset-requests",
+)  # fmt: skip
+_TOKEN_FIELDS: Final = (
+    b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens",
+)  # fmt: skip
+_MINUTE: Final = b"1m0s"
+
 # What a refusal is for: as metrics have it.
 REQUESTS: Final = "requests"
 TOKENS: Final = "tokens"
@@ -265,19 +274,24 @@ def told(account: Account, allowed: Allowance, now_s: float) -> list[Field]:
     tenth of a second.
     """
     fields: list[Field] = []
-    for name, limit, kind in (
-        (b"requests", allowed.requests_per_min, quota.REQUESTS),
-        (b"tokens", allowed.tokens_per_min, quota.TOKENS),
-    ):
-        if limit >= 0:
-            used = account.sum(kind)
-            reset = duration(min(account.whole_s(kind, now_s), quota.WINDOW_S)).encode()
-            fields += [
-                (b"x-ratelimit-limit-" + name, b"%d" % limit),
-                (b"x-ratelimit-remaining-" + name, b"%d" % max(0, limit - used)),
-                (b"x-ratelimit-reset-" + name, reset),
-            ]
+    if allowed.requests_per_min >= 0:
+        fields += _told_of(
+            _REQUEST_FIELDS, account, quota.REQUESTS, allowed.requests_per_min, now_s
+        )
+    if allowed.tokens_per_min >= 0:
+        fields += _told_of(_TOKEN_FIELDS, account, quota.TOKENS, allowed.tokens_per_min, now_s)
     return fields
+
+
+def _told_of(
+    names: tuple[bytes, bytes, bytes], account: Account, kind: int, limit: int, now_s: float
+) -> list[Field]:
+    used = account.sum(kind)
+    whole_s = account.whole_s(kind, used, now_s)
+    # Nearly always a minute: this request is one of those that count.
+    reset = _MINUTE if whole_s >= quota.WINDOW_S else duration(whole_s).encode()
+    left = max(0, limit - used)
+    return [(names[0], b"%d" % limit), (names[1], b"%d" % left), (names[2], reset)]
 
 
 def duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from backends.cli import main
+from backends.keys import checking
 from backends.keys.changes import added
 from backends.keys.checking import check_keys
 from backends.keys.file import change
@@ -49,6 +50,17 @@ def test_each_key_is_held_against_its_tenant(path: Path) -> None:
     assert "key k3: its tenant 'gone' is not configured" in text
     assert "key k4 of tenant b ends in 1.0 days" in text
     assert "tenant c has no key in force" in text
+
+
+def test_what_a_start_would_lack_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    telling = "manager: {keys_path: none.json, keys_listen: '127.0.0.1:9'}\n"
+    shared = {"DOHERTY_PEER_KEY": "shared"}
+    assert "set proxy.peer_key" in check_keys(parse_config(telling, "test"), {}, NOW_S)[0]
+    assert "no keys yet" in check_keys(parse_config(telling, "test"), shared, NOW_S)[0]
+    tokens = parse_config("jwt: {issuer: 'https://i.example', audience: d}\n", "test")
+    assert check_keys(tokens, {}, NOW_S) == []
+    monkeypatch.setattr(checking, "find_spec", lambda name: None if name == "jwt" else name)
+    assert "pip install 'doherty[jwt]'" in check_keys(tokens, {}, NOW_S)[0]
 
 
 def test_a_file_that_is_none_yet_or_that_others_may_read(path: Path, tmp_path: Path) -> None:

@@ -189,6 +189,10 @@ def test_where_no_file_is_named_the_command_says_how(
     monkeypatch.delenv("DOHERTY_KEYS_PATH")
     status, _, err = keys("list")
     assert (status, "--keys FILE, DOHERTY_KEYS_PATH" in err) == (2, True)
+    follows = tmp_path / "us.yaml"
+    follows.write_text("manager: {keys_follow: 'https://eu:9'}\n")
+    status, _, err = keys("list", "--config", str(follows))
+    assert (status, "it follows https://eu:9, where keys are made" in err) == (2, True)
     assert keys("list", "--keys", str(tmp_path / "none.json"))[0] == 0  # none yet
 
 
