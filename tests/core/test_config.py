@@ -119,6 +119,14 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
         ("proxy: {port: 1}\nproxy: {}", "f:2: 'proxy' is given twice"),
         ("proxy:\n  port: 1\n  port: 1", "f:3: 'port' is given twice"),
         ("models:\n- {name: m, name: n, pools: []}", "f:2: 'name' is given twice"),
+        (
+            "tenants: [{name: a, budget_per_day: 1.0e+300}]",
+            "f:1: tenants[0].budget_per_day: Expected `float` <= 1000000000.0",
+        ),
+        (
+            _POOL + "    prompt_price: 1.0e+300",
+            "f:5: models[0].prompt_price: Expected `float` <= 1000000.0",
+        ),
         (_POOL + _POOL[8:], "f:1: model 'm' is defined twice; give it several pools instead"),
         (
             _POOL + "        target_inputs: 5\n        max_inputs: 3",
