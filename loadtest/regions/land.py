@@ -9,12 +9,15 @@ that drop its packets: nobody is told, as when a cable is cut.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 from loadtest.run import RunError
@@ -85,10 +88,33 @@ class Place:
             _shell(*self.within("iptables", "-w", word, "OUTPUT", *there))
             _shell(*self.within("iptables", "-w", word, "INPUT", *back))
 
+    def kill_all(self) -> None:
+        """End whatever runs there without a word, until nothing does."""
+        while True:
+            found = [pid for pid in _in_network_of(self._holder.pid) if pid != self._holder.pid]
+            if not found:
+                return
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+
     def close(self) -> None:
-        """End it; its interfaces go with it."""
+        """End it, with what runs there still; its interfaces go with it."""
+        self.kill_all()
         self._holder.send_signal(signal.SIGKILL)
         self._holder.wait()
+
+
+def _in_network_of(pid: int) -> list[int]:
+    """Return the live processes that are in one network namespace with this one."""
+    network, found = os.readlink(f"/proc/{pid}/ns/net"), []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it has ended meanwhile; a zombie has no network
+                if os.readlink(entry / "ns" / "net") == network:
+                    found.append(int(entry.name))
+    return found
 
 
 def _shell(*command: str) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import os
-import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -65,7 +63,6 @@ class Region:
         self.folder = folder / self.name
         self.shape = shape
         self.stop: contextlib.AsyncExitStack | None = None
-        self.pid = 0
         self.clock = WallClock()
         self.client = Client(self._target(PROXY), self.clock.now_s, api_key=KEY)
         self.admin = Client(self._target(ADMIN), self.clock.now_s)
@@ -139,8 +136,7 @@ class Region:
         command = self.place.within(*DOHERTY, "up", str(self.write()))
         self.stop = contextlib.AsyncExitStack()
         self.log = self.folder / "up.log"
-        process = await self.stop.enter_async_context(program(command, self.log))
-        self.pid = process.pid
+        await self.stop.enter_async_context(program(command, self.log))
 
     async def until_ready(self) -> None:
         """Raises `RunError`."""
@@ -167,11 +163,7 @@ class Region:
 
     async def kill(self) -> None:
         """End all of it without a word."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        for child in _members(self.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+        self.place.kill_all()
         assert self.stop is not None
         await self.stop.aclose()
         self.stop = None
@@ -182,18 +174,6 @@ class Region:
         if self.stop is not None:
             await self.stop.aclose()
         self.place.close()
-
-
-def _members(session: int) -> list[int]:
-    """Return the processes of a session: managers put engines into groups of their own."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == session:
-                    found.append(int(entry.name))
-    return found
 
 
 @contextlib.asynccontextmanager
