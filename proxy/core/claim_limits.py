@@ -75,7 +75,7 @@ RUNWAY_OVER_S: Final = 0.03
 # below nine tenths, from where on queues grow fast, squared; and a hundredth at any rate.
 BESIDE_S: Final = 5.0
 SPARE_BUSY_MAX: Final = 0.9
-SPARE_PART_MIN: Final = 0.01
+SPARE_SHARE_MIN: Final = 0.01
 # Of an answer, until a tenant's own answers have told: what they have at the mean in the first half
 # hour of Azure's conversation trace of 2023 (AzurePublicDataset).
 OUTPUT_TOKENS_DEFAULT: Final = 222.0

@@ -61,7 +61,7 @@ class Spare:
         """Return the part of its time that offline work may take."""
         busy = self._lately_s(slot, now_s) / claim_limits.BESIDE_S
         left = max(0.0, claim_limits.SPARE_BUSY_MAX - busy)
-        return max(claim_limits.SPARE_PART_MIN, left * left)
+        return max(claim_limits.SPARE_SHARE_MIN, left * left)
 
     def opens_s(self, slot: int, now_s: float) -> float:
         """Return from when on offline work may come; not after `now_s`: it may."""

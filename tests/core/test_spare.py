@@ -59,5 +59,5 @@ def test_it_gets_less_the_fuller_the_replica_is_and_always_a_little(
             spare.dispatched(1, prompt_s, now_s, urgent=False)
             given_s += prompt_s
     left = max(0.0, claim_limits.SPARE_BUSY_MAX - busy)
-    part = max(claim_limits.SPARE_PART_MIN, left * left)
+    part = max(claim_limits.SPARE_SHARE_MIN, left * left)
     assert 0.0 < given_s <= 60.0 * part * 1.3 + prompt_s
