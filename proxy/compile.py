@@ -125,9 +125,8 @@ at = sys.argv.index("--")
 sources, sys.argv[at:] = sys.argv[at + 1 :], []
 options = ["--ignore-missing-imports", *sources]
 ours = Extension("proxy.core._scan", ["proxy/core/_scan.c"], extra_compile_args=["-O3"])
-setup(
-    name="doherty-compiled", packages=[], ext_modules=[*mypycify(options, opt_level="3"), ours]
-)
+made = mypycify(options, opt_level="3", debug_level="0")
+setup(name="doherty-compiled", packages=[], ext_modules=[*made, ours])
 """
 
 

@@ -208,7 +208,18 @@ class HopRefusedError(ProxyError):
     status = 403
     kind = "permission_error"
     code = "hop_refused"
-    told = b"refused"  # to who has sent it: go elsewhere; or `moved`: find out who is here now
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        *,
+        wait_s: int = 0,
+        told: bytes = b"refused",
+    ) -> None:
+        """`told` is for who has sent it: go elsewhere; or `moved`: find out who is here now."""
+        super().__init__(message, param, wait_s=wait_s)
+        self.told = told
 
 
 class HopMisdirectedError(HopRefusedError):

@@ -145,10 +145,10 @@ class Hops:
 
     def _refusal(self, kind: str, reason: str) -> HopRefusedError:
         self.refused[kind] += 1
-        error = HopRefusedError(f"{HOP.decode()} is not taken: {reason}")
+        said = f"{HOP.decode()} is not taken: {reason}"
         if kind == "moved":
-            error.told = MOVED
-        return error
+            return HopRefusedError(said, told=MOVED)
+        return HopRefusedError(said)
 
     def _read(self, preamble: Preamble, peer: str) -> Claims | None:
         if has_passed(preamble.via, self._region):

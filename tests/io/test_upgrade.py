@@ -438,7 +438,7 @@ async def test_a_successor_that_hangs_is_ended_and_the_next_one_may_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(takeover, "READY_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(takeover, "SUCCESSOR_END_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(takeover, "END_TIMEOUT_S", 0.1)
     hangs = tmp_path / "hangs"
     hangs.write_text("#!/bin/sh\ntrap '' TERM\nwhile :; do sleep 0.1; done\n")
     hangs.chmod(0o755)
