@@ -249,7 +249,7 @@ def test_routers_are_installed_once_each_and_only_if_wanted(tmp_path: Path) -> N
     ("arguments", "complaint"),
     [
         (["--scenarios", "1kb,2kb"], "no scenario 2kb; there are 1kb, 16kb"),
-        (["--rivals", "envoy"], "no rival envoy; there are ours, nginx"),
+        (["--rivals", "envoy"], "no rival envoy; there are ours, ours-key"),
         (["--rounds", "0"], "must be above 0"),
         (["--json", "/no/such/folder/x"], "no such folder"),
     ],
