@@ -38,6 +38,7 @@ class Request(msgspec.Struct):
     first_s: float = 0.0
     ended_s: float = 0.0
     fate: str = "open"
+    begun: bool = False  # the head of an answer has come that is no refusal
     region: str = ""
     cached_tokens: int = 0
     prompt_tokens: int = 0
@@ -48,13 +49,13 @@ class Request(msgspec.Struct):
 
     @property
     def lost(self) -> bool:
-        """It failed, and nothing of an answer had come."""
-        return self.fate != COMPLETE and not self.first_s
+        """It failed, and no head of an answer had come."""
+        return self.fate != COMPLETE and not self.begun
 
     @property
     def broken(self) -> bool:
         """It failed amid its answer."""
-        return self.fate != COMPLETE and bool(self.first_s)
+        return self.fate != COMPLETE and self.begun
 
 
 async def send(client: Client, request: Request, body: bytes) -> Request:
@@ -68,6 +69,7 @@ async def send(client: Client, request: Request, body: bytes) -> Request:
     except TimeoutError:
         request.fate = f"no end in {ANSWER_S_MAX:g} s"
     request.ended_s = client.now_s()
+    request.begun = reader.status == 200
     request.first_s = reader.first_content_s or (request.ended_s if reader.body else 0.0)
     request.region = reader.headers.get("x-doherty-region", "")
     usage = reader.usage or {}
