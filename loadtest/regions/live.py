@@ -10,8 +10,9 @@ direction. Requests begin in an open loop and follow conversations. In turn:
 4. cut: every packet between two regions is dropped (iptables), and then no longer.
 5. residency: keys that may be served in one region only, sent to all of them.
 
-A request has begun when the head of its answer has come. Asked: at least 95 % stay below saturation; p99 under overload at most half of staying local; no
-request is lost that had not begun; nothing travels twice; residency is never broken.
+Asked: at least 95 % stay below saturation; p99 under overload at most half of staying local; no
+request is lost that had not begun, which it has when the head of its answer has come; nothing
+travels twice; residency is never broken.
 
     sudo python -m loadtest regions live
     sudo python -m loadtest regions live --steps calm,residency --residency 100000
