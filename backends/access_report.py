@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
+from backends.keys.changes import NoSuchKeyError, find
 from backends.keys.file import load
 from backends.keys.place import place_of
 from proxy.config import Config, ConfigError, PoolConfig
@@ -55,7 +56,7 @@ def explain(options: argparse.Namespace, config: Config, environ: Mapping[str, s
 
 def effective_policy(config: Config, keys: KeySet, asked: Question, now_s: float) -> list[Row]:
     """Return all that holds. Raises `ConfigError` where a name is not there."""
-    key = _key(keys, asked) if asked.key_id else None
+    key = _key(keys, asked, now_s) if asked.key_id else None
     tenant = _tenant(config, key.tenant if key else asked.tenant)
     policy = policy_of(tenant, key)
     access = config.access.models.get(_model(config, asked.model), ModelAccess())
@@ -97,14 +98,18 @@ def _tenant(config: Config, name: str) -> TenantConfig:
     return found[name]
 
 
-def _key(keys: KeySet, asked: Question) -> KeyRecord:
-    for key in keys.keys:
-        if asked.key_id in (key.key_id, key.name):
-            if asked.tenant and key.tenant != asked.tenant:
-                raise ConfigError(f"key '{asked.key_id}' is of tenant '{key.tenant}'")
-            return key
+def _key(keys: KeySet, asked: Question, now_s: float) -> KeyRecord:
     names = [name for key in keys.keys for name in (key.key_id, key.name) if name]
-    raise ConfigError(f"key '{asked.key_id}' is not in the key file{_nearest(asked.key_id, names)}")
+    if asked.key_id not in names:
+        near = _nearest(asked.key_id, names)
+        raise ConfigError(f"key '{asked.key_id}' is not in the key file{near}")
+    try:
+        key = find(keys, asked.key_id, now_s)
+    except NoSuchKeyError as error:
+        raise ConfigError(str(error)) from error
+    if asked.tenant and key.tenant != asked.tenant:
+        raise ConfigError(f"key '{asked.key_id}' is of tenant '{key.tenant}'")
+    return key
 
 
 def _model(config: Config, name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from proxy.config import Config
+from proxy.contract import NO_REGION
 
 HIDDEN = "***"
 _KEYS = ("api_key", "admin_api_key", "peer_key", "internal_key")
@@ -21,6 +22,9 @@ def redacted(config: Config) -> dict[str, Any]:
     """Return `config` as plain values, secrets replaced."""
     value = msgspec.to_builtins(config)
     proxy = value["proxy"]
+    del proxy["access"]  # what the top of the file says; it is shown there
+    if proxy["region"] == NO_REGION:
+        proxy["region"] = value["region"]  # as it is laid in when the proxy starts
     proxy.update({name: HIDDEN for name in _KEYS if proxy[name] is not None})
     proxy["worker_urls"] = [_USERINFO.sub(HIDDEN, url) for url in proxy["worker_urls"]]
     if proxy["manager_url"] is not None:

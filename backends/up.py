@@ -80,6 +80,7 @@ class Up:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._about_keys = plan.about_keys()
         commands = services(plan, os.environ)
         self._manager = Service(commands.manager, self._say)
         self._proxy = Service(commands.proxy, self._say, partial(self._note, "proxy"))
@@ -103,8 +104,8 @@ class Up:
         self._say(f"starting {names} (logs: {self._plan.logs})")
         if (reason := self._plan.locked_out) is not None:
             self._say(reason)
-        if (advice := self._plan.without_keys) is not None:
-            self._say(advice)
+        if self._about_keys is not None:
+            self._say(self._about_keys)
         running = {s: spawn(s.run(), s.command.name, self._log) for s in self._services}
         self._chores += [
             spawn(self._follow(), "follow", self._log),

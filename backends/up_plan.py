@@ -19,7 +19,9 @@ from backends.failure import StartError
 from backends.offline.setting import locked_out
 from backends.ports import PortLeases, bind_problem
 from backends.service import Command, environment, flags_of
-from proxy.config import Config, ManagerConfig, OfflineConfig, ProxyConfig
+from proxy.config import Config, ConfigError, ManagerConfig, OfflineConfig, ProxyConfig
+from proxy.config_policy import shared_key
+from proxy.contract.key_file import KeyFileError, read_key_file
 
 SECRETS = ("api_key", "admin_api_key", "peer_key", "internal_key")
 SOCKET_PATH_BYTES_MAX = 90  # 107 (unix(7)), less what the proxy adds until it has its name
@@ -55,12 +57,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     def keys_path(self) -> str | None:
         return self.manager.keys_path or self.proxy.keys_path
 
-    @property
-    def without_keys(self) -> str | None:
-        """Why nobody may ask yet, and what to do, in words."""
+    def about_keys(self) -> str | None:
+        """What is unusual about the keys, and what to do, in words.
+
+        Raises `ConfigError` when proxy or manager would not start on the file.
+        """
         path = self.keys_path
-        if path is None or os.path.exists(path):
+        if path is None:
             return None
+        if os.path.exists(path):
+            try:
+                return shared_key(read_key_file(path).keys, self.proxy.api_key) or None
+            except KeyFileError as error:
+                raise ConfigError(f"keys_path: {error}") from error
         tenants = self.config.tenants
         tenant = tenants[0].name if tenants else "TENANT"
         where = f"--config {self.config_path}" if self.config_path else f"--keys {path}"

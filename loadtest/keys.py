@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         changes=args.changes, proxies=args.proxies, followers=args.followers, workers=args.workers
     )
     if args.quick:
-        options = Options(changes=1, pause=0.05)
+        options = Options(changes=1, proxies=1, pause=0.05)
     finding = asyncio.run(measure(options))
     print(table(finding, options))
     if args.json:

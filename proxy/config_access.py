@@ -7,6 +7,7 @@ in all is said here, and a key can only be allowed less.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -17,7 +18,9 @@ from msgspec import Meta
 from proxy.config_models import ModelConfig, WorkClass
 from proxy.config_reading import Count, Name, Path, Seconds, Section
 
-Money = Annotated[float, Meta(ge=0)]
+# Counted in billionths, all of it still fits into 64 bits.
+Money = Annotated[float, Meta(ge=0, le=1e9)]
+WEIGHT_MIN = 0.01  # shares are divided by it
 Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA"]
 
 
@@ -27,7 +30,9 @@ class TenantConfig(Section, frozen=True, kw_only=True, rename={"work_class": "cl
     name: Name
     weight: Annotated[
         float,
-        Meta(ge=0.01, le=1000.0, description="share of what is scarce, against other tenants"),
+        Meta(
+            ge=WEIGHT_MIN, le=1000.0, description="share of what is scarce, against other tenants"
+        ),
     ] = 1.0
     work_class: Annotated[
         WorkClass | None,
@@ -171,9 +176,9 @@ def check_claims(
     models: Sequence[ModelConfig],
 ) -> None:
     """Refuse tenants, regions and models that contradict each other."""
-    names = [tenant.name for tenant in tenants]
-    for name in names:
-        if names.count(name) > 1:
+    names = Counter(tenant.name for tenant in tenants)
+    for name, count in names.most_common(1):
+        if count > 1:
             raise ValueError(f"tenant '{name}' is defined twice")
     for remote in remote_regions:
         if remote.region == region:

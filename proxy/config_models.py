@@ -11,6 +11,7 @@ from proxy.config_reading import Count, Name, Path, Seconds, Section
 
 REPLICAS_MAX = 4096
 RestingRung = Literal["asleep", "suspended", "snapshotted", "cold"]
+Price = Annotated[float, Meta(ge=0, le=1e6)]  # infinity is none that could be counted
 WorkClass = Literal["online", "semi-online", "offline"]
 Serves = Literal["requests", "jobs"]
 _Window = Annotated[float, Meta(ge=1, le=3600)]
@@ -204,14 +205,14 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         tuple[Name, ...], Meta(description="regions in which it may be computed (default: all)")
     ] = ()
     prompt_price: Annotated[
-        float, Meta(ge=0, description="of a million prompt tokens, for budgets and usage records")
+        Price, Meta(description="of a million prompt tokens, for budgets and usage records")
     ] = 0.0
     cached_price: Annotated[
-        Annotated[float, Meta(ge=0)] | None,
+        Price | None,
         Meta(description="of a million prompt tokens that a cache held (default: prompt_price)"),
     ] = None
     completion_price: Annotated[
-        float, Meta(ge=0, description="of a million tokens that were generated")
+        Price, Meta(description="of a million tokens that were generated")
     ] = 0.0
 
     def __post_init__(self) -> None:

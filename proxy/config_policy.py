@@ -8,6 +8,7 @@ the proxy refuses it like one that it does not know.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable
 from typing import get_args
 
@@ -76,7 +77,8 @@ def flaws_of(keys: Iterable[KeyRecord], access: AccessConfig) -> list[str]:
     tenants = {tenant.name: tenant for tenant in access.tenants}
     found = []
     for key in keys:
-        if key.revoked_at:
+        narrows = key.models or key.classes or key.regions  # else it may what its tenant may
+        if key.revoked_at or (key.tenant in tenants and not narrows):
             continue
         tenant = tenants.get(key.tenant)
         if tenant is None:
@@ -84,3 +86,18 @@ def flaws_of(keys: Iterable[KeyRecord], access: AccessConfig) -> list[str]:
         elif flaw := policy_of(tenant, key).flaw:
             found.append(f"key {key.key_id}: {flaw}")
     return found
+
+
+def shared_key(keys: Iterable[KeyRecord], api_key: str | None) -> str:
+    """Say whose key the proxy's own is as well, which then is no key for everything any more."""
+    if api_key is None:
+        return ""
+    digest = hashlib.sha256(api_key.encode()).hexdigest()
+    for key in keys:
+        if key.digest == digest:
+            return (
+                f"api_key (DOHERTY_API_KEY) is the key {key.key_id} of tenant {key.tenant} and "
+                "counts as that, so no key is for everything and engines get none; unset it, or "
+                "set another"
+            )
+    return ""

@@ -26,6 +26,10 @@ Path = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(ge=0)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
 
+# libyaml's parser where it was built in: thousands of tenants take a tenth of the time, in which a
+# running proxy hears of nothing else.
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 SectionT = TypeVar("SectionT", bound="Section")
 
 
@@ -54,13 +58,15 @@ def read_yaml(
     `source` names the text in errors. Raises `ConfigError`.
     """
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
         repeated = repeated_key(node) if node is not None else None
         if repeated is not None:
             raise ConfigError(f"{source}:{repeated[0]}: '{repeated[1]}' is given twice")
-        value = yaml.safe_load(text)
+        value = loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
+        line = min(line, text.count("\n") + 1)  # what is missing at the end is missed after it
         raise ConfigError(f"{source}:{line}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from error
@@ -102,10 +108,10 @@ def laid_over(base: SectionT, values: Mapping[str, Any], source: str) -> Section
 def describe_fields(section: type[Section]) -> Iterator[tuple[str, Any, str]]:
     """Yield name, bare type and description of each field, in order; flags are made of these."""
     hints = get_type_hints(section, include_extras=True)
+    bare = get_type_hints(section)  # once: each look evaluates the annotation of every field
     for field in msgspec.structs.fields(section):
         if isinstance(field.default, Section):
             continue  # a part of its own, and no value that a flag could give
         annotation = hints[field.name]
         metas = [a for a in get_args(annotation) if isinstance(a, Meta) and a.description]
-        bare = get_type_hints(section)[field.name]
-        yield field.name, bare, metas[-1].description or "" if metas else ""
+        yield field.name, bare[field.name], metas[-1].description or "" if metas else ""

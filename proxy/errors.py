@@ -234,6 +234,14 @@ class RegionNotAllowedError(InvalidRequestError):
     code = "region_not_allowed"
 
 
+class KeyTooNarrowError(ProxyError):
+    """What it asks for would be done with more than this key may."""
+
+    status = 403
+    kind = "permission_error"
+    code = "key_too_narrow"
+
+
 class OverloadedError(ProxyError):
     """More requests in flight than this proxy or every replica may hold."""
 
@@ -409,6 +417,7 @@ ALL_ERRORS: tuple[type[ProxyError], ...] = (
     NotFoundError,
     MethodNotAllowedError,
     ModelNotFoundError,
+    KeyTooNarrowError,
     RegionNotAllowedError,
     RequestTimeoutError,
     BodyTooLargeError,

@@ -44,8 +44,8 @@ from backends.keys.making import (
     new_id,
     new_key,
 )
-from backends.keys.place import Place, check_rights, place_of, usage_log_of
-from backends.keys.showing import record_shown, story, table
+from backends.keys.place import Place, check_rights, place_of, unknown_rights, usage_log_of
+from backends.keys.showing import moment, page, record_shown, story, table
 from backends.keys.usage import BY, COLUMNS, Usage
 from proxy.config import ConfigError, WorkClass
 from proxy.contract.key_file import KeyFileError
@@ -195,6 +195,8 @@ def _take_in(place: Place, options: argparse.Namespace, record: KeyRecord) -> No
         classes=record.classes,
         regions=record.regions,
     )
+    for unknown in unknown_rights(place, models=record.models, regions=record.regions):
+        _say(f"warning: {unknown}")
 
     def make(keys: KeySet) -> KeySet:
         named = [k for k in keys.keys if k.name == record.name and k.tenant == record.tenant]
@@ -224,8 +226,8 @@ def _rotate(options: argparse.Namespace) -> int:
     change(place.path, make)
     old, new = pair
     _print_new(new, made.secret, place, as_json=options.json)
-    when = "now" if not options.grace else f"in {options.grace:g} s"
-    _say(f"the old one, {old.key_id}, ends {when}")
+    ends_s = min(now_s + options.grace, old.expires_at or now_s + options.grace)
+    _say(f"the old one, {old.key_id}, ends {'now' if ends_s <= now_s else f'at {moment(ends_s)}'}")
     return 0
 
 
@@ -259,7 +261,7 @@ def _show(options: argparse.Namespace) -> int:
     if options.json:
         print(_json(key))
     else:
-        print("\n".join(f"{name}: {value}" for name, value in key.items()))
+        print(page(key))
     return 0
 
 

@@ -31,6 +31,11 @@ def place_of(keys: str | None, config_path: str | None, environ: Mapping[str, st
     config = load_config(config_path) if config_path else None
     configured = (config.proxy.keys_path or config.manager.keys_path) if config else None
     path = keys or environ.get(KEYS_VARIABLE) or configured
+    if not path and config and config.manager.keys_follow:
+        raise ConfigError(
+            f"{config_path} has no file of keys: it follows {config.manager.keys_follow}, "
+            "where keys are made"
+        )
     if not path:
         where = f"proxy.keys_path in {config_path}" if config_path else "--config FILE"
         raise ConfigError(f"which file of keys? say it by --keys FILE, {KEYS_VARIABLE} or {where}")
@@ -45,6 +50,22 @@ def usage_log_of(config_path: str | None, environ: Mapping[str, str]) -> str:
     if path in {"off", "-"}:
         raise ConfigError("which usage records? name files, or proxy.usage_log by --config FILE")
     return path
+
+
+def unknown_rights(
+    place: Place, *, models: Iterable[str] = (), regions: Iterable[str] = ()
+) -> list[str]:
+    """Say which names the configuration does not have; they may come with another one, or late."""
+    config = place.config
+    if config is None:
+        return []
+    served = {model.name for model in config.models}
+    served |= {name for model in config.models for pool in model.pools for name in pool.adapters}
+    reached = {config.region, *(remote.region for remote in config.remote_regions)}
+    flaws = [("region", name, reached) for name in regions if name not in reached]
+    if served and not config.remote_regions:  # other regions, and engines that run, have others
+        flaws += [("model", name, served) for name in models if name not in served]
+    return [_unknown(what, name, known, place.config_path) for what, name, known in flaws]
 
 
 def check_rights(

@@ -20,9 +20,9 @@ def record_shown(key: KeyRecord, now_s: float) -> dict[str, Any]:
         "tenant": key.tenant,
         "name": key.name,
         "state": state_of(key, now_s),
-        "created_at": _moment(key.created_at),
-        "expires_at": _moment(key.expires_at),
-        "revoked_at": _moment(key.revoked_at),
+        "created_at": moment(key.created_at),
+        "expires_at": moment(key.expires_at),
+        "revoked_at": moment(key.revoked_at),
         "models": list(key.models),
         "classes": list(key.classes),
         "regions": list(key.regions),
@@ -33,7 +33,7 @@ def record_shown(key: KeyRecord, now_s: float) -> dict[str, Any]:
 def story(key: KeyRecord, now_s: float) -> str:
     """Tell of a key in a sentence."""
     name = f" '{key.name}'" if key.name else ""
-    ends = f"until {_moment(key.expires_at)}" if key.expires_at else "without an end"
+    ends = f"until {moment(key.expires_at)}" if key.expires_at else "without an end"
     only = _only(key)
     return f"key {key.key_id}{name} of tenant {key.tenant}, {ends}" + (only and f", only {only}")
 
@@ -44,10 +44,10 @@ def table(keys: Sequence[KeyRecord], now_s: float) -> str:
     for key in keys:
         state = state_of(key, now_s)
         ends = key.revoked_at if state == REVOKED else key.expires_at
-        created = _moment(key.created_at) or "-"
+        created = moment(key.created_at) or "-"
         rows.append(
             (key.key_id, key.tenant, key.name or "-", state, created,
-             _moment(ends) or "never", _only(key) or "-")
+             moment(ends) or "never", _only(key) or "-")
         )  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
@@ -66,7 +66,18 @@ def _only(key: KeyRecord) -> str:
     )
 
 
-def _moment(at_s: float) -> str | None:
+def page(shown: dict[str, Any]) -> str:
+    """Return all of one key in lines; where it says nothing, what that means."""
+    unsaid = {"expires_at": "never", "revoked_at": "never", "name": "-"}
+    unsaid |= dict.fromkeys(("models", "classes", "regions"), "what its tenant may")
+    lines = []
+    for name, value in shown.items():
+        said = ", ".join(value) if isinstance(value, list) else value
+        lines.append(f"{name:<11} {said or unsaid[name]}")
+    return "\n".join(lines)
+
+
+def moment(at_s: float) -> str | None:
     """Write a moment as RFC 3339 does, in UTC."""
     if not at_s:
         return None

@@ -117,6 +117,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     busy_s: float  # GPU-seconds that its workers reported
     tokens: int  # that all its lines were thought to take when it was validated
+    tenant: str = ""  # whose it is, where keys are tenants'
 
 
 class NewLine(msgspec.Struct, frozen=True, kw_only=True):

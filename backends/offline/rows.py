@@ -34,7 +34,7 @@ SELECT_JOB = (
     "SELECT id, owner, endpoint, input_file_id, window_s, metadata, state, model, errors, "
     "created_s, expires_s, in_progress_s, finalizing_s, completed_s, failed_s, expired_s, "
     "cancelling_s, cancelled_s, output_file_id, error_file_id, total, completed, failed, "
-    "prompt_tokens, cached_tokens, completion_tokens, busy_s, tokens, number FROM jobs"
+    "prompt_tokens, cached_tokens, completion_tokens, busy_s, tokens, tenant, number FROM jobs"
 )
 _JOB_FIELDS = JobRecord.__struct_fields__
 

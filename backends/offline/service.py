@@ -39,7 +39,7 @@ from backends.offline.records import (
 )
 from backends.offline.setting import Setting, locked_out, prices_of
 from backends.offline.store import Store
-from backends.offline.tenants import Door
+from backends.offline.tenants import Door, Rights
 from backends.offline.usage_log import UsageLog
 from backends.offline.validating import Validator
 from backends.offline.work_api import WorkApi
@@ -117,6 +117,7 @@ class OfflineService:
         self._ending = asyncio.Event()
         self._cancelled = asyncio.Event()
         self._models = KnownModels(configured_names(setting.config.models))
+        self._rights = Rights(setting.config.tenants)
         self.desk = CountedDesk(store, clock)
         self._prices = prices_of(setting.config.models)
         self._teller = NeedsTeller(
@@ -240,6 +241,7 @@ class OfflineService:
             validator = Validator(
                 self._store,
                 self._models,
+                self._rights,
                 log,
                 service_id=f"{place}-{number}",
                 lines_max=offline.lines_max,
@@ -267,6 +269,7 @@ class OfflineService:
             models = config.models
             self._usage.configure(config.access.models)
             self._models.configure(configured_names(models))
+            self._rights.configure(config.tenants)
             self.desk.abilities.forget()
             if self._dispatcher is not None:
                 self._dispatcher.configure(models)

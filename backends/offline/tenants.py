@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from backends.offline.api_errors import ApiError
 from proxy.config import ProxyConfig
+from proxy.config_access import TenantConfig
 from proxy.contract.behalf import (
+    DEFAULT_TENANT,
     PROOF_FIELD,
     TENANT_CHARACTERS_MAX,
     TENANT_FIELD,
     from_field,
     proof_of,
+    tenant_of,
 )
 
 _PERSON = b"doherty tenant"  # up to 16 octets
@@ -67,6 +70,28 @@ class Door(msgspec.Struct, frozen=True):
             message = "Ask the proxy: keys are not known here."
             raise ApiError(401, message, code="invalid_api_key")
         return Asker(_digest(key))
+
+
+class Rights:
+    """Which models the jobs of each tenant may ask for, as the proxy judges their lines.
+
+    Asked once, before a job begins: engine workers compute lines that pass no proxy.
+    """
+
+    def __init__(self, tenants: Sequence[TenantConfig]) -> None:
+        self.configure(tenants)
+
+    def configure(self, tenants: Sequence[TenantConfig]) -> None:
+        """Go by these from now on; none: whoever keeps tenants elsewhere judges there."""
+        self._models = {tenant.name: tenant.models for tenant in tenants}
+
+    def may_ask(self, owner: str, model: str) -> bool:
+        """Return whether the jobs of this tenant, as the proxy names it, may ask for a model."""
+        if not owner or not self._models:
+            return True
+        name, unknown = tenant_of(owner)
+        models = self._models.get(DEFAULT_TENANT if unknown else name)
+        return models is not None and (not models or model in models)
 
 
 def presented_key(headers: Mapping[str, str]) -> str:

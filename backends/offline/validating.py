@@ -27,6 +27,7 @@ from backends.offline.records import (
     StoreError,
 )
 from backends.offline.store import Store
+from backends.offline.tenants import Rights
 from backends.offline.validation import FileCheck, LineReader, check_line, duplicate
 from backends.tasks import place_of
 
@@ -81,13 +82,14 @@ class Validator:
         self,
         store: Store,
         models: KnownModels,
+        rights: Rights,
         log: Log,
         *,
         service_id: str,
         lines_max: int,
         line_bytes_max: int,
     ) -> None:
-        self._store, self._models, self._log = store, models, log
+        self._store, self._models, self._rights, self._log = store, models, rights, log
         self._service_id = service_id
         self._lines_max, self._line_bytes_max = lines_max, line_bytes_max
 
@@ -135,7 +137,8 @@ class Validator:
                 break
         await self._add(job, whole, whole.feed(None))
         model = whole.check.model or ""
-        errors = whole.check.end(model_known=self._models.knows(model))
+        known = self._models.knows(model) and self._rights.may_ask(job.tenant, model)
+        errors = whole.check.end(model_known=known)
         return errors, model, whole.check.lines
 
     async def _add(self, job: JobRecord, whole: FilePass, lines: list[NewLine]) -> None:

@@ -22,6 +22,7 @@ GROUPS = 8
 USERS = 64
 MODEL = "demo"
 FRAME_BYTES = 247  # of JSON around the texts, and what these are longer than asked for
+_FIRST_KEY = 0x89ABCDEF
 UPLOAD_BYTES = 16 * 1024 * 1024
 
 _EXOTIC = ("naïve", "größer", "日本語", "—", "Ελλάδα", "🙂")
@@ -30,7 +31,7 @@ _HEAD = (
     "host: 127.0.0.1\r\n"
     "accept: application/json\r\n"
     "user-agent: loadtest/1\r\n"
-    "authorization: Bearer sk-0123456789abcdef0123456789abcdef\r\n"
+    "authorization: Bearer {key}\r\n"
     "x-user-id: user-{user}\r\n"
     "content-type: application/json\r\n"
     "content-length: {length}\r\n\r\n"
@@ -101,9 +102,18 @@ def body(number: int, length_bytes: int, *, stream: bool) -> bytes:
     return orjson.dumps(value)
 
 
-def request(content: bytes, number: int) -> bytes:
-    """Return the whole request; its user is for routers that know prompts by nothing else."""
-    return _HEAD.format(length=len(content), user=number % USERS).encode() + content
+def key(number: int) -> str:
+    """Return one of the API keys that requests carry."""
+    return f"sk-0123456789abcdef01234567{_FIRST_KEY + number:08x}"
+
+
+def request(content: bytes, number: int, keys: int = 1) -> bytes:
+    """Return the whole request; its user is for routers that know prompts by nothing else.
+
+    `keys` is how many keys there are, in turn.
+    """
+    head = _HEAD.format(length=len(content), user=number % USERS, key=key(number % keys))
+    return head.encode() + content
 
 
 def packed(requests: list[bytes]) -> bytes:
@@ -111,22 +121,22 @@ def packed(requests: list[bytes]) -> bytes:
     return b"".join(struct.pack("<I", len(one)) + one for one in requests)
 
 
-def size_requests(size: Size, *, stream: bool) -> list[bytes]:
+def size_requests(size: Size, *, stream: bool, keys: int = 1) -> list[bytes]:
     """Return the requests of a size: from half to one and a half of its mean, which they meet."""
     spread = random.Random(size.label)
     lengths = [size.mean_bytes * spread.uniform(0.5, 1.5) for _ in range(size.count)]
     scale = size.mean_bytes / (sum(lengths) / len(lengths))
     return [
-        request(body(number, int(length * scale) - FRAME_BYTES, stream=stream), number)
+        request(body(number, int(length * scale) - FRAME_BYTES, stream=stream), number, keys)
         for number, length in enumerate(lengths)
     ]
 
 
-def write_requests(folder: Path, name: str, *, stream: bool) -> Path:
+def write_requests(folder: Path, name: str, *, stream: bool, keys: int = 1) -> Path:
     """Write the requests of size `name` for the load generator; those that exist stay."""
-    path = folder / f"{name}-{'stream' if stream else 'json'}.requests"
+    path = folder / f"{name}-{'stream' if stream else 'json'}-{keys}.requests"
     if not path.exists():
-        path.write_bytes(packed(size_requests(SIZES[name], stream=stream)))
+        path.write_bytes(packed(size_requests(SIZES[name], stream=stream, keys=keys)))
     return path
 
 

@@ -22,15 +22,18 @@ from typing import IO
 from venv import EnvBuilder
 
 import msgspec
+import orjson
 from typing_extensions import override
 
-from loadtest.bench import bodies
+from loadtest.bench import bodies, settings
 from loadtest.bench.processes import Cores, descriptors_max, family, on_cores
+from loadtest.bench.settings import Settings
 from loadtest.run import RunError
 
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 POLL_INTERVAL_S = 0.1
+PORTS = 6  # for clients and administration, and of a second region
 UPSTREAM_KEEPALIVE = 1024  # idle connections to engines that may be kept
 
 
@@ -46,6 +49,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     spare_port: int  # for metrics or administration
     engine_ports: tuple[int, ...]
     workers: int = 1
+    region_ports: tuple[int, ...] = ()  # of two regions: for clients, for peers, and one to spare
 
     @property
     def urls(self) -> list[str]:
@@ -56,6 +60,8 @@ class Rival(ABC):
     """A proxy that can be started. `hint` says how to install it."""
 
     hint = ""
+    keys = 1  # that its clients have, one after the other
+    asked_for = False  # measured only where it is named
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -70,6 +76,10 @@ class Rival(ABC):
     def command(self, site: Site) -> list[str]:
         """Return what starts it, after writing what it reads into the site's folder."""
 
+    def neighbour(self, site: Site) -> list[str]:
+        """Return what starts a process beside it that is not measured; empty: there is none."""
+        return []
+
 
 class Ours(Rival):
     """Doherty as its flags make it by default: prefix routing, metrics, access log, limits."""
@@ -79,6 +89,40 @@ class Ours(Rival):
         ports = ["--port", str(site.port), "--admin-port", str(site.spare_port)]
         workers = ["--workers", str(site.workers)]
         return [sys.executable, "-m", "proxy", *ports, *workers, "--worker-urls", *site.urls]
+
+
+class Configured(Ours):
+    """The same with a file of settings; what that costs is measured where somebody asks for it."""
+
+    asked_for = True
+
+    def __init__(self, name: str, prepare: Callable[[Site], Settings], keys: int = 1) -> None:
+        super().__init__(name)
+        self.keys = keys
+        self._prepare = prepare
+
+    @override
+    def command(self, site: Site) -> list[str]:
+        path = site.folder / "doherty.json"
+        path.write_bytes(orjson.dumps(self._prepare(site)))
+        return [*super().command(site), "--config", str(path)]
+
+
+class Linked(Configured):
+    """Two regions that know of each other; the other one has no work, and is not measured."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, lambda site: settings.region(0, site.region_ports))
+
+    @override
+    def neighbour(self, site: Site) -> list[str]:
+        path = site.folder / "neighbour.json"
+        path.write_bytes(orjson.dumps(settings.region(1, site.region_ports)))
+        ports = ["--port", str(site.region_ports[1]), "--admin-port", str(site.region_ports[4])]
+        return [
+            *(sys.executable, "-m", "proxy", *ports, "--config", str(path)),
+            *("--worker-urls", *site.urls),
+        ]
 
 
 class Nginx(Rival):
@@ -154,10 +198,18 @@ class Router(Rival):
         ]
 
 
+def settings_of_tenants(site: Site) -> Settings:
+    """Return settings of many tenants, after writing the file of their keys."""
+    return settings.tenants(site.folder, [bodies.key(number) for number in range(bodies.USERS)])
+
+
 def all_rivals(venv: Path) -> list[Rival]:
     """Return every rival, ours first."""
     return [
         Ours("ours"),
+        Configured("ours-key", lambda site: settings.one_key(bodies.key(0))),
+        Configured("ours-tenants", settings_of_tenants, keys=bodies.USERS),
+        Linked("ours-regions"),
         Nginx("nginx", access_log=True),
         Nginx("nginx-nolog", access_log=False),
         Haproxy("haproxy"),
@@ -265,6 +317,7 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     pid: int = 0  # 0: no process of its own
     load_cores: frozenset[int]  # of who asks it
+    keys: int = 1  # that they have
 
     def pids(self) -> list[int]:
         return family(self.pid) if self.pid else []
@@ -276,23 +329,34 @@ def running(
 ) -> Iterator[Running]:
     """A started rival that answers; stopped at the end."""
     folder.mkdir(parents=True)
-    port, spare_port = _free_ports()
+    port, spare_port, *others = _free_ports()
     site = Site(
         folder=folder,
         port=port,
         spare_port=spare_port,
         engine_ports=tuple(engine_ports),
         workers=workers,
+        region_ports=(port, *others),
     )
-    command = rival.command(site)
+    command, neighbour = rival.command(site), rival.neighbour(site)
     with (
         open(folder / "stdout.log", "wb") as output,
         open(folder / "stderr.log", "wb") as errors,
+        contextlib.ExitStack() as stack,
         _start(command, cores.proxy, output, errors) as process,
     ):
         try:
+            if neighbour:
+                beside = stack.enter_context(_start(neighbour, cores.proxy, output, errors))
+                stack.callback(_stop, beside)
             _until_it_answers(rival.name, process, site)
-            yield Running(name=rival.name, port=port, pid=process.pid, load_cores=cores.load)
+            yield Running(
+                name=rival.name,
+                port=port,
+                pid=process.pid,
+                load_cores=cores.load,
+                keys=rival.keys,
+            )
         finally:
             _stop(process)
 
@@ -344,9 +408,11 @@ def _post(port: int, content: bytes) -> tuple[int, bytes]:
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=READY_TIMEOUT_S)
     with contextlib.closing(client):
         try:
-            client.request(
-                "POST", "/v1/chat/completions", content, {"content-type": "application/json"}
-            )
+            fields = {
+                "content-type": "application/json",
+                "authorization": f"Bearer {bodies.key(0)}",
+            }
+            client.request("POST", "/v1/chat/completions", content, fields)
             answer = client.getresponse()
             return answer.status, answer.read()
         except (OSError, http.client.HTTPException):
@@ -359,12 +425,13 @@ def _last_words(folder: Path) -> str:
     return "\n".join(said).strip()[-2000:] or "it said nothing"
 
 
-def _free_ports() -> tuple[int, int]:
-    """Return two ports that were free a moment ago."""
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1]), int(two.getsockname()[1])
+def _free_ports() -> list[int]:
+    """Return ports that were free a moment ago."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(PORTS)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def _find(program: str) -> str | None:

@@ -72,7 +72,9 @@ class Stand:
         self._tag += TAG_STEP
         return {
             "port": to.port,
-            "bodies": bodies.write_requests(self.folder, shape.size, stream=shape.events > 0),
+            "bodies": bodies.write_requests(
+                self.folder, shape.size, stream=shape.events > 0, keys=to.keys
+            ),
             "connections": shape.connections,
             "events": shape.events,
             "tag": self._tag % (1 << 32),

@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote
 
 TENANT_FIELD = "x-doherty-tenant"
 PROOF_FIELD = "x-doherty-proof"
+DEFAULT_TENANT = "default"  # whose policy those have that no one has configured
 TENANT_CHARACTERS_MAX = 1024
 
 
@@ -24,6 +25,17 @@ def proof_of(internal_key: str, credential: str, tenant: str) -> str:
     """Return what shows that this credential is this tenant's."""
     said = f"tenant {tenant}\0{credential}".encode()
     return hmac.new(internal_key.encode(), said, hashlib.sha256).hexdigest()
+
+
+def owner_unknown(tenant: str) -> str:
+    """Return whose files and jobs those of a tenant are that is not configured."""
+    return f"{DEFAULT_TENANT} {tenant}"
+
+
+def tenant_of(owner: str) -> tuple[str, bool]:
+    """Return the tenant of an owner, and whether it is one that is not configured."""
+    name = owner.removeprefix(f"{DEFAULT_TENANT} ")
+    return name, name != owner
 
 
 def in_field(tenant: str) -> str:

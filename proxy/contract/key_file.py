@@ -31,6 +31,8 @@ _MODES_REFUSED = 0o027  # the group may read: so secrets are mounted for a servi
 class KeyFileError(Exception):
     """The file cannot be used; the text says why and what to do."""
 
+    passing = False  # it may be readable in a moment, though nothing about it changes
+
 
 class _Record(KeyRecord, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """A key as it may stand in the file."""
@@ -52,7 +54,7 @@ def parse_key_file(content: bytes, source: str) -> KeySet:
     try:
         msgspec.json.decode(content, type=_File)
         keys = decode_keys(content)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise KeyFileError(f"{source}: no file of keys: {error}") from error
     if len(keys.keys) > KEYS_MAX:
         raise KeyFileError(
@@ -71,7 +73,7 @@ def parse_key_file(content: bytes, source: str) -> KeySet:
 
 def _content(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise KeyFileError(f"{path}: it is no file")
@@ -82,10 +84,17 @@ def _content(path: str) -> bytes:
                 )
             content = file.read(KEYS_BYTES_MAX + 1)
     except OSError as error:
-        raise KeyFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+        failure = KeyFileError(f"{path}: cannot be read: {error.strerror or error}")
+        failure.passing = True  # such as for want of descriptors, or of a server of files
+        raise failure from error
     if len(content) > KEYS_BYTES_MAX:
         raise KeyFileError(f"{path}: larger than {KEYS_BYTES_MAX} bytes")
     return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe is refused, not waited for: whoever watches a file has more to do (open(2))."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def no_keys_yet() -> KeySet:
@@ -100,6 +109,7 @@ class KeyFile:
         self.path = path
         self.missing = False  # it was not there at the first look, and has not come since
         self._seen: tuple[int, ...] | None = None
+        self._told = ""  # why it could not be read at the last look, if that may pass
 
     def look(self) -> KeySet | None:
         """Return what it says if that may have changed since the last look.
@@ -107,11 +117,19 @@ class KeyFile:
         Raises `KeyFileError`, once for each change, where it cannot be used.
         """
         stamp = self._stamp()
-        if stamp == self._seen:
+        if stamp == self._seen and not self._told:
             return None
-        first, self._seen = self._seen is None, stamp
+        told = self._told if stamp == self._seen else ""
+        first, self._seen, self._told = self._seen is None, stamp, ""
         self.missing = not stamp and (first or self.missing)
-        return no_keys_yet() if self.missing else read_key_file(self.path)
+        try:
+            return no_keys_yet() if self.missing else read_key_file(self.path)
+        except KeyFileError as error:
+            # What was missed, such as that a key is revoked, is not to wait for the next change.
+            self._told = str(error) if error.passing else ""
+            if told and told == self._told:
+                return None
+            raise
 
     def _stamp(self) -> tuple[int, ...]:
         """Return what differs when it was changed or replaced; nothing when there is none."""

@@ -26,6 +26,10 @@ import hmac
 from hashlib import sha256
 from typing import Final
 
+from proxy.core.scan import Scanned
+
+_ESCAPED_ASCII: Final = b"\\u00"
+_SEARCHED_WHOLE_BYTES: Final = 2048
 _SPACE: Final = b" \t\r\n"
 _NEW_TIERS: Final = ("fast", "ultrafast")
 _NOT_CACHED: Final = ("tokenize", "count_tokens")  # routes by name: nothing is computed
@@ -41,9 +45,15 @@ def with_fields(body: bytes, fields: bytes) -> bytes:
     return b"".join((memoryview(body)[:end], b",", fields, b"}"))  # bodies may be large: one copy
 
 
-def names_priority(body: bytes) -> bool:
-    """Whether a body may name a priority: its key is there, or escapes that may hide it."""
-    return b'"priority"' in body or b"\\u" in body
+def names_priority(body: bytes, scanned: Scanned | None = None) -> bool:
+    """Whether a body may name a priority: its key is there, or escapes that may hide it.
+
+    Its longest part is a value, so no name of the body's own is in it, and it is not searched.
+    """
+    if scanned is not None and scanned.octets is body and len(body) > _SEARCHED_WHOLE_BYTES:
+        start, end = scanned.longest()
+        body = body[:start] + body[end:]
+    return b'"priority"' in body or _ESCAPED_ASCII in body
 
 
 def fields_for(

@@ -26,6 +26,15 @@ from proxy.core.usage import Usage
 NANO: Final = 1_000_000_000  # costs are counted in billionths, so that single tokens are whole
 _NONE: Final = -1  # no limit
 
+_REQUEST_FIELDS: Final = (
+    b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests",
+    b"x-ratelimit-reset-requests",
+)  # fmt: skip
+_TOKEN_FIELDS: Final = (
+    b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens",
+)  # fmt: skip
+_MINUTE: Final = b"1m0s"
+
 # What a refusal is for: as metrics have it.
 REQUESTS: Final = "requests"
 TOKENS: Final = "tokens"
@@ -198,11 +207,12 @@ def _of_day(account: Account, allowed: Allowance, claim: Claim, unix_s: float) -
     ):
         if limit < 0:
             continue
+        # What runs first: whoever ends it meanwhile, elsewhere, has added to the day before.
+        running = account.sum(held) - claimed
         used = account.of_day(spent, today)
         # Who has spent all gets nothing more, even what costs nothing.
         if used >= limit or used + claimed > limit:
             return Refused(kind, limit, used, claimed, -1.0)
-        running = account.sum(held) - claimed
         if used + running + claimed > limit:  # some of it may come back when they have ended
             return Refused(kind, limit, used + running, claimed, claim_limits.CLAIM_RETRY_S)
     return None
@@ -244,13 +254,14 @@ def settle(
     assert claim.open
     bucket = quota.bucket_at(now_s)
     account.advance(bucket)
-    _let_go(account, claim)
     tokens = usage.prompt_tokens + usage.completion_tokens if usage is not None else 0
+    # Before it is let go: in between, it counts twice for others, and never not at all.
+    if tokens or cost:
+        account.add_to_day(quota.day_at(unix_s), tokens, cost)
+    _let_go(account, claim)
     _unrate(account, claim, max(0, claim.tokens - tokens), 0 if begun else 1)
     if claim.rated:
         account.use(bucket, quota.TOKENS, max(0, tokens - claim.tokens))
-    if tokens or cost:
-        account.add_to_day(quota.day_at(unix_s), tokens, cost)
 
 
 # --- what clients are told -----------------------------------------------------------------------
@@ -263,19 +274,24 @@ def told(account: Account, allowed: Allowance, now_s: float) -> list[Field]:
     tenth of a second.
     """
     fields: list[Field] = []
-    for name, limit, kind in (
-        (b"requests", allowed.requests_per_min, quota.REQUESTS),
-        (b"tokens", allowed.tokens_per_min, quota.TOKENS),
-    ):
-        if limit >= 0:
-            used = account.sum(kind)
-            reset = duration(min(account.whole_s(kind, now_s), quota.WINDOW_S)).encode()
-            fields += [
-                (b"x-ratelimit-limit-" + name, b"%d" % limit),
-                (b"x-ratelimit-remaining-" + name, b"%d" % max(0, limit - used)),
-                (b"x-ratelimit-reset-" + name, reset),
-            ]
+    if allowed.requests_per_min >= 0:
+        fields += _told_of(
+            _REQUEST_FIELDS, account, quota.REQUESTS, allowed.requests_per_min, now_s
+        )
+    if allowed.tokens_per_min >= 0:
+        fields += _told_of(_TOKEN_FIELDS, account, quota.TOKENS, allowed.tokens_per_min, now_s)
     return fields
+
+
+def _told_of(
+    names: tuple[bytes, bytes, bytes], account: Account, kind: int, limit: int, now_s: float
+) -> list[Field]:
+    used = account.sum(kind)
+    whole_s = account.whole_s(kind, used, now_s)
+    # Nearly always a minute: this request is one of those that count.
+    reset = _MINUTE if whole_s >= quota.WINDOW_S else duration(whole_s).encode()
+    left = max(0, limit - used)
+    return [(names[0], b"%d" % limit), (names[1], b"%d" % left), (names[2], reset)]
 
 
 def duration(seconds: float) -> str:

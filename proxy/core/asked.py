@@ -25,8 +25,8 @@ class Asked:
     """
 
     __slots__ = (
-        "added", "cache_salt", "model", "output_tokens", "request", "service_tier", "stream",
-        "tier",
+        "added", "cache_salt", "model", "output_tokens", "request", "scanned", "service_tier",
+        "stream", "tier",
     )  # fmt: skip
 
     def __init__(
@@ -38,6 +38,7 @@ class Asked:
         service_tier: str | None = None,
         cache_salt: str | None = None,
         output_tokens: int = 0,
+        scanned: Scanned | None = None,
     ) -> None:
         self.model = model
         self.stream = stream
@@ -45,6 +46,7 @@ class Asked:
         self.service_tier = service_tier
         self.cache_salt = cache_salt
         self.output_tokens = output_tokens  # that the answer may have; 0: it does not say
+        self.scanned = scanned  # of a body of JSON
         self.tier = b""
         self.added = b""  # to the body, where an engine gets it
 
@@ -89,6 +91,7 @@ def read_body(
         service_tier=scanned.service_tier,
         cache_salt=scanned.cache_salt,
         output_tokens=scanned.output_tokens,
+        scanned=scanned,
     )
 
 

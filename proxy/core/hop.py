@@ -25,6 +25,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
+from proxy.config_access import WEIGHT_MIN
 from proxy.core import claim_limits, limits
 from proxy.core.classes import NAMES, UNSAID
 from proxy.core.peer_wire import PROXY_ID_BYTES
@@ -64,7 +65,7 @@ class Claims(msgspec.Struct, frozen=True, array_like=True):
     body_digest: Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
     tenant: _Text = ""
     key_id: _Text = ""
-    weight: Annotated[float, Meta(ge=0.0, le=limits.NOTE_WEIGHT_MAX)] = 1.0
+    weight: Annotated[float, Meta(ge=WEIGHT_MIN, le=limits.NOTE_WEIGHT_MAX)] = 1.0
     work_class: Annotated[int, Meta(ge=UNSAID, lt=len(NAMES))] = UNSAID
     regions: Annotated[list[_Text], Meta(max_length=claim_limits.HOP_REGIONS_MAX)] | None = None
     deadline_s: Annotated[float, Meta(ge=-1e9, le=1e9)] | None = None  # that are left

@@ -18,7 +18,7 @@ class Principal:
 
     __slots__ = (
         "classes", "crossed", "default_class", "expires_s", "isolated", "key_id", "limited",
-        "models",
+        "models", "narrowed",
         "owner", "rated", "regions", "salt", "slo_ttft_s", "tenant", "weight",
     )  # fmt: skip
 
@@ -32,6 +32,7 @@ class Principal:
         self.classes = ALL_CLASSES  # bits of those that may be asked for
         self.models: frozenset[str] | None = None  # None: all
         self.regions: frozenset[str] | None = None  # None: all
+        self.narrowed = False  # its key may ask for less than its tenant
         self.isolated = False
         self.salt = ""  # of its cached prefixes in engines; empty: shared with others
         self.slo_ttft_s = 0.0  # 0: none said

@@ -17,12 +17,12 @@ from typing import Final
 
 from proxy.config_access import AccessConfig, TenantConfig
 from proxy.config_policy import KeyPolicy, is_limited, policy_of
+from proxy.contract.behalf import DEFAULT_TENANT, owner_unknown, tenant_of
 from proxy.contract.keys import KeyRecord, KeySet
 from proxy.core.classes import NAMES
 from proxy.core.principal import ANYBODY, INTERNAL, Principal
 from proxy.errors import InvalidRequestError, KeysUnknownError, ProxyError, UnauthorizedError
 
-DEFAULT_TENANT: Final = "default"  # whose policy those have that no one has configured
 _MISSING: Final = "no API key came; send it as 'Authorization: Bearer KEY'"
 _WRONG: Final = "the API key is wrong; send it as 'Authorization: Bearer KEY'"
 _NOBODY: Final = sha256(b"").digest()
@@ -32,7 +32,8 @@ class Principals:
     """The table of one reading of keys and configuration. It is never changed."""
 
     __slots__ = (
-        "_refused", "_salt", "_table", "_tenants", "complete", "demanded", "named",
+        "_policies", "_refused", "_salt", "_table", "_tenants", "complete", "demanded", "named",
+        "own_key",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +54,7 @@ class Principals:
         self._salt = (keys.salt if keys is not None else secret).encode()
         self._table: dict[bytes, tuple[bytes, Principal]] = {}
         self._refused: dict[bytes, str] = {}
+        self._policies: dict[tuple[object, ...], tuple[KeyPolicy, int]] = {}
         # Whether requests are somebody's in particular: then engines see no key, and nobody hears
         # of models that are not his.
         self.named = keys is not None or awaited or access.jwt is not None or bool(access.tenants)
@@ -60,13 +62,19 @@ class Principals:
         self.complete = keys is not None or not awaited
         for record in keys.keys if keys is not None else ():
             self._add(record)
+        self._policies.clear()  # they were of use while all keys were read
+        # The proxy's own key, for everything, to engines too. One that is a tenant's as well is his
+        # alone, and bound by what he may: `DOHERTY_API_KEY` is also what clients call their key.
+        self.own_key = api_key
+        if api_key is not None:
+            digest = sha256(api_key.encode()).digest()
+            if digest in self._table or digest in self._refused:
+                self.own_key = None
+            else:
+                self._table[digest] = (digest, ANYBODY)
         if internal_key is not None:
             digest = sha256(internal_key.encode()).digest()
             self._table[digest] = (digest, INTERNAL)
-        if api_key is not None:
-            digest = sha256(api_key.encode()).digest()
-            self._table[digest] = (digest, ANYBODY)
-            self._refused.pop(digest, None)
 
     def _add(self, record: KeyRecord) -> None:
         digest = bytes.fromhex(record.digest)
@@ -77,24 +85,37 @@ class Principals:
         if tenant is None:
             self._refused[digest] = "the API key is of a tenant that is not configured here"
             return
-        policy = policy_of(tenant, record)
+        policy, bits = self._policy_of(tenant, record)
         if policy.flaw:
             self._refused[digest] = "the API key may not be used for anything"
             return
-        principal = self._principal(tenant, policy, record.key_id, tenant.name)
+        principal = self._principal(tenant, policy, bits, record.key_id, tenant.name)
         principal.expires_s = record.expires_at
         self._table[digest] = (digest, principal)
 
+    def _policy_of(self, tenant: TenantConfig, key: KeyRecord) -> tuple[KeyPolicy, int]:
+        """Return the policy, and its classes as bits. Most keys of a tenant have the same."""
+        same = (tenant.name, key.models, key.classes, key.regions)
+        found = self._policies.get(same)
+        if found is None:
+            policy = policy_of(tenant, key)
+            found = self._policies[same] = (policy, class_bits(policy.classes))
+        return found
+
     def _principal(
-        self, tenant: TenantConfig, policy: KeyPolicy, key_id: str, owner: str
+        self, tenant: TenantConfig, policy: KeyPolicy, bits: int, key_id: str, owner: str
     ) -> Principal:
         who = Principal(tenant.name, key_id)
         who.owner = owner
         who.weight = tenant.weight
         if tenant.work_class is not None:
             who.default_class = NAMES.index(tenant.work_class)
-        who.classes = class_bits(policy.classes)
+        who.classes = bits
         who.models, who.regions = policy.models, policy.regions
+        who.narrowed = (policy.models, policy.regions) != (
+            frozenset(tenant.models) or None,
+            frozenset(tenant.regions) or None,
+        )
         who.isolated = tenant.cache_isolation
         if who.isolated:
             who.salt = self.derived("cache", owner)
@@ -114,15 +135,15 @@ class Principals:
         """
         tenant, owner = self._tenants.get(name), name
         if tenant is None and unknown:
-            tenant, owner = self._tenants.get(DEFAULT_TENANT), f"{DEFAULT_TENANT} {name}"
+            tenant, owner = self._tenants.get(DEFAULT_TENANT), owner_unknown(name)
         if tenant is None:
             return None
-        return self._principal(tenant, policy_of(tenant), key_id, owner)
+        policy = policy_of(tenant)
+        return self._principal(tenant, policy, class_bits(policy.classes), key_id, owner)
 
     def on_behalf(self, owner: str) -> Principal:
         """Return one who may what the tenant may that owns a job. Raises `ProxyError`."""
-        unknown = owner.startswith(f"{DEFAULT_TENANT} ")
-        name = owner.removeprefix(f"{DEFAULT_TENANT} ") if unknown else owner
+        name, unknown = tenant_of(owner)
         principal = self.of_tenant(name, INTERNAL.key_id, unknown=unknown)
         if principal is None:
             # Not 401: the service has the right key, and others' lines are to go on.

@@ -23,6 +23,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import accumulate
+from struct import Struct
 from typing import Final
 
 BUCKETS_PER_S: Final = 10
@@ -100,7 +101,7 @@ class Rows:
 class Row:
     """One tenant's counts, as the process that writes the column `place` sees them."""
 
-    __slots__ = ("_at", "_cells", "_columns", "_place")
+    __slots__ = ("_at", "_cells", "_columns", "_place", "_unpack")
 
     def __init__(self, cells: memoryview, workers: int, row: int, place: int) -> None:
         """`cells` are 64-bit numbers. The supervisor's place is the one after the workers'."""
@@ -108,11 +109,12 @@ class Row:
         self._columns = workers + 1
         self._at = cells_of(row, workers)[0][0]
         self._place = place
+        self._unpack = Struct(f"{self._columns}q").unpack_from  # all cells of one kind
 
     def sum(self, kind: int) -> int:
         """Return what all have."""
         start = self._at + kind * self._columns
-        return sum(self._cells[start : start + self._columns].tolist())
+        return sum(self._unpack(self._cells, start * CELL_BYTES))
 
     def sum_of_workers(self, kind: int) -> int:
         """Return what the workers of this proxy have."""
@@ -182,13 +184,16 @@ class Account(Row):
 
     def advance(self, bucket: int) -> bool:
         """Forget what is older than a minute; return whether anything is left."""
+        left = self.own(REQUESTS) or self.own(TOKENS)
         if bucket > self._swept:
-            first = max(self._swept + 1, bucket - BUCKETS + 1)
-            for number in range(first, bucket + 1):
-                self._forget(number % BUCKETS)
+            if left:  # else all of the ring is 0
+                first = max(self._swept + 1, bucket - BUCKETS + 1)
+                for number in range(first, bucket + 1):
+                    self._forget(number % BUCKETS)
+                left = self.own(REQUESTS) or self.own(TOKENS)
             self._swept = bucket
             self.put(SWEPT, bucket)
-        return bool(self.own(REQUESTS) or self.own(TOKENS))
+        return bool(left)
 
     def _forget(self, slot: int) -> None:
         cells, ring = self._cells, self._ring
@@ -226,10 +231,14 @@ class Account(Row):
         oldest = bucket - BUCKETS + 1
         return (oldest + place + BUCKETS) / BUCKETS_PER_S - now_s
 
-    def whole_s(self, kind: int, now_s: float) -> float:
-        """Return in how many seconds all will be forgotten."""
-        used = self.sum(kind)
-        return self.frees_s(kind, used, now_s) if used > 0 else 0.0
+    def whole_s(self, kind: int, used: int, now_s: float) -> float:
+        """Return in how many seconds all of what is `used` will be forgotten."""
+        if used <= 0:
+            return 0.0
+        bucket = bucket_at(now_s)
+        if self._swept == bucket and self._cells[self._ring + kind * BUCKETS + bucket % BUCKETS]:
+            return float(WINDOW_S)  # some of it is of now: no ring need be read
+        return self.frees_s(kind, used, now_s)
 
     def _merge(self, bucket: int) -> None:
         """Sum up all rings, the oldest first. Others may not have forgotten yet what is over."""

@@ -18,13 +18,15 @@ import msgspec
 from msgspec import Meta
 
 from proxy.core.peer_wire import PROXY_ID_BYTES, WireError
-from proxy.core.quota import WINDOW_S
+from proxy.core.quota import ROWS_MAX, WINDOW_S
 
+TENANTS_MAX: Final = 2 * ROWS_MAX  # of one proxy: it may have given its rows to others
 SUMS_MAX: Final = 1000  # of one message; who has more sends more messages
 LIVES_MAX: Final = 32
 PROXIES_MAX: Final = 256  # remembered, those that are gone among them
+COUNT_MAX: Final = 2**62 - 1  # so that those of others and ours fit together, in 64 bits
 
-_Count = Annotated[int, Meta(ge=0, lt=2**62)]
+_Count = Annotated[int, Meta(ge=0, le=COUNT_MAX)]
 _Life = Annotated[bytes, Meta(min_length=PROXY_ID_BYTES, max_length=PROXY_ID_BYTES)]
 
 
@@ -95,6 +97,8 @@ class Elsewhere:
             proxy.carried = life in self._carried
         proxy.gone_s = -1.0
         for sums in telling.sums:
+            if len(proxy.told) >= TENANTS_MAX and sums.tenant not in proxy.told:
+                raise WireError("it tells of more tenants than a proxy can have")
             proxy.told[sums.tenant] = sums
             self._touched.add(sums.tenant)
         for other in telling.lives:
@@ -157,14 +161,14 @@ class Elsewhere:
                 day_cost += told.day_cost
         return Sums(
             tenant,
-            requests,
-            tokens,
-            concurrent,
-            held_tokens,
-            held_cost,
+            min(COUNT_MAX, requests),
+            min(COUNT_MAX, tokens),
+            min(COUNT_MAX, concurrent),
+            min(COUNT_MAX, held_tokens),
+            min(COUNT_MAX, held_cost),
             today,
-            day_tokens,
-            day_cost,
+            min(COUNT_MAX, day_tokens),
+            min(COUNT_MAX, day_cost),
         )
 
     def _forget_one(self) -> bool:

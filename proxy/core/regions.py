@@ -91,7 +91,8 @@ def places_of(states: Iterable[RemoteState], before: Iterable[Place], own: str) 
     """Return what requests can be sent to in other regions than our `own`.
 
     What one has told of its models counts until it tells of others, linked or not: `before` are
-    the places as they were.
+    the places as they were. One that drains takes nothing back: its models are as good as gone for
+    now, which is a reason to come again (503), and not unknown (404).
     """
     known = {place[0]: place[3] for place in before}
     found: list[Place] = []
@@ -99,7 +100,7 @@ def places_of(states: Iterable[RemoteState], before: Iterable[Place], own: str) 
         if state.region == own:
             continue
         models = known.get(state.name, ())
-        if state.linked and state.summary is not None:
+        if state.linked and state.summary is not None and not state.summary.draining:
             models = tuple(sorted(state.summary.models)[: claim_limits.REMOTE_MODELS_MAX])
         found.append((state.name, state.region, state.url, models))
     return found

@@ -40,7 +40,8 @@ class Route:
 
 # The offline service's, with all below them: octets pass as they come, and no replica sees them.
 # Where there is no such service they are unknown, whatever the method.
-OFFLINE_ROOTS: Final = (b"/v1/files", b"/v1/batches")
+JOBS_PATH: Final = b"/v1/batches"  # where they are made
+OFFLINE_ROOTS: Final = (b"/v1/files", JOBS_PATH)
 
 _POST = frozenset((b"POST",))
 _GET = frozenset((b"GET", b"HEAD"))
@@ -80,7 +81,7 @@ ROUTES: Final[dict[bytes, Route]] = {
     b"/tokenize": _post("tokenize", PromptKind.INPUT),
     b"/detokenize": _post("tokenize", PromptKind.INPUT),
     b"/v1/files": _offline("files", b"GET", b"POST"),
-    b"/v1/batches": _offline("batches", b"GET", b"POST"),
+    JOBS_PATH: _offline("batches", b"GET", b"POST"),
     b"/v1/models": Route("models", _GET, local=True),
     b"/health": Route("health", _GET, local=True),
     b"/livez": Route("health", _GET, local=True),

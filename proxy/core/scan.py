@@ -98,6 +98,14 @@ class Scanned:
         """How many pictures and pieces of sound there are."""
         return sum(self.media[media.STRINGS :: media.FIELDS])
 
+    def longest(self) -> tuple[int, int]:
+        """Return where the longest part begins and ends."""
+        start = end = 0
+        for at in range(0, len(self.spans), 2):
+            if self.spans[at + 1] - self.spans[at] > end - start:
+                start, end = self.spans[at], self.spans[at + 1]
+        return start, end
+
     def part(self, part: int) -> bytes:
         """Return a copy of one part."""
         return self.octets[self.spans[2 * part] : self.spans[2 * part + 1]]

@@ -30,8 +30,6 @@ def summarise(
             continue  # other regions alone have it: told on, it would be told back
         if len(found) >= claim_limits.SUMMARY_MODELS_MAX:
             break
-        if not pool.replicas and model not in fleet.prospects:
-            continue  # only other regions have it: they tell of it themselves
         if len(model) > NAME_CHARS_MAX:
             continue  # one name that cannot be told must not silence the rest
         found[model] = _of(model, fleet, pool, picture, waiting.get(model, 0), now_s)

@@ -88,9 +88,10 @@ class Authentication:
         self._behalf: dict[str, Principal] = {}
         # The field that engines get in place of what clients show; None: they get that.
         self.engine_credential: bytes | None = None
-        if self.principals.named:
-            own = b"authorization: Bearer %b\r\n"
-            self.engine_credential = b"" if api_key is None else own % api_key.encode()
+        # Nor does one see the secret that is between us and the offline service.
+        if self.principals.named or self._config.internal_key is not None:
+            own, field = self.principals.own_key, b"authorization: Bearer %b\r\n"
+            self.engine_credential = b"" if own is None else field % own.encode()
 
     def who_asks(self, preamble: Preamble) -> Principal:
         """Return who shows the credential of this head. Raises `ProxyError`."""

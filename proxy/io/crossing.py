@@ -222,10 +222,10 @@ class Crossing(Echoing):
         """
         if self._arrived is not None:
             return ((HOP, REFUSED),) if self._progress < Progress.REQUEST_SENT else ()
-        told = super()._diagnostics()
-        if not told and self._decision is not None and self._decision.replica.remote:
-            return ((REGION, self._decision.replica.region.encode()),)
-        return told
+        told, decision = super()._diagnostics(), self._decision
+        if decision is None or not decision.replica.remote or any(n == REGION for n, _ in told):
+            return told
+        return (*told, (REGION, decision.replica.region.encode()))
 
     @override
     def _comment(self, now_s: float) -> None:

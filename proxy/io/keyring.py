@@ -21,7 +21,7 @@ import aiohttp
 import msgspec
 
 from proxy.config import AccessConfig, ProxyConfig
-from proxy.config_policy import flaws_of
+from proxy.config_policy import flaws_of, shared_key
 from proxy.contract.key_file import WATCH_INTERVAL_S, KeyFile, KeyFileError
 from proxy.contract.keys import (
     KEYS_BYTES_MAX,
@@ -55,6 +55,8 @@ class Keyring:
         self._following: asyncio.Task[None] | None = None
         self._keys: KeySet | None = None
         self._access = AccessConfig()
+        self._api_key: str | None = None
+        self._shared = ""  # as it was last told that `api_key` is a tenant's
         self._flaws: list[str] = []  # of keys that can never be used, as they were last told
         self._source = ""  # file or manager; "": keys are none of this proxy's business
         self._heard_s = 0.0
@@ -68,7 +70,7 @@ class Keyring:
             self._following.cancel()
             self._following = None
         self._source = ""
-        self._access = config.access
+        self._access, self._api_key = config.access, config.api_key
         self._heard_s = time.monotonic()
         if config.keys_path is not None:
             self._source = "file"
@@ -97,6 +99,10 @@ class Keyring:
 
     def _tell_flaws(self, keys: KeySet) -> None:
         """Here, once for all workers: they can only refuse what comes with such a key."""
+        shared = shared_key(keys.keys, self._api_key)
+        if shared and shared != self._shared:
+            _log.warning("%s", shared)
+        self._shared = shared
         before, self._flaws = self._flaws, flaws_of(keys.keys, self._access)
         if self._flaws == before:
             return

@@ -29,8 +29,9 @@ from proxy.core.chunked import ChunkedDecoder, decode_followed
 from proxy.core.http1 import ResponseHead
 from proxy.core.pieces import Pieces
 from proxy.core.preamble import Preamble
+from proxy.core.principal import Principal
 from proxy.core.retry import Progress
-from proxy.core.routes import find_route, unknown_path
+from proxy.core.routes import JOBS_PATH, find_route, unknown_path
 from proxy.io.endings import Client
 from proxy.io.plane import Plane
 from proxy.io.relay import Relay
@@ -72,7 +73,26 @@ class Passage(Relay):
         self._route = preamble.route or find_route(preamble.method, preamble.path)
         # Its length is the service's to judge.
         who = plane.admit(self._route, preamble, 0)
+        self._judge_claims(who)
         self._credential = plane.authentication.passed_credential(who)
+
+    def _judge_claims(self, who: Principal) -> None:
+        """Refuse what would be kept, or computed, beyond what this key may. Raises `ProxyError`.
+
+        Files hold prompts and answers, and lie in the region to which they come. A job outlives the
+        key by which it came, so its lines are computed with what the tenant may.
+        """
+        plane, preamble = self._plane, self._preamble
+        if not plane.resides(who.regions):
+            raise errors.RegionNotAllowedError(
+                f"files and jobs stay where they come, which is {plane.region}, and those of this "
+                f"key may be in {' or '.join(sorted(who.regions or ()))} only"
+            )
+        if who.narrowed and preamble.method == b"POST" and preamble.path == JOBS_PATH:
+            raise errors.KeyTooNarrowError(
+                "jobs are computed with what their tenant may, and this key may ask for less: of "
+                "its models or regions; use a key of the tenant that is not narrowed"
+            )
 
     @override
     def hold_body(self, size: int) -> None:

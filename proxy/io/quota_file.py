@@ -9,8 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
+
+from proxy.core.quota_sums import COUNT_MAX
+
+_Count = Annotated[int, Meta(ge=0, le=COUNT_MAX)]
 
 _log = logging.getLogger("doherty.quotas")
 
@@ -20,7 +26,7 @@ class DaySums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     day: int = 0
     lives: list[str] = []  # of the proxies whose sums these are
-    tenants: dict[str, tuple[int, int]] = {}
+    tenants: dict[str, tuple[_Count, _Count]] = {}
 
 
 def read_sums(path: str) -> DaySums:
@@ -30,7 +36,7 @@ def read_sums(path: str) -> DaySums:
             return msgspec.json.decode(file.read(), type=DaySums)
     except FileNotFoundError:
         return DaySums()
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         _log.error("quota_path: %s cannot be read, the day begins anew: %s", path, error)
         return DaySums()
 

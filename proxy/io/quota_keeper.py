@@ -23,7 +23,14 @@ from proxy.config import ProxyConfig
 from proxy.core import claim_limits, peer_wire, quota
 from proxy.core.admission import NANO
 from proxy.core.quota import Row
-from proxy.core.quota_sums import LIVES_MAX, Elsewhere, Sums, read_telling, write_tellings
+from proxy.core.quota_sums import (
+    COUNT_MAX,
+    LIVES_MAX,
+    Elsewhere,
+    Sums,
+    read_telling,
+    write_tellings,
+)
 from proxy.io.peer_link import PeerLink
 from proxy.io.peers import PREDECESSOR, Peers
 from proxy.io.quota_file import DaySums, read_sums, write_sums
@@ -63,6 +70,7 @@ class QuotaKeeper:
         self._awaits = takes_over  # what was before has not been heard yet
         self._path: str | None = None
         self._keeps = True  # the file is ours to write
+        self._keeping = asyncio.Lock()  # at the end, beside one that has not ended yet
         self._kept = DaySums()
         self._today = quota.day_at(unix_s())
         peers.listen(peer_wire.QUOTAS, self._hear)
@@ -150,7 +158,7 @@ class QuotaKeeper:
         tokens, cost = self._before.tenants.get(name, (0, 0))
 
         def ours(kind: int) -> int:  # where a worker that died was writing it may be below 0
-            return max(0, row.sum_of_workers(kind))
+            return min(COUNT_MAX, max(0, row.sum_of_workers(kind)))
 
         sums = Sums(
             name,
@@ -160,8 +168,8 @@ class QuotaKeeper:
             ours(quota.HELD_TOKENS),
             ours(quota.HELD_COST),
             self._today,
-            tokens + row.of_day(quota.DAY_TOKENS, self._today, workers_only=True),
-            cost + row.of_day(quota.DAY_COST, self._today, workers_only=True),
+            min(COUNT_MAX, tokens + row.of_day(quota.DAY_TOKENS, self._today, workers_only=True)),
+            min(COUNT_MAX, cost + row.of_day(quota.DAY_COST, self._today, workers_only=True)),
         )
         if self._told.get(name) == sums:
             return None
@@ -211,16 +219,17 @@ class QuotaKeeper:
 
     async def keep(self) -> None:
         """Write the file, if it is ours and anything has changed."""
-        if self._path is None or not self._keeps or self._awaits:
-            return
-        sums = self._of_the_day()
-        if sums == self._kept:
-            return
-        try:
-            await asyncio.to_thread(write_sums, self._path, sums)
-            self._kept = sums
-        except OSError as error:
-            _log.error("quota_path: %s cannot be written: %s", self._path, error)
+        async with self._keeping:
+            if self._path is None or not self._keeps or self._awaits:
+                return
+            sums = self._of_the_day()
+            if sums == self._kept:
+                return
+            try:
+                await asyncio.to_thread(write_sums, self._path, sums)
+                self._kept = sums
+            except OSError as error:
+                _log.error("quota_path: %s cannot be written: %s", self._path, error)
 
     def _of_the_day(self) -> DaySums:
         """Return what is to outlive us: ours, and what the proxy before us has had until now."""
@@ -231,7 +240,8 @@ class QuotaKeeper:
             for name, sums in self._elsewhere.told_by(self._predecessor).items():
                 if sums.day == self._today:
                     tokens, cost = days.get(name, (0, 0))
-                    days[name] = (tokens + sums.day_tokens, cost + sums.day_cost)
+                    both = tokens + sums.day_tokens, cost + sums.day_cost
+                    days[name] = (min(COUNT_MAX, both[0]), min(COUNT_MAX, both[1]))
         tenants = {name: sums for name, sums in days.items() if any(sums)}
         return DaySums(self._today, lives[-LIVES_MAX:], tenants)
 

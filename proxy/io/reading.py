@@ -74,7 +74,7 @@ class Reading(Refusal):
         )
         if self._model_regions or principal.models is not None or principal.regions is not None:
             self._restrict(asked, principal, lookup=route.lookup)
-        levels = route.json and bool(principal.tenant) and names_priority(body)
+        levels = route.json and bool(principal.tenant) and names_priority(body, asked.scanned)
         if (salt and route.json) or levels or asked.service_tier is not None:
             asked.added = fields_for(
                 route.name, salt, asked.cache_salt, asked.service_tier, levels=levels

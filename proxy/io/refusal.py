@@ -47,12 +47,23 @@ class Refusal(Choice):
         if within is None:
             return pool
         resident = self.residency.within(pool, within)
-        if not (resident.replicas or resident.remotes or self.resides(within)):
+        here = self.resides(within) and self._may_come(model, pool)
+        if not (resident.replicas or resident.remotes or here):
             raise RegionNotAllowedError(
                 f"this request may be computed in {' or '.join(sorted(within))} only, "
                 f"and no replica there serves the model; it came to {self.region}"
             )
         return resident
+
+    def _may_come(self, model: str, pool: fleets.Pool) -> bool:
+        """Whether this region may have replicas of it yet: the name is not other regions' alone.
+
+        What a replica serves is not known before it has started.
+        """
+        fleet = self.fleet
+        if pool.replicas or not pool.remotes or not model or model in fleet.prospects:
+            return True
+        return not self.fleet_known or any(not r.models for r in fleet.replicas.values())
 
     def _find_pool(self, model: str, *, lookup: bool) -> fleets.Pool:
         fleet = self.fleet

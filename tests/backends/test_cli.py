@@ -531,6 +531,10 @@ def test_redaction() -> None:
         "jwt: {issuer: 'https://i', audience: a, jwks_url: 'https://u:hush-hush@i/keys'}\n"
         "remote_regions: [{region: us, url: 'https://u:hush-hush@us', peer: 'us:1'}]\n"
     )
+    own = parse_config("region: eu\nproxy: {region: eu-2}\n", "test")
+    of_file = parse_config("region: eu\n", "test")
+    assert [redacted(c)["proxy"]["region"] for c in (own, of_file)] == ["eu-2", "eu"]
+    assert "access" not in redacted(config)["proxy"]  # it is what the rest of the file says
     assert "hush-hush" not in json.dumps(redacted(parse_config(access, "test")))
 
 

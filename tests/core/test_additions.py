@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.core.additions import fields_for, names_priority, salt_of_key, with_fields
-from proxy.core.scan import scan_body
+from proxy.core.scan import Scanned, scan_body
 
 _SALT = "a" * 64
 _VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.lists(st.text()))
@@ -76,6 +76,25 @@ def test_a_priority_is_levelled_where_a_body_may_name_one() -> None:
     assert names_priority(b'{"priority":5}')
     assert names_priority(b'{"pri\\u006frity":5}')
     assert not names_priority(b'{"messages":"a priority"}')
+    assert not names_priority(b'{"m":"\\u4e2d"}')  # no letter of the name is one of these
+
+
+@pytest.mark.parametrize("name", [b'"priority"', b'"pri\\u006frity"'])
+def test_a_priority_is_looked_for_around_the_prompt_and_not_in_it(name: bytes) -> None:
+    words = b'"messages":"%b"' % (b"say \\u0022priority\\u0022 " * 200)
+    for body, named in (
+        (b'{"model":"m",%b:5,%b}' % (name, words), True),
+        (b'{"model":"m",%b,%b:5}' % (words, name), True),
+        (b'{"model":"m",%b}' % words, False),
+    ):
+        start = body.index(words) + len(b'"messages":')
+        spans = (0, 0, start, start + len(words) - len(b'"messages":'))
+        fields = ("m", None, None, None, None, None, None, None, spans, (), (), (), 0)
+        assert names_priority(body, Scanned(fields, body)) is named
+        assert names_priority(body, Scanned(fields, b"parts without names"))  # nobody knows where
+
+
+def test_levels_are_a_field_of_the_body() -> None:
     assert fields_for("chat", "", None, None, levels=True) == b'"priority":0'
 
 

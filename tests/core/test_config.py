@@ -104,7 +104,7 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
         ),
         ("- 1", "f:1: Expected `object`, got `array`"),
         ("1: 2", "f:1: Expected `str`"),
-        ("a: [", "f:1: not valid YAML: expected the node content"),
+        ("a: [", "f:1: not valid YAML: did not find expected node content"),
         ("a: 1\n--- b", "f:2: not valid YAML: but found another document"),
         ("a: \x00", "f: not valid YAML: unacceptable character"),
         ("!!python/object:os.system {}", "f:1: not valid YAML: could not determine a constructor"),
@@ -114,7 +114,7 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
         ("a: !!bool b", "f: a date, number or tag cannot be read"),
         ("a: !!timestamp b", "f: a date, number or tag cannot be read"),
         ("&a [*a]", "f: nested too deeply, or an anchor holds itself"),
-        ("[" * 3000, "f: nested too deeply"),
+        ("[" * 3000, "f:1: not valid YAML: exceeded maximum nesting depth"),
         ("? [a]\n: b", "f:1: not valid YAML: found unhashable key"),
         ("proxy: {port: 1}\nproxy: {}", "f:2: 'proxy' is given twice"),
         ("proxy:\n  port: 1\n  port: 1", "f:3: 'port' is given twice"),
@@ -170,6 +170,14 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
             "f:2: models[0]: model 'm' has an adapter of the same name; clients could not ask",
         ),
         (_POOL + "        adapters: {a: ''}", "f:5: models[0].pools[0].adapters"),
+        (
+            "tenants: [{name: t, budget_per_day: .inf}]",
+            "f:1: tenants[0].budget_per_day: Expected `float` <= 1000000000",
+        ),
+        (
+            _POOL + "    prompt_price: .inf",
+            "f:5: models[0].prompt_price: Expected `float` <= 1000000",
+        ),
         ("manager: {gpus: 0-999999999}", "f:1: manager: gpus: '0-999999999' is none of"),
     ],
 )

@@ -147,6 +147,14 @@ def test_another_body_is_not_what_was_signed() -> None:
         check_body(CLAIMS, BODY + b" ")
 
 
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1e-300, float("nan"), float("inf")])
+def test_a_weight_by_which_nothing_can_be_shared_is_no_claim(weight: float) -> None:
+    claims = msgspec.structs.replace(CLAIMS, weight=weight)
+    with pytest.raises(HopError) as refused:
+        read_hop(write_hop(claims, "secret", *POST), "secret", *POST)
+    assert refused.value.kind == "malformed"
+
+
 def test_a_later_version_may_add_to_the_claims() -> None:
     class Later(Claims, frozen=True, array_like=True):
         more: str = "news"

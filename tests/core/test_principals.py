@@ -115,9 +115,19 @@ def test_the_proxys_own_key_is_nobodys_in_particular() -> None:
     assert (alone.demanded, alone.named, alone.complete) == (True, False, True)
     assert alone.find(digest("master"), 0.0) is ANYBODY
     assert alone.find(digest(""), 0.0) is None
-    beside = table(record("k"), record("master", revoked_at=1.0), api_key="master")
+    beside = table(record("k"), api_key="master")
     assert beside.find(digest("master"), 0.0) is ANYBODY
-    assert beside.named
+    assert (beside.named, beside.own_key) == (True, "master")
+
+
+def test_a_tenants_key_is_no_key_for_everything_where_it_is_the_proxys_as_well() -> None:
+    principals = table(record("k"), api_key="k")
+    who = principals.find(digest("k"), 0.0)
+    assert who is not None
+    assert (who.tenant, principals.own_key) == ("acme", None)
+    revoked = table(record("k", revoked_at=1.0), api_key="k")
+    assert revoked.find(digest("k"), 0.0) is None
+    assert (refusal(revoked, "k"), revoked.own_key) == ("the API key has been revoked", None)
 
 
 def test_without_keys_anybody_may_ask() -> None:

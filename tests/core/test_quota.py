@@ -36,7 +36,7 @@ def test_a_minute_holds_what_was_used_in_it_and_nothing_older_than_a_tenth_of_a_
     left = [account.advance(quota.bucket_at(now_s)) for account in accounts]
     assert not any(left)
     for account in accounts:
-        assert account.whole_s(quota.TOKENS, now_s) == 0.0
+        assert account.whole_s(quota.TOKENS, account.sum(quota.TOKENS), now_s) == 0.0
     assert accounts[1].frees_s(quota.TOKENS, 1, now_s) == 60.0  # nothing is in any ring
 
 
@@ -51,8 +51,10 @@ def test_when_enough_of_all_is_forgotten() -> None:
         assert account.frees_s(quota.TOKENS, 6, 121.0) == pytest.approx(49.1)
         assert account.frees_s(quota.TOKENS, 13, 121.0) == pytest.approx(59.2)
         assert account.frees_s(quota.TOKENS, 14, 121.0) == 60.0
-        assert account.whole_s(quota.TOKENS, 121.0) == pytest.approx(59.2)
-        assert account.whole_s(quota.REQUESTS, 121.0) == 0.0
+        assert account.whole_s(quota.TOKENS, account.sum(quota.TOKENS), 121.0) == pytest.approx(
+            59.2
+        )
+        assert account.whole_s(quota.REQUESTS, account.sum(quota.REQUESTS), 121.0) == 0.0
     # What it says comes true, and not before.
     due = quota.bucket_at(121.0 + 39.1)
     one.advance(due - 1)

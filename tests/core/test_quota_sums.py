@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from proxy.core import quota_sums
 from proxy.core.peer_wire import WireError
-from proxy.core.quota_sums import Elsewhere, Sums, Telling, read_telling, write_tellings
+from proxy.core.quota_sums import COUNT_MAX, Elsewhere, Sums, Telling, read_telling, write_tellings
 
 A, B, C = (bytes((n,)) * 16 for n in (1, 2, 3))
 DAY = 20_000
@@ -70,6 +70,27 @@ def test_they_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere.hear(C, telling(ONE))
     assert elsewhere.told_by(A) == {}
     assert elsewhere.total("t", 0.0, DAY).tokens == 20
+
+
+def test_no_proxy_tells_of_more_tenants_than_it_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quota_sums, "TENANTS_MAX", 2)
+    elsewhere = Elsewhere()
+    elsewhere.hear(A, telling(ONE, Sums("u")))
+    elsewhere.hear(A, telling(ONE))
+    with pytest.raises(WireError, match="more tenants"):
+        elsewhere.hear(A, telling(Sums("v")))
+    assert elsewhere.told_by(A).keys() == {"t", "u"}
+
+
+def test_whatever_all_of_them_tell_fits_where_it_is_counted() -> None:
+    most = Sums("t", *[COUNT_MAX] * 5, DAY, COUNT_MAX, COUNT_MAX)
+    elsewhere = Elsewhere()
+    for life in (A, B, C):
+        elsewhere.hear(life, telling(most))
+    total = elsewhere.total("t", 0.0, DAY)
+    assert max(total.tokens, total.held_cost, total.day_cost) + COUNT_MAX < 2**63
+    with pytest.raises(WireError):
+        telling(Sums("t", tokens=COUNT_MAX + 1))
 
 
 def test_many_tenants_are_told_in_several_messages() -> None:

@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from proxy.contract import PoolRecord
-from proxy.contract.regions import SUMMARY_AGE_S_MAX, ModelSummary
+from proxy.contract.regions import SUMMARY_AGE_S_MAX, ModelSummary, RegionSummary
 from proxy.core import claim_limits
 from proxy.core.opening import Opening, is_open
 from proxy.core.outlook import Outlook, returning_max
@@ -337,6 +337,17 @@ def test_news_make_no_other_fleet_and_leave_what_is_known_of_caches() -> None:
     bench.hear(state("ap#0"))
     assert set(bench.fleet.remotes) == {"ap#0/m"}
     assert "us#0/m" not in bench.picture.slots
+
+
+def test_what_a_region_served_is_not_forgotten_when_it_ends() -> None:
+    bench = Bench([], [state("us#0")])
+    last = RegionSummary(region="us", sequence=2, draining=True)  # its workers have ended already
+    bench.hear(state("us#0", summary=last))
+    bench.hear(state("us#0", linked=False))
+    assert [remote.name for remote in bench.fleet.pools["m"].remotes] == ["us#0/m"]
+    assert bench.choose(asked()) is None
+    bench.hear(state("us#0", None))  # it is back, without the model
+    assert "m" not in bench.fleet.pools
 
 
 def test_our_own_region_and_what_has_no_usable_url_are_no_remotes() -> None:

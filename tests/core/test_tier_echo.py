@@ -175,6 +175,14 @@ def test_a_line_that_is_too_long_passes_and_the_next_is_read_again() -> None:
     assert echo.end() == b""
 
 
+def test_events_that_end_in_carriage_returns_alone_are_not_held() -> None:
+    echo = StreamEcho(b"flex", chunked=False)
+    event = b'data: {"object":"chat.completion.chunk","choices":[]}\r\r'
+    assert echo.feed(event) == event
+    assert echo.feed(event) == event
+    assert echo.end() == b""
+
+
 def test_the_beginning_of_an_event_that_never_ended_is_relayed_at_the_end() -> None:
     echo = StreamEcho(b"flex", chunked=False)
     assert echo.feed(b'data: {"object":"resp') == b""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from hashlib import sha256
 
 import msgspec
 import orjson
 import pytest
 
-from proxy.contract import PoolRecord
+from proxy.config_access import AccessConfig, TenantConfig
+from proxy.contract import PoolRecord, ReplicaState
+from proxy.contract.keys import KeyRecord, KeySet
 from proxy.contract.regions import ModelSummary, RegionSummary, RemoteState
 from proxy.core import claim_limits
 from proxy.core.policy import Decision, Request
@@ -24,6 +27,7 @@ from tests.fakes.plane import (
     answer,
     chat_request,
     chunk,
+    records,
 )
 
 MakeBench = Callable[..., Bench]
@@ -263,6 +267,64 @@ async def test_where_it_may_not_be_computed_at_all_it_is_told_where_it_may(bench
     assert (got.status, error["code"]) == (403, "region_not_allowed")
     assert "ap or sa" in error["message"]
     assert "eu" in error["message"]
+
+
+async def test_what_is_bound_to_us_though_only_others_serve_it_is_told_so(bench: Bench) -> None:
+    bound(bench, "eu")
+    summary = RegionSummary(region="us", sequence=2, models={"m": FREE, "theirs": FREE})
+    told(bench, summary=summary)
+    wanted = chat_request(CHAT_BODY.replace(b'"m"', b'"theirs"'))
+    client = bench.client()
+    client.send(wanted)
+    await bench.settle()
+    got = client.answer()
+    assert (got.status, json.loads(got.body)["error"]["code"]) == (403, "region_not_allowed")
+    (coming,) = records("b", ())
+    coming = msgspec.structs.replace(coming, state=ReplicaState.STARTING)
+    bench.publish(*records("a"), coming)  # nobody knows yet what it will serve
+    client = bench.client()
+    client.send(wanted)
+    await bench.settle()
+    assert client.answer().status == 503
+
+
+async def test_where_only_others_serve_it_and_may_not_it_is_told_so(make_bench: MakeBench) -> None:
+    bench = make_bench([], region="eu")
+    told(bench)  # the model is served in `us` alone
+    bound(bench, "eu")
+    client = bench.client()
+    client.send(chat_request())
+    await bench.settle()
+    assert client.answer().status == 403
+    assert not bench.plane.leases
+
+
+async def test_where_it_was_computed_is_told_beside_its_tenants_limits(
+    make_bench: MakeBench,
+) -> None:
+    tenant = TenantConfig(name="acme", requests_per_min=5)
+    bench = make_bench([], region="eu", access=AccessConfig(tenants=(tenant,)))
+    told(bench)
+    key = KeyRecord(key_id="k", tenant="acme", digest=sha256(b"key").hexdigest())
+    bench.plane.know_keys(KeySet(salt="s" * 16, keys=(key,)))
+    client, engine = await bench.begun(chat_request(fields=["authorization: Bearer key"]))
+    engine.send(answer())
+    fields = client.answer().fields
+    assert fields["x-doherty-region"] == "us"
+    assert fields["x-ratelimit-remaining-requests"] == "4"
+
+
+async def test_a_pool_at_zero_is_woken_by_what_is_bound_to_its_region(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench([], region="eu")
+    bench.publish(pools=(PoolRecord(pool="m", model="m", wakes=True),))
+    bound(bench, "eu")
+    client = bench.client()
+    client.send(chat_request())
+    await bench.settle()
+    assert bench.plane.waiting.count == 1
+    assert not client.received
 
 
 async def test_who_waits_is_bound_as_well(make_bench: MakeBench) -> None:

@@ -141,7 +141,7 @@ async def test_health_is_anybodys(make_bench: MakeBench, path: str) -> None:
     assert client.answer("GET").status == 200
 
 
-@pytest.mark.parametrize(("own", "sent"), [(None, []), ("master", ["Bearer master"])])
+@pytest.mark.parametrize(("own", "sent"), [(None, []), ("master", ["Bearer master"]), (KEY, [])])
 async def test_engines_see_no_tenants_key(
     make_bench: MakeBench, own: str | None, sent: list[str]
 ) -> None:
@@ -183,6 +183,19 @@ async def test_with_one_key_for_all_it_goes_on_as_it_came(make_bench: MakeBench)
     bench = make_bench(api_key="master")
     client, engine = await bench.begun(chat_request(fields=["x-api-key: master"]))
     assert b"authorization: Bearer master\r\n" in engine.received
+    engine.send(answer())
+    await bench.settle()
+    assert client.answer().status == 200
+
+
+@pytest.mark.parametrize("own", [None, "master"])
+async def test_engines_do_not_see_what_the_offline_service_is_known_by(
+    make_bench: MakeBench, own: str | None
+) -> None:
+    bench = make_bench(api_key=own, internal_key="between-the-two")
+    client, engine = await bench.begun(chat_request(fields=[bearer("between-the-two")]))
+    assert b"between-the-two" not in engine.received
+    assert (b"authorization: Bearer master\r\n" in engine.received) == (own is not None)
     engine.send(answer())
     await bench.settle()
     assert client.answer().status == 200

@@ -138,6 +138,50 @@ async def test_nobody_else_asks_for_another(bench: Bench) -> None:
     assert (await asked(bench, INTERNAL[:-1], beta))[0] == 401
 
 
+async def sent(bench: Bench, key: str, request: str) -> tuple[int, str]:
+    """Ask for files or jobs; return the status, and the code of what is refused here."""
+    before, client = len(bench.service.engines), bench.client()
+    client.send(f"{request} HTTP/1.1\r\nhost: p\r\nauthorization: Bearer {key}\r\n\r\n".encode())
+    await bench.settle()
+    for service in bench.service.engines[before:]:
+        service.send(answer(b"{}", fields=("connection: close",)))
+    told = client.answer(request.split(maxsplit=1)[0])
+    code = msgspec.json.decode(told.body).get("error", {}).get("code", "")
+    assert bool(code) == (len(bench.service.engines) == before)
+    return told.status, code
+
+
+@pytest.mark.parametrize("rights", [{"models": ("m",)}, {"regions": ("here",)}])
+async def test_a_key_that_may_less_than_its_tenant_makes_no_jobs(
+    make_bench: MakeBench, rights: dict[str, tuple[str, ...]]
+) -> None:
+    """Their lines are asked for on behalf of the tenant, when the key may be gone."""
+    bench = make_bench(records("a"), region="here", offline_url=URL, internal_key=INTERNAL,
+                       access=AccessConfig(tenants=(TenantConfig(name="t", models=("m", "n")),
+                                                    TenantConfig(name="u", **rights))))  # fmt: skip
+    narrow = msgspec.structs.replace(record(WEB, "t"), **rights)  # type: ignore[arg-type]
+    same = msgspec.structs.replace(record(OTHER, "u"), **rights)  # type: ignore[arg-type]
+    keys = (narrow, record(APP, "t"), same)
+    bench.plane.know_keys(msgspec.structs.replace(KEYS, keys=keys))
+    assert await sent(bench, WEB, "POST /v1/batches") == (403, "key_too_narrow")
+    assert await sent(bench, WEB, "GET /v1/batches") == (200, "")
+    assert await sent(bench, WEB, "POST /v1/batches/batch_1/cancel") == (200, "")
+    assert await sent(bench, APP, "POST /v1/batches") == (200, "")
+    assert await sent(bench, OTHER, "POST /v1/batches") == (200, "")
+
+
+async def test_files_and_jobs_stay_out_of_regions_that_are_not_theirs(
+    make_bench: MakeBench,
+) -> None:
+    tenants = (TenantConfig(name="acme", regions=("there",)), TenantConfig(name="beta"))
+    bench = make_bench(records("a"), region="here", offline_url=URL, internal_key=INTERNAL,
+                       access=AccessConfig(tenants=tenants))  # fmt: skip
+    bench.plane.know_keys(KEYS)
+    for request in ("POST /v1/files", "POST /v1/batches", "GET /v1/files/file-1/content"):
+        assert await sent(bench, WEB, request) == (403, "region_not_allowed")
+        assert await sent(bench, OTHER, request) == (200, "")
+
+
 async def test_a_tenant_that_is_configured_anew_is_another_at_once(bench: Bench) -> None:
     acme = "x-doherty-tenant: acme"
     assert (await asked(bench, INTERNAL, acme, model=b"large"))[0] != 200

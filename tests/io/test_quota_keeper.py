@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from proxy.config_access import AccessConfig, TenantConfig
 from proxy.core import peer_wire, quota
 from proxy.core.peer_wire import read_frame
 from proxy.core.quota import Account
+from proxy.io import quota_keeper
 from proxy.io.peers import PREDECESSOR
 from proxy.io.quota_file import DaySums, read_sums, write_sums
 from proxy.io.quota_keeper import QuotaKeeper
@@ -243,6 +246,36 @@ async def test_a_file_that_cannot_be_read_or_written_is_named(
     path.rmdir()
     await proxy.keeper.keep()
     assert read_sums(str(path)).tenants == {"t": (1, 7)}
+
+
+async def test_the_last_that_is_kept_waits_for_one_that_is_being_written(
+    clocks: Clocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both write under one name until they are whole, and the later one has to win."""
+    proxy = Proxy(clocks, 1, tmp_path / "day")
+    writing, go = threading.Event(), threading.Event()
+    written: list[int] = []
+
+    def slowly(path: str, sums: DaySums) -> None:
+        writing.set()
+        go.wait(5.0)
+        write_sums(path, sums)
+        written.append(sums.tenants["t"][0])
+
+    monkeypatch.setattr(quota_keeper, "write_sums", slowly)
+    proxy.use(clocks, 1)
+    proxy.keeper.tick()
+
+    async def keep_the_last() -> None:
+        await asyncio.to_thread(writing.wait, 5.0)
+        proxy.use(clocks, 2)
+        proxy.keeper.tick()
+        asyncio.get_running_loop().call_later(0.01, go.set)
+        await proxy.keeper.keep()
+
+    await asyncio.gather(proxy.keeper.keep(), keep_the_last())
+    assert written == [1, 3]
+    assert read_sums(str(tmp_path / "day")).tenants == {"t": (3, 21)}
 
 
 def test_a_tenant_that_is_configured_later_has_what_was_known_of_it(

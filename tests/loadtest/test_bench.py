@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import shutil
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from loadtest import bench
 from loadtest.__main__ import main
-from loadtest.bench import bodies, native, processes, rivals, targets
+from loadtest.bench import bodies, native, processes, rivals, settings, targets
 from loadtest.bench.scenarios import SCENARIOS, Scenario
 from loadtest.bench.stand import DIRECT, Sample, Subject
 from loadtest.run import RunError
@@ -170,6 +171,31 @@ def site(folder: Path, workers: int = 1) -> rivals.Site:
     return rivals.Site(
         folder=folder, port=1000, spare_port=1001, engine_ports=(2000, 2001), workers=workers
     )
+
+
+def test_tenants_have_the_keys_that_are_sent_and_every_limit(tmp_path: Path) -> None:
+    [tenants] = [r for r in rivals.all_rivals(tmp_path) if r.name == "ours-tenants"]
+    command = tenants.command(site(tmp_path))
+    said = orjson.loads(Path(command[command.index("--config") + 1]).read_bytes())
+    assert len(said["tenants"]) == 100
+    assert all(tenant["tokens_per_min"] and tenant["max_concurrent"] for tenant in said["tenants"])
+    kept = Path(said["proxy"]["keys_path"])
+    assert kept.stat().st_mode & 0o777 == 0o600
+    digests = {one["digest"] for one in orjson.loads(kept.read_bytes())["keys"]}
+    sent = {
+        re.search(rb"Bearer (\S+)", request)[1]  # type: ignore[index]
+        for request in bodies.size_requests(bodies.SIZES["1kb"], stream=False, keys=tenants.keys)
+    }
+    assert {hashlib.sha256(key).hexdigest() for key in sent} == digests
+
+
+def test_two_regions_name_each_other(tmp_path: Path) -> None:
+    here, there = (settings.region(number, (1, 2, 3, 4, 5)) for number in (0, 1))
+    for one, other, port in ((here, there, 2), (there, here, 1)):
+        [remote] = one["remote_regions"]
+        assert remote["region"] == other["region"] != one["region"]
+        assert remote["peer"] == other["proxy"]["peer_listen"]
+        assert remote["url"] == f"http://127.0.0.1:{port}"
 
 
 def test_nginx_keeps_its_log_at_the_default_or_has_none(tmp_path: Path) -> None:

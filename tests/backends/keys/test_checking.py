@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from backends.cli import main
+from backends.keys import checking
 from backends.keys.changes import added
 from backends.keys.checking import check_keys
 from backends.keys.file import change
@@ -50,6 +52,17 @@ def test_each_key_is_held_against_its_tenant(path: Path) -> None:
     assert "tenant c has no key in force" in text
 
 
+def test_what_a_start_would_lack_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    telling = "manager: {keys_path: none.json, keys_listen: '127.0.0.1:9'}\n"
+    shared = {"DOHERTY_PEER_KEY": "shared"}
+    assert "set proxy.peer_key" in check_keys(parse_config(telling, "test"), {}, NOW_S)[0]
+    assert "no keys yet" in check_keys(parse_config(telling, "test"), shared, NOW_S)[0]
+    tokens = parse_config("jwt: {issuer: 'https://i.example', audience: d}\n", "test")
+    assert check_keys(tokens, {}, NOW_S) == []
+    monkeypatch.setattr(checking, "find_spec", lambda name: None if name == "jwt" else name)
+    assert "pip install 'doherty[jwt]'" in check_keys(tokens, {}, NOW_S)[0]
+
+
 def test_a_file_that_is_none_yet_or_that_others_may_read(path: Path, tmp_path: Path) -> None:
     config = parse_config(CONFIG % path, "test")
     none = {"DOHERTY_KEYS_PATH": str(tmp_path / "none")}
@@ -64,6 +77,18 @@ def test_tenants_of_which_nobody_can_be_one() -> None:
     followed = "tenants: [{name: a}]\nmanager: {keys_follow: 'http://127.0.0.1:1'}"
     assert check_keys(parse_config(followed, "t"), {}, NOW_S) == []
     assert check_keys(parse_config("", "t"), {}, NOW_S) == []
+
+
+def test_a_tenants_key_that_is_the_proxys_as_well(path: Path) -> None:
+    own = key(7, "a", digest=sha256(b"both").hexdigest())
+    change(str(path), lambda keys: added(keys, own))
+
+    def warned(api_key: str) -> set[str]:
+        text = CONFIG.replace("%s}", f"%s, api_key: {api_key}}}") % path
+        return set(check_keys(parse_config(text, "test"), {}, NOW_S))
+
+    (more,) = warned("both") - warned("other")
+    assert more.startswith("api_key (DOHERTY_API_KEY) is the key k7 of tenant a")
 
 
 def test_the_command_warns_and_says_no_digest(

@@ -12,6 +12,7 @@ import pytest
 
 from backends.cli import main
 from backends.keys.making import miscopied
+from backends.keys.showing import moment
 from proxy.contract.key_file import read_key_file
 
 Keys = Callable[..., tuple[int, str, str]]
@@ -70,14 +71,39 @@ def test_json_has_the_key_beside_what_it_may(keys: Keys) -> None:
     assert listed[0]["key_id"] == made["key_id"]
 
 
+def test_what_a_key_does_not_say_is_told_as_what_it_means(keys: Keys) -> None:
+    keys("create", "--tenant", "t", "--name", "n", "--models", "a,b")
+    page = keys("show", "n")[1]
+    assert "\nexpires_at  never\n" in page
+    assert "\nmodels      a, b\n" in page
+    assert "\nregions     what its tenant may\n" in page
+
+
+def test_a_key_for_what_the_configuration_does_not_have_is_made_with_a_warning(
+    keys: Keys, tmp_path: Path
+) -> None:
+    config = tmp_path / "doherty.yaml"
+    models = "models: [{name: qwen, pools: [{engine: simulator}]}]\n"
+    config.write_text(CONFIG % (tmp_path / "keys.json") + models)
+    made = ("create", "--tenant", "batch", "--config", str(config))
+    status, _, err = keys(*made, "--models", "qwem", "--regions", "eu")
+    assert status == 0
+    assert "warning: " in err
+    assert "no model 'qwem'; did you mean 'qwen'?" in err
+    assert "no region 'eu'; there are local" in err
+    assert "warning" not in keys(*made, "--models", "qwen", "--regions", "local")[2]
+    config.write_text(config.read_text() + "remote_regions: [{region: eu, url: 'http://eu'}]\n")
+    assert "warning" not in keys(*made, "--models", "theirs", "--regions", "eu")[2]
+
+
 def test_rotation_leaves_the_old_key_a_while_and_gives_the_new_one_its_rights(
     keys: Keys, tmp_path: Path
 ) -> None:
     keys("create", "--tenant", "t", "--name", "n", "--models", "m", "--expires", "1w")
     status, out, err = keys("rotate", "n", "--grace", "2h")
     assert status == 0
-    assert "ends in 7200 s" in err
     old, new = read_key_file(str(tmp_path / "keys.json")).keys
+    assert f"the old one, {old.key_id}, ends at {moment(old.expires_at)}" in err
     assert new.digest == hashlib.sha256(out.strip().encode()).hexdigest()
     assert (new.name, new.models) == ("n", ("m",))
     assert old.expires_at == pytest.approx(new.created_at + 7200, abs=1)
@@ -163,6 +189,10 @@ def test_where_no_file_is_named_the_command_says_how(
     monkeypatch.delenv("DOHERTY_KEYS_PATH")
     status, _, err = keys("list")
     assert (status, "--keys FILE, DOHERTY_KEYS_PATH" in err) == (2, True)
+    follows = tmp_path / "us.yaml"
+    follows.write_text("manager: {keys_follow: 'https://eu:9'}\n")
+    status, _, err = keys("list", "--config", str(follows))
+    assert (status, "it follows https://eu:9, where keys are made" in err) == (2, True)
     assert keys("list", "--keys", str(tmp_path / "none.json"))[0] == 0  # none yet
 
 

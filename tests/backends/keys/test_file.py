@@ -116,6 +116,11 @@ def test_a_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> Non
             ),
             "the digest beginning with 00000000 is there 2 times",
         ),
+        (
+            b'{"salt":"%s","keys":[{"key_id":"a","tenant":"\xff","digest":"%s"}]}'
+            % (SALT.encode(), b"0" * 64),
+            "can't decode byte 0xff",
+        ),
     ],
 )
 def test_what_is_no_file_of_keys_is_refused(content: bytes, words: str) -> None:
@@ -128,13 +133,9 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         read_key_file(str(tmp_path / "none"))
     with pytest.raises(KeyFileError, match="cannot be written: No such file"):
         change(str(tmp_path / "none" / "keys.json"), lambda keys: keys)
-    os.mkfifo(tmp_path / "pipe")
-    fd = os.open(tmp_path / "pipe", os.O_RDWR)
-    try:
-        with pytest.raises(KeyFileError, match="it is no file"):
-            read_key_file(str(tmp_path / "pipe"))
-    finally:
-        os.close(fd)
+    os.mkfifo(tmp_path / "pipe")  # nobody writes: who waited for that would wait for ever
+    with pytest.raises(KeyFileError, match="it is no file"):
+        read_key_file(str(tmp_path / "pipe"))
 
 
 def test_a_file_is_read_again_when_anything_of_it_changes_and_only_then(tmp_path: Path) -> None:
@@ -157,6 +158,28 @@ def test_a_file_is_read_again_when_anything_of_it_changes_and_only_then(tmp_path
     with pytest.raises(KeyFileError, match="No such file"):
         file.look()
     assert not file.missing, "it was there"
+
+
+def test_what_cannot_be_read_for_a_moment_is_told_once_and_read_as_soon_as_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing about a file changes when descriptors were short as a key in it was revoked."""
+    path = tmp_path / "keys.json"
+    add(path, 1)
+    file = KeyFile(str(path))
+    assert file.look() is not None
+    changed = add(path, 2)
+
+    def none_left(*_: object, **__: object) -> object:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as short:
+        short.setattr("builtins.open", none_left)
+        with pytest.raises(KeyFileError, match="Too many open files"):
+            file.look()
+        assert [file.look() for _ in range(3)] == [None] * 3
+    assert file.look() == changed
+    assert file.look() is None
 
 
 def test_a_mounted_secret_that_is_swapped_by_its_link_is_read_anew(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from backends.keys.file import change
 from backends.settings import manager_config_of, plan_of
 from backends.up_plan import Plan, services
 from proxy.config import ConfigError
+from proxy.contract.keys import KeyRecord
 
 MODELS = "models: [{name: m, pools: [{engine: simulator, replicas: 1}]}]\n"
 SECRET = "DOHERTY_INTERNAL_KEY"
@@ -48,7 +51,7 @@ def test_a_secret_that_is_given_is_kept_and_without_tenants_there_is_none(tmp_pa
 
 def test_a_region_that_follows_has_no_file(tmp_path: Path) -> None:
     made = plan(tmp_path, "tenants: [{name: a}]\nmanager: {keys_follow: 'https://eu:9'}\n")
-    assert made.without_keys is None
+    assert made.about_keys() is None
     assert made.keyed
     assert "DOHERTY_KEYS_PATH" not in services(made, {}).manager.env
 
@@ -56,11 +59,31 @@ def test_a_region_that_follows_has_no_file(tmp_path: Path) -> None:
 def test_it_says_how_the_first_key_is_made(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     made = plan(tmp_path, f"tenants: [{{name: acme}}]\nproxy: {{keys_path: {keys}}}\n")
-    assert made.without_keys == (
+    assert made.about_keys() == (
         f"no API keys yet: doherty keys create --tenant acme --config {made.config_path}"
     )
     change(str(keys), lambda nothing: nothing)
-    assert made.without_keys is None
+    assert made.about_keys() is None
+
+
+def test_it_says_that_the_proxy_was_given_a_clients_key(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    held = KeyRecord(key_id="id", tenant="acme", digest=sha256(b"his").hexdigest())
+    change(str(keys), lambda none: msgspec.structs.replace(none, keys=(held,)))
+    text = f"tenants: [{{name: acme}}]\nproxy: {{keys_path: {keys}}}\n"
+    said = plan(tmp_path, text, DOHERTY_API_KEY="his").about_keys()
+    assert said is not None
+    assert "DOHERTY_API_KEY) is the key id of tenant acme" in said
+    assert plan(tmp_path, text, DOHERTY_API_KEY="ours").about_keys() is None
+
+
+def test_a_key_file_that_cannot_be_used_is_told_before_anything_is_started(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    change(str(keys), lambda none: none)
+    keys.chmod(0o644)
+    made = plan(tmp_path, f"tenants: [{{name: acme}}]\nproxy: {{keys_path: {keys}}}\n")
+    with pytest.raises(ConfigError, match="chmod 600"):
+        made.about_keys()
 
 
 def test_tenants_of_which_nobody_can_be_one_are_refused(tmp_path: Path) -> None:

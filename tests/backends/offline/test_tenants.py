@@ -10,8 +10,10 @@ import pytest
 from backends.offline.api_errors import ApiError
 from backends.offline.schema import STEPS
 from backends.offline.store import Store
-from backends.offline.tenants import Asker, Door
+from backends.offline.tenants import Asker, Door, Rights
+from proxy.config_access import TenantConfig
 from proxy.contract.behalf import in_field, proof_of
+from tests.fakes.offline_stage import CHAT, CONFIG, jsonl, offline_stage, request, until_state
 from tests.fakes.stored_jobs import ask, begun_job
 
 SECRET = "of-this-run"
@@ -50,6 +52,45 @@ def test_where_there_is_one_key_it_opens_and_owns_as_before() -> None:
     # A name that nobody vouches for is none.
     assert plain.asker(key | {"x-doherty-tenant": "acme"}) == plain.asker(key)
     assert Door().asker({}) == Asker(Door().asker({}).owner)
+
+
+def test_jobs_may_ask_for_what_their_tenant_may() -> None:
+    rights = Rights([TenantConfig(name="acme", models=("m",)), TenantConfig(name="beta")])
+    assert rights.may_ask("acme", "m")
+    assert not rights.may_ask("acme", "n")
+    assert rights.may_ask("beta", "n")
+    assert rights.may_ask("", "n")
+    # As the proxy judges their lines: of a tenant that is gone, and of one that was never there.
+    assert not rights.may_ask("gone", "m")
+    assert not rights.may_ask("default somebody", "m")
+    rights.configure([TenantConfig(name="default", models=("m",))])
+    assert rights.may_ask("default somebody", "m")
+    assert not rights.may_ask("default somebody", "n")
+    rights.configure([])
+    assert rights.may_ask("acme", "n")
+
+
+@pytest.mark.parametrize(("models", "code"), [("[]", None), ("[other]", "model_not_found")])
+async def test_a_job_for_a_model_of_others_does_not_begin(
+    tmp_path: Path, models: str, code: str | None
+) -> None:
+    """Engine workers would compute its lines, and no proxy would see them."""
+    config = CONFIG + (
+        f"tenants:\n- {{name: acme, models: {models}}}\n"
+        f"proxy: {{internal_key: {SECRET}, keys_path: keys.json}}\n"
+    )
+    said = fields("acme")
+    del said["Authorization"]
+    async with (
+        offline_stage(tmp_path, config=config) as stage,
+        stage.client("c", default_headers=said) as client,
+    ):
+        file = await client.files.create(file=("a", jsonl([request(0)])), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=file.id, endpoint=CHAT, completion_window="24h"
+        )
+        batch = await until_state(client, batch.id, "in_progress", "failed")
+        assert (batch.errors.data[0].code if batch.errors else None) == code
 
 
 async def job_of(store: Store, tenant: str) -> None:
