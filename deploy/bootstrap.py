@@ -42,7 +42,13 @@ SLOTS = 3  # parts of the test run at a time: half of what each takes is waiting
 MEASURED = (
     "tests/core",
     "tests/fuzz",
-    *(f"tests/io/test_{name}.py" for name in ("explain", "kv_events", "preemption")),
+    *(
+        f"tests/io/test_{name}.py"
+        for name in (
+            *("abroad", "choice", "explain", "fair", "hops", "kv_events", "metering"),
+            "preemption",
+        )
+    ),
 )
 # What runs beside each other; the longest first, so that the last to end are short.
 TOGETHER = (
