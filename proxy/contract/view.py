@@ -1,8 +1,8 @@
 """What an operator is shown, in one value: the dashboard, `doherty top` and tools read this.
 
-The admin listener answers `VIEW_PATH` with one view, and `VIEW_WATCH_PATH` with a stream of server-sent
-events, one view in each. A view is whole, never a difference, so that whoever missed ten of them is
-right again after the next. Rates and percentiles are of the last `window_s` seconds, over all
+The admin listener answers `VIEW_PATH` with one view, and `VIEW_WATCH_PATH` with a stream of
+server-sent events, one view in each. A view is whole, never a difference, so that whoever missed
+ten of them is right again after the next. Rates and percentiles are of the last `window_s` seconds, over all
 workers; percentiles are read off histograms, so they lie between two of their edges. None says that
 nobody knows, which is not zero.
 
