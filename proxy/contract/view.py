@@ -2,9 +2,9 @@
 
 The admin listener answers `VIEW_PATH` with one view, and `VIEW_WATCH_PATH` with a stream of
 server-sent events, one view in each. A view is whole, never a difference, so that whoever missed
-ten of them is right again after the next. Rates and percentiles are of the last `window_s` seconds, over all
-workers; percentiles are read off histograms, so they lie between two of their edges. None says that
-nobody knows, which is not zero.
+ten of them is right again after the next. Rates and percentiles are of the last `window_s` seconds,
+over all workers; percentiles are read off histograms, so they lie between two of their edges. None
+says that nobody knows, which is not zero.
 
 Bounded: tables hold at most what `*_MAX` here says, the first of an order that each field names.
 Additions may come in any release, and readers ignore what they do not know; a field is renamed or
