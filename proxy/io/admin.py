@@ -6,9 +6,6 @@ so that no counter ever falls.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
@@ -27,24 +24,15 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from proxy.contract import FleetSnapshot
+from proxy.contract.view import VIEW_PATH, VIEW_WATCH_PATH
 from proxy.core import limits
-from proxy.io.telemetry import OVERHEAD_BUCKETS, SECONDS_BUCKETS, Labels, Sample
+from proxy.io.admin_guard import Guard, RefusedError
+from proxy.io.sums import sum_samples
+from proxy.io.telemetry import OVERHEAD_BUCKETS, SECONDS_BUCKETS, Sample
+from proxy.io.viewing import Viewing
+from proxy.io.watching import WATCHERS_MAX, Watchers
 
 PREFIX = "doherty_"
-
-# What each worker believes of the same thing, its own and the others' decisions in it: no sum.
-_LARGEST = frozenset(
-    (
-        "event_loop_lag_seconds",
-        "replica_queued_tokens",
-        "remote_room",
-        "replica_wait_seconds",
-        "replica_decoding",
-        "replica_prefill_tokens_per_second",
-        "replica_cache_tokens",
-        "queue_oldest_seconds",
-    )
-)
 
 _HELP = {
     "requests": "Requests ended, by route, model, status and outcome",
@@ -181,26 +169,6 @@ class _Families(Collector):
         yield from families.values()
 
 
-def sum_samples(samples: Iterable[Sample]) -> list[Sample]:
-    """Add up the series of several workers; of some the largest counts, not the sum."""
-    values: dict[tuple[str, Labels], float] = defaultdict(float)
-    buckets: dict[tuple[str, Labels], list[int]] = {}
-    for sample in samples:
-        key = (sample.name, sample.labels)
-        if sample.name in _LARGEST:
-            values[key] = max(values[key], sample.value)
-            continue
-        values[key] += sample.value
-        if sample.buckets:
-            total = buckets.setdefault(key, [0] * len(sample.buckets))
-            for index, count in enumerate(sample.buckets):
-                total[index] += count
-    return [
-        Sample(name, labels, value, tuple(buckets.get((name, labels), ())))
-        for (name, labels), value in values.items()
-    ]
-
-
 def add_sample(families: dict[str, Metric], sample: Sample, *, counter: bool) -> None:
     """Add one series to its family, made when first met."""
     bare = sample.name.removesuffix("_total")
@@ -254,9 +222,11 @@ def fleet_samples(fleet: FleetSnapshot | None) -> list[Sample]:
 class _Pages:
     """The request handlers of the admin listener."""
 
-    def __init__(self, status: Status, api_key: str | None) -> None:
+    def __init__(self, status: Status, guard: Guard, viewing: Viewing) -> None:
         self._status = status
-        self._digest = hashlib.sha256(api_key.encode()).digest() if api_key else b""
+        self._guard = guard
+        self._viewing = viewing
+        self._watchers = Watchers(viewing)
 
     @web.middleware
     async def guard(
@@ -264,13 +234,12 @@ class _Pages:
         request: web.Request,
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
-        if self._digest and request.path not in _OPEN_PATHS:
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
-            if not hmac.compare_digest(digest, self._digest):
-                return _error(401, "invalid_api_key", "send the admin key as a bearer token")
         try:
+            if request.path not in _OPEN_PATHS:
+                self._guard.check(request)
             return await handler(request)
+        except RefusedError as error:
+            return _error(error.status, error.code, error.message)
         except web.HTTPException as error:
             return _error(error.status, "admin", error.reason)
 
@@ -304,10 +273,27 @@ class _Pages:
         status, body = explained
         return web.Response(status=status, body=body, content_type="application/json")
 
+    async def view(self, _: web.Request) -> web.Response:
+        body = await self._viewing.newest()
+        headers = {"Cache-Control": "no-store"}
+        return web.Response(body=body, content_type="application/json", headers=headers)
 
-def make_app(status: Status, api_key: str | None) -> web.Application:
-    """Return the admin application. Health is open; the rest wants the key if there is one."""
-    pages = _Pages(status, api_key)
+    async def watch(self, request: web.Request) -> web.StreamResponse:
+        if self._watchers.full:
+            raise RefusedError(
+                *(503, "too_many_watchers"),
+                f"{WATCHERS_MAX} watch already; close a page, or ask for {VIEW_PATH} now and then",
+            )
+        return await self._watchers.answer(request)
+
+    async def end(self, _: web.Application) -> None:
+        """Let watchers go, so that the listener can close."""
+        self._viewing.close()
+
+
+def make_app(status: Status, guard: Guard, viewing: Viewing) -> web.Application:
+    """Return the admin application. Health is open; `guard` judges the rest."""
+    pages = _Pages(status, guard, viewing)
     app = web.Application(middlewares=[pages.guard], client_max_size=limits.EXPLAINED_BYTES_MAX)
     for path in _LIVE_PATHS:
         app.router.add_get(path, pages.live)
@@ -316,6 +302,9 @@ def make_app(status: Status, api_key: str | None) -> web.Application:
     app.router.add_get("/metrics", pages.metrics)
     app.router.add_get("/replicas", pages.replicas)
     app.router.add_post("/debug/route", pages.route)
+    app.router.add_get(VIEW_PATH, pages.view)
+    app.router.add_get(VIEW_WATCH_PATH, pages.watch)
+    app.on_shutdown.append(pages.end)
     return app
 
 

@@ -22,7 +22,8 @@ from proxy.contract import FleetSnapshot
 from proxy.core import limits
 from proxy.io import control
 from proxy.io.access_log import AccessLog
-from proxy.io.admin import render_metrics, sum_samples
+from proxy.io.admin import render_metrics
+from proxy.io.sums import sum_samples
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import SECONDS_BUCKETS, Histogram, Sample, Telemetry
 from tests.fakes.plane import until
