@@ -16,10 +16,10 @@ from proxy.config import ProxyConfig
 from proxy.core.admission import allowances
 from proxy.core.headcount import Columns
 from proxy.io import control
+from proxy.io.exposition import sum_samples
 from proxy.io.hub import Hub
 from proxy.io.quota_memory import QuotaMemory
 from proxy.io.shared_cells import SharedCells, SharedNonces
-from proxy.io.sums import sum_samples
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.teller import Teller
@@ -102,6 +102,10 @@ class Places:
     @property
     def ready_count(self) -> int:
         return sum(place.ready for place in self._places)
+
+    def pids(self) -> dict[int, int]:
+        """Return the processes of the workers that serve, by place."""
+        return {p.index: p.process.pid for p in self._places if p.ready and p.process is not None}
 
     def start(self, config: ProxyConfig) -> None:
         self._config = config

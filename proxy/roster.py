@@ -13,7 +13,7 @@ import time
 from msgspec import structs
 
 from proxy.contract import HELD_REASON, FleetSnapshot, ReplicaRecord, ReplicaState
-from proxy.core.replica import replica_of
+from proxy.sources import Usable
 
 _log = logging.getLogger("doherty.proxy")
 
@@ -26,7 +26,7 @@ class Roster:
         self.at_s = time.monotonic()  # when it was heard of
         self.held: frozenset[str] = frozenset()  # replicas that an operator drains
         self._told: FleetSnapshot | None = None  # by the source
-        self._unusable: frozenset[str] = frozenset()
+        self._usable = Usable()
 
     def take(self, snapshot: FleetSnapshot) -> FleetSnapshot | None:
         """Return the fleet by what its source says now; None: that is older than what is known."""
@@ -36,7 +36,7 @@ class Roster:
                 return None
         elif known is not None:
             _log.info("a new manager speaks for the fleet")
-        self._told = self._usable(snapshot)
+        self._told = self._usable.of(snapshot)
         self.at_s = time.monotonic()
         self.fleet = self._with_held(self._told)
         return self.fleet
@@ -47,19 +47,6 @@ class Roster:
         if self._told is not None:
             self.fleet = self._with_held(self._told)
         return self.fleet
-
-    def _usable(self, snapshot: FleetSnapshot) -> FleetSnapshot:
-        kept, unusable = [], {}
-        for record in snapshot.replicas:
-            try:
-                replica_of(record)
-                kept.append(record)
-            except ValueError as error:
-                unusable[record.replica_id] = str(error)
-        for replica_id in unusable.keys() - self._unusable:
-            _log.error("replica %s is left out: %s", replica_id, unusable[replica_id])
-        self._unusable = frozenset(unusable)
-        return structs.replace(snapshot, replicas=tuple(kept))
 
     def _with_held(self, snapshot: FleetSnapshot) -> FleetSnapshot:
         if not self.held:

@@ -12,7 +12,8 @@ from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.contract.regions import RemoteState
 from proxy.contract.view import ProxyView
-from proxy.io.admin import package_version
+from proxy.figures import Figures
+from proxy.io.exposition import package_version
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
 from proxy.io.peers import Peers
@@ -38,6 +39,7 @@ class Standing:
         lookout: Lookout,
         regions: Regions,
         hub: Hub,
+        figures: Figures,
         others: tuple[Peers, Teller, Wanting, Witness, QuotaKeeper],
     ) -> None:
         self.config = config  # the supervisor keeps both of these up to date
@@ -48,6 +50,7 @@ class Standing:
         self._lookout = lookout
         self._regions = regions
         self._hub = hub
+        self._figures = figures
         self._others = others
 
     def ready(self) -> str | None:
@@ -102,7 +105,11 @@ class Standing:
         peers, teller, wanting, witness, quotas = self._others
         counters, gauges = await self._places.samples()
         told, linked = self._hub.samples()
-        extra = [self._lookout.samples(), ([], wanting.samples())]
+        extra = [
+            self._lookout.samples(),
+            self._figures.samples(self._places.pids()),
+            ([], wanting.samples()),
+        ]
         counters += [*told, *peers.samples(), *teller.samples()]
         gauges += [
             *linked,

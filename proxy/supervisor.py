@@ -24,6 +24,7 @@ from aiohttp import web
 from proxy import settings, takeover, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import FleetSnapshot
+from proxy.figures import Figures
 from proxy.flags import Invocation
 from proxy.io import control
 from proxy.io.admin import make_app
@@ -70,6 +71,7 @@ class Supervisor:
         self._listeners = listeners
         self._predecessor = predecessor
         self._tasks = Tasks()
+        self._figures = Figures()
         self.hub = Hub()
         self._witness = Witness(self._tasks, self.hub)
         self._teller = Teller(lambda: self._lookout.session)
@@ -103,6 +105,7 @@ class Supervisor:
             lookout=self._lookout,
             regions=self._regions,
             hub=self.hub,
+            figures=self._figures,
             others=(self._peers, self._teller, self._wanting, self._witness, self._quotas),
         )
         guard = Guard(config.admin_api_key, local=is_local(listeners.admin))
@@ -172,6 +175,7 @@ class Supervisor:
             self._door_task = self._tasks.spawn("door", self._keep_door(self._door))
 
     def _look(self) -> None:
+        self._figures.know(self._config)
         self._lookout.look(self._config)
         self._witness.look(self._lookout.session, self._config)
         self._teller.tell(self._config.manager_url)
@@ -248,6 +252,7 @@ class Supervisor:
             warnings = tls.check(read, datetime.now(UTC))
         except (ConfigError, StartError, ValueError) as error:
             _log.error("not reloaded, going on as before: %s", error)
+            self._figures.reloaded(good=False)
             return
         for warning in warnings:
             _log.warning("%s", warning)
@@ -256,6 +261,7 @@ class Supervisor:
             names = ", ".join(change.waiting)
             _log.warning("%s: a change of this needs an upgrade (SIGUSR2)", names)
         self._config = self._standing.config = change.config
+        self._figures.reloaded(good=True)
         self._fingerprint = settings.fingerprint(self._invocation.path, self._config)
         set_up_logging(self._config.log_level)
         if change.changed or tls.files(self._config):

@@ -6,7 +6,7 @@ apart shows an idle fleet as a broken one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from proxy import errors
@@ -23,8 +23,8 @@ from proxy.contract.view import (
 )
 from proxy.core.classes import NAMES
 from proxy.core.windows import NONE, Labels, Totals, Window, percentiles
-from proxy.io.sums import LARGEST
-from proxy.io.telemetry import SECONDS_BUCKETS, Sample
+from proxy.io.families import FAMILIES
+from proxy.io.telemetry import Sample
 
 ENGINE_PROMPT: Final = "engine_prompt_tokens"
 ENGINE_CACHED: Final = "engine_cached_tokens"
@@ -82,7 +82,7 @@ def gauges_of(samples: Iterable[Sample]) -> dict[str, dict[Labels, float]]:
         before = series.get(sample.labels)
         if before is None:
             series[sample.labels] = sample.value
-        elif sample.name in LARGEST:
+        elif FAMILIES[sample.name].largest:
             series[sample.labels] = max(before, sample.value)
         else:
             series[sample.labels] = before + sample.value
@@ -251,15 +251,9 @@ def model_views(window: Window) -> tuple[ModelView, ...]:
 def histograms(window: Window, name: str, label: str) -> dict[str, Percentiles]:
     """Return the percentiles of a histogram by one label."""
     return {
-        key: percentiles(edges_of(len(counts)), counts)
+        key: percentiles(FAMILIES[name].edges, counts)
         for key, counts in window.buckets_by(name, label).items()
     }
-
-
-def edges_of(buckets: int) -> Sequence[float]:
-    """Return the edges of a histogram of seconds with so many buckets."""
-    assert buckets == len(SECONDS_BUCKETS) + 1
-    return SECONDS_BUCKETS
 
 
 def code_rates(window: Window) -> dict[str, float]:
