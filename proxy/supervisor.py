@@ -112,8 +112,9 @@ class Supervisor:
         )
         guard = Guard(config.admin_api_key, local=is_local(listeners.admin))
         self._standing.can_drain = guard.can_drain
-        self._viewing = Viewing(self._standing)
+        self._viewing = Viewing(self._standing, self._tasks)
         self._places.on_counted = self._viewing.count
+        self._places.viewed = self._viewing.viewed
         operators = Operators(self._standing, lambda: self._lookout.session)
         app = make_app(self._standing, guard, self._viewing, operators)
         self._admin = web.AppRunner(app, access_log=None)

@@ -19,6 +19,9 @@ from proxy.contract.regions import RemoteState
 from proxy.contract.view import ProxyView, View, encode_view
 from proxy.core.windows import History, Totals, Window
 from proxy.io import view_tables as tables
+from proxy.io.control import HotPrefix
+from proxy.io.rings import Rings
+from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 
 FRESH_S = 0.25  # one that was made so shortly ago is told again: who asks in a loop costs little
@@ -39,8 +42,11 @@ class Source(Protocol):
     def counted(self) -> tuple[list[Sample], list[Sample]]:
         """Return counters and gauges of all workers as they told them last, unsummed."""
 
+    def hot(self) -> list[HotPrefix]:
+        """Return what is hot in each of the workers, as they told it last."""
+
     async def recount(self) -> None:
-        """Have the workers tell them anew."""
+        """Have the workers tell all of this anew."""
 
     def take_lag_s(self) -> float:
         """Return the longest lateness of a worker's timers since this was asked last."""
@@ -49,8 +55,13 @@ class Source(Protocol):
 class Viewing:
     """One writer, any number of readers."""
 
-    def __init__(self, source: Source, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, source: Source, tasks: Tasks, now_s: Callable[[], float] = time.monotonic
+    ) -> None:
         self._source = source
+        self._tasks = tasks
+        self._rings = Rings()
+        self._following: asyncio.Task[None] | None = None
         self._now_s = now_s
         self._history = History()
         self._made_s = float("-inf")
@@ -69,6 +80,7 @@ class Viewing:
             totals, gauges = self._sums(now_s)
             if self.watchers:
                 self._make(totals, gauges, now_s)
+                self._follow()
             if self._history.due(now_s):
                 self._history.keep(totals)
 
@@ -82,7 +94,7 @@ class Viewing:
     async def newest(self) -> bytes:
         """Return a view of now."""
         if self._now_s() - self._made_s > FRESH_S:
-            await self._source.recount()
+            await asyncio.gather(self._source.recount(), self._rings.follow(self._source.fleet()))
             now_s = self._now_s()
             self._make(*self._sums(now_s), now_s)
         return self.body
@@ -96,6 +108,15 @@ class Viewing:
             except TimeoutError:
                 return False
         return self.number > number
+
+    def viewed(self) -> bool:
+        """Whether somebody watches."""
+        return self.watchers > 0
+
+    def _follow(self) -> None:
+        """Have the rings follow the fleet, for the next view."""
+        if self._following is None or self._following.done():
+            self._following = self._tasks.spawn("rings", self._rings.follow(self._source.fleet()))
 
     def close(self) -> None:
         """Let those who wait go: there will be no further view."""
@@ -120,14 +141,18 @@ class Viewing:
     def view(self, totals: Totals, gauges: tables.Gauges, now_s: float) -> View:
         source = self._source
         window = self._history.window(totals)
-        replicas = tables.replica_views(source.fleet(), source.suspects(), gauges, window, {})
+        replicas = tables.replica_views(
+            source.fleet(), source.suspects(), gauges, window, self._rings.ratios()
+        )
+        models = tables.model_views(window)
         return View(
             at_s=round(time.time(), 3),
             window_s=round(window.seconds, 3),
             proxy=self._proxy(gauges, window),
             replicas=replicas,
             classes=tables.class_views(gauges, window),
-            models=tables.model_views(window),
+            models=models,
+            rings=self._rings.views([model.model for model in models], source.hot()),
             regions=tables.region_views(source.remotes(), gauges, now_s),
             decisions={
                 reason: round(rate, 3)

@@ -186,7 +186,7 @@ def _ring(draw: random.Random, model: str, shown: tuple[ReplicaView, ...]) -> Ri
     bounds = [0.0, *(round(edge, 5) for edge in edges), 1.0]
     arcs = [ArcView(begin, end, draw.choice(names)) for begin, end in itertools.pairwise(bounds)]
     prefixes = [_prefix(draw, 600.0 / (n + 1), names) for n in range(12)]
-    return RingView(model=model, arcs=tuple(arcs), prefixes=tuple(prefixes))
+    return RingView(model=model, models=(model,), arcs=tuple(arcs), prefixes=tuple(prefixes))
 
 
 def _prefix(draw: random.Random, heat: float, names: list[str]) -> PrefixView:
@@ -200,4 +200,5 @@ def _prefix(draw: random.Random, heat: float, names: list[str]) -> PrefixView:
         at=round(name / 2**64, 5),
         home=draw.choice(names),
         holders=tuple(sorted(holders)),
+        held_by=len(holders),
     )
