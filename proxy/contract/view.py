@@ -23,7 +23,9 @@ VIEW_VERSION = 1
 VIEW_INTERVAL_S = 1.0
 
 ARCS_MAX = 720  # of a ring: half a degree each
+RINGS_MAX = 8
 PREFIXES_MAX = 64
+HOLDERS_MAX = 16  # of a prefix, by name
 NOTES_MAX = 50
 MODELS_MAX = 64
 CODES_MAX = 32
@@ -161,14 +163,20 @@ class PrefixView(msgspec.Struct, frozen=True, kw_only=True):
     heat: float  # requests of late, decayed
     spread: int  # replicas that a request with it may choose from as if all had it; 0: its own
     at: float  # on the ring, of 1
-    home: str | None
+    home: str | None  # whose arc that is
     holders: tuple[str, ...] = ()  # replicas that are believed to have it cached
+    held_by: int = 0  # how many do
 
 
 class RingView(msgspec.Struct, frozen=True, kw_only=True):
-    """The ring of one model."""
+    """The ring of a model, the busiest first; models on the same replicas share it.
 
-    model: str
+    A prefix is on the first of the rings whose replicas hold it: which model it is of, its hash
+    does not tell.
+    """
+
+    model: str  # empty: of replicas that do not say what they serve
+    models: tuple[str, ...] = ()  # all that share it
     arcs: tuple[ArcView, ...] = ()  # one after another from 0 to 1
     prefixes: tuple[PrefixView, ...] = ()
 
