@@ -21,6 +21,7 @@ from proxy.core.windows import History, Totals, Window
 from proxy.io import view_tables as tables
 from proxy.io.control import HotPrefix
 from proxy.io.rings import Rings
+from proxy.io.scaling_news import ScalingNews
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 
@@ -56,16 +57,22 @@ class Viewing:
     """One writer, any number of readers."""
 
     def __init__(
-        self, source: Source, tasks: Tasks, now_s: Callable[[], float] = time.monotonic
+        self,
+        source: Source,
+        scaling: ScalingNews,
+        tasks: Tasks,
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source = source
+        self._scaling = scaling
         self._tasks = tasks
         self._rings = Rings()
-        self._following: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
         self._now_s = now_s
         self._history = History()
         self._made_s = float("-inf")
         self._news = asyncio.Event()
+        self._one_asks = asyncio.Lock()  # and the others are told the same
         self.watchers = 0
         self.closed = False
         self.number = 0  # of the newest
@@ -93,10 +100,11 @@ class Viewing:
 
     async def newest(self) -> bytes:
         """Return a view of now."""
-        if self._now_s() - self._made_s > FRESH_S:
-            await asyncio.gather(self._source.recount(), self._rings.follow(self._source.fleet()))
-            now_s = self._now_s()
-            self._make(*self._sums(now_s), now_s)
+        async with self._one_asks:
+            if self._now_s() - self._made_s > FRESH_S:
+                await asyncio.gather(self._source.recount(), self._ask())
+                now_s = self._now_s()
+                self._make(*self._sums(now_s), now_s)
         return self.body
 
     async def newer(self, number: int, wait_s: float) -> bool:
@@ -114,9 +122,12 @@ class Viewing:
         return self.watchers > 0
 
     def _follow(self) -> None:
-        """Have the rings follow the fleet, for the next view."""
-        if self._following is None or self._following.done():
-            self._following = self._tasks.spawn("rings", self._rings.follow(self._source.fleet()))
+        """Find out, for the next view, what is not told unasked."""
+        if self._asking is None or self._asking.done():
+            self._asking = self._tasks.spawn("view", self._ask())
+
+    async def _ask(self) -> None:
+        await asyncio.gather(self._rings.follow(self._source.fleet()), self._scaling.ask())
 
     def close(self) -> None:
         """Let those who wait go: there will be no further view."""
@@ -153,6 +164,9 @@ class Viewing:
             classes=tables.class_views(gauges, window),
             models=models,
             rings=self._rings.views([model.model for model in models], source.hot()),
+            pools=self._scaling.pools(),
+            scaling=self._scaling.notes(),
+            scaling_age_s=self._scaling.age_s,
             regions=tables.region_views(source.remotes(), gauges, now_s),
             decisions={
                 reason: round(rate, 3)

@@ -54,6 +54,7 @@ def a_view(replicas: int = 6, seed: int = 0, *, at_s: float = AT_S) -> View:
         models=tuple(_model(draw, name) for name in models),
         pools=tuple(_pool(shown, name) for name in models),
         scaling=tuple(_note(draw, n, models[n % len(models)], at_s) for n in range(8)),
+        scaling_age_s=0.4,
         rings=tuple(_ring(draw, name, shown) for name in models),
         regions=(
             RegionView(
