@@ -22,7 +22,7 @@ WISH_PATH = "/replicas/{replica_id}/{wish}"
 VIEW_VERSION = 1
 VIEW_INTERVAL_S = 1.0
 
-ARCS_MAX = 720  # of a ring: half a degree each
+ARCS_MAX = 720  # of all rings together: half a degree each, where there is one
 RINGS_MAX = 8
 PREFIXES_MAX = 64
 HOLDERS_MAX = 16  # of a prefix, by name

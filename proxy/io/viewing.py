@@ -181,8 +181,8 @@ class Viewing:
         cached = tables.ratios(window, "prefix_cached_tokens_total", "prompt_tokens_total", "")
         return structs.replace(
             self._source.proxy(),
-            in_flight=int(tables.gauge(gauges, "requests_in_flight")),
-            connections=int(tables.gauge(gauges, "client_connections")),
+            in_flight=int(gauges["requests_in_flight"].get("", 0.0)),
+            connections=int(gauges["client_connections"].get("", 0.0)),
             requests_per_s=round(requests.get("", 0.0), 3),
             errors_per_s=tables.errors_per_s(window),
             tokens_per_s=round(tokens.get("", 0.0), 1),
