@@ -83,13 +83,16 @@ class Viewing:
     def count(self) -> None:
         """The workers have told what they counted."""
         now_s = self._now_s()
-        if self.watchers or self._history.due(now_s):
+        if self.watchers:
             totals, gauges = self._sums(now_s)
-            if self.watchers:
-                self._make(totals, gauges, now_s)
-                self._follow()
-            if self._history.due(now_s):
-                self._history.keep(totals)
+            self._make(totals, gauges, now_s)
+            self._follow()
+        elif self._history.due(now_s):
+            totals = self._totals(self._source.counted()[0], now_s)
+        else:
+            return
+        if self._history.due(now_s):
+            self._history.keep(totals)
 
     def hurry(self) -> None:
         """Something has changed that whoever wished it wants to see."""
@@ -138,9 +141,11 @@ class Viewing:
 
     def _sums(self, now_s: float) -> tuple[Totals, tables.Gauges]:
         counters, gauges = self._source.counted()
+        return self._totals(counters, now_s), tables.gauges_of(gauges)
+
+    def _totals(self, counters: list[Sample], now_s: float) -> Totals:
         fleet = self._source.fleet()
-        totals = tables.totals_of(counters, fleet.replicas if fleet else (), now_s)
-        return totals, tables.gauges_of(gauges)
+        return tables.totals_of(counters, fleet.replicas if fleet else (), now_s)
 
     def _make(self, totals: Totals, gauges: tables.Gauges, now_s: float) -> None:
         self.body = encode_view(self.view(totals, gauges, now_s))
