@@ -22,10 +22,11 @@ WISH_PATH = "/replicas/{replica_id}/{wish}"
 VIEW_VERSION = 1
 VIEW_INTERVAL_S = 1.0
 
-ARCS_MAX = 720  # of a ring: half a degree each
+ARCS_MAX = 720  # of all rings together: half a degree each, where there is one
 RINGS_MAX = 8
 PREFIXES_MAX = 64
 HOLDERS_MAX = 16  # of a prefix, by name
+POOLS_MAX = 64
 NOTES_MAX = 50
 MODELS_MAX = 64
 CODES_MAX = 32
@@ -120,7 +121,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PoolView(msgspec.Struct, frozen=True, kw_only=True):
-    """One pool, as its manager scales it."""
+    """One pool, as its manager scales it, by name."""
 
     pool: str
     model: str
@@ -205,6 +206,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[ModelView, ...] = ()
     pools: tuple[PoolView, ...] = ()
     scaling: tuple[NoteView, ...] = ()
+    scaling_age_s: float | None = None  # of pools and scaling, by the manager; None: never told
     rings: tuple[RingView, ...] = ()
     regions: tuple[RegionView, ...] = ()
     decisions: dict[str, float] = {}  # choices of a replica a second, by reason
