@@ -328,14 +328,12 @@ export class RingPanel {
       homes.set(home, (homes.get(home) ?? 0) + 1);
       for (const name of holders) held.set(name, (held.get(name) ?? 0) + 1);
     }
-    const rows = [...this.pieces.keys()]
-      .sort()
-      .map((name) => ({
-        name,
-        ...this.#shareOf(name),
-        homes: homes.get(name) ?? 0,
-        held: held.get(name) ?? 0,
-      }));
+    const rows = [...this.pieces.keys()].sort().map((name) => ({
+      name,
+      ...this.#shareOf(name),
+      homes: homes.get(name) ?? 0,
+      held: held.get(name) ?? 0,
+    }));
     this.shareRows.show(rows, ({ name }) => name);
   }
 
