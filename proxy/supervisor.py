@@ -136,8 +136,7 @@ class Supervisor:
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
             await self._drain()
-            self._quotas.tick()
-            await self._quotas.keep()
+            await self._quotas.farewell()
             await self._teller.farewell()
         finally:
             self._close_door()
@@ -356,13 +355,13 @@ class Supervisor:
             self._door.close()
             self._door = None
 
-    def _leave(self, link: socket.socket | None) -> None:
+    async def _leave(self, link: socket.socket | None) -> None:
+        await self._quotas.leave()
         self._peers.stop_listening()
         if link is not None:
             self._linked_successor = True
             self.hub.told.clear()
             self._peers.adopt(link, dialled=False)
-        self._quotas.leave()
         self._relieved = self._draining = True
         self._stop.set()
 
