@@ -6,8 +6,6 @@ so that no counter ever falls.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
@@ -15,9 +13,13 @@ import orjson
 from aiohttp import web
 
 from proxy.contract import FleetSnapshot
+from proxy.contract.view import VIEW_PATH, VIEW_WATCH_PATH
 from proxy.core import limits
+from proxy.io.admin_guard import Guard, RefusedError
 from proxy.io.exposition import fleet_samples, render_metrics, sum_samples
 from proxy.io.telemetry import Sample
+from proxy.io.viewing import Viewing
+from proxy.io.watching import WATCHERS_MAX, Watchers
 
 
 class Status(Protocol):
@@ -42,9 +44,11 @@ class Status(Protocol):
 class _Pages:
     """The request handlers of the admin listener."""
 
-    def __init__(self, status: Status, api_key: str | None) -> None:
+    def __init__(self, status: Status, guard: Guard, viewing: Viewing) -> None:
         self._status = status
-        self._digest = hashlib.sha256(api_key.encode()).digest() if api_key else b""
+        self._guard = guard
+        self._viewing = viewing
+        self._watchers = Watchers(viewing)
 
     @web.middleware
     async def guard(
@@ -52,13 +56,12 @@ class _Pages:
         request: web.Request,
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
-        if self._digest and request.path not in _OPEN_PATHS:
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
-            if not hmac.compare_digest(digest, self._digest):
-                return _error(401, "invalid_api_key", "send the admin key as a bearer token")
         try:
+            if request.path not in _OPEN_PATHS:
+                self._guard.check(request)
             return await handler(request)
+        except RefusedError as error:
+            return _error(error.status, error.code, error.message)
         except web.HTTPException as error:
             return _error(error.status, "admin", error.reason)
 
@@ -94,10 +97,27 @@ class _Pages:
         status, body = explained
         return web.Response(status=status, body=body, content_type="application/json")
 
+    async def view(self, _: web.Request) -> web.Response:
+        body = await self._viewing.newest()
+        headers = {"Cache-Control": "no-store"}
+        return web.Response(body=body, content_type="application/json", headers=headers)
 
-def make_app(status: Status, api_key: str | None) -> web.Application:
-    """Return the admin application. Health is open; the rest wants the key if there is one."""
-    pages = _Pages(status, api_key)
+    async def watch(self, request: web.Request) -> web.StreamResponse:
+        if self._watchers.full:
+            raise RefusedError(
+                *(503, "too_many_watchers"),
+                f"{WATCHERS_MAX} watch already; close a page, or ask for {VIEW_PATH} now and then",
+            )
+        return await self._watchers.answer(request)
+
+    async def end(self, _: web.Application) -> None:
+        """Let watchers go, so that the listener can close."""
+        self._viewing.close()
+
+
+def make_app(status: Status, guard: Guard, viewing: Viewing) -> web.Application:
+    """Return the admin application. Health is open; `guard` judges the rest."""
+    pages = _Pages(status, guard, viewing)
     app = web.Application(middlewares=[pages.guard], client_max_size=limits.EXPLAINED_BYTES_MAX)
     for path in _LIVE_PATHS:
         app.router.add_get(path, pages.live)
@@ -106,6 +126,9 @@ def make_app(status: Status, api_key: str | None) -> web.Application:
     app.router.add_get("/metrics", pages.metrics)
     app.router.add_get("/replicas", pages.replicas)
     app.router.add_post("/debug/route", pages.route)
+    app.router.add_get(VIEW_PATH, pages.view)
+    app.router.add_get(VIEW_WATCH_PATH, pages.watch)
+    app.on_shutdown.append(pages.end)
     return app
 
 
