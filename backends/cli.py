@@ -102,6 +102,7 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show the replicas of a running manager")
     _add_manager_url(status)
     status.set_defaults(run=_status)
+    _add_top(commands, command)
     _add_scale(commands)
     _add_reclaim(commands)
     sleep = commands.add_parser("sleep", help="free the GPU memory of a replica, keep its process")
@@ -147,6 +148,15 @@ def _add_keys(commands: Any, command: Sequence[str]) -> None:
         from backends.keys.commands import add_flags
 
         add_flags(keys)
+
+
+def _add_top(commands: Any, command: Sequence[str]) -> None:
+    top = commands.add_parser("top", help="watch a running proxy, its replicas and queues")
+    top.set_defaults(run=_top)
+    if list(command) == ["top"]:
+        from backends.top.flags import add_flags
+
+        add_flags(top)
 
 
 def _add_scale(commands: Any) -> None:
@@ -351,6 +361,15 @@ def _status(options: argparse.Namespace) -> int:
     with suppress(StartError):  # a manager of a former release has no pools to tell of
         scaling = fetch_scaling(options.manager_url)
     print(table(fleet, scaling))
+    return 0
+
+
+def _top(options: argparse.Namespace) -> int:
+    from backends.top.command import top
+
+    text = top(options, os.environ)
+    if text is not None:
+        print(text)
     return 0
 
 
