@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -40,6 +41,7 @@ from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 from proxy.io.teller import Teller
+from proxy.io.tracing import check_tracing
 from proxy.io.wanting import Wanting
 from proxy.io.witness import Witness
 from proxy.listeners import Listeners, StartError, deal
@@ -300,7 +302,7 @@ class Supervisor:
             read = self._invocation.settings()
             check_source(read)
             settings.check_tenants(read)
-            warnings = tls.check(read, datetime.now(UTC))
+            warnings = [*tls.check(read, datetime.now(UTC)), *check_tracing(read, os.environ)]
         except (ConfigError, StartError, ValueError) as error:
             _log.error("not reloaded, going on as before: %s", error)
             return
@@ -312,7 +314,7 @@ class Supervisor:
             _log.warning("%s: a change of this needs an upgrade (SIGUSR2)", names)
         self._config = change.config
         self._fingerprint = settings.fingerprint(self._invocation.path, self._config)
-        set_up_logging(self._config.log_level)
+        set_up_logging(self._config.log_level, as_json=self._config.log_json)
         if change.changed or tls.files(self._config):
             self._look()
         self._peers.reconfigure(self._config)

@@ -10,7 +10,6 @@ import hashlib
 import hmac
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
 import orjson
@@ -29,6 +28,7 @@ from typing_extensions import override
 from proxy.contract import FleetSnapshot
 from proxy.core import limits
 from proxy.io.telemetry import OVERHEAD_BUCKETS, SECONDS_BUCKETS, Labels, Sample
+from proxy.version import package_version
 
 PREFIX = "doherty_"
 
@@ -144,6 +144,8 @@ _HELP = {
     "keys_age_seconds": "Since the set of API keys was last seen to be the newest",
     "keys_failures": "Times that the set of API keys could not be read, or its source was lost",
     "build_info": "Version of the proxy",
+    "trace_spans_exported": "Spans of traces that the collector has taken",
+    "trace_spans_dropped": "Spans of traces that were not, by reason",
 }
 
 
@@ -227,13 +229,6 @@ def add_sample(families: dict[str, Metric], sample: Sample, *, counter: bool) ->
         family.add_metric(values, buckets=cumulative, sum_value=sample.value)
     elif isinstance(family, CounterMetricFamily | GaugeMetricFamily):
         family.add_metric(values, sample.value)
-
-
-def package_version() -> str:
-    try:
-        return version("doherty")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def render_metrics(counters: Iterable[Sample], gauges: Iterable[Sample]) -> bytes:
