@@ -76,9 +76,8 @@ class RequestFacts:
     __slots__ = (
         "attempts", "client", "ended_s", "epoch_s", "first_octet_s", "key_id", "linked",
         "listens_at", "method", "model", "outcome", "overhead_s", "parent", "path",
-        "received_bytes", "region",
-        "request_id", "route", "span_id", "started_s", "status", "stream", "tenant", "trace_id",
-        "usage", "waits", "whole_s", "work_class",
+        "received_bytes", "region", "request_id", "route", "span_id", "started_s", "status",
+        "stream", "tenant", "token_s", "trace_id", "usage", "waits", "whole_s", "work_class",
     )  # fmt: skip
 
     attempts: list[Attempt]
@@ -103,6 +102,7 @@ class RequestFacts:
         self.work_class = UNSAID
         self.stream = False
         self.started_s = self.whole_s = self.first_octet_s = self.ended_s = self.overhead_s = 0.0
+        self.token_s = 0.0  # from one token to the next
 
 
 class Telling:
@@ -194,10 +194,8 @@ class Telling:
         found["gen_ai.usage.output_tokens"] = usage.completion_tokens
         if usage.cached_tokens is not None:
             found[self._cached] = usage.cached_tokens
-        more = usage.completion_tokens - 1
-        if facts.stream and facts.first_octet_s and more > 0:
-            spent_s = facts.ended_s - facts.first_octet_s
-            found["doherty.time_per_output_token_s"] = spent_s / more
+        if facts.token_s:
+            found["doherty.time_per_output_token_s"] = facts.token_s
 
     def _wait(self, facts: RequestFacts, wait: Wait) -> SpanRecord:
         return SpanRecord(
