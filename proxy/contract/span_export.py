@@ -98,8 +98,8 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(text) if text.isascii() and text.isdecimal() and int(text) > 0 else default
 
 
-class _LastWords(logging.Handler):
-    """Keeps the last thing that the library says: why a batch was not taken."""
+class _FirstWords(logging.Handler):
+    """Keeps the first thing that the library says of a batch: why it was not taken."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -107,7 +107,7 @@ class _LastWords(logging.Handler):
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
-        self.said = record.getMessage()[:200]
+        self.said = self.said or record.getMessage()[:300]
 
 
 class SpanExport:
@@ -123,7 +123,7 @@ class SpanExport:
         self._closing = False
         self._exporter: Any = None
         self._failing = False
-        self._words = _LastWords()
+        self._words = _FirstWords()
         self.exported_total = 0
         self.dropped_total = 0  # for want of room
         self.refused_total = 0  # by the collector, or it was not there
@@ -200,10 +200,11 @@ class SpanExport:
             )
 
     def _export(self, spans: Sequence[Any]) -> bool:
+        self._words.said = ""
         try:
             return bool(self._exporter.export(spans).value == 0)
         except Exception as error:  # noqa: BLE001 - whatever a library raises about one batch
-            self._words.said = repr(error)[:200]
+            self._words.said = repr(error)[:300]
             return False
 
 

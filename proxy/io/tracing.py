@@ -90,10 +90,10 @@ class Tracer:
         self._continues = config.trace_context == "continue"
         self._listens_at = (config.host, config.port)
         newest = NEWEST in environment.get(_OPT_IN, "").replace(" ", "").split(",")
-        telling = Telling(_draw_id, newest=newest)
+        self.telling = Telling(_draw_id, newest=newest)
         resource = process_resource("doherty", config.region, package_version())
         settings = export_settings(config.otlp_traces_endpoint, resource, environment)
-        self.export = SpanExport(settings, telling.spans)
+        self.export = SpanExport(settings, self.telling.spans)
 
     def begin(self, preamble: Preamble) -> Trace:
         """Return the trace of a request that comes with this head."""
@@ -106,6 +106,7 @@ class Tracer:
 
     def over(self, facts: RequestFacts) -> None:
         """Hand over a request of a trace that is recorded. Never waits."""
+        facts.listens_at = self._listens_at
         self.export.put(facts, 1 + len(facts.waits) + len(facts.attempts))
 
     def counters(self) -> list[Sample]:
