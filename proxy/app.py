@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from proxy import dumps, flags, settings, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract.key_file import KeyFile, KeyFileError
+from proxy.io.tracing import check_tracing
 from proxy.listeners import Listeners, StartError, arrange, given_by_systemd
 from proxy.logs import set_up_logging
 from proxy.sources import check_source
@@ -24,12 +25,13 @@ _log = logging.getLogger("doherty.proxy")
 
 def serve(invocation: flags.Invocation, config: ProxyConfig) -> int:
     """Run the proxy until it is told to stop. Raises what `main` tells."""
-    set_up_logging(config.log_level)
+    set_up_logging(config.log_level, as_json=config.log_json)
     dumps.leave_none()
     check_source(config)
     settings.check_tenants(config)
     check_keys(config)
-    for warning in tls.check(config, datetime.now(UTC)):
+    warnings = [*tls.check(config, datetime.now(UTC)), *check_tracing(config, os.environ)]
+    for warning in warnings:
         _log.warning("%s", warning)
     predecessor = _predecessor(invocation)
     path = config.upgrade_socket

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -39,6 +40,7 @@ from proxy.io.regions import Regions
 from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
 from proxy.io.teller import Teller
+from proxy.io.tracing import check_tracing
 from proxy.io.viewing import Viewing
 from proxy.io.wanting import Wanting
 from proxy.io.witness import Witness
@@ -251,7 +253,7 @@ class Supervisor:
             read = self._invocation.settings()
             check_source(read)
             settings.check_tenants(read)
-            warnings = tls.check(read, datetime.now(UTC))
+            warnings = [*tls.check(read, datetime.now(UTC)), *check_tracing(read, os.environ)]
         except (ConfigError, StartError, ValueError) as error:
             _log.error("not reloaded, going on as before: %s", error)
             self._figures.reloaded(good=False)
@@ -265,7 +267,7 @@ class Supervisor:
         self._config = self._standing.config = change.config
         self._figures.reloaded(good=True)
         self._fingerprint = settings.fingerprint(self._invocation.path, self._config)
-        set_up_logging(self._config.log_level)
+        set_up_logging(self._config.log_level, as_json=self._config.log_json)
         if change.changed or tls.files(self._config):
             self._look()
         self._peers.reconfigure(self._config)
