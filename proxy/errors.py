@@ -414,7 +414,7 @@ CLIENT_GONE_STATUS = 499
 OK = "ok"
 STREAM_CUT = "stream_cut"  # the replica went away after its first byte; the client sees a cut
 
-# Every error that a client can meet. The README lists them, and a test holds it to that.
+# Every error that a client can meet. deploy/guides/failures.md lists them, and a test holds it so.
 ALL_ERRORS: tuple[type[ProxyError], ...] = (
     BadHeadError, BadBodyFramingError, InvalidJSONError, InvalidRequestError, MissingModelError,
     HeadTooLargeError, TargetTooLongError, VersionNotSupportedError, MethodNotImplementedError,

@@ -169,7 +169,7 @@ def unknown_path(path: bytes) -> errors.NotFoundError:
     """Return what is said of a path that is not served here."""
     shown = path[:200].decode("ascii", "backslashreplace")
     return errors.NotFoundError(
-        f"there is no {shown} here; see the README for the paths that are served"
+        f"there is no {shown} here; deploy/guides/api.md lists the paths that are served"
     )
 
 

@@ -1,4 +1,4 @@
-"""The examples beside the README: valid as they stand, and what their comments promise."""
+"""The examples beside the guides: valid as they stand, and what their comments promise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from backends.offline.setting import prices_of
 from backends.settings import plan_of
 from backends.spec import PoolSpec, pool_specs
-from proxy.config import load_config, parse_config
+from proxy.config import load_config
 
 FOLDER = Path(__file__).parents[2] / "deploy"
 
@@ -88,13 +88,3 @@ def test_every_command_and_file_that_is_named_is_there(name: str) -> None:
     assert set(named) <= {"up", "keys", "check", "scale", "status"}
     for path in re.findall(r"deploy/[\w./-]+\.yaml", text):
         assert (FOLDER.parent / path).is_file(), path
-
-
-README = (FOLDER.parent / "README.md").read_text()
-
-
-def test_every_configuration_in_the_readme_is_valid() -> None:
-    blocks = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 5
-    for number, text in enumerate(blocks):
-        parse_config(text, f"configuration {number + 1} of the README")
