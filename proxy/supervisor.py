@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 
 from aiohttp import web
 
-from proxy import settings, takeover, tls
+from proxy import settings, systemd, takeover, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import FleetSnapshot
 from proxy.figures import Figures
@@ -219,8 +219,9 @@ class Supervisor:
     def _say_where(self) -> None:
         host, port = self._listeners.public[0].getsockname()[:2]
         scheme = "https" if self._config.tls_cert_path else "http"
-        workers = len(self._places)
-        _log.info("listening on %s://%s:%s, %d workers", scheme, host, port, workers)
+        where = f"listening on {scheme}://{host}:{port}, {len(self._places)} workers"
+        _log.info(where)
+        systemd.serving(where)
 
     # --- the fleet -------------------------------------------------------------------------
 
@@ -241,6 +242,7 @@ class Supervisor:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
+            systemd.alive()
             if settings.fingerprint(self._invocation.path, self._config) != self._fingerprint:
                 self._reload(ordered=False)
 
@@ -376,6 +378,8 @@ class Supervisor:
         # Workers that serve finish what they have, though one place cannot be filled.
         alone = self._failure is not None and not self._places.ready_count
         grace_s = 0.0 if alone else self._config.shutdown_grace_period_secs
+        if not self._relieved:  # else it is another's unit by now
+            systemd.stopping("draining")
         settle_s = 0.0 if self._failure or self._relieved else self._config.drain_settle_secs
         if settle_s:
             _log.info("settling")
