@@ -16,7 +16,7 @@ from proxy.config import ProxyConfig
 from proxy.core.admission import allowances
 from proxy.core.headcount import Columns
 from proxy.io import control
-from proxy.io.admin import sum_samples
+from proxy.io.exposition import sum_samples
 from proxy.io.hub import Hub
 from proxy.io.quota_memory import QuotaMemory
 from proxy.io.shared_cells import SharedCells, SharedNonces
@@ -100,6 +100,10 @@ class Places:
     @property
     def ready_count(self) -> int:
         return sum(place.ready for place in self._places)
+
+    def pids(self) -> dict[int, int]:
+        """Return the processes of the workers that serve, by place."""
+        return {p.index: p.process.pid for p in self._places if p.ready and p.process is not None}
 
     def start(self, config: ProxyConfig) -> None:
         self._config = config

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
+import msgspec
+
 from proxy.config import ProxyConfig
-from proxy.contract import NO_REGION
+from proxy.contract import NO_REGION, FleetSnapshot
 from proxy.core.admission import allowances
 from proxy.core.peer_wire import is_near, parse_address
 from proxy.core.quota import ROWS_MAX
-from proxy.core.replica import parse_url
+from proxy.core.replica import parse_url, replica_of
 from proxy.io.jwt_tokens import library
 from proxy.io.registry import check_urls
 from proxy.listeners import StartError
+
+_log = logging.getLogger("doherty.proxy")
 
 
 def check_source(config: ProxyConfig) -> None:
@@ -53,3 +59,24 @@ def _check_remotes(config: ProxyConfig) -> None:
                 f"{what}: set proxy.peer_key, the same in all regions; without it requests cross "
                 "only between proxies on one machine"
             )
+
+
+class Usable:
+    """Leaves out records that nobody can connect to, so that one cannot spoil the rest."""
+
+    def __init__(self) -> None:
+        self._left_out: frozenset[str] = frozenset()
+
+    def of(self, snapshot: FleetSnapshot) -> FleetSnapshot:
+        """Return the snapshot without them; each is told of once."""
+        kept, unusable = [], {}
+        for record in snapshot.replicas:
+            try:
+                replica_of(record)
+                kept.append(record)
+            except ValueError as error:
+                unusable[record.replica_id] = str(error)
+        for replica_id in unusable.keys() - self._left_out:
+            _log.error("replica %s is left out: %s", replica_id, unusable[replica_id])
+        self._left_out = frozenset(unusable)
+        return msgspec.structs.replace(snapshot, replicas=tuple(kept))

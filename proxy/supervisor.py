@@ -20,13 +20,12 @@ import sys
 import time
 from datetime import UTC, datetime
 
-import msgspec
 from aiohttp import web
 
 from proxy import settings, takeover, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
-from proxy.core.replica import replica_of
+from proxy.figures import Figures
 from proxy.flags import Invocation
 from proxy.io import control
 from proxy.io.admin import make_app
@@ -45,7 +44,7 @@ from proxy.io.witness import Witness
 from proxy.listeners import Listeners, StartError, deal
 from proxy.logs import set_up_logging
 from proxy.places import Places
-from proxy.sources import check_source
+from proxy.sources import Usable, check_source
 from proxy.terminal import has_terminal
 
 _log = logging.getLogger("doherty.proxy")
@@ -70,6 +69,7 @@ class Supervisor:
         self._listeners = listeners
         self._predecessor = predecessor
         self._tasks = Tasks()
+        self._figures = Figures()
         self.hub = Hub()
         self._witness = Witness(self._tasks, self.hub)
         self._teller = Teller(lambda: self._lookout.session)
@@ -99,7 +99,7 @@ class Supervisor:
         self._door: takeover.Door | None = None
         self._door_task: asyncio.Task[None] | None = None
         self._fleet: FleetSnapshot | None = None
-        self._unusable: frozenset[str] = frozenset()
+        self._usable = Usable()
         self._fleet_at_s = time.monotonic()
         self._fingerprint = settings.fingerprint(invocation.path, config)
         self._terminal = has_terminal()
@@ -161,6 +161,7 @@ class Supervisor:
             self._door_task = self._tasks.spawn("door", self._keep_door(self._door))
 
     def _look(self) -> None:
+        self._figures.know(self._config)
         self._lookout.look(self._config)
         self._witness.look(self._lookout.session, self._config)
         self._teller.tell(self._config.manager_url)
@@ -212,7 +213,7 @@ class Supervisor:
                 return  # older than what we hold
         elif known is not None:
             _log.info("a new manager speaks for the fleet")
-        snapshot = self._usable(snapshot)
+        snapshot = self._usable.of(snapshot)
         self._fleet = snapshot
         self._fleet_at_s = time.monotonic()
         self._lookout.prober.know({r.replica_id: r.url for r in snapshot.replicas})
@@ -220,20 +221,6 @@ class Supervisor:
         self.hub.know_fleet()
         self._witness.know(snapshot)
         self._wanting.know(snapshot)
-
-    def _usable(self, snapshot: FleetSnapshot) -> FleetSnapshot:
-        """Leave out records that nobody can connect to, so that one cannot spoil the rest."""
-        kept, unusable = [], {}
-        for record in snapshot.replicas:
-            try:
-                replica_of(record)
-                kept.append(record)
-            except ValueError as error:
-                unusable[record.replica_id] = str(error)
-        for replica_id in unusable.keys() - self._unusable:
-            _log.error("replica %s is left out: %s", replica_id, unusable[replica_id])
-        self._unusable = frozenset(unusable)
-        return msgspec.structs.replace(snapshot, replicas=tuple(kept))
 
     # --- what the admin listener asks --------------------------------------------------------
 
@@ -264,7 +251,11 @@ class Supervisor:
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         counters, gauges = await self._places.samples()
         told, linked = self.hub.samples()
-        extra = [self._lookout.samples(), ([], self._wanting.samples())]
+        extra = [
+            self._lookout.samples(),
+            self._figures.samples(self._places.pids()),
+            ([], self._wanting.samples()),
+        ]
         counters += [*told, *self._peers.samples(), *self._teller.samples()]
         gauges += [
             *linked,
@@ -303,6 +294,7 @@ class Supervisor:
             warnings = tls.check(read, datetime.now(UTC))
         except (ConfigError, StartError, ValueError) as error:
             _log.error("not reloaded, going on as before: %s", error)
+            self._figures.reloaded(good=False)
             return
         for warning in warnings:
             _log.warning("%s", warning)
@@ -311,6 +303,7 @@ class Supervisor:
             names = ", ".join(change.waiting)
             _log.warning("%s: a change of this needs an upgrade (SIGUSR2)", names)
         self._config = change.config
+        self._figures.reloaded(good=True)
         self._fingerprint = settings.fingerprint(self._invocation.path, self._config)
         set_up_logging(self._config.log_level)
         if change.changed or tls.files(self._config):

@@ -17,6 +17,7 @@ from typing import Final
 
 from proxy.config import ConfigError, ProxyConfig
 
+SHOWN: Final = ("tls_cert_path", "client_cert_path")  # to clients, and to replicas
 _ALPN: Final = ["http/1.1"]
 _VERIFY: Final = {
     "off": ssl.CERT_NONE,
@@ -75,10 +76,20 @@ def check(config: ProxyConfig, now: datetime) -> list[str]:
     replica_context(config)
     return [
         f"{name}: the certificate in {path} {problem}"
-        for name in ("tls_cert_path", "client_cert_path")
+        for name in SHOWN
         if (path := getattr(config, name)) is not None
         for problem in _validity_problems(path, now)
     ]
+
+
+def ends(config: ProxyConfig) -> dict[str, datetime]:
+    """Return until when the certificates hold that this proxy shows, by the setting."""
+    found = {}
+    for name in SHOWN:
+        path = getattr(config, name)
+        if path is not None and (period := _period(path)) is not None:
+            found[name] = period[1]
+    return found
 
 
 def files(config: ProxyConfig) -> tuple[str, ...]:
@@ -170,17 +181,25 @@ def _read(path: str, name: str) -> str:
 
 
 def _validity_problems(path: str, now: datetime) -> Iterator[str]:
-    text = _read(path, path)
-    start = text.index("-----BEGIN CERTIFICATE-----")
-    end = text.find("-----END CERTIFICATE-----", start) + len("-----END CERTIFICATE-----")
-    try:
-        begins, ends = validity(ssl.PEM_cert_to_DER_cert(text[start:end] + "\n"))
-    except (ValueError, IndexError):
+    period = _period(path)
+    if period is None:
         return  # OpenSSL has taken it; what is unusual about it is not ours to judge
+    begins, over = period
     if now < begins:
         yield f"is not valid before {begins:%Y-%m-%d %H:%M} UTC"
-    if now > ends:
-        yield f"expired on {ends:%Y-%m-%d %H:%M} UTC"
+    if now > over:
+        yield f"expired on {over:%Y-%m-%d %H:%M} UTC"
+
+
+def _period(path: str) -> tuple[datetime, datetime] | None:
+    """Return since when and until when the first certificate in a file holds, if it says so."""
+    text = _read(path, path)
+    try:
+        start = text.index("-----BEGIN CERTIFICATE-----")
+        end = text.find("-----END CERTIFICATE-----", start) + len("-----END CERTIFICATE-----")
+        return validity(ssl.PEM_cert_to_DER_cert(text[start:end] + "\n"))
+    except (ValueError, IndexError):
+        return None
 
 
 def validity(der: bytes) -> tuple[datetime, datetime]:

@@ -214,7 +214,7 @@ class Worker:
             await asyncio.sleep(max(0.0, due_s - loop.time()))
             lag_s = loop.time() - due_s
             due_s = loop.time() + limits.SWEEP_INTERVAL_S
-            plane.telemetry.loop_lag_s_max = max(plane.telemetry.loop_lag_s_max, lag_s)
+            plane.telemetry.late_by(lag_s)
             now_s = plane.clock.now_s()
             for connection in list(entrance.connections):
                 connection.check_deadline(now_s)

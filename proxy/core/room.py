@@ -72,6 +72,9 @@ class Room:
     def count_max(self) -> int:
         return self._counts_max[ONLINE]
 
+    def count_max_of(self, work_class: int) -> int:
+        return self._counts_max[work_class]
+
     def count_of(self, work_class: int) -> int:
         return len(self._classes[work_class])
 

@@ -8,143 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 import orjson
 from aiohttp import web
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.registry import Collector
-from typing_extensions import override
 
 from proxy.contract import FleetSnapshot
 from proxy.core import limits
-from proxy.io.telemetry import OVERHEAD_BUCKETS, SECONDS_BUCKETS, Labels, Sample
-
-PREFIX = "doherty_"
-
-# What each worker believes of the same thing, its own and the others' decisions in it: no sum.
-_LARGEST = frozenset(
-    (
-        "event_loop_lag_seconds",
-        "replica_queued_tokens",
-        "remote_room",
-        "replica_wait_seconds",
-        "replica_decoding",
-        "replica_prefill_tokens_per_second",
-        "replica_cache_tokens",
-        "queue_oldest_seconds",
-    )
-)
-
-_HELP = {
-    "requests": "Requests ended, by route, model, status and outcome",
-    "request_duration_seconds": "From the head of a request to the end of its answer",
-    "time_to_first_token_seconds": "From the head of a request to the first that was generated",
-    "overhead_seconds": "From the whole request to its departure to a replica",
-    "prompt_tokens": "Prompt tokens, of answers that reported usage",
-    "prefix_cached_tokens": "Prompt tokens found in a prefix cache, of answers that reported usage",
-    "tenant_requests": "Requests of a tenant that a replica has had",
-    "tenant_prompt_tokens": "Prompt tokens of a tenant, cached ones among them",
-    "tenant_cached_tokens": "Prompt tokens of a tenant that were cached",
-    "tenant_completion_tokens": "Generated tokens of a tenant",
-    "tenant_cost": "What a tenant's tokens cost, in the currency of the models' prices",
-    "tenant_rate_limited": "Requests of a tenant that were refused, by the limit",
-    "tenant_minute_requests": "Requests of a limited tenant in the last minute",
-    "tenant_minute_tokens": "Tokens of a limited tenant in the last minute, or reserved",
-    "tenant_concurrent": "Requests of a limited tenant that run",
-    "tenant_day_tokens": "Tokens of a limited tenant since midnight UTC",
-    "tenant_day_cost": "What these have cost",
-    "usage_log_dropped": "Lines that the usage log had no room for",
-    "generation_tokens": "Generated tokens, of answers that reported usage",
-    "routing_decisions": "Choices of a replica, by reason",
-    "retries": "Further attempts, by what failed",
-    "cancellations": "Requests whose client went away, by how far they were",
-    "replica_requests": "Requests ended, by replica",
-    "replica_inflight": "Requests in flight on a replica",
-    "replica_queued_tokens": "Prefill tokens sent to a replica whose answer has not begun",
-    "replica_wait_seconds": "Work that waits on a replica, as the proxy believes",
-    "replica_decoding": "Requests past their prefill on a replica, by weight",
-    "replica_prefill_tokens_per_second": "Prefill speed that a replica has shown",
-    "replica_cache_tokens": "KV cache that a replica is believed to have",
-    "replica_cache_source": "1 for what a replica's cache is judged by: events, or the record",
-    "replica_cache_source_age_seconds": "Since the KV events of a replica were last heard",
-    "replica_suspect": "Workers that hold the replica for gone",
-    "remote_inflight": "Requests in flight at a proxy of another region",
-    "remote_room": "Further requests that a proxy of another region would begin now, by model",
-    "replica_state": "1 for the state that the fleet gives a replica",
-    "connections_accepted": "Client connections accepted",
-    "client_connections": "Open client connections",
-    "requests_in_flight": "Requests under way",
-    "upstream_connections": "Connections to replicas",
-    "prefix_index_entries": "Entries in the index of which replica holds which prefixes",
-    "connections_refused": "Client connections closed at once because there were too many",
-    "tls_handshakes_failed": "TLS handshakes with clients that failed, by reason",
-    "answers_without_usage": "Answers of 200 that reported no token counts",
-    "engine_aborts": "Requests that an engine was told to end, for want of a client",
-    "keepalive_comments": "Comments sent to streams whose requests wait",
-    "request_bodies_bytes": "Request bodies held until their replica begins to answer",
-    "queue_depth": "Requests that wait for a replica, by class",
-    "queue_bytes": "Bodies of the requests that wait for a replica, by class",
-    "queue_oldest_seconds": "The longest wait of those that wait for a replica now, by class",
-    "queue_held_for_start": "Requests that wait for a model of which nothing is awake",
-    "deadline_met": "Requests whose first octet came by their deadline, by class",
-    "deadline_missed": "Requests whose first octet came after their deadline, or never, by class",
-    "deadline_shed": "Requests told that their deadline could not be met any more, by class",
-    "queue_refused": "Requests that found no room to wait, or made room for others, by class",
-    "preempted": "Offline requests that were ended unanswered for online work, by outcome",
-    "preemption_asked": "Offline requests of other workers that were asked to give way",
-    "preemption_late": "Of those, answered or over before they could",
-    "queue_wait_seconds": "How long requests waited for a replica, of those that had to, by class",
-    "queue_waits": "Requests that had to wait for a replica, by class and what for",
-    "class_requests": "Requests, by class and outcome",
-    "class_time_to_first_token_seconds": "From a request's head to its first token, by class",
-    "slo_requests": "Requests that wanted a time kept, by class and which",
-    "demand_reports": "Reports to the manager of what is in flight and waits, by outcome",
-    "leases_of_others": "Leases that workers know of from other workers and proxies",
-    "notes_sent": "Decisions told to other workers and proxies",
-    "notes_heard": "Decisions that others have told; each worker counts its own hearing",
-    "notes_lost": "Decisions that were not told or could not be used, by reason",
-    "note_lag_seconds": "From a decision to its hearing by another worker",
-    "note_batches": "Batches of decisions that the supervisor passed on, by where they came from",
-    "note_batches_dropped": "Batches that somebody did not hear because he was behind",
-    "peers": "Other proxies that this one is linked with",
-    "wanted_here_inputs": "Requests in flight that another region asks replicas for, of this one",
-    "wanted_elsewhere_inputs": "Requests in flight that another region is asked replicas for",
-    "remote_linked": "Whether a proxy of another region is linked, and its summary young",
-    "remote_round_trip_seconds": "Least of the last round trips to a proxy of another region",
-    "remote_summary_age_seconds": "Age of the last summary of a proxy of another region",
-    "remote_draining": "Whether a proxy of another region says that it drains",
-    "hops_refused": "Requests that claimed to come from another region and were not taken",
-    "hops_arrived": "Requests that other regions have sent here",
-    "hops_sent": "Requests that went to a proxy of another region, by what became of them",
-    "hops_waiting": "Requests that have crossed and wait for their first octet",
-    "peer_failures": "Links and attempts at links with other proxies that failed, by reason",
-    "leases": "Leases held on replicas; as many as requests that one of them has",
-    "access_log_dropped": "Access log lines that found no room",
-    "event_loop_lag_seconds": "Longest lateness of the workers' timers since the last reading",
-    "unsolicited_answers": "Connections closed because a replica sent octets nobody asked for",
-    "internal_errors": "Faults of the proxy itself",
-    "worker_restarts": "Workers started again",
-    "workers": "Worker processes that serve",
-    "fleet_age_seconds": "Since the fleet was last heard of",
-    "jwt_keys_age_seconds": "Since the identity provider's keys were last seen",
-    "jwt_keys_failures": "Times that the identity provider's keys could not be had",
-    "keys": "API keys that are known, those that are over among them",
-    "keys_version": "Version of the set of API keys",
-    "keys_age_seconds": "Since the set of API keys was last seen to be the newest",
-    "keys_failures": "Times that the set of API keys could not be read, or its source was lost",
-    "build_info": "Version of the proxy",
-}
+from proxy.io.exposition import fleet_samples, render_metrics, sum_samples
+from proxy.io.telemetry import Sample
 
 
 class Status(Protocol):
@@ -164,91 +37,6 @@ class Status(Protocol):
         self, path: bytes, fields: list[tuple[bytes, bytes]], body: bytes
     ) -> tuple[int, bytes] | None:
         """Return the status and JSON of a dry run, or None when no worker says it in time."""
-
-
-class _Families(Collector):
-    def __init__(self, counters: Iterable[Sample], gauges: Iterable[Sample]) -> None:
-        self._counters = sum_samples(counters)
-        self._gauges = sum_samples(gauges)
-
-    @override
-    def collect(self) -> Iterator[Metric]:
-        families: dict[str, Metric] = {}
-        for sample in self._counters:
-            add_sample(families, sample, counter=True)
-        for sample in self._gauges:
-            add_sample(families, sample, counter=False)
-        yield from families.values()
-
-
-def sum_samples(samples: Iterable[Sample]) -> list[Sample]:
-    """Add up the series of several workers; of some the largest counts, not the sum."""
-    values: dict[tuple[str, Labels], float] = defaultdict(float)
-    buckets: dict[tuple[str, Labels], list[int]] = {}
-    for sample in samples:
-        key = (sample.name, sample.labels)
-        if sample.name in _LARGEST:
-            values[key] = max(values[key], sample.value)
-            continue
-        values[key] += sample.value
-        if sample.buckets:
-            total = buckets.setdefault(key, [0] * len(sample.buckets))
-            for index, count in enumerate(sample.buckets):
-                total[index] += count
-    return [
-        Sample(name, labels, value, tuple(buckets.get((name, labels), ())))
-        for (name, labels), value in values.items()
-    ]
-
-
-def add_sample(families: dict[str, Metric], sample: Sample, *, counter: bool) -> None:
-    """Add one series to its family, made when first met."""
-    bare = sample.name.removesuffix("_total")
-    names = [name for name, _ in sample.labels]
-    family = families.get(bare)
-    if family is None:
-        kind: Callable[..., Metric]
-        if sample.buckets:
-            kind = HistogramMetricFamily
-        elif counter and sample.name.endswith("_total"):
-            kind = CounterMetricFamily
-        else:
-            kind = GaugeMetricFamily
-        family = kind(PREFIX + bare, _HELP[bare], labels=names)
-        families[bare] = family
-    values = [value for _, value in sample.labels]
-    if isinstance(family, HistogramMetricFamily):
-        edges = OVERHEAD_BUCKETS if bare == "overhead_seconds" else SECONDS_BUCKETS
-        running = 0
-        cumulative: list[tuple[str, float]] = []
-        for edge, count in zip((*map(str, edges), "+Inf"), sample.buckets, strict=True):
-            running += count
-            cumulative.append((edge, running))
-        family.add_metric(values, buckets=cumulative, sum_value=sample.value)
-    elif isinstance(family, CounterMetricFamily | GaugeMetricFamily):
-        family.add_metric(values, sample.value)
-
-
-def package_version() -> str:
-    try:
-        return version("doherty")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def render_metrics(counters: Iterable[Sample], gauges: Iterable[Sample]) -> bytes:
-    """Return the exposition text."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Families(counters, gauges))
-    return generate_latest(registry)
-
-
-def fleet_samples(fleet: FleetSnapshot | None) -> list[Sample]:
-    out = [Sample("build_info", (("version", package_version()),), 1)]
-    for record in fleet.replicas if fleet else ():
-        labels = (("replica", record.replica_id), ("state", str(record.state)))
-        out.append(Sample("replica_state", labels, 1))
-    return out
 
 
 class _Pages:
@@ -283,10 +71,12 @@ class _Pages:
             return web.json_response({"status": "ready"})
         return _error(503, "not_ready", reason)
 
-    async def metrics(self, _: web.Request) -> web.Response:
+    async def metrics(self, request: web.Request) -> web.Response:
         counters, gauges = await self._status.samples()
-        text = render_metrics(counters, [*gauges, *fleet_samples(self._status.fleet())])
-        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+        gauges = [*gauges, *fleet_samples(self._status.fleet())]
+        gauges.append(Sample("ready", (), float(self._status.ready() is None)))
+        page, kind = render_metrics(counters, gauges, request.headers.get("Accept", ""))
+        return web.Response(body=page, headers={"Content-Type": kind})
 
     async def replicas(self, _: web.Request) -> web.Response:
         _counters, gauges = await self._status.samples()

@@ -19,7 +19,7 @@ from proxy.core.prefix import NO_CHAIN
 from proxy.core.principal import ANYBODY
 from proxy.core.routes import Route
 from proxy.core.usage import Usage
-from proxy.errors import Dialect, dialect_of
+from proxy.errors import OK, Dialect, dialect_of
 from proxy.io.access_log import AccessRecord
 from proxy.io.plane import Plane
 
@@ -33,6 +33,7 @@ class Facts:
         "_attempts",
         "_decision",
         "_first_octet_s",
+        "_last_octet_s",
         "_model",
         "_peer",
         "_plane",
@@ -75,6 +76,7 @@ class Facts:
         self._usage: Usage | None = None
         self._started_s = plane.clock.now_s()
         self._whole_s = self._sent_s = self._first_octet_s = 0.0
+        self._last_octet_s = self._started_s
 
     @property
     def _dialect(self) -> Dialect:
@@ -145,6 +147,10 @@ class Facts:
         series = plane.telemetry.series(route_name, known)
         series.outcomes[status, outcome] += 1
         series.duration_s.observe(now_s - self._started_s)
+        usage = self._usage
+        token_s = self._token_s(usage, outcome)
+        if token_s:
+            series.token_s.observe(token_s)
         if self._request.deadline_s:
             plane.waiting.lateness.count(self._request, self._first_octet_s, status, outcome)
         if self._first_octet_s:
@@ -157,8 +163,7 @@ class Facts:
         if self._request.work_class > UNSAID:
             first_s = self._first_octet_s - self._started_s if self._first_octet_s else 0.0
             wishes = self._preamble.wishes
-            plane.classes.count(self._request, wishes, outcome, first_s, self._queue_s)
-        usage = self._usage
+            plane.classes.count(self._request, wishes, outcome, first_s, token_s, self._queue_s)
         if usage is None:
             plane.telemetry.usage_missing_total += status == 200 and self._decision is not None
         else:
@@ -173,6 +178,18 @@ class Facts:
                     usage.prompt_tokens,
                     usage.cached_tokens or 0,
                 )
+
+    def _token_s(self, usage: Usage | None, outcome: str) -> float:
+        """Return the mean time between the tokens of a whole stream, 0 where it has none.
+
+        From the first to the last, over the spaces between them, as vLLM counts its time per output
+        token. What comes in one piece shows only how long it took.
+        """
+        first_s = self._first_octet_s
+        if not self._stream or not first_s or usage is None or outcome != OK:
+            return 0.0
+        spaces = usage.completion_tokens - 1
+        return (self._last_octet_s - first_s) / spaces if spaces > 0 else 0.0
 
     def _tokens(self, octets: int) -> int:
         """Return how many tokens that should be, where the request went."""

@@ -40,6 +40,7 @@ class Prober:
         self._on_silent = on_silent
         self._urls: dict[str, str] = {}
         self._suspects: set[str] = set()
+        self.suspicions_total = 0
         self._doubted: set[str] = set()
 
     @property
@@ -69,6 +70,7 @@ class Prober:
             return
         _log.warning("replica %s is suspect: %s", replica_id, reason)
         self._suspects.add(replica_id)
+        self.suspicions_total += 1
         self._tasks.start(f"probe {replica_id}", self._probe(replica_id))
 
     def doubt(self, replica_id: str) -> None:

@@ -46,6 +46,7 @@ class Lookout:
         self._session: aiohttp.ClientSession | None = None
         self._old_sessions: set[aiohttp.ClientSession] = set()
         self._static: StaticList | None = None
+        self._manager: ManagerWatch | None = None
         self._following: asyncio.Task[None] | None = None
         self._held_back: FleetSnapshot | None = None
         self.keyring = Keyring(tasks, on_keys, self._keys_known)
@@ -81,10 +82,13 @@ class Lookout:
         self._following = self._tasks.spawn("fleet", self._source(config).run(self._hear))
 
     def samples(self) -> tuple[list[Sample], list[Sample]]:
-        """Return counters and gauges of what is known of keys."""
+        """Return counters and gauges of what is known of keys, suspects and the manager."""
         counters, gauges = self.keyring.samples()
         failed, aged = self.jwt_keys.samples()
-        return [*counters, *failed], [*gauges, *aged]
+        suspicions = Sample("suspicions_total", (), self.prober.suspicions_total)
+        if self._manager is not None:
+            aged = [*aged, Sample("manager_silence_seconds", (), self._manager.silence_s())]
+        return [*counters, *failed, suspicions], [*gauges, *aged]
 
     def _hear(self, snapshot: FleetSnapshot) -> None:
         if self.keyring.known:
@@ -100,7 +104,12 @@ class Lookout:
     def _source(self, config: ProxyConfig) -> StaticList | ManagerWatch:
         if config.manager_url:
             self._static = None
-            return ManagerWatch(config.manager_url, self.session)
+            before = self._manager
+            self._manager = ManagerWatch(config.manager_url, self.session)
+            if before is not None:
+                self._manager.heard_s = before.heard_s
+            return self._manager
+        self._manager = None
         known = self._static.records if self._static is not None else {}
         version = self._static.version if self._static is not None else 0
         self._static = StaticList(

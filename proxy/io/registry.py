@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -207,6 +208,11 @@ class ManagerWatch:
     def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
         self._url = url.rstrip("/") + FLEET_WATCH_PATH
         self._session = session
+        self.heard_s = time.monotonic()
+
+    def silence_s(self) -> float:
+        """Return for how long nothing has been heard of the manager, not even its pulse."""
+        return time.monotonic() - self.heard_s
 
     async def run(self, on_snapshot: OnSnapshot) -> None:
         """Follow the watch and take it up again whenever it breaks, until cancelled."""
@@ -231,6 +237,7 @@ class ManagerWatch:
 
     async def _watch(self) -> AsyncIterator[FleetSnapshot]:
         async for line in newest_lines(self._session, self._url, SNAPSHOT_BYTES_MAX):
+            self.heard_s = time.monotonic()
             if line:
                 yield decode_snapshot(line)
 

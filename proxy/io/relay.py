@@ -25,11 +25,10 @@ _CHOOSING: Final = Progress.CHOOSING
 class Relay(Ending, ABC):
     """One request, as its client's connection sees it."""
 
-    __slots__ = ("_last_octet_s", "_paused", "_progress", "_unsent_head")
+    __slots__ = ("_paused", "_progress", "_unsent_head")
 
     def __init__(self, plane: Plane, client: Client, preamble: Preamble, length: int) -> None:
         super().__init__(plane, client, preamble, length)
-        self._last_octet_s = self._started_s
         self._progress = _CHOOSING
         self._unsent_head = b""  # of the answer, rendered
         self._paused = False

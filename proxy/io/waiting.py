@@ -423,6 +423,7 @@ class Waiting:
             by = (("class", name),)
             out += [
                 Sample("queue_depth", by, self.room.count_of(number)),
+                Sample("queue_depth_max", by, self.room.count_max_of(number)),
                 Sample("queue_bytes", by, self.room.bytes_of(number)),
                 Sample("queue_oldest_seconds", by, self.room.oldest_s(number, now_s)),
             ]

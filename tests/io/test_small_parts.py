@@ -22,7 +22,7 @@ from proxy.contract import FleetSnapshot
 from proxy.core import limits
 from proxy.io import control
 from proxy.io.access_log import AccessLog
-from proxy.io.admin import render_metrics, sum_samples
+from proxy.io.exposition import render_metrics, sum_samples
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import SECONDS_BUCKETS, Histogram, Sample, Telemetry
 from tests.fakes.plane import until
@@ -288,7 +288,7 @@ def test_what_is_exposed_is_the_sum_over_workers(
     workers: list[list[tuple[str, int, float]]],
 ) -> None:
     samples = [sample for outcomes in workers for sample in telemetry_of(outcomes).samples()]
-    text = render_metrics(samples, []).decode()
+    text = render_metrics(samples, [])[0].decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     every = [outcome for outcomes in workers for outcome in outcomes]
     if not every:
@@ -339,7 +339,7 @@ def test_every_series_has_a_help_text() -> None:
     for table in (telemetry.decisions, telemetry.retries, telemetry.cancellations):
         table["x"] += 1
     telemetry.replica_requests["a"] += 1
-    text = render_metrics(telemetry.samples(), []).decode()
+    text = render_metrics(telemetry.samples(), [])[0].decode()
     for family in text_string_to_metric_families(text):
         assert family.documentation, family.name
         assert family.type in ("counter", "gauge", "histogram"), family.name
