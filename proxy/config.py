@@ -79,13 +79,19 @@ ClientAuth = Literal["off", "optional", "required"]
 KvEvents = Literal["auto", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-# What the routers that people come from call the same thing.
-POLICY_ALIASES = {
-    "cache_aware": "prefix",
-    "consistent_hash": "prefix",
-    "prefix_hash": "prefix",
-    "power_of_two": "least_load",
-    "manual": "session",
+# What the routers that people come from call the same thing, by key.
+ALIASES = {
+    "policy": {
+        "cache_aware": "prefix",
+        "consistent_hash": "prefix",
+        "consistent_hashing": "prefix",
+        "kv_aware": "prefix",
+        "prefix_hash": "prefix",
+        "power_of_two": "least_load",
+        "manual": "session",
+        "sticky_least_loaded": "session",
+    },
+    "log_level": {"warn": "warning"},
 }
 
 
@@ -111,8 +117,8 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     policy: Annotated[
         Policy,
         Meta(
-            description="how a replica is chosen; cache_aware, consistent_hash, power_of_two and "
-            "manual are understood as their nearest equals"
+            description="how a replica is chosen; cache_aware, power_of_two and other routers' "
+            "names are understood as their nearest equals"
         ),
     ] = "prefix"
     session_affinity: Annotated[
@@ -389,9 +395,8 @@ def _respell(value: Any) -> None:
         raise msgspec.ValidationError(
             "say tenants, jwt, classes and so on at the top of the file - at `$.proxy.access`"
         )
-    policy = proxy.get("policy")
-    if isinstance(policy, str):
-        proxy["policy"] = POLICY_ALIASES.get(policy, policy)
+    for name in ALIASES.keys() & proxy.keys():
+        proxy[name] = _respelt(name, proxy[name])
     for name in ("access_log", "kv_events", "tls_client_auth"):
         if proxy.get(name) is False:  # YAML 1.1 reads a bare off so
             proxy[name] = "off"
@@ -399,6 +404,9 @@ def _respell(value: Any) -> None:
 
 def override(base: ProxyConfig, values: Mapping[str, Any], source: str) -> ProxyConfig:
     """Return `base` with `values` (from flags or the environment) laid over it, checked."""
-    policy = values.get("policy", base.policy)
-    respelt = dict(values) | {"policy": POLICY_ALIASES.get(policy, policy)}
+    respelt = {name: _respelt(name, value) for name, value in values.items()}
     return laid_over(base, respelt, source)
+
+
+def _respelt(name: str, value: Any) -> Any:
+    return ALIASES.get(name, {}).get(value, value) if isinstance(value, str) else value

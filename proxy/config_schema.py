@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import msgspec
 
-from proxy.config import POLICY_ALIASES, VERSION, Config
+from proxy.config import ALIASES, VERSION, Config
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 SCHEMA_ID = f"urn:doherty:configuration:{VERSION}"
@@ -69,7 +69,8 @@ def json_schema() -> dict[str, Any]:
     del sections["AccessConfig"], sections["ModelAccess"]  # made of the top of the file
     proxy = sections["ProxyConfig"]["properties"]
     del proxy["access"]
-    proxy["policy"]["enum"] = sorted({*proxy["policy"]["enum"], *POLICY_ALIASES})
+    for name, aliases in ALIASES.items():
+        proxy[name]["enum"] = [*proxy[name]["enum"], *aliases]
     for name in _OFF:
         words = {key: proxy[name].pop(key) for key in ("type", "enum") if key in proxy[name]}
         proxy[name]["anyOf"] = [words, {"const": False}]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from proxy import flags
 from proxy.config import (
+    ALIASES,
     EMBEDDED_DEFAULT,
-    POLICY_ALIASES,
     AutoscaleConfig,
     Config,
     ConfigError,
@@ -400,9 +400,12 @@ def test_an_override_without_a_field_at_fault_is_still_explained() -> None:
 
 
 def test_aliases_are_understood_everywhere() -> None:
-    for alias, policy in POLICY_ALIASES.items():
-        assert parse_config(f"proxy: {{policy: {alias}}}", "f").proxy.policy == policy
-        assert flags.read(["--policy", alias], {}).policy == policy
+    for name, aliases in ALIASES.items():
+        for alias, meant in aliases.items():
+            told = parse_config(f"proxy: {{{name}: {alias}}}", "f").proxy
+            assert getattr(told, name) == meant
+            assert getattr(flags.read(["--" + name.replace("_", "-"), alias], {}), name) == meant
+            assert getattr(flags.read([], {"DOHERTY_" + name.upper(): alias}), name) == meant
 
 
 @pytest.mark.parametrize("text", ["", "version: 1", "version: 1\nregion: eu"])

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from proxy.config import EMBEDDED_DEFAULT, POLICY_ALIASES, ConfigError, parse_config
+from proxy.config import ALIASES, EMBEDDED_DEFAULT, ConfigError, parse_config
 from proxy.config_schema import EXAMPLES, json_schema
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_the_demo_is_valid() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *(f"proxy: {{policy: {alias}}}" for alias in POLICY_ALIASES),
+        *(f"proxy: {{{name}: {alias}}}" for name in ALIASES for alias in ALIASES[name]),
         "proxy: {access_log: off, kv_events: off, tls_client_auth: off}",
         "manager: {gpus: 0}",
         "manager: {gpus: [0, 1, GPU-8932f937]}",
