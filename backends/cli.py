@@ -89,6 +89,7 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="check a configuration file")
     check.add_argument("file", nargs="?", metavar="FILE")
     check.add_argument("--schema", action="store_true", help="print the file's JSON schema")
+    check.add_argument("--reference", action="store_true", help="print all of its keys as Markdown")
     _add_question(check)
     check.set_defaults(run=_check)
     plan = commands.add_parser("plan", help="plan a launch: GPUs, format, limits, and why")
@@ -303,7 +304,6 @@ def _add_question(check: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    import json
     from datetime import UTC, datetime
 
     import yaml
@@ -314,10 +314,10 @@ def _check(options: argparse.Namespace) -> int:
     from backends.redact import redacted
     from backends.settings import manager_settings, offline_settings
     from proxy import tls
-    from proxy.config import json_schema, load_config
+    from proxy.config import load_config
 
-    if options.schema:
-        print(json.dumps(json_schema(), indent=2))
+    if options.schema or options.reference:
+        print(_printed(options), end="")
         return 0
     if options.file is None:
         print("which file? doherty check FILE, or doherty check --schema", file=sys.stderr)
@@ -341,6 +341,20 @@ def _check(options: argparse.Namespace) -> int:
     print(f"{options.file}: ok")
     print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
     return 0
+
+
+def _printed(options: argparse.Namespace) -> str:
+    """Return what is told of configuration files as such."""
+    import json
+
+    from backends.reference import reference
+    from proxy.config_schema import json_schema
+
+    if options.schema:
+        return json.dumps(json_schema(), indent=2) + "\n"
+    up = argparse.ArgumentParser()
+    _add_up_flags(up)
+    return reference(vars(up.parse_args([])))
 
 
 def _plan(options: argparse.Namespace) -> int:

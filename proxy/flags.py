@@ -11,11 +11,13 @@ import msgspec
 from proxy.config import (
     ENVIRONMENT_PREFIX,
     Config,
+    ConfigError,
     ProxyConfig,
     describe_fields,
     load_config,
     override,
 )
+from proxy.dialect import remark
 from proxy.secret_files import is_secret, variable
 
 
@@ -73,7 +75,7 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> ProxyConfig:
 
 
 def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
-    """Read the command line itself."""
+    """Read the command line itself. Raises `ConfigError` for what other routers have."""
     parser = argparse.ArgumentParser(
         prog="doherty proxy",
         description="Serve one OpenAI-compatible endpoint in front of engine replicas.",
@@ -91,7 +93,14 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
         "alone: of the one at our own --upgrade-socket, if any is there",
     )
     add_flags(parser)
-    given = vars(parser.parse_args(list(argv)))
+    known, unknown = parser.parse_known_args(list(argv))
+    for flag in unknown:
+        words = remark(flag)
+        if words is not None:
+            raise ConfigError(f"{flag.partition('=')[0]} is another router's: {words}")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    given = vars(known)
     path = given.pop("config") or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
     takeover = given.pop("takeover")
     return Invocation(tuple(argv), environment, path or None, takeover, given)
