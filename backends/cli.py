@@ -86,12 +86,7 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
     _add_offline_flags(commands.add_parser("offline", help="serve files and batches alone"))
     _add_batch(commands, command)
     commands.add_parser("simulator", help="run one engine server that needs no GPU")
-    check = commands.add_parser("check", help="check a configuration file")
-    check.add_argument("file", nargs="?", metavar="FILE")
-    check.add_argument("--schema", action="store_true", help="print the file's JSON schema")
-    check.add_argument("--reference", action="store_true", help="print all of its keys as Markdown")
-    _add_question(check)
-    check.set_defaults(run=_check)
+    _add_check(commands)
     plan = commands.add_parser("plan", help="plan a launch: GPUs, format, limits, and why")
     plan.set_defaults(run=_plan)
     if list(command) == ["plan"]:
@@ -125,6 +120,15 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
         _add_manager_url(turn)
         turn.set_defaults(run=run)
     return parser
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser("check", help="check a configuration file")
+    check.add_argument("file", nargs="?", metavar="FILE")
+    check.add_argument("--schema", action="store_true", help="print the file's JSON schema")
+    check.add_argument("--reference", action="store_true", help="print all of its keys as Markdown")
+    _add_question(check)
+    check.set_defaults(run=_check)
 
 
 def _add_batch(commands: Any, command: Sequence[str]) -> None:
