@@ -20,7 +20,7 @@ from textual.events import Resize
 from typing_extensions import override
 
 from backends.top.board import Board
-from backends.top.dialogs import Asking, Reading, Writing
+from backends.top.dialogs import Asking, Reading, Writing, width_inside
 from backends.top.explaining import explained, path_of, sample_body
 from backends.top.feed import Admin, Broken, FeedError
 from backends.top.look import Look, moved
@@ -56,7 +56,6 @@ class Top(App[None]):
         *(Binding(str(number + 1), f"panel({number})", show=False) for number in range(6)),
         Binding("left", "turn(-1)", show=False),
         Binding("right", "turn(1)", show=False),
-        Binding("tab", "swap", show=False),
         Binding("down,j", "move(1)", show=False),
         Binding("up,k", "move(-1)", show=False),
         Binding("pagedown,space", "page(1)", show=False),
@@ -270,7 +269,9 @@ class Top(App[None]):
         except (OSError, ValueError, TypeError, FeedError) as error:
             self._say(f"not explained: {error}")
         else:
-            _ = self.push_screen(Reading("where it would go", explained(answer)))
+            _ = self.push_screen(
+                Reading("where it would go", explained(answer, width_inside(self.size.width)))
+            )
 
 
 def _body(path: str) -> bytes:
