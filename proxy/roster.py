@@ -13,6 +13,7 @@ import time
 from msgspec import structs
 
 from proxy.contract import HELD_REASON, FleetSnapshot, ReplicaRecord, ReplicaState
+from proxy.io.registry import STATIC_EPOCH
 from proxy.sources import Usable
 
 _log = logging.getLogger("doherty.proxy")
@@ -21,10 +22,10 @@ _log = logging.getLogger("doherty.proxy")
 class Roster:
     """One writer: the supervisor."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: frozenset[str] = frozenset()) -> None:
         self.fleet: FleetSnapshot | None = None
         self.at_s = time.monotonic()  # when it was heard of
-        self.held: frozenset[str] = frozenset()  # replicas that an operator drains
+        self.held = held  # replicas that an operator drains
         self._told: FleetSnapshot | None = None  # by the source
         self._usable = Usable()
 
@@ -37,6 +38,8 @@ class Roster:
         elif known is not None:
             _log.info("a new manager speaks for the fleet")
         self._told = self._usable.of(snapshot)
+        listed = self._told.replicas if snapshot.epoch == STATIC_EPOCH else ()
+        self.held &= {record.replica_id for record in listed}  # a manager keeps its own
         self.at_s = time.monotonic()
         self.fleet = self._with_held(self._told)
         return self.fleet

@@ -7,6 +7,7 @@ of `/metrics` and that of the view, each for itself.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
@@ -41,7 +42,9 @@ class Standing:
         hub: Hub,
         figures: Figures,
         others: tuple[Peers, Teller, Wanting, Witness, QuotaKeeper],
+        on_fleet: Callable[[FleetSnapshot | None], None],
     ) -> None:
+        """`on_fleet` is told when the fleet has changed by what an operator wishes."""
         self.config = config  # the supervisor keeps both of these up to date
         self.draining = False
         self.can_drain: str | None = None
@@ -52,6 +55,7 @@ class Standing:
         self._hub = hub
         self._figures = figures
         self._others = others
+        self._on_fleet = on_fleet
 
     def ready(self) -> str | None:
         """Return None when ready, else the reason why not."""
@@ -78,6 +82,16 @@ class Standing:
 
     def suspects(self) -> frozenset[str]:
         return self._lookout.prober.suspects
+
+    def manager_url(self) -> str | None:
+        return self.config.manager_url
+
+    def held(self) -> frozenset[str]:
+        return self._roster.held
+
+    def hold(self, held: frozenset[str]) -> None:
+        """Have these replicas drain from now on, and no others."""
+        self._on_fleet(self._roster.hold(held))
 
     def remotes(self) -> list[RemoteState]:
         return self._regions.states()

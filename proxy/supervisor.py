@@ -32,6 +32,7 @@ from proxy.io.admin_guard import Guard, is_local
 from proxy.io.entrance import LISTEN_BACKLOG
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
+from proxy.io.operating import Operators
 from proxy.io.peers import Peers
 from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.regions import Regions
@@ -97,7 +98,7 @@ class Supervisor:
             on_keys=lambda keys: self._places.tell(control.KeysAre(keys)),
             on_jwt_keys=lambda document: self._places.tell(control.JwtKeysAre(document)),
         )
-        self._roster = Roster()
+        self._roster = Roster(listeners.held)
         self._standing = Standing(
             config,
             places=self._places,
@@ -107,12 +108,14 @@ class Supervisor:
             hub=self.hub,
             figures=self._figures,
             others=(self._peers, self._teller, self._wanting, self._witness, self._quotas),
+            on_fleet=self._tell_fleet,
         )
         guard = Guard(config.admin_api_key, local=is_local(listeners.admin))
         self._standing.can_drain = guard.can_drain
         self._viewing = Viewing(self._standing)
         self._places.on_counted = self._viewing.count
-        app = make_app(self._standing, guard, self._viewing)
+        operators = Operators(self._standing, lambda: self._lookout.session)
+        app = make_app(self._standing, guard, self._viewing, operators)
         self._admin = web.AppRunner(app, access_log=None)
         self._door: takeover.Door | None = None
         self._door_task: asyncio.Task[None] | None = None
@@ -298,6 +301,7 @@ class Supervisor:
 
     async def _serve_successor(self, end: socket.socket) -> None:
         _log.info("a new proxy comes up beside this one")
+        self._listeners.held = self._roster.held
         if not await takeover.hand_over(end, self._listeners, self._leave):
             _log.error("the new proxy did not come up; going on")
 

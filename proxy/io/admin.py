@@ -13,10 +13,13 @@ import orjson
 from aiohttp import web
 
 from proxy.contract import FleetSnapshot
-from proxy.contract.view import VIEW_PATH, VIEW_WATCH_PATH
+from proxy.contract.view import VIEW_PATH, VIEW_WATCH_PATH, WISH_PATH
 from proxy.core import limits
+from proxy.errors import openai_type
 from proxy.io.admin_guard import Guard, RefusedError
+from proxy.io.dashboard import Dashboard, secure
 from proxy.io.exposition import fleet_samples, render_metrics, sum_samples
+from proxy.io.operating import Operators
 from proxy.io.telemetry import Sample
 from proxy.io.viewing import Viewing
 from proxy.io.watching import WATCHERS_MAX, Watchers
@@ -44,11 +47,16 @@ class Status(Protocol):
 class _Pages:
     """The request handlers of the admin listener."""
 
-    def __init__(self, status: Status, guard: Guard, viewing: Viewing) -> None:
+    def __init__(
+        self, status: Status, guard: Guard, viewing: Viewing, operators: Operators
+    ) -> None:
         self._status = status
         self._guard = guard
         self._viewing = viewing
         self._watchers = Watchers(viewing)
+        self._operators = operators
+        self.dashboard = Dashboard()
+        self._open_paths = _OPEN_PATHS | self.dashboard.paths
 
     @web.middleware
     async def guard(
@@ -57,7 +65,7 @@ class _Pages:
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
         try:
-            if request.path not in _OPEN_PATHS:
+            if request.path not in self._open_paths:
                 self._guard.check(request)
             return await handler(request)
         except RefusedError as error:
@@ -110,14 +118,22 @@ class _Pages:
             )
         return await self._watchers.answer(request)
 
+    async def wish(self, request: web.Request) -> web.Response:
+        self._guard.check_wish()
+        answer = await self._operators.answer(request)
+        self._viewing.hurry()
+        return answer
+
     async def end(self, _: web.Application) -> None:
         """Let watchers go, so that the listener can close."""
         self._viewing.close()
 
 
-def make_app(status: Status, guard: Guard, viewing: Viewing) -> web.Application:
-    """Return the admin application. Health is open; `guard` judges the rest."""
-    pages = _Pages(status, guard, viewing)
+def make_app(
+    status: Status, guard: Guard, viewing: Viewing, operators: Operators
+) -> web.Application:
+    """Return the admin application. Health and the page's files are open; `guard` has the rest."""
+    pages = _Pages(status, guard, viewing, operators)
     app = web.Application(middlewares=[pages.guard], client_max_size=limits.EXPLAINED_BYTES_MAX)
     for path in _LIVE_PATHS:
         app.router.add_get(path, pages.live)
@@ -128,6 +144,10 @@ def make_app(status: Status, guard: Guard, viewing: Viewing) -> web.Application:
     app.router.add_post("/debug/route", pages.route)
     app.router.add_get(VIEW_PATH, pages.view)
     app.router.add_get(VIEW_WATCH_PATH, pages.watch)
+    app.router.add_post(WISH_PATH, pages.wish)
+    for path in pages.dashboard.paths:
+        app.router.add_get(path, pages.dashboard.serve)
+    app.on_response_prepare.append(secure)
     app.on_shutdown.append(pages.end)
     return app
 
@@ -190,6 +210,5 @@ def replicas_page(
 
 
 def _error(status: int, code: str, message: str) -> web.Response:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    error = {"message": message, "type": kind, "param": None, "code": code}
+    error = {"message": message, "type": openai_type(status), "param": None, "code": code}
     return web.json_response({"error": error}, status=status)

@@ -72,6 +72,13 @@ class Viewing:
             if self._history.due(now_s):
                 self._history.keep(totals)
 
+    def hurry(self) -> None:
+        """Something has changed that whoever wished it wants to see."""
+        self._made_s = float("-inf")
+        if self.watchers:
+            now_s = self._now_s()
+            self._make(*self._sums(now_s), now_s)
+
     async def newest(self) -> bytes:
         """Return a view of now."""
         if self._now_s() - self._made_s > FRESH_S:
