@@ -98,6 +98,8 @@ class Top(App[None]):
 
     def on_mount(self) -> None:
         self._board.focus()
+        # After Ctrl-Z and `fg` the terminal's screen is empty, and of the same size as before.
+        self.app_resume_signal.subscribe(self, lambda _: self.action_redraw())
         self.run_worker(self._follow(), exit_on_error=False)
         self.set_interval(TICK_S, self._tick)
 
@@ -209,7 +211,9 @@ class Top(App[None]):
         self._choose(self._look._replace(paused=paused))
 
     def action_redraw(self) -> None:
-        self.refresh(repaint=True, layout=True)
+        for screen in self.screen_stack:
+            for widget in (screen, *screen.walk_children()):
+                widget.refresh()
 
     def action_manual(self) -> None:
         _ = self.push_screen(Reading("doherty top", HELP))
