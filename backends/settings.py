@@ -24,6 +24,8 @@ from proxy.config import (
     parse_config,
 )
 from proxy.flags import environment_values
+from proxy.secret_files import is_secret
+from proxy.secret_files import variable as variable_of
 
 S = TypeVar("S", ManagerConfig, OfflineConfig)
 # Field of a section, its flag's name in the parser, and its environment variable.
@@ -153,7 +155,7 @@ def _laid_over(
         value, source = given.get(flag), "--" + flag.replace("_", "-")
         if value is None:
             source = ENVIRONMENT_PREFIX + variable
-            value = environ.get(source)
+            value = variable_of(environ, source, secret=is_secret(field))
         if value is None:
             continue
         merged[field] = value

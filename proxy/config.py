@@ -48,6 +48,14 @@ from proxy.config_reading import (
     read_text,
     read_yaml,
 )
+from proxy.config_telemetry import (
+    AccessLogRatio,
+    EnableTrace,
+    LogJson,
+    TraceContext,
+    TraceSampleRatio,
+    TracesEndpoint,
+)
 
 # Beside what is defined here.
 __all__ = (
@@ -202,7 +210,13 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     access_log: Annotated[
         str, Meta(description="file for the access log, '-' for standard output, 'off' for none")
     ] = "-"
+    access_log_ratio: AccessLogRatio = 1.0
     log_level: Annotated[LogLevel, Meta(description="least severe event that is logged")] = "info"
+    log_json: LogJson = False
+    enable_trace: EnableTrace = False
+    otlp_traces_endpoint: TracesEndpoint = None
+    trace_sample_ratio: TraceSampleRatio = None
+    trace_context: TraceContext = "continue"
     expose_routing: Annotated[
         bool, Meta(description="name the replica and the decision in response headers")
     ] = False

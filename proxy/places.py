@@ -91,6 +91,8 @@ class Places:
         self._explanations: dict[int, asyncio.Future[tuple[int, bytes]]] = {}  # asked for
         self._number = 0  # of the last one
         self._order: control.Drain | None = None  # the last; none is started after one
+        self._lag_s_max = 0.0  # the longest lateness that no viewer has been told yet
+        self.on_counted: Callable[[], None] = lambda: None  # after each regular count
         self.accepting = True  # whether a worker that is ready takes connections at once
         self.all_ready = asyncio.Event()
 
@@ -237,6 +239,7 @@ class Places:
                 for sample in gauges:
                     if sample.name == LAG:
                         place.lag_s_max = max(place.lag_s_max, sample.value)
+                        self._lag_s_max = max(self._lag_s_max, sample.value)
                 place.counted.set()
             case control.Explained(number, status, body):
                 answer = self._explanations.get(number)
@@ -249,16 +252,29 @@ class Places:
 
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         """Return counters and gauges of all workers, unsummed."""
-        await self._count()
-        counters = [*self._departed, Sample("worker_restarts_total", (), self._restarts)]
-        gauges = [Sample("workers", (), self.ready_count)]
+        await self.count()
+        counters, gauges = self.counted()
+        counters.append(Sample("worker_restarts_total", (), self._restarts))
+        gauges.append(Sample("workers", (), self.ready_count))
         for place in self._places:
-            counters += place.counters
-            gauges += [*place.gauges, Sample(LAG, (), place.lag_s_max)]
+            gauges.append(Sample(LAG, (), place.lag_s_max))
             place.lag_s_max = 0.0
         return counters, gauges
 
-    async def _count(self) -> None:
+    def counted(self) -> tuple[list[Sample], list[Sample]]:
+        """Return counters and gauges of all workers as they told them last, unsummed."""
+        counters, gauges = [*self._departed], list[Sample]()
+        for place in self._places:
+            counters += place.counters
+            gauges += place.gauges
+        return counters, gauges
+
+    def take_lag_s(self) -> float:
+        """Return the longest lateness of a worker's timers since a viewer asked last."""
+        lag_s, self._lag_s_max = self._lag_s_max, 0.0
+        return lag_s
+
+    async def count(self) -> None:
         """Ask every worker for its counts; one that is too busy to say keeps its last."""
         asked = [place for place in self._places if place.channel is not None and place.ready]
         for place in asked:
@@ -273,7 +289,8 @@ class Places:
     async def _count_regularly(self) -> None:
         while True:
             await asyncio.sleep(COUNT_INTERVAL_S)
-            await self._count()
+            await self.count()
+            self.on_counted()
 
     # --- explanations ------------------------------------------------------------------------
 

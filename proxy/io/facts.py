@@ -17,11 +17,13 @@ from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble
 from proxy.core.prefix import NO_CHAIN
 from proxy.core.principal import ANYBODY
+from proxy.core.request_spans import RequestFacts
 from proxy.core.routes import Route
 from proxy.core.usage import Usage
 from proxy.errors import OK, Dialect, dialect_of
 from proxy.io.access_log import AccessRecord
 from proxy.io.plane import Plane
+from proxy.io.tracing import Trace
 
 _log = logging.getLogger("doherty.facts")
 
@@ -50,6 +52,7 @@ class Facts:
         "_stream",
         "_tail",
         "_terms",
+        "_trace",
         "_usage",
         "_whole_s",
         "request_id",
@@ -74,6 +77,8 @@ class Facts:
         self._received_bytes = 0
         self._tail = b""
         self._usage: Usage | None = None
+        tracer = plane.tracer
+        self._trace: Trace | None = None if tracer is None else tracer.begin(preamble)
         self._started_s = plane.clock.now_s()
         self._whole_s = self._sent_s = self._first_octet_s = 0.0
         self._last_octet_s = self._started_s
@@ -124,17 +129,27 @@ class Facts:
 
     def _know_price(self, decision: Decision, now_s: float) -> None:
         """Keep the terms for those who will read them, before the request is itself one of them."""
-        plane = self._plane
-        if plane.access_log.enabled or self._explained:
+        plane, trace = self._plane, self._trace
+        recorded = trace is not None and trace.recorded
+        if plane.access_log.enabled or recorded or self._explained:
             assert self._pool is not None
             self._terms = priced(decision, self._request, self._pool, plane.picture, now_s)
+        if trace is not None:
+            trace.chosen(decision, self._terms, now_s)
+
+    def _trace_fields(self) -> bytes:
+        """Return what whoever gets the request is told of its trace, with line ends."""
+        trace = self._trace
+        return self._preamble.trace_lines if trace is None else trace.fields()
 
     def _write_down(self, status: int, outcome: str, now_s: float) -> None:
         """Take the counts and log the line. Whatever happens here, the client gets its answer."""
         try:
             self._count(status, outcome, now_s)
-            if self._plane.access_log.enabled:
+            if self._plane.access_log.enabled and self._is_logged(status, outcome):
                 self._log_line(status, outcome, now_s)
+            if self._trace is not None and self._trace.recorded:
+                self._tell_trace(self._trace, status, outcome, now_s)
         except Exception:  # noqa: BLE001 - the books of one request, and not the request
             self._plane.telemetry.internal_errors_total += 1
             _log.exception("writing down request %s", self.request_id.decode())
@@ -178,6 +193,34 @@ class Facts:
                     usage.prompt_tokens,
                     usage.cached_tokens or 0,
                 )
+
+    def _is_logged(self, status: int, outcome: str) -> bool:
+        """Say whether the access log has it: a share of what went well, and all else."""
+        plane = self._plane
+        share = plane.config.access_log_ratio
+        return share >= 1.0 or status >= 400 or outcome != OK or plane.clock.draw() < share
+
+    def _tell_trace(self, trace: Trace, status: int, outcome: str, now_s: float) -> None:
+        """Hand over what spans are made of. Of what the proxy answers by itself there are none."""
+        plane, route, principal = self._plane, self._route, self._principal
+        if plane.tracer is None or (route is not None and route.local):
+            return
+        facts = RequestFacts(trace.trace_id, trace.span_id, plane.clock.unix_s() - now_s)
+        facts.parent, facts.linked = trace.parent, trace.linked
+        facts.attempts, facts.waits = trace.attempts, trace.waits
+        facts.client, facts.method = self._peer, self._preamble.method_text
+        facts.path, facts.request_id = self._preamble.path_text, self.request_id.decode("ascii")
+        facts.route = route.name if route is not None else "none"
+        facts.model, facts.stream = self._model, self._stream
+        facts.status, facts.outcome, facts.usage = status, outcome, self._usage
+        facts.region, facts.received_bytes = plane.region, self._received_bytes
+        facts.tenant, facts.key_id = principal.tenant, principal.key_id
+        facts.work_class = self._request.work_class
+        facts.overhead_s = self._overhead_s if self._sent_s else 0.0
+        facts.started_s, facts.whole_s = self._started_s, self._whole_s
+        facts.first_octet_s, facts.ended_s = self._first_octet_s, now_s
+        facts.token_s = self._token_s(self._usage, outcome)
+        plane.tracer.over(facts)
 
     def _token_s(self, usage: Usage | None, outcome: str) -> float:
         """Return the mean time between the tokens of a whole stream, 0 where it has none.

@@ -170,7 +170,8 @@ class Passage(Relay):
         self._upstream = upstream
         self._progress = _REQUEST_SENT
         head = preamble.passed_head(
-            plane.offline.host_field, self.request_id, self._length, self._credential
+            plane.offline.host_field + self._trace_fields(),
+            *(self.request_id, self._length, self._credential),
         )
         upstream.send(self, head, b"")
         if self._early.size:
