@@ -33,6 +33,7 @@ _SECTIONS_RELOADED = ("models", "tenants", "jwt", "classes", "remote_regions")
 _UNITS = (("_secs", "s"), ("_ms", "ms"), ("_mib", "MiB"), ("bytes", "bytes"), ("payload", "bytes"))
 
 
+_OF_PROXY = frozenset(name for name, _, _ in describe_fields(ProxyConfig))
 # Sizes that are shown in the unit that people say, too.
 _SIZES = ((1 << 30, "GiB"), (1 << 20, "MiB"))
 
@@ -76,8 +77,7 @@ def _given(row: str, flags: Collection[str]) -> tuple[str, str]:
     """Return flag and environment name of a key; empty where there is none."""
     section, _, key = row.rpartition(".")
     if section == "proxy":
-        known = {name for name, _, _ in describe_fields(ProxyConfig)}
-        return (_flag(key), ENVIRONMENT_PREFIX + key.upper()) if key in known else ("", "")
+        return (_flag(key), ENVIRONMENT_PREFIX + key.upper()) if key in _OF_PROXY else ("", "")
     for name, settings in (("manager", MANAGER_SETTINGS), ("offline", OFFLINE_SETTINGS)):
         for field, flag, variable in settings if section == name else ():
             if field == key:

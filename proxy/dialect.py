@@ -68,7 +68,7 @@ REMARKS: tuple[tuple[str, str], ...] = (
     ),
     (
         r"dp-.*|intra-node-data-parallel-size",
-        "a replica's ranks are its own to fill; name the replica once and leave it out",
+        "ranks of a replica are found and routed to; name the replica once and leave it out",
     ),
     (
         r"service-discovery.*|selector|router-selector|model-id-from|k8s-.*|discovery-.*",
