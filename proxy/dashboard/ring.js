@@ -220,10 +220,10 @@ export class RingPanel {
       const { share, pieces } = this.#shareOf(thing.name);
       lines[0] = thing.name;
       lines[1] = `${percent(share)} of the ring`;
-      lines[2] = times(pieces, "piece", "pieces");
+      lines[2] = `${times(pieces, "piece", "pieces")} drawn`;
     } else {
       lines[0] = this.ring.model;
-      lines[1] = times(this.paths.size, "replica", "replicas");
+      lines[1] = times(this.#names().length, "replica", "replicas");
       lines[2] = times((this.ring.prefixes ?? []).length, "hot prefix", "hot prefixes");
     }
     lines.forEach((line, index) => {
@@ -234,12 +234,18 @@ export class RingPanel {
     });
   }
 
+  // Whom the ring has. The arcs of a large one are a sample, in which small shares may be missing.
+  #names() {
+    const on = ({ models, ring_ratio: share }) => share > 0 && models.includes(this.ring.model);
+    const told = this.replicas.filter(on).map(({ replica_id: name }) => name);
+    return [...new Set([...told, ...this.pieces.keys()])].sort();
+  }
+
   #shareOf(name) {
-    const owned = this.pieces.get(name) ?? [];
-    return {
-      pieces: owned.length,
-      share: owned.reduce((sum, { begin, end }) => sum + end - begin, 0),
-    };
+    const pieces = this.pieces.get(name) ?? [];
+    const drawn = pieces.reduce((sum, { begin, end }) => sum + end - begin, 0);
+    const told = this.replicas.find((replica) => replica.replica_id === name)?.ring_ratio;
+    return { pieces: pieces.length, share: told || drawn };
   }
 
   #mark() {
@@ -328,7 +334,7 @@ export class RingPanel {
       homes.set(home, (homes.get(home) ?? 0) + 1);
       for (const name of holders) held.set(name, (held.get(name) ?? 0) + 1);
     }
-    const rows = [...this.pieces.keys()].sort().map((name) => ({
+    const rows = this.#names().map((name) => ({
       name,
       ...this.#shareOf(name),
       homes: homes.get(name) ?? 0,
@@ -339,7 +345,7 @@ export class RingPanel {
 
   #shareRow() {
     const pick = node("button", { type: "button", class: "link", "aria-pressed": "false" }, "");
-    const cells = ["Share", "Pieces", "Home of", "Holds"].map((label) =>
+    const cells = ["Share", "Pieces drawn", "Home of", "Holds"].map((label) =>
       node("td", { "data-label": label }),
     );
     const root = node(
