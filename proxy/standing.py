@@ -15,7 +15,6 @@ from proxy.contract.regions import RemoteState
 from proxy.contract.view import ProxyView
 from proxy.figures import Figures
 from proxy.io.control import HotPrefix
-from proxy.io.exposition import package_version
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
 from proxy.io.peers import Peers
@@ -27,6 +26,7 @@ from proxy.io.wanting import Wanting
 from proxy.io.witness import Witness
 from proxy.places import Places
 from proxy.roster import Roster
+from proxy.version import package_version
 
 
 class Standing:
