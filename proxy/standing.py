@@ -100,7 +100,6 @@ class Standing:
     def proxy(self) -> ProxyView:
         """Return what the proxy is, without what is counted."""
         config, fleet = self.config, self._roster.fleet
-        age_s = time.monotonic() - self._roster.at_s
         return ProxyView(
             version=package_version(),
             policy=config.policy,
@@ -108,7 +107,7 @@ class Standing:
             workers=self._places.ready_count,
             not_ready=self.ready(),
             draining=self.draining,
-            fleet_age_s=round(age_s, 3) if fleet else None,
+            fleet_age_s=round(self._lookout.silence_s(), 3) if fleet else None,
             manager_url=config.manager_url,
             can_drain=self.can_drain,
         )
