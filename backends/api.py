@@ -28,13 +28,13 @@ from backends.reclaim_api import ReclaimApi
 from backends.scaling_api import ScalingApi, refuse_web_pages
 from backends.turns import RefusedError
 from backends.watches import Watches
-from proxy.contract import FLEET_PATH, FLEET_WATCH_PATH
+from proxy.contract import FLEET_PATH, FLEET_WATCH_PATH, HELD_REASON
 
 REPLICA_PATH = "/v1/replicas/{replica_id}"
 BODY_BYTES_MAX = 16 * 1024
 
 _WISHES = {
-    "drain": (Event.HOLD, "drained by an operator"),
+    "drain": (Event.HOLD, HELD_REASON),
     "undrain": (Event.RELEASE, ""),
     "restart": (Event.RESTART, "restarted by an operator"),
 }
