@@ -296,7 +296,7 @@ class Facts:
                 queue_reason=self._request.held_for if waited else None,
                 overhead_us=int(self._overhead_s * 1e6) if self._sent_s else None,
                 first_octet_ms=int((first_s - started_s) * 1e6) / 1e3 if first_s else None,
-                tpot_ms=int(token_s * 1e6) / 1e3 if token_s else None,
+                tpot_ms=int(token_s * 1e6) / 1e3 if token_s >= 0.0 else None,
                 duration_ms=int((now_s - started_s) * 1e6) / 1e3,
                 trace_id=recorded.trace_id.decode("ascii") if recorded else None,
                 span_id=recorded.span_id.decode("ascii") if recorded else None,
