@@ -134,4 +134,4 @@ def test_grafana_is_told_where_dashboards_and_prometheus_are() -> None:
     assert (source["type"], source["isDefault"]) == ("prometheus", True)
     (provider,) = yaml.safe_load((folder / "dashboards/doherty.yaml").read_text())["providers"]
     assert provider["type"] == "file"
-    assert provider["options"]["path"].endswith("/dashboards/doherty")
+    assert provider["options"]["path"].endswith("/dashboards")
