@@ -86,11 +86,7 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
     _add_offline_flags(commands.add_parser("offline", help="serve files and batches alone"))
     _add_batch(commands, command)
     commands.add_parser("simulator", help="run one engine server that needs no GPU")
-    check = commands.add_parser("check", help="check a configuration file")
-    check.add_argument("file", nargs="?", metavar="FILE")
-    check.add_argument("--schema", action="store_true", help="print the file's JSON schema")
-    _add_question(check)
-    check.set_defaults(run=_check)
+    _add_check(commands)
     plan = commands.add_parser("plan", help="plan a launch: GPUs, format, limits, and why")
     plan.set_defaults(run=_plan)
     if list(command) == ["plan"]:
@@ -102,6 +98,7 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show the replicas of a running manager")
     _add_manager_url(status)
     status.set_defaults(run=_status)
+    _add_top(commands, command)
     _add_scale(commands)
     _add_reclaim(commands)
     sleep = commands.add_parser("sleep", help="free the GPU memory of a replica, keep its process")
@@ -123,6 +120,15 @@ def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
         _add_manager_url(turn)
         turn.set_defaults(run=run)
     return parser
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser("check", help="check a configuration file")
+    check.add_argument("file", nargs="?", metavar="FILE")
+    check.add_argument("--schema", action="store_true", help="print the file's JSON schema")
+    check.add_argument("--reference", action="store_true", help="print all of its keys as Markdown")
+    _add_question(check)
+    check.set_defaults(run=_check)
 
 
 def _add_batch(commands: Any, command: Sequence[str]) -> None:
@@ -147,6 +153,15 @@ def _add_keys(commands: Any, command: Sequence[str]) -> None:
         from backends.keys.commands import add_flags
 
         add_flags(keys)
+
+
+def _add_top(commands: Any, command: Sequence[str]) -> None:
+    top = commands.add_parser("top", help="watch a running proxy, its replicas and queues")
+    top.set_defaults(run=_top)
+    if list(command) == ["top"]:
+        from backends.top.flags import add_flags
+
+        add_flags(top)
 
 
 def _add_scale(commands: Any) -> None:
@@ -293,7 +308,6 @@ def _add_question(check: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    import json
     from datetime import UTC, datetime
 
     import yaml
@@ -304,10 +318,10 @@ def _check(options: argparse.Namespace) -> int:
     from backends.redact import redacted
     from backends.settings import manager_settings, offline_settings
     from proxy import tls
-    from proxy.config import json_schema, load_config
+    from proxy.config import load_config
 
-    if options.schema:
-        print(json.dumps(json_schema(), indent=2))
+    if options.schema or options.reference:
+        print(_printed(options), end="")
         return 0
     if options.file is None:
         print("which file? doherty check FILE, or doherty check --schema", file=sys.stderr)
@@ -333,6 +347,20 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
+def _printed(options: argparse.Namespace) -> str:
+    """Return what is told of configuration files as such."""
+    import json
+
+    from backends.reference import reference
+    from proxy.config_schema import json_schema
+
+    if options.schema:
+        return json.dumps(json_schema(), indent=2) + "\n"
+    up = argparse.ArgumentParser()
+    _add_up_flags(up)
+    return reference(vars(up.parse_args([])))
+
+
 def _plan(options: argparse.Namespace) -> int:
     from backends.planning.command import run_plan
 
@@ -351,6 +379,15 @@ def _status(options: argparse.Namespace) -> int:
     with suppress(StartError):  # a manager of a former release has no pools to tell of
         scaling = fetch_scaling(options.manager_url)
     print(table(fleet, scaling))
+    return 0
+
+
+def _top(options: argparse.Namespace) -> int:
+    from backends.top.command import top
+
+    text = top(options, os.environ)
+    if text is not None:
+        print(text)
     return 0
 
 

@@ -34,6 +34,7 @@ from backends.snapshots.base import Snapshot, Snapshots
 from backends.spec import ReplicaSpec
 from backends.warm import Warmer
 from backends.weights import files_read
+from proxy import systemd
 
 _NO_TRACES = (
     "{engine}: traces end at the proxy: opentelemetry-exporter-otlp-proto-http is not installed "
@@ -139,7 +140,7 @@ def _start(
     if spec.traces_url and engine.uses_gpu and not can_trace(program):
         spec = msgspec.structs.replace(spec, traces_url="")
         warnings += (_NO_TRACES.format(engine=engine.name),)
-    ours = os.environ if program.inherits is None else dict(program.inherits)
+    ours = systemd.without(os.environ) if program.inherits is None else dict(program.inherits)
     ours = ours | placement.environment
     command = engine.command(spec, leased, release)
     argv, environ = completed(program, command, spec, ours)

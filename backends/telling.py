@@ -34,6 +34,7 @@ def record_of(
         region=region,
         engine=engine,
         state=PUBLISHED[state.phase],
+        held=state.held,
         reason=(process.waits if process else "") or state.reason,
         target_inputs=spec.target_inputs,
         max_inputs=spec.max_inputs,

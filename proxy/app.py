@@ -33,7 +33,7 @@ def serve(invocation: flags.Invocation, config: ProxyConfig) -> int:
     warnings = [*tls.check(config, datetime.now(UTC)), *check_tracing(config, os.environ)]
     for warning in warnings:
         _log.warning("%s", warning)
-    predecessor = _predecessor(invocation)
+    predecessor = _predecessor(invocation, config)
     path = config.upgrade_socket
     if predecessor is None and path is not None and socket_in_use(path):
         raise StartError(
@@ -56,14 +56,24 @@ def check_keys(config: ProxyConfig) -> None:
             raise ConfigError(f"keys_path: {error}") from error
 
 
-def _predecessor(invocation: flags.Invocation) -> Predecessor | None:
-    """Return whom to take over from: our parent, or whoever waits at a path."""
+def _predecessor(invocation: flags.Invocation, config: ProxyConfig) -> Predecessor | None:
+    """Return whom to take over from: our parent, or whoever waits at a path.
+
+    Raises `StartError`.
+    """
     fd = os.environ.pop(DESCRIPTOR_VARIABLE, None)  # not for our own children
     if fd is not None:
         end = socket.socket(fileno=int(fd))
         end.set_inheritable(False)
         return Predecessor(end)
-    return Predecessor.at(invocation.takeover) if invocation.takeover is not None else None
+    path = invocation.takeover
+    if path == "":  # one command for the first proxy and for each that follows it
+        path = config.upgrade_socket
+        if path is None:
+            raise StartError("--takeover: say of which SOCKET, or set --upgrade-socket")
+        if not socket_in_use(path):
+            return None
+    return Predecessor.at(path) if path is not None else None
 
 
 async def _run(

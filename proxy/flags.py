@@ -11,11 +11,14 @@ import msgspec
 from proxy.config import (
     ENVIRONMENT_PREFIX,
     Config,
+    ConfigError,
     ProxyConfig,
     describe_fields,
     load_config,
     override,
 )
+from proxy.dialect import remark
+from proxy.secret_files import is_secret, variable
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +50,7 @@ class Invocation(msgspec.Struct, frozen=True):
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     path: str | None
-    takeover: str | None
+    takeover: str | None  # the socket; empty: our own --upgrade-socket, where one is there
     given: dict[str, Any]
 
     def settings(self) -> ProxyConfig:
@@ -72,31 +75,42 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> ProxyConfig:
 
 
 def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
-    """Read the command line itself."""
+    """Read the command line itself. Raises `ConfigError` for what other routers have."""
     parser = argparse.ArgumentParser(
         prog="doherty proxy",
         description="Serve one OpenAI-compatible endpoint in front of engine replicas.",
         epilog="Every flag has an environment twin: --max-payload-size is "
-        f"{ENVIRONMENT_PREFIX}MAX_PAYLOAD_SIZE; a flag wins over it, and it over the file.",
+        f"{ENVIRONMENT_PREFIX}MAX_PAYLOAD_SIZE; a flag wins over it, and it over the file. "
+        f"Keys may stand in files: {ENVIRONMENT_PREFIX}ADMIN_API_KEY_FILE names one.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; its proxy section is read")
     parser.add_argument(
         "--takeover",
+        nargs="?",
+        const="",
         metavar="SOCKET",
-        help="take the place of the proxy that runs with this --upgrade-socket, losing no request",
+        help="take the place of the proxy that runs with this --upgrade-socket, losing no request; "
+        "alone: of the one at our own --upgrade-socket, if any is there",
     )
     add_flags(parser)
-    given = vars(parser.parse_args(list(argv)))
+    known, unknown = parser.parse_known_args(list(argv))
+    for flag in unknown:
+        words = remark(flag)
+        if words is not None:
+            raise ConfigError(f"{flag.partition('=')[0]} is another router's: {words}")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    given = vars(known)
     path = given.pop("config") or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
     takeover = given.pop("takeover")
     return Invocation(tuple(argv), environment, path or None, takeover, given)
 
 
 def environment_values(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields that the environment sets."""
+    """Return the fields that the environment sets. Raises `ConfigError`."""
     values: dict[str, Any] = {}
     for name, kind, _ in describe_fields(ProxyConfig):
-        text = environment.get(ENVIRONMENT_PREFIX + name.upper())
+        text = variable(environment, ENVIRONMENT_PREFIX + name.upper(), secret=is_secret(name))
         if text is None:
             continue
         values[name] = text.split() if kind == tuple[str, ...] else text

@@ -34,6 +34,7 @@ class Listeners(msgspec.Struct):
     public: list[socket.socket]
     admin: list[socket.socket]
     pinned: frozenset[str] = frozenset()  # kinds that stay where they are, whatever is configured
+    held: frozenset[str] = frozenset()  # replicas that the proxy before was told to drain
 
     def close(self) -> None:
         for listener in (*self.public, *self.admin):
@@ -69,7 +70,7 @@ def arrange(config: ProxyConfig, found: Listeners | None) -> Listeners:
         public += open_listeners(config.host, config.port, missing, beside=public)
     admin = _wanted(found, ADMIN, config.admin_host, config.admin_port)
     admin = admin or open_admin(config.admin_host, config.admin_port)
-    return Listeners(public, admin, found.pinned)
+    return Listeners(public, admin, found.pinned, found.held)
 
 
 def deal(listeners: Sequence[socket.socket], workers: int) -> list[list[socket.socket]]:

@@ -51,6 +51,7 @@ class Place:
         self.origin = 0  # of its notes; another for each process
         self.counters: list[Sample] = []
         self.gauges: list[Sample] = []
+        self.hot: list[control.HotPrefix] = []  # as it told last
         self.lag_s_max = 0.0  # longest lateness of its timers that nobody has been told yet
         self.counted = asyncio.Event()
 
@@ -91,6 +92,9 @@ class Places:
         self._explanations: dict[int, asyncio.Future[tuple[int, bytes]]] = {}  # asked for
         self._number = 0  # of the last one
         self._order: control.Drain | None = None  # the last; none is started after one
+        self._lag_s_max = 0.0  # the longest lateness that no viewer has been told yet
+        self.on_counted: Callable[[], None] = lambda: None  # after each regular count
+        self.viewed: Callable[[], bool] = lambda: False  # whether it is to tell what is hot
         self.accepting = True  # whether a worker that is ready takes connections at once
         self.all_ready = asyncio.Event()
 
@@ -190,7 +194,7 @@ class Places:
             self._teller.leave(place.origin)
             channel.close()
             self._departed = sum_samples([*self._departed, *place.counters])
-            place.counters, place.gauges = [], []
+            place.counters, place.gauges, place.hot = [], [], []
         status = await _end_of(process)
         if self._cells is not None:
             self._cells.clear(place.index)
@@ -231,12 +235,14 @@ class Places:
                 if all(other.ready for other in self._places):
                     self.all_ready.set()
                     self._on_message(message)
-            case control.Counted(counters, gauges):
+            case control.Counted(counters, gauges, hot):
                 place.counters = counters
+                place.hot = hot
                 place.gauges = [sample for sample in gauges if sample.name != LAG]
                 for sample in gauges:
                     if sample.name == LAG:
                         place.lag_s_max = max(place.lag_s_max, sample.value)
+                        self._lag_s_max = max(self._lag_s_max, sample.value)
                 place.counted.set()
             case control.Explained(number, status, body):
                 answer = self._explanations.get(number)
@@ -249,22 +255,39 @@ class Places:
 
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         """Return counters and gauges of all workers, unsummed."""
-        await self._count()
-        counters = [*self._departed, Sample("worker_restarts_total", (), self._restarts)]
-        gauges = [Sample("workers", (), self.ready_count)]
+        await self.count()
+        counters, gauges = self.counted()
+        counters.append(Sample("worker_restarts_total", (), self._restarts))
+        gauges.append(Sample("workers", (), self.ready_count))
         for place in self._places:
-            counters += place.counters
-            gauges += [*place.gauges, Sample(LAG, (), place.lag_s_max)]
+            gauges.append(Sample(LAG, (), place.lag_s_max))
             place.lag_s_max = 0.0
         return counters, gauges
 
-    async def _count(self) -> None:
+    def counted(self) -> tuple[list[Sample], list[Sample]]:
+        """Return counters and gauges of all workers as they told them last, unsummed."""
+        counters, gauges = [*self._departed], list[Sample]()
+        for place in self._places:
+            counters += place.counters
+            gauges += place.gauges
+        return counters, gauges
+
+    def take_lag_s(self) -> float:
+        """Return the longest lateness of a worker's timers since a viewer asked last."""
+        lag_s, self._lag_s_max = self._lag_s_max, 0.0
+        return lag_s
+
+    def hot(self) -> list[control.HotPrefix]:
+        """Return what is hot in the workers as they told it last, each for itself."""
+        return [prefix for place in self._places for prefix in place.hot]
+
+    async def count(self, *, hot: bool = False) -> None:
         """Ask every worker for its counts; one that is too busy to say keeps its last."""
         asked = [place for place in self._places if place.channel is not None and place.ready]
         for place in asked:
             place.counted.clear()
             assert place.channel is not None
-            place.channel.send(control.Count())
+            place.channel.send(control.Count(hot))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(COUNT_TIMEOUT_S):
                 for place in asked:
@@ -273,7 +296,8 @@ class Places:
     async def _count_regularly(self) -> None:
         while True:
             await asyncio.sleep(COUNT_INTERVAL_S)
-            await self._count()
+            await self.count(hot=self.viewed())
+            self.on_counted()
 
     # --- explanations ------------------------------------------------------------------------
 

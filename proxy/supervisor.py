@@ -18,35 +18,39 @@ import os
 import signal
 import socket
 import sys
-import time
 from datetime import UTC, datetime
 
 from aiohttp import web
 
-from proxy import settings, takeover, tls
+from proxy import settings, systemd, takeover, tls
 from proxy.config import ConfigError, ProxyConfig
-from proxy.contract import FleetSnapshot, ReplicaState
+from proxy.contract import FleetSnapshot
 from proxy.figures import Figures
 from proxy.flags import Invocation
 from proxy.io import control
 from proxy.io.admin import make_app
+from proxy.io.admin_guard import Guard, is_local
 from proxy.io.entrance import LISTEN_BACKLOG
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
+from proxy.io.operating import Operators
 from proxy.io.peers import Peers
 from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.regions import Regions
+from proxy.io.scaling_news import ScalingNews
 from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
-from proxy.io.telemetry import Sample
 from proxy.io.teller import Teller
 from proxy.io.tracing import check_tracing
+from proxy.io.viewing import Viewing
 from proxy.io.wanting import Wanting
 from proxy.io.witness import Witness
 from proxy.listeners import Listeners, StartError, deal
 from proxy.logs import set_up_logging
 from proxy.places import Places
-from proxy.sources import Usable, check_source
+from proxy.roster import Roster
+from proxy.sources import check_source
+from proxy.standing import Standing
 from proxy.terminal import has_terminal
 
 _log = logging.getLogger("doherty.proxy")
@@ -97,15 +101,31 @@ class Supervisor:
             on_keys=lambda keys: self._places.tell(control.KeysAre(keys)),
             on_jwt_keys=lambda document: self._places.tell(control.JwtKeysAre(document)),
         )
-        self._admin = web.AppRunner(make_app(self, config.admin_api_key), access_log=None)
+        self._roster = Roster(listeners.held)
+        self._standing = Standing(
+            config,
+            places=self._places,
+            roster=self._roster,
+            lookout=self._lookout,
+            regions=self._regions,
+            hub=self.hub,
+            figures=self._figures,
+            others=(self._peers, self._teller, self._wanting, self._witness, self._quotas),
+            on_fleet=self._tell_fleet,
+        )
+        guard = Guard(config.admin_api_key, local=is_local(listeners.admin))
+        self._standing.can_drain = guard.can_drain
+        asked = ScalingNews(lambda: self._lookout.session, self._standing.manager_url)
+        self._viewing = Viewing(self._standing, asked, self._tasks)
+        self._places.on_counted = self._viewing.count
+        self._places.viewed = self._viewing.viewed
+        operators = Operators(self._standing, lambda: self._lookout.session)
+        app = make_app(self._standing, guard, self._viewing, operators)
+        self._admin = web.AppRunner(app, access_log=None)
         self._door: takeover.Door | None = None
         self._door_task: asyncio.Task[None] | None = None
-        self._fleet: FleetSnapshot | None = None
-        self._usable = Usable()
-        self._fleet_at_s = time.monotonic()
         self._fingerprint = settings.fingerprint(invocation.path, config)
         self._terminal = has_terminal()
-        self._draining = False
         self._relieved = False  # a successor serves
         self._linked_successor = False  # and hears what runs here until it ends
         self._successor: asyncio.subprocess.Process | None = None
@@ -138,8 +158,7 @@ class Supervisor:
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
             await self._drain()
-            self._quotas.tick()
-            await self._quotas.keep()
+            await self._quotas.farewell()
             await self._teller.farewell()
         finally:
             self._close_door()
@@ -203,90 +222,36 @@ class Supervisor:
     def _say_where(self) -> None:
         host, port = self._listeners.public[0].getsockname()[:2]
         scheme = "https" if self._config.tls_cert_path else "http"
-        workers = len(self._places)
-        _log.info("listening on %s://%s:%s, %d workers", scheme, host, port, workers)
+        where = f"listening on {scheme}://{host}:{port}, {len(self._places)} workers"
+        _log.info(where)
+        systemd.serving(where)
 
     # --- the fleet -------------------------------------------------------------------------
 
     def _on_snapshot(self, snapshot: FleetSnapshot) -> None:
-        known = self._fleet
-        if known is not None and snapshot.epoch == known.epoch:
-            if snapshot.version < known.version:
-                return  # older than what we hold
-        elif known is not None:
-            _log.info("a new manager speaks for the fleet")
-        snapshot = self._usable.of(snapshot)
-        self._fleet = snapshot
-        self._fleet_at_s = time.monotonic()
-        self._lookout.prober.know({r.replica_id: r.url for r in snapshot.replicas})
-        self._places.tell(control.FleetIs(snapshot))
+        self._tell_fleet(self._roster.take(snapshot))
+
+    def _tell_fleet(self, fleet: FleetSnapshot | None) -> None:
+        if fleet is None:
+            return
+        self._lookout.prober.know({r.replica_id: r.url for r in fleet.replicas})
+        self._places.tell(control.FleetIs(fleet))
         self.hub.know_fleet()
-        self._witness.know(snapshot)
-        self._wanting.know(snapshot)
-
-    # --- what the admin listener asks --------------------------------------------------------
-
-    def ready(self) -> str | None:
-        if self._draining:
-            return "draining"
-        if not self._places.ready_count:
-            return "no worker is up yet"
-        suspects = self.suspects()
-        replicas = self._fleet.replicas if self._fleet else ()
-        able = [r for r in replicas if r.state is ReplicaState.READY]
-        if self._fleet and any(pool.wakes for pool in self._fleet.pools):
-            return None  # who comes is held, and brings up what he waits for
-        jobs_only = self._fleet and not (self._fleet.replicas or self._fleet.pools)
-        if jobs_only and self._config.offline_url is not None:
-            return None
-        here = [r for r in able if r.replica_id not in suspects]
-        if not here and not self._regions.serve:
-            return "no replica can take a request"
-        return None
-
-    def fleet(self) -> FleetSnapshot | None:
-        return self._fleet
-
-    def suspects(self) -> frozenset[str]:
-        return self._lookout.prober.suspects
-
-    async def samples(self) -> tuple[list[Sample], list[Sample]]:
-        counters, gauges = await self._places.samples()
-        told, linked = self.hub.samples()
-        extra = [
-            self._lookout.samples(),
-            self._figures.samples(self._places.pids()),
-            ([], self._wanting.samples()),
-        ]
-        counters += [*told, *self._peers.samples(), *self._teller.samples()]
-        gauges += [
-            *linked,
-            *self._witness.samples(),
-            *self._regions.samples(),
-            *self._quotas.samples(),
-        ]
-        for counted, gauged in extra:
-            counters += counted
-            gauges += gauged
-        age_s = time.monotonic() - self._fleet_at_s
-        return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
-
-    async def explain(
-        self, path: bytes, fields: list[tuple[bytes, bytes]], body: bytes
-    ) -> tuple[int, bytes] | None:
-        return await self._places.explain(path, fields, body)
+        self._witness.know(fleet)
+        self._wanting.know(fleet)
 
     # --- the configuration changes -----------------------------------------------------------
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
+            systemd.alive()
             if settings.fingerprint(self._invocation.path, self._config) != self._fingerprint:
                 self._reload(ordered=False)
 
     def _reload(self, *, ordered: bool) -> None:
         """Read everything again. What cannot be used changes nothing."""
-        if self._draining:
+        if self._standing.draining:
             return
         self._fingerprint = settings.fingerprint(self._invocation.path, self._config)
         try:
@@ -304,7 +269,7 @@ class Supervisor:
         if change.waiting:
             names = ", ".join(change.waiting)
             _log.warning("%s: a change of this needs an upgrade (SIGUSR2)", names)
-        self._config = change.config
+        self._config = self._standing.config = change.config
         self._figures.reloaded(good=True)
         self._fingerprint = settings.fingerprint(self._invocation.path, self._config)
         set_up_logging(self._config.log_level, as_json=self._config.log_json)
@@ -342,6 +307,7 @@ class Supervisor:
 
     async def _serve_successor(self, end: socket.socket) -> None:
         _log.info("a new proxy comes up beside this one")
+        self._listeners.held = self._roster.held
         if not await takeover.hand_over(end, self._listeners, self._leave):
             _log.error("the new proxy did not come up; going on")
 
@@ -351,18 +317,18 @@ class Supervisor:
             self._door.close()
             self._door = None
 
-    def _leave(self, link: socket.socket | None) -> None:
+    async def _leave(self, link: socket.socket | None) -> None:
+        await self._quotas.leave()
         self._peers.stop_listening()
         if link is not None:
             self._linked_successor = True
             self.hub.told.clear()
             self._peers.adopt(link, dialled=False)
-        self._quotas.leave()
-        self._relieved = self._draining = True
+        self._relieved = self._standing.draining = True
         self._stop.set()
 
     def _upgrade(self) -> None:
-        if self._successor is not None or self._draining:
+        if self._successor is not None or self._standing.draining:
             _log.error("an upgrade or the end is under way already")
             return
         self._tasks.start("upgrade", self._start_successor())
@@ -399,7 +365,7 @@ class Supervisor:
     # --- the end -----------------------------------------------------------------------------
 
     async def _drain(self) -> None:
-        self._draining = True
+        self._standing.draining = True
         self._regions.draining = not self._relieved  # else those who call find the successor
         self._regions.say_now()
         if self._relieved:
@@ -415,6 +381,8 @@ class Supervisor:
         # Workers that serve finish what they have, though one place cannot be filled.
         alone = self._failure is not None and not self._places.ready_count
         grace_s = 0.0 if alone else self._config.shutdown_grace_period_secs
+        if not self._relieved:  # else it is another's unit by now
+            systemd.stopping("draining")
         settle_s = 0.0 if self._failure or self._relieved else self._config.drain_settle_secs
         if settle_s:
             _log.info("settling")
@@ -428,7 +396,7 @@ class Supervisor:
         """Idle workers, too, stay until they have told what is cached where."""
         if self._linked_successor:
             self._places.drain(control.Drain(grace_s, gentle=True, stay=True))
-            replicas = self._fleet.replicas if self._fleet else ()
+            replicas = self._roster.fleet.replicas if self._roster.fleet else ()
             timeout_s = recital_s(sum([r.dp_size for r in replicas])) + TELL_MARGIN_S
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.hub.told.wait(), timeout_s)

@@ -22,7 +22,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -63,6 +63,7 @@ class Handed(msgspec.Struct, frozen=True):
 
     kinds: list[str]
     pinned: list[str] = []
+    held: list[str] = []  # replicas that an operator drains, as many as fit
 
 
 class Predecessor:
@@ -107,6 +108,7 @@ class Predecessor:
             handed = msgspec.json.decode(message, type=Handed)
             if not handed.kinds:
                 listeners.pinned = frozenset(handed.pinned)
+                listeners.held = frozenset(handed.held)
                 return listeners
             for kind, fd in zip(handed.kinds, _descriptors(ancillary), strict=True):
                 listener = socket.socket(fileno=fd)
@@ -140,12 +142,12 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     return found
 
 
-Leave = Callable[[socket.socket | None], None]
+Leave = Callable[[socket.socket | None], Awaitable[None]]
 
 
 async def hand_over(end: socket.socket, listeners: Listeners, leave: Leave) -> bool:
-    """Serve one successor; call `leave` once it is ready, with our end of a link to it, if it
-    sent one. Return whether it was, in time."""
+    """Serve one successor; have `leave` done once it is ready, with our end of a link to it, if it
+    sent one, and only then tell it. Return whether it was ready, in time."""
     loop = asyncio.get_running_loop()
     end.setblocking(False)
     with end:
@@ -162,7 +164,7 @@ async def hand_over(end: socket.socket, listeners: Listeners, leave: Leave) -> b
             return False
         except OSError:
             return False
-        leave(link)
+        await leave(link)
         with contextlib.suppress(OSError):
             await loop.sock_sendall(end, LEFT)
         return True
@@ -192,8 +194,12 @@ async def _send(end: socket.socket, listeners: Listeners) -> None:
         part = named[start : start + SOCKETS_PER_MESSAGE]
         kinds = msgspec.json.encode(Handed([kind for kind, _ in part]))
         socket.send_fds(end, [kinds], [listener.fileno() for _, listener in part])
-    last = Handed([], sorted(listeners.pinned))
-    await asyncio.get_running_loop().sock_sendall(end, msgspec.json.encode(last))
+    held = sorted(listeners.held)
+    while len(last := msgspec.json.encode(Handed([], sorted(listeners.pinned), held))) > (
+        MESSAGE_BYTES_MAX
+    ):
+        _log.warning("no room to hand over that %s is drained: drain it again", held.pop())
+    await asyncio.get_running_loop().sock_sendall(end, last)
 
 
 def _trusted(end: socket.socket) -> bool:

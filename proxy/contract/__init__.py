@@ -80,6 +80,7 @@ class LoadSample(Figures, frozen=True, kw_only=True, omit_defaults=True):
     ranks: tuple[RankLoad, ...] = ()
 
 
+HELD_REASON = "drained by an operator"
 NO_REGION = "local"  # the name of the region where nobody has named it
 
 
@@ -96,6 +97,7 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     reason: str = ""  # why it is in this state, for people
     target_inputs: int = 0  # requests in flight above which the pool should grow; 0: no target
     max_inputs: int = 0  # requests in flight that it may never exceed; 0: no limit
+    held: bool = False  # drained by an operator, until he has it serve again
     restarts: int = 0
     pid: int = 0
     load: LoadSample | None = None

@@ -6,8 +6,7 @@ so that no counter ever falls.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import gzip
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
@@ -15,9 +14,16 @@ import orjson
 from aiohttp import web
 
 from proxy.contract import FleetSnapshot
+from proxy.contract.view import VIEW_PATH, VIEW_WATCH_PATH, WISH_PATH
 from proxy.core import limits
+from proxy.errors import openai_type
+from proxy.io.admin_guard import Guard, RefusedError
+from proxy.io.dashboard import Dashboard, secure
 from proxy.io.exposition import fleet_samples, render_metrics, sum_samples
+from proxy.io.operating import Operators
 from proxy.io.telemetry import Sample
+from proxy.io.viewing import Viewing
+from proxy.io.watching import WATCHERS_MAX, Watchers, takes_gzip
 
 
 class Status(Protocol):
@@ -42,9 +48,21 @@ class Status(Protocol):
 class _Pages:
     """The request handlers of the admin listener."""
 
-    def __init__(self, status: Status, api_key: str | None) -> None:
+    def __init__(
+        self,
+        status: Status,
+        guard: Guard,
+        viewing: Viewing,
+        operators: Operators,
+        dashboard: Dashboard,
+    ) -> None:
         self._status = status
-        self._digest = hashlib.sha256(api_key.encode()).digest() if api_key else b""
+        self._guard = guard
+        self._viewing = viewing
+        self._watchers = Watchers(viewing)
+        self._operators = operators
+        self.dashboard = dashboard
+        self._open_paths = _OPEN_PATHS | dashboard.paths
 
     @web.middleware
     async def guard(
@@ -52,13 +70,12 @@ class _Pages:
         request: web.Request,
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
-        if self._digest and request.path not in _OPEN_PATHS:
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
-            if not hmac.compare_digest(digest, self._digest):
-                return _error(401, "invalid_api_key", "send the admin key as a bearer token")
         try:
+            if request.path not in self._open_paths:
+                self._guard.check(request)
             return await handler(request)
+        except RefusedError as error:
+            return _error(error.status, error.code, error.message)
         except web.HTTPException as error:
             return _error(error.status, "admin", error.reason)
 
@@ -94,10 +111,42 @@ class _Pages:
         status, body = explained
         return web.Response(status=status, body=body, content_type="application/json")
 
+    async def view(self, request: web.Request) -> web.Response:
+        body = await self._viewing.newest()
+        headers = {"Cache-Control": "no-store", "Vary": "Accept-Encoding"}
+        if takes_gzip(request.headers.get("Accept-Encoding", "")):
+            headers["Content-Encoding"] = "gzip"
+            body = gzip.compress(body, 1, mtime=0)
+        return web.Response(body=body, content_type="application/json", headers=headers)
 
-def make_app(status: Status, api_key: str | None) -> web.Application:
-    """Return the admin application. Health is open; the rest wants the key if there is one."""
-    pages = _Pages(status, api_key)
+    async def watch(self, request: web.Request) -> web.StreamResponse:
+        if self._watchers.full:
+            raise RefusedError(
+                *(503, "too_many_watchers"),
+                f"{WATCHERS_MAX} watch already; close a page, or ask for {VIEW_PATH} now and then",
+            )
+        return await self._watchers.answer(request)
+
+    async def wish(self, request: web.Request) -> web.Response:
+        self._guard.check_wish()
+        answer = await self._operators.answer(request)
+        self._viewing.hurry()
+        return answer
+
+    async def end(self, _: web.Application) -> None:
+        """Let watchers go, so that the listener can close."""
+        self._viewing.close()
+
+
+def make_app(
+    status: Status,
+    guard: Guard,
+    viewing: Viewing,
+    operators: Operators,
+    dashboard: Dashboard | None = None,
+) -> web.Application:
+    """Return the admin application. Health and the page's files are open; `guard` has the rest."""
+    pages = _Pages(status, guard, viewing, operators, dashboard or Dashboard())
     app = web.Application(middlewares=[pages.guard], client_max_size=limits.EXPLAINED_BYTES_MAX)
     for path in _LIVE_PATHS:
         app.router.add_get(path, pages.live)
@@ -106,6 +155,13 @@ def make_app(status: Status, api_key: str | None) -> web.Application:
     app.router.add_get("/metrics", pages.metrics)
     app.router.add_get("/replicas", pages.replicas)
     app.router.add_post("/debug/route", pages.route)
+    app.router.add_get(VIEW_PATH, pages.view)
+    app.router.add_get(VIEW_WATCH_PATH, pages.watch)
+    app.router.add_post(WISH_PATH, pages.wish)
+    for path in pages.dashboard.paths:
+        app.router.add_get(path, pages.dashboard.serve)
+    app.on_response_prepare.append(secure)
+    app.on_shutdown.append(pages.end)
     return app
 
 
@@ -167,6 +223,5 @@ def replicas_page(
 
 
 def _error(status: int, code: str, message: str) -> web.Response:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    error = {"message": message, "type": kind, "param": None, "code": code}
+    error = {"message": message, "type": openai_type(status), "param": None, "code": code}
     return web.json_response({"error": error}, status=status)

@@ -46,6 +46,7 @@ MODELS_REFRESH_S = 15.0
 # A reading that tells nothing new is published all the same when the last one is so old: readers
 # go by its age, and an engine that idles is not one that is silent.
 LOAD_REFRESH_S = 5.0
+STATIC_EPOCH = "static"  # of snapshots that no manager has made
 _NO_LIST = Listing((), None, "unknown")
 
 
@@ -92,7 +93,7 @@ class StaticList:
         self._news.clear()
         self.version += 1
         records = tuple(self.records.values())
-        on_snapshot(FleetSnapshot(epoch="static", version=self.version, replicas=records))
+        on_snapshot(FleetSnapshot(epoch=STATIC_EPOCH, version=self.version, replicas=records))
 
     async def _publish_loads(self, on_snapshot: OnSnapshot) -> None:
         while True:

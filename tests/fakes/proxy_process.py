@@ -161,7 +161,7 @@ class ProxyProcess:
 
     async def admin(self, path: str, key: str | None = None) -> Answer:
         field = f"authorization: Bearer {key}\r\n" if key else ""
-        request = f"GET {path} HTTP/1.1\r\nhost: admin\r\n{field}connection: close\r\n\r\n"
+        request = f"GET {path} HTTP/1.1\r\nhost: localhost\r\n{field}connection: close\r\n\r\n"
         return await ask(self.admin_port, request.encode(), "GET")
 
     async def replicas(self) -> dict[str, dict[str, Any]]:

@@ -279,7 +279,7 @@ async def test_the_admin_listener_explains() -> None:
 
         async def post(path: str, body: bytes, key: str = "s3cret") -> tuple[int, Any]:
             head = (
-                f"POST {path} HTTP/1.1\r\nhost: admin\r\nauthorization: Bearer {key}\r\n"
+                f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\n"
                 f"x-session-id: one\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
             )
             got = await ask(proxy.admin_port, head.encode() + body, "POST")

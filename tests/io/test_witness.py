@@ -68,7 +68,7 @@ class Scene:
     async def candidates(self, said: list[str]) -> dict[str, dict[str, Any]]:
         body = request_of(said)
         head = (
-            "POST /debug/route?path=/v1/chat/completions HTTP/1.1\r\nhost: admin\r\n"
+            "POST /debug/route?path=/v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         got = await ask(self.proxy.admin_port, head.encode() + body, "POST")
