@@ -12,6 +12,7 @@ from collections.abc import Callable
 from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.contract.regions import RemoteState
+from proxy.contract.version import package_version
 from proxy.contract.view import ProxyView
 from proxy.figures import Figures
 from proxy.io.control import HotPrefix
@@ -26,7 +27,6 @@ from proxy.io.wanting import Wanting
 from proxy.io.witness import Witness
 from proxy.places import Places
 from proxy.roster import Roster
-from proxy.version import package_version
 
 
 class Standing:
