@@ -162,7 +162,7 @@ def _printed(options: argparse.Namespace) -> str:
 
     if options.schema:
         return json.dumps(json_schema(), indent=2) + "\n"
-    return reference(vars(parser_for(["up"], {}).parse_args(["up"])))
+    return reference(vars(parser_for(["up"], {}, _Version).parse_args(["up"])))
 
 
 def _plan(options: argparse.Namespace) -> int:
