@@ -136,10 +136,7 @@ class Studio:
 
     def resize(self, width: int, height: int, *, dark: bool = False) -> None:
         """Change the window under a page that stays, and so keeps its sparklines."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.browser.command("Emulation.setDeviceMetricsOverride", **size)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.browser.command("Emulation.setEmulatedMedia", features=[scheme])
+        self.browser.resize(width, height, dark=dark)
         time.sleep(1.5)  # a view and its transitions
 
     def take(self, name: str, selector: str = "") -> None:
