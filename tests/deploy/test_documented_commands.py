@@ -86,6 +86,15 @@ def test_a_shown_command_is_one(where: str, program: str, words: list[str]) -> N
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_whole_command_in_a_sentence_is_one(path: Path) -> None:
+    """Those with flags and without placeholders (`ID`, `…`) are whole."""
+    for line in re.findall(r"`((?:doherty|python -m loadtest) [^`]+)`", path.read_text("utf-8")):
+        if " --" in line and not re.search(r"…|(?<![\w/.-])[A-Z]+\b(?!/)", line):
+            for program, words in _commands("    " + line.replace("\n", " ")):
+                test_a_shown_command_is_one(str(path), program, words)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_subcommand_that_is_named_in_a_sentence_is_one(path: Path) -> None:
     named = set(_INLINE.findall(path.read_text(encoding="utf-8")))
     assert named - COMMANDS == set()
