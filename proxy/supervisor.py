@@ -37,6 +37,7 @@ from proxy.io.operating import Operators
 from proxy.io.peers import Peers
 from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.regions import Regions
+from proxy.io.scaling_news import ScalingNews
 from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
 from proxy.io.teller import Teller
@@ -114,8 +115,10 @@ class Supervisor:
         )
         guard = Guard(config.admin_api_key, local=is_local(listeners.admin))
         self._standing.can_drain = guard.can_drain
-        self._viewing = Viewing(self._standing)
+        asked = ScalingNews(lambda: self._lookout.session, self._standing.manager_url)
+        self._viewing = Viewing(self._standing, asked, self._tasks)
         self._places.on_counted = self._viewing.count
+        self._places.viewed = self._viewing.viewed
         operators = Operators(self._standing, lambda: self._lookout.session)
         app = make_app(self._standing, guard, self._viewing, operators)
         self._admin = web.AppRunner(app, access_log=None)

@@ -24,8 +24,11 @@ export function shape(tag, attributes = {}, ...children) {
 }
 
 export function glyph(name) {
-  return shape("svg", { class: "glyph", "aria-hidden": "true", focusable: "false" },
-    shape("use", { href: `#glyph-${name}` }));
+  return shape(
+    "svg",
+    { class: "glyph", "aria-hidden": "true", focusable: "false" },
+    shape("use", { href: `#glyph-${name}` }),
+  );
 }
 
 // Elements that are given text hold nothing else.
