@@ -7,19 +7,16 @@ POST with one is refused.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 import msgspec
 import orjson
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
-from typing_extensions import override
 
-from backends import scaling_metrics
+from backends import manager_metrics, targets
 from backends.autoscale import Autoscaler
+from backends.exposition import answer
 from backends.feed import Feed
 from backends.keeper import Keeper
 from backends.keys.api import KeysApi
@@ -31,7 +28,7 @@ from backends.reclaim_api import ReclaimApi
 from backends.scaling_api import ScalingApi, refuse_web_pages
 from backends.turns import RefusedError
 from backends.watches import Watches
-from proxy.contract import FLEET_PATH, FLEET_WATCH_PATH, HELD_REASON, ReplicaState
+from proxy.contract import FLEET_PATH, FLEET_WATCH_PATH, HELD_REASON
 
 REPLICA_PATH = "/v1/replicas/{replica_id}"
 BODY_BYTES_MAX = 16 * 1024
@@ -75,8 +72,6 @@ class Api:
         self._reclaim = ReclaimApi(source.reclaims)
         self._keys = KeysApi(keys, peer_key)
         self._watches = Watches()
-        self._registry = CollectorRegistry()
-        self._registry.register(_ManagerCollector(source, self._watches))
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[answer_errors])
@@ -87,6 +82,7 @@ class Api:
                 web.get("/livez", self._live),
                 web.get("/readyz", self._ready),
                 web.get("/metrics", self._metrics),
+                web.get(targets.TARGETS_PATH, self._targets),
                 web.get(REPLICA_PATH, self._replica),
                 web.post(REPLICA_PATH + "/{wish}", self._wish),
                 *self._scaling.routes(),
@@ -109,9 +105,14 @@ class Api:
             return web.Response(status=503, text="not serving\n")
         return web.Response(text="ok\n")
 
-    async def _metrics(self, _request: web.Request) -> web.Response:
-        body = generate_latest(self._registry)
-        return web.Response(body=body, headers={"content-type": CONTENT_TYPE_LATEST})
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return answer(request, manager_metrics.collect(self._source, len(self._watches)))
+
+    async def _targets(self, request: web.Request) -> web.Response:
+        """Tell Prometheus where engines are to be scraped: its HTTP service discovery."""
+        snapshot = self._source.feed.snapshot
+        groups = targets.groups_of((*snapshot.replicas, *snapshot.workers))
+        return web.json_response(groups)
 
     async def _fleet(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._source.feed.line, content_type="application/json")
@@ -200,47 +201,3 @@ async def answer_errors(
 
 def _word(reason: str) -> str:
     return reason.lower().replace(" ", "_")
-
-
-class _ManagerCollector(Collector):
-    """Reads the figures off the keepers when they are asked for: nothing to keep in step."""
-
-    def __init__(self, source: Source, watches: Watches) -> None:
-        self._source = source
-        self._watches = watches
-
-    @override
-    def collect(self) -> Iterator[scaling_metrics.Metric]:
-        prefix = "doherty_manager_"
-        states = dict.fromkeys([*(state.value for state in ReplicaState), "asleep"], 0)
-        of_workers = dict(states)
-        replicas = GaugeMetricFamily(prefix + "replicas", "Replicas by state.", labels=["state"])
-        workers = GaugeMetricFamily(
-            prefix + "engine_workers", "Engine workers by state.", labels=["state"]
-        )
-        restarts = CounterMetricFamily(
-            prefix + "restarts", "Starts of a replica after its first.", labels=["replica"]
-        )
-        failures = CounterMetricFamily(
-            prefix + "scrape_failures",
-            "Readings of a replica's load that failed.",
-            labels=["replica"],
-        )
-        for replica_id, keeper in self._source.keepers.items():
-            record = keeper.record()
-            counted = of_workers if keeper.questions.gives_back else states
-            counted["asleep" if record.asleep else record.state.value] += 1
-            restarts.add_metric([replica_id], record.restarts)
-            failures.add_metric([replica_id], keeper.questions.failures)
-        for state, count in states.items():
-            replicas.add_metric([state], count)
-            workers.add_metric([state], of_workers[state])
-        version = GaugeMetricFamily(
-            prefix + "fleet_version", "Snapshots published.", self._source.feed.snapshot.version
-        )
-        watchers = GaugeMetricFamily(
-            prefix + "watchers", "Proxies that watch the fleet.", len(self._watches)
-        )
-        yield from (replicas, workers, restarts, failures, version, watchers)
-        yield from scaling_metrics.collect(self._source.scaler.report())
-        yield from self._source.scaler.tally.collect()

@@ -17,7 +17,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from backends.command_line import parser_for
+from backends.command_line import COMMANDS, parser_for
 from proxy.help_form import parse
 
 USAGE_STATUS, FAILURE_STATUS = 2, 1
@@ -114,7 +114,6 @@ def _offline(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    import json
     from datetime import UTC, datetime
 
     import yaml
@@ -125,10 +124,10 @@ def _check(options: argparse.Namespace) -> int:
     from backends.redact import redacted
     from backends.settings import manager_settings, offline_settings
     from proxy import tls
-    from proxy.config import json_schema, load_config
+    from proxy.config import load_config
 
-    if options.schema:
-        print(json.dumps(json_schema(), indent=2))
+    if options.schema or options.reference:
+        print(_printed(options), end="")
         return 0
     if options.file is None:
         print("which file? doherty check FILE, or doherty check --schema", file=sys.stderr)
@@ -152,6 +151,20 @@ def _check(options: argparse.Namespace) -> int:
     print(f"{options.file}: ok")
     print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
     return 0
+
+
+def _printed(options: argparse.Namespace) -> str:
+    """Return what is told of configuration files as such."""
+    import json
+
+    from backends.reference import reference
+    from proxy.config_schema import json_schema
+
+    if options.schema:
+        return json.dumps(json_schema(), indent=2) + "\n"
+    up = argparse.ArgumentParser()
+    COMMANDS["up"].add(up)
+    return reference(vars(up.parse_args([])))
 
 
 def _plan(options: argparse.Namespace) -> int:

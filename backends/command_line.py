@@ -182,6 +182,9 @@ def _add_offline(parser: argparse.ArgumentParser) -> None:
 def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", metavar="FILE", help="YAML file")
     parser.add_argument("--schema", action="store_true", help="print the file's JSON schema")
+    parser.add_argument(
+        "--reference", action="store_true", help="print all of its keys as Markdown"
+    )
     asked = parser.add_argument_group("explain what holds for a tenant, or for one key")
     asked.add_argument("--tenant", default="", metavar="NAME", help="a tenant of the file")
     asked.add_argument("--key", default="", metavar="ID", help="id or name of a key")

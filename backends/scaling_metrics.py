@@ -17,13 +17,13 @@ from prometheus_client.core import (
     HistogramMetricFamily,
 )
 
+from backends.exposition import Declared
 from backends.ladder import Rung
 from backends.members import Rise
+from backends.metric_lists import WAKE_BUCKETS_S
 from backends.scaling_report import Note, PoolReport, ScalingReport
 
 TERMS_MAX = 32  # of one pool
-WAKE_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-PREFIX = "doherty_manager_"
 Metric = GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily
 
 
@@ -43,18 +43,12 @@ class Tally:
         counts[bisect_left(WAKE_BUCKETS_S, rise.up_s)] += 1
         self._wakes_s[rise.rung] += rise.up_s  # type: ignore[assignment]
 
-    def collect(self) -> Iterator[Metric]:
-        decisions = CounterMetricFamily(
-            PREFIX + "decisions",
-            "Changes of a pool's desired size, and moves without one.",
-            labels=["pool", "direction"],
-        )
+    def collect(self, declared: Declared) -> Iterator[Metric]:
+        decisions = declared.counter("decisions_total")
         for (pool, direction), count in self._decisions.items():
             decisions.add_metric([pool, direction], count)
         yield decisions
-        wakes = HistogramMetricFamily(
-            PREFIX + "wake_seconds", "Time until a replica served, by where from.", labels=["from"]
-        )
+        wakes = declared.histogram("wake_seconds")
         bounds = [*(str(bound) for bound in WAKE_BUCKETS_S), "+Inf"]
         for rung, counts in self._wakes.items():
             pairs = list(zip(bounds, accumulate(counts), strict=True))
@@ -62,30 +56,24 @@ class Tally:
         yield wakes
 
 
-def collect(report: ScalingReport) -> Iterator[Metric]:
+def collect(declared: Declared, report: ScalingReport) -> Iterator[Metric]:
     """Yield what is now."""
-    for name, words in _GAUGES.items():
-        gauge = GaugeMetricFamily(PREFIX + "scale_" + name, words, labels=["pool"])
+    for name in _GAUGES:
+        gauge = declared.gauge("scale_" + name)
         for pool in report.pools:
             gauge.add_metric([pool.pool], getattr(pool, name))
         yield gauge
-    panicking = GaugeMetricFamily(
-        PREFIX + "scale_panicking", "Whether a burst is under way.", labels=["pool"]
-    )
-    terms = GaugeMetricFamily(
-        PREFIX + "scale_term", "What entered the last decision.", labels=["pool", "term"]
-    )
-    rungs = GaugeMetricFamily(
-        PREFIX + "scale_resting", "Replicas at rest.", labels=["pool", "rung"]
-    )
+    panicking = declared.gauge("scale_panicking")
+    terms = declared.gauge("scale_term")
+    rungs = declared.gauge("scale_resting")
     for pool in report.pools:
         _add_pool(pool, panicking, terms, rungs)
     yield from (panicking, terms, rungs)
-    gpus = GaugeMetricFamily(PREFIX + "gpus", "GPUs, by whether leased.", labels=["state"])
+    gpus = declared.gauge("gpus")
     gpus.add_metric(["used"], report.gpus.total - report.gpus.free)
     gpus.add_metric(["free"], report.gpus.free)
     yield gpus
-    yield GaugeMetricFamily(PREFIX + "demand_proxies", "Proxies that report.", report.proxies)
+    yield declared.gauge("demand_proxies", report.proxies)
 
 
 def _add_pool(
@@ -102,11 +90,4 @@ def _add_pool(
         rungs.add_metric([pool.pool, rung.value], list(pool.resting.values()).count(rung.value))
 
 
-_GAUGES = {
-    "desired": "Replicas that should serve.",
-    "ready": "Replicas that serve.",
-    "coming": "Replicas on their way up.",
-    "presses": "Whether its jobs have moved up a class.",
-    "min": "Fewest replicas, as configured.",
-    "max": "Most replicas, as configured.",
-}
+_GAUGES = ("desired", "ready", "coming", "presses", "min", "max")

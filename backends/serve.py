@@ -45,9 +45,11 @@ from backends.notice_watch import watch_notice
 from backends.providers.choice import cluster_cards, open_provider
 from backends.snapshots.choice import look_ahead, open_snapshots, suspenders
 from backends.tasks import cancel_all, spawn
+from proxy import systemd
 from proxy.config import Config, ConfigError, OfflineConfig, load_config
 
 LOG_CHECK_INTERVAL_S = 30.0
+ALIVE_INTERVAL_S = 1.0
 FAREWELL_S = 0.1  # time for the last snapshot to reach the proxies
 
 
@@ -201,15 +203,18 @@ async def _run(
     await web.SockSite(runner, listener).start()
     host, port = listener.getsockname()[:2]
     log.tell("manager_listening", host=host, port=port, pid=os.getpid())
+    systemd.serving(f"manager of {len(manager.keepers)} replicas at http://{host}:{port}")
     if not ipaddress.ip_address(host).is_loopback:
         log.caution("manager_exposed", host=host, advice="its API has no key; keep it private")
     chores = [
         spawn(_reload_on_order(manager, orders, config_path, ahead, log), "reload", log),
         spawn(_bound_logs(manager), "bound logs", log),
+        spawn(_say_alive(), "say alive", log),
         *(spawn(work, "keys", log) for work in keys.chores()),
     ]
     try:
         await orders.stop.wait()
+        systemd.stopping("leaving the replicas running" if detach else "stopping the replicas")
         log.tell("manager_stopping", detach=detach)
         if not detach:
             chores.append(spawn(_hurry_on_order(manager, orders), "hurry", log))
@@ -274,6 +279,12 @@ def _reloaded(config: Config, offline: OfflineConfig) -> Config:
         spare_capacity=config.offline.spare_capacity,
     )
     return msgspec.structs.replace(config, offline=offline)
+
+
+async def _say_alive() -> None:
+    while True:
+        systemd.alive()
+        await asyncio.sleep(ALIVE_INTERVAL_S)
 
 
 async def _bound_logs(manager: Manager) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 import msgspec
 
 from backends.logfile import open_log
+from proxy import systemd
+from proxy.secret_files import SUFFIX
 
 PAUSE_S = 0.5
 PAUSE_S_MAX = 10.0
@@ -144,8 +146,12 @@ class Service:
 
 
 def environment(environ: Mapping[str, str], secrets: Mapping[str, str]) -> dict[str, str]:
-    """Return what a service inherits. Keys go by the environment: argument lists are public."""
-    return {**environ, "PYTHONUNBUFFERED": "1", **secrets}
+    """Return what a service inherits. Keys go by the environment: argument lists are public.
+
+    A key that stands in a file is left there, unless another is said now.
+    """
+    kept = {k: v for k, v in environ.items() if k.removesuffix(SUFFIX) not in secrets}
+    return {**systemd.without(kept), "PYTHONUNBUFFERED": "1", **secrets}
 
 
 def flags_of(values: Mapping[str, object]) -> tuple[str, ...]:

@@ -24,11 +24,13 @@ from proxy.config import (
     parse_config,
 )
 from proxy.flags import environment_values
+from proxy.secret_files import is_secret
+from proxy.secret_files import variable as variable_of
 
 S = TypeVar("S", ManagerConfig, OfflineConfig)
 # Field of a section, its flag's name in the parser, and its environment variable.
 _Settings = tuple[tuple[str, str, str], ...]
-_MANAGER_SETTINGS: _Settings = (
+MANAGER_SETTINGS: _Settings = (
     ("host", "manager_host", "MANAGER_HOST"),
     ("port", "manager_port", "MANAGER_PORT"),
     ("run_dir", "run_dir", "RUN_DIR"),
@@ -38,7 +40,7 @@ _MANAGER_SETTINGS: _Settings = (
     ("keys_listen", "keys_listen", "KEYS_LISTEN"),
     ("warm_page_cache", "warm_page_cache", "WARM_PAGE_CACHE"),
 )
-_OFFLINE_SETTINGS: _Settings = (
+OFFLINE_SETTINGS: _Settings = (
     ("enabled", "offline", "OFFLINE"),
     ("host", "offline_host", "OFFLINE_HOST"),
     ("port", "offline_port", "OFFLINE_PORT"),
@@ -131,14 +133,14 @@ def manager_settings(
     base: ManagerConfig, given: Mapping[str, Any], environ: Mapping[str, str]
 ) -> ManagerConfig:
     """Return `base` with flags and environment laid over it. Raises `ConfigError`."""
-    return _laid_over(base, _MANAGER_SETTINGS, given, environ)
+    return _laid_over(base, MANAGER_SETTINGS, given, environ)
 
 
 def offline_settings(
     base: OfflineConfig, given: Mapping[str, Any], environ: Mapping[str, str]
 ) -> OfflineConfig:
     """Return `base` with flags and environment laid over it. Raises `ConfigError`."""
-    offline = _laid_over(base, _OFFLINE_SETTINGS, given, environ)
+    offline = _laid_over(base, OFFLINE_SETTINGS, given, environ)
     problem = exposed(offline) or unreadable(offline.store)
     if offline.enabled and problem is not None:
         raise ConfigError(problem)
@@ -153,7 +155,7 @@ def _laid_over(
         value, source = given.get(flag), "--" + flag.replace("_", "-")
         if value is None:
             source = ENVIRONMENT_PREFIX + variable
-            value = environ.get(source)
+            value = variable_of(environ, source, secret=is_secret(field))
         if value is None:
             continue
         merged[field] = value

@@ -32,6 +32,7 @@ from backends.snapshots.base import Snapshot, Snapshots
 from backends.spec import ReplicaSpec
 from backends.warm import Warmer
 from backends.weights import files_read
+from proxy import systemd
 
 # Why a start may not come about, each with words for a person.
 START_ERRORS = (OSError, EngineMissingError, FlagError, NoGpuError, NoPortError)
@@ -130,7 +131,7 @@ def _start(
     placement: Placement,
 ) -> Start:
     warnings = engine.check(spec, release)
-    ours = os.environ if program.inherits is None else dict(program.inherits)
+    ours = systemd.without(os.environ) if program.inherits is None else dict(program.inherits)
     ours = ours | placement.environment
     command = engine.command(spec, leased, release)
     argv, environ = completed(program, command, spec, ours)

@@ -33,6 +33,7 @@ from backends.service import Service
 from backends.tasks import cancel_all, spawn
 from backends.up_plan import Plan, services, upgrade_socket, with_ports
 from backends.up_words import banner, describe, models_down, takes_requests
+from proxy import systemd
 from proxy.contract import (
     FLEET_PATH,
     FLEET_WATCH_PATH,
@@ -116,6 +117,7 @@ class Up:
             for service in self._services:
                 service.settle()
             self._say(banner(self._plan, await self._models_down()))
+            systemd.serving(f"serving at {self._plan.url}")
             await self._stop.wait()
         await cancel_all(self._chores)
         clean = await self._stop_all(running)
@@ -208,6 +210,7 @@ class Up:
     async def _stop_all(self, running: Mapping[Service, asyncio.Task[None]]) -> bool:
         """Stop everything; say whether nothing was left."""
         self._say("stopping: the proxy finishes its requests, then the replicas stop")
+        systemd.stopping("the proxy finishes its requests, then the replicas stop")
         grace_s = self._plan.proxy.shutdown_grace_period_secs
         settle_s = self._plan.proxy.drain_settle_secs
         # The offline service ends beside the proxy: what it sends is the last that others wait for.

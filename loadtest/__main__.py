@@ -18,6 +18,7 @@ import uvloop
 from loadtest import (
     bench,
     burst,
+    explain,
     faults,
     gpu,
     guessing,
@@ -66,6 +67,7 @@ COMMANDS: dict[str, Command] = {
     "burst": burst,
     "claims-lab": claims_lab,
     "deadlines": deadlines,
+    "explain": explain,
     "fairness": fairness,
     "gpu": gpu,
     "guessing": guessing,

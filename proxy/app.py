@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from proxy import dumps, flags, settings, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract.key_file import KeyFile, KeyFileError
+from proxy.io.tracing import check_tracing
 from proxy.listeners import Listeners, StartError, arrange, given_by_systemd
 from proxy.logs import set_up_logging
 from proxy.sources import check_source
@@ -24,14 +25,15 @@ _log = logging.getLogger("doherty.proxy")
 
 def serve(invocation: flags.Invocation, config: ProxyConfig) -> int:
     """Run the proxy until it is told to stop. Raises what `main` tells."""
-    set_up_logging(config.log_level)
+    set_up_logging(config.log_level, as_json=config.log_json)
     dumps.leave_none()
     check_source(config)
     settings.check_tenants(config)
     check_keys(config)
-    for warning in tls.check(config, datetime.now(UTC)):
+    warnings = [*tls.check(config, datetime.now(UTC)), *check_tracing(config, os.environ)]
+    for warning in warnings:
         _log.warning("%s", warning)
-    predecessor = _predecessor(invocation)
+    predecessor = _predecessor(invocation, config)
     path = config.upgrade_socket
     if predecessor is None and path is not None and socket_in_use(path):
         raise StartError(
@@ -54,14 +56,24 @@ def check_keys(config: ProxyConfig) -> None:
             raise ConfigError(f"keys_path: {error}") from error
 
 
-def _predecessor(invocation: flags.Invocation) -> Predecessor | None:
-    """Return whom to take over from: our parent, or whoever waits at a path."""
+def _predecessor(invocation: flags.Invocation, config: ProxyConfig) -> Predecessor | None:
+    """Return whom to take over from: our parent, or whoever waits at a path.
+
+    Raises `StartError`.
+    """
     fd = os.environ.pop(DESCRIPTOR_VARIABLE, None)  # not for our own children
     if fd is not None:
         end = socket.socket(fileno=int(fd))
         end.set_inheritable(False)
         return Predecessor(end)
-    return Predecessor.at(invocation.takeover) if invocation.takeover is not None else None
+    path = invocation.takeover
+    if path == "":  # one command for the first proxy and for each that follows it
+        path = config.upgrade_socket
+        if path is None:
+            raise StartError("--takeover: say of which SOCKET, or set --upgrade-socket")
+        if not socket_in_use(path):
+            return None
+    return Predecessor.at(path) if path is not None else None
 
 
 async def _run(

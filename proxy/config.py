@@ -1,10 +1,10 @@
 """The configuration, defined once: sections, defaults, units and the words that explain them.
 
 Everything else is derived from these structs: the strict YAML reader (an unknown key is an error
-with its line and the nearest valid name), the JSON schema, the flags of `doherty proxy` and their
-environment twins. Precedence: flag, then `DOHERTY_*`, then file, then default. Flags follow the
-dialect of sglang-router and vllm-router where that dialect has the thing, so that launch scripts
-port over.
+with its line and the nearest valid name), the JSON schema (`config_schema`), the reference, the
+flags of `doherty proxy` and their environment twins. Precedence: flag, then `DOHERTY_*`, then file,
+then default. Flags follow the dialect of sglang-router and vllm-router where that dialect has the
+thing, so that launch scripts port over.
 
 What models are served by is in `config_models`, how a file is read in `config_reading`; both planes
 read it.
@@ -27,6 +27,7 @@ from proxy.config_access import (
     TenantConfig,
     check_claims,
 )
+from proxy.config_checks import check_pool, image_of
 from proxy.config_machines import DockerConfig, RayConfig, ReclaimNoticeConfig
 from proxy.config_manager import ManagerConfig
 from proxy.config_models import AutoscaleConfig, ModelConfig, PoolConfig, Serves, WorkClass
@@ -46,6 +47,14 @@ from proxy.config_reading import (
     laid_over,
     read_text,
     read_yaml,
+)
+from proxy.config_telemetry import (
+    AccessLogRatio,
+    EnableTrace,
+    LogJson,
+    TraceContext,
+    TraceSampleRatio,
+    TracesEndpoint,
 )
 
 # Beside what is defined here.
@@ -69,6 +78,7 @@ __all__ = (
     "describe_fields",
 )
 
+VERSION = 1  # of the form of the file: raised when a file of before would mean something else
 ENVIRONMENT_PREFIX = "DOHERTY_"
 
 Affinity = Literal["soft", "strict"]
@@ -77,13 +87,19 @@ ClientAuth = Literal["off", "optional", "required"]
 KvEvents = Literal["auto", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-# What the routers that people come from call the same thing.
-POLICY_ALIASES = {
-    "cache_aware": "prefix",
-    "consistent_hash": "prefix",
-    "prefix_hash": "prefix",
-    "power_of_two": "least_load",
-    "manual": "session",
+# What the routers that people come from call the same thing, by key.
+ALIASES = {
+    "policy": {
+        "cache_aware": "prefix",
+        "consistent_hash": "prefix",
+        "consistent_hashing": "prefix",
+        "kv_aware": "prefix",
+        "prefix_hash": "prefix",
+        "power_of_two": "least_load",
+        "manual": "session",
+        "sticky_least_loaded": "session",
+    },
+    "log_level": {"warn": "warning"},
 }
 
 
@@ -109,8 +125,8 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     policy: Annotated[
         Policy,
         Meta(
-            description="how a replica is chosen; cache_aware, consistent_hash, power_of_two and "
-            "manual are understood as their nearest equals"
+            description="how a replica is chosen; cache_aware, power_of_two and other routers' "
+            "names are understood as their nearest equals"
         ),
     ] = "prefix"
     session_affinity: Annotated[
@@ -194,7 +210,13 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     access_log: Annotated[
         str, Meta(description="file for the access log, '-' for standard output, 'off' for none")
     ] = "-"
+    access_log_ratio: AccessLogRatio = 1.0
     log_level: Annotated[LogLevel, Meta(description="least severe event that is logged")] = "info"
+    log_json: LogJson = False
+    enable_trace: EnableTrace = False
+    otlp_traces_endpoint: TracesEndpoint = None
+    trace_sample_ratio: TraceSampleRatio = None
+    trace_context: TraceContext = "continue"
     expose_routing: Annotated[
         bool, Meta(description="name the replica and the decision in response headers")
     ] = False
@@ -285,18 +307,30 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     ] = AccessConfig()
 
 
+# Sockets and processes of a proxy that runs: a change of these waits for an upgrade.
+FIXED = (
+    *("host", "port", "workers", "admin_host", "admin_port", "admin_api_key"),
+    "upgrade_socket",
+)
+
+
 class Config(Section, frozen=True, kw_only=True):
     """The whole file."""
 
-    region: Name = "local"
-    proxy: ProxyConfig = ProxyConfig()
-    manager: ManagerConfig = ManagerConfig()
-    offline: OfflineConfig = OfflineConfig()
-    models: tuple[ModelConfig, ...] = ()
-    tenants: tuple[TenantConfig, ...] = ()
-    jwt: JwtConfig | None = None
-    classes: ClassesConfig = ClassesConfig()
-    remote_regions: tuple[RemoteRegionConfig, ...] = ()
+    version: Annotated[
+        int, Meta(ge=1, description="form of this file; a newer one than is known is refused")
+    ] = VERSION
+    region: Annotated[Name, Meta(description="name of the region that this file is for")] = "local"
+    proxy: Annotated[ProxyConfig, Meta(description="the data plane")] = ProxyConfig()
+    manager: Annotated[ManagerConfig, Meta(description="the control plane")] = ManagerConfig()
+    offline: Annotated[OfflineConfig, Meta(description="jobs: Files and Batches")] = OfflineConfig()
+    models: Annotated[tuple[ModelConfig, ...], Meta(description="what is served")] = ()
+    tenants: Annotated[tuple[TenantConfig, ...], Meta(description="who may ask")] = ()
+    jwt: Annotated[JwtConfig | None, Meta(description="tokens in place of keys")] = None
+    classes: Annotated[ClassesConfig, Meta(description="who goes first")] = ClassesConfig()
+    remote_regions: Annotated[
+        tuple[RemoteRegionConfig, ...], Meta(description="proxies of other regions")
+    ] = ()
 
     @property
     def access(self) -> AccessConfig:
@@ -329,54 +363,11 @@ class Config(Section, frozen=True, kw_only=True):
                 raise ValueError(f"model '{name}' is defined twice; give it several pools instead")
         for model in self.models:
             for pool in model.pools:
-                self._check_pool(model.name, pool)
-        if self.offline.price_per_hour_max is not None:
-            self._check_prices()
+                check_pool(model.name, pool, self.manager, self.offline)
 
     def image_of(self, pool: PoolConfig) -> str:
         """Return the image that its containers are made of; empty where they are processes."""
-        if self.manager.provider != "docker":
-            return ""
-        return pool.image or self.manager.docker.images.get(pool.engine, "")
-
-    def _check_prices(self) -> None:
-        """Refuse a budget for what has no price."""
-        for model in self.models:
-            for pool in model.pools:
-                if pool.serves == "jobs" and pool.gpu_price_per_hour is None:
-                    raise ValueError(
-                        f"model '{model.name}': offline.price_per_hour_max needs the "
-                        "gpu_price_per_hour of each pool with serves: jobs"
-                    )
-
-    def _check_pool(self, model: str, pool: PoolConfig) -> None:
-        provider, offline = self.manager.provider, self.offline
-        if pool.serves == "jobs" and not offline.enabled and offline.work_url is None:
-            raise ValueError(
-                f"model '{model}': engine workers get their lines from the offline service: leave "
-                "offline.enabled out, or name one that runs elsewhere in offline.work_url"
-            )
-        if pool.resources and provider != "ray":
-            raise ValueError(
-                f"model '{model}': resources are those of a Ray cluster's nodes; leave them out, "
-                "or set manager.provider: ray"
-            )
-        away = provider == "ray" and self.manager.ray.address != "local"
-        if away and pool.serves == "jobs" and self.offline.work_url is None:
-            raise ValueError(
-                f"model '{model}': engine workers run on nodes of the cluster; say in "
-                "offline.work_url under which URL these reach the offline service"
-            )
-        if provider == "docker" and not self.image_of(pool):
-            raise ValueError(
-                f"model '{model}': no image for {pool.engine}; name one in "
-                f"manager.docker.images.{pool.engine} or in the pool's image"
-            )
-        if pool.snapshot and provider != "process":
-            raise ValueError(
-                f"model '{model}': snapshot keeps images of this machine's processes; leave it "
-                "out, or set manager.provider: process"
-            )
+        return image_of(pool, self.manager)
 
 
 # What `doherty up` runs when nobody says otherwise.
@@ -404,17 +395,22 @@ _NO_ACCESS = msgspec.json.decode(msgspec.json.encode(AccessConfig()))
 
 
 def _respell(value: Any) -> None:
-    """Take what people write for what they mean."""
+    """Take what people write for what they mean. Raises `msgspec.ValidationError`."""
+    version = value.get("version") if isinstance(value, dict) else None
+    if isinstance(version, int) and version > VERSION:  # before a key that is not known yet
+        raise msgspec.ValidationError(
+            f"{version} is of a newer release; this one knows {VERSION}: upgrade Doherty, or "
+            "write the file as this release has it - at `$.version`"
+        )
     proxy = value.get("proxy") if isinstance(value, dict) else None
     if not isinstance(proxy, dict):
         return
     if msgspec.to_builtins(proxy.get("access") or _NO_ACCESS) != _NO_ACCESS:
-        raise ConfigError(
-            "proxy.access: say tenants, jwt, classes and so on at the top of the file"
+        raise msgspec.ValidationError(
+            "say tenants, jwt, classes and so on at the top of the file - at `$.proxy.access`"
         )
-    policy = proxy.get("policy")
-    if isinstance(policy, str):
-        proxy["policy"] = POLICY_ALIASES.get(policy, policy)
+    for name in ALIASES.keys() & proxy.keys():
+        proxy[name] = _respelt(name, proxy[name])
     for name in ("access_log", "kv_events", "tls_client_auth"):
         if proxy.get(name) is False:  # YAML 1.1 reads a bare off so
             proxy[name] = "off"
@@ -422,11 +418,9 @@ def _respell(value: Any) -> None:
 
 def override(base: ProxyConfig, values: Mapping[str, Any], source: str) -> ProxyConfig:
     """Return `base` with `values` (from flags or the environment) laid over it, checked."""
-    policy = values.get("policy", base.policy)
-    respelt = dict(values) | {"policy": POLICY_ALIASES.get(policy, policy)}
+    respelt = {name: _respelt(name, value) for name, value in values.items()}
     return laid_over(base, respelt, source)
 
 
-def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of the file, for editors."""
-    return msgspec.json.schema(Config)
+def _respelt(name: str, value: Any) -> Any:
+    return ALIASES.get(name, {}).get(value, value) if isinstance(value, str) else value

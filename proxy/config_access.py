@@ -27,7 +27,7 @@ Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256
 class TenantConfig(Section, frozen=True, kw_only=True, rename={"work_class": "class"}):
     """One tenant. A limit of 0 is none."""
 
-    name: Name
+    name: Annotated[Name, Meta(description="what keys, records and metrics call it")]
     weight: Annotated[
         float,
         Meta(
@@ -141,7 +141,7 @@ class ClassesConfig(Section, frozen=True, kw_only=True):
 class RemoteRegionConfig(Section, frozen=True, kw_only=True):
     """A proxy of another region: where requests go that this region cannot take as soon."""
 
-    region: Name
+    region: Annotated[Name, Meta(description="its region; several proxies of it may be listed")]
     url: Annotated[
         str, Meta(min_length=1, description="its listener for clients, such as https://us.example")
     ]

@@ -199,8 +199,10 @@ class PoolConfig(Section, frozen=True, kw_only=True, rename={"work_class": "clas
 class ModelConfig(Section, frozen=True, kw_only=True):
     """One model name that clients ask for."""
 
-    name: Name
-    pools: Annotated[tuple[PoolConfig, ...], Meta(min_length=1)]
+    name: Annotated[Name, Meta(description="what clients call it")]
+    pools: Annotated[
+        tuple[PoolConfig, ...], Meta(min_length=1, description="the replicas that serve it")
+    ]
     regions: Annotated[
         tuple[Name, ...], Meta(description="regions in which it may be computed (default: all)")
     ] = ()

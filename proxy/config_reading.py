@@ -53,7 +53,7 @@ def read_text(path: str) -> str:
 def read_yaml(
     text: str, source: str, whole: type[SectionT], respell: Callable[[Any], None]
 ) -> SectionT:
-    """Return `text` as a `whole`; `respell` may first change plain values in place.
+    """Return `text` as a `whole`; `respell` may first change plain values in place, or refuse them.
 
     `source` names the text in errors. Raises `ConfigError`.
     """
@@ -79,8 +79,8 @@ def read_yaml(
         ) from error
     if value is None:
         return whole()
-    respell(value)
     try:
+        respell(value)
         return msgspec.convert(value, whole)
     except msgspec.ValidationError as error:
         line, words = explain(str(error), node, whole)

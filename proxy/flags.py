@@ -11,14 +11,16 @@ import msgspec
 from proxy.config import (
     ENVIRONMENT_PREFIX,
     Config,
+    ConfigError,
     ProxyConfig,
     describe_fields,
     load_config,
     override,
 )
+from proxy.dialect import remark
 from proxy.flag_groups import FURTHER, GROUPS, group_of
-from proxy.help_form import Words, dress
-from proxy.help_form import parse as parse_arguments
+from proxy.help_form import Words, dress, refuse
+from proxy.secret_files import is_secret, variable
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +65,8 @@ EXAMPLES = Words(
         "DOHERTY_API_KEY=secret doherty proxy --config doherty.yaml --port 9000",
     ),
     "Settings come from a flag, else from the environment variable beside it,\n"
-    "else from the proxy section of the file, else they are the default.\n"
+    "else from the proxy section of the file, else they are the default. Keys may\n"
+    f"stand in files: {ENVIRONMENT_PREFIX}ADMIN_API_KEY_FILE names one.\n"
     "SIGHUP reads the file again, SIGTERM drains, SIGUSR2 takes over by a new one.",
 )
 
@@ -77,8 +80,11 @@ def add_all(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--takeover",
+        nargs="?",
+        const="",
         metavar="SOCKET",
-        help="take the place of the proxy that runs with this --upgrade-socket, losing no request",
+        help="take the place of the proxy that runs with this --upgrade-socket, losing no request; "
+        "alone: of the one at our own --upgrade-socket, if any is there",
     )
     add_flags(parser)
     parser.description = "Serve one OpenAI-compatible endpoint in front of engine replicas."
@@ -91,7 +97,7 @@ class Invocation(msgspec.Struct, frozen=True):
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     path: str | None
-    takeover: str | None
+    takeover: str | None  # the socket; empty: our own --upgrade-socket, where one is there
     given: dict[str, Any]
 
     def settings(self) -> ProxyConfig:
@@ -116,20 +122,26 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> ProxyConfig:
 
 
 def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
-    """Read the command line itself."""
+    """Read the command line itself. Raises `ConfigError` for what other routers have."""
     parser = argparse.ArgumentParser(prog="doherty proxy")
     add_all(parser)
-    given = vars(parse_arguments(parser, argv))
+    known, unknown = parser.parse_known_args(list(argv))
+    for flag in unknown:
+        words = remark(flag)
+        if words is not None:
+            raise ConfigError(f"{flag.partition('=')[0]} is another router's: {words}")
+    refuse(parser, argv, unknown)
+    given = vars(known)
     path = given.pop("config") or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
     takeover = given.pop("takeover")
     return Invocation(tuple(argv), environment, path or None, takeover, given)
 
 
 def environment_values(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields that the environment sets."""
+    """Return the fields that the environment sets. Raises `ConfigError`."""
     values: dict[str, Any] = {}
     for name, kind, _ in describe_fields(ProxyConfig):
-        text = environment.get(ENVIRONMENT_PREFIX + name.upper())
+        text = variable(environment, ENVIRONMENT_PREFIX + name.upper(), secret=is_secret(name))
         if text is None:
             continue
         values[name] = text.split() if kind == tuple[str, ...] else text

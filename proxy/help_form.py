@@ -44,18 +44,24 @@ def dress(parser: argparse.ArgumentParser, words: Words, purpose: str = "") -> N
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Read a command line; for a flag that there is not, name the one that was perhaps meant."""
+    """Read a command line; exits with a message when it makes no sense."""
     options, rest = parser.parse_known_args(arguments)
-    if rest:
-        called = parser
-        for word in arguments:
-            called = next((one for name, one, _ in subparsers(called) if name == word), called)
-        wrong = rest[0].partition("=")[0]
-        known = [name for action in _optionals(called) for name in action.option_strings]
-        near = get_close_matches(wrong, known, n=1) if wrong.startswith("-") else []
-        meant = f"; did you mean {near[0]}?" if near else f"; `{called.prog} --help` lists what is"
-        called.error(f"there is no {wrong}{meant}")
+    refuse(parser, arguments, rest)
     return options
+
+
+def refuse(parser: argparse.ArgumentParser, arguments: Sequence[str], rest: Sequence[str]) -> None:
+    """Exit with a message if anything is left; for a flag, name the one that was perhaps meant."""
+    if not rest:
+        return
+    called = parser
+    for word in arguments:
+        called = next((one for name, one, _ in subparsers(called) if name == word), called)
+    wrong = rest[0].partition("=")[0]
+    known = [name for action in _optionals(called) for name in action.option_strings]
+    near = get_close_matches(wrong, known, n=1) if wrong.startswith("-") else []
+    meant = f"; did you mean {near[0]}?" if near else f"; `{called.prog} --help` lists what is"
+    called.error(f"there is no {wrong}{meant}")
 
 
 def subparsers(

@@ -12,13 +12,7 @@ from collections.abc import Iterable
 import msgspec
 
 from proxy import tls
-from proxy.config import ConfigError, ProxyConfig
-
-# These would need other sockets or other processes.
-FIXED = (
-    *("host", "port", "workers", "admin_host", "admin_port", "admin_api_key"),
-    "upgrade_socket",
-)
+from proxy.config import FIXED, ConfigError, ProxyConfig
 
 
 def check_tenants(config: ProxyConfig) -> None:

@@ -14,7 +14,7 @@ from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.contract.regions import RemoteState
 from proxy.contract.view import ProxyView
 from proxy.figures import Figures
-from proxy.io.exposition import package_version
+from proxy.io.control import HotPrefix
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
 from proxy.io.peers import Peers
@@ -26,6 +26,7 @@ from proxy.io.wanting import Wanting
 from proxy.io.witness import Witness
 from proxy.places import Places
 from proxy.roster import Roster
+from proxy.version import package_version
 
 
 class Standing:
@@ -142,9 +143,13 @@ class Standing:
         counters, gauges = self._places.counted()
         return counters, [*gauges, *self._others[3].samples()]
 
+    def hot(self) -> list[HotPrefix]:
+        """Return what is hot in each of the workers, as they told it last."""
+        return self._places.hot()
+
     async def recount(self) -> None:
-        """Have the workers tell them anew."""
-        await self._places.count()
+        """Have the workers tell all of this anew."""
+        await self._places.count(hot=True)
 
     def take_lag_s(self) -> float:
         """Return the longest lateness of a worker's timers since this was asked last."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -21,7 +22,7 @@ from datetime import UTC, datetime
 
 from aiohttp import web
 
-from proxy import settings, takeover, tls
+from proxy import settings, systemd, takeover, tls
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import FleetSnapshot
 from proxy.figures import Figures
@@ -36,9 +37,11 @@ from proxy.io.operating import Operators
 from proxy.io.peers import Peers
 from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.regions import Regions
+from proxy.io.scaling_news import ScalingNews
 from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
 from proxy.io.teller import Teller
+from proxy.io.tracing import check_tracing
 from proxy.io.viewing import Viewing
 from proxy.io.wanting import Wanting
 from proxy.io.witness import Witness
@@ -112,8 +115,10 @@ class Supervisor:
         )
         guard = Guard(config.admin_api_key, local=is_local(listeners.admin))
         self._standing.can_drain = guard.can_drain
-        self._viewing = Viewing(self._standing)
+        asked = ScalingNews(lambda: self._lookout.session, self._standing.manager_url)
+        self._viewing = Viewing(self._standing, asked, self._tasks)
         self._places.on_counted = self._viewing.count
+        self._places.viewed = self._viewing.viewed
         operators = Operators(self._standing, lambda: self._lookout.session)
         app = make_app(self._standing, guard, self._viewing, operators)
         self._admin = web.AppRunner(app, access_log=None)
@@ -153,8 +158,7 @@ class Supervisor:
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
             await self._drain()
-            self._quotas.tick()
-            await self._quotas.keep()
+            await self._quotas.farewell()
             await self._teller.farewell()
         finally:
             self._close_door()
@@ -218,8 +222,9 @@ class Supervisor:
     def _say_where(self) -> None:
         host, port = self._listeners.public[0].getsockname()[:2]
         scheme = "https" if self._config.tls_cert_path else "http"
-        workers = len(self._places)
-        _log.info("listening on %s://%s:%s, %d workers", scheme, host, port, workers)
+        where = f"listening on {scheme}://{host}:{port}, {len(self._places)} workers"
+        _log.info(where)
+        systemd.serving(where)
 
     # --- the fleet -------------------------------------------------------------------------
 
@@ -240,6 +245,7 @@ class Supervisor:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
+            systemd.alive()
             if settings.fingerprint(self._invocation.path, self._config) != self._fingerprint:
                 self._reload(ordered=False)
 
@@ -252,7 +258,7 @@ class Supervisor:
             read = self._invocation.settings()
             check_source(read)
             settings.check_tenants(read)
-            warnings = tls.check(read, datetime.now(UTC))
+            warnings = [*tls.check(read, datetime.now(UTC)), *check_tracing(read, os.environ)]
         except (ConfigError, StartError, ValueError) as error:
             _log.error("not reloaded, going on as before: %s", error)
             self._figures.reloaded(good=False)
@@ -266,7 +272,7 @@ class Supervisor:
         self._config = self._standing.config = change.config
         self._figures.reloaded(good=True)
         self._fingerprint = settings.fingerprint(self._invocation.path, self._config)
-        set_up_logging(self._config.log_level)
+        set_up_logging(self._config.log_level, as_json=self._config.log_json)
         if change.changed or tls.files(self._config):
             self._look()
         self._peers.reconfigure(self._config)
@@ -311,13 +317,13 @@ class Supervisor:
             self._door.close()
             self._door = None
 
-    def _leave(self, link: socket.socket | None) -> None:
+    async def _leave(self, link: socket.socket | None) -> None:
+        await self._quotas.leave()
         self._peers.stop_listening()
         if link is not None:
             self._linked_successor = True
             self.hub.told.clear()
             self._peers.adopt(link, dialled=False)
-        self._quotas.leave()
         self._relieved = self._standing.draining = True
         self._stop.set()
 
@@ -375,6 +381,8 @@ class Supervisor:
         # Workers that serve finish what they have, though one place cannot be filled.
         alone = self._failure is not None and not self._places.ready_count
         grace_s = 0.0 if alone else self._config.shutdown_grace_period_secs
+        if not self._relieved:  # else it is another's unit by now
+            systemd.stopping("draining")
         settle_s = 0.0 if self._failure or self._relieved else self._config.drain_settle_secs
         if settle_s:
             _log.info("settling")

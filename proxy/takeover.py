@@ -22,7 +22,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -142,12 +142,12 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     return found
 
 
-Leave = Callable[[socket.socket | None], None]
+Leave = Callable[[socket.socket | None], Awaitable[None]]
 
 
 async def hand_over(end: socket.socket, listeners: Listeners, leave: Leave) -> bool:
-    """Serve one successor; call `leave` once it is ready, with our end of a link to it, if it
-    sent one. Return whether it was, in time."""
+    """Serve one successor; have `leave` done once it is ready, with our end of a link to it, if it
+    sent one, and only then tell it. Return whether it was ready, in time."""
     loop = asyncio.get_running_loop()
     end.setblocking(False)
     with end:
@@ -164,7 +164,7 @@ async def hand_over(end: socket.socket, listeners: Listeners, leave: Leave) -> b
             return False
         except OSError:
             return False
-        leave(link)
+        await leave(link)
         with contextlib.suppress(OSError):
             await loop.sock_sendall(end, LEFT)
         return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import resource
 import signal
 import socket
@@ -29,12 +30,14 @@ from proxy.io.access_log import close_all, open_logs
 from proxy.io.clock import Clock
 from proxy.io.entrance import Entrance
 from proxy.io.explain import explain
+from proxy.io.hot import hot_prefixes
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
 from proxy.io.quota_memory import quota_cells_at
 from proxy.io.shared_cells import headcount_at, nonces_at, shares_at
 from proxy.io.tally import Tally, summarise_regularly
 from proxy.io.tasks import Tasks
+from proxy.io.tracing import close_tracer, tracer_of
 from proxy.logs import set_up_logging
 
 _log = logging.getLogger("doherty.worker")
@@ -63,7 +66,7 @@ class Worker:
         start = await self._channel.receive()
         if not isinstance(start, control.Start):
             return 1
-        set_up_logging(start.config.log_level)
+        set_up_logging(start.config.log_level, as_json=start.config.log_json)
         clock = Clock()
         access_log, usage_log = open_logs(start.config)
         plane = Plane(
@@ -74,6 +77,7 @@ class Worker:
         plane.make_room()
         _share(plane, start)
         plane.metering.change_log(usage_log)
+        plane.tracer = tracer_of(start.config, os.environ)
         plane.noting.connect(self._channel)
         plane.authentication.on_unknown_key = partial(self._channel.send, control.JwtKeysWanted())
         plane.outbox.on = True
@@ -98,6 +102,7 @@ class Worker:
         plane.upstreams.close()
         plane.offline_links.close()
         close_all((plane.access_log, plane.metering.log))
+        close_tracer(plane.tracer)
         self._channel.close()
         return self._status
 
@@ -201,10 +206,12 @@ class Worker:
             _log.error("not reloaded, going on as before: %s", error)
             await asyncio.to_thread(close_all, (access_log, usage_log))
             return
-        set_up_logging(config.log_level)
+        set_up_logging(config.log_level, as_json=config.log_json)
         plane.metering.know_rows(rows)
+        tracer, plane.tracer = plane.tracer, tracer_of(config, os.environ, plane.tracer)
         before = plane.reconfigure(config, access_log), plane.metering.change_log(usage_log)
         await asyncio.to_thread(close_all, before)  # they write what waits; it may take a moment
+        await asyncio.to_thread(close_tracer, tracer)
 
     async def _sweep(self, plane: Plane, entrance: Entrance) -> None:
         """One timer for all deadlines; its lateness is the loop's lag."""
@@ -285,8 +292,10 @@ def _answer(
     plane: Plane, entrance: Entrance, asked: control.Count | control.Explain
 ) -> control.Message:
     match asked:
-        case control.Count():
-            return control.Counted(plane.counters(), plane.gauges(len(entrance)))
+        case control.Count(hot):
+            return control.Counted(
+                plane.counters(), plane.gauges(len(entrance)), hot_prefixes(plane) if hot else []
+            )
         case control.Explain(number, path, fields, body):
             return control.Explained(number, *explain(plane, path, fields, body))
 

@@ -9,29 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
-from typing_extensions import override
+from prometheus_client.core import Metric
 
+from backends.exposition import Declared, answer
+from backends.metric_lists import OFFLINE, OFFLINE_PREFIX
 from backends.offline.counted_desk import CountedDesk
 from backends.offline.dispatch import GroupReport
 from backends.offline.files_api import FilesApi
 from backends.offline.store import Store
 from backends.offline.store_figures import Figures
 
-PREFIX = "doherty_offline_"
-COUNTED = {
-    "asks": "Times that a worker asked for lines.",
-    "chunks": "Chunks given out.",
-    "lines_given": "Lines given out, again each time.",
-    "reports": "Reports of workers.",
-    "results": "Results that counted.",
-    "results_dropped": "Results that came too late, twice, or for a job that had ended.",
-    "prompt_tokens": "Prompt tokens of lines.",
-    "cached_tokens": "Those of them that an engine had in its cache.",
-    "completion_tokens": "Tokens of answers.",
-}
+COUNTED = (
+    *("asks", "chunks", "lines_given", "reports", "results", "results_dropped"),
+    *("prompt_tokens", "cached_tokens", "completion_tokens"),
+)
+DECLARED = Declared(OFFLINE_PREFIX, OFFLINE)
 
 
 class Metrics:
@@ -46,79 +38,44 @@ class Metrics:
     ) -> None:
         self._store, self._desk, self._files, self._spare = store, desk, files, spare
 
-    async def answer(self, _request: web.Request) -> web.Response:
-        registry = CollectorRegistry()
+    async def answer(self, request: web.Request) -> web.Response:
         stored = self._stored(await self._store.figures())
-        registry.register(_Page([*stored, *self._passed(), *self._sent()]))
-        headers = {"content-type": CONTENT_TYPE_LATEST}
-        return web.Response(body=generate_latest(registry), headers=headers)
+        page = [*stored, *self._passed(), *self._sent(), DECLARED.build()]
+        return answer(request, page)
 
     def _stored(self, figures: Figures) -> Iterator[Metric]:
-        jobs = GaugeMetricFamily(PREFIX + "jobs", "Batches by state.", labels=["state"])
+        jobs = DECLARED.gauge("jobs")
         for state, count in sorted(figures.jobs.items()):
             jobs.add_metric([state], count)
-        lines = GaugeMetricFamily(
-            PREFIX + "lines", "Lines of batches that have not ended, by state.", labels=["state"]
-        )
+        lines = DECLARED.gauge("lines")
         for state, count in sorted(figures.lines.items()):
             lines.add_metric([state], count)
-        files = GaugeMetricFamily(PREFIX + "files", "Files.", figures.files)
-        stored = GaugeMetricFamily(
-            PREFIX + "stored_bytes", "Content of all files and results.", figures.bytes
-        )
-        due = GaugeMetricFamily(
-            PREFIX + "due_seconds", "Time until the next batch in progress expires."
-        )
-        if figures.due_in_s is not None:
-            due.add_metric([], figures.due_in_s)
-        yield from (jobs, lines, files, stored, due)
+        yield from (jobs, lines)
+        yield DECLARED.gauge("files", figures.files)
+        yield DECLARED.gauge("stored_bytes", figures.bytes)
+        yield DECLARED.gauge("due_seconds", figures.due_in_s)  # without a series: none is due
 
     def _passed(self) -> Iterator[Metric]:
-        for name, text in COUNTED.items():
-            yield CounterMetricFamily(PREFIX + name, text, self._desk.totals[name])
-        yield CounterMetricFamily(
-            PREFIX + "uploaded_bytes", "Octets of files uploaded.", self._files.uploaded_bytes
-        )
-        yield GaugeMetricFamily(PREFIX + "uploads", "Uploads in progress.", self._files.uploads)
-        rates = GaugeMetricFamily(
-            PREFIX + "worker_tokens_per_second",
-            "Tokens of a worker in the last minute, prompts and answers.",
-            labels=["worker"],
-        )
+        for name in COUNTED:
+            yield DECLARED.counter(name + "_total", self._desk.totals[name])
+        yield DECLARED.counter("uploaded_bytes_total", self._files.uploaded_bytes)
+        yield DECLARED.gauge("uploads", self._files.uploads)
+        rates = DECLARED.gauge("worker_tokens_per_second")
         for worker_id, rate in sorted(self._store.rates().items()):
             rates.add_metric([worker_id], rate)
         yield rates
 
     def _sent(self) -> Iterator[Metric]:
         """Tell of the lines that go to replicas with room to spare, by the models these serve."""
-        told = {
-            "lines_max": "Lines that may be in flight on replicas with room to spare.",
-            "in_flight": "Lines in flight on these.",
-            "tokens_per_second": "Tokens of such lines lately.",
-        }
-        gauges = {
-            name: GaugeMetricFamily(f"{PREFIX}spare_{name}", text, labels=["models"])
-            for name, text in told.items()
-        }
-        ends = CounterMetricFamily(
-            PREFIX + "spare_attempts",
-            "How attempts at such lines ended.",
-            labels=["models", "outcome"],
-        )
+        lines_max = DECLARED.gauge("spare_lines_max")
+        in_flight = DECLARED.gauge("spare_in_flight")
+        tokens_per_s = DECLARED.gauge("spare_tokens_per_second")
+        ends = DECLARED.counter("spare_attempts_total")
         for group in self._spare():
             models = [",".join(group.names)]
-            gauges["lines_max"].add_metric(models, group.lines_max)
-            gauges["in_flight"].add_metric(models, group.in_flight)
-            gauges["tokens_per_second"].add_metric(models, group.tokens_per_s)
+            lines_max.add_metric(models, group.lines_max)
+            in_flight.add_metric(models, group.in_flight)
+            tokens_per_s.add_metric(models, group.tokens_per_s)
             for outcome in ("results", "failures", "turned_back", "preempted", "cut", "dropped"):
                 ends.add_metric([*models, outcome], getattr(group.counts, outcome))
-        yield from (*gauges.values(), ends)
-
-
-class _Page(Collector):
-    def __init__(self, metrics: list[Metric]) -> None:
-        self._metrics = metrics
-
-    @override
-    def collect(self) -> Iterator[Metric]:
-        yield from self._metrics
+        yield from (lines_max, in_flight, tokens_per_s, ends)

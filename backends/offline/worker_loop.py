@@ -133,6 +133,7 @@ class Worker:
 
     async def _begin(self, chunk: Chunk) -> None:
         lines = self.holdings.take(chunk, self._clock.now_s())
+        self._urgent.ring()  # its hold may have to be renewed before the next look
         self._look_round()
         while chunk.alone and self._tasks:  # until what was in hand before is done
             await asyncio.wait(self._tasks.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from backends.metric_lists import ENGINE_WORKER, ENGINE_WORKER_PREFIX
 from backends.offline.line_engine import Gauges
 from backends.offline.work import Result
 
@@ -67,28 +68,29 @@ class Meters:
 
 def render(meters: Meters, gauges: Gauges, chunks: int, now_s: float) -> str:
     """Return the page of /metrics."""
-    rows: list[tuple[str, str, str, float]] = [
-        ("lines_total", "counter", f'{{outcome="{outcome}"}}', count)
+    rows: list[tuple[str, str, float]] = [
+        ("lines_total", f'{{outcome="{outcome}"}}', count)
         for outcome, count in meters.lines.items()
     ]
     rows += [
-        ("prompt_tokens_total", "counter", "", meters.prompt_tokens),
-        ("cached_tokens_total", "counter", "", meters.cached_tokens),
-        ("completion_tokens_total", "counter", "", meters.completion_tokens),
-        ("busy_gpu_seconds_total", "counter", "", meters.busy_s),
-        ("desk_failures_total", "counter", "", meters.desk_failures),
-        ("tokens_per_second", "gauge", "", meters.tokens_per_s(now_s)),
-        ("lines_waiting", "gauge", "", gauges.waiting),
-        ("lines_running", "gauge", "", gauges.running),
-        ("chunks_held", "gauge", "", chunks),
+        ("prompt_tokens_total", "", meters.prompt_tokens),
+        ("cached_tokens_total", "", meters.cached_tokens),
+        ("completion_tokens_total", "", meters.completion_tokens),
+        ("busy_gpu_seconds_total", "", meters.busy_s),
+        ("desk_failures_total", "", meters.desk_failures),
+        ("tokens_per_second", "", meters.tokens_per_s(now_s)),
+        ("lines_waiting", "", gauges.waiting),
+        ("lines_running", "", gauges.running),
+        ("chunks_held", "", chunks),
     ]
     if gauges.kv_usage is not None:
-        rows.append(("kv_cache_usage_ratio", "gauge", "", gauges.kv_usage))
+        rows.append(("kv_cache_usage_ratio", "", gauges.kv_usage))
     lines = []
     typed = set()
-    for name, kind, labels, value in rows:
+    for name, labels, value in rows:
+        full, family = ENGINE_WORKER_PREFIX + name, ENGINE_WORKER[name]
         if name not in typed:
             typed.add(name)
-            lines.append(f"# TYPE doherty_worker_{name} {kind}")
-        lines.append(f"doherty_worker_{name}{labels} {value:.10g}")
+            lines += [f"# HELP {full} {family.text}.", f"# TYPE {full} {family.kind}"]
+        lines.append(f"{full}{labels} {value:.10g}")
     return "\n".join(lines) + "\n"

@@ -128,7 +128,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add all that the simulator takes, and say what it is."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     _add_identity(parser.add_argument_group("identity"))
-    _add_capacity(parser.add_argument_group("capacity and speed"))
+    _add_speed(parser.add_argument_group("speed"))
+    _add_capacity(parser.add_argument_group("capacity"))
     _add_manners(parser.add_argument_group("manners"))
     for flag in _ALWAYS_ON:
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
@@ -181,7 +182,7 @@ def _add_identity(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_capacity(group: argparse._ArgumentGroup) -> None:
+def _add_speed(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--profile",
@@ -197,6 +198,39 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
         metavar="FACTOR",
         help="simulated seconds per real second: 10 is ten times faster than the GPU",
     )
+    add(
+        "--mean-output-tokens",
+        type=_seconds,
+        metavar="N",
+        default=0.0,
+        help="answers end by themselves after so many tokens on average (0: never)",
+    )
+    add(
+        "--seed",
+        "--random-seed",
+        type=_at_least(0),
+        metavar="N",
+        default=0,
+        help="for words and faults",
+    )
+    add(
+        "--startup-seconds",
+        type=_seconds,
+        metavar="S",
+        default=0.0,
+        help="simulated time until it serves",
+    )
+    add(
+        "--start-tables-mib",
+        type=_at_least(0),
+        metavar="N",
+        default=0,
+        help="real work before it serves: tables of this size; 1024 take some 40 s (%(default)s)",
+    )
+
+
+def _add_capacity(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--block-size",
         "--page-size",
@@ -244,35 +278,6 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         default=0,
         help="prompt and answer together (the profile's)",
-    )
-    add(
-        "--mean-output-tokens",
-        type=_seconds,
-        metavar="N",
-        default=0.0,
-        help="answers end by themselves after so many tokens on average (0: never)",
-    )
-    add(
-        "--seed",
-        "--random-seed",
-        type=_at_least(0),
-        metavar="N",
-        default=0,
-        help="for words and faults",
-    )
-    add(
-        "--startup-seconds",
-        type=_seconds,
-        metavar="S",
-        default=0.0,
-        help="simulated time until it serves",
-    )
-    add(
-        "--start-tables-mib",
-        type=_at_least(0),
-        metavar="N",
-        default=0,
-        help="real work before it serves: tables of this size; 1024 take some 40 s (%(default)s)",
     )
 
 

@@ -26,16 +26,17 @@ from proxy.core.http1 import (
     parse_response_head,
 )
 from proxy.core.replica import RANK_FIELD
+from proxy.core.trace_context import FIELDS as TRACE_FIELDS
 from proxy.core.wishes import ENDING_HERE
 
 REQUEST_ID: Final = b"x-request-id"
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-# Written by us, or meaningful to this hop only. Ranks: see `core/preamble.py`.
+# Written by us, or meaningful to this hop only. Ranks and traces: see `core/preamble.py`.
 _NOT_FORWARDED: Final = (
     frozenset(
         (
             *(b"host", b"content-length", b"expect", REQUEST_ID, EXPLAIN, WORK_CLASS, RANK_FIELD),
-            *(b"x-vllm-priority", HOP, TENANT_FIELD.encode(), PROOF_FIELD.encode()),
+            *(b"x-vllm-priority", HOP, TENANT_FIELD.encode(), PROOF_FIELD.encode(), *TRACE_FIELDS),
         )
     )
     | ENDING_HERE

@@ -19,7 +19,9 @@ _LENGTH_LOW: Final = b"\r\ncontent-length: "
 _LENGTH_HIGH: Final = b"\r\nContent-Length: "
 _LENGTH_BYTES: Final = 18  # of either of them
 _DIGITS_MAX: Final = 18
-_NEVER_AGAIN: Final = b"\r\n" + HOP + b": "  # as we write it: no two of these are equal
+# No two of these are equal: a hop's field, as we write it, and a client's trace, as most write it.
+_NEVER_AGAIN: Final = b"\r\n" + HOP + b": "
+_TRACED: Final = b"\r\ntraceparent: "
 _ZERO: Final = 0x30
 _NINE: Final = 0x39
 
@@ -90,7 +92,7 @@ class HeadMemory(Generic[H]):
         return head, number if head.counted else head.content_length
 
     def _remember(self, known: dict[bytes, H], key: bytes, head: H) -> None:
-        if len(key) > limits.REMEMBERED_HEAD_BYTES_MAX or _NEVER_AGAIN in key:
+        if len(key) > limits.REMEMBERED_HEAD_BYTES_MAX or _NEVER_AGAIN in key or _TRACED in key:
             return
         if len(known) >= limits.HEADS_REMEMBERED_MAX:
             known.clear()

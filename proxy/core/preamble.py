@@ -5,6 +5,9 @@ Where the path leads, who asks, which session it names, and the octets that go o
 A client may name a data-parallel rank, of a server that it cannot see. Where the proxy chooses
 among ranks its choice stands, because a rank without its server means nothing; to a server whose
 ranks the proxy does not know the client's word goes on as it came.
+
+The trace that a client is in is kept apart: it goes on as it came, or, where this proxy records
+traces, with one of its own spans as the parent.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from proxy import errors
 from proxy.core import head as heads
 from proxy.core import limits
 from proxy.core.credentials import read_credential
-from proxy.core.http1 import EXPLAIN, HOP, RequestHead, parse_request_head
+from proxy.core.http1 import EXPLAIN, HOP, Field, RequestHead, parse_request_head
 from proxy.core.replica import RANK_FIELD
 from proxy.core.routes import OFFLINE_ROOTS, Route, find_route
 from proxy.core.session import session_of_head
+from proxy.core.trace_context import FIELDS as TRACE_FIELDS
 from proxy.core.wishes import read_wishes
 
 _VIA: Final = b"via"
@@ -55,6 +59,8 @@ class Preamble:
         "sent_fields",
         "session_key",
         "target",
+        "trace_fields",
+        "trace_lines",
         "via",
         "wishes",
     )
@@ -92,6 +98,9 @@ class Preamble:
         self.rank_fields = b"".join(
             [b"%b: %b\r\n" % field for field in head.fields if field[0] == RANK_FIELD]
         )
+        traced: list[Field] = [field for field in head.fields if field[0] in TRACE_FIELDS]
+        self.trace_fields = traced
+        self.trace_lines = b"".join([b"%b: %b\r\n" % field for field in traced])  # as they came
 
     def upstream_head(
         self,

@@ -201,12 +201,17 @@ class Ending(Metered):
     def _end_wait(self) -> None:
         if self._waiter is not None:
             self._plane.waiting.drop(self._waiter)
-            self._queue_s = self._plane.clock.now_s() - self._waiter.since_s
+            now_s = self._plane.clock.now_s()
+            self._queue_s = now_s - self._waiter.since_s
+            if self._trace is not None:
+                self._trace.waited(self._waiter.since_s, now_s, self._request.held_for)
             self._waiter = None
 
     def _release(self, now_s: float, *, served: bool = False, refused: bool = False) -> None:
         lease, self._lease = self._lease, None
         if lease is not None:
+            if self._trace is not None:
+                self._trace.left(self._sent_s, now_s)
             if self._request.work_class == OFFLINE:
                 self._plane.preemption.drop(lease)
             first_s = self._first_octet_s

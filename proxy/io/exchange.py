@@ -237,6 +237,8 @@ class Exchange(Crossing):
         self._progress = _REQUEST_SENT
         host_field = self._decision.replica.host_field
         self._rid = b""
+        if self._trace is not None or self._preamble.trace_lines:
+            host_field += self._trace_fields()
         if self._decision.replica.rid_header:
             host_field += self._name_itself()
         priorities, work_class = self._decision.replica.priority_fields, self._request.work_class
@@ -255,6 +257,7 @@ class Exchange(Crossing):
         assert self._decision is not None
         assert self._upstream is not None
         self._sent_s = max(self._sent_s, self._upstream.sent_s)  # it may have been held a little
+        self._upstream_status = head.status
         replica = self._decision.replica
         if self._remote:
             if self._was_refused(head):

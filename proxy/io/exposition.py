@@ -11,7 +11,6 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -29,6 +28,7 @@ from proxy.contract import FleetSnapshot, LoadSample
 from proxy.contract.metrics import METRICS_VERSION, PREFIX, Family
 from proxy.io.families import FAMILIES
 from proxy.io.telemetry import Labels, Sample
+from proxy.version import package_version
 
 _KINDS = {
     "counter": CounterMetricFamily,
@@ -103,13 +103,6 @@ def render_metrics(
     ProcessCollector(registry=registry)
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
-
-
-def package_version() -> str:
-    try:
-        return version("doherty")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def build_sample() -> Sample:

@@ -7,6 +7,7 @@ them and few lines read them.
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 from proxy.core.classes import NAMES, UNSAID
 from proxy.core.cost import Terms
@@ -17,13 +18,19 @@ from proxy.core.policy import Decision, Request
 from proxy.core.preamble import Preamble
 from proxy.core.prefix import NO_CHAIN
 from proxy.core.principal import ANYBODY
+from proxy.core.request_spans import RequestFacts
+from proxy.core.retry import Progress
 from proxy.core.routes import Route
+from proxy.core.termination import termination
 from proxy.core.usage import Usage
-from proxy.errors import OK, Dialect, dialect_of
+from proxy.errors import OK, Dialect, ProxyError, dialect_of
 from proxy.io.access_log import AccessRecord
 from proxy.io.plane import Plane
+from proxy.io.tracing import Trace
 
 _log = logging.getLogger("doherty.facts")
+
+_CHOOSING: Final = Progress.CHOOSING
 
 
 class Facts:
@@ -35,12 +42,14 @@ class Facts:
         "_first_octet_s",
         "_last_octet_s",
         "_model",
+        "_origin",
         "_peer",
         "_plane",
         "_pool",
         "_preamble",
         "_preempted",
         "_principal",
+        "_progress",
         "_queue_s",
         "_received_bytes",
         "_request",
@@ -50,6 +59,8 @@ class Facts:
         "_stream",
         "_tail",
         "_terms",
+        "_trace",
+        "_upstream_status",
         "_usage",
         "_whole_s",
         "request_id",
@@ -69,11 +80,16 @@ class Facts:
         self._decision: Decision | None = None
         self._terms: Terms | None = None  # the price at the moment of the decision
         self._queue_s = -1.0  # how long it waited for a replica; -1: it went at once
+        self._origin: str | None = None  # the region that it has come from, if it has crossed
+        self._progress = _CHOOSING
+        self._upstream_status = 0  # of the answer that came last; 0: none has
         self._attempts = 0
         self._preempted = 0  # how often it was dispatched and then had to give way
         self._received_bytes = 0
         self._tail = b""
         self._usage: Usage | None = None
+        tracer = plane.tracer
+        self._trace: Trace | None = None if tracer is None else tracer.begin(preamble)
         self._started_s = plane.clock.now_s()
         self._whole_s = self._sent_s = self._first_octet_s = 0.0
         self._last_octet_s = self._started_s
@@ -105,6 +121,7 @@ class Facts:
             (b"x-doherty-replica", decision.replica.name.encode()),
             (b"x-doherty-region", decision.replica.region.encode()),
             (b"x-doherty-decision", decision.reason.encode()),
+            (b"x-doherty-attempts", b"%d" % self._attempts),
             (b"x-doherty-price-s", b"%.6f" % terms.price_s),
             (b"x-doherty-price-terms", _terms_field(terms)),
             (b"x-doherty-wait-s", b"%.6f" % terms.wait_s),
@@ -124,17 +141,27 @@ class Facts:
 
     def _know_price(self, decision: Decision, now_s: float) -> None:
         """Keep the terms for those who will read them, before the request is itself one of them."""
-        plane = self._plane
-        if plane.access_log.enabled or self._explained:
+        plane, trace = self._plane, self._trace
+        recorded = trace is not None and trace.recorded
+        if plane.access_log.enabled or recorded or self._explained:
             assert self._pool is not None
             self._terms = priced(decision, self._request, self._pool, plane.picture, now_s)
+        if trace is not None:
+            trace.chosen(decision, self._terms, now_s)
+
+    def _trace_fields(self) -> bytes:
+        """Return what whoever gets the request is told of its trace, with line ends."""
+        trace = self._trace
+        return self._preamble.trace_lines if trace is None else trace.fields()
 
     def _write_down(self, status: int, outcome: str, now_s: float) -> None:
         """Take the counts and log the line. Whatever happens here, the client gets its answer."""
         try:
             self._count(status, outcome, now_s)
-            if self._plane.access_log.enabled:
+            if self._plane.access_log.enabled and self._is_logged(status, outcome):
                 self._log_line(status, outcome, now_s)
+            if self._trace is not None and self._trace.recorded:
+                self._tell_trace(self._trace, status, outcome, now_s)
         except Exception:  # noqa: BLE001 - the books of one request, and not the request
             self._plane.telemetry.internal_errors_total += 1
             _log.exception("writing down request %s", self.request_id.decode())
@@ -179,6 +206,34 @@ class Facts:
                     usage.cached_tokens or 0,
                 )
 
+    def _is_logged(self, status: int, outcome: str) -> bool:
+        """Say whether the access log has it: a share of what went well, and all else."""
+        plane = self._plane
+        share = plane.config.access_log_ratio
+        return share >= 1.0 or status >= 400 or outcome != OK or plane.clock.draw() < share
+
+    def _tell_trace(self, trace: Trace, status: int, outcome: str, now_s: float) -> None:
+        """Hand over what spans are made of. Of what the proxy answers by itself there are none."""
+        plane, route, principal = self._plane, self._route, self._principal
+        if plane.tracer is None or (route is not None and route.local):
+            return
+        facts = RequestFacts(trace.trace_id, trace.span_id, plane.clock.unix_s() - now_s)
+        facts.parent, facts.linked = trace.parent, trace.linked
+        facts.attempts, facts.waits = trace.attempts, trace.waits
+        facts.client, facts.method = self._peer, self._preamble.method_text
+        facts.path, facts.request_id = self._preamble.path_text, self.request_id.decode("ascii")
+        facts.route = route.name if route is not None else "none"
+        facts.model, facts.stream = self._model, self._stream
+        facts.status, facts.outcome, facts.usage = status, outcome, self._usage
+        facts.region, facts.received_bytes = plane.region, self._received_bytes
+        facts.tenant, facts.key_id = principal.tenant, principal.key_id
+        facts.work_class = self._request.work_class
+        facts.overhead_s = self._overhead_s if self._sent_s else 0.0
+        facts.started_s, facts.whole_s = self._started_s, self._whole_s
+        facts.first_octet_s, facts.ended_s = self._first_octet_s, now_s
+        facts.token_s = self._token_s(self._usage, outcome)
+        plane.tracer.over(facts)
+
     def _token_s(self, usage: Usage | None, outcome: str) -> float:
         """Return the mean time between the tokens of a whole stream, 0 where it has none.
 
@@ -195,9 +250,16 @@ class Facts:
         """Return how many tokens that should be, where the request went."""
         return self._plane.picture.tokens_of(octets, self._decision.slot) if self._decision else 0
 
+    def _class_name(self) -> str:
+        work_class = self._request.work_class
+        return NAMES[work_class] if work_class != UNSAID else ""
+
     def _log_line(self, status: int, outcome: str, now_s: float) -> None:
-        decision, started_s = self._decision, self._started_s
-        first_s = self._first_octet_s
+        decision, started_s, principal = self._decision, self._started_s, self._principal
+        first_s, usage, route, trace = self._first_octet_s, self._usage, self._route, self._trace
+        recorded = trace if trace is not None and trace.recorded else None
+        token_s = self._token_s(usage, outcome)
+        waited, retries = self._queue_s >= 0.0, self._preamble.wishes.retries
         self._plane.access_log.write(
             AccessRecord(
                 at=int(self._plane.clock.unix_s() * 1e3) / 1e3,
@@ -206,21 +268,54 @@ class Facts:
                 method=self._preamble.method_text,
                 path=self._preamble.path_text,
                 status=status,
+                upstream_status=self._upstream_status or None,
                 outcome=outcome,
+                termination=termination(
+                    outcome, self._progress, local=route is not None and route.local
+                ),
+                tenant=principal.tenant,
+                key_id=principal.key_id,
+                work_class=self._class_name(),
                 model=self._model,
                 stream=self._stream,
                 replica=decision.replica.name if decision else None,
+                region=decision.replica.region if decision else None,
+                origin=self._origin,
                 decision=decision.reason if decision else None,
                 attempts=self._attempts,
                 preempted=self._preempted,
+                client_retries=retries if retries >= 0 else None,
                 prompt_tokens_estimated=self._tokens(self._request.chain.prompt_bytes),
                 cached_tokens_believed=self._terms.cached_tokens if self._terms else 0,
+                prompt_tokens=usage.prompt_tokens if usage else None,
+                cached_tokens=usage.cached_tokens if usage else None,
+                completion_tokens=usage.completion_tokens if usage else None,
                 received_bytes=self._received_bytes,
                 price=self._terms,
-                queue_ms=int(self._queue_s * 1e6) / 1e3 if self._queue_s >= 0.0 else 0.0,
+                queue_ms=int(self._queue_s * 1e6) / 1e3 if waited else 0.0,
+                queue_reason=self._request.held_for if waited else None,
                 overhead_us=int(self._overhead_s * 1e6) if self._sent_s else None,
                 first_octet_ms=int((first_s - started_s) * 1e6) / 1e3 if first_s else None,
+                tpot_ms=int(token_s * 1e6) / 1e3 if token_s else None,
                 duration_ms=int((now_s - started_s) * 1e6) / 1e3,
+                trace_id=recorded.trace_id.decode("ascii") if recorded else None,
+                span_id=recorded.span_id.decode("ascii") if recorded else None,
+            )
+        )
+
+
+def write_down_refused(plane: Plane, peer: str, request_id: bytes, error: ProxyError) -> None:
+    """Count and log what was refused before its head could be read."""
+    plane.telemetry.series("none", "").outcomes[error.status, error.code] += 1
+    if plane.access_log.enabled:
+        plane.access_log.write(
+            AccessRecord(
+                at=int(plane.clock.unix_s() * 1e3) / 1e3,
+                request_id=request_id.decode("ascii"),
+                client=peer,
+                status=error.status,
+                outcome=error.code,
+                termination=termination(error.code, _CHOOSING, local=False),
             )
         )
 

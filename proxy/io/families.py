@@ -383,6 +383,8 @@ _PROXY: Final = (
         "result",
         "Times that the configuration was read again, by what became of it",
     ),
+    counter("trace_spans_exported_total", "", "Spans of traces that the collector has taken"),
+    counter("trace_spans_dropped_total", "reason", "Spans of traces that were lost, by reason"),
     gauge("config_last_reload_successful", "", "0 where the last reading could not be used"),
     gauge(
         "config_last_reload_success_timestamp_seconds",

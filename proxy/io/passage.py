@@ -170,7 +170,8 @@ class Passage(Relay):
         self._upstream = upstream
         self._progress = _REQUEST_SENT
         head = preamble.passed_head(
-            plane.offline.host_field, self.request_id, self._length, self._credential
+            plane.offline.host_field + self._trace_fields(),
+            *(self.request_id, self._length, self._credential),
         )
         upstream.send(self, head, b"")
         if self._early.size:
@@ -207,6 +208,7 @@ class Passage(Relay):
     def response_started(self, head: ResponseHead, length: int) -> None:
         self._progress = _RESPONSE_STARTED
         self._response = head
+        self._upstream_status = head.status
         if not self._whole_s:
             self._keep_alive = False  # refused before it was read: what still comes is no request
         self._render_head(head, length)

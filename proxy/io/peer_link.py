@@ -34,6 +34,7 @@ class PeerLink:
         self.delay_s = 0.0  # of what the other side says, about
         self._round_trips_s: deque[float] = deque(maxlen=claim_limits.ROUND_TRIPS_MAX)
         self._bytes_max = limits.PEER_FRAME_BYTES_MAX
+        self._has_ended_writing = False
         self._reader = reader
         self._writer = writer
         self._outward = self._inward = peer_wire.Seal(b"")
@@ -117,8 +118,16 @@ class PeerLink:
         return self._writer.transport.get_write_buffer_size()
 
     def send(self, frame: bytes) -> None:
-        if not self._writer.is_closing():
+        if not (self._has_ended_writing or self._writer.is_closing()):
             self._writer.write(self._outward.close(frame))
+
+    def end_writing(self) -> None:
+        """Say no more, and go on reading: the other side ends it once it has read everything. One
+        that is closed at once may be lost with what the other has not read, as soon as that one
+        writes (shutdown(2), send(2): EPIPE)."""
+        if not (self._has_ended_writing or self._writer.is_closing()):
+            self._has_ended_writing = True
+            self._writer.write_eof()
 
     def fail(self, reason: str) -> None:
         self.failure = self.failure or reason

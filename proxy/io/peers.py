@@ -1,9 +1,10 @@
 """The links to other proxies: listened for, dialled, kept to one for each pair.
 
 Every proxy may be given the same list, itself in it: who dials himself hears his own name and lets
-it be. Two who dial each other keep the link of whose name is smaller, and both know which that is.
-A proxy's name is drawn anew for each life. A link that breaks is dialled again, with pauses that
-grow; whatever the other side does wrong ends its link and nothing else.
+it be. Two who dial each other keep the link of whose name is smaller, and both know which that is;
+one that a proxy gave to its successor by hand is kept before any other. A proxy's name is drawn
+anew for each life. A link that breaks is dialled again, with pauses that grow; whatever the other
+side does wrong ends its link and nothing else.
 
 With the proxies of the region notes are shared. Those of other regions that the configuration names
 may link as well, and say only messages; what becomes of these links `io/regions.py` says.
@@ -31,7 +32,9 @@ from proxy.io.telemetry import Sample
 _log = logging.getLogger("doherty.peers")
 
 _REFUSALS_REMEMBERED_MAX = 256
-PREDECESSOR = "the proxy before"  # the name of the link to the one that this has taken over from
+# Names of the links between one that takes over and the one that leaves.
+PREDECESSOR, SUCCESSOR = "the proxy before", "the proxy that takes over"
+_BY_HAND = frozenset((PREDECESSOR, SUCCESSOR))
 Reader = Callable[[PeerLink, bytes], None]
 
 
@@ -64,6 +67,7 @@ class Peers:
         self._listening: asyncio.Task[None] | None = None
         self._dialling: dict[tuple[str, str], asyncio.Task[None]] = {}  # by address and region
         self._links: dict[bytes, PeerLink] = {}  # by the other's name
+        self._by_hand: dict[str, asyncio.Task[None]] = {}  # by the link's name
         self._greeting: set[PeerLink] = set()  # who has not shown yet who he is
         self._failures: dict[str, int] = defaultdict(int)
         self._refusals: dict[str, str] = {}  # what was said last of a place, to say it once
@@ -143,7 +147,19 @@ class Peers:
 
     def adopt(self, end: socket.socket, *, dialled: bool) -> None:
         """Link by a socket that only a proxy of ours can have."""
-        self._tasks.start("peer by hand", self._adopt(end, dialled=dialled))
+        name = PREDECESSOR if dialled else SUCCESSOR
+        self._by_hand[name] = self._tasks.spawn("peer by hand", self._adopt(end, dialled=dialled))
+
+    def greets(self, name: str) -> bool:
+        """Say whether the link by hand of this name is yet to come about."""
+        task = self._by_hand.get(name)
+        linked = any(link.name == name for link in self._links.values())
+        return task is not None and not task.done() and not linked
+
+    def is_over(self, name: str) -> bool:
+        """Say whether the link by hand of this name has ended, or never came about."""
+        task = self._by_hand.get(name)
+        return task is not None and task.done()
 
     async def _adopt(self, end: socket.socket, *, dialled: bool) -> None:
         end.setblocking(False)
@@ -152,8 +168,7 @@ class Peers:
         except OSError:
             end.close()
             return
-        name = PREDECESSOR if dialled else "the proxy that takes over"
-        link = PeerLink(reader, writer, name, "")
+        link = PeerLink(reader, writer, PREDECESSOR if dialled else SUCCESSOR, "")
         with contextlib.suppress(_IsSelfError, _DoubledError):
             await self._run(link, None, dialled=dialled)
 
@@ -312,7 +327,8 @@ class Peers:
         other = self._links.get(link.peer_id)
         if other is not None:
             smaller = min(self._proxy_id, link.peer_id)
-            if link.dialled_by != smaller or other.dialled_by == smaller:
+            worse = link.dialled_by != smaller or other.dialled_by == smaller
+            if other.name in _BY_HAND or (worse and link.name not in _BY_HAND):
                 raise _DoubledError(other)
             del self._links[link.peer_id]
             self._unlink(other)

@@ -47,6 +47,7 @@ from proxy.io.outbox import Outbox
 from proxy.io.sharing import Sharing
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
+from proxy.io.tracing import Tracer
 from proxy.io.upstreams import Upstreams
 
 
@@ -101,6 +102,7 @@ class Plane(Abroad):
         self.authentication = Authentication(config, clock)
         self.hops = Hops(config, clock)
         self.metering = Metering(config, clock)
+        self.tracer: Tracer | None = None  # while traces are off
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
@@ -394,6 +396,7 @@ class Plane(Abroad):
             *self.preemption.counters(),
             *self.hops.counters(),
             *self.metering.counters(),
+            *(self.tracer.counters() if self.tracer is not None else ()),
             dropped,
         ]
 

@@ -6,12 +6,15 @@ used of the day before this process began. Every so often it keeps the day's sum
 (`quota_path`), so that neither an end nor a kill begins the day anew.
 
 A proxy that takes over hears the sums of the one before like any other's, over the link between the
-two; when that one ends, its day becomes part of what was before this process began.
+two, and has that one's day as part of what was before this process began. Nothing of a day is lost
+on the way: the one before keeps the file once more before it says that it leaves, and does not end
+before the new one has read all that it told; where no link came to be, the file is read.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -20,7 +23,7 @@ from collections.abc import Set as AbstractSet
 from typing import Final
 
 from proxy.config import ProxyConfig
-from proxy.core import claim_limits, peer_wire, quota
+from proxy.core import claim_limits, limits, peer_wire, quota
 from proxy.core.admission import NANO
 from proxy.core.quota import Row
 from proxy.core.quota_sums import (
@@ -28,11 +31,12 @@ from proxy.core.quota_sums import (
     LIVES_MAX,
     Elsewhere,
     Sums,
+    Telling,
     read_telling,
     write_tellings,
 )
 from proxy.io.peer_link import PeerLink
-from proxy.io.peers import PREDECESSOR, Peers
+from proxy.io.peers import PREDECESSOR, SUCCESSOR, Peers
 from proxy.io.quota_file import DaySums, read_sums, write_sums
 from proxy.io.quota_memory import QuotaMemory
 from proxy.io.telemetry import Sample
@@ -44,6 +48,8 @@ TELL_INTERVAL_S: Final = 0.1
 # A proxy that is killed forgets no more of the day than it counted in this time.
 KEEP_INTERVAL_S: Final = 1.0
 _BEHIND_BYTES: Final = 256 * 1024  # a link that does not take this is told all of it later
+# A successor that is still greeting its predecessor has this long; only one that hangs needs it.
+FAREWELL_TIMEOUT_S: Final = limits.PEER_HANDSHAKE_TIMEOUT_S + 1.0
 
 
 class QuotaKeeper:
@@ -66,7 +72,6 @@ class QuotaKeeper:
         self._told: dict[str, Sums] = {}  # what we told last
         self._links: dict[bytes, PeerLink] = {}
         self._behind: set[bytes] = set()  # they have missed something
-        self._predecessor = b""
         self._awaits = takes_over  # what was before has not been heard yet
         self._path: str | None = None
         self._keeps = True  # the file is ours to write
@@ -105,9 +110,33 @@ class QuotaKeeper:
                 due_s = self._now_s() + KEEP_INTERVAL_S
                 await self.keep()
 
-    def leave(self) -> None:
-        """Another goes on with the file, and hears what still happens here."""
+    async def leave(self) -> None:
+        """Another goes on with the file as it is now, and hears what still happens here."""
+        self.tick()
+        await self.keep()
         self._keeps = False
+
+    async def farewell(self) -> None:
+        """Keep and tell for the last time; return once a successor has read it."""
+        self.tick()
+        await self.keep()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_TIMEOUT_S):
+                await self._tell_last()
+
+    async def _tell_last(self) -> None:
+        while True:
+            successor = next(
+                (link for link in self._links.values() if link.name == SUCCESSOR), None
+            )
+            if successor is not None and successor.peer_id not in self._behind:
+                break
+            if successor is None and not self._peers.greets(SUCCESSOR):
+                return
+            await asyncio.sleep(TELL_INTERVAL_S)
+            self.tick()
+        successor.end_writing()
+        await successor.ended.wait()  # it has read to the end, and ends it, too
 
     # --- what is told, and heard -------------------------------------------------------------
 
@@ -131,27 +160,26 @@ class QuotaKeeper:
         for life in self._links.keys() - links.keys():
             self._elsewhere.gone(life, now_s)
             self._behind.discard(life)
-            if life == self._predecessor:
-                self._inherit(life)
-        for life, link in links.items():
-            if self._links.get(life) is not link:
-                self._behind.add(life)
-            if link.name == PREDECESSOR:
-                self._predecessor = life
-        self._links = links
-
-    def _inherit(self, life: bytes) -> None:
-        """The proxy before this one has ended: its day is ours to tell and to keep."""
-        told = self._elsewhere.told_by(life)
-        self._predecessor = b""
-        if self._awaits and not told:
+            del self._links[life]
+        for link in links.values():
+            self._meet(link)
+        if self._awaits and self._peers.is_over(PREDECESSOR):  # and nothing was heard over it
             self._begin(read_sums(self._path) if self._path is not None else DaySums())
-            return
-        days = {
-            name: (s.day_tokens, s.day_cost) for name, s in told.items() if s.day == self._today
-        }
+
+    def _meet(self, link: PeerLink) -> None:
+        """A link that is new is told all, and its end is seen, however short it was."""
+        if self._links.get(link.peer_id) is not link:
+            self._links[link.peer_id] = link
+            self._behind.add(link.peer_id)
+
+    def _follow(self, life: bytes, telling: Telling) -> None:
+        """The day of the proxy before is ours to tell and to keep, while it goes on, too."""
+        self._awaits = False
         self._elsewhere.carry(life)
-        self._begin(DaySums(self._today, [*self._before.lives, life.hex()], days))
+        before = self._before.tenants if self._before.day == self._today else {}
+        news = {s.tenant: (s.day_tokens, s.day_cost) for s in telling.sums if s.day == self._today}
+        lives = dict.fromkeys([*(each.hex() for each in telling.lives), life.hex()])
+        self._before = DaySums(self._today, list(lives)[-LIVES_MAX:], {**before, **news})
 
     def _changed(self, name: str, row: Row) -> Sums | None:
         """Return what our workers have of a tenant, if that was not told so."""
@@ -194,9 +222,11 @@ class QuotaKeeper:
 
     def _hear(self, link: PeerLink, octets: bytes) -> None:
         """A proxy tells of its tenants. Raises `WireError`."""
-        self._elsewhere.hear(link.peer_id, read_telling(octets))
+        telling = read_telling(octets)
+        self._meet(link)
+        self._elsewhere.hear(link.peer_id, telling)
         if link.name == PREDECESSOR:
-            self._awaits = False
+            self._follow(link.peer_id, telling)
         self._touch(self._elsewhere.take_touched() & self._memory.rows().keys())
 
     def _touch(self, tenants: AbstractSet[str]) -> None:
@@ -232,17 +262,10 @@ class QuotaKeeper:
                 _log.error("quota_path: %s cannot be written: %s", self._path, error)
 
     def _of_the_day(self) -> DaySums:
-        """Return what is to outlive us: ours, and what the proxy before us has had until now."""
+        """Return what is to outlive us: ours, with what was before."""
         days = {s.tenant: (s.day_tokens, s.day_cost) for s in self._told.values()}
+        tenants = {name: sums for name, sums in (self._before.tenants | days).items() if any(sums)}
         lives = [*self._before.lives, self._peers.proxy_id.hex()]
-        if self._predecessor:
-            lives.append(self._predecessor.hex())
-            for name, sums in self._elsewhere.told_by(self._predecessor).items():
-                if sums.day == self._today:
-                    tokens, cost = days.get(name, (0, 0))
-                    both = tokens + sums.day_tokens, cost + sums.day_cost
-                    days[name] = (min(COUNT_MAX, both[0]), min(COUNT_MAX, both[1]))
-        tenants = {name: sums for name, sums in days.items() if any(sums)}
         return DaySums(self._today, lives[-LIVES_MAX:], tenants)
 
     # --- what is reported --------------------------------------------------------------------

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from proxy import flags
 from proxy.config import (
+    ALIASES,
     EMBEDDED_DEFAULT,
-    POLICY_ALIASES,
     AutoscaleConfig,
     Config,
     ConfigError,
@@ -21,7 +21,6 @@ from proxy.config import (
     PoolConfig,
     ProxyConfig,
     describe_fields,
-    json_schema,
     load_config,
     override,
     parse_config,
@@ -81,7 +80,7 @@ _POOL = "models:\n  - name: m\n    pools:\n      - engine: simulator\n"
         ),
         (
             "zzz: 1",
-            "f:1: unknown key 'zzz'; valid keys: region, proxy, manager, offline, models, tenants",
+            "f:1: unknown key 'zzz'; valid keys: version, region, proxy, manager, offline, models",
         ),
         ("proxy:\n  port: 70000", "f:2: proxy.port: Expected `int` <= 65535"),
         ("\nproxy: {port: '80'}", "f:2: proxy.port: Expected `int`, got `str`"),
@@ -296,7 +295,13 @@ _OTHER_VALUES: dict[str, tuple[list[str], str, object]] = {
     "shutdown_grace_period_secs": (["0"], "0", 0.0),
     "drain_settle_secs": (["2"], "2", 2.0),
     "access_log": (["off"], "off", "off"),
+    "access_log_ratio": (["0.1"], "0.1", 0.1),
     "log_level": (["debug"], "debug", "debug"),
+    "log_json": ([], "1", True),
+    "enable_trace": ([], "1", True),
+    "otlp_traces_endpoint": (["http://c:4318"], "http://c:4318", "http://c:4318"),
+    "trace_sample_ratio": (["0.5"], "0.5", 0.5),
+    "trace_context": (["restart"], "restart", "restart"),
     "expose_routing": ([], "1", True),
     "tenant_isolation": ([], "1", True),
     "region": (["eu"], "eu", "eu"),
@@ -401,20 +406,37 @@ def test_an_override_without_a_field_at_fault_is_still_explained() -> None:
 
 
 def test_aliases_are_understood_everywhere() -> None:
-    for alias, policy in POLICY_ALIASES.items():
-        assert parse_config(f"proxy: {{policy: {alias}}}", "f").proxy.policy == policy
-        assert flags.read(["--policy", alias], {}).policy == policy
+    for name, aliases in ALIASES.items():
+        for alias, meant in aliases.items():
+            told = parse_config(f"proxy: {{{name}: {alias}}}", "f").proxy
+            assert getattr(told, name) == meant
+            assert getattr(flags.read(["--" + name.replace("_", "-"), alias], {}), name) == meant
+            assert getattr(flags.read([], {"DOHERTY_" + name.upper(): alias}), name) == meant
 
 
-def test_the_schema_knows_every_section() -> None:
-    schema = json_schema()
-    assert set(schema["$defs"]) == {
-        "Config", "ProxyConfig", "ManagerConfig", "ModelConfig", "PoolConfig", "AutoscaleConfig",
-        "DockerConfig", "RayConfig", "ReclaimNoticeConfig", "OfflineConfig", "AccessConfig",
-        "ClassesConfig", "JwtConfig", "ModelAccess", "RemoteRegionConfig", "TenantConfig",
-    }  # fmt: skip
-    assert schema["$defs"]["ProxyConfig"]["additionalProperties"] is False
-    assert schema["$defs"]["ProxyConfig"]["properties"]["port"]["maximum"] == 65535
+@pytest.mark.parametrize("text", ["", "version: 1", "version: 1\nregion: eu"])
+def test_the_version_may_be_said(text: str) -> None:
+    assert parse_config(text, "f").version == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("region: eu\nversion: 2\nmodles: []", "f:2: version: 2 is of a newer release"),
+        ("version: 0", "f:1: version: Expected `int` >= 1"),
+        ("version: '1'", "f:1: version: Expected `int`, got `str`"),
+        ("version: true", "f:1: version: Expected `int`, got `bool`"),
+    ],
+)
+def test_another_version_is_refused_with_its_line(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "f")
+    assert str(caught.value).startswith(said)
+
+
+def test_what_is_said_at_the_top_is_refused_below_with_its_line() -> None:
+    with pytest.raises(ConfigError, match=r"^f:2: proxy.access: say tenants, jwt"):
+        parse_config("proxy:\n  access: {models: {m: {prompt_price: 1}}}", "f")
 
 
 # --- the contract ---------------------------------------------------------------------------

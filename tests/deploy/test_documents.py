@@ -6,14 +6,18 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 
 from proxy.config import parse_config
+from proxy.config_schema import json_schema
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("deploy/**/*.md"), *ROOT.glob("loadtest/**/*.md")]
 )
+VALIDATOR = jsonschema.Draft202012Validator(json_schema())
 _FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 
 
@@ -90,3 +94,4 @@ def _configurations() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "text"), _configurations(), ids=lambda value: value[:40])
 def test_every_configuration_is_valid(name: str, text: str) -> None:
     parse_config(text, name)
+    VALIDATOR.validate(yaml.safe_load(text))

@@ -49,11 +49,18 @@ class MemoryDesk:
         self.ended: set[str] = set()  # jobs
         self.down = False  # answers 503
         self.on_report = asyncio.Event()
-        self._lines = {(line.job_id, line.number): line for line in lines}
-        self._waiting = list(self._lines)
+        self._lines: dict[Key, Line] = {}
+        self._waiting: list[Key] = []
+        self.add(lines)
         self._held: dict[str, _Held] = {}
         self._fence = 0
         self._runner: web.AppRunner | None = None
+
+    def add(self, lines: list[Line]) -> None:
+        """Have more to give out."""
+        more = {(line.job_id, line.number): line for line in lines}
+        self._lines |= more
+        self._waiting += more
 
     async def start(self) -> str:
         """Listen; return the URL."""

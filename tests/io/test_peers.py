@@ -18,7 +18,7 @@ from proxy.core import limits, peer_wire
 from proxy.io import control
 from proxy.io.hub import Hub
 from proxy.io.peer_link import PeerLink
-from proxy.io.peers import Peers
+from proxy.io.peers import PREDECESSOR, SUCCESSOR, Peers
 from proxy.io.tasks import Tasks
 from tests.fakes.engine import free_port
 from tests.fakes.hub import FakeWorker, value
@@ -299,6 +299,55 @@ async def test_a_link_by_hand_needs_no_key() -> None:
         await linked(one, other)
         await hears(one, other)
         await hears(other, one)
+
+
+async def test_a_link_by_hand_takes_the_place_of_one_that_was_dialled() -> None:
+    """Who takes over has dialled the one before already, where the list names both as one."""
+    (place,) = await addresses(1)
+    async with Proxy(peer_listen=place) as old, Proxy() as new:
+        new.peers.start_listening(ProxyConfig(peers=(place,)))
+        await linked(old, new)
+        ours, theirs = socket.socketpair()
+        new.peers.adopt(ours, dialled=True)
+        old.peers.adopt(theirs, dialled=False)
+        await until(
+            lambda: (
+                [link.name for proxy in (old, new) for link in proxy.links]
+                == [SUCCESSOR, PREDECESSOR]
+            )
+        )
+        before = [*old.links, *new.links]
+        await asyncio.sleep(5 * limits.PEER_PAUSE_MAX_S)
+        assert [*old.links, *new.links] == before
+        await hears(old, new)
+
+
+async def test_what_was_sent_before_the_end_is_read_though_the_other_writes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A socket that is closed while the other side writes takes with it what that has not read."""
+    monkeypatch.setattr(limits, "PEER_BEAT_S", 60.0)
+    heard: list[bytes] = []
+    ours, theirs = socket.socketpair()
+    async with Proxy() as old, Proxy() as new:
+        new.peers.listen(peer_wire.QUOTAS, lambda _, octets: heard.append(octets))
+        assert not old.peers.greets(SUCCESSOR)
+        old.peers.adopt(theirs, dialled=False)
+        assert old.peers.greets(SUCCESSOR)
+        assert not old.peers.is_over(SUCCESSOR)
+        new.peers.adopt(ours, dialled=True)
+        await linked(old, new)
+        assert not old.peers.greets(SUCCESSOR)
+        (there,), (here,) = old.links, new.links
+        for number in range(200):
+            there.send(peer_wire.write_message(peer_wire.QUOTAS, bytes((number,)) * 20_000))
+        there.end_writing()
+        there.send(peer_wire.write_beat(peer_wire.BEAT, 0.0))  # is nothing any more
+        for _ in range(50):
+            here.send(peer_wire.write_beat(peer_wire.BEAT, 0.0))
+        await there.ended.wait()
+        assert [octets[0] for octets in heard] == list(range(200))
+        await until(lambda: new.peers.is_over(PREDECESSOR) and old.peers.is_over(SUCCESSOR))
 
 
 async def test_a_link_by_hand_to_one_who_knows_none_is_nothing(

@@ -15,7 +15,7 @@ from proxy.core import peer_wire, quota
 from proxy.core.peer_wire import read_frame
 from proxy.core.quota import Account
 from proxy.io import quota_keeper
-from proxy.io.peers import PREDECESSOR
+from proxy.io.peers import PREDECESSOR, SUCCESSOR
 from proxy.io.quota_file import DaySums, read_sums, write_sums
 from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.quota_memory import QuotaMemory, quota_cells_at
@@ -38,8 +38,13 @@ class Link:
         self.peer_id = life  # the other's
         self.name = name
         self.waiting_bytes = 0
+        self.ended = asyncio.Event()
         self.other: Proxy
         self.theirs: Link
+
+    def end_writing(self) -> None:
+        """The other side has read all of it, and ends the link."""
+        part(self.other, self.theirs.other)
 
     def send(self, frame: bytes) -> None:
         self.other.readers[peer_wire.QUOTAS](self.theirs, read_frame(frame).batch)
@@ -52,6 +57,8 @@ class Proxy:
         self.proxy_id = bytes((number,)) * 16
         self.readers: dict[int, Callable[..., None]] = {}
         self.linked: list[Link] = []
+        self.greeting: set[str] = set()  # links by hand that are to come
+        self.over: set[str] = set()  # and those that have ended
         self.memory = QuotaMemory(1)
         row = self.memory.assign(["t"])["t"]
         self.account = Account(quota_cells_at(self.memory.fd, 1), 1, row, 0)
@@ -69,7 +76,13 @@ class Proxy:
         self.readers[kind] = reader
 
     def links(self) -> list[Link]:
-        return self.linked
+        return list(self.linked)
+
+    def greets(self, name: str) -> bool:
+        return name in self.greeting
+
+    def is_over(self, name: str) -> bool:
+        return name in self.over
 
     def use(self, clocks: Clocks, tokens: int) -> None:
         """A request has begun, and is over."""
@@ -87,15 +100,19 @@ class Proxy:
 def link(one: Proxy, other: Proxy, *, before: bool = False) -> None:
     """`before`: the other is the one from which the first takes over."""
     here = Link(other.proxy_id, PREDECESSOR if before else "a peer")
-    there = Link(one.proxy_id)
+    there = Link(one.proxy_id, SUCCESSOR if before else "a peer")
     here.other, here.theirs, there.other, there.theirs = other, there, one, here
     one.linked.append(here)
     other.linked.append(there)
 
 
 def part(one: Proxy, other: Proxy) -> None:
-    one.linked = [each for each in one.linked if each.other is not other]
-    other.linked = [each for each in other.linked if each.other is not one]
+    for here, there in ((one, other), (other, one)):
+        ends = [each for each in here.linked if each.other is there]
+        here.linked = [each for each in here.linked if each not in ends]
+        here.over.update(each.name for each in ends)
+        for each in ends:
+            each.ended.set()
 
 
 @pytest.fixture
@@ -188,7 +205,7 @@ async def test_a_takeover_hands_the_counts_over(clocks: Clocks, tmp_path: Path) 
     new = Proxy(clocks, 2, path, takes_over=True)
     await new.keeper.keep()  # before it has heard anything it writes nothing
     assert read_sums(str(path)).tenants == {"t": (30, 210)}
-    old.keeper.leave()
+    await old.keeper.leave()
     link(new, old, before=True)
     link(new, peer)
     old.keeper.tick()
@@ -226,6 +243,100 @@ async def test_one_that_hears_nothing_of_the_one_before_reads_its_file(
     part(new, old)
     new.keeper.tick()
     assert new.day() == (8, 9)
+
+
+async def test_one_that_is_never_linked_with_the_one_before_reads_and_keeps_its_file(
+    clocks: Clocks, tmp_path: Path
+) -> None:
+    path = tmp_path / "day"
+    old, new = Proxy(clocks, 1, path), Proxy(clocks, 2, path, takes_over=True)
+    old.use(clocks, 8)
+    await old.keeper.leave()  # it has had no time to keep anything yet
+    new.keeper.tick()
+    assert new.day() == (0, 0)
+    new.over.add(PREDECESSOR)
+    new.use(clocks, 1)
+    new.keeper.tick()
+    assert new.day() == (9, 63)
+    await new.keeper.keep()
+    assert read_sums(str(path)) == DaySums(DAY, ["01" * 16, "02" * 16], {"t": (9, 63)})
+
+
+async def test_a_link_that_comes_and_goes_between_two_looks_is_seen(
+    clocks: Clocks, tmp_path: Path
+) -> None:
+    path = tmp_path / "day"
+    old, new, peer = Proxy(clocks, 1), Proxy(clocks, 2, path, takes_over=True), Proxy(clocks, 3)
+    old.use(clocks, 8)
+    old.account.add(quota.CONCURRENT, 1)
+    link(new, old, before=True)
+    link(peer, old)
+    old.keeper.tick()
+    part(new, old)
+    part(peer, old)
+    for proxy in (new, peer):
+        proxy.keeper.tick()
+        assert proxy.day() == (8, 56)
+        assert proxy.account.sum(quota.CONCURRENT) == 0
+    await new.keeper.keep()
+    assert read_sums(str(path)) == DaySums(DAY, ["01" * 16, "02" * 16], {"t": (8, 56)})
+
+
+async def test_it_leaves_when_its_successor_has_read_the_last_of_it(
+    clocks: Clocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota_keeper, "TELL_INTERVAL_S", 0.001)
+    path = tmp_path / "day"
+    old, new = Proxy(clocks, 1, path), Proxy(clocks, 2, path, takes_over=True)
+    await old.keeper.leave()
+    old.greeting.add(SUCCESSOR)
+    old.use(clocks, 8)
+    ending = asyncio.ensure_future(old.keeper.farewell())
+    await asyncio.sleep(0.01)
+    assert not ending.done()
+    old.greeting.clear()
+    link(new, old, before=True)
+    there = old.linked[0]
+    there.waiting_bytes = 10**6
+    await asyncio.sleep(0.01)
+    assert not ending.done()
+    there.waiting_bytes = 0
+    await ending
+    new.keeper.tick()
+    assert new.day() == (8, 56)
+
+
+async def test_a_successor_that_hangs_holds_up_no_end(
+    clocks: Clocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota_keeper, "FAREWELL_TIMEOUT_S", 0.01)
+    old = Proxy(clocks, 1, tmp_path / "day")
+    old.greeting.add(SUCCESSOR)
+    async with asyncio.timeout(20):  # only so that this ends if the claim is false
+        await old.keeper.farewell()
+
+
+async def test_one_that_is_upgraded_twice_hands_on_what_is_still_running(
+    clocks: Clocks, tmp_path: Path
+) -> None:
+    path = tmp_path / "day"
+    first, second, third = (Proxy(clocks, n, path, takes_over=n > 1) for n in (1, 2, 3))
+    await first.keeper.leave()
+    link(second, first, before=True)
+    first.use(clocks, 8)
+    first.keeper.tick()
+    second.use(clocks, 1)
+    await second.keeper.leave()
+    link(third, second, before=True)
+    first.use(clocks, 4)  # a long answer
+    for proxy in (first, second, third):
+        proxy.keeper.tick()
+    assert third.day() == (13, 91)
+    await second.keeper.farewell()
+    third.keeper.tick()
+    await third.keeper.keep()
+    assert third.day() == (13, 91)
+    assert read_sums(str(path)).tenants == {"t": (13, 91)}
 
 
 async def test_a_file_that_cannot_be_read_or_written_is_named(

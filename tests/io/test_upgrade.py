@@ -375,7 +375,7 @@ async def test_many_sockets_go_over_in_order_and_only_to_those_who_may(
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         links: list[socket.socket | None] = []
 
-        def leave(link: socket.socket | None) -> None:
+        async def leave(link: socket.socket | None) -> None:
             links.append(link)
             left.set()
 
@@ -407,7 +407,11 @@ async def test_a_successor_that_knows_nothing_of_links_takes_over_as_well() -> N
     have = Listeners(open_listeners("127.0.0.1", 0, 1), [])
     links: list[socket.socket | None] = []
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    handing = asyncio.ensure_future(takeover.hand_over(ours, have, links.append))
+
+    async def leave(link: socket.socket | None) -> None:
+        links.append(link)
+
+    handing = asyncio.ensure_future(takeover.hand_over(ours, have, leave))
     got = await asyncio.to_thread(takeover.Predecessor(theirs).receive)
     theirs.setblocking(True)
     theirs.send(takeover.READY)
@@ -426,9 +430,13 @@ async def test_one_that_comes_and_says_nothing_holds_up_nobody(
     have = Listeners(open_listeners("127.0.0.1", 0, 1), [])
     left = asyncio.Event()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    async def leave(_: socket.socket | None) -> None:
+        left.set()
+
     with theirs:
         async with asyncio.timeout(20):  # only so that this ends if the claim is false
-            assert not await takeover.hand_over(ours, have, lambda _: left.set())
+            assert not await takeover.hand_over(ours, have, leave)
     assert not left.is_set()
     assert "was not ready within 0.05 s" in caplog.text
     have.close()

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
-from proxy.contract.view import View, decode_view
+import pytest
+
+from proxy.contract.view import ARCS_MAX, View, decode_view
+from proxy.core.ring import Ring
+from proxy.core.ring_view import arcs, shares
 from tests.fakes.engine import ScriptedEngine
 from tests.fakes.plane import chat_request
 from tests.fakes.proxy_process import ProxyProcess
@@ -55,3 +60,41 @@ async def test_a_watcher_is_told_a_view_a_second() -> None:
         events = talk.received.split(b"event: view\ndata: ")[1:]
         views = [decode_view(event.partition(b"\n\n")[0]) for event in events[:2]]
         assert views[1].at_s > views[0].at_s
+
+
+def shared_head_request(number: int) -> bytes:
+    """A request of which the first two kilobytes are everybody's."""
+    head, own = "be brief. " * 250, f"question {number} " * 60
+    body = json.dumps(
+        {
+            "model": "m",
+            "messages": [{"role": "system", "content": head}, {"role": "user", "content": own}],
+        }
+    )
+    return chat_request(body.encode())
+
+
+async def test_rings_and_hot_prefixes_are_those_of_the_workers() -> None:
+    async with (
+        ScriptedEngine() as one,
+        ScriptedEngine() as two,
+        ProxyProcess("--workers", "2", "--worker-urls", one.url, two.url) as proxy,
+    ):
+        ids = [engine.url.removeprefix("http://") for engine in (one, two)]
+        for number in range(60):
+            assert (await ask(proxy.port, shared_head_request(number))).status == 200
+        view = await view_of(proxy)
+        (told,) = view.rings
+        assert (told.model, told.models) == ("m", ("m",))
+        ring, servers = Ring(ids), dict(zip(ids, ids, strict=True))
+        assert told.arcs == arcs(ring, servers, ARCS_MAX)
+        expected = shares(ring, servers)
+        for replica in view.replicas:
+            assert replica.ring_ratio == pytest.approx(expected[replica.replica_id], abs=1e-5)
+        hottest = told.prefixes[0]
+        assert hottest.octets >= 2000
+        assert 8 <= hottest.heat <= 60
+        assert hottest.holders
+        assert hottest.held_by == len(hottest.holders)
+        assert set(hottest.holders) <= set(ids)
+        assert hottest.home == next(ring.walk(int(hottest.name, 16)))

@@ -277,6 +277,31 @@ def test_what_is_done_while_the_desk_is_away_counts_though_the_hold_is_over(
     assert desk.refused == 0
 
 
+def test_a_hold_is_renewed_in_time_though_it_came_after_the_last_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_loop, "LOOK_S", 3600.0)
+
+    async def run() -> MemoryDesk:
+        desk, engine, stop = MemoryDesk([], 0.9), HandEngine(), asyncio.Event()
+        remote = RemoteDesk(await desk.start())
+        worker = Worker(engine, remote, "w", 10, SystemClock(), Log())
+        running = asyncio.ensure_future(worker.run(stop))
+        while not desk.asks:  # it has looked, and nothing was due
+            await asyncio.sleep(0.01)
+        desk.add([chat(0)])
+        async with asyncio.timeout(20):  # only so that this ends if the claim is false
+            await desk.on_report.wait()
+        stop.set()
+        assert await running == 0
+        await remote.close()
+        await desk.close()
+        return desk
+
+    desk = asyncio.run(run())
+    assert not desk.reports[0].done
+
+
 def test_a_stop_that_ends_the_engine_as_well_is_a_stop() -> None:
     """Who kills a group ends the engine's processes at once: its death is no line's fault."""
 
