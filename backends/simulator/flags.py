@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import msgspec
 
-from backends.arguments import port_number
+from backends.arguments import at_least, port_number
 from backends.command_words import WORDS
 from backends.simulator.faults import FaultError, parse_fault
 from backends.simulator.kv_events import Dialect, Endpoint
@@ -69,17 +69,6 @@ class EventsConfig(msgspec.Struct):
     topic: str = ""
     enable_kv_cache_events: bool = True
     publisher: str | None = "zmq"
-
-
-def _at_least(minimum: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number not below `minimum`."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {minimum} on")
-        return int(text)
-
-    return parse
 
 
 def _seconds(text: str) -> float:
@@ -208,7 +197,7 @@ def _add_speed(group: argparse._ArgumentGroup) -> None:
     add(
         "--seed",
         "--random-seed",
-        type=_at_least(0),
+        type=at_least(0),
         metavar="N",
         default=0,
         help="for words and faults",
@@ -222,7 +211,7 @@ def _add_speed(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--start-tables-mib",
-        type=_at_least(0),
+        type=at_least(0),
         metavar="N",
         default=0,
         help="real work before it serves: tables of this size; 1024 take some 40 s (%(default)s)",
@@ -234,7 +223,7 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
     add(
         "--block-size",
         "--page-size",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         default=16,
         help="tokens of a KV block",
@@ -242,7 +231,7 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
     add(
         "--kv-cache-tokens",
         "--max-total-tokens",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         default=0,
         help="size of the KV cache (the profile's)",
@@ -250,7 +239,7 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
     add(
         "--data-parallel-size",
         "--dp-size",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         default=1,
         help="ranks, each with such a cache; X-Data-Parallel-Rank names one (%(default)s)",
@@ -258,7 +247,7 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
     add(
         "--max-num-seqs",
         "--max-running-requests",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         default=1024,
         help="sequences computed at once (%(default)s)",
@@ -266,7 +255,7 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
     add(
         "--max-num-batched-tokens",
         "--chunked-prefill-size",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         default=8192,
         help="tokens of a step (%(default)s)",
@@ -274,7 +263,7 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
     add(
         "--max-model-len",
         "--context-length",
-        type=_at_least(2),
+        type=at_least(2),
         metavar="N",
         default=0,
         help="prompt and answer together (the profile's)",
@@ -293,7 +282,7 @@ def _add_manners(group: argparse._ArgumentGroup) -> None:
     add("--schedule-low-priority-values-first", action="store_true", help="as vLLM always does")
     add(
         "--stream-interval",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         default=1,
         help="tokens of a chunk (%(default)s)",
