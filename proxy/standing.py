@@ -12,6 +12,7 @@ from collections.abc import Callable
 from proxy.config import ProxyConfig
 from proxy.contract import NO_REGION, FleetSnapshot, ReplicaState
 from proxy.contract.regions import RemoteState
+from proxy.contract.version import package_version
 from proxy.contract.view import ProxyView
 from proxy.figures import Figures
 from proxy.io.control import HotPrefix
@@ -27,7 +28,6 @@ from proxy.io.wanting import Wanting
 from proxy.io.witness import Witness
 from proxy.places import Places
 from proxy.roster import Roster
-from proxy.version import package_version
 
 
 class Standing:
@@ -50,6 +50,7 @@ class Standing:
         self.config = config  # the supervisor keeps both of these up to date
         self.draining = False
         self.can_drain: str | None = None
+        self.inherited: Callable[[], list[Sample]] = list  # counters of proxies before this one
         self._places = places
         self._roster = roster
         self._lookout = lookout
@@ -125,7 +126,7 @@ class Standing:
             self._figures.samples(self._places.pids()),
             ([], wanting.samples()),
         ]
-        counters += [*told, *peers.samples(), *teller.samples()]
+        counters += [*told, *peers.samples(), *teller.samples(), *self.inherited()]
         gauges += [
             *linked,
             *witness.samples(),
@@ -137,6 +138,10 @@ class Standing:
             gauges += gauged
         age_s = time.monotonic() - self._roster.at_s
         return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
+
+    async def counters(self) -> list[Sample]:
+        """Return what a proxy that takes over goes on from."""
+        return (await self.samples())[0]
 
     def counted(self) -> tuple[list[Sample], list[Sample]]:
         """Return counters and gauges as the workers told them last, unsummed."""

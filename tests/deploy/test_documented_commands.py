@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.cli import _parser
+from backends.command_line import COMMANDS, whole
 from backends.simulator.flags import parse_flags
 from loadtest.__main__ import _parser as loadtest_parser
 from proxy import flags
@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("deploy/**/*.md"), *ROOT.glob("loadtest/**/*.md")]
 )
+GUIDES = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which names parts of them
 _SHELL = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 _BEGINS = re.compile(r"(?:^|[\s(]|bin/)(doherty|python3? -m loadtest)(?= )(.*)$")
 _OPERATOR = re.compile(r"^(\||\|\||&|&&|;|\d?[<>].*)$")
 _INLINE = re.compile(r"`doherty ([a-z]+)[^`]*`")
-COMMANDS = set(_parser([])._subparsers._group_actions[0].choices)  # type: ignore[union-attr]
 
 
 def _lines(text: str) -> list[str]:
@@ -65,7 +65,7 @@ def _read(program: str, words: list[str]) -> None:
     elif words[0] == "compile":
         assert set(words[1:]) <= {"--force"}
     else:
-        _parser(words[:1]).parse_args(words)
+        whole().parse_args(words)
 
 
 def test_commands_are_found() -> None:
@@ -83,6 +83,15 @@ def test_a_shown_command_is_one(where: str, program: str, words: list[str]) -> N
     for word in words:
         if word.startswith(("deploy/", "loadtest/")):
             assert (ROOT / word).exists(), f"{where}: {word}"
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_whole_command_in_a_sentence_is_one(path: Path) -> None:
+    """Those with flags and without placeholders (`ID`, `…`) are whole."""
+    for line in re.findall(r"`((?:doherty|python -m loadtest) [^`]+)`", path.read_text("utf-8")):
+        if " --" in line and not re.search(r"…|(?<![\w/.-])[A-Z]+\b(?!/)", line):
+            for program, words in _commands("    " + line.replace("\n", " ")):
+                test_a_shown_command_is_one(str(path), program, words)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
