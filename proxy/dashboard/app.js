@@ -5,6 +5,7 @@
 // watchers. Only what changes for the worse or the better is spoken, never a number.
 
 import { node, setAttribute, setHidden, setText } from "./dom.js";
+import { Detail } from "./detail.js";
 import { ExplainPanel } from "./explain.js";
 import { Feed, adminKey, ask, refusal } from "./feed.js";
 import { count, duration, exact, moment, octets } from "./format.js";
@@ -97,7 +98,9 @@ class Page {
     this.figures = new Figures(at("figures"));
     this.replicas = new ReplicasPanel(at("replicas"), {
       drain: (replica, wish) => this.#confirm(replica, wish),
+      tell: (replica) => this.detail.open(replica, this.view),
     });
+    this.detail = new Detail(at("replica-dialog"));
     this.ring = new RingPanel(at("ring"));
     this.classes = new Classes(at("classes"));
     this.models = new Models(at("models"));
@@ -151,6 +154,7 @@ class Page {
     this.figures.show(view, history);
     this.replicas.show(view, view.replicas, colours);
     this.ring.show(view, view.replicas, colours);
+    if (this.detail.dialog.open) this.detail.show(view);
     this.classes.show(view, history);
     this.models.show(view, history);
     this.reasons.show(view.decisions);

@@ -85,7 +85,8 @@ def test_the_page_gives_no_cause_for_complaint(browser: Browser, server: Dashboa
 
 def test_a_dialog_gives_no_cause_for_complaint(browser: Browser, server: DashboardServer) -> None:
     opened(browser, server)
-    for dialog, button in (("key", "#key"), ("drain", "#replicas tbody button")):
+    buttons = {"key": "#key", "drain": "#replicas .drain", "replica": "#replicas .v-name"}
+    for dialog, button in buttons.items():
         browser.click(button)
         for dark in (False, True):
             browser.resize(1440, dark=dark)
@@ -133,7 +134,7 @@ def test_cards_are_still_a_table(browser: Browser, server: DashboardServer) -> N
 
 def test_the_page_never_scrolls_sideways(browser: Browser, server: DashboardServer) -> None:
     opened_wide(browser, server)
-    outside = """return [...document.querySelectorAll("#replicas tbody button")]
+    outside = """return [...document.querySelectorAll("#replicas .drain")]
       .filter((e) => e.checkVisibility() && e.getBoundingClientRect().right > innerWidth).length"""
     for width in (320, 400, 600, 759, 760, 980, 1240, 1920):
         browser.resize(width)
