@@ -93,6 +93,7 @@ class Page {
     this.view = null;
     this.fresh = false;
     this.heard_ms = 0;
+    this.fault = ""; // why the page stands still
     this.link = { name: "connecting" };
     this.said = [];
     this.figures = new Figures(at("figures"));
@@ -110,7 +111,7 @@ class Page {
     this.regions = new Regions(at("regions"));
     this.explain = new ExplainPanel(at("explain"), { denied: (why) => this.#askKey(why) });
     this.feed = new Feed({
-      onView: (view, size) => this.#take(view, size),
+      onView: (view, size) => this.#guarded(() => this.#take(view, size)),
       onState: (state) => this.#linked(state),
     });
     this.#buttons();
@@ -120,13 +121,26 @@ class Page {
     this.feed.start();
   }
 
+  // What cannot be shown is said, and does not look like what is live.
+  #guarded(act) {
+    try {
+      act();
+    } catch (error) {
+      console.error(error);
+      this.#broken(`what came cannot be shown (${error.message})`);
+    }
+  }
+
+  #broken(why) {
+    this.fault = `This page stands still: ${why}. Load it again.`;
+    this.#linkWords();
+  }
+
   #take(view, size) {
     if (view.view_version !== VERSION) {
-      setText(
-        at("stale"),
-        `This page reads views of version ${VERSION}; these are of version ${view.view_version}. Load the page again.`,
+      this.#broken(
+        `it reads views of version ${VERSION}, these are of version ${view.view_version}`,
       );
-      setHidden(at("stale"), false);
       return;
     }
     const before = this.view;
@@ -141,11 +155,13 @@ class Page {
     if (before) this.#speak(changes(before, this.view));
     if (this.fresh) return; // a frame is due already, and will draw this one
     this.fresh = true;
-    requestAnimationFrame(() => this.#draw());
+    requestAnimationFrame(() => {
+      this.fresh = false;
+      this.#guarded(() => this.#draw());
+    });
   }
 
   #draw() {
-    this.fresh = false;
     const begun_ms = performance.now();
     const { view, history } = this;
     const colours = coloursOf(view.replicas);
@@ -162,6 +178,7 @@ class Page {
     this.scaling.show(view);
     this.regions.show(view);
     setHidden(at("to-regions"), view.regions.length === 0);
+    this.fault = "";
     this.explain.offer(
       [...new Set(view.replicas.flatMap(({ models }) => models))].sort().slice(0, 200),
     );
@@ -256,12 +273,14 @@ class Page {
     setAttribute(
       document.body,
       "data-stale",
-      old || (this.heard_ms && name !== "live" && name !== "connecting") ? "yes" : null,
+      old || this.fault || (this.heard_ms && name !== "live" && name !== "connecting")
+        ? "yes"
+        : null,
     );
     const words =
       name === "waiting" && why
         ? `No view comes: ${why}. ${this.heard_ms ? `What you see is ${duration(Math.round(age_ms / 1000))} old.` : ""}`
-        : "";
+        : this.fault;
     setHidden(at("stale"), !words);
     if (words) setText(at("stale"), words);
   }

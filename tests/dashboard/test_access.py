@@ -136,10 +136,15 @@ def test_the_page_never_scrolls_sideways(browser: Browser, server: DashboardServ
     opened_wide(browser, server)
     outside = """return [...document.querySelectorAll("#replicas .drain")]
       .filter((e) => e.checkVisibility() && e.getBoundingClientRect().right > innerWidth).length"""
+    inside = """return [...document.querySelectorAll(".scroll:has(.cards)")]
+      .filter((e) => e.checkVisibility() && e.scrollWidth > e.clientWidth)
+      .map((e) => e.innerText)"""
     for width in (320, 400, 600, 759, 760, 980, 1240, 1920):
         browser.resize(width)
         assert browser.js("return document.documentElement.scrollWidth") <= width
         assert browser.js(outside) == 0, width
+        if width < 760:  # cards scroll nowhere, not even inside
+            assert browser.js(inside) == []
 
 
 def test_every_control_is_reached_by_the_keyboard_and_seen_there(

@@ -393,10 +393,18 @@ def test_without_anything_it_says_so_in_words(browser: Browser, server: Dashboar
 def test_an_unknown_version_is_not_guessed_at(browser: Browser, server: DashboardServer) -> None:
     server.view = b'{"view_version": 2}'
     browser.open(server.url)
-    said = browser.until(
-        "!document.querySelector('#stale').hidden && document.querySelector('#stale').textContent"
-    )
-    assert "version 1; these are of version 2" in said
+    notice = "document.querySelector('#stale:not([hidden])')?.textContent"
+    said = browser.until(notice)
+    assert "it reads views of version 1, these are of version 2. Load it again." in said
+    good = server.view = all_ready(8)
+    browser.until("document.body.dataset.drawn && document.querySelector('#stale').hidden")
+    assert browser.console() == []
+    broken = {**msgspec.to_builtins(good), "replicas": 3}
+    server.view = msgspec.json.encode(broken)
+    said = browser.until(notice)
+    assert said.startswith("This page stands still: what came cannot be shown")
+    assert browser.find("body").get_attribute("data-stale") == "yes"
+    assert len(names(browser)) == 8  # what was right before is still there
 
 
 def test_a_request_is_explained(browser: Browser, server: DashboardServer) -> None:
