@@ -419,6 +419,7 @@ class Control:
                 "blocks_free": unused,
                 "blocks_evicted": count(lambda e: e.cache.evicted_blocks),
                 "requests": sum(tally.requests),
+                "traceparents": list(self._server.traceparents),
                 "aborted": tally.finished["abort"],
                 "finished": sum(tally.finished.values()) - tally.finished["abort"],
                 "prompt_tokens": sum(tally.prompt_tokens),
