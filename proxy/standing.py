@@ -12,6 +12,7 @@ from collections.abc import Callable
 from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.contract.regions import RemoteState
+from proxy.contract.version import package_version
 from proxy.contract.view import ProxyView
 from proxy.figures import Figures
 from proxy.io.control import HotPrefix
@@ -26,7 +27,6 @@ from proxy.io.wanting import Wanting
 from proxy.io.witness import Witness
 from proxy.places import Places
 from proxy.roster import Roster
-from proxy.version import package_version
 
 
 class Standing:
@@ -100,7 +100,6 @@ class Standing:
     def proxy(self) -> ProxyView:
         """Return what the proxy is, without what is counted."""
         config, fleet = self.config, self._roster.fleet
-        age_s = time.monotonic() - self._roster.at_s
         return ProxyView(
             version=package_version(),
             policy=config.policy,
@@ -108,7 +107,7 @@ class Standing:
             workers=self._places.ready_count,
             not_ready=self.ready(),
             draining=self.draining,
-            fleet_age_s=round(age_s, 3) if fleet else None,
+            fleet_age_s=round(self._lookout.silence_s(), 3) if fleet else None,
             manager_url=config.manager_url,
             can_drain=self.can_drain,
         )

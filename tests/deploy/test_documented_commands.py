@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("deploy/**/*.md"), *ROOT.glob("loadtest/**/*.md")]
 )
+GUIDES = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which names parts of them
 _SHELL = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 _BEGINS = re.compile(r"(?:^|[\s(]|bin/)(doherty|python3? -m loadtest)(?= )(.*)$")
@@ -83,6 +84,15 @@ def test_a_shown_command_is_one(where: str, program: str, words: list[str]) -> N
     for word in words:
         if word.startswith(("deploy/", "loadtest/")):
             assert (ROOT / word).exists(), f"{where}: {word}"
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_whole_command_in_a_sentence_is_one(path: Path) -> None:
+    """Those with flags and without placeholders (`ID`, `…`) are whole."""
+    for line in re.findall(r"`((?:doherty|python -m loadtest) [^`]+)`", path.read_text("utf-8")):
+        if " --" in line and not re.search(r"…|(?<![\w/.-])[A-Z]+\b(?!/)", line):
+            for program, words in _commands("    " + line.replace("\n", " ")):
+                test_a_shown_command_is_one(str(path), program, words)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
