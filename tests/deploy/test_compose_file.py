@@ -217,15 +217,16 @@ def test_keys_are_drawn_once(tmp_path: Path) -> None:
 
 
 def test_grafana_finds_prometheus_and_the_dashboards() -> None:
-    """As everywhere, but that Prometheus is in the pod."""
-    theirs_path = FOLDER / "grafana" / "provisioning" / "datasources" / "prometheus.yaml"
-    theirs = yaml.safe_load(theirs_path.read_text())
-    ours = yaml.safe_load((FOLDER / "compose" / "grafana_datasource.yaml").read_text())
-    assert ours["datasources"][0].pop("url") == "http://pod:9090"
-    assert theirs["datasources"][0].pop("url") == "http://127.0.0.1:9090"
-    assert ours == theirs
-    targets = {v["source"]: v["target"] for v in services()["grafana"]["volumes"]}
-    provider = FOLDER / "grafana" / "provisioning" / "dashboards" / "doherty.yaml"
-    path = yaml.safe_load(provider.read_text())["providers"][0]["options"]["path"]
-    assert targets[str(FOLDER / "grafana" / "dashboards")] == path
-    assert targets[str(FOLDER / "compose" / "grafana_datasource.yaml")].endswith(theirs_path.name)
+    grafana = services()["grafana"]
+    provisioning = FOLDER / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())[
+        "datasources"
+    ]
+    assert source["url"] == "$PROMETHEUS_URL"
+    assert grafana["environment"]["PROMETHEUS_URL"] == "http://pod:9090"
+    assert any(port["target"] == 9090 for port in services()["pod"]["ports"])
+    targets = {v["source"]: v["target"] for v in grafana["volumes"]}
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "doherty.yaml").read_text())[
+        "providers"
+    ]
+    assert targets[str(FOLDER / "grafana" / "dashboards")] == provider["options"]["path"]
