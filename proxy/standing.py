@@ -18,6 +18,7 @@ from proxy.figures import Figures
 from proxy.io.control import HotPrefix
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
+from proxy.io.operating import shown_url
 from proxy.io.peers import Peers
 from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.regions import Regions
@@ -49,6 +50,7 @@ class Standing:
         self.config = config  # the supervisor keeps both of these up to date
         self.draining = False
         self.can_drain: str | None = None
+        self.inherited: Callable[[], list[Sample]] = list  # counters of proxies before this one
         self._places = places
         self._roster = roster
         self._lookout = lookout
@@ -108,7 +110,7 @@ class Standing:
             not_ready=self.ready(),
             draining=self.draining,
             fleet_age_s=round(self._lookout.silence_s(), 3) if fleet else None,
-            manager_url=config.manager_url,
+            manager_url=shown_url(config.manager_url) if config.manager_url else None,
             can_drain=self.can_drain,
         )
 
@@ -124,7 +126,7 @@ class Standing:
             self._figures.samples(self._places.pids()),
             ([], wanting.samples()),
         ]
-        counters += [*told, *peers.samples(), *teller.samples()]
+        counters += [*told, *peers.samples(), *teller.samples(), *self.inherited()]
         gauges += [
             *linked,
             *witness.samples(),
@@ -136,6 +138,10 @@ class Standing:
             gauges += gauged
         age_s = time.monotonic() - self._roster.at_s
         return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
+
+    async def counters(self) -> list[Sample]:
+        """Return what a proxy that takes over goes on from."""
+        return (await self.samples())[0]
 
     def counted(self) -> tuple[list[Sample], list[Sample]]:
         """Return counters and gauges as the workers told them last, unsummed."""

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fakes.engine import Connection, ScriptedEngine
 from tests.fakes.plane import CHAT_BODY, chat_request
-from tests.fakes.proxy_process import ProxyProcess
+from tests.fakes.proxy_process import ProxyProcess, alive
 from tests.fakes.talk import ask
 
 USAGE = b'{"usage":{"prompt_tokens":7,"completion_tokens":3}}'
@@ -81,9 +81,13 @@ async def test_counts_are_exact_over_deaths_reloads_and_an_upgrade(tmp_path: Pat
         await _send(proxy, 30)
         await _assert_counted(proxy, 130)
         assert len(engine.requests) == 130
-        await proxy.upgrade()
+        left = await proxy.upgrade()
+        assert await proxy.metric("doherty_requests_total") >= 130, "it does not begin at zero"
         await _send(proxy, 20)
-        await _assert_counted(proxy, 20)  # a new process begins at zero, as rate() knows
+        async with asyncio.timeout(30):  # some may have come to the one that leaves
+            while alive(left):
+                await asyncio.sleep(0.05)
+        await _assert_counted(proxy, 150)  # what the one before counts, it tells the new one
         assert len(engine.requests) == 150
 
 
