@@ -20,7 +20,9 @@ DOCUMENTS = sorted(
 GUIDES = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which names parts of them
 _SHELL = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
-_BEGINS = re.compile(r"(?:^|[\s(]|bin/)(?<!-n )(doherty|python3? -m loadtest)(?= )(.*)$")
+_BEGINS = re.compile(
+    r"(?:^(?:sudo (?:-u \w+ )?)?(?:\w+=\S* )*(?:\S*bin/)?|\$\()(doherty|python3? -m loadtest) (.*)$"
+)
 _OPERATOR = re.compile(r"^(\||\|\||&|&&|;|\d?[<>].*)$")
 _INLINE = re.compile(r"`doherty ([a-z]+)[^`]*`")
 PARSER, LOADTEST = whole(), loadtest_parser()
