@@ -35,9 +35,7 @@ def documents() -> list[dict[str, Any]]:
 
 
 def named(kind: str, name: str) -> dict[str, Any]:
-    (found,) = [
-        d for d in documents() if (d["kind"], d["metadata"]["name"]) == (kind, name)
-    ]
+    (found,) = [d for d in documents() if (d["kind"], d["metadata"]["name"]) == (kind, name)]
     return found
 
 
@@ -84,7 +82,9 @@ def test_kustomize_takes_every_file_and_names_every_image() -> None:
     (made,) = KUSTOMIZATION["configMapGenerator"]
     left_out = {"kustomization.yaml", "podmonitor.yaml"}
     assert {*KUSTOMIZATION["resources"], *made["files"]} == files - left_out
-    used = {image for d in documents() for image in re.findall(r'"image": "([^"]+)"', json.dumps(d))}
+    used = {
+        image for d in documents() for image in re.findall(r'"image": "([^"]+)"', json.dumps(d))
+    }
     assert {entry["name"] for entry in KUSTOMIZATION["images"]} == used
     mounts = [pod(*which)["volumes"][0] for which in PODS]
     assert [mount["configMap"]["name"] for mount in mounts] == [made["name"]] * 2
