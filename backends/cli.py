@@ -17,7 +17,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from backends.command_line import parser_for
+from backends.command_line import COMMANDS, parser_for
 from proxy.help_form import parse
 
 USAGE_STATUS, FAILURE_STATUS = 2, 1
@@ -162,7 +162,9 @@ def _printed(options: argparse.Namespace) -> str:
 
     if options.schema:
         return json.dumps(json_schema(), indent=2) + "\n"
-    return reference(vars(parser_for(["up"], {}, _Version).parse_args(["up"])))
+    up = argparse.ArgumentParser()
+    COMMANDS["up"].add(up)
+    return reference(vars(up.parse_args([])))
 
 
 def _plan(options: argparse.Namespace) -> int:

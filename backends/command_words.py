@@ -92,6 +92,7 @@ WORDS: dict[str, Words] = {
             "doherty check doherty.yaml",
             "doherty check doherty.yaml --tenant acme --class offline",
             "doherty check --schema > doherty.schema.json",
+            "doherty check --reference | less",
         ),
         "Exits 0 when the file is good and 2 when it is not; warnings change nothing.",
     ),

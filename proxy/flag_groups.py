@@ -22,7 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("api_key", "admin_api_key", "keys_path", "internal_key", "usage_log", "quota_path"),
     ),
     "regions": ("region", "peer*"),
-    "logs and traces": ("access_log*", "log_*", "trace*", "otlp*", "otel*"),
+    "logs and traces": ("access_log*", "log_*", "enable_trace", "trace_*", "otlp_*"),
 }
 
 

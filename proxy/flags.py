@@ -65,8 +65,8 @@ EXAMPLES = Words(
         "DOHERTY_API_KEY=secret doherty proxy --config doherty.yaml --port 9000",
     ),
     "Settings come from a flag, else from the environment variable beside it,\n"
-    "else from the proxy section of the file, else they are the default.\n"
-    f"Keys may stand in files: {ENVIRONMENT_PREFIX}ADMIN_API_KEY_FILE names one.\n"
+    "else from the proxy section of the file, else they are the default. Keys may\n"
+    f"stand in files: {ENVIRONMENT_PREFIX}ADMIN_API_KEY_FILE names one.\n"
     "SIGHUP reads the file again, SIGTERM drains, SIGUSR2 takes over by a new one.",
 )
 
@@ -125,14 +125,13 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
     """Read the command line itself. Raises `ConfigError` for what other routers have."""
     parser = argparse.ArgumentParser(prog="doherty proxy")
     add_all(parser)
-    options, rest = parser.parse_known_args(list(argv))
-    for flag in rest:
+    known, unknown = parser.parse_known_args(list(argv))
+    for flag in unknown:
         words = remark(flag)
         if words is not None:
             raise ConfigError(f"{flag.partition('=')[0]} is another router's: {words}")
-    if rest:
-        refuse(parser, argv, rest)
-    given = vars(options)
+    refuse(parser, argv, unknown)
+    given = vars(known)
     path = given.pop("config") or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
     takeover = given.pop("takeover")
     return Invocation(tuple(argv), environment, path or None, takeover, given)

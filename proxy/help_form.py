@@ -11,7 +11,7 @@ import argparse
 import shutil
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 WIDTH_MAX = 80
 FLAGS_LISTED_MAX = 8  # in a usage; more are found below it
@@ -44,17 +44,16 @@ def dress(parser: argparse.ArgumentParser, words: Words, purpose: str = "") -> N
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Read a command line."""
+    """Read a command line; exits with a message when it makes no sense."""
     options, rest = parser.parse_known_args(arguments)
-    if rest:
-        refuse(parser, arguments, rest)
+    refuse(parser, arguments, rest)
     return options
 
 
-def refuse(
-    parser: argparse.ArgumentParser, arguments: Sequence[str], rest: Sequence[str]
-) -> NoReturn:
-    """End the command for words that it does not take, with the flag that was perhaps meant."""
+def refuse(parser: argparse.ArgumentParser, arguments: Sequence[str], rest: Sequence[str]) -> None:
+    """Exit with a message if anything is left; for a flag, name the one that was perhaps meant."""
+    if not rest:
+        return
     called = parser
     for word in arguments:
         called = next((one for name, one, _ in subparsers(called) if name == word), called)

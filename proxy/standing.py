@@ -19,6 +19,7 @@ from proxy.io.control import HotPrefix
 from proxy.io.estate import Estate
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
+from proxy.io.operating import shown_url
 from proxy.io.peers import Peers
 from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.regions import Regions
@@ -110,7 +111,7 @@ class Standing:
             not_ready=self.ready(),
             draining=self.draining,
             fleet_age_s=round(self._lookout.silence_s(), 3) if fleet else None,
-            manager_url=config.manager_url,
+            manager_url=shown_url(config.manager_url) if config.manager_url else None,
             can_drain=self.can_drain,
         )
 

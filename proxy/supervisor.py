@@ -57,6 +57,7 @@ _log = logging.getLogger("doherty.proxy")
 
 WATCH_INTERVAL_S = 1.0
 TELL_MARGIN_S = 1.0  # for asking, beyond what a worker takes to tell what is cached where
+ADMIN_END_S = 5.0  # for what was asked before a successor was there
 END_MARGIN_S = 2.0  # beyond the grace that workers were given
 
 
@@ -374,8 +375,7 @@ class Supervisor:
         if self._relieved:
             _log.info("a new proxy has taken over; finishing what runs")
             self._close_door()
-            for site in list(self._admin.sites):
-                await site.stop()
+            self._tasks.start("leave admin", self._leave_admin())
             grace_s = self._config.upgrade_grace_period_secs
             await self._tell_successor(grace_s)
             if await self._ended(control.Drain(grace_s, gentle=True)):
@@ -394,6 +394,17 @@ class Supervisor:
                 await asyncio.wait_for(self._hurry.wait(), settle_s)
         _log.info("draining")
         await self._ended(control.Drain(grace_s))
+
+    async def _leave_admin(self) -> None:
+        """Have whoever asks or watches come to the successor: by a connection kept alive it would
+        be this one who is scraped and drained, for as long as its last stream takes.
+        """
+        for site in list(self._admin.sites):
+            await site.stop()
+        self._viewing.close()
+        if self._admin.server is not None:
+            self._admin.server.pre_shutdown()
+            await self._admin.server.shutdown(ADMIN_END_S)
 
     async def _tell_successor(self, grace_s: float) -> None:
         """Idle workers, too, stay until they have told what is cached where."""

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import msgspec
 
-from backends.arguments import port_number
+from backends.arguments import at_least, port_number
 from backends.command_words import WORDS
 from backends.simulator.faults import FaultError, parse_fault
 from backends.simulator.kv_events import Dialect, Endpoint
@@ -71,17 +71,6 @@ class EventsConfig(msgspec.Struct):
     publisher: str | None = "zmq"
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number not below `minimum`."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {minimum} on")
-        return int(text)
-
-    return parse
-
-
 def _seconds(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 on")
@@ -128,7 +117,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add all that the simulator takes, and say what it is."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     _add_identity(parser.add_argument_group("identity"))
-    _add_capacity(parser.add_argument_group("capacity and speed"))
+    _add_speed(parser.add_argument_group("speed"))
+    _add_capacity(parser.add_argument_group("capacity"))
     _add_manners(parser.add_argument_group("manners"))
     for flag in _ALWAYS_ON:
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
@@ -181,7 +171,7 @@ def _add_identity(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_capacity(group: argparse._ArgumentGroup) -> None:
+def _add_speed(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--profile",
@@ -198,54 +188,6 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
         help="simulated seconds per real second: 10 is ten times faster than the GPU",
     )
     add(
-        "--block-size",
-        "--page-size",
-        type=_at_least(1),
-        metavar="N",
-        default=16,
-        help="tokens of a KV block",
-    )
-    add(
-        "--kv-cache-tokens",
-        "--max-total-tokens",
-        type=_at_least(1),
-        metavar="N",
-        default=0,
-        help="size of the KV cache (the profile's)",
-    )
-    add(
-        "--data-parallel-size",
-        "--dp-size",
-        type=_at_least(1),
-        metavar="N",
-        default=1,
-        help="ranks, each with such a cache; X-Data-Parallel-Rank names one (%(default)s)",
-    )
-    add(
-        "--max-num-seqs",
-        "--max-running-requests",
-        type=_at_least(1),
-        metavar="N",
-        default=1024,
-        help="sequences computed at once (%(default)s)",
-    )
-    add(
-        "--max-num-batched-tokens",
-        "--chunked-prefill-size",
-        type=_at_least(1),
-        metavar="N",
-        default=8192,
-        help="tokens of a step (%(default)s)",
-    )
-    add(
-        "--max-model-len",
-        "--context-length",
-        type=_at_least(2),
-        metavar="N",
-        default=0,
-        help="prompt and answer together (the profile's)",
-    )
-    add(
         "--mean-output-tokens",
         type=_seconds,
         metavar="N",
@@ -255,7 +197,7 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
     add(
         "--seed",
         "--random-seed",
-        type=_at_least(0),
+        type=at_least(0),
         metavar="N",
         default=0,
         help="for words and faults",
@@ -269,10 +211,62 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--start-tables-mib",
-        type=_at_least(0),
+        type=at_least(0),
         metavar="N",
         default=0,
         help="real work before it serves: tables of this size; 1024 take some 40 s (%(default)s)",
+    )
+
+
+def _add_capacity(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--block-size",
+        "--page-size",
+        type=at_least(1),
+        metavar="N",
+        default=16,
+        help="tokens of a KV block",
+    )
+    add(
+        "--kv-cache-tokens",
+        "--max-total-tokens",
+        type=at_least(1),
+        metavar="N",
+        default=0,
+        help="size of the KV cache (the profile's)",
+    )
+    add(
+        "--data-parallel-size",
+        "--dp-size",
+        type=at_least(1),
+        metavar="N",
+        default=1,
+        help="ranks, each with such a cache; X-Data-Parallel-Rank names one (%(default)s)",
+    )
+    add(
+        "--max-num-seqs",
+        "--max-running-requests",
+        type=at_least(1),
+        metavar="N",
+        default=1024,
+        help="sequences computed at once (%(default)s)",
+    )
+    add(
+        "--max-num-batched-tokens",
+        "--chunked-prefill-size",
+        type=at_least(1),
+        metavar="N",
+        default=8192,
+        help="tokens of a step (%(default)s)",
+    )
+    add(
+        "--max-model-len",
+        "--context-length",
+        type=at_least(2),
+        metavar="N",
+        default=0,
+        help="prompt and answer together (the profile's)",
     )
 
 
@@ -288,7 +282,7 @@ def _add_manners(group: argparse._ArgumentGroup) -> None:
     add("--schedule-low-priority-values-first", action="store_true", help="as vLLM always does")
     add(
         "--stream-interval",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         default=1,
         help="tokens of a chunk (%(default)s)",

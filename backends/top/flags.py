@@ -20,7 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--api-key-file",
         metavar="FILE",
-        help=f"file with the admin key (default: [{KEY_VARIABLE}])",
+        help=f"file with the admin key [{KEY_VARIABLE}, or {KEY_VARIABLE}_FILE]",
     )
     where.add_argument("--filter", default="", metavar="WORDS", help="only rows with these words")
     how = parser.add_argument_group("how to show it")

@@ -1,4 +1,4 @@
-"""The files for Kubernetes: what its API would say of them, of one mind, and Doherty's part is valid."""
+"""The files for Kubernetes: as its API takes them, of one mind, and Doherty takes its part."""
 
 from __future__ import annotations
 

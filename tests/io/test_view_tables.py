@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import orjson
+import pytest
 from aiohttp import web
 from msgspec import structs
 
@@ -327,6 +328,22 @@ async def test_pools_and_decisions_are_the_managers_and_stay_when_it_has_gone() 
         listener.viewing.hurry()
         alone = await view_of(listener)
         assert (alone.pools, alone.scaling, alone.scaling_age_s) == ((), (), None)
+
+
+async def test_a_view_that_fails_is_told_and_counting_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    told = Told("a")
+    async with watched(told) as (listener, clock):
+        told.counters = [Sample("requests_total", (("model",),), 1)]  # type: ignore[arg-type]
+        listener.viewing.watchers = 1
+        listener.viewing.count()
+        assert "making the view" in caplog.text
+        told.counters.clear()
+        number = listener.viewing.number
+        clock.now_s += 1.0
+        listener.viewing.count()
+        assert listener.viewing.number == number + 1
 
 
 async def test_who_asks_all_the_time_has_one_view_made_at_a_time() -> None:

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 
 from proxy.io.watching import WATCHERS_MAX, packed, takes_gzip
 from tests.fakes.admin import Admin, Standing, ViewsByHand, admin, error_of
-from tests.fakes.talk import Talk
+from tests.fakes.talk import Talk, ask
 
 WATCH = b"GET /view/watch HTTP/1.1\r\nhost: localhost\r\n%b\r\n"
 
@@ -110,6 +110,13 @@ async def test_compressed_and_plain_watchers_are_told_the_same() -> None:
         first = told[0].body.index(b"event: view")
         assert unpacked.startswith(told[0].body[:first])
         assert unpacked.endswith(b"data: [4]\n\n")
+
+
+async def test_a_head_is_no_watcher() -> None:
+    async with admin(Standing("a"), by_hand=True) as listener:
+        asked = WATCH.replace(b"GET", b"HEAD") % b""
+        assert (await ask(listener.port, asked, "HEAD")).status == 405
+        assert listener.viewing.watchers == 0
 
 
 async def test_each_event_can_be_read_as_soon_as_it_has_come() -> None:
