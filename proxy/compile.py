@@ -73,7 +73,7 @@ def import_root() -> Path:
     if os.environ.get(FOLDER) == "off":
         return PACKAGE.parent
     compiled = folder()
-    return compiled if compiled.is_dir() else PACKAGE.parent
+    return compiled if os.access(compiled, os.R_OK | os.X_OK) else PACKAGE.parent
 
 
 def worker_environment() -> dict[str, str]:
@@ -113,6 +113,7 @@ def compile_all(*, force: bool = False) -> Path:
         shutil.rmtree(build / "build", ignore_errors=True)
         if target.is_dir():
             shutil.rmtree(target)
+        build.chmod(0o755)  # a temporary folder is its maker's alone, and workers may be others
         build.rename(target)
         build.mkdir()  # for the one who cleans up
     return target

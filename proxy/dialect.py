@@ -117,6 +117,11 @@ REMARKS: tuple[tuple[str, str], ...] = (
         r"|max-buffered-request-bytes|max-background-responses|job-queue-.*",
         "it is bounded by itself (proxy/core/limits.py); leave it out",
     ),
+    ("otel-endpoint", "use --otlp-traces-endpoint, a URL for OTLP over HTTP"),
+    (
+        "otel-service-name|otel-secure",
+        "as OpenTelemetry has it: OTEL_SERVICE_NAME, and https in --otlp-traces-endpoint",
+    ),
     (
         r"cors-allowed-origins|mcp-.*|(enable-)?wasm.*|.*program-scheduling.*|callbacks"
         r"|request-rewriter|feature-gates|sentry-.*|enable-rl|rl-.*|rdma-.*|zmq-.*|jemalloc-.*|log-mm-.*"

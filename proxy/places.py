@@ -54,6 +54,7 @@ class Place:
         self.hot: list[control.HotPrefix] = []  # as it told last
         self.lag_s_max = 0.0  # longest lateness of its timers that nobody has been told yet
         self.counted = asyncio.Event()
+        self.silent = asyncio.Event()  # nothing more comes from the process that filled it
 
 
 class Places:
@@ -178,6 +179,7 @@ class Places:
         finally:
             theirs.close()
         place.failed_starts += 1
+        place.silent.clear()
         place.channel = channel = await control.Channel.open(ours)
         try:
             self._greet(place.index, channel)
@@ -195,6 +197,7 @@ class Places:
             channel.close()
             self._departed = sum_samples([*self._departed, *place.counters])
             place.counters, place.gauges, place.hot = [], [], []
+            place.silent.set()
         status = await _end_of(process)
         if self._cells is not None:
             self._cells.clear(place.index)
@@ -336,10 +339,11 @@ class Places:
                 listener.close()
 
     async def ended(self) -> None:
-        """Wait until every worker has ended."""
+        """Wait until every worker has ended, and all that it said has been heard."""
         for place in self._places:
             if place.process is not None:
                 await place.process.wait()
+                await place.silent.wait()
 
     async def kill(self) -> None:
         self.close_listeners()

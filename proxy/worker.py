@@ -103,6 +103,7 @@ class Worker:
         plane.offline_links.close()
         close_all((plane.access_log, plane.metering.log))
         close_tracer(plane.tracer)
+        self._channel.send(_answer(plane, entrance, control.Count()))  # what came to be since
         self._channel.close()
         return self._status
 

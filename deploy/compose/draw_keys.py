@@ -1,8 +1,8 @@
 """Draw the keys of a stack that it does not have yet: `draw_keys.py FOLDER`.
 
-Each stands in a file of its own, for its owner and its group (Prometheus and Grafana are in it, to read
-theirs). One that is there is never changed: write your own before the first start, or replace one
-and restart who reads it.
+Each stands in a file of its own, for its owner and its group (Prometheus and Grafana are in it, to
+read theirs). One that is there is never changed: write your own before the first start, or replace
+one and restart who reads it.
 """
 
 import os

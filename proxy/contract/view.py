@@ -50,7 +50,7 @@ class ProxyView(msgspec.Struct, frozen=True, kw_only=True):
     workers: int  # that serve
     not_ready: str | None = None  # why; None: ready
     draining: bool = False
-    fleet_age_s: float | None = None  # since the fleet was last heard of; None: never
+    fleet_age_s: float | None = None  # since its manager was last heard of; None: never. A list: 0
     manager_url: str | None = None
     in_flight: int = 0
     connections: int = 0

@@ -72,6 +72,7 @@ export class ExplainPanel {
   #kind() {
     const whole = this.form.elements.kind.value === "body";
     setHidden(this.find("prompt-fields"), whole);
+    setHidden(this.find("model-field"), whole); // a body names its own
     setHidden(this.find("body-fields"), !whole);
   }
 

@@ -279,6 +279,8 @@ export class Rates {
   }
 }
 
+const OLD_S = 15; // what the manager said is older than it is when it answers
+
 export class Scaling {
   constructor(root) {
     this.root = root;
@@ -374,6 +376,10 @@ export class Scaling {
         ? "The manager tells of no pool."
         : "There is no manager: the replicas are those that were named, and nothing is scaled.",
     );
+    const age_s = view.scaling_age_s ?? null;
+    const old = view.pools.length > 0 && (age_s === null || age_s > OLD_S);
+    setHidden(part(this.root, "age"), !old);
+    if (old) setText(part(this.root, "age"), `as the manager last said, ${ago(age_s)}`);
     setHidden(part(this.root, "no-notes"), view.scaling.length > 0 || view.pools.length === 0);
   }
 }

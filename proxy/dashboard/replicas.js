@@ -7,6 +7,7 @@ import { Keyed, bar, glyph, node, setAttribute, setHidden, setText } from "./dom
 import { count, duration, exact, percent, times } from "./format.js";
 import { GROUPS, inTrouble, reasonOf, stateOf, wishFor } from "./states.js";
 
+const FULL = 0.9; // from here on a bar says that hardly anything is left
 const ROWS = 25;
 const ROWS_NARROW = 10; // as cards they are four times as high
 const NARROW = matchMedia("(width < 760px)");
@@ -237,7 +238,7 @@ export class ReplicasPanel {
         "ring",
       ].map((name) => [name, node("span", { class: `v-${name}` })]),
     );
-    const [load, kv] = [bar({ fills: true }), bar({ fills: true })];
+    const [load, kv] = [bar(), bar()];
     const mark = node("span", { class: "state-mark" });
     const button = node("button", { type: "button", class: "small" }, "Drain");
     const root = node(
@@ -308,7 +309,10 @@ export class ReplicasPanel {
       part.inflight,
       most ? `${count(replica.inflight)} / ${count(most)}` : count(replica.inflight),
     );
-    entry.load.show(replica.inflight / (most || this.most || 1));
+    entry.load.show(
+      replica.inflight / (most || this.most || 1),
+      most > 0 && replica.inflight >= FULL * most,
+    );
     setText(
       part.engine,
       replica.running === null
@@ -318,12 +322,15 @@ export class ReplicasPanel {
     setText(part.wait, duration(replica.wait_s));
     setText(part.queued, `${count(replica.queued_tokens)} tokens`);
     setText(part.kv, percent(replica.kv_used_ratio));
-    entry.kv.show(replica.kv_used_ratio);
-    setText(part.known, `${count(replica.cache_tokens)} known`);
+    entry.kv.show(replica.kv_used_ratio, (replica.kv_used_ratio ?? 0) >= FULL);
+    setText(
+      part.known,
+      replica.cache_tokens ? `of ${count(replica.cache_tokens)} · ${replica.cache_source}` : " ",
+    );
     setAttribute(
       part.known,
       "title",
-      `${exact(replica.cache_tokens)} tokens in its cache, known by ${
+      `room for ${exact(replica.cache_tokens)} tokens; what is in it is known by ${
         replica.cache_source === "events"
           ? `the engine's events, ${duration(replica.cache_source_age_s)} ago`
           : "the proxy's own record"

@@ -36,6 +36,12 @@ export function coloursOf(replicas) {
   return new Map(names.map((name, index) => [name, `colour-${index}`]));
 }
 
+// How many hold it: more may than are named.
+const holdersOf = ({ held_by: number, holders = [] }) => Math.max(number ?? 0, holders.length);
+
+const nameOf = ({ model, models = [] }) =>
+  models.length > 1 ? `${model} and ${models.length - 1} more` : model || "models not told";
+
 function sameArcs(one, other) {
   return (
     one.length === other.length &&
@@ -63,10 +69,10 @@ export class RingPanel {
     this.prefixMarks = new Keyed(this.marks, () => this.#mark());
     this.prefixRows = new Keyed(this.find("prefixes"), () => this.#prefixRow());
     this.shareRows = new Keyed(this.find("share-rows"), () => this.#shareRow());
-    this.models = new Keyed(this.model, (name) => ({
-      root: node("option", { value: name }, name),
-      update() {},
-    }));
+    this.models = new Keyed(this.model, (ring) => {
+      const root = node("option", { value: ring.model });
+      return { root, update: (told) => setText(root, nameOf(told)) };
+    });
     for (const control of [this.model, this.paint])
       control.addEventListener("change", () => this.#again());
     this.shares.addEventListener("toggle", () => this.#again());
@@ -107,10 +113,7 @@ export class RingPanel {
     this.replicas = replicas;
     this.colours = colours;
     const rings = view.rings ?? [];
-    this.models.show(
-      rings.map((ring) => ring.model),
-      (name) => name,
-    );
+    this.models.show(rings, ({ model }) => model);
     setHidden(this.model.closest("label"), rings.length < 2);
     const ring = rings.find(({ model }) => model === this.model.value) ?? rings[0];
     setHidden(this.find("empty"), ring !== undefined);
@@ -215,15 +218,15 @@ export class RingPanel {
     if (prefix) {
       lines[0] = `prefix ${prefix.name.slice(0, 8)}`;
       lines[1] = `home ${prefix.home ?? "nobody"}`;
-      lines[2] = `${octets(prefix.octets)} · held by ${count((prefix.holders ?? []).length)}`;
+      lines[2] = `${octets(prefix.octets)} · held by ${count(holdersOf(prefix))}`;
     } else if (thing?.kind === "replica") {
       const { share, pieces } = this.#shareOf(thing.name);
       lines[0] = thing.name;
       lines[1] = `${percent(share)} of the ring`;
-      lines[2] = times(pieces, "piece", "pieces");
+      lines[2] = `${times(pieces, "piece", "pieces")} drawn`;
     } else {
-      lines[0] = this.ring.model;
-      lines[1] = times(this.paths.size, "replica", "replicas");
+      lines[0] = nameOf(this.ring);
+      lines[1] = times(this.#names().length, "replica", "replicas");
       lines[2] = times((this.ring.prefixes ?? []).length, "hot prefix", "hot prefixes");
     }
     lines.forEach((line, index) => {
@@ -234,12 +237,21 @@ export class RingPanel {
     });
   }
 
+  // Whom the ring has. The arcs of a large one are a sample, in which small shares may be missing.
+  #names() {
+    const { model, models: served } = this.ring;
+    const of = new Set(served?.length ? served : [model]);
+    const on = ({ models, ring_ratio: share }) =>
+      share > 0 && (models.some((one) => of.has(one)) || (model === "" && models.length === 0));
+    const told = this.replicas.filter(on).map(({ replica_id: name }) => name);
+    return [...new Set([...told, ...this.pieces.keys()])].sort();
+  }
+
   #shareOf(name) {
-    const owned = this.pieces.get(name) ?? [];
-    return {
-      pieces: owned.length,
-      share: owned.reduce((sum, { begin, end }) => sum + end - begin, 0),
-    };
+    const pieces = this.pieces.get(name) ?? [];
+    const drawn = pieces.reduce((sum, { begin, end }) => sum + end - begin, 0);
+    const told = this.replicas.find((replica) => replica.replica_id === name)?.ring_ratio;
+    return { pieces: pieces.length, share: told || drawn };
   }
 
   #mark() {
@@ -309,8 +321,8 @@ export class RingPanel {
           count(prefix.heat),
           octets(prefix.octets),
           prefix.home ?? "nobody",
-          holders.length > 3
-            ? `${holders.slice(0, 2).join(", ")} and ${holders.length - 2} more`
+          holdersOf(prefix) > 3
+            ? `${holders.slice(0, 2).join(", ")} and ${holdersOf(prefix) - 2} more`
             : holders.join(", ") || "nobody",
           prefix.spread ? times(prefix.spread, "replica", "replicas") : "its own",
         ];
@@ -328,20 +340,18 @@ export class RingPanel {
       homes.set(home, (homes.get(home) ?? 0) + 1);
       for (const name of holders) held.set(name, (held.get(name) ?? 0) + 1);
     }
-    const rows = [...this.pieces.keys()]
-      .sort()
-      .map((name) => ({
-        name,
-        ...this.#shareOf(name),
-        homes: homes.get(name) ?? 0,
-        held: held.get(name) ?? 0,
-      }));
+    const rows = this.#names().map((name) => ({
+      name,
+      ...this.#shareOf(name),
+      homes: homes.get(name) ?? 0,
+      held: held.get(name) ?? 0,
+    }));
     this.shareRows.show(rows, ({ name }) => name);
   }
 
   #shareRow() {
     const pick = node("button", { type: "button", class: "link", "aria-pressed": "false" }, "");
-    const cells = ["Share", "Pieces", "Home of", "Holds"].map((label) =>
+    const cells = ["Share", "Pieces drawn", "Home of", "Holds"].map((label) =>
       node("td", { "data-label": label }),
     );
     const root = node(

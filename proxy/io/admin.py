@@ -156,7 +156,7 @@ def make_app(
     app.router.add_get("/replicas", pages.replicas)
     app.router.add_post("/debug/route", pages.route)
     app.router.add_get(VIEW_PATH, pages.view)
-    app.router.add_get(VIEW_WATCH_PATH, pages.watch)
+    app.router.add_get(VIEW_WATCH_PATH, pages.watch, allow_head=False)
     app.router.add_post(WISH_PATH, pages.wish)
     for path in pages.dashboard.paths:
         app.router.add_get(path, pages.dashboard.serve)

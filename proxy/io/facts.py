@@ -176,7 +176,7 @@ class Facts:
         series.duration_s.observe(now_s - self._started_s)
         usage = self._usage
         token_s = self._token_s(usage, outcome)
-        if token_s:
+        if token_s >= 0.0:
             series.token_s.observe(token_s)
         if self._request.deadline_s:
             plane.waiting.lateness.count(self._request, self._first_octet_s, status, outcome)
@@ -235,16 +235,16 @@ class Facts:
         plane.tracer.over(facts)
 
     def _token_s(self, usage: Usage | None, outcome: str) -> float:
-        """Return the mean time between the tokens of a whole stream, 0 where it has none.
+        """Return the mean time between the tokens of a whole stream, -1 where it has none.
 
         From the first to the last, over the spaces between them, as vLLM counts its time per output
         token. What comes in one piece shows only how long it took.
         """
         first_s = self._first_octet_s
         if not self._stream or not first_s or usage is None or outcome != OK:
-            return 0.0
+            return -1.0
         spaces = usage.completion_tokens - 1
-        return (self._last_octet_s - first_s) / spaces if spaces > 0 else 0.0
+        return (self._last_octet_s - first_s) / spaces if spaces > 0 else -1.0
 
     def _tokens(self, octets: int) -> int:
         """Return how many tokens that should be, where the request went."""
@@ -296,7 +296,7 @@ class Facts:
                 queue_reason=self._request.held_for if waited else None,
                 overhead_us=int(self._overhead_s * 1e6) if self._sent_s else None,
                 first_octet_ms=int((first_s - started_s) * 1e6) / 1e3 if first_s else None,
-                tpot_ms=int(token_s * 1e6) / 1e3 if token_s else None,
+                tpot_ms=int(token_s * 1e6) / 1e3 if token_s >= 0.0 else None,
                 duration_ms=int((now_s - started_s) * 1e6) / 1e3,
                 trace_id=recorded.trace_id.decode("ascii") if recorded else None,
                 span_id=recorded.span_id.decode("ascii") if recorded else None,

@@ -8,6 +8,7 @@ made after each count, and encoded once, however many watch.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -24,6 +25,8 @@ from proxy.io.rings import Rings
 from proxy.io.scaling_news import ScalingNews
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
+
+_log = logging.getLogger("doherty.admin")
 
 FRESH_S = 0.25  # one that was made so shortly ago is told again: who asks in a loop costs little
 
@@ -81,8 +84,13 @@ class Viewing:
     # --- time --------------------------------------------------------------------------------
 
     def count(self) -> None:
-        """The workers have told what they counted."""
-        now_s = self._now_s()
+        """The workers have told what they counted. They are asked again, whatever comes of it."""
+        try:
+            self._count(self._now_s())
+        except Exception:  # noqa: BLE001 - a view, and not the counts that all else rests on
+            _log.exception("making the view")
+
+    def _count(self, now_s: float) -> None:
         if self.watchers:
             totals, gauges = self._sums(now_s)
             self._make(totals, gauges, now_s)

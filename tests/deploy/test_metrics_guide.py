@@ -39,6 +39,7 @@ def load(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     before = list(sys.path)
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     sys.path[:] = before
     return module

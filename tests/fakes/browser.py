@@ -56,17 +56,19 @@ class Browser:
     def command(self, name: str, **values: object) -> Any:
         return self.driver.execute_cdp_cmd(name, values)
 
-    def open(
-        self, url: str, *, width: int = 1440, height: int = 900, dark: bool = False, scale: int = 1
-    ) -> None:
+    def open(self, url: str, *, width: int = 1440, height: int = 900, dark: bool = False) -> None:
         """Open a page as if for the first time, in a window of this size."""
         self.driver.get("about:blank")
         self.console()
-        size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
+        self.resize(width, height, dark=dark)
+        self.driver.get(url)
+
+    def resize(self, width: int, height: int = 900, *, dark: bool = False) -> None:
+        """Change the window and the system's theme under a page that stays."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.command("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.command("Emulation.setEmulatedMedia", features=[scheme])
-        self.driver.get(url)
 
     def js(self, script: str, *values: object) -> Any:
         return self.driver.execute_script(script, *values)

@@ -83,7 +83,9 @@ async def test_with_a_key_the_key_counts_wherever_one_asks_from() -> None:
                 for path in READ:
                     assert (await listener.get(path, *fields)).status == 401
             assert (await listener.post(DRAIN, AWAY, KEY, "origin: http://a.example")).status == 403
-            assert (await listener.post(DRAIN, AWAY, KEY)).status == 200
+            for scheme in ("Bearer", "bearer", "BEARER"):
+                key = f"authorization: {scheme} s3cret"
+                assert (await listener.post(DRAIN, AWAY, key)).status == 200
             assert (await listener.get("/view", AWAY, KEY)).status == 200
             assert (await listener.get("/", AWAY)).status != 401  # the page asks for the key
 

@@ -12,11 +12,12 @@ import orjson
 import pytest
 from aiohttp import web
 
+from proxy.io.operating import shown_url
 from tests.fakes.admin import Standing, admin, error_of, post
 from tests.fakes.engine import ScriptedEngine
 from tests.fakes.plane import chat_request
 from tests.fakes.proxy_process import ProxyProcess
-from tests.fakes.talk import ask
+from tests.fakes.talk import Talk, ask
 from tests.io.test_supervisor import HeldStreams, opened
 from tests.io.test_view import view_of
 
@@ -46,7 +47,17 @@ async def test_a_drained_replica_finishes_its_stream_and_is_sent_nothing_until_u
                 # It survives a reload and an upgrade, and everybody is told.
                 config.write_text(config.read_text() + "  max_payload_size: 4000000\n")
                 await proxy.until_said("reloaded")
-                await proxy.upgrade()
+                async with Talk(proxy.admin_port) as watcher, Talk(proxy.admin_port) as scraper:
+                    await watcher.send(b"GET /view/watch HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                    await watcher.read_until(b"event: view")
+                    await scraper.send(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                    assert (await scraper.answer("GET")).status == 200
+                    await proxy.upgrade()
+                    # The one that leaves has streams to finish, and is asked nothing meanwhile.
+                    await watcher.read_to_end()
+                    assert watcher.received.endswith(b"\r\n0\r\n\r\n")
+                    assert await scraper.read_to_end() == b""
+                    assert len(talks) == 6
                 shown = (await proxy.replicas())[replica_id]
                 assert (shown["state"], shown["reason"]) == ("draining", "drained by an operator")
                 by_id = {entry.replica_id: entry for entry in (await view_of(proxy)).replicas}
@@ -137,6 +148,18 @@ async def test_a_manager_that_is_gone_is_said_to_be() -> None:
         answer = await listener.post("/replicas/a/drain")
         assert (answer.status, error_of(answer)["code"]) == (503, "manager_unreachable")
         assert f":{port} does not answer" in error_of(answer)["message"]
+
+
+async def test_a_manager_is_named_without_the_secret_in_its_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    secret = f"http://user:hush@127.0.0.1:{port}"
+    async with admin(Standing("a", manager_url=secret)) as listener:
+        answer = await listener.post("/replicas/a/drain")
+        assert b"hush" not in answer.body
+        assert f"http://127.0.0.1:{port} " in error_of(answer)["message"]
+    for odd in ("http://u:hush@[", "http://u:hush@h:x"):
+        assert "hush" not in shown_url(odd)
 
 
 # --- without one ---------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import pytest
 
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import PoolRecord, span_export
-from proxy.contract.span_export import SpanExport, endpoint_url
-from proxy.contract.spans import CLIENT, INTERNAL, SERVER, SpanRecord
+from proxy.contract.span_export import SpanExport
+from proxy.contract.spans import CLIENT, INTERNAL, SERVER, SpanRecord, endpoint_url
 from proxy.core import claim_limits, limits
 from proxy.core.request_spans import NEWEST
 from proxy.core.trace_context import SAMPLED, read_origin
