@@ -98,7 +98,7 @@ def test_every_whole_command_in_a_sentence_is_one(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_subcommand_that_is_named_in_a_sentence_is_one(path: Path) -> None:
     named = set(_INLINE.findall(path.read_text(encoding="utf-8")))
-    assert named - COMMANDS == set()
+    assert named - set(COMMANDS) == set()
 
 
 def test_a_command_that_is_none_is_noticed() -> None:
