@@ -13,6 +13,8 @@ from backends.command_words import GROUPS, WORDS
 OPENING = """\
 # Commands
 
+What there is to call, with which status it ends, and how a shell completes it.
+
 `doherty COMMAND --help` has the flags of each, with defaults and environment variables.
 `doherty --version` says which release, Python, engines and form of the data path are in use.
 """

@@ -65,6 +65,8 @@ def _read(program: str, words: list[str]) -> None:
         flags.parse(words[1:], {})
     elif words[0] == "simulator":
         parse_flags(words[1:])
+    elif words[0] == "compile":
+        assert set(words[1:]) <= {"--force"}
     else:
         PARSER.parse_args(words)
 
