@@ -114,8 +114,6 @@ class Supervisor:
             others=(self._peers, self._teller, self._wanting, self._witness, self._quotas),
             on_fleet=self._tell_fleet,
         )
-        self._estate = Estate(self._peers, self._standing.counters)
-        self._standing.inherited = self._estate.samples
         asked = ScalingNews(lambda: self._lookout.session, self._standing.manager_url)
         self._viewing = Viewing(self._standing, asked, self._tasks)
         self._admin = web.AppRunner(self._make_admin(), access_log=None)
