@@ -20,7 +20,7 @@ DOCUMENTS = sorted(
 GUIDES = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which names parts of them
 _SHELL = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
-_BEGINS = re.compile(r"(?:^|[\s(]|bin/)(doherty|python3? -m loadtest)(?= )(.*)$")
+_BEGINS = re.compile(r"(?:^|[\s(]|bin/)(?<!-n )(doherty|python3? -m loadtest)(?= )(.*)$")
 _OPERATOR = re.compile(r"^(\||\|\||&|&&|;|\d?[<>].*)$")
 _INLINE = re.compile(r"`doherty ([a-z]+)[^`]*`")
 
@@ -97,7 +97,7 @@ def test_every_whole_command_in_a_sentence_is_one(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_subcommand_that_is_named_in_a_sentence_is_one(path: Path) -> None:
     named = set(_INLINE.findall(path.read_text(encoding="utf-8")))
-    assert named - COMMANDS == set()
+    assert named - set(COMMANDS) == set()
 
 
 def test_a_command_that_is_none_is_noticed() -> None:
