@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Callable
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 REPLICAS_MAX = 4096  # of one pool, as the configuration has it; that module takes its time
@@ -42,3 +44,14 @@ def seconds(text: str) -> float:
 def names(text: str) -> tuple[str, ...]:
     """Return the names in a list with commas; an argparse type."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Return an argparse type: a whole number not below `minimum`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {minimum} on")
+        return int(text)
+
+    return parse

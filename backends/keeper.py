@@ -29,6 +29,7 @@ from backends.ladder import Rung, RungCost
 from backends.lifecycle import SLEEPING, Command, Event, Lifecycle, Phase, overdue, step
 from backends.logfile import length
 from backends.loras import Loras, of_start
+from backends.moves import Step
 from backends.placing import as_left, meet, note_process
 from backends.ports import ReplicaPorts
 from backends.posing import Posing
@@ -196,7 +197,7 @@ class Keeper:
 
     def apply(self, event: Event, reason: str = "") -> None:
         """Let `event` happen and perform what follows from it."""
-        before = self.state
+        before, rung = self.state, self.rung
         now_s = self._around.clock.now_s()
         self.state, commands = step(before, event, now_s, self._around.timing(self.spec), reason)
         self._posing.follow(self.state.phase)
@@ -204,6 +205,8 @@ class Keeper:
             told = {"was": before.phase, "cause": event, "reason": self.state.reason}
             name = self.spec.replica_id
             self._around.log.tell(f"replica_{self.state.phase}", replica=name, **told)
+            phase, reason, at_s = self.state.phase, self.state.reason, self._around.clock.unix_s()
+            self._around.moves.step(Step(self.spec, phase, event, reason, rung, at_s))
             self._ring()
         self._timer.set(self.state.deadline_s)
         if self.state.held != before.held and self._launch is not None:

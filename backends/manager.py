@@ -28,6 +28,7 @@ from backends.keeper import Keeper
 from backends.lifecycle import Event
 from backends.log import Log
 from backends.logfile import bound
+from backends.moves import Follows, Nobody
 from backends.notices import Reclaims
 from backends.providers.base import Process, Provider
 from backends.providers.choice import port_leases, warms
@@ -75,6 +76,7 @@ class Manager:
         suspender_of: Callable[[Engine], Suspender] = lambda _engine: NoSuspender(),
         snapshots: Snapshots | None = None,
         demand: Demanded | None = None,
+        moves: Follows | None = None,
     ) -> None:
         self._engines = engines
         self._log = log
@@ -111,6 +113,7 @@ class Manager:
             suspender_of=suspender_of,
             snapshots=snapshots or NoSnapshots(),
             demand=demand or book,
+            moves=moves or Nobody(),
         )
         self.scaler = Autoscaler(self._around, engines, self.keepers, book, self._reconcile)
         self.scaler.want(config)

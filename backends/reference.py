@@ -13,6 +13,7 @@ from backends.settings import MANAGER_SETTINGS, OFFLINE_SETTINGS
 from proxy.config import ENVIRONMENT_PREFIX, FIXED, ProxyConfig
 from proxy.config_reading import describe_fields
 from proxy.config_schema import json_schema
+from proxy.secret_files import SUFFIX, is_secret
 
 _OPENING = """\
 # Reference of the configuration
@@ -33,6 +34,7 @@ _SECTIONS_RELOADED = ("models", "tenants", "jwt", "classes", "remote_regions")
 _UNITS = (("_secs", "s"), ("_ms", "ms"), ("_mib", "MiB"), ("bytes", "bytes"), ("payload", "bytes"))
 
 
+_OF_PROXY = frozenset(name for name, _, _ in describe_fields(ProxyConfig))
 # Sizes that are shown in the unit that people say, too.
 _SIZES = ((1 << 30, "GiB"), (1 << 20, "MiB"))
 
@@ -76,8 +78,7 @@ def _given(row: str, flags: Collection[str]) -> tuple[str, str]:
     """Return flag and environment name of a key; empty where there is none."""
     section, _, key = row.rpartition(".")
     if section == "proxy":
-        known = {name for name, _, _ in describe_fields(ProxyConfig)}
-        return (_flag(key), ENVIRONMENT_PREFIX + key.upper()) if key in known else ("", "")
+        return (_flag(key), ENVIRONMENT_PREFIX + key.upper()) if key in _OF_PROXY else ("", "")
     for name, settings in (("manager", MANAGER_SETTINGS), ("offline", OFFLINE_SETTINGS)):
         for field, flag, variable in settings if section == name else ():
             if field == key:
@@ -101,13 +102,18 @@ def _part(path: str, section: Mapping[str, Any], names: Mapping[str, tuple[str, 
         value = section["properties"][key]
         shown = flag.replace("--", "--no-") if value.get("default") is True else flag
         cells = [f"`{key}`", _meaning(value), _type(key, value), _default(key, value, section)]
-        cells += [_code(shown), _code(variable)] if told else []
+        cells += [_code(shown), _variable(key, variable)] if told else []
         lines.append(_row([*cells, _change(row)]))
     return "\n".join(lines) + "\n"
 
 
 def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _variable(key: str, name: str) -> str:
+    """Return an environment name, and that of the file in place of which a secret may stand."""
+    return f"{_code(name)}, {_code(name + SUFFIX)}" if name and is_secret(key) else _code(name)
 
 
 def _code(text: str) -> str:

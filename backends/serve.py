@@ -45,6 +45,7 @@ from backends.notice_watch import watch_notice
 from backends.providers.choice import cluster_cards, open_provider
 from backends.snapshots.choice import look_ahead, open_snapshots, suspenders
 from backends.tasks import cancel_all, spawn
+from backends.tracing import open_moves
 from proxy import systemd
 from proxy.config import Config, ConfigError, OfflineConfig, load_config
 
@@ -144,6 +145,7 @@ async def serve(
             cards=cards,
             suspender_of=suspenders(config),
             snapshots=snapshots,
+            moves=stack.enter_context(open_moves(config, os.environ, log)),
         )
         stack.push_async_callback(manager.close)
         if listener is None or keys is None:

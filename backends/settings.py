@@ -10,6 +10,7 @@ import msgspec
 
 from backends.offline.setting import exposed, unreadable
 from backends.spec import pool_specs
+from backends.tracing import check_endpoint
 from backends.up_plan import Plan, keyed
 from proxy.config import (
     EMBEDDED_DEFAULT,
@@ -69,6 +70,7 @@ def manager_config_of(
     manager = manager_settings(config.manager, given, environ)
     offline = offline_settings(config.offline, given, environ)
     proxy = override(config.proxy, environment_values(environ), ENVIRONMENT_PREFIX + "{env}")
+    check_endpoint(proxy)
     return msgspec.structs.replace(config, manager=manager, offline=offline, proxy=proxy), path
 
 
@@ -96,6 +98,7 @@ def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
             )
     proxy = override(config.proxy, environment_values(environ), ENVIRONMENT_PREFIX + "{env}")
     proxy = override(proxy, flags, "--{flag}")
+    check_endpoint(proxy)
     manager = manager_settings(config.manager, given, environ)
     offline = offline_settings(config.offline, given, environ)
     if manager.port == 0 and offline.port == OfflineConfig().port:

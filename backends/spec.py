@@ -21,6 +21,7 @@ from proxy.config import (
     Serves,
     WorkClass,
 )
+from proxy.contract.spans import endpoint_url
 
 WORK_KEY_VARIABLE = "DOHERTY_WORK_KEY"  # by which a worker shows the desk that it is one
 
@@ -55,6 +56,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     desk_url: str = ""  # where a worker of jobs gets its lines
     chunk_lines: int = 0  # and how many at once
     gpu_price_per_hour: float | None = None  # None: nobody has said
+    traces_url: str = ""  # where its traces are posted to; empty: it sends none
 
 
 class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,8 +140,15 @@ def _spec(config: Config, model: ModelConfig, pool: PoolConfig, replica_id: str)
         elsewhere=config.manager.provider == "ray",
         release=config.manager.ray.versions.get(pool.engine, ""),
         resources=pool.resources,
+        traces_url=_traces_url(config),
     )
     return _worker(spec, config.offline) if pool.serves == "jobs" else spec
+
+
+def _traces_url(config: Config) -> str:
+    """Return where engines post their traces: where the proxy's go, if that is said."""
+    endpoint = config.proxy.otlp_traces_endpoint
+    return endpoint_url(endpoint) if endpoint and config.manager.trace_engines else ""
 
 
 def _worker(spec: ReplicaSpec, offline: OfflineConfig) -> ReplicaSpec:

@@ -11,6 +11,8 @@ import os
 import uuid
 from typing import NamedTuple
 
+import msgspec
+
 from backends.cards import Placement
 from backends.engines.base import (
     HOST,
@@ -21,7 +23,7 @@ from backends.engines.base import (
     launch_hash,
 )
 from backends.engines.files import CACHES
-from backends.engines.probe import Program, completed
+from backends.engines.probe import Program, can_trace, completed
 from backends.engines.release import UNKNOWN_RELEASE, Release
 from backends.gpus import NoGpuError
 from backends.journal import Launch
@@ -34,6 +36,10 @@ from backends.warm import Warmer
 from backends.weights import files_read
 from proxy import systemd
 
+_NO_TRACES = (
+    "{engine}: traces end at the proxy: opentelemetry-exporter-otlp-proto-http is not installed "
+    "beside it"
+)
 # Why a start may not come about, each with words for a person.
 START_ERRORS = (OSError, EngineMissingError, FlagError, NoGpuError, NoPortError)
 
@@ -131,6 +137,9 @@ def _start(
     placement: Placement,
 ) -> Start:
     warnings = engine.check(spec, release)
+    if spec.traces_url and engine.uses_gpu and not can_trace(program):
+        spec = msgspec.structs.replace(spec, traces_url="")
+        warnings += (_NO_TRACES.format(engine=engine.name),)
     ours = systemd.without(os.environ) if program.inherits is None else dict(program.inherits)
     ours = ours | placement.environment
     command = engine.command(spec, leased, release)

@@ -15,6 +15,7 @@ from backends.fetch import Fetch
 from backends.journal import Entry, Journal
 from backends.lifecycle import Timing
 from backends.log import Log
+from backends.moves import Follows, Nobody
 from backends.ports import PortLeases
 from backends.providers.base import Provider
 from backends.snapshots.absent import NobodyTells, NoSnapshots, NoSuspender
@@ -54,6 +55,7 @@ class Surroundings(msgspec.Struct, frozen=True):
     suspender_of: Callable[[Engine], Suspender] = lambda _engine: NoSuspender()
     snapshots: Snapshots = NoSnapshots()
     demand: Demanded = NobodyTells()
+    moves: Follows = Nobody()
     shelf: Shelf = msgspec.field(default_factory=Shelf)
 
     def timing(self, spec: ReplicaSpec) -> Timing:

@@ -182,6 +182,9 @@ def services(plan: Plan, environ: Mapping[str, str]) -> Commands:
     secrets = {f"DOHERTY_{k.upper()}": str(v) for k, v in plan.proxy_flags.items() if k in SECRETS}
     # Where the desk is, for the manager as well: it starts the workers that ask there.
     told = {"DOHERTY_OFFLINE_PORT": str(plan.offline.port)} if plan.serves_jobs else {}
+    for name in ("enable_trace", "otlp_traces_endpoint"):  # it sends traces, and so do its engines
+        if name in plan.proxy_flags:
+            told[f"DOHERTY_{name.upper()}"] = str(plan.proxy_flags[name])
     told |= {k: v for k, v in secrets.items() if k.endswith("PEER_KEY")}
     if plan.manager.keys_follow is None and (path := plan.keys_path) is not None:
         told["DOHERTY_KEYS_PATH"] = path  # it serves the keys that the proxy reads

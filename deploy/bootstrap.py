@@ -27,9 +27,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "deploy"))  # where this is loaded by others
+import second_try  # noqa: E402
+
 VENV = ROOT / ".venv"
 BIN = VENV / "bin"
 STAMP = VENV / "doherty-stamp"
@@ -219,7 +221,7 @@ def test(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="doherty-test-") as name:
         folder = Path(name)
         tests = [
-            Step("tests", lambda: run_parts(test_parts(folder), folder)),
+            Step("tests", lambda: run_tests(test_parts(folder), folder)),
             Step("coverage", lambda: judge_coverage(folder)),
         ]
         if argv:
@@ -347,8 +349,21 @@ def pytest_part(
     return Part(name, (*(command or (str(BIN / "pytest"),)), *own, *options), env, after)
 
 
-def run_parts(parts: Sequence[Part], folder: Path) -> int:
-    """Run `parts` in their order, `SLOTS` at a time; return the first failure's status.
+def run_tests(parts: Sequence[Part], folder: Path) -> int:
+    """Run `parts`, and once more, alone, the few tests of them that failed."""
+    statuses = run_parts(parts, folder)
+    failure = next((status for status in statuses.values() if status), 0)
+    tests = second_try.tests_to_try(statuses, folder, ROOT)
+    if not tests:
+        return failure
+    print(f"\n=== failed, once more alone: {len(tests)} ===", flush=True)
+    status = start(pytest_part(folder, second_try.ALONE, tests)).wait()
+    passed = second_try.passed_alone(folder, ROOT)
+    return status if status or set(passed) == set(tests) else failure
+
+
+def run_parts(parts: Sequence[Part], folder: Path) -> dict[str, int]:
+    """Run `parts` in their order, `SLOTS` at a time; return the exit status of each that ran.
 
     One that fails ends none but those that come after it. What a part said is shown when it ends.
     """
@@ -373,7 +388,7 @@ def run_parts(parts: Sequence[Part], folder: Path) -> int:
         for process, _ in running.values():
             process.terminate()
             process.wait()
-    return next((status for status in statuses.values() if status), 0)
+    return statuses
 
 
 def start(part: Part, output: BinaryIO | None = None) -> subprocess.Popen[bytes]:
@@ -408,24 +423,18 @@ def core_branch_percent(files: dict[str, dict[str, dict[str, int]]]) -> float | 
 
 
 def show_skipped(folder: Path) -> None:
-    """List the skipped tests by name, each with its reason."""
+    """List the skipped tests by name, each with its reason, and those that needed a second try."""
     reports = sorted(folder.glob("*.xml"))
     if not reports:
         return
-    skipped = [case for report in reports for case in skipped_tests(report.read_text())]
+    skipped = [case for report in reports for case in second_try.skipped_tests(report)]
     print(f"\n=== skipped tests: {len(skipped)} ===")
     for name, reason in skipped:
         print(f"{name}: {reason}")
-
-
-def skipped_tests(report: str) -> list[tuple[str, str]]:
-    """Return name and reason of each skipped test in a JUnit report of our own making."""
-    found: list[tuple[str, str]] = []
-    for case in ElementTree.fromstring(report).iter("testcase"):  # noqa: S314  # ours
-        for mark in case.findall("skipped"):
-            name = f"{case.get('classname', '')}::{case.get('name', '')}"
-            found.append((name, mark.get("message", "no reason given")))
-    return found
+    passed = second_try.passed_alone(folder, ROOT)
+    if passed:
+        print(f"\n=== failed beside others, passed alone: {len(passed)} ===")
+        print("\n".join(passed), flush=True)
 
 
 if __name__ == "__main__":

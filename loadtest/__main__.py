@@ -19,6 +19,7 @@ import uvloop
 from loadtest import (
     bench,
     burst,
+    explain,
     faults,
     gpu,
     guessing,
@@ -68,6 +69,7 @@ COMMANDS: dict[str, Command] = {
     "burst": burst,
     "claims-lab": claims_lab,
     "deadlines": deadlines,
+    "explain": explain,
     "fairness": fairness,
     "gpu": gpu,
     "guessing": guessing,

@@ -31,7 +31,8 @@ credentials crowd engine_errors explanation fairness fleet head head_memory head
 held holding http1 idle index lease lengths limits lines loads multipart note_wire notes
 opening outlook pacing picture pieces policy preamble preempting prefix principal principals
 prospects quota regions replica request_spans response_id responses retry ring room routes scan
-session share_cells sketch spare speeds sse tier_echo trace_context usage wishes"""
+session share_cells sketch spare speeds sse termination tier_echo trace_context usage
+wishes"""
 _IO: Final = (
     "abroad access_log authentication choice class_telemetry clock connection crossing echoing "
     "endings engine_answer exchange facts lateness metered metering noting outbox passage plane "
@@ -72,7 +73,7 @@ def import_root() -> Path:
     if os.environ.get(FOLDER) == "off":
         return PACKAGE.parent
     compiled = folder()
-    return compiled if compiled.is_dir() else PACKAGE.parent
+    return compiled if os.access(compiled, os.R_OK | os.X_OK) else PACKAGE.parent
 
 
 def worker_environment() -> dict[str, str]:
@@ -112,6 +113,7 @@ def compile_all(*, force: bool = False) -> Path:
         shutil.rmtree(build / "build", ignore_errors=True)
         if target.is_dir():
             shutil.rmtree(target)
+        build.chmod(0o755)  # a temporary folder is its maker's alone, and workers may be others
         build.rename(target)
         build.mkdir()  # for the one who cleans up
     return target

@@ -43,6 +43,13 @@ class ManagerConfig(Section, frozen=True, kw_only=True):
     warm_page_cache: Annotated[
         bool, Meta(description="read weights and compile caches into memory beside a start")
     ] = True
+    trace_engines: Annotated[
+        bool,
+        Meta(
+            description="have engines send traces to the proxy's otlp_traces_endpoint, where their "
+            "environment has OpenTelemetry's exporter"
+        ),
+    ] = True
     snapshot_dir: Annotated[
         Path | None,
         Meta(description="folder for images of warm replicas (default: snapshots in run_dir)"),

@@ -68,7 +68,7 @@ REMARKS: tuple[tuple[str, str], ...] = (
     ),
     (
         r"dp-.*|intra-node-data-parallel-size",
-        "a replica's ranks are its own to fill; name the replica once and leave it out",
+        "ranks of a replica are found and routed to; name the replica once and leave it out",
     ),
     (
         r"service-discovery.*|selector|router-selector|model-id-from|k8s-.*|discovery-.*",
@@ -116,6 +116,11 @@ REMARKS: tuple[tuple[str, str], ...] = (
         r"(header-read|idle-connection|upstream-pool-idle)-timeout-secs|upstream-http2"
         r"|max-buffered-request-bytes|max-background-responses|job-queue-.*",
         "it is bounded by itself (proxy/core/limits.py); leave it out",
+    ),
+    ("otel-endpoint", "use --otlp-traces-endpoint, a URL for OTLP over HTTP"),
+    (
+        "otel-service-name|otel-secure",
+        "as OpenTelemetry has it: OTEL_SERVICE_NAME, and https in --otlp-traces-endpoint",
     ),
     (
         r"cors-allowed-origins|mcp-.*|(enable-)?wasm.*|.*program-scheduling.*|callbacks"

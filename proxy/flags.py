@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -18,16 +18,21 @@ from proxy.config import (
     override,
 )
 from proxy.dialect import remark
+from proxy.flag_groups import FURTHER, GROUPS, group_of
+from proxy.help_form import Words, dress, refuse
 from proxy.secret_files import is_secret, variable
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each field of `ProxyConfig`; unset flags leave no trace in the namespace."""
     defaults = ProxyConfig()
+    names = [*GROUPS, FURTHER]
+    groups = {name: parser.add_argument_group(name) for name in names}
     for name, kind, words in describe_fields(ProxyConfig):
         flag = "--" + name.replace("_", "-")
         default = getattr(defaults, name)
-        shown = "" if default in (None, (), "") else f" (default: {default})"
+        shown = "" if default in (None, (), "") else f" (default: {_shown(default)})"
+        shown += f" [{ENVIRONMENT_PREFIX}{name.upper()}]"
         options: dict[str, Any] = {
             "dest": name,
             "default": argparse.SUPPRESS,
@@ -38,10 +43,52 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         elif isinstance(default, tuple):
             metavar = "URL" if name.endswith("urls") else "ADDRESS"
             options |= {"nargs": "*", "metavar": metavar}
+        elif get_origin(kind) is Literal:
+            options["metavar"] = f"{{{','.join(get_args(kind))}}}"
         else:
             options["metavar"] = name.rsplit("_", 1)[-1].upper()
         options["help"] = options["help"].replace("%", "%%")
-        parser.add_argument(flag, **options)
+        groups[group_of(name)].add_argument(flag, **options)
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+EXAMPLES = Words(
+    (
+        "doherty proxy --worker-urls http://gpu1:30000 http://gpu2:8000",
+        "doherty proxy --manager-url http://127.0.0.1:8002 --workers 4 --host 0.0.0.0",
+        "doherty proxy --config doherty.yaml --access-log off",
+        "DOHERTY_API_KEY=secret doherty proxy --config doherty.yaml --port 9000",
+    ),
+    "Settings come from a flag, else from the environment variable beside it,\n"
+    "else from the proxy section of the file, else they are the default. Keys may\n"
+    f"stand in files: {ENVIRONMENT_PREFIX}ADMIN_API_KEY_FILE names one.\n"
+    "SIGHUP reads the file again, SIGTERM drains, SIGUSR2 takes over by a new one.",
+)
+
+
+def add_all(parser: argparse.ArgumentParser) -> None:
+    """Add all that `doherty proxy` takes, and say what it is for."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"YAML file; its proxy section is read [{ENVIRONMENT_PREFIX}CONFIG]",
+    )
+    parser.add_argument(
+        "--takeover",
+        nargs="?",
+        const="",
+        metavar="SOCKET",
+        help="take the place of the proxy that runs with this --upgrade-socket, losing no request; "
+        "alone: of the one at our own --upgrade-socket, if any is there",
+    )
+    add_flags(parser)
+    parser.description = "Serve one OpenAI-compatible endpoint in front of engine replicas."
+    dress(parser, EXAMPLES)
 
 
 class Invocation(msgspec.Struct, frozen=True):
@@ -76,30 +123,14 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> ProxyConfig:
 
 def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
     """Read the command line itself. Raises `ConfigError` for what other routers have."""
-    parser = argparse.ArgumentParser(
-        prog="doherty proxy",
-        description="Serve one OpenAI-compatible endpoint in front of engine replicas.",
-        epilog="Every flag has an environment twin: --max-payload-size is "
-        f"{ENVIRONMENT_PREFIX}MAX_PAYLOAD_SIZE; a flag wins over it, and it over the file. "
-        f"Keys may stand in files: {ENVIRONMENT_PREFIX}ADMIN_API_KEY_FILE names one.",
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file; its proxy section is read")
-    parser.add_argument(
-        "--takeover",
-        nargs="?",
-        const="",
-        metavar="SOCKET",
-        help="take the place of the proxy that runs with this --upgrade-socket, losing no request; "
-        "alone: of the one at our own --upgrade-socket, if any is there",
-    )
-    add_flags(parser)
+    parser = argparse.ArgumentParser(prog="doherty proxy")
+    add_all(parser)
     known, unknown = parser.parse_known_args(list(argv))
     for flag in unknown:
         words = remark(flag)
         if words is not None:
             raise ConfigError(f"{flag.partition('=')[0]} is another router's: {words}")
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    refuse(parser, argv, unknown)
     given = vars(known)
     path = given.pop("config") or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
     takeover = given.pop("takeover")

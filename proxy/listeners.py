@@ -50,6 +50,8 @@ def given_by_systemd(environ: Mapping[str, str]) -> Listeners | None:
     for index in range(int(environ.get("LISTEN_FDS", "0"))):
         listener = socket.socket(fileno=SYSTEMD_FIRST_FD + index)
         listener.set_inheritable(False)
+        if listener.family != socket.AF_UNIX:
+            _notice_slow_readers(listener)
         to_admin = names[index : index + 1] == ["admin"]
         (given.admin if to_admin else given.public).append(listener)
     kinds = ((PUBLIC, given.public), (ADMIN, given.admin))
@@ -106,16 +108,20 @@ def open_listeners(
             listener = socket.socket(family, socket.SOCK_STREAM)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            # Accepted sockets inherit it. Else the kernel takes megabytes for a slow reader before
-            # we, and so its replica, notice that it is slow.
-            listener.setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limits.UNSENT_BYTES_MAX
-            )
+            _notice_slow_readers(listener)
             listener.bind((host, port))
             listeners.append(listener)
     except OSError as error:
         raise StartError(port_problem("proxy", where, error)) from error
     return listeners
+
+
+def _notice_slow_readers(listener: socket.socket) -> None:
+    """Have what it accepts, which inherits this, take little for a reader that is slow.
+
+    Else the kernel takes megabytes before we, and so its replica, notice that it is slow.
+    """
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limits.UNSENT_BYTES_MAX)
 
 
 def open_admin(host: str, port: int) -> list[socket.socket]:

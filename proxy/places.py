@@ -51,8 +51,10 @@ class Place:
         self.origin = 0  # of its notes; another for each process
         self.counters: list[Sample] = []
         self.gauges: list[Sample] = []
+        self.hot: list[control.HotPrefix] = []  # as it told last
         self.lag_s_max = 0.0  # longest lateness of its timers that nobody has been told yet
         self.counted = asyncio.Event()
+        self.silent = asyncio.Event()  # nothing more comes from the process that filled it
 
 
 class Places:
@@ -93,6 +95,7 @@ class Places:
         self._order: control.Drain | None = None  # the last; none is started after one
         self._lag_s_max = 0.0  # the longest lateness that no viewer has been told yet
         self.on_counted: Callable[[], None] = lambda: None  # after each regular count
+        self.viewed: Callable[[], bool] = lambda: False  # whether it is to tell what is hot
         self.accepting = True  # whether a worker that is ready takes connections at once
         self.all_ready = asyncio.Event()
 
@@ -176,6 +179,7 @@ class Places:
         finally:
             theirs.close()
         place.failed_starts += 1
+        place.silent.clear()
         place.channel = channel = await control.Channel.open(ours)
         try:
             self._greet(place.index, channel)
@@ -192,7 +196,8 @@ class Places:
             self._teller.leave(place.origin)
             channel.close()
             self._departed = sum_samples([*self._departed, *place.counters])
-            place.counters, place.gauges = [], []
+            place.counters, place.gauges, place.hot = [], [], []
+            place.silent.set()
         status = await _end_of(process)
         if self._cells is not None:
             self._cells.clear(place.index)
@@ -233,8 +238,9 @@ class Places:
                 if all(other.ready for other in self._places):
                     self.all_ready.set()
                     self._on_message(message)
-            case control.Counted(counters, gauges):
+            case control.Counted(counters, gauges, hot):
                 place.counters = counters
+                place.hot = hot
                 place.gauges = [sample for sample in gauges if sample.name != LAG]
                 for sample in gauges:
                     if sample.name == LAG:
@@ -274,13 +280,17 @@ class Places:
         lag_s, self._lag_s_max = self._lag_s_max, 0.0
         return lag_s
 
-    async def count(self) -> None:
+    def hot(self) -> list[control.HotPrefix]:
+        """Return what is hot in the workers as they told it last, each for itself."""
+        return [prefix for place in self._places for prefix in place.hot]
+
+    async def count(self, *, hot: bool = False) -> None:
         """Ask every worker for its counts; one that is too busy to say keeps its last."""
         asked = [place for place in self._places if place.channel is not None and place.ready]
         for place in asked:
             place.counted.clear()
             assert place.channel is not None
-            place.channel.send(control.Count())
+            place.channel.send(control.Count(hot))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(COUNT_TIMEOUT_S):
                 for place in asked:
@@ -289,7 +299,7 @@ class Places:
     async def _count_regularly(self) -> None:
         while True:
             await asyncio.sleep(COUNT_INTERVAL_S)
-            await self.count()
+            await self.count(hot=self.viewed())
             self.on_counted()
 
     # --- explanations ------------------------------------------------------------------------
@@ -329,10 +339,11 @@ class Places:
                 listener.close()
 
     async def ended(self) -> None:
-        """Wait until every worker has ended."""
+        """Wait until every worker has ended, and all that it said has been heard."""
         for place in self._places:
             if place.process is not None:
                 await place.process.wait()
+                await place.silent.wait()
 
     async def kill(self) -> None:
         self.close_listeners()

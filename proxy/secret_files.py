@@ -24,7 +24,7 @@ def variable(environment: Mapping[str, str], name: str, *, secret: bool) -> str 
     """
     said = environment.get(name)
     twin = name + SUFFIX
-    if not secret or twin not in environment:
+    if not secret or not environment.get(twin):  # a template may leave it empty
         return said
     if said is not None:
         raise ConfigError(f"{name} and {twin} are both set; unset one of them")

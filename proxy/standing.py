@@ -12,10 +12,13 @@ from collections.abc import Callable
 from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaState
 from proxy.contract.regions import RemoteState
+from proxy.contract.version import package_version
 from proxy.contract.view import ProxyView
 from proxy.figures import Figures
+from proxy.io.control import HotPrefix
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
+from proxy.io.operating import shown_url
 from proxy.io.peers import Peers
 from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.regions import Regions
@@ -25,7 +28,6 @@ from proxy.io.wanting import Wanting
 from proxy.io.witness import Witness
 from proxy.places import Places
 from proxy.roster import Roster
-from proxy.version import package_version
 
 
 class Standing:
@@ -48,6 +50,7 @@ class Standing:
         self.config = config  # the supervisor keeps both of these up to date
         self.draining = False
         self.can_drain: str | None = None
+        self.inherited: Callable[[], list[Sample]] = list  # counters of proxies before this one
         self._places = places
         self._roster = roster
         self._lookout = lookout
@@ -99,7 +102,6 @@ class Standing:
     def proxy(self) -> ProxyView:
         """Return what the proxy is, without what is counted."""
         config, fleet = self.config, self._roster.fleet
-        age_s = time.monotonic() - self._roster.at_s
         return ProxyView(
             version=package_version(),
             policy=config.policy,
@@ -107,8 +109,8 @@ class Standing:
             workers=self._places.ready_count,
             not_ready=self.ready(),
             draining=self.draining,
-            fleet_age_s=round(age_s, 3) if fleet else None,
-            manager_url=config.manager_url,
+            fleet_age_s=round(self._lookout.silence_s(), 3) if fleet else None,
+            manager_url=shown_url(config.manager_url) if config.manager_url else None,
             can_drain=self.can_drain,
         )
 
@@ -124,7 +126,7 @@ class Standing:
             self._figures.samples(self._places.pids()),
             ([], wanting.samples()),
         ]
-        counters += [*told, *peers.samples(), *teller.samples()]
+        counters += [*told, *peers.samples(), *teller.samples(), *self.inherited()]
         gauges += [
             *linked,
             *witness.samples(),
@@ -137,14 +139,22 @@ class Standing:
         age_s = time.monotonic() - self._roster.at_s
         return counters, [*gauges, Sample("fleet_age_seconds", (), age_s)]
 
+    async def counters(self) -> list[Sample]:
+        """Return what a proxy that takes over goes on from."""
+        return (await self.samples())[0]
+
     def counted(self) -> tuple[list[Sample], list[Sample]]:
         """Return counters and gauges as the workers told them last, unsummed."""
         counters, gauges = self._places.counted()
         return counters, [*gauges, *self._others[3].samples()]
 
+    def hot(self) -> list[HotPrefix]:
+        """Return what is hot in each of the workers, as they told it last."""
+        return self._places.hot()
+
     async def recount(self) -> None:
-        """Have the workers tell them anew."""
-        await self._places.count()
+        """Have the workers tell all of this anew."""
+        await self._places.count(hot=True)
 
     def take_lag_s(self) -> float:
         """Return the longest lateness of a worker's timers since this was asked last."""

@@ -31,12 +31,14 @@ from proxy.io import control
 from proxy.io.admin import make_app
 from proxy.io.admin_guard import Guard, is_local
 from proxy.io.entrance import LISTEN_BACKLOG
+from proxy.io.estate import Estate
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
 from proxy.io.operating import Operators
 from proxy.io.peers import Peers
 from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.regions import Regions
+from proxy.io.scaling_news import ScalingNews
 from proxy.io.sharing import recital_s
 from proxy.io.tasks import Tasks
 from proxy.io.teller import Teller
@@ -56,6 +58,7 @@ _log = logging.getLogger("doherty.proxy")
 
 WATCH_INTERVAL_S = 1.0
 TELL_MARGIN_S = 1.0  # for asking, beyond what a worker takes to tell what is cached where
+ADMIN_END_S = 5.0  # for what was asked before a successor was there
 END_MARGIN_S = 2.0  # beyond the grace that workers were given
 
 
@@ -112,10 +115,14 @@ class Supervisor:
             others=(self._peers, self._teller, self._wanting, self._witness, self._quotas),
             on_fleet=self._tell_fleet,
         )
+        self._estate = Estate(self._peers, self._standing.counters)
+        self._standing.inherited = self._estate.samples
         guard = Guard(config.admin_api_key, local=is_local(listeners.admin))
         self._standing.can_drain = guard.can_drain
-        self._viewing = Viewing(self._standing)
+        asked = ScalingNews(lambda: self._lookout.session, self._standing.manager_url)
+        self._viewing = Viewing(self._standing, asked, self._tasks)
         self._places.on_counted = self._viewing.count
+        self._places.viewed = self._viewing.viewed
         operators = Operators(self._standing, lambda: self._lookout.session)
         app = make_app(self._standing, guard, self._viewing, operators)
         self._admin = web.AppRunner(app, access_log=None)
@@ -155,6 +162,7 @@ class Supervisor:
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
             await self._drain()
+            await self._estate.farewell()
             await self._quotas.farewell()
             await self._teller.farewell()
         finally:
@@ -289,6 +297,7 @@ class Supervisor:
         left, link = await predecessor.relieve()
         self._peers.adopt(link, dialled=True)
         self._peers.start_listening(self._config)
+        await self._estate.wait()
         if left:
             _log.info("took over from the proxy that ran before")
         else:
@@ -321,6 +330,7 @@ class Supervisor:
             self._linked_successor = True
             self.hub.told.clear()
             self._peers.adopt(link, dialled=False)
+            self._tasks.start("estate", self._estate.run())
         self._relieved = self._standing.draining = True
         self._stop.set()
 
@@ -368,8 +378,7 @@ class Supervisor:
         if self._relieved:
             _log.info("a new proxy has taken over; finishing what runs")
             self._close_door()
-            for site in list(self._admin.sites):
-                await site.stop()
+            self._tasks.start("leave admin", self._leave_admin())
             grace_s = self._config.upgrade_grace_period_secs
             await self._tell_successor(grace_s)
             if await self._ended(control.Drain(grace_s, gentle=True)):
@@ -388,6 +397,17 @@ class Supervisor:
                 await asyncio.wait_for(self._hurry.wait(), settle_s)
         _log.info("draining")
         await self._ended(control.Drain(grace_s))
+
+    async def _leave_admin(self) -> None:
+        """Have whoever asks or watches come to the successor: by a connection kept alive it would
+        be this one who is scraped and drained, for as long as its last stream takes.
+        """
+        for site in list(self._admin.sites):
+            await site.stop()
+        self._viewing.close()
+        if self._admin.server is not None:
+            self._admin.server.pre_shutdown()
+            await self._admin.server.shutdown(ADMIN_END_S)
 
     async def _tell_successor(self, grace_s: float) -> None:
         """Idle workers, too, stay until they have told what is cached where."""

@@ -30,6 +30,7 @@ from proxy.io.access_log import close_all, open_logs
 from proxy.io.clock import Clock
 from proxy.io.entrance import Entrance
 from proxy.io.explain import explain
+from proxy.io.hot import hot_prefixes
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
 from proxy.io.quota_memory import quota_cells_at
@@ -102,6 +103,7 @@ class Worker:
         plane.offline_links.close()
         close_all((plane.access_log, plane.metering.log))
         close_tracer(plane.tracer)
+        self._channel.send(_answer(plane, entrance, control.Count()))  # what came to be since
         self._channel.close()
         return self._status
 
@@ -291,8 +293,10 @@ def _answer(
     plane: Plane, entrance: Entrance, asked: control.Count | control.Explain
 ) -> control.Message:
     match asked:
-        case control.Count():
-            return control.Counted(plane.counters(), plane.gauges(len(entrance)))
+        case control.Count(hot):
+            return control.Counted(
+                plane.counters(), plane.gauges(len(entrance)), hot_prefixes(plane) if hot else []
+            )
         case control.Explain(number, path, fields, body):
             return control.Explained(number, *explain(plane, path, fields, body))
 

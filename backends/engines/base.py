@@ -27,6 +27,7 @@ HOST = "127.0.0.1"  # engines listen where only this machine can reach them
 EVERYWHERE = "0.0.0.0"  # noqa: S104  # all addresses of a network of its own, or of another machine
 UNPLACED = "unplaced.invalid"  # the host of what has no machine yet: nobody is asked (RFC 6761)
 KV_TOPIC = "kv"
+_TRACES_FLAG = "--otlp-traces-endpoint"
 # It reads the adapter's weights, from a hub in the worst case. To unload one SGLang waits for the
 # requests that use it (managers/tokenizer_control_mixin.py).
 LORA_TIMEOUT_S = 120.0
@@ -221,6 +222,22 @@ def launch_hash(engine: Engine, spec: ReplicaSpec) -> str:
     beside = [*cards, *image, *([node] if node else [])]
     text = msgspec.json.encode([engine.name, launch.argv, env, *beside])
     return hashlib.sha256(text).hexdigest()[:32]
+
+
+def trace_flags(spec: ReplicaSpec, *before: str) -> tuple[str, ...]:
+    """Return the flags by which an engine sends traces, unless the pool has said where to."""
+    if not spec.traces_url or given(spec.args, _TRACES_FLAG):
+        return ()
+    return (*before, _TRACES_FLAG, spec.traces_url)
+
+
+def trace_environment(spec: ReplicaSpec) -> dict[str, str]:
+    """Return what has both engines send them by HTTP: without it they speak gRPC.
+
+    With it the URL is taken as it is, path and all (vLLM `tracing/otel.py`, SGLang
+    `observability/trace.py`).
+    """
+    return {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"} if trace_flags(spec) else {}
 
 
 def resolve_program(argv: Sequence[str], extra: str) -> tuple[str, ...]:

@@ -61,16 +61,25 @@ places = [os.path.join(p, "nvidia", "*", "lib") for p in sys.path]
 places += [os.path.join(home, "lib64") for home in [*homes, "/usr/local/cuda"]]
 cudart = [f for place in places for f in sorted(glob.glob(os.path.join(place, "libcudart.so.*")))]
 cudart = os.path.dirname(cudart[0]) if cudart else ""
-print(json.dumps({"version": version, "origin": origin, "cudart": cudart}))
+try:
+    traces = importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+except ImportError:
+    traces = False
+told = {"version": version, "origin": origin, "cudart": cudart, "traces": traces}
+print(json.dumps(told))
 """
 
 
 class Told(msgspec.Struct, frozen=True):
-    """What an interpreter says of a package: version, main file, folder of the CUDA runtime."""
+    """What an interpreter says of a package: version, main file, folder of the CUDA runtime.
+
+    And whether it could send traces by HTTP: an engine that is told to and cannot does not start.
+    """
 
     version: str = ""
     origin: str = ""
     cudart: str = ""
+    traces: bool = False
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -130,6 +139,12 @@ def known_release(program: Program) -> Release | None:
         return parse_release(program.version)
     known = _known(program)
     return parse_release(known.version) if known else None
+
+
+def can_trace(program: Program) -> bool:
+    """Say whether an engine could send traces, as it has told with its release; else no."""
+    told, _ = _asked.get(program, (Told(), 0))
+    return told.traces
 
 
 def completed(

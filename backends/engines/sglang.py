@@ -36,6 +36,8 @@ from backends.engines.base import (
     lora_calls,
     option,
     priority_fields,
+    trace_environment,
+    trace_flags,
 )
 from backends.engines.dumps import ENVIRONMENT, HOOK, reads_weights
 from backends.engines.facts import SGLANG as FACTS
@@ -100,9 +102,10 @@ class Sglang:
             *(("--nccl-port", str(ports.internal)) if ports.internal else ()),
             *_sleep_flags(spec),
             *_lora_flags(spec),
+            *trace_flags(spec, "--enable-trace"),
             *spec.args,
         )
-        env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+        env = trace_environment(spec) | {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
         rid_header = has(FEATURES, "chat_overrides", release)
         if rid_header:
             env[OVERRIDES] = "1"

@@ -20,6 +20,7 @@ from backends.engines.base import (
     kv_endpoints,
     kv_events_of,
     option,
+    trace_flags,
 )
 from backends.engines.facts import Facts
 from backends.engines.release import Release, parse_release
@@ -50,6 +51,7 @@ class Simulator:
             *_kv_flags(ports),
             *(("--enable-sleep-mode",) if spec.sleep or spec.snapshot else ()),
             *(("--lora-modules", *spec.adapters) if spec.adapters else ()),
+            *trace_flags(spec),
             *spec.args,
         )
         # As with vLLM, so that the proxy's pooled connections are not closed under it.

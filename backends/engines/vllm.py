@@ -27,6 +27,8 @@ from backends.engines.base import (
     lora_calls,
     option,
     priority_fields,
+    trace_environment,
+    trace_flags,
 )
 from backends.engines.dumps import ENVIRONMENT, HOOK, reads_weights
 from backends.engines.facts import VLLM as FACTS
@@ -87,6 +89,7 @@ class Vllm:
             *(("--enable-sleep-mode",) if _can_sleep(spec) else ()),
             *((_EXTENSION_FLAG, _EXTENSION) if self._keeps_a_file(spec) else ()),
             *lora_flags(spec),
+            *trace_flags(spec),
             *spec.args,
         )
         env = _environment(spec, ports, release)
@@ -268,7 +271,7 @@ def _api_servers(spec: ReplicaSpec) -> int:
 
 def _environment(spec: ReplicaSpec, ports: Ports, release: Release) -> dict[str, str]:
     # The default keep-alive of 5 s would close connections that the proxy holds in its pool.
-    env = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"}
+    env = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120", **trace_environment(spec)}
     if has(FEATURES, "startup_plan", release):
         env["VLLM_ENABLE_STARTUP_PLAN"] = "1"
     if ports.internal:

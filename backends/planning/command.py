@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,13 @@ _MEANING: dict[WorkClass, str] = {
     "semi-online": "bursts that must begin soon: what starts fast, on GPUs that are easy to get",
     "offline": "nobody waits: vLLM, the fewest GPUs that hold a full batch, the rest as replicas",
 }
-_NODE_HELP = f"(default: %(default)s); a replica has at most {GPUS_MAX} of them"
+_NODE_HELP = f"of one machine (default: %(default)s); a replica has at most {GPUS_MAX} of them"
 _DRAFT_HELP = "EAGLE-3 head, a folder or hub id; auto: one that is known; none: no speculation"
 INDEX_BYTES_MAX = 64 * 1024 * 1024  # of one of these files; the largest indices known have some MB
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add what `doherty plan` takes."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = "Plan a launch: GPUs of a replica, format, limits, and why; no network."
     parser.epilog = _explained()
     add = parser.add_argument
@@ -79,7 +79,9 @@ def _explained() -> str:
                 f"{targets.token_s * 1e3:g} ms a token with {targets.concurrency} requests at once "
                 f"(--concurrency), {targets.first_token_s * 1e3:g} ms to the first"
             )
-        lines += [f"  {work:12s} {_MEANING[work]}", f"  {'':12s} {said}"]
+        for text in (_MEANING[work], said):
+            first = f"  {work:12s} " if text is _MEANING[work] else " " * 15
+            lines += textwrap.wrap(text, 78, initial_indent=first, subsequent_indent=" " * 15)
     lines += ["", "prices are per hour of one GPU, in any currency; --price overrides --prices."]
     return "\n".join(lines)
 

@@ -16,7 +16,8 @@ from typing import NoReturn
 
 import msgspec
 
-from backends.arguments import port_number
+from backends.arguments import at_least, port_number
+from backends.command_words import WORDS
 from backends.simulator.faults import FaultError, parse_fault
 from backends.simulator.kv_events import Dialect, Endpoint
 from backends.simulator.profiles import PROFILES, Profile, parse_profile
@@ -26,6 +27,7 @@ from backends.simulator.settings import (
     VERSIONS,
     Settings,
 )
+from proxy.help_form import dress
 
 KEEP_ALIVE_VARIABLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 HEALTH_VARIABLE = "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
@@ -34,17 +36,18 @@ OVERRIDES_VARIABLE = "SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES"
 LORA_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 _DESCRIPTION = f"""\
-An OpenAI-compatible engine without a GPU: continuous batching, a KV cache with prefix hits, and the
-speed of a real engine, in the manners of vLLM or SGLang. Tokens are groups of four bytes; answers
-are made-up words, the same for the same prompt. Without max_tokens a completion has at most
-{COMPLETION_TOKENS_DEFAULT} tokens and a chat answer {CHAT_TOKENS_DEFAULT},
-where a real engine would fill the context."""
+Run one engine server that needs no GPU, in the manners of vLLM or SGLang.
+
+It has continuous batching, a KV cache with prefix hits, and the speed of a real
+engine. Tokens are groups of four bytes; answers are made-up words, the same
+for the same prompt. Without max_tokens a completion has at most {COMPLETION_TOKENS_DEFAULT} tokens
+and a chat answer {CHAT_TOKENS_DEFAULT}, where a real engine would fill the context."""
 
 _EPILOG = """\
-faults: refuse, status:N, delay:S, stall:N, cut:N, garbage:N, error:N, exit:N (N chunks are sent
-before), slow:F, sick; each may end in :p=0.1 (chance) and :times=3 (at most so often). They can be
-changed at run time: POST /simulator/faults {"faults": ["cut:3:p=0.1"]}. Internals: GET
-/simulator/state."""
+faults: refuse, status:N, delay:S, stall:N, cut:N, garbage:N, error:N, exit:N
+(N chunks are sent before), slow:F, sick; each may end in :p=0.1 (chance) and
+:times=3 (at most so often). They can be changed at run time: POST
+/simulator/faults {"faults": ["cut:3:p=0.1"]}. Internals: GET /simulator/state."""
 
 # Switches of launch lines whose effect is always on here.
 _ALWAYS_ON = (
@@ -66,17 +69,6 @@ class EventsConfig(msgspec.Struct):
     topic: str = ""
     enable_kv_cache_events: bool = True
     publisher: str | None = "zmq"
-
-
-def _at_least(minimum: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number not below `minimum`."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {minimum} on")
-        return int(text)
-
-    return parse
 
 
 def _seconds(text: str) -> float:
@@ -115,34 +107,49 @@ def _fault(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="doherty simulator",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_identity(parser.add_argument_group("identity"))
-    _add_capacity(parser.add_argument_group("capacity and speed"))
-    _add_manners(parser.add_argument_group("manners"))
-    for flag in _ALWAYS_ON:
-        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(prog="doherty simulator", allow_abbrev=False)
+    add_flags(parser)
+    dress(parser, WORDS["simulator"])
     return parser
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add all that the simulator takes, and say what it is."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    _add_identity(parser.add_argument_group("identity"))
+    _add_speed(parser.add_argument_group("speed"))
+    _add_capacity(parser.add_argument_group("capacity"))
+    _add_manners(parser.add_argument_group("manners"))
+    for flag in _ALWAYS_ON:
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+
+
 def _add_identity(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     group.add_argument(
-        "--port", type=port_number, default=30000, help="port; 0 takes a free one (%(default)s)"
+        "--host", default="127.0.0.1", metavar="HOST", help="address to listen on (%(default)s)"
     )
-    group.add_argument("--model", "--model-path", default="demo", help="name of the model")
     group.add_argument(
-        "--served-model-name", nargs="+", default=[], help="names it answers to instead"
+        "--port",
+        type=port_number,
+        default=30000,
+        metavar="PORT",
+        help="port; 0 takes a free one (%(default)s)",
+    )
+    group.add_argument(
+        "--model", "--model-path", default="demo", metavar="NAME", help="name of the model"
+    )
+    group.add_argument(
+        "--served-model-name",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names it answers to instead",
     )
     group.add_argument(
         "--lora-modules",
         "--lora-paths",
         nargs="+",
+        metavar="NAME",
         default=[],
         help="further names, each with its own cache",
     )
@@ -156,11 +163,15 @@ def _add_identity(group: argparse._ArgumentGroup) -> None:
         "--task", choices=("generate", "embed"), default="generate", help="what the model does"
     )
     group.add_argument(
-        "--api-key", action="append", default=[], help="bearer token that clients must present"
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="bearer token that clients must present",
     )
 
 
-def _add_capacity(group: argparse._ArgumentGroup) -> None:
+def _add_speed(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--profile",
@@ -173,70 +184,119 @@ def _add_capacity(group: argparse._ArgumentGroup) -> None:
         "--time-scale",
         type=_factor,
         default=1.0,
+        metavar="FACTOR",
         help="simulated seconds per real second: 10 is ten times faster than the GPU",
     )
-    add("--block-size", "--page-size", type=_at_least(1), default=16, help="tokens of a KV block")
+    add(
+        "--mean-output-tokens",
+        type=_seconds,
+        metavar="N",
+        default=0.0,
+        help="answers end by themselves after so many tokens on average (0: never)",
+    )
+    add(
+        "--seed",
+        "--random-seed",
+        type=at_least(0),
+        metavar="N",
+        default=0,
+        help="for words and faults",
+    )
+    add(
+        "--startup-seconds",
+        type=_seconds,
+        metavar="S",
+        default=0.0,
+        help="simulated time until it serves",
+    )
+    add(
+        "--start-tables-mib",
+        type=at_least(0),
+        metavar="N",
+        default=0,
+        help="real work before it serves: tables of this size; 1024 take some 40 s (%(default)s)",
+    )
+
+
+def _add_capacity(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--block-size",
+        "--page-size",
+        type=at_least(1),
+        metavar="N",
+        default=16,
+        help="tokens of a KV block",
+    )
     add(
         "--kv-cache-tokens",
         "--max-total-tokens",
-        type=_at_least(1),
+        type=at_least(1),
+        metavar="N",
         default=0,
         help="size of the KV cache (the profile's)",
     )
     add(
         "--data-parallel-size",
         "--dp-size",
-        type=_at_least(1),
+        type=at_least(1),
+        metavar="N",
         default=1,
         help="ranks, each with such a cache; X-Data-Parallel-Rank names one (%(default)s)",
     )
     add(
         "--max-num-seqs",
         "--max-running-requests",
-        type=_at_least(1),
+        type=at_least(1),
+        metavar="N",
         default=1024,
         help="sequences computed at once (%(default)s)",
     )
     add(
         "--max-num-batched-tokens",
         "--chunked-prefill-size",
-        type=_at_least(1),
+        type=at_least(1),
+        metavar="N",
         default=8192,
         help="tokens of a step (%(default)s)",
     )
     add(
         "--max-model-len",
         "--context-length",
-        type=_at_least(2),
+        type=at_least(2),
+        metavar="N",
         default=0,
         help="prompt and answer together (the profile's)",
-    )
-    add(
-        "--mean-output-tokens",
-        type=_seconds,
-        default=0.0,
-        help="answers end by themselves after so many tokens on average (0: never)",
-    )
-    add("--seed", "--random-seed", type=_at_least(0), default=0, help="for words and faults")
-    add("--startup-seconds", type=_seconds, default=0.0, help="simulated time until it serves")
-    add(
-        "--start-tables-mib",
-        type=_at_least(0),
-        default=0,
-        help="real work before it serves: tables of this size; 1024 take some 40 s (%(default)s)",
     )
 
 
 def _add_manners(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--scheduling-policy", choices=("fcfs", "priority"), default="fcfs", help="(%(default)s)")
+    add(
+        "--scheduling-policy",
+        choices=("fcfs", "priority"),
+        default="fcfs",
+        help="who is next (%(default)s)",
+    )
     add("--enable-priority-scheduling", action="store_true", help="SGLang's word for the same")
     add("--schedule-low-priority-values-first", action="store_true", help="as vLLM always does")
-    add("--stream-interval", type=_at_least(1), default=1, help="tokens of a chunk (%(default)s)")
-    add("--kv-events-port", type=port_number, help="publish KV events here; 0 takes a free port")
-    add("--kv-events-replay-port", type=port_number, help="replay them here")
+    add(
+        "--stream-interval",
+        type=at_least(1),
+        metavar="N",
+        default=1,
+        help="tokens of a chunk (%(default)s)",
+    )
+    add(
+        "--kv-events-port",
+        type=port_number,
+        metavar="PORT",
+        help="publish KV events here; 0 takes a free port",
+    )
+    add("--kv-events-replay-port", type=port_number, metavar="PORT", help="replay them here")
     add(
         "--kv-events-config",
+        metavar="JSON",
         help="the same as the engines' JSON; an endpoint of all interfaces means --host",
     )
     add("--enable-sleep-mode", action="store_true", help="vLLM's /sleep, /wake_up, /is_sleeping")
@@ -245,28 +305,39 @@ def _add_manners(group: argparse._ArgumentGroup) -> None:
     add(
         "--shutdown-timeout",
         type=_seconds,
+        metavar="S",
         default=0.0,
         help="vLLM: real seconds that requests may take after SIGTERM (%(default)s)",
     )
     add(
         "--drain-poll-seconds",
         type=_seconds,
+        metavar="S",
         default=5.0,
         help="SGLang: simulated pause between its looks whether it is idle (%(default)s)",
     )
     add(
         "--notice-seconds",
         type=_seconds,
+        metavar="S",
         default=NOTICE_S,
         help="SGLang: until it sees that a client has left before its answer began (%(default)s)",
     )
     add(
         "--keep-alive-timeout",
         type=_seconds,
+        metavar="S",
         default=None,
         help=f"real seconds an idle connection stays open ({KEEP_ALIVE_VARIABLE}, else 5)",
     )
-    add("--fault", type=_fault, action="append", default=[], help="misbehave, see below")
+    add(
+        "--fault",
+        type=_fault,
+        action="append",
+        default=[],
+        metavar="FAULT",
+        help="misbehave, see below",
+    )
 
 
 def _endpoint(flags: argparse.Namespace, fail: Callable[[str], NoReturn]) -> Endpoint | None:

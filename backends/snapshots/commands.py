@@ -41,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     verify = commands.add_parser("verify", help="read every byte of images")
     verify.add_argument("snapshot", nargs="*", metavar="ID", help="(default: all)")
     again = commands.add_parser("restore", help="start a copy, say how long it took, keep it")
-    again.add_argument("snapshot", metavar="ID")
+    again.add_argument("snapshot", metavar="ID", help="of an image")
     again.add_argument("--once", action="store_true", help="end it as soon as it has answered")
     _add_asking(again)
     prune = commands.add_parser("prune", help="remove what is damaged, unfinished, too old or much")
@@ -53,22 +53,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             "--dir",
             default=os.environ.get(FOLDER_VARIABLE, FOLDER),
             metavar="FOLDER",
-            help="of the images (default: %(default)s)",
+            help=f"folder of the images (default: {FOLDER}) [{FOLDER_VARIABLE}]",
         )
         command.add_argument("--json", action="store_true", help="one JSON value on stdout")
     parser.set_defaults(run=run, parser=parser)
 
 
 def _add_create(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pool", default="by-hand", metavar="NAME", help="(default: %(default)s)")
+    parser.add_argument(
+        "--pool", default="by-hand", metavar="NAME", help="to list it under (default: %(default)s)"
+    )
     parser.add_argument("--model", default="", metavar="NAME", help="what it serves, for the list")
-    parser.add_argument("--port", type=port_number, help="where the command will listen")
+    parser.add_argument(
+        "--port", type=port_number, metavar="PORT", help="where the command will listen"
+    )
     _add_asking(parser)
     parser.add_argument(
         "--manager-url",
         default=os.environ.get("DOHERTY_MANAGER_URL", "http://127.0.0.1:8002"),
         metavar="URL",
-        help="of REPLICA (default: %(default)s)",
+        help="the manager of REPLICA (default: http://127.0.0.1:8002) [DOHERTY_MANAGER_URL]",
     )
     parser.add_argument(
         "what",
@@ -80,8 +84,12 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_asking(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ready", default="/health", metavar="PATH", help="(default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="(%(default)s)")
+    parser.add_argument(
+        "--ready", default="/health", metavar="PATH", help="answers 200 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="s until then (default: 600)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

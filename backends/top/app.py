@@ -20,7 +20,7 @@ from textual.events import Resize
 from typing_extensions import override
 
 from backends.top.board import Board
-from backends.top.dialogs import Asking, Reading, Writing
+from backends.top.dialogs import Asking, Reading, Writing, width_inside
 from backends.top.explaining import explained, path_of, sample_body
 from backends.top.feed import Admin, Broken, FeedError
 from backends.top.look import Look, moved
@@ -56,7 +56,6 @@ class Top(App[None]):
         *(Binding(str(number + 1), f"panel({number})", show=False) for number in range(6)),
         Binding("left", "turn(-1)", show=False),
         Binding("right", "turn(1)", show=False),
-        Binding("tab", "swap", show=False),
         Binding("down,j", "move(1)", show=False),
         Binding("up,k", "move(-1)", show=False),
         Binding("pagedown,space", "page(1)", show=False),
@@ -99,6 +98,8 @@ class Top(App[None]):
 
     def on_mount(self) -> None:
         self._board.focus()
+        # After Ctrl-Z and `fg` the terminal's screen is empty, and of the same size as before.
+        self.app_resume_signal.subscribe(self, lambda _: self.action_redraw())
         self.run_worker(self._follow(), exit_on_error=False)
         self.set_interval(TICK_S, self._tick)
 
@@ -210,7 +211,9 @@ class Top(App[None]):
         self._choose(self._look._replace(paused=paused))
 
     def action_redraw(self) -> None:
-        self.refresh(repaint=True, layout=True)
+        for screen in self.screen_stack:
+            for widget in (screen, *screen.walk_children()):
+                widget.refresh()
 
     def action_manual(self) -> None:
         _ = self.push_screen(Reading("doherty top", HELP))
@@ -270,7 +273,9 @@ class Top(App[None]):
         except (OSError, ValueError, TypeError, FeedError) as error:
             self._say(f"not explained: {error}")
         else:
-            _ = self.push_screen(Reading("where it would go", explained(answer)))
+            _ = self.push_screen(
+                Reading("where it would go", explained(answer, width_inside(self.size.width)))
+            )
 
 
 def _body(path: str) -> bytes:

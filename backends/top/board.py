@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from rich.segment import Segment
 from rich.style import Style
+from textual.binding import Binding, BindingType
 from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
@@ -29,6 +32,8 @@ STYLES |= {
 class Board(Widget, can_focus=True):
     """Shows lines that somebody else has drawn to its size."""
 
+    # Here and not with the other keys: a screen would take it to go from one widget to the next.
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("tab", "app.swap", show=False)]
     DEFAULT_CSS = "Board { width: 1fr; height: 1fr; }"
 
     def __init__(self) -> None:

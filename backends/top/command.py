@@ -14,6 +14,7 @@ from backends.top.feed import Admin, FeedError, check_url
 from backends.top.flags import KEY_VARIABLE
 from proxy.config import ConfigError
 from proxy.contract.view import View, encode_view
+from proxy.secret_files import variable
 
 KEY_BYTES_MAX = 4096
 NEEDS_TEXTUAL = "`doherty top` on a screen needs Textual: pip install 'doherty[top]' (or --once)"
@@ -47,7 +48,7 @@ def admin_key(path: str | None, environ: Mapping[str, str]) -> str | None:
     every process of the machine could read it. Raises `ConfigError`.
     """
     if path is None:
-        return environ.get(KEY_VARIABLE) or None
+        return variable(environ, KEY_VARIABLE, secret=True) or None
     try:
         with Path(path).open("rb") as file:
             key = file.read(KEY_BYTES_MAX + 1).decode().strip()

@@ -11,11 +11,12 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 from typing_extensions import override
 
+WIDTH_MAX = 110
 _CSS = """
 {name} {{ align: center middle; background: transparent; }}
 {name} > .box {{
-    width: 100%; max-width: 96; height: auto; max-height: 100%;
-    border: {border}; padding: 0 1; background: ansi_default; color: ansi_default;
+    width: 100%; max-width: {widest}; height: auto; max-height: 100%;
+    border: ascii; padding: 0 1; background: ansi_default; color: ansi_default;
 }}
 {name} Static {{ width: 100%; height: auto; background: ansi_default; color: ansi_default; }}
 {name} Input {{
@@ -23,6 +24,15 @@ _CSS = """
     background: ansi_default; color: ansi_default;
 }}
 """
+
+
+def _css(name: str) -> str:
+    return _CSS.format(name=name, widest=WIDTH_MAX)
+
+
+def width_inside(width: int) -> int:
+    """Return how many columns a text has on a screen of so many: there are edges, and a bar."""
+    return max(min(width, WIDTH_MAX) - 6, 1)
 
 
 class Reading(ModalScreen[None]):
@@ -35,7 +45,7 @@ class Reading(ModalScreen[None]):
         Binding("pagedown,space", "scroll(10)", "down", show=False),
         Binding("pageup", "scroll(-10)", "up", show=False),
     ]
-    CSS = _CSS.format(name="Reading", border="ascii")
+    CSS = _css("Reading")
 
     def __init__(self, title: str, text: str) -> None:
         super().__init__()
@@ -63,7 +73,7 @@ class Asking(ModalScreen[bool]):
         Binding("y", "answer(True)", "yes"),
         Binding("n,escape,q,enter", "answer(False)", "no"),
     ]
-    CSS = _CSS.format(name="Asking", border="ascii")
+    CSS = _css("Asking")
 
     def __init__(self, question: str) -> None:
         super().__init__()
@@ -82,7 +92,7 @@ class Writing(ModalScreen[str | None]):
     """A line to write; Escape leaves all as it was."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "close")]
-    CSS = _CSS.format(name="Writing", border="ascii")
+    CSS = _css("Writing")
 
     def __init__(self, question: str, begun: str = "") -> None:
         super().__init__()

@@ -12,7 +12,6 @@ from typing import Any
 from backends.top import words
 from backends.top.table import Column, Row, Table, cell, fit, heading, line
 
-WIDTH = 88
 PATHS = {
     "messages": "/v1/chat/completions",
     "input": "/v1/responses",
@@ -37,20 +36,20 @@ def path_of(body: bytes) -> str:
     return next((path for key, path in PATHS.items() if key in value), "/v1/chat/completions")
 
 
-def explained(answer: bytes) -> str:
-    """Return what a dry run said, in words and a table."""
+def explained(answer: bytes, width: int) -> str:
+    """Return what a dry run said, in words and a table of so many columns."""
     try:
         value = json.loads(answer)
     except ValueError:
         return words.printable(answer.decode(errors="replace"))
     if not isinstance(value, dict):
         return json.dumps(value, indent=2)
-    if isinstance(error := value.get("error"), dict) and "candidates" not in value:
+    if isinstance(error := value.get("error"), dict) and "decision" not in value:
         return f"it would be refused: {words.printable(str(error.get('message', error)))}"
     parts = [_first(value), _decision(value)]
     candidates = value.get("candidates")
     if isinstance(candidates, list) and candidates:
-        parts.append(_table([one for one in candidates if isinstance(one, dict)]))
+        parts.append(_table([one for one in candidates if isinstance(one, dict)], width))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -86,11 +85,12 @@ def _decision(value: dict[str, Any]) -> str:
     return "\n".join(map(words.printable, (*lines, ", ".join(tokens))))
 
 
-def _table(candidates: list[dict[str, Any]]) -> str:
-    """Return one row for each candidate, one column for each term that any of them has."""
+def _table(candidates: list[dict[str, Any]], width: int) -> str:
+    """Return one row for each candidate, one column for each term that costs any of them."""
     names = [name for name in _FIRST if any(name in one for one in candidates)]
     for one in candidates:
-        names += [name for name in one if name not in names and name not in _WORDS]
+        known = [name for name, value in one.items() if value and name not in _WORDS]
+        names += [name for name in known if name not in names]
     if "reason" in names:  # a column of words stands last
         names = [name for name in names if name != "reason"] + ["reason"]
     columns = tuple(
@@ -102,7 +102,7 @@ def _table(candidates: list[dict[str, Any]]) -> str:
         for at, one in enumerate(candidates)
     )
     table = Table("candidates", columns, rows)
-    fitted = fit(table, WIDTH)
+    fitted = fit(table, width)
     return "\n".join([heading(table, fitted), *(line(table, fitted, row) for row in rows)])
 
 

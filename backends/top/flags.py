@@ -15,10 +15,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--url",
         default=os.environ.get(URL_VARIABLE) or URL,
-        help=f"admin listener of the proxy (default: {URL}; {URL_VARIABLE})",
+        help=f"admin listener of the proxy (default: {URL}) [{URL_VARIABLE}]",
     )
     where.add_argument(
-        "--api-key-file", metavar="FILE", help=f"file with the admin key (else {KEY_VARIABLE})"
+        "--api-key-file",
+        metavar="FILE",
+        help=f"file with the admin key [{KEY_VARIABLE}, or {KEY_VARIABLE}_FILE]",
     )
     where.add_argument("--filter", default="", metavar="WORDS", help="only rows with these words")
     how = parser.add_argument_group("how to show it")

@@ -81,6 +81,14 @@ def marked(line: Inked, width: int) -> Inked:
     return Inked(line.text + blank, (line.ink + PLAIN * len(blank)).translate(MARKED))
 
 
+def clipped(line: Inked, width: int) -> Inked:
+    """Return what fits of a line; where a screen is so narrow, its end is left out unsaid."""
+    text, ink = line
+    while width_of(text) > width:
+        text = text[: max(width - width_of(text), -len(text))]
+    return Inked(text, ink[: len(text)])
+
+
 def ascii_of(line: Inked) -> Inked:
     """Return the line for a terminal that knows no other characters."""
     text = line.text.replace("…", "~").encode("ascii", "replace").decode()

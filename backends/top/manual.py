@@ -1,4 +1,4 @@
-"""What `?` shows: the keys, and what the columns mean. In 72 columns, for a box of 80."""
+"""What `?` shows: keys, and what columns mean; in 72 columns, so that a box of 80 has it."""
 
 HELP = """\
 1-6, ← →     panels: replicas, classes, models, pools, routing, prefixes

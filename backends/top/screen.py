@@ -18,6 +18,7 @@ from backends.top.ink import (
     FAINT,
     Inked,
     ascii_of,
+    clipped,
     heading_line,
     inked,
     joined,
@@ -79,7 +80,8 @@ def draw(
 def _drawn(
     lines: list[Inked], look: Look, names: tuple[str, ...], page: int, size: tuple[int, int]
 ) -> Drawn:
-    lines = lines[: size[1]] + [EMPTY] * (size[1] - len(lines))
+    lines = [clipped(line, size[0]) for line in lines[: size[1]]]
+    lines += [EMPTY] * (size[1] - len(lines))
     if look.ascii_only:
         lines = [ascii_of(line) for line in lines]
     return Drawn(tuple(lines), look, names, page)
@@ -135,19 +137,26 @@ def _third(view: View, heard: Heard, width: int) -> Inked:
 
 
 def _tabs(look: Look, width: int) -> Inked:
-    parts = []
-    for number, title in enumerate(panels.SHORT_TITLES):
-        tab = f"{number + 1} {title}"
-        parts.append(inked(f"[{tab}]", BOLD) if number == look.panel else inked(f" {tab} ", FAINT))
-    line = joined(parts)
+    """Return the names of the panels, as short as what was chosen needs room beside them."""
     words = printable(look.said())
+    line = _titles(look.panel, short=False)
+    if width_of(line.text) + 1 + width_of(words) > width:
+        line = _titles(look.panel, short=True)
     room = width - width_of(line.text) - 1
-    if room < min(width_of(words), 8):  # what was chosen counts for more than the other titles
-        line = inked(f"[{look.panel + 1} {panels.SHORT_TITLES[look.panel]}]", BOLD)
-        room = width - width_of(line.text) - 1
     words = cut(words, max(room, 0))
     blank = " " * max(room - width_of(words) + 1, 0)
     return joined([line, inked(blank), inked(words, BUSY if look.paused else FAINT)])
+
+
+def _titles(panel: int, *, short: bool) -> Inked:
+    parts = []
+    for number, title in enumerate(panels.SHORT_TITLES):
+        tab = f"{number + 1} {title}"
+        if number == panel:
+            parts.append(inked(f"[{tab}]", BOLD))
+        else:
+            parts.append(inked(f" {number + 1} " if short else f" {tab} ", FAINT))
+    return joined(parts)
 
 
 def _foot(message: str, top: int, rows: int, total: int, width: int) -> Inked:

@@ -17,8 +17,10 @@ def seconds(value: float | None) -> str:
     """Return a time in the unit that shows it in three digits."""
     if value is None:
         return UNKNOWN
-    if value < 0.0005:
+    if value < 0.00005:
         return "0 ms"
+    if value < 0.00995:
+        return f"{value * 1000:.1f} ms"
     if value < 0.9995:
         return f"{value * 1000:.0f} ms"
     if value < 9.995:

@@ -8,8 +8,9 @@ processes and threads, user and system; compare it rather than times on a clock,
 machine stretches. Every answer is checked.
 
 Ours is measured with its defaults, and where it is named also with one API key (ours-key), with 100
-tenants of whom 64 ask, each with a key and all limits (ours-tenants), and linked with another
-region that has no work (ours-regions).
+tenants of whom 64 ask, each with a key and all limits (ours-tenants), linked with another region
+that has no work (ours-regions), and with traces on of which none (ours-unsampled) or all
+(ours-sampled) are recorded.
 
 nginx, HAProxy and the routers are measured when they are installed. The routers come from PyPI into
 a virtual environment of their own, made at the first use unless --no-install is given.
@@ -34,7 +35,8 @@ import msgspec
 import orjson
 
 from loadtest.bench import native, processes, targets
-from loadtest.bench.rivals import Rival, all_rivals, install_routers
+from loadtest.bench.rival import Rival
+from loadtest.bench.rivals import all_rivals, install_routers
 from loadtest.bench.scenarios import SCENARIOS, Scenario
 from loadtest.bench.stand import DIRECT, Sample, Stand, Subject
 from loadtest.run import RunError

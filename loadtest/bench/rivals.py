@@ -13,21 +13,19 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 from venv import EnvBuilder
 
 import msgspec
-import orjson
 from typing_extensions import override
 
 from loadtest.bench import bodies, settings
+from loadtest.bench.ours import Configured, Linked, Ours, Traced, settings_of_tenants
 from loadtest.bench.processes import Cores, descriptors_max, family, on_cores
-from loadtest.bench.settings import Settings
+from loadtest.bench.rival import Rival, Site
 from loadtest.run import RunError
 
 READY_TIMEOUT_S = 60.0
@@ -39,90 +37,6 @@ UPSTREAM_KEEPALIVE = 1024  # idle connections to engines that may be kept
 
 class NotRunningError(RunError):
     """A rival does not start, or does not answer; the text ends in its last words."""
-
-
-class Site(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a rival runs."""
-
-    folder: Path
-    port: int
-    spare_port: int  # for metrics or administration
-    engine_ports: tuple[int, ...]
-    workers: int = 1
-    region_ports: tuple[int, ...] = ()  # of two regions: for clients, for peers, and one to spare
-
-    @property
-    def urls(self) -> list[str]:
-        return [f"http://127.0.0.1:{port}" for port in self.engine_ports]
-
-
-class Rival(ABC):
-    """A proxy that can be started. `hint` says how to install it."""
-
-    hint = ""
-    keys = 1  # that its clients have, one after the other
-    asked_for = False  # measured only where it is named
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def installed(self) -> bool:
-        return True
-
-    def version(self) -> str:
-        return ""
-
-    @abstractmethod
-    def command(self, site: Site) -> list[str]:
-        """Return what starts it, after writing what it reads into the site's folder."""
-
-    def neighbour(self, site: Site) -> list[str]:
-        """Return what starts a process beside it that is not measured; empty: there is none."""
-        return []
-
-
-class Ours(Rival):
-    """Doherty as its flags make it by default: prefix routing, metrics, access log, limits."""
-
-    @override
-    def command(self, site: Site) -> list[str]:
-        ports = ["--port", str(site.port), "--admin-port", str(site.spare_port)]
-        workers = ["--workers", str(site.workers)]
-        return [sys.executable, "-m", "proxy", *ports, *workers, "--worker-urls", *site.urls]
-
-
-class Configured(Ours):
-    """The same with a file of settings; what that costs is measured where somebody asks for it."""
-
-    asked_for = True
-
-    def __init__(self, name: str, prepare: Callable[[Site], Settings], keys: int = 1) -> None:
-        super().__init__(name)
-        self.keys = keys
-        self._prepare = prepare
-
-    @override
-    def command(self, site: Site) -> list[str]:
-        path = site.folder / "doherty.json"
-        path.write_bytes(orjson.dumps(self._prepare(site)))
-        return [*super().command(site), "--config", str(path)]
-
-
-class Linked(Configured):
-    """Two regions that know of each other; the other one has no work, and is not measured."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name, lambda site: settings.region(0, site.region_ports))
-
-    @override
-    def neighbour(self, site: Site) -> list[str]:
-        path = site.folder / "neighbour.json"
-        path.write_bytes(orjson.dumps(settings.region(1, site.region_ports)))
-        ports = ["--port", str(site.region_ports[1]), "--admin-port", str(site.region_ports[4])]
-        return [
-            *(sys.executable, "-m", "proxy", *ports, "--config", str(path)),
-            *("--worker-urls", *site.urls),
-        ]
 
 
 class Nginx(Rival):
@@ -198,11 +112,6 @@ class Router(Rival):
         ]
 
 
-def settings_of_tenants(site: Site) -> Settings:
-    """Return settings of many tenants, after writing the file of their keys."""
-    return settings.tenants(site.folder, [bodies.key(number) for number in range(bodies.USERS)])
-
-
 def all_rivals(venv: Path) -> list[Rival]:
     """Return every rival, ours first."""
     return [
@@ -210,6 +119,8 @@ def all_rivals(venv: Path) -> list[Rival]:
         Configured("ours-key", lambda site: settings.one_key(bodies.key(0))),
         Configured("ours-tenants", settings_of_tenants, keys=bodies.USERS),
         Linked("ours-regions"),
+        Traced("ours-unsampled", 0.0),
+        Traced("ours-sampled", 1.0),
         Nginx("nginx", access_log=True),
         Nginx("nginx-nolog", access_log=False),
         Haproxy("haproxy"),

@@ -47,6 +47,12 @@ def tenants(folder: Path, keys: Sequence[str]) -> Settings:
     }
 
 
+def traced(port: int, share: float) -> Settings:
+    """Return those of one that sends this share of its traces to a collector at `port`."""
+    endpoint = f"http://127.0.0.1:{port}"
+    return {"proxy": {"otlp_traces_endpoint": endpoint, "trace_sample_ratio": share}}
+
+
 def region(number: int, ports: Sequence[int]) -> Settings:
     """Return those of one of two regions: their ports for clients stand before those for peers."""
     other = 1 - number

@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 
 from loadtest.bench import bodies, native, processes
-from loadtest.bench.rivals import NotRunningError, Rival, Running, running
+from loadtest.bench.rival import Rival
+from loadtest.bench.rivals import NotRunningError, Running, running
 
 TAG_STEP = 1 << 20  # more requests than a run has; the number has 32 bits
 MEBIBYTE = 1024 * 1024

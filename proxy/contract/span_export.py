@@ -19,17 +19,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import msgspec
 from typing_extensions import override
 
-from proxy.contract.spans import SpanRecord
+from proxy.contract.spans import SpanRecord, endpoint_url
 
 _log = logging.getLogger("doherty.traces")
 
-_PATH: Final = "/v1/traces"  # of OTLP over HTTP (OTLP 1, "OTLP/HTTP Request")
-_GRPC_PORT: Final = 4317
 FLUSH_S: Final = 1.5  # at the end, for what still waits
 _SHUT_S: Final = 0.5
 # While spans are made and sent, the loop of the same process wants to run, too. Python lets a
@@ -46,22 +43,6 @@ class ExportSettings(msgspec.Struct, frozen=True):
     delay_s: float = 5.0
     waiting_max: int = 2048
     batch_max: int = 512
-
-
-def endpoint_url(given: str) -> str:
-    """Return the URL that spans are posted to. Raises `ValueError` with what to do.
-
-    A bare host and port is understood, as routers that take this flag have it.
-    """
-    url = given if "://" in given else f"http://{given}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-        raise ValueError(f"{given!r} is no URL of a collector, such as http://127.0.0.1:4318")
-    if parts.port == _GRPC_PORT:
-        raise ValueError(
-            f"{given!r}: at 4317 collectors take gRPC; spans are sent by HTTP, mostly to 4318"
-        )
-    return url if parts.path not in ("", "/") else url.rstrip("/") + _PATH
 
 
 def missing_library() -> str:

@@ -8,10 +8,14 @@ the id of a session.
 from __future__ import annotations
 
 from typing import Final
+from urllib.parse import urlsplit
 
 INTERNAL: Final = 0  # in the order of `opentelemetry.trace.SpanKind`
 SERVER: Final = 1
 CLIENT: Final = 2
+
+_PATH: Final = "/v1/traces"  # of OTLP over HTTP (OTLP 1, "OTLP/HTTP Request")
+_GRPC_PORT: Final = 4317
 
 Attributes = dict[str, str | int | float | bool]
 
@@ -60,3 +64,19 @@ class SpanRecord:
         self.error: str | None = None  # it failed, and this says how; None: it did not
         self.linked: tuple[int, int] | None = None
         self.state = ""  # the `tracestate` that the trace has
+
+
+def endpoint_url(given: str) -> str:
+    """Return the URL that spans are posted to. Raises `ValueError` with what to do.
+
+    A bare host and port is understood, as routers that take this flag have it.
+    """
+    url = given if "://" in given else f"http://{given}"
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise ValueError(f"{given!r} is no URL of a collector, such as http://127.0.0.1:4318")
+    if parts.port == _GRPC_PORT:
+        raise ValueError(
+            f"{given!r}: at 4317 collectors take gRPC; spans are sent by HTTP, mostly to 4318"
+        )
+    return url if parts.path not in ("", "/") else url.rstrip("/") + _PATH

@@ -22,8 +22,11 @@ WISH_PATH = "/replicas/{replica_id}/{wish}"
 VIEW_VERSION = 1
 VIEW_INTERVAL_S = 1.0
 
-ARCS_MAX = 720  # of a ring: half a degree each
+ARCS_MAX = 720  # of all rings together: half a degree each, where there is one
+RINGS_MAX = 8
 PREFIXES_MAX = 64
+HOLDERS_MAX = 16  # of a prefix, by name
+POOLS_MAX = 64
 NOTES_MAX = 50
 MODELS_MAX = 64
 CODES_MAX = 32
@@ -47,7 +50,7 @@ class ProxyView(msgspec.Struct, frozen=True, kw_only=True):
     workers: int  # that serve
     not_ready: str | None = None  # why; None: ready
     draining: bool = False
-    fleet_age_s: float | None = None  # since the fleet was last heard of; None: never
+    fleet_age_s: float | None = None  # since its manager was last heard of; None: never. A list: 0
     manager_url: str | None = None
     in_flight: int = 0
     connections: int = 0
@@ -118,7 +121,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PoolView(msgspec.Struct, frozen=True, kw_only=True):
-    """One pool, as its manager scales it."""
+    """One pool, as its manager scales it, by name."""
 
     pool: str
     model: str
@@ -161,14 +164,20 @@ class PrefixView(msgspec.Struct, frozen=True, kw_only=True):
     heat: float  # requests of late, decayed
     spread: int  # replicas that a request with it may choose from as if all had it; 0: its own
     at: float  # on the ring, of 1
-    home: str | None
+    home: str | None  # whose arc that is
     holders: tuple[str, ...] = ()  # replicas that are believed to have it cached
+    held_by: int = 0  # how many do
 
 
 class RingView(msgspec.Struct, frozen=True, kw_only=True):
-    """The ring of one model."""
+    """The ring of a model, the busiest first; models on the same replicas share it.
 
-    model: str
+    A prefix is on the first of the rings whose replicas hold it: which model it is of, its hash
+    does not tell.
+    """
+
+    model: str  # empty: of replicas that do not say what they serve
+    models: tuple[str, ...] = ()  # all that share it
     arcs: tuple[ArcView, ...] = ()  # one after another from 0 to 1
     prefixes: tuple[PrefixView, ...] = ()
 
@@ -197,6 +206,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[ModelView, ...] = ()
     pools: tuple[PoolView, ...] = ()
     scaling: tuple[NoteView, ...] = ()
+    scaling_age_s: float | None = None  # of pools and scaling, by the manager; None: never told
     rings: tuple[RingView, ...] = ()
     regions: tuple[RegionView, ...] = ()
     decisions: dict[str, float] = {}  # choices of a replica a second, by reason

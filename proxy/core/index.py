@@ -142,6 +142,10 @@ class Index:
                     break
         return found
 
+    def holders_of(self, name: int) -> int:
+        """Return who holds what this hash names, slots as bits."""
+        return self._holders.get(name, 0)
+
     def held_of(self, slot: int, chain: PrefixChain) -> int:
         """Return how many octets of the prompt one replica is believed to hold."""
         bit = 1 << slot

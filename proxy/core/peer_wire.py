@@ -46,11 +46,12 @@ PAGE: Final = 7
 SUMMARY: Final = 8
 WANTED: Final = 10
 QUOTAS: Final = 11  # what tenants have used
+COUNTS: Final = 12  # what a proxy that leaves has counted
 
 # Frames whose octets are read by who asked for that kind (`io.peers.Peers.listen`).
-MESSAGES: Final = frozenset((SUMMARY, WANTED, QUOTAS))
+MESSAGES: Final = frozenset((SUMMARY, WANTED, QUOTAS, COUNTS))
 # Those that proxies of two regions may send each other.
-BETWEEN_REGIONS: Final = MESSAGES
+BETWEEN_REGIONS: Final = MESSAGES - {COUNTS}
 
 _NOTES: Final = Struct("<BIf")
 _GONE: Final = Struct("<BI")

@@ -284,8 +284,8 @@ class Picture:
         `known` is the hash of the longest prefix of it that any replica held; 0: none. `whole`: the
         prompt is all in the request, and no part of it with the engine.
         """
-        if known:
-            self.hot.count(known)
+        if known and self.hot.count(known):
+            self.hot.measure(known, chain.ends[chain.hashes.index(known)])
         slot = self.slots[replica.name]
         lease = self.lease(
             replica.name, slot, chain, cached_octets=cached_octets, streamed=streamed, weight=weight

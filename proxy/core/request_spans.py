@@ -102,7 +102,7 @@ class RequestFacts:
         self.work_class = UNSAID
         self.stream = False
         self.started_s = self.whole_s = self.first_octet_s = self.ended_s = self.overhead_s = 0.0
-        self.token_s = 0.0  # from one token to the next
+        self.token_s = -1.0  # from one token to the next; -1: nobody knows
 
 
 class Telling:
@@ -194,7 +194,7 @@ class Telling:
         found["gen_ai.usage.output_tokens"] = usage.completion_tokens
         if usage.cached_tokens is not None:
             found[self._cached] = usage.cached_tokens
-        if facts.token_s:
+        if facts.token_s >= 0.0:
             found["doherty.time_per_output_token_s"] = facts.token_s
 
     def _wait(self, facts: RequestFacts, wait: Wait) -> SpanRecord:

@@ -49,6 +49,10 @@ class Ring:
         self._points = [point for point, _ in placed]
         self._owners = [name for _, name in placed]
 
+    def placed(self) -> tuple[list[int], list[str]]:
+        """Return all points in order, and whose each is, for those who show the ring."""
+        return self._points, self._owners
+
     def walk(self, key: int) -> Iterator[str]:
         """Yield every replica once: the key's home, then its successors."""
         owners = self._owners

@@ -19,14 +19,18 @@ from proxy.core import limits
 class HotPrefixes:
     """Counts of the most frequent prefixes, in bounded space."""
 
-    __slots__ = ("_counts", "_seen")
+    __slots__ = ("_counts", "_octets", "_seen")
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
+        self._octets: dict[int, int] = {}  # of those that were worth asking how long they are
         self._seen = 0
 
-    def count(self, name: int) -> None:
-        """A request came whose longest known prefix has this hash."""
+    def count(self, name: int) -> bool:
+        """A request came whose longest known prefix has this hash.
+
+        Returns whether it has become so frequent that somebody may want to know its length.
+        """
         self._seen += 1
         counts = self._counts
         before = counts.get(name, 0)
@@ -37,6 +41,22 @@ class HotPrefixes:
         if self._seen >= limits.HOT_WINDOW_MAX:
             self._seen //= 2
             self._counts = {each: left // 2 for each, left in self._counts.items() if left > 1}
+        return before + 1 == limits.HOT_COUNT_MIN
+
+    def measure(self, name: int, octets: int) -> None:
+        """The prefix of this hash has so many octets."""
+        if len(self._octets) >= limits.HOT_COUNTERS_MAX:
+            self._octets = {each: n for each, n in self._octets.items() if each in self._counts}
+        self._octets[name] = octets
+
+    def hottest(self, most: int) -> list[tuple[int, int, int]]:
+        """Return the most frequent by hash, count and octets, the hottest first."""
+        found = [
+            (name, count, self._octets[name])
+            for name, count in self._counts.items()
+            if name in self._octets
+        ]
+        return sorted(found, key=_by_count)[:most]
 
     def is_hot(self, name: int, octets: int, cache_octets: int) -> bool:
         """Whether a good part of the requests begin with these octets, and caches can spare them.
@@ -48,3 +68,7 @@ class HotPrefixes:
         if count < limits.HOT_COUNT_MIN or count < limits.HOT_SHARE * self._seen:
             return False
         return octets * self._seen <= limits.HOT_CACHE_SHARE * cache_octets * count
+
+
+def _by_count(found: tuple[int, int, int]) -> tuple[int, int]:
+    return -found[1], found[0]

@@ -39,7 +39,9 @@ class Totals:
             counts = self.buckets.setdefault(name, {})
             before = counts.get(labels)
             counts[labels] = (
-                list(buckets) if before is None else [a + b for a, b in zip(before, buckets)]  # noqa: B905
+                list(buckets)
+                if before is None
+                else [a + b for a, b in zip(before, buckets, strict=True)]
             )
 
 

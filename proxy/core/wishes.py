@@ -12,7 +12,8 @@ is not understood would believe that it is kept.
 
 *Patience.* OpenAI's and Anthropic's clients say for how many seconds they listen
 (`x-stainless-read-timeout`, `x-stainless-timeout`). A library writes that, and nobody asked for it,
-so what cannot be read is ignored; and their own default of ten minutes is nobody's wish.
+so what cannot be read is ignored; and their own default of ten minutes is nobody's wish. How often
+they have tried (`x-stainless-retry-count`) is only written down.
 
 None of these fields goes on to a replica: a time counts from here, and would be another there.
 """
@@ -32,6 +33,7 @@ _TPOT_MS: Final = 2
 _TOKENS_PER_S: Final = 3
 _PATIENCE_S: Final = 4
 _PRIORITY: Final = 5
+_RETRIES: Final = 6
 
 _MEANINGS: Final[dict[bytes, int]] = {
     b"x-slo-ttft-ms": _TTFT_MS,
@@ -44,9 +46,13 @@ _MEANINGS: Final[dict[bytes, int]] = {
     b"x-stainless-timeout": _PATIENCE_S,
     b"x-priority": _PRIORITY,
     b"x-smg-priority": _PRIORITY,
+    b"x-stainless-retry-count": _RETRIES,
 }
 # Those that end here; a library's own fields go on, as all that are not ours.
-ENDING_HERE: Final = frozenset(name for name, kind in _MEANINGS.items() if kind != _PATIENCE_S)
+_OF_LIBRARIES: Final = (_PATIENCE_S, _RETRIES)
+ENDING_HERE: Final = frozenset(
+    name for name, kind in _MEANINGS.items() if kind not in _OF_LIBRARIES
+)
 
 _DECIMAL: Final = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
@@ -54,7 +60,7 @@ _DECIMAL: Final = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 class Wishes:
     """What one head asks for. Seconds; 0 is none said."""
 
-    __slots__ = ("error", "patience_s", "spare", "tpot_s", "ttft_s", "work_class")
+    __slots__ = ("error", "patience_s", "retries", "spare", "tpot_s", "ttft_s", "work_class")
 
     def __init__(self) -> None:
         self.work_class = UNSAID
@@ -62,6 +68,7 @@ class Wishes:
         self.ttft_s = 0.0
         self.tpot_s = 0.0
         self.patience_s = 0.0
+        self.retries = -1  # how often its client's library has tried already; below 0: not said
         self.error: InvalidRequestError | None = None  # told once the request is whole
 
 
@@ -90,6 +97,10 @@ def read_wishes(head: RequestHead) -> Wishes:
 
 def _take_number(wishes: Wishes, kind: int, name: bytes, value: bytes) -> None:
     number = float(value) if _DECIMAL.fullmatch(value) else -1.0
+    if kind == _RETRIES:
+        if number >= 0.0:
+            wishes.retries = int(number)
+        return
     if kind == _PATIENCE_S:
         if 0.0 < number < claim_limits.CLIENT_PATIENCE_DEFAULT_S:
             wishes.patience_s = _stricter(wishes.patience_s, number)

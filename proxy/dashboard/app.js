@@ -21,12 +21,49 @@ const VERSION = 1;
 const at = (id) => document.getElementById(id);
 
 // Fields may be left out where they have their default; readers see them all.
-const REPLICA = { pool: "", region: "", engine: "", engine_version: "", models: [], state: "", reason: "", suspect: false, held: false,
-  dp_size: 1, gpus: [], restarts: 0, inflight: 0, inflight_max: 0, queued_tokens: 0, wait_s: 0, decoding: 0, prefill_tokens_per_s: 0,
-  requests_per_s: 0, running: null, waiting: null, kv_used_ratio: null, cached_ratio: null, cache_tokens: 0, cache_source: "record",
-  cache_source_age_s: null, ring_ratio: 0 };
-const PROXY = { not_ready: null, draining: false, fleet_age_s: null, manager_url: null, in_flight: 0, connections: 0, requests_per_s: 0,
-  errors_per_s: 0, tokens_per_s: 0, cached_ratio: null, loop_lag_s: null, can_drain: null };
+const REPLICA = {
+  pool: "",
+  region: "",
+  engine: "",
+  engine_version: "",
+  models: [],
+  state: "",
+  reason: "",
+  suspect: false,
+  held: false,
+  dp_size: 1,
+  gpus: [],
+  restarts: 0,
+  inflight: 0,
+  inflight_max: 0,
+  queued_tokens: 0,
+  wait_s: 0,
+  decoding: 0,
+  prefill_tokens_per_s: 0,
+  requests_per_s: 0,
+  running: null,
+  waiting: null,
+  kv_used_ratio: null,
+  cached_ratio: null,
+  cache_tokens: 0,
+  cache_source: "record",
+  cache_source_age_s: null,
+  ring_ratio: 0,
+};
+const PROXY = {
+  not_ready: null,
+  draining: false,
+  fleet_age_s: null,
+  manager_url: null,
+  in_flight: 0,
+  connections: 0,
+  requests_per_s: 0,
+  errors_per_s: 0,
+  tokens_per_s: 0,
+  cached_ratio: null,
+  loop_lag_s: null,
+  can_drain: null,
+};
 const CLASS = { depth: 0, queue_bytes: 0, oldest_s: null, requests_per_s: 0, refused_per_s: 0 };
 const MODEL = { requests_per_s: 0, tokens_per_s: 0, cached_ratio: null };
 const POOL = { coming: 0, going: 0, resting: 0, waiting: "" };
@@ -34,9 +71,19 @@ const REGION = { draining: false, round_trip_s: null, summary_age_s: null, infli
 
 function whole(view) {
   const each = (list, defaults) => (list ?? []).map((entry) => ({ ...defaults, ...entry }));
-  return { decisions: {}, codes: {}, ...view, proxy: { ...PROXY, ...view.proxy }, replicas: each(view.replicas, REPLICA),
-    classes: each(view.classes, CLASS), models: each(view.models, MODEL), pools: each(view.pools, POOL), scaling: view.scaling ?? [],
-    rings: each(view.rings, { arcs: [], prefixes: [] }), regions: each(view.regions, REGION) };
+  return {
+    decisions: {},
+    codes: {},
+    ...view,
+    proxy: { ...PROXY, ...view.proxy },
+    replicas: each(view.replicas, REPLICA),
+    classes: each(view.classes, CLASS),
+    models: each(view.models, MODEL),
+    pools: each(view.pools, POOL),
+    scaling: view.scaling ?? [],
+    rings: each(view.rings, { arcs: [], prefixes: [] }),
+    regions: each(view.regions, REGION),
+  };
 }
 
 class Page {
@@ -48,7 +95,9 @@ class Page {
     this.link = { name: "connecting" };
     this.said = [];
     this.figures = new Figures(at("figures"));
-    this.replicas = new ReplicasPanel(at("replicas"), { drain: (replica, wish) => this.#confirm(replica, wish) });
+    this.replicas = new ReplicasPanel(at("replicas"), {
+      drain: (replica, wish) => this.#confirm(replica, wish),
+    });
     this.ring = new RingPanel(at("ring"));
     this.classes = new Classes(at("classes"));
     this.models = new Models(at("models"));
@@ -57,7 +106,10 @@ class Page {
     this.scaling = new Scaling(at("scaling"));
     this.regions = new Regions(at("regions"));
     this.explain = new ExplainPanel(at("explain"), { denied: (why) => this.#askKey(why) });
-    this.feed = new Feed({ onView: (view, size) => this.#take(view, size), onState: (state) => this.#linked(state) });
+    this.feed = new Feed({
+      onView: (view, size) => this.#take(view, size),
+      onState: (state) => this.#linked(state),
+    });
     this.#buttons();
     this.#theme();
     document.addEventListener("visibilitychange", () => this.#seen());
@@ -67,7 +119,10 @@ class Page {
 
   #take(view, size) {
     if (view.view_version !== VERSION) {
-      setText(at("stale"), `This page reads views of version ${VERSION}; these are of version ${view.view_version}. Load the page again.`);
+      setText(
+        at("stale"),
+        `This page reads views of version ${VERSION}; these are of version ${view.view_version}. Load the page again.`,
+      );
       setHidden(at("stale"), false);
       return;
     }
@@ -75,7 +130,11 @@ class Page {
     this.view = whole(view);
     this.size = size;
     this.heard_ms = Date.now();
-    this.history.take(view.at_s, [...Figures.values(this.view), ...Classes.values(this.view), ...Models.values(this.view)]);
+    this.history.take(view.at_s, [
+      ...Figures.values(this.view),
+      ...Classes.values(this.view),
+      ...Models.values(this.view),
+    ]);
     if (before) this.#speak(changes(before, this.view));
     if (this.fresh) return; // a frame is due already, and will draw this one
     this.fresh = true;
@@ -99,7 +158,9 @@ class Page {
     this.scaling.show(view);
     this.regions.show(view);
     setHidden(at("to-regions"), view.regions.length === 0);
-    this.explain.offer([...new Set(view.replicas.flatMap(({ models }) => models))].sort().slice(0, 200));
+    this.explain.offer(
+      [...new Set(view.replicas.flatMap(({ models }) => models))].sort().slice(0, 200),
+    );
     this.#linkWords();
     const took_ms = performance.now() - begun_ms;
     setText(at("cost"), `View of ${octets(this.size)} drawn in ${took_ms.toFixed(1)} ms`);
@@ -112,14 +173,26 @@ class Page {
     const { proxy, replicas } = view;
     const tone = proxy.not_ready ? "bad" : proxy.draining ? "warn" : "good";
     const word = proxy.not_ready ? "not ready" : proxy.draining ? "draining" : "ready";
-    this.#state("proxy-state", tone, tone === "good" ? "ready" : tone === "warn" ? "draining" : "trouble", word, proxy.not_ready ?? "");
-    const about = [proxy.region && `region ${proxy.region}`, `policy ${proxy.policy}`, `${count(proxy.workers)} ${proxy.workers === 1 ? "worker" : "workers"}`, `version ${proxy.version}`];
+    this.#state(
+      "proxy-state",
+      tone,
+      tone === "good" ? "ready" : tone === "warn" ? "draining" : "trouble",
+      word,
+      proxy.not_ready ?? "",
+    );
+    const about = [
+      proxy.region && `region ${proxy.region}`,
+      `policy ${proxy.policy}`,
+      `${count(proxy.workers)} ${proxy.workers === 1 ? "worker" : "workers"}`,
+      `version ${proxy.version}`,
+    ];
     setText(at("about"), about.filter(Boolean).join(" · "));
     const ready = replicas.filter((replica) => stateOf(replica).rank === 0).length;
     setText(at("ready-count"), `${exact(ready)} of ${exact(replicas.length)} ready`);
     const lost = replicas.filter(inTrouble).length;
     document.title = `${word === "ready" && !lost ? "" : `${lost ? `${lost} in trouble` : word} · `}Doherty${proxy.region ? ` ${proxy.region}` : ""}`;
-    for (const window of document.querySelectorAll(".window")) setText(window, `last ${Math.round(view.window_s)} s`);
+    for (const window of document.querySelectorAll(".window"))
+      setText(window, `last ${Math.round(view.window_s)} s`);
     setAttribute(at("at"), "title", moment(view.at_s));
   }
 
@@ -140,13 +213,16 @@ class Page {
     const list = found.map(([, line]) => line).join("\n");
     if (list === this.listed) return;
     this.listed = list;
-    at("concern-list").replaceChildren(...found.map(([kind, line]) => node("li", { "data-tone": kind }, line)));
+    at("concern-list").replaceChildren(
+      ...found.map(([kind, line]) => node("li", { "data-tone": kind }, line)),
+    );
   }
 
   #linked(state) {
     const before = this.link.name;
     this.link = state;
-    if (state.name === "denied") this.#askKey(state.tried ? "That key is not the admin key." : state.why);
+    if (state.name === "denied")
+      this.#askKey(state.tried ? "That key is not the admin key." : state.why);
     if (state.name !== before) {
       if (state.name === "waiting" && before === "live") this.#speak(["The connection is lost"]);
       if (state.name === "live" && this.lost) this.#speak(["The connection is back"]);
@@ -163,7 +239,9 @@ class Page {
     const old = this.heard_ms && age_ms > STALE_MS;
     const left_s = Math.max(0, Math.ceil((until - Date.now()) / 1000));
     const shown = {
-      live: old ? ["warn", "draining", `stale, ${duration(Math.round(age_ms / 1000))} old`] : ["good", "live", "live"],
+      live: old
+        ? ["warn", "draining", `stale, ${duration(Math.round(age_ms / 1000))} old`]
+        : ["good", "live", "live"],
       connecting: ["busy", "starting", this.heard_ms ? "reconnecting" : "connecting"],
       waiting: ["bad", "trouble", left_s ? `reconnecting in ${left_s} s` : "reconnecting"],
       denied: ["warn", "stopped", "admin key wanted"],
@@ -171,8 +249,15 @@ class Page {
     }[name];
     this.#state("link-state", ...shown, why ?? "");
     setHidden(at("retry"), name !== "waiting" && name !== "paused");
-    setAttribute(document.body, "data-stale", old || (this.heard_ms && name !== "live" && name !== "connecting") ? "yes" : null);
-    const words = name === "waiting" && why ? `No view comes: ${why}. ${this.heard_ms ? `What you see is ${duration(Math.round(age_ms / 1000))} old.` : ""}` : "";
+    setAttribute(
+      document.body,
+      "data-stale",
+      old || (this.heard_ms && name !== "live" && name !== "connecting") ? "yes" : null,
+    );
+    const words =
+      name === "waiting" && why
+        ? `No view comes: ${why}. ${this.heard_ms ? `What you see is ${duration(Math.round(age_ms / 1000))} old.` : ""}`
+        : "";
     setHidden(at("stale"), !words);
     if (words) setText(at("stale"), words);
   }
@@ -236,15 +321,28 @@ class Page {
   #confirm(replica, wish) {
     this.wanted = { name: replica.replica_id, wish };
     setText(at("drain-title"), `${wish === "drain" ? "Drain" : "Undrain"} ${replica.replica_id}?`);
-    const others = this.view.replicas.filter((one) => one.replica_id !== replica.replica_id
-      && one.state === "ready" && !one.suspect && replica.models.every((model) => one.models.includes(model)));
+    const others = this.view.replicas.filter(
+      (one) =>
+        one.replica_id !== replica.replica_id &&
+        one.state === "ready" &&
+        !one.suspect &&
+        replica.models.every((model) => one.models.includes(model)),
+    );
     const left = others.length
       ? `${exact(others.length)} other ${others.length === 1 ? "replica is" : "replicas are"} ready for ${replica.models.join(", ") || "its model"}.`
       : `No other replica is ready for ${replica.models.join(", ") || "its model"}: requests for it will wait or be refused.`;
-    setText(at("drain-words"), wish === "undrain" ? "It takes new requests again."
-      : `It takes no new requests; the ${exact(replica.inflight)} that it has run to their end.`);
+    setText(
+      at("drain-words"),
+      wish === "undrain"
+        ? "It takes new requests again."
+        : `It takes no new requests; the ${exact(replica.inflight)} that it has run to their end.`,
+    );
     setText(at("drain-others"), wish === "drain" ? left : " ");
-    setAttribute(at("drain-others"), "data-tone", wish === "drain" && !others.length ? "bad" : null);
+    setAttribute(
+      at("drain-others"),
+      "data-tone",
+      wish === "drain" && !others.length ? "bad" : null,
+    );
     setText(at("drain-go"), wish === "drain" ? "Drain" : "Undrain");
     setHidden(at("drain-failed"), true);
     at("drain-dialog").showModal();
@@ -254,7 +352,9 @@ class Page {
     const { name, wish } = this.wanted;
     at("drain-go").disabled = true;
     try {
-      const response = await ask(`replicas/${encodeURIComponent(name)}/${wish}`, { method: "POST" });
+      const response = await ask(`replicas/${encodeURIComponent(name)}/${wish}`, {
+        method: "POST",
+      });
       if (response.ok) {
         at("drain-dialog").close();
         this.#speak([`${wish === "drain" ? "Drain" : "Undrain"} of ${name} is under way`]);

@@ -24,8 +24,11 @@ export function shape(tag, attributes = {}, ...children) {
 }
 
 export function glyph(name) {
-  return shape("svg", { class: "glyph", "aria-hidden": "true", focusable: "false" },
-    shape("use", { href: `#glyph-${name}` }));
+  return shape(
+    "svg",
+    { class: "glyph", "aria-hidden": "true", focusable: "false" },
+    shape("use", { href: `#glyph-${name}` }),
+  );
 }
 
 // Elements that are given text hold nothing else.
@@ -81,21 +84,21 @@ export class Keyed {
   }
 }
 
-// A share as a bar; its width is its value, its words are beside it. One that `fills` shows when
+// A share as a bar; its width is its value, its words are beside it. `full` marks one of which
 // hardly anything is left.
-export function bar({ fills = false } = {}) {
+export function bar() {
   const fill = node("span", { class: "bar-fill" });
   const root = node("span", { class: "bar", "aria-hidden": "true" }, fill);
   let shown = "";
   return {
     root,
-    show(ratio) {
+    show(ratio, full = false) {
       const known = typeof ratio === "number" && Number.isFinite(ratio);
       const width = known ? `${Math.round(Math.min(1, Math.max(0, ratio)) * 200) / 2}%` : "0%";
+      setAttribute(root, "data-full", full ? "yes" : null);
       if (width === shown) return;
       shown = width;
       fill.style.width = width;
-      setAttribute(root, "data-full", fills && known && ratio >= 0.9 ? "yes" : null);
     },
   };
 }

@@ -22,8 +22,10 @@ const TERMS = [
 
 // The body of a request with this prompt, as the path wants it.
 export function bodyOf(path, model, prompt) {
-  if (path.endsWith("/chat/completions")) return { model, messages: [{ role: "user", content: prompt }] };
-  if (path.endsWith("/messages")) return { model, max_tokens: 256, messages: [{ role: "user", content: prompt }] };
+  if (path.endsWith("/chat/completions"))
+    return { model, messages: [{ role: "user", content: prompt }] };
+  if (path.endsWith("/messages"))
+    return { model, max_tokens: 256, messages: [{ role: "user", content: prompt }] };
   if (path.endsWith("/completions")) return { model, prompt };
   return { model, input: prompt };
 }
@@ -31,7 +33,10 @@ export function bodyOf(path, model, prompt) {
 // Header fields as they are written, one to a line. Raises an Error that says which is none.
 export function fieldsOf(text) {
   const headers = new Headers();
-  for (const line of text.split("\n").map((each) => each.trim()).filter(Boolean)) {
+  for (const line of text
+    .split("\n")
+    .map((each) => each.trim())
+    .filter(Boolean)) {
     const colon = line.indexOf(":");
     try {
       headers.append(line.slice(0, Math.max(0, colon)), line.slice(colon + 1).trim());
@@ -40,7 +45,9 @@ export function fieldsOf(text) {
     }
   }
   if (headers.has("authorization")) {
-    throw new Error("authorization is this page's own to the admin listener: name the client's key as x-api-key");
+    throw new Error(
+      "authorization is this page's own to the admin listener: name the client's key as x-api-key",
+    );
   }
   return headers;
 }
@@ -55,7 +62,8 @@ export class ExplainPanel {
       event.preventDefault();
       void this.#ask();
     });
-    for (const radio of this.form.elements.kind) radio.addEventListener("change", () => this.#kind());
+    for (const radio of this.form.elements.kind)
+      radio.addEventListener("change", () => this.#kind());
     this.find("more").addEventListener("click", () => this.#candidates(this.said, Infinity));
     this.models = "";
     this.#kind();
@@ -64,6 +72,7 @@ export class ExplainPanel {
   #kind() {
     const whole = this.form.elements.kind.value === "body";
     setHidden(this.find("prompt-fields"), whole);
+    setHidden(this.find("model-field"), whole); // a body names its own
     setHidden(this.find("body-fields"), !whole);
   }
 
@@ -80,8 +89,14 @@ export class ExplainPanel {
     const { kind, path, model, prompt, body, fields } = this.form.elements;
     const headers = fieldsOf(fields.value);
     if (!headers.has("content-type")) headers.set("content-type", "application/json");
-    const text = kind.value === "body" ? body.value : JSON.stringify(bodyOf(path.value, model.value, prompt.value));
-    return [`debug/route?path=${encodeURIComponent(path.value)}`, { method: "POST", headers, body: text }];
+    const text =
+      kind.value === "body"
+        ? body.value
+        : JSON.stringify(bodyOf(path.value, model.value, prompt.value));
+    return [
+      `debug/route?path=${encodeURIComponent(path.value)}`,
+      { method: "POST", headers, body: text },
+    ];
   }
 
   async #ask() {
@@ -100,7 +115,9 @@ export class ExplainPanel {
         this.#fail(`${response.status}: ${await refusal(response)}`);
       }
     } catch (error) {
-      this.#fail(error instanceof TypeError ? "The admin listener cannot be reached" : String(error.message));
+      this.#fail(
+        error instanceof TypeError ? "The admin listener cannot be reached" : String(error.message),
+      );
     } finally {
       submit.disabled = false;
     }
@@ -122,10 +139,14 @@ export class ExplainPanel {
     const { decision } = said;
     if (decision) {
       const why = reasonWords(decision.reason);
-      this.#say(`Goes to ${decision.replica}: ${decision.reason}${why ? `, ${why}` : ""}. Price ${duration(decision.price_s)}.`
-        + `${said.held ? " It would wait in the proxy first." : ""}`);
+      this.#say(
+        `Goes to ${decision.replica}: ${decision.reason}${why ? `, ${why}` : ""}. Price ${duration(decision.price_s)}.` +
+          `${said.held ? " It would wait in the proxy first." : ""}`,
+      );
     } else if (said.held) {
-      this.#say(`Waits in the proxy, where ${times(said.waiting, "request waits", "requests wait")} now.`);
+      this.#say(
+        `Waits in the proxy, where ${times(said.waiting, "request waits", "requests wait")} now.`,
+      );
     } else {
       this.#say(`Goes nowhere: ${said.error?.error?.message ?? "no replica can take it"}`);
       setAttribute(this.find("answer"), "data-tone", "bad");
@@ -139,16 +160,29 @@ export class ExplainPanel {
 
   #facts(said) {
     const { decision, session } = said;
-    const facts = [["Route", said.route], ["Model", said.model], ["Class", said.class], ["Tenant", said.tenant || "none"],
-      ["Key", said.key_id || "none"], ["Policy", said.policy], ["Streamed", said.stream ? "yes" : "no"],
+    const facts = [
+      ["Route", said.route],
+      ["Model", said.model],
+      ["Class", said.class],
+      ["Tenant", said.tenant || "none"],
+      ["Key", said.key_id || "none"],
+      ["Policy", said.policy],
+      ["Streamed", said.stream ? "yes" : "no"],
       ["Session", session ? `by ${session.given_by}${session.pinned ? ", pinned" : ""}` : "none"],
-      ["Prompt", `${octets(said.chain?.prompt_octets)}${decision ? `, about ${count(decision.prompt_tokens)} tokens` : ""}`]];
+      [
+        "Prompt",
+        `${octets(said.chain?.prompt_octets)}${decision ? `, about ${count(decision.prompt_tokens)} tokens` : ""}`,
+      ],
+    ];
     if (decision) {
       facts.push(["Cached there", octets(decision.cached_octets)]);
       if (decision.hot_octets) facts.push(["Hot, as if everywhere", octets(decision.hot_octets)]);
     }
-    this.find("facts").replaceChildren(...facts.map(([name, value]) => (
-      node("div", {}, node("dt", {}, name), node("dd", {}, String(value))))));
+    this.find("facts").replaceChildren(
+      ...facts.map(([name, value]) =>
+        node("div", {}, node("dt", {}, name), node("dd", {}, String(value))),
+      ),
+    );
   }
 
   // A row for each candidate, a column for each term that is anything for anybody.
@@ -156,25 +190,58 @@ export class ExplainPanel {
     const all = said.candidates ?? [];
     const rows = all.slice(0, most);
     const terms = TERMS.filter(([name]) => all.some((one) => one[name] > 0));
-    const none = TERMS.filter((term) => !terms.includes(term)).map(([, label]) => label.toLowerCase());
-    const head = (label, hint, number = true) => node("th", { scope: "col", class: number ? "number" : null, title: hint }, label);
-    this.find("candidates-head").replaceChildren(head("Candidate", null, false), head("Price", "the sum of the terms"),
-      ...terms.map(([, label, hint]) => head(label, hint)), head("Cached", "tokens of this prompt"), head("Uncached", "tokens of this prompt"),
-      head("In flight", "requests there now"), head("Known by", "whence the proxy knows its cache", false));
+    const none = TERMS.filter((term) => !terms.includes(term)).map(([, label]) =>
+      label.toLowerCase(),
+    );
+    const head = (label, hint, number = true) =>
+      node("th", { scope: "col", class: number ? "number" : null, title: hint }, label);
+    this.find("candidates-head").replaceChildren(
+      head("Candidate", null, false),
+      head("Price", "the sum of the terms"),
+      ...terms.map(([, label, hint]) => head(label, hint)),
+      head("Cached", "tokens of this prompt"),
+      head("Uncached", "tokens of this prompt"),
+      head("In flight", "requests there now"),
+      head("Known by", "whence the proxy knows its cache", false),
+    );
     const price = (one) => one.price_s ?? null;
     const dearest = Math.max(...rows.map((one) => one.price_s ?? 0), 0);
-    this.find("candidates").replaceChildren(...rows.map((one) => {
-      const chosen = one.replica === said.decision?.replica;
-      const largest = Math.max(...terms.map(([name]) => one[name] ?? 0));
-      const number = (value, classes = "") => node("td", { class: `number ${classes}` }, value);
-      const about = one.may_take ? chosen ? "chosen" : one.remote ? `region ${one.region}` : "may take it" : `cannot: ${one.reason}`;
-      return node("tr", { "data-chosen": chosen ? "yes" : null, "data-cannot": one.may_take ? null : "yes" },
-        node("th", { scope: "row" }, node("span", { class: "first" }, one.replica), node("span", { class: "below" }, about)),
-        number(duration(price(one)), one.price_s === dearest ? "" : "strong"),
-        ...terms.map(([name]) => number(duration(one[name]), one[name] && one[name] === largest ? "strong" : "")),
-        number(count(one.cached_tokens)), number(count(one.uncached_tokens)), number(count(one.inflight)),
-        node("td", {}, one.remote ? "its summary" : one.cache_source === "events" ? "events" : "record"));
-    }));
+    this.find("candidates").replaceChildren(
+      ...rows.map((one) => {
+        const chosen = one.replica === said.decision?.replica;
+        const largest = Math.max(...terms.map(([name]) => one[name] ?? 0));
+        const number = (value, classes = "") => node("td", { class: `number ${classes}` }, value);
+        const about = one.may_take
+          ? chosen
+            ? "chosen"
+            : one.remote
+              ? `region ${one.region}`
+              : "may take it"
+          : `cannot: ${one.reason}`;
+        return node(
+          "tr",
+          { "data-chosen": chosen ? "yes" : null, "data-cannot": one.may_take ? null : "yes" },
+          node(
+            "th",
+            { scope: "row" },
+            node("span", { class: "first" }, one.replica),
+            node("span", { class: "below" }, about),
+          ),
+          number(duration(price(one)), one.price_s === dearest ? "" : "strong"),
+          ...terms.map(([name]) =>
+            number(duration(one[name]), one[name] && one[name] === largest ? "strong" : ""),
+          ),
+          number(count(one.cached_tokens)),
+          number(count(one.uncached_tokens)),
+          number(count(one.inflight)),
+          node(
+            "td",
+            {},
+            one.remote ? "its summary" : one.cache_source === "events" ? "events" : "record",
+          ),
+        );
+      }),
+    );
     setText(this.find("zeros"), none.length ? `Nothing for anybody: ${none.join(", ")}.` : " ");
     setHidden(this.find("more"), rows.length === all.length);
     setText(this.find("more"), `Show all ${exact(all.length)}`);
@@ -182,8 +249,19 @@ export class ExplainPanel {
 
   #chain(chain) {
     const points = chain?.points ?? [];
-    setText(this.find("chain-summary"), `Prefix chain: ${times(points.length, "point", "points")}, home key ${chain?.home_key ?? "none"}`);
-    this.find("chain").replaceChildren(...points.map(({ octets: end, hash }) => node("tr", {},
-      node("td", { class: "number" }, exact(end)), node("td", { class: "mono" }, hash))));
+    setText(
+      this.find("chain-summary"),
+      `Prefix chain: ${times(points.length, "point", "points")}, home key ${chain?.home_key ?? "none"}`,
+    );
+    this.find("chain").replaceChildren(
+      ...points.map(({ octets: end, hash }) =>
+        node(
+          "tr",
+          {},
+          node("td", { class: "number" }, exact(end)),
+          node("td", { class: "mono" }, hash),
+        ),
+      ),
+    );
   }
 }

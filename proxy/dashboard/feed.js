@@ -82,15 +82,16 @@ export class Feed {
   async #run(control) {
     let why = "the stream ended";
     try {
-      why = await this.#read(control) ?? why;
+      why = (await this.#read(control)) ?? why;
     } catch (error) {
       if (this.running !== control) return; // another has begun, or it was paused
-      why = control.signal.reason instanceof Silence ? "nothing was heard for 10 s" : reasonOf(error);
+      why =
+        control.signal.reason instanceof Silence ? "nothing was heard for 10 s" : reasonOf(error);
     }
     if (this.running !== control || why === DENIED) return;
     const most_ms = Math.min(WAIT_MS_MAX, WAIT_MS_MIN * 2 ** this.failures);
     // Half of it by lot, so that pages do not come back all at once after a restart.
-    const wait_ms = most_ms / 2 + Math.random() * most_ms / 2;
+    const wait_ms = most_ms / 2 + (Math.random() * most_ms) / 2;
     this.failures = Math.min(this.failures + 1, 10);
     this.timer = setTimeout(() => this.start(), wait_ms);
     this.onState({ name: "waiting", until_ms: Date.now() + wait_ms, why });
@@ -104,11 +105,14 @@ export class Feed {
     };
     heard();
     try {
-      const response = await ask("view/watch",
-        { signal: control.signal, headers: { accept: "text/event-stream" } });
+      const response = await ask("view/watch", {
+        signal: control.signal,
+        headers: { accept: "text/event-stream" },
+      });
       if (response.status === 401) {
         const why = await refusal(response);
-        if (this.running === control) this.onState({ name: "denied", why, tried: adminKey.get() !== "" });
+        if (this.running === control)
+          this.onState({ name: "denied", why, tried: adminKey.get() !== "" });
         return DENIED;
       }
       if (!response.ok || response.body === null) return await refusal(response);
@@ -159,7 +163,10 @@ export class Events {
     for (;;) {
       const end = this.rest.indexOf("\n", begin);
       if (end < 0) break;
-      const line = this.rest.slice(begin, this.rest[end - 1] === "\r" && end > begin ? end - 1 : end);
+      const line = this.rest.slice(
+        begin,
+        this.rest[end - 1] === "\r" && end > begin ? end - 1 : end,
+      );
       begin = end + 1;
       if (line === "") {
         const whole = this.data.join("\n");

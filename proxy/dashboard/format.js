@@ -3,7 +3,12 @@
 
 export const UNKNOWN = "–";
 
-const SCALES = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+const SCALES = [
+  [1e12, "T"],
+  [1e9, "G"],
+  [1e6, "M"],
+  [1e3, "k"],
+];
 const GROUPED = new Intl.NumberFormat("en");
 
 function known(value) {
@@ -83,7 +88,9 @@ export function ago(age_s) {
 }
 
 export function moment(at_s) {
-  return known(at_s) ? new Date(at_s * 1000).toLocaleString("en-GB", { timeZoneName: "short" }) : "";
+  return known(at_s)
+    ? new Date(at_s * 1000).toLocaleString("en-GB", { timeZoneName: "short" })
+    : "";
 }
 
 export function times(number, one, many) {

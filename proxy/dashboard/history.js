@@ -101,9 +101,16 @@ function drawn(history, name) {
 export function sparkline(words) {
   const ground = shape("path", { class: "spark-ground" });
   const line = shape("path", { class: "spark-line" });
-  const root = node("span", { class: "spark", "aria-hidden": "true" },
-    shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", focusable: "false" },
-      ground, line));
+  const root = node(
+    "span",
+    { class: "spark", "aria-hidden": "true" },
+    shape(
+      "svg",
+      { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", focusable: "false" },
+      ground,
+      line,
+    ),
+  );
   return {
     root,
     show(history, name, format) {

@@ -7,7 +7,10 @@ import { Keyed, bar, glyph, node, setAttribute, setHidden, setText } from "./dom
 import { count, duration, exact, percent, times } from "./format.js";
 import { GROUPS, inTrouble, reasonOf, stateOf, wishFor } from "./states.js";
 
+const FULL = 0.9; // from here on a bar says that hardly anything is left
 const ROWS = 25;
+const ROWS_NARROW = 10; // as cards they are four times as high
+const NARROW = matchMedia("(width < 760px)");
 
 const COLUMNS = [
   ["name", "Replica", (replica) => replica.replica_id],
@@ -22,8 +25,20 @@ const COLUMNS = [
   ["ring", "Ring", (replica) => -replica.ring_ratio],
 ];
 
-const searched = (replica) => [replica.replica_id, replica.pool, replica.region, replica.engine, replica.engine_version,
-  replica.state, reasonOf(replica), ...replica.models, ...replica.gpus].join(" ").toLowerCase();
+const searched = (replica) =>
+  [
+    replica.replica_id,
+    replica.pool,
+    replica.region,
+    replica.engine,
+    replica.engine_version,
+    replica.state,
+    reasonOf(replica),
+    ...replica.models,
+    ...replica.gpus,
+  ]
+    .join(" ")
+    .toLowerCase();
 
 const cell = (label, ...children) => node("td", { role: "cell", "data-label": label }, ...children);
 
@@ -45,13 +60,18 @@ export class ReplicasPanel {
     this.filter.addEventListener("input", () => this.#from(0));
     this.find("previous").addEventListener("click", () => this.#from(this.page - 1));
     this.find("next").addEventListener("click", () => this.#from(this.page + 1));
+    NARROW.addEventListener("change", () => this.#from(0));
     this.#hold(this.find("rows"));
   }
 
   #hold(rows) {
     const here = () => rows.matches(":hover") || rows.contains(document.activeElement);
-    const come = () => { this.still ??= this.shown?.map(({ replica_id: name }) => name) ?? null; };
-    const go = () => { if (!here()) this.still = null; };
+    const come = () => {
+      this.still ??= this.shown?.map(({ replica_id: name }) => name) ?? null;
+    };
+    const go = () => {
+      if (!here()) this.still = null;
+    };
     rows.addEventListener("pointerenter", come);
     rows.addEventListener("focusin", come);
     rows.addEventListener("pointerleave", () => queueMicrotask(go));
@@ -64,9 +84,17 @@ export class ReplicasPanel {
       const button = node("button", { type: "button", class: "sort" }, label);
       button.addEventListener("click", () => this.#sort(id));
       select.append(node("option", { value: id }, label));
-      return node("th", { scope: "col", role: "columnheader", class: `col-${id}`, "aria-sort": "none" }, button);
+      return node(
+        "th",
+        { scope: "col", role: "columnheader", class: `col-${id}`, "aria-sort": "none" },
+        button,
+      );
     });
-    const last = node("th", { scope: "col", role: "columnheader", class: "col-action" }, node("span", { class: "unseen" }, "Action"));
+    const last = node(
+      "th",
+      { scope: "col", role: "columnheader", class: "col-action" },
+      node("span", { class: "unseen" }, "Action"),
+    );
     this.find("head").append(...this.heads, last);
     select.addEventListener("change", () => {
       this.order = { column: select.value, descending: false };
@@ -85,10 +113,16 @@ export class ReplicasPanel {
   #groups() {
     this.groups = GROUPS.map(([id, label]) => {
       const number = node("span", { class: "tally" }, "0");
-      const button = node("button", { type: "button", class: "chip", "aria-pressed": String(id === "all") }, `${label} `, number);
+      const button = node(
+        "button",
+        { type: "button", class: "chip", "aria-pressed": String(id === "all") },
+        `${label} `,
+        number,
+      );
       button.addEventListener("click", () => {
         this.group = id;
-        for (const other of this.groups) setAttribute(other.button, "aria-pressed", String(other.id === id));
+        for (const other of this.groups)
+          setAttribute(other.button, "aria-pressed", String(other.id === id));
         this.#from(0);
       });
       this.find("groups").append(button);
@@ -117,8 +151,11 @@ export class ReplicasPanel {
   #ordered() {
     const words = this.filter.value.toLowerCase().split(/\s+/u).filter(Boolean);
     const belongs = GROUPS.find(([id]) => id === this.group)[2];
-    const found = this.replicas.filter((replica) => belongs(replica)
-      && (!words.length || words.every((word) => searched(replica).includes(word))));
+    const found = this.replicas.filter(
+      (replica) =>
+        belongs(replica) &&
+        (!words.length || words.every((word) => searched(replica).includes(word))),
+    );
     const column = COLUMNS.find(([id]) => id === this.order.column);
     if (column) {
       const value = new Map(found.map((replica) => [replica, column[2](replica)]));
@@ -142,11 +179,12 @@ export class ReplicasPanel {
     }
     const ordered = this.#ordered();
     this.shown = ordered;
-    const pages = Math.max(1, Math.ceil(ordered.length / ROWS));
+    const size = NARROW.matches ? ROWS_NARROW : ROWS;
+    const pages = Math.max(1, Math.ceil(ordered.length / size));
     this.page = Math.min(Math.max(0, this.page), pages - 1);
-    const first = this.page * ROWS;
+    const first = this.page * size;
     this.most = this.replicas.reduce((most, replica) => Math.max(most, replica.inflight), 0);
-    this.rows.show(ordered.slice(first, first + ROWS), (replica) => replica.replica_id);
+    this.rows.show(ordered.slice(first, first + size), (replica) => replica.replica_id);
     setAttribute(this.table, "aria-rowcount", ordered.length + 1);
     this.heads.forEach((head, index) => {
       const ours = COLUMNS[index][0] === this.order.column;
@@ -154,29 +192,64 @@ export class ReplicasPanel {
       const falls = !["name"].includes(this.order.column) !== this.order.descending;
       setAttribute(head, "aria-sort", ours ? (falls ? "descending" : "ascending") : "none");
     });
-    setText(this.find("range"), ordered.length > ROWS
-      ? `${first + 1} to ${Math.min(ordered.length, first + ROWS)} of ${exact(ordered.length)}`
-      : ordered.length === this.replicas.length ? times(ordered.length, "replica", "replicas") : `${ordered.length} of ${exact(this.replicas.length)}`);
+    setText(
+      this.find("range"),
+      ordered.length > size
+        ? `${first + 1} to ${Math.min(ordered.length, first + size)} of ${exact(ordered.length)}`
+        : ordered.length === this.replicas.length
+          ? times(ordered.length, "replica", "replicas")
+          : `${ordered.length} of ${exact(this.replicas.length)}`,
+    );
     setHidden(this.find("pager"), pages < 2);
-    this.find("previous").disabled = this.page === 0;
-    this.find("next").disabled = this.page >= pages - 1;
+    // Not `disabled`: whoever pressed it to the last page keeps the focus.
+    setAttribute(this.find("previous"), "aria-disabled", this.page === 0 || null);
+    setAttribute(this.find("next"), "aria-disabled", this.page >= pages - 1 || null);
     setHidden(this.find("empty"), ordered.length > 0);
-    setText(this.find("empty"), this.replicas.length ? "No replica is like that."
-      : "There is no replica. Start one with a manager, or name engines with --worker-urls.");
+    setText(
+      this.find("empty"),
+      this.replicas.length
+        ? "No replica is like that."
+        : "There is no replica. Start one with a manager, or name engines with --worker-urls.",
+    );
     setHidden(this.table, ordered.length === 0);
     setHidden(this.find("refusal"), !this.refusal);
     if (this.refusal) setText(this.find("refusal"), `Drain and undrain are off: ${this.refusal}`);
   }
 
   #row() {
-    const part = Object.fromEntries(["swatch", "name", "about", "word", "reason", "inflight", "engine", "wait", "queued",
-      "kv", "known", "cached", "rate", "decoding", "prefill", "restarts", "ring"].map((name) => [name, node("span", { class: `v-${name}` })]));
-    const [load, kv] = [bar({ fills: true }), bar({ fills: true })];
+    const part = Object.fromEntries(
+      [
+        "swatch",
+        "name",
+        "about",
+        "word",
+        "reason",
+        "inflight",
+        "engine",
+        "wait",
+        "queued",
+        "kv",
+        "known",
+        "cached",
+        "rate",
+        "decoding",
+        "prefill",
+        "restarts",
+        "ring",
+      ].map((name) => [name, node("span", { class: `v-${name}` })]),
+    );
+    const [load, kv] = [bar(), bar()];
     const mark = node("span", { class: "state-mark" });
     const button = node("button", { type: "button", class: "small" }, "Drain");
-    const root = node("tr", { role: "row" },
-      node("th", { scope: "row", role: "rowheader", "data-label": "Replica" },
-        node("span", { class: "first" }, part.swatch, part.name), part.about),
+    const root = node(
+      "tr",
+      { role: "row" },
+      node(
+        "th",
+        { scope: "row", role: "rowheader", "data-label": "Replica" },
+        node("span", { class: "first" }, part.swatch, part.name),
+        part.about,
+      ),
       cell("State", node("span", { class: "first state" }, mark, part.word), part.reason),
       cell("In flight", node("span", { class: "first" }, part.inflight, load.root), part.engine),
       cell("Wait", part.wait, part.queued),
@@ -186,10 +259,21 @@ export class ReplicasPanel {
       cell("Prefill", part.prefill),
       cell("Restarts", part.restarts),
       cell("Ring", part.ring),
-      cell("Action", button));
-    const entry = { root, part, load, kv, mark, button, replica: null, update: (replica) => this.#fill(entry, replica) };
+      cell("Action", button),
+    );
+    const entry = {
+      root,
+      part,
+      load,
+      kv,
+      mark,
+      button,
+      replica: null,
+      update: (replica) => this.#fill(entry, replica),
+    };
     button.addEventListener("click", () => {
-      if (button.getAttribute("aria-disabled") !== "true") this.drain(entry.replica, button.dataset.wish);
+      if (button.getAttribute("aria-disabled") !== "true")
+        this.drain(entry.replica, button.dataset.wish);
     });
     return entry;
   }
@@ -200,28 +284,65 @@ export class ReplicasPanel {
     this.#say(entry, replica);
     setText(part.name, replica.replica_id);
     setAttribute(part.name, "title", replica.replica_id);
-    setAttribute(part.swatch, "class", `v-swatch ${this.colours.get(replica.replica_id) ?? "none"}`);
-    const about = [[replica.engine, replica.engine_version].filter(Boolean).join(" "), replica.pool, replica.region,
-      replica.gpus.length ? `GPU ${replica.gpus.join(", ")}` : "", replica.dp_size > 1 ? `${replica.dp_size} ranks` : ""]
-      .filter(Boolean).join(" · ");
+    setAttribute(
+      part.swatch,
+      "class",
+      `v-swatch ${this.colours.get(replica.replica_id) ?? "none"}`,
+    );
+    const about = [
+      [replica.engine, replica.engine_version].filter(Boolean).join(" "),
+      replica.pool,
+      replica.region,
+      replica.gpus.length ? `GPU ${replica.gpus.join(", ")}` : "",
+      replica.dp_size > 1 ? `${replica.dp_size} ranks` : "",
+    ]
+      .filter(Boolean)
+      .join(" · ");
     setText(part.about, about);
-    setAttribute(part.about, "title", [about, replica.models.join(", ")].filter(Boolean).join("\n"));
+    setAttribute(
+      part.about,
+      "title",
+      [about, replica.models.join(", ")].filter(Boolean).join("\n"),
+    );
     const most = replica.inflight_max;
-    setText(part.inflight, most ? `${count(replica.inflight)} / ${count(most)}` : count(replica.inflight));
-    entry.load.show(replica.inflight / (most || this.most || 1));
-    setText(part.engine, replica.running === null ? "engine: not known"
-      : `runs ${count(replica.running)}, waits ${count(replica.waiting)}`);
+    setText(
+      part.inflight,
+      most ? `${count(replica.inflight)} / ${count(most)}` : count(replica.inflight),
+    );
+    entry.load.show(
+      replica.inflight / (most || this.most || 1),
+      most > 0 && replica.inflight >= FULL * most,
+    );
+    setText(
+      part.engine,
+      replica.running === null
+        ? "engine: not known"
+        : `runs ${count(replica.running)}, waits ${count(replica.waiting)}`,
+    );
     setText(part.wait, duration(replica.wait_s));
     setText(part.queued, `${count(replica.queued_tokens)} tokens`);
     setText(part.kv, percent(replica.kv_used_ratio));
-    entry.kv.show(replica.kv_used_ratio);
-    setText(part.known, `${count(replica.cache_tokens)} known`);
-    setAttribute(part.known, "title", `${exact(replica.cache_tokens)} tokens in its cache, known by ${replica.cache_source === "events"
-      ? `the engine's events, ${duration(replica.cache_source_age_s)} ago` : "the proxy's own record"}`);
+    entry.kv.show(replica.kv_used_ratio, (replica.kv_used_ratio ?? 0) >= FULL);
+    setText(
+      part.known,
+      replica.cache_tokens ? `of ${count(replica.cache_tokens)} · ${replica.cache_source}` : " ",
+    );
+    setAttribute(
+      part.known,
+      "title",
+      `room for ${exact(replica.cache_tokens)} tokens; what is in it is known by ${
+        replica.cache_source === "events"
+          ? `the engine's events, ${duration(replica.cache_source_age_s)} ago`
+          : "the proxy's own record"
+      }`,
+    );
     setText(part.cached, percent(replica.cached_ratio));
     setText(part.rate, `${count(replica.requests_per_s)}/s`);
     setText(part.decoding, `${count(Math.round(replica.decoding))} decoding`);
-    setText(part.prefill, replica.prefill_tokens_per_s ? `${count(replica.prefill_tokens_per_s)} tok/s` : "–");
+    setText(
+      part.prefill,
+      replica.prefill_tokens_per_s ? `${count(replica.prefill_tokens_per_s)} tok/s` : "–",
+    );
     setText(part.restarts, count(replica.restarts));
     setAttribute(part.restarts, "data-some", replica.restarts ? "yes" : null);
     setText(part.ring, percent(replica.ring_ratio));
@@ -247,7 +368,11 @@ export class ReplicasPanel {
     setAttribute(button, "data-wish", wish ?? "");
     setHidden(button, wish === null);
     setText(button, wish === "undrain" ? "Undrain" : "Drain");
-    setAttribute(button, "aria-label", `${wish === "undrain" ? "Undrain" : "Drain"} ${replica.replica_id}`);
+    setAttribute(
+      button,
+      "aria-label",
+      `${wish === "undrain" ? "Undrain" : "Drain"} ${replica.replica_id}`,
+    );
     // Not `disabled`: it stays reachable, and tells whoever reaches it why it does nothing.
     setAttribute(button, "aria-disabled", this.refusal ? "true" : null);
     setAttribute(button, "aria-describedby", this.refusal ? "drain-refusal" : null);

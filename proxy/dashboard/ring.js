@@ -23,8 +23,10 @@ function sector({ begin, end }) {
   // A whole turn begins where it ends, and SVG draws nothing then.
   const stop = Math.min(end, begin + 0.9999);
   const large = stop - begin > 0.5 ? 1 : 0;
-  return `M${point(begin, OUTER)}A${OUTER} ${OUTER} 0 ${large} 1 ${point(stop, OUTER)}`
-    + `L${point(stop, INNER)}A${INNER} ${INNER} 0 ${large} 0 ${point(begin, INNER)}Z`;
+  return (
+    `M${point(begin, OUTER)}A${OUTER} ${OUTER} 0 ${large} 1 ${point(stop, OUTER)}` +
+    `L${point(stop, INNER)}A${INNER} ${INNER} 0 ${large} 0 ${point(begin, INNER)}Z`
+  );
 }
 
 // The colour of each replica, by name, while there are few enough of them.
@@ -34,11 +36,20 @@ export function coloursOf(replicas) {
   return new Map(names.map((name, index) => [name, `colour-${index}`]));
 }
 
+// How many hold it: more may than are named.
+const holdersOf = ({ held_by: number, holders = [] }) => Math.max(number ?? 0, holders.length);
+
+const nameOf = ({ model, models = [] }) =>
+  models.length > 1 ? `${model} and ${models.length - 1} more` : model || "models not told";
+
 function sameArcs(one, other) {
-  return one.length === other.length && one.every((arc, index) => {
-    const { begin, end, replica_id: name } = other[index];
-    return arc.begin === begin && arc.end === end && arc.replica_id === name;
-  });
+  return (
+    one.length === other.length &&
+    one.every((arc, index) => {
+      const { begin, end, replica_id: name } = other[index];
+      return arc.begin === begin && arc.end === end && arc.replica_id === name;
+    })
+  );
 }
 
 export class RingPanel {
@@ -58,8 +69,12 @@ export class RingPanel {
     this.prefixMarks = new Keyed(this.marks, () => this.#mark());
     this.prefixRows = new Keyed(this.find("prefixes"), () => this.#prefixRow());
     this.shareRows = new Keyed(this.find("share-rows"), () => this.#shareRow());
-    this.models = new Keyed(this.model, (name) => ({ root: node("option", { value: name }, name), update() {} }));
-    for (const control of [this.model, this.paint]) control.addEventListener("change", () => this.#again());
+    this.models = new Keyed(this.model, (ring) => {
+      const root = node("option", { value: ring.model });
+      return { root, update: (told) => setText(root, nameOf(told)) };
+    });
+    for (const control of [this.model, this.paint])
+      control.addEventListener("change", () => this.#again());
     this.shares.addEventListener("toggle", () => this.#again());
     this.#listen(this.find("svg"));
   }
@@ -74,7 +89,9 @@ export class RingPanel {
       const element = event.target.closest?.("[data-replica], [data-prefix]");
       if (!element) return null;
       const { replica, prefix } = element.dataset;
-      return prefix === undefined ? { kind: "replica", name: replica } : { kind: "prefix", name: prefix };
+      return prefix === undefined
+        ? { kind: "replica", name: replica }
+        : { kind: "prefix", name: prefix };
     };
     svg.addEventListener("pointermove", (event) => hover(thingAt(event)));
     svg.addEventListener("pointerleave", () => hover(null));
@@ -96,7 +113,7 @@ export class RingPanel {
     this.replicas = replicas;
     this.colours = colours;
     const rings = view.rings ?? [];
-    this.models.show(rings.map((ring) => ring.model), (name) => name);
+    this.models.show(rings, ({ model }) => model);
     setHidden(this.model.closest("label"), rings.length < 2);
     const ring = rings.find(({ model }) => model === this.model.value) ?? rings[0];
     setHidden(this.find("empty"), ring !== undefined);
@@ -127,7 +144,10 @@ export class RingPanel {
     }
     this.paths.clear();
     for (const [name, owned] of this.pieces) {
-      this.paths.set(name, shape("path", { d: owned.map(sector).join(""), "data-replica": name, class: "arc" }));
+      this.paths.set(
+        name,
+        shape("path", { d: owned.map(sector).join(""), "data-replica": name, class: "arc" }),
+      );
     }
     this.arcs.replaceChildren(...this.paths.values());
   }
@@ -139,35 +159,55 @@ export class RingPanel {
     if (!few && this.paint.value === "replica") this.paint.value = "load";
     const by = this.paint.value;
     const most = this.replicas.reduce((max, replica) => Math.max(max, replica.inflight), 0);
-    const ratios = new Map(this.replicas.map((replica) => [replica.replica_id, by === "kv"
-      ? replica.kv_used_ratio ?? 0
-      : replica.inflight / (replica.inflight_max || most || 1)]));
+    const ratios = new Map(
+      this.replicas.map((replica) => [
+        replica.replica_id,
+        by === "kv"
+          ? (replica.kv_used_ratio ?? 0)
+          : replica.inflight / (replica.inflight_max || most || 1),
+      ]),
+    );
     for (const [name, path] of this.paths) {
       const step = Math.min(5, Math.ceil((ratios.get(name) ?? 0) * 5));
-      path.tint = few && by === "replica" ? this.colours.get(name) ?? "step-0" : `step-${step}`;
+      path.tint = few && by === "replica" ? (this.colours.get(name) ?? "step-0") : `step-${step}`;
     }
     setHidden(this.find("legend"), by === "replica");
   }
 
   #emphasise() {
     const thing = this.hovered ?? this.chosen;
-    const prefix = thing?.kind === "prefix"
-      ? this.ring.prefixes.find(({ name }) => name === thing.name) : undefined;
+    const prefix =
+      thing?.kind === "prefix"
+        ? this.ring.prefixes.find(({ name }) => name === thing.name)
+        : undefined;
     const near = new Set(prefix?.holders ?? []);
     const home = thing?.kind === "replica" ? thing.name : prefix?.home;
     for (const [name, path] of this.paths) {
       let classes = `arc ${path.tint}`;
-      if (thing) classes += name === home ? " is-home" : near.has(name) ? " is-holder" : " is-other";
+      if (thing)
+        classes += name === home ? " is-home" : near.has(name) ? " is-holder" : " is-other";
       setAttribute(path, "class", classes);
     }
     for (const [name, { root, row }] of this.prefixMarks.entries) {
-      setAttribute(root, "data-state", thing ? (name === prefix?.name || row.home === home && !prefix ? "on" : "off") : null);
+      setAttribute(
+        root,
+        "data-state",
+        thing ? (name === prefix?.name || (row.home === home && !prefix) ? "on" : "off") : null,
+      );
     }
     for (const [name, { pick }] of this.prefixRows.entries) {
-      setAttribute(pick, "aria-pressed", String(this.chosen?.kind === "prefix" && this.chosen.name === name));
+      setAttribute(
+        pick,
+        "aria-pressed",
+        String(this.chosen?.kind === "prefix" && this.chosen.name === name),
+      );
     }
     for (const [name, { pick }] of this.shareRows.entries) {
-      setAttribute(pick, "aria-pressed", String(this.chosen?.kind === "replica" && this.chosen.name === name));
+      setAttribute(
+        pick,
+        "aria-pressed",
+        String(this.chosen?.kind === "replica" && this.chosen.name === name),
+      );
     }
     this.#middle(thing, prefix);
   }
@@ -178,25 +218,40 @@ export class RingPanel {
     if (prefix) {
       lines[0] = `prefix ${prefix.name.slice(0, 8)}`;
       lines[1] = `home ${prefix.home ?? "nobody"}`;
-      lines[2] = `${octets(prefix.octets)} · held by ${count((prefix.holders ?? []).length)}`;
+      lines[2] = `${octets(prefix.octets)} · held by ${count(holdersOf(prefix))}`;
     } else if (thing?.kind === "replica") {
       const { share, pieces } = this.#shareOf(thing.name);
       lines[0] = thing.name;
       lines[1] = `${percent(share)} of the ring`;
-      lines[2] = times(pieces, "piece", "pieces");
+      lines[2] = `${times(pieces, "piece", "pieces")} drawn`;
     } else {
-      lines[0] = this.ring.model;
-      lines[1] = times(this.paths.size, "replica", "replicas");
+      lines[0] = nameOf(this.ring);
+      lines[1] = times(this.#names().length, "replica", "replicas");
       lines[2] = times((this.ring.prefixes ?? []).length, "hot prefix", "hot prefixes");
     }
     lines.forEach((line, index) => {
-      setText(this.find(`middle-${index}`), line.length > 26 ? `${line.slice(0, 25)}…` : line || " ");
+      setText(
+        this.find(`middle-${index}`),
+        line.length > 26 ? `${line.slice(0, 25)}…` : line || " ",
+      );
     });
   }
 
+  // Whom the ring has. The arcs of a large one are a sample, in which small shares may be missing.
+  #names() {
+    const { model, models: served } = this.ring;
+    const of = new Set(served?.length ? served : [model]);
+    const on = ({ models, ring_ratio: share }) =>
+      share > 0 && (models.some((one) => of.has(one)) || (model === "" && models.length === 0));
+    const told = this.replicas.filter(on).map(({ replica_id: name }) => name);
+    return [...new Set([...told, ...this.pieces.keys()])].sort();
+  }
+
   #shareOf(name) {
-    const owned = this.pieces.get(name) ?? [];
-    return { pieces: owned.length, share: owned.reduce((sum, { begin, end }) => sum + end - begin, 0) };
+    const pieces = this.pieces.get(name) ?? [];
+    const drawn = pieces.reduce((sum, { begin, end }) => sum + end - begin, 0);
+    const told = this.replicas.find((replica) => replica.replica_id === name)?.ring_ratio;
+    return { pieces: pieces.length, share: told || drawn };
   }
 
   #mark() {
@@ -204,16 +259,25 @@ export class RingPanel {
     const head = shape("circle", { class: "mark-head" });
     const beads = shape("g");
     const root = shape("g", { class: "mark" }, stem, head, beads);
-    const entry = { root, row: null, update: (prefix) => {
-      entry.row = prefix;
-      setAttribute(root, "data-prefix", prefix.name);
-      setAttribute(root, "transform", `rotate(${(prefix.at * 360).toFixed(2)})`);
-      const warmth = this.most ? Math.sqrt(prefix.heat / this.most) : 0;
-      const top = -(OUTER + 4 + Math.round(warmth * STEM_MAX));
-      for (const [line, name, value] of [[stem, "y1", -(OUTER + 2)], [stem, "y2", top],
-        [head, "cy", top], [head, "r", 2.5 + Math.round(warmth * 4) / 2]]) setAttribute(line, name, value);
-      this.#beads(beads, prefix.holders ?? []);
-    } };
+    const entry = {
+      root,
+      row: null,
+      update: (prefix) => {
+        entry.row = prefix;
+        setAttribute(root, "data-prefix", prefix.name);
+        setAttribute(root, "transform", `rotate(${(prefix.at * 360).toFixed(2)})`);
+        const warmth = this.most ? Math.sqrt(prefix.heat / this.most) : 0;
+        const top = -(OUTER + 4 + Math.round(warmth * STEM_MAX));
+        for (const [line, name, value] of [
+          [stem, "y1", -(OUTER + 2)],
+          [stem, "y2", top],
+          [head, "cy", top],
+          [head, "r", 2.5 + Math.round(warmth * 4) / 2],
+        ])
+          setAttribute(line, name, value);
+        this.#beads(beads, prefix.holders ?? []);
+      },
+    };
     return entry;
   }
 
@@ -221,29 +285,51 @@ export class RingPanel {
     const shown = holders.slice(0, BEADS_MAX);
     while (group.childElementCount > shown.length) group.lastElementChild.remove();
     shown.forEach((name, index) => {
-      const bead = group.children[index]
-        ?? group.appendChild(shape("circle", { r: 3, cy: -(INNER - 8 - index * 8) }));
+      const bead =
+        group.children[index] ??
+        group.appendChild(shape("circle", { r: 3, cy: -(INNER - 8 - index * 8) }));
       setAttribute(bead, "class", `bead ${this.colours.get(name) ?? ""}`);
     });
   }
 
   #prefixRow() {
-    const pick = node("button", { type: "button", class: "link mono", "aria-pressed": "false" }, "");
-    const cells = ["Heat", "Length", "Home", "Held by", "May spread to"].map((label) => node("td", { "data-label": label }));
-    const root = node("tr", {}, node("th", { scope: "row", "data-label": "Prefix" }, pick), ...cells);
+    const pick = node(
+      "button",
+      { type: "button", class: "link mono", "aria-pressed": "false" },
+      "",
+    );
+    const cells = ["Heat", "Length", "Home", "Held by", "May spread to"].map((label) =>
+      node("td", { "data-label": label }),
+    );
+    const root = node(
+      "tr",
+      {},
+      node("th", { scope: "row", "data-label": "Prefix" }, pick),
+      ...cells,
+    );
     let name = "";
     pick.addEventListener("click", () => this.#choose({ kind: "prefix", name }));
-    return { root, pick, update: (prefix) => {
-      name = prefix.name;
-      const holders = prefix.holders ?? [];
-      setText(pick, name.slice(0, 8));
-      setAttribute(pick, "title", `${name}: show it in the ring`);
-      const words = [count(prefix.heat), octets(prefix.octets), prefix.home ?? "nobody",
-        holders.length > 3 ? `${holders.slice(0, 2).join(", ")} and ${holders.length - 2} more` : holders.join(", ") || "nobody",
-        prefix.spread ? times(prefix.spread, "replica", "replicas") : "its own"];
-      cells.forEach((cell, index) => setText(cell, words[index]));
-      setAttribute(cells[3], "title", holders.length > 3 ? holders.join(", ") : null);
-    } };
+    return {
+      root,
+      pick,
+      update: (prefix) => {
+        name = prefix.name;
+        const holders = prefix.holders ?? [];
+        setText(pick, name.slice(0, 8));
+        setAttribute(pick, "title", `${name}: show it in the ring`);
+        const words = [
+          count(prefix.heat),
+          octets(prefix.octets),
+          prefix.home ?? "nobody",
+          holdersOf(prefix) > 3
+            ? `${holders.slice(0, 2).join(", ")} and ${holdersOf(prefix) - 2} more`
+            : holders.join(", ") || "nobody",
+          prefix.spread ? times(prefix.spread, "replica", "replicas") : "its own",
+        ];
+        cells.forEach((cell, index) => setText(cell, words[index]));
+        setAttribute(cells[3], "title", holders.length > 3 ? holders.join(", ") : null);
+      },
+    };
   }
 
   #sum(ring) {
@@ -254,24 +340,43 @@ export class RingPanel {
       homes.set(home, (homes.get(home) ?? 0) + 1);
       for (const name of holders) held.set(name, (held.get(name) ?? 0) + 1);
     }
-    const rows = [...this.pieces.keys()].sort().map((name) => (
-      { name, ...this.#shareOf(name), homes: homes.get(name) ?? 0, held: held.get(name) ?? 0 }));
+    const rows = this.#names().map((name) => ({
+      name,
+      ...this.#shareOf(name),
+      homes: homes.get(name) ?? 0,
+      held: held.get(name) ?? 0,
+    }));
     this.shareRows.show(rows, ({ name }) => name);
   }
 
   #shareRow() {
     const pick = node("button", { type: "button", class: "link", "aria-pressed": "false" }, "");
-    const cells = ["Share", "Pieces", "Home of", "Holds"].map((label) => node("td", { "data-label": label }));
-    const root = node("tr", {}, node("th", { scope: "row", "data-label": "Replica" }, pick), ...cells);
+    const cells = ["Share", "Pieces drawn", "Home of", "Holds"].map((label) =>
+      node("td", { "data-label": label }),
+    );
+    const root = node(
+      "tr",
+      {},
+      node("th", { scope: "row", "data-label": "Replica" }, pick),
+      ...cells,
+    );
     let name = "";
     pick.addEventListener("click", () => this.#choose({ kind: "replica", name }));
-    return { root, pick, update: (row) => {
-      name = row.name;
-      setText(pick, name);
-      setAttribute(pick, "title", `${name}: show it in the ring`);
-      const words = [percent(row.share), exact(row.pieces), times(row.homes, "prefix", "prefixes"),
-        times(row.held, "prefix", "prefixes")];
-      cells.forEach((cell, index) => setText(cell, words[index]));
-    } };
+    return {
+      root,
+      pick,
+      update: (row) => {
+        name = row.name;
+        setText(pick, name);
+        setAttribute(pick, "title", `${name}: show it in the ring`);
+        const words = [
+          percent(row.share),
+          exact(row.pieces),
+          times(row.homes, "prefix", "prefixes"),
+          times(row.held, "prefix", "prefixes"),
+        ];
+        cells.forEach((cell, index) => setText(cell, words[index]));
+      },
+    };
   }
 }

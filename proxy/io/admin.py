@@ -6,6 +6,7 @@ so that no counter ever falls.
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from proxy.io.exposition import fleet_samples, render_metrics, sum_samples
 from proxy.io.operating import Operators
 from proxy.io.telemetry import Sample
 from proxy.io.viewing import Viewing
-from proxy.io.watching import WATCHERS_MAX, Watchers
+from proxy.io.watching import WATCHERS_MAX, Watchers, takes_gzip
 
 
 class Status(Protocol):
@@ -48,15 +49,20 @@ class _Pages:
     """The request handlers of the admin listener."""
 
     def __init__(
-        self, status: Status, guard: Guard, viewing: Viewing, operators: Operators
+        self,
+        status: Status,
+        guard: Guard,
+        viewing: Viewing,
+        operators: Operators,
+        dashboard: Dashboard,
     ) -> None:
         self._status = status
         self._guard = guard
         self._viewing = viewing
         self._watchers = Watchers(viewing)
         self._operators = operators
-        self.dashboard = Dashboard()
-        self._open_paths = _OPEN_PATHS | self.dashboard.paths
+        self.dashboard = dashboard
+        self._open_paths = _OPEN_PATHS | dashboard.paths
 
     @web.middleware
     async def guard(
@@ -105,9 +111,12 @@ class _Pages:
         status, body = explained
         return web.Response(status=status, body=body, content_type="application/json")
 
-    async def view(self, _: web.Request) -> web.Response:
+    async def view(self, request: web.Request) -> web.Response:
         body = await self._viewing.newest()
-        headers = {"Cache-Control": "no-store"}
+        headers = {"Cache-Control": "no-store", "Vary": "Accept-Encoding"}
+        if takes_gzip(request.headers.get("Accept-Encoding", "")):
+            headers["Content-Encoding"] = "gzip"
+            body = gzip.compress(body, 1, mtime=0)
         return web.Response(body=body, content_type="application/json", headers=headers)
 
     async def watch(self, request: web.Request) -> web.StreamResponse:
@@ -130,10 +139,14 @@ class _Pages:
 
 
 def make_app(
-    status: Status, guard: Guard, viewing: Viewing, operators: Operators
+    status: Status,
+    guard: Guard,
+    viewing: Viewing,
+    operators: Operators,
+    dashboard: Dashboard | None = None,
 ) -> web.Application:
     """Return the admin application. Health and the page's files are open; `guard` has the rest."""
-    pages = _Pages(status, guard, viewing, operators)
+    pages = _Pages(status, guard, viewing, operators, dashboard or Dashboard())
     app = web.Application(middlewares=[pages.guard], client_max_size=limits.EXPLAINED_BYTES_MAX)
     for path in _LIVE_PATHS:
         app.router.add_get(path, pages.live)
@@ -143,7 +156,7 @@ def make_app(
     app.router.add_get("/replicas", pages.replicas)
     app.router.add_post("/debug/route", pages.route)
     app.router.add_get(VIEW_PATH, pages.view)
-    app.router.add_get(VIEW_WATCH_PATH, pages.watch)
+    app.router.add_get(VIEW_WATCH_PATH, pages.watch, allow_head=False)
     app.router.add_post(WISH_PATH, pages.wish)
     for path in pages.dashboard.paths:
         app.router.add_get(path, pages.dashboard.serve)

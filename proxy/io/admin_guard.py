@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+_SCHEME = "bearer "
 WANTS_KEY = "set admin_api_key (--admin-api-key) to drain from another machine"
 
 
@@ -67,7 +68,9 @@ class Guard:
             raise RefusedError(403, "admin_key_required", self.can_drain)
 
     def _check_key(self, request: web.Request) -> None:
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        given = request.headers.get("Authorization", "")
+        if given[: len(_SCHEME)].lower() == _SCHEME:  # in any case (RFC 9110 §11.1)
+            given = given[len(_SCHEME) :]
         digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
         if not hmac.compare_digest(digest, self._digest):
             raise RefusedError(401, "invalid_api_key", "send the admin key as a bearer token")

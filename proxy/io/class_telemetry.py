@@ -42,7 +42,7 @@ class ClassTelemetry:
         token_s: float,
         queue_s: float,
     ) -> None:
-        """Count a request that is over. Of times 0 says that there is none, of `queue_s` -1.
+        """Count a request that is over. `first_token_s` is 0 where there was none, others below.
 
         `token_s` is the mean time between its tokens.
         """
@@ -50,7 +50,7 @@ class ClassTelemetry:
         series.outcomes[outcome] += 1
         if first_token_s:
             series.first_token_s.observe(first_token_s)
-        if token_s:
+        if token_s >= 0.0:
             series.token_s.observe(token_s)
         if queue_s >= 0.0:
             series.queue_wait_s.observe(queue_s)

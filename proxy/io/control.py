@@ -108,6 +108,8 @@ class Drain(msgspec.Struct, tag=True, frozen=True):
 class Count(msgspec.Struct, tag=True, frozen=True):
     """Say what you have counted."""
 
+    hot: bool = False  # and which prefixes are hot, since somebody looks
+
 
 class Listen(msgspec.Struct, tag=True, frozen=True):
     """Whether anybody wants to hear what you decide."""
@@ -223,9 +225,21 @@ class Summarised(msgspec.Struct, tag=True, frozen=True):
     models: dict[str, ModelSummary]
 
 
+class HotPrefix(msgspec.Struct, frozen=True, array_like=True):
+    """One that many requests of this worker begin with."""
+
+    name: int  # its hash
+    octets: int
+    count: int
+    spread: int  # replicas that its requests may choose from as if all had it; 0: its own
+    held_by: int
+    holders: list[str]  # some of those
+
+
 class Counted(msgspec.Struct, tag=True, frozen=True):
     counters: list[Sample]
     gauges: list[Sample]
+    hot: list[HotPrefix] = []
 
 
 News = FleetIs | KeysAre | JwtKeysAre | RemotesAre | Cleared | Accused

@@ -57,6 +57,7 @@ class Crossing(Echoing):
         arrived = self._arrived = self._plane.hops.arrive(self._preamble, self._peer)
         if arrived is not None:
             self._principal = arrived.principal
+            self._origin = arrived.claims.origin
             self._client.mind_path()
 
     def _lay_claims(self) -> None:

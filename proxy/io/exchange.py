@@ -257,6 +257,7 @@ class Exchange(Crossing):
         assert self._decision is not None
         assert self._upstream is not None
         self._sent_s = max(self._sent_s, self._upstream.sent_s)  # it may have been held a little
+        self._upstream_status = head.status
         replica = self._decision.replica
         if self._remote:
             if self._was_refused(head):

@@ -26,9 +26,9 @@ from typing_extensions import override
 from proxy.compile import PACKAGE, import_root
 from proxy.contract import FleetSnapshot, LoadSample
 from proxy.contract.metrics import METRICS_VERSION, PREFIX, Family
+from proxy.contract.version import package_version
 from proxy.io.families import FAMILIES
 from proxy.io.telemetry import Labels, Sample
-from proxy.version import package_version
 
 _KINDS = {
     "counter": CounterMetricFamily,

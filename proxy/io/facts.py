@@ -7,6 +7,7 @@ them and few lines read them.
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 from proxy.core.classes import NAMES, UNSAID
 from proxy.core.cost import Terms
@@ -18,14 +19,18 @@ from proxy.core.preamble import Preamble
 from proxy.core.prefix import NO_CHAIN
 from proxy.core.principal import ANYBODY
 from proxy.core.request_spans import RequestFacts
+from proxy.core.retry import Progress
 from proxy.core.routes import Route
+from proxy.core.termination import termination
 from proxy.core.usage import Usage
-from proxy.errors import OK, Dialect, dialect_of
+from proxy.errors import OK, Dialect, ProxyError, dialect_of
 from proxy.io.access_log import AccessRecord
 from proxy.io.plane import Plane
 from proxy.io.tracing import Trace
 
 _log = logging.getLogger("doherty.facts")
+
+_CHOOSING: Final = Progress.CHOOSING
 
 
 class Facts:
@@ -37,12 +42,14 @@ class Facts:
         "_first_octet_s",
         "_last_octet_s",
         "_model",
+        "_origin",
         "_peer",
         "_plane",
         "_pool",
         "_preamble",
         "_preempted",
         "_principal",
+        "_progress",
         "_queue_s",
         "_received_bytes",
         "_request",
@@ -53,6 +60,7 @@ class Facts:
         "_tail",
         "_terms",
         "_trace",
+        "_upstream_status",
         "_usage",
         "_whole_s",
         "request_id",
@@ -72,6 +80,9 @@ class Facts:
         self._decision: Decision | None = None
         self._terms: Terms | None = None  # the price at the moment of the decision
         self._queue_s = -1.0  # how long it waited for a replica; -1: it went at once
+        self._origin: str | None = None  # the region that it has come from, if it has crossed
+        self._progress = _CHOOSING
+        self._upstream_status = 0  # of the answer that came last; 0: none has
         self._attempts = 0
         self._preempted = 0  # how often it was dispatched and then had to give way
         self._received_bytes = 0
@@ -110,6 +121,7 @@ class Facts:
             (b"x-doherty-replica", decision.replica.name.encode()),
             (b"x-doherty-region", decision.replica.region.encode()),
             (b"x-doherty-decision", decision.reason.encode()),
+            (b"x-doherty-attempts", b"%d" % self._attempts),
             (b"x-doherty-price-s", b"%.6f" % terms.price_s),
             (b"x-doherty-price-terms", _terms_field(terms)),
             (b"x-doherty-wait-s", b"%.6f" % terms.wait_s),
@@ -164,7 +176,7 @@ class Facts:
         series.duration_s.observe(now_s - self._started_s)
         usage = self._usage
         token_s = self._token_s(usage, outcome)
-        if token_s:
+        if token_s >= 0.0:
             series.token_s.observe(token_s)
         if self._request.deadline_s:
             plane.waiting.lateness.count(self._request, self._first_octet_s, status, outcome)
@@ -223,24 +235,31 @@ class Facts:
         plane.tracer.over(facts)
 
     def _token_s(self, usage: Usage | None, outcome: str) -> float:
-        """Return the mean time between the tokens of a whole stream, 0 where it has none.
+        """Return the mean time between the tokens of a whole stream, -1 where it has none.
 
         From the first to the last, over the spaces between them, as vLLM counts its time per output
         token. What comes in one piece shows only how long it took.
         """
         first_s = self._first_octet_s
         if not self._stream or not first_s or usage is None or outcome != OK:
-            return 0.0
+            return -1.0
         spaces = usage.completion_tokens - 1
-        return (self._last_octet_s - first_s) / spaces if spaces > 0 else 0.0
+        return (self._last_octet_s - first_s) / spaces if spaces > 0 else -1.0
 
     def _tokens(self, octets: int) -> int:
         """Return how many tokens that should be, where the request went."""
         return self._plane.picture.tokens_of(octets, self._decision.slot) if self._decision else 0
 
+    def _class_name(self) -> str:
+        work_class = self._request.work_class
+        return NAMES[work_class] if work_class != UNSAID else ""
+
     def _log_line(self, status: int, outcome: str, now_s: float) -> None:
-        decision, started_s = self._decision, self._started_s
-        first_s = self._first_octet_s
+        decision, started_s, principal = self._decision, self._started_s, self._principal
+        first_s, usage, route, trace = self._first_octet_s, self._usage, self._route, self._trace
+        recorded = trace if trace is not None and trace.recorded else None
+        token_s = self._token_s(usage, outcome)
+        waited, retries = self._queue_s >= 0.0, self._preamble.wishes.retries
         self._plane.access_log.write(
             AccessRecord(
                 at=int(self._plane.clock.unix_s() * 1e3) / 1e3,
@@ -249,21 +268,54 @@ class Facts:
                 method=self._preamble.method_text,
                 path=self._preamble.path_text,
                 status=status,
+                upstream_status=self._upstream_status or None,
                 outcome=outcome,
+                termination=termination(
+                    outcome, self._progress, local=route is not None and route.local
+                ),
+                tenant=principal.tenant,
+                key_id=principal.key_id,
+                work_class=self._class_name(),
                 model=self._model,
                 stream=self._stream,
                 replica=decision.replica.name if decision else None,
+                region=decision.replica.region if decision else None,
+                origin=self._origin,
                 decision=decision.reason if decision else None,
                 attempts=self._attempts,
                 preempted=self._preempted,
+                client_retries=retries if retries >= 0 else None,
                 prompt_tokens_estimated=self._tokens(self._request.chain.prompt_bytes),
                 cached_tokens_believed=self._terms.cached_tokens if self._terms else 0,
+                prompt_tokens=usage.prompt_tokens if usage else None,
+                cached_tokens=usage.cached_tokens if usage else None,
+                completion_tokens=usage.completion_tokens if usage else None,
                 received_bytes=self._received_bytes,
                 price=self._terms,
-                queue_ms=int(self._queue_s * 1e6) / 1e3 if self._queue_s >= 0.0 else 0.0,
+                queue_ms=int(self._queue_s * 1e6) / 1e3 if waited else 0.0,
+                queue_reason=self._request.held_for if waited else None,
                 overhead_us=int(self._overhead_s * 1e6) if self._sent_s else None,
                 first_octet_ms=int((first_s - started_s) * 1e6) / 1e3 if first_s else None,
+                tpot_ms=int(token_s * 1e6) / 1e3 if token_s >= 0.0 else None,
                 duration_ms=int((now_s - started_s) * 1e6) / 1e3,
+                trace_id=recorded.trace_id.decode("ascii") if recorded else None,
+                span_id=recorded.span_id.decode("ascii") if recorded else None,
+            )
+        )
+
+
+def write_down_refused(plane: Plane, peer: str, request_id: bytes, error: ProxyError) -> None:
+    """Count and log what was refused before its head could be read."""
+    plane.telemetry.series("none", "").outcomes[error.status, error.code] += 1
+    if plane.access_log.enabled:
+        plane.access_log.write(
+            AccessRecord(
+                at=int(plane.clock.unix_s() * 1e3) / 1e3,
+                request_id=request_id.decode("ascii"),
+                client=peer,
+                status=error.status,
+                outcome=error.code,
+                termination=termination(error.code, _CHOOSING, local=False),
             )
         )
 

@@ -81,6 +81,10 @@ class Lookout:
             self._following.cancel()
         self._following = self._tasks.spawn("fleet", self._source(config).run(self._hear))
 
+    def silence_s(self) -> float:
+        """Return for how long its source has said nothing of the fleet; a list is always there."""
+        return self._manager.silence_s() if self._manager is not None else 0.0
+
     def samples(self) -> tuple[list[Sample], list[Sample]]:
         """Return counters and gauges of what is known of keys, suspects and the manager."""
         counters, gauges = self.keyring.samples()

@@ -16,7 +16,6 @@ from proxy.contract.usage import UsageRecord
 from proxy.core import admission, limits
 from proxy.core.admission import Claim
 from proxy.core.asked import Asked
-from proxy.core.classes import NAMES, UNSAID
 from proxy.core.http1 import Field
 from proxy.core.preamble import Preamble
 from proxy.core.routes import PromptKind
@@ -154,7 +153,3 @@ class Metered(Facts):
                     stream=self._stream,
                 )
             )
-
-    def _class_name(self) -> str:
-        work_class = self._request.work_class
-        return NAMES[work_class] if work_class != UNSAID else ""

@@ -61,6 +61,14 @@ class _Refusal(msgspec.Struct, frozen=True):
     error: _Problem = _Problem()
 
 
+def shown_url(url: str) -> str:
+    """Return a URL as it may be shown: without the secret that may stand in it."""
+    try:
+        return str(URL(url).with_user(None))
+    except ValueError:
+        return url.rpartition("@")[2]
+
+
 class Operators:
     """Serves their wishes."""
 
@@ -118,8 +126,8 @@ class Operators:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise RefusedError(
                 *(503, "manager_unreachable"),
-                f"the manager at {url} does not answer ({type(error).__name__}); nothing has "
-                "changed. See that it runs, then ask again",
+                f"the manager at {shown_url(url)} does not answer ({type(error).__name__}); "
+                "nothing has changed. See that it runs, then ask again",
             ) from error
         if status == 404:
             raise self._unknown(replica_id)

@@ -208,6 +208,7 @@ class Passage(Relay):
     def response_started(self, head: ResponseHead, length: int) -> None:
         self._progress = _RESPONSE_STARTED
         self._response = head
+        self._upstream_status = head.status
         if not self._whole_s:
             self._keep_alive = False  # refused before it was read: what still comes is no request
         self._render_head(head, length)

@@ -8,28 +8,23 @@ a client that goes ends the work at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Final
 
 from proxy import errors
 from proxy.core import head as heads
 from proxy.core.chunked import ChunkedDecoder
 from proxy.core.http1 import ResponseHead
 from proxy.core.preamble import Preamble
-from proxy.core.retry import Progress
 from proxy.io.endings import Client, Ending
 from proxy.io.plane import Plane
-
-_CHOOSING: Final = Progress.CHOOSING
 
 
 class Relay(Ending, ABC):
     """One request, as its client's connection sees it."""
 
-    __slots__ = ("_paused", "_progress", "_unsent_head")
+    __slots__ = ("_paused", "_unsent_head")
 
     def __init__(self, plane: Plane, client: Client, preamble: Preamble, length: int) -> None:
         super().__init__(plane, client, preamble, length)
-        self._progress = _CHOOSING
         self._unsent_head = b""  # of the answer, rendered
         self._paused = False
 

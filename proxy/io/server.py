@@ -32,6 +32,7 @@ from proxy.io.connection import (
     Connection,
 )
 from proxy.io.exchange import Exchange
+from proxy.io.facts import write_down_refused
 from proxy.io.passage import Passage
 from proxy.io.plane import Plane
 from proxy.io.relay import Relay
@@ -337,8 +338,8 @@ class ServerProtocol(Connection):
             return
         if self._state in (LINGERING, CLOSED):
             return
-        self._plane.telemetry.series("none", "").outcomes[error.status, error.code] += 1
         request_id = self._plane.clock.request_id()
+        write_down_refused(self._plane, self.peer, request_id, error)
         self.write(heads.error_answer(error, request_id, keep_alive=False))
         self._close_gently(unread=True)
 

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract.span_export import (
     SpanExport,
-    endpoint_url,
     export_settings,
     missing_library,
     process_resource,
     switched_off,
 )
+from proxy.contract.spans import endpoint_url
+from proxy.contract.version import package_version
 from proxy.core.cost import Terms
 from proxy.core.policy import Decision
 from proxy.core.preamble import Preamble
@@ -32,7 +33,6 @@ from proxy.core.trace_context import (
     written,
 )
 from proxy.io.telemetry import Sample
-from proxy.version import package_version
 
 _OPT_IN = "OTEL_SEMCONV_STABILITY_OPT_IN"
 

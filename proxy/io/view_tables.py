@@ -22,7 +22,7 @@ from proxy.contract.view import (
     ReplicaView,
 )
 from proxy.core.classes import NAMES
-from proxy.core.windows import NONE, Labels, Totals, Window, percentiles
+from proxy.core.windows import NONE, Totals, Window, percentiles
 from proxy.io.families import FAMILIES
 from proxy.io.telemetry import Sample
 
@@ -51,7 +51,17 @@ _REFUSED: Final = frozenset(
     )
 )
 
-Gauges = Mapping[str, Mapping[Labels, float]]
+# Gauges with one label, or none; of a cache's source that which is not the usual one.
+_SHOWN: Final = (
+    *("client_connections", "requests_in_flight", "replica_inflight", "replica_queued_tokens"),
+    *("replica_wait_seconds", "replica_decoding", "replica_prefill_tokens_per_second"),
+    *("replica_cache_tokens", "replica_cache_source", "replica_cache_source_age_seconds"),
+    *("queue_depth", "queue_bytes", "queue_oldest_seconds", "remote_inflight"),
+)
+_LARGEST: Final = frozenset(name for name in _SHOWN if FAMILIES[name].largest)
+_BY_EVENTS: Final = ("source", "events")
+
+Gauges = Mapping[str, Mapping[str, float]]
 
 
 def totals_of(counters: Iterable[Sample], replicas: Iterable[ReplicaRecord], at_s: float) -> Totals:
@@ -72,26 +82,29 @@ def totals_of(counters: Iterable[Sample], replicas: Iterable[ReplicaRecord], at_
     return totals
 
 
-def gauges_of(samples: Iterable[Sample]) -> dict[str, dict[Labels, float]]:
-    """Return the gauges of all workers by name: summed, or the largest."""
-    out: dict[str, dict[Labels, float]] = {}
+def gauges_of(samples: Iterable[Sample]) -> dict[str, dict[str, float]]:
+    """Return the gauges that are shown, by name and then by their label: summed, or the largest.
+
+    A fleet of hundreds has tens of thousands of them, so none is looked at more than once.
+    """
+    out: dict[str, dict[str, float]] = {name: {} for name in _SHOWN}
     for sample in samples:
         series = out.get(sample.name)
         if series is None:
-            series = out[sample.name] = {}
-        before = series.get(sample.labels)
+            continue
+        labels = sample.labels
+        key = labels[0][1] if labels else ""
+        if len(labels) > 1 and labels[1] != _BY_EVENTS:
+            continue
+        before = series.get(key)
         if before is None:
-            series[sample.labels] = sample.value
-        elif FAMILIES[sample.name].largest:
-            series[sample.labels] = max(before, sample.value)
+            series[key] = sample.value
+        elif sample.name in _LARGEST:
+            if sample.value > before:
+                series[key] = sample.value
         else:
-            series[sample.labels] = before + sample.value
+            series[key] = before + sample.value
     return out
-
-
-def gauge(gauges: Gauges, name: str) -> float:
-    """Return a gauge without labels; 0 where nobody has told it."""
-    return gauges.get(name, {}).get((), 0.0)
 
 
 # --- replicas ------------------------------------------------------------------------------------
@@ -136,15 +149,13 @@ def _replica_view(
     cached_ratio: float | None,
     ring_ratio: float,
 ) -> ReplicaView:
-    by = (("replica", record.replica_id),)
+    replica_id, load = record.replica_id, record.load
 
     def of(name: str) -> float:
-        return gauges.get(name, {}).get(by, 0.0)
+        return gauges[name].get(replica_id, 0.0)
 
-    load = record.load
-    source = gauges.get("replica_cache_source", {})
     return ReplicaView(
-        replica_id=record.replica_id,
+        replica_id=replica_id,
         pool=record.pool,
         region=record.region or region,
         engine=record.engine,
@@ -169,8 +180,8 @@ def _replica_view(
         kv_used_ratio=round(load.kv_used_ratio, 4) if load else None,
         cached_ratio=cached_ratio,
         cache_tokens=int(of("replica_cache_tokens")),
-        cache_source="events" if (*by, ("source", "events")) in source else "record",
-        cache_source_age_s=_rounded(gauges.get("replica_cache_source_age_seconds", {}).get(by)),
+        cache_source="events" if replica_id in gauges["replica_cache_source"] else "record",
+        cache_source_age_s=_rounded(gauges["replica_cache_source_age_seconds"].get(replica_id)),
         ring_ratio=round(ring_ratio, 5),
     )
 
@@ -206,14 +217,13 @@ def class_views(gauges: Gauges, window: Window) -> tuple[ClassView, ...]:
     wait = histograms(window, "queue_wait_seconds", "class")
     out = []
     for name in NAMES:
-        by = (("class", name),)
-        depth = int(gauges.get("queue_depth", {}).get(by, 0.0))
-        oldest_s = gauges.get("queue_oldest_seconds", {}).get(by, 0.0)
+        depth = int(gauges["queue_depth"].get(name, 0.0))
+        oldest_s = gauges["queue_oldest_seconds"].get(name, 0.0)
         out.append(
             ClassView(
                 work_class=name,
                 depth=depth,
-                queue_bytes=int(gauges.get("queue_bytes", {}).get(by, 0.0)),
+                queue_bytes=int(gauges["queue_bytes"].get(name, 0.0)),
                 oldest_s=round(oldest_s, 3) if depth else None,
                 requests_per_s=round(requests.get(name, 0.0), 3),
                 refused_per_s=round(refused.get(name, 0.0), 3),
@@ -280,7 +290,6 @@ def region_views(
     remotes: Iterable[RemoteState], gauges: Gauges, now_s: float
 ) -> tuple[RegionView, ...]:
     """Return the proxies of other regions, in the order of their names."""
-    inflight = gauges.get("remote_inflight", {})
     out = []
     for remote in sorted(remotes, key=lambda one: one.name):
         summary = remote.summary
@@ -292,7 +301,7 @@ def region_views(
                 draining=summary is not None and summary.draining,
                 round_trip_s=_rounded(remote.round_trip_s) if remote.linked else None,
                 summary_age_s=round(max(0.0, now_s - remote.at_s), 3) if summary else None,
-                inflight=int(inflight.get((("remote", remote.name),), 0.0)),
+                inflight=int(gauges["remote_inflight"].get(remote.name, 0.0)),
             )
         )
     return tuple(out)

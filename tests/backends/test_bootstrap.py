@@ -126,13 +126,20 @@ def test_the_share_of_branches_is_the_cores_alone(bootstrap: Any) -> None:
     assert bootstrap.core_branch_percent({"proxy/io/c.py": entry(10, 0)}) is None
 
 
-def test_skipped_tests_are_listed_with_their_reasons(bootstrap: Any) -> None:
-    report = (
-        '<testsuites><testsuite><testcase classname="tests.a" name="one"/>'
-        '<testcase classname="tests.a" name="two"><skipped message="no GPU"/></testcase>'
-        "</testsuite></testsuites>"
-    )
-    assert bootstrap.skipped_tests(report) == [("tests.a::two", "no GPU")]
+REPORT = (
+    '<testsuites><testsuite><testcase classname="tests.a" name="one"/>'
+    '<testcase classname="tests.a" name="two"><skipped message="no GPU"/></testcase>'
+    "</testsuite></testsuites>"
+)
+
+
+def test_skipped_tests_are_listed_with_their_reasons(
+    bootstrap: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.xml").write_text(REPORT)
+    (tmp_path / "torn.xml").write_text(REPORT[:-20])
+    bootstrap.show_skipped(tmp_path)
+    assert capsys.readouterr().out == "\n=== skipped tests: 1 ===\ntests.a::two: no GPU\n"
 
 
 def test_usage(bootstrap: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,11 +162,89 @@ def test_parts_run_in_their_order_and_none_after_one_that_failed(
         return bootstrap.Part(name, (sys.executable, "-c", code), lambda: env, after)
 
     parts = [part("a"), part("b", after="a"), part("c", 3), part("d", after="c"), part("e")]
-    assert bootstrap.run_parts(parts, tmp_path) == 3
+    assert bootstrap.run_parts(parts, tmp_path) == {"a": 0, "b": 0, "c": 3, "e": 0}
     said = capsys.readouterr().out
     assert [name for name in "abcde" if f"said by {name}" in said] == ["a", "b", "c", "e"]
     assert said.index("said by a") < said.index("said by b")
-    assert bootstrap.run_parts(parts[:2], tmp_path) == 0
+
+
+FLAKY = """
+import pathlib, pytest
+def once(name):
+    there = pathlib.Path(__file__).with_name(name)
+    failing = not there.exists()
+    there.touch()
+    assert not failing
+class TestIn:
+    @pytest.mark.parametrize("at", ["a.b::[c]", "/d e"])
+    def test_flaky(self, at):
+        once("x" + str(len(at)))
+@pytest.fixture
+def messy():
+    yield
+    once("messy")
+def test_end(messy): ...
+def test_good(): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "said"),
+    [
+        ("", 0, "=== failed beside others, passed alone: 3 ==="),
+        ("def test_bad(): assert 0", 1, "=== failed beside others, passed alone: 3 ==="),
+        ("def test_shy():\n once('shy')\n pytest.skip('hm')", 1, "passed alone: 3 ==="),
+        ("@pytest.mark.parametrize('n', range(3))\ndef test_bad(n): assert 0", 1, "FAILED"),
+        ("def test_dies(): import os; os._exit(1)", 1, "--- tests:"),
+        ("def test_stops(): pytest.exit('enough')", 2, "enough"),
+    ],
+)
+def test_what_fails_beside_others_is_tried_once_more_alone(
+    bootstrap: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    *,
+    more: str,
+    status: int,
+    said: str,
+) -> None:
+    folder, tests = tmp_path / "reports", tmp_path / "tests"
+    folder.mkdir()
+    tests.mkdir()
+    (tests / "test_flaky.py").write_text(f"{FLAKY}\n{more}\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\n")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # it starts sooner
+    bootstrap.BIN = Path(sys.executable).parent
+    parts = [bootstrap.pytest_part(folder, "tests", ("tests",))]
+    assert bootstrap.run_tests(parts, folder) == status
+    bootstrap.show_skipped(folder)
+    out = capfd.readouterr().out
+    assert said in out
+    assert ("once more alone" in out) == ("passed alone: 3" in out)
+    if "passed alone: 3" in out:
+        assert out.splitlines()[-3:] == [
+            "tests/test_flaky.py::TestIn::test_flaky[a.b::[c]]",
+            "tests/test_flaky.py::TestIn::test_flaky[/d e]",
+            "tests/test_flaky.py::test_end",
+        ]
+
+
+@pytest.mark.parametrize("other", [{"translation": 1}, {"translated": 1}, {"core": -9}, {"io": 3}])
+def test_what_else_went_wrong_is_not_excused(
+    bootstrap: Any, tmp_path: Path, other: dict[str, int]
+) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").touch()
+    failed = REPORT.replace("tests.a", "tests.test_a").replace("skipped", "failure")
+    for name in ("io", "tests", "translated", "core"):
+        (tmp_path / f"{name}.xml").write_text(failed)
+    tests_to_try = bootstrap.second_try.tests_to_try
+    assert tests_to_try({"tests": 1, "core": 1}, tmp_path, tmp_path) == ["tests/test_a.py::two"]
+    assert tests_to_try({"tests": 1, "others": 0} | other, tmp_path, tmp_path) == []
+    assert tests_to_try({"tests": 0}, tmp_path, tmp_path) == []
+    (tmp_path / "tests" / "test_a.py").unlink()
+    assert tests_to_try({"tests": 1}, tmp_path, tmp_path) == []
 
 
 def test_every_test_is_in_one_part(bootstrap: Any, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_help_imports_nothing_heavy() -> None:
         "sleep",
         "wake",
     ):
-        assert f"    {command}" in output
+        assert f"\n  {command} " in output
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +88,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert "commands:" in capsys.readouterr().out
+    assert "\nserve:\n" in capsys.readouterr().out
 
 
 def test_check_shows_the_settings_and_no_secret(

@@ -14,6 +14,8 @@ import pytest
 from backends.engines import ENGINES
 from backends.engines.base import EngineMissingError, FlagError, Ports
 from backends.engines.probe import (
+    PYTHON_VARIABLE,
+    can_trace,
     completed,
     find_program,
     interpreter_of,
@@ -221,6 +223,22 @@ def test_the_memory_saver_finds_the_cuda_runtime(away: Path, tmp_path: Path) -> 
     sleepy = msgspec.structs.replace(awake, sleep=True)
     env = prepare(sleepy, environ).env
     assert env["LD_LIBRARY_PATH"] == f"/mine:{cuda}"
+
+
+def test_an_environment_says_whether_it_could_send_traces(away: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    package(site, "vllm", "0.33.0")
+    environ = {"PATH": str(away), "PYTHONPATH": str(site), PYTHON_VARIABLE: sys.executable}
+    program = find_program(ENTRY, environ, sys.executable)
+    assert not can_trace(program)  # not asked yet
+    probe_release(program)
+    assert can_trace(program)  # this interpreter has the exporter
+    other = tmp_path / "other"
+    package(other, "vllm", "0.33.0")
+    package(other, "opentelemetry", "0.1")  # one without it, in its place
+    lacking = find_program(ENTRY, environ | {"PYTHONPATH": str(other)}, sys.executable)
+    probe_release(lacking)
+    assert not can_trace(lacking)
 
 
 def test_libraries_are_added_once_and_last() -> None:

@@ -50,7 +50,8 @@ def test_every_flag_of_the_proxy_is_there_with_its_twin(page: str) -> None:
         flag, variable = rows[name][3:5]
         positive = flag.strip("`").replace("--no-", "--")
         assert positive == "--" + name.replace("_", "-")
-        assert variable == f"`DOHERTY_{name.upper()}`"
+        files = f", `DOHERTY_{name.upper()}_FILE`" if name.endswith("_key") else ""
+        assert variable == f"`DOHERTY_{name.upper()}`{files}"
     assert rows["verify_replica_tls"][3] == "`--no-verify-replica-tls`"
 
 

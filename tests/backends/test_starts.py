@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from backends import keeper as module
@@ -71,6 +72,26 @@ async def test_the_release_is_asked_and_told_and_its_ports_are_published(world: 
     assert launch.ports["kv_events"] == (port, 1)
     assert launch.ports["internal"][0] == int(process.env["VLLM_PORT"])
     assert launch.engine_version == "0.26.0"
+
+
+@pytest.mark.parametrize("lacking", [False, True])
+async def test_an_engine_that_could_not_send_traces_is_not_told_to(
+    world: World, lacking: bool
+) -> None:
+    """It would not start."""
+    if lacking:
+        folder = world.run_dir / "packages" / "opentelemetry"
+        folder.mkdir()
+        (folder / "__init__.py").write_text("")
+    pools = POOL.format(args="", path=world.run_dir / "packages")
+    config = configuration(world.run_dir, pools)
+    proxy = msgspec.structs.replace(config.proxy, otlp_traces_endpoint="http://c:4318")
+    await world.start(msgspec.structs.replace(config, proxy=proxy))
+    await until(world, lambda: world.provider.spawned)
+    (process,) = world.provider.spawned
+    assert ("--otlp-traces-endpoint" in process.argv) is not lacking
+    assert ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL" in process.env) is not lacking
+    assert ("traces end at the proxy" in world.stream.getvalue()) is lacking
 
 
 async def test_each_rank_has_a_port_for_its_events(world: World) -> None:

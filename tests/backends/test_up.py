@@ -43,6 +43,9 @@ def until(look: Callable[[], T | None], what: Callable[[], str]) -> T:
     raise AssertionError(f"in vain: {what()}")
 
 
+ROOT = Path(__file__).parents[2]
+
+
 class Run:
     """One `doherty up` with its output in a file."""
 
@@ -60,7 +63,7 @@ class Run:
                     *("--port", "0", "--admin-port", "0", "--manager-port", "0"),
                     *("--run-dir", str(folder / "run"), *flags),
                 ],
-                env=environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+                env=environ | {"PYTHONPATH": str(ROOT)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -143,6 +146,10 @@ def test_one_command_serves_survives_kills_and_leaves_nothing(runs: list[Run]) -
         ["bash", "-c", "curl -sS" + pasted], capture_output=True, text=True, check=True
     ).stdout
     assert answer.rstrip().endswith("data: [DONE]")
+    watched = [*(sys.executable, "-m", "backends.cli", "top", "--once")]
+    watched += ["--url", run.printed(r"admin +(http://\S+)")[1]]
+    seen = subprocess.run(watched, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert re.search(r"^demo-0 +ready +0 ", seen, re.MULTILINE), seen
 
     manager_pid = int((run.folder / "run" / "lock").read_text())
     os.kill(manager_pid, signal.SIGKILL)

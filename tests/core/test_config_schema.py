@@ -139,3 +139,35 @@ def test_a_section_shows_no_default_of_its_own() -> None:
     assert "default" not in SCHEMA["properties"]["proxy"]
     assert "access" not in SCHEMA["$defs"]["ProxyConfig"]["properties"]
     assert "AccessConfig" not in " ".join(str(leaf) for leaf in _leaves(SCHEMA))
+
+
+def _wrong(value: dict[str, Any]) -> list[Any]:
+    """Return values that the schema of a key excludes."""
+    wrong: list[Any] = []
+    for kind in value.get("anyOf", [value]):
+        wrong += [kind[bound] - 1 for bound in ("minimum",) if bound in kind]
+        wrong += [kind[bound] + 1 for bound in ("maximum", "exclusiveMaximum") if bound in kind]
+        wrong += ["no-such-word"] if "enum" in kind else []
+        wrong += [""] if kind.get("minLength") else []
+        wrong += [["a", 1]] if kind.get("type") == "boolean" else []
+    return [each for each in wrong if not _takes(value, each)]
+
+
+def _takes(value: dict[str, Any], candidate: Any) -> bool:
+    return jsonschema.Draft202012Validator(value | {"$defs": SCHEMA["$defs"]}).is_valid(candidate)
+
+
+@pytest.mark.parametrize("name", ["proxy", "manager", "offline", "classes"])
+def test_reader_and_schema_agree_on_each_bound(name: str) -> None:
+    section = SCHEMA["$defs"][SCHEMA["properties"][name]["$ref"].rsplit("/", 1)[-1]]
+    tried = 0
+    for key, value in section["properties"].items():
+        for wrong in _wrong(value):
+            tried += 1
+            with pytest.raises(ConfigError):
+                parse_config(json.dumps({name: {key: wrong}}), "f")
+        default = value.get("default")
+        if default is not None:
+            parse_config(json.dumps({name: {key: default}}), "f")
+            assert _takes(value, default), key
+    assert tried >= 2

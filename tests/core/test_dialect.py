@@ -19,6 +19,7 @@ _VALUES = {
     "--worker-urls": ["http://10.0.0.1:30000", "http://[::1]:2"], "--policy": ["cache_aware"],
     "--disable-retries": [], "--health-check-endpoint": ["/health"], "--log-level": ["warn"],
     "--host": ["0.0.0.0"], "--api-key": ["key"], "--tls-cert-path": ["c.pem"],
+    "--enable-trace": [], "--log-json": [], "--otlp-traces-endpoint": ["http://[::1]:4318"],
     "--tls-key-path": ["k.pem"], "--client-cert-path": ["c.pem"], "--client-key-path": ["k.pem"],
 }  # fmt: skip
 

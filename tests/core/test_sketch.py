@@ -47,3 +47,24 @@ def test_what_caches_cannot_spare_the_room_for_stays_where_it_is() -> None:
     most = int(limits.HOT_CACHE_SHARE * _CACHE / 10)
     assert hot.is_hot(3, most - 1, _CACHE)
     assert not hot.is_hot(3, most + 1000, _CACHE)
+
+
+def test_the_hottest_are_told_with_their_length() -> None:
+    hot, measured = HotPrefixes(), 0
+    for name, times in ((1, 9), (2, 30), (3, 3)):
+        for _ in range(times):
+            if hot.count(name):
+                hot.measure(name, 100 * name)
+                measured += 1
+    assert measured == 2  # the third is too rare
+    assert hot.hottest(5) == [(2, 30, 200), (1, 9, 100)]
+    assert hot.hottest(1) == [(2, 30, 200)]
+
+
+def test_lengths_are_forgotten_with_their_counts() -> None:
+    hot = HotPrefixes()
+    for name in range(50 * limits.HOT_COUNTERS_MAX):
+        for _ in range(limits.HOT_COUNT_MIN):
+            if hot.count(name):
+                hot.measure(name, 1)
+    assert len(hot._octets) <= 2 * limits.HOT_COUNTERS_MAX

@@ -89,8 +89,10 @@ CASES: Final = (
         {'up{job="doherty-offline"}': "0x10"},
         {'up{job="doherty-offline"}': "1x10"},
     ),
-    Case("ReplicaDown", "4m", _backoff("1x10"), _backoff("1x10", "ready")),
-    Case("ReplicaStartsLong", "25m", _backoff("1x30", "starting"), _backoff("1x15", "starting")),
+    Case("ReplicaDown", "6m", _backoff("1x10"), _backoff("1x10", "ready")),
+    # Between two waits it starts.
+    Case("ReplicaDown", "8m", _backoff("1 _ 1 _ 1 _ 1 _ 1 _"), _backoff("1 _ _ _ _ 1 _ _ _")),
+    Case("ReplicaStartsLong", "15m", _backoff("1x30", "starting"), _backoff("1x8", "starting")),
     Case(
         "ReplicaRestarting",
         "30m",

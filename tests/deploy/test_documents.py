@@ -6,14 +6,18 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 
 from proxy.config import parse_config
+from proxy.config_schema import json_schema
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("deploy/**/*.md"), *ROOT.glob("loadtest/**/*.md")]
 )
+VALIDATOR = jsonschema.Draft202012Validator(json_schema())
 _FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 
 
@@ -64,6 +68,27 @@ def test_every_link_leads_somewhere(path: Path) -> None:
     assert [broken for target in _links(path) if (broken := _where_it_breaks(path, target))] == []
 
 
+def test_the_readme_takes_five_minutes_and_leads_to_every_guide() -> None:
+    readme = ROOT / "README.md"
+    assert readme.read_text(encoding="utf-8").count("\n") <= 330
+    reached, left = {readme}, [readme]
+    while left:
+        path = left.pop()
+        targets = {(path.parent / target.partition("#")[0]).resolve() for target in _links(path)}
+        found = {target for target in targets if target.suffix == ".md"} - reached
+        reached |= found
+        left += [path for path in found if path.exists()]
+    assert set(DOCUMENTS) - reached == set()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("deploy/guides/*.md")), ids=_name)
+def test_a_guide_begins_with_what_it_is_for(path: Path) -> None:
+    heading, blank, first, *_ = path.read_text(encoding="utf-8").split("\n")
+    assert heading.startswith("# ")
+    assert not blank
+    assert re.match(r"[A-Z]", first), "a sentence that says what the guide is for, then the rest"
+
+
 def test_a_link_that_leads_nowhere_is_noticed() -> None:
     readme = ROOT / "README.md"
     assert _where_it_breaks(readme, "deploy/guides/no-such.md")
@@ -90,3 +115,4 @@ def _configurations() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "text"), _configurations(), ids=lambda value: value[:40])
 def test_every_configuration_is_valid(name: str, text: str) -> None:
     parse_config(text, name)
+    VALIDATOR.validate(yaml.safe_load(text))

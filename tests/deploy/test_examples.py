@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from backends.cli import main
+from backends.engines import ENGINES
 from backends.offline.setting import prices_of
 from backends.settings import plan_of
 from backends.spec import PoolSpec, pool_specs
+from backends.starting import gpus_wanted
 from proxy.config import load_config
+from tests.fakes.programs import CLI, fetch, running
 
 FOLDER = Path(__file__).parents[2] / "deploy"
 
@@ -88,3 +93,55 @@ def test_every_command_and_file_that_is_named_is_there(name: str) -> None:
     assert set(named) <= {"up", "keys", "check", "scale", "status"}
     for path in re.findall(r"deploy/[\w./-]+\.yaml", text):
         assert (FOLDER.parent / path).is_file(), path
+
+
+REFERENCES = sorted((FOLDER / "examples").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
+def test_reference_configurations_are_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(path)]) == 0
+    assert f"{path}: ok" in capsys.readouterr().out
+    for named in re.findall(r"deploy/[\w./-]+", path.read_text()):
+        assert (FOLDER.parent / named).exists(), named
+
+
+def test_one_box_holds_the_least_of_all_and_not_the_most() -> None:
+    """Which is what makes it a pool that is shared."""
+    config = load_config(str(FOLDER / "examples" / "one-box-8-gpus.yaml"))
+    least = most = 0
+    for pool in pool_specs(config):
+        each = gpus_wanted(ENGINES[pool.first.engine], pool.first)
+        assert pool.autoscale is not None
+        least += each * pool.autoscale.min
+        most += each * pool.autoscale.max
+    assert least <= 8 < most
+    budget, price = config.offline.price_per_hour_max, prices_of(config.models)["qwen3-8b"]
+    assert budget is not None
+    assert price <= budget
+
+
+def test_two_regions_name_each_other_alike() -> None:
+    files = {
+        name: load_config(str(FOLDER / "examples" / "two-regions" / f"{name}.yaml"))
+        for name in ("eu", "us")
+    }
+    for name, config in files.items():
+        (other,) = files.keys() - {name}
+        (remote,) = config.remote_regions
+        assert config.region == name
+        assert (remote.region, remote.url) == (other, f"http://doherty.{other}.example:8000")
+        listening = config.proxy.peer_listen or ""
+        assert remote.peer == f"doherty.{other}.example:{listening.rpartition(':')[2]}"
+
+
+def test_the_laptop_serves(tmp_path: Path) -> None:
+    config = str(FOLDER / "examples" / "laptop.yaml")
+    places = ("--port=0", "--admin-port=0", "--manager-port=0", f"--run-dir={tmp_path / 'run'}")
+    with running((*CLI, "up", config, *places), tmp_path / "up.log") as up:
+        url = up.until_said(r"Ready: (http://\S+)/v1")[1]
+        body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+        head = {"content-type": "application/json"}
+        answer = fetch(f"{url}/v1/chat/completions", json.dumps(body).encode(), head)
+        assert answer.value["usage"]["completion_tokens"] == 3
+        assert answer.headers["x-doherty-replica"].startswith("demo-")

@@ -16,7 +16,8 @@ from typing import Any, Self
 import msgspec
 from aiohttp import web
 
-from proxy.contract.view import VIEW_WATCH_PATH, WISH_PATH, View, encode_view
+from proxy.contract.view import VIEW_PATH, VIEW_WATCH_PATH, WISH_PATH, View, encode_view
+from proxy.io.dashboard import SECURITY_FIELDS
 
 PAGES = Path(__file__).parents[2] / "proxy" / "dashboard"
 KINDS = {
@@ -25,7 +26,6 @@ KINDS = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
-POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 
 
 class DashboardServer:
@@ -74,6 +74,7 @@ class DashboardServer:
     async def _serve(self) -> None:
         app = web.Application(middlewares=[self._guard])
         app.router.add_get("/", self._page)
+        app.router.add_get(VIEW_PATH, self._once)
         app.router.add_get(VIEW_WATCH_PATH, self._watch)
         app.router.add_post("/debug/route", self._explain)
         app.router.add_post(WISH_PATH, self._wish)
@@ -105,8 +106,10 @@ class DashboardServer:
             "Content-Type": f"{KINDS[path.suffix]}; charset=utf-8",
             "Cache-Control": "no-store",
         }
-        headers["Content-Security-Policy"] = POLICY
-        return web.Response(body=path.read_bytes(), headers=headers)
+        return web.Response(body=path.read_bytes(), headers={**SECURITY_FIELDS, **headers})
+
+    async def _once(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._encoded(0.0), content_type="application/json")
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         if self.refusing:

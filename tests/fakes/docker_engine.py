@@ -118,10 +118,24 @@ def docker_engine() -> Iterator[DockerEngine]:
 
     Not in a folder of pytest's, which removes those of earlier runs whatever is mounted there.
     """
-    engine = DockerEngine(Path(tempfile.mkdtemp(prefix="doherty-docker-")))
+    folder = Path(tempfile.mkdtemp(prefix="doherty-docker-"))
+    try:
+        with engine_in(folder) as engine:
+            engine.import_image()
+            yield engine
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def engine_in(folder: Path) -> Iterator[DockerEngine]:
+    """Run an engine in `folder`, which stays, with the images of the last one there.
+
+    Raises `OSError` where it does not come up.
+    """
+    engine = DockerEngine(folder)
     try:
         engine.start()
-        engine.import_image()
         yield engine
     finally:
         if engine.process is not None:
@@ -129,7 +143,6 @@ def docker_engine() -> Iterator[DockerEngine]:
             engine.stop()
         for point in _mounted_under(engine.folder):
             subprocess.run(["umount", "--lazy", point], check=True)
-        shutil.rmtree(engine.folder, ignore_errors=True)
 
 
 def _mounted_under(folder: Path) -> list[str]:

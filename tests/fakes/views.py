@@ -54,7 +54,8 @@ def a_view(replicas: int = 6, seed: int = 0, *, at_s: float = AT_S) -> View:
         models=tuple(_model(draw, name) for name in models),
         pools=tuple(_pool(shown, name) for name in models),
         scaling=tuple(_note(draw, n, models[n % len(models)], at_s) for n in range(8)),
-        rings=tuple(_ring(draw, name, shown) for name in models),
+        scaling_age_s=0.4,
+        rings=tuple(_ring(draw, name, shown, ARCS_MAX // len(models)) for name in models),
         regions=(
             RegionView(
                 region="us-east",
@@ -180,13 +181,13 @@ def _note(draw: random.Random, number: int, model: str, at_s: float) -> NoteView
     )
 
 
-def _ring(draw: random.Random, model: str, shown: tuple[ReplicaView, ...]) -> RingView:
+def _ring(draw: random.Random, model: str, shown: tuple[ReplicaView, ...], most: int) -> RingView:
     names = [one.replica_id for one in shown if model in one.models]
-    edges = sorted(draw.random() for _ in range(min(ARCS_MAX, 40 * len(names)) - 1))
+    edges = sorted(draw.random() for _ in range(min(most, 40 * len(names)) - 1))
     bounds = [0.0, *(round(edge, 5) for edge in edges), 1.0]
     arcs = [ArcView(begin, end, draw.choice(names)) for begin, end in itertools.pairwise(bounds)]
     prefixes = [_prefix(draw, 600.0 / (n + 1), names) for n in range(12)]
-    return RingView(model=model, arcs=tuple(arcs), prefixes=tuple(prefixes))
+    return RingView(model=model, models=(model,), arcs=tuple(arcs), prefixes=tuple(prefixes))
 
 
 def _prefix(draw: random.Random, heat: float, names: list[str]) -> PrefixView:
@@ -200,4 +201,5 @@ def _prefix(draw: random.Random, heat: float, names: list[str]) -> PrefixView:
         at=round(name / 2**64, 5),
         home=draw.choice(names),
         holders=tuple(sorted(holders)),
+        held_by=len(holders),
     )

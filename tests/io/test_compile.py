@@ -61,6 +61,20 @@ def test_what_is_there_is_not_made_again(package: Path) -> None:
     assert compiling.compile_all() == compiling.folder()
 
 
+def test_one_that_root_has_made_is_for_whoever_runs_it(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image is built by root and run by somebody else, as is what a package has installed."""
+    done = subprocess.CompletedProcess[str]((), 0, "", "")
+    monkeypatch.setattr(compiling, "_check_tools", lambda: None)
+    monkeypatch.setattr(compiling.subprocess, "run", lambda *_, **__: done)
+    made = compiling.compile_all()
+    assert made.stat().st_mode & 0o777 == 0o755
+    assert compiling.import_root() == made
+    monkeypatch.setattr(compiling.os, "access", lambda *_: False)  # where it is not, after all
+    assert compiling.import_root() == package.parent
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
     [({"CC": "/nowhere/cc"}, "no C compiler"), ({"DOHERTY_COMPILED": "off"}, "unset it")],

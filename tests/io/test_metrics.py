@@ -11,7 +11,6 @@ from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as openmetrics_families,
 )
 
-from proxy.contract.metrics import Family, table
 from proxy.io.exposition import render_metrics
 from proxy.io.families import FAMILIES
 from proxy.io.telemetry import Sample, Telemetry
@@ -51,22 +50,6 @@ def test_what_is_declared_is_what_is_counted() -> None:
     }
     assert len(counted) > 50
     assert counted - FAMILIES.keys() == set()
-
-
-def test_names_say_what_they_count() -> None:
-    """promtool's rules, and those of the guide of Prometheus, without promtool."""
-    for family in FAMILIES.values():
-        assert (family.kind == "counter") == family.name.endswith("_total"), family.name
-        assert (family.kind == "histogram") == bool(family.edges), family.name
-        assert not family.text.endswith("."), family.name
-        assert not {"le", "quantile", "instance", "job"} & set(family.labels), family.name
-        assert not family.name.endswith(("_ms", "_milliseconds", "_percent")), family.name
-
-
-def test_one_name_is_declared_once() -> None:
-    once = Family("a_total", "counter", "A")
-    with pytest.raises(AssertionError):
-        table(once, once)
 
 
 def test_a_reader_that_asks_for_openmetrics_gets_it() -> None:

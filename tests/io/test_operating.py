@@ -1,9 +1,10 @@
-"""Replicas drained and brought back by operators, and who may wish it."""
+"""Replicas drained and brought back by operators: by a manager, and without one."""
 
 from __future__ import annotations
 
+import logging
 import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -11,25 +12,14 @@ import orjson
 import pytest
 from aiohttp import web
 
+from proxy.io.operating import shown_url
+from tests.fakes.admin import Standing, admin, error_of, post
 from tests.fakes.engine import ScriptedEngine
-from tests.fakes.plane import Answer, chat_request, until
+from tests.fakes.plane import chat_request
 from tests.fakes.proxy_process import ProxyProcess
-from tests.fakes.talk import ask
+from tests.fakes.talk import Talk, ask
 from tests.io.test_supervisor import HeldStreams, opened
 from tests.io.test_view import view_of
-
-LOCAL = "host: localhost"
-
-
-async def post(port: int, replica_id: str, wish: str, fields: Iterable[str] = (LOCAL,)) -> Answer:
-    head = "".join(f"{field}\r\n" for field in fields)
-    request = f"POST /replicas/{replica_id}/{wish} HTTP/1.1\r\n{head}content-length: 0\r\n\r\n"
-    return await ask(port, request.encode())
-
-
-def error_of(answer: Answer) -> dict[str, str]:
-    error: dict[str, str] = orjson.loads(answer.body)["error"]
-    return error
 
 
 async def test_a_drained_replica_finishes_its_stream_and_is_sent_nothing_until_undrained(
@@ -43,10 +33,10 @@ async def test_a_drained_replica_finishes_its_stream_and_is_sent_nothing_until_u
             one.script = two.script = held.script
             async with opened(proxy.port, 6) as talks:
                 replica_id = one.url.removeprefix("http://")
+                path = f"/replicas/{replica_id}"
                 granted = await post(
-                    proxy.admin_port, replica_id, "drain", (LOCAL, "x-request-id: q1")
+                    proxy.admin_port, f"{path}/drain", "host: localhost", "x-request-id: q1"
                 )
-                assert granted.status == 200
                 assert orjson.loads(granted.body) == {
                     "replica_id": replica_id,
                     "state": "draining",
@@ -54,9 +44,20 @@ async def test_a_drained_replica_finishes_its_stream_and_is_sent_nothing_until_u
                 }
                 await proxy.until_said(rf"drain of replica '{replica_id}', asked by 127.0.0.1.*q1")
                 seen = len(one.requests)
-                # It survives a reload, and everybody is told.
+                # It survives a reload and an upgrade, and everybody is told.
                 config.write_text(config.read_text() + "  max_payload_size: 4000000\n")
                 await proxy.until_said("reloaded")
+                async with Talk(proxy.admin_port) as watcher, Talk(proxy.admin_port) as scraper:
+                    await watcher.send(b"GET /view/watch HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                    await watcher.read_until(b"event: view")
+                    await scraper.send(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                    assert (await scraper.answer("GET")).status == 200
+                    await proxy.upgrade()
+                    # The one that leaves has streams to finish, and is asked nothing meanwhile.
+                    await watcher.read_to_end()
+                    assert watcher.received.endswith(b"\r\n0\r\n\r\n")
+                    assert await scraper.read_to_end() == b""
+                    assert len(talks) == 6
                 shown = (await proxy.replicas())[replica_id]
                 assert (shown["state"], shown["reason"]) == ("draining", "drained by an operator")
                 by_id = {entry.replica_id: entry for entry in (await view_of(proxy)).replicas}
@@ -64,27 +65,16 @@ async def test_a_drained_replica_finishes_its_stream_and_is_sent_nothing_until_u
                 held.release.set()
                 for talk in talks:
                     assert (await talk.read_to_end()).endswith(b"0\r\n\r\n")
-                for _ in range(12):
-                    assert (await ask(proxy.port, chat_request())).status == 200
-                assert len(one.requests) == seen
-                assert (await post(proxy.admin_port, replica_id, "undrain")).status == 200
-                while len(one.requests) == seen:
-                    assert (await ask(proxy.port, chat_request())).status == 200
-                assert not (await view_of(proxy)).replicas[0].held
+            for _ in range(12):
+                assert (await ask(proxy.port, chat_request())).status == 200
+            assert len(one.requests) == seen
+            assert (await post(proxy.admin_port, f"{path}/undrain")).status == 200
+            while len(one.requests) == seen:
+                assert (await ask(proxy.port, chat_request())).status == 200
+            assert not any(entry.held for entry in (await view_of(proxy)).replicas)
 
 
-async def test_a_successor_knows_what_is_drained(tmp_path: Path) -> None:
-    async with (
-        ScriptedEngine() as one,
-        ScriptedEngine() as two,
-        ProxyProcess("--worker-urls", one.url, two.url) as proxy,
-    ):
-        replica_id = one.url.removeprefix("http://")
-        assert (await post(proxy.admin_port, replica_id, "drain")).status == 200
-        await proxy.upgrade()
-        assert (await proxy.replicas())[replica_id]["state"] == "draining"
-        assert (await post(proxy.admin_port, replica_id, "undrain")).status == 200
-        assert (await proxy.replicas())[replica_id]["state"] == "ready"
+# --- by a manager --------------------------------------------------------------------------------
 
 
 class FakeManager:
@@ -109,8 +99,7 @@ async def managed() -> AsyncIterator[FakeManager]:
     app.router.add_post("/v1/replicas/{replica_id}/{wish}", manager.wish)
     runner = web.AppRunner(app)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
     manager.url = "http://{}:{}".format(*runner.addresses[0][:2])
     try:
         yield manager
@@ -119,133 +108,89 @@ async def managed() -> AsyncIterator[FakeManager]:
 
 
 async def test_a_manager_is_asked_where_there_is_one() -> None:
-    async with managed() as manager, ProxyProcess("--manager-url", manager.url) as proxy:
-        granted = await post(proxy.admin_port, "a%3A1", "drain")
+    async with (
+        managed() as manager,
+        admin(Standing("a", manager_url=f"{manager.url}/")) as listener,
+    ):
+        granted = await listener.post("/replicas/a%3A1/drain")
         assert orjson.loads(granted.body) == {"replica_id": "a", "state": "draining", "held": True}
-        await post(proxy.admin_port, "a%2F..%2Fb", "undrain")
+        granted = await listener.post("/replicas/a%2F..%2Fb/undrain")
+        assert not orjson.loads(granted.body)["held"]
         assert manager.asked == ["/v1/replicas/a%3A1/drain", "/v1/replicas/a%2F..%2Fb/undrain"]
-        assert (await post(proxy.admin_port, "%2E%2E", "drain")).status == 404
+        assert (await listener.post("/replicas/%2E%2E/drain")).status == 404
         assert len(manager.asked) == 2
-        for status, body, expected in (
-            (404, {}, (404, "unknown_replica")),
-            (409, {"error": {"message": "it is an engine worker"}}, (409, "refused_by_manager")),
-            (500, "nonsense", (502, "manager_failed")),
-            (200, ["no record"], (502, "manager_failed")),
-        ):
-            manager.status, manager.body = status, body
-            answer = await post(proxy.admin_port, "a", "undrain")
-            assert (answer.status, error_of(answer)["code"]) == expected
-        assert "it is an engine worker" in (await _refused_words(proxy, manager))
+        assert not listener.standing.held()  # the manager remembers, and nobody else
 
 
-async def _refused_words(proxy: ProxyProcess, manager: FakeManager) -> str:
-    manager.status, manager.body = 409, {"error": {"message": "it is an engine worker"}}
-    return error_of(await post(proxy.admin_port, "a", "drain"))["message"]
+@pytest.mark.parametrize(
+    ("status", "body", "expected", "words"),
+    [
+        (404, {}, (404, "unknown_replica"), "there are a"),
+        (409, {"error": {"message": "it is a worker"}}, (409, "refused_by_manager"), "a worker"),
+        (500, "nonsense", (502, "manager_failed"), "answers 500"),
+        (200, ["no record"], (502, "manager_failed"), "answers 200"),
+    ],
+)
+async def test_what_a_manager_refuses_is_passed_on_in_words(
+    status: int, body: object, expected: tuple[int, str], words: str
+) -> None:
+    async with managed() as manager, admin(Standing("a", manager_url=manager.url)) as listener:
+        manager.status, manager.body = status, body
+        answer = await listener.post("/replicas/b/undrain")
+        assert (answer.status, error_of(answer)["code"]) == expected
+        assert words in error_of(answer)["message"]
 
 
 async def test_a_manager_that_is_gone_is_said_to_be() -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
-    async with ProxyProcess("--manager-url", f"http://127.0.0.1:{port}") as proxy:
-        answer = await post(proxy.admin_port, "a", "drain")
+    async with admin(Standing("a", manager_url=f"http://127.0.0.1:{port}")) as listener:
+        answer = await listener.post("/replicas/a/drain")
         assert (answer.status, error_of(answer)["code"]) == (503, "manager_unreachable")
         assert f":{port} does not answer" in error_of(answer)["message"]
 
 
-async def test_what_cannot_be_granted_is_refused_in_words() -> None:
-    async with ScriptedEngine() as engine, ProxyProcess("--worker-urls", engine.url) as proxy:
-        known = engine.url.removeprefix("http://")
-        answer = await post(proxy.admin_port, "nobody", "drain")
-        assert answer.status == 404
+async def test_a_manager_is_named_without_the_secret_in_its_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    secret = f"http://user:hush@127.0.0.1:{port}"
+    async with admin(Standing("a", manager_url=secret)) as listener:
+        answer = await listener.post("/replicas/a/drain")
+        assert b"hush" not in answer.body
+        assert f"http://127.0.0.1:{port} " in error_of(answer)["message"]
+    for odd in ("http://u:hush@[", "http://u:hush@h:x"):
+        assert "hush" not in shown_url(odd)
+
+
+# --- without one ---------------------------------------------------------------------------------
+
+
+async def test_what_cannot_be_granted_is_refused_in_words(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "doherty.admin")
+    many = [f"replica-{number}" for number in range(20)]
+    async with admin(Standing(*many)) as listener:
+        answer = await listener.post("/replicas/nobody/drain")
         error = error_of(answer)
-        assert (error["code"], error["type"]) == ("unknown_replica", "not_found_error")
-        assert known in error["message"]
-        assert (await post(proxy.admin_port, known, "explode")).status == 404
-        await proxy.until_said("drain of replica 'nobody' refused")
-        # A line of the log is one line, whatever the name.
-        said = len(proxy.lines)
-        assert (await post(proxy.admin_port, "x%0d%0a2026%20forged", "drain")).status == 404
-        await proxy.until_said(r"drain of replica 'x\\r\\n2026 forged' refused", said)
+        assert (answer.status, error["code"]) == (404, "unknown_replica")
+        assert error["type"] == "not_found_error"
+        assert "'nobody'; there are replica-0, " in error["message"]
+        assert len(error["message"]) < 200
+        assert (await listener.post("/replicas/replica-1/explode")).status == 404
+        # A line of the log is one line, whatever the name and whatever the request's.
+        named = "host: localhost", "x-request-id: a b\t{}"
+        assert (await listener.post("/replicas/x%0d%0a2026%20forged/drain", *named)).status == 404
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3
+    assert not any("\n" in line or "a b" in line for line in said)
+    assert r"'x\r\n2026 forged' refused (unknown_replica), asked by 127.0.0.1" in said[2]
 
 
-FOREIGN_HEADS = (
-    ("host: localhost", "origin: http://evil.example"),
-    ("host: localhost", "origin: null"),
-    ("host: localhost", "origin: http://localhost:3000"),
-    ("host: localhost", "origin: http://["),
-    ("host: localhost", "sec-fetch-site: cross-site"),
-    ("host: localhost", "sec-fetch-site: same-site"),
-    ("host: evil.example",),  # its name points to 127.0.0.1 now
-    ("host: evil.example", "origin: http://evil.example", "sec-fetch-site: same-origin"),
-    ("host: 127.0.0.1.evil.example",),
-    ("host: localhost.evil.example",),
-)
-
-
-async def test_no_other_page_may_have_a_browser_drain_or_read() -> None:
-    async with ScriptedEngine() as engine, ProxyProcess("--worker-urls", engine.url) as proxy:
-        known = engine.url.removeprefix("http://")
-        for fields in FOREIGN_HEADS:
-            answer = await post(proxy.admin_port, known, "drain", fields)
-            assert answer.status == 403, fields
-        for name in (
-            "localhost",
-            f"127.0.0.1:{proxy.admin_port}",
-            "[::1]:1",
-            "LOCALHOST.",
-            "a.localhost",
-        ):
-            fields = (f"host: {name}", f"origin: http://{name}", "sec-fetch-site: same-origin")
-            assert (await post(proxy.admin_port, known, "undrain", fields)).status == 200, name
-        for path in ("/view", "/view/watch", "/replicas", "/metrics"):
-            request = f"GET {path} HTTP/1.1\r\nhost: evil.example\r\n\r\n"
-            answer = await ask(proxy.admin_port, request.encode(), "GET")
-            assert (answer.status, error_of(answer)["code"]) == (403, "host_not_allowed")
-        # Whoever watches over it may call it what he likes.
-        probe = b"GET /livez HTTP/1.1\r\nhost: proxy.internal\r\n\r\n"
-        assert (await ask(proxy.admin_port, probe, "GET")).status == 200
-        assert (await proxy.replicas())[known]["state"] == "ready"
-
-
-async def test_with_a_key_only_the_key_counts_and_the_page_is_open() -> None:
-    async with (
-        ScriptedEngine() as engine,
-        ProxyProcess("--admin-api-key", "s3cret", "--worker-urls", engine.url) as proxy,
-    ):
-        known = engine.url.removeprefix("http://")
-        away = "host: proxy.example"
-        for fields in ((away,), (away, "authorization: Bearer s3cre"), (LOCAL,)):
-            answer = await post(proxy.admin_port, known, "drain", fields)
-            assert (answer.status, error_of(answer)["code"]) == (401, "invalid_api_key")
-        key = "authorization: Bearer s3cret"
-        foreign = (away, key, "origin: http://evil.example")
-        assert (await post(proxy.admin_port, known, "drain", foreign)).status == 403
-        assert (await post(proxy.admin_port, known, "drain", (away, key))).status == 200
-        assert (await proxy.admin("/view")).status == 401
-        assert (await view_of(proxy, "s3cret")).proxy.can_drain is None
-        assert (await proxy.admin("/")).status in (200, 404)  # and not 401
-
-
-async def test_without_a_key_nobody_on_a_network_may_drain() -> None:
-    async with (
-        ScriptedEngine() as engine,
-        ProxyProcess("--admin-host", "0.0.0.0", "--worker-urls", engine.url) as proxy,
-    ):
-        known = engine.url.removeprefix("http://")
-        answer = await post(proxy.admin_port, known, "drain")
-        assert (answer.status, error_of(answer)["code"]) == (403, "admin_key_required")
-        assert "admin_api_key" in error_of(answer)["message"]
-        assert (await view_of(proxy)).proxy.can_drain == error_of(answer)["message"]
-        request = b"GET /view HTTP/1.1\r\nhost: proxy.example\r\n\r\n"
-        assert (await ask(proxy.admin_port, request, "GET")).status == 200
-
-
-@pytest.mark.parametrize("wish", ["drain", "undrain"])
-async def test_a_wish_may_be_repeated(wish: str) -> None:
-    async with ScriptedEngine() as engine, ProxyProcess("--worker-urls", engine.url) as proxy:
-        known = engine.url.removeprefix("http://")
-        await until(lambda: any("serves" in line for line in proxy.lines))
-        answers = [await post(proxy.admin_port, known, wish) for _ in range(2)]
-        assert {answer.status for answer in answers} == {200}
-        expected = "draining" if wish == "drain" else "ready"
-        assert {orjson.loads(answer.body)["state"] for answer in answers} == {expected}
+@pytest.mark.parametrize(("wish", "state"), [("drain", "draining"), ("undrain", "ready")])
+async def test_a_wish_may_be_repeated(wish: str, state: str) -> None:
+    async with admin(Standing("a", "b")) as listener:
+        for _ in range(2):
+            answer = await listener.post(f"/replicas/a/{wish}")
+            assert orjson.loads(answer.body)["state"] == state
+        fleet = listener.standing.fleet()
+        assert fleet is not None
+        assert [str(record.state) for record in fleet.replicas] == [state, "ready"]

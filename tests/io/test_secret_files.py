@@ -67,6 +67,11 @@ def test_one_that_is_said_twice_is_refused(tmp_path: Path) -> None:
         flags.read(URLS, told)
 
 
+def test_one_that_names_no_file_says_nothing() -> None:
+    told = {"DOHERTY_API_KEY_FILE": "", "DOHERTY_API_KEY": "b"}
+    assert flags.read(URLS, told).api_key == "b"
+
+
 def test_only_secrets_have_files(tmp_path: Path) -> None:
     told = {"DOHERTY_POLICY_FILE": secret(tmp_path, "random")}
     assert flags.read(URLS, told).policy == "prefix"

@@ -12,10 +12,10 @@ import pytest
 
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import PoolRecord, span_export
-from proxy.contract.span_export import SpanExport, endpoint_url
-from proxy.contract.spans import CLIENT, INTERNAL, SERVER, SpanRecord
+from proxy.contract.span_export import SpanExport
+from proxy.contract.spans import CLIENT, INTERNAL, SERVER, SpanRecord, endpoint_url
 from proxy.core import claim_limits, limits
-from proxy.core.request_spans import NEWEST, RequestFacts
+from proxy.core.request_spans import NEWEST
 from proxy.core.trace_context import SAMPLED, read_origin
 from proxy.io import regions as regions_module
 from proxy.io import tracing
@@ -38,36 +38,11 @@ from tests.fakes.plane import (
 from tests.fakes.proxy_process import ProxyProcess
 from tests.fakes.regions import InRegion, joined
 from tests.fakes.talk import Talk, ask
+from tests.fakes.traces import PARENT, SPAN, TRACE, traced
 
 MakeBench = Callable[..., Bench]
-TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-PARENT = f"traceparent: 00-{TRACE}-{SPAN}-01"
 SOON = {"OTEL_BSP_SCHEDULE_DELAY": "20"}
 USAGE = b'{"usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}}'
-
-
-class Kept:
-    """In the place of the exporter: makes the spans at once, and keeps them."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        close_tracer(tracer)
-        self.spans: list[SpanRecord] = []
-        self._make = tracer.telling.spans
-        tracer.export = self  # type: ignore[assignment]
-
-    def put(self, facts: RequestFacts, spans: int) -> None:
-        made = self._make(facts)
-        assert len(made) == spans
-        self.spans += made
-
-    def __getitem__(self, index: int) -> SpanRecord:
-        return self.spans[index]
-
-
-def traced(bench: Bench, environment: dict[str, str] | None = None) -> Kept:
-    """Have the bench's plane record all traces."""
-    bench.plane.tracer = Tracer(bench.plane.config, environment or {})
-    return Kept(bench.plane.tracer)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import pytest
 from loadtest import bench
 from loadtest.__main__ import main
 from loadtest.bench import bodies, native, processes, rivals, settings, targets
+from loadtest.bench.rival import Rival, Site
 from loadtest.bench.scenarios import SCENARIOS, Scenario
 from loadtest.bench.stand import DIRECT, Sample, Subject
 from loadtest.run import RunError
@@ -167,8 +168,8 @@ def test_conversations_share_the_beginning_of_their_group_and_end_differently() 
 # --- rivals -------------------------------------------------------------------------------------
 
 
-def site(folder: Path, workers: int = 1) -> rivals.Site:
-    return rivals.Site(
+def site(folder: Path, workers: int = 1) -> Site:
+    return Site(
         folder=folder, port=1000, spare_port=1001, engine_ports=(2000, 2001), workers=workers
     )
 
@@ -312,10 +313,10 @@ def test_a_quick_run_of_nginx(cache: Path, tmp_path: Path) -> None:
     assert value["versions"]["nginx"].startswith("nginx version")
 
 
-class Broken(rivals.Rival):
+class Broken(Rival):
     """A proxy that ends as soon as it is started."""
 
-    def command(self, site: rivals.Site) -> list[str]:
+    def command(self, site: Site) -> list[str]:
         return [sys.executable, "-c", "raise SystemExit('no licence')"]
 
 
@@ -349,7 +350,7 @@ def test_a_rival_that_failed_to_start_is_not_started_again(
     started: list[str] = []
 
     class Counted(Broken):
-        def command(self, site: rivals.Site) -> list[str]:
+        def command(self, site: Site) -> list[str]:
             started.append(self.name)
             return super().command(site)
 

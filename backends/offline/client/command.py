@@ -48,8 +48,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON Lines: lines of a batch, or bare request bodies; -: stdin",
     )
-    submit.add_argument("--endpoint", choices=ENDPOINTS, help="(default: by the first line)")
-    submit.add_argument("--window", default="24h", help="time for it, such as 24h (%(default)s)")
+    submit.add_argument(
+        "--endpoint",
+        choices=ENDPOINTS,
+        metavar="PATH",
+        help=f"one of {', '.join(ENDPOINTS)} (default: by the first line)",
+    )
+    submit.add_argument(
+        "--window", default="24h", metavar="TIME", help="time for it (default: 24h)"
+    )
     submit.add_argument(
         "--metadata", action="append", default=[], type=_pair, metavar="KEY=VALUE", help="to keep"
     )
@@ -76,9 +83,9 @@ def _command(
     parser.add_argument(
         "--url",
         default=os.environ.get("DOHERTY_URL", DEFAULT_URL),
-        help="of the proxy (default: DOHERTY_URL, else %(default)s)",
+        help=f"the proxy (default: {DEFAULT_URL}) [DOHERTY_URL]",
     )
-    parser.add_argument("--api-key", metavar="KEY", help="(default: DOHERTY_API_KEY)")
+    parser.add_argument("--api-key", metavar="KEY", help="key to ask with [DOHERTY_API_KEY]")
     parser.set_defaults(run=lambda options: _guarded(run, options))
     return parser
 

@@ -53,7 +53,7 @@ def test_nothing_is_drawn_beyond_the_screen(
     drawn = draw(VIEWS[number], look, Heard(), size, message)
     assert len(drawn.lines) == size[1]
     for line in drawn.lines:
-        assert width_of(line.text) <= max(size[0], 16), line.text
+        assert width_of(line.text) <= size[0], line.text
         assert len(line.text) == len(line.ink)
         assert line.text.isprintable()
         assert line.text.isascii() or not look.ascii_only

@@ -1,0 +1,1 @@
+"""`doherty completion`: scripts by which shells complete the command, made from its own parser."""
