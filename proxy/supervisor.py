@@ -133,8 +133,7 @@ class Supervisor:
         self._relieved = False  # a successor serves
         self._linked_successor = False  # and hears what runs here until it ends
         self._successor: asyncio.subprocess.Process | None = None
-        self._stop = asyncio.Event()
-        self._hurry = asyncio.Event()
+        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         self._failure: str | None = None
 
     async def run(self) -> int:
