@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from proxy.config import ProxyConfig
-from proxy.contract import FleetSnapshot, ReplicaState
+from proxy.contract import NO_REGION, FleetSnapshot, ReplicaState
 from proxy.contract.regions import RemoteState
 from proxy.contract.version import package_version
 from proxy.contract.view import ProxyView
@@ -105,7 +105,7 @@ class Standing:
         return ProxyView(
             version=package_version(),
             policy=config.policy,
-            region=fleet.region if fleet and config.manager_url else config.region,
+            region=fleet.region if fleet and config.region == NO_REGION else config.region,
             workers=self._places.ready_count,
             not_ready=self.ready(),
             draining=self.draining,

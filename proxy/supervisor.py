@@ -117,15 +117,9 @@ class Supervisor:
         )
         self._estate = Estate(self._peers, self._standing.counters)
         self._standing.inherited = self._estate.samples
-        guard = Guard(config.admin_api_key, local=is_local(listeners.admin))
-        self._standing.can_drain = guard.can_drain
         asked = ScalingNews(lambda: self._lookout.session, self._standing.manager_url)
         self._viewing = Viewing(self._standing, asked, self._tasks)
-        self._places.on_counted = self._viewing.count
-        self._places.viewed = self._viewing.viewed
-        operators = Operators(self._standing, lambda: self._lookout.session)
-        app = make_app(self._standing, guard, self._viewing, operators)
-        self._admin = web.AppRunner(app, access_log=None)
+        self._admin = web.AppRunner(self._make_admin(), access_log=None)
         self._door: takeover.Door | None = None
         self._door_task: asyncio.Task[None] | None = None
         self._fingerprint = settings.fingerprint(invocation.path, config)
@@ -135,6 +129,14 @@ class Supervisor:
         self._successor: asyncio.subprocess.Process | None = None
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         self._failure: str | None = None
+
+    def _make_admin(self) -> web.Application:
+        guard = Guard(self._config.admin_api_key, local=is_local(self._listeners.admin))
+        self._standing.can_drain = guard.can_drain
+        self._places.on_counted = self._viewing.count
+        self._places.viewed = self._viewing.viewed
+        operators = Operators(self._standing, lambda: self._lookout.session)
+        return make_app(self._standing, guard, self._viewing, operators)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
