@@ -35,7 +35,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "sdk": ("sdk --quick", "sdk --json sdk.json"),
     "faults": ("faults", "faults --victims replica --rate 40 --after 20"),
     "storm": ("storm --quick", "storm --streams 10000 --faults 50"),
-    "siege": ("siege --quick", "siege slowloris"),
+    "siege": ("siege --quick", "siege slow-heads slow-readers"),
     "soak": ("soak --quick", "soak --requests 1000000 --workers 2"),
     "upgrade": ("upgrade --quick", "upgrade --upgrades 8 --reloads 12 --clients 4"),
     "burst": ("burst --before 15 --burst 45 --after 60", "burst --json burst.json"),
