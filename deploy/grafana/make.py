@@ -5,8 +5,8 @@
 What is on a dashboard stands in boards/*.yaml, title and queries of each panel; here is how a
 panel, a variable and a page look to Grafana, after its dashboard JSON model (schema version 39,
 which newer releases migrate). Panels are placed in rows from left to right on its grid of 24
-columns, so that none can overlap. Tests hold the files to what this writes, every field to the types
-of Grafana, and every query to a Prometheus that scrapes a real `doherty up`.
+columns, so that none can overlap. Tests hold the files to what this writes, every field to types of
+Grafana, and every query to a Prometheus that scrapes a real `doherty up`.
 
 A panel is a time series unless its `kind` says otherwise. `queries` are by legend. `bounds`: where
 a figure turns orange and red; with `falling`, below which it is red.

@@ -84,8 +84,8 @@ def test_each_is_a_whole_dashboard(name: str) -> None:
             assert target["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
 
 
-# What Grafana reads though its model of a dashboard does not name it: fields that an annotation has by
-# its Prometheus source, a variable's query as its editor shows it, and an id that is yet to be given.
+# What Grafana reads though its model of a dashboard does not name it: fields that an annotation has
+# by its Prometheus source, a variable's query as its editor shows it, an id that is yet to be given.
 _BESIDES_THE_MODEL = {
     "id",
     "annotations.list.step",
