@@ -85,7 +85,7 @@ def test_each_is_a_whole_dashboard(name: str) -> None:
 
 
 # What Grafana reads though its model of a dashboard does not name it: fields that an annotation has
-# by its Prometheus source, a variable's query as its editor shows it, an id that is yet to be given.
+# by its Prometheus source, a variable's query as its editor shows it, an id that is not given yet.
 _BESIDES_THE_MODEL = {
     "id",
     "annotations.list.step",
