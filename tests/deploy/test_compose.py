@@ -283,7 +283,12 @@ def test_the_image_alone_serves_a_demo(place: Place) -> None:
         "print(urlopen('http://127.0.0.1:8000/v1/models').read())"
     )
     try:
-        until(lambda: engine.inspect(name)["State"]["Health"]["Status"] == "healthy", "healthy")
+
+        def healthy() -> bool:
+            status: str = engine.inspect(name)["State"]["Health"]["Status"]
+            return status == "healthy"
+
+        until(healthy, "its own check finds it healthy", 120.0)
         until(lambda: "demo" in _try(engine.docker, "exec", name, "python3", "-c", ask), "served")
         engine.docker("stop", "--time", "30", name)
         assert engine.inspect(name)["State"]["ExitCode"] == 0
