@@ -69,9 +69,11 @@ class _Version(argparse.Action):
 
     @override
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        from importlib.metadata import version
+        from backends.versions import story
+        from proxy.compile import PACKAGE, import_root
 
-        print(f"doherty {version('doherty')}")
+        root = import_root()
+        print(story(str(root) if root != PACKAGE.parent else None))
         parser.exit()
 
 

@@ -63,9 +63,17 @@ def parser_for(
     return _built(lambda name: name == called, runs, version)
 
 
-def whole(version: type[argparse.Action] | None = None) -> argparse.ArgumentParser:
+def whole() -> argparse.ArgumentParser:
     """Return the parser with all flags of all commands; it runs none."""
-    return _built(lambda _: True, {}, version or argparse.Action)
+    return _built(lambda _: True, {}, _Ended)
+
+
+class _Ended(argparse.Action):
+    """In place of what prints versions, where lines are only read."""
+
+    @override
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        parser.exit()
 
 
 def _built(

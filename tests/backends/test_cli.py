@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from backends.status import table
 from backends.up import refuse_left
 from backends.up_plan import services, with_ports
 from backends.up_words import banner, describe, models_down
+from backends.versions import story
 from proxy.config import ConfigError, parse_config
 from proxy.contract import (
     FleetSnapshot,
@@ -83,7 +85,19 @@ def test_help_imports_nothing_heavy() -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
-    assert capsys.readouterr().out.startswith("doherty ")
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"doherty \d\S*", lines[0])
+    assert [line.split()[0] for line in lines[1:]] == ["python", "data", "engines"]
+
+
+def test_version_names_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"doherty": "1.2", "vllm": "0.33.0"}
+    monkeypatch.setattr("backends.versions.installed", known.get)
+    assert story("/compiled").splitlines()[2:] == [
+        "data path  machine code, /compiled",
+        "engines    vllm 0.33.0",
+    ]
+    assert "the sources (see doherty compile)" in story(None)
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
