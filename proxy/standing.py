@@ -16,6 +16,7 @@ from proxy.contract.version import package_version
 from proxy.contract.view import ProxyView
 from proxy.figures import Figures
 from proxy.io.control import HotPrefix
+from proxy.io.estate import Estate
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
 from proxy.io.operating import shown_url
@@ -50,7 +51,7 @@ class Standing:
         self.config = config  # the supervisor keeps both of these up to date
         self.draining = False
         self.can_drain: str | None = None
-        self.inherited: Callable[[], list[Sample]] = list  # counters of proxies before this one
+        self.estate = Estate(others[0], self.counters)
         self._places = places
         self._roster = roster
         self._lookout = lookout
@@ -126,7 +127,7 @@ class Standing:
             self._figures.samples(self._places.pids()),
             ([], wanting.samples()),
         ]
-        counters += [*told, *peers.samples(), *teller.samples(), *self.inherited()]
+        counters += [*told, *peers.samples(), *teller.samples(), *self.estate.samples()]
         gauges += [
             *linked,
             *witness.samples(),

@@ -31,7 +31,6 @@ from proxy.io import control
 from proxy.io.admin import make_app
 from proxy.io.admin_guard import Guard, is_local
 from proxy.io.entrance import LISTEN_BACKLOG
-from proxy.io.estate import Estate
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
 from proxy.io.operating import Operators
@@ -115,8 +114,6 @@ class Supervisor:
             others=(self._peers, self._teller, self._wanting, self._witness, self._quotas),
             on_fleet=self._tell_fleet,
         )
-        self._estate = Estate(self._peers, self._standing.counters)
-        self._standing.inherited = self._estate.samples
         asked = ScalingNews(lambda: self._lookout.session, self._standing.manager_url)
         self._viewing = Viewing(self._standing, asked, self._tasks)
         self._admin = web.AppRunner(self._make_admin(), access_log=None)
@@ -163,7 +160,7 @@ class Supervisor:
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
             await self._drain()
-            await self._estate.farewell()
+            await self._standing.estate.farewell()
             await self._quotas.farewell()
             await self._teller.farewell()
         finally:
@@ -298,7 +295,7 @@ class Supervisor:
         left, link = await predecessor.relieve()
         self._peers.adopt(link, dialled=True)
         self._peers.start_listening(self._config)
-        await self._estate.wait()
+        await self._standing.estate.wait()
         if left:
             _log.info("took over from the proxy that ran before")
         else:
@@ -331,7 +328,7 @@ class Supervisor:
             self._linked_successor = True
             self.hub.told.clear()
             self._peers.adopt(link, dialled=False)
-            self._tasks.start("estate", self._estate.run())
+            self._tasks.start("estate", self._standing.estate.run())
         self._relieved = self._standing.draining = True
         self._stop.set()
 
