@@ -54,7 +54,7 @@ def banner(plan: Plan, down: Sequence[str] = ()) -> str:
         *("", f"Ready{without}: {plan.url}/v1", ""),
         *lines,
         "",
-        f"  admin    {plan.admin_url}  (metrics, replicas)",
+        f"  admin    {plan.admin_url}  (dashboard, metrics)",
         f"  replicas doherty status --manager-url {plan.manager_url}",
         f"  logs     {plan.logs}",
         *(

@@ -55,6 +55,7 @@ MEASURED = (
 # What runs beside each other; the longest first, so that the last to end are short.
 TOGETHER = (
     ("tests/faults", "tests/contract"),
+    ("tests/deploy/test_compose.py",),  # builds an image, which is mostly waiting
     ("tests/backends",),
     ("tests/io",),
     ("tests/loadtest", "tests/deploy", "tests/bench_core"),

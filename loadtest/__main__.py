@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import re
 import signal
 import sys
@@ -24,6 +25,7 @@ from loadtest import (
     guessing,
     keys,
     offline,
+    operate,
     plot,
     policies,
     readahead,
@@ -63,6 +65,7 @@ COMMANDS: dict[str, Command] = {
     "guessing": guessing,
     "keys": keys,
     "offline": offline,
+    "operate": operate,
     "policies": policies,
     "pool": pool,
     "readahead": readahead,
@@ -321,7 +324,8 @@ def _add_faults(command: argparse.ArgumentParser) -> None:
 def _add_server(command: argparse.ArgumentParser) -> None:
     command.add_argument("--url", default=Options().url, help="default %(default)s")
     command.add_argument("--model", help="default: the first of /v1/models")
-    command.add_argument("--api-key", help="sent as a bearer token")
+    key = os.environ.get("OPENAI_API_KEY") or None  # as the official client takes it
+    command.add_argument("--api-key", default=key, help="bearer token (default: OPENAI_API_KEY)")
     command.add_argument("--label", help="what reports call this run (default: the trace)")
 
 

@@ -191,6 +191,8 @@ def read_answer(response: ResponseContextManager, *, stream: bool) -> Answer:
             answer.error = f"no answer: {getattr(response, 'error', None)}"
         elif response.status_code != 200:
             answer.error = error_code(response.status_code, response.text)
+        elif stream and not is_event_stream(response):
+            answer.error = "answered without an event stream"
         elif stream:
             while line := response.stream.readline(b"\n"):
                 answer.take(bytes(line), time.perf_counter())
@@ -198,11 +200,17 @@ def read_answer(response: ResponseContextManager, *, stream: bool) -> Answer:
                 answer.error = "cut: the stream ended without [DONE]"
         else:
             answer.take_value(json.loads(response.text or ""), time.perf_counter())
-    except OSError as error:
-        answer.error = f"cut: {type(error).__name__}"
-    except Exception as error:  # noqa: BLE001 - the HTTP parser's own, which have no common class
-        answer.error = f"broken answer: {type(error).__name__}"
+    except ValueError:
+        answer.error = "broken answer: not the API's JSON"
+    except Exception as error:  # noqa: BLE001 - the client's errors have no class in common
+        # A proxy that loses its engine says so in an event, and then lets the stream break off.
+        answer.error = answer.error or f"cut: {type(error).__name__}"
     return answer
+
+
+def is_event_stream(response: ResponseContextManager) -> bool:
+    kind = "" if response.headers is None else response.headers.get("content-type")
+    return str(kind).lower().startswith("text/event-stream")
 
 
 class ChatUser(OpenAIUser):

@@ -234,7 +234,7 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
         tuple[Path, ...],
         Meta(
             description="addresses at which the other proxies of the region listen for peers; "
-            "this one's own may be among them"
+            "this one's own may be among them; dns:NAME:PORT is every address of the name"
         ),
     ] = ()
     peer_key: Annotated[

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 
 from proxy.config import ProxyConfig
-from proxy.contract import FleetSnapshot, ReplicaState
+from proxy.contract import NO_REGION, FleetSnapshot, ReplicaState
 from proxy.contract.regions import RemoteState
 from proxy.contract.version import package_version
 from proxy.contract.view import ProxyView
 from proxy.figures import Figures
 from proxy.io.control import HotPrefix
+from proxy.io.estate import Estate
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
 from proxy.io.operating import shown_url
@@ -50,7 +51,7 @@ class Standing:
         self.config = config  # the supervisor keeps both of these up to date
         self.draining = False
         self.can_drain: str | None = None
-        self.inherited: Callable[[], list[Sample]] = list  # counters of proxies before this one
+        self.estate = Estate(others[0], self.counters)
         self._places = places
         self._roster = roster
         self._lookout = lookout
@@ -105,7 +106,7 @@ class Standing:
         return ProxyView(
             version=package_version(),
             policy=config.policy,
-            region=fleet.region if fleet and config.manager_url else config.region,
+            region=fleet.region if fleet and config.region == NO_REGION else config.region,
             workers=self._places.ready_count,
             not_ready=self.ready(),
             draining=self.draining,
@@ -126,7 +127,7 @@ class Standing:
             self._figures.samples(self._places.pids()),
             ([], wanting.samples()),
         ]
-        counters += [*told, *peers.samples(), *teller.samples(), *self.inherited()]
+        counters += [*told, *peers.samples(), *teller.samples(), *self.estate.samples()]
         gauges += [
             *linked,
             *witness.samples(),

@@ -31,7 +31,6 @@ from proxy.io import control
 from proxy.io.admin import make_app
 from proxy.io.admin_guard import Guard, is_local
 from proxy.io.entrance import LISTEN_BACKLOG
-from proxy.io.estate import Estate
 from proxy.io.hub import Hub
 from proxy.io.lookout import Lookout
 from proxy.io.operating import Operators
@@ -115,17 +114,9 @@ class Supervisor:
             others=(self._peers, self._teller, self._wanting, self._witness, self._quotas),
             on_fleet=self._tell_fleet,
         )
-        self._estate = Estate(self._peers, self._standing.counters)
-        self._standing.inherited = self._estate.samples
-        guard = Guard(config.admin_api_key, local=is_local(listeners.admin))
-        self._standing.can_drain = guard.can_drain
         asked = ScalingNews(lambda: self._lookout.session, self._standing.manager_url)
         self._viewing = Viewing(self._standing, asked, self._tasks)
-        self._places.on_counted = self._viewing.count
-        self._places.viewed = self._viewing.viewed
-        operators = Operators(self._standing, lambda: self._lookout.session)
-        app = make_app(self._standing, guard, self._viewing, operators)
-        self._admin = web.AppRunner(app, access_log=None)
+        self._admin = web.AppRunner(self._make_admin(), access_log=None)
         self._door: takeover.Door | None = None
         self._door_task: asyncio.Task[None] | None = None
         self._fingerprint = settings.fingerprint(invocation.path, config)
@@ -133,9 +124,16 @@ class Supervisor:
         self._relieved = False  # a successor serves
         self._linked_successor = False  # and hears what runs here until it ends
         self._successor: asyncio.subprocess.Process | None = None
-        self._stop = asyncio.Event()
-        self._hurry = asyncio.Event()
+        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         self._failure: str | None = None
+
+    def _make_admin(self) -> web.Application:
+        guard = Guard(self._config.admin_api_key, local=is_local(self._listeners.admin))
+        self._standing.can_drain = guard.can_drain
+        self._places.on_counted = self._viewing.count
+        self._places.viewed = self._viewing.viewed
+        operators = Operators(self._standing, lambda: self._lookout.session)
+        return make_app(self._standing, guard, self._viewing, operators)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -162,7 +160,7 @@ class Supervisor:
             self._tasks.start("watch", self._watch())
             await self._stop.wait()
             await self._drain()
-            await self._estate.farewell()
+            await self._standing.estate.farewell()
             await self._quotas.farewell()
             await self._teller.farewell()
         finally:
@@ -297,7 +295,7 @@ class Supervisor:
         left, link = await predecessor.relieve()
         self._peers.adopt(link, dialled=True)
         self._peers.start_listening(self._config)
-        await self._estate.wait()
+        await self._standing.estate.wait()
         if left:
             _log.info("took over from the proxy that ran before")
         else:
@@ -330,7 +328,7 @@ class Supervisor:
             self._linked_successor = True
             self.hub.told.clear()
             self._peers.adopt(link, dialled=False)
-            self._tasks.start("estate", self._estate.run())
+            self._tasks.start("estate", self._standing.estate.run())
         self._relieved = self._standing.draining = True
         self._stop.set()
 

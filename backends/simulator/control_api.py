@@ -406,7 +406,6 @@ class Control:
 
     async def _state(self, _request: web.Request) -> web.StreamResponse:
         ranks, tally, count = self._ranks, self._ranks.tally, self._ranks.count
-        unused = count(lambda e: e.cache.available_blocks - e.cache.cached_blocks)
         return json_answer(
             {
                 "pid": os.getpid(),
@@ -416,9 +415,10 @@ class Control:
                 "blocks_max": count(lambda e: e.cache.blocks_max),
                 "blocks_used": count(lambda e: e.cache.used_blocks),
                 "blocks_cached": count(lambda e: e.cache.cached_blocks),
-                "blocks_free": unused,
+                "blocks_free": count(lambda e: e.cache.available_blocks - e.cache.cached_blocks),
                 "blocks_evicted": count(lambda e: e.cache.evicted_blocks),
                 "requests": sum(tally.requests),
+                "traceparents": list(self._server.traceparents),
                 "aborted": tally.finished["abort"],
                 "finished": sum(tally.finished.values()) - tally.finished["abort"],
                 "prompt_tokens": sum(tally.prompt_tokens),

@@ -11,6 +11,7 @@ import logging
 import re
 import time
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 
@@ -114,6 +115,8 @@ class Server:
         self.draining = False
         self.started_s = time.time()
         self._exchanges: set[Exchange] = set()
+        # What clients said of their traces, those that came last: for whoever tests a proxy.
+        self.traceparents: deque[str] = deque(maxlen=16)
         ranks.slow_down(self.faults.slowdown)
 
     def application(self) -> web.Application:
@@ -205,6 +208,8 @@ class Server:
         self.ranks.die(reason)
 
     def _arrival(self, request: web.Request) -> Arrival:
+        if parent := request.headers.get("traceparent"):
+            self.traceparents.append(parent[:256])
         request_id = uuid.uuid4().hex
         priority = None
         if self.settings.dialect == "vllm":

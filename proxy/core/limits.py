@@ -395,6 +395,8 @@ PEER_BEAT_S = 1.0
 PEER_SILENCE_S = 5.0
 PEER_PAUSE_FIRST_S = 0.1
 PEER_PAUSE_MAX_S = 5.0
+# As long as most name servers of clusters keep an answer (CoreDNS for Kubernetes: 5 s).
+PEER_NAMES_INTERVAL_S = 5.0
 # What is cached where, told to one who has just started: 1.4 million entries, as many as twenty
 # replicas of a million tokens have, in pages that hold up neither side for a millisecond.
 DIGEST_BYTES_MAX = 16 * MIB

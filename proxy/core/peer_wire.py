@@ -34,6 +34,7 @@ NONCE_BYTES: Final = 32
 PROXY_ID_BYTES: Final = 16
 TAG_BYTES: Final = 16
 UNIX: Final = "unix:"
+NAME: Final = "dns:"
 _NEAR: Final = (UNIX, "127.", "localhost:", "[::1]:", "::1:")
 
 NOTES: Final = 1
@@ -232,13 +233,21 @@ def is_near(address: str) -> bool:
     return address.startswith(_NEAR)
 
 
+def is_name(address: str) -> bool:
+    """Say whether an address is a name that stands for every address that it has."""
+    return address.startswith(NAME)
+
+
 def parse_address(address: str) -> tuple[str, int]:
-    """Return host and port, or `unix:` and its path with port -1. Raises `ValueError`."""
+    """Return host and port, or `unix:` and its path with port -1. Raises `ValueError`.
+
+    Of a name that stands for many (`is_name`) it is the name and the port of each.
+    """
     if address.startswith(UNIX):
         if len(address) == len(UNIX):
             raise ValueError(f"peer address {address!r} names no path")
         return address, -1
-    host, colon, port = address.rpartition(":")
+    host, colon, port = address.removeprefix(NAME).rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     possible = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65536
     if not colon or not possible or not bare or (":" in bare and bare == host):

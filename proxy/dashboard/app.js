@@ -5,6 +5,7 @@
 // watchers. Only what changes for the worse or the better is spoken, never a number.
 
 import { node, setAttribute, setHidden, setText } from "./dom.js";
+import { Detail } from "./detail.js";
 import { ExplainPanel } from "./explain.js";
 import { Feed, adminKey, ask, refusal } from "./feed.js";
 import { count, duration, exact, moment, octets } from "./format.js";
@@ -92,12 +93,15 @@ class Page {
     this.view = null;
     this.fresh = false;
     this.heard_ms = 0;
+    this.fault = ""; // why the page stands still
     this.link = { name: "connecting" };
     this.said = [];
     this.figures = new Figures(at("figures"));
     this.replicas = new ReplicasPanel(at("replicas"), {
       drain: (replica, wish) => this.#confirm(replica, wish),
+      tell: (replica) => this.detail.open(replica, this.view),
     });
+    this.detail = new Detail(at("replica-dialog"));
     this.ring = new RingPanel(at("ring"));
     this.classes = new Classes(at("classes"));
     this.models = new Models(at("models"));
@@ -107,7 +111,7 @@ class Page {
     this.regions = new Regions(at("regions"));
     this.explain = new ExplainPanel(at("explain"), { denied: (why) => this.#askKey(why) });
     this.feed = new Feed({
-      onView: (view, size) => this.#take(view, size),
+      onView: (view, size) => this.#guarded(() => this.#take(view, size)),
       onState: (state) => this.#linked(state),
     });
     this.#buttons();
@@ -117,13 +121,26 @@ class Page {
     this.feed.start();
   }
 
+  // What cannot be shown is said, and does not look like what is live.
+  #guarded(act) {
+    try {
+      act();
+    } catch (error) {
+      console.error(error);
+      this.#broken(`what came cannot be shown (${error.message})`);
+    }
+  }
+
+  #broken(why) {
+    this.fault = `This page stands still: ${why}. Load it again.`;
+    this.#linkWords();
+  }
+
   #take(view, size) {
     if (view.view_version !== VERSION) {
-      setText(
-        at("stale"),
-        `This page reads views of version ${VERSION}; these are of version ${view.view_version}. Load the page again.`,
+      this.#broken(
+        `it reads views of version ${VERSION}, these are of version ${view.view_version}`,
       );
-      setHidden(at("stale"), false);
       return;
     }
     const before = this.view;
@@ -138,11 +155,13 @@ class Page {
     if (before) this.#speak(changes(before, this.view));
     if (this.fresh) return; // a frame is due already, and will draw this one
     this.fresh = true;
-    requestAnimationFrame(() => this.#draw());
+    requestAnimationFrame(() => {
+      this.fresh = false;
+      this.#guarded(() => this.#draw());
+    });
   }
 
   #draw() {
-    this.fresh = false;
     const begun_ms = performance.now();
     const { view, history } = this;
     const colours = coloursOf(view.replicas);
@@ -151,6 +170,7 @@ class Page {
     this.figures.show(view, history);
     this.replicas.show(view, view.replicas, colours);
     this.ring.show(view, view.replicas, colours);
+    if (this.detail.dialog.open) this.detail.show(view);
     this.classes.show(view, history);
     this.models.show(view, history);
     this.reasons.show(view.decisions);
@@ -158,6 +178,7 @@ class Page {
     this.scaling.show(view);
     this.regions.show(view);
     setHidden(at("to-regions"), view.regions.length === 0);
+    this.fault = "";
     this.explain.offer(
       [...new Set(view.replicas.flatMap(({ models }) => models))].sort().slice(0, 200),
     );
@@ -252,12 +273,14 @@ class Page {
     setAttribute(
       document.body,
       "data-stale",
-      old || (this.heard_ms && name !== "live" && name !== "connecting") ? "yes" : null,
+      old || this.fault || (this.heard_ms && name !== "live" && name !== "connecting")
+        ? "yes"
+        : null,
     );
     const words =
       name === "waiting" && why
         ? `No view comes: ${why}. ${this.heard_ms ? `What you see is ${duration(Math.round(age_ms / 1000))} old.` : ""}`
-        : "";
+        : this.fault;
     setHidden(at("stale"), !words);
     if (words) setText(at("stale"), words);
   }
@@ -335,7 +358,7 @@ class Page {
       at("drain-words"),
       wish === "undrain"
         ? "It takes new requests again."
-        : `It takes no new requests; the ${exact(replica.inflight)} that it has run to their end.`,
+        : `It takes no new requests. Those that it has, ${exact(replica.inflight)}, run to their end.`,
     );
     setText(at("drain-others"), wish === "drain" ? left : " ");
     setAttribute(

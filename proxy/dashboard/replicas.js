@@ -43,10 +43,11 @@ const searched = (replica) =>
 const cell = (label, ...children) => node("td", { role: "cell", "data-label": label }, ...children);
 
 export class ReplicasPanel {
-  constructor(root, { drain }) {
+  constructor(root, { drain, tell }) {
     this.root = root;
     this.find = (name) => root.querySelector(`[data-part="${name}"]`);
     this.drain = drain; // (replica, wish), called by the buttons
+    this.tell = tell; // (replica), called by the names
     this.table = this.find("table");
     this.filter = this.find("filter");
     this.order = { column: "", descending: false };
@@ -186,10 +187,14 @@ export class ReplicasPanel {
     this.most = this.replicas.reduce((most, replica) => Math.max(most, replica.inflight), 0);
     this.rows.show(ordered.slice(first, first + size), (replica) => replica.replica_id);
     setAttribute(this.table, "aria-rowcount", ordered.length + 1);
+    [...this.rows.parent.children].forEach((row, index) => {
+      setAttribute(row, "aria-rowindex", first + index + 2); // the head is the first
+    });
+    if (this.find("sort").value !== this.order.column) this.find("sort").value = this.order.column;
     this.heads.forEach((head, index) => {
       const ours = COLUMNS[index][0] === this.order.column;
       // The columns of numbers stand the largest first, unless turned round.
-      const falls = !["name"].includes(this.order.column) !== this.order.descending;
+      const falls = (this.order.column !== "name") !== this.order.descending;
       setAttribute(head, "aria-sort", ours ? (falls ? "descending" : "ascending") : "none");
     });
     setText(
@@ -220,7 +225,6 @@ export class ReplicasPanel {
     const part = Object.fromEntries(
       [
         "swatch",
-        "name",
         "about",
         "word",
         "reason",
@@ -240,7 +244,9 @@ export class ReplicasPanel {
     );
     const [load, kv] = [bar(), bar()];
     const mark = node("span", { class: "state-mark" });
-    const button = node("button", { type: "button", class: "small" }, "Drain");
+    const button = node("button", { type: "button", class: "small drain" }, "Drain");
+    part.name = node("button", { type: "button", class: "link v-name" });
+    part.name.addEventListener("click", () => this.tell(entry.replica));
     const root = node(
       "tr",
       { role: "row" },
@@ -283,7 +289,7 @@ export class ReplicasPanel {
     entry.replica = replica;
     this.#say(entry, replica);
     setText(part.name, replica.replica_id);
-    setAttribute(part.name, "title", replica.replica_id);
+    setAttribute(part.name, "title", `${replica.replica_id}: all that is told of it`);
     setAttribute(
       part.swatch,
       "class",

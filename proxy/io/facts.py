@@ -24,7 +24,7 @@ from proxy.core.routes import Route
 from proxy.core.termination import termination
 from proxy.core.usage import Usage
 from proxy.errors import OK, Dialect, ProxyError, dialect_of
-from proxy.io.access_log import AccessRecord
+from proxy.io.access_record import AccessRecord
 from proxy.io.plane import Plane
 from proxy.io.tracing import Trace
 

@@ -25,6 +25,7 @@ from proxy.core import claim_limits, limits, peer_wire
 from proxy.core.peer_wire import WireError
 from proxy.io.hub import Hub
 from proxy.io.peer_link import LinkLostError, PeerLink, accepted, connect
+from proxy.io.peer_names import PeerNames
 from proxy.io.regions import Regions
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
@@ -65,6 +66,8 @@ class Peers:
         self._may_listen = True
         self._listen_at: str | None = None
         self._listening: asyncio.Task[None] | None = None
+        self._names = PeerNames(tasks, self._dial_again)
+        self._peers: tuple[str, ...] = ()  # of this region, as configured
         self._dialling: dict[tuple[str, str], asyncio.Task[None]] = {}  # by address and region
         self._links: dict[bytes, PeerLink] = {}  # by the other's name
         self._by_hand: dict[str, asyncio.Task[None]] = {}  # by the link's name
@@ -101,7 +104,13 @@ class Peers:
             self._listen_at = listen_at
             if listen_at is not None:
                 self._listening = self._tasks.spawn("peer listener", self._listen(listen_at))
-        self._dial({**dict.fromkeys(config.peers, self._region), **remotes})
+        self._peers = config.peers
+        self._names.know(config.peers)
+        self._dial_again()
+
+    def _dial_again(self) -> None:
+        peers = self._names.resolved(self._peers)
+        self._dial({**dict.fromkeys(peers, self._region), **self._regions.places()})
 
     def _dial(self, wanted: Mapping[str, str]) -> None:
         """Keep linked with those at these addresses, each of the region that is said."""
@@ -135,6 +144,7 @@ class Peers:
         these are to find the successor."""
         self._may_listen = False
         self._close_listener()
+        self._names.know(())
         self._dial({place: region for place, region in self._dialling if region == self._region})
         for link in self.links(abroad=True):
             link.fail("a new proxy takes over")

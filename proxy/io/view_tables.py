@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from proxy import errors
-from proxy.contract import FleetSnapshot, ReplicaRecord
+from proxy.contract import NO_REGION, FleetSnapshot, ReplicaRecord
 from proxy.contract.regions import RemoteState
 from proxy.contract.view import (
     CODES_MAX,
@@ -112,12 +112,13 @@ def gauges_of(samples: Iterable[Sample]) -> dict[str, dict[str, float]]:
 
 def replica_views(
     fleet: FleetSnapshot | None,
+    region: str,
     suspects: frozenset[str],
     gauges: Gauges,
     window: Window,
     ring_ratios: Mapping[str, float],
 ) -> tuple[ReplicaView, ...]:
-    """Return all replicas, by pool and then by name."""
+    """Return all replicas, by pool and then by name; `region` is that of those that name none."""
     if fleet is None:
         return ()
     rates = window.rates("replica_requests_total", "replica")
@@ -127,7 +128,7 @@ def replica_views(
         [
             _replica_view(
                 record,
-                fleet.region,
+                record.region if record.region != NO_REGION else region,
                 suspect=record.replica_id in suspects,
                 gauges=gauges,
                 requests_per_s=rates.get(record.replica_id, 0.0),
@@ -157,7 +158,7 @@ def _replica_view(
     return ReplicaView(
         replica_id=replica_id,
         pool=record.pool,
-        region=record.region or region,
+        region=region,
         engine=record.engine,
         engine_version=record.engine_version,
         models=record.models,

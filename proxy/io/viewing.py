@@ -165,14 +165,16 @@ class Viewing:
     def view(self, totals: Totals, gauges: tables.Gauges, now_s: float) -> View:
         source = self._source
         window = self._history.window(totals)
+        proxy = self._proxy(gauges, window)
         replicas = tables.replica_views(
-            source.fleet(), source.suspects(), gauges, window, self._rings.ratios()
+            *(source.fleet(), proxy.region, source.suspects(), gauges, window),
+            self._rings.ratios(),
         )
         models = tables.model_views(window)
         return View(
             at_s=round(time.time(), 3),
             window_s=round(window.seconds, 3),
-            proxy=self._proxy(gauges, window),
+            proxy=proxy,
             replicas=replicas,
             classes=tables.class_views(gauges, window),
             models=models,

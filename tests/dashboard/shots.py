@@ -153,9 +153,11 @@ class Studio:
             clip = {"clip": box, "captureBeyondViewport": True}
         shot = self.browser.command("Page.captureScreenshot", format="png", **clip)
         image = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
-        image = image.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         path = self.folder / f"dashboard-{name}.png"
         image.save(path, optimize=True)
+        if path.stat().st_size > OCTETS_MAX:
+            dither, method = Image.Dither.NONE, Image.Quantize.MAXCOVERAGE
+            image.quantize(COLOURS, method=method, dither=dither).save(path, optimize=True)
         octets = path.stat().st_size
         sys.stdout.write(f"{path.name}: {image.width} x {image.height}, {octets} octets\n")
         sys.stdout.flush()
@@ -221,9 +223,8 @@ def studio_in(folder: Path, pictures: Path) -> Iterator[Studio]:
     config = folder / "doherty.yaml"
     config.write_text(CONFIG)
     ports = ("--port=0", "--admin-port=0", "--manager-port=0", "--no-offline")
-    up = Program(
-        (*CLI, "up", str(config), f"--run-dir={folder / 'run'}", *ports), folder / "up.log"
-    )
+    argv = (*CLI, "up", config.name, "--run-dir=run", *ports)
+    up = Program(argv, folder / "up.log", cwd=folder)
     try:
         said = until(lambda: re.search(r"Ready: (http://\S+)/v1", up.said), "ready", PATIENCE_S)
         url = said[1]

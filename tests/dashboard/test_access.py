@@ -85,7 +85,8 @@ def test_the_page_gives_no_cause_for_complaint(browser: Browser, server: Dashboa
 
 def test_a_dialog_gives_no_cause_for_complaint(browser: Browser, server: DashboardServer) -> None:
     opened(browser, server)
-    for dialog, button in (("key", "#key"), ("drain", "#replicas tbody button")):
+    buttons = {"key": "#key", "drain": "#replicas .drain", "replica": "#replicas .v-name"}
+    for dialog, button in buttons.items():
         browser.click(button)
         for dark in (False, True):
             browser.resize(1440, dark=dark)
@@ -133,12 +134,17 @@ def test_cards_are_still_a_table(browser: Browser, server: DashboardServer) -> N
 
 def test_the_page_never_scrolls_sideways(browser: Browser, server: DashboardServer) -> None:
     opened_wide(browser, server)
-    outside = """return [...document.querySelectorAll("#replicas tbody button")]
+    outside = """return [...document.querySelectorAll("#replicas .drain")]
       .filter((e) => e.checkVisibility() && e.getBoundingClientRect().right > innerWidth).length"""
+    inside = """return [...document.querySelectorAll(".scroll:has(.cards)")]
+      .filter((e) => e.checkVisibility() && e.scrollWidth > e.clientWidth)
+      .map((e) => e.innerText)"""
     for width in (320, 400, 600, 759, 760, 980, 1240, 1920):
         browser.resize(width)
         assert browser.js("return document.documentElement.scrollWidth") <= width
         assert browser.js(outside) == 0, width
+        if width < 760:  # cards scroll nowhere, not even inside
+            assert browser.js(inside) == []
 
 
 def test_every_control_is_reached_by_the_keyboard_and_seen_there(

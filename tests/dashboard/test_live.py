@@ -69,16 +69,16 @@ def test_a_drain_on_the_page_is_the_managers(browser: Browser, up: Whole) -> Non
     browser.open(up.admin_url + "/")
     name = up.fleet()["replicas"][0]["replica_id"]
     browser.until(f"{row(name)} !== undefined")
-    browser.js(f"{row(name)}.querySelector('button').click()")
+    browser.js(f"{row(name)}.querySelector('.drain').click()")
     assert browser.text("#drain-title") == f"Drain {name}?"
     browser.click("#drain-go")
     until(lambda: replica(up, name).get("state") == "draining", "the manager's state")
     browser.until(f"{row(name)}.querySelector('.v-word').textContent === 'draining'")
-    browser.until(f"{row(name)}.querySelector('button').textContent === 'Undrain'")
+    browser.until(f"{row(name)}.querySelector('.drain').textContent === 'Undrain'")
     assert "drained by an operator" in browser.js(f"return {row(name)}.textContent")
     assert f"{name} is draining" in browser.text("#spoken")
     chat(up.url, "The others go on.")
-    browser.js(f"{row(name)}.querySelector('button').click()")
+    browser.js(f"{row(name)}.querySelector('.drain').click()")
     browser.click("#drain-go")
     until(lambda: replica(up, name).get("state", "ready") == "ready", "the manager's state")
     browser.until(f"{row(name)}.querySelector('.v-word').textContent === 'ready'")
@@ -132,7 +132,7 @@ def test_a_proxy_with_a_key_asks_for_it_and_drains_by_itself(
             browser.until(
                 "document.querySelector('#replicas tbody .v-word').textContent === 'ready'"
             )
-            browser.click("#replicas tbody button")
+            browser.click("#replicas .drain")
             assert browser.text("#drain-others").startswith("No other replica is ready")
             browser.click("#drain-go")
             state = "document.querySelector('#replicas tbody .v-word').textContent"
@@ -140,7 +140,7 @@ def test_a_proxy_with_a_key_asks_for_it_and_drains_by_itself(
             fields = {"authorization": f"Bearer {KEY}"}
             held = fetch(admin + "/view", headers=fields).value["replicas"]
             assert [(one["state"], one["held"]) for one in held] == [("draining", True)]
-            browser.click("#replicas tbody button")
+            browser.click("#replicas .drain")
             browser.click("#drain-go")
             browser.until(f"{state} === 'ready'")
             browser.driver.get("about:blank")

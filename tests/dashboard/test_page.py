@@ -183,7 +183,7 @@ def test_the_order_stands_still_under_a_pointer(browser: Browser, server: Dashbo
     opened(browser, server)
     browser.click(".col-inflight button")
     busiest = names(browser)
-    button = browser.js(f"return {row(busiest[0])}.querySelector('button')")
+    button = browser.js(f"return {row(busiest[0])}.querySelector('.drain')")
     browser.js("arguments[0].focus()", button)
     place = [one.replica_id for one in view.replicas].index(busiest[-1])
     server.view = with_replica(view, place, inflight=63_000)
@@ -220,10 +220,10 @@ def test_a_failed_replica_is_told_of_first(browser: Browser, server: DashboardSe
 def test_a_drain_is_confirmed_sent_and_told(browser: Browser, server: DashboardServer) -> None:
     view = server.view = with_replica(all_ready(8), 0, replica_id="a/b c", inflight=3)
     opened(browser, server)
-    press = f"{row('a/b c')}.querySelector('button').click()"
+    press = f"{row('a/b c')}.querySelector('.drain').click()"
     browser.js(press)
     assert browser.text("#drain-title") == "Drain a/b c?"
-    assert "the 3 that it has run to their end" in browser.text("#drain-words")
+    assert "Those that it has, 3, run to their end" in browser.text("#drain-words")
     assert "other replicas are ready" in browser.text("#drain-others")
     browser.click("#drain-dialog [data-close]")
     assert [path for method, path in server.asked if method == "POST"] == []
@@ -232,7 +232,7 @@ def test_a_drain_is_confirmed_sent_and_told(browser: Browser, server: DashboardS
     browser.until("!document.querySelector('#drain-dialog').open")
     assert ("POST", "/replicas/a/b c/drain") in server.asked
     server.view = with_replica(view, 0, state="draining", held=True)
-    browser.until(f"{row('a/b c')}.querySelector('button').textContent === 'Undrain'")
+    browser.until(f"{row('a/b c')}.querySelector('.drain').textContent === 'Undrain'")
     server.wish_status = 503
     browser.js(press)
     browser.click("#drain-go")
@@ -241,10 +241,28 @@ def test_a_drain_is_confirmed_sent_and_told(browser: Browser, server: DashboardS
     assert ("POST", "/replicas/a/b c/undrain") in server.asked
 
 
+def test_a_replicas_name_opens_all_that_is_told_of_it(
+    browser: Browser, server: DashboardServer
+) -> None:
+    told = {"models": ("one", "two"), "cache_source": "events", "cache_source_age_s": 0.2}
+    view = server.view = with_replica(all_ready(8), 1, inflight=5, inflight_max=0, **told)
+    opened(browser, server)
+    browser.js(f"{row(view.replicas[1].replica_id)}.querySelector('.v-name').click()")
+    assert browser.text("#replica-title") == view.replicas[1].replica_id
+    said = browser.text("#replica-dialog dl")
+    assert "Modelsone, two" in said
+    assert "Requests there5, without a limit" in said
+    assert "the engine's events, 200 ms ago" in said
+    server.view = with_replica(view, 1, inflight=6, inflight_max=64)
+    browser.until("document.querySelector('.details').textContent.includes('6 of at most 64')")
+    server.view = changed(view, replicas=view.replicas[2:])
+    browser.until("document.querySelector('.details').textContent === 'Stateit is gone'")
+
+
 def test_the_last_ready_one_is_warned_of(browser: Browser, server: DashboardServer) -> None:
     view = server.view = all_ready(1)
     opened(browser, server)
-    browser.js(f"{row(view.replicas[0].replica_id)}.querySelector('button').click()")
+    browser.js(f"{row(view.replicas[0].replica_id)}.querySelector('.drain').click()")
     assert browser.text("#drain-others").startswith("No other replica is ready for qwen3-32b")
     assert browser.find("#drain-others").get_attribute("data-tone") == "bad"
 
@@ -257,7 +275,7 @@ def test_where_no_drain_is_taken_the_page_says_why(
     server.view = changed(view, proxy=proxy)
     opened(browser, server)
     assert browser.text("#drain-refusal") == "Drain and undrain are off: set admin_api_key"
-    button = browser.find("#replicas tbody button")
+    button = browser.find("#replicas .drain")
     assert button.get_attribute("aria-disabled") == "true"
     button.click()
     assert not browser.js("return document.querySelector('#drain-dialog').open")
@@ -375,10 +393,18 @@ def test_without_anything_it_says_so_in_words(browser: Browser, server: Dashboar
 def test_an_unknown_version_is_not_guessed_at(browser: Browser, server: DashboardServer) -> None:
     server.view = b'{"view_version": 2}'
     browser.open(server.url)
-    said = browser.until(
-        "!document.querySelector('#stale').hidden && document.querySelector('#stale').textContent"
-    )
-    assert "version 1; these are of version 2" in said
+    notice = "document.querySelector('#stale:not([hidden])')?.textContent"
+    said = browser.until(notice)
+    assert "it reads views of version 1, these are of version 2. Load it again." in said
+    good = server.view = all_ready(8)
+    browser.until("document.body.dataset.drawn && document.querySelector('#stale').hidden")
+    assert browser.console() == []
+    broken = {**msgspec.to_builtins(good), "replicas": 3}
+    server.view = msgspec.json.encode(broken)
+    said = browser.until(notice)
+    assert said.startswith("This page stands still: what came cannot be shown")
+    assert browser.find("body").get_attribute("data-stale") == "yes"
+    assert len(names(browser)) == 8  # what was right before is still there
 
 
 def test_a_request_is_explained(browser: Browser, server: DashboardServer) -> None:

@@ -77,7 +77,7 @@ def place() -> Iterator[Place]:
         tell(f"\n{stack.run('docker', 'compose', 'version').strip()}, engine {version(stack)}")
         stack.compose("down", "--volumes", "--timeout", "1")  # of a run that was killed
         begun_s = time.monotonic()
-        stack.compose("build", "keys")
+        stack.compose("build", "keys", timeout_s=1800.0)
         tell(f"build (translated: {translate}): {time.monotonic() - begun_s:.1f} s")
         begun_s = time.monotonic()
         try:
@@ -283,7 +283,12 @@ def test_the_image_alone_serves_a_demo(place: Place) -> None:
         "print(urlopen('http://127.0.0.1:8000/v1/models').read())"
     )
     try:
-        until(lambda: engine.inspect(name)["State"]["Health"]["Status"] == "healthy", "healthy")
+
+        def healthy() -> bool:
+            status: str = engine.inspect(name)["State"]["Health"]["Status"]
+            return status == "healthy"
+
+        until(healthy, "its own check finds it healthy", 120.0)
         until(lambda: "demo" in _try(engine.docker, "exec", name, "python3", "-c", ask), "served")
         engine.docker("stop", "--time", "30", name)
         assert engine.inspect(name)["State"]["ExitCode"] == 0

@@ -214,3 +214,19 @@ def test_keys_are_drawn_once(tmp_path: Path) -> None:
     assert (tmp_path / "admin_api_key").stat().st_mode & 0o777 == 0o440
     assert "nothing" in draw()
     assert {p.name: p.read_text() for p in tmp_path.iterdir() if p.name != "peer_key"} == drawn
+
+
+def test_grafana_finds_prometheus_and_the_dashboards() -> None:
+    grafana = services()["grafana"]
+    provisioning = FOLDER / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())[
+        "datasources"
+    ]
+    assert source["url"] == "$PROMETHEUS_URL"
+    assert grafana["environment"]["PROMETHEUS_URL"] == "http://pod:9090"
+    assert any(port["target"] == 9090 for port in services()["pod"]["ports"])
+    targets = {v["source"]: v["target"] for v in grafana["volumes"]}
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "doherty.yaml").read_text())[
+        "providers"
+    ]
+    assert targets[str(FOLDER / "grafana" / "dashboards")] == provider["options"]["path"]

@@ -65,7 +65,7 @@ def offered(group: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.parametrize("release", RELEASES)
 def test_kubernetes_takes_them(release: str) -> None:
     ours = [document for document in documents() if document["kind"] not in FOREIGN]
-    assert len(ours) == 9
+    assert len(ours) == 10
     for document in ours:
         kubernetes_validate.validate(document, release, strict=True)
 
@@ -190,11 +190,15 @@ def test_names_lead_where_something_listens() -> None:
     proxy, manager, offline = CONFIG.proxy, CONFIG.manager, CONFIG.offline
     assert ports("doherty") == {proxy.port}
     assert ports("doherty-manager") == {manager.port, offline.port}
+    listening = (proxy.peer_listen or "").rpartition(":")[2]
+    assert ports("doherty-peers") == {int(listening)}
+    assert proxy.peers == (f"dns:doherty-peers:{listening}",)
+    assert named("Service", "doherty-peers")["spec"]["clusterIP"] == "None"
     assert proxy.manager_url == f"http://doherty-manager:{manager.port}"
     assert proxy.offline_url == offline.work_url == f"http://doherty-manager:{offline.port}"
     assert manager.ray.address == "ray://doherty-head-svc:10001"
     opened = {p["containerPort"] for one in containers().values() for p in one["ports"]}
-    assert opened == {proxy.port, proxy.admin_port, manager.port, offline.port}
+    assert opened == {int(listening), proxy.port, proxy.admin_port, manager.port, offline.port}
 
 
 def test_every_selector_finds_its_pods() -> None:
@@ -206,7 +210,7 @@ def test_every_selector_finds_its_pods() -> None:
         if document["kind"] in {"Service", "PodDisruptionBudget", "NetworkPolicy", "PodMonitor"}
         for found in (document["spec"].get("selector") or document["spec"]["podSelector"],)
     ]
-    assert len(selectors) == 8
+    assert len(selectors) == 9
     for selector in selectors:
         wanted = selector.get("matchLabels", selector)
         assert sum(wanted.items() <= has.items() for has in labels) == 1, selector

@@ -93,6 +93,16 @@ def _asked_for() -> Iterator[tuple[Path, str]]:
             yield path, name
 
 
+def test_every_metric_is_on_a_dashboard_or_in_a_rule() -> None:
+    asked = {name for path, name in _asked_for() if path.suffix != ".md"}
+    unseen = [
+        name
+        for name in everything()
+        if not asked & {name, *(f"{name}_{part}" for part in ("bucket", "sum", "count"))}
+    ]
+    assert unseen == []
+
+
 def test_rules_dashboards_and_runbook_ask_only_for_what_there_is() -> None:
     served = set(everything())
     for name, family in everything().items():

@@ -117,5 +117,5 @@ def wait(seen: Callable[[], Any], what: str) -> Any:
     end_s = time.monotonic() + PATIENCE_S
     while not (value := seen()):
         assert time.monotonic() < end_s, f"it never came: {what}"
-        time.sleep(0.02)
+        time.sleep(0.05)
     return value

@@ -13,7 +13,7 @@ import pytest
 
 from proxy.core import head_memory
 from proxy.core.cost import Terms
-from proxy.io.access_log import AccessRecord
+from proxy.io.access_record import AccessRecord
 from tests.fakes.plane import (
     CHAT_BODY,
     EVENTS,

@@ -3,6 +3,7 @@ that is a step of the test command, which then runs the core's tests over it."""
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
 import subprocess
@@ -110,3 +111,17 @@ def test_connections_have_what_a_transport_calls(kind: type) -> None:
     called = [name for name in dir(asyncio.Protocol) if not name.startswith("_")]
     assert "pause_writing" in called
     assert [name for name in called if not callable(getattr(kind, name, None))] == []
+
+
+def test_no_struct_that_is_translated_depends_on_keywords_of_its_class() -> None:
+    """mypyc passes them on to nobody; without these two a struct still works."""
+    harmless = {"frozen", "gc"}
+    depends = [
+        f"{module}: {node.name}({keyword.arg}=...)"
+        for module in compiling.MODULES
+        for node in ast.walk(ast.parse((compiling.PACKAGE / f"{module}.py").read_text()))
+        if isinstance(node, ast.ClassDef)
+        for keyword in node.keywords
+        if keyword.arg not in harmless
+    ]
+    assert depends == []

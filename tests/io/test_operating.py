@@ -12,7 +12,9 @@ import orjson
 import pytest
 from aiohttp import web
 
+from proxy import takeover
 from proxy.io.operating import shown_url
+from proxy.listeners import Listeners
 from tests.fakes.admin import Standing, admin, error_of, post
 from tests.fakes.engine import ScriptedEngine
 from tests.fakes.plane import chat_request
@@ -72,6 +74,21 @@ async def test_a_drained_replica_finishes_its_stream_and_is_sent_nothing_until_u
             while len(one.requests) == seen:
                 assert (await ask(proxy.port, chat_request())).status == 200
             assert not any(entry.held for entry in (await view_of(proxy)).replicas)
+
+
+async def test_what_is_held_is_handed_over_as_far_as_it_fits(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for count in (3, 1000):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            ours.setblocking(False)
+            held = frozenset(f"10.0.0.1:{30000 + number}" for number in range(count))
+            await takeover._send(ours, Listeners([], [], frozenset(), held))
+            got = takeover.Predecessor(theirs).receive().held
+        assert got == held if count == 3 else 100 < len(got) < count
+        assert got <= held
+        assert ("drain it again" in caplog.text) == (count == 1000)
 
 
 # --- by a manager --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 import pytest
 
 from proxy.config import ConfigError, ProxyConfig
-from proxy.contract import PoolRecord, span_export
+from proxy.contract import PoolRecord, ReplicaRecord, span_export
 from proxy.contract.span_export import SpanExport
 from proxy.contract.spans import CLIENT, INTERNAL, SERVER, SpanRecord, endpoint_url
 from proxy.core import claim_limits, limits
@@ -37,6 +37,7 @@ from tests.fakes.plane import (
 )
 from tests.fakes.proxy_process import ProxyProcess
 from tests.fakes.regions import InRegion, joined
+from tests.fakes.simulator import FAST, simulator
 from tests.fakes.talk import Talk, ask
 from tests.fakes.traces import PARENT, SPAN, TRACE, traced
 
@@ -117,6 +118,21 @@ async def test_the_replica_s_parent_is_our_span_and_ours_is_the_client_s() -> No
     assert server.resource["service.name"] == "doherty"
     assert not server.failed
     assert not client.failed
+
+
+async def test_the_simulator_tells_whose_trace_it_was_told() -> None:
+    async with simulator() as engine, OtlpSink() as sink:
+        record = ReplicaRecord(replica_id="a", url=engine.url, engine="vllm")
+        async with RealPlane([record]) as proxy:
+            with tracing_to(proxy, sink):
+                body = b'{"model":"%b","prompt":"p","max_tokens":2}' % FAST.models[0].encode()
+                head = b"POST /v1/completions HTTP/1.1\r\nhost: p\r\n" + PARENT.encode()
+                request = b"%b\r\ncontent-length: %d\r\n\r\n%b" % (head, len(body), body)
+                assert (await ask(proxy.port, request)).status == 200
+                _, client = await sink.until(2)
+        told = (await engine.state())["traceparents"]
+    assert told == [f"00-{TRACE}-{client.span_id}-01"]
+    assert client.attributes["doherty.engine"] == "vllm"
 
 
 @pytest.mark.parametrize(

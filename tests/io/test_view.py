@@ -51,12 +51,15 @@ async def test_a_view_is_of_what_all_workers_have_done_and_goes_on_a_second_late
             begun_s = time.monotonic()
             assert (await ask(proxy.port, chat_request())).status == 200
             longest_s = max(longest_s, time.monotonic() - begun_s)
-        while (view := await view_of(proxy)).classes[0].first_token.count < 20:
+        while await proxy.metric("doherty_requests_total") < 20:
             await asyncio.sleep(0.05)
+        view = await view_of(proxy)
+        seen = view.classes[0].first_token.count  # on a machine that is busy some may be too old
+        assert 5 < seen <= 20
         (replica,) = view.replicas
         assert replica.replica_id == engine.url.removeprefix("http://")
         assert (replica.state, replica.models, replica.held) == ("ready", ("m",), False)
-        per_s = 20 / view.window_s
+        per_s = seen / view.window_s
         for told in (
             *(view.proxy.requests_per_s, replica.requests_per_s, view.codes["200"]),
             *(view.models[0].requests_per_s, view.classes[0].requests_per_s),
@@ -64,7 +67,7 @@ async def test_a_view_is_of_what_all_workers_have_done_and_goes_on_a_second_late
         ):
             assert abs(told - per_s) < 0.02 * per_s
         for first in (view.classes[0].first_token, view.models[0].first_token):
-            assert first.count == 20
+            assert first.count == seen
             assert first.p50_s is not None
             assert first.p95_s is not None
             assert first.p99_s is not None

@@ -162,7 +162,7 @@ async def test_an_engine_that_restarts_begins_its_share_anew() -> None:
 async def test_replicas_are_told_by_pool_with_what_workers_have_there() -> None:
     told = Told()
     record = ReplicaRecord(replica_id="z", url="http://a:1", models=("m",), pool="a", max_inputs=8)
-    asleep = structs.replace(record, replica_id="b", pool="b", asleep=True)
+    asleep = structs.replace(record, replica_id="b", pool="b", asleep=True, region="there")
     held = structs.replace(
         record, replica_id="a", pool="b", state=ReplicaState.DRAINING, held=True, reason="why"
     )
@@ -178,6 +178,7 @@ async def test_replicas_are_told_by_pool_with_what_workers_have_there() -> None:
         assert (one.replica_id, two.replica_id, three.replica_id) == ("z", "a", "b")
         assert (one.inflight, one.wait_s, one.requests_per_s) == (3, 1.0, 3.0)
         assert (one.inflight_max, one.cache_source) == (8, "events")
+        assert (one.region, three.region) == ("here", "there")
         assert (two.state, two.held, two.reason) == ("draining", True, "why")
         assert two.cache_source == "record"
         assert (three.state, three.inflight) == ("asleep", 0)
