@@ -65,6 +65,8 @@ def _read(program: str, words: list[str]) -> None:
         flags.parse(words[1:], {})
     elif words[0] == "simulator":
         parse_flags(words[1:])
+    elif words[0] == "compile":
+        assert set(words[1:]) <= {"--force"}
     else:
         PARSER.parse_args(words)
 
@@ -98,7 +100,7 @@ def test_every_whole_command_in_a_sentence_is_one(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_subcommand_that_is_named_in_a_sentence_is_one(path: Path) -> None:
     named = set(_INLINE.findall(path.read_text(encoding="utf-8")))
-    assert named - set(COMMANDS) == set()
+    assert named - COMMANDS.keys() == set()
 
 
 def test_a_command_that_is_none_is_noticed() -> None:
