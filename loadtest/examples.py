@@ -7,7 +7,7 @@ CALL = "python -m loadtest"
 GROUPS: dict[str, tuple[str, ...]] = {
     "send requests to a server": ("replay",),
     "compare": ("compare", "bench", "explain", "sdk"),
-    "break things under load": ("faults", "storm", "siege", "soak", "upgrade", "burst"),
+    "break things under load": ("faults", "storm", "siege", "soak", "upgrade", "burst", "operate"),
     "decisions in virtual time": (
         *("policies", "scaling", "pool", "claims-lab", "regions-lab", "regions-day"),
     ),
@@ -39,6 +39,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "soak": ("soak --quick", "soak --requests 1000000 --workers 2"),
     "upgrade": ("upgrade --quick", "upgrade --upgrades 8 --reloads 12 --clients 4"),
     "burst": ("burst --before 15 --burst 45 --after 60", "burst --json burst.json"),
+    "operate": ("operate --duration 60 --users 20", "operate --out operate-run"),
     "policies": (
         "policies conversation --policies round_robin,llm-d,doherty,oracle",
         "policies conversation --targets --processes 2",
