@@ -148,16 +148,8 @@ def build_otherwise(folder: Path, epoch_s: int) -> tuple[Path, Path]:
 
 
 def run_build(kind: str, source: Path, out: Path, env: Mapping[str, str]) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        f"--{kind}",
-        "--no-isolation",
-        "--outdir",
-        str(out),
-        str(source),
-    ]
+    words = ("-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(out), str(source))
+    command = [sys.executable, *words]
     done = subprocess.run(
         command, env=env, umask=0o022, capture_output=True, text=True, check=False
     )
@@ -192,12 +184,12 @@ def bill_of_materials(wheel: Path, target: Path, folder: Path, epoch_s: int) -> 
     """Write what an installation of `wheel` holds now, as CycloneDX."""
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    to_file = ["--output-reproducible", "--output-format", "JSON", "--output-file", target]
-    of_project = ["--pyproject", ROOT / "pyproject.toml"]
+    as_json = ["--output-reproducible", "--output-format", "JSON"]
+    of_project: list[str | Path] = ["--pyproject", ROOT / "pyproject.toml", "--output-file", target]
     commands: tuple[list[str | Path], ...] = (
         [sys.executable, "-m", "venv", "--without-pip", folder],
         [*pip, "--python", python, "install", f"{wheel}[{','.join(SHIPPED_EXTRAS)}]"],
-        [sys.executable, "-m", "cyclonedx_py", "environment", *of_project, *to_file, python],
+        [sys.executable, "-m", "cyclonedx_py", "environment", *as_json, *of_project, python],
     )
     for command in commands:
         env = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch_s)}
