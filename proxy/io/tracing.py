@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract.span_export import (
+    SpanCounts,
     SpanExport,
     export_settings,
     missing_library,
@@ -84,7 +85,9 @@ class Trace:
 class Tracer:
     """All traces of one worker."""
 
-    def __init__(self, config: ProxyConfig, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, config: ProxyConfig, environment: Mapping[str, str], counts: SpanCounts | None = None
+    ) -> None:
         """Raises `ValueError` where the endpoint is no URL; see `check_tracing`."""
         self._sampler, _ = sampler_of(config.trace_sample_ratio, environment)
         self._continues = config.trace_context == "continue"
@@ -93,7 +96,7 @@ class Tracer:
         self.telling = Telling(_draw_id, newest=newest)
         resource = process_resource("doherty", config.region, package_version())
         settings = export_settings(config.otlp_traces_endpoint, resource, environment)
-        self.export = SpanExport(settings, self.telling.spans)
+        self.export = SpanExport(settings, self.telling.spans, counts)
 
     def begin(self, preamble: Preamble) -> Trace:
         """Return the trace of a request that comes with this head."""
@@ -109,14 +112,15 @@ class Tracer:
         facts.listens_at = self._listens_at
         self.export.put(facts, 1 + len(facts.waits) + len(facts.attempts))
 
-    def counters(self) -> list[Sample]:
-        export = self.export
-        dropped = "trace_spans_dropped_total"
-        return [
-            Sample("trace_spans_exported_total", (), export.exported_total),
-            Sample(dropped, (("reason", "queue_full"),), export.dropped_total),
-            Sample(dropped, (("reason", "export_failed"),), export.refused_total),
-        ]
+
+def span_samples(counts: SpanCounts) -> list[Sample]:
+    """Return what has become of a worker's spans."""
+    dropped = "trace_spans_dropped_total"
+    return [
+        Sample("trace_spans_exported_total", (), counts.exported_total),
+        Sample(dropped, (("reason", "queue_full"),), counts.dropped_total),
+        Sample(dropped, (("reason", "export_failed"),), counts.refused_total),
+    ]
 
 
 def _draw_id() -> int:
@@ -124,20 +128,17 @@ def _draw_id() -> int:
 
 
 def tracer_of(
-    config: ProxyConfig, environment: Mapping[str, str], before: Tracer | None = None
+    config: ProxyConfig, environment: Mapping[str, str], counts: SpanCounts
 ) -> Tracer | None:
-    """Return what traces a worker's requests; None: traces are off. `before` is to be closed."""
+    """Return what traces a worker's requests; None: traces are off."""
     on = config.enable_trace or config.otlp_traces_endpoint is not None
     if not on or switched_off(environment):
         return None
-    tracer = Tracer(config, environment)
-    if before is not None:
-        tracer.export.go_on_from(before.export)
-    return tracer
+    return Tracer(config, environment, counts)
 
 
 def close_tracer(tracer: Tracer | None) -> None:
-    """Send what waits, for a moment. Where it has been replaced, that goes on counting."""
+    """Send what waits, for a moment."""
     if tracer is not None:
         tracer.export.close()
 
