@@ -260,7 +260,7 @@ class Facts:
         recorded = trace if trace is not None and trace.recorded else None
         token_s = self._token_s(usage, outcome)
         waited, retries = self._queue_s >= 0.0, self._preamble.wishes.retries
-        # In the order of its fields: given by name, they took ten times as long, 3 us a request.
+        # In the order of its fields: given by name, they take four times as long.
         self._plane.access_log.write(
             AccessRecord(
                 int(self._plane.clock.unix_s() * 1e3) / 1e3,
