@@ -9,6 +9,7 @@ import aiohttp
 import msgspec
 
 from backends.clock import Clock
+from backends.fetch import read_bounded
 from backends.log import Log
 from backends.notice_words import Ask, ask_of, read_notice
 from backends.notices import Reclaims, RefusedNoticeError
@@ -70,10 +71,12 @@ async def _get(session: aiohttp.ClientSession, ask: Ask) -> bytes | None:
     if ask.token_url:
         async with session.put(ask.token_url, headers=_TOKEN_TTL) as response:
             if response.status == 200:  # otherwise it is a machine that wants none
-                headers[_TOKEN] = (await response.content.read(BYTES_MAX)).decode("ascii", "ignore")
+                headers[_TOKEN] = (await read_bounded(response, BYTES_MAX)).decode(
+                    "ascii", "ignore"
+                )
     async with session.get(ask.url, headers=headers) as response:
         if response.status == 404:
             return None
         if response.status != 200:
             raise ValueError(f"{ask.url} answers with status {response.status}")
-        return await response.content.read(BYTES_MAX)
+        return await read_bounded(response, BYTES_MAX)

@@ -17,6 +17,7 @@ import aiohttp
 import msgspec
 
 from backends.failure import StartError
+from backends.fetch import read_bounded
 from backends.top.events import Events, EventTooLongError
 from proxy.contract.view import VIEW_PATH, VIEW_WATCH_PATH, WISH_PATH, View, decode_view
 
@@ -132,7 +133,7 @@ class Admin:
         try:
             async with self._session.get(self.url + VIEW_WATCH_PATH, timeout=timeout) as answer:
                 if answer.status != 200:
-                    body = await answer.content.read(65_536)
+                    body = await read_bounded(answer, 65_536)
                     raise self._refusal(answer.status, body)
                 async for piece in answer.content.iter_any():
                     for data in events.feed(piece):
@@ -148,7 +149,7 @@ class Admin:
             async with self._session.request(
                 method, self.url + path, data=body, timeout=timeout
             ) as answer:
-                return answer.status, await answer.content.read(ANSWER_BYTES_MAX)
+                return answer.status, await read_bounded(answer, ANSWER_BYTES_MAX)
         except (aiohttp.ClientError, OSError) as error:
             raise FeedError(self._lost(error)) from error
 
