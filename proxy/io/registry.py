@@ -33,7 +33,8 @@ from proxy.contract import (
 from proxy.contract.engines import MODELS_PATH, Listing, read_listing
 from proxy.core.replica import parse_url
 from proxy.io.newest_lines import newest_lines
-from proxy.io.scrape import Scraper, TooLargeError, ask, begun_anew
+from proxy.io.scrape import Scraper, ask, begun_anew
+from proxy.io.whole_body import TooLargeError
 
 _log = logging.getLogger("doherty.registry")
 
