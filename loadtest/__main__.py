@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import re
 import signal
 import sys
@@ -42,6 +43,7 @@ from loadtest.client import parse_url
 from loadtest.command import Command
 from loadtest.compare import broken_promises, compare, in_engine_seconds
 from loadtest.fleet import FleetOptions
+from loadtest.help_form import RootParser, dress
 from loadtest.measure import warmup_count
 from loadtest.policies import beside, claims_lab, regions_lab
 from loadtest.run import Options, Run, RunError, complaint, load_trace, run_replay
@@ -51,17 +53,6 @@ from loadtest.tenants import deadlines, fairness
 from loadtest.tenants import limits as tenant_limits
 from loadtest.tenants import proxies as tenant_proxies
 from loadtest.traces import Trace, TraceError
-
-REPLAY_EXAMPLE = """\
-example:
-  python -m loadtest replay conversation --url http://127.0.0.1:8000 --speed 2 --limit 500
-"""
-COMPARE_EXAMPLE = """\
-example:
-  python -m loadtest compare conversation --policies round_robin,prefix --speed 3 --plot out.png
-  python -m loadtest compare conversation --workers 2 --kv-cache-tokens 750000 --speed 1.6 --lab
-"""
-
 
 COMMANDS: dict[str, Command] = {
     "bench": bench,
@@ -275,21 +266,25 @@ def _fields(args: argparse.Namespace, struct: type[msgspec.Struct]) -> dict[str,
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtest", description="Replays recorded traffic against a server."
+    parser = RootParser(
+        prog="python -m loadtest",
+        usage="%(prog)s COMMAND [FLAGS]",
+        description="Load, faults and comparisons for any OpenAI-compatible server; and what the "
+        "project's own claims rest on.",
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text, example in (
-        ("replay", "send a trace's requests to a running server", REPLAY_EXAMPLE),
-        ("compare", "send them to a fresh simulated fleet for each policy", COMPARE_EXAMPLE),
+    commands = parser.add_subparsers(
+        dest="command",
+        required=True,
+        metavar="COMMAND",
+        prog="python -m loadtest",
+        parser_class=argparse.ArgumentParser,
+    )
+    for name, text in (
+        ("replay", "send a trace's requests to a running server"),
+        ("compare", "send them to a fresh simulated fleet for each policy"),
     ):
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=example,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        sentence = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=sentence)
         command.add_argument("trace", help="a file (.jsonl, .csv, .xz) or a shipped trace's name")
         if name == "replay":
             _add_server(command)
@@ -302,17 +297,12 @@ def _parser() -> argparse.ArgumentParser:
         "faults",
         help="kill -9 a replica, the manager and a proxy worker under load",
         description=faults.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_faults(command)
     for name, module in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=module.SUMMARY,
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        command = commands.add_parser(name, help=module.SUMMARY, description=module.__doc__)
         module.add_arguments(command)
+    dress(parser)
     return parser
 
 
@@ -334,7 +324,8 @@ def _add_faults(command: argparse.ArgumentParser) -> None:
 def _add_server(command: argparse.ArgumentParser) -> None:
     command.add_argument("--url", default=Options().url, help="default %(default)s")
     command.add_argument("--model", help="default: the first of /v1/models")
-    command.add_argument("--api-key", help="sent as a bearer token")
+    key = os.environ.get("OPENAI_API_KEY") or None  # as the official client takes it
+    command.add_argument("--api-key", default=key, help="bearer token (default: OPENAI_API_KEY)")
     command.add_argument("--label", help="what reports call this run (default: the trace)")
 
 

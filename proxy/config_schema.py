@@ -85,4 +85,15 @@ def json_schema() -> dict[str, Any]:
     whole["properties"]["version"]["maximum"] = VERSION
     schema = {"$schema": DIALECT, "$id": SCHEMA_ID, **whole, "$defs": sections}
     # As it is written: lists, where structs have tuples.
-    return cast("dict[str, Any]", msgspec.json.decode(msgspec.json.encode(schema)))
+    return cast("dict[str, Any]", _plain(msgspec.json.decode(msgspec.json.encode(schema))))
+
+
+def _plain(value: Any) -> Any:
+    """Return it with 1 for 1.0: `typing` takes annotations with the one for those with the other,
+    so that which of them is told would depend on what else was imported.
+    """
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

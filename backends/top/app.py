@@ -111,10 +111,8 @@ class Top(App[None]):
             try:
                 await admin.follow(self._on_view, self._on_break)
             except FeedError as error:
-                if self._view is None:
-                    self.problem = str(error)
-                    self.exit()
-                self._on_break(Broken(f"{error}; no further try", 0.0))
+                self.problem = str(error)
+                self.exit()
 
     def _on_view(self, view: View) -> None:
         now_s = time.monotonic()

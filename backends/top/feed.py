@@ -103,8 +103,11 @@ class Admin:
         on_break: Callable[[Broken], None],
         pause_s_min: float = PAUSE_S_MIN,
     ) -> None:
-        """Tell each view as it comes, until cancelled. Raises `FeedError` if trying is in vain."""
-        pause_s = pause_s_min
+        """Tell each view as it comes, until cancelled. Raises `FeedError` if trying is in vain.
+
+        Where views have come once, nothing is in vain: a proxy is being replaced, a key changed.
+        """
+        pause_s, known = pause_s_min, False
         while True:
             came = 0
             try:
@@ -113,9 +116,10 @@ class Admin:
                     on_view(view)
                 words = "the stream ended"
             except FeedError as error:
-                if error.final:
+                if error.final and not (known or came):
                     raise
                 words = str(error)
+            known = known or came > 0
             pause_s = pause_s_min if came else min(pause_s * 2, PAUSE_S_MAX)
             on_break(Broken(words, pause_s))
             await asyncio.sleep(pause_s)

@@ -2,11 +2,11 @@
 
     python deploy/grafana/make.py          writes deploy/grafana/dashboards/*.json
 
-What is on a dashboard stands in boards/*.yaml, title and queries of each panel; here is how
-a panel, a variable and a page look to Grafana, after its dashboard JSON model (schema version 39,
-which Grafana 10.3 and later read, and migrate). Panels are placed in rows from left to right on its
-grid of 24 columns, so that none can overlap. A test holds the files to what this writes, and every
-query to a Prometheus that scrapes a real `doherty up`.
+What is on a dashboard stands in boards/*.yaml, title and queries of each panel; here is how a
+panel, a variable and a page look to Grafana, after its dashboard JSON model (schema version 39,
+which newer releases migrate). Panels are placed in rows from left to right on its grid of 24
+columns, so that none can overlap. Tests hold the files to what this writes, every field to types of
+Grafana, and every query to a Prometheus that scrapes a real `doherty up`.
 
 A panel is a time series unless its `kind` says otherwise. `queries` are by legend. `bounds`: where
 a figure turns orange and red; with `falling`, below which it is red.

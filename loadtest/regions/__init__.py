@@ -21,7 +21,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
             name,
             help=module.SUMMARY,
             description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(added)
 

@@ -358,7 +358,7 @@ class Page {
       at("drain-words"),
       wish === "undrain"
         ? "It takes new requests again."
-        : `It takes no new requests; the ${exact(replica.inflight)} that it has run to their end.`,
+        : `It takes no new requests. Those that it has, ${exact(replica.inflight)}, run to their end.`,
     );
     setText(at("drain-others"), wish === "drain" ? left : " ");
     setAttribute(

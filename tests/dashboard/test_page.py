@@ -223,7 +223,7 @@ def test_a_drain_is_confirmed_sent_and_told(browser: Browser, server: DashboardS
     press = f"{row('a/b c')}.querySelector('.drain').click()"
     browser.js(press)
     assert browser.text("#drain-title") == "Drain a/b c?"
-    assert "the 3 that it has run to their end" in browser.text("#drain-words")
+    assert "Those that it has, 3, run to their end" in browser.text("#drain-words")
     assert "other replicas are ready" in browser.text("#drain-others")
     browser.click("#drain-dialog [data-close]")
     assert [path for method, path in server.asked if method == "POST"] == []

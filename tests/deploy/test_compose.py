@@ -77,7 +77,7 @@ def place() -> Iterator[Place]:
         tell(f"\n{stack.run('docker', 'compose', 'version').strip()}, engine {version(stack)}")
         stack.compose("down", "--volumes", "--timeout", "1")  # of a run that was killed
         begun_s = time.monotonic()
-        stack.compose("build", "keys")
+        stack.compose("build", "keys", timeout_s=1800.0)
         tell(f"build (translated: {translate}): {time.monotonic() - begun_s:.1f} s")
         begun_s = time.monotonic()
         try:

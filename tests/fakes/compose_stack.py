@@ -129,7 +129,8 @@ def kept_engine() -> Iterator[DockerEngine]:
                 if not engine.docker("images", "--quiet", name):
                     make(engine)
             yield engine
-            engine.docker("image", "prune", "--force")  # what this build has replaced
+            # What builds have replaced; not today's, or the next one would fetch everything again.
+            engine.docker("image", "prune", "--force", "--filter", "until=24h")
 
 
 def _end_left_engine(folder: Path) -> None:

@@ -31,7 +31,7 @@ KINDS = {
 class DashboardServer:
     """Use as `with DashboardServer(view) as server`; `server.view` is shown from then on."""
 
-    def __init__(self, view: View, *, key: str = "", interval_s: float = 0.1) -> None:
+    def __init__(self, view: View, *, key: str = "", interval_s: float = 0.25) -> None:
         self.view: View | bytes = view
         self.key = key
         self.interval_s = interval_s

@@ -59,7 +59,8 @@ async def _assert_counted(proxy: ProxyProcess, count: int) -> None:
     assert _sum(families["doherty_prompt_tokens"], "_total") == 7 * count
 
 
-async def test_counts_are_exact_over_deaths_reloads_and_an_upgrade(tmp_path: Path) -> None:
+@pytest.mark.faults
+async def test_counts_are_exact_over_deaths_a_reload_and_an_upgrade(tmp_path: Path) -> None:
     config = tmp_path / "proxy.yaml"
     config.write_text("proxy: {expose_routing: false}\n")
     async with (

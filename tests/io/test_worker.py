@@ -45,7 +45,7 @@ class Held:
 @contextlib.asynccontextmanager
 async def held_worker(monkeypatch: pytest.MonkeyPatch, *, accept: bool) -> AsyncIterator[Held]:
     monkeypatch.setattr("proxy.worker._connections_possible", lambda: 100)
-    monkeypatch.setattr("proxy.worker.set_up_logging", lambda _: None)
+    monkeypatch.setattr("proxy.worker.set_up_logging", lambda _, **__: None)
     monkeypatch.setattr("gc.freeze", lambda: None)
     monkeypatch.setattr("gc.set_threshold", lambda *_: None)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

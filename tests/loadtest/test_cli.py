@@ -78,6 +78,19 @@ def test_a_replay_from_beginning_to_end(
     assert max(body["max_tokens"] for body in engine.bodies) == 3
 
 
+def test_a_key_is_sent_and_not_written_down(
+    engine: SseEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-environment")
+    out = tmp_path / "r.json"
+    arguments = ["--url", engine.url + "/v1", "--limit", "2", "--speed", "1000", "--quiet"]
+    assert main(["replay", "conversation", *arguments, "--json", str(out)]) == 0
+    assert main(["replay", "conversation", *arguments, "--api-key", "sk-given"]) == 0
+    sent = [headers["authorization"] for headers in engine.request_headers]
+    assert sent == ["Bearer sk-of-the-environment"] * 2 + ["Bearer sk-given"] * 2
+    assert "sk-" not in out.read_text()
+
+
 def test_requests_beyond_the_context_are_announced(
     engine: SseEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,11 +105,14 @@ async def test_times_are_those_of_the_engine_and_limits_decide_the_status() -> N
     first, gap, whole = (row(output, kind, chat) for kind in ("TTFT", "TPOT", "POST"))
     assert first["count"] == gap["count"] == whole["count"] == len(engine.first_ms) >= 3
     assert first["least"] >= engine.FIRST_S * 1000 - 1
-    # By ratio to what the engine itself came to: a busy machine slows both.
+    # By ratio to what the engine itself came to: a busy machine slows both. A first token that is
+    # read late is further from the request and nearer to the last one; the sum stays.
     mean_first = sum(engine.first_ms) / len(engine.first_ms)
     mean_gap = sum(engine.gaps_ms) / len(engine.gaps_ms)
-    assert 0.95 < first["average"] / mean_first < 1.5
-    assert 0.9 < (gap["average"] + 0.5) / mean_gap < 1.3  # the table cuts parts of milliseconds off
+    assert 0.95 < first["average"] / mean_first < 2
+    assert gap["average"] / mean_gap < 1.3
+    seen, told = first["average"] + 7 * (gap["average"] + 0.5), mean_first + 7 * mean_gap
+    assert 0.95 < seen / told < 2  # the table cuts parts of milliseconds off
     assert whole["average"] >= first["average"] + 7 * gap["average"]
     assert row(output, "Aggregated", "")["count"] == whole["count"]
     assert status == 1
@@ -136,7 +139,8 @@ async def test_every_way_to_fail_is_a_row_of_its_own() -> None:
     engine.app.middlewares.append(turn)
     async with engine:
         # One user, so that a mode lasts for its request.
-        argv = headless(engine.url, *QUICK, "--fail-error-ratio", "1", users=1)
+        load = (*QUICK, "--fail-error-ratio", "1")
+        argv = headless(engine.url, *load, users=1, run_time="2s")
         named = ("--served-by-header", "x-doherty-replica")
         status, output = await locust(*argv, *named)
     for text in wanted.values():
@@ -240,7 +244,8 @@ def test_chats_and_jobs_against_all_of_doherty(tmp_path: Path) -> None:
     whole = Whole(tmp_path, "--offline-port=0")
     try:
         whole.start()
-        argv = headless(whole.url, "--think-s", "0.2", "--batch-lines", "5", run_time="2s")
+        brief = ("--think-s", "0.1", "--output-tokens", "10", "--batch-lines", "5")
+        argv = headless(whole.url, *brief, run_time="3s")
         status, output = asyncio.run(locust(*argv, "ChatUser", "BatchUser"))
     finally:
         whole.up.end()

@@ -122,6 +122,16 @@ async def test_what_will_not_change_is_not_tried_again(status: int, words: str) 
     assert caught.value.final
 
 
+async def test_once_views_have_come_a_refusal_is_tried_again() -> None:
+    async with _following() as (server, follower):
+        await follower.until(1, 0)
+        server.refused = 404
+        await server.cut()
+        await follower.until(1, 3)
+        server.refused = 0
+        await follower.until(2, 3)
+
+
 async def test_the_key_opens() -> None:
     async with ViewServer(VIEW, key="open-sesame") as server:
         async with Admin(server.url, "open-sesame") as admin:

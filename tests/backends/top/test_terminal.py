@@ -47,6 +47,7 @@ async def test_a_second_in_which_nothing_changes_costs_no_traffic() -> None:
         await terminal.until("ready> ")
         at = terminal.type(f"{COMMAND} --url {server.url}\n")
         await terminal.until("pause", at)
+        await server.show(VIEW)  # so that nothing is called stale meanwhile
         await terminal.quiet()
         drawn = terminal.written[at:]
         assert not any(f"\x1b[3{n}m".encode() in drawn for n in range(8)), "NO_COLOR"
