@@ -6,6 +6,7 @@
     python3 deploy/bootstrap.py check                   the checks that run no test
     python3 deploy/bootstrap.py format                  rewrite the sources in the project's form
     python3 deploy/bootstrap.py bench-core [--write]    what the pure core costs, and did cost
+    python3 deploy/bootstrap.py release [--draft]       wheel, sources and what they hold, in dist/
     python3 deploy/bootstrap.py clean                   remove what these commands made
 
 The environment is `.venv` beside `pyproject.toml`. It is installed once, again when that file has
@@ -77,6 +78,7 @@ def main(argv: Sequence[str]) -> int:
         "check": check,
         "format": rewrite,
         "bench-core": bench_core,
+        "release": release,
         "clean": clean,
     }
     if not argv or argv[0] not in commands:
@@ -200,6 +202,12 @@ def bench_core(argv: Sequence[str]) -> int:
     """Measure the pure core against the table that is kept; `--write` keeps the new one."""
     ensure(("dev",))
     command = [BIN / "python", "-m", "tests.bench_core", *argv]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def release(argv: Sequence[str]) -> int:
+    ensure(("release",))
+    command = [BIN / "python", "deploy/release.py", *argv]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
