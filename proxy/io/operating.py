@@ -21,6 +21,7 @@ from aiohttp import web
 from yarl import URL
 
 from proxy.contract import FleetSnapshot
+from proxy.contract.bodies import TooLongError, whole_body
 from proxy.io.admin_guard import RefusedError
 
 _log = logging.getLogger("doherty.admin")
@@ -122,8 +123,8 @@ class Operators:
         try:
             async with self._session().post(target, timeout=TIMEOUT) as answer:
                 status = answer.status
-                body = await answer.content.read(ANSWER_BYTES_MAX)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                body = await whole_body(answer, ANSWER_BYTES_MAX)
+        except (aiohttp.ClientError, TimeoutError, OSError, TooLongError) as error:
             raise RefusedError(
                 *(503, "manager_unreachable"),
                 f"the manager at {shown_url(url)} does not answer ({type(error).__name__}); "

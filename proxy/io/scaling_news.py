@@ -12,6 +12,7 @@ from collections.abc import Callable
 import aiohttp
 import msgspec
 
+from proxy.contract.bodies import whole_body
 from proxy.contract.scaling import SCALING_BYTES_MAX, SCALING_PATH, ToldScaling, decode_told
 from proxy.contract.view import NOTES_MAX, POOLS_MAX, NoteView, PoolView
 
@@ -99,9 +100,4 @@ async def _read(answer: aiohttp.ClientResponse) -> bytes:
     """Return a whole body. Raises `ValueError` on one that is too long, or not what was asked."""
     if answer.status != 200:
         raise ValueError(f"it answers {answer.status}")
-    body = bytearray()
-    async for piece in answer.content.iter_any():
-        body += piece
-        if len(body) > SCALING_BYTES_MAX:
-            raise ValueError("it answers without end")
-    return bytes(body)
+    return await whole_body(answer, SCALING_BYTES_MAX)
