@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from backends.failure import StartError
+from backends.printing import plain_json
 from backends.top.feed import Admin, FeedError, check_url
 from backends.top.flags import KEY_VARIABLE
 from proxy.config import ConfigError
@@ -28,7 +29,7 @@ def top(options: argparse.Namespace, environ: Mapping[str, str]) -> str | None:
     url = check_url(options.url)
     key = admin_key(options.api_key_file, environ)
     if options.json:
-        return encode_view(_fetched(url, key)).decode()
+        return plain_json(encode_view(_fetched(url, key)).decode())
     if options.once or not _on_a_terminal():
         from backends.top.plain import as_text  # noqa: PLC0415  # not needed by the screen
 

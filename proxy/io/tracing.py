@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Final
 
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract.span_export import (
@@ -36,6 +37,8 @@ from proxy.core.trace_context import (
 from proxy.io.telemetry import Sample
 
 _OPT_IN = "OTEL_SEMCONV_STABILITY_OPT_IN"
+_DRAWN_BYTES: Final = 24  # a trace's id and a span's
+_DRAWN_AT_ONCE: Final = 64  # the kernel takes longer to be asked than to draw
 
 
 class Trace:
@@ -97,13 +100,16 @@ class Tracer:
         resource = process_resource("doherty", config.region, package_version())
         settings = export_settings(config.otlp_traces_endpoint, resource, environment)
         self.export = SpanExport(settings, self.telling.spans, counts)
+        self._drawn: list[bytes] = []
 
     def begin(self, preamble: Preamble) -> Trace:
         """Return the trace of a request that comes with this head."""
         origin = read_origin(preamble.trace_fields) if preamble.trace_fields else None
         # A hop is another of our regions' word, whatever clients are believed.
         continues = self._continues or preamble.hop is not None
-        trace = Trace(os.urandom(24).hex().encode(), origin, continues=continues)
+        if not self._drawn:
+            self._drawn = _draw_ids()
+        trace = Trace(self._drawn.pop(), origin, continues=continues)
         trace.recorded = self._sampler.records(trace.trace_id, trace.parent)
         return trace
 
@@ -121,6 +127,13 @@ def span_samples(counts: SpanCounts) -> list[Sample]:
         Sample(dropped, (("reason", "queue_full"),), counts.dropped_total),
         Sample(dropped, (("reason", "export_failed"),), counts.refused_total),
     ]
+
+
+def _draw_ids() -> list[bytes]:
+    """Return the digits of fresh traces, each with its first span."""
+    digits = os.urandom(_DRAWN_BYTES * _DRAWN_AT_ONCE).hex().encode()
+    size = 2 * _DRAWN_BYTES
+    return [digits[at : at + size] for at in range(0, len(digits), size)]
 
 
 def _draw_id() -> int:

@@ -147,6 +147,42 @@ def test_a_build_that_fails_says_why(tmp_path: Path) -> None:
         release.run_build("wheel", tmp_path, tmp_path / "out", os.environ)
 
 
+def test_two_builds_that_differ_are_no_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def other_each_time(folder: Path, _epoch_s: int) -> tuple[Path, Path]:
+        folder.mkdir(parents=True)
+        made = folder / "a.whl", folder / "a.tar.gz"
+        for path in made:
+            path.write_text(str(folder))
+        return made
+
+    monkeypatch.setattr(release, "commit_time_s", lambda: 0)
+    monkeypatch.setattr(release, "build", other_each_time)
+    monkeypatch.setattr(release, "build_otherwise", other_each_time)
+    assert release.main(["--draft", "--out", str(tmp_path / "dist")]) == 1
+    assert capsys.readouterr().err == "release: a.whl differs when it is built again\n"
+    assert list((tmp_path / "dist").iterdir()) == []
+
+
+def test_what_is_not_committed_is_not_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(release, "git", lambda *_: " M proxy/app.py")
+    assert release.main(["--out", str(tmp_path / "dist")]) == 1
+    assert "the tree differs from its commit" in capsys.readouterr().err
+    assert not (tmp_path / "dist").exists()
+
+
+def test_outside_a_checkout_one_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(release, "ROOT", tmp_path)
+    monkeypatch.setattr(release, "project_version", lambda: VERSION)
+    assert release.main(["--out", str(tmp_path / "dist")]) == 1
+    assert "a release is built from a checkout" in capsys.readouterr().err
+
+
 # --- versions and changes -------------------------------------------------------------------------
 
 
