@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BOOTSTRAP = $(PYTHON) deploy/bootstrap.py
 
-.PHONY: up compile test check format bench-core clean
+.PHONY: up compile test check format bench-core release clean
 
 up:  ## serve two simulated replicas, or CONFIG=file.yaml
 	@$(BOOTSTRAP) up $(CONFIG) $(ARGS)
@@ -21,6 +21,9 @@ format:  ## rewrite the sources in the project's form
 
 bench-core:  ## what the pure core costs, against the table that is kept; ARGS=--write keeps the new one
 	@$(BOOTSTRAP) bench-core $(ARGS)
+
+release:  ## wheel, sources and bill of materials in dist/; ARGS=--draft before its time
+	@$(BOOTSTRAP) release $(ARGS)
 
 clean:  ## remove .venv and every cache
 	@$(BOOTSTRAP) clean

@@ -126,8 +126,9 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
     parser = argparse.ArgumentParser(prog="doherty proxy")
     add_all(parser)
     known, unknown = parser.parse_known_args(list(argv))
+    ours = {"--" + name.replace("_", "-") for name, _, _ in describe_fields(ProxyConfig)}
     for flag in unknown:
-        words = remark(flag)
+        words = remark(flag, ours)
         if words is not None:
             raise ConfigError(f"{flag.partition('=')[0]} is another router's: {words}")
     refuse(parser, argv, unknown)

@@ -10,7 +10,19 @@ from __future__ import annotations
 import argparse
 
 from loadtest.command import Command
-from loadtest.gpu import cost, fidelity, fit, floors, ladder, offline, paths, prove, speeds
+from loadtest.gpu import (
+    cost,
+    fidelity,
+    fit,
+    fleet,
+    floors,
+    ladder,
+    offline,
+    paths,
+    prove,
+    speeds,
+    verdict,
+)
 
 SUMMARY = "real engines: proofs, costs, floors, calibration"
 
@@ -19,12 +31,14 @@ COMMANDS: dict[str, Command] = {
     "cost": cost,
     "fidelity": fidelity,
     "fit": fit,
+    "fleet": fleet,
     "floors": floors,
     "ladder": ladder,
     "offline": offline,
     "paths": paths,
     "prove": prove,
     "speeds": speeds,
+    "verdict": verdict,
 }
 
 

@@ -21,8 +21,8 @@ from aiohttp import web
 from yarl import URL
 
 from proxy.contract import FleetSnapshot
+from proxy.contract.bodies import TooLongError, whole_body
 from proxy.io.admin_guard import RefusedError
-from proxy.io.whole_body import TooLargeError, whole_body
 
 _log = logging.getLogger("doherty.admin")
 
@@ -124,7 +124,7 @@ class Operators:
             async with self._session().post(target, timeout=TIMEOUT) as answer:
                 status = answer.status
                 body = await whole_body(answer, ANSWER_BYTES_MAX)
-        except TooLargeError as error:
+        except TooLongError as error:
             raise RefusedError(502, "manager_failed", str(error)) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise RefusedError(

@@ -12,12 +12,12 @@ from collections.abc import Callable
 import aiohttp
 import msgspec
 
+from proxy.contract.bodies import whole_body
 from proxy.contract.scaling import SCALING_BYTES_MAX, SCALING_PATH, ToldScaling, decode_told
 from proxy.contract.view import NOTES_MAX, POOLS_MAX, NoteView, PoolView
-from proxy.io.whole_body import TooLargeError, whole_body
 
 TIMEOUT = aiohttp.ClientTimeout(total=2.0)
-UNTOLD = (aiohttp.ClientError, TimeoutError, OSError, ValueError, TooLargeError)
+UNTOLD = (aiohttp.ClientError, TimeoutError, OSError, ValueError)  # one too long, too
 
 
 class ScalingNews:

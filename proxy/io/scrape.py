@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 import aiohttp
 
 from proxy.contract import LoadSample
+from proxy.contract.bodies import TooLongError, whole_body
 from proxy.contract.engines import SGLANG, VLLM, read_any
-from proxy.io.whole_body import TooLargeError, whole_body
 
 _log = logging.getLogger("doherty.scrape")
 
@@ -25,7 +25,7 @@ TIMEOUT = aiohttp.ClientTimeout(total=3.0)
 async def ask(
     session: aiohttp.ClientSession, url: str, headers: Mapping[str, str], bytes_max: int
 ) -> tuple[int, bytes]:
-    """Return status and body. Raises `TooLargeError`, `TimeoutError` and aiohttp's errors."""
+    """Return status and body. Raises `TooLongError`, `TimeoutError` and aiohttp's errors."""
     async with session.get(url, timeout=TIMEOUT, headers=headers) as answer:
         return answer.status, await whole_body(answer, bytes_max)
 
@@ -65,7 +65,7 @@ class Scraper:
         except aiohttp.ClientConnectorError:
             self.was_down = True
             return None
-        except (aiohttp.ClientError, TimeoutError, TooLargeError, OSError):
+        except (aiohttp.ClientError, TimeoutError, TooLongError, OSError):
             return None
         self._tell(silent=found is None)
         return found

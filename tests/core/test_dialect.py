@@ -48,6 +48,24 @@ def test_what_the_guide_says_is_taken_is_taken(flag: str) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--router-policy", "use --policy"),
+        ("--router-max-payload-size=5", "use --max-payload-size"),
+        ("--router-cache-threshold", "a replica's price"),
+        ("--router-temperature", "a replica's price"),  # its own name, not a prefix
+        ("--eviction-interval", "a replica's price"),
+        ("--verbose", "use --log-level"),
+    ],
+)
+def test_flags_of_a_launcher_and_of_older_releases(flag: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        flags.read([flag, "cache_aware"], {})
+    said = str(caught.value)
+    assert said.startswith(f"{flag.partition('=')[0]} is another router's: {words}")
+
+
 def test_no_other_flag_is_said_to_be_taken() -> None:
     assert len(TAKEN) > 15
     assert set(_theirs(_part("## Taken as they are"))) - set(TAKEN) == set()

@@ -40,7 +40,7 @@ async def test_of_an_answer_without_end_little_is_read() -> None:
 
     async with collector(without_end) as url, closing(exporting(url)) as export:
         export.put(1)
-        await until(lambda: export.exported_total == 1)
+        await until(lambda: export.counts.exported_total == 1)
     assert written < BODY_BYTES
 
 
@@ -53,7 +53,7 @@ async def test_one_that_comes_in_drops_is_not_waited_for() -> None:
 
     async with collector(in_drops) as url, closing(exporting(url)) as export:
         export.put(1)
-        await until(lambda: export.exported_total == 1)
+        await until(lambda: export.counts.exported_total == 1)
         gone.set()
 
 
@@ -68,6 +68,6 @@ async def test_a_redirection_is_neither_followed_nor_success(
 
     async with collector(elsewhere) as url, closing(exporting(url)) as export:
         export.put(1)
-        await until(lambda: export.refused_total == 1)
+        await until(lambda: export.counts.refused_total == 1)
     assert len(followed) == 1
     assert "redirects to '/stolen'" in caplog.text

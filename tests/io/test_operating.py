@@ -15,6 +15,7 @@ from aiohttp import web
 
 from proxy import takeover
 from proxy.io.operating import shown_url
+from proxy.io.telemetry import Sample
 from proxy.listeners import Listeners
 from tests.fakes.admin import Standing, admin, error_of, post
 from tests.fakes.engine import ScriptedEngine
@@ -219,6 +220,19 @@ async def test_what_cannot_be_granted_is_refused_in_words(caplog: pytest.LogCapt
     assert len(said) == 3
     assert not any("\n" in line or "a b" in line for line in said)
     assert r"'x\r\n2026 forged' refused (unknown_replica), asked by 127.0.0.1" in said[2]
+
+
+async def test_who_asks_for_replicas_takes_no_lateness_from_the_metrics() -> None:
+    class Counting(Standing):
+        async def samples(self) -> tuple[list[Sample], list[Sample]]:
+            raise AssertionError("these are for /metrics: reading them begins the lateness anew")
+
+    standing = Counting("a")
+    standing.gauges = [Sample("replica_inflight", (("replica", "a"),), 3.0)]
+    async with admin(standing) as listener:
+        answer = await listener.get("/replicas")
+    (replica,) = orjson.loads(answer.body)["replicas"]
+    assert (replica["replica_id"], replica["inflight"], standing.recounts) == ("a", 3, 1)
 
 
 @pytest.mark.parametrize(("wish", "state"), [("drain", "draining"), ("undrain", "ready")])
