@@ -171,11 +171,15 @@ async def test_a_manager_is_heard_to_the_end_however_its_answer_is_cut() -> None
             await writer.drain()
             await asyncio.sleep(0.001)
         writer.close()
+        await writer.wait_closed()
+        answered.set()
 
+    answered = asyncio.Event()
     manager = await asyncio.start_server(answer, "127.0.0.1", 0)
     url = "http://{}:{}".format(*manager.sockets[0].getsockname())
     async with manager, admin(Standing("a", manager_url=url)) as listener:
         assert (await listener.post("/replicas/a/drain")).status == 200
+        await answered.wait()
 
 
 async def test_a_manager_that_is_gone_is_said_to_be() -> None:
