@@ -120,7 +120,8 @@ def ensure(extras: Iterable[str]) -> None:
     if stamp.get("project") == wanted and everything == stamp.get("extras"):
         return
     target = f"{ROOT}[{','.join(everything)}]" if everything else str(ROOT)
-    print(f"installing the project into {VENV} (once) ...", flush=True)
+    length = "some minutes" if "dev" in everything else "a minute or so"
+    print(f"installing the project into {VENV} ({length}, once) ...", flush=True)
     status = subprocess.run(
         [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", target],
         cwd=ROOT,
@@ -177,7 +178,7 @@ def make_venv() -> None:
 
 def up(argv: Sequence[str]) -> int:
     """Become `doherty up`: signals and the exit status are its own."""
-    ensure(("loadtest",))
+    ensure(("loadtest", "top"))
     sys.stdout.flush()
     os.execv(BIN / "doherty", ["doherty", "up", *argv])  # returns only by raising
 
