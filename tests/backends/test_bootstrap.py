@@ -129,6 +129,8 @@ def test_the_share_of_branches_is_the_cores_alone(bootstrap: Any) -> None:
 REPORT = (
     '<testsuites><testsuite><testcase classname="tests.a" name="one"/>'
     '<testcase classname="tests.a" name="two"><skipped message="no GPU"/></testcase>'
+    '<testcase classname="tests.a" name="three[a]"><skipped message="no compiler"/></testcase>'
+    '<testcase classname="tests.a" name="three[b-[1]]"><skipped message="no compiler"/></testcase>'
     "</testsuite></testsuites>"
 )
 
@@ -139,7 +141,9 @@ def test_skipped_tests_are_listed_with_their_reasons(
     (tmp_path / "a.xml").write_text(REPORT)
     (tmp_path / "torn.xml").write_text(REPORT[:-20])
     bootstrap.show_skipped(tmp_path)
-    assert capsys.readouterr().out == "\n=== skipped tests: 1 ===\ntests.a::two: no GPU\n"
+    assert capsys.readouterr().out == (
+        "\n=== skipped tests: 3 ===\ntests.a::two: no GPU\ntests.a::three (2 cases): no compiler\n"
+    )
 
 
 def test_usage(bootstrap: Any, capsys: pytest.CaptureFixture[str]) -> None:
