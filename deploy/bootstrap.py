@@ -42,21 +42,14 @@ CORE_BRANCH_PERCENT_MIN = 95.0
 SLOTS = 3  # parts of the test run at a time: half of what each takes is waiting for processes
 # Where the core's branches are counted: counting costs three times what the tests themselves do, so
 # it is done where it is judged. The files of tests/io are those that reach the rest of the core.
-MEASURED = (
-    "tests/core",
-    "tests/fuzz",
-    *(
-        f"tests/io/test_{name}.py"
-        for name in (
-            *("abroad", "choice", "explain", "fair", "hops", "kv_events", "metering"),
-            "preemption",
-        )
-    ),
-)
+WITH_CORE = ("abroad", "choice", "explain", "fair", "hops", "kv_events", "metering", "preemption")
+MEASURED = ("tests/core", "tests/fuzz", *(f"tests/io/test_{name}.py" for name in WITH_CORE))
+# Builds an image of the sources, which is mostly waiting: beside the translation, not after it.
+COMPOSE = ("tests/deploy/test_compose.py",)
 # What runs beside each other; the longest first, so that the last to end are short.
 TOGETHER = (
+    COMPOSE,
     ("tests/faults", "tests/contract"),
-    ("tests/deploy/test_compose.py",),  # builds an image, which is mostly waiting
     ("tests/backends",),
     ("tests/io",),
     ("tests/loadtest", "tests/deploy", "tests/bench_core"),
@@ -303,8 +296,8 @@ class Part:
 def test_parts(folder: Path) -> list[Part]:
     """Return all of the tests, each in one part, the longest first.
 
-    The data path is translated first, so that every test of a process meets what is run in earnest;
-    the core's own tests are run over the translation, too.
+    The data path is translated first, so that every test of a process meets what is run in earnest
+    (but in containers); the core's own tests are run over the translation, too.
     """
     measure = (str(BIN / "coverage"), "run", "-m", "pytest")
     counted = {"COVERAGE_FILE": str(folder / "coverage")}
@@ -316,7 +309,8 @@ def test_parts(folder: Path) -> list[Part]:
     for paths in TOGETHER:
         inner = [path for path in named if path.startswith(tuple(f"{each}/" for each in paths))]
         options = (*paths, *(f"--ignore={path}" for path in inner))
-        parts.append(pytest_part(folder, paths[0].replace("/", "."), options, after=after))
+        name, then = paths[0].replace("/", "."), "" if paths == COMPOSE else after
+        parts.append(pytest_part(folder, name, options, after=then))
     if made:
         options = ("-q", "-o", "pythonpath=", "tests/core", "tests/fuzz")
         parts.append(pytest_part(folder, "translated", options, env=over_translation, after=after))

@@ -42,13 +42,19 @@ class Listeners(msgspec.Struct):
 
 
 def given_by_systemd(environ: Mapping[str, str]) -> Listeners | None:
-    """Return the sockets of a socket unit: those named `admin` for that, the others for clients."""
+    """Return the sockets of a socket unit: those named `admin` for that, the others for clients.
+
+    Raises `StartError`.
+    """
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return None
     names = environ.get("LISTEN_FDNAMES", "").split(":")
     given = Listeners([], [])
-    for index in range(int(environ.get("LISTEN_FDS", "0"))):
-        listener = socket.socket(fileno=SYSTEMD_FIRST_FD + index)
+    count = environ.get("LISTEN_FDS", "0")
+    if not (count.isascii() and count.isdecimal()):
+        raise StartError(f"LISTEN_FDS={count!r} is no number; systemd sets it, or nobody")
+    for index in range(int(count)):
+        listener = _given(SYSTEMD_FIRST_FD + index)
         listener.set_inheritable(False)
         if listener.family != socket.AF_UNIX:
             _notice_slow_readers(listener)
@@ -57,6 +63,21 @@ def given_by_systemd(environ: Mapping[str, str]) -> Listeners | None:
     kinds = ((PUBLIC, given.public), (ADMIN, given.admin))
     given.pinned = frozenset(kind for kind, listeners in kinds if listeners)
     return given
+
+
+def _given(descriptor: int) -> socket.socket:
+    try:
+        given = socket.socket(fileno=descriptor)
+        listens = given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise StartError(_not_listening(descriptor, error.strerror or str(error))) from error
+    if given.type != socket.SOCK_STREAM or not listens:
+        raise StartError(_not_listening(descriptor, "ListenStream= and Accept=no make one"))
+    return given
+
+
+def _not_listening(descriptor: int, why: str) -> str:
+    return f"LISTEN_FDS: descriptor {descriptor} is no listening stream socket: {why}"
 
 
 def arrange(config: ProxyConfig, found: Listeners | None) -> Listeners:

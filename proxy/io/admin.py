@@ -112,7 +112,12 @@ class _Pages:
         path = request.query.get("path", "/v1/chat/completions").encode("utf-8", "surrogateescape")
         fields = [(name.lower(), value) for name, value in request.raw_headers]
         told = [field for field in fields if field[0] not in _ADMINS_OWN]
-        explained = await self._status.explain(path, told, await request.read())
+        try:
+            body = await request.read()
+        except web.RequestPayloadError as error:
+            words = "the body is not packed as its Content-Encoding says"
+            raise RefusedError(400, "bad_encoding", words) from error
+        explained = await self._status.explain(path, told, body)
         if explained is None:
             return _error(503, "not_explained", "no worker could say it in time")
         status, body = explained

@@ -124,7 +124,9 @@ class Operators:
             async with self._session().post(target, timeout=TIMEOUT) as answer:
                 status = answer.status
                 body = await whole_body(answer, ANSWER_BYTES_MAX)
-        except (aiohttp.ClientError, TimeoutError, OSError, TooLongError) as error:
+        except TooLongError as error:
+            raise RefusedError(502, "manager_failed", str(error)) from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise RefusedError(
                 *(503, "manager_unreachable"),
                 f"the manager at {shown_url(url)} does not answer ({type(error).__name__}); "

@@ -67,6 +67,11 @@ def test_it_installs_what_is_new(bootstrap: Any, installs: list[str]) -> None:
     assert installs == ["venv", "[dev]", "[dev]"], "nothing is lost by an update"
 
 
+def test_a_release_is_made_in_an_environment_that_can(bootstrap: Any, installs: list[str]) -> None:
+    assert bootstrap.main(["release", "--draft"]) == 0
+    assert installs == ["venv", "[release]", "--draft"]
+
+
 def test_a_moved_or_broken_environment_is_made_anew(bootstrap: Any, installs: list[str]) -> None:
     bootstrap.ensure(())
     stamp = json.loads(bootstrap.STAMP.read_text())

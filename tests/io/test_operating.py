@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator
@@ -157,6 +158,24 @@ async def test_what_a_manager_refuses_is_passed_on_in_words(
         answer = await listener.post("/replicas/b/undrain")
         assert (answer.status, error_of(answer)["code"]) == expected
         assert words in error_of(answer)["message"]
+
+
+async def test_a_manager_is_heard_to_the_end_however_its_answer_is_cut() -> None:
+    body = b'{"replica_id":"a","state":"draining"}'
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body))
+        for at in range(len(body)):
+            writer.write(body[at : at + 1])
+            await writer.drain()
+            await asyncio.sleep(0.001)
+        writer.close()
+
+    manager = await asyncio.start_server(answer, "127.0.0.1", 0)
+    url = "http://{}:{}".format(*manager.sockets[0].getsockname())
+    async with manager, admin(Standing("a", manager_url=url)) as listener:
+        assert (await listener.post("/replicas/a/drain")).status == 200
 
 
 async def test_a_manager_that_is_gone_is_said_to_be() -> None:
