@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import importlib.metadata
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -34,6 +36,7 @@ import release_checks  # noqa: E402
 from release_checks import ReleaseError  # noqa: E402
 
 OTHERWISE = {"TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "LC_ALL": "C"}
+PYTHON = platform.python_version()
 SHIPPED_EXTRAS = (
     "docker",
     "jwt",
@@ -78,6 +81,7 @@ def release(out: Path, *, draft: bool) -> None:
         made.append(bill_of_materials(made[0], materials, Path(name, "installed"), epoch_s))
     sums = "".join(f"{sha256(path)}  {path.name}\n" for path in made)
     (out / "SHA256SUMS").write_text(sums)
+    print(f"built with setuptools {importlib.metadata.version('setuptools')}, Python {PYTHON}")
     for path in made:
         print(f"{sha256(path)}  {path.stat().st_size / 1024:6.0f} KiB  {path}")
 

@@ -10,7 +10,20 @@ from __future__ import annotations
 import argparse
 
 from loadtest.command import Command
-from loadtest.gpu import cost, fidelity, fit, floors, ladder, offline, paths, prove, speeds
+from loadtest.gpu import (
+    cost,
+    fidelity,
+    fit,
+    fleet,
+    floors,
+    ladder,
+    offline,
+    paths,
+    prove,
+    speeds,
+    surge,
+    verdict,
+)
 
 SUMMARY = "real engines: proofs, costs, floors, calibration"
 
@@ -19,12 +32,15 @@ COMMANDS: dict[str, Command] = {
     "cost": cost,
     "fidelity": fidelity,
     "fit": fit,
+    "fleet": fleet,
     "floors": floors,
     "ladder": ladder,
     "offline": offline,
     "paths": paths,
     "prove": prove,
     "speeds": speeds,
+    "surge": surge,
+    "verdict": verdict,
 }
 
 

@@ -124,7 +124,7 @@ def _in_burst(cell: Cell) -> Workload:
     return Workload(workload.name, jobs, closed_loop=False)
 
 
-def _chooser(policy: str, stage: Stage, cell: Cell) -> Chooser:
+def chooser_of(policy: str, stage: Stage, cell: Cell) -> Chooser:
     shared = cell.sharing == "all"
     if ours.is_ours(policy):
         delay_s = cell.note_delay_s if shared else None
@@ -211,7 +211,7 @@ def run_cell(cell: Cell, policy: str) -> Figures:
         stage = _stage(
             cell, workload, Drive(scale=scale, proxies=cell.proxies, seed=cell.seed, plan=plan)
         )
-    stage.run(_chooser(policy, stage, cell))
+    stage.run(chooser_of(policy, stage, cell))
     return _figures(policy, stage, first, last)
 
 
@@ -221,7 +221,7 @@ def run_workload(
     """Return the figures of a policy on requests and engines that are no cell's own."""
     drive = Drive(scale=scale, proxies=cell.proxies, seed=cell.seed)
     stage = _stage(cell, workload, drive, timing)
-    stage.run(_chooser(policy, stage, cell))
+    stage.run(chooser_of(policy, stage, cell))
     return _figures(policy, stage, len(workload.jobs) // 10, len(workload.jobs))
 
 
@@ -291,7 +291,7 @@ def goodput(cell: Cell, policy: str, ttft_s_max: float) -> float:
         middle = (low + high) / 2
         drive = Drive(scale=middle, proxies=cell.proxies, seed=cell.seed, late_s_max=ttft_s_max)
         stage = _stage(cell, workload, drive)
-        if stage.run(_chooser(policy, stage, cell)):
+        if stage.run(chooser_of(policy, stage, cell)):
             low = middle
         else:
             high = middle

@@ -94,6 +94,7 @@ class Tracer:
         """Raises `ValueError` where the endpoint is no URL; see `check_tracing`."""
         self._sampler, _ = sampler_of(config.trace_sample_ratio, environment)
         self._continues = config.trace_context == "continue"
+        self._knows_regions = bool(config.access.remote_regions)
         self._listens_at = (config.host, config.port)
         newest = NEWEST in environment.get(_OPT_IN, "").replace(" ", "").split(",")
         self.telling = Telling(_draw_id, newest=newest)
@@ -105,8 +106,9 @@ class Tracer:
     def begin(self, preamble: Preamble) -> Trace:
         """Return the trace of a request that comes with this head."""
         origin = read_origin(preamble.trace_fields) if preamble.trace_fields else None
-        # A hop is another of our regions' word, whatever clients are believed.
-        continues = self._continues or preamble.hop is not None
+        # A hop is another of our regions' word, whatever clients are believed; one that is not is
+        # refused, so that at most this refusal is told in a stranger's trace.
+        continues = self._continues or (self._knows_regions and preamble.hop is not None)
         if not self._drawn:
             self._drawn = _draw_ids()
         trace = Trace(self._drawn.pop(), origin, continues=continues)

@@ -8,12 +8,14 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -133,7 +135,7 @@ def test_what_is_wrong_with_a_wheel_is_said(
 
 def test_what_lies_about_in_the_sources_is_said(built: Built, tmp_path: Path) -> None:
     copy = tmp_path / built.sdist.name
-    with tarfile.open(built.sdist) as source, tarfile.open(copy, "w:gz") as target:
+    with tarfile.open(built.sdist) as source, tarfile.open(copy, "w:gz", compresslevel=1) as target:
         for member in source:
             target.addfile(member, source.extractfile(member) if member.isfile() else None)
         target.addfile(tarfile.TarInfo(f"doherty-{VERSION}/doherty-keys.json"), io.BytesIO())
@@ -145,6 +147,42 @@ def test_a_build_that_fails_says_why(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("[project]\nname = 'x y z'\n")
     with pytest.raises(release_checks.ReleaseError, match=r"the wheel cannot be built:(.|\n)+name"):
         release.run_build("wheel", tmp_path, tmp_path / "out", os.environ)
+
+
+def test_two_builds_that_differ_are_no_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def other_each_time(folder: Path, _epoch_s: int) -> tuple[Path, Path]:
+        folder.mkdir(parents=True)
+        made = folder / "a.whl", folder / "a.tar.gz"
+        for path in made:
+            path.write_text(str(folder))
+        return made
+
+    monkeypatch.setattr(release, "commit_time_s", lambda: 0)
+    monkeypatch.setattr(release, "build", other_each_time)
+    monkeypatch.setattr(release, "build_otherwise", other_each_time)
+    assert release.main(["--draft", "--out", str(tmp_path / "dist")]) == 1
+    assert capsys.readouterr().err == "release: a.whl differs when it is built again\n"
+    assert list((tmp_path / "dist").iterdir()) == []
+
+
+def test_what_is_not_committed_is_not_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(release, "git", lambda *_: " M proxy/app.py")
+    assert release.main(["--out", str(tmp_path / "dist")]) == 1
+    assert "the tree differs from its commit" in capsys.readouterr().err
+    assert not (tmp_path / "dist").exists()
+
+
+def test_outside_a_checkout_one_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(release, "ROOT", tmp_path)
+    monkeypatch.setattr(release, "project_version", lambda: VERSION)
+    assert release.main(["--out", str(tmp_path / "dist")]) == 1
+    assert "a release is built from a checkout" in capsys.readouterr().err
 
 
 # --- versions and changes -------------------------------------------------------------------------
@@ -252,21 +290,31 @@ class Installation(msgspec.Struct, frozen=True):
         )
 
 
+def copy_distribution(name: str, site: Path) -> None:
+    """Install what is installed here: the same files, listed by the same RECORD."""
+    found = distribution(name)
+    for path in found.files or ():
+        if ".." not in path.parts:  # commands lie outside, and are not needed
+            target = site / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path.locate(), target)
+
+
 @pytest.fixture(scope="module")
 def installation(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    """By pip without an index: what the wheel asks for is copied from here, and no more."""
     folder = tmp_path_factory.mktemp("installed")
     (folder / "empty").mkdir()
-    python = folder / "env" / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], check=True)
-    done = subprocess.run(
-        [*pip, "--python", python, "install", "--no-compile", built.wheel],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        pytest.skip(f"pip could not install what Doherty needs: {done.stderr.strip()[-200:]}")
+    env = folder / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
+    (site,) = env.glob("lib/python*/site-packages")
+    for name in licences.closure(licences.declared()[licences.BASE]):
+        copy_distribution(name, site)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", env)
+    # Without --no-deps: pip itself finds that nothing is missing.
+    installing = (*pip, "install", "--no-index", "--no-compile", built.wheel)
+    done = subprocess.run(installing, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     return Installation(folder)
 
 

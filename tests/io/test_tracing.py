@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+import msgspec
 import pytest
 
 from proxy.config import ConfigError, ProxyConfig
@@ -49,7 +50,9 @@ USAGE = b'{"usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}}'
 @contextmanager
 def tracing_to(proxy: RealPlane, sink: OtlpSink, **config: object) -> Iterator[None]:
     """Have a plane on real sockets send its traces there."""
-    told = ProxyConfig(otlp_traces_endpoint=sink.url, region=proxy.plane.region, **config)  # type: ignore[arg-type]
+    told = msgspec.structs.replace(
+        proxy.plane.config, otlp_traces_endpoint=sink.url, region=proxy.plane.region, **config
+    )
     proxy.plane.tracer = tracer_of(told, SOON, proxy.plane.span_counts)
     yield
     close_tracer(proxy.plane.tracer)
@@ -196,6 +199,16 @@ async def test_a_trace_that_is_restarted_is_linked_to_the_client_s(make_bench: M
     assert kept[0].linked == (int(TRACE, 16), int(SPAN, 16))
     assert TRACE.encode() not in engine.received
     assert b"tracestate" not in engine.received
+
+
+async def test_a_client_that_claims_to_be_a_region_is_not_followed(make_bench: MakeBench) -> None:
+    """With no other region configured there is none whose word it could be."""
+    bench = make_bench(trace_context="restart")
+    kept = traced(bench)
+    client = bench.client()
+    client.send(chat_request(fields=[PARENT, "x-doherty-hop: made up"]))
+    assert client.answer().status == 403
+    assert kept[0].trace_id != int(TRACE, 16)
 
 
 async def test_a_hop_goes_on_in_the_other_region(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,194 @@
+"""One cell: caches emptied, a router started, a trace replayed at its own times, all of it noted.
+
+Every arm of a group gets the same bytes at the same times. Which requests those are does not
+depend on any answer. A request that has no whole answer some time after the last one was sent has
+failed: at 1.1 of the capacity waiting longer would only measure patience.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from loadtest.client import Client, RequestError, parse_url
+from loadtest.gpu import machine
+from loadtest.gpu.direct import MODEL
+from loadtest.gpu.fleet import events, plan, rivals
+from loadtest.gpu.fleet.engines import Fleet, spent
+from loadtest.gpu.fleet.load import within
+from loadtest.gpu.fleet.record import DIGITS, Capacity, CellKey, CellRecord, Row
+from loadtest.measure import Outcome
+from loadtest.prompts import PromptWriter, Style
+from loadtest.replay import WallClock
+from loadtest.run import Options, Run, RunError, run_replay
+from loadtest.traces import Arrival, Trace
+
+WARM_SHARE = 0.2  # of a cell's seconds, before anything is measured
+PATIENCE_S = 40.0  # for an answer
+AT_ONCE = 24  # requests under way on each replica when capacity is measured
+SETTLE_SHARE = 0.25  # of that measurement: prompts come in step at first
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where and with what cells are run."""
+
+    fleet: Fleet
+    programs: rivals.Programs
+    folder: Path
+    seconds: float
+    say: Callable[[str], None]
+
+    def folder_of(self, key: CellKey) -> Path:
+        """Make and return the folder of a cell's router."""
+        folder = self.folder / key.text.replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+async def run_cell(key: CellKey, trace: Trace, scale: float, place: Place) -> CellRecord:
+    """Return what came of it, a failure included; only what no cell survives is raised."""
+    warm_s = WARM_SHARE * place.seconds
+    record = CellRecord(
+        key=key,
+        began=machine.today(),
+        scale=round(scale, 4),
+        seconds=place.seconds,
+        warm_s=warm_s,
+        rows=[],
+        engines=[],
+    )
+    try:
+        await place.fleet.flush()
+        folder = place.folder_of(key)
+        async with rivals.running(key.arm, place.fleet.urls, folder, place.programs) as router:
+            return await _replayed(record, trace, router, place)
+    except RunError as error:
+        return msgspec.structs.replace(record, failure=str(error)[:2000])
+
+
+async def _replayed(
+    record: CellRecord, trace: Trace, router: rivals.Running, place: Place
+) -> CellRecord:
+    key = record.key
+    options = Options(
+        trace=trace.source,
+        url=router.url,
+        model=MODEL,
+        api="completions",
+        speed=record.scale,
+        timeout=PATIENCE_S,
+        session_header=key.arm == plan.VLLM,
+        seed=key.repeat,
+        warmup="0",
+        label=key.text,
+        quiet=True,
+    )
+    told: dict[str, float] = {}
+    before, (cpu_s, _) = await place.fleet.tokens(), router.used()
+    async with asyncio.TaskGroup() as group:
+        happening = group.create_task(events.happen(key.event, router, place, told))
+        run = await run_replay(within(trace, record.scale, record.seconds), options)
+        happening.cancel()
+    after, (cpu_after_s, mib) = await place.fleet.tokens(), router.used()
+    if run.interrupted:
+        raise KeyboardInterrupt
+    return msgspec.structs.replace(
+        record,
+        rows=[row_of(outcome) for outcome in run.outcomes],
+        engines=spent(before, after),
+        router_s=round(cpu_after_s - cpu_s, 3),
+        router_mib=round(mib, 1),
+        client_cpu_share=round(run.summary.client_cpu_share or 0.0, 3),
+        lateness_p99_s=round(run.summary.lateness_p99_s or 0.0, DIGITS),
+        told=told,
+        failure=_failure(run),
+    )
+
+
+def _failure(run: Run) -> str:
+    good = sum(not outcome.error for outcome in run.outcomes)
+    if good:
+        return ""
+    return f"no request succeeded: {run.summary.errors}, such as {run.summary.error_example}"
+
+
+def row_of(outcome: Outcome) -> Row:
+    def rounded(value: float | None) -> float | None:
+        return None if value is None else round(value, DIGITS)
+
+    return Row(
+        at_s=round(outcome.scheduled_s, 4),
+        ttft_s=rounded(outcome.ttft_s),
+        tpot_s=rounded(outcome.tpot_s),
+        total_s=round(outcome.ended_s - outcome.sent_s, DIGITS),
+        prompt_tokens=outcome.prompt_tokens,
+        cached_tokens=outcome.cached_tokens or 0,
+        output_tokens=outcome.output_tokens,
+        error=outcome.error,
+    )
+
+
+# --- capacity -----------------------------------------------------------------------------------
+
+
+async def capacity(
+    shape: str, workload: str, trace: Trace, place: Place, seconds: float
+) -> Capacity:
+    """Measure what the replicas compute when each always has requests waiting.
+
+    Round robin without a router: the requests of the trace in their order, so many under way on
+    each. Raises `RunError` when nothing was computed.
+    """
+    await place.fleet.flush()
+    urls = place.fleet.urls
+    lines: list[list[Arrival]] = [list(trace.arrivals[at :: len(urls)]) for at in range(len(urls))]
+    writer = PromptWriter(Style(model=MODEL, api="completions", seed=999), trace.block_tokens)
+    clock, done = WallClock(), [0]
+    clients = [Client(parse_url(url), clock.now_s) for url in urls]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(_saturate(client, line, writer, done))
+                for client, line in zip(clients, map(iter, lines), strict=True)
+                for _ in range(AT_ONCE)
+            ]
+            await asyncio.sleep(SETTLE_SHARE * seconds)
+            before, since_s = await place.fleet.tokens(), time.monotonic()
+            count = done[0]
+            await asyncio.sleep(seconds * (1 - SETTLE_SHARE))
+            after, took_s = await place.fleet.tokens(), time.monotonic() - since_s
+            requests = done[0] - count
+            for task in tasks:
+                task.cancel()
+    finally:
+        for client in clients:
+            client.close()
+    engines = spent(before, after)
+    rate = sum(one.work for one in engines) / len(engines) / took_s
+    if rate <= 0:
+        raise RunError("no engine computed anything; see their logs")
+    place.say(f"capacity of {workload}: {rate:,.0f} uncached tokens/s a replica")
+    return Capacity(
+        shape=shape,
+        workload=workload,
+        uncached_tokens_per_s=round(rate, 1),
+        requests=requests,
+        seconds=round(took_s, 2),
+        engines=engines,
+    )
+
+
+async def _saturate(
+    client: Client, line: Iterator[Arrival], writer: PromptWriter, done: list[int]
+) -> None:
+    """Send the line's requests one after the other; others take from the same line."""
+    for arrival in line:
+        with contextlib.suppress(RequestError, TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                await client.post("/v1/completions", writer.body(arrival))
+                done[0] += 1

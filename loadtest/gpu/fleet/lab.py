@@ -1,0 +1,162 @@
+"""What the policy lab predicts for a cell, before it is looked at: its requests, times, pool, rule.
+
+The engine of the lab is the measured profile of one card. One number is taken from the run itself:
+the capacity, since the loads are relative to it and the card may be another. All else is foretold.
+The lab has no intake (HTTP, tokenizer, hashing of a prompt); what the profile says of it is added
+to each first token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from loadtest.measure import quantile
+from loadtest.policies import rivals as rules
+from loadtest.policies.cells import Cell, chooser_of
+from loadtest.policies.engines import Flight, Timing
+from loadtest.policies.router import Rival
+from loadtest.policies.workload import Workload
+from loadtest.policies.world import Drive, Fleet, Stage
+
+SPEC: Final = {
+    "ours": "doherty",
+    "ours_round_robin": "doherty:round_robin",
+    "ours_least_load": "doherty:least_load",
+    "nginx": "round_robin",
+    "sglang_cache_aware": "sglang:0.3:64:1.5",  # its defaults
+    "vllm_consistent_hash": "ring:0",  # of the session
+}
+AT_ONCE: Final = 96  # as the capacity is measured: 24 on each of four
+
+
+class Speeds(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine as it was measured on one H200 with the 8 B shape (loadtest/results/speeds-*)."""
+
+    timing: Timing
+    intake_s: float
+    intake_s_per_token: float
+
+
+SPEEDS: Final = {
+    "vllm": Speeds(
+        timing=Timing(
+            prefill_tokens_per_s=1 / 22.25e-6,
+            prefill_s_per_token_squared=4.06e-10,
+            step_base_s=(
+                (1, 5.192e-3), (8, 5.41e-3), (32, 5.468e-3), (64, 5.735e-3),
+            ),
+            step_s_per_context_token=3.103e-8,
+        ),
+        intake_s=8.863e-3,
+        intake_s_per_token=1.777e-6,
+    ),
+    "sglang": Speeds(
+        timing=Timing(
+            prefill_tokens_per_s=1 / 25.73e-6,
+            prefill_s_per_token_squared=2.983e-10,
+            step_base_s=(
+                (1, 5.007e-3), (8, 5.332e-3), (32, 5.409e-3), (64, 7.078e-3),
+            ),
+            step_s_per_context_token=3.205e-8,
+        ),
+        intake_s=1.969e-3,
+        intake_s_per_token=0.0,
+    ),
+}  # fmt: skip
+
+
+def speeds_of(engine: str, factor: float, time_scale: float) -> Speeds:
+    """Return the engine's speeds: prefill quicker by `factor`, and everything by `time_scale`."""
+    known = SPEEDS[engine]
+    timing, quicker = known.timing, factor * time_scale
+    return Speeds(
+        timing=msgspec.structs.replace(
+            timing,
+            prefill_tokens_per_s=timing.prefill_tokens_per_s * quicker,
+            prefill_s_per_token_squared=timing.prefill_s_per_token_squared / quicker,
+            step_base_s=tuple((count, base / time_scale) for count, base in timing.step_base_s),
+            step_s_per_context_token=timing.step_s_per_context_token / time_scale,
+        ),
+        intake_s=known.intake_s / time_scale,
+        intake_s_per_token=known.intake_s_per_token / time_scale,
+    )
+
+
+class Foretold(msgspec.Struct, frozen=True, kw_only=True):
+    """The lab's word for one cell."""
+
+    ttft_p50_s: float
+    ttft_p95_s: float
+    ttft_p99_s: float
+    tpot_p50_s: float
+    tpot_p99_s: float
+    hit: float
+
+
+class Pool(msgspec.Struct, frozen=True, kw_only=True):
+    """The replicas of the run."""
+
+    replicas: int
+    cache_tokens: int
+    speeds: Speeds
+    workers: int = 1
+
+
+def foretell(workload: Workload, arm: str, scale: float, warm_s: float, pool: Pool) -> Foretold:
+    """Return what the arm does with these requests at this compression of their times."""
+    proxies = pool.workers if SPEC[arm].startswith("doherty") else 1
+    stage = _stage(workload, pool, Drive(scale=scale, proxies=proxies))
+    cell = Cell(replicas=pool.replicas, cache_tokens=pool.cache_tokens, proxies=proxies)
+    stage.run(chooser_of(SPEC[arm], stage, cell))
+    measured = [flight for flight in stage.flights if flight.job.at_s / scale >= warm_s]
+    return _figures(measured, pool.speeds)
+
+
+def _stage(workload: Workload, pool: Pool, drive: Drive) -> Stage:
+    fleet = Fleet(
+        replicas=pool.replicas, capacity_tokens=pool.cache_tokens, timing=pool.speeds.timing
+    )
+    return Stage(workload, fleet, drive)
+
+
+def _figures(flights: Sequence[Flight], speeds: Speeds) -> Foretold:
+    intakes_s = [
+        speeds.intake_s + speeds.intake_s_per_token * flight.job.prompt_tokens for flight in flights
+    ]
+    ttfts_s = [f.ttft_s + intake_s for f, intake_s in zip(flights, intakes_s, strict=True)]
+    tpots_s = [
+        (f.ended_s - f.first_s) / (f.job.output_tokens - 1)
+        for f in flights
+        if f.job.output_tokens > 1
+    ]
+    prompt_tokens = sum(f.job.prompt_tokens for f in flights)
+    return Foretold(
+        ttft_p50_s=_at(ttfts_s, 0.5),
+        ttft_p95_s=_at(ttfts_s, 0.95),
+        ttft_p99_s=_at(ttfts_s, 0.99),
+        tpot_p50_s=_at(tpots_s, 0.5),
+        tpot_p99_s=_at(tpots_s, 0.99),
+        hit=sum(f.cached_tokens for f in flights) / max(1, prompt_tokens),
+    )
+
+
+def _at(values: Sequence[float], share: float) -> float:
+    found = quantile(values, share)
+    return math.nan if found is None else found
+
+
+def uncached_rate(workload: Workload, pool: Pool, requests: int) -> float:
+    """Return the uncached tokens a second that a replica of the lab does when it never rests.
+
+    Everything is there at once, as in `cells.full_rate`; the first `requests` are enough.
+    """
+    jobs = workload.jobs[: max(requests, AT_ONCE)]
+    part = Workload(workload.name, jobs, closed_loop=False)
+    stage = _stage(part, pool, Drive(scale=math.inf))
+    stage.run(Rival(stage, rules.round_robin(), shared=True))
+    work = sum(max(1, flight.job.prompt_tokens - flight.cached_tokens) for flight in stage.flights)
+    return work / sum(engine.busy_s for engine in stage.engines)

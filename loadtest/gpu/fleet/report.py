@@ -1,0 +1,208 @@
+"""The text of a record: what it was measured on, the cells, the targets, the lab beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from loadtest.gpu.fleet import judge, lab, load, targets
+from loadtest.gpu.fleet.judge import Figures, Group
+from loadtest.gpu.fleet.lab import Foretold, Pool
+from loadtest.gpu.fleet.record import Burst, CellKey, Record, Row, Setting
+from loadtest.measure import quantile
+from loadtest.policies.tables import aligned
+from loadtest.traces import TraceError
+
+HEAD = [
+    "cell", "n", "errors", "TTFT p50", "p95", "p99", "per token p50", "p99", "tokens/s",
+    "good/s", "hit", "engine's", "work max/mean", "CPU s/1000", "MiB",
+]  # fmt: skip
+
+
+def text_of(record: Record) -> tuple[str, int]:
+    """Return the whole text, and how many targets were missed."""
+    setting = record.setting
+    parts = [_head(setting, record)] if setting else []
+    groups = judge.grouped(record.cells)
+    figures = {key: judge.figures_of(key, group) for key, group in groups.items()}
+    missed = 0
+    if figures:
+        rows = [HEAD, *(_figures_row(each) for each in figures.values())]
+        parts.append(f"Cells (measured part; s unless another unit is named)\n{aligned(rows)}")
+        held = [*targets.judged(groups), *targets.processor_rows(figures)]
+        missed += targets.missed(held)
+        head = ["target", "where", "bound", "found", "verdict"]
+        parts.append(f"Targets\n{aligned([head, *held])}")
+    if setting and groups:
+        foretold = foretell_all(record, setting, groups)
+        rows = targets.foretold_rows(groups, foretold)
+        missed += targets.missed(rows)
+        head = ["cell", "p50 foretold", "seen", "p99 foretold", "seen", "hit", "seen", "ratio", ""]
+        parts.append(f"The policy lab's word, and what came\n{aligned([head, *rows])}")
+    parts += _events(figures, groups, record)
+    parts += [_failures(record)] if any(cell.failure for cell in record.cells) else []
+    return "\n\n".join(parts) + "\n", missed
+
+
+def _head(setting: Setting, record: Record) -> str:
+    lines = [f"{name + ':':<11}{value}" for name, value in setting.header.items()]
+    lines.append(
+        f"setting:   {setting.engine}, KV cache {setting.kv_cache_tokens:,} tokens a replica, "
+        f"prompts <= {setting.input_tokens_max:,}, answers <= {setting.output_tokens_max}, "
+        f"one session in {setting.sessions_share}, {setting.seconds:g} s a cell, "
+        f"{setting.workers} proxy workers"
+    )
+    if setting.engine == "simulator":
+        lines.append("a rehearsal: simulated engines, whose figures are not those of a GPU")
+    for entry in record.entries:
+        rate = getattr(entry, "uncached_tokens_per_s", None)
+        if rate is not None:
+            lines.append(
+                f"capacity:  {getattr(entry, 'workload', '')} {getattr(entry, 'shape', '')}: "
+                f"{rate:,.0f} uncached tokens/s a replica"
+            )
+    return "\n".join(lines)
+
+
+def _figures_row(each: Figures) -> list[str]:
+    repeats = f" x{each.repeats}" if each.repeats > 1 else ""
+    return [
+        f"{each.key.text}{repeats}",
+        f"{each.requests}",
+        f"{each.errors}",
+        *(f"{value:.3f}" for value in (each.ttft_p50_s, each.ttft_p95_s, each.ttft_p99_s)),
+        f"{1000 * each.tpot_p50_s:.1f} ms",
+        f"{1000 * each.tpot_p99_s:.1f} ms",
+        f"{each.output_tokens_per_s:.0f}",
+        f"{each.goodput_per_s:.2f}",
+        f"{each.hit:.3f}",
+        f"{each.engine_hit:.3f}",
+        f"{each.work_max_over_mean:.2f}",
+        f"{each.router_s_per_1000:.2f}",
+        f"{each.router_mib:.0f}",
+    ]
+
+
+def choice_of(setting: Setting) -> load.Choice:
+    return load.Choice(
+        conversation=setting.conversation,
+        agents=setting.agents,
+        sessions_share=setting.sessions_share,
+        input_tokens_max=setting.input_tokens_max,
+        output_tokens_max=setting.output_tokens_max,
+    )
+
+
+def foretell_all(
+    record: Record, setting: Setting, groups: Mapping[CellKey, Group]
+) -> dict[CellKey, Foretold]:
+    """Return the lab's word for each cell of one card a replica in which nothing happens.
+
+    Of the repeats the first is foretold. What the lab cannot read (a trace that is not here) is
+    left out.
+    """
+    manners = setting.engine if setting.engine in lab.SPEEDS else "vllm"
+    told: dict[CellKey, Foretold] = {}
+    for key, group in groups.items():
+        capacity = record.capacity(key.workload, key.shape)
+        replicas, cards = (int(word) for word in key.shape.split("x"))
+        if key.event or cards > 1 or capacity is None:
+            continue
+        cell = group.cells[0]
+        try:
+            trace = load.arrivals_of(choice_of(setting), key.workload, cell.key.repeat)
+        except TraceError:
+            continue
+        whole = load.workload_of(trace)
+
+        def pool(factor: float, replicas: int = replicas) -> Pool:
+            return Pool(
+                replicas=replicas,
+                cache_tokens=setting.kv_cache_tokens,
+                speeds=lab.speeds_of(manners, factor, setting.time_scale),
+                workers=setting.workers,
+            )
+
+        factor = capacity.uncached_tokens_per_s / lab.uncached_rate(
+            whole, pool(1.0), 4 * lab.AT_ONCE
+        )
+        sent = load.workload_of(load.within(trace, cell.scale, cell.seconds))
+        told[key] = lab.foretell(sent, key.arm, cell.scale, cell.warm_s, pool(factor))
+    return told
+
+
+# --- what happened in some cells ----------------------------------------------------------------
+
+
+def _events(
+    figures: Mapping[CellKey, Figures], groups: Mapping[CellKey, Group], record: Record
+) -> list[str]:
+    parts = []
+    happened = [key for key in figures if key.event]
+    if happened:
+        parts.append("\n".join(["Events", *(_event(key, figures, groups) for key in happened)]))
+    if record.bursts:
+        rows = [["others", "TTFT p50", "p99", "errors", "n", "replicas that serve after, s"]]
+        rows += [_burst_row(burst) for burst in record.bursts]
+        parts.append(f"A burst from one awake replica\n{aligned(rows)}")
+    return parts
+
+
+def _event(
+    key: CellKey, figures: Mapping[CellKey, Figures], groups: Mapping[CellKey, Group]
+) -> str:
+    told: dict[str, float] = {}
+    for cell in groups[key].cells:
+        told |= cell.told
+    words = [f"{name} {value:g}" for name, value in told.items()]
+    if key.event == "kill":
+        words.append(_around(groups[key].rows, told.get("killed_at_s", 0.0)))
+    if (seconds := told.get("offline_s")) is not None and seconds > 0:
+        words.append(f"{told['offline_tokens'] / seconds:,.0f} offline tokens/s")
+    calm = groups.get(key_without_event(key))
+    if calm is not None:
+        for name, share in (("p50", 0.5), ("p99", 0.99)):
+            ratio = judge.interval(groups[key], calm, judge.ttft(share))
+            words.append(f"TTFT {name} {ratio.text if ratio else '-'} of the calm cell's")
+    return f"{key.text}: {figures[key].errors} errors; " + "; ".join(words)
+
+
+def key_without_event(key: CellKey) -> CellKey:
+    return CellKey(workload=key.workload, load=key.load, arm=key.arm, shape=key.shape)
+
+
+def _around(rows: Sequence[Row], killed_at_s: float) -> str:
+    failed = [row for row in rows if row.error]
+    if not failed:
+        return "no request failed"
+    last_s = max(row.at_s for row in failed)
+    return f"the last that failed was sent {last_s - killed_at_s:.1f} s after it"
+
+
+def _burst_row(burst: Burst) -> list[str]:
+    during = [r for r in burst.rows if burst.began_s <= r.at_s < burst.began_s + burst.seconds]
+    ttfts = [row.ttft_s for row in during if row.ttft_s is not None and not row.error]
+    p50, p99 = (quantile(ttfts, share) or math.nan for share in (0.5, 0.99))
+    return [
+        burst.rung,
+        f"{p50:.3f}",
+        f"{p99:.3f}",
+        str(sum(bool(row.error) for row in burst.rows)),
+        str(len(during)),
+        ", ".join(f"{number + 1}: {at_s:.1f}" for number, at_s in enumerate(burst.ready_s)),
+    ]
+
+
+def _failures(record: Record) -> str:
+    lines = [
+        f"{cell.key.text}: {cell.failure.splitlines()[0][:200]}"
+        for cell in record.cells
+        if cell.failure
+    ]
+    return "\n".join(["Cells that failed", *lines])
+
+
+def write(text: str, path: str) -> None:
+    """Write the text where it is wanted. Raises `OSError`."""
+    Path(path).write_text(text, encoding="utf-8")
