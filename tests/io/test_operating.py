@@ -167,10 +167,9 @@ async def test_a_manager_is_heard_to_the_end_however_its_answer_is_cut() -> None
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body))
         for at in range(len(body)):
-            writer.write(body[at : at + 1])
-            await writer.drain()
             await asyncio.sleep(0.001)
-        writer.close()
+            writer.write(body[at : at + 1])
+        writer.close()  # in one step with the last octet: whoever has that ends this test
 
     manager = await asyncio.start_server(answer, "127.0.0.1", 0)
     url = "http://{}:{}".format(*manager.sockets[0].getsockname())
