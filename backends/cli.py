@@ -127,6 +127,7 @@ def _check(options: argparse.Namespace) -> int:
     from backends.offline.setting import locked_out
     from backends.redact import redacted
     from backends.settings import manager_settings, offline_settings
+    from backends.tracing import missing_exporter
     from proxy import tls
     from proxy.config import load_config
 
@@ -147,13 +148,14 @@ def _check(options: argparse.Namespace) -> int:
         *tls.check(config.proxy, datetime.now(UTC)),
         *check_engines(config, options.file, os.environ),
         *filter(None, [locked_out(config.offline, config.proxy)]),
+        *filter(None, [missing_exporter(config.proxy, os.environ)]),
         *check_keys(config, os.environ, datetime.now(UTC).timestamp()),
         *check_cards(config, manager_settings(config.manager, {}, os.environ).cards),
     ]
-    for warning in warnings:
-        print(f"{options.file}: warning: {warning}", file=sys.stderr)
     print(f"{options.file}: ok")
-    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="", flush=True)
+    for warning in warnings:  # last: the file as a whole is longer than a terminal is high
+        print(f"{options.file}: warning: {warning}", file=sys.stderr)
     return 0
 
 

@@ -113,7 +113,7 @@ def ensure(extras: Iterable[str]) -> None:
     if stamp.get("project") == wanted and everything == stamp.get("extras"):
         return
     target = f"{ROOT}[{','.join(everything)}]" if everything else str(ROOT)
-    print(f"installing the project into {VENV} (once) ...", flush=True)
+    print(f"installing the project into {VENV} (once; a minute, for tests some) ...", flush=True)
     status = subprocess.run(
         [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", target],
         cwd=ROOT,
@@ -170,7 +170,7 @@ def make_venv() -> None:
 
 def up(argv: Sequence[str]) -> int:
     """Become `doherty up`: signals and the exit status are its own."""
-    ensure(("loadtest",))
+    ensure(("loadtest", "top"))
     sys.stdout.flush()
     os.execv(BIN / "doherty", ["doherty", "up", *argv])  # returns only by raising
 
@@ -430,10 +430,10 @@ def show_skipped(folder: Path) -> None:
     reports = sorted(folder.glob("*.xml"))
     if not reports:
         return
-    skipped = [case for report in reports for case in second_try.skipped_tests(report)]
-    print(f"\n=== skipped tests: {len(skipped)} ===")
-    for name, reason in skipped:
-        print(f"{name}: {reason}")
+    skipped = [line for report in reports for line in second_try.skipped_tests(report)]
+    print(f"\n=== skipped tests: {sum(times for *_, times in skipped)} ===")
+    for name, reason, times in skipped:
+        print(f"{name}{f' ({times} cases)' if times > 1 else ''}: {reason}")
     passed = second_try.passed_alone(folder, ROOT)
     if passed:
         print(f"\n=== failed beside others, passed alone: {len(passed)} ===")

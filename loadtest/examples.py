@@ -78,8 +78,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "gpu fidelity": ("gpu fidelity speeds.json --profile h200-8b-vllm",),
     "gpu fit": ("gpu fit speeds.json --name my-gpu --out my-gpu.json",),
     "gpu fleet": (
-        "gpu fleet --engine vllm --model-path models/qwen3-8b --record vllm.fleet --budget-s 560",
         "gpu fleet --engine simulator --record sim.fleet --seconds 15 --sessions-share 1",
+        "gpu fleet --engine vllm --model-path models/qwen3-8b --record vllm.fleet --budget-s 560",
     ),
     "gpu floors": (
         "gpu floors --engines vllm --gpu h200 --model-path models/qwen3-8b",
@@ -102,7 +102,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "gpu speeds --engine vllm --url http://127.0.0.1:8000 --json speeds.json",
         "gpu speeds --rehearse --quick",
     ),
-    "gpu verdict": ("gpu verdict vllm.fleet --out fleet-vllm.txt",),
+    "gpu surge": (
+        "gpu surge --engine simulator --gpus none --replicas 2 --rungs asleep,cold --record s.gz",
+    ),
+    "gpu verdict": ("gpu verdict vllm.fleet --out fleet-h200-vllm.txt",),
     "snapshots": ("snapshots --quick", "snapshots --tables-mib 1024 --restores 20"),
     "readahead": (
         "readahead --drop all -- python3 -c 'import pandas'",

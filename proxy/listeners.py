@@ -133,7 +133,7 @@ def open_listeners(
             listener.bind((host, port))
             listeners.append(listener)
     except OSError as error:
-        raise StartError(port_problem("proxy", where, error)) from error
+        raise StartError(port_problem("proxy", where, "--port", error)) from error
     return listeners
 
 
@@ -160,13 +160,13 @@ def open_admin(host: str, port: int) -> list[socket.socket]:
             listener.listen(128)
     except OSError as error:
         where = f"{host}:{port}"
-        raise StartError(port_problem("admin listener", where, error)) from error
+        raise StartError(port_problem("admin listener", where, "--admin-port", error)) from error
     return listeners
 
 
-def port_problem(what: str, where: str, error: OSError) -> str:
+def port_problem(what: str, where: str, flag: str, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"{what}: {where} is in use; stop what listens there or choose another port"
+        return f"{what}: {where} is in use; stop what listens there or choose another with {flag}"
     return f"{what}: cannot listen on {where}: {error.strerror or error}"
 
 

@@ -14,11 +14,12 @@ from backends.printing import plain_json
 from backends.top.feed import Admin, FeedError, check_url
 from backends.top.flags import KEY_VARIABLE
 from proxy.config import ConfigError
+from proxy.contract.extras import install_command
 from proxy.contract.view import View, encode_view
 from proxy.secret_files import variable
 
 KEY_BYTES_MAX = 4096
-NEEDS_TEXTUAL = "`doherty top` on a screen needs Textual: pip install 'doherty[top]' (or --once)"
+NEEDS_TEXTUAL = f"`doherty top` on a screen needs Textual: {install_command('top')} (or --once)"
 
 
 def top(options: argparse.Namespace, environ: Mapping[str, str]) -> str | None:

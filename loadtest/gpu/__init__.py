@@ -21,6 +21,7 @@ from loadtest.gpu import (
     paths,
     prove,
     speeds,
+    surge,
     verdict,
 )
 
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "paths": paths,
     "prove": prove,
     "speeds": speeds,
+    "surge": surge,
     "verdict": verdict,
 }
 

@@ -23,6 +23,7 @@ from typing import Any, Final
 import msgspec
 from typing_extensions import override
 
+from proxy.contract.extras import install_command
 from proxy.contract.spans import SpanRecord, endpoint_url
 
 _log = logging.getLogger("doherty.traces")
@@ -51,7 +52,7 @@ def missing_library() -> str:
         found = importlib.util.find_spec(_EXTRA) is not None
     except ModuleNotFoundError:
         found = False
-    return "" if found else "traces need OpenTelemetry's exporter: pip install 'doherty[otel]'"
+    return "" if found else f"traces need OpenTelemetry's exporter: {install_command('otel')}"
 
 
 def switched_off(environment: Mapping[str, str]) -> bool:

@@ -138,13 +138,21 @@ REPORT = (
 )
 
 
+CASES = "".join(
+    f'<testcase classname="tests.a" name="{name}"><skipped message="no compiler"/></testcase>'
+    for name in ("three[a]", "three[b-[1]]")
+)
+
+
 def test_skipped_tests_are_listed_with_their_reasons(
     bootstrap: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.xml").write_text(REPORT)
+    (tmp_path / "a.xml").write_text(REPORT.replace("</testsuite>", f"{CASES}</testsuite>", 1))
     (tmp_path / "torn.xml").write_text(REPORT[:-20])
     bootstrap.show_skipped(tmp_path)
-    assert capsys.readouterr().out == "\n=== skipped tests: 1 ===\ntests.a::two: no GPU\n"
+    assert capsys.readouterr().out == (
+        "\n=== skipped tests: 3 ===\ntests.a::two: no GPU\ntests.a::three (2 cases): no compiler\n"
+    )
 
 
 def test_usage(bootstrap: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,21 @@ def test_what_nobody_has_is_an_error_of_the_command_line(
     assert flag in capsys.readouterr().err
 
 
+def test_a_command_line_of_another_router_is_mended_in_one_go() -> None:
+    theirs = [
+        "--cache-threshold",
+        "0.5",
+        "--balance-abs-threshold=32",
+        "--prometheus-port",
+        "29000",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        flags.read([*theirs, "--policy", "cache_aware"], {})
+    of_cache, of_metrics = str(caught.value).split("; --prometheus-port is another router's: ")
+    assert of_cache.startswith("--cache-threshold, --balance-abs-threshold are another router's: ")
+    assert "--admin-port" in of_metrics
+
+
 def test_a_value_by_an_equals_sign_is_no_part_of_the_name() -> None:
     with pytest.raises(
         ConfigError, match=r"^--prometheus-port is another router's: .*--admin-port"

@@ -249,6 +249,39 @@ def test_a_roll_that_fails_changes_nothing(place: Place) -> None:
         assert answer.status == 200
 
 
+def test_a_roll_that_is_cut_off_leaves_one_proxy_and_a_second_at_once_is_refused(
+    place: Place,
+) -> None:
+    stack = place.stack
+    before = stack.running("proxy")
+
+    def policy(name: str) -> str:
+        found: str = stack.engine.inspect(name)["HostConfig"]["RestartPolicy"]["Name"]
+        return found
+
+    first = subprocess.Popen(["sh", ROLL], env=stack.environment, cwd=ROOT, stderr=subprocess.PIPE)
+    until(lambda: policy(before[0]) == "no", "a roll has begun")
+    second = subprocess.run(
+        ["sh", ROLL], env=stack.environment, cwd=ROOT, capture_output=True, check=False
+    )
+    assert second.returncode == 1
+    assert second.stderr.decode().endswith("is under way\n")
+    first.terminate()
+    words = first.communicate()[1].decode()
+    assert first.returncode == 1
+    assert "cut off; the" in words
+    until(lambda: len(stack.running("proxy")) == 1, "one of them is gone")
+    left = stack.running("proxy")
+    assert policy(left[0]) == "unless-stopped"
+    with urlopen(f"{place.admin_url}/readyz", timeout=5) as answer:
+        assert answer.status == 200
+    # What ended meanwhile is not taken for the new one.
+    assert "is gone" in stack.run(ROLL)
+    after = stack.running("proxy")
+    assert len(after) == 1
+    assert after[0] not in (*before, *left)
+
+
 def test_a_proxy_that_is_killed_comes_back_and_one_that_stops_drains(place: Place) -> None:
     stack = place.stack
     name = stack.running("proxy")[0]

@@ -16,15 +16,21 @@ BODY_BYTES = 64 * 1024 * 1024
 
 @asynccontextmanager
 async def collector(answer: Answer) -> AsyncIterator[str]:
+    serving = []
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.append(asyncio.current_task())
         with suppress(OSError, asyncio.IncompleteReadError):
             await reader.readuntil(b"\r\n\r\n")
             await answer(writer)
         writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
         yield "http://{}:{}".format(*server.sockets[0].getsockname())
+        await asyncio.gather(*filter(None, serving))
 
 
 async def test_of_an_answer_without_end_little_is_read() -> None:

@@ -167,14 +167,19 @@ async def test_a_manager_is_heard_to_the_end_however_its_answer_is_cut() -> None
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body))
         for at in range(len(body)):
-            await asyncio.sleep(0.001)
             writer.write(body[at : at + 1])
-        writer.close()  # in one step with the last octet: whoever has that ends this test
+            await writer.drain()
+            await asyncio.sleep(0.001)
+        writer.close()
+        await writer.wait_closed()
+        answered.set()
 
+    answered = asyncio.Event()
     manager = await asyncio.start_server(answer, "127.0.0.1", 0)
     url = "http://{}:{}".format(*manager.sockets[0].getsockname())
     async with manager, admin(Standing("a", manager_url=url)) as listener:
         assert (await listener.post("/replicas/a/drain")).status == 200
+        await answered.wait()
 
 
 async def test_a_manager_that_is_gone_is_said_to_be() -> None:

@@ -70,6 +70,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--plan", default="", help="WORKLOAD:LOAD:ARM,ARM[:EVENT];... instead of all cells")
     add("--budget-s", type=float, default=0.0, help="no cell begins that would pass it; 0: all")
     add("--kept", metavar="FILE", help="engines stay, and the next call finds them by this file")
+    add("--start", action="store_true", help="only start what --kept then names; waits for nothing")
     add("--end", action="store_true", help="end the engines that --kept names, and do nothing else")
     add("--logs", metavar="FOLDER", help="keep logs here")
     add("engine_args", nargs="*", metavar="-- ARG", help="further arguments of the engine")
@@ -84,6 +85,8 @@ def options_of(args: argparse.Namespace) -> FleetOptions:
             raise ValueError(f"--{name.replace('_', '-')}: expected 1 or more")
     if args.seconds <= 0 or args.capacity_s <= 0:
         raise ValueError("--seconds and --capacity-s: expected more than 0")
+    if (args.start or args.end) and not args.kept:
+        raise ValueError("--start and --end: name the file of the engines with --kept")
     return FleetOptions(
         engine=args.engine,
         dialect=args.dialect,
@@ -126,9 +129,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{time.monotonic() - begun_s:6.1f} s  {text}", flush=True)
 
     try:
-        if args.end:
-            return uvloop.run(engines.end_kept(Path(args.kept or "")))
         options = options_of(args)
+        if args.end:
+            return uvloop.run(engines.end_kept(Path(args.kept)))
         cells = cells_of(args, options.shape.text)
         record = _record(args)
     except (ValueError, RecordError) as error:
@@ -183,6 +186,10 @@ async def _measure(
     if left_out:
         say(f"not installed here: {', '.join(left_out)}")
     begun_s = time.monotonic()
+    if args.start:
+        started = await engines.spawned(options, folder, kept)
+        say(f"started: {len(started)} replicas, see {args.kept}")
+        return 0
     fleet = await engines.begin(options, folder, kept, say)
     place = Place(fleet=fleet, programs=programs, folder=folder, seconds=args.seconds, say=say)
     deadline_s = begun_s + args.budget_s if args.budget_s else float("inf")

@@ -99,7 +99,7 @@ async def _replayed(
         raise KeyboardInterrupt
     return msgspec.structs.replace(
         record,
-        rows=[_row(outcome) for outcome in run.outcomes],
+        rows=[row_of(outcome) for outcome in run.outcomes],
         engines=spent(before, after),
         router_s=round(cpu_after_s - cpu_s, 3),
         router_mib=round(mib, 1),
@@ -117,7 +117,7 @@ def _failure(run: Run) -> str:
     return f"no request succeeded: {run.summary.errors}, such as {run.summary.error_example}"
 
 
-def _row(outcome: Outcome) -> Row:
+def row_of(outcome: Outcome) -> Row:
     def rounded(value: float | None) -> float | None:
         return None if value is None else round(value, DIGITS)
 

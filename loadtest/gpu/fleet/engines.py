@@ -182,9 +182,6 @@ class Fleet:
         found = series(page.decode())
         return Tokens(*(total(found, name) for name in _COUNTERS[self.options.manners]))
 
-    async def alive(self) -> bool:
-        return all([await direct.healthy(client) for client in self._clients])
-
 
 async def _flushed(client: Client, path: str) -> bool:
     try:
@@ -227,22 +224,46 @@ def key_of(options: FleetOptions) -> str:
 async def begin(
     options: FleetOptions, folder: Path, kept: Path | None, say: Callable[[str], None]
 ) -> Fleet:
-    """Return the fleet that `kept` names if it is alive and the same; else start one.
+    """Return the fleet that `kept` names if it lives and is the same; else start one. Both ready.
 
     Raises `RunError` with an engine's last words.
     """
-    if kept is not None and (old := _known(kept)) is not None:
-        fleet = Fleet(options, old.engines)
-        if old.key == key_of(options) and await fleet.alive():
-            say(f"taken over: {len(old.engines)} replicas")
-            return fleet
+    engines = await spawned(options, folder, kept)
+    fleet, begun_s = Fleet(options, engines), time.monotonic()
+    try:
+        for engine in engines:
+            await _until_healthy(engine, begun_s, options.start_timeout_s)
+    except BaseException:
         fleet.close()
+        await end(engines)
+        raise
+    say(f"ready: {len(engines)} replicas after {time.monotonic() - begun_s:.1f} s")
+    return fleet
+
+
+async def spawned(options: FleetOptions, folder: Path, kept: Path | None) -> list[Engine]:
+    """Return engines that live, ready or not: those that `kept` names, or new ones.
+
+    Raises `RunError`.
+    """
+    old = _known(kept) if kept is not None else None
+    if old is not None and kept is not None:
+        if old.key == key_of(options) and all(group_lives(one.pid) for one in old.engines):
+            return old.engines
         await end(old.engines)
         _forget(kept)
-    fleet = await start(options, folder, say)
+    engines = [_start_one(options, folder, place) for place in range(options.shape.replicas)]
     if kept is not None:
-        _remember(kept, options, fleet.engines)
-    return fleet
+        _remember(kept, options, engines)
+    return engines
+
+
+def _start_one(options: FleetOptions, folder: Path, place: int) -> Engine:
+    host = f"127.0.0.{place + 1}"
+    port = _free_port(host)
+    command, variables = command_of(options, place, port)
+    log = folder.resolve() / f"engine-{place}.log"
+    return Engine(f"http://{host}:{port}", _spawn(command, log, variables), str(log))
 
 
 def _known(kept: Path) -> _Kept | None:
@@ -257,30 +278,6 @@ def _remember(kept: Path, options: FleetOptions, engines: list[Engine]) -> None:
 
 def _forget(kept: Path) -> None:
     kept.unlink(missing_ok=True)
-
-
-async def start(options: FleetOptions, folder: Path, say: Callable[[str], None]) -> Fleet:
-    """Start all replicas at once, and wait for them. Raises `RunError`."""
-    engines = []
-    for place in range(options.shape.replicas):
-        host = f"127.0.0.{place + 1}"
-        port = _free_port(host)
-        command, variables = command_of(options, place, port)
-        log = folder / f"engine-{place}.log"
-        engines.append(
-            Engine(f"http://{host}:{port}", _spawn(command, log, variables), str(log.resolve()))
-        )
-    begun_s = time.monotonic()
-    fleet = Fleet(options, engines)
-    try:
-        for engine in engines:
-            await _until_healthy(engine, begun_s, options.start_timeout_s)
-    except BaseException:
-        fleet.close()
-        await end(engines)
-        raise
-    say(f"ready: {len(engines)} replicas after {time.monotonic() - begun_s:.1f} s")
-    return fleet
 
 
 def _spawn(command: Sequence[str], log: Path, variables: dict[str, str]) -> int:

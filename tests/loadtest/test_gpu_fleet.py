@@ -1,0 +1,249 @@
+"""The fleet run: what is decided without engines, and two cells in front of two simulators."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from loadtest.__main__ import main
+from loadtest.gpu.fleet import judge, lab, load, plan, targets
+from loadtest.gpu.fleet.engines import FleetOptions, Shape, command_of
+from loadtest.gpu.fleet.record import (
+    Capacity,
+    CellKey,
+    CellRecord,
+    Record,
+    RecordError,
+    Row,
+    Tokens,
+    read,
+)
+from loadtest.gpu.surge import Load, arrivals
+from loadtest.traces import Arrival, Trace, TraceError
+
+KEY = CellKey(workload="conversation", load=0.9, arm=plan.OURS)
+
+
+def row(at_s: float, ttft_s: float, *, cached: int = 0, error: str = "") -> Row:
+    return Row(at_s, ttft_s, 0.01, ttft_s + 0.1, 1000, cached, 11, error)
+
+
+def cell(arm: str, ttfts_s: list[float], repeat: int = 0, **more: object) -> CellRecord:
+    rows = [row(2.0 + place / 4, value) for place, value in enumerate(ttfts_s)]
+    fields = {
+        "key": CellKey(workload="conversation", load=0.9, arm=arm, repeat=repeat),
+        "began": "now",
+        "scale": 1.0,
+        "seconds": 10.0,
+        "warm_s": 2.0,
+        "rows": rows,
+        "engines": [Tokens(1000.0, 500.0, 10.0), Tokens(1000.0, 0.0, 10.0)],
+        "router_s": 0.1,
+    }
+    return msgspec.convert({**fields, **more}, CellRecord, from_attributes=True)
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
+def test_a_record_cut_off_in_its_last_entry_goes_on_with_the_others(tmp_path: Path) -> None:
+    record = Record(tmp_path / "r.gz")
+    record.add(cell(plan.OURS, [0.1]))
+    whole = record.path.stat().st_size
+    record.add(cell(plan.NGINX, [0.2]))
+    octets = record.path.read_bytes()
+    for end in (whole + 1, (whole + len(octets)) // 2, len(octets) - 1):
+        record.path.write_bytes(octets[:end])
+        assert Record(record.path).done() == {KEY}
+    record.path.write_bytes(octets)
+    assert len(read(record.path)) == 2
+
+
+def test_a_failed_cell_is_run_again_and_its_good_try_counts(tmp_path: Path) -> None:
+    record = Record(tmp_path / "r.gz")
+    record.add(cell(plan.OURS, [], failure="the router did not answer"))
+    assert record.done() == set()
+    record.add(cell(plan.OURS, [0.1, 0.3]))
+    assert record.done() == {KEY}
+    assert len(judge.grouped(record.cells)[KEY].rows) == 2
+
+
+def test_what_is_no_record_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "r.gz"
+    path.write_bytes(gzip.compress(b'{"kind":"else"}\n'))
+    with pytest.raises(RecordError, match=r"r\.gz: entry 1"):
+        Record(path)
+
+
+# --- order and load -------------------------------------------------------------------------------
+
+
+def test_what_the_targets_compare_comes_first_and_every_cell_once() -> None:
+    cells = plan.default_order(3)
+    first = cells[:3]
+    assert {c.arm for c in first} == {plan.OURS, plan.SGLANG, plan.OURS_RR}
+    assert {(c.workload, c.load) for c in first} == {("conversation", 0.9)}
+    assert len(cells) == len(set(cells))
+    todo = list(plan.left_to_do(cells, set(first), (plan.OURS, plan.NGINX)))
+    assert {c.arm for c in todo} == {plan.OURS, plan.NGINX}
+    assert not set(todo) & set(first)
+
+
+@pytest.mark.parametrize("text", ["conversation:0.9", "conversation:0.9:who", "a:1:ours:fire"])
+def test_a_plan_that_says_something_else_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="--plan"):
+        plan.written_order(text, 1, "4x1")
+
+
+def trace(count: int, tokens: int = 1024) -> Trace:
+    made = [
+        Arrival(
+            at_s=float(place),
+            input_tokens=tokens,
+            output_tokens=8,
+            session=str(place),
+            runs=((place * 100, tokens // 512),),
+        )
+        for place in range(count)
+    ]
+    return Trace(source="t", kind="mooncake", arrivals=tuple(made))
+
+
+def test_the_scale_brings_as_many_uncached_tokens_as_the_load_says() -> None:
+    scale = load.scale_for(trace(200), 5120.0, seconds=10, replicas=2, cache_tokens=100_000)
+    sent = load.within(trace(200), scale, 10)
+    assert sum(a.input_tokens for a in sent.arrivals) == pytest.approx(51_200, rel=0.03)
+
+
+def test_a_trace_that_is_too_short_for_the_load_says_what_to_change() -> None:
+    with pytest.raises(TraceError, match="--sessions-share"):
+        load.scale_for(trace(20), 5120.0, seconds=10, replicas=2, cache_tokens=100_000)
+
+
+def test_repeats_have_no_session_in_common_and_unique_prompts_no_block() -> None:
+    choice = load.Choice(sessions_share=3)
+    parts = [load.arrivals_of(choice, "conversation", repeat).arrivals for repeat in range(3)]
+    sessions = [{a.session for a in part} for part in parts]
+    assert not sessions[0] & sessions[1] | sessions[1] & sessions[2] | sessions[0] & sessions[2]
+    unique = load.workload_of(load.arrivals_of(choice, "unique", 0))
+    assert unique.ideal_hit == 0.0
+    assert len(unique.jobs) == len(parts[0])
+
+
+def test_agents_are_opened_in_the_order_of_their_turns() -> None:
+    turns = [msgspec.structs.replace(a, think_s=2.0, at_s=0.0) for a in trace(4).arrivals]
+    closed = Trace(source="t", kind="agent", sessions=(tuple(turns[:2]), tuple(turns[2:])))
+    opened = load.opened(closed, users=1)
+    assert [a.session for a in opened.arrivals] == ["0", "1", "2", "3"]
+    assert opened.arrivals[0].at_s == 2.0
+    assert all(
+        one.at_s < other.at_s
+        for one, other in zip(opened.arrivals, opened.arrivals[1:], strict=False)
+    )
+
+
+def test_engines_have_addresses_and_cards_of_their_own() -> None:
+    options = FleetOptions(engine="vllm", model_path="/m", shape=Shape(2, 2))
+    if_missing = msgspec.structs.replace(options, engine="simulator")
+    words, variables = command_of(if_missing, 1, 8000)
+    assert words[-1] != "127.0.0.1"
+    assert words[len(words) - words[::-1].index("--host")] == "127.0.0.2"
+    assert variables["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+# --- judging --------------------------------------------------------------------------------------
+
+
+def test_twice_as_quick_is_a_half_with_an_interval_around_it() -> None:
+    base = [0.4 + 0.01 * (place % 7) for place in range(32)]
+    groups = judge.grouped(
+        [cell(plan.OURS, [value / 2 for value in base]), cell(plan.OURS_RR, base)]
+    )
+    ours, other = (groups[msgspec.structs.replace(KEY, arm=a)] for a in (plan.OURS, plan.OURS_RR))
+    found = judge.interval(ours, other, judge.ttft(0.5))
+    assert found is not None
+    assert found.value == pytest.approx(0.5)
+    assert found.low <= 0.5 <= found.high
+    rows = {(r[0], r[1]): r[-1] for r in targets.judged(groups)}
+    assert rows["TTFT p50 over round robin's", "conversation 0.9"] == "MISSED"
+    assert rows["TTFT p95 over round robin's", "conversation 0.9"] == "kept"
+    assert rows["TTFT p50 over sglang-router's", "conversation 0.9"] == "not run"
+
+
+def test_what_the_interval_does_not_show_is_told_as_that() -> None:
+    assert targets.verdict(judge.Ratio(0.7, 0.5, 0.9), 0.8).startswith("kept, not shown")
+    assert targets.verdict(judge.Ratio(0.99, 0.98, 1.0), 0.97, at_least=True) == "kept"
+    assert targets.verdict(judge.Ratio(0.9, 0.85, 0.95), 0.8) == "MISSED"
+
+
+def test_failures_are_counted_and_have_no_time_to_first_token() -> None:
+    rows = [row(3.0, 0.5), row(4.0, 0.7, error="timeout"), row(1.0, 9.0)]
+    made = cell(plan.OURS, [], rows=rows)
+    figures = judge.figures_of(KEY, judge.Group(cells=[made]))
+    assert (figures.requests, figures.errors) == (2, 1)
+    assert figures.ttft_p99_s == 0.5
+    assert figures.goodput_per_s == pytest.approx(1 / 8)
+    assert figures.engine_hit == pytest.approx(0.25)
+    assert figures.work_max_over_mean == pytest.approx(1000 / 750)
+
+
+def test_the_lab_hits_more_with_ours_than_round_robin_and_is_slower_on_slower_cards() -> None:
+    made = load.workload_of(load.arrivals_of(load.Choice(), "conversation", 0))
+    pools = [
+        lab.Pool(replicas=4, cache_tokens=400_000, speeds=lab.speeds_of("vllm", factor, 1.0))
+        for factor in (1.0, 0.5)
+    ]
+    rates = [lab.uncached_rate(made, pool, 200) for pool in pools]
+    assert 0.5 <= rates[1] / rates[0] < 0.7  # decoding goes on at its own speed
+    ours = lab.foretell(made, plan.OURS, 8.0, 0.0, pools[0])
+    blind = lab.foretell(made, plan.OURS_RR, 8.0, 0.0, pools[0])
+    assert ours.hit > blind.hit
+    assert lab.foretell(made, plan.OURS, 8.0, 0.0, pools[1]).ttft_p50_s > ours.ttft_p50_s
+
+
+def test_a_burst_is_as_many_times_as_dense() -> None:
+    made = arrivals(Load(rate=2, factor=5, before_s=5, burst_s=4, after_s=5))
+    times = [a.at_s for a in made.arrivals]
+    assert sum(5 <= at_s < 9 for at_s in times) == pytest.approx(40, abs=2)
+    assert sum(at_s < 5 for at_s in times) == pytest.approx(10, abs=1)
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+
+def test_two_cells_are_measured_once_and_judged_from_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "fleet.gz"
+    words = ["gpu", "fleet", "--engine", "simulator", "--record", str(record), "--replicas", "2"]
+    words += ["--seconds", "1", "--capacity-s", "0.6", "--sessions-share", "1", "--repeats", "1"]
+    words += ["--max-input-tokens", "4000", "--max-output-tokens", "8", "--workers", "1"]
+    words += ["--plan", "conversation:0.3:ours,ours_round_robin", "--logs", str(tmp_path / "logs")]
+    assert main([*words, "--kept", str(tmp_path / "kept.json"), "--start"]) == 0
+    kept = json.loads((tmp_path / "kept.json").read_bytes())
+    try:
+        assert main([*words, "--kept", str(tmp_path / "kept.json")]) == 0
+        assert json.loads((tmp_path / "kept.json").read_bytes()) == kept  # the same engines
+        again = Record(record)
+        assert [c.key.arm for c in again.cells] == [plan.OURS, plan.OURS_RR]
+        assert sum(isinstance(entry, Capacity) for entry in again.entries) == 1
+        for made in again.cells:
+            assert made.rows
+            assert not [r.error for r in made.rows if r.error]
+            assert made.router_s > 0
+        counted = sum(one.prompt for one in again.cells[0].engines)
+        assert counted == pytest.approx(sum(r.prompt_tokens for r in again.cells[0].rows))
+        assert main([*words, "--kept", str(tmp_path / "kept.json")]) == 0
+        assert len(Record(record).cells) == 2  # nothing was left to do
+    finally:
+        assert main([*words, "--kept", str(tmp_path / "kept.json"), "--end"]) == 0
+    assert not (tmp_path / "kept.json").exists()
+    capsys.readouterr()
+    assert main(["gpu", "verdict", str(record)]) in (0, 1)
+    text = capsys.readouterr().out
+    assert "conversation 0.3 ours 2x1" in text
+    assert "a rehearsal" in text
