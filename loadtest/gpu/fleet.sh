@@ -7,7 +7,7 @@
 #   bash loadtest/gpu/fleet.sh end    ENGINE BUNDLES OUT SECONDS
 #
 # from the repository's root. BUNDLES holds by name what was carried this time: vllm or sglang, doherty
-# (deploy/airgap/bundle.py), rivals (loadtest/gpu/pack_rivals.py), traces, and fleet-ENGINE.gz of an earlier
+# (deploy/airgap/bundle.py), compiled.tar.xz (compiled.sh), rivals (pack_rivals.py), traces, and fleet-ENGINE.gz of an earlier
 # call, which is gone on with. What was unpacked stays in STAGE, so each is carried once to a warm host.
 # OUT gets fleet-ENGINE.gz and a log. ENGINE simulator needs no bundle.
 set -u
@@ -34,6 +34,8 @@ if [ -d "$bundles/rivals" ]; then
   python3 loadtest/gpu/pack_rivals.py --unpack "$bundles/rivals" --to "$stage/rivals" || exit 1
 fi
 [ -d "$bundles/traces" ] && cp -r "$bundles/traces" "$stage/"
+# shellcheck source=loadtest/gpu/compiled.sh
+. loadtest/gpu/compiled.sh
 path=()
 if [ "$engine" != simulator ]; then
   [ -d "$stage/models/$model" ] ||

@@ -11,9 +11,7 @@
 # of `loadtest gpu`; the ladder gets weights in files and a small KV cache (what is on the card goes to
 # the host's memory), and CRIU where BUNDLES/doherty has one (deploy/airgap/pack_criu.py).
 #
-# The proxy runs as machine code where BUNDLES/compiled.tar.xz fits the sources here. It is made by
-#   DOHERTY_COMPILED=FOLDER python3.12 -m proxy.compile && tar cJf BUNDLES/compiled.tar.xz -C FOLDER .
-# with the host's minor release of Python.
+# The proxy runs as machine code where BUNDLES has it for these sources: see compiled.sh.
 set -u
 if [ $# -lt 4 ]; then
   echo "usage: host.sh ENGINE BUNDLES OUT SECONDS [arguments of prove] [-- engine arguments]" >&2
@@ -73,18 +71,8 @@ if [ "$engine" != simulator ]; then
   path=(--model-path "$stage/models/$model")
 fi
 
-if [ -e "$bundles/compiled.tar.xz" ] && [ ! -d "$stage/compiled" ]; then
-  mkdir -p "$stage/compiled"
-  tar xJf "$bundles/compiled.tar.xz" -C "$stage/compiled"
-  made=$(echo "$stage"/compiled/*)
-  if diff -rq -x '*.so' -x __pycache__ "$made/proxy" proxy > "$out/compiled.diff"; then
-    fits=$stage/compiled/$(python3 -c 'from proxy.compile import digest; print(digest())')
-    [ "$made" = "$fits" ] || mv "$made" "$fits"  # the name has the full release of Python in it
-  else
-    echo "host.sh: compiled.tar.xz is of other sources, see compiled.diff; the sources run" >&2
-  fi
-fi
-[ -d "$stage/compiled" ] && export DOHERTY_COMPILED=$stage/compiled
+# shellcheck source=loadtest/gpu/compiled.sh
+. loadtest/gpu/compiled.sh
 
 left=$(( limit - ( $(date +%s) - begun ) - 5 ))
 name=$engine

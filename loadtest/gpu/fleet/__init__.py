@@ -29,7 +29,7 @@ from pathlib import Path
 import uvloop
 
 from loadtest.gpu import machine
-from loadtest.gpu.fleet import engines, judge, load, plan, rivals
+from loadtest.gpu.fleet import ahead, engines, judge, load, plan, rivals
 from loadtest.gpu.fleet.cell import Place, capacity, run_cell
 from loadtest.gpu.fleet.engines import FleetOptions, Shape
 from loadtest.gpu.fleet.record import CellKey, Record, RecordError, Row, Setting
@@ -71,6 +71,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--budget-s", type=float, default=0.0, help="no cell begins that would pass it; 0: all")
     add("--kept", metavar="FILE", help="engines stay, and the next call finds them by this file")
     add("--start", action="store_true", help="only start what --kept then names; waits for nothing")
+    add("--foretell", action="store_true", help="only print what the lab says of these cells")
     add("--end", action="store_true", help="end the engines that --kept names, and do nothing else")
     add("--logs", metavar="FOLDER", help="keep logs here")
     add("engine_args", nargs="*", metavar="-- ARG", help="further arguments of the engine")
@@ -78,7 +79,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def options_of(args: argparse.Namespace) -> FleetOptions:
     """Return which engines are started. Raises `ValueError`."""
-    if args.engine != "simulator" and not args.model_path:
+    if args.engine != "simulator" and not (args.model_path or args.foretell or args.end):
         raise ValueError("--model-path: a real engine needs a folder or a hub id")
     for name in ("replicas", "tensor_parallel", "workers", "sessions_share", "repeats"):
         if getattr(args, name) < 1:
@@ -133,8 +134,11 @@ def run(args: argparse.Namespace) -> int:
         if args.end:
             return uvloop.run(engines.end_kept(Path(args.kept)))
         cells = cells_of(args, options.shape.text)
+        if args.foretell:
+            print(ahead.foretell(cells, _choice(args), setting_of(args), options.manners))
+            return 0
         record = _record(args)
-    except (ValueError, RecordError) as error:
+    except (ValueError, RecordError, TraceError) as error:
         print(f"loadtest: {error}", file=sys.stderr)
         return 2
     folder = Path(args.logs) if args.logs else Path(tempfile.mkdtemp(prefix="doherty-fleet-"))

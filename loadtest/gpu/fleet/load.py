@@ -4,8 +4,9 @@
 leaves to compute, over those that the saturated replicas were seen to compute. So a load means the
 same for every prompt mix, and 1.1 is more than round robin can ever finish.
 
-Repeats take other sessions of the trace, chosen by a hash of the session, so that no repeat knows
-a prompt of another.
+Repeats take other sessions of the chat trace, chosen by a hash of the session, so that no repeat
+knows a prompt of another. The agents' trace has few prompts that are short enough: all of them
+take part, and a repeat begins elsewhere in it.
 
 *Coding agents* are recorded in a closed loop. They are opened here: a turn is due when the one
 before would have been answered by a machine at rest, and the recorded think time is over. Agents do
@@ -49,28 +50,43 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 def arrivals_of(choice: Choice, workload: str, repeat: int) -> Trace:
     """Return the requests, in the time of the trace. Raises `TraceError`."""
+    if workload not in WORKLOADS:
+        raise TraceError(f"no workload {workload!r}; there are {', '.join(WORKLOADS)}")
     source = choice.agents if workload == AGENTS else choice.conversation
     if not source:
         raise TraceError(f"{workload}: no trace is named; give --agents-trace")
-    trace = read_trace(source)
-    if workload == AGENTS:
-        trace = opened(trace)
-    part = repeat % choice.sessions_share
-    kept = [
-        msgspec.structs.replace(
-            arrival, output_tokens=min(arrival.output_tokens, choice.output_tokens_max)
-        )
-        for arrival in trace.arrivals
-        if arrival.input_tokens <= choice.input_tokens_max
-        and zlib.crc32(arrival.session.partition("/")[0].encode()) % choice.sessions_share == part
-    ]
+    trace = _short(read_trace(source), choice)
+    kept = (
+        opened(trace, first=repeat * AGENT_USERS).arrivals
+        if workload == AGENTS
+        else _part(trace.arrivals, repeat % choice.sessions_share, choice.sessions_share)
+    )
     if not kept:
         raise TraceError(f"{source}: no request of up to {choice.input_tokens_max} tokens is left")
     if workload == UNIQUE:
-        kept = [_unique(arrival, place) for place, arrival in enumerate(kept)]
+        kept = tuple(_unique(arrival, place) for place, arrival in enumerate(kept))
     begin_s = kept[0].at_s
-    kept = [msgspec.structs.replace(one, at_s=one.at_s - begin_s) for one in kept]
-    return msgspec.structs.replace(trace, arrivals=tuple(kept), sessions=())
+    kept = tuple(msgspec.structs.replace(one, at_s=one.at_s - begin_s) for one in kept)
+    return msgspec.structs.replace(trace, arrivals=kept, sessions=())
+
+
+def _short(trace: Trace, choice: Choice) -> Trace:
+    """Leave long prompts out, and cut long answers: a prompt cut short would share too much."""
+
+    def kept(arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:
+        return tuple(
+            msgspec.structs.replace(a, output_tokens=min(a.output_tokens, choice.output_tokens_max))
+            for a in arrivals
+            if a.input_tokens <= choice.input_tokens_max
+        )
+
+    sessions = tuple(turns for one in trace.sessions if (turns := kept(one)))
+    return msgspec.structs.replace(trace, arrivals=kept(trace.arrivals), sessions=sessions)
+
+
+def _part(arrivals: Sequence[Arrival], part: int, parts: int) -> tuple[Arrival, ...]:
+    """Return the arrivals of one session in so many."""
+    return tuple(a for a in arrivals if zlib.crc32(a.session.encode()) % parts == part)
 
 
 def _unique(arrival: Arrival, place: int) -> Arrival:
@@ -84,14 +100,19 @@ def _unique(arrival: Arrival, place: int) -> Arrival:
     )
 
 
-def opened(trace: Trace, users: int = AGENT_USERS) -> Trace:
-    """Return a closed loop's sessions as arrivals: each user works through every `users`-th."""
+def opened(trace: Trace, users: int = AGENT_USERS, first: int = 0) -> Trace:
+    """Return a closed loop's sessions as arrivals: each user works through every `users`-th.
+
+    The sessions from place `first` on come before the others.
+    """
     if not trace.closed_loop:
         return trace
+    begin = first % len(trace.sessions)
+    sessions = (*trace.sessions[begin:], *trace.sessions[:begin])
     arrivals = []
-    for user in range(min(users, len(trace.sessions))):
+    for user in range(min(users, len(sessions))):
         at_s = BETWEEN_SESSIONS_S * user
-        for turn in itertools.chain.from_iterable(trace.sessions[user::users]):
+        for turn in itertools.chain.from_iterable(sessions[user::users]):
             at_s += min(turn.think_s, AGENT_THINK_S_MAX)
             arrivals.append(msgspec.structs.replace(turn, at_s=at_s))
             at_s += AGENT_FIRST_TOKEN_S + turn.output_tokens * AGENT_TOKEN_S
