@@ -45,19 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     from backends.failure import StartError
+    from backends.printing import plain, silence
     from proxy.config import ConfigError
 
     try:
         status = run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough; Python would complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        silence()
         return 0
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(plain(str(error)), file=sys.stderr)
         return USAGE_STATUS
     except StartError as error:
-        print(error, file=sys.stderr)
+        print(plain(str(error)), file=sys.stderr)
         return FAILURE_STATUS
     except KeyboardInterrupt:
         return 130
@@ -125,6 +127,7 @@ def _check(options: argparse.Namespace) -> int:
     from backends.offline.setting import locked_out
     from backends.redact import redacted
     from backends.settings import manager_settings, offline_settings
+    from backends.tracing import missing_exporter
     from proxy import tls
     from proxy.config import load_config
 
@@ -145,13 +148,14 @@ def _check(options: argparse.Namespace) -> int:
         *tls.check(config.proxy, datetime.now(UTC)),
         *check_engines(config, options.file, os.environ),
         *filter(None, [locked_out(config.offline, config.proxy)]),
+        *filter(None, [missing_exporter(config.proxy, os.environ)]),
         *check_keys(config, os.environ, datetime.now(UTC).timestamp()),
         *check_cards(config, manager_settings(config.manager, {}, os.environ).cards),
     ]
-    for warning in warnings:
-        print(f"{options.file}: warning: {warning}", file=sys.stderr)
     print(f"{options.file}: ok")
-    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="", flush=True)
+    for warning in warnings:  # last: the file as a whole is longer than a terminal is high
+        print(f"{options.file}: warning: {warning}", file=sys.stderr)
     return 0
 
 
@@ -180,22 +184,24 @@ def _status(options: argparse.Namespace) -> int:
     from contextlib import suppress
 
     from backends.failure import StartError
+    from backends.printing import plain, put
     from backends.scale_command import fetch_scaling
     from backends.status import fetch_fleet, table
 
     fleet, scaling = fetch_fleet(options.manager_url), None
     with suppress(StartError):  # a manager of a former release has no pools to tell of
         scaling = fetch_scaling(options.manager_url)
-    print(table(fleet, scaling))
+    put(plain(table(fleet, scaling)))
     return 0
 
 
 def _top(options: argparse.Namespace) -> int:
+    from backends.printing import put
     from backends.top.command import top
 
     text = top(options, os.environ)
     if text is not None:
-        print(text)
+        put(text)
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -19,6 +18,7 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from proxy.contract.metrics import METRICS_VERSION, Family
+from proxy.contract.version import package_version
 
 
 class Declared:
@@ -48,20 +48,13 @@ class Declared:
     def build(self) -> GaugeMetricFamily:
         """Return what runs here."""
         family = self.gauge("build_info")
-        family.add_metric([_version(), platform.python_version(), str(METRICS_VERSION)], 1)
+        family.add_metric([package_version(), platform.python_version(), str(METRICS_VERSION)], 1)
         return family
 
     def _words(self, name: str, kind: str) -> tuple[str, str, tuple[str, ...]]:
         declared = self._families[name]
         assert declared.kind == kind
         return self._prefix + declared.bare, declared.text + ".", declared.labels
-
-
-def _version() -> str:
-    try:
-        return version("doherty")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 class _Page(Collector):

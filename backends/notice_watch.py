@@ -13,6 +13,7 @@ from backends.log import Log
 from backends.notice_words import Ask, ask_of, read_notice
 from backends.notices import Reclaims, RefusedNoticeError
 from proxy.config import ReclaimNoticeConfig
+from proxy.contract.bodies import whole_body
 
 ANSWER_S_MAX = 2.0
 BYTES_MAX = 64 * 1024
@@ -70,10 +71,10 @@ async def _get(session: aiohttp.ClientSession, ask: Ask) -> bytes | None:
     if ask.token_url:
         async with session.put(ask.token_url, headers=_TOKEN_TTL) as response:
             if response.status == 200:  # otherwise it is a machine that wants none
-                headers[_TOKEN] = (await response.content.read(BYTES_MAX)).decode("ascii", "ignore")
+                headers[_TOKEN] = (await whole_body(response, BYTES_MAX)).decode("ascii", "ignore")
     async with session.get(ask.url, headers=headers) as response:
         if response.status == 404:
             return None
         if response.status != 200:
             raise ValueError(f"{ask.url} answers with status {response.status}")
-        return await response.content.read(BYTES_MAX)
+        return await whole_body(response, BYTES_MAX)

@@ -84,12 +84,12 @@ class Service:
                     await self._stop.wait()
             pause_s = min(pause_s * 2, PAUSE_S_MAX)
 
-    async def upgrade(self, *flags: str) -> None:
-        """Start a second process that takes over; the first leaves by itself, and is not missed."""
+    async def upgrade(self) -> None:
+        """Start a second process, which takes over; the first leaves, and is not missed."""
         if self._successor is not None and self._successor.returncode is None:
             self._told(f"an upgrade of the {self.command.name} is under way already")
             return
-        self._successor = process = await self._start(flags)
+        self._successor = process = await self._start()
         await process.wait()
         if process is self._successor:
             self._told(
@@ -130,11 +130,11 @@ class Service:
             self.signal(signal.SIGTERM)
         return self.process
 
-    async def _start(self, flags: Sequence[str] = ()) -> asyncio.subprocess.Process:
+    async def _start(self) -> asyncio.subprocess.Process:
         log_fd = open_log(self.command.log_path)
         try:
             return await asyncio.create_subprocess_exec(
-                *(*self.command.argv, *flags),
+                *self.command.argv,
                 env=self.command.env,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log_fd,

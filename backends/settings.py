@@ -10,7 +10,7 @@ import msgspec
 
 from backends.offline.setting import exposed, unreadable
 from backends.spec import pool_specs
-from backends.tracing import check_endpoint
+from backends.tracing import check_endpoint, missing_exporter
 from backends.up_plan import Plan, keyed
 from proxy.config import (
     EMBEDDED_DEFAULT,
@@ -99,6 +99,8 @@ def plan_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Plan:
     proxy = override(config.proxy, environment_values(environ), ENVIRONMENT_PREFIX + "{env}")
     proxy = override(proxy, flags, "--{flag}")
     check_endpoint(proxy)
+    if missing := missing_exporter(proxy, environ):
+        raise ConfigError(missing)  # before replicas have been started for a proxy that cannot be
     manager = manager_settings(config.manager, given, environ)
     offline = offline_settings(config.offline, given, environ)
     if manager.port == 0 and offline.port == OfflineConfig().port:

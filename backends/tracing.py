@@ -29,12 +29,21 @@ def check_endpoint(proxy: ProxyConfig) -> None:
             raise ConfigError(f"otlp_traces_endpoint: {error}") from error
 
 
+def missing_exporter(proxy: ProxyConfig, environment: Mapping[str, str]) -> str:
+    """Return what has to be installed before a proxy with these settings starts; mostly empty."""
+    return missing_library() if _are_on(proxy, environment) else ""
+
+
+def _are_on(proxy: ProxyConfig, environment: Mapping[str, str]) -> bool:
+    told = proxy.enable_trace or proxy.otlp_traces_endpoint is not None
+    return told and not switched_off(environment)
+
+
 @contextmanager
 def open_moves(config: Config, environment: Mapping[str, str], log: Log) -> Iterator[Follows]:
     """Give what is told of replicas' moves, and send what waits at the end."""
     proxy = config.proxy
-    on = proxy.enable_trace or proxy.otlp_traces_endpoint is not None
-    if not on or switched_off(environment):
+    if not _are_on(proxy, environment):
         yield Nobody()
         return
     if missing := missing_library():

@@ -283,12 +283,10 @@ class Up:
         """Replace the proxy by a new process, as its code is installed now, losing no request."""
         if self._stop.is_set():
             return
-        path = upgrade_socket(self._plan)
-        if path is None:
+        if upgrade_socket(self._plan) is None:
             self._say("no upgrade: the path of the run folder is too long for a unix socket")
         else:
-            work = self._proxy.upgrade("--takeover", path)
-            self._chores.append(spawn(work, "upgrade", self._log))
+            self._chores.append(spawn(self._proxy.upgrade(), "upgrade", self._log))
 
     def _note(self, name: str, pid: int) -> None:
         """Leave a note for the next `up`, should this one be killed."""

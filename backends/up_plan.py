@@ -177,8 +177,11 @@ def services(plan: Plan, environ: Mapping[str, str]) -> Commands:
         "run_dir": plan.manager.run_dir,
     }
     plain = {k: v for k, v in plan.proxy_flags.items() if k not in SECRETS}
+    # From whoever serves there: who was upgraded behind our back has left a successor.
+    takes_over: tuple[str, ...] = ()
     if (path := upgrade_socket(plan)) is not None:
         plain["upgrade_socket"] = path
+        takes_over = ("--takeover",)
     secrets = {f"DOHERTY_{k.upper()}": str(v) for k, v in plan.proxy_flags.items() if k in SECRETS}
     # Where the desk is, for the manager as well: it starts the workers that ask there.
     told = {"DOHERTY_OFFLINE_PORT": str(plan.offline.port)} if plan.serves_jobs else {}
@@ -208,7 +211,7 @@ def services(plan: Plan, environ: Mapping[str, str]) -> Commands:
         "proxy",
         (
             *(sys.executable, "-m", "proxy", *config),
-            *("--manager-url", plan.manager_url, *flags_of(plain)),
+            *("--manager-url", plan.manager_url, *flags_of(plain), *takes_over),
         ),
         environment(environ, secrets),
         plan.logs / "proxy.log",

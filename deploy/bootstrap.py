@@ -42,21 +42,14 @@ CORE_BRANCH_PERCENT_MIN = 95.0
 SLOTS = 3  # parts of the test run at a time: half of what each takes is waiting for processes
 # Where the core's branches are counted: counting costs three times what the tests themselves do, so
 # it is done where it is judged. The files of tests/io are those that reach the rest of the core.
-MEASURED = (
-    "tests/core",
-    "tests/fuzz",
-    *(
-        f"tests/io/test_{name}.py"
-        for name in (
-            *("abroad", "choice", "explain", "fair", "hops", "kv_events", "metering"),
-            "preemption",
-        )
-    ),
-)
+WITH_CORE = ("abroad", "choice", "explain", "fair", "hops", "kv_events", "metering", "preemption")
+MEASURED = ("tests/core", "tests/fuzz", *(f"tests/io/test_{name}.py" for name in WITH_CORE))
+# Builds an image of the sources, which is mostly waiting: beside the translation, not after it.
+COMPOSE = ("tests/deploy/test_compose.py",)
 # What runs beside each other; the longest first, so that the last to end are short.
 TOGETHER = (
+    COMPOSE,
     ("tests/faults", "tests/contract"),
-    ("tests/deploy/test_compose.py",),  # builds an image, which is mostly waiting
     ("tests/backends",),
     ("tests/io",),
     ("tests/loadtest", "tests/deploy", "tests/bench_core"),
@@ -120,7 +113,7 @@ def ensure(extras: Iterable[str]) -> None:
     if stamp.get("project") == wanted and everything == stamp.get("extras"):
         return
     target = f"{ROOT}[{','.join(everything)}]" if everything else str(ROOT)
-    print(f"installing the project into {VENV} (once) ...", flush=True)
+    print(f"installing the project into {VENV} (once; a minute, for tests some) ...", flush=True)
     status = subprocess.run(
         [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", target],
         cwd=ROOT,
@@ -177,7 +170,7 @@ def make_venv() -> None:
 
 def up(argv: Sequence[str]) -> int:
     """Become `doherty up`: signals and the exit status are its own."""
-    ensure(("loadtest",))
+    ensure(("loadtest", "top"))
     sys.stdout.flush()
     os.execv(BIN / "doherty", ["doherty", "up", *argv])  # returns only by raising
 
@@ -303,8 +296,8 @@ class Part:
 def test_parts(folder: Path) -> list[Part]:
     """Return all of the tests, each in one part, the longest first.
 
-    The data path is translated first, so that every test of a process meets what is run in earnest;
-    the core's own tests are run over the translation, too.
+    The data path is translated first, so that every test of a process meets what is run in earnest
+    (but in containers); the core's own tests are run over the translation, too.
     """
     measure = (str(BIN / "coverage"), "run", "-m", "pytest")
     counted = {"COVERAGE_FILE": str(folder / "coverage")}
@@ -316,7 +309,8 @@ def test_parts(folder: Path) -> list[Part]:
     for paths in TOGETHER:
         inner = [path for path in named if path.startswith(tuple(f"{each}/" for each in paths))]
         options = (*paths, *(f"--ignore={path}" for path in inner))
-        parts.append(pytest_part(folder, paths[0].replace("/", "."), options, after=after))
+        name, then = paths[0].replace("/", "."), "" if paths == COMPOSE else after
+        parts.append(pytest_part(folder, name, options, after=then))
     if made:
         options = ("-q", "-o", "pythonpath=", "tests/core", "tests/fuzz")
         parts.append(pytest_part(folder, "translated", options, env=over_translation, after=after))
@@ -436,10 +430,10 @@ def show_skipped(folder: Path) -> None:
     reports = sorted(folder.glob("*.xml"))
     if not reports:
         return
-    skipped = [case for report in reports for case in second_try.skipped_tests(report)]
-    print(f"\n=== skipped tests: {len(skipped)} ===")
-    for name, reason in skipped:
-        print(f"{name}: {reason}")
+    skipped = [line for report in reports for line in second_try.skipped_tests(report)]
+    print(f"\n=== skipped tests: {sum(times for *_, times in skipped)} ===")
+    for name, reason, times in skipped:
+        print(f"{name}{f' ({times} cases)' if times > 1 else ''}: {reason}")
     passed = second_try.passed_alone(folder, ROOT)
     if passed:
         print(f"\n=== failed beside others, passed alone: {len(passed)} ===")

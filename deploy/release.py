@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import importlib.metadata
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -34,6 +36,7 @@ import release_checks  # noqa: E402
 from release_checks import ReleaseError  # noqa: E402
 
 OTHERWISE = {"TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "LC_ALL": "C"}
+PYTHON = platform.python_version()
 SHIPPED_EXTRAS = (
     "docker",
     "jwt",
@@ -78,6 +81,7 @@ def release(out: Path, *, draft: bool) -> None:
         made.append(bill_of_materials(made[0], materials, Path(name, "installed"), epoch_s))
     sums = "".join(f"{sha256(path)}  {path.name}\n" for path in made)
     (out / "SHA256SUMS").write_text(sums)
+    print(f"built with setuptools {importlib.metadata.version('setuptools')}, Python {PYTHON}")
     for path in made:
         print(f"{sha256(path)}  {path.stat().st_size / 1024:6.0f} KiB  {path}")
 
@@ -148,16 +152,8 @@ def build_otherwise(folder: Path, epoch_s: int) -> tuple[Path, Path]:
 
 
 def run_build(kind: str, source: Path, out: Path, env: Mapping[str, str]) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        f"--{kind}",
-        "--no-isolation",
-        "--outdir",
-        str(out),
-        str(source),
-    ]
+    words = ("-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(out), str(source))
+    command = [sys.executable, *words]
     done = subprocess.run(
         command, env=env, umask=0o022, capture_output=True, text=True, check=False
     )
@@ -192,12 +188,12 @@ def bill_of_materials(wheel: Path, target: Path, folder: Path, epoch_s: int) -> 
     """Write what an installation of `wheel` holds now, as CycloneDX."""
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    to_file = ["--output-reproducible", "--output-format", "JSON", "--output-file", target]
-    of_project = ["--pyproject", ROOT / "pyproject.toml"]
+    as_json = ["--output-reproducible", "--output-format", "JSON"]
+    of_project: list[str | Path] = ["--pyproject", ROOT / "pyproject.toml", "--output-file", target]
     commands: tuple[list[str | Path], ...] = (
         [sys.executable, "-m", "venv", "--without-pip", folder],
         [*pip, "--python", python, "install", f"{wheel}[{','.join(SHIPPED_EXTRAS)}]"],
-        [sys.executable, "-m", "cyclonedx_py", "environment", *of_project, *to_file, python],
+        [sys.executable, "-m", "cyclonedx_py", "environment", *as_json, *of_project, python],
     )
     for command in commands:
         env = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch_s)}

@@ -7,8 +7,13 @@
 # its listening sockets (`doherty proxy --takeover`); only then does the old one leave, and it finishes what it has. If the
 # new one does not come up, the old one goes on as if nobody had come. DOHERTY_ROLL_WAIT: seconds to wait for the old one's
 # end (3700, which is more than upgrade_grace_period_secs); beyond it, it is left to end by itself.
+#
+# Cut off before the new one has taken over, it takes the new one away again; after that, the old one ends by itself, and the
+# next roll removes it. Two at once would each undo what the other does, so the second is refused, where there is flock(1).
 set -eu
 service=${1:-proxy}
+exec 9<"$0"
+! command -v flock >/dev/null || flock --nonblock 9 || { echo "another $0 is under way" >&2; exit 1; }
 compose() { docker compose --file "$(dirname "$0")/compose.yaml" "$@"; }
 state() { docker inspect --format '{{.State.Status}}' "$1" 2>/dev/null || echo gone; }
 waited=0
@@ -20,20 +25,35 @@ case $(echo "$old" | wc -w) in
     0) echo "no container of $service runs: docker compose up --detach $service starts one" >&2; exit 1 ;;
     *) echo "several containers of $service run; a roll is under way, or one was cut off: docker ps" >&2; exit 1 ;;
 esac
-# Else Docker would start the old one again when it has left.
-docker update --restart=no "$old" >/dev/null
+# What former rolls left ended: Compose would start that again, as it was, in place of a new one.
+ended=$(compose ps --quiet --all --status exited --status dead "$service")
+[ -z "$ended" ] || docker rm $ended >/dev/null
+new=
+took_over() { [ -n "$new" ] && docker logs "$new" 2>&1 | grep -q 'took over from the proxy that ran before'; }
+find_new() { [ -n "$new" ] || new=$(compose ps --quiet --all "$service" | grep -v "$old") || true; }
 undo() {
+    trap '' HUP INT TERM
+    find_new
+    [ -z "$new" ] || docker rm --force "$new" >/dev/null
     docker update --restart=unless-stopped "$old" >/dev/null
     echo "$1; the old one serves on" >&2
     exit 1
 }
+cut_off() {
+    find_new
+    ! took_over || { echo "cut off; the new one serves, the old one ends by itself" >&2; exit 1; }
+    undo "cut off"
+}
+trap cut_off HUP INT TERM
+# Else Docker would start the old one again when it has left.
+docker update --restart=no "$old" >/dev/null
 compose up --detach --no-deps --no-recreate --scale "$service=2" "$service" >&2 || undo "the new one was not started"
-new=$(compose ps --quiet --all "$service" | grep -v "$old") || undo "the new one was not made"
-until docker logs "$new" 2>&1 | grep -q 'took over from the proxy that ran before'; do
+find_new
+[ -n "$new" ] || undo "the new one was not made"
+until took_over; do
     pause
     if [ "$(state "$new")" != running ] || [ $waited -gt 240 ]; then
         docker logs --tail 20 "$new" >&2 || true
-        docker rm --force "$new" >/dev/null
         undo "the new one did not take over"
     fi
 done

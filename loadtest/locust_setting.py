@@ -19,6 +19,10 @@ from loadtest.locust_answers import error_code
 
 SHAPES = ("steady", "burst", "steps", "day")
 PROBE_TIMEOUT_S = 10.0
+_MORE_THAN_0 = (
+    *("prompt_tokens", "output_tokens", "turns", "batch_lines", "steps", "day_s"),
+    *("burst_factor", "timeout_s"),
+)
 DAY_LOW = 0.1  # users at night, as a share of those at noon
 
 _log = logging.getLogger(__name__)
@@ -76,9 +80,11 @@ def complaint(options: Namespace) -> str:
     """Return what is wrong with the options, in a line; empty when nothing is."""
     if not 0 <= options.shared_prefix <= 1:
         return f"--shared-prefix {options.shared_prefix:g}: expected a share, 0 to 1"
-    for name in ("prompt_tokens", "output_tokens", "turns", "batch_lines", "steps", "day_s"):
-        if getattr(options, name) <= 0:
+    for name in _MORE_THAN_0:
+        if not 0 < getattr(options, name) < math.inf:  # NaN is neither
             return f"--{name.replace('_', '-')} {getattr(options, name):g}: expected more than 0"
+    if not 0 <= options.think_s < math.inf:
+        return f"--think-s {options.think_s:g}: expected 0 or more"
     if not 0 < options.burst_s <= options.burst_every_s:
         return f"--burst-s {options.burst_s:g}: expected at most --burst-every-s, and more than 0"
     if not options.stream and (
@@ -100,6 +106,8 @@ def key_headers(options: Namespace) -> dict[str, str]:
 def first_model(host: str, options: Namespace) -> str:
     """Ask the server for its models. Raises `ValueError` with one line that says what is wrong."""
     url = f"{base_of(host)}/v1/models"
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"--host {host}: expected a URL such as http://127.0.0.1:8000")
     try:
         asked = Request(url, headers=key_headers(options))  # noqa: S310 - the user's own URL
         with urlopen(asked, timeout=PROBE_TIMEOUT_S) as answer:  # noqa: S310

@@ -32,9 +32,7 @@ def check(path: str) -> None:
     try:
         import matplotlib  # noqa: F401, PLC0415 - an extra, and slow to import
     except ImportError as error:
-        raise PlotError(
-            "--plot needs matplotlib: .venv/bin/pip install -e '.[loadtest]'"
-        ) from error
+        raise PlotError("--plot needs matplotlib: pip install 'doherty[loadtest]'") from error
 
 
 def draw(series: dict[str, list[Run]], title: str, path: str) -> None:

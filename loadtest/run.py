@@ -146,7 +146,7 @@ def make_progress(total: int, label: str, *, quiet: bool) -> Progress:
     try:
         return BarProgress(total, label)
     except ImportError:
-        print("no progress bar: .venv/bin/pip install -e '.[loadtest]' for it", file=sys.stderr)
+        print("no progress bar: pip install 'doherty[loadtest]' for it", file=sys.stderr)
         return NoProgress()
 
 

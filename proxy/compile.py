@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from proxy.contract.extras import install_command
+
 PACKAGE: Final = Path(__file__).resolve().parent
 FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sources run
 # What a request passes through. The rest runs when somebody asks, or once.
@@ -144,7 +146,7 @@ def _check_tools() -> None:
         if subprocess.run(  # noqa: S603 - our own command
             [sys.executable, "-c", f"import {module}"], capture_output=True, check=False
         ).returncode:
-            raise CompileError(f"{package} is missing: pip install 'doherty[compile]'")
+            raise CompileError(f"{package} is missing: {install_command('compile')}")
 
 
 def _tail(made: subprocess.CompletedProcess[str]) -> str:

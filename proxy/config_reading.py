@@ -14,7 +14,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from proxy.yaml_marks import explain, repeated_key
+from proxy.yaml_marks import explain, repeated_key, with_choices
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 PositiveInt = Annotated[int, Meta(ge=1)]
@@ -99,7 +99,7 @@ def laid_over(base: SectionT, values: Mapping[str, Any], source: str) -> Section
     except msgspec.ValidationError as error:
         match = re.search(r"at `\$\.(\w+)", str(error))
         key = match[1] if match else ""
-        problem = str(error).split(" - at ")[0]
+        problem = with_choices(str(error).split(" - at ")[0], get_type_hints(type(base)).get(key))
         raise ConfigError(
             f"{source.format(flag=key.replace('_', '-'), env=key.upper())}: {problem}"
         ) from error

@@ -10,6 +10,7 @@ and the router of vLLM's production stack; deploy/guides/migrate.md has them as 
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 _PRICED = "a replica's price in seconds has nothing to set (deploy/guides/routing.md); leave it out"
 _NO_SPLIT = "prefill and decode are not served apart here; name whole replicas in --worker-urls"
@@ -46,7 +47,7 @@ REMARKS: tuple[tuple[str, str], ...] = (
     ),
     (
         r"cache-(threshold|match-threshold|boundaries|index|ttl-secs)|balance-.*|overlap-decay"
-        r"|eviction-interval-secs|max-tree-size|max-idle-secs|bucket-adjust-interval-secs"
+        r"|eviction-interval(-secs)?|max-tree-size|max-idle-secs|bucket-adjust-interval-secs"
         r"|spill-.*|least-load-.*|power-of-two-.*|prefix-(hash|token)-.*|selection-.*|block-size"
         r"|router-temperature|kv-penalty-.*|kv-index|load-monitor-interval|disable-load-monitoring"
         r"|worker-overload-.*|disable-worker-overload-protection|overload-.*",
@@ -74,6 +75,9 @@ REMARKS: tuple[tuple[str, str], ...] = (
         r"service-discovery.*|selector|router-selector|model-id-from|k8s-.*|discovery-.*",
         _NO_CLUSTER,
     ),
+    ("verbose", "use --log-level debug"),
+    ("log-format", "use --log-json, or leave it out"),
+    ("max-instance-failover-reroute-attempts", "use --retry-max-retries"),
     ("static-backends", "name them in --worker-urls, with blanks in place of commas"),
     (
         r"static-.*|model-alias",
@@ -125,14 +129,25 @@ REMARKS: tuple[tuple[str, str], ...] = (
     (
         r"cors-allowed-origins|mcp-.*|(enable-)?wasm.*|.*program-scheduling.*|callbacks"
         r"|request-rewriter|feature-gates|sentry-.*|enable-rl|rl-.*|rdma-.*|zmq-.*|jemalloc-.*|log-mm-.*"
-        r"|router-disable-arg-fallback|log-stats.*|request-stats-window|lmcache-.*",
+        r"|router-disable-arg-fallback|external-providers-config|semantic-cache-.*|log-stats.*|request-stats-window|lmcache-.*",
         "there is nothing of the kind here; leave it out",
     ),
 )
 
 
-def remark(flag: str) -> str | None:
-    """Return what to say to whoever brings `--flag`; None if no router that we know has it."""
+def remark(flag: str, ours: Container[str] = ()) -> str | None:
+    """Return what to say to whoever brings `--flag`; None if no router that we know has it.
+
+    `ours` are our own flags. A command that starts sglang-router together with engines
+    (`sglang_router.launch_server`) has its flags with `router-` before them.
+    """
     name = flag.removeprefix("--").partition("=")[0]
-    found = (words for pattern, words in REMARKS if re.fullmatch(pattern, name))
+    bare = name.removeprefix("router-")
+    if bare != name and f"--{bare}" in ours:
+        return f"use --{bare}"
+    found = (
+        words
+        for pattern, words in REMARKS
+        if re.fullmatch(pattern, name) or re.fullmatch(pattern, bare)
+    )
     return next(found, None)

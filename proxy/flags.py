@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
@@ -126,15 +126,29 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
     parser = argparse.ArgumentParser(prog="doherty proxy")
     add_all(parser)
     known, unknown = parser.parse_known_args(list(argv))
-    for flag in unknown:
-        words = remark(flag)
-        if words is not None:
-            raise ConfigError(f"{flag.partition('=')[0]} is another router's: {words}")
+    ours = {"--" + name.replace("_", "-") for name, _, _ in describe_fields(ProxyConfig)}
+    if foreign := _foreign(unknown, ours):
+        raise ConfigError(foreign)
     refuse(parser, argv, unknown)
     given = vars(known)
     path = given.pop("config") or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
     takeover = given.pop("takeover")
     return Invocation(tuple(argv), environment, path or None, takeover, given)
+
+
+def _foreign(unknown: Sequence[str], ours: Container[str]) -> str:
+    """Return what to say of flags that other routers have, of all at once; empty if there is none.
+
+    Whoever moves a command line over mends it in one go, not by one start for each flag.
+    """
+    by_words: dict[str, list[str]] = {}
+    for flag in unknown:
+        if words := remark(flag, ours):
+            by_words.setdefault(words, []).append(flag.partition("=")[0])
+    return "; ".join(
+        f"{', '.join(flags)} {'is' if len(flags) == 1 else 'are'} another router's: {words}"
+        for words, flags in by_words.items()
+    )
 
 
 def environment_values(environment: Mapping[str, str]) -> dict[str, Any]:

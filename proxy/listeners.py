@@ -42,13 +42,19 @@ class Listeners(msgspec.Struct):
 
 
 def given_by_systemd(environ: Mapping[str, str]) -> Listeners | None:
-    """Return the sockets of a socket unit: those named `admin` for that, the others for clients."""
+    """Return the sockets of a socket unit: those named `admin` for that, the others for clients.
+
+    Raises `StartError`.
+    """
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return None
     names = environ.get("LISTEN_FDNAMES", "").split(":")
     given = Listeners([], [])
-    for index in range(int(environ.get("LISTEN_FDS", "0"))):
-        listener = socket.socket(fileno=SYSTEMD_FIRST_FD + index)
+    count = environ.get("LISTEN_FDS", "0")
+    if not (count.isascii() and count.isdecimal()):
+        raise StartError(f"LISTEN_FDS={count!r} is no number; systemd sets it, or nobody")
+    for index in range(int(count)):
+        listener = _given(SYSTEMD_FIRST_FD + index)
         listener.set_inheritable(False)
         if listener.family != socket.AF_UNIX:
             _notice_slow_readers(listener)
@@ -57,6 +63,21 @@ def given_by_systemd(environ: Mapping[str, str]) -> Listeners | None:
     kinds = ((PUBLIC, given.public), (ADMIN, given.admin))
     given.pinned = frozenset(kind for kind, listeners in kinds if listeners)
     return given
+
+
+def _given(descriptor: int) -> socket.socket:
+    try:
+        given = socket.socket(fileno=descriptor)
+        listens = given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise StartError(_not_listening(descriptor, error.strerror or str(error))) from error
+    if given.type != socket.SOCK_STREAM or not listens:
+        raise StartError(_not_listening(descriptor, "ListenStream= and Accept=no make one"))
+    return given
+
+
+def _not_listening(descriptor: int, why: str) -> str:
+    return f"LISTEN_FDS: descriptor {descriptor} is no listening stream socket: {why}"
 
 
 def arrange(config: ProxyConfig, found: Listeners | None) -> Listeners:
@@ -112,7 +133,7 @@ def open_listeners(
             listener.bind((host, port))
             listeners.append(listener)
     except OSError as error:
-        raise StartError(port_problem("proxy", where, error)) from error
+        raise StartError(port_problem("proxy", where, "--port", error)) from error
     return listeners
 
 
@@ -139,13 +160,13 @@ def open_admin(host: str, port: int) -> list[socket.socket]:
             listener.listen(128)
     except OSError as error:
         where = f"{host}:{port}"
-        raise StartError(port_problem("admin listener", where, error)) from error
+        raise StartError(port_problem("admin listener", where, "--admin-port", error)) from error
     return listeners
 
 
-def port_problem(what: str, where: str, error: OSError) -> str:
+def port_problem(what: str, where: str, flag: str, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"{what}: {where} is in use; stop what listens there or choose another port"
+        return f"{what}: {where} is in use; stop what listens there or choose another with {flag}"
     return f"{what}: cannot listen on {where}: {error.strerror or error}"
 
 

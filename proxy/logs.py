@@ -1,4 +1,9 @@
-"""Events on standard error, one line each: time, level, where, what; or the same as JSON."""
+"""Events on standard error, one line each: time, level, where, what; or the same as JSON.
+
+Names in a message are what managers, engines and clients chose. A line end in one would begin a
+line that nobody wrote, and a terminal would carry out an escape sequence: both are written as in a
+literal of Python.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,19 @@ from datetime import UTC, datetime
 
 import orjson
 from typing_extensions import override
+
+
+class _Lines(logging.Formatter):
+    """One line for a message; a trace of a fault follows in lines of its own."""
+
+    @override
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if not record.message.isprintable():
+            record.message = "".join(
+                letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+                for letter in record.message
+            )
+        return super().formatMessage(record)
 
 
 class _JsonLines(logging.Formatter):
@@ -28,11 +46,7 @@ class _JsonLines(logging.Formatter):
 
 
 def set_up_logging(level: str, *, as_json: bool = False) -> None:
-    logging.basicConfig(
-        level=level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s[%(process)d] %(message)s",
-        force=True,
-    )
-    if as_json:
-        logging.getLogger().handlers[0].setFormatter(_JsonLines())
+    logging.basicConfig(level=level.upper(), force=True)
+    form = _Lines("%(asctime)s %(levelname)s %(name)s[%(process)d] %(message)s")
+    logging.getLogger().handlers[0].setFormatter(_JsonLines() if as_json else form)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)

@@ -8,8 +8,9 @@ credentials come.
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Mapping
-from pathlib import Path
 
 from proxy.config_reading import ConfigError
 
@@ -38,7 +39,11 @@ def is_secret(field: str) -> bool:
 
 def _content(name: str, path: str) -> str:
     try:
-        with Path(path).open("rb") as file:
+        # Without waiting for whoever writes a FIFO: nobody may, and the proxy would never start.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                # What is read once is gone at the next reload.
+                raise ConfigError(f"{name}: {path} is no regular file; write the secret into one")
             text = file.read(SECRET_BYTES_MAX + 1).decode().rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name}: {path} cannot be read: {error}") from error

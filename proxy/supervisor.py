@@ -248,7 +248,8 @@ class Supervisor:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            systemd.alive()
+            if not self._relieved:  # else it would hide that the successor hangs
+                systemd.alive()
             if settings.fingerprint(self._invocation.path, self._config) != self._fingerprint:
                 self._reload(ordered=False)
 

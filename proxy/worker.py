@@ -77,7 +77,7 @@ class Worker:
         plane.make_room()
         _share(plane, start)
         plane.metering.change_log(usage_log)
-        plane.tracer = tracer_of(start.config, os.environ)
+        plane.tracer = tracer_of(start.config, os.environ, plane.span_counts)
         plane.noting.connect(self._channel)
         plane.authentication.on_unknown_key = partial(self._channel.send, control.JwtKeysWanted())
         plane.outbox.on = True
@@ -209,7 +209,8 @@ class Worker:
             return
         set_up_logging(config.log_level, as_json=config.log_json)
         plane.metering.know_rows(rows)
-        tracer, plane.tracer = plane.tracer, tracer_of(config, os.environ, plane.tracer)
+        tracer = plane.tracer
+        plane.tracer = tracer_of(config, os.environ, plane.span_counts)
         before = plane.reconfigure(config, access_log), plane.metering.change_log(usage_log)
         await asyncio.to_thread(close_all, before)  # they write what waits; it may take a moment
         await asyncio.to_thread(close_tracer, tracer)

@@ -55,9 +55,7 @@ def explain(problem: str, root: yaml.Node | None, top: type[msgspec.Struct]) -> 
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(known)}"
         text = f"unknown key '{key}'; {hint}"
-    choices = _choices(annotation) if text.startswith("Invalid enum value") else []
-    if choices:
-        text = f"{text}; use one of {', '.join(choices)}"
+    text = with_choices(text, annotation)
     line = node.start_mark.line + 1 if node else 1
     where = ".".join(name or f"[{index}]" for name, index in steps).replace(".[", "[")
     return line, f"{where + ': ' if where else ''}{text}"
@@ -89,6 +87,12 @@ def _declared(section: Any) -> dict[str, Any]:
         return {}
     hints = get_type_hints(section)
     return {field.encode_name: hints[field.name] for field in msgspec.structs.fields(section)}
+
+
+def with_choices(problem: str, annotation: Any) -> str:
+    """Return what is wrong with a word, with those that it may be."""
+    choices = _choices(annotation) if problem.startswith("Invalid enum value") else []
+    return f"{problem}; use one of {', '.join(choices)}" if choices else problem
 
 
 def _choices(annotation: Any) -> list[str]:

@@ -11,8 +11,12 @@ from collections.abc import Iterable
 
 from backends.completion.tree import Flag, Kind, Node, Value, nodes
 
-# Of a table of the running manager's: the first column is the name; lines of words follow it.
-_FIRST_COLUMN = """awk 'NR > 1 && $1 !~ /:$/ && $2 != "waits:" { print $1 }'"""
+# Of a table of the running manager's: the first column is the name; lines of words follow it. Names
+# that a shell would read something into are left out: bash's compgen expands what it is given.
+_FIRST_COLUMN = (
+    "awk 'NR > 1 && $1 ~ /^[A-Za-z0-9][A-Za-z0-9._@+:\\/-]*$/ && $1 !~ /:$/ "
+    """&& $2 != "waits:" { print $1 }'"""
+)
 _NAMES = {
     Kind.REPLICA: f"doherty status 2>/dev/null | {_FIRST_COLUMN}",
     Kind.POOL: f"doherty scale 2>/dev/null | {_FIRST_COLUMN}",

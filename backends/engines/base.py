@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from backends.engines.facts import Facts
 from backends.engines.release import UNKNOWN_RELEASE, Release
 from backends.spec import ReplicaSpec
 from proxy.contract import LoadSample
+from proxy.contract.extras import install_command
 
 HOST = "127.0.0.1"  # engines listen where only this machine can reach them
 EVERYWHERE = "0.0.0.0"  # noqa: S104  # all addresses of a network of its own, or of another machine
@@ -253,18 +253,10 @@ def resolve_program(argv: Sequence[str], extra: str) -> tuple[str, ...]:
         found = shutil.which(program, path=str(Path(sys.executable).parent))
         found = found or shutil.which(program)
     if found is None:
-        remedy = f"; install it with: {_install(extra)}" if extra else ""
+        remedy = f"; install it with: {install_command(extra)}" if extra else ""
         remedy += ", or name a Python that has it in DOHERTY_ENGINE_PYTHON" if extra else ""
         raise EngineMissingError(f"program '{program}' was not found{remedy}")
     return (found, *argv[1:])
-
-
-def _install(extra: str) -> str:
-    """Return the command that installs an engine beside us, from whatever folder it is called."""
-    checkout = Path(__file__).resolve().parents[2]
-    is_one = (checkout / "pyproject.toml").is_file()
-    what = ("-e", f"{checkout}[{extra}]") if is_one else (f"doherty[{extra}]",)
-    return shlex.join((sys.executable, "-m", "pip", "install", *what))
 
 
 def option(args: Sequence[str], *flags: str) -> str | None:

@@ -10,6 +10,7 @@ from backends.keys.changes import IN_FORCE, state_of
 from backends.keys.place import KEYS_VARIABLE
 from proxy.config import ENVIRONMENT_PREFIX, Config, ConfigError
 from proxy.config_policy import flaws_of, shared_key
+from proxy.contract.extras import install_command
 from proxy.contract.key_file import KeyFileError, read_key_file
 
 SOON_S = 14 * 86_400.0
@@ -27,7 +28,7 @@ def _lacking(config: Config, environ: Mapping[str, str]) -> list[str]:
     if config.manager.keys_listen and not peer_key:
         lacking.append("manager.keys_listen: set proxy.peer_key, the same in all regions")
     if config.jwt is not None and not all(map(find_spec, ("jwt", "cryptography"))):
-        lacking.append("jwt: tokens are verified by PyJWT; install it: pip install 'doherty[jwt]'")
+        lacking.append(f"jwt: tokens are verified by PyJWT; install it: {install_command('jwt')}")
     return lacking
 
 

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from backends.offline.database import Bell, Database, Row, Transaction, Value
 from backends.offline.records import FullError, StoreError, UnavailableError
+from proxy.contract.extras import install_command
 
 _CONNECTIONS_MAX = 8
 _STATEMENT_S_MAX = 60.0
@@ -72,7 +73,7 @@ class Postgres(Database):
             driver: Any = importlib.import_module("asyncpg")
         except ImportError:
             raise StoreError(
-                "a PostgreSQL store needs the package asyncpg: pip install 'doherty[postgres]'"
+                f"a PostgreSQL store needs the package asyncpg: {install_command('postgres')}"
             ) from None
         try:
             with _told(driver):

@@ -23,6 +23,7 @@ from backends.providers.base import Provider
 from backends.providers.process import ProcessProvider
 from backends.providers.ray import RayProvider, ray_provider
 from proxy.config import Config, ManagerConfig
+from proxy.contract.extras import install_command
 
 
 @asynccontextmanager
@@ -42,7 +43,7 @@ async def open_provider(config: Config, journal: Journal, log: Log) -> AsyncIter
     except ModuleNotFoundError as error:
         raise StartError(
             f"provider docker needs the Python package {error.name}; "
-            "install it with: pip install 'doherty[docker]'"
+            f"install it with: {install_command('docker')}"
         ) from error
     async with docker_provider(settings.docker, run_folder, journal, log) as provider:
         yield provider

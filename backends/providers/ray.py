@@ -59,6 +59,7 @@ from backends.providers.ray_words import (
 from backends.spec import ReplicaSpec
 from backends.tasks import cancel_all, spawn
 from proxy.config import RayConfig
+from proxy.contract.extras import install_command
 
 ANSWER_S_MAX = 60.0  # Ray's own patience with a head that does not answer is half of it
 # The head starts a server for each client of a `ray://` address, and gives the first one 30 s.
@@ -400,7 +401,7 @@ async def ray_provider(
     """Yield a provider that has reached its cluster. Raises `StartError`."""
     if find_spec("ray") is None:
         raise StartError(
-            "provider ray needs the Python package ray; install it with: pip install 'doherty[ray]'"
+            "provider ray needs the Python package ray; install it with: " + install_command("ray")
         )
     if config.auth == "token" and not os.environ.get(TOKEN_VARIABLE):
         raise StartError(f"manager.ray.auth is token; set {TOKEN_VARIABLE} in the environment")

@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from backends.failure import StartError
+from backends.printing import plain_json
 from backends.top.feed import Admin, FeedError, check_url
 from backends.top.flags import KEY_VARIABLE
 from proxy.config import ConfigError
+from proxy.contract.extras import install_command
 from proxy.contract.view import View, encode_view
 from proxy.secret_files import variable
 
 KEY_BYTES_MAX = 4096
-NEEDS_TEXTUAL = "`doherty top` on a screen needs Textual: pip install 'doherty[top]' (or --once)"
+NEEDS_TEXTUAL = f"`doherty top` on a screen needs Textual: {install_command('top')} (or --once)"
 
 
 def top(options: argparse.Namespace, environ: Mapping[str, str]) -> str | None:
@@ -28,7 +30,7 @@ def top(options: argparse.Namespace, environ: Mapping[str, str]) -> str | None:
     url = check_url(options.url)
     key = admin_key(options.api_key_file, environ)
     if options.json:
-        return encode_view(_fetched(url, key)).decode()
+        return plain_json(encode_view(_fetched(url, key)).decode())
     if options.once or not _on_a_terminal():
         from backends.top.plain import as_text  # noqa: PLC0415  # not needed by the screen
 

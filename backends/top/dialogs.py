@@ -1,4 +1,7 @@
-"""What comes over the screen: text to read, a question to answer, a line to write."""
+"""What comes over the screen: text to read, a question to answer, a line to write.
+
+Names in them are whatever others chose, so nothing is markup and nothing moves the cursor.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from textual.containers import Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 from typing_extensions import override
+
+from backends.printing import plain
+from backends.top.words import printable
 
 WIDTH_MAX = 110
 _CSS = """
@@ -55,9 +61,9 @@ class Reading(ModalScreen[None]):
     @override
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="box") as box:
-            box.border_title = self._title.replace("[", r"\[")
+            box.border_title = printable(self._title).replace("[", r"\[")
             box.border_subtitle = "Esc closes"
-            yield Static(self._text, markup=False)
+            yield Static(plain(self._text), markup=False)
 
     def action_leave(self) -> None:
         _ = self.dismiss(None)
@@ -82,7 +88,7 @@ class Asking(ModalScreen[bool]):
     @override
     def compose(self) -> ComposeResult:
         with Vertical(classes="box"):
-            yield Static(f"{self._question}\n\ny: yes    n: no", markup=False)
+            yield Static(f"{plain(self._question)}\n\ny: yes    n: no", markup=False)
 
     def action_answer(self, answer: bool) -> None:
         _ = self.dismiss(answer)
@@ -102,7 +108,7 @@ class Writing(ModalScreen[str | None]):
     @override
     def compose(self) -> ComposeResult:
         with Vertical(classes="box"):
-            yield Static(self._question, markup=False)
+            yield Static(plain(self._question), markup=False)
             yield Input(value=self._begun, compact=True)
 
     def on_mount(self) -> None:

@@ -18,6 +18,7 @@ import msgspec
 
 from backends.failure import StartError
 from backends.top.events import Events, EventTooLongError
+from proxy.contract.bodies import TooLongError, whole_body
 from proxy.contract.view import VIEW_PATH, VIEW_WATCH_PATH, WISH_PATH, View, decode_view
 
 ROUTE_PATH = "/debug/route"
@@ -25,6 +26,7 @@ SILENCE_S_MAX = 15.0
 ANSWER_S_MAX = 15.0
 PAUSE_S_MIN, PAUSE_S_MAX = 0.5, 10.0
 ANSWER_BYTES_MAX = 16 * 1024 * 1024
+ERROR_BYTES_MAX = 64 * 1024
 
 
 class FeedError(Exception):
@@ -132,12 +134,11 @@ class Admin:
         try:
             async with self._session.get(self.url + VIEW_WATCH_PATH, timeout=timeout) as answer:
                 if answer.status != 200:
-                    body = await answer.content.read(65_536)
-                    raise self._refusal(answer.status, body)
+                    raise self._refusal(answer.status, await whole_body(answer, ERROR_BYTES_MAX))
                 async for piece in answer.content.iter_any():
                     for data in events.feed(piece):
                         yield self._decoded(data)
-        except EventTooLongError as error:
+        except (EventTooLongError, TooLongError) as error:
             raise FeedError(str(error)) from error
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
             raise FeedError(self._lost(error)) from error
@@ -148,8 +149,8 @@ class Admin:
             async with self._session.request(
                 method, self.url + path, data=body, timeout=timeout
             ) as answer:
-                return answer.status, await answer.content.read(ANSWER_BYTES_MAX)
-        except (aiohttp.ClientError, OSError) as error:
+                return answer.status, await whole_body(answer, ANSWER_BYTES_MAX)
+        except (aiohttp.ClientError, OSError, TooLongError) as error:
             raise FeedError(self._lost(error)) from error
 
     def _decoded(self, body: bytes) -> View:

@@ -9,8 +9,10 @@ machine stretches. Every answer is checked.
 
 Ours is measured with its defaults, and where it is named also with one API key (ours-key), with 100
 tenants of whom 64 ask, each with a key and all limits (ours-tenants), linked with another region
-that has no work (ours-regions), and with traces on of which none (ours-unsampled) or all
-(ours-sampled) are recorded.
+that has no work (ours-regions), with no access log (ours-nolog), while somebody watches its view
+(ours-watched), and with traces on of which none (ours-unsampled), a tenth (ours-tenth) or all
+(ours-sampled) are recorded. What a change costs is ours against ours-before, another checkout;
+DOHERTY_COMPILED=off has both run their sources.
 
 nginx, HAProxy and the routers are measured when they are installed. The routers come from PyPI into
 a virtual environment of their own, made at the first use unless --no-install is given.
@@ -61,6 +63,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=5, help="interleaved (default %(default)s)")
     add("--seconds", type=float, default=2.0, help="of each run (default %(default)s)")
     add("--rivals-venv", type=Path, metavar="FOLDER", help="where the routers from PyPI are")
+    add("--before", type=Path, metavar="FOLDER", help="another checkout, which is ours-before")
     add("--no-install", action="store_true", help="leave out routers that are not there")
     add("--json", metavar="FILE", help="also write everything as JSON; - is standard output")
     add("--quick", action="store_true", help="one short round, a tenth of what is held")
@@ -120,7 +123,8 @@ def planned(args: argparse.Namespace, say: _Say) -> Plan:
     scenarios = _chosen(args.scenarios, SCENARIOS, "scenario")
     names = [name.strip() for name in args.rivals.split(",") if name.strip()]
     venv = args.rivals_venv or CACHE.expanduser() / "venv"
-    everyone = all_rivals(venv)
+    before = args.before.resolve() if args.before else None
+    everyone = all_rivals(venv, before)
     rivals = _chosen(",".join(name for name in names if name != DIRECT), everyone, "rival")
     if not args.no_install:
         install_routers(rivals, venv, say)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import orjson
 from typing_extensions import override
@@ -21,6 +22,25 @@ class Ours(Rival):
         ports = ["--port", str(site.port), "--admin-port", str(site.spare_port)]
         workers = ["--workers", str(site.workers)]
         return [sys.executable, "-m", "proxy", *ports, *workers, "--worker-urls", *site.urls]
+
+
+class Before(Ours):
+    """Another checkout of this, in the same settings: what a change costs is the two in one run."""
+
+    asked_for = True
+    hint = "--before FOLDER says where the other checkout is"
+
+    def __init__(self, name: str, folder: Path | None) -> None:
+        super().__init__(name)
+        self._folder = folder
+
+    @override
+    def installed(self) -> bool:
+        return self._folder is not None and (self._folder / "proxy" / "__main__.py").is_file()
+
+    @override
+    def command(self, site: Site) -> list[str]:
+        return ["env", "-C", str(self._folder), *super().command(site)]
 
 
 class Configured(Ours):
@@ -66,6 +86,16 @@ class Traced(Configured):
     @override
     def neighbour(self, site: Site) -> list[str]:
         return [sys.executable, "-m", "loadtest.bench.collector", str(site.region_ports[4])]
+
+
+class Watched(Ours):
+    """One whose view somebody watches, as an open dashboard does."""
+
+    asked_for = True
+
+    @override
+    def neighbour(self, site: Site) -> list[str]:
+        return [sys.executable, "-m", "loadtest.bench.watcher", str(site.spare_port)]
 
 
 def settings_of_tenants(site: Site) -> Settings:

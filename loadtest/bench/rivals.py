@@ -23,7 +23,15 @@ import msgspec
 from typing_extensions import override
 
 from loadtest.bench import bodies, settings
-from loadtest.bench.ours import Configured, Linked, Ours, Traced, settings_of_tenants
+from loadtest.bench.ours import (
+    Before,
+    Configured,
+    Linked,
+    Ours,
+    Traced,
+    Watched,
+    settings_of_tenants,
+)
 from loadtest.bench.processes import Cores, descriptors_max, family, on_cores
 from loadtest.bench.rival import Rival, Site
 from loadtest.run import RunError
@@ -112,14 +120,18 @@ class Router(Rival):
         ]
 
 
-def all_rivals(venv: Path) -> list[Rival]:
-    """Return every rival, ours first."""
+def all_rivals(venv: Path, before: Path | None = None) -> list[Rival]:
+    """Return every rival, ours first. `before` is another checkout of ours."""
     return [
         Ours("ours"),
         Configured("ours-key", lambda site: settings.one_key(bodies.key(0))),
         Configured("ours-tenants", settings_of_tenants, keys=bodies.USERS),
         Linked("ours-regions"),
+        Before("ours-before", before),
+        Configured("ours-nolog", lambda _site: settings.no_log()),
+        Watched("ours-watched"),
         Traced("ours-unsampled", 0.0),
+        Traced("ours-tenth", 0.1),
         Traced("ours-sampled", 1.0),
         Nginx("nginx", access_log=True),
         Nginx("nginx-nolog", access_log=False),

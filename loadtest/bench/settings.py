@@ -27,6 +27,11 @@ def one_key(key: str) -> Settings:
     return {"proxy": {"api_key": key}}
 
 
+def no_log() -> Settings:
+    """Return those of one that writes no access log."""
+    return {"proxy": {"access_log": "off"}}
+
+
 def tenants(folder: Path, keys: Sequence[str]) -> Settings:
     """Return those of one with `TENANTS` tenants, all limits set; the first have a key each."""
     names = [f"tenant-{number}" for number in range(TENANTS)]

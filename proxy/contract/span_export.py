@@ -23,6 +23,7 @@ from typing import Any, Final
 import msgspec
 from typing_extensions import override
 
+from proxy.contract.extras import install_command
 from proxy.contract.spans import SpanRecord, endpoint_url
 
 _log = logging.getLogger("doherty.traces")
@@ -51,7 +52,7 @@ def missing_library() -> str:
         found = importlib.util.find_spec(_EXTRA) is not None
     except ModuleNotFoundError:
         found = False
-    return "" if found else "traces need OpenTelemetry's exporter: pip install 'doherty[otel]'"
+    return "" if found else f"traces need OpenTelemetry's exporter: {install_command('otel')}"
 
 
 def switched_off(environment: Mapping[str, str]) -> bool:
@@ -91,23 +92,42 @@ class _FirstWords(logging.Handler):
         self.said = self.said or record.getMessage()[:300]
 
 
+class SpanCounts:
+    """What has become of spans. It outlives whoever sends them: no counter falls when traces are
+    changed or switched off, and one that is closed still counts what it sends at its end.
+    """
+
+    def __init__(self) -> None:
+        self._adding = threading.Lock()  # two may send for a moment
+        self.exported_total = 0
+        self.dropped_total = 0  # for want of room
+        self.refused_total = 0  # by the collector, or it was not there
+
+    def add(self, *, exported: int = 0, dropped: int = 0, refused: int = 0) -> None:
+        with self._adding:
+            self.exported_total += exported
+            self.dropped_total += dropped
+            self.refused_total += refused
+
+
 class SpanExport:
     """What waits to be sent. `make` turns what was handed over into spans, in the thread."""
 
     def __init__(
-        self, settings: ExportSettings, make: Callable[[Any], Iterable[SpanRecord]]
+        self,
+        settings: ExportSettings,
+        make: Callable[[Any], Iterable[SpanRecord]],
+        counts: SpanCounts | None = None,
     ) -> None:
         self.settings = settings
+        self.counts = counts or SpanCounts()
         self._make = make
         self._waiting: deque[object] = deque()
         self._wake = threading.Event()
         self._closing = False
         self._exporter: Any = None
-        self._failing = False
+        self._failing = self._stumbled = False
         self._words = _FirstWords()
-        self.exported_total = 0
-        self.dropped_total = 0  # for want of room
-        self.refused_total = 0  # by the collector, or it was not there
         sys.setswitchinterval(_TURN_S)
         self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
         self._thread.start()
@@ -115,17 +135,11 @@ class SpanExport:
     def put(self, what: object, spans: int = 1) -> None:
         """Hand over what so many spans are made of. Never waits."""
         if len(self._waiting) >= self.settings.waiting_max:
-            self.dropped_total += spans
+            self.counts.add(dropped=spans)
             return
         self._waiting.append(what)
         if len(self._waiting) == self.settings.batch_max:
             self._wake.set()
-
-    def go_on_from(self, before: SpanExport) -> None:
-        """Count on where another one ends, which is closed now."""
-        self.exported_total += before.exported_total
-        self.dropped_total += before.dropped_total
-        self.refused_total += before.refused_total
 
     def close(self) -> None:
         """Send what waits, for a moment, and stop. What is not taken by then is left behind."""
@@ -165,20 +179,32 @@ class SpanExport:
     def _send(self, convert: Callable[[SpanRecord], Any]) -> None:
         spans: list[Any] = []
         while self._waiting and len(spans) < self.settings.batch_max:
-            spans += [convert(span) for span in self._make(self._waiting.popleft())]
+            spans += self._made(self._waiting.popleft(), convert)
+        if not spans:
+            return
         if self._export(spans):
-            self.exported_total += len(spans)
+            self.counts.add(exported=len(spans))
             if self._failing:
                 self._failing = False
                 _log.info("traces are taken again")
             return
-        self.refused_total += len(spans)
+        self.counts.add(refused=len(spans))
         if not self._failing:
             self._failing = True
             _log.warning(
                 "traces are not taken, and requests go on without them: %s",
                 self._words.said or "the collector refused them",
             )
+
+    def _made(self, what: object, convert: Callable[[SpanRecord], Any]) -> list[Any]:
+        try:
+            return [convert(span) for span in self._make(what)]
+        except Exception:  # noqa: BLE001 - one that cannot be told is not to end the others
+            self.counts.add(refused=1)
+            if not self._stumbled:
+                self._stumbled = True
+                _log.exception("a span cannot be made; others go on")
+            return []
 
     def _export(self, spans: Sequence[Any]) -> bool:
         self._words.said = ""

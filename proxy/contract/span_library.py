@@ -1,10 +1,16 @@
-"""The one place that knows OpenTelemetry's classes; imported only where traces are on."""
+"""The one place that knows OpenTelemetry's classes; imported only where traces are on.
+
+Of a collector's answer the status counts (OTLP 1, "OTLP/HTTP Response"). The exporter would read
+the body to its end, however long, and take a redirection, which it does not follow, for success.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
+import requests
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
@@ -17,11 +23,36 @@ from proxy.contract.spans import SpanRecord
 _KINDS = (SpanKind.INTERNAL, SpanKind.SERVER, SpanKind.CLIENT)
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _FINE = Status(StatusCode.UNSET)
+_READ_BYTES_MAX: Final = 64 * 1024
+# By these an operator has a session of another library's making (OpenTelemetry for Python).
+_OWN_SESSIONS: Final = (
+    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_TRACES_CREDENTIAL_PROVIDER",
+    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
+)
+
+
+class RedirectedError(Exception):
+    """The collector is elsewhere. The keys in our fields are not for whom it names."""
 
 
 def exporter_of(endpoint: str) -> OTLPSpanExporter:
     """Return the exporter; without an endpoint the environment names it, else it is local."""
-    return OTLPSpanExporter(endpoint=endpoint or None)
+    if any(os.environ.get(name) for name in _OWN_SESSIONS):
+        return OTLPSpanExporter(endpoint=endpoint or None)
+    session = requests.Session()
+    session.hooks["response"].append(_only_the_status)
+    return OTLPSpanExporter(endpoint=endpoint or None, session=session)
+
+
+def _only_the_status(answer: Any, **_: object) -> None:
+    """Read what has come of a body. Whole, its connection is used again, else it is closed."""
+    if 300 <= answer.status_code < 400:
+        answer.close()
+        where = answer.headers.get("Location", "nowhere")
+        raise RedirectedError(f"the collector redirects to {where[:200]!r}; name that, if it is it")
+    answer.raw.read1(_READ_BYTES_MAX)
+    answer.close()
+    answer._content = b""  # noqa: SLF001 - else requests would read on
 
 
 class Converter:

@@ -20,7 +20,6 @@ VIEW_WATCH_PATH = "/view/watch"
 # POST; `{wish}` is drain or undrain.
 WISH_PATH = "/replicas/{replica_id}/{wish}"
 VIEW_VERSION = 1
-VIEW_INTERVAL_S = 1.0
 
 ARCS_MAX = 720  # of all rings together: half a degree each, where there is one
 RINGS_MAX = 8

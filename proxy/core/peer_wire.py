@@ -51,8 +51,6 @@ COUNTS: Final = 12  # what a proxy that leaves has counted
 
 # Frames whose octets are read by who asked for that kind (`io.peers.Peers.listen`).
 MESSAGES: Final = frozenset((SUMMARY, WANTED, QUOTAS, COUNTS))
-# Those that proxies of two regions may send each other.
-BETWEEN_REGIONS: Final = MESSAGES - {COUNTS}
 
 _NOTES: Final = Struct("<BIf")
 _GONE: Final = Struct("<BI")

@@ -10,16 +10,16 @@ import msgspec
 from proxy.core.cost import Terms
 
 
-class AccessRecord(msgspec.Struct, gc=False, kw_only=True, rename={"work_class": "class"}):
+class AccessRecord(msgspec.Struct, gc=False, rename={"work_class": "class"}):
     """One line, explained in deploy/guides/logs.md. None where it did not come so far."""
 
     at: float  # Unix time
     request_id: str
     client: str
-    method: str = ""
-    path: str = ""
+    method: str
+    path: str
     status: int
-    upstream_status: int | None = None
+    upstream_status: int | None
     outcome: str
     termination: str
     tenant: str = ""

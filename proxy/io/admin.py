@@ -39,6 +39,12 @@ class Status(Protocol):
     async def samples(self) -> tuple[list[Sample], list[Sample]]:
         """Return counters and gauges of all workers, unsummed."""
 
+    async def recount(self) -> None:
+        """Have the workers tell what they count."""
+
+    def counted(self) -> tuple[list[Sample], list[Sample]]:
+        """Return counters and gauges as the workers told them last."""
+
     async def explain(
         self, path: bytes, fields: list[tuple[bytes, bytes]], body: bytes
     ) -> tuple[int, bytes] | None:
@@ -96,7 +102,8 @@ class _Pages:
         return web.Response(body=page, headers={"Content-Type": kind})
 
     async def replicas(self, _: web.Request) -> web.Response:
-        _counters, gauges = await self._status.samples()
+        await self._status.recount()
+        _counters, gauges = self._status.counted()  # the lateness stays for /metrics to tell
         page = replicas_page(self._status.fleet(), self._status.suspects(), gauges)
         return web.Response(body=page, content_type="application/json")
 
@@ -105,7 +112,12 @@ class _Pages:
         path = request.query.get("path", "/v1/chat/completions").encode("utf-8", "surrogateescape")
         fields = [(name.lower(), value) for name, value in request.raw_headers]
         told = [field for field in fields if field[0] not in _ADMINS_OWN]
-        explained = await self._status.explain(path, told, await request.read())
+        try:
+            body = await request.read()
+        except web.RequestPayloadError as error:
+            words = "the body is not packed as its Content-Encoding says"
+            raise RefusedError(400, "bad_encoding", words) from error
+        explained = await self._status.explain(path, told, body)
         if explained is None:
             return _error(503, "not_explained", "no worker could say it in time")
         status, body = explained

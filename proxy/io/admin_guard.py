@@ -10,6 +10,9 @@ browser on this machine reaches it as well, on behalf of any page that it shows:
 - A page may point its own name at 127.0.0.1 (DNS rebinding), so that it is of one origin with us,
   and then read everything too. Its name is in `Host`. So on loopback without a key `Host` must be
   a loopback address or `localhost`: for GETs as well, because the view names models and replicas.
+- A page may ask for anything by GET as well, without seeing the answer: it could take up all the
+  places of those who watch the view. What browsers fetch for a page of another site is refused; a
+  link that somebody follows is not (`Sec-Fetch-Dest: document`).
 - Replicas are drained without a key on loopback alone: on a network anybody could.
 """
 
@@ -59,8 +62,7 @@ class Guard:
                 "without admin_api_key this listener answers to localhost and loopback addresses "
                 "only (DNS rebinding); ask by one of these, or set admin_api_key",
             )
-        if request.method not in ("GET", "HEAD"):
-            self._check_origin(request)
+        self._check_origin(request)
 
     def check_wish(self) -> None:
         """Judge a request that changes something. Raises `RefusedError`."""
@@ -76,11 +78,13 @@ class Guard:
             raise RefusedError(401, "invalid_api_key", "send the admin key as a bearer token")
 
     def _check_origin(self, request: web.Request) -> None:
-        origin = request.headers.get("Origin")
-        site = request.headers.get("Sec-Fetch-Site", "none")
-        if origin is not None and _authority_of(origin) != request.headers.get("Host", "").lower():
+        heads = request.headers
+        origin = heads.get("Origin")
+        if origin is not None and _authority_of(origin) != heads.get("Host", "").lower():
             raise RefusedError(403, "cross_site", "a page of another origin may not ask for this")
-        if site not in ("none", "same-origin"):
+        if heads.get("Sec-Fetch-Site", "none") in ("none", "same-origin"):
+            return
+        if request.method not in ("GET", "HEAD") or heads.get("Sec-Fetch-Dest") != "document":
             raise RefusedError(403, "cross_site", "a page of another site may not ask for this")
 
 

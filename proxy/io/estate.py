@@ -6,7 +6,9 @@ ended. The new one adds that to its own. Its page must not be read before it has
 it: a counter that begins low and then jumps would look like as many requests at once. Where nothing
 is heard in time it begins at zero, as any new process does, and takes nothing later.
 
-Gauges are each process' own, and the processor time of a worker ends with it.
+Gauges are each process' own, and the processor time of a worker ends with it. Labels that somebody
+chooses are capped, as in a worker (`io/telemetry.py`), over any number of proxies before: models
+and replicas that come and go would else add up with every upgrade.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from typing import Final
 
 import msgspec
 
-from proxy.core import limits, peer_wire
+from proxy.core import claim_limits, limits, peer_wire
+from proxy.io.exposition import sum_samples
 from proxy.io.families import FAMILIES
 from proxy.io.peer_link import PeerLink
 from proxy.io.peers import PREDECESSOR, SUCCESSOR, Peers
-from proxy.io.telemetry import Sample
+from proxy.io.telemetry import Labels, Sample
 
 _log = logging.getLogger("doherty.proxy")
 
@@ -33,6 +36,15 @@ FIRST_TIMEOUT_S: Final = limits.PEER_HANDSHAKE_TIMEOUT_S
 PART_BYTES_MAX: Final = limits.PEER_FRAME_BYTES_MAX // 2
 SAMPLES_MAX: Final = 200_000  # of one telling; bounded series of bounded workers are far fewer
 _OF_A_PROCESS: Final = frozenset(("worker_cpu_seconds_total",))
+OTHER: Final = "other"
+# How many values, or pairs of values, labels of these names may have.
+_CAPS: Final = {
+    ("route", "model"): limits.REQUEST_SERIES_MAX,
+    ("tenant", "model"): claim_limits.TENANT_SERIES_MAX,
+    ("tenant", "limit"): claim_limits.TENANT_SERIES_MAX,
+    ("replica",): 4096,
+}
+_KEPT: Final = frozenset(("route", "limit"))  # of few values by themselves
 Count = Callable[[], Awaitable[list[Sample]]]
 
 
@@ -46,6 +58,28 @@ class Part(msgspec.Struct, array_like=True, frozen=True):
 _decoder = msgspec.msgpack.Decoder(Part)
 
 
+class Caps:
+    """Who is counted by name: whoever was heard of first."""
+
+    def __init__(self) -> None:
+        self._named: dict[tuple[str, ...], set[Labels]] = {}
+
+    def within(self, sample: Sample) -> Sample:
+        """Return the sample, or, of one too many, the same of the others."""
+        for names, most in _CAPS.items():
+            labels = sample.labels[: len(names)]
+            if tuple([name for name, _ in labels]) != names:
+                continue
+            named = self._named.setdefault(names, set())
+            if labels in named or len(named) < most:
+                named.add(labels)
+                return sample
+            others = tuple([(n, value if n in _KEPT else OTHER) for n, value in labels])
+            rest = sample.labels[len(names) :]
+            return msgspec.structs.replace(sample, labels=(*others, *rest))
+        return sample
+
+
 class Estate:
     """Both ends: what is left behind, and what was inherited."""
 
@@ -55,6 +89,7 @@ class Estate:
         self._count = count
         self._inherited: list[Sample] = []
         self._parts: list[Sample] = []
+        self._caps = Caps()
         self._heard = asyncio.Event()
         self._too_late = False
         peers.listen(peer_wire.COUNTS, self._hear)
@@ -88,7 +123,8 @@ class Estate:
         if len(self._parts) > SAMPLES_MAX:
             raise peer_wire.WireError("counts without end")
         if part.last:
-            self._inherited, self._parts = list(_known(self._parts)), []
+            within = map(self._caps.within, _known(self._parts))
+            self._inherited, self._parts = sum_samples(within), []
             self._heard.set()
 
     # --- to the one after --------------------------------------------------------------------
@@ -109,8 +145,8 @@ class Estate:
         if link is None:
             return False
         if at_any_rate or link.waiting_bytes <= PART_BYTES_MAX:
-            samples = [each for each in await self._count() if each.name not in _OF_A_PROCESS]
-            for part in parts_of(samples):
+            counted = sum_samples(await self._count())
+            for part in parts_of([each for each in counted if each.name not in _OF_A_PROCESS]):
                 link.send(peer_wire.write_message(peer_wire.COUNTS, part))
         return True
 

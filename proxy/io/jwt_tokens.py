@@ -20,6 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from proxy.config import ConfigError, JwtConfig
+from proxy.contract.extras import install_command
 from proxy.core import claim_limits
 
 _TENANT_CHARS_MAX: Final = 128
@@ -143,7 +144,7 @@ def library() -> Any:
         import jwt  # noqa: PLC0415
     except ImportError as error:
         raise ConfigError(
-            "jwt: tokens are verified by PyJWT; install it: pip install 'doherty[jwt]'"
+            f"jwt: tokens are verified by PyJWT; install it: {install_command('jwt')}"
         ) from error
     return jwt
 

@@ -21,6 +21,7 @@ from aiohttp import web
 from yarl import URL
 
 from proxy.contract import FleetSnapshot
+from proxy.contract.bodies import TooLongError, whole_body
 from proxy.io.admin_guard import RefusedError
 
 _log = logging.getLogger("doherty.admin")
@@ -122,7 +123,9 @@ class Operators:
         try:
             async with self._session().post(target, timeout=TIMEOUT) as answer:
                 status = answer.status
-                body = await answer.content.read(ANSWER_BYTES_MAX)
+                body = await whole_body(answer, ANSWER_BYTES_MAX)
+        except TooLongError as error:
+            raise RefusedError(502, "manager_failed", str(error)) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise RefusedError(
                 *(503, "manager_unreachable"),

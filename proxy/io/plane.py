@@ -16,6 +16,7 @@ from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaRecord
 from proxy.contract.keys import KeySet
 from proxy.contract.regions import RemoteState
+from proxy.contract.span_export import SpanCounts
 from proxy.core import fleet as fleets
 from proxy.core import limits
 from proxy.core.charging import charge, settle
@@ -47,7 +48,7 @@ from proxy.io.outbox import Outbox
 from proxy.io.sharing import Sharing
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
-from proxy.io.tracing import Tracer
+from proxy.io.tracing import Tracer, span_samples
 from proxy.io.upstreams import Upstreams
 
 
@@ -103,6 +104,7 @@ class Plane(Abroad):
         self.hops = Hops(config, clock)
         self.metering = Metering(config, clock)
         self.tracer: Tracer | None = None  # while traces are off
+        self.span_counts = SpanCounts()
 
     def reconfigure(self, config: ProxyConfig, access_log: AccessLog) -> AccessLog:
         """Go on as `config` says, from the next request on; return the log that is left."""
@@ -396,7 +398,7 @@ class Plane(Abroad):
             *self.preemption.counters(),
             *self.hops.counters(),
             *self.metering.counters(),
-            *(self.tracer.counters() if self.tracer is not None else ()),
+            *span_samples(self.span_counts),
             dropped,
         ]
 

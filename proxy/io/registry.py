@@ -30,10 +30,11 @@ from proxy.contract import (
     known_adapters,
     with_load,
 )
+from proxy.contract.bodies import TooLongError
 from proxy.contract.engines import MODELS_PATH, Listing, read_listing
 from proxy.core.replica import parse_url
 from proxy.io.newest_lines import newest_lines
-from proxy.io.scrape import Scraper, TooLargeError, ask, begun_anew
+from proxy.io.scrape import Scraper, ask, begun_anew
 
 _log = logging.getLogger("doherty.registry")
 
@@ -134,7 +135,7 @@ class StaticList:
             status, body = await ask(
                 self._session, url.rstrip("/") + MODELS_PATH, self._headers, SNAPSHOT_BYTES_MAX
             )
-        except TooLargeError:
+        except TooLongError:
             return f"{MODELS_PATH} answers without end"
         except (aiohttp.ClientError, TimeoutError) as error:
             return f"it does not answer ({_why(error)})"

@@ -12,10 +12,12 @@ from collections.abc import Callable
 import aiohttp
 import msgspec
 
+from proxy.contract.bodies import whole_body
 from proxy.contract.scaling import SCALING_BYTES_MAX, SCALING_PATH, ToldScaling, decode_told
 from proxy.contract.view import NOTES_MAX, POOLS_MAX, NoteView, PoolView
 
 TIMEOUT = aiohttp.ClientTimeout(total=2.0)
+UNTOLD = (aiohttp.ClientError, TimeoutError, OSError, ValueError)  # one too long, too
 
 
 class ScalingNews:
@@ -44,9 +46,10 @@ class ScalingNews:
             return
         try:
             async with self._session().get(url.rstrip("/") + SCALING_PATH, timeout=TIMEOUT) as got:
-                body = await _read(got)
-            told = decode_told(body)
-        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError, ValueError):
+                if got.status != 200:
+                    return
+                told = decode_told(await whole_body(got, SCALING_BYTES_MAX))
+        except (*UNTOLD, msgspec.MsgspecError):
             return
         if url == self._asked:
             self._told, self._told_s = told, self._now_s()
@@ -93,15 +96,3 @@ class ScalingNews:
             for note in pool.notes
         ]
         return tuple(sorted(notes, key=lambda note: -note.at_s)[:NOTES_MAX])
-
-
-async def _read(answer: aiohttp.ClientResponse) -> bytes:
-    """Return a whole body. Raises `ValueError` on one that is too long, or not what was asked."""
-    if answer.status != 200:
-        raise ValueError(f"it answers {answer.status}")
-    body = bytearray()
-    async for piece in answer.content.iter_any():
-        body += piece
-        if len(body) > SCALING_BYTES_MAX:
-            raise ValueError("it answers without end")
-    return bytes(body)

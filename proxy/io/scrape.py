@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import aiohttp
 
 from proxy.contract import LoadSample
+from proxy.contract.bodies import TooLongError, whole_body
 from proxy.contract.engines import SGLANG, VLLM, read_any
 
 _log = logging.getLogger("doherty.scrape")
@@ -21,21 +22,12 @@ ANSWER_BYTES_MAX = 8 * 1024 * 1024  # the metrics of an engine with a hundred ra
 TIMEOUT = aiohttp.ClientTimeout(total=3.0)
 
 
-class TooLargeError(Exception):
-    """An answer is longer than any that is meant."""
-
-
 async def ask(
     session: aiohttp.ClientSession, url: str, headers: Mapping[str, str], bytes_max: int
 ) -> tuple[int, bytes]:
-    """Return status and body. Raises `TooLargeError`, `TimeoutError` and aiohttp's errors."""
+    """Return status and body. Raises `TooLongError`, `TimeoutError` and aiohttp's errors."""
     async with session.get(url, timeout=TIMEOUT, headers=headers) as answer:
-        body = bytearray()
-        async for piece in answer.content.iter_any():
-            body += piece
-            if len(body) > bytes_max:
-                raise TooLargeError(url)
-        return answer.status, bytes(body)
+        return answer.status, await whole_body(answer, bytes_max)
 
 
 class Scraper:
@@ -73,7 +65,7 @@ class Scraper:
         except aiohttp.ClientConnectorError:
             self.was_down = True
             return None
-        except (aiohttp.ClientError, TimeoutError, TooLargeError, OSError):
+        except (aiohttp.ClientError, TimeoutError, TooLongError, OSError):
             return None
         self._tell(silent=found is None)
         return found

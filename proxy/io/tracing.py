@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Final
 
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract.span_export import (
+    SpanCounts,
     SpanExport,
     export_settings,
     missing_library,
@@ -35,6 +37,8 @@ from proxy.core.trace_context import (
 from proxy.io.telemetry import Sample
 
 _OPT_IN = "OTEL_SEMCONV_STABILITY_OPT_IN"
+_DRAWN_BYTES: Final = 24  # a trace's id and a span's
+_DRAWN_AT_ONCE: Final = 64  # the kernel takes longer to be asked than to draw
 
 
 class Trace:
@@ -84,23 +88,30 @@ class Trace:
 class Tracer:
     """All traces of one worker."""
 
-    def __init__(self, config: ProxyConfig, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, config: ProxyConfig, environment: Mapping[str, str], counts: SpanCounts | None = None
+    ) -> None:
         """Raises `ValueError` where the endpoint is no URL; see `check_tracing`."""
         self._sampler, _ = sampler_of(config.trace_sample_ratio, environment)
         self._continues = config.trace_context == "continue"
+        self._knows_regions = bool(config.access.remote_regions)
         self._listens_at = (config.host, config.port)
         newest = NEWEST in environment.get(_OPT_IN, "").replace(" ", "").split(",")
         self.telling = Telling(_draw_id, newest=newest)
         resource = process_resource("doherty", config.region, package_version())
         settings = export_settings(config.otlp_traces_endpoint, resource, environment)
-        self.export = SpanExport(settings, self.telling.spans)
+        self.export = SpanExport(settings, self.telling.spans, counts)
+        self._drawn: list[bytes] = []
 
     def begin(self, preamble: Preamble) -> Trace:
         """Return the trace of a request that comes with this head."""
         origin = read_origin(preamble.trace_fields) if preamble.trace_fields else None
-        # A hop is another of our regions' word, whatever clients are believed.
-        continues = self._continues or preamble.hop is not None
-        trace = Trace(os.urandom(24).hex().encode(), origin, continues=continues)
+        # A hop is another of our regions' word, whatever clients are believed; one that is not is
+        # refused, so that at most this refusal is told in a stranger's trace.
+        continues = self._continues or (self._knows_regions and preamble.hop is not None)
+        if not self._drawn:
+            self._drawn = _draw_ids()
+        trace = Trace(self._drawn.pop(), origin, continues=continues)
         trace.recorded = self._sampler.records(trace.trace_id, trace.parent)
         return trace
 
@@ -109,14 +120,22 @@ class Tracer:
         facts.listens_at = self._listens_at
         self.export.put(facts, 1 + len(facts.waits) + len(facts.attempts))
 
-    def counters(self) -> list[Sample]:
-        export = self.export
-        dropped = "trace_spans_dropped_total"
-        return [
-            Sample("trace_spans_exported_total", (), export.exported_total),
-            Sample(dropped, (("reason", "queue_full"),), export.dropped_total),
-            Sample(dropped, (("reason", "export_failed"),), export.refused_total),
-        ]
+
+def span_samples(counts: SpanCounts) -> list[Sample]:
+    """Return what has become of a worker's spans."""
+    dropped = "trace_spans_dropped_total"
+    return [
+        Sample("trace_spans_exported_total", (), counts.exported_total),
+        Sample(dropped, (("reason", "queue_full"),), counts.dropped_total),
+        Sample(dropped, (("reason", "export_failed"),), counts.refused_total),
+    ]
+
+
+def _draw_ids() -> list[bytes]:
+    """Return the digits of fresh traces, each with its first span."""
+    digits = os.urandom(_DRAWN_BYTES * _DRAWN_AT_ONCE).hex().encode()
+    size = 2 * _DRAWN_BYTES
+    return [digits[at : at + size] for at in range(0, len(digits), size)]
 
 
 def _draw_id() -> int:
@@ -124,20 +143,17 @@ def _draw_id() -> int:
 
 
 def tracer_of(
-    config: ProxyConfig, environment: Mapping[str, str], before: Tracer | None = None
+    config: ProxyConfig, environment: Mapping[str, str], counts: SpanCounts
 ) -> Tracer | None:
-    """Return what traces a worker's requests; None: traces are off. `before` is to be closed."""
+    """Return what traces a worker's requests; None: traces are off."""
     on = config.enable_trace or config.otlp_traces_endpoint is not None
     if not on or switched_off(environment):
         return None
-    tracer = Tracer(config, environment)
-    if before is not None:
-        tracer.export.go_on_from(before.export)
-    return tracer
+    return Tracer(config, environment, counts)
 
 
 def close_tracer(tracer: Tracer | None) -> None:
-    """Send what waits, for a moment. Where it has been replaced, that goes on counting."""
+    """Send what waits, for a moment."""
     if tracer is not None:
         tracer.export.close()
 

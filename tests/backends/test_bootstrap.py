@@ -67,6 +67,11 @@ def test_it_installs_what_is_new(bootstrap: Any, installs: list[str]) -> None:
     assert installs == ["venv", "[dev]", "[dev]"], "nothing is lost by an update"
 
 
+def test_a_release_is_made_in_an_environment_that_can(bootstrap: Any, installs: list[str]) -> None:
+    assert bootstrap.main(["release", "--draft"]) == 0
+    assert installs == ["venv", "[release]", "--draft"]
+
+
 def test_a_moved_or_broken_environment_is_made_anew(bootstrap: Any, installs: list[str]) -> None:
     bootstrap.ensure(())
     stamp = json.loads(bootstrap.STAMP.read_text())
@@ -133,13 +138,21 @@ REPORT = (
 )
 
 
+CASES = "".join(
+    f'<testcase classname="tests.a" name="{name}"><skipped message="no compiler"/></testcase>'
+    for name in ("three[a]", "three[b-[1]]")
+)
+
+
 def test_skipped_tests_are_listed_with_their_reasons(
     bootstrap: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.xml").write_text(REPORT)
+    (tmp_path / "a.xml").write_text(REPORT.replace("</testsuite>", f"{CASES}</testsuite>", 1))
     (tmp_path / "torn.xml").write_text(REPORT[:-20])
     bootstrap.show_skipped(tmp_path)
-    assert capsys.readouterr().out == "\n=== skipped tests: 1 ===\ntests.a::two: no GPU\n"
+    assert capsys.readouterr().out == (
+        "\n=== skipped tests: 3 ===\ntests.a::two: no GPU\ntests.a::three (2 cases): no compiler\n"
+    )
 
 
 def test_usage(bootstrap: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 from typing_extensions import override
 
+from backends import tracing
 from backends.cli import main
 from backends.failure import StartError
 from backends.providers.process import read_stat
@@ -324,6 +325,21 @@ def test_flag_over_environment_over_file(good: str) -> None:
     assert plan_of(given(config=good), {}).proxy.port == 9100
     config, path = manager_config_of(given(manager_port=9400), {"DOHERTY_CONFIG": good})
     assert (config.manager.port, path) == (9400, good)
+
+
+def test_traces_that_could_not_be_sent_stop_a_start_before_it_begins(
+    good: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracing, "missing_library", lambda: "install the exporter")
+    environ = {"DOHERTY_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:4318"}
+    with pytest.raises(ConfigError, match="install the exporter"):
+        plan_of(given(config=good), environ)
+    plan_of(given(config=good), environ | {"OTEL_SDK_DISABLED": "true"})
+    plan_of(given(config=good), {})
+    traced = Path(good).with_name("traced.yaml")
+    traced.write_text(GOOD.replace("{port: 9100,", "{port: 9100, enable_trace: true,"))
+    assert main(["check", str(traced)]) == 0
+    assert capsys.readouterr().err.endswith(f"{traced}: warning: install the exporter\n")
 
 
 def test_cards_of_the_manager_by_environment_and_file(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from backends.exposition import Declared
 from backends.fetch import Answer
 from backends.ladder import Rung
 from backends.lifecycle import Event, Phase
+from backends.metric_lists import MANAGER, MANAGER_PREFIX
 from backends.snapshots.base import Capability, Progress, SnapshotError
 from backends.turns import RefusedError
 from tests.backends.test_images import PLAIN, keeper, posted, ready, started_anew, until
@@ -35,7 +37,9 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 def risen(world: World) -> float:
     """Return how many replicas have come up, by the metrics."""
     assert world.manager is not None
-    samples = [s for family in world.manager.scaler.tally.collect() for s in family.samples]
+    declared = Declared(MANAGER_PREFIX, MANAGER)
+    tally = world.manager.scaler.tally.collect(declared)
+    samples = [s for family in tally for s in family.samples]
     counts = [sample.value for sample in samples if sample.name.endswith("_count")]
     assert counts
     return sum(counts)

@@ -231,6 +231,15 @@ def test_an_upgrade_of_the_proxy_and_one_that_fails() -> None:
             run.printed("the new proxy exited with status 2 before it took over; the old one goes")
             assert status_of(endpoint + "/readyz") == 200
             (run.folder / "config.yaml").write_text(good)
+            # A signal to the proxy itself: its successor is a stranger until ours takes over
+            before = note.read_text()
+            os.kill(int(before.split()[0]), signal.SIGUSR2)
+            run.printed("proxy exited with status 0; starting it again in 0.5 s")
+            log = run.folder / "run" / "logs" / "proxy.log"
+            took_over = "took over from the proxy that ran before"
+            until(lambda: log.read_text().count(took_over) == 3, log.read_text)
+            assert note.read_text() != before
+            assert status_of(endpoint + "/readyz") == 200
             run.process.send_signal(signal.SIGTERM)
             assert run.process.wait(PATIENCE_S) == 0
             assert status_of(endpoint + "/readyz") == 0

@@ -85,13 +85,13 @@ REFUSALS = (
         "proxy: port in use",
         "proxy --worker-urls http://h:1 --admin-port 0 --port PORT",
         1,
-        ("127.0.0.1:PORT is in use", "another port"),
+        ("127.0.0.1:PORT is in use", "another with --port"),
     ),
     Refusal(
         "proxy: admin port in use",
         "proxy --worker-urls http://h:1 --port 0 --admin-port PORT",
         1,
-        ("admin", "127.0.0.1:PORT is in use"),
+        ("admin", "127.0.0.1:PORT is in use", "another with --admin-port"),
     ),
     Refusal(
         "manager: port in use",

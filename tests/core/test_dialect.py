@@ -48,6 +48,24 @@ def test_what_the_guide_says_is_taken_is_taken(flag: str) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--router-policy", "use --policy"),
+        ("--router-max-payload-size=5", "use --max-payload-size"),
+        ("--router-cache-threshold", "a replica's price"),
+        ("--router-temperature", "a replica's price"),  # its own name, not a prefix
+        ("--eviction-interval", "a replica's price"),
+        ("--verbose", "use --log-level"),
+    ],
+)
+def test_flags_of_a_launcher_and_of_older_releases(flag: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        flags.read([flag, "cache_aware"], {})
+    said = str(caught.value)
+    assert said.startswith(f"{flag.partition('=')[0]} is another router's: {words}")
+
+
 def test_no_other_flag_is_said_to_be_taken() -> None:
     assert len(TAKEN) > 15
     assert set(_theirs(_part("## Taken as they are"))) - set(TAKEN) == set()
@@ -90,6 +108,21 @@ def test_what_nobody_has_is_an_error_of_the_command_line(
         flags.read([flag], {})
     assert ended.value.code == 2
     assert flag in capsys.readouterr().err
+
+
+def test_a_command_line_of_another_router_is_mended_in_one_go() -> None:
+    theirs = [
+        "--cache-threshold",
+        "0.5",
+        "--balance-abs-threshold=32",
+        "--prometheus-port",
+        "29000",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        flags.read([*theirs, "--policy", "cache_aware"], {})
+    of_cache, of_metrics = str(caught.value).split("; --prometheus-port is another router's: ")
+    assert of_cache.startswith("--cache-threshold, --balance-abs-threshold are another router's: ")
+    assert "--admin-port" in of_metrics
 
 
 def test_a_value_by_an_equals_sign_is_no_part_of_the_name() -> None:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -72,7 +73,11 @@ def place() -> Iterator[Place]:
     ports = {name: leases.lease() for name in (*names, "DOHERTY_ALERTMANAGER_PORT")}
     translate = os.environ.get("DOHERTY_TEST_TRANSLATE", "no")
     told = {name: str(port) for name, port in ports.items()} | {"DOHERTY_TRANSLATE": translate}
-    with tempfile.TemporaryDirectory(prefix="doherty-compose-") as name, kept_engine() as engine:
+    with tempfile.TemporaryDirectory(prefix="doherty-compose-") as name, ExitStack() as engines:
+        try:
+            engine = engines.enter_context(kept_engine())
+        except OSError as error:
+            pytest.skip(f"there is no engine with the base image here: {error}")
         stack = Stack(engine, Path(name), told)
         tell(f"\n{stack.run('docker', 'compose', 'version').strip()}, engine {version(stack)}")
         stack.compose("down", "--volumes", "--timeout", "1")  # of a run that was killed
@@ -242,6 +247,39 @@ def test_a_roll_that_fails_changes_nothing(place: Place) -> None:
     assert policy == "unless-stopped"
     with urlopen(f"{place.admin_url}/readyz", timeout=5) as answer:
         assert answer.status == 200
+
+
+def test_a_roll_that_is_cut_off_leaves_one_proxy_and_a_second_at_once_is_refused(
+    place: Place,
+) -> None:
+    stack = place.stack
+    before = stack.running("proxy")
+
+    def policy(name: str) -> str:
+        found: str = stack.engine.inspect(name)["HostConfig"]["RestartPolicy"]["Name"]
+        return found
+
+    first = subprocess.Popen(["sh", ROLL], env=stack.environment, cwd=ROOT, stderr=subprocess.PIPE)
+    until(lambda: policy(before[0]) == "no", "a roll has begun")
+    second = subprocess.run(
+        ["sh", ROLL], env=stack.environment, cwd=ROOT, capture_output=True, check=False
+    )
+    assert second.returncode == 1
+    assert second.stderr.decode().endswith("is under way\n")
+    first.terminate()
+    words = first.communicate()[1].decode()
+    assert first.returncode == 1
+    assert "cut off; the" in words
+    until(lambda: len(stack.running("proxy")) == 1, "one of them is gone")
+    left = stack.running("proxy")
+    assert policy(left[0]) == "unless-stopped"
+    with urlopen(f"{place.admin_url}/readyz", timeout=5) as answer:
+        assert answer.status == 200
+    # What ended meanwhile is not taken for the new one.
+    assert "is gone" in stack.run(ROLL)
+    after = stack.running("proxy")
+    assert len(after) == 1
+    assert after[0] not in (*before, *left)
 
 
 def test_a_proxy_that_is_killed_comes_back_and_one_that_stops_drains(place: Place) -> None:

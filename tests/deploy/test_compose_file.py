@@ -21,8 +21,7 @@ from tests.fakes.programs import ROOT
 
 FOLDER = FILE.parent
 PROFILES = ("simulator", "vllm", "sglang", "multi-region", "simulator,alertmanager")
-WATCHERS = {"prometheus", "grafana"}
-COMMON = {"keys", "pod", *WATCHERS}
+COMMON = {"keys", "pod", "grafana"}
 MINUTE_NS = 60_000_000_000
 
 pytestmark = pytest.mark.skipif(
@@ -49,7 +48,8 @@ def services() -> dict[str, dict[str, Any]]:
 
 NAMES = (
     *("alertmanager", "grafana", "keys", "manager", "manager-eu", "manager-sglang", "manager-us"),
-    *("manager-vllm", "offline", "pod", "pod-us", "prometheus", "proxy", "proxy-eu", "proxy-us"),
+    *("manager-vllm", "offline", "pod", "pod-us", "prometheus"),
+    *("prometheus-regions", "proxy", "proxy-eu", "proxy-us"),
 )
 
 
@@ -66,7 +66,7 @@ def test_all_services_are_looked_at() -> None:
         ("sglang", {"proxy", "offline", "manager-sglang"}),
         (
             "multi-region",
-            {"proxy-eu", "manager-eu", "pod-us", "proxy-us", "manager-us"},
+            {"proxy-eu", "manager-eu", "pod-us", "proxy-us", "manager-us", "prometheus-regions"},
         ),
         ("simulator,alertmanager", {"proxy", "offline", "manager", "alertmanager"}),
     ],
@@ -74,7 +74,8 @@ def test_all_services_are_looked_at() -> None:
 def test_each_profile_is_one_fleet_and_who_watches_it(
     profiles: str | None, wanted: set[str]
 ) -> None:
-    assert set(read(profiles)["services"]) == COMMON | wanted
+    watches = set() if profiles == "multi-region" else {"prometheus"}
+    assert set(read(profiles)["services"]) == COMMON | watches | wanted
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -186,6 +187,27 @@ def test_prometheus_is_told_what_every_prometheus_is_and_the_key() -> None:
     proxy = without_key["scrape_configs"][0]
     assert proxy.pop("authorization") == {"credentials_file": "/keys/admin_api_key"}
     assert without_key == theirs
+
+
+def test_with_two_regions_what_is_scraped_is_there_and_the_rest_as_ever() -> None:
+    """A target that nobody serves would be an alert that never ends."""
+    ours = yaml.safe_load((FOLDER / "compose" / "prometheus-regions.yml").read_text())
+    usual = yaml.safe_load((FOLDER / "compose" / "prometheus.yml").read_text())
+    jobs = {job["job_name"]: job for job in ours.pop("scrape_configs")}
+    known = {job["job_name"]: job for job in usual.pop("scrape_configs")}
+    assert ours == usual
+    assert known.keys() - jobs.keys() == {"doherty-offline"}
+    assert not any("offline" in name for name in read("multi-region")["services"])
+    (proxies,) = jobs["doherty-proxy"].pop("static_configs")
+    del known["doherty-proxy"]["static_configs"]
+    assert proxies == {"targets": ["127.0.0.1:8001", "pod-us:8001"]}  # it shares the pod of eu
+    assert jobs == {name: known[name] for name in jobs}
+    (config,) = [
+        volume["source"]
+        for volume in services()["prometheus-regions"]["volumes"]
+        if volume["target"] == "/etc/prometheus/prometheus.yml"
+    ]
+    assert Path(config).name == "prometheus-regions.yml"
 
 
 def test_dockerfile_takes_nothing_but_sources_into_an_image() -> None:

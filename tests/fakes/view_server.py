@@ -53,10 +53,6 @@ class ViewServer:
             self.view = view
             self._changed.notify_all()
 
-    async def until_watched(self, times: int = 1) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.met >= times)
-
     async def cut(self) -> None:
         """End every stream."""
         async with self._changed:

@@ -66,9 +66,10 @@ async def test_a_whole_stream(bench: Bench) -> None:
     client, engine = await bench.begun(chat_request(STREAMED, fields))
     assert b"x-stainless-retry-count: 2" in engine.received
     bench.clock.advance(0.25)
-    engine.send(STREAM_HEAD + chunk(EVENTS[0]))
+    first, rest = chunk(EVENTS[0]), chunk(USAGE) + chunk(EVENTS[-1]) + LAST_CHUNK
+    engine.send(STREAM_HEAD + first)
     bench.clock.advance(0.5)
-    engine.send(chunk(USAGE) + chunk(EVENTS[-1]) + LAST_CHUNK)
+    engine.send(rest)
     assert client.answer().status == 200
     line = lines.only()
     assert line["price"]["price_s"] > 0
@@ -77,9 +78,15 @@ async def test_a_whole_stream(bench: Bench) -> None:
         "termination": "--", "class": "online", "replica": "a", "region": "local", "origin": None,
         "client_retries": 2, "prompt_tokens": 9, "cached_tokens": 4, "completion_tokens": 6,
         "first_octet_ms": 250.0, "tpot_ms": 100.0, "duration_ms": 750.0, "queue_reason": None,
-        "trace_id": None, "span_id": None, "attempts": 1, "stream": True,
+        "trace_id": None, "span_id": None, "attempts": 1, "stream": True, "method": "POST",
+        "path": "/v1/chat/completions", "model": "m", "tenant": "", "key_id": "", "preempted": 0,
+        "received_bytes": len(first + rest), "cached_tokens_believed": 0, "queue_ms": 0.0,
+        "overhead_us": 0,
     }  # fmt: skip
     assert {name: line[name] for name in due} == due
+    others = {"at", "client", "price", "decision", "prompt_tokens_estimated"}
+    assert set(line) == due.keys() | others
+    assert (line["client"], line["decision"]) == ("192.0.2.1", "new")
 
 
 async def test_a_trace_that_is_recorded_is_named(bench: Bench) -> None:
@@ -183,9 +190,7 @@ class _Head:
 
 
 def test_a_line_is_one_object() -> None:
-    record = AccessRecord(
-        at=1.0, request_id="i", client="c", status=400, outcome="o", termination="PR"
-    )
+    record = AccessRecord(1.0, "i", "c", "", "", 400, None, "o", "PR")
     line = msgspec.json.encode(record)
     assert b"\n" not in line
     assert orjson.loads(line)["class"] == ""

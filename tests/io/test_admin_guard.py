@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from proxy.io.admin_guard import Guard, is_local
 from proxy.io.dashboard import Dashboard
 from tests.fakes.admin import Standing, admin, error_of
+from tests.fakes.talk import ask
 
 LOCAL = "host: localhost"
 DRAIN = "/replicas/a/drain"
@@ -44,6 +46,37 @@ async def test_another_page_cannot_have_a_browser_drain(fields: tuple[str, ...])
             assert answer.status == 403, path
             assert error_of(answer)["type"] == "permission_error"
         assert not listener.standing.held()
+
+
+async def test_a_page_of_another_site_cannot_take_the_places_of_those_who_watch() -> None:
+    async with admin(Standing("a")) as listener:
+        for path in READ:
+            for fields in (
+                ("sec-fetch-site: cross-site", "sec-fetch-mode: no-cors", "sec-fetch-dest: image"),
+                ("sec-fetch-site: same-site", "sec-fetch-mode: navigate", "sec-fetch-dest: iframe"),
+                ("sec-fetch-site: cross-site",),
+                ("origin: http://localhost:3000", "sec-fetch-site: same-site"),
+            ):
+                answer = await listener.get(path, LOCAL, *fields)
+                assert (answer.status, error_of(answer)["code"]) == (403, "cross_site")
+        link = (
+            "sec-fetch-site: cross-site",
+            "sec-fetch-mode: navigate",
+            "sec-fetch-dest: document",
+        )
+        assert (await listener.get("/metrics", LOCAL, *link)).status == 200
+        assert (await listener.get("/view", LOCAL, "sec-fetch-site: same-origin")).status == 200
+        assert listener.viewing.watchers == 0
+
+
+async def test_a_body_that_is_not_packed_as_it_says_is_the_askers_fault() -> None:
+    async with admin(Standing("a")) as listener:
+        head = "POST /debug/route HTTP/1.1\r\nhost: localhost\r\ncontent-encoding: gzip\r\n"
+        answer = await ask(listener.port, f"{head}content-length: 5\r\n\r\nhello".encode())
+        assert (answer.status, error_of(answer)["code"]) == (400, "bad_encoding")
+        bomb = gzip.compress(bytes(256 * 1024 * 1024), 9)
+        head += f"content-length: {len(bomb)}\r\n\r\n"
+        assert (await ask(listener.port, head.encode() + bomb)).status == 413
 
 
 @pytest.mark.parametrize(

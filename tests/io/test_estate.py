@@ -120,6 +120,39 @@ async def test_another_versions_counts_and_a_process_own_are_left_out() -> None:
     assert heir.samples() == [_requests(2.0)]
 
 
+async def test_it_is_told_as_sums_not_worker_by_worker() -> None:
+    link, heir = Link(SUCCESSOR), _estate(Peers())
+    await _estate(Peers(link), _requests(1.0), _requests(2.0), _requests(4.0, "x")).farewell()
+    told = [s for f in link.sent for s in msgspec.msgpack.decode(f[1:], type=Part).samples]
+    assert told == [_requests(3.0), _requests(4.0, "x")]
+    _deliver(link, heir)
+    assert heir.samples() == told
+
+
+def test_names_are_capped_however_many_proxies_there_were_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(estate._CAPS, ("route", "model"), 2)
+    monkeypatch.setitem(estate._CAPS, ("replica",), 1)
+    caps = estate.Caps()
+
+    def of(*labels: tuple[str, str]) -> tuple[tuple[str, str], ...]:
+        return caps.within(Sample("a_total", labels, 1.0)).labels
+
+    code = ("code", "200")
+    for model in ("a", "b", "a"):
+        assert of(("route", "chat"), ("model", model), code) == (
+            *(("route", "chat"), ("model", model), code),
+        )
+    assert of(("route", "chat"), ("model", "c"), code) == (
+        *(("route", "chat"), ("model", "other"), code),
+    )
+    assert of(("replica", "r0")) == (("replica", "r0"),)
+    assert of(("replica", "r1")) == (("replica", "other"),)
+    assert of(("reason", "home")) == (("reason", "home"),)
+    assert of() == ()
+
+
 def test_what_cannot_be_read_ends_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
     heir = _estate(Peers())
     with pytest.raises(WireError, match="cannot be read"):

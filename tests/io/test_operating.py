@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from aiohttp import web
 
 from proxy import takeover
 from proxy.io.operating import shown_url
+from proxy.io.telemetry import Sample
 from proxy.listeners import Listeners
 from tests.fakes.admin import Standing, admin, error_of, post
 from tests.fakes.engine import ScriptedEngine
@@ -158,6 +160,28 @@ async def test_what_a_manager_refuses_is_passed_on_in_words(
         assert words in error_of(answer)["message"]
 
 
+async def test_a_manager_is_heard_to_the_end_however_its_answer_is_cut() -> None:
+    body = b'{"replica_id":"a","state":"draining"}'
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body))
+        for at in range(len(body)):
+            writer.write(body[at : at + 1])
+            await writer.drain()
+            await asyncio.sleep(0.001)
+        writer.close()
+        await writer.wait_closed()
+        answered.set()
+
+    answered = asyncio.Event()
+    manager = await asyncio.start_server(answer, "127.0.0.1", 0)
+    url = "http://{}:{}".format(*manager.sockets[0].getsockname())
+    async with manager, admin(Standing("a", manager_url=url)) as listener:
+        assert (await listener.post("/replicas/a/drain")).status == 200
+        await answered.wait()
+
+
 async def test_a_manager_that_is_gone_is_said_to_be() -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
@@ -200,6 +224,19 @@ async def test_what_cannot_be_granted_is_refused_in_words(caplog: pytest.LogCapt
     assert len(said) == 3
     assert not any("\n" in line or "a b" in line for line in said)
     assert r"'x\r\n2026 forged' refused (unknown_replica), asked by 127.0.0.1" in said[2]
+
+
+async def test_who_asks_for_replicas_takes_no_lateness_from_the_metrics() -> None:
+    class Counting(Standing):
+        async def samples(self) -> tuple[list[Sample], list[Sample]]:
+            raise AssertionError("these are for /metrics: reading them begins the lateness anew")
+
+    standing = Counting("a")
+    standing.gauges = [Sample("replica_inflight", (("replica", "a"),), 3.0)]
+    async with admin(standing) as listener:
+        answer = await listener.get("/replicas")
+    (replica,) = orjson.loads(answer.body)["replicas"]
+    assert (replica["replica_id"], replica["inflight"], standing.recounts) == ("a", 3, 1)
 
 
 @pytest.mark.parametrize(("wish", "state"), [("drain", "draining"), ("undrain", "ready")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ def test_what_is_no_secret_is_refused(text: str, words: str, tmp_path: Path) -> 
     told = {"DOHERTY_API_KEY_FILE": secret(tmp_path, text)}
     with pytest.raises(ConfigError, match=words):
         flags.read(URLS, told)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        told = {"DOHERTY_API_KEY_FILE": str(path)}
+        with pytest.raises(ConfigError, match=r"no regular file|cannot be read"):
+            flags.read(URLS, told)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

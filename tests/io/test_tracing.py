@@ -8,18 +8,19 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+import msgspec
 import pytest
 
 from proxy.config import ConfigError, ProxyConfig
 from proxy.contract import PoolRecord, ReplicaRecord, span_export
-from proxy.contract.span_export import SpanExport
+from proxy.contract.span_export import SpanCounts, SpanExport
 from proxy.contract.spans import CLIENT, INTERNAL, SERVER, SpanRecord, endpoint_url
 from proxy.core import claim_limits, limits
-from proxy.core.request_spans import NEWEST
+from proxy.core.request_spans import NEWEST, RequestFacts
 from proxy.core.trace_context import SAMPLED, read_origin
 from proxy.io import regions as regions_module
 from proxy.io import tracing
-from proxy.io.tracing import Tracer, check_tracing, close_tracer, tracer_of
+from proxy.io.tracing import Tracer, check_tracing, close_tracer, span_samples, tracer_of
 from tests.fakes.engine import Connection, Received, ScriptedEngine, answer_json, streaming
 from tests.fakes.otlp_sink import OtlpSink, Told
 from tests.fakes.plane import (
@@ -49,8 +50,10 @@ USAGE = b'{"usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}}'
 @contextmanager
 def tracing_to(proxy: RealPlane, sink: OtlpSink, **config: object) -> Iterator[None]:
     """Have a plane on real sockets send its traces there."""
-    told = ProxyConfig(otlp_traces_endpoint=sink.url, region=proxy.plane.region, **config)  # type: ignore[arg-type]
-    proxy.plane.tracer = tracer_of(told, SOON)
+    told = msgspec.structs.replace(
+        proxy.plane.config, otlp_traces_endpoint=sink.url, region=proxy.plane.region, **config
+    )
+    proxy.plane.tracer = tracer_of(told, SOON, proxy.plane.span_counts)
     yield
     close_tracer(proxy.plane.tracer)
 
@@ -196,6 +199,16 @@ async def test_a_trace_that_is_restarted_is_linked_to_the_client_s(make_bench: M
     assert kept[0].linked == (int(TRACE, 16), int(SPAN, 16))
     assert TRACE.encode() not in engine.received
     assert b"tracestate" not in engine.received
+
+
+async def test_a_client_that_claims_to_be_a_region_is_not_followed(make_bench: MakeBench) -> None:
+    """With no other region configured there is none whose word it could be."""
+    bench = make_bench(trace_context="restart")
+    kept = traced(bench)
+    client = bench.client()
+    client.send(chat_request(fields=[PARENT, "x-doherty-hop: made up"]))
+    assert client.answer().status == 403
+    assert kept[0].trace_id != int(TRACE, 16)
 
 
 async def test_a_hop_goes_on_in_the_other_region(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +445,7 @@ async def test_what_waits_at_the_end_is_sent() -> None:
             for number in range(1, 6):
                 export.put(number)
         assert [span.name for span in sink.spans] == ["s1", "s2", "s3", "s4", "s5"]
-        assert export.exported_total == 5
+        assert export.counts.exported_total == 5
 
 
 async def test_a_full_batch_is_not_waited_for_and_batches_are_bounded() -> None:
@@ -455,11 +468,11 @@ async def test_a_collector_that_refuses_is_told_of_once(
     async with OtlpSink(status=400) as sink, closing(exporting(sink.url)) as export:
         for number in range(1, 4):
             export.put(number)
-            await until(lambda number=number: export.refused_total == number)  # type: ignore[misc]
+            await until(lambda number=number: export.counts.refused_total == number)  # type: ignore[misc]
         sink.status = 200
         export.put(4)
         await sink.until(1)
-        await until(lambda: export.exported_total == 1)
+        await until(lambda: export.counts.exported_total == 1)
     said = [r.getMessage() for r in caplog.records if r.name == "doherty.traces"]
     assert len(said) == 2, said
     assert "traces are not taken" in said[0]
@@ -484,23 +497,42 @@ async def test_a_collector_that_is_slow_or_gone_holds_nobody_up(
             for _ in range(8):
                 assert (await ask(proxy.port, chat_request())).status == 200
             counted = {
-                dict(sample.labels).get("reason", ""): sample.value for sample in tracer.counters()
+                dict(sample.labels).get("reason", ""): sample.value
+                for sample in span_samples(tracer.export.counts)
             }
             assert counted == {"": 0, "queue_full": 8, "export_failed": 0}  # of two spans each
             await asyncio.to_thread(close_tracer, tracer)  # it does not wait for the collector
 
 
-async def test_traces_are_changed_by_a_reload() -> None:
+async def test_what_is_counted_outlives_a_reload() -> None:
+    """And the last that one sends as it is closed counts, too, if nothing comes after it."""
+    counts = SpanCounts()
     async with OtlpSink() as sink:
-        first = tracer_of(ProxyConfig(otlp_traces_endpoint=sink.url), SOON)
+        config = ProxyConfig(otlp_traces_endpoint=sink.url)
+        first = tracer_of(config, {"OTEL_BSP_SCHEDULE_DELAY": "60000"}, counts)
         assert first is not None
-        first.export.dropped_total = 7
-        second = tracer_of(ProxyConfig(enable_trace=True), SOON, first)
+        first.over(RequestFacts(b"1" * 32, b"1" * 16, 0.0))
+        second = tracer_of(config, {"OTEL_BSP_SCHEDULE_DELAY": "60000"}, counts)
         assert second is not None
-        assert second.export.dropped_total == 7
-        assert tracer_of(ProxyConfig(), SOON, second) is None
+        second.over(RequestFacts(b"2" * 32, b"2" * 16, 0.0))
+        assert tracer_of(ProxyConfig(), SOON, counts) is None  # off
         for each in (first, second):
             await asyncio.to_thread(close_tracer, each)
+    assert [sample.value for sample in span_samples(counts)] == [2, 0, 0]
+
+
+async def test_a_span_that_cannot_be_made_ends_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    def make(number: int) -> list[SpanRecord]:
+        return [a_span(12 // number)]
+
+    async with OtlpSink() as sink:
+        settings = exporting(sink.url).settings
+        async with closing(SpanExport(settings, make)) as export:
+            for number in (4, 0, 0, 2):
+                export.put(number)
+        assert [span.name for span in sink.spans] == ["s3", "s6"]
+    assert (export.counts.exported_total, export.counts.refused_total) == (2, 2)
+    assert len([r for r in caplog.records if r.name == "doherty.traces"]) == 1
 
 
 # --- what is wrong is told at the start -------------------------------------------------------
@@ -537,7 +569,7 @@ def test_without_the_library_it_is_said_what_to_install(monkeypatch: pytest.Monk
 def test_the_environment_may_forbid_traces() -> None:
     config = ProxyConfig(enable_trace=True)
     for environment in ({"OTEL_SDK_DISABLED": "true"}, {"OTEL_TRACES_EXPORTER": "none"}):
-        assert tracer_of(config, environment) is None
+        assert tracer_of(config, environment, SpanCounts()) is None
         assert "off" in check_tracing(config, environment)[0]
     assert check_tracing(config, {"OTEL_TRACES_SAMPLER": "jaeger_remote"})
 

@@ -190,6 +190,20 @@ def test_tenants_have_the_keys_that_are_sent_and_every_limit(tmp_path: Path) -> 
     assert {hashlib.sha256(key).hexdigest() for key in sent} == digests
 
 
+def test_another_checkout_is_measured_where_it_is_named_and_there(tmp_path: Path) -> None:
+    def before(folder: Path | None) -> Rival:
+        [found] = [r for r in rivals.all_rivals(tmp_path, folder) if r.name == "ours-before"]
+        return found
+
+    assert not before(None).installed()
+    assert not before(tmp_path).installed()
+    (tmp_path / "proxy").mkdir()
+    (tmp_path / "proxy" / "__main__.py").touch()
+    assert before(tmp_path).installed()
+    ours = rivals.all_rivals(tmp_path)[0].command(site(tmp_path))
+    assert before(tmp_path).command(site(tmp_path)) == ["env", "-C", str(tmp_path), *ours]
+
+
 def test_two_regions_name_each_other(tmp_path: Path) -> None:
     here, there = (settings.region(number, (1, 2, 3, 4, 5)) for number in (0, 1))
     for one, other, port in ((here, there, 2), (there, here, 1)):
@@ -280,7 +294,7 @@ def cache(programs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @NEEDS_COMPILER
 def test_a_quick_run_of_ours(cache: Path, tmp_path: Path) -> None:
     target = tmp_path / "bench.json"
-    chosen = ["--rivals", "direct,ours", "--scenarios", "1kb,burst,ttfb,placement"]
+    chosen = ["--rivals", "direct,ours,ours-watched", "--scenarios", "1kb,burst,ttfb,placement"]
     status = main(["bench", "--quick", "--quiet", *chosen, "--json", str(target)])
     value = orjson.loads(target.read_bytes())
     samples = {(one["scenario"], one["rival"]): one for one in value["samples"]}
@@ -327,7 +341,7 @@ def test_a_rival_that_does_not_start_fails_alone(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(bench, "all_rivals", lambda venv: [Broken("broken")])
+    monkeypatch.setattr(bench, "all_rivals", lambda *_: [Broken("broken")])
     chosen = ["--rivals", "direct,broken", "--scenarios", "1kb"]
     status = main(["bench", "--quick", "--quiet", *chosen])
     said = capsys.readouterr().out

@@ -338,4 +338,4 @@ def test_progress_is_shown_to_people_only(
     assert "sent 5, errors 1, TTFT p50 250 ms" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "tqdm", None)
     make_progress(10, "t", quiet=False).show(1, 1, 0, None)
-    assert "pip install -e '.[loadtest]'" in capsys.readouterr().err
+    assert "pip install 'doherty[loadtest]'" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from loadtest import locust_setting
 from loadtest.locust_answers import Answer, code_of, error_code, form_of, lines_wrong
-from loadtest.locust_setting import base_of, broken_limits, complaint, users_at
+from loadtest.locust_setting import base_of, broken_limits, complaint, first_model, users_at
 
 
 class _Parser(ArgumentParser):
@@ -61,12 +61,22 @@ def test_steady_users_are_as_many_as_were_asked_for() -> None:
     [
         (("--shared-prefix", "1.5"), "--shared-prefix 1.5"),
         (("--turns", "0"), "--turns 0: expected more than 0"),
+        (("--shape", "day", "--day-s", "nan"), "--day-s nan: expected more than 0"),
+        (("--burst-factor", "-3"), "--burst-factor -3: expected more than 0"),
+        (("--timeout-s", "0"), "--timeout-s 0: expected more than 0"),
+        (("--think-s", "-1"), "--think-s -1: expected 0 or more"),
         (("--burst-s", "200"), "at most --burst-every-s"),
         (("--no-stream", "--fail-ttft-p99-ms", "5"), "--no-stream: no first token is seen"),
     ],
 )
 def test_options_that_contradict_are_named(argv: tuple[str, ...], said: str) -> None:
     assert said in complaint(options(*argv))
+
+
+def test_a_host_that_is_no_url_is_named() -> None:
+    for host in ("nonsense", "file:///etc/passwd", "127.0.0.1:8000"):
+        with pytest.raises(ValueError, match=f"--host {host}: expected a URL such as http://"):
+            first_model(host, options())
 
 
 def test_good_options_have_no_complaint() -> None:

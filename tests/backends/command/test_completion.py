@@ -132,16 +132,19 @@ def test_names_of_a_running_manager_are_offered(folder: Path) -> None:
     table = (
         "ID  STATE  ENGINE  URL  GPUS  RUNNING  WAITING  KV  RESTARTS  REASON\n"
         "demo-0  ready  simulator  http://h:1  -  0  0  0%  0  \n"
+        "demo$(touch${IFS}taken)  ready  simulator  http://h:1  -  0  0  0%  0  \n"
+        "demo-`touch${IFS}taken`  ready  simulator  http://h:1  -  0  0  0%  0  \n"
         "demo waits: a card that another pool of a higher class has is not free\n"
     )
     command = folder / "doherty"
-    command.write_text(f"#!/bin/sh\necho '{table}'\n")
+    command.write_text(f"#!/bin/sh\ncat <<'END'\n{table}END\n")
     command.chmod(0o755)
     code = f"""{_script("bash")}
 COMP_WORDS=(doherty wake d); COMP_CWORD=2
 _doherty; printf '%s\\n' "${{COMPREPLY[@]}}\""""
     path = f"{folder}:{os.environ['PATH']}"
     assert _lines([_shell("bash"), "--norc", "-c", code], path) == {"demo-0"}
+    assert not (folder / "taken").exists()  # a manager may be anybody's; its names run nothing
 
 
 def _lines(command: list[str], path: str | None = None) -> set[str]:

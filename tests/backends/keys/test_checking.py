@@ -13,6 +13,7 @@ from backends.keys.changes import added
 from backends.keys.checking import check_keys
 from backends.keys.file import change
 from proxy.config import ConfigError, parse_config
+from proxy.contract.extras import install_command
 from proxy.contract.keys import KeyRecord
 
 NOW_S = 1_000_000.0
@@ -60,7 +61,7 @@ def test_what_a_start_would_lack_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     tokens = parse_config("jwt: {issuer: 'https://i.example', audience: d}\n", "test")
     assert check_keys(tokens, {}, NOW_S) == []
     monkeypatch.setattr(checking, "find_spec", lambda name: None if name == "jwt" else name)
-    assert "pip install 'doherty[jwt]'" in check_keys(tokens, {}, NOW_S)[0]
+    assert install_command("jwt") in check_keys(tokens, {}, NOW_S)[0]
 
 
 def test_a_file_that_is_none_yet_or_that_others_may_read(path: Path, tmp_path: Path) -> None:

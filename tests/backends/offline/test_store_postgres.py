@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,7 @@ from backends.offline.postgres import Postgres
 from backends.offline.records import StoreError, UnavailableError
 from backends.offline.rows import WORK
 from backends.offline.store import Store
+from proxy.contract.extras import install_command
 from tests.fakes import postgres_server
 from tests.fakes.stored_jobs import ANN, begun_job, given, outcome, report
 
@@ -117,5 +119,5 @@ async def test_tables_of_a_newer_release_are_refused_with_words(store_url: str) 
 
 async def test_a_missing_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "asyncpg", None)
-    with pytest.raises(StoreError, match=r"pip install 'doherty\[postgres\]'"):
+    with pytest.raises(StoreError, match=re.escape(install_command("postgres"))):
         await Store.open("postgresql://localhost/x")

@@ -153,6 +153,20 @@ async def test_wishes_and_dry_runs_are_sent_as_they_are() -> None:
     assert server.explained == [("/v1/completions", b'{"prompt": ""}')]
 
 
+async def test_a_view_of_a_large_fleet_comes_in_many_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What has come when the first piece is there is no view yet."""
+    view = a_view(2000)
+    async with ViewServer(view) as server, Admin(server.url, None) as admin:
+        assert await admin.fetch() == view
+        server.explanation = b" " * 2_000_000 + b"{}"
+        assert await admin.explain(b"{}", "/v1/chat/completions") == server.explanation
+        monkeypatch.setattr(feed, "ANSWER_BYTES_MAX", 1_000_000)
+        with pytest.raises(FeedError, match="longer than 1000000 bytes"):
+            await admin.explain(b"{}", "/v1/chat/completions")
+
+
 async def test_something_else_than_a_view_is_told() -> None:
     async with ViewServer(VIEW) as server, Admin(f"{server.url}/elsewhere", None) as admin:
         with pytest.raises(FeedError, match="is that a proxy's admin listener"):

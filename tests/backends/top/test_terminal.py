@@ -11,6 +11,7 @@ import pytest
 
 from backends.cli import main
 from backends.top import command
+from proxy.contract.extras import install_command
 from proxy.contract.view import decode_view
 from tests.fakes.terminal import Terminal
 from tests.fakes.view_server import ViewServer
@@ -121,4 +122,4 @@ def test_without_textual_it_says_what_to_install(
     monkeypatch.setattr(command, "_on_a_terminal", lambda: True)
     monkeypatch.setitem(sys.modules, "backends.top.app", None)
     assert main(["top"]) == 2
-    assert "pip install 'doherty[top]'" in capsys.readouterr().err
+    assert install_command("top") in capsys.readouterr().err
