@@ -235,6 +235,7 @@ def test_two_cells_are_measured_once_and_judged_from_the_file(
             assert made.rows
             assert not [r.error for r in made.rows if r.error]
             assert made.router_s > 0
+            assert made.told["replicas_by_events"] == 2
         counted = sum(one.prompt for one in again.cells[0].engines)
         assert counted == pytest.approx(sum(r.prompt_tokens for r in again.cells[0].rows))
         assert main([*words, "--kept", str(tmp_path / "kept.json")]) == 0

@@ -97,6 +97,8 @@ async def _replayed(
     after, (cpu_after_s, mib) = await place.fleet.tokens(), router.used()
     if run.interrupted:
         raise KeyboardInterrupt
+    if (by_events := await router.by_events()) is not None:
+        told["replicas_by_events"] = by_events
     return msgspec.structs.replace(
         record,
         rows=[row_of(outcome) for outcome in run.outcomes],

@@ -98,10 +98,13 @@ def arguments(options: FleetOptions, place: int) -> list[str]:
     """Return what is added to the engine's command line for one replica."""
     host = f"127.0.0.{place + 1}"
     tokens = str(options.kv_cache_tokens)
+    # Both engines bind where they see "*" or "::" and connect elsewhere; this is IPv4 all the same
+    # (an IPv4-mapped address, RFC 4291 section 2.5.5.2).
+    endpoint = f"tcp://[::ffff:{host}]:{EVENTS_PORT}"
     vllm_events = {
         "enable_kv_cache_events": True,
         "publisher": "zmq",
-        "endpoint": f"tcp://{host}:{EVENTS_PORT}",
+        "endpoint": endpoint,
         "replay_endpoint": f"tcp://{host}:{REPLAY_PORT}",
         "topic": "",
     }
@@ -115,7 +118,7 @@ def arguments(options: FleetOptions, place: int) -> list[str]:
         words += ["--kv-cache-memory-bytes", str(options.kv_cache_tokens * KV_BYTES_PER_TOKEN)]
         words += events
     else:
-        sglang_events = {"publisher": "zmq", "endpoint": f"tcp://{host}:{EVENTS_PORT}", "topic": ""}
+        sglang_events = {"publisher": "zmq", "endpoint": endpoint, "topic": ""}
         words += ["--max-total-tokens", tokens, "--attention-backend", "fa3"]
         words += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
         words += ["--mm-feature-transport", "cpu"]

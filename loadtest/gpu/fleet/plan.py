@@ -9,8 +9,9 @@ from loadtest.gpu.fleet.load import AGENTS, CONVERSATION, UNIQUE
 from loadtest.gpu.fleet.record import CellKey
 
 OURS, OURS_RR, OURS_LEAST = "ours", "ours_round_robin", "ours_least_load"
+OURS_DEAF = "ours_no_events"  # learns of caches by the answers alone, as the others do
 NGINX, SGLANG, VLLM = "nginx", "sglang_cache_aware", "vllm_consistent_hash"
-ARMS: Final = (OURS, OURS_RR, OURS_LEAST, NGINX, SGLANG, VLLM)
+ARMS: Final = (OURS, OURS_DEAF, OURS_RR, OURS_LEAST, NGINX, SGLANG, VLLM)
 EVENTS: Final = ("kill", "backfill")
 LOADS: Final = (0.6, 0.75, 0.9, 1.1)
 
@@ -23,6 +24,7 @@ _FIRST: Final = (
 )
 _THEN: Final = (
     (CONVERSATION, 0.75, (OURS_RR,)),
+    (CONVERSATION, 0.9, (OURS_DEAF,)),
     (CONVERSATION, 0.9, (NGINX, VLLM, OURS_LEAST)),
     (CONVERSATION, 0.6, (OURS, SGLANG, OURS_RR)),
     (CONVERSATION, 1.1, (OURS, SGLANG, OURS_RR)),

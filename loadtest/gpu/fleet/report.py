@@ -40,7 +40,7 @@ def text_of(record: Record) -> tuple[str, int]:
         missed += targets.missed(rows)
         head = ["cell", "p50 foretold", "seen", "p99 foretold", "seen", "hit", "seen", "ratio", ""]
         parts.append(f"The policy lab's word, and what came\n{aligned([head, *rows])}")
-    parts += _events(figures, groups, record)
+    parts += _heard(record) + _events(figures, groups, record)
     parts += [_failures(record)] if any(cell.failure for cell in record.cells) else []
     return "\n\n".join(parts) + "\n", missed
 
@@ -147,6 +147,19 @@ def _events(
         rows += [_burst_row(burst) for burst in record.bursts]
         parts.append(f"A burst from one awake replica\n{aligned(rows)}")
     return parts
+
+
+def _heard(record: Record) -> list[str]:
+    """Say of how many replicas ours knew the caches by their own events, cell by cell."""
+    counts = {
+        cell.key.text: cell.told["replicas_by_events"]
+        for cell in record.cells
+        if "replicas_by_events" in cell.told
+    }
+    if not counts:
+        return []
+    words = ", ".join(f"{name}: {count:g}" for name, count in counts.items())
+    return [f"Replicas whose KV events ours heard at the end: {words}"]
 
 
 def _event(

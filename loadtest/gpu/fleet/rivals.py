@@ -31,6 +31,7 @@ from loadtest.bench.rivals import Nginx, Router, nginx_config
 from loadtest.client import Client, parse_url
 from loadtest.gpu.fleet import plan
 from loadtest.gpu.fleet.engines import EVENTS_PORT, REPLAY_PORT, ask
+from loadtest.gpu.gauges import proxy_series, total
 from loadtest.run import RunError
 
 START_S = 40.0
@@ -38,6 +39,7 @@ POLL_S = 0.1
 STOP_S = 10.0
 OUR_POLICY = {
     plan.OURS: "prefix",
+    plan.OURS_DEAF: "prefix",
     plan.OURS_RR: "round_robin",
     plan.OURS_LEAST: "least_load",
 }
@@ -73,13 +75,21 @@ def command_of(arm: str, site: Site, urls: Sequence[str], programs: Programs) ->
     """Return what starts a router, after writing what it reads."""
     if arm in OUR_POLICY:
         events = ["--kv-events", "off"]
-        if programs.doherty_events:
+        if programs.doherty_events and arm != plan.OURS_DEAF:
             events = ["--kv-events-port", str(EVENTS_PORT)]
             events += ["--kv-events-replay-port", str(REPLAY_PORT)]
         return [
             *(sys.executable, "-m", "proxy", "--host", "127.0.0.1"),
             *("--port", str(site.port), "--admin-port", str(site.spare_port)),
-            *("--workers", str(programs.workers), "--policy", OUR_POLICY[arm], *events),
+            *(
+                "--workers",
+                str(programs.workers),
+                "--access-log",
+                "off",
+                "--policy",
+                OUR_POLICY[arm],
+                *events,
+            ),
             *("--worker-urls", *urls),
         ]
     if arm == plan.NGINX:
@@ -106,6 +116,16 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
 
     url: str
     pid: int
+    admin_url: str = ""  # of ours
+
+    async def by_events(self) -> float | None:
+        """Return of how many replicas ours knows the cache by its KV events; None: not ours."""
+        if not self.admin_url:
+            return None
+        admin = Client(parse_url(self.admin_url), time.perf_counter)
+        with contextlib.closing(admin):
+            found = await proxy_series(admin)
+        return total(found, "doherty_replica_cache_source", source="events")
 
     def used(self) -> tuple[float, float]:
         """Return processor seconds so far, and resident MiB, of all its processes."""
@@ -130,7 +150,8 @@ async def running(
     try:
         url = f"http://127.0.0.1:{port}"
         await _until_it_answers(arm, url, process, log, replicas=len(urls))
-        yield Running(url=url, pid=process.pid)
+        admin_url = f"http://127.0.0.1:{spare}" if arm in OUR_POLICY else ""
+        yield Running(url=url, pid=process.pid, admin_url=admin_url)
     finally:
         await asyncio.to_thread(_stop, process)
 
