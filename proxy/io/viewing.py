@@ -99,7 +99,10 @@ class Viewing:
             totals = self._totals(self._source.counted()[0], now_s)
         else:
             return
-        if self._history.due(now_s):
+        self._keep(totals)
+
+    def _keep(self, totals: Totals) -> None:
+        if self._history.due(totals.at_s):
             self._history.keep(totals)
 
     def hurry(self) -> None:
@@ -115,7 +118,9 @@ class Viewing:
             if self._now_s() - self._made_s > FRESH_S:
                 await asyncio.gather(self._source.recount(), self._ask())
                 now_s = self._now_s()
-                self._make(*self._sums(now_s), now_s)
+                totals, gauges = self._sums(now_s)
+                self._make(totals, gauges, now_s)
+                self._keep(totals)  # else the first window would begin when workers next tell
         return self.body
 
     async def newer(self, number: int, wait_s: float) -> bool:
