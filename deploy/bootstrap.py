@@ -44,15 +44,15 @@ SLOTS = 3  # parts of the test run at a time: half of what each takes is waiting
 # it is done where it is judged. The files of tests/io are those that reach the rest of the core.
 WITH_CORE = ("abroad", "choice", "explain", "fair", "hops", "kv_events", "metering", "preemption")
 MEASURED = ("tests/core", "tests/fuzz", *(f"tests/io/test_{name}.py" for name in WITH_CORE))
-# Builds an image of the sources, which is mostly waiting: beside the translation, not after it.
-COMPOSE = ("tests/deploy/test_compose.py",)
+# What judges the sources, in containers, as a wheel and in documents: beside the translation.
+OF_SOURCES = (("tests/deploy/test_compose.py",), ("tests/deploy", "tests/bench_core"))
 # What runs beside each other; the longest first, so that the last to end are short.
 TOGETHER = (
-    COMPOSE,
+    *OF_SOURCES,
     ("tests/faults", "tests/contract"),
     ("tests/backends",),
     ("tests/io",),
-    ("tests/loadtest", "tests/deploy", "tests/bench_core"),
+    ("tests/loadtest",),
     ("tests/backends/offline",),
 )
 CACHES = (".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", ".import_linter_cache")
@@ -297,7 +297,7 @@ def test_parts(folder: Path) -> list[Part]:
     """Return all of the tests, each in one part, the longest first.
 
     The data path is translated first, so that every test of a process meets what is run in earnest
-    (but in containers); the core's own tests are run over the translation, too.
+    (but in `OF_SOURCES`); the core's own tests are run over the translation, too.
     """
     measure = (str(BIN / "coverage"), "run", "-m", "pytest")
     counted = {"COVERAGE_FILE": str(folder / "coverage")}
@@ -309,7 +309,7 @@ def test_parts(folder: Path) -> list[Part]:
     for paths in TOGETHER:
         inner = [path for path in named if path.startswith(tuple(f"{each}/" for each in paths))]
         options = (*paths, *(f"--ignore={path}" for path in inner))
-        name, then = paths[0].replace("/", "."), "" if paths == COMPOSE else after
+        name, then = paths[0].replace("/", "."), "" if paths in OF_SOURCES else after
         parts.append(pytest_part(folder, name, options, after=then))
     if made:
         options = ("-q", "-o", "pythonpath=", "tests/core", "tests/fuzz")

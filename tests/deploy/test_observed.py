@@ -36,7 +36,6 @@ NO_DATA = {
     },
     "nothing fails": {"Further attempts"},
     "no certificate": {"Days until certificates end"},
-    "no collector": {"Spans of traces"},
 }
 # Single queries of panels that have something else to show, by legend.
 NO_SERIES = {
