@@ -42,7 +42,10 @@ CORE_BRANCH_PERCENT_MIN = 95.0
 SLOTS = 3  # parts of the test run at a time: half of what each takes is waiting for processes
 # Where the core's branches are counted: counting costs three times what the tests themselves do, so
 # it is done where it is judged. The files of tests/io are those that reach the rest of the core.
-WITH_CORE = ("abroad", "choice", "explain", "fair", "hops", "kv_events", "metering", "preemption")
+WITH_CORE = (
+    *("abroad", "choice", "explain", "fair", "hops"),
+    *("kv_events", "metering", "preemption", "tracing"),
+)
 MEASURED = ("tests/core", "tests/fuzz", *(f"tests/io/test_{name}.py" for name in WITH_CORE))
 # What judges the sources, in containers, as a wheel and in documents: beside the translation.
 OF_SOURCES = (("tests/deploy/test_compose.py",), ("tests/deploy", "tests/bench_core"))
