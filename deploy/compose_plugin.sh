@@ -11,29 +11,16 @@ set -eu
 case $(uname -m) in x86_64) arch=amd64 ;; aarch64) arch=arm64 ;;
     *) echo "no Compose for $(uname -m) is known here" >&2; exit 1 ;;
 esac
-instead="install Docker's own package docker-compose-plugin"
-command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null ||
-    { echo "apt-get is missing: $instead" >&2; exit 1; }
+here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 if [ -x "$folder/docker-compose" ] && "$folder/docker-compose" version >/dev/null 2>&1; then
     echo "$folder/docker-compose"
     exit 0
 fi
-work=$(mktemp -d "$folder/fetch.XXXXXX")
-trap 'rm -rf "$work"' EXIT
-mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$work/debs" "$work/root"
-: >"$work/status"
-mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
-    grep -v '^ *#' | grep -oE '[a-z+]+://[^ ]+/debian/?( |$)' | head -1 | tr -d ' ')
-key=$(ls /usr/share/keyrings/debian-archive-keyring.* 2>/dev/null | head -1)
-[ -n "$mirror" ] && [ -n "$key" ] ||
-    { echo "apt names no Debian mirror here: $instead" >&2; exit 1; }
-echo "deb [signed-by=$key] $mirror trixie main" >"$work/sources.list"
-ours="-oAPT::Architecture=$arch -oDir::Etc::sourcelist=$work/sources.list -oDir::Etc::sourceparts=/dev/null
-    -oDir::State::Lists=$work/lists -oDir::Cache=$work/cache -oDir::State::status=$work/status
-    -oAPT::Sandbox::User=root -oAcquire::Retries=2"
-apt-get $ours -q update >&2
+suite=trixie
+instead="install Docker's own package docker-compose-plugin"
+. "$here/debian_suite.sh"
 (cd "$work/debs" && apt-get $ours -q download docker-compose >&2)
 for deb in "$work"/debs/*.deb; do dpkg-deb -x "$deb" "$work/root"; done
 mv "$work/root/usr/libexec/docker/cli-plugins/docker-compose" "$folder/docker-compose"

@@ -14,28 +14,16 @@ case $(uname -m) in x86_64) arch=amd64; triplet=x86_64-linux-gnu; loader=ld-linu
     aarch64) arch=arm64; triplet=aarch64-linux-gnu; loader=ld-linux-aarch64.so.1 ;;
     *) echo "no CRIU for $(uname -m) is known here" >&2; exit 1 ;;
 esac
-command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null ||
-    { echo "apt-get is missing: build CRIU 4.2 or newer from its sources, and name it by DOHERTY_CRIU" >&2; exit 1; }
+here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 if [ -x "$folder/criu" ] && "$folder/criu" --version >/dev/null 2>&1; then
     echo "$folder/criu"
     exit 0
 fi
-work=$(mktemp -d "$folder/fetch.XXXXXX")
-trap 'rm -rf "$work"' EXIT
-mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$work/debs" "$work/root"
-: >"$work/status"
-mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
-    grep -v '^ *#' | grep -oE '[a-z+]+://[^ ]+/debian/?( |$)' | head -1 | tr -d ' ')
-key=$(ls /usr/share/keyrings/debian-archive-keyring.* 2>/dev/null | head -1)
-[ -n "$mirror" ] && [ -n "$key" ] ||
-    { echo "apt names no Debian mirror here: build CRIU 4.2 or newer from its sources, and name it by DOHERTY_CRIU" >&2; exit 1; }
-echo "deb [signed-by=$key] $mirror sid main" >"$work/sources.list"
-ours="-oAPT::Architecture=$arch -oDir::Etc::sourcelist=$work/sources.list -oDir::Etc::sourceparts=/dev/null
-    -oDir::State::Lists=$work/lists -oDir::Cache=$work/cache -oDir::State::status=$work/status
-    -oAPT::Sandbox::User=root -oAcquire::Retries=2"
-apt-get $ours -q update >&2
+suite=sid
+instead="build CRIU 4.2 or newer from its sources, and name it by DOHERTY_CRIU"
+. "$here/debian_suite.sh"
 # Packages that bring neither the program nor a library that it is linked with.
 packages=$(apt-cache $ours depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks \
     --no-replaces --no-enhances criu | grep -E '^[a-z0-9]' | sort -u |
