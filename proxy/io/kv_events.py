@@ -29,7 +29,7 @@ from proxy.core.usage import Usage
 from proxy.io.kv_reach import Followed, Reach
 from proxy.io.kv_sockets import Socket
 from proxy.io.kv_stream import KvStream, SourceState
-from proxy.io.tasks import Tasks
+from proxy.io.tasks import Tasks, beat
 
 TICK_S = 0.1
 
@@ -179,7 +179,7 @@ class KvFollower:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await beat(TICK_S)
             now_s = self._now_s()
             for name, stream in self._streams.items():
                 self._evicted(name, stream.binding.advance(now_s))

@@ -82,9 +82,3 @@ async def _readable(timeout_s: float, sockets: tuple[Socket, ...]) -> bool:
 def _tell(told: asyncio.Future[bool], happened: bool) -> None:
     if not told.done():
         told.set_result(happened)
-
-
-async def gathering() -> None:
-    """Wait for the next moment at which sockets are read: the same for all."""
-    loop = asyncio.get_running_loop()
-    await asyncio.sleep(GATHER_S - loop.time() % GATHER_S)

@@ -26,6 +26,7 @@ from proxy.core.kv_wire import BadBatchError, Batch, Frames, read_batch, read_fr
 from proxy.io import kv_sockets
 from proxy.io.kv_reach import Followed, LostError, Reach
 from proxy.io.kv_sockets import Socket
+from proxy.io.tasks import beat
 
 _log = logging.getLogger("doherty.kv_events")
 
@@ -195,7 +196,7 @@ class KvStream:
     async def _listen(self, source: KvSource, subscriber: Socket, monitor: Socket) -> None:
         checked_s = self._now_s()
         while True:
-            await kv_sockets.gathering()
+            await beat(kv_sockets.GATHER_S)
             count = 0
             while (frames := kv_sockets.take(subscriber)) is not None:
                 await self._take(source, frames)
