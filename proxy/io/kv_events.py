@@ -31,8 +31,6 @@ from proxy.io.kv_sockets import Socket
 from proxy.io.kv_stream import KvStream, SourceState
 from proxy.io.tasks import Tasks, beat
 
-TICK_S = 0.1
-
 
 class KvFollower:
     """All replicas whose events are followed, and what passes through the proxy to them."""
@@ -46,6 +44,7 @@ class KvFollower:
         on_cleared: Callable[[str], None],
         on_held: Callable[[str, PrefixChain], None],
         on_state: Callable[[str, bool, int], None],
+        catch_up: Callable[[], None] = lambda: None,
         api_key: str | None = None,
         configured: KvSource | None = None,
         now_s: Callable[[], float] = time.monotonic,
@@ -54,6 +53,7 @@ class KvFollower:
         started with, such as `tcp://*:5557`. Times of facts are of the clock `now_s`.
 
         `on_held(name, chain)` takes back, of a request under way, what was told as gone.
+        `catch_up()` tells all that has passed through the proxy so far: before events are read.
         """
         self._tasks = tasks
         self._context: zmq.Context[Socket] = zmq.Context()
@@ -62,6 +62,7 @@ class KvFollower:
         self._on_cleared = on_cleared
         self._on_held = on_held
         self._on_state = on_state
+        self._catch_up = catch_up
         self._now_s = now_s
         self._streams: dict[str, KvStream] = {}
         self._names: dict[Hashable, str] = {}  # of requests under way
@@ -108,7 +109,13 @@ class KvFollower:
 
     def _start(self, replica: Followed) -> KvStream:
         stream = KvStream(
-            replica, self._context, self._reach, self._evicted, self._emptied, self._now_s
+            replica,
+            self._context,
+            self._reach,
+            on_evicted=self._evicted,
+            on_cleared=self._emptied,
+            catch_up=self._catch_up,
+            now_s=self._now_s,
         )
         stream.task = self._tasks.spawn(f"kv events {replica.name}", stream.run())
         return stream
@@ -156,6 +163,7 @@ class KvFollower:
 
         The engine's own word comes with its next step, and is no news then.
         """
+        self._catch_up()
         stream = self._streams.get(name)
         if stream is not None:
             stream.binding.drop(self._now_s())
@@ -179,7 +187,8 @@ class KvFollower:
 
     async def _tick(self) -> None:
         while True:
-            await beat(TICK_S)
+            await beat(limits.KV_GATHER_S)
+            self._catch_up()
             now_s = self._now_s()
             for name, stream in self._streams.items():
                 self._evicted(name, stream.binding.advance(now_s))

@@ -2,8 +2,8 @@
 
 An engine publishes a batch with nearly every step. What its batches change is worth seconds and
 bears a moment's delay, and waking this process for each of them costs more than reading it. So the
-sockets that engines publish to are not waited for: they are read ten times a second, all of them
-at the same moments, and each until nothing is left.
+sockets that engines publish to are not waited for: they are read every `limits.KV_GATHER_S`, all of
+them at the same moments, and each until nothing is left.
 
 Others are waited for. The descriptor of such a socket says only that something has happened since
 it was read from (zmq_getsockopt(3), ZMQ_FD): so it is asked before anybody waits, and after.
@@ -22,7 +22,6 @@ from proxy.core import limits
 QUEUED_BATCHES_MAX: Final = 4096
 HEARTBEAT_S: Final = 5.0
 BROKEN_AFTER_S: Final = 15.0  # not a beat in that time
-GATHER_S: Final = 0.1
 
 Socket = zmq.Socket[bytes]
 

@@ -96,8 +96,10 @@ class KvStream:
         followed: Followed,
         context: zmq.Context[Socket],
         reach: Reach,
+        *,
         on_evicted: Callable[[str, list[int]], None],
         on_cleared: Callable[[str], None],
+        catch_up: Callable[[], None],
         now_s: Callable[[], float],
     ) -> None:
         self.followed = followed
@@ -108,6 +110,7 @@ class KvStream:
         self.underway = Underway()
         self._on_evicted = on_evicted
         self._on_cleared = on_cleared
+        self._hear_requests = catch_up
         self._now_s = now_s
         self._sequence = KvSequence()
         self._lateness = _Lateness()
@@ -128,8 +131,8 @@ class KvStream:
             return False  # that it is still not known is none
         if seen == self._reported:
             return False
-        if seen[0] == self._reported[0] and now_s - self._reported_s < REPORT_S:
-            return False
+        if seen[0] == self._reported[0] and now_s // REPORT_S == self._reported_s // REPORT_S:
+            return False  # all at the same moments
         self._reported, self._reported_s = seen, now_s
         return True
 
@@ -196,7 +199,8 @@ class KvStream:
     async def _listen(self, source: KvSource, subscriber: Socket, monitor: Socket) -> None:
         checked_s = self._now_s()
         while True:
-            await beat(kv_sockets.GATHER_S)
+            await beat(limits.KV_GATHER_S)
+            self._hear_requests()
             count = 0
             while (frames := kv_sockets.take(subscriber)) is not None:
                 await self._take(source, frames)
@@ -244,7 +248,7 @@ class KvStream:
         now_s = self._now_s()
         late_s = self._lateness.of(batch.at_s, now_s, time.time())
         await self._apply(number, batch, now_s - late_s, silent=False)
-        if late_s > limits.KV_LATE_S / 2 + kv_sockets.GATHER_S:
+        if late_s > limits.KV_LATE_S * 0.75:  # some of what it was about may be settled
             self.binding.blind(self._now_s())
         self._heard()
 
