@@ -82,6 +82,7 @@ class Worker:
         plane.authentication.on_unknown_key = partial(self._channel.send, control.JwtKeysWanted())
         plane.outbox.on = True
         entrance = Entrance(plane, self._listeners)
+        self._channel.deals_with = partial(_hear, plane, self._channel)
         self._tasks.start("obey", self._obey(plane, entrance))
         await self._fleet_or_first_silence(plane)
         if start.accept:
@@ -270,6 +271,18 @@ def _share(plane: Plane, start: control.Start) -> None:
 def _fault(plane: Plane, doing: str) -> None:
     plane.telemetry.internal_errors_total += 1
     _log.exception("%s", doing)
+
+
+def _hear(plane: Plane, channel: control.Channel, message: control.Message) -> bool:
+    """Hear what others decide; return whether it is that."""
+    if not isinstance(message, control.Heard):
+        return False
+    try:
+        plane.sharing.obey(channel, message)
+        plane.heard()
+    except Exception:  # noqa: BLE001 - one order, and not those that follow
+        _fault(plane, "hearing others")
+    return True
 
 
 def _tell(plane: Plane, message: control.News) -> None:

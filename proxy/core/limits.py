@@ -361,11 +361,12 @@ KV_STEP_S: Final = 0.25
 KV_FIRST_TOKEN_S: Final = 1.0
 
 # --- sharing decisions ------------------------------------------------------------------------
-# Notes are collected for so long before they are sent: shorter than any prefill, so that a burst
-# over all workers sees itself. A worker that tells of more than a thousand requests a second (three
-# notes each) collects for longer, because a small batch costs more in waking three processes than
-# its requests do: for about one step of an engine, which looks at newcomers between two of them.
-# Such rates need so many replicas that none of them gets more than a request or two in that time.
+# Notes go at once where none have gone for so long, else they are collected for as long: shorter
+# than any prefill, so that a burst over all workers sees itself. A worker that tells of more than a
+# thousand requests a second (three notes each) collects for longer, because a small batch costs
+# more in waking three processes than its requests do: for about one step of an engine, which looks
+# at newcomers between two of them. Such rates need so many replicas that none of them gets more
+# than a request or two in that time.
 NOTES_FLUSH_S = 0.0015
 NOTES_FLUSH_BUSY_S = 0.016
 NOTES_BUSY_PER_S: Final = 3000

@@ -288,7 +288,7 @@ async def test_asleep_it_is_followed_on_through_the_drain_before(
     seen.know(state=ReplicaState.READY, asleep=True)
     assert resident() == 0
     seen.know(asleep=False)
-    await asyncio.sleep(limits.KV_GATHER_S + limits.KV_LATE_S * 1.1)  # what would be told again has come
+    await asyncio.sleep(limits.KV_GATHER_S + limits.KV_LATE_S * 1.1)  # all has come
     assert resident() == 0
 
 
@@ -319,7 +319,7 @@ async def test_what_is_under_way_survives_the_news_of_a_clearing(
     assert (await engine.post("/reset_prefix_cache"))[0] == 200
     seen.dispatch(1, 13)
     seen.worker.note(note_wire.write_released(1, None), time.monotonic())
-    await asyncio.sleep(limits.KV_GATHER_S + limits.KV_LATE_S * 1.1)  # all that it was told of has come
+    await asyncio.sleep(limits.KV_GATHER_S + limits.KV_LATE_S * 1.1)  # all has come
     seen.dispatch(2, 11, 12)
     assert (await engine.post("/v1/completions", body))[0] == 200
     await seen.until(lambda: seen.of(notes.Cleared))
