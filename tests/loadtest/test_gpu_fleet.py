@@ -83,7 +83,7 @@ def test_what_is_no_record_is_refused_by_its_name(tmp_path: Path) -> None:
 
 
 def test_what_the_targets_compare_comes_first_and_every_cell_once() -> None:
-    cells = plan.default_order(3)
+    cells = plan.default_order(3, "4x1")
     first = cells[:3]
     assert {c.arm for c in first} == {plan.OURS, plan.SGLANG, plan.OURS_RR}
     assert {(c.workload, c.load) for c in first} == {("conversation", 0.9)}
@@ -168,7 +168,7 @@ def test_twice_as_quick_is_a_half_with_an_interval_around_it() -> None:
     assert found is not None
     assert found.value == pytest.approx(0.5)
     assert found.low <= 0.5 <= found.high
-    rows = {(r[0], r[1]): r[-1] for r in targets.judged(groups)}
+    rows = {(r[0], r[1]): r[-1] for r in targets.judged(groups, "4x1")}
     assert rows["TTFT p50 over round robin's", "conversation 0.9"] == "MISSED"
     assert rows["TTFT p95 over round robin's", "conversation 0.9"] == "kept"
     assert rows["TTFT p50 over sglang-router's", "conversation 0.9"] == "not run"

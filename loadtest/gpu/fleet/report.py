@@ -30,7 +30,8 @@ def text_of(record: Record) -> tuple[str, int]:
     if figures:
         rows = [HEAD, *(_figures_row(each) for each in figures.values())]
         parts.append(f"Cells (measured part; s unless another unit is named)\n{aligned(rows)}")
-        held = [*targets.judged(groups), *targets.processor_rows(figures)]
+        shape = setting.shape if setting else next(iter(figures)).shape
+        held = [*targets.judged(groups, shape), *targets.processor_rows(figures)]
         missed += targets.missed(held)
         head = ["target", "where", "bound", "found", "verdict"]
         parts.append(f"Targets\n{aligned([head, *held])}")
