@@ -11,6 +11,7 @@ import pytest
 
 from loadtest.__main__ import main
 from loadtest.gpu.fleet import judge, lab, load, plan, targets
+from loadtest.gpu.fleet.cell import check_length
 from loadtest.gpu.fleet.engines import FleetOptions, Shape, command_of
 from loadtest.gpu.fleet.record import (
     Capacity,
@@ -23,6 +24,8 @@ from loadtest.gpu.fleet.record import (
     read,
 )
 from loadtest.gpu.surge import Load, arrivals
+from loadtest.run import RunError
+from loadtest.tiny_engine import TinyEngine
 from loadtest.traces import Arrival, Trace, TraceError
 
 KEY = CellKey(workload="conversation", load=0.9, arm=plan.OURS)
@@ -144,6 +147,17 @@ def test_agents_are_opened_in_the_order_of_their_turns() -> None:
         one.at_s < other.at_s
         for one, other in zip(opened.arrivals, opened.arrivals[1:], strict=False)
     )
+
+
+async def test_a_tokenizer_that_splits_the_words_of_prompts_is_refused() -> None:
+    async with TinyEngine() as engine:  # counts one token in every prompt
+        with pytest.raises(RunError, match="counts 1 tokens in 1024 words"):
+            await check_length(engine.url)
+
+
+def test_unique_prompts_are_paced_by_the_chat_trace() -> None:
+    assert load.paced_by(load.UNIQUE) == load.CONVERSATION
+    assert load.paced_by(load.AGENTS) == load.AGENTS
 
 
 def test_engines_have_addresses_and_cards_of_their_own() -> None:

@@ -245,10 +245,12 @@ async def _scale(
     Another shape gets the arrivals of the first one, whose capacity must be in the record.
     """
     first = record.setting.shape if record.setting else key.shape
-    shape = first if record.capacity(key.workload, first) else key.shape
-    known = record.capacity(key.workload, shape)
+    workload = load.paced_by(key.workload)
+    shape = first if record.capacity(workload, first) else key.shape
+    known = record.capacity(workload, shape)
     if known is None:
-        known = await capacity(shape, key.workload, trace, place, args.capacity_s)
+        paced = load.arrivals_of(_choice(args), workload, key.repeat)
+        known = await capacity(shape, workload, paced, place, args.capacity_s)
         record.add(known)
     replicas = int(shape.partition("x")[0])
     return load.scale_for(

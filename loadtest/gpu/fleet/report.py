@@ -100,37 +100,49 @@ def foretell_all(
 ) -> dict[CellKey, Foretold]:
     """Return the lab's word for each cell of one card a replica in which nothing happens.
 
-    Of the repeats the first is foretold. What the lab cannot read (a trace that is not here) is
-    left out.
+    Repeats are foretold each, and lie beside each other as the measured ones do. What the lab
+    cannot read (a trace that is not here) is left out.
     """
-    manners = setting.engine if setting.engine in lab.SPEEDS else "vllm"
     told: dict[CellKey, Foretold] = {}
     for key, group in groups.items():
-        capacity = record.capacity(key.workload, key.shape)
-        replicas, cards = (int(word) for word in key.shape.split("x"))
-        if key.event or cards > 1 or capacity is None:
+        pool = _pool(record, setting, key)
+        if pool is None:
             continue
-        cell = group.cells[0]
-        try:
+        flights = []
+        for cell in group.cells:
             trace = load.arrivals_of(choice_of(setting), key.workload, cell.key.repeat)
-        except TraceError:
-            continue
-        whole = load.workload_of(trace)
-
-        def pool(factor: float, replicas: int = replicas) -> Pool:
-            return Pool(
-                replicas=replicas,
-                cache_tokens=setting.kv_cache_tokens,
-                speeds=lab.speeds_of(manners, factor, setting.time_scale),
-                workers=setting.workers,
-            )
-
-        factor = capacity.uncached_tokens_per_s / lab.uncached_rate(
-            whole, pool(1.0), 4 * lab.AT_ONCE
-        )
-        sent = load.workload_of(load.within(trace, cell.scale, cell.seconds))
-        told[key] = lab.foretell(sent, key.arm, cell.scale, cell.warm_s, pool(factor))
+            sent = load.workload_of(load.within(trace, cell.scale, cell.seconds))
+            flights += lab.flights_of(sent, key.arm, cell.scale, cell.warm_s, pool)
+        told[key] = lab.figures_of(flights, pool.speeds)
     return told
+
+
+def _pool(record: Record, setting: Setting, key: CellKey) -> Pool | None:
+    """Return the lab's replicas, as quick as the run's were when nothing rested; None: untold."""
+    workload = load.paced_by(key.workload)
+    capacity = record.capacity(workload, key.shape)
+    replicas, cards = (int(word) for word in key.shape.split("x"))
+    if key.event or cards > 1 or capacity is None:
+        return None
+    try:
+        trace = load.arrivals_of(choice_of(setting), workload, 0)
+    except TraceError:
+        return None
+    manners = setting.engine if setting.engine in lab.SPEEDS else "vllm"
+    pool = Pool(
+        replicas=replicas,
+        cache_tokens=setting.kv_cache_tokens,
+        speeds=lab.speeds_of(manners, 1.0, setting.time_scale),
+        workers=setting.workers,
+    )
+    full = lab.uncached_rate(load.workload_of(trace), pool, 4 * lab.AT_ONCE)
+    factor = capacity.uncached_tokens_per_s / full
+    return Pool(
+        replicas=replicas,
+        cache_tokens=setting.kv_cache_tokens,
+        speeds=lab.speeds_of(manners, factor, setting.time_scale),
+        workers=setting.workers,
+    )
 
 
 # --- what happened in some cells ----------------------------------------------------------------
