@@ -16,7 +16,7 @@ from loadtest.traces import TraceError
 
 HEAD = [
     "cell", "n", "errors", "TTFT p50", "p95", "p99", "per token p50", "p99", "tokens/s",
-    "good/s", "hit", "engine's", "work max/mean", "CPU s/1000", "MiB",
+    "good/s", "hit", "engine's", "work max/mean", "of capacity", "CPU s/1000", "MiB",
 ]  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def text_of(record: Record) -> tuple[str, int]:
     figures = {key: judge.figures_of(key, group) for key, group in groups.items()}
     missed = 0
     if figures:
-        rows = [HEAD, *(_figures_row(each) for each in figures.values())]
+        rows = [HEAD, *(_figures_row(each, record) for each in figures.values())]
         parts.append(f"Cells (measured part; s unless another unit is named)\n{aligned(rows)}")
         shape = setting.shape if setting else next(iter(figures)).shape
         held = [*targets.judged(groups, shape), *targets.processor_rows(figures)]
@@ -66,7 +66,9 @@ def _head(setting: Setting, record: Record) -> str:
     return "\n".join(lines)
 
 
-def _figures_row(each: Figures) -> list[str]:
+def _figures_row(each: Figures, record: Record) -> list[str]:
+    capacity = record.capacity(load.paced_by(each.key.workload), each.key.shape)
+    share = each.work_tokens_per_s / capacity.uncached_tokens_per_s if capacity else math.nan
     repeats = f" x{each.repeats}" if each.repeats > 1 else ""
     return [
         f"{each.key.text}{repeats}",
@@ -80,6 +82,7 @@ def _figures_row(each: Figures) -> list[str]:
         f"{each.hit:.3f}",
         f"{each.engine_hit:.3f}",
         f"{each.work_max_over_mean:.2f}",
+        f"{share:.2f}",
         f"{each.router_s_per_1000:.2f}",
         f"{each.router_mib:.0f}",
     ]
