@@ -36,7 +36,7 @@ from proxy.io.plane import Plane
 from proxy.io.quota_memory import quota_cells_at
 from proxy.io.shared_cells import headcount_at, nonces_at, shares_at
 from proxy.io.tally import Tally, summarise_regularly
-from proxy.io.tasks import Tasks
+from proxy.io.tasks import Tasks, next_beat_s
 from proxy.io.tracing import close_tracer, tracer_of
 from proxy.logs import set_up_logging
 
@@ -218,11 +218,10 @@ class Worker:
     async def _sweep(self, plane: Plane, entrance: Entrance) -> None:
         """One timer for all deadlines; its lateness is the loop's lag."""
         loop = asyncio.get_running_loop()
-        due_s = loop.time() + limits.SWEEP_INTERVAL_S
         while True:
-            await asyncio.sleep(max(0.0, due_s - loop.time()))
+            due_s = next_beat_s(limits.SWEEP_INTERVAL_S)
+            await asyncio.sleep(due_s - loop.time())
             lag_s = loop.time() - due_s
-            due_s = loop.time() + limits.SWEEP_INTERVAL_S
             plane.telemetry.late_by(lag_s)
             now_s = plane.clock.now_s()
             for connection in list(entrance.connections):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import aiohttp
-import zmq.asyncio
+import zmq
 
 from proxy.core import limits
 from proxy.core.binding import KvBinding
@@ -27,8 +27,9 @@ from proxy.core.kv_source import KvSource
 from proxy.core.prefix import PrefixChain
 from proxy.core.usage import Usage
 from proxy.io.kv_reach import Followed, Reach
+from proxy.io.kv_sockets import Socket
 from proxy.io.kv_stream import KvStream, SourceState
-from proxy.io.tasks import Tasks
+from proxy.io.tasks import Tasks, beat
 
 TICK_S = 0.1
 
@@ -55,7 +56,7 @@ class KvFollower:
         `on_held(name, chain)` takes back, of a request under way, what was told as gone.
         """
         self._tasks = tasks
-        self._context = zmq.asyncio.Context()
+        self._context: zmq.Context[Socket] = zmq.Context()
         self._reach = Reach(session, api_key, configured)
         self._on_evicted = on_evicted
         self._on_cleared = on_cleared
@@ -178,7 +179,7 @@ class KvFollower:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await beat(TICK_S)
             now_s = self._now_s()
             for name, stream in self._streams.items():
                 self._evicted(name, stream.binding.advance(now_s))
