@@ -113,10 +113,12 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, tag="setting", tag_fiel
     seconds: float
     workers: int
     time_scale: float
+    shape: str = "4x1"  # of the call that began the file: the loads of all are relative to it
     header: dict[str, str] = {}  # date, hardware, versions and command of the first call
 
     def same(self, other: Setting) -> bool:
-        return msgspec.structs.replace(self, header={}) == msgspec.structs.replace(other, header={})
+        """Say whether cells of both can lie in one file; another shape can."""
+        return msgspec.structs.replace(other, header=self.header, shape=self.shape) == self
 
 
 class Burst(msgspec.Struct, frozen=True, kw_only=True, tag="burst", tag_field="kind"):
