@@ -205,11 +205,14 @@ FIRST_TOKEN_OVERHEAD_S_MAX: Final = 0.1
 # A request's own uncached tokens count once for its own wait, and twice more for those who come
 # next and to whom its blocks displace: between 1 and 4 the optimum is flat on recorded traces.
 RECOMPUTE_WEIGHT: Final = 2.0
-# A second of prefill holds up each decoding stream by a second. Who reads a stream minds that less
-# than who waits for its first word, and there are many of them: a fiftieth and a tenth, tried on
-# recorded traces, evened out the streams instead of the work, and cost first tokens 5 % and more at
-# the 99th percentile; this lowers the median time per token by a tenth, and costs them nothing.
-STALL_WEIGHT: Final = 0.005
+# What a prompt costs those whose answers it holds up (`core.cost`). A second more for each token of
+# an answer counts as much as so many seconds more until another's first token.
+STALL_WEIGHT: Final = 12.0
+# Of a prompt: a chunk, as engines compute it between two tokens of a stream (vLLM's and SGLang's
+# default on such a card).
+STALL_TOKENS_MAX: Final = 8_192
+STALL_LINE_S: Final = 0.3  # with so much before it, it counts half
+ANSWER_FEWEST_TOKENS: Final = 32.0  # shorter ones count as these: they hardly are streams
 # KV space beyond which a newcomer waits for somebody to end, or has somebody preempted; and below
 # which nobody looks whether it would fit.
 KV_FULL_SHARE: Final = 0.95

@@ -109,6 +109,7 @@ async def _replayed(
         rows=[row_of(outcome) for outcome in run.outcomes],
         engines=spent(before, after),
         router_s=round(cpu_after_s - cpu_s, 3),
+        router_start_s=round(cpu_s, 3),
         router_mib=round(mib, 1),
         client_cpu_share=round(run.summary.client_cpu_share or 0.0, 3),
         lateness_p99_s=round(run.summary.lateness_p99_s or 0.0, DIGITS),

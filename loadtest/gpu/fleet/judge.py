@@ -47,6 +47,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     work_max_over_mean: float
     work_tokens_per_s: float  # uncached tokens of one replica, over the whole cell
     router_s_per_1000: float
+    router_start_s: float
     router_mib: float
 
 
@@ -168,6 +169,7 @@ def figures_of(key: CellKey, group: Group) -> Figures:
         )
         / len(cells),
         router_s_per_1000=1000 * sum(cell.router_s for cell in cells) / max(1, sent),
+        router_start_s=max(cell.router_start_s for cell in cells),
         router_mib=max(cell.router_mib for cell in cells),
     )
 

@@ -77,7 +77,8 @@ class CellRecord(msgspec.Struct, frozen=True, kw_only=True, tag="cell", tag_fiel
     warm_s: float  # requests sent before it are not measured
     rows: list[Row]
     engines: list[Tokens]  # of the whole cell, warm-up included
-    router_s: float = 0.0  # processor seconds of the router and all it started
+    router_s: float = 0.0  # processor seconds of the router and all it started, from rest
+    router_start_s: float = 0.0  # and those until it was at rest
     router_mib: float = 0.0
     client_cpu_share: float = 0.0
     lateness_p99_s: float = 0.0

@@ -16,7 +16,8 @@ from loadtest.traces import TraceError
 
 HEAD = [
     "cell", "n", "errors", "TTFT p50", "p95", "p99", "per token p50", "p99", "tokens/s",
-    "good/s", "hit", "engine's", "work max/mean", "of capacity", "CPU s/1000", "MiB",
+    "good/s", "hit", "engine's", "work max/mean", "of capacity", "CPU s/1000",
+    "start s", "MiB",
 ]  # fmt: skip
 
 
@@ -84,6 +85,7 @@ def _figures_row(each: Figures, record: Record) -> list[str]:
         f"{each.work_max_over_mean:.2f}",
         f"{share:.2f}",
         f"{each.router_s_per_1000:.2f}",
+        f"{each.router_start_s:.1f}",
         f"{each.router_mib:.0f}",
     ]
 
