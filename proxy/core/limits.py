@@ -355,19 +355,24 @@ KV_TOLD_MAX = 1 << 14
 # A worker says when it sent a request, and an engine's events come when they come: what happened
 # up to this long before what the clock says may still be of the request.
 KV_EARLY_S: Final = 0.05
-# Events arrive 1 ms after their step with vLLM, up to 58 ms with SGLang (measured), and a busy
-# supervisor reads them later.
-KV_LATE_S: Final = 0.25
+# Events arrive 1 ms after their step with vLLM, up to 58 ms with SGLang (measured); they are read
+# at intervals, and a busy supervisor reads them later.
+KV_GATHER_S: Final = 0.25
+KV_LATE_S: Final = 0.5
+# The step that ended a prefill, by the engine's time of it, is told of no later after the first
+# octet of the answer.
+KV_STEP_S: Final = 0.25
 # From the event of a prefill's end to its first token: a detokenizer, an HTTP server and a network,
 # none of which is a second behind, or clients would complain.
 KV_FIRST_TOKEN_S: Final = 1.0
 
 # --- sharing decisions ------------------------------------------------------------------------
-# Notes are collected for so long before they are sent: shorter than any prefill, so that a burst
-# over all workers sees itself. A worker that tells of more than a thousand requests a second (three
-# notes each) collects for longer, because a small batch costs more in waking three processes than
-# its requests do: for about one step of an engine, which looks at newcomers between two of them.
-# Such rates need so many replicas that none of them gets more than a request or two in that time.
+# Notes go at once where none have gone for so long, else they are collected for as long: shorter
+# than any prefill, so that a burst over all workers sees itself. A worker that tells of more than a
+# thousand requests a second (three notes each) collects for longer, because a small batch costs
+# more in waking three processes than its requests do: for about one step of an engine, which looks
+# at newcomers between two of them. Such rates need so many replicas that none of them gets more
+# than a request or two in that time.
 NOTES_FLUSH_S = 0.0015
 NOTES_FLUSH_BUSY_S = 0.016
 NOTES_BUSY_PER_S: Final = 3000

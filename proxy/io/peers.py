@@ -64,6 +64,7 @@ class Peers:
         self._region = ""
         self._key: str | None = None
         self._may_listen = True
+        self._leaving = False  # to a successor
         self._listen_at: str | None = None
         self._listening: asyncio.Task[None] | None = None
         self._names = PeerNames(tasks, self._dial_again)
@@ -82,7 +83,7 @@ class Peers:
         self.reconfigure(config)
 
     def start_listening(self, config: ProxyConfig) -> None:
-        self._may_listen = True
+        self._may_listen, self._leaving = True, False
         self.reconfigure(config)
 
     def reconfigure(self, config: ProxyConfig) -> None:
@@ -142,7 +143,7 @@ class Peers:
     def stop_listening(self) -> None:
         """Leave the address to a successor. The links remain, but for those with other regions:
         these are to find the successor."""
-        self._may_listen = False
+        self._may_listen, self._leaving = False, True
         self._close_listener()
         self._names.know(())
         self._dial({place: region for place, region in self._dialling if region == self._region})
@@ -334,6 +335,8 @@ class Peers:
         """Make it the one link to this proxy. Raises when it should not be."""
         if link.peer_id == self._proxy_id:
             raise _IsSelfError
+        if self._leaving and link.region != self._region:  # it was greeting when we began to
+            raise LinkLostError("a new proxy takes over")
         other = self._links.get(link.peer_id)
         if other is not None:
             smaller = min(self._proxy_id, link.peer_id)

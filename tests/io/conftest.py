@@ -6,12 +6,15 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from proxy.core import limits
 from tests.fakes.plane import Bench
 
 
 @pytest.fixture
-async def make_bench() -> AsyncIterator[Callable[..., Bench]]:
+async def make_bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[..., Bench]]:
     made: list[Bench] = []
+    # A fake connection has the rest of what was refused in hand: there is no more to wait for.
+    monkeypatch.setattr(limits, "LINGER_PAUSE_S", 0.0)
 
     def make(*args: object, **config: object) -> Bench:
         made.append(Bench(*args, **config))  # type: ignore[arg-type]  # passed on as they came

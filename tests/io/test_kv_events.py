@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import zmq
 
 from backends.ports import PortLeases
+from backends.simulator.kv_cache import Stored
 from backends.simulator.kv_events import Endpoint
 from proxy.core.kv_source import KvSource
 from proxy.io.kv_reach import Followed
@@ -215,6 +217,31 @@ async def test_what_was_dropped_is_told_again() -> None:
         await seen.until(lambda: seen.resident() == 20 * BLOCK)
         assert (seen.state().gaps, seen.state().rebuilds) == (1, 0)
         assert seen.fresh()
+
+
+async def test_what_is_read_at_once_happened_when_the_engine_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("proxy.core.limits.KV_LATE_S", 60.0)
+    passed_s = 0.0
+    clock = time.monotonic
+    async with (
+        simulator(kv_events=Endpoint(replay_port=0)) as engine,
+        following(now_s=lambda: clock() + passed_s) as seen,
+    ):
+        await seen.follow(engine.url)
+        (publisher,) = engine.process.server.publishers
+        begun_s = time.time() + 10  # the engine's clock is ahead
+        publisher.publish([Stored((1,), 0, bytes(4 * BLOCK))], begun_s)
+        await seen.until(lambda: seen.resident() == BLOCK)
+        passed_s = 20.0
+        publisher.publish([Stored((2,), 0, bytes(4 * BLOCK))], begun_s - 9)
+        publisher.publish([Stored((3,), 0, bytes(4 * BLOCK))], begun_s - 6)
+        await seen.until(lambda: seen.resident() == 3 * BLOCK)
+        binding = seen.follower.binding("a")
+        assert binding is not None
+        one, other = binding.tree.growths[-2:]
+        assert other.at_s - one.at_s == pytest.approx(3, abs=1)
 
 
 async def test_what_is_not_to_be_had_again_begins_the_tree_anew() -> None:

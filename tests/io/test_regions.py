@@ -20,6 +20,7 @@ from proxy.contract.regions import (
 from proxy.core import claim_limits, limits, peer_wire
 from proxy.io import control, regions
 from proxy.io.hub import Hub
+from proxy.io.peer_link import LinkLostError, PeerLink, connect
 from proxy.io.peers import Peers
 from proxy.io.regions import Regions
 from proxy.io.tasks import Tasks
@@ -218,6 +219,30 @@ async def test_a_proxy_that_hands_over_lets_go_of_other_regions() -> None:
         async with Proxy("us", **_settings(us)) as successor:
             await until(lambda: eu.linked == ["us#0"] and successor.linked == ["eu#0"])
             assert eu.remotes[0].proxy_id == successor.told[-1].ours
+
+
+async def test_who_was_greeting_while_a_proxy_handed_over_is_let_go_as_well() -> None:
+    """With the link to the one that leaves, a region would not find the successor."""
+    us_at = f"127.0.0.1:{await free_port()}"
+    access = remotes(eu="127.0.0.1:1")
+    async with Proxy("us", peer_listen=us_at, peer_key="secret", access=access) as us:
+        with contextlib.closing(await _connected(us_at)) as link:
+            await until(lambda: bool(us.peers._greeting))
+            us.peers.stop_listening()
+            await link.shake_hands(
+                region="eu", proxy_id=bytes(16), key="secret", dialled=True, others=["us"]
+            )
+            with pytest.raises(LinkLostError):
+                await link.receive()
+            assert us.peers.links() == []
+            assert us.failures("lost") == 1
+
+
+async def _connected(address: str) -> PeerLink:
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):  # it does not listen yet
+            return await connect(address, 5.0)
+        await asyncio.sleep(0)
 
 
 def _settings(proxy: Proxy) -> dict[str, Any]:
