@@ -340,6 +340,9 @@ KV_BATCH_EVENTS_MAX: Final = 1 << 17
 KV_BLOCKS_MAX: Final = 1 << 20
 # Of all engines that one proxy follows: sixty with a million tokens each. 450 MB.
 KV_BLOCKS_TOTAL_MAX: Final = 1 << 22
+# Of a replay, what is held unread in case the engine tells further on that its cache was emptied: a
+# million tokens in blocks of 16 are 7 MB of batches. All engines share it.
+KV_HELD_BYTES_MAX: Final = 64 * MIB
 # The steps that are looked through for where a prompt went. An engine that writes 10,000 tokens a
 # second fills 600 blocks a second besides its prefills: half a minute.
 KV_GROWTHS_MAX: Final = 1 << 14

@@ -27,6 +27,7 @@ from proxy.core.kv_source import KvSource
 from proxy.core.prefix import PrefixChain
 from proxy.core.usage import Usage
 from proxy.io.kv_reach import Followed, Reach
+from proxy.io.kv_replay import Room
 from proxy.io.kv_sockets import Socket
 from proxy.io.kv_stream import KvStream, SourceState
 from proxy.io.tasks import Tasks, beat
@@ -57,6 +58,7 @@ class KvFollower:
         """
         self._tasks = tasks
         self._context: zmq.Context[Socket] = zmq.Context()
+        self._room = Room()
         self._reach = Reach(session, api_key, configured)
         self._on_evicted = on_evicted
         self._on_cleared = on_cleared
@@ -112,6 +114,7 @@ class KvFollower:
             replica,
             self._context,
             self._reach,
+            self._room,
             on_evicted=self._evicted,
             on_cleared=self._emptied,
             catch_up=self._catch_up,

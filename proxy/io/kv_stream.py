@@ -12,8 +12,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -25,6 +26,7 @@ from proxy.core.kv_underway import Underway
 from proxy.core.kv_wire import BadBatchError, Batch, Frames, read_batch, read_frames
 from proxy.io import kv_sockets
 from proxy.io.kv_reach import Followed, LostError, Reach
+from proxy.io.kv_replay import Room, replayed
 from proxy.io.kv_sockets import Socket
 from proxy.io.tasks import beat
 
@@ -35,17 +37,13 @@ RETRY_MAX_S = 5.0
 # An engine without events is asked again now and then: it may have been started anew with them.
 NO_SOURCE_RETRY_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
-# Engines answer a replay between two batches, when idle within 0.1 s.
-REPLAY_ANSWER_S = 5.0
 IDLE_CHECK_S = 2.0
 # Silent, and a check is not answered: what the source last said is no longer taken for the truth.
 STALE_AFTER_S = 3.0
 REPORT_S = 1.0
-BATCHES_AT_ONCE = 64  # between two of these, and two of those, others have their turn
+BATCHES_AT_ONCE = 16  # between two of these, and two of those, others have their turn
 EVENTS_AT_ONCE = 1024
 LATENESS_WINDOW_S = 60.0
-
-_END_OF_REPLAY: Final = b"\xff" * 8
 
 
 @dataclass
@@ -96,6 +94,7 @@ class KvStream:
         followed: Followed,
         context: zmq.Context[Socket],
         reach: Reach,
+        room: Room,
         *,
         on_evicted: Callable[[str, list[int]], None],
         on_cleared: Callable[[str], None],
@@ -107,6 +106,7 @@ class KvStream:
         self.binding = KvBinding(now_s())
         self._context = context
         self._reach = reach
+        self._room = room
         self.underway = Underway()
         self._on_evicted = on_evicted
         self._on_cleared = on_cleared
@@ -318,23 +318,22 @@ class KvStream:
     async def _replay(self, endpoint: str) -> Verdict:
         """Ask for what is missing and take it; NEXT, when the story is whole after it."""
         self.state.replays += 1
-        dealer = kv_sockets.opened(self._context, zmq.DEALER)
         anew = self._sequence.expected <= 0
         before = self.state.batches
         taken = 0
-        try:
-            dealer.connect(endpoint)
-            dealer.send_multipart((b"", self._sequence.replay_from.to_bytes(8, "big")))
-            while (frames := await self._replayed(endpoint, dealer))[-2:] != [_END_OF_REPLAY, b""]:
+        told = replayed(
+            self._context, endpoint, self._sequence.replay_from, self._room if anew else None
+        )
+        async with aclosing(told):
+            async for frames in told:
                 taken += 1
+                if taken % BATCHES_AT_ONCE == 0:
+                    await asyncio.sleep(0)
                 read = self._read(frames)
                 if read is not None:
                     verdict = await self._take_again(*read, first=taken == 1, anew=anew)
                     if verdict not in (Verdict.NEXT, Verdict.REPEATED):
                         return verdict
-                await asyncio.sleep(0)
-        finally:
-            dealer.close(linger=0)
         if self.state.batches > before:  # when that happened is not known
             self.binding.blind(self._now_s())
         if not taken:
@@ -342,14 +341,6 @@ class KvStream:
                 return Verdict.RESTARTED  # it does not know what it had said
             self._sequence.begin_at_nothing()
         return Verdict.NEXT
-
-    @staticmethod
-    async def _replayed(endpoint: str, dealer: Socket) -> list[bytes]:
-        """Return the next message of a replay. Raises `LostError` when none comes."""
-        while (frames := kv_sockets.take(dealer)) is None:
-            if not await kv_sockets.arrival(REPLAY_ANSWER_S, dealer):
-                raise LostError(f"no replay is answered at {endpoint}")
-        return frames
 
     async def _take_again(self, number: int, batch: Batch, *, first: bool, anew: bool) -> Verdict:
         """Take one batch of a replay."""

@@ -17,6 +17,7 @@ import zmq
 from backends.ports import PortLeases
 from backends.simulator.kv_cache import Stored
 from backends.simulator.kv_events import Endpoint
+from proxy.core import limits
 from proxy.core.kv_source import KvSource
 from proxy.io.kv_reach import Followed
 from tests.fakes.kv_follow import Following, following
@@ -65,6 +66,27 @@ async def test_who_comes_late_is_told_what_was() -> None:
         await seen.follow(engine.url)
         assert seen.resident() == 10 * BLOCK
         assert (seen.evicted, seen.cleared, seen.state().rebuilds) == ([], [], 0)
+
+
+@pytest.mark.parametrize("room_bytes", [limits.KV_HELD_BYTES_MAX, 0])
+async def test_what_was_said_before_the_cache_was_emptied_is_not_read_while_there_is_room(
+    room_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "KV_HELD_BYTES_MAX", room_bytes)
+    async with simulator(kv_events=Endpoint(replay_port=0)) as engine, following() as seen:
+        for letter in "abcd":
+            await seen.ask(engine.url, prompt(letter, 10))
+        assert (await engine.post("/reset_prefix_cache"))[0] == 200
+        await seen.ask(engine.url, prompt("e", 3))
+        (publisher,) = engine.process.server.publishers
+        assert publisher._sequence >= 5
+        await seen.follow(engine.url)
+        assert seen.resident() == 3 * BLOCK
+        assert (seen.state().gaps, seen.state().rebuilds, seen.cleared) == (0, 0, [])
+        assert (seen.state().batches < publisher._sequence) == bool(room_bytes)
+        assert seen.follower._room.left_bytes == room_bytes
+        await seen.ask(engine.url, prompt("f", 3))
+        await seen.until(lambda: seen.resident() == 6 * BLOCK)
 
 
 async def test_each_rank_has_a_cache_of_its_own() -> None:
