@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+
+import uvloop
 
 from proxy import dumps, flags, settings, tls
 from proxy.config import ConfigError, ProxyConfig
@@ -44,7 +45,7 @@ def serve(invocation: flags.Invocation, config: ProxyConfig) -> int:
     else:
         found = given_by_systemd(invocation.environment)
     listeners = arrange(config, found)
-    return asyncio.run(_run(invocation, config, listeners, predecessor))
+    return uvloop.run(_run(invocation, config, listeners, predecessor))
 
 
 def check_keys(config: ProxyConfig) -> None:

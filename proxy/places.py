@@ -20,7 +20,7 @@ from proxy.io.exposition import sum_samples
 from proxy.io.hub import Hub
 from proxy.io.quota_memory import QuotaMemory
 from proxy.io.shared_cells import SharedCells, SharedNonces
-from proxy.io.tasks import Tasks
+from proxy.io.tasks import Tasks, beat
 from proxy.io.telemetry import Sample
 from proxy.io.teller import Teller
 
@@ -298,7 +298,7 @@ class Places:
 
     async def _count_regularly(self) -> None:
         while True:
-            await asyncio.sleep(COUNT_INTERVAL_S)
+            await beat(COUNT_INTERVAL_S)
             await self.count(hot=self.viewed())
             self.on_counted()
 

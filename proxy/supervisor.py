@@ -39,7 +39,7 @@ from proxy.io.quota_keeper import QuotaKeeper
 from proxy.io.regions import Regions
 from proxy.io.scaling_news import ScalingNews
 from proxy.io.sharing import recital_s
-from proxy.io.tasks import Tasks
+from proxy.io.tasks import Tasks, beat
 from proxy.io.teller import Teller
 from proxy.io.tracing import check_tracing
 from proxy.io.viewing import Viewing
@@ -247,7 +247,7 @@ class Supervisor:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(WATCH_INTERVAL_S)
+            await beat(WATCH_INTERVAL_S)
             if not self._relieved:  # else it would hide that the successor hangs
                 systemd.alive()
             if settings.fingerprint(self._invocation.path, self._config) != self._fingerprint:

@@ -36,7 +36,7 @@ from proxy.io.plane import Plane
 from proxy.io.quota_memory import quota_cells_at
 from proxy.io.shared_cells import headcount_at, nonces_at, shares_at
 from proxy.io.tally import Tally, summarise_regularly
-from proxy.io.tasks import Tasks
+from proxy.io.tasks import Tasks, next_beat_s
 from proxy.io.tracing import close_tracer, tracer_of
 from proxy.logs import set_up_logging
 
@@ -82,6 +82,7 @@ class Worker:
         plane.authentication.on_unknown_key = partial(self._channel.send, control.JwtKeysWanted())
         plane.outbox.on = True
         entrance = Entrance(plane, self._listeners)
+        self._channel.deals_with = partial(_hear, plane, self._channel)
         self._tasks.start("obey", self._obey(plane, entrance))
         await self._fleet_or_first_silence(plane)
         if start.accept:
@@ -218,11 +219,10 @@ class Worker:
     async def _sweep(self, plane: Plane, entrance: Entrance) -> None:
         """One timer for all deadlines; its lateness is the loop's lag."""
         loop = asyncio.get_running_loop()
-        due_s = loop.time() + limits.SWEEP_INTERVAL_S
         while True:
-            await asyncio.sleep(max(0.0, due_s - loop.time()))
+            due_s = next_beat_s(limits.SWEEP_INTERVAL_S)
+            await asyncio.sleep(due_s - loop.time())
             lag_s = loop.time() - due_s
-            due_s = loop.time() + limits.SWEEP_INTERVAL_S
             plane.telemetry.late_by(lag_s)
             now_s = plane.clock.now_s()
             for connection in list(entrance.connections):
@@ -271,6 +271,18 @@ def _share(plane: Plane, start: control.Start) -> None:
 def _fault(plane: Plane, doing: str) -> None:
     plane.telemetry.internal_errors_total += 1
     _log.exception("%s", doing)
+
+
+def _hear(plane: Plane, channel: control.Channel, message: control.Message) -> bool:
+    """Hear what others decide; return whether it is that."""
+    if not isinstance(message, control.Heard):
+        return False
+    try:
+        plane.sharing.obey(channel, message)
+        plane.heard()
+    except Exception:  # noqa: BLE001 - one order, and not those that follow
+        _fault(plane, "hearing others")
+    return True
 
 
 def _tell(plane: Plane, message: control.News) -> None:

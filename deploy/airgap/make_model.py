@@ -3,7 +3,8 @@
     python3 deploy/airgap/make_model.py OUT [NAME ...] [--layers N] [--weights SEED]
 
 A folder holds what an engine reads before the weights: the architecture and sizes of the published
-model, a byte-level BPE tokenizer trained here from Python's own library, and a chat template.
+model, a byte-level BPE tokenizer trained here from Python's own library and the words of our load
+tests (each one token, as published vocabularies have them), and a chat template.
 A model with random weights may pick any id, so every id of the vocabulary has a name: those beyond
 the trained ones decode to a word and are never encoded. `--layers` makes a smaller one for smoke
 tests; drafts have one layer anyway. The same Python and tokenizers give the same octets.
@@ -30,9 +31,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deploy.airgap.random_weights import write_weights
+from loadtest.words import WORDS
 
 TRAINED_TOKENS = 8192
 CORPUS_FILES_MAX = 120
+WORDS_REPEATED = 10_000  # more often than any word of the library, so that they are learned first
 CONTEXT_TOKENS_MAX = 131072
 ENGINES = ("vllm", "sglang")  # whose bundles bring tokenizers along
 PAD, EOS, START = "<|endoftext|>", "<|im_end|>", "<|im_start|>"
@@ -253,6 +256,7 @@ def _corpus() -> Iterator[str]:
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.glob("*.py"))[:CORPUS_FILES_MAX]:
         yield path.read_text(encoding="utf-8", errors="ignore")
+    yield "".join(f" {word}" for word in WORDS) * WORDS_REPEATED
 
 
 if __name__ == "__main__":

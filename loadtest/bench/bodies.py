@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from loadtest.prompts import WORDS
+from loadtest.words import WORDS
 
 TAG = "@@@@@@@@"  # the load generator's place for a number
 GROUPS = 8

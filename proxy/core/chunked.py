@@ -157,6 +157,12 @@ class ChunkFollower:
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """Return the octets to relay and those after the end. Raises `BadResponse`."""
+        if not (self._held or self._data_left or self._line_end_left or self._in_trailer):
+            match = _CHUNK_LINE.match(data)  # mostly what comes is just one chunk
+            if match is not None and data.endswith(b"\r\n"):
+                chunk_size = int(match[1], 16)
+                if chunk_size and match.end() + chunk_size + 2 == len(data):
+                    return data, b""
         if self._held:
             data, self._held = self._held + data, b""
         size = len(data)

@@ -1,14 +1,23 @@
 """What a placement costs, in seconds: the terms, and their sum.
 
     price = wait for the work that is there (others' prefill, less what must be done by now)
-          + this request's uncached tokens x (1 + recompute + stall x streams) / prefill speed
+          + this request's uncached tokens x (1 + recompute) / prefill speed
+          + what its prefill costs those who are there (stall)
           + wait for a slot or for KV space, load of an adapter
           + by how much its answer would be late, at a token each so long (`core.pacing`)
           + round trip, for a place in another region, and what that must be cheaper by
 
 Its own uncached tokens count more than once. Once for its own wait; again (*recompute*) for those
-who come after it and for what its blocks displace; and again for each stream that decodes on the
-replica (*stall*), because a prefill chunk holds up the next token of all of them.
+who come after it and for what its blocks displace; and again for those who are there (*stall*).
+
+An engine computes the next token of every stream and a chunk of whatever prompt waits in one step,
+so a prompt holds up all who are there: those who decode, and those who wait before it, since they
+will have begun to by then. A second of prefill makes each token of an answer later by the answer's
+part of it. Two things lessen that. A prompt counts as no longer than one chunk: the longest ones
+would else do all the waiting, to spare others pauses of which they are a few in a hundred. And it
+counts the less, the more there is before it: prompts one after the other, and then a rest in which
+all of their answers are read out, hold up fewer of them than the same prompts with gaps between,
+into each of which answers begin that the next prompt then holds up.
 
 A request that wants its tokens by a time each is drawn to where it would have them, and kept from
 nowhere: too slow a replica is better than none, and than one with an hour of work before it.
@@ -53,9 +62,10 @@ class Terms:
         self.wait_s = loads.wait_s(slot, now_s) if outlook is None else outlook.wait_s(now_s)
         self.prefill_s = uncached_tokens * speed
         self.recompute_s = self.prefill_s * limits.RECOMPUTE_WEIGHT
-        stalled = 0.0 if abroad else loads.decoding[slot]
-        self.stall_s = self.prefill_s * limits.STALL_WEIGHT * stalled
         self.extra_s = loads.extra_s[slot] if outlook is None else outlook.start_s(now_s)
+        self.stall_s = 0.0
+        if not abroad:
+            self.stall_s = stall_s(loads, slot, uncached_tokens, self.wait_s + self.extra_s)
         tokens = cached_tokens + uncached_tokens
         self.shortage_s = 0.0 if abroad else loads.shortage_s(slot, tokens)
         self.round_trip_s = (
@@ -84,6 +94,12 @@ class Terms:
             "cached_tokens": self.cached_tokens,
             "uncached_tokens": self.uncached_tokens,
         }
+
+
+def stall_s(loads: Loads, slot: int, uncached_tokens: int, wait_s: float) -> float:
+    """Return what the prefill of so many tokens costs those who are there, after such a wait."""
+    stalled_s = min(uncached_tokens, limits.STALL_TOKENS_MAX) * loads.stall_per_token[slot]
+    return stalled_s * limits.STALL_LINE_S / (limits.STALL_LINE_S + wait_s)
 
 
 def _rounded(seconds: float) -> float:

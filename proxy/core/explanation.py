@@ -148,7 +148,7 @@ def _slot_shown(picture: Picture, slot: int) -> Shown:
     return {
         "inflight": loads.inflight[slot],
         "queued_tokens": loads.queued_tokens(slot),
-        "decoding": round(loads.decoding[slot], 3),
+        "decoding": round(loads.decoding(slot), 3),
         "dispatched_tokens": loads.dispatched_tokens[slot],
         "prefill_tokens_per_s": round(1.0 / loads.s_per_token[slot], 1),
         "output_tokens_per_s": round(1.0 / output_s, 1) if output_s else None,

@@ -30,6 +30,10 @@ _HASH_BYTES: Final = 8
 _ARRAYS: Final = frozenset((*range(0x90, 0xA0), 0xDC, 0xDD))
 
 
+# No batch without it tells of an emptied cache. One that has it may merely name something so.
+CLEARED_TAG: Final = b"AllBlocksCleared"
+
+
 class BadBatchError(Exception):
     """A message that cannot be read; the text says what was wrong, without its octets."""
 

@@ -10,7 +10,7 @@ class Lease:
     """The load that one exchange holds on a replica, from dispatch to its one release."""
 
     __slots__ = (
-        "account", "cached_octets", "cell", "charged_tokens", "decoding", "first_noted", "head_s",
+        "account", "cached_octets", "cell", "charged_tokens", "first_noted", "head_s",
         "lease_id", "life", "pending", "prefill_tokens", "prompt_octets", "prompt_tokens",
         "queued_tokens", "released", "replica_name", "sighting", "slot", "spare", "started_s",
         "streamed", "weight", "yields",
@@ -41,7 +41,6 @@ class Lease:
         self.account: Account | None = None  # of its tenant, until it is settled; None: of none
         self.charged_tokens = 0.0  # there
         self.pending = False
-        self.decoding = False
         self.released = False
         self.started_s = 0.0
         self.cell = -1  # where it is counted for all workers (`core.headcount`); -1: nowhere

@@ -205,11 +205,17 @@ FIRST_TOKEN_OVERHEAD_S_MAX: Final = 0.1
 # A request's own uncached tokens count once for its own wait, and twice more for those who come
 # next and to whom its blocks displace: between 1 and 4 the optimum is flat on recorded traces.
 RECOMPUTE_WEIGHT: Final = 2.0
-# A second of prefill holds up each decoding stream by a second. Who reads a stream minds that less
-# than who waits for its first word, and there are many of them: a fiftieth and a tenth, tried on
-# recorded traces, evened out the streams instead of the work, and cost first tokens 5 % and more at
-# the 99th percentile; this lowers the median time per token by a tenth, and costs them nothing.
-STALL_WEIGHT: Final = 0.005
+# What a prompt costs those whose answers it holds up (`core.cost`). A second more for each token of
+# an answer counts as much as so many seconds more until another's first token.
+STALL_WEIGHT: Final = 30.0
+# All of them together count no more than the prompt itself so many times: hundreds of answers
+# beside short prompts would else be all that counts, and be spread evenly, instead of the work.
+STALL_SHARE_MAX: Final = 3.0
+# Of a prompt: a chunk, as engines compute it between two tokens of a stream (vLLM's and SGLang's
+# default on such a card).
+STALL_TOKENS_MAX: Final = 8_192
+STALL_LINE_S: Final = 1.0  # with so much before it, it counts half
+ANSWER_FEWEST_TOKENS: Final = 32.0  # shorter ones count as these: they hardly are streams
 # KV space beyond which a newcomer waits for somebody to end, or has somebody preempted; and below
 # which nobody looks whether it would fit.
 KV_FULL_SHARE: Final = 0.95
@@ -334,6 +340,9 @@ KV_BATCH_EVENTS_MAX: Final = 1 << 17
 KV_BLOCKS_MAX: Final = 1 << 20
 # Of all engines that one proxy follows: sixty with a million tokens each. 450 MB.
 KV_BLOCKS_TOTAL_MAX: Final = 1 << 22
+# Of a replay, what is held unread in case the engine tells further on that its cache was emptied: a
+# million tokens in blocks of 16 are 7 MB of batches. All engines share it.
+KV_HELD_BYTES_MAX: Final = 64 * MIB
 # The steps that are looked through for where a prompt went. An engine that writes 10,000 tokens a
 # second fills 600 blocks a second besides its prefills: half a minute.
 KV_GROWTHS_MAX: Final = 1 << 14
@@ -349,19 +358,24 @@ KV_TOLD_MAX = 1 << 14
 # A worker says when it sent a request, and an engine's events come when they come: what happened
 # up to this long before what the clock says may still be of the request.
 KV_EARLY_S: Final = 0.05
-# Events arrive 1 ms after their step with vLLM, up to 58 ms with SGLang (measured), and a busy
-# supervisor reads them later.
-KV_LATE_S: Final = 0.25
+# Events arrive 1 ms after their step with vLLM, up to 58 ms with SGLang (measured); they are read
+# at intervals, and a busy supervisor reads them later.
+KV_GATHER_S: Final = 0.25
+KV_LATE_S: Final = 0.5
+# The step that ended a prefill, by the engine's time of it, is told of no later after the first
+# octet of the answer.
+KV_STEP_S: Final = 0.25
 # From the event of a prefill's end to its first token: a detokenizer, an HTTP server and a network,
 # none of which is a second behind, or clients would complain.
 KV_FIRST_TOKEN_S: Final = 1.0
 
 # --- sharing decisions ------------------------------------------------------------------------
-# Notes are collected for so long before they are sent: shorter than any prefill, so that a burst
-# over all workers sees itself. A worker that tells of more than a thousand requests a second (three
-# notes each) collects for longer, because a small batch costs more in waking three processes than
-# its requests do: for about one step of an engine, which looks at newcomers between two of them.
-# Such rates need so many replicas that none of them gets more than a request or two in that time.
+# Notes go at once where none have gone for so long, else they are collected for as long: shorter
+# than any prefill, so that a burst over all workers sees itself. A worker that tells of more than a
+# thousand requests a second (three notes each) collects for longer, because a small batch costs
+# more in waking three processes than its requests do: for about one step of an engine, which looks
+# at newcomers between two of them. Such rates need so many replicas that none of them gets more
+# than a request or two in that time.
 NOTES_FLUSH_S = 0.0015
 NOTES_FLUSH_BUSY_S = 0.016
 NOTES_BUSY_PER_S: Final = 3000

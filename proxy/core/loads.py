@@ -43,11 +43,12 @@ class Loads:
         self.head_end_s: list[float] = []  # when the head should be done; 0: no head
         self.speeds = Speeds()
         self.s_per_token = self.speeds.s_per_token
-        self.price_per_token: list[float] = []  # of a newcomer's own uncached tokens
+        self.price_per_token: list[float] = []  # of a newcomer's own uncached tokens, for itself
+        self.stall_per_token: list[float] = []  # and for those who are there; not of all of them
         self.extra_s: list[float] = []  # waiting for a slot
         self.free_tokens: list[int] = []  # of KV, by the engine's gauge and what came since
         self.tight: set[int] = set()  # slots where a prompt might not fit
-        self.decoding: list[float] = []  # requests past their prefill, by weight
+        self.present: list[float] = []  # requests under way, by weight
         self.pacing = Pacing()
         self.s_per_output_token = self.pacing.s_per_token  # learned; 0: not yet
         self.held_tokens: list[int] = []  # KV of requests under way: prompts
@@ -85,7 +86,7 @@ class Loads:
         self.held_tokens[slot] = self._foreign[slot] = self._others_held_tokens[slot] = 0
         self._gauged[slot] = False
         self._peak[slot] = self._refused[slot] = 0
-        self.head_end_s[slot] = self.extra_s[slot] = self.decoding[slot] = 0.0
+        self.head_end_s[slot] = self.extra_s[slot] = self.present[slot] = 0.0
         self.gauge_end_s[slot] = self.request_s[slot] = self._refused_end_s[slot] = 0.0
         self.pacing.open(slot)
         self.spare.open(slot)
@@ -147,8 +148,8 @@ class Loads:
         ):  # fmt: skip
             ints.append(0)
         for floats in (
-            self.head_end_s, self.price_per_token, self.extra_s, self.decoding,
-            self.request_s, self.gauge_end_s, self._head_start_s, self._refused_end_s,
+            self.head_end_s, self.price_per_token, self.stall_per_token, self.extra_s,
+            self.present, self.request_s, self.gauge_end_s, self._head_start_s, self._refused_end_s,
         ):  # fmt: skip
             floats.append(0.0)
         self.line.append(deque())
@@ -167,6 +168,7 @@ class Loads:
         line = self.line[slot]
         line.append(lease)
         self.inflight[slot] += 1
+        self.present[slot] += lease.weight
         self._peak[slot] = max(self._peak[slot], self.inflight[slot])
         self.dispatched_tokens[slot] += lease.prefill_tokens
         self.held_tokens[slot] += lease.prompt_tokens
@@ -177,6 +179,7 @@ class Loads:
             self._begin(slot, now_s)
         else:
             self.pending_tokens[slot] += lease.prefill_tokens
+        self._toll(slot)
         self._recount(slot)
 
     def prefill_ended(self, lease: Lease, now_s: float) -> None:
@@ -200,8 +203,7 @@ class Loads:
             self.pending_tokens[slot] -= lease.prefill_tokens
             if lease.streamed:
                 lease.head_s = 0.0
-            self._start_decoding(lease)
-        self._toll(slot)
+            self._leave_line(lease)
 
     def release(
         self, lease: Lease, now_s: float, computed_tokens: int = 0, *, served: bool = True
@@ -218,11 +220,9 @@ class Loads:
                 self._toll(each)
         if lease.pending:
             self._withdraw(lease, now_s)
-        elif lease.decoding:
-            self.decoding[slot] = max(0.0, self.decoding[slot] - lease.weight)
         lease.released = True
-        lease.decoding = False
         self.inflight[slot] = max(0, self.inflight[slot] - 1)
+        self.present[slot] = max(0.0, self.present[slot] - lease.weight)
         self.held_tokens[slot] = max(0, self.held_tokens[slot] - lease.prompt_tokens)
         if served:
             self._refused[slot] = 0
@@ -252,6 +252,10 @@ class Loads:
         """Return how many requests decode there, whatever each of them weighs."""
         return self.inflight[slot] - len(self.line[slot])
 
+    def decoding(self, slot: int) -> float:
+        """Return the requests past their prefill, by weight."""
+        return self.present[slot] - sum([lease.weight for lease in self.line[slot]])
+
     def late_s(self, slot: int, tpot_s: float) -> float:
         """Return by how much an answer would be later than it should, at so long a token."""
         return self.pacing.late_s(slot, self.streams(slot) + 1, tpot_s) if tpot_s else 0.0
@@ -263,7 +267,6 @@ class Loads:
             end_s = self.head_end_s[slot]
             self._leave_head(slot)
             self._advance(slot, end_s)
-            self._toll(slot)
 
     def settle_due(self, now_s: float) -> None:
         """Settle every replica where somebody should have left the line by now."""
@@ -379,16 +382,14 @@ class Loads:
     def _leave_head(self, slot: int) -> None:
         """Take the head out. `_advance` makes the next one the head."""
         lease = self.line[slot].popleft()
-        self._start_decoding(lease)
+        self._leave_line(lease)
         if self.line[slot]:
             self.pending_tokens[slot] -= self.line[slot][0].prefill_tokens
 
-    def _start_decoding(self, lease: Lease) -> None:
+    def _leave_line(self, lease: Lease) -> None:
         lease.pending = False
-        lease.decoding = True
         if lease.queued_tokens and self.headcount is not None:
             self.headcount.left_line(lease)
-        self.decoding[lease.slot] += lease.weight
 
     def _advance(self, slot: int, now_s: float) -> None:
         if self.line[slot]:
@@ -400,9 +401,7 @@ class Loads:
     def _withdraw(self, lease: Lease, now_s: float) -> None:
         """It ended before its first octet: cancelled, failed, or its replica is gone."""
         slot, line = lease.slot, self.line[lease.slot]
-        lease.pending = False
-        if lease.queued_tokens and self.headcount is not None:
-            self.headcount.left_line(lease)
+        self._leave_line(lease)
         if line and line[0] is lease:
             line.popleft()
             if line:
@@ -422,9 +421,10 @@ class Loads:
         self._recount(slot)
 
     def _toll(self, slot: int) -> None:
-        """Its speed is another, or who decodes there."""
-        toll = 1.0 + limits.RECOMPUTE_WEIGHT + limits.STALL_WEIGHT * self.decoding[slot]
-        self.price_per_token[slot] = self.s_per_token[slot] * toll
+        """Its speed is another, or who is there, or how long answers are."""
+        speed = self.s_per_token[slot]
+        self.price_per_token[slot] = speed * (1.0 + limits.RECOMPUTE_WEIGHT)
+        self.stall_per_token[slot] = speed * self.pacing.stall(slot, self.present[slot])
 
     def _recount(self, slot: int) -> None:
         """Requests have come or gone: perhaps there is no room for more, where room is known."""

@@ -21,6 +21,7 @@ class Pacing:
         self._streams: list[float] = []  # how many it had then
         self._variance: list[float] = []  # of their number
         self._covariance: list[float] = []  # of their number and that time
+        self.answer_tokens: list[float] = []  # of an answer, at the mean of late
 
     def open(self, slot: int) -> None:
         """A replica has taken the slot."""
@@ -28,6 +29,9 @@ class Pacing:
             while len(table) <= slot:
                 table.append(0.0)
             table[slot] = 0.0
+        while len(self.answer_tokens) <= slot:
+            self.answer_tokens.append(0.0)
+        self.answer_tokens[slot] = claim_limits.OUTPUT_TOKENS_DEFAULT
 
     def learn(self, slot: int, streams: int, seconds: float) -> None:
         """An answer took so long a token, and ended among so many streams, itself one of them."""
@@ -41,6 +45,21 @@ class Pacing:
         kept = 1.0 - share
         self._variance[slot] = kept * (self._variance[slot] + share * more * more)
         self._covariance[slot] = kept * (self._covariance[slot] + share * more * longer_s)
+
+    def learn_length(self, slot: int, tokens: int) -> None:
+        """An answer had so many tokens. Those of a word or two count as if they had a few."""
+        more = max(float(tokens), limits.ANSWER_FEWEST_TOKENS) - self.answer_tokens[slot]
+        self.answer_tokens[slot] += limits.LEARN_SHARE * more
+
+    def stall(self, slot: int, requests: float) -> float:
+        """Return what a second of prefill costs so many requests that are there before it.
+
+        Each of their tokens comes later by its part of that second. Those who still wait are under
+        them, because engines compute prompts first: they will have begun to answer by then. Beyond
+        a number, and so where all replicas have as many, one more there makes no difference.
+        """
+        stalled = limits.STALL_WEIGHT * requests / self.answer_tokens[slot]
+        return min(stalled, limits.STALL_SHARE_MAX)
 
     def expected_s(self, slot: int, streams: int) -> float:
         """Return the time between tokens among so many streams; 0: not known."""

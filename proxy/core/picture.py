@@ -373,7 +373,7 @@ class Picture:
         if refused:
             self.loads.refused(lease.slot, now_s)
         if usage is not None:
-            self._compare(lease, usage)
+            self._learn(lease, usage)
 
     def decoded(self, lease: Lease, tokens: int, seconds: float) -> None:
         """An answer took so long from its first token to its last."""
@@ -386,14 +386,14 @@ class Picture:
 
     # --- what answers teach ------------------------------------------------------------------
 
-    def _compare(self, lease: Lease, usage: Usage) -> None:
+    def _learn(self, lease: Lease, usage: Usage) -> None:
+        self.loads.pacing.learn_length(lease.slot, usage.completion_tokens)
         if usage.prompt_tokens <= 0 or lease.prompt_octets <= 0:
             return
         sizes = self._size_of[lease.slot]
         # One answer moves it by a twentieth at the most, and only between what text can be.
         part = min(1.0, limits.RATIO_WINDOW_TOKENS / 20 / usage.prompt_tokens)
-        tokens = usage.prompt_tokens * part
-        octets = lease.prompt_octets * part
+        tokens, octets = usage.prompt_tokens * part, lease.prompt_octets * part
         octets = min(max(octets, tokens * limits.RATIO_MIN), tokens * limits.RATIO_MAX)
         keep = 1.0 - tokens / limits.RATIO_WINDOW_TOKENS
         sizes.octets = sizes.octets * keep + octets

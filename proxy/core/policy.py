@@ -21,7 +21,7 @@ from typing import Final
 
 from proxy.core import limits
 from proxy.core.classes import ONLINE, UNSAID
-from proxy.core.cost import Terms
+from proxy.core.cost import Terms, stall_s
 from proxy.core.fleet import Pool
 from proxy.core.picture import Picture, Seats
 from proxy.core.prefix import PrefixChain
@@ -142,9 +142,9 @@ class Prices:
 
     def _add_prefill(self, found: list[tuple[int, int]]) -> None:
         """Nearly always one set holds most replicas (those with nothing, or with a head that all
-        prompts share): price all as if they were of that one, then correct the others.
+        prompts share): price all as if they were of that one, then the others again.
         """
-        chain, picture, slots, prices_s = self._chain, self._picture, self._slots, self.prices_s
+        chain, picture, slots, waits_s = self._chain, self._picture, self._slots, self.prices_s
         rest = self.seats.bits
         for bits, _ in found:
             rest ^= bits
@@ -152,24 +152,31 @@ class Prices:
         for bits, depth in found:
             if bits.bit_count() > common.bit_count():
                 common, common_octets = bits, chain.ends[depth]
-        per_token = picture.loads.price_per_token
+        line_s = limits.STALL_LINE_S
+        per_token, per_stalled = picture.loads.price_per_token, picture.loads.stall_per_token
         tokens = self.tokens = picture.tokens_of(chain.prompt_bytes - common_octets, slots[0])
-        for place in range(len(slots)):
-            prices_s[place] += tokens * per_token[slots[place]]
+        stalling = min(tokens, limits.STALL_TOKENS_MAX) * line_s  # see `cost.stall_s`
+        self.prices_s = [
+            wait_s + tokens * per_token[slot] + stalling * per_stalled[slot] / (line_s + wait_s)
+            for wait_s, slot in zip(waits_s, slots, strict=True)
+        ]
         if rest and rest != common:
-            self._correct(rest, tokens - picture.tokens_of(chain.prompt_bytes, slots[0]), per_token)
+            self._reprice(rest, picture.tokens_of(chain.prompt_bytes, slots[0]), waits_s)
         for bits, depth in found:
             if bits != common:
                 octets = chain.prompt_bytes - chain.ends[depth]
-                self._correct(bits, tokens - picture.tokens_of(octets, slots[0]), per_token)
+                self._reprice(bits, picture.tokens_of(octets, slots[0]), waits_s)
 
-    def _correct(self, bits: int, fewer: int, per_token: list[float]) -> None:
-        places, prices_s = self.seats.places, self.prices_s
+    def _reprice(self, bits: int, tokens: int, waits_s: list[float]) -> None:
+        """Those would have so many tokens computed."""
+        loads, places = self._picture.loads, self.seats.places
         while bits:
             low = bits & -bits
             bits ^= low
             slot = low.bit_length() - 1
-            prices_s[places[slot]] -= fewer * per_token[slot]
+            place = places[slot]
+            price_s = waits_s[place] + tokens * loads.price_per_token[slot]
+            self.prices_s[place] = price_s + stall_s(loads, slot, tokens, waits_s[place])
 
     def _add_shortage(self) -> None:
         """Where KV space is short, a long prompt waits for it, whether cached or not."""

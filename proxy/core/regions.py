@@ -221,12 +221,13 @@ def _home_s(
 ) -> float:
     """Return the price of what was chosen here, where so much counts as cached anywhere.
 
-    Slow streams are not held against this region: nobody tells of them elsewhere.
+    Neither slow streams nor those that it would hold up are held against this region: nobody tells
+    of them elsewhere.
     """
     octets = max(home.cached_octets, least_octets)
     as_if = Decision(home.replica, home.slot, home.reason, octets, home.known)
     found = terms(as_if, request, picture, now_s)
-    return found.price_s - found.pace_s
+    return found.price_s - found.pace_s - found.stall_s
 
 
 def _hot_octets(home: Decision | None, request: Request) -> int:

@@ -40,7 +40,7 @@ def _of_server(
         Sample("replica_queued_tokens", by, sum([loads.queued_tokens(slot) for slot in slots])),
         # A newcomer would go to the rank that has least to do.
         Sample("replica_wait_seconds", by, min([loads.wait_s(slot, now_s) for slot in slots])),
-        Sample("replica_decoding", by, sum([loads.decoding[slot] for slot in slots])),
+        Sample("replica_decoding", by, sum([loads.decoding(slot) for slot in slots])),
         Sample("replica_prefill_tokens_per_second", by, speed),
         Sample("replica_cache_tokens", by, sum([picture.cache_tokens(slot) for slot in slots])),
     ]

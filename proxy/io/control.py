@@ -26,6 +26,7 @@ from proxy.io.telemetry import Sample
 
 _LENGTH = struct.Struct("!I")
 FRAME_BYTES_MAX = 64 * 1024 * 1024
+_AT_ONCE_MAX = 8  # messages; then others have their turn
 _HELD_BYTES_MAX = 1024 * 1024  # read and not taken; a frame that is larger is read whole
 
 
@@ -271,6 +272,10 @@ class Channel(asyncio.Protocol):
         self._news: asyncio.Future[None] | None = None  # somebody waits for a message
         self._room: asyncio.Future[None] | None = None  # what was sent is not taken
         self._on_message: Callable[[Message], None] | None = None
+        self._next: Message | None = None  # of those for whoever waits
+        # Says whether it has dealt with a message that came while somebody waits: to wake a task
+        # costs more than to read a note.
+        self.deals_with: Callable[[Message], bool] | None = None
 
     @classmethod
     async def open(cls, end: socket.socket) -> Channel:
@@ -293,6 +298,9 @@ class Channel(asyncio.Protocol):
         self._held += data
         if self._on_message is not None:
             self._hand_over(self._on_message)
+            return
+        if self.deals_with is not None and self._news is not None and not self._news.done():
+            self._deal(self._news, self.deals_with)
             return
         if len(self._held) >= _HELD_BYTES_MAX and self._size >= 0 and self._reading:
             self._reading = False
@@ -344,7 +352,8 @@ class Channel(asyncio.Protocol):
     async def receive(self) -> Message | None:
         """Return the next message, or None when the other end is gone."""
         while True:
-            message = self._take()
+            message, self._next = self._next, None
+            message = message or self._take()
             if message is not None:
                 return message
             if self._ended:
@@ -376,6 +385,21 @@ class Channel(asyncio.Protocol):
                 await self._news
         finally:
             self._on_message = self._news = None
+
+    def _deal(self, news: asyncio.Future[None], deals_with: Callable[[Message], bool]) -> None:
+        """Deal with what has come, up to the first message for whoever waits."""
+        try:
+            for _ in range(_AT_ONCE_MAX):
+                message = self._take()
+                if message is None:
+                    return
+                if not deals_with(message):
+                    self._next = message
+                    break
+        except msgspec.MsgspecError as error:
+            news.set_exception(error)
+        else:
+            news.set_result(None)
 
     def _hand_over(self, on_message: Callable[[Message], None]) -> None:
         try:

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from proxy.core import limits, peer_wire
 from proxy.io import control
+from proxy.io.tasks import beat
 from proxy.io.telemetry import Sample
 
 _log = logging.getLogger("doherty.hub")
@@ -131,7 +132,7 @@ class Hub:
 
     async def run(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await beat(TICK_S)
             self.tick()
 
     def tick(self) -> None:

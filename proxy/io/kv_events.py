@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import aiohttp
-import zmq.asyncio
+import zmq
 
 from proxy.core import limits
 from proxy.core.binding import KvBinding
@@ -27,10 +27,10 @@ from proxy.core.kv_source import KvSource
 from proxy.core.prefix import PrefixChain
 from proxy.core.usage import Usage
 from proxy.io.kv_reach import Followed, Reach
+from proxy.io.kv_replay import Room
+from proxy.io.kv_sockets import Socket
 from proxy.io.kv_stream import KvStream, SourceState
-from proxy.io.tasks import Tasks
-
-TICK_S = 0.1
+from proxy.io.tasks import Tasks, beat
 
 
 class KvFollower:
@@ -45,6 +45,7 @@ class KvFollower:
         on_cleared: Callable[[str], None],
         on_held: Callable[[str, PrefixChain], None],
         on_state: Callable[[str, bool, int], None],
+        catch_up: Callable[[], None] = lambda: None,
         api_key: str | None = None,
         configured: KvSource | None = None,
         now_s: Callable[[], float] = time.monotonic,
@@ -53,14 +54,17 @@ class KvFollower:
         started with, such as `tcp://*:5557`. Times of facts are of the clock `now_s`.
 
         `on_held(name, chain)` takes back, of a request under way, what was told as gone.
+        `catch_up()` tells all that has passed through the proxy so far: before events are read.
         """
         self._tasks = tasks
-        self._context = zmq.asyncio.Context()
+        self._context: zmq.Context[Socket] = zmq.Context()
+        self._room = Room()
         self._reach = Reach(session, api_key, configured)
         self._on_evicted = on_evicted
         self._on_cleared = on_cleared
         self._on_held = on_held
         self._on_state = on_state
+        self._catch_up = catch_up
         self._now_s = now_s
         self._streams: dict[str, KvStream] = {}
         self._names: dict[Hashable, str] = {}  # of requests under way
@@ -107,7 +111,14 @@ class KvFollower:
 
     def _start(self, replica: Followed) -> KvStream:
         stream = KvStream(
-            replica, self._context, self._reach, self._evicted, self._emptied, self._now_s
+            replica,
+            self._context,
+            self._reach,
+            self._room,
+            on_evicted=self._evicted,
+            on_cleared=self._emptied,
+            catch_up=self._catch_up,
+            now_s=self._now_s,
         )
         stream.task = self._tasks.spawn(f"kv events {replica.name}", stream.run())
         return stream
@@ -155,6 +166,7 @@ class KvFollower:
 
         The engine's own word comes with its next step, and is no news then.
         """
+        self._catch_up()
         stream = self._streams.get(name)
         if stream is not None:
             stream.binding.drop(self._now_s())
@@ -178,7 +190,8 @@ class KvFollower:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await beat(limits.KV_GATHER_S)
+            self._catch_up()
             now_s = self._now_s()
             for name, stream in self._streams.items():
                 self._evicted(name, stream.binding.advance(now_s))

@@ -12,11 +12,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import zmq
-import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from proxy.core import limits
@@ -24,7 +24,11 @@ from proxy.core.binding import KvBinding
 from proxy.core.kv_source import KvSequence, KvSource, Verdict
 from proxy.core.kv_underway import Underway
 from proxy.core.kv_wire import BadBatchError, Batch, Frames, read_batch, read_frames
+from proxy.io import kv_sockets
 from proxy.io.kv_reach import Followed, LostError, Reach
+from proxy.io.kv_replay import Room, replayed
+from proxy.io.kv_sockets import Socket
+from proxy.io.tasks import beat
 
 _log = logging.getLogger("doherty.kv_events")
 
@@ -33,20 +37,13 @@ RETRY_MAX_S = 5.0
 # An engine without events is asked again now and then: it may have been started anew with them.
 NO_SOURCE_RETRY_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
-# Engines answer a replay between two batches, when idle within 0.1 s.
-REPLAY_ANSWER_S = 5.0
 IDLE_CHECK_S = 2.0
 # Silent, and a check is not answered: what the source last said is no longer taken for the truth.
 STALE_AFTER_S = 3.0
-HEARTBEAT_S = 5.0
-BROKEN_AFTER_S = 15.0  # not a beat in that time
 REPORT_S = 1.0
-QUEUED_BATCHES_MAX = 4096  # waiting to be read; beyond it they are dropped, and asked for again
-EVENTS_AT_ONCE = 1024  # between two of these, others have their turn
+BATCHES_AT_ONCE = 16  # between two of these, and two of those, others have their turn
+EVENTS_AT_ONCE = 1024
 LATENESS_WINDOW_S = 60.0
-
-_END_OF_REPLAY: Final = b"\xff" * 8
-_Socket = zmq.asyncio.Socket
 
 
 @dataclass
@@ -95,10 +92,13 @@ class KvStream:
     def __init__(
         self,
         followed: Followed,
-        context: zmq.asyncio.Context,
+        context: zmq.Context[Socket],
         reach: Reach,
+        room: Room,
+        *,
         on_evicted: Callable[[str, list[int]], None],
         on_cleared: Callable[[str], None],
+        catch_up: Callable[[], None],
         now_s: Callable[[], float],
     ) -> None:
         self.followed = followed
@@ -106,12 +106,15 @@ class KvStream:
         self.binding = KvBinding(now_s())
         self._context = context
         self._reach = reach
+        self._room = room
         self.underway = Underway()
         self._on_evicted = on_evicted
         self._on_cleared = on_cleared
+        self._hear_requests = catch_up
         self._now_s = now_s
         self._sequence = KvSequence()
         self._lateness = _Lateness()
+        self._applied_s = 0.0  # when what was told last had happened
         self._in_step = False  # nothing that the engine said is missing
         self._reported: tuple[bool, int, float] = (False, 0, 0.0)
         self._reported_s = 0.0
@@ -128,8 +131,8 @@ class KvStream:
             return False  # that it is still not known is none
         if seen == self._reported:
             return False
-        if seen[0] == self._reported[0] and now_s - self._reported_s < REPORT_S:
-            return False
+        if seen[0] == self._reported[0] and now_s // REPORT_S == self._reported_s // REPORT_S:
+            return False  # all at the same moments
         self._reported, self._reported_s = seen, now_s
         return True
 
@@ -171,7 +174,7 @@ class KvStream:
 
     async def _follow(self, source: KvSource) -> None:
         """Follow one source. Raises `LostError` when the connection is."""
-        subscriber = self._socket(zmq.SUB)
+        subscriber = kv_sockets.opened(self._context, zmq.SUB)
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         monitor = subscriber.get_monitor_socket(events)
         try:
@@ -186,39 +189,31 @@ class KvStream:
             subscriber.close(linger=0)
 
     @staticmethod
-    async def _handshake(source: KvSource, monitor: _Socket) -> None:
+    async def _handshake(source: KvSource, monitor: Socket) -> None:
         """Wait until there is a publisher, so that none of what it says from now on is missed."""
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                message = await recv_monitor_message(monitor)
-        except TimeoutError:
-            raise LostError(f"nothing answers at {source.endpoint}") from None
-        if message["event"] != zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        if not await kv_sockets.arrival(CONNECT_TIMEOUT_S, monitor):
+            raise LostError(f"nothing answers at {source.endpoint}")
+        if recv_monitor_message(monitor)["event"] != zmq.EVENT_HANDSHAKE_SUCCEEDED:
             raise LostError(f"nothing that publishes is at {source.endpoint}")
 
-    def _socket(self, kind: int) -> _Socket:
-        socket = self._context.socket(kind)
-        socket.setsockopt(zmq.RCVHWM, QUEUED_BATCHES_MAX)
-        socket.setsockopt(zmq.MAXMSGSIZE, limits.KV_BATCH_BYTES_MAX)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.IPV6, 1)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000))
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(BROKEN_AFTER_S * 1000))
-        return socket
-
-    async def _listen(self, source: KvSource, subscriber: _Socket, monitor: _Socket) -> None:
-        poller = zmq.asyncio.Poller()
-        poller.register(subscriber, zmq.POLLIN)
-        poller.register(monitor, zmq.POLLIN)
+    async def _listen(self, source: KvSource, subscriber: Socket, monitor: Socket) -> None:
+        checked_s = self._now_s()
         while True:
-            ready = dict(await poller.poll(int(IDLE_CHECK_S * 1000)))
-            if subscriber in ready:
-                await self._take(source, await subscriber.recv_multipart())
-                await asyncio.sleep(0)  # a socket that always has something never waits
-            elif monitor in ready:
+            await beat(limits.KV_GATHER_S)
+            self._hear_requests()
+            count = 0
+            while (frames := kv_sockets.take(subscriber)) is not None:
+                await self._take(source, frames)
+                count += 1
+                if count % BATCHES_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+            if kv_sockets.has_message(monitor):
                 raise LostError("the connection broke")
-            else:
+            if count:
+                checked_s = self._now_s()
+            elif self._now_s() - checked_s > IDLE_CHECK_S:
                 await self._check_idle(source)
+                checked_s = self._now_s()
 
     async def _check_idle(self, source: KvSource) -> None:
         """Nothing came for a while: see that there was nothing to come."""
@@ -250,9 +245,10 @@ class KvStream:
         if verdict is not Verdict.NEXT:
             self._rebuild(f"batch {self._sequence.expected} is not to be had again")
             self._sequence.begin()
-        late_s = self._lateness.of(batch.at_s, self._now_s(), time.time())
-        await self._apply(number, batch, silent=False)
-        if late_s > limits.KV_LATE_S / 2:
+        now_s = self._now_s()
+        late_s = self._lateness.of(batch.at_s, now_s, time.time())
+        await self._apply(number, batch, now_s - late_s, silent=False)
+        if late_s > limits.KV_LATE_S * 0.75:  # some of what it was about may be settled
             self.binding.blind(self._now_s())
         self._heard()
 
@@ -271,15 +267,15 @@ class KvStream:
                 self._sequence.take(told.number, self._sequence.last_at_s)
             return None
 
-    async def _apply(self, number: int, batch: Batch, *, silent: bool) -> None:
-        """Take what a batch tells. In silence, what it tells is of the past."""
+    async def _apply(self, number: int, batch: Batch, at_s: float, *, silent: bool) -> None:
+        """Take what a batch tells, and has told at `at_s`. In silence, it is of the past."""
         self._sequence.take(number, batch.at_s)
         self.state.batches += 1
-        now_s = self._now_s()
+        at_s = self._applied_s = max(at_s, self._applied_s)  # growths are in order of time
         for begin in range(0, max(1, len(batch.events)), EVENTS_AT_ONCE):
             if begin:
                 await asyncio.sleep(0)
-            told = self.binding.apply(batch.events[begin : begin + EVENTS_AT_ONCE], now_s)
+            told = self.binding.apply(batch.events[begin : begin + EVENTS_AT_ONCE], at_s)
             if told.cleared and not silent:
                 self._on_cleared(self.state.name)
             if told.evicted:
@@ -322,29 +318,22 @@ class KvStream:
     async def _replay(self, endpoint: str) -> Verdict:
         """Ask for what is missing and take it; NEXT, when the story is whole after it."""
         self.state.replays += 1
-        dealer = self._socket(zmq.DEALER)
         anew = self._sequence.expected <= 0
         before = self.state.batches
         taken = 0
-        try:
-            dealer.connect(endpoint)
-            await dealer.send_multipart((b"", self._sequence.replay_from.to_bytes(8, "big")))
-            while True:
-                async with asyncio.timeout(REPLAY_ANSWER_S):
-                    frames = await dealer.recv_multipart()
-                if frames[-2:] == [_END_OF_REPLAY, b""]:
-                    break
+        told = replayed(
+            self._context, endpoint, self._sequence.replay_from, self._room if anew else None
+        )
+        async with aclosing(told):
+            async for frames in told:
                 taken += 1
+                if taken % BATCHES_AT_ONCE == 0:
+                    await asyncio.sleep(0)
                 read = self._read(frames)
                 if read is not None:
                     verdict = await self._take_again(*read, first=taken == 1, anew=anew)
                     if verdict not in (Verdict.NEXT, Verdict.REPEATED):
                         return verdict
-                await asyncio.sleep(0)
-        except TimeoutError:
-            raise LostError(f"no replay is answered at {endpoint}") from None
-        finally:
-            dealer.close(linger=0)
         if self.state.batches > before:  # when that happened is not known
             self.binding.blind(self._now_s())
         if not taken:
@@ -360,5 +349,5 @@ class KvStream:
         else:
             verdict = self._sequence.judge(number, batch.at_s)
         if verdict is Verdict.NEXT:
-            await self._apply(number, batch, silent=anew)
+            await self._apply(number, batch, self._now_s(), silent=anew)
         return verdict

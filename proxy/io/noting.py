@@ -1,9 +1,9 @@
-"""A worker's decisions, told to the others: collected for a moment, then sent as one batch.
+"""A worker's decisions, told to the others: at once, or collected for a moment and then as a batch.
 
-A batch costs the three processes that it passes through as much as several requests do, so a worker
-that decides much collects for longer. With nobody listening it costs its caller one test of `on`.
-A supervisor that does not keep up loses notes and not this worker's time: what it missed is told
-again as a whole, as all that is open.
+A batch costs the three processes that it passes through as much as several requests do: so between
+two of them some time passes, and for a worker that decides much more of it. With nobody listening
+it costs its caller one test of `on`. A supervisor that does not keep up loses notes and not this
+worker's time: what it missed is told again as a whole, as all that is open.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Noting:
         self._bytes = 0
         self._first_s = 0.0
         self._busy = False  # the last batch filled up fast
+        self._sent_s = 0.0  # when the last batch was sent
         self._changed = False  # since all was told
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
         self._whole_timer: asyncio.TimerHandle | None = None
 
     def connect(self, channel: Channel) -> None:
@@ -130,8 +131,12 @@ class Noting:
         self._bytes += len(note)
         if self._timer is None:
             self._first_s = self._clock.now_s()
+            loop = asyncio.get_running_loop()
+            if not self._busy and self._first_s - self._sent_s > limits.NOTES_FLUSH_S:
+                self._timer = loop.call_soon(self._flush)  # a timer would be one more awakening
+                return
             delay_s = limits.NOTES_FLUSH_BUSY_S if self._busy else limits.NOTES_FLUSH_S
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._flush)
+            self._timer = loop.call_later(delay_s, self._flush)
         elif self._bytes >= limits.NOTES_BATCH_BYTES_MAX:
             self._flush()
 
@@ -143,7 +148,8 @@ class Noting:
         if not self._parts or channel is None:
             return
         count = len(self._parts)
-        passed_s = self._clock.now_s() - self._first_s
+        self._sent_s = self._clock.now_s()
+        passed_s = self._sent_s - self._first_s
         self._busy = count > max(passed_s, limits.NOTES_FLUSH_S) * limits.NOTES_BUSY_PER_S
         if channel.waiting_bytes > limits.NOTES_WAITING_BYTES_MAX:
             self.dropped_total += count

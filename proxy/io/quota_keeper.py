@@ -39,6 +39,7 @@ from proxy.io.peer_link import PeerLink
 from proxy.io.peers import PREDECESSOR, SUCCESSOR, Peers
 from proxy.io.quota_file import DaySums, read_sums, write_sums
 from proxy.io.quota_memory import QuotaMemory
+from proxy.io.tasks import beat
 from proxy.io.telemetry import Sample
 
 _log = logging.getLogger("doherty.quotas")
@@ -104,7 +105,7 @@ class QuotaKeeper:
         """Tell and keep until cancelled."""
         due_s = self._now_s() + KEEP_INTERVAL_S
         while True:
-            await asyncio.sleep(TELL_INTERVAL_S)
+            await beat(TELL_INTERVAL_S)
             self.tick()
             if self._now_s() >= due_s:
                 due_s = self._now_s() + KEEP_INTERVAL_S

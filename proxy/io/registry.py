@@ -35,6 +35,7 @@ from proxy.contract.engines import MODELS_PATH, Listing, read_listing
 from proxy.core.replica import parse_url
 from proxy.io.newest_lines import newest_lines
 from proxy.io.scrape import Scraper, ask, begun_anew
+from proxy.io.tasks import beat
 
 _log = logging.getLogger("doherty.registry")
 
@@ -47,6 +48,8 @@ MODELS_REFRESH_S = 15.0
 # A reading that tells nothing new is published all the same when the last one is so old: readers
 # go by its age, and an engine that idles is not one that is silent.
 LOAD_REFRESH_S = 5.0
+# Of the interval: engines answer in that time, as a rule.
+PUBLISH_AFTER = 0.1
 STATIC_EPOCH = "static"  # of snapshots that no manager has made
 _NO_LIST = Listing((), None, "unknown")
 
@@ -97,10 +100,11 @@ class StaticList:
         on_snapshot(FleetSnapshot(epoch=STATIC_EPOCH, version=self.version, replicas=records))
 
     async def _publish_loads(self, on_snapshot: OnSnapshot) -> None:
+        """Publish what has changed a moment after all were asked."""
         while True:
             await self._news.wait()
+            await beat(self._interval_s, after_s=PUBLISH_AFTER * self._interval_s)
             self._publish(on_snapshot)
-            await asyncio.sleep(self._interval_s)
 
     async def _follow(self, url: str, on_snapshot: OnSnapshot) -> None:
         record = self.records[url]
@@ -127,7 +131,7 @@ class StaticList:
             if ready:
                 told = self._interval_s and not scraper.silent
                 pause_s = self._interval_s if told else MODELS_REFRESH_S
-            await asyncio.sleep(pause_s)
+            await beat(pause_s)
 
     async def _list(self, url: str) -> Listing | str:
         """Return the names it serves, none when it has no list; or why it cannot be asked."""

@@ -22,6 +22,9 @@ from proxy.core.summary import summarise
 from proxy.core.wanting import Counts
 from proxy.io import control
 from proxy.io.plane import Plane
+from proxy.io.tasks import beat
+
+IDLE_INTERVAL_S = 1.0  # while there are no other regions: there may be some after a reload
 
 
 class Tally:
@@ -37,6 +40,9 @@ class Tally:
     async def run(self) -> None:
         """Tell until cancelled."""
         while True:
+            if self._plane.config.manager_url is None:
+                await beat(DEMAND_INTERVAL_S)
+                continue
             try:
                 async with asyncio.timeout(DEMAND_INTERVAL_S):
                     await self._urgent.wait()
@@ -50,8 +56,6 @@ class Tally:
 
     def _tell(self, *, at_once: bool) -> None:
         plane = self._plane
-        if plane.config.manager_url is None:
-            return
         if self._channel.waiting_bytes > limits.NOTES_WAITING_BYTES_MAX:
             return  # a supervisor that is behind gets the next one
         demanded = self._counted(demand_of(plane, at_once=at_once))
@@ -109,7 +113,8 @@ def demand_of(plane: Plane, *, at_once: bool = False) -> control.Demanded:
 async def summarise_regularly(plane: Plane, channel: control.Channel) -> None:
     """Say what other regions should know of the models here, where there are others."""
     while True:
-        await asyncio.sleep(SUMMARY_INTERVAL_S)
+        others = plane.config.access.remote_regions
+        await beat(SUMMARY_INTERVAL_S if others else IDLE_INTERVAL_S)
         behind = channel.waiting_bytes > limits.NOTES_WAITING_BYTES_MAX
         if plane.config.access.remote_regions and not behind:
             channel.send(control.Summarised(summary_of(plane)))

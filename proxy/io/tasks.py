@@ -1,4 +1,7 @@
-"""Tasks with an owner, a name and an end: none is lost, and none fails in silence."""
+"""Tasks with an owner, a name and an end: none is lost, and none fails in silence.
+
+And the moments at which those come back that do something at intervals.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,23 @@ from collections.abc import Coroutine
 from typing import Any
 
 _log = logging.getLogger("doherty.tasks")
+
+
+def next_beat_s(interval_s: float, after_s: float = 0.0) -> float:
+    """Return the next moment, by the loop's time, that is so much after a multiple of the interval.
+
+    So what a process does at intervals it does at the same moments, and is woken once for all of
+    it: to be woken costs more than most of it does.
+    """
+    now_s = asyncio.get_running_loop().time()
+    wait_s = interval_s - (now_s - after_s) % interval_s
+    # A timer may come a little early, and its moment is not to come twice.
+    return now_s + (wait_s if wait_s > 0.1 * interval_s else wait_s + interval_s)
+
+
+async def beat(interval_s: float, after_s: float = 0.0) -> None:
+    """Wait for that moment."""
+    await asyncio.sleep(next_beat_s(interval_s, after_s) - asyncio.get_running_loop().time())
 
 
 class Tasks:

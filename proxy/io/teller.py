@@ -23,6 +23,7 @@ from proxy.core.demand import counted, sum_models, sum_replicas
 from proxy.core.summary import merge
 from proxy.core.wanting import Between
 from proxy.io.control import Demanded, Summarised
+from proxy.io.tasks import beat
 from proxy.io.telemetry import Sample
 
 _log = logging.getLogger("doherty.demand")
@@ -114,14 +115,17 @@ class Teller:
     async def run(self) -> None:
         """Report until cancelled."""
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DEMAND_INTERVAL_S):
-                    await self._urgent.wait()
+            if self._url is None:
+                await beat(DEMAND_INTERVAL_S)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(DEMAND_INTERVAL_S):
+                        await self._urgent.wait()
             self._urgent.clear()
             async with self._posting:
                 if self._url is not None and not self._ended:
                     await self._report(self._url, self.demand())
-            await asyncio.sleep(limits.DEMAND_PUSH_S)
+                    await asyncio.sleep(limits.DEMAND_PUSH_S)
 
     async def farewell(self) -> None:
         """All workers have ended: say so, and report no more."""

@@ -26,6 +26,8 @@ from proxy.io.kv_reach import Followed
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import Sample
 
+OVERHEARD_BYTES_MAX = 256 * 1024  # that wait to be read
+
 _FOLLOWED = frozenset((ReplicaState.READY, ReplicaState.DRAINING))
 
 
@@ -42,6 +44,8 @@ class Witness:
         self._names: dict[int, str] = {}  # of those, by key
         self._asleep: frozenset[str] = frozenset()
         self._open: dict[int, set[int]] = {}  # leases overheard and not ended, by origin
+        self._overheard: list[tuple[int, float, bytes]] = []  # and not read yet
+        self._overheard_bytes = 0
         self._said: list[bytes] = []
         self._said_bytes = 0
 
@@ -66,6 +70,7 @@ class Witness:
                 on_cleared=self._on_cleared,
                 on_held=self._on_held,
                 on_state=self._on_state,
+                catch_up=self._catch_up,
                 api_key=config.api_key,
                 configured=configured,
             )
@@ -112,6 +117,7 @@ class Witness:
         self._follow(followed)
 
     def _follow(self, followed: list[Followed]) -> None:
+        self._catch_up()
         self._names = {notes.replica_key(replica.name): replica.name for replica in followed}
         if self._follower is not None:
             self._follower.follow(followed)
@@ -130,14 +136,26 @@ class Witness:
     # --- what passes through the proxies -----------------------------------------------------
 
     def heard(self, origin: int, at_s: float, batch: bytes) -> None:
-        """A worker, ours or a peer's, has said this; its first note was of this moment."""
-        try:
-            found = note_wire.read_notes(batch)
-        except NoteError as error:
-            found = error.before  # those who need it whole say so
-        leases = self._open.setdefault(origin, set())
-        for note in found:
-            self._apply(origin, leases, note, at_s)
+        """A worker, ours or a peer's, has said this; its first note was of this moment.
+
+        It is of use when engines' events are read, and is read then, with all else that was heard.
+        """
+        self._overheard.append((origin, at_s, batch))
+        self._overheard_bytes += len(batch)
+        if self._overheard_bytes >= OVERHEARD_BYTES_MAX:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Read what was overheard."""
+        overheard, self._overheard, self._overheard_bytes = self._overheard, [], 0
+        for origin, at_s, batch in overheard:
+            try:
+                found = note_wire.read_notes(batch)
+            except NoteError as error:
+                found = error.before  # those who need it whole say so
+            leases = self._open.setdefault(origin, set())
+            for note in found:
+                self._apply(origin, leases, note, at_s)
 
     def _apply(self, origin: int, leases: set[int], note: Note, at_s: float) -> None:
         follower = self._follower
@@ -163,6 +181,7 @@ class Witness:
     def gone(self, origin: int) -> None:
         """That worker is no more."""
         assert self._follower is not None
+        self._catch_up()
         now_s = time.monotonic()
         for lease_id in self._open.pop(origin, ()):
             self._follower.released((origin, lease_id), None, now_s)
@@ -207,6 +226,7 @@ class Witness:
     @property
     def open_count(self) -> int:
         """Return how many leases were overheard and have not ended."""
+        self._catch_up()
         return sum([len(leases) for leases in self._open.values()])
 
     def samples(self) -> list[Sample]:

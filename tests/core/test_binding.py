@@ -285,7 +285,7 @@ def test_a_chain_on_a_new_path_is_told_by_the_new_one() -> None:
         stored = Stored(blocks[begin:], blocks[0] if begin else None, 4, 0, "", "GPU", "")
         binding.apply([stored], day + 0.1)
         binding.released(day, Usage(16, 0, 4 * begin), day + 0.2)
-        assert binding.advance(day + 0.6) == []
+        assert binding.advance(day + 0.9) == []
     assert binding.apply([Removed([4], 0, "GPU")], 3.0).evicted == []
     assert binding.apply([Removed([14], 0, "GPU")], 3.0).evicted == [77]
 
@@ -302,7 +302,7 @@ def test_a_chain_on_two_paths_keeps_what_they_share() -> None:
         stored = Stored(blocks[begin:], blocks[begin - 1] if begin else None, 4, 0, "", "GPU", "")
         binding.apply([stored], day + 0.1)
         binding.released(day, Usage(20, 0, 4 * begin), day + 0.2)
-        assert binding.advance(day + 0.6) == []
+        assert binding.advance(day + 0.9) == []
     assert binding.apply([Removed([5, 4, 15, 14], 0, "GPU")], 3.0).evicted == [71, 72]
     assert binding.apply([Removed([3], 0, "GPU")], 3.0).evicted == [70]
 

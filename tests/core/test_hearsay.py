@@ -245,7 +245,7 @@ def test_whatever_is_lost_one_list_puts_right(
         assert listener.queued_tokens(name) == 300 * len(queued)
     listener.hearsay.forget(1, 1e6)
     assert listener.inflight("a") == listener.inflight("b") == 0
-    assert listener.picture.loads.decoding[:2] == [0.0, 0.0]
+    assert listener.picture.loads.present[:2] == [0.0, 0.0]
 
 
 def _turns(session: int, turns: int) -> PrefixChain:

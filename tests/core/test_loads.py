@@ -48,7 +48,7 @@ def test_work_is_counted_when_it_goes_out_and_what_must_be_done_by_now_is_not() 
     assert loads.inflight[0] == 2
     loads.release(first, 11.0)
     loads.release(second, 11.0)
-    assert (loads.inflight[0], loads.held_tokens[0], loads.decoding[0]) == (0, 0, 0.0)
+    assert (loads.inflight[0], loads.held_tokens[0], loads.decoding(0)) == (0, 0, 0.0)
 
 
 def test_an_answer_that_is_not_streamed_leaves_the_line_when_it_should_be_computed() -> None:
@@ -59,7 +59,7 @@ def test_an_answer_that_is_not_streamed_leaves_the_line_when_it_should_be_comput
     half = _seconds(4500)
     assert loads.waits_s([0], half) == [pytest.approx(_seconds(4500))]
     assert loads.waits_s([0], _seconds(9000)) == [pytest.approx(0.0)]
-    assert loads.decoding[0] == 2.0
+    assert loads.decoding(0) == 2.0
     loads.prefill_ended(later, 101.0)
     assert loads.queued_tokens(0) == 0
 
@@ -132,7 +132,7 @@ def test_whatever_happens_nothing_is_left_and_nothing_is_negative(
         loads.release(lease, now_s)
     for each in range(3):
         assert loads.inflight[each] == loads.pending_tokens[each] == len(loads.line[each]) == 0
-        assert loads.decoding[each] == pytest.approx(0.0)
+        assert loads.decoding(each) == pytest.approx(0.0)
         assert loads.held_tokens[each] == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.core import claim_limits
+from proxy.core import claim_limits, limits
 from proxy.core.fleet import Pool
 from proxy.core.lease import Lease
 from proxy.core.pacing import Pacing
@@ -28,6 +28,22 @@ def _taught(samples: list[tuple[int, float]]) -> Pacing:
 def test_what_nobody_has_seen_is_not_known_and_makes_nothing_late() -> None:
     pacing = _taught([])
     assert pacing.expected_s(0, 5) == pacing.late_s(0, 5, 0.001) == 0.0
+
+
+def test_the_longer_answers_are_the_less_a_second_makes_each_token_later() -> None:
+    pacing = _taught([])
+    assert pacing.stall(0, 0.0) == 0.0
+    known = pacing.stall(0, 3.0)
+    assert known == pytest.approx(3 * pacing.stall(0, 1.0))
+    for _ in range(200):
+        pacing.learn_length(0, int(2 * claim_limits.OUTPUT_TOKENS_DEFAULT))
+    assert pacing.stall(0, 3.0) == pytest.approx(known / 2, rel=0.01)
+    for _ in range(200):
+        pacing.learn_length(0, 1)  # an answer of one token is no stream
+    assert pacing.stall(0, 1.0) == pytest.approx(limits.STALL_WEIGHT / limits.ANSWER_FEWEST_TOKENS)
+    assert pacing.stall(0, 1000.0) == pacing.stall(0, 2000.0) == limits.STALL_SHARE_MAX
+    pacing.open(0)  # another replica has the slot: nothing of that is known of it
+    assert pacing.stall(0, 3.0) == known
 
 
 def test_while_numbers_do_not_differ_a_stream_more_costs_nothing() -> None:

@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.contract import ReplicaState
-from proxy.core import limits
+from proxy.core import claim_limits, limits
+from proxy.core.cost import stall_s
 from proxy.core.fleet import Pool
 from proxy.core.lease import Lease
 from proxy.core.picture import Picture
 from proxy.core.policy import POLICIES, REASONS, Decision, Prices, Request, terms
 from proxy.core.prefix import NO_CHAIN, PrefixChain
 from proxy.core.replica import Replica
+from proxy.core.usage import Usage
 from tests.core.builders import chain, pool, replica
 
 _RATE = limits.PREFILL_TOKENS_PER_S_DEFAULT
@@ -176,6 +178,35 @@ def test_streams_that_decode_make_a_long_prefill_dearer_there() -> None:
         )
         picture.prefill_ended(lease, 0.0)
     assert _choose("prefix", replicas, picture, free) == ("b", "new")
+
+
+def test_those_who_wait_there_are_held_up_as_well_since_they_will_have_begun() -> None:
+    replicas = pool([replica(name) for name in "ab"])
+    picture = _picture(replicas)
+    for _ in range(20):
+        _load(picture, "a", 1)
+    picture.loads.dispatched_tokens[picture.slots["b"]] = 10_000
+    assert _choose("prefix", replicas, picture, _request(chain(3, 40_000))) == ("b", "new")
+
+
+def test_what_a_prompt_costs_others_ends_at_a_chunk_and_is_halved_behind_a_line() -> None:
+    replicas = pool([replica("a")])
+    picture = _picture(replicas)
+    loads, slot = picture.loads, picture.slots["a"]
+    assert stall_s(loads, slot, 8_192, 0.0) == 0.0
+    held = [_load(picture, "a", 1) for _ in range(4)]
+    chunk_s = stall_s(loads, slot, limits.STALL_TOKENS_MAX, 0.0)
+    by_hand_s = limits.STALL_TOKENS_MAX / _RATE * limits.STALL_WEIGHT * 4
+    assert chunk_s == pytest.approx(by_hand_s / claim_limits.OUTPUT_TOKENS_DEFAULT)
+    assert stall_s(loads, slot, 100_000, 0.0) == chunk_s
+    assert stall_s(loads, slot, limits.STALL_TOKENS_MAX // 2, 0.0) == pytest.approx(chunk_s / 2)
+    assert stall_s(loads, slot, 8_192, limits.STALL_LINE_S) == pytest.approx(chunk_s / 2)
+    for each in held:  # each with an answer of four times the length
+        usage = Usage(1, int(4 * claim_limits.OUTPUT_TOKENS_DEFAULT), None)
+        picture.release(each, 1.0, usage)
+    assert stall_s(loads, slot, 8_192, 0.0) == 0.0
+    _load(picture, "a", 1)
+    assert 0.0 < stall_s(loads, slot, 8_192, 0.0) < chunk_s / 4 / 1.5
 
 
 def test_prompts_that_share_nothing_go_to_the_least_work() -> None:

@@ -27,7 +27,7 @@ from typing import Self
 import aiohttp
 from PIL import Image
 
-from loadtest.prompts import WORDS
+from loadtest.words import WORDS
 from tests.fakes.browser import Browser, wait
 from tests.fakes.programs import CLI, Program, fetch, until
 

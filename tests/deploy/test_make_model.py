@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 
 from deploy.airgap import make_model, random_weights
+from loadtest.words import WORDS
 
 _NAMES = ("qwen3-8b", "eagle3-llama-3.1-8b")
 
@@ -44,6 +45,11 @@ def test_every_id_has_a_name_and_text_comes_back(models: Path, name: str) -> Non
     assert max(encoded.ids) < make_model.TRAINED_TOKENS
     assert len(encoded.ids) < len(text)
     assert tokenizer.encode(make_model.EOS).ids == [make_model.EOS_ID]
+
+
+def test_a_word_of_the_load_tests_is_one_token(models: Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(models / "qwen3-8b" / "tokenizer.json"))
+    assert {len(tokenizer.encode(f" {word}").ids) for word in WORDS} == {1}
 
 
 def test_the_template_renders_a_chat(models: Path) -> None:

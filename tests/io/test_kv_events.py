@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import zmq
 
 from backends.ports import PortLeases
+from backends.simulator.kv_cache import Stored
 from backends.simulator.kv_events import Endpoint
+from proxy.core import limits
 from proxy.core.kv_source import KvSource
 from proxy.io.kv_reach import Followed
 from tests.fakes.kv_follow import Following, following
@@ -63,6 +66,27 @@ async def test_who_comes_late_is_told_what_was() -> None:
         await seen.follow(engine.url)
         assert seen.resident() == 10 * BLOCK
         assert (seen.evicted, seen.cleared, seen.state().rebuilds) == ([], [], 0)
+
+
+@pytest.mark.parametrize("room_bytes", [limits.KV_HELD_BYTES_MAX, 0])
+async def test_what_was_said_before_the_cache_was_emptied_is_not_read_while_there_is_room(
+    room_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "KV_HELD_BYTES_MAX", room_bytes)
+    async with simulator(kv_events=Endpoint(replay_port=0)) as engine, following() as seen:
+        for letter in "abcd":
+            await seen.ask(engine.url, prompt(letter, 10))
+        assert (await engine.post("/reset_prefix_cache"))[0] == 200
+        await seen.ask(engine.url, prompt("e", 3))
+        (publisher,) = engine.process.server.publishers
+        assert publisher._sequence >= 5
+        await seen.follow(engine.url)
+        assert seen.resident() == 3 * BLOCK
+        assert (seen.state().gaps, seen.state().rebuilds, seen.cleared) == (0, 0, [])
+        assert (seen.state().batches < publisher._sequence) == bool(room_bytes)
+        assert seen.follower._room.left_bytes == room_bytes
+        await seen.ask(engine.url, prompt("f", 3))
+        await seen.until(lambda: seen.resident() == 6 * BLOCK)
 
 
 async def test_each_rank_has_a_cache_of_its_own() -> None:
@@ -215,6 +239,31 @@ async def test_what_was_dropped_is_told_again() -> None:
         await seen.until(lambda: seen.resident() == 20 * BLOCK)
         assert (seen.state().gaps, seen.state().rebuilds) == (1, 0)
         assert seen.fresh()
+
+
+async def test_what_is_read_at_once_happened_when_the_engine_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("proxy.core.limits.KV_LATE_S", 60.0)
+    passed_s = 0.0
+    clock = time.monotonic
+    async with (
+        simulator(kv_events=Endpoint(replay_port=0)) as engine,
+        following(now_s=lambda: clock() + passed_s) as seen,
+    ):
+        await seen.follow(engine.url)
+        (publisher,) = engine.process.server.publishers
+        begun_s = time.time() + 10  # the engine's clock is ahead
+        publisher.publish([Stored((1,), 0, bytes(4 * BLOCK))], begun_s)
+        await seen.until(lambda: seen.resident() == BLOCK)
+        passed_s = 20.0
+        publisher.publish([Stored((2,), 0, bytes(4 * BLOCK))], begun_s - 9)
+        publisher.publish([Stored((3,), 0, bytes(4 * BLOCK))], begun_s - 6)
+        await seen.until(lambda: seen.resident() == 3 * BLOCK)
+        binding = seen.follower.binding("a")
+        assert binding is not None
+        one, other = binding.tree.growths[-2:]
+        assert other.at_s - one.at_s == pytest.approx(3, abs=1)
 
 
 async def test_what_is_not_to_be_had_again_begins_the_tree_anew() -> None:

@@ -112,6 +112,21 @@ async def test_a_large_batch_goes_at_once(bench: Bench, monkeypatch: pytest.Monk
     assert len(said(channel)) == 2
 
 
+async def test_what_comes_alone_goes_at_once_and_what_follows_it_is_collected(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "NOTES_FLUSH_S", 60.0)
+    channel = listened_to(bench)
+    bench.clock.advance(61.0)
+    bench.plane.noting.stored(1, "a")
+    assert channel.told == []
+    await asyncio.sleep(0)
+    assert len(said(channel)) == 1
+    bench.plane.noting.stored(2, "a")
+    await asyncio.sleep(0)
+    assert channel.told == []
+
+
 async def test_who_decides_much_collects_for_longer_until_it_decides_little(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from loadtest.__main__ import main
-from loadtest.gpu.fleet import judge, lab, load, plan, targets
+from loadtest.gpu.fleet import ahead, judge, lab, load, plan, targets
+from loadtest.gpu.fleet.cell import check_length
 from loadtest.gpu.fleet.engines import FleetOptions, Shape, command_of
 from loadtest.gpu.fleet.record import (
     Capacity,
@@ -23,6 +24,8 @@ from loadtest.gpu.fleet.record import (
     read,
 )
 from loadtest.gpu.surge import Load, arrivals
+from loadtest.run import RunError
+from loadtest.tiny_engine import TinyEngine
 from loadtest.traces import Arrival, Trace, TraceError
 
 KEY = CellKey(workload="conversation", load=0.9, arm=plan.OURS)
@@ -83,7 +86,7 @@ def test_what_is_no_record_is_refused_by_its_name(tmp_path: Path) -> None:
 
 
 def test_what_the_targets_compare_comes_first_and_every_cell_once() -> None:
-    cells = plan.default_order(3)
+    cells = plan.default_order(3, "4x1")
     first = cells[:3]
     assert {c.arm for c in first} == {plan.OURS, plan.SGLANG, plan.OURS_RR}
     assert {(c.workload, c.load) for c in first} == {("conversation", 0.9)}
@@ -146,6 +149,17 @@ def test_agents_are_opened_in_the_order_of_their_turns() -> None:
     )
 
 
+async def test_a_tokenizer_that_splits_the_words_of_prompts_is_refused() -> None:
+    async with TinyEngine() as engine:  # counts one token in every prompt
+        with pytest.raises(RunError, match="counts 1 tokens in 1024 words"):
+            await check_length(engine.url)
+
+
+def test_unique_prompts_are_paced_by_the_chat_trace() -> None:
+    assert load.paced_by(load.UNIQUE) == load.CONVERSATION
+    assert load.paced_by(load.AGENTS) == load.AGENTS
+
+
 def test_engines_have_addresses_and_cards_of_their_own() -> None:
     options = FleetOptions(engine="vllm", model_path="/m", shape=Shape(2, 2))
     if_missing = msgspec.structs.replace(options, engine="simulator")
@@ -168,7 +182,7 @@ def test_twice_as_quick_is_a_half_with_an_interval_around_it() -> None:
     assert found is not None
     assert found.value == pytest.approx(0.5)
     assert found.low <= 0.5 <= found.high
-    rows = {(r[0], r[1]): r[-1] for r in targets.judged(groups)}
+    rows = {(r[0], r[1]): r[-1] for r in targets.judged(groups, "4x1")}
     assert rows["TTFT p50 over round robin's", "conversation 0.9"] == "MISSED"
     assert rows["TTFT p95 over round robin's", "conversation 0.9"] == "kept"
     assert rows["TTFT p50 over sglang-router's", "conversation 0.9"] == "not run"
@@ -203,6 +217,29 @@ def test_the_lab_hits_more_with_ours_than_round_robin_and_is_slower_on_slower_ca
     blind = lab.foretell(made, plan.OURS_RR, 8.0, 0.0, pools[0])
     assert ours.hit > blind.hit
     assert lab.foretell(made, plan.OURS, 8.0, 0.0, pools[1]).ttft_p50_s > ours.ttft_p50_s
+
+
+def test_what_is_foretold_of_several_repeats_is_compared_by_geometric_means() -> None:
+    def told(factor: float, hit: float = 0.3) -> lab.Foretold:
+        times = dict.fromkeys(("ttft_p50_s", "ttft_p95_s", "ttft_p99_s", "tpot_p99_s"), factor)
+        return lab.Foretold(tpot_p50_s=0.01, hit=hit, **times)
+
+    def key(arm: str, repeat: int, workload: str = "conversation") -> CellKey:
+        return msgspec.structs.replace(KEY, workload=workload, arm=arm, repeat=repeat)
+
+    table = ahead.means({
+        key(plan.OURS, 0): told(0.5),
+        key(plan.SGLANG, 0): told(1.0),
+        key(plan.OURS, 1): told(1.0),
+        key(plan.SGLANG, 1): told(0.5),
+        key(plan.OURS, 2): told(9.0),  # nobody to be compared with
+        key(plan.OURS, 0, "unique"): told(2.0, hit=0.0),
+        key(plan.OURS_LEAST, 0, "unique"): told(1.0, hit=0.0),
+    })  # fmt: skip
+    _, unique, chat = (line.split() for line in table.splitlines())
+    assert unique[0] == plan.OURS_LEAST
+    assert unique[-6:] == ["2.00", "2.00", "2.00", "1.00", "2.00", "-"]
+    assert (chat[0], chat[-7:]) == (plan.SGLANG, ["2", *["1.00"] * 6])
 
 
 def test_a_burst_is_as_many_times_as_dense() -> None:

@@ -341,6 +341,16 @@ def test_the_projects_own_policy_ranks_before_those_that_know_no_prefixes(model:
         assert ours.hit > 2 * other.hit
 
 
+@pytest.mark.parametrize("load", [0.75, 0.9])
+def test_streams_are_held_up_little_more_than_under_affinity_alone(load: float) -> None:
+    """Prices even out the prefill, and with it what streams meet, unless they mind the streams."""
+    cell = Cell(source=Source(picked=Picked(limit=1500)), cache_tokens=400_000, load=load)
+    ours, other = (run_cell(cell, name) for name in ("doherty", "sglang:0.3:64:1.5"))
+    assert ours.tpot_p50_s < 1.1 * other.tpot_p50_s
+    assert ours.ttft_p50_s < 0.75 * other.ttft_p50_s
+    assert ours.ttft_p99_s < 0.95 * other.ttft_p99_s
+
+
 def test_round_robin_has_the_load_that_was_asked_for() -> None:
     for load in (0.5, 0.75):
         found = run_cell(Cell(source=SHIPPED, load=load, model="serial"), "round_robin")

@@ -39,7 +39,6 @@ from loadtest.traces import Trace, TraceError
 SUMMARY = "routers in front of one fleet of real engines, cell by cell"
 ENGINES = ("vllm", "sglang", "simulator")
 CELL_OVERHEAD_S = 14.0  # emptied caches, a router's start and end, the last answers
-FIRST_SHAPE = "4x1"  # whose capacity the loads are relative to
 
 Say = Callable[[str], None]
 
@@ -112,6 +111,7 @@ def setting_of(args: argparse.Namespace) -> Setting:
         seconds=args.seconds,
         workers=args.workers,
         time_scale=args.time_scale,
+        shape=Shape(args.replicas, args.tensor_parallel).text,
     )
 
 
@@ -119,7 +119,7 @@ def cells_of(args: argparse.Namespace, shape: str) -> list[CellKey]:
     """Return the cells in their order. Raises `ValueError`."""
     if args.plan:
         return plan.written_order(args.plan, args.repeats, shape)
-    cells = plan.default_order(args.repeats)
+    cells = plan.default_order(args.repeats, shape)
     return [cell for cell in cells if args.agents_trace or cell.workload != load.AGENTS]
 
 
@@ -244,10 +244,13 @@ async def _scale(
 
     Another shape gets the arrivals of the first one, whose capacity must be in the record.
     """
-    shape = FIRST_SHAPE if record.capacity(key.workload, FIRST_SHAPE) else key.shape
-    known = record.capacity(key.workload, shape)
+    first = record.setting.shape if record.setting else key.shape
+    workload = load.paced_by(key.workload)
+    shape = first if record.capacity(workload, first) else key.shape
+    known = record.capacity(workload, shape)
     if known is None:
-        known = await capacity(shape, key.workload, trace, place, args.capacity_s)
+        paced = load.arrivals_of(_choice(args), workload, key.repeat)
+        known = await capacity(shape, workload, paced, place, args.capacity_s)
         record.add(known)
     replicas = int(shape.partition("x")[0])
     return load.scale_for(

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import orjson
 
 from loadtest.client import Client, RequestError, parse_url
 from loadtest.gpu import machine
@@ -27,11 +29,14 @@ from loadtest.prompts import PromptWriter, Style
 from loadtest.replay import WallClock
 from loadtest.run import Options, Run, RunError, run_replay
 from loadtest.traces import Arrival, Trace
+from loadtest.words import WORDS
 
 WARM_SHARE = 0.2  # of a cell's seconds, before anything is measured
 PATIENCE_S = 40.0  # for an answer
 AT_ONCE = 24  # requests under way on each replica when capacity is measured
 SETTLE_SHARE = 0.25  # of that measurement: prompts come in step at first
+WORDS_ASKED = 1024
+LENGTH_OFF_MAX = 0.03  # of a prompt, as the engine counts it
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +109,7 @@ async def _replayed(
         rows=[row_of(outcome) for outcome in run.outcomes],
         engines=spent(before, after),
         router_s=round(cpu_after_s - cpu_s, 3),
+        router_start_s=round(cpu_s, 3),
         router_mib=round(mib, 1),
         client_cpu_share=round(run.summary.client_cpu_share or 0.0, 3),
         lateness_p99_s=round(run.summary.lateness_p99_s or 0.0, DIGITS),
@@ -144,8 +150,10 @@ async def capacity(
     """Measure what the replicas compute when each always has requests waiting.
 
     Round robin without a router: the requests of the trace in their order, so many under way on
-    each. Raises `RunError` when nothing was computed.
+    each. Raises `RunError` when nothing was computed, and where prompts are not as long as the
+    trace says: a load would mean something else.
     """
+    await check_length(place.fleet.urls[0])
     await place.fleet.flush()
     urls = place.fleet.urls
     lines: list[list[Arrival]] = [list(trace.arrivals[at :: len(urls)]) for at in range(len(urls))]
@@ -183,6 +191,25 @@ async def capacity(
         seconds=round(took_s, 2),
         engines=engines,
     )
+
+
+async def check_length(url: str) -> None:
+    """Have an engine count the words of a prompt. Raises `RunError`."""
+    words = itertools.islice(itertools.cycle(WORDS), WORDS_ASKED)
+    body = {"model": MODEL, "prompt": "".join(f" {word}" for word in words), "max_tokens": 1}
+    client = Client(parse_url(url), time.monotonic)
+    with contextlib.closing(client):
+        try:
+            answer = await client.post("/v1/completions", orjson.dumps(body))
+            counted = orjson.loads(answer.body)["usage"]["prompt_tokens"]
+        except (RequestError, orjson.JSONDecodeError, KeyError, TypeError) as error:
+            raise RunError(f"{url}: does not count a prompt's tokens: {error!r}") from error
+    if abs(counted - WORDS_ASKED) > LENGTH_OFF_MAX * WORDS_ASKED:
+        raise RunError(
+            f"{url}: counts {counted} tokens in {WORDS_ASKED} words, so loads would not mean what "
+            "they say; use a model whose tokenizer has each word as one token, as those of "
+            "deploy/airgap/make_model.py"
+        )
 
 
 async def _saturate(

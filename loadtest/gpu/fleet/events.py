@@ -19,7 +19,7 @@ import orjson
 
 from loadtest.client import Client, RequestError, parse_url
 from loadtest.gpu.direct import MODEL
-from loadtest.prompts import WORDS
+from loadtest.words import WORDS
 
 if TYPE_CHECKING:
     from loadtest.gpu.fleet.cell import Place

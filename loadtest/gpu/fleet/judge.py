@@ -45,7 +45,9 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     hit: float  # of the measured requests, by each answer's usage
     engine_hit: float  # of the whole cell, by the engines' counters
     work_max_over_mean: float
+    work_tokens_per_s: float  # uncached tokens of one replica, over the whole cell
     router_s_per_1000: float
+    router_start_s: float
     router_mib: float
 
 
@@ -160,7 +162,14 @@ def figures_of(key: CellKey, group: Group) -> Figures:
         hit=hit(rows),
         engine_hit=cached / prompt if prompt else math.nan,
         work_max_over_mean=sum(spread) / len(spread),
+        work_tokens_per_s=sum(
+            sum(one.work for one in cell.engines) / len(cell.engines) / cell.seconds
+            for cell in cells
+            if cell.engines
+        )
+        / len(cells),
         router_s_per_1000=1000 * sum(cell.router_s for cell in cells) / max(1, sent),
+        router_start_s=max(cell.router_start_s for cell in cells),
         router_mib=max(cell.router_mib for cell in cells),
     )
 

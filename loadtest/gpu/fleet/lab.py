@@ -109,12 +109,18 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
 
 def foretell(workload: Workload, arm: str, scale: float, warm_s: float, pool: Pool) -> Foretold:
     """Return what the arm does with these requests at this compression of their times."""
+    return figures_of(flights_of(workload, arm, scale, warm_s, pool), pool.speeds)
+
+
+def flights_of(
+    workload: Workload, arm: str, scale: float, warm_s: float, pool: Pool
+) -> list[Flight]:
+    """Return the requests that are measured, as they went in the lab."""
     proxies = pool.workers if SPEC[arm].startswith("doherty") else 1
     stage = _stage(workload, pool, Drive(scale=scale, proxies=proxies))
     cell = Cell(replicas=pool.replicas, cache_tokens=pool.cache_tokens, proxies=proxies)
     stage.run(chooser_of(SPEC[arm], stage, cell))
-    measured = [flight for flight in stage.flights if flight.job.at_s / scale >= warm_s]
-    return _figures(measured, pool.speeds)
+    return [flight for flight in stage.flights if flight.job.at_s / scale >= warm_s]
 
 
 def _stage(workload: Workload, pool: Pool, drive: Drive) -> Stage:
@@ -124,7 +130,8 @@ def _stage(workload: Workload, pool: Pool, drive: Drive) -> Stage:
     return Stage(workload, fleet, drive)
 
 
-def _figures(flights: Sequence[Flight], speeds: Speeds) -> Foretold:
+def figures_of(flights: Sequence[Flight], speeds: Speeds) -> Foretold:
+    """Return the figures of requests, of one cell or of several."""
     intakes_s = [
         speeds.intake_s + speeds.intake_s_per_token * flight.job.prompt_tokens for flight in flights
     ]

@@ -70,6 +70,11 @@ def arrivals_of(choice: Choice, workload: str, repeat: int) -> Trace:
     return msgspec.structs.replace(trace, arrivals=kept, sessions=())
 
 
+def paced_by(workload: str) -> str:
+    """Return the workload whose capacity counts: unique prompts are as long as the chat trace's."""
+    return CONVERSATION if workload == UNIQUE else workload
+
+
 def _short(trace: Trace, choice: Choice) -> Trace:
     """Leave long prompts out, and cut long answers: a prompt cut short would share too much."""
 

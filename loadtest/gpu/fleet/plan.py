@@ -32,7 +32,7 @@ _THEN: Final = (
 )
 
 
-def default_order(repeats: int) -> list[CellKey]:
+def default_order(repeats: int, shape: str) -> list[CellKey]:
     """Return the cells: what the targets name, once; the same again; then the rest."""
     cells: list[CellKey] = []
     rounds = [(_FIRST, 0), *((_FIRST, 1) for _ in range(repeats > 1)), (_THEN, 0)]
@@ -42,7 +42,10 @@ def default_order(repeats: int) -> list[CellKey]:
         for workload, load, arms in part:
             # The other way round the next time: what drifts meets all of them.
             turned = arms if repeat % 2 == 0 else tuple(reversed(arms))
-            cells += [CellKey(workload=workload, load=load, arm=a, repeat=repeat) for a in turned]
+            cells += [
+                CellKey(workload=workload, load=load, arm=arm, repeat=repeat, shape=shape)
+                for arm in turned
+            ]
     return cells
 
 

@@ -77,7 +77,8 @@ class CellRecord(msgspec.Struct, frozen=True, kw_only=True, tag="cell", tag_fiel
     warm_s: float  # requests sent before it are not measured
     rows: list[Row]
     engines: list[Tokens]  # of the whole cell, warm-up included
-    router_s: float = 0.0  # processor seconds of the router and all it started
+    router_s: float = 0.0  # processor seconds of the router and all it started, from rest
+    router_start_s: float = 0.0  # and those until it was at rest
     router_mib: float = 0.0
     client_cpu_share: float = 0.0
     lateness_p99_s: float = 0.0
@@ -113,10 +114,12 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, tag="setting", tag_fiel
     seconds: float
     workers: int
     time_scale: float
+    shape: str = "4x1"  # of the call that began the file: the loads of all are relative to it
     header: dict[str, str] = {}  # date, hardware, versions and command of the first call
 
     def same(self, other: Setting) -> bool:
-        return msgspec.structs.replace(self, header={}) == msgspec.structs.replace(other, header={})
+        """Say whether cells of both can lie in one file; another shape can."""
+        return msgspec.structs.replace(other, header=self.header, shape=self.shape) == self
 
 
 class Burst(msgspec.Struct, frozen=True, kw_only=True, tag="burst", tag_field="kind"):

@@ -16,7 +16,8 @@ from loadtest.traces import TraceError
 
 HEAD = [
     "cell", "n", "errors", "TTFT p50", "p95", "p99", "per token p50", "p99", "tokens/s",
-    "good/s", "hit", "engine's", "work max/mean", "CPU s/1000", "MiB",
+    "good/s", "hit", "engine's", "work max/mean", "of capacity", "CPU s/1000",
+    "start s", "MiB",
 ]  # fmt: skip
 
 
@@ -28,9 +29,10 @@ def text_of(record: Record) -> tuple[str, int]:
     figures = {key: judge.figures_of(key, group) for key, group in groups.items()}
     missed = 0
     if figures:
-        rows = [HEAD, *(_figures_row(each) for each in figures.values())]
+        rows = [HEAD, *(_figures_row(each, record) for each in figures.values())]
         parts.append(f"Cells (measured part; s unless another unit is named)\n{aligned(rows)}")
-        held = [*targets.judged(groups), *targets.processor_rows(figures)]
+        shape = setting.shape if setting else next(iter(figures)).shape
+        held = [*targets.judged(groups, shape), *targets.processor_rows(figures)]
         missed += targets.missed(held)
         head = ["target", "where", "bound", "found", "verdict"]
         parts.append(f"Targets\n{aligned([head, *held])}")
@@ -65,7 +67,9 @@ def _head(setting: Setting, record: Record) -> str:
     return "\n".join(lines)
 
 
-def _figures_row(each: Figures) -> list[str]:
+def _figures_row(each: Figures, record: Record) -> list[str]:
+    capacity = record.capacity(load.paced_by(each.key.workload), each.key.shape)
+    share = each.work_tokens_per_s / capacity.uncached_tokens_per_s if capacity else math.nan
     repeats = f" x{each.repeats}" if each.repeats > 1 else ""
     return [
         f"{each.key.text}{repeats}",
@@ -79,7 +83,9 @@ def _figures_row(each: Figures) -> list[str]:
         f"{each.hit:.3f}",
         f"{each.engine_hit:.3f}",
         f"{each.work_max_over_mean:.2f}",
+        f"{share:.2f}",
         f"{each.router_s_per_1000:.2f}",
+        f"{each.router_start_s:.1f}",
         f"{each.router_mib:.0f}",
     ]
 
@@ -99,37 +105,49 @@ def foretell_all(
 ) -> dict[CellKey, Foretold]:
     """Return the lab's word for each cell of one card a replica in which nothing happens.
 
-    Of the repeats the first is foretold. What the lab cannot read (a trace that is not here) is
-    left out.
+    Repeats are foretold each, and lie beside each other as the measured ones do. What the lab
+    cannot read (a trace that is not here) is left out.
     """
-    manners = setting.engine if setting.engine in lab.SPEEDS else "vllm"
     told: dict[CellKey, Foretold] = {}
     for key, group in groups.items():
-        capacity = record.capacity(key.workload, key.shape)
-        replicas, cards = (int(word) for word in key.shape.split("x"))
-        if key.event or cards > 1 or capacity is None:
+        pool = _pool(record, setting, key)
+        if pool is None:
             continue
-        cell = group.cells[0]
-        try:
+        flights = []
+        for cell in group.cells:
             trace = load.arrivals_of(choice_of(setting), key.workload, cell.key.repeat)
-        except TraceError:
-            continue
-        whole = load.workload_of(trace)
-
-        def pool(factor: float, replicas: int = replicas) -> Pool:
-            return Pool(
-                replicas=replicas,
-                cache_tokens=setting.kv_cache_tokens,
-                speeds=lab.speeds_of(manners, factor, setting.time_scale),
-                workers=setting.workers,
-            )
-
-        factor = capacity.uncached_tokens_per_s / lab.uncached_rate(
-            whole, pool(1.0), 4 * lab.AT_ONCE
-        )
-        sent = load.workload_of(load.within(trace, cell.scale, cell.seconds))
-        told[key] = lab.foretell(sent, key.arm, cell.scale, cell.warm_s, pool(factor))
+            sent = load.workload_of(load.within(trace, cell.scale, cell.seconds))
+            flights += lab.flights_of(sent, key.arm, cell.scale, cell.warm_s, pool)
+        told[key] = lab.figures_of(flights, pool.speeds)
     return told
+
+
+def _pool(record: Record, setting: Setting, key: CellKey) -> Pool | None:
+    """Return the lab's replicas, as quick as the run's were when nothing rested; None: untold."""
+    workload = load.paced_by(key.workload)
+    capacity = record.capacity(workload, key.shape)
+    replicas, cards = (int(word) for word in key.shape.split("x"))
+    if key.event or cards > 1 or capacity is None:
+        return None
+    try:
+        trace = load.arrivals_of(choice_of(setting), workload, 0)
+    except TraceError:
+        return None
+    manners = setting.engine if setting.engine in lab.SPEEDS else "vllm"
+    pool = Pool(
+        replicas=replicas,
+        cache_tokens=setting.kv_cache_tokens,
+        speeds=lab.speeds_of(manners, 1.0, setting.time_scale),
+        workers=setting.workers,
+    )
+    full = lab.uncached_rate(load.workload_of(trace), pool, 4 * lab.AT_ONCE)
+    factor = capacity.uncached_tokens_per_s / full
+    return Pool(
+        replicas=replicas,
+        cache_tokens=setting.kv_cache_tokens,
+        speeds=lab.speeds_of(manners, factor, setting.time_scale),
+        workers=setting.workers,
+    )
 
 
 # --- what happened in some cells ----------------------------------------------------------------

@@ -97,13 +97,13 @@ def verdict(found: Ratio, bound: float, *, at_least: bool = False) -> str:
     return word if (inside if kept else outside) else f"{word}, not shown: the interval crosses"
 
 
-def judged(groups: Mapping[CellKey, Group]) -> list[list[str]]:
-    """Return a row for each target and load: what, where, bound, figure, word."""
+def judged(groups: Mapping[CellKey, Group], shape: str) -> list[list[str]]:
+    """Return a row for each target and load of the fleet: what, where, bound, figure, word."""
     rows = []
     for target in all_targets():
         for load in target.loads:
             ours, base = (
-                groups.get(CellKey(workload=target.workload, load=load, arm=arm))
+                groups.get(CellKey(workload=target.workload, load=load, arm=arm, shape=shape))
                 for arm in (plan.OURS, target.base)
             )
             where = f"{target.workload} {load:g}"
