@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from loadtest.__main__ import main
-from loadtest.gpu.fleet import ahead, judge, lab, load, plan, targets
+from loadtest.gpu.fleet import ahead, engines, judge, lab, load, plan, rivals, targets
 from loadtest.gpu.fleet.cell import check_length
 from loadtest.gpu.fleet.engines import FleetOptions, Shape, command_of
 from loadtest.gpu.fleet.record import (
@@ -27,6 +27,7 @@ from loadtest.gpu.surge import Load, arrivals
 from loadtest.run import RunError
 from loadtest.tiny_engine import TinyEngine
 from loadtest.traces import Arrival, Trace, TraceError
+from tests.fakes.programs import free_port
 
 KEY = CellKey(workload="conversation", load=0.9, arm=plan.OURS)
 
@@ -253,8 +254,12 @@ def test_a_burst_is_as_many_times_as_dense() -> None:
 
 
 def test_two_cells_are_measured_once_and_judged_from_the_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("EVENTS_PORT", "REPLAY_PORT"):  # fixed on machines that do nothing else
+        port = free_port()
+        for module in (engines, rivals):
+            monkeypatch.setattr(module, name, port)
     record = tmp_path / "fleet.gz"
     words = ["gpu", "fleet", "--engine", "simulator", "--record", str(record), "--replicas", "2"]
     words += ["--seconds", "1", "--capacity-s", "0.6", "--sessions-share", "1", "--repeats", "1"]
