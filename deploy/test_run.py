@@ -26,7 +26,7 @@ BIN = ROOT / ".venv" / "bin"
 TYPES = ("mypy",)
 CORE = "proxy/core/"
 CORE_BRANCH_PERCENT_MIN = 95.0
-SLOTS = 3  # parts of the test run at a time: half of what each takes is waiting for processes
+SLOTS = 4  # parts at a time: half of what most of them take is waiting for processes
 # Where the core's branches are counted: counting costs three times what the tests themselves do, so
 # it is done where it is judged. The files of tests/io are those that reach the rest of the core.
 WITH_CORE = (
@@ -34,16 +34,20 @@ WITH_CORE = (
     *("kv_events", "metering", "preemption", "tracing"),
 )
 MEASURED = ("tests/core", "tests/fuzz", *(f"tests/io/test_{name}.py" for name in WITH_CORE))
-# What judges the sources, in containers, as a wheel and in documents: beside the translation.
-OF_SOURCES = (("tests/deploy/test_compose.py",), ("tests/deploy", "tests/bench_core"))
-# What runs beside each other; the longest first, so that the last to end are short.
-TOGETHER = (
-    *OF_SOURCES,
-    ("tests/faults", "tests/contract"),
+# What runs beside the translation, and so on the sources: what judges them, in containers, as a
+# wheel and in documents, and what has no data path.
+OF_SOURCES = (
+    ("tests/deploy", "tests/bench_core"),
+    ("tests/deploy/test_compose.py",),
+    ("tests/backends/offline",),
+)
+# The rest, the longest first, so that the last to end are short.
+OVER_TRANSLATION = (
+    ("tests/faults",),
     ("tests/backends",),
     ("tests/io",),
     ("tests/loadtest",),
-    ("tests/backends/offline",),
+    ("tests/contract",),
 )
 
 
@@ -67,25 +71,35 @@ def parts(folder: Path) -> list[Part]:
     """Return all of the tests, each in one part, the longest first.
 
     The data path is translated first, so that every test of a process meets what is run in earnest
-    (but in `OF_SOURCES`); the core's own tests are run over the translation, too.
+    (but in `OF_SOURCES`); the core's own tests are run over the translation, too. What computes all
+    the time comes beside what waits.
     """
     measure = (str(BIN / "coverage"), "run", "-m", "pytest")
     counted = {"COVERAGE_FILE": str(folder / "coverage")}
     core = pytest_part(folder, "core", MEASURED, command=measure, env=lambda: counted)
     made = translation()
-    found = [*made, Part("types", (str(BIN / TYPES[0]), *TYPES[1:])), core]
     after = made[0].name if made else ""
-    named = [path for paths in (MEASURED, *TOGETHER) for path in paths]
-    for paths in TOGETHER:
+    named = [path for paths in (MEASURED, *OF_SOURCES, *OVER_TRANSLATION) for path in paths]
+
+    def together(paths: Sequence[str], after: str) -> Part:
         inner = [path for path in named if path.startswith(tuple(f"{each}/" for each in paths))]
         options = (*paths, *(f"--ignore={path}" for path in inner))
-        name, then = paths[0].replace("/", "."), "" if paths in OF_SOURCES else after
-        found.append(pytest_part(folder, name, options, after=then))
-    if made:
-        options = ("-q", "-o", "pythonpath=", "tests/core", "tests/fuzz")
-        found.append(pytest_part(folder, "translated", options, env=over_translation, after=after))
+        return pytest_part(folder, paths[0].replace("/", "."), options, after=after)
+
+    over = ("-q", "-o", "pythonpath=", "tests/core", "tests/fuzz")
     others = ("tests", *(f"--ignore={path}" for path in named))
-    return [*found, pytest_part(folder, "others", others, after=after)]
+    return [
+        *made,
+        *(together(paths, "") for paths in OF_SOURCES),
+        *(together(paths, after) for paths in OVER_TRANSLATION),
+        core,
+        Part("types", (str(BIN / TYPES[0]), *TYPES[1:])),
+        *(
+            pytest_part(folder, "translated", over, env=over_translation, after=each.name)
+            for each in made
+        ),
+        pytest_part(folder, "others", others, after=after),
+    ]
 
 
 def translation() -> list[Part]:

@@ -55,9 +55,11 @@ class Pacing:
         """Return what a second of prefill costs so many requests that are there before it.
 
         Each of their tokens comes later by its part of that second. Those who still wait are under
-        them, because engines compute prompts first: they will have begun to answer by then.
+        them, because engines compute prompts first: they will have begun to answer by then. Beyond
+        a number, and so where all replicas have as many, one more there makes no difference.
         """
-        return limits.STALL_WEIGHT * requests / self.answer_tokens[slot]
+        stalled = limits.STALL_WEIGHT * requests / self.answer_tokens[slot]
+        return min(stalled, limits.STALL_SHARE_MAX)
 
     def expected_s(self, slot: int, streams: int) -> float:
         """Return the time between tokens among so many streams; 0: not known."""

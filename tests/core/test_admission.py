@@ -163,6 +163,7 @@ def test_nothing_is_settled_twice() -> None:
         stage.end(claim, 5)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("even", [True, False])
 def test_no_minute_has_more_than_its_limit_and_a_busy_one_has_nearly_all(even: bool) -> None:
     """Four workers, 200 clients that come again at once, answers shorter than reserved.

@@ -55,6 +55,7 @@ def test_request_vector(vector: Vector) -> None:
 _SHORT_BYTES = 160  # all pairs of cuts, and longer vectors: `python -m tests.fuzz cuts`
 
 
+@pytest.mark.sweep
 def test_request_vectors_at_every_single_cut() -> None:
     for vector in (v for v in REQUESTS if len(v.octets) <= _SHORT_BYTES):
         for cut in range(1, len(vector.octets)):

@@ -210,6 +210,7 @@ def _processor_s(octets: bytes) -> float:
     return min(spent_s)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", _LOOKALIKES)
 def test_the_search_grows_with_the_prompt_and_no_faster(shape: str) -> None:
     """Sixteen times the prompt: linear is 16, quadratic 256. Processor time, the least of three."""

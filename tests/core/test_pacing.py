@@ -41,6 +41,7 @@ def test_the_longer_answers_are_the_less_a_second_makes_each_token_later() -> No
     for _ in range(200):
         pacing.learn_length(0, 1)  # an answer of one token is no stream
     assert pacing.stall(0, 1.0) == pytest.approx(limits.STALL_WEIGHT / limits.ANSWER_FEWEST_TOKENS)
+    assert pacing.stall(0, 1000.0) == pacing.stall(0, 2000.0) == limits.STALL_SHARE_MAX
     pacing.open(0)  # another replica has the slot: nothing of that is known of it
     assert pacing.stall(0, 3.0) == known
 

@@ -90,6 +90,7 @@ def _situations(draw: st.DrawFn) -> tuple[list[Replica], Picture, Request]:
     return made, picture, request
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("policy", POLICIES)
 @given(situation=_situations(), now_s=st.floats(0, 10))
 def test_a_choice_is_one_that_may_take_it_and_is_the_same_each_time(

@@ -54,6 +54,7 @@ def _conversation(kind: PromptKind, messages: list[Any], **more: Any) -> dict[st
     return {"model": "m", field: messages, **more}
 
 
+@pytest.mark.sweep
 @given(
     kind=st.sampled_from(CHAT_KINDS),
     before=st.lists(MESSAGES, max_size=3),
@@ -241,8 +242,10 @@ def test_the_search_for_the_opener_is_bounded() -> None:
     beyond = far % (b"x" * limits.OPENER_SEARCH_BYTES_MAX)
     assert len(_opener(beyond)) == limits.OPENER_BYTES_MAX
     # The role is known although the message reaches beyond what is searched.
-    long = b'[{"role":"user","content":"%b"}]' % (b"x" * limits.OPENER_SEARCH_BYTES_MAX)
-    assert len(_opener(long)) == len(b'[{"role":"user"') + limits.OPENER_BYTES_MAX
+    half = limits.OPENER_SEARCH_BYTES_MAX // 2
+    for content in (b'"%b"' % (b"x" * 2 * half), b"[%b1]" % (b"1," * half)):
+        long = b'[{"role":"user","content":%b}]' % content
+        assert len(_opener(long)) == len(b'[{"role":"user"') + limits.OPENER_BYTES_MAX
 
 
 def test_the_opener_is_what_places_a_conversation() -> None:

@@ -55,6 +55,15 @@ def test_it_leaves_when_waiting_here_costs_more_than_the_way() -> None:
     assert is_open(decision, asked(), bench.picture, NOW_S)
 
 
+def test_where_nothing_runs_that_could_end_nobody_waits_for_a_place_here() -> None:
+    bench = Bench([record("a", "m")], [state("us#0", round_trip_s=0.5)])
+    again = asked()
+    again.tried.add("a")
+    decision = bench.choose(again)
+    assert decision is not None
+    assert decision.replica.name == "us#0/m"
+
+
 def test_no_more_go_than_the_other_region_said_it_would_begin() -> None:
     bench = Bench(HOME, [state("us#0"), state("ap#0", round_trip_s=0.16)])
     bench.load(BUSY_TOKENS * 10)
@@ -358,6 +367,7 @@ def test_our_own_region_and_what_has_no_usable_url_are_no_remotes() -> None:
 # --- residency ----------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep
 def test_what_is_bound_to_regions_is_never_sent_elsewhere() -> None:
     """A hundred thousand requests over fleets, loads and rules as chance has them."""
     chance = random.Random(8)

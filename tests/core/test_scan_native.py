@@ -83,6 +83,7 @@ def test_both_read_the_same(native: ModuleType, body: bytes) -> None:
     _check(native, body)
 
 
+@pytest.mark.sweep
 @_SAME
 @given(bodies(), st.integers(0, 400), st.binary(max_size=3), st.integers(0, 2))
 def test_both_read_damaged_bodies_the_same(
@@ -107,6 +108,7 @@ def test_both_read_arbitrary_octets_the_same(native: ModuleType, octets: bytes) 
     _check(native, b'{"model":"m","messages":"' + octets + b'"}')
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("octet", range(256))
 def test_every_octet_at_every_place_of_a_string(native: ModuleType, octet: int) -> None:
     """Strings are read many octets at a time; no place among them is special."""
@@ -134,6 +136,7 @@ def test_numbers_of_any_length(native: ModuleType, places: int) -> None:
             _check(native, b'{"model":"m","prompt":%b%b,"x":"%b"}' % (number, then, b"y" * 40))
 
 
+@pytest.mark.sweep
 def test_every_start_of_a_character(native: ModuleType) -> None:
     """Of all first and second octets, with right and wrong ends: what RFC 3629 allows."""
     for first in range(0x80, 0x100):
@@ -204,6 +207,7 @@ def test_both_find_the_ends_of_the_last_elements(
             assert read == [whole[: len(whole) - kept + place + 1] for place in range(kept)]
 
 
+@pytest.mark.sweep
 @_SAME
 @given(prompts_with_media(), st.sampled_from([b"", b'"mod\\u0065l":"m",', b'"messages":[{}],']))
 def test_both_find_the_same_media(native: ModuleType, array: bytes, before: bytes) -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from loadtest.__main__ import main
-from loadtest.gpu.fleet import judge, lab, load, plan, targets
+from loadtest.gpu.fleet import ahead, engines, judge, lab, load, plan, rivals, targets
 from loadtest.gpu.fleet.cell import check_length
 from loadtest.gpu.fleet.engines import FleetOptions, Shape, command_of
 from loadtest.gpu.fleet.record import (
@@ -27,6 +27,7 @@ from loadtest.gpu.surge import Load, arrivals
 from loadtest.run import RunError
 from loadtest.tiny_engine import TinyEngine
 from loadtest.traces import Arrival, Trace, TraceError
+from tests.fakes.programs import free_port
 
 KEY = CellKey(workload="conversation", load=0.9, arm=plan.OURS)
 
@@ -219,6 +220,29 @@ def test_the_lab_hits_more_with_ours_than_round_robin_and_is_slower_on_slower_ca
     assert lab.foretell(made, plan.OURS, 8.0, 0.0, pools[1]).ttft_p50_s > ours.ttft_p50_s
 
 
+def test_what_is_foretold_of_several_repeats_is_compared_by_geometric_means() -> None:
+    def told(factor: float, hit: float = 0.3) -> lab.Foretold:
+        times = dict.fromkeys(("ttft_p50_s", "ttft_p95_s", "ttft_p99_s", "tpot_p99_s"), factor)
+        return lab.Foretold(tpot_p50_s=0.01, hit=hit, **times)
+
+    def key(arm: str, repeat: int, workload: str = "conversation") -> CellKey:
+        return msgspec.structs.replace(KEY, workload=workload, arm=arm, repeat=repeat)
+
+    table = ahead.means({
+        key(plan.OURS, 0): told(0.5),
+        key(plan.SGLANG, 0): told(1.0),
+        key(plan.OURS, 1): told(1.0),
+        key(plan.SGLANG, 1): told(0.5),
+        key(plan.OURS, 2): told(9.0),  # nobody to be compared with
+        key(plan.OURS, 0, "unique"): told(2.0, hit=0.0),
+        key(plan.OURS_LEAST, 0, "unique"): told(1.0, hit=0.0),
+    })  # fmt: skip
+    _, unique, chat = (line.split() for line in table.splitlines())
+    assert unique[0] == plan.OURS_LEAST
+    assert unique[-6:] == ["2.00", "2.00", "2.00", "1.00", "2.00", "-"]
+    assert (chat[0], chat[-7:]) == (plan.SGLANG, ["2", *["1.00"] * 6])
+
+
 def test_a_burst_is_as_many_times_as_dense() -> None:
     made = arrivals(Load(rate=2, factor=5, before_s=5, burst_s=4, after_s=5))
     times = [a.at_s for a in made.arrivals]
@@ -230,8 +254,12 @@ def test_a_burst_is_as_many_times_as_dense() -> None:
 
 
 def test_two_cells_are_measured_once_and_judged_from_the_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("EVENTS_PORT", "REPLAY_PORT"):  # fixed on machines that do nothing else
+        port = free_port()
+        for module in (engines, rivals):
+            monkeypatch.setattr(module, name, port)
     record = tmp_path / "fleet.gz"
     words = ["gpu", "fleet", "--engine", "simulator", "--record", str(record), "--replicas", "2"]
     words += ["--seconds", "1", "--capacity-s", "0.6", "--sessions-share", "1", "--repeats", "1"]

@@ -7,7 +7,10 @@ The capacity is the lab's own, of the engine's measured profile. Where a run has
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+
+import msgspec
 
 from loadtest.gpu.fleet import lab, load, plan
 from loadtest.gpu.fleet.cell import WARM_SHARE
@@ -18,6 +21,10 @@ from loadtest.policies.tables import aligned
 HEAD = [
     "cell", "sent", "time x", "TTFT p50", "p95", "p99", "per token p50", "p99", "hit",
     "p50 / rr", "p95", "p99", "p50 / sglang", "p95", "p99",
+]  # fmt: skip
+# As the fields of `Foretold`.
+MEANS_HEAD = [
+    "ours over", "cell", "repeats", "TTFT p50", "p95", "p99", "per token p50", "p99", "hit",
 ]  # fmt: skip
 
 
@@ -47,7 +54,35 @@ def foretell(cells: Sequence[CellKey], choice: load.Choice, setting: Setting, en
         part = load.workload_of(load.within(trace, scale, setting.seconds))
         told[key] = lab.foretell(part, key.arm, scale, WARM_SHARE * setting.seconds, pool)
         sent[key] = len(part.jobs), scale
-    return aligned([HEAD, *(_row(key, told, sent[key]) for key in told)])
+    rows = aligned([HEAD, *(_row(key, told, sent[key]) for key in told)])
+    return f"{rows}\n\n{means(told)}"
+
+
+def means(told: Mapping[CellKey, Foretold]) -> str:
+    """Return a row for each load and rival: ours over theirs, geometric means over repeats."""
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    for key, ours in told.items():
+        for arm in (plan.SGLANG, plan.OURS_RR, plan.OURS_LEAST):
+            other = told.get(msgspec.structs.replace(key, arm=arm))
+            if key.arm == plan.OURS and other is not None:
+                where = f"{key.workload} {key.load:g} {key.shape}"
+                found.setdefault((arm, where), []).append(_over(ours, other))
+    body = [
+        [arm, where, str(len(ratios)), *(_mean(column) for column in zip(*ratios, strict=True))]
+        for (arm, where), ratios in sorted(found.items())
+    ]
+    return aligned([MEANS_HEAD, *body])
+
+
+def _over(ours: Foretold, other: Foretold) -> list[float]:
+    below = msgspec.structs.astuple(other)
+    pairs = zip(msgspec.structs.astuple(ours), below, strict=True)
+    return [own / theirs if theirs else math.nan for own, theirs in pairs]
+
+
+def _mean(ratios: Sequence[float]) -> str:
+    whole = all(ratio > 0 for ratio in ratios)
+    return f"{statistics.geometric_mean(ratios):.2f}" if whole else "-"
 
 
 def _row(key: CellKey, told: dict[CellKey, Foretold], sent: tuple[int, float]) -> list[str]:
@@ -55,7 +90,7 @@ def _row(key: CellKey, told: dict[CellKey, Foretold], sent: tuple[int, float]) -
     times = [own.ttft_p50_s, own.ttft_p95_s, own.ttft_p99_s]
     ratios: list[str] = []
     for arm in (plan.OURS_RR, plan.SGLANG):
-        other = told.get(_with(key, arm))
+        other = told.get(msgspec.structs.replace(key, arm=arm))
         others = [other.ttft_p50_s, other.ttft_p95_s, other.ttft_p99_s] if other else [math.nan] * 3
         ratios += [
             "-" if math.isnan(below) else f"{value / below:.2f}"
@@ -71,9 +106,3 @@ def _row(key: CellKey, told: dict[CellKey, Foretold], sent: tuple[int, float]) -
         f"{own.hit:.3f}",
         *ratios,
     ]
-
-
-def _with(key: CellKey, arm: str) -> CellKey:
-    return CellKey(
-        workload=key.workload, load=key.load, arm=arm, repeat=key.repeat, shape=key.shape
-    )
