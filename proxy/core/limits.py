@@ -216,6 +216,7 @@ STALL_SHARE_MAX: Final = 3.0
 STALL_TOKENS_MAX: Final = 8_192
 STALL_LINE_S: Final = 1.0  # with so much before it, it counts half
 ANSWER_FEWEST_TOKENS: Final = 32.0  # shorter ones count as these: they hardly are streams
+STREAM_FEWEST_TOKENS: Final = 2.0  # and these are none
 # KV space beyond which a newcomer waits for somebody to end, or has somebody preempted; and below
 # which nobody looks whether it would fit.
 KV_FULL_SHARE: Final = 0.95

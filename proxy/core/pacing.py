@@ -47,18 +47,21 @@ class Pacing:
         self._covariance[slot] = kept * (self._covariance[slot] + share * more * longer_s)
 
     def learn_length(self, slot: int, tokens: int) -> None:
-        """An answer had so many tokens. Those of a word or two count as if they had a few."""
-        more = max(float(tokens), limits.ANSWER_FEWEST_TOKENS) - self.answer_tokens[slot]
-        self.answer_tokens[slot] += limits.LEARN_SHARE * more
+        """An answer had so many tokens."""
+        self.answer_tokens[slot] += limits.LEARN_SHARE * (tokens - self.answer_tokens[slot])
 
     def stall(self, slot: int, requests: float) -> float:
         """Return what a second of prefill costs so many requests that are there before it.
 
         Each of their tokens comes later by its part of that second. Those who still wait are under
         them, because engines compute prompts first: they will have begun to answer by then. Beyond
-        a number, and so where all replicas have as many, one more there makes no difference.
+        a number, and so where all replicas have as many, one more there makes no difference. What
+        has one token, or none, as an embedding, is over with its prompt.
         """
-        stalled = limits.STALL_WEIGHT * requests / self.answer_tokens[slot]
+        tokens = self.answer_tokens[slot]
+        if tokens < limits.STREAM_FEWEST_TOKENS:
+            return 0.0
+        stalled = limits.STALL_WEIGHT * requests / max(tokens, limits.ANSWER_FEWEST_TOKENS)
         return min(stalled, limits.STALL_SHARE_MAX)
 
     def expected_s(self, slot: int, streams: int) -> float:

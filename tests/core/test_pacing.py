@@ -39,9 +39,12 @@ def test_the_longer_answers_are_the_less_a_second_makes_each_token_later() -> No
         pacing.learn_length(0, int(2 * claim_limits.OUTPUT_TOKENS_DEFAULT))
     assert pacing.stall(0, 3.0) == pytest.approx(known / 2, rel=0.01)
     for _ in range(200):
-        pacing.learn_length(0, 1)  # an answer of one token is no stream
+        pacing.learn_length(0, 4)
     assert pacing.stall(0, 1.0) == pytest.approx(limits.STALL_WEIGHT / limits.ANSWER_FEWEST_TOKENS)
     assert pacing.stall(0, 1000.0) == pacing.stall(0, 2000.0) == limits.STALL_SHARE_MAX
+    for _ in range(200):
+        pacing.learn_length(0, 1)  # between one token and the next there is nothing here
+    assert pacing.stall(0, 1000.0) == 0.0
     pacing.open(0)  # another replica has the slot: nothing of that is known of it
     assert pacing.stall(0, 3.0) == known
 
