@@ -211,7 +211,7 @@ class KvBinding:
             found = self._candidates(request, depth, cached_blocks, since_s)
         if len(found) > 1:
             found = [growth for growth in found if self._went_on(growth, request)] or found
-        if len(found) > 1 and request.released_s - request.prefilled_s > limits.KV_STEP_S:
+        if len(found) > 1 and request.released_s - request.prefilled_s > limits.KV_LATE_S:
             # A stream began with its first token, which came with the step that ended the prefill.
             near_s = request.prefilled_s - limits.KV_FIRST_TOKEN_S
             found = [growth for growth in found if growth.at_s >= near_s] or found
@@ -234,7 +234,7 @@ class KvBinding:
         A prefill ends a step, and a step a batch; unless the engine tells of several at once, and
         then what the answer added is told with it.
         """
-        until_s = request.prefilled_s + limits.KV_STEP_S
+        until_s = request.prefilled_s + limits.KV_LATE_S
         whole = request.prompt_tokens + request.completion_tokens
         ends = (depth, (whole - 1) // self.block_tokens, whole // self.block_tokens)
         found: dict[object, Growth] = {}

@@ -359,12 +359,10 @@ KV_TOLD_MAX = 1 << 14
 # up to this long before what the clock says may still be of the request.
 KV_EARLY_S: Final = 0.05
 # Events arrive 1 ms after their step with vLLM, up to 58 ms with SGLang (measured); they are read
-# at intervals, and a busy supervisor reads them later.
+# at intervals, a busy supervisor reads them later, and of the first that are read nobody knows how
+# long they had lain there.
 KV_GATHER_S: Final = 0.25
 KV_LATE_S: Final = 0.5
-# The step that ended a prefill, by the engine's time of it, is told of no later after the first
-# octet of the answer.
-KV_STEP_S: Final = 0.25
 # From the event of a prefill's end to its first token: a detokenizer, an HTTP server and a network,
 # none of which is a second behind, or clients would complain.
 KV_FIRST_TOKEN_S: Final = 1.0
