@@ -137,7 +137,9 @@ def test_what_fails_beside_others_is_tried_once_more_alone(
         ]
 
 
-@pytest.mark.parametrize("other", [{"translation": 1}, {"translated": 1}, {"core": -9}, {"io": 3}])
+@pytest.mark.parametrize(
+    "other", [{"translation": 1}, {"types": 1}, {"translated": 1}, {"core": -9}, {"io": 3}]
+)
 def test_what_else_went_wrong_is_not_excused(
     test_run: Any, tmp_path: Path, other: dict[str, int]
 ) -> None:
