@@ -28,10 +28,7 @@ _Raws = Annotated[list[msgspec.Raw], msgspec.Meta(max_length=limits.KV_BATCH_EVE
 _HASH_BYTES: Final = 8
 # Array of up to 15, of 16 bits, of 32 bits: the first octet of a msgpack value says what it is.
 _ARRAYS: Final = frozenset((*range(0x90, 0xA0), 0xDC, 0xDD))
-
-
-# No batch without it tells of an emptied cache. One that has it may merely name something so.
-CLEARED_TAG: Final = b"AllBlocksCleared"
+_CLEARED_TAG: Final = b"AllBlocksCleared"
 
 
 class BadBatchError(Exception):
@@ -204,6 +201,19 @@ def read_batch(payload: bytes) -> Batch:
         return _read(payload)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise BadBatchError(str(error) or type(error).__name__) from None
+
+
+def tells_of_clearing(payload: bytes) -> bool:
+    """Say whether a batch tells of an emptied cache; most are not read for it.
+
+    Salts and sessions are in a batch as clients name them, and one of them may be named so.
+    """
+    if _CLEARED_TAG not in payload:
+        return False
+    try:
+        return CLEARED in read_batch(payload).events
+    except BadBatchError:
+        return False  # it is found out when it is read in its turn
 
 
 def _read(payload: bytes) -> Batch:

@@ -15,7 +15,7 @@ from typing import Final
 import zmq
 
 from proxy.core import limits
-from proxy.core.kv_wire import CLEARED_TAG
+from proxy.core.kv_wire import tells_of_clearing
 from proxy.io import kv_sockets
 from proxy.io.kv_reach import LostError
 from proxy.io.kv_sockets import Socket
@@ -49,7 +49,7 @@ class Held:
         """Take a message; return those that are to be read now."""
         if self._full:
             return [frames]
-        if CLEARED_TAG in frames[-1]:
+        if tells_of_clearing(frames[-1]):
             self.take()
         size = len(frames[-1]) + _FRAMES_BYTES
         self._messages.append(frames)

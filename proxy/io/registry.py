@@ -127,11 +127,11 @@ class StaticList:
             elif _tells_news(old.load, new.load):
                 self.records[url] = new
                 self._news.set()
-            pause_s = min(RETRY_MAX_S, pause_s * 2)
-            if ready:
-                told = self._interval_s and not scraper.silent
-                pause_s = self._interval_s if told else MODELS_REFRESH_S
-            await beat(pause_s)
+            if ready and self._interval_s and not scraper.silent:
+                await beat(self._interval_s)
+            else:
+                pause_s = MODELS_REFRESH_S if ready else min(RETRY_MAX_S, pause_s * 2)
+                await asyncio.sleep(pause_s)
 
     async def _list(self, url: str) -> Listing | str:
         """Return the names it serves, none when it has no list; or why it cannot be asked."""

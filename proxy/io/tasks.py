@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Final
 
 _log = logging.getLogger("doherty.tasks")
+
+TIMER_EARLY_S: Final = 0.002  # event loops count in milliseconds
 
 
 def next_beat_s(interval_s: float, after_s: float = 0.0) -> float:
@@ -22,7 +24,7 @@ def next_beat_s(interval_s: float, after_s: float = 0.0) -> float:
     now_s = asyncio.get_running_loop().time()
     wait_s = interval_s - (now_s - after_s) % interval_s
     # A timer may come a little early, and its moment is not to come twice.
-    return now_s + (wait_s if wait_s > 0.1 * interval_s else wait_s + interval_s)
+    return now_s + (wait_s if wait_s > TIMER_EARLY_S else wait_s + interval_s)
 
 
 async def beat(interval_s: float, after_s: float = 0.0) -> None:

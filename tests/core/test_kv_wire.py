@@ -20,6 +20,7 @@ from proxy.core.kv_wire import (
     Stored,
     read_batch,
     read_frames,
+    tells_of_clearing,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -48,8 +49,20 @@ def test_every_release_says_the_same(release: str) -> None:
     assert read_batch(bytes.fromhex(RELEASES[release])) == Batch(1.0, TOLD, None)
 
 
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_clearing_is_seen_in_the_batch_of_every_release(release: str) -> None:
+    assert tells_of_clearing(bytes.fromhex(RELEASES[release]))
+
+
 def packed(value: Any) -> bytes:
     return msgspec.msgpack.encode(value)
+
+
+def test_what_a_client_has_named_like_a_clearing_is_none() -> None:
+    salted = changed(extra_keys=[["AllBlocksCleared"]], session_id="AllBlocksCleared")
+    for events in ([STORED], [salted], ["AllBlocksCleared"], [["AllBlocksCleared"], 5]):
+        assert not tells_of_clearing(packed([1.5, events, 3]))
+    assert tells_of_clearing(packed([1.5, [salted, {"type": "AllBlocksCleared"}], 3]))
 
 
 STORED = {

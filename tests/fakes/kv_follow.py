@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from proxy.core import limits
 from proxy.core.prefix import PrefixChain, prefix_chain
 from proxy.core.routes import PromptKind
 from proxy.core.scan import scan_body
@@ -51,6 +52,7 @@ class Following:
         """Follow one replica and wait until its events are there."""
         self.follower.follow([Followed(name, url, **fields)])
         await self.until(lambda: self.fresh(name))
+        await asyncio.sleep(limits.KV_EARLY_S)  # what is sent sooner may be of before
 
     def fresh(self, name: str = "a") -> bool:
         return any(state.name == name and state.fresh for state in self.follower.states())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiohttp
@@ -17,6 +18,7 @@ from proxy.contract import (
     ReplicaState,
     encode_snapshot,
 )
+from proxy.contract.engines import Listing
 from proxy.contract.keys import KEYS_WATCH_PATH
 from proxy.io import newest_lines, registry
 from proxy.io.registry import ManagerWatch, StaticList
@@ -331,3 +333,33 @@ async def test_a_model_list_may_come_in_pieces_or_not_at_all(
         await until(lambda: bool(seen) and bool(ready(seen[-1])))
         assert list(ready(seen[-1]).values()) == [models]
         assert engine.paths == ["/v1/models"]
+
+
+async def test_what_shows_no_load_is_asked_for_its_models_whenever_that_is_due(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop, turn = asyncio.get_running_loop(), asyncio.sleep
+    now_s = loop.time()
+    asked_s: list[float] = []
+
+    async def pass_by(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+        await turn(0)
+
+    async def answer(_list: StaticList, _url: str) -> Listing:
+        asked_s.append(now_s)
+        await pass_by(0.01)
+        return Listing(("m",), None, "vllm")
+
+    monkeypatch.setattr(loop, "time", lambda: now_s)
+    monkeypatch.setattr(asyncio, "sleep", pass_by)
+    monkeypatch.setattr(StaticList, "_list", answer)
+    async with aiohttp.ClientSession() as session:
+        seen: list[FleetSnapshot] = []
+        task = loop.create_task(StaticList(["http://a:1"], session, None).run(seen.append))
+        while len(asked_s) < 9:
+            await turn(0)
+        task.cancel()
+    gaps_s = [after - before for before, after in itertools.pairwise(asked_s)]
+    assert gaps_s == pytest.approx([registry.MODELS_REFRESH_S + 0.01] * 8)

@@ -23,7 +23,7 @@ from proxy.core import limits
 from proxy.io import control
 from proxy.io.access_log import AccessLog
 from proxy.io.exposition import render_metrics, sum_samples
-from proxy.io.tasks import Tasks
+from proxy.io.tasks import Tasks, next_beat_s
 from proxy.io.telemetry import SECONDS_BUCKETS, Histogram, Sample, Telemetry
 from tests.fakes.plane import until
 
@@ -61,6 +61,26 @@ async def test_closing_ends_every_task_and_waits_for_it() -> None:
     await tasks.close()
     assert sorted(ended) == [0, 1, 2]
     assert len(tasks) == 0
+
+
+@pytest.mark.parametrize(
+    ("now_s", "after_s", "due_s"),
+    [
+        (100.0, 0.0, 100.25),
+        (100.1, 0.0, 100.25),
+        (100.24, 0.0, 100.25),  # what took nearly all of the interval misses no moment
+        (100.2495, 0.0, 100.5),  # it came a little early
+        (100.0, 0.025, 100.025),  # soon after the others, and asked for by what they did
+        (100.005, 0.025, 100.025),
+        (100.0245, 0.025, 100.275),
+        (100.03, 0.025, 100.275),
+    ],
+)
+async def test_what_is_done_at_intervals_is_done_at_the_same_moments(
+    now_s: float, after_s: float, due_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now_s)
+    assert next_beat_s(0.25, after_s) == pytest.approx(due_s)
 
 
 # --- supervisor and worker -----------------------------------------------------------------------

@@ -20,10 +20,12 @@ from loadtest.gpu.fleet.record import (
     Record,
     RecordError,
     Row,
+    Setting,
     Tokens,
     read,
 )
 from loadtest.gpu.surge import Load, arrivals
+from loadtest.policies.workload import Job, Workload
 from loadtest.run import RunError
 from loadtest.tiny_engine import TinyEngine
 from loadtest.traces import Arrival, Trace, TraceError
@@ -218,6 +220,36 @@ def test_the_lab_hits_more_with_ours_than_round_robin_and_is_slower_on_slower_ca
     blind = lab.foretell(made, plan.OURS_RR, 8.0, 0.0, pools[0])
     assert ours.hit > blind.hit
     assert lab.foretell(made, plan.OURS, 8.0, 0.0, pools[1]).ttft_p50_s > ours.ttft_p50_s
+
+
+def test_a_cell_is_foretold_at_the_load_that_it_is_run_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unique prompts are sent at a part of the chat trace's capacity, which is what is measured."""
+    paced: list[list[Job]] = []
+
+    def rate(workload: Workload, *_: object) -> float:
+        paced.append([*workload.jobs])
+        return 30_000.0
+
+    monkeypatch.setattr(lab, "uncached_rate", rate)
+    cells = [
+        msgspec.structs.replace(KEY, workload=workload, load=0.1, arm=plan.OURS_LEAST)
+        for workload in (load.CONVERSATION, load.UNIQUE)
+    ]
+    setting = Setting(
+        engine="vllm",
+        kv_cache_tokens=400_000,
+        conversation="conversation",
+        agents="",
+        sessions_share=4,
+        input_tokens_max=30_000,
+        output_tokens_max=64,
+        seconds=5.0,
+        workers=1,
+        time_scale=1.0,
+    )
+    ahead.foretell(cells, load.Choice(), setting, "vllm")
+    chat, unique = ([tuple(job.blocks) for job in jobs] for jobs in paced)
+    assert chat == unique
 
 
 def test_what_is_foretold_of_several_repeats_is_compared_by_geometric_means() -> None:

@@ -43,7 +43,8 @@ def foretell(cells: Sequence[CellKey], choice: load.Choice, setting: Setting, en
             workers=setting.workers,
         )
         trace = load.arrivals_of(choice, key.workload, key.repeat)
-        capacity = lab.uncached_rate(load.workload_of(trace), pool, 4 * lab.AT_ONCE)
+        paced = load.arrivals_of(choice, load.paced_by(key.workload), key.repeat)
+        capacity = lab.uncached_rate(load.workload_of(paced), pool, 4 * lab.AT_ONCE)
         scale = load.scale_for(
             trace,
             key.load * replicas * capacity,
