@@ -81,11 +81,17 @@ class Ground:
         opened = choice.open_provider(self.config, self.journal, Log(self.told))
         self.provider = await self._stack.enter_async_context(opened)
 
-    async def again(self, *processes: Process) -> None:
-        """Let the manager go as one that is killed: nobody is told, and another comes up."""
+    async def again(self, *processes: Process, dies: int = 0) -> None:
+        """Let the manager go as one that is killed: nobody is told, and another comes up.
+
+        `dies`: what is killed while there is none.
+        """
         for process in processes:
             process.release()
         await self._leave()
+        if dies:
+            os.kill(dies, signal.SIGKILL)
+            await until(lambda: not alive(dies))
         self._stack = AsyncExitStack()
         await self.open()
 
@@ -265,11 +271,7 @@ async def test_what_ended_while_nobody_looked_is_not_alive(ground: Ground) -> No
     launch = ground.launch()
     process = ground.spawn(SLEEPER, launch=launch)
     pid = int((await ground.said(launch, r"pid (\d+)"))[1])
-    pid = process.pid or pid
-    process.release()
-    os.kill(pid, signal.SIGKILL)
-    await until(lambda: not alive(pid))
-    await ground.again()
+    await ground.again(process, dies=process.pid or pid)
     for found in ground.provider.recover([launch]).values():  # if it is there, then to tell its end
         assert await end_of(found) == "killed by SIGKILL"
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from hashlib import sha256
 from pathlib import Path
 
@@ -168,8 +169,13 @@ async def failing_engines(heard: Heard, engine: ScriptedEngine) -> None:
 async def crash(heard: Heard, engine: ScriptedEngine) -> None:
     """Workers die with keys in their memory: while they relay, and as they would by a fault."""
     engine.script = streaming(b"data: {}\n\n", then=lambda _: asyncio.sleep(30))
-    async with Talk(heard.proxy.port) as talk:
-        await talk.send(chat_request(BODY, [f"authorization: Bearer {GOOD}"]))
+    async with AsyncExitStack() as stack:
+        refused = b"HTTP/1.1 503"  # by a worker to which the replica is suspect still
+        talk = None
+        while talk is None or talk.received.startswith(refused):
+            talk = await stack.enter_async_context(Talk(heard.proxy.port))
+            await talk.send(chat_request(BODY, [f"authorization: Bearer {GOOD}"]))
+            assert await talk.read()
         await talk.read_until(b"data: {}")
         for pid, number in zip(
             heard.proxy.workers(), (signal.SIGSEGV, signal.SIGABRT), strict=True
