@@ -305,6 +305,7 @@ def test_two_cells_are_measured_once_and_judged_from_the_file(
         again = Record(record)
         assert [c.key.arm for c in again.cells] == [plan.OURS, plan.OURS_RR]
         assert sum(isinstance(entry, Capacity) for entry in again.entries) == 1
+        assert again.versions["simulator"]
         for made in again.cells:
             assert made.rows
             assert not [r.error for r in made.rows if r.error]

@@ -32,7 +32,7 @@ from loadtest.gpu import machine
 from loadtest.gpu.fleet import ahead, engines, judge, load, plan, rivals
 from loadtest.gpu.fleet.cell import Place, capacity, run_cell
 from loadtest.gpu.fleet.engines import FleetOptions, Shape
-from loadtest.gpu.fleet.record import CellKey, Record, RecordError, Row, Setting
+from loadtest.gpu.fleet.record import CellKey, Record, RecordError, Row, Setting, Versions
 from loadtest.run import RunError
 from loadtest.traces import Trace, TraceError
 
@@ -157,7 +157,6 @@ def _record(args: argparse.Namespace) -> Record:
     record, setting = Record(Path(args.record)), setting_of(args)
     if record.setting is None:
         header = machine.header(machine.gpus())
-        header |= rivals.versions(_programs(args))
         record.add(
             Setting(
                 **{**{n: getattr(setting, n) for n in setting.__struct_fields__}, "header": header}
@@ -198,12 +197,22 @@ async def _measure(
     place = Place(fleet=fleet, programs=programs, folder=folder, seconds=args.seconds, say=say)
     deadline_s = begun_s + args.budget_s if args.budget_s else float("inf")
     try:
+        await _note_versions(fleet, programs, record)
         todo = list(plan.left_to_do(cells, record.done(), arms))
         return await _cells(args, todo, record, place, deadline_s)
     finally:
         fleet.close()
         if kept is None:
             await engines.end(fleet.engines)
+
+
+async def _note_versions(fleet: engines.Fleet, programs: rivals.Programs, record: Record) -> None:
+    """Add what takes part and was not told yet: rivals may come with a later call."""
+    found = rivals.versions(programs)
+    if version := await fleet.version():
+        found[fleet.options.engine] = version
+    if new := {name: told for name, told in found.items() if record.versions.get(name) != told}:
+        record.add(Versions(of=new))
 
 
 async def _cells(

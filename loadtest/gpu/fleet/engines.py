@@ -178,6 +178,16 @@ class Fleet:
         """Return what each engine has counted; an engine that is gone has counted nothing."""
         return [await self._tokens(client) for client in self._clients]
 
+    async def version(self) -> str:
+        """Return what the first engine says that it is; empty: nothing."""
+        path = "/version" if self.options.manners == "vllm" else "/server_info"
+        status, page = await get(self._clients[0], path)
+        if status != 200:
+            return ""
+        with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
+            return str(orjson.loads(page)["version"])
+        return ""
+
     async def _tokens(self, client: Client) -> Tokens:
         status, page = await get(client, "/metrics")
         if status != 200:

@@ -122,6 +122,12 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, tag="setting", tag_fiel
         return msgspec.structs.replace(other, header=self.header, shape=self.shape) == self
 
 
+class Versions(msgspec.Struct, frozen=True, kw_only=True, tag="versions", tag_field="kind"):
+    """What a call found running or installed: an engine, and routers that came later."""
+
+    of: dict[str, str]
+
+
 class Burst(msgspec.Struct, frozen=True, kw_only=True, tag="burst", tag_field="kind"):
     """One burst from one awake replica."""
 
@@ -134,7 +140,7 @@ class Burst(msgspec.Struct, frozen=True, kw_only=True, tag="burst", tag_field="k
     failure: str = ""
 
 
-Entry = CellRecord | Capacity | Setting | Burst
+Entry = CellRecord | Capacity | Setting | Versions | Burst
 
 
 class Record:
@@ -160,6 +166,14 @@ class Record:
     @property
     def bursts(self) -> list[Burst]:
         return [entry for entry in self.entries if isinstance(entry, Burst)]
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Return what took part, by name; of two versions the later one."""
+        found: dict[str, str] = {}
+        for entry in self.entries:
+            found |= entry.of if isinstance(entry, Versions) else {}
+        return found
 
     @property
     def setting(self) -> Setting | None:

@@ -48,7 +48,9 @@ def text_of(record: Record) -> tuple[str, int]:
 
 
 def _head(setting: Setting, record: Record) -> str:
-    lines = [f"{name + ':':<11}{value}" for name, value in setting.header.items()]
+    lines = [
+        f"{name + ':':<11}{value}" for name, value in (setting.header | record.versions).items()
+    ]
     lines.append(
         f"setting:   {setting.engine}, KV cache {setting.kv_cache_tokens:,} tokens a replica, "
         f"prompts <= {setting.input_tokens_max:,}, answers <= {setting.output_tokens_max}, "
