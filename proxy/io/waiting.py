@@ -76,7 +76,8 @@ class Waiting:
         self.lateness = Lateness()
         self._numbers = 0
         self._look_due = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._due_s = 0.0  # of the timer, by the loop's clock
         self.clearing = Clearing()  # for online work that waits at other workers
 
     @property
@@ -285,7 +286,7 @@ class Waiting:
         if self.room.count and not self._look_due:
             delay_s = self._spread_s()
             due_s = asyncio.get_running_loop().time() + delay_s
-            if self._timer is None or self._timer.when() > due_s:
+            if self._timer is None or self._due_s > due_s:
                 self._wake_in(delay_s)
 
     def _look(self) -> None:
@@ -399,7 +400,10 @@ class Waiting:
     def _wake_in(self, delay_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._woken)
+        loop = asyncio.get_running_loop()
+        # Kept, since of less than half a millisecond uvloop makes a call that has no `when`.
+        self._due_s = loop.time() + delay_s
+        self._timer = loop.call_later(delay_s, self._woken)
 
     def _spread_s(self) -> float:
         return self._clock.draw() * limits.HELD_SPREAD_S
