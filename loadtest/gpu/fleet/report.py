@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from loadtest.gpu.fleet import judge, lab, load, targets
 from loadtest.gpu.fleet.judge import Figures, Group
 from loadtest.gpu.fleet.lab import Foretold, Pool
@@ -144,12 +146,7 @@ def _pool(record: Record, setting: Setting, key: CellKey) -> Pool | None:
     )
     full = lab.uncached_rate(load.workload_of(trace), pool, 4 * lab.AT_ONCE)
     factor = capacity.uncached_tokens_per_s / full
-    return Pool(
-        replicas=replicas,
-        cache_tokens=setting.kv_cache_tokens,
-        speeds=lab.speeds_of(manners, factor, setting.time_scale),
-        workers=setting.workers,
-    )
+    return msgspec.structs.replace(pool, speeds=lab.speeds_of(manners, factor, setting.time_scale))
 
 
 # --- what happened in some cells ----------------------------------------------------------------
