@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import codecs
 import locale
+import os
+import signal
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -37,6 +39,7 @@ TICK_S = 1.0
 def run_app(url: str, key: str | None, interval_s: float, words: str) -> str:
     """Run until the operator quits; return why there was nothing to show, if so."""
     app = Top(url, key, interval_s=interval_s, words=words)
+    app.on_terminal = os.isatty(0)
     app.run(mouse=False)
     return app.problem
 
@@ -50,6 +53,7 @@ class Top(App[None]):
     """One board, and dialogs over it."""
 
     ENABLE_COMMAND_PALETTE = False
+    on_terminal = False  # which may hang up
     TITLE = "doherty top"
     CSS = "Screen { background: ansi_default; color: ansi_default; }"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -128,6 +132,10 @@ class Top(App[None]):
         self._draw()
 
     def _tick(self) -> None:
+        if self.on_terminal and not os.isatty(0):
+            # It hung up, and that is ignored here (nohup), or the shell that should tell us waits:
+            # reading would find the end of the input for ever. There is no screen to give back.
+            os._exit(128 + signal.SIGHUP)
         if self._message[0] and time.monotonic() - self._message[1] > MESSAGE_S:
             self._message = ("", 0.0)
         self._draw()

@@ -67,9 +67,12 @@ class Terminal:
     def resize(self, columns: int, lines: int) -> int:
         before = len(self.written)
         self._resize(columns, lines)
-        foreground = os.tcgetpgrp(self._keyboard)
-        os.killpg(foreground, signal.SIGWINCH)
+        os.killpg(self.foreground(), signal.SIGWINCH)
         return before
+
+    def foreground(self) -> int:
+        """Return the process group that has the terminal."""
+        return os.tcgetpgrp(self._keyboard)
 
     def text(self, after: int = 0) -> str:
         """Return what was written from there on, without what only moves and colours."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from backends.cli import main
 from backends.top import command
 from proxy.contract.extras import install_command
 from proxy.contract.view import decode_view
+from tests.fakes.programs import WAIT_S
 from tests.fakes.terminal import Terminal
 from tests.fakes.view_server import ViewServer
 from tests.fakes.views import a_view
@@ -41,6 +45,32 @@ async def test_start_resize_suspend_and_quit_leave_the_terminal_as_it_was() -> N
         assert await terminal.run("stty -g") == before
         assert b"\x1b[?1049l" in terminal.written[at:], "the screen of before is back"
         assert b"\x1b[?25h" in terminal.written[at:], "the cursor is back"
+
+
+async def test_it_ends_with_its_terminal_where_hanging_up_is_ignored() -> None:
+    group = 0
+    try:
+        async with (
+            asyncio.timeout(WAIT_S),  # what goes on would have the shell wait for it
+            ViewServer(VIEW) as server,
+            Terminal(80, 24) as terminal,
+        ):
+            await terminal.until("ready> ")
+            terminal.type("trap '' HUP\n")
+            at = terminal.type(f"{COMMAND} --url {server.url}\n")
+            await terminal.until(VIEW.replicas[-1].replica_id, at)
+            group = terminal.foreground()
+        assert not _lives(group)
+    finally:
+        if group and _lives(group):
+            os.killpg(group, signal.SIGKILL)
+
+
+def _lives(group: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, 0)
+        return True
+    return False
 
 
 async def test_a_second_in_which_nothing_changes_costs_no_traffic() -> None:
