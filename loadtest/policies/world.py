@@ -49,6 +49,7 @@ class Drive(msgspec.Struct, frozen=True, kw_only=True):
     plan: tuple[tuple[float, int], ...] = ()  # at which second how many replicas are there
     late_s_max: float = 0.0  # stop when too many first tokens come later than this; 0: never
     late_share_max: float = 0.05
+    jitter_s: float = 0.0  # a job comes up to so much later than it was sent
 
 
 class Chooser(abc.ABC):
@@ -155,7 +156,8 @@ class Stage:
             self._push(at_s, SCALES, count)
         for job in self.workload.jobs:
             if job.follows < 0:
-                self._push(job.at_s / drive.scale, ARRIVES, job)
+                late_s = self._random.uniform(0, drive.jitter_s) if drive.jitter_s else 0.0
+                self._push(job.at_s / drive.scale + late_s, ARRIVES, job)
         late_max = drive.late_share_max * len(self.workload.jobs)
         heap = self._heap
         while heap:

@@ -25,7 +25,9 @@ from loadtest.gpu.fleet.record import (
     read,
 )
 from loadtest.gpu.surge import Load, arrivals
+from loadtest.policies.engines import Flight
 from loadtest.policies.workload import Job, Workload
+from loadtest.policies.world import HELD
 from loadtest.run import RunError
 from loadtest.tiny_engine import TinyEngine
 from loadtest.traces import Arrival, Trace, TraceError
@@ -214,12 +216,48 @@ def test_the_lab_hits_more_with_ours_than_round_robin_and_is_slower_on_slower_ca
         lab.Pool(replicas=4, cache_tokens=400_000, speeds=lab.speeds_of("vllm", factor, 1.0))
         for factor in (1.0, 0.5)
     ]
-    rates = [lab.uncached_rate(made, pool, 200) for pool in pools]
+    rates = [lab.uncached_rate(made, pool, lab.Window(5, 15)) for pool in pools]
     assert 0.5 <= rates[1] / rates[0] < 0.7  # decoding goes on at its own speed
     ours = lab.foretell(made, plan.OURS, 8.0, 0.0, pools[0])
     blind = lab.foretell(made, plan.OURS_RR, 8.0, 0.0, pools[0])
     assert ours.hit > blind.hit
     assert lab.foretell(made, plan.OURS, 8.0, 0.0, pools[1]).ttft_p50_s > ours.ttft_p50_s
+
+
+def test_the_labs_replicas_are_as_quick_as_those_that_were_measured() -> None:
+    made = load.workload_of(load.arrivals_of(load.Choice(), "conversation", 0))
+    window = lab.Window(5, 15)
+    pool = lab.Pool(replicas=2, cache_tokens=340_000, speeds=lab.speeds_of("vllm", 1.0, 1.0))
+    wanted = 0.8 * lab.uncached_rate(made, pool, window)
+    fitted = lab.as_quick(made, pool, "vllm", 1.0, wanted, window)
+    assert lab.uncached_rate(made, fitted, window) == pytest.approx(wanted, rel=0.02)
+    assert fitted.speeds.timing.prefill_tokens_per_s < pool.speeds.timing.prefill_tokens_per_s
+    assert fitted.speeds.timing.step_base_s == pool.speeds.timing.step_base_s
+
+
+def test_replicas_of_a_measured_capacity_have_so_many_requests_under_way() -> None:
+    made = load.workload_of(load.arrivals_of(load.Choice(), "conversation", 0))
+    chooser = lab.Saturating(2)
+    flights = [Flight(job, 0.0, 0) for job in made.jobs[:60]]
+    assert {chooser.choose(flight, 0.0) for flight in flights} == {HELD}
+    going = list(chooser.take(0.0))
+    assert [flights.index(flight) % 2 == replica for flight, replica in going] == [True] * 48
+    assert sum(replica for _, replica in going) == lab.AT_ONCE
+    assert not list(chooser.take(0.0))
+    ended, ended.replica = going[0][0], 0
+    chooser.ended(ended, 1.0)
+    assert list(chooser.take(1.0)) == [(flights[2 * lab.AT_ONCE], 0)]
+
+
+def test_draws_differ_by_some_milliseconds_of_arrival_and_make_one_distribution() -> None:
+    made = load.workload_of(load.arrivals_of(load.Choice(), "conversation", 0))
+    jobs = Workload("chat", made.jobs[:60], closed_loop=False)
+    pool = lab.Pool(replicas=2, cache_tokens=340_000, speeds=lab.speeds_of("vllm", 1.0, 1.0))
+    flights = lab.flights_of(jobs, plan.OURS_RR, 8.0, 0.0, pool)
+    assert len(flights) == lab.DRAWS * 60
+    late_s = [flight.arrived_s - flight.job.at_s / 8.0 for flight in flights]
+    assert 0 <= min(late_s) <= max(late_s) <= lab.JITTER_S
+    assert len(set(late_s)) > len(flights) / 2
 
 
 def test_a_cell_is_foretold_at_the_load_that_it_is_run_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--max-input-tokens", type=int, default=choice.input_tokens_max)
     add("--max-output-tokens", type=int, default=choice.output_tokens_max)
     add("--seconds", type=float, default=60.0, help="of a cell, a fifth of it warm-up")
-    add("--capacity-s", type=float, default=20.0, help="of the measurement of capacity")
+    add("--capacity-s", type=float, default=30.0, help="of the measurement of capacity")
     add("--repeats", type=int, default=3, help="of each cell, on other sessions")
     add("--plan", default="", help="WORKLOAD:LOAD:ARM,ARM[:EVENT];... instead of all cells")
     add("--budget-s", type=float, default=0.0, help="no cell begins that would pass it; 0: all")

@@ -22,6 +22,7 @@ HEAD = [
     "cell", "sent", "time x", "TTFT p50", "p95", "p99", "per token p50", "p99", "hit",
     "p50 / rr", "p95", "p99", "p50 / sglang", "p95", "p99",
 ]  # fmt: skip
+WINDOW = lab.Window(10.0, 30.0)  # as `gpu fleet` measures a capacity
 # As the fields of `Foretold`.
 MEANS_HEAD = [
     "ours over", "cell", "repeats", "TTFT p50", "p95", "p99", "per token p50", "p99", "hit",
@@ -44,7 +45,7 @@ def foretell(cells: Sequence[CellKey], choice: load.Choice, setting: Setting, en
         )
         trace = load.arrivals_of(choice, key.workload, key.repeat)
         paced = load.arrivals_of(choice, load.paced_by(key.workload), key.repeat)
-        capacity = lab.uncached_rate(load.workload_of(paced), pool, 4 * lab.AT_ONCE)
+        capacity = lab.uncached_rate(load.workload_of(paced), pool, WINDOW)
         scale = load.scale_for(
             trace,
             key.load * replicas * capacity,

@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import orjson
@@ -20,21 +21,20 @@ import orjson
 from loadtest.client import Client, RequestError, parse_url
 from loadtest.gpu import machine
 from loadtest.gpu.direct import MODEL
-from loadtest.gpu.fleet import events, plan, rivals
+from loadtest.gpu.fleet import events, lab, plan, rivals
 from loadtest.gpu.fleet.engines import Fleet, spent
 from loadtest.gpu.fleet.load import within
-from loadtest.gpu.fleet.record import DIGITS, Capacity, CellKey, CellRecord, Row
+from loadtest.gpu.fleet.record import DIGITS, Capacity, CellKey, CellRecord, Row, Tokens
 from loadtest.measure import Outcome
 from loadtest.prompts import PromptWriter, Style
-from loadtest.replay import WallClock
 from loadtest.run import Options, Run, RunError, run_replay
 from loadtest.traces import Arrival, Trace
 from loadtest.words import WORDS
 
 WARM_SHARE = 0.2  # of a cell's seconds, before anything is measured
 PATIENCE_S = 40.0  # for an answer
-AT_ONCE = 24  # requests under way on each replica when capacity is measured
-SETTLE_SHARE = 0.25  # of that measurement: prompts come in step at first
+SETTLE_SHARE = 1 / 3  # of a capacity's seconds: prompts come in step at first, engines are cold
+SLICES = 4  # of what is counted, each told: a drift is seen
 WORDS_ASKED = 1024
 LENGTH_OFF_MAX = 0.03  # of a prompt, as the engine counts it
 
@@ -158,39 +158,60 @@ async def capacity(
     urls = place.fleet.urls
     lines: list[list[Arrival]] = [list(trace.arrivals[at :: len(urls)]) for at in range(len(urls))]
     writer = PromptWriter(Style(model=MODEL, api="completions", seed=999), trace.block_tokens)
-    clock, done = WallClock(), [0]
-    clients = [Client(parse_url(url), clock.now_s) for url in urls]
+    begun_s, done = time.monotonic(), [0]
+    clients = [Client(parse_url(url), time.monotonic) for url in urls]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(_saturate(client, line, writer, done))
                 for client, line in zip(clients, map(iter, lines), strict=True)
-                for _ in range(AT_ONCE)
+                for _ in range(lab.AT_ONCE)
             ]
             await asyncio.sleep(SETTLE_SHARE * seconds)
-            before, since_s = await place.fleet.tokens(), time.monotonic()
-            count = done[0]
-            await asyncio.sleep(seconds * (1 - SETTLE_SHARE))
-            after, took_s = await place.fleet.tokens(), time.monotonic() - since_s
+            count, seen = done[0], [await _counted(place, begun_s)]
+            for _ in range(SLICES):
+                await asyncio.sleep(seconds * (1 - SETTLE_SHARE) / SLICES)
+                seen.append(await _counted(place, begun_s))
             requests = done[0] - count
             for task in tasks:
                 task.cancel()
     finally:
         for client in clients:
             client.close()
-    engines = spent(before, after)
-    rate = sum(one.work for one in engines) / len(engines) / took_s
+    slices = [_rate(*pair) for pair in itertools.pairwise(seen)]
+    rate = _rate(seen[0], seen[-1])
     if rate <= 0:
         raise RunError("no engine computed anything; see their logs")
-    place.say(f"capacity of {workload}: {rate:,.0f} uncached tokens/s a replica")
+    each = ", ".join(f"{one:,.0f}" for one in slices)
+    place.say(f"capacity of {workload}: {rate:,.0f} uncached tokens/s a replica ({each})")
     return Capacity(
         shape=shape,
         workload=workload,
         uncached_tokens_per_s=round(rate, 1),
+        slices=[round(one, 1) for one in slices],
         requests=requests,
-        seconds=round(took_s, 2),
-        engines=engines,
+        settled_s=round(seen[0].at_s, 2),
+        seconds=round(seen[-1].at_s - seen[0].at_s, 2),
+        engines=spent(seen[0].tokens, seen[-1].tokens),
     )
+
+
+class _Counted(NamedTuple):
+    """What the engines had counted, and when."""
+
+    at_s: float
+    tokens: list[Tokens]
+
+
+async def _counted(place: Place, begun_s: float) -> _Counted:
+    tokens = await place.fleet.tokens()
+    return _Counted(time.monotonic() - begun_s, tokens)
+
+
+def _rate(before: _Counted, after: _Counted) -> float:
+    """Return the uncached tokens a second of one replica."""
+    engines = spent(before.tokens, after.tokens)
+    return sum(one.work for one in engines) / len(engines) / (after.at_s - before.at_s)
 
 
 async def check_length(url: str) -> None:

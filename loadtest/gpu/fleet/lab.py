@@ -1,26 +1,31 @@
 """What the policy lab predicts for a cell, before it is looked at: its requests, times, pool, rule.
 
 The engine of the lab is the measured profile of one card. One number is taken from the run itself:
-the capacity, since the loads are relative to it and the card may be another. All else is foretold.
+the capacity, since the loads are relative to it and the card may be another: the lab's replicas are
+as quick as makes them do as much in the same measurement. All else is foretold.
 The lab has no intake (HTTP, tokenizer, hashing of a prompt); what the profile says of it is added
 to each first token.
+
+Queues are chaotic: a request that comes some milliseconds later may go elsewhere, and what follows
+with it, which moves a median by a tenth. So each cell is run several times with arrivals that lie
+up to JITTER_S apart, and all their requests together are the word.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Final
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
 
 import msgspec
+from typing_extensions import override
 
 from loadtest.measure import quantile
-from loadtest.policies import rivals as rules
 from loadtest.policies.cells import Cell, chooser_of
 from loadtest.policies.engines import Flight, Timing
-from loadtest.policies.router import Rival
 from loadtest.policies.workload import Workload
-from loadtest.policies.world import Drive, Fleet, Stage
+from loadtest.policies.world import HELD, Chooser, Drive, Fleet, Stage
 
 SPEC: Final = {
     "ours": "doherty",
@@ -31,7 +36,12 @@ SPEC: Final = {
     "sglang_cache_aware": "sglang:0.3:64:1.5",  # its defaults
     "vllm_consistent_hash": "ring:0",  # of the session
 }
-AT_ONCE: Final = 96  # as the capacity is measured: 24 on each of four
+DRAWS: Final = 8
+JITTER_S: Final = 0.01  # what takes in a prompt takes 9 to 60 ms of it
+AT_ONCE: Final = 24  # requests under way on each replica when capacity is measured
+LINES_SHARE: Final = 2.0  # of the prompt tokens that could be computed, were none cached
+FITS_MAX: Final = 8
+FIT_WITHIN: Final = 0.002
 
 
 class Speeds(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,12 +125,16 @@ def foretell(workload: Workload, arm: str, scale: float, warm_s: float, pool: Po
 def flights_of(
     workload: Workload, arm: str, scale: float, warm_s: float, pool: Pool
 ) -> list[Flight]:
-    """Return the requests that are measured, as they went in the lab."""
+    """Return the requests that are measured, as they went in each draw."""
     proxies = pool.workers if SPEC[arm].startswith("doherty") else 1
-    stage = _stage(workload, pool, Drive(scale=scale, proxies=proxies))
     cell = Cell(replicas=pool.replicas, cache_tokens=pool.cache_tokens, proxies=proxies)
-    stage.run(chooser_of(SPEC[arm], stage, cell))
-    return [flight for flight in stage.flights if flight.job.at_s / scale >= warm_s]
+    found: list[Flight] = []
+    for seed in range(DRAWS):
+        drive = Drive(scale=scale, proxies=proxies, seed=seed, jitter_s=JITTER_S)
+        stage = _stage(workload, pool, drive)
+        stage.run(chooser_of(SPEC[arm], stage, cell))
+        found += (flight for flight in stage.flights if flight.job.at_s / scale >= warm_s)
+    return found
 
 
 def _stage(workload: Workload, pool: Pool, drive: Drive) -> Stage:
@@ -157,14 +171,93 @@ def _at(values: Sequence[float], share: float) -> float:
     return math.nan if found is None else found
 
 
-def uncached_rate(workload: Workload, pool: Pool, requests: int) -> float:
+# --- capacity -------------------------------------------------------------------------------------
+
+
+class Saturating(Chooser):
+    """Has so many requests under way on each replica, whose line is every so manieth request."""
+
+    holds = True
+
+    def __init__(self, replicas: int) -> None:
+        self._lines: list[deque[Flight]] = [deque() for _ in range(replicas)]
+        self._under_way = [0] * replicas
+        self._arrived = 0
+
+    @override
+    def choose(self, flight: Flight, now_s: float) -> int:
+        self._lines[self._arrived % len(self._lines)].append(flight)
+        self._arrived += 1
+        return HELD
+
+    @override
+    def take(self, now_s: float) -> Iterable[tuple[Flight, int]]:
+        for replica, line in enumerate(self._lines):
+            while line and self._under_way[replica] < AT_ONCE:
+                self._under_way[replica] += 1
+                yield line.popleft(), replica
+
+    @override
+    def ended(self, flight: Flight, now_s: float) -> None:
+        self._under_way[flight.replica] -= 1
+
+    @override
+    def sent(self, flight: Flight, now_s: float) -> None: ...
+
+    @override
+    def first_token(self, flight: Flight, now_s: float) -> None: ...
+
+    @override
+    def alive(self, count: int, now_s: float) -> None: ...
+
+
+class Window(NamedTuple):
+    """When a capacity is counted, seconds after the first request."""
+
+    since_s: float
+    until_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.until_s - self.since_s
+
+
+def uncached_rate(workload: Workload, pool: Pool, window: Window) -> float:
     """Return the uncached tokens a second that a replica of the lab does when it never rests.
 
-    Everything is there at once, as in `cells.full_rate`; the first `requests` are enough.
+    Measured as on the engines: the same requests, as many under way, counted when their prompts
+    are done.
     """
-    jobs = workload.jobs[: max(requests, AT_ONCE)]
-    part = Workload(workload.name, jobs, closed_loop=False)
-    stage = _stage(part, pool, Drive(scale=math.inf))
-    stage.run(Rival(stage, rules.round_robin(), shared=True))
-    work = sum(max(1, flight.job.prompt_tokens - flight.cached_tokens) for flight in stage.flights)
-    return work / sum(engine.busy_s for engine in stage.engines)
+    stage = _stage(_enough(workload, pool, window.until_s), pool, Drive(scale=math.inf))
+    stage.run(Saturating(pool.replicas))
+    work = sum(
+        max(1, flight.job.prompt_tokens - flight.cached_tokens)
+        for flight in stage.flights
+        if window.since_s <= flight.first_s < window.until_s
+    )
+    return work / pool.replicas / window.seconds
+
+
+def _enough(workload: Workload, pool: Pool, seconds: float) -> Workload:
+    """Return the first requests that no replica can be done with in time."""
+    most = pool.replicas * pool.speeds.timing.prefill_tokens_per_s
+    wanted, sums = LINES_SHARE * most * seconds, 0
+    for count, job in enumerate(workload.jobs, 1):
+        sums += job.prompt_tokens
+        if sums >= wanted:
+            return Workload(workload.name, workload.jobs[:count], closed_loop=False)
+    return Workload(workload.name, workload.jobs, closed_loop=False)
+
+
+def as_quick(
+    workload: Workload, pool: Pool, manners: str, time_scale: float, wanted: float, window: Window
+) -> Pool:
+    """Return the pool with prefill as quick as makes it do `wanted` uncached tokens a second."""
+    factor = 1.0
+    for _ in range(FITS_MAX):
+        found = uncached_rate(workload, pool, window)
+        if abs(found / wanted - 1) < FIT_WITHIN:
+            break
+        factor *= wanted / found
+        pool = msgspec.structs.replace(pool, speeds=speeds_of(manners, factor, time_scale))
+    return pool

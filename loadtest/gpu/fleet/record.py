@@ -96,7 +96,9 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True, tag="capacity", tag_fi
     shape: str
     workload: str
     uncached_tokens_per_s: float
+    slices: list[float]  # the same of its parts, one after the other
     requests: int
+    settled_s: float  # since the first request, before anything was counted
     seconds: float
     engines: list[Tokens]
 

@@ -6,12 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
-
 from loadtest.gpu.fleet import judge, lab, load, targets
 from loadtest.gpu.fleet.judge import Figures, Group
 from loadtest.gpu.fleet.lab import Foretold, Pool
-from loadtest.gpu.fleet.record import Burst, CellKey, Record, Row, Setting
+from loadtest.gpu.fleet.record import Burst, Capacity, CellKey, Record, Row, Setting
 from loadtest.measure import quantile
 from loadtest.policies.tables import aligned
 from loadtest.traces import TraceError
@@ -62,11 +60,12 @@ def _head(setting: Setting, record: Record) -> str:
     if setting.engine == "simulator":
         lines.append("a rehearsal: simulated engines, whose figures are not those of a GPU")
     for entry in record.entries:
-        rate = getattr(entry, "uncached_tokens_per_s", None)
-        if rate is not None:
+        if isinstance(entry, Capacity):
+            parts = ", ".join(f"{rate:,.0f}" for rate in entry.slices)
             lines.append(
-                f"capacity:  {getattr(entry, 'workload', '')} {getattr(entry, 'shape', '')}: "
-                f"{rate:,.0f} uncached tokens/s a replica"
+                f"capacity:  {entry.workload} {entry.shape}: {entry.uncached_tokens_per_s:,.0f} "
+                f"uncached tokens/s a replica; in {entry.seconds:.0f} s after "
+                f"{entry.settled_s:.0f}: {parts}"
             )
     return "\n".join(lines)
 
@@ -144,9 +143,11 @@ def _pool(record: Record, setting: Setting, key: CellKey) -> Pool | None:
         speeds=lab.speeds_of(manners, 1.0, setting.time_scale),
         workers=setting.workers,
     )
-    full = lab.uncached_rate(load.workload_of(trace), pool, 4 * lab.AT_ONCE)
-    factor = capacity.uncached_tokens_per_s / full
-    return msgspec.structs.replace(pool, speeds=lab.speeds_of(manners, factor, setting.time_scale))
+    window = lab.Window(capacity.settled_s, capacity.settled_s + capacity.seconds)
+    measured = capacity.uncached_tokens_per_s
+    return lab.as_quick(
+        load.workload_of(trace), pool, manners, setting.time_scale, measured, window
+    )
 
 
 # --- what happened in some cells ----------------------------------------------------------------
