@@ -343,7 +343,7 @@ class Picture:
 
     def prefill_ended(self, lease: Lease, now_s: float) -> None:
         if self._current(lease):
-            self.loads.prefill_ended(lease, now_s)
+            self.loads.prefilling.ended(lease, now_s)
 
     def release(
         self,

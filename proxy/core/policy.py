@@ -307,12 +307,13 @@ def session(request: Request, pool: Pool, picture: Picture, now_s: float) -> Dec
 def least_load(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
     """Fewest queued tokens, then requests, then the work it was ever sent, so that ties rotate."""
     seats, loads = picture.seats(pool), picture.loads
-    loads.settle_due(now_s)
+    loads.prefilling.settle_due(now_s)
     best = -1
     least: tuple[int, int, int] = (0, 0, 0)
     for place in _able(request, seats, picture):
         slot = seats.slots[place]
-        load = (loads.queued_tokens(slot), loads.inflight[slot], loads.dispatched_tokens[slot])
+        queued_tokens = loads.prefilling.queued_tokens(slot)
+        load = (queued_tokens, loads.inflight[slot], loads.dispatched_tokens[slot])
         if best < 0 or load < least:
             best, least = place, load
     return _decide(best, "least_load", request, seats, picture) if best >= 0 else None
@@ -364,7 +365,7 @@ def _decide(place: int, reason: str, request: Request, seats: Seats, picture: Pi
 
 def terms(decision: Decision, request: Request, picture: Picture, now_s: float) -> Terms:
     """Return the price of one decision, term by term."""
-    picture.loads.settle(decision.slot, now_s)
+    picture.loads.prefilling.settle(decision.slot, now_s)
     outlook = picture.outlooks.of[decision.slot] if decision.replica.remote else None
     octets = request.chain.prompt_bytes - decision.cached_octets
     return Terms(
