@@ -32,6 +32,8 @@ class Loads:
         self.measured: set[int] = set()  # slots that have such a limit
         self.headcount: Headcount | None = None  # None: nobody else of this proxy chooses
         self.crowded: set[int] = set()  # slots that others have filled, as `headcount` just said
+        self.full: set[int] = set()  # slots that have as many requests as they may have
+        self.lower_full: set[int] = set()  # and those that have so for all but online work
         self.dispatched_tokens: list[int] = []  # ever: it evens out the use of caches
         self.speeds = Speeds()
         self.s_per_token = self.speeds.s_per_token
@@ -124,6 +126,10 @@ class Loads:
             kept = int((most or self.running_max[slot]) * (1.0 - self.online_reserve))
             most = max(1, kept)  # less would be a replica that serves online work alone
         self.lower_max[slot] = most
+        self.full.discard(slot)
+        self.lower_full.discard(slot)
+        if most:
+            self._fill(slot)
 
     def close(self, slot: int) -> None:
         """The replica is gone. Leases on it may still be released; they change nothing more."""
@@ -132,6 +138,8 @@ class Loads:
         self.tight.discard(slot)
         self.measured.discard(slot)
         self.crowded.discard(slot)
+        self.full.discard(slot)
+        self.lower_full.discard(slot)
 
     def _grow(self) -> None:
         for ints in (
@@ -254,8 +262,9 @@ class Loads:
 
     def is_full(self, slot: int, work_class: int = ONLINE) -> bool:
         """Whether it has as many requests as it may have for one of this class to come."""
-        most = self.inflight_max[slot] if work_class <= ONLINE else self.lower_max[slot]
-        return (most > 0 and self.inflight[slot] >= most) or slot in self.crowded
+        return slot in (self.full if work_class <= ONLINE else self.lower_full) or (
+            slot in self.crowded
+        )
 
     def reserve(self, slot: int, name: str, tokens: int, work_class: int = ONLINE) -> bool:
         """Take the place of a request that is dispatched in this turn.
@@ -328,6 +337,8 @@ class Loads:
 
     def _recount(self, slot: int) -> None:
         """Requests have come or gone: perhaps there is no room for more, where room is known."""
+        if self.lower_max[slot]:
+            self._fill(slot)
         slots = self.running_max[slot]
         if slots:
             over = self.inflight[slot] + self._foreign[slot] + 1 - slots
@@ -341,6 +352,21 @@ class Loads:
                 self.tight.add(slot)
             else:
                 self.tight.discard(slot)
+
+    def _fill(self, slot: int) -> None:
+        """Keep apart who may have no more, so that a decision need not look at everybody.
+
+        Who has a limit has one for lower classes, too.
+        """
+        lower, most, inflight = self.lower_max[slot], self.inflight_max[slot], self.inflight[slot]
+        if inflight >= lower:
+            self.lower_full.add(slot)
+        else:
+            self.lower_full.discard(slot)
+        if most and inflight >= most:
+            self.full.add(slot)
+        else:
+            self.full.discard(slot)
 
     def shortage_s(self, slot: int, prompt_tokens: int) -> float:
         """Return how long a prompt waits for KV space: all of it comes free in a request's time."""

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.core import limits
+from proxy.core.classes import OFFLINE, ONLINE
 from proxy.core.lease import Lease
 from proxy.core.loads import Loads
 
@@ -83,6 +84,41 @@ def test_one_that_overtakes_leaves_the_rest_as_it_was() -> None:
     loads.release(third, 0.0)
     loads.release(second, 0.0)
     assert loads.prefilling.queued_tokens(0) == 0
+
+
+_PLACES = st.lists(
+    st.tuples(
+        st.sampled_from(["send", "release", "limit", "reserve", "close"]),
+        st.integers(0, 3),
+        st.integers(0, 3),
+    ),
+    max_size=60,
+)
+
+
+@given(_PLACES)
+def test_full_are_those_that_have_as_many_requests_as_they_may(
+    steps: list[tuple[str, int, int]],
+) -> None:
+    loads = _loads()
+    open_leases: list[Lease] = []
+    for what, most, running_max in steps:
+        if what == "send":
+            open_leases.append(_send(loads, 100))
+        elif what == "release" and open_leases:
+            loads.release(open_leases.pop(), 0.0)
+        elif what == "limit":
+            loads.limit(0, 100_000, most, running_max)
+        elif what == "reserve":
+            loads.reserve_online(most / 4)
+        elif what == "close":
+            loads.close(0)
+            for lease in open_leases:
+                loads.release(lease, 0.0)
+            open_leases.clear()
+            loads.open(0, "g", capacity_tokens=100_000, inflight_max=most, running_max=running_max)
+        for work_class, limit in ((ONLINE, loads.inflight_max[0]), (OFFLINE, loads.lower_max[0])):
+            assert loads.is_full(0, work_class) == bool(limit and len(open_leases) >= limit)
 
 
 _STEPS = st.lists(
@@ -326,7 +362,9 @@ def test_a_part_of_each_replica_is_kept_for_online_work() -> None:
     loads.open(2, "group", capacity_tokens=1000, inflight_max=1)
     loads.open(3, "group", capacity_tokens=1000)
     assert loads.lower_max == [6, 6, 1, 0]
-    loads.inflight[:] = [6, 6, 0, 100]
+    for slot, requests in enumerate((6, 6, 0, 100)):
+        for _ in range(requests):
+            _send(loads, 1, slot=slot)
     full = [[loads.is_full(slot, work_class) for slot in range(4)] for work_class in range(3)]
     assert full == [[False] * 4, [True, True, False, False], [True, True, False, False]]
     loads.reserve_online(0.0)
