@@ -44,6 +44,32 @@ def check_engines(
     return tuple(dict.fromkeys(warnings))
 
 
+def none_can_start(
+    config: Config, environ: Mapping[str, str], engines: Mapping[str, Engine] = ENGINES
+) -> str | None:
+    """Return why no pool that takes requests could ever start here; None: one could, or none is.
+
+    A start is tried again with growing pauses, because most of what fails it goes by. A program
+    that is not installed does not: where some pool serves, the others wait for it, and who waits
+    for an endpoint that needs one of these would wait for ever.
+    """
+    missing: list[str] = []
+    for spec in (pool.first for pool in pool_specs(config) if pool.autoscale or pool.replicas):
+        if spec.serves != "requests":
+            continue
+        if spec.image or spec.elsewhere:
+            return None
+        try:
+            program_of(engines[spec.engine], spec, environ)
+        except EngineMissingError as error:
+            missing.append(f"model '{spec.model}': {error}")
+        except FlagError:  # whoever starts it says which one
+            return None
+        else:
+            return None
+    return "\n".join(dict.fromkeys(missing)) or None
+
+
 def _check(engine: Engine, spec: ReplicaSpec, environ: Mapping[str, str]) -> tuple[str, ...]:
     if spec.image:  # which program is in there, its tag says
         return engine.check(spec, parse_release(tag_of(spec.image)))

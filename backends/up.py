@@ -23,6 +23,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
+from backends.checking import none_can_start
 from backends.failure import StartError
 from backends.journal import Launch, replay
 from backends.log import Log
@@ -305,6 +306,9 @@ async def up(plan: Plan) -> int:
     """Run until a signal. Raises `StartError` before anything has been started."""
     os.close(lock_run_folder(plan.run_folder))  # says so when a manager runs there already
     refuse_left(plan.run_folder)
+    why = None if plan.proxy.worker_urls else none_can_start(plan.config, os.environ)
+    if why is not None:
+        raise StartError(f"no model could be served:\n{why}")
     return await Up(with_ports(plan)).run()
 
 

@@ -31,10 +31,10 @@ FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sour
 _CORE: Final = """additions admission asked charging chunked claim_limits claims classes cost
 credentials crowd engine_errors explanation fairness fleet head head_memory headcount hearsay
 held holding http1 idle index lease lengths limits lines loads multipart note_wire notes
-opening outlook pacing picture pieces policy preamble preempting prefix principal principals
-prospects quota regions replica request_spans response_id responses retry ring room routes scan
-session share_cells sketch spare speeds sse termination tier_echo trace_context usage
-wishes"""
+opening outlook pacing picture pieces policy preamble preempting prefilling prefix principal
+principals prospects quota regions replica request_spans response_id responses retry ring
+room routes scan session share_cells sketch spare speeds sse termination tier_echo
+trace_context usage wishes"""
 _IO: Final = (
     "abroad access_log authentication choice class_telemetry clock connection crossing echoing "
     "endings engine_answer exchange facts lateness metered metering noting outbox passage plane "

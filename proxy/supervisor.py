@@ -29,6 +29,7 @@ from proxy.figures import Figures
 from proxy.flags import Invocation
 from proxy.io import control
 from proxy.io.admin import make_app
+from proxy.io.admin_door import admin_runner
 from proxy.io.admin_guard import Guard, is_local
 from proxy.io.entrance import LISTEN_BACKLOG
 from proxy.io.hub import Hub
@@ -116,7 +117,7 @@ class Supervisor:
         )
         asked = ScalingNews(lambda: self._lookout.session, self._standing.manager_url)
         self._viewing = Viewing(self._standing, asked, self._tasks)
-        self._admin = web.AppRunner(self._make_admin(), access_log=None)
+        self._admin = admin_runner(self._make_admin())
         self._door: takeover.Door | None = None
         self._door_task: asyncio.Task[None] | None = None
         self._fingerprint = settings.fingerprint(invocation.path, config)

@@ -259,7 +259,7 @@ def _share(plane: Plane, start: control.Start) -> None:
     """Have the plane count in the memory that it has with other workers, as far as there is any."""
     if start.cells_fd >= 0:
         counted = headcount_at(start.cells_fd, start.place, start.workers)
-        plane.picture.loads.headcount = counted
+        plane.picture.loads.count_with(counted)
         plane.waiting.shares.cells = shares_at(start.cells_fd, start.place, start.workers)
     if start.quota_fd >= 0:
         cells = quota_cells_at(start.quota_fd, start.workers)

@@ -36,10 +36,12 @@ def load(path: str) -> KeySet:
 def change(path: str, make: Callable[[KeySet], KeySet]) -> KeySet:
     """Have `make` turn what is there into what is to be there, and keep that.
 
-    Raises `KeyFileError`, and what `make` raises; then nothing is changed.
+    Raises `KeyFileError`, and what `make` raises; then no file is changed.
     """
     path = os.path.realpath(path)  # what a link points to is replaced, not the link
     try:
+        with contextlib.suppress(FileExistsError):  # keys may be made before anything has run there
+            os.mkdir(os.path.dirname(path), 0o755)
         with _locked(os.path.dirname(path)) as folder:
             before = load(path)
             after = msgspec.structs.replace(make(before), version=before.version + 1)

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from loadtest.gpu.fleet.record import Record, RecordError, read
+from loadtest.gpu.fleet.record import Burst, CellRecord, Record, RecordError, read
 from loadtest.gpu.fleet.report import text_of
 
 SUMMARY = "tables and targets from what `gpu fleet` recorded"
@@ -28,11 +28,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def _all_of(paths: list[Path]) -> Record:
     """Return the entries of all files. Raises `RecordError`."""
+    found = [read(path) for path in paths]
+    for path, entries in zip(paths, found, strict=True):
+        if not any(isinstance(entry, CellRecord | Burst) for entry in entries):
+            raise RecordError(
+                f"{path}: holds no cell and no burst yet; "
+                f"the call of `gpu fleet` or `gpu surge` that began it goes on when it is repeated"
+            )
     record = Record(paths[0])
-    for further in paths[1:]:
-        record.entries += read(further)
-    if not record.entries:
-        raise RecordError(f"{paths[0]}: holds nothing")
+    record.entries = [entry for entries in found for entry in entries]
     return record
 
 

@@ -194,7 +194,7 @@ class Stage:
 
     def _holds(self, worker: Worker, request: Request, decision: Decision) -> bool:
         picture, shares = worker.picture, worker.holding.shares
-        picture.loads.settle(decision.slot, self.now_s)
+        picture.loads.prefilling.settle(decision.slot, self.now_s)
         runway_s = limits.RUNWAY_S
         if worker.held:
             account = account_of(shares, request, self.now_s)

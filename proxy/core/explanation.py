@@ -147,7 +147,7 @@ def _slot_shown(picture: Picture, slot: int) -> Shown:
     output_s = loads.s_per_output_token[slot]
     return {
         "inflight": loads.inflight[slot],
-        "queued_tokens": loads.queued_tokens(slot),
+        "queued_tokens": loads.prefilling.queued_tokens(slot),
         "decoding": round(loads.decoding(slot), 3),
         "dispatched_tokens": loads.dispatched_tokens[slot],
         "prefill_tokens_per_s": round(1.0 / loads.s_per_token[slot], 1),

@@ -137,7 +137,7 @@ class Hearsay:
             return
         self._picture.loads.acquire(lease, now_s)
         if said.prefill_ended:
-            self._picture.loads.prefill_ended(lease, now_s)
+            self._picture.loads.prefilling.ended(lease, now_s)
             lease.head_s = -1.0  # we have not seen how long it took
         self._keep(table, lease)
 

@@ -1,29 +1,23 @@
 """What each replica has to do: seconds of work, per slot.
 
 Work is counted in prefill tokens when it is dispatched, since whatever is counted later lets a
-burst pile onto one replica before anybody notices. Engines prefill first come, first served, so the
-requests of a replica whose first octet is still out stand in line; the first of them is being
-computed since the one before it answered, and the part of it that must be done by now is credit.
-An answer that is not streamed shows no first octet until its end: such a request leaves the line
-when its prefill should be over.
+burst pile onto one replica before anybody notices. It stands in line until it is computed
+(`core.prefilling`), and holds a place and KV memory until its answer has ended. What an engine's
+own gauges show beyond that is the work of others.
 
 One writer. Lists by slot and not objects, because a decision reads a few figures of every replica.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Final
-
 from proxy.core import limits
 from proxy.core.classes import ONLINE
 from proxy.core.headcount import Headcount
 from proxy.core.lease import Lease
 from proxy.core.pacing import Pacing
+from proxy.core.prefilling import Prefilling
 from proxy.core.spare import Spare
 from proxy.core.speeds import Speeds
-
-_NEVER_ZERO_S: Final = 1e-9
 
 
 class Loads:
@@ -38,11 +32,14 @@ class Loads:
         self.measured: set[int] = set()  # slots that have such a limit
         self.headcount: Headcount | None = None  # None: nobody else of this proxy chooses
         self.crowded: set[int] = set()  # slots that others have filled, as `headcount` just said
+        self.full: set[int] = set()  # slots that have as many requests as they may have
+        self.lower_full: set[int] = set()  # and those that have so for all but online work
         self.dispatched_tokens: list[int] = []  # ever: it evens out the use of caches
-        self.pending_tokens: list[int] = []  # behind the head of the line
-        self.head_end_s: list[float] = []  # when the head should be done; 0: no head
         self.speeds = Speeds()
         self.s_per_token = self.speeds.s_per_token
+        self.prefilling = Prefilling(self.speeds)
+        self.pending_tokens = self.prefilling.pending_tokens
+        self.head_end_s = self.prefilling.head_end_s
         self.price_per_token: list[float] = []  # of a newcomer's own uncached tokens, for itself
         self.stall_per_token: list[float] = []  # and for those who are there; not of all of them
         self.extra_s: list[float] = []  # waiting for a slot
@@ -56,9 +53,6 @@ class Loads:
         self.running_max: list[int] = []  # requests that it computes at a time; 0: any
         self.request_s: list[float] = []  # how long a request holds its slot; learned
         self.spare = Spare()
-        self.line: list[deque[Lease]] = []
-        self.unseen: set[int] = set()  # slots whose head shows no first octet
-        self._head_start_s: list[float] = []
         self.gauge_end_s: list[float] = []  # when all that its gauge showed should be done
         self._foreign: list[int] = []  # requests of others, by the engine's gauges
         self._others_held_tokens: list[int] = []  # KV in use by the engine's gauge, less ours then
@@ -82,16 +76,15 @@ class Loads:
         while len(self.inflight) <= slot:
             self._grow()
         self.speeds.open(slot, group)
-        self.inflight[slot] = self.dispatched_tokens[slot] = self.pending_tokens[slot] = 0
+        self.prefilling.clear(slot)
+        self.inflight[slot] = self.dispatched_tokens[slot] = 0
         self.held_tokens[slot] = self._foreign[slot] = self._others_held_tokens[slot] = 0
         self._gauged[slot] = False
         self._peak[slot] = self._refused[slot] = 0
-        self.head_end_s[slot] = self.extra_s[slot] = self.present[slot] = 0.0
+        self.extra_s[slot] = self.present[slot] = 0.0
         self.gauge_end_s[slot] = self.request_s[slot] = self._refused_end_s[slot] = 0.0
         self.pacing.open(slot)
         self.spare.open(slot)
-        self.line[slot] = deque()
-        self.unseen.discard(slot)
         # A newcomer that begins as the least used would get everything until it has caught up.
         used = [self.dispatched_tokens[other] for other in self.speeds.fellows(slot)]
         self.dispatched_tokens[slot] = min(used) if used else 0
@@ -117,6 +110,10 @@ class Loads:
             self.measured.discard(slot)
         self._reprice(slot)
 
+    def count_with(self, headcount: Headcount) -> None:
+        """Others of this proxy choose too: what each replica has is counted for all of them."""
+        self.headcount = self.prefilling.headcount = headcount
+
     def reserve_online(self, share: float) -> None:
         """Keep this part of each replica for online work from now on."""
         self.online_reserve = share
@@ -129,30 +126,33 @@ class Loads:
             kept = int((most or self.running_max[slot]) * (1.0 - self.online_reserve))
             most = max(1, kept)  # less would be a replica that serves online work alone
         self.lower_max[slot] = most
+        self.full.discard(slot)
+        self.lower_full.discard(slot)
+        if most:
+            self._fill(slot)
 
     def close(self, slot: int) -> None:
         """The replica is gone. Leases on it may still be released; they change nothing more."""
         self.speeds.close(slot)
-        self.line[slot] = deque()
-        self.unseen.discard(slot)
+        self.prefilling.clear(slot)
         self.tight.discard(slot)
         self.measured.discard(slot)
         self.crowded.discard(slot)
+        self.full.discard(slot)
+        self.lower_full.discard(slot)
 
     def _grow(self) -> None:
         for ints in (
             self.inflight, self.inflight_max, self.lower_max, self.tokens_max,
-            self.dispatched_tokens, self.pending_tokens, self.held_tokens, self.capacity_tokens,
-            self.running_max, self.free_tokens, self._foreign, self._others_held_tokens,
-            self._peak, self._refused,
+            self.dispatched_tokens, self.held_tokens, self.capacity_tokens, self.running_max,
+            self.free_tokens, self._foreign, self._others_held_tokens, self._peak, self._refused,
         ):  # fmt: skip
             ints.append(0)
         for floats in (
-            self.head_end_s, self.price_per_token, self.stall_per_token, self.extra_s,
-            self.present, self.request_s, self.gauge_end_s, self._head_start_s, self._refused_end_s,
+            self.price_per_token, self.stall_per_token, self.extra_s, self.present,
+            self.request_s, self.gauge_end_s, self._refused_end_s,
         ):  # fmt: skip
             floats.append(0.0)
-        self.line.append(deque())
         self._gauged.append(False)
 
     # --- one request -------------------------------------------------------------------------
@@ -160,13 +160,10 @@ class Loads:
     def acquire(self, lease: Lease, now_s: float) -> None:
         """Count a request that goes out now, at the end of its replica's line."""
         slot = lease.slot
-        lease.pending = True
         lease.started_s = now_s
         prefill_s = lease.prefill_tokens * self.s_per_token[slot]
         self.spare.dispatched(slot, prefill_s, now_s, urgent=lease.weight >= 1.0)
-        self.settle(slot, now_s)
-        line = self.line[slot]
-        line.append(lease)
+        self.prefilling.join(lease, now_s)
         self.inflight[slot] += 1
         self.present[slot] += lease.weight
         self._peak[slot] = max(self._peak[slot], self.inflight[slot])
@@ -175,35 +172,8 @@ class Loads:
         if self._foreign[slot]:
             waiting_s = max(self.gauge_end_s[slot], now_s)
             self.gauge_end_s[slot] = waiting_s + prefill_s
-        if len(line) == 1:
-            self._begin(slot, now_s)
-        else:
-            self.pending_tokens[slot] += lease.prefill_tokens
         self._toll(slot)
         self._recount(slot)
-
-    def prefill_ended(self, lease: Lease, now_s: float) -> None:
-        """The first octet came back: the prompt has been computed. Harmless when repeated."""
-        if lease.released:
-            return
-        slot, line = lease.slot, self.line[lease.slot]
-        self.settle(slot, now_s)
-        if not lease.pending:  # or its first octet is its last: it has left when it should have
-            return
-        alone = lease.streamed and bool(line) and line[0] is lease
-        while line and line[0] is not lease and not line[0].streamed:
-            self._leave_head(slot)  # it was before this one, so it is computed too
-        if line and line[0] is lease:
-            self._leave_head(slot)
-            if alone:
-                lease.head_s = max(0.0, now_s - self._head_start_s[slot])
-            self._advance(slot, now_s)
-        elif lease in line:  # overtook the head: its work was done in the head's time
-            line.remove(lease)
-            self.pending_tokens[slot] -= lease.prefill_tokens
-            if lease.streamed:
-                lease.head_s = 0.0
-            self._leave_line(lease)
 
     def release(
         self, lease: Lease, now_s: float, computed_tokens: int = 0, *, served: bool = True
@@ -219,7 +189,7 @@ class Loads:
             for each in self.speeds.learn(slot, tokens, lease.head_s):
                 self._toll(each)
         if lease.pending:
-            self._withdraw(lease, now_s)
+            self.prefilling.withdraw(lease, now_s)
         lease.released = True
         self.inflight[slot] = max(0, self.inflight[slot] - 1)
         self.present[slot] = max(0.0, self.present[slot] - lease.weight)
@@ -250,29 +220,16 @@ class Loads:
 
     def streams(self, slot: int) -> int:
         """Return how many requests decode there, whatever each of them weighs."""
-        return self.inflight[slot] - len(self.line[slot])
+        return self.inflight[slot] - len(self.prefilling.line[slot])
 
     def decoding(self, slot: int) -> float:
         """Return the requests past their prefill, by weight."""
-        return self.present[slot] - sum([lease.weight for lease in self.line[slot]])
+        line = self.prefilling.line[slot]
+        return self.present[slot] - sum([lease.weight for lease in line])
 
     def late_s(self, slot: int, tpot_s: float) -> float:
         """Return by how much an answer would be later than it should, at so long a token."""
         return self.pacing.late_s(slot, self.streams(slot) + 1, tpot_s) if tpot_s else 0.0
-
-    def settle(self, slot: int, now_s: float) -> None:
-        """Let requests that show no first octet leave the line when they should be computed."""
-        line = self.line[slot]
-        while line and not line[0].streamed and self.head_end_s[slot] <= now_s:
-            end_s = self.head_end_s[slot]
-            self._leave_head(slot)
-            self._advance(slot, end_s)
-
-    def settle_due(self, now_s: float) -> None:
-        """Settle every replica where somebody should have left the line by now."""
-        if self.unseen:
-            for slot in [slot for slot in self.unseen if self.head_end_s[slot] <= now_s]:
-                self.settle(slot, now_s)
 
     # --- what a newcomer would meet ----------------------------------------------------------
 
@@ -286,7 +243,7 @@ class Loads:
 
     def waits_s(self, slots: list[int], now_s: float) -> list[float]:
         """Return `wait_s` of many slots, and what else they would have a newcomer wait for."""
-        self.settle_due(now_s)
+        self.prefilling.settle_due(now_s)
         pending, speed, ends = self.pending_tokens, self.s_per_token, self.head_end_s
         extra, gauges = self.extra_s, self.gauge_end_s
         out = []
@@ -303,15 +260,11 @@ class Loads:
             out.append(wait_s + extra[slot])
         return out
 
-    def queued_tokens(self, slot: int) -> int:
-        """Return the prefill tokens in the line."""
-        line = self.line[slot]
-        return self.pending_tokens[slot] + (line[0].prefill_tokens if line else 0)
-
     def is_full(self, slot: int, work_class: int = ONLINE) -> bool:
         """Whether it has as many requests as it may have for one of this class to come."""
-        most = self.inflight_max[slot] if work_class <= ONLINE else self.lower_max[slot]
-        return (most > 0 and self.inflight[slot] >= most) or slot in self.crowded
+        return slot in (self.full if work_class <= ONLINE else self.lower_full) or (
+            slot in self.crowded
+        )
 
     def reserve(self, slot: int, name: str, tokens: int, work_class: int = ONLINE) -> bool:
         """Take the place of a request that is dispatched in this turn.
@@ -331,7 +284,7 @@ class Loads:
         One request may be larger than the limit, and goes where the line is empty.
         """
         most = self.tokens_max[slot]
-        queued_tokens = self.queued_tokens(slot) if most else 0
+        queued_tokens = self.prefilling.queued_tokens(slot) if most else 0
         return queued_tokens > 0 and queued_tokens + tokens > most
 
     def foreign_share(self, slots: list[int]) -> float:
@@ -347,10 +300,11 @@ class Loads:
 
         What is less is not: the gauges are older than our last dispatches.
         """
-        self.settle(slot, now_s)
+        self.prefilling.settle(slot, now_s)
         self._foreign[slot] = max(0, requests - self._peak[slot])
         self._peak[slot] = self.inflight[slot]
-        queued_tokens = sum([lease.prompt_tokens for lease in self.line[slot]])  # hold nothing yet
+        line = self.prefilling.line[slot]
+        queued_tokens = sum([lease.prompt_tokens for lease in line])  # hold nothing yet
         self._others_held_tokens[slot] = held_tokens - (self.held_tokens[slot] - queued_tokens)
         self._gauged[slot] = True
         self.gauge_end_s[slot] = self._refused_end_s[slot]
@@ -365,51 +319,6 @@ class Loads:
         self._gauged[slot] = False
         self.gauge_end_s[slot] = self._refused_end_s[slot]
         self._reprice(slot)
-
-    # --- the line ----------------------------------------------------------------------------
-
-    def _begin(self, slot: int, start_s: float) -> None:
-        head = self.line[slot][0]
-        overhead_s = self.speeds.overhead_s(slot)
-        prefill_s = head.prefill_tokens * self.s_per_token[slot]
-        self._head_start_s[slot] = start_s
-        self.head_end_s[slot] = max(start_s + overhead_s + prefill_s, _NEVER_ZERO_S)
-        if head.streamed:
-            self.unseen.discard(slot)
-        else:
-            self.unseen.add(slot)
-
-    def _leave_head(self, slot: int) -> None:
-        """Take the head out. `_advance` makes the next one the head."""
-        lease = self.line[slot].popleft()
-        self._leave_line(lease)
-        if self.line[slot]:
-            self.pending_tokens[slot] -= self.line[slot][0].prefill_tokens
-
-    def _leave_line(self, lease: Lease) -> None:
-        lease.pending = False
-        if lease.queued_tokens and self.headcount is not None:
-            self.headcount.left_line(lease)
-
-    def _advance(self, slot: int, now_s: float) -> None:
-        if self.line[slot]:
-            self._begin(slot, now_s)
-        else:
-            self.head_end_s[slot] = 0.0
-            self.unseen.discard(slot)
-
-    def _withdraw(self, lease: Lease, now_s: float) -> None:
-        """It ended before its first octet: cancelled, failed, or its replica is gone."""
-        slot, line = lease.slot, self.line[lease.slot]
-        self._leave_line(lease)
-        if line and line[0] is lease:
-            line.popleft()
-            if line:
-                self.pending_tokens[slot] -= line[0].prefill_tokens
-            self._advance(slot, now_s)
-        elif lease in line:
-            line.remove(lease)
-            self.pending_tokens[slot] -= lease.prefill_tokens
 
     # --- prices and speeds -------------------------------------------------------------------
 
@@ -428,6 +337,8 @@ class Loads:
 
     def _recount(self, slot: int) -> None:
         """Requests have come or gone: perhaps there is no room for more, where room is known."""
+        if self.lower_max[slot]:
+            self._fill(slot)
         slots = self.running_max[slot]
         if slots:
             over = self.inflight[slot] + self._foreign[slot] + 1 - slots
@@ -441,6 +352,21 @@ class Loads:
                 self.tight.add(slot)
             else:
                 self.tight.discard(slot)
+
+    def _fill(self, slot: int) -> None:
+        """Keep apart who may have no more, so that a decision need not look at everybody.
+
+        Who has a limit has one for lower classes, too.
+        """
+        lower, most, inflight = self.lower_max[slot], self.inflight_max[slot], self.inflight[slot]
+        if inflight >= lower:
+            self.lower_full.add(slot)
+        else:
+            self.lower_full.discard(slot)
+        if most and inflight >= most:
+            self.full.add(slot)
+        else:
+            self.full.discard(slot)
 
     def shortage_s(self, slot: int, prompt_tokens: int) -> float:
         """Return how long a prompt waits for KV space: all of it comes free in a request's time."""

@@ -32,7 +32,7 @@ def has_little_to_do(slot: int, picture: Picture, now_s: float) -> bool:
     loads = picture.loads
     if loads.is_full(slot):
         return False
-    loads.settle(slot, now_s)
+    loads.prefilling.settle(slot, now_s)
     return (
         not loads.inflight[slot]
         or loads.wait_s(slot, now_s) + loads.extra_s[slot] <= limits.RUNWAY_S
@@ -125,6 +125,6 @@ def _opens_s(slot: int, picture: Picture, now_s: float, runway_s: float) -> floa
         return opens_s
     if end_s > now_s and behind_s <= runway_s:
         return max(opens_s, end_s + behind_s - runway_s)
-    if slot in loads.unseen:
+    if slot in loads.prefilling.unseen:
         return max(opens_s, end_s)  # the next one is the head then
     return _NEVER

@@ -84,7 +84,7 @@ class Picture:
         self._restarts: dict[str, int] = {}
         self._read_at_s: dict[str, float] = {}
         self._sizes: dict[str, _Sizes] = {}
-        self._size_of: list[_Sizes] = []
+        self.size_of: list[_Sizes] = []
         self._heard_at_s: list[float] = []  # by slot: when its gauges came; below 0: never
         self._seats: dict[int, Seats] = {}
         self._lease_id = 0
@@ -198,7 +198,7 @@ class Picture:
             self._lives.append(-1)
             self._misses.append(0)
             self._heard_at_s.append(-1.0)
-            self._size_of.append(_Sizes())
+            self.size_of.append(_Sizes())
         self._names[slot] = replica.name
         self._lives[slot] += 1
         self._misses[slot] = 0
@@ -209,7 +209,7 @@ class Picture:
         if sizes is None:
             sizes = self._sizes[group] = _Sizes()
         sizes.slots.add(slot)
-        self._size_of[slot] = sizes
+        self.size_of[slot] = sizes
         if replica.remote:
             self.outlooks.open(slot, replica.region, min(replica.models))
         tokens = _capacity_tokens(replica)
@@ -224,12 +224,12 @@ class Picture:
         self._names[slot] = ""
         self._restarts.pop(name, None)
         self._read_at_s.pop(name, None)
-        self._size_of[slot].slots.discard(slot)
+        self.size_of[slot].slots.discard(slot)
         for group in [k for k, sizes in self._sizes.items() if not sizes.slots]:
             del self._sizes[group]
 
     def _reconcile(self, slot: int, load: LoadSample, now_s: float) -> None:
-        sizes, waiting_tokens = self._size_of[slot], load.waiting_tokens
+        sizes, waiting_tokens = self.size_of[slot], load.waiting_tokens
         if load.waiting and not waiting_tokens:  # vLLM counts requests: they will be like others
             waiting_tokens = int(load.waiting * sizes.prefill_tokens)
         if waiting_tokens and sizes.prefill_tokens:  # what is left of the one that they wait for
@@ -246,11 +246,11 @@ class Picture:
 
     def tokens_of(self, octets: int, slot: int) -> int:
         """Return how many tokens so many octets of a prompt are for the model of this replica."""
-        return int(octets / self._size_of[slot].octets_per_token)
+        return int(octets / self.size_of[slot].octets_per_token)
 
     def usual_tokens(self, slot: int) -> float:
         """Return how many tokens of a usual request are still to be computed when it comes."""
-        return self._size_of[slot].prefill_tokens
+        return self.size_of[slot].prefill_tokens
 
     def prompt_tokens_of(self, chain: PrefixChain, pool: Pool | None) -> int:
         """Return the tokens of a whole prompt: as an answer told, or by the mean of its model."""
@@ -336,14 +336,14 @@ class Picture:
         self.loads.acquire(lease, now_s)
         if self.outlooks.of:
             self.outlooks.dispatched(lease)
-        sizes = self._size_of[lease.slot]
+        sizes = self.size_of[lease.slot]
         tokens = lease.prefill_tokens
         sizes.prefill_tokens += limits.MIX_SHARE * (tokens - sizes.prefill_tokens)
         sizes.prefill_squares += limits.MIX_SHARE * (tokens * tokens - sizes.prefill_squares)
 
     def prefill_ended(self, lease: Lease, now_s: float) -> None:
         if self._current(lease):
-            self.loads.prefill_ended(lease, now_s)
+            self.loads.prefilling.ended(lease, now_s)
 
     def release(
         self,
@@ -390,7 +390,7 @@ class Picture:
         self.loads.pacing.learn_length(lease.slot, usage.completion_tokens)
         if usage.prompt_tokens <= 0 or lease.prompt_octets <= 0:
             return
-        sizes = self._size_of[lease.slot]
+        sizes = self.size_of[lease.slot]
         # One answer moves it by a twentieth at the most, and only between what text can be.
         part = min(1.0, limits.RATIO_WINDOW_TOKENS / 20 / usage.prompt_tokens)
         tokens, octets = usage.prompt_tokens * part, lease.prompt_octets * part
@@ -428,7 +428,7 @@ class Picture:
 
     def cache_octets(self, slot: int) -> int:
         """Return the KV cache that the replica is believed to have, in octets of prompts."""
-        sizes = self._size_of[slot]
+        sizes = self.size_of[slot]
         tokens = self.loads.capacity_tokens[slot] * sizes.applied_share
         return max(1, int(tokens * sizes.octets_per_token))
 
@@ -437,7 +437,7 @@ class Picture:
 
     def cache_tokens(self, slot: int) -> int:
         """Return the KV cache that the replica is believed to have, in tokens."""
-        return int(self.loads.capacity_tokens[slot] * self._size_of[slot].applied_share)
+        return int(self.loads.capacity_tokens[slot] * self.size_of[slot].applied_share)
 
 
 def group_of(replica: Replica) -> str:

@@ -112,8 +112,8 @@ class Prices:
     """
 
     __slots__ = (
-        "_chain", "_found", "_picture", "_slots", "distinct", "hot_octets", "known",
-        "most_octets", "prices_s", "seats", "tokens",
+        "_chain", "_found", "_octets_per_token", "_picture", "_slots", "distinct", "hot_octets",
+        "known", "most_octets", "prices_s", "seats", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, pool: Pool, picture: Picture, now_s: float) -> None:
@@ -126,6 +126,7 @@ class Prices:
         self.distinct = False
         if not slots:
             return
+        self._octets_per_token = picture.size_of[slots[0]].octets_per_token
         if found:
             depth = found[0][1]
             self.known, self.most_octets = chain.hashes[depth], chain.ends[depth]
@@ -152,20 +153,21 @@ class Prices:
         for bits, depth in found:
             if bits.bit_count() > common.bit_count():
                 common, common_octets = bits, chain.ends[depth]
-        line_s = limits.STALL_LINE_S
+        line_s, octets_per_token = limits.STALL_LINE_S, self._octets_per_token
         per_token, per_stalled = picture.loads.price_per_token, picture.loads.stall_per_token
-        tokens = self.tokens = picture.tokens_of(chain.prompt_bytes - common_octets, slots[0])
+        tokens = self.tokens = int((chain.prompt_bytes - common_octets) / octets_per_token)
         stalling = min(tokens, limits.STALL_TOKENS_MAX) * line_s  # see `cost.stall_s`
-        self.prices_s = [
-            wait_s + tokens * per_token[slot] + stalling * per_stalled[slot] / (line_s + wait_s)
-            for wait_s, slot in zip(waits_s, slots, strict=True)
-        ]
+        prices_s = self.prices_s = []
+        for place, slot in enumerate(slots):  # of all that a decision does, what is done most
+            wait_s = waits_s[place]
+            stalled_s = stalling * per_stalled[slot] / (line_s + wait_s)
+            prices_s.append(wait_s + tokens * per_token[slot] + stalled_s)
         if rest and rest != common:
-            self._reprice(rest, picture.tokens_of(chain.prompt_bytes, slots[0]), waits_s)
+            self._reprice(rest, int(chain.prompt_bytes / octets_per_token), waits_s)
         for bits, depth in found:
             if bits != common:
                 octets = chain.prompt_bytes - chain.ends[depth]
-                self._reprice(bits, picture.tokens_of(octets, slots[0]), waits_s)
+                self._reprice(bits, int(octets / octets_per_token), waits_s)
 
     def _reprice(self, bits: int, tokens: int, waits_s: list[float]) -> None:
         """Those would have so many tokens computed."""
@@ -181,7 +183,7 @@ class Prices:
     def _add_shortage(self) -> None:
         """Where KV space is short, a long prompt waits for it, whether cached or not."""
         loads, slots = self._picture.loads, self._slots
-        tokens = self._picture.tokens_of(self._chain.prompt_bytes, slots[0])
+        tokens = int(self._chain.prompt_bytes / self._octets_per_token)
         long = tokens > loads.capacity_tokens[slots[0]] * limits.KV_LONG_SHARE
         for slot in slots if long else list(loads.tight):
             place = self.seats.places.get(slot, -1)
@@ -196,32 +198,23 @@ class Prices:
     def _exclude(self, request: Request) -> None:
         """Make those infinitely dear that may not take it, and dearer that lack its adapter."""
         loads, prices_s = self._picture.loads, self.prices_s
-        lower = request.work_class > ONLINE and loads.online_reserve > 0.0
-        limits_of = loads.lower_max if lower else loads.inflight_max
-        for place, slot in enumerate(self._slots):
-            most = limits_of[slot]
-            if most and loads.inflight[slot] >= most:
-                prices_s[place] = _NEVER
         for slot in loads.measured:
             place = self.seats.places.get(slot, -1)
             if place >= 0:
                 octets = self._chain.prompt_bytes - self.cached_octets(place)
                 if loads.lacks_room(slot, self._picture.tokens_of(octets, slot)):
                     prices_s[place] = _NEVER
-        for slot in self._barred(request):
-            place = self.seats.places.get(slot, -1)
-            if place >= 0:
-                prices_s[place] = _NEVER
+        full = loads.lower_full if request.work_class > ONLINE else loads.full
+        if full or loads.crowded or request.tried:
+            slots = self._picture.slots
+            tried = [slots.get(name, -1) for name in request.tried]
+            for slot in full.union(loads.crowded, tried):
+                place = self.seats.places.get(slot, -1)
+                if place >= 0:
+                    prices_s[place] = _NEVER
         if request.adapter:
             for place, replica in enumerate(self.seats.replicas):
                 prices_s[place] += adapter_s(request, replica)
-
-    def _barred(self, request: Request) -> set[int]:
-        """Return the slots of those that were tried, and that others have just filled."""
-        crowded, slots = self._picture.loads.crowded, self._picture.slots
-        if not request.tried:
-            return crowded
-        return crowded.union([slots.get(name, -1) for name in request.tried])
 
     def cached_octets(self, place: int) -> int:
         """Return what the replica is believed to hold of the prompt."""
@@ -247,7 +240,7 @@ def adapter_s(request: Request, replica: Replica) -> float:
 def prefix(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
     prices = Prices(request, pool, picture, now_s)
     prices_s = prices.prices_s
-    least_s = min(prices_s, default=_NEVER)
+    least_s = min(prices_s) if prices_s else _NEVER
     if least_s == _NEVER:
         return None
     if not prices.distinct and request.chain.hashes:
@@ -274,8 +267,8 @@ def _least_used(prices_s: list[float], least_s: float, slots: list[int], picture
     bound_s += limits.SAME_PRICE_S
     used = picture.loads.dispatched_tokens
     least_used = used[slots[place]]
-    for other in range(len(prices_s)):
-        if prices_s[other] <= bound_s and used[slots[other]] < least_used:
+    for other, price_s in enumerate(prices_s):
+        if price_s <= bound_s and used[slots[other]] < least_used:
             place, least_used = other, used[slots[other]]
     return place
 
@@ -307,12 +300,13 @@ def session(request: Request, pool: Pool, picture: Picture, now_s: float) -> Dec
 def least_load(request: Request, pool: Pool, picture: Picture, now_s: float) -> Decision | None:
     """Fewest queued tokens, then requests, then the work it was ever sent, so that ties rotate."""
     seats, loads = picture.seats(pool), picture.loads
-    loads.settle_due(now_s)
+    loads.prefilling.settle_due(now_s)
     best = -1
     least: tuple[int, int, int] = (0, 0, 0)
     for place in _able(request, seats, picture):
         slot = seats.slots[place]
-        load = (loads.queued_tokens(slot), loads.inflight[slot], loads.dispatched_tokens[slot])
+        queued_tokens = loads.prefilling.queued_tokens(slot)
+        load = (queued_tokens, loads.inflight[slot], loads.dispatched_tokens[slot])
         if best < 0 or load < least:
             best, least = place, load
     return _decide(best, "least_load", request, seats, picture) if best >= 0 else None
@@ -364,7 +358,7 @@ def _decide(place: int, reason: str, request: Request, seats: Seats, picture: Pi
 
 def terms(decision: Decision, request: Request, picture: Picture, now_s: float) -> Terms:
     """Return the price of one decision, term by term."""
-    picture.loads.settle(decision.slot, now_s)
+    picture.loads.prefilling.settle(decision.slot, now_s)
     outlook = picture.outlooks.of[decision.slot] if decision.replica.remote else None
     octets = request.chain.prompt_bytes - decision.cached_octets
     return Terms(

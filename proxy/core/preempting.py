@@ -81,13 +81,13 @@ class _Relief:
 
     def __init__(self, request: Request, slot: int, picture: Picture, now_s: float) -> None:
         loads = picture.loads
-        loads.settle(slot, now_s)
+        loads.prefilling.settle(slot, now_s)
         self._loads = loads
         self._slot = slot
         self._inflight = loads.inflight[slot]
         self._wait_s = loads.wait_s(slot, now_s)
         self._extra_s = loads.extra_s[slot]
-        self._queued_tokens = loads.queued_tokens(slot)
+        self._queued_tokens = loads.prefilling.queued_tokens(slot)
         self._free_tokens = loads.free_tokens[slot]
         self._needed_tokens = picture.tokens_of(request.chain.prompt_bytes, slot)
 

@@ -6,6 +6,7 @@ so that no counter ever falls.
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
@@ -61,8 +62,10 @@ class _Pages:
         viewing: Viewing,
         operators: Operators,
         dashboard: Dashboard,
+        body_s: float,
     ) -> None:
         self._status = status
+        self._body_s = body_s
         self._guard = guard
         self._viewing = viewing
         self._watchers = Watchers(viewing)
@@ -113,7 +116,12 @@ class _Pages:
         fields = [(name.lower(), value) for name, value in request.raw_headers]
         told = [field for field in fields if field[0] not in _ADMINS_OWN]
         try:
-            body = await request.read()
+            async with asyncio.timeout(self._body_s):
+                body = await request.read()
+        except TimeoutError as error:
+            raise RefusedError(
+                408, "request_timeout", "the rest of the body did not come"
+            ) from error
         except web.RequestPayloadError as error:
             words = "the body is not packed as its Content-Encoding says"
             raise RefusedError(400, "bad_encoding", words) from error
@@ -156,9 +164,11 @@ def make_app(
     viewing: Viewing,
     operators: Operators,
     dashboard: Dashboard | None = None,
+    *,
+    body_s: float = limits.BODY_IDLE_TIMEOUT_S,
 ) -> web.Application:
     """Return the admin application. Health and the page's files are open; `guard` has the rest."""
-    pages = _Pages(status, guard, viewing, operators, dashboard or Dashboard())
+    pages = _Pages(status, guard, viewing, operators, dashboard or Dashboard(), body_s)
     app = web.Application(middlewares=[pages.guard], client_max_size=limits.EXPLAINED_BYTES_MAX)
     for path in _LIVE_PATHS:
         app.router.add_get(path, pages.live)

@@ -34,10 +34,11 @@ def _of_server(
     slots = [picture.slots[name] for name in names]
     ours = sum([loads.inflight[slot] for slot in slots]) - sum([others.get(n, 0) for n in names])
     by = (("replica", replica_id),)
+    queued_tokens = sum([loads.prefilling.queued_tokens(slot) for slot in slots])
     speed = sum([1.0 / loads.s_per_token[slot] for slot in slots])
     return [
         Sample("replica_inflight", by, ours),
-        Sample("replica_queued_tokens", by, sum([loads.queued_tokens(slot) for slot in slots])),
+        Sample("replica_queued_tokens", by, queued_tokens),
         # A newcomer would go to the rank that has least to do.
         Sample("replica_wait_seconds", by, min([loads.wait_s(slot, now_s) for slot in slots])),
         Sample("replica_decoding", by, sum([loads.decoding(slot) for slot in slots])),

@@ -236,7 +236,7 @@ class Choice:
             return not has_room(decision, request, self.picture)
         if not self._holds_back:
             return False
-        self.picture.loads.settle(decision.slot, now_s)  # not every rule has done it
+        self.picture.loads.prefilling.settle(decision.slot, now_s)  # not every rule has done it
         runway_s = self.waiting.runway_s(request, now_s)
         if request.work_class == OFFLINE:
             if self.waiting.braked() >> decision.slot & 1:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.checking import check_cards, check_engines
+from backends.checking import check_cards, check_engines, none_can_start
 from backends.cli import main
 from backends.engines.features import VLLM_RANGE
 from proxy.config import ConfigError, parse_config
@@ -54,6 +54,40 @@ def test_a_wrong_flag_of_an_engine_that_is_not_here_is_warned_of(
         f"{bare}: warning: model 'm': by the newest release that is known: {warning}\n" in told.err
     )
     assert f"program '{engine}' was not found" in told.err
+
+
+def test_up_ends_with_how_to_install_it_where_no_engine_is_here(
+    bare: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pools = model("m") + model("n", "sglang", more="target_inputs: 4, autoscale: {min: 0, max: 2}")
+    bare.write_text("models:\n" + pools)
+    assert main(["up", str(bare), "--run-dir", str(bare.parent / "run")]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "no model could be served:\nmodel 'm': program 'vllm' was not found" in told.err
+    assert "model 'n': program 'sglang' was not found" in told.err
+
+
+@pytest.mark.parametrize(
+    ("manager", "other"),
+    [
+        ("{provider: docker, docker: {images: {vllm: 'vllm/vllm-openai:v0.26.0'}}}", ""),
+        ("{provider: ray}", ""),
+        ("{}", "  - {name: n, pools: [{engine: simulator}]}\n"),
+    ],
+)
+def test_where_some_engine_could_start_nobody_is_refused(
+    manager: str, other: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = parse_config(f"manager: {manager}\nmodels:\n{model('m')}{other}", "f")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert none_can_start(config, {}) is None
+
+
+def test_what_is_not_to_start_is_not_missed(bare: Path) -> None:
+    for text in ("version: 1", "models:\n" + model("m", more="replicas: 0")):
+        assert none_can_start(parse_config(text, "f"), {}) is None
+    assert bare.parent.is_dir()
 
 
 def test_a_good_file_for_another_machine_is_told_only_what_is_missing(

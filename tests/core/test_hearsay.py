@@ -36,7 +36,7 @@ class Listener:
         return self.picture.loads.inflight[self.picture.slots[name]]
 
     def queued_tokens(self, name: str = "a") -> int:
-        return self.picture.loads.queued_tokens(self.picture.slots[name])
+        return self.picture.loads.prefilling.queued_tokens(self.picture.slots[name])
 
     def cached(self, name: str = "a", chain: PrefixChain = CHAIN) -> int:
         return self.picture.index.held_of(self.picture.slots[name], chain)

@@ -120,7 +120,7 @@ def test_one_that_waits_for_its_prefix_lets_others_pass() -> None:
     world.hold(8, 6_000, 0.0)
     world.release(0.0)
     assert world.sent == [(8, "b")]
-    assert world.picture.loads.queued_tokens(world.picture.slots["a"]) == 30_000
+    assert world.picture.loads.prefilling.queued_tokens(world.picture.slots["a"]) == 30_000
 
 
 def test_those_who_wait_for_one_replica_hold_up_nobody_who_wants_another() -> None:
@@ -243,8 +243,8 @@ def test_all_go_in_the_end_and_none_waits_for_more_than_what_came_before_and_its
         world.release(now_s)
         for key, _ in world.sent[len(gone) :]:
             gone[key] = now_s
-        heads = [world.picture.loads.line[slot][0] for slot in range(replicas)
-                 if world.picture.loads.line[slot]]  # fmt: skip
+        heads = [world.picture.loads.prefilling.line[slot][0] for slot in range(replicas)
+                 if world.picture.loads.prefilling.line[slot]]  # fmt: skip
         assert heads or len(gone) == len(requests), "somebody waits, and nobody works"
         if heads:
             head = min(heads, key=lambda lease: world.picture.loads.head_end_s[lease.slot])
@@ -270,7 +270,7 @@ def _some_are_open(world: _World, now_s: float) -> bool:
     """The same asked of each replica, about a request that needs next to nothing."""
     assert world.pool is not None
     for slot in range(len(world.picture.slots)):
-        world.picture.loads.settle(slot, now_s)
+        world.picture.loads.prefilling.settle(slot, now_s)
     small = Request(chain(1, 1), has_session=False)
     decisions = [Decision(r, world.picture.slots[r.name], "") for r in world.pool.available]
     return any(is_open(decision, small, world.picture, now_s) for decision in decisions)
@@ -425,7 +425,7 @@ def test_whatever_waits_the_limit_holds_and_all_go(sizes: list[int], tokens_max:
     for _ in sizes:
         world.release(0.0)
         loads = world.picture.loads
-        assert loads.queued_tokens(0) <= tokens_max or len(loads.line[0]) == 1
+        assert loads.prefilling.queued_tokens(0) <= tokens_max or len(loads.prefilling.line[0]) == 1
         for lease in world.leases:
             world.picture.prefill_ended(lease, 0.0)
     assert len(world.sent) == len(sizes)
@@ -469,7 +469,7 @@ def test_of_what_online_work_leaves_offline_work_gets_a_part() -> None:
     _sent_online(world, 600, 0.0)  # and is still being answered
     world.hold(1, 600, 0.0).request.work_class = OFFLINE
     world.release(0.0)
-    lease = world.picture.loads.line[0][0]
+    lease = world.picture.loads.prefilling.line[0][0]
     lease.weight = limits.FLEX_WEIGHT
     spare = world.picture.loads.spare
     spare.dispatched(0, 0.1, 0.0, urgent=False)

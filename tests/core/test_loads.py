@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.core import limits
+from proxy.core.classes import OFFLINE, ONLINE
 from proxy.core.lease import Lease
 from proxy.core.loads import Loads
 
@@ -35,15 +36,15 @@ def _seconds(tokens: float) -> float:
 def test_work_is_counted_when_it_goes_out_and_what_must_be_done_by_now_is_not() -> None:
     loads = _loads()
     first, second = _send(loads, 3000), _send(loads, 6000)
-    assert loads.queued_tokens(0) == 9000
+    assert loads.prefilling.queued_tokens(0) == 9000
     assert loads.wait_s(0, 0.0) == pytest.approx(_seconds(9000))
     assert loads.wait_s(0, _seconds(1000)) == pytest.approx(_seconds(8000))
     # The first should be over, but its first octet is out: the later it is, the longer it takes.
     assert loads.wait_s(0, _seconds(3000)) == pytest.approx(_seconds(6000))
     assert loads.wait_s(0, _seconds(4000)) == pytest.approx(_seconds(7000))
-    loads.prefill_ended(first, 10.0)
+    loads.prefilling.ended(first, 10.0)
     assert loads.wait_s(0, 10.0) == pytest.approx(_seconds(6000))
-    loads.prefill_ended(second, 10.0 + _seconds(6000))
+    loads.prefilling.ended(second, 10.0 + _seconds(6000))
     assert loads.wait_s(0, 10.0 + _seconds(6000)) == 0.0
     assert loads.inflight[0] == 2
     loads.release(first, 11.0)
@@ -60,29 +61,64 @@ def test_an_answer_that_is_not_streamed_leaves_the_line_when_it_should_be_comput
     assert loads.waits_s([0], half) == [pytest.approx(_seconds(4500))]
     assert loads.waits_s([0], _seconds(9000)) == [pytest.approx(0.0)]
     assert loads.decoding(0) == 2.0
-    loads.prefill_ended(later, 101.0)
-    assert loads.queued_tokens(0) == 0
+    loads.prefilling.ended(later, 101.0)
+    assert loads.prefilling.queued_tokens(0) == 0
 
 
 def test_a_first_octet_ends_all_that_stood_before_it_unseen() -> None:
     loads = _loads()
     unseen = [_send(loads, 30_000, streamed=False) for _ in range(3)]
     seen = _send(loads, 100)
-    loads.prefill_ended(seen, 0.5)
-    assert loads.queued_tokens(0) == 0
+    loads.prefilling.ended(seen, 0.5)
+    assert loads.prefilling.queued_tokens(0) == 0
     assert not any(lease.pending for lease in unseen)
 
 
 def test_one_that_overtakes_leaves_the_rest_as_it_was() -> None:
     loads = _loads()
     first, second, third = (_send(loads, tokens) for tokens in (1000, 2000, 3000))
-    loads.prefill_ended(second, 0.0)
-    assert loads.queued_tokens(0) == 4000
+    loads.prefilling.ended(second, 0.0)
+    assert loads.prefilling.queued_tokens(0) == 4000
     loads.release(first, 0.0)  # cancelled at the head
-    assert loads.queued_tokens(0) == 3000
+    assert loads.prefilling.queued_tokens(0) == 3000
     loads.release(third, 0.0)
     loads.release(second, 0.0)
-    assert loads.queued_tokens(0) == 0
+    assert loads.prefilling.queued_tokens(0) == 0
+
+
+_PLACES = st.lists(
+    st.tuples(
+        st.sampled_from(["send", "release", "limit", "reserve", "close"]),
+        st.integers(0, 3),
+        st.integers(0, 3),
+    ),
+    max_size=60,
+)
+
+
+@given(_PLACES)
+def test_full_are_those_that_have_as_many_requests_as_they_may(
+    steps: list[tuple[str, int, int]],
+) -> None:
+    loads = _loads()
+    open_leases: list[Lease] = []
+    for what, most, running_max in steps:
+        if what == "send":
+            open_leases.append(_send(loads, 100))
+        elif what == "release" and open_leases:
+            loads.release(open_leases.pop(), 0.0)
+        elif what == "limit":
+            loads.limit(0, 100_000, most, running_max)
+        elif what == "reserve":
+            loads.reserve_online(most / 4)
+        elif what == "close":
+            loads.close(0)
+            for lease in open_leases:
+                loads.release(lease, 0.0)
+            open_leases.clear()
+            loads.open(0, "g", capacity_tokens=100_000, inflight_max=most, running_max=running_max)
+        for work_class, limit in ((ONLINE, loads.inflight_max[0]), (OFFLINE, loads.lower_max[0])):
+            assert loads.is_full(0, work_class) == bool(limit and len(open_leases) >= limit)
 
 
 _STEPS = st.lists(
@@ -109,29 +145,30 @@ def test_whatever_happens_nothing_is_left_and_nothing_is_negative(
         if what == "send":
             open_leases.append(_send(loads, number, now_s, slot=slot, streamed=streamed))
         elif what == "settle":
-            loads.settle(slot, now_s)
+            loads.prefilling.settle(slot, now_s)
         elif what == "reconcile":
             loads.reconcile(
                 slot, requests=number % 7, waiting_tokens=number, held_tokens=number, now_s=now_s
             )
         elif open_leases and what == "first":
-            loads.prefill_ended(open_leases[number % len(open_leases)], now_s)
+            loads.prefilling.ended(open_leases[number % len(open_leases)], now_s)
         elif open_leases:
             loads.release(
                 open_leases.pop(number % len(open_leases)), now_s, number, served=streamed
             )
         for each in range(3):
-            line = loads.line[each]
+            line = loads.prefilling.line[each]
             behind = sum(lease.prefill_tokens for lease in list(line)[1:])
             assert loads.pending_tokens[each] == behind
             assert all(lease.pending and not lease.released for lease in line)
             assert loads.wait_s(each, now_s) >= 0.0
             assert loads.inflight[each] == sum(lease.slot == each for lease in open_leases)
-            assert (each in loads.unseen) == (bool(line) and not line[0].streamed)
+            assert (each in loads.prefilling.unseen) == (bool(line) and not line[0].streamed)
     for lease in open_leases:
         loads.release(lease, now_s)
     for each in range(3):
-        assert loads.inflight[each] == loads.pending_tokens[each] == len(loads.line[each]) == 0
+        assert loads.inflight[each] == loads.pending_tokens[each] == 0
+        assert not loads.prefilling.line[each]
         assert loads.decoding(each) == pytest.approx(0.0)
         assert loads.held_tokens[each] == 0
 
@@ -141,7 +178,7 @@ def _run(loads: Loads, slot: int, *, speed: float, count: int = 40, now_s: float
     for _ in range(count):
         lease = _send(loads, 3000, now_s, slot=slot)
         now_s += _seconds(3000) / speed
-        loads.prefill_ended(lease, now_s)
+        loads.prefilling.ended(lease, now_s)
         loads.release(lease, now_s, 3000)
 
 
@@ -173,7 +210,7 @@ def test_speed_is_learned_from_what_was_computed_and_not_from_what_was_guessed()
     for _ in range(50):  # guessed at 30,000 tokens, of which all but 3,000 were cached
         lease = _send(loads, 30_000, now_s)
         now_s += _seconds(3000)
-        loads.prefill_ended(lease, now_s)
+        loads.prefilling.ended(lease, now_s)
         loads.release(lease, now_s, 3000)
     assert loads.s_per_token[0] == pytest.approx(_seconds(1), rel=0.05)
 
@@ -185,7 +222,7 @@ def test_what_a_first_token_takes_anyway_is_no_slowness() -> None:
         for tokens in (100, 6000):
             lease = _send(loads, tokens, now_s)
             now_s += 0.02 + _seconds(tokens)
-            loads.prefill_ended(lease, now_s)
+            loads.prefilling.ended(lease, now_s)
             loads.release(lease, now_s, tokens)
     assert loads.s_per_token[0] == pytest.approx(_seconds(1), rel=0.15)
 
@@ -249,7 +286,8 @@ def test_a_slot_that_is_given_away_again_begins_anew() -> None:
     _send(loads, 1000)
     loads.close(0)
     loads.open(0, "h", capacity_tokens=5, inflight_max=7)
-    assert (loads.inflight[0], loads.inflight_max[0], loads.queued_tokens(0)) == (0, 7, 0)
+    assert (loads.inflight[0], loads.inflight_max[0]) == (0, 7)
+    assert loads.prefilling.queued_tokens(0) == 0
     assert loads.s_per_token[0] == _seconds(1)
 
 
@@ -257,7 +295,7 @@ def test_a_lease_is_released_once() -> None:
     loads = _loads()
     lease = _send(loads, 10)
     loads.release(lease, 0.0)
-    loads.prefill_ended(lease, 0.0)  # harmless: it is over
+    loads.prefilling.ended(lease, 0.0)  # harmless: it is over
     with pytest.raises(AssertionError):
         loads.release(lease, 0.0)
 
@@ -266,7 +304,7 @@ def test_an_error_teaches_no_speed_and_who_refuses_is_left_alone_for_a_while() -
     loads = _loads()
     for turn in range(100):  # answered in a millisecond: nothing was computed
         lease = _send(loads, 10_000, float(turn))
-        loads.prefill_ended(lease, turn + 0.001)
+        loads.prefilling.ended(lease, turn + 0.001)
         loads.release(lease, turn + 0.001, served=False)
     assert loads.s_per_token[0] == _seconds(1)
     assert loads.request_s[0] == 0.0
@@ -289,7 +327,7 @@ def test_the_time_of_a_whole_answer_is_not_that_of_its_prefill() -> None:
     loads = _loads()
     for turn in range(10):  # nothing else happens meanwhile
         lease = _send(loads, 1000, 10.0 * turn, streamed=False)
-        loads.prefill_ended(lease, 10.0 * turn + 5.0)
+        loads.prefilling.ended(lease, 10.0 * turn + 5.0)
         loads.release(lease, 10.0 * turn + 5.0, 1000)
     assert loads.s_per_token[0] == _seconds(1)
 
@@ -324,7 +362,9 @@ def test_a_part_of_each_replica_is_kept_for_online_work() -> None:
     loads.open(2, "group", capacity_tokens=1000, inflight_max=1)
     loads.open(3, "group", capacity_tokens=1000)
     assert loads.lower_max == [6, 6, 1, 0]
-    loads.inflight[:] = [6, 6, 0, 100]
+    for slot, requests in enumerate((6, 6, 0, 100)):
+        for _ in range(requests):
+            _send(loads, 1, slot=slot)
     full = [[loads.is_full(slot, work_class) for slot in range(4)] for work_class in range(3)]
     assert full == [[False] * 4, [True, True, False, False], [True, True, False, False]]
     loads.reserve_online(0.0)

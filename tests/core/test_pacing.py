@@ -89,7 +89,7 @@ def _busy(picture: Picture, slot: int, streams: int) -> None:
     for _ in range(streams):
         lease = Lease(slot, "", prefill_tokens=1, prompt_tokens=1, streamed=True)
         picture.loads.acquire(lease, 0.0)
-        picture.loads.prefill_ended(lease, 0.0)
+        picture.loads.prefilling.ended(lease, 0.0)
 
 
 def _chosen(tpot_s: float, replicas: Pool, picture: Picture) -> tuple[str, float]:

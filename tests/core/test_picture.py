@@ -71,7 +71,7 @@ def test_a_lease_on_a_replica_that_is_gone_changes_nothing_of_its_successor() ->
     picture.prefill_ended(lease, 1.0)
     picture.release(lease, 1.0, Usage(10_000, 1, 0))
     assert picture.loads.inflight[0] == 1
-    assert picture.loads.queued_tokens(0) == 10_000
+    assert picture.loads.prefilling.queued_tokens(0) == 10_000
     with pytest.raises(AssertionError):
         picture.release(lease, 1.0)
     picture.release(other, 1.0)

@@ -286,9 +286,9 @@ def test_a_session_stays_at_its_home_however_busy() -> None:
     _load(picture, home, 1_000_000)
     request = _request(has_session=True)
     assert _choose("session", replicas, picture, request) == (home, "session")
-    picture.loads.inflight_max[picture.slots[home]] = 1
+    picture.loads.limit(picture.slots[home], 100_000, inflight_max=1)
     assert _choose("session", replicas, picture, request) == (after, "spill")
-    picture.loads.inflight_max[picture.slots[home]] = 0
+    picture.loads.limit(picture.slots[home], 100_000)
     request.tried.add(home)
     assert _choose("session", replicas, picture, request) == (after, "spill")
 

@@ -83,6 +83,8 @@ def test_the_tenants_ask_for_no_more_than_they_may() -> None:
     config = load_config(str(FOLDER / "tenants.yaml"))
     assert [tenant.name for tenant in config.tenants] == ["product", "research", "nightly"]
     assert {config.region} == set(config.tenants[2].regions)
+    kept = {config.proxy.keys_path, config.proxy.usage_log}  # nothing beside what `up` keeps
+    assert {str(Path(str(path)).parent) for path in kept} == {config.manager.run_dir}
     assert config.access.models["demo"].completion_price > config.access.models["demo"].cached_price
 
 

@@ -13,7 +13,9 @@ from typing_extensions import override
 from proxy.contract import FleetSnapshot, ReplicaRecord
 from proxy.contract.regions import RemoteState
 from proxy.contract.view import ProxyView
+from proxy.core import limits
 from proxy.io.admin import make_app
+from proxy.io.admin_door import admin_runner
 from proxy.io.admin_guard import Guard
 from proxy.io.control import HotPrefix
 from proxy.io.dashboard import Dashboard
@@ -124,16 +126,20 @@ async def admin(
     local: bool = True,
     by_hand: bool = False,
     dashboard: Dashboard | None = None,
+    patience_s: float = limits.CLIENT_KEEP_ALIVE_S,
 ) -> AsyncIterator[Admin]:
-    """Serve it; `by_hand`: its views are those that the test tells."""
+    """Serve it; `by_hand`: its views are those that the test tells. `patience_s`: for the rest of
+    heads and bodies.
+    """
     tasks = Tasks()
     async with aiohttp.ClientSession() as session:
         kind = ViewsByHand if by_hand else Viewing
         scaling = ScalingNews(lambda: session, standing.manager_url)
         viewing = kind(standing, scaling, tasks)
         operators = Operators(standing, lambda: session)
-        app = make_app(standing, Guard(key, local=local), viewing, operators, dashboard)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=5.0)
+        guard = Guard(key, local=local)
+        app = make_app(standing, guard, viewing, operators, dashboard, body_s=patience_s)
+        runner = admin_runner(app, patience_s=patience_s)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         try:

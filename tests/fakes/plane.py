@@ -300,7 +300,7 @@ def inflight(plane: Plane, replica_id: str) -> int:
 
 
 def queued_tokens(plane: Plane, replica_id: str) -> int:
-    return plane.picture.loads.queued_tokens(plane.picture.slots[replica_id])
+    return plane.picture.loads.prefilling.queued_tokens(plane.picture.slots[replica_id])
 
 
 def assert_nothing_held(plane: Plane) -> None:

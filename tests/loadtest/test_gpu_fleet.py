@@ -71,6 +71,19 @@ def test_a_record_cut_off_in_its_last_entry_goes_on_with_the_others(tmp_path: Pa
     assert len(read(record.path)) == 2
 
 
+def test_what_is_added_behind_an_entry_that_was_cut_off_is_read(tmp_path: Path) -> None:
+    record = Record(tmp_path / "r.gz")
+    record.add(cell(plan.OURS, [0.1]))
+    record.add(cell(plan.NGINX, [0.2]))
+    for end in (record.path.stat().st_size - 1, 1):
+        record.path.write_bytes(record.path.read_bytes()[:end])
+        again = Record(record.path)
+        again.add(cell(plan.SGLANG, [0.3]))
+        again.add(cell(plan.OURS_RR, [0.4]))
+        assert [c.key.arm for c in Record(record.path).cells] == [c.key.arm for c in again.cells]
+        assert again.cells[-2].key.arm == plan.SGLANG
+
+
 def test_a_failed_cell_is_run_again_and_its_good_try_counts(tmp_path: Path) -> None:
     record = Record(tmp_path / "r.gz")
     record.add(cell(plan.OURS, [], failure="the router did not answer"))
@@ -85,6 +98,50 @@ def test_what_is_no_record_is_refused_by_its_name(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b'{"kind":"else"}\n'))
     with pytest.raises(RecordError, match=r"r\.gz: entry 1"):
         Record(path)
+
+
+@pytest.mark.parametrize(
+    ("octets", "said"),
+    [
+        (None, "cannot be read: No such file or directory; expected what `gpu fleet`"),
+        (b"# a document\n", "is no record; expected what `gpu fleet`"),
+        (gzip.compress(b"# a document\n"), "entry 1: JSON is malformed"),
+        (b"", "holds no cell and no burst yet"),
+        (gzip.compress(b'{"kind":"versions","of":{}}\n'), "holds no cell and no burst yet"),
+    ],
+)
+def test_a_verdict_on_what_is_no_record_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], octets: bytes | None, said: str
+) -> None:
+    good, path = Record(tmp_path / "good.gz"), tmp_path / "r.gz"
+    good.add(cell(plan.OURS, [0.1]))
+    if octets is not None:
+        path.write_bytes(octets)
+    for files in ([path], [good.path, path]):
+        assert main(["gpu", "verdict", *map(str, files)]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert f"loadtest: {path}: {said}" in told.err
+    assert path.exists() is (octets is not None)
+
+
+@pytest.mark.parametrize("command", ["fleet", "surge"])
+def test_cells_are_not_added_to_what_is_no_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    path = tmp_path / "README"
+    path.write_bytes(b"# a document\n")
+    assert main(["gpu", command, "--engine", "simulator", "--record", str(path)]) == 2
+    assert "README: is no record" in capsys.readouterr().err
+    assert path.read_bytes() == b"# a document\n"
+
+
+def test_a_file_that_names_no_engines_ends_none_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["gpu", "fleet", "--record", "r", "--kept", str(tmp_path / "kept.json"), "--end"]
+    assert main(words) == 1
+    assert "kept.json: names no engines to end" in capsys.readouterr().err
 
 
 # --- order and load -------------------------------------------------------------------------------

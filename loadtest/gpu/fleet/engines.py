@@ -362,10 +362,10 @@ def _free_port(host: str) -> int:
 
 
 async def end_kept(kept: Path) -> int:
-    """End the fleet that a file names; 0 when there was one."""
+    """End the fleet that a file names. Raises `RunError` where it names none."""
     known = _known(kept)
     if known is None:
-        return 1
+        raise RunError(f"{kept}: names no engines to end; expected what `gpu fleet --kept` wrote")
     await end(known.engines)
     _forget(kept)
     return 0

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import zlib
 from pathlib import Path
 
 import msgspec
 
 DIGITS = 5  # of seconds: hundredths of a millisecond
+EXPECTED = "expected what `gpu fleet` or `gpu surge` wrote as --record"
+_MAGIC = b"\x1f\x8b"  # of a gzip member (RFC 1952 §2.3.1)
 
 
 class RecordError(Exception):
@@ -150,11 +153,18 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries: list[Entry] = read(path) if path.exists() else []
+        self.entries: list[Entry] = []
+        self._cut_to: int | None = None  # where an entry begins that was cut off
+        if path.exists():
+            self.entries, whole_bytes = _read(path)
+            self._cut_to = whole_bytes if whole_bytes < path.stat().st_size else None
 
     def add(self, entry: Entry) -> None:
         """Write it at once. Raises `RecordError`."""
         try:
+            if self._cut_to is not None:  # nothing behind it could be read
+                os.truncate(self.path, self._cut_to)
+                self._cut_to = None
             with self.path.open("ab") as file:
                 file.write(gzip.compress(msgspec.json.encode(entry) + b"\n", 6))
         except OSError as error:
@@ -208,31 +218,40 @@ def read(path: Path) -> list[Entry]:
 
     Raises `RecordError`.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[Entry], int]:
+    """Return the entries of a file, and the octets that they take."""
     try:
         octets = path.read_bytes()
     except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
+        raise RecordError(f"{path}: cannot be read: {error.strerror}; {EXPECTED}") from error
+    text, whole_bytes = _whole(octets)
+    if not whole_bytes and octets[: len(_MAGIC)] != _MAGIC[: len(octets)]:
+        raise RecordError(f"{path}: is no record; {EXPECTED}")
     decoder = msgspec.json.Decoder(Entry)
     entries: list[Entry] = []
-    for line in _whole(octets).splitlines():
+    for line in text.splitlines():
         try:
             entries.append(decoder.decode(line))
         except msgspec.MsgspecError as error:
-            raise RecordError(f"{path}: entry {len(entries) + 1}: {error}") from error
-    return entries
+            where = f"{path}: entry {len(entries) + 1}"
+            raise RecordError(f"{where}: {error}; {EXPECTED}") from error
+    return entries, whole_bytes
 
 
-def _whole(octets: bytes) -> bytes:
-    """Return the text of all members that are whole."""
-    text = io.BytesIO()
-    while octets:
+def _whole(octets: bytes) -> tuple[bytes, int]:
+    """Return the text of all members that are whole, and where they end."""
+    text, rest = io.BytesIO(), octets
+    while rest:
         member = zlib.decompressobj(wbits=31)
         try:
-            made = member.decompress(octets)
+            made = member.decompress(rest)
         except zlib.error:
             break
         if not member.eof:
             break
         text.write(made)
-        octets = member.unused_data
-    return text.getvalue()
+        rest = member.unused_data
+    return text.getvalue(), len(octets) - len(rest)

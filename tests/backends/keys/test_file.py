@@ -128,11 +128,18 @@ def test_what_is_no_file_of_keys_is_refused(content: bytes, words: str) -> None:
         parse_key_file(content, "keys.json")
 
 
+def test_keys_can_be_made_before_their_folder_is_there(tmp_path: Path) -> None:
+    path = tmp_path / ".doherty" / "keys.json"
+    change(str(path), lambda keys: keys)
+    assert read_key_file(str(path)).keys == ()
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyFileError, match="cannot be read: No such file"):
         read_key_file(str(tmp_path / "none"))
     with pytest.raises(KeyFileError, match="cannot be written: No such file"):
-        change(str(tmp_path / "none" / "keys.json"), lambda keys: keys)
+        change(str(tmp_path / "no" / "folder" / "keys.json"), lambda keys: keys)
     os.mkfifo(tmp_path / "pipe")  # nobody writes: who waited for that would wait for ever
     with pytest.raises(KeyFileError, match="it is no file"):
         read_key_file(str(tmp_path / "pipe"))
