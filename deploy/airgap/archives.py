@@ -334,6 +334,10 @@ def unpack(folder: Path, parts: Sequence[Part], target: Path) -> int:
         tarfile.open(fileobj=plain, mode="r|") as archive,
     ):
         for entry in archive:
+            # Archives are unpacked side by side and share folders; tarfile makes a missing one as
+            # if it were alone, and fails where another was quicker.
+            named = tarfile.data_filter(entry, str(target)).name
+            (target / named).parent.mkdir(parents=True, exist_ok=True)
             archive.extract(entry, target, set_attrs=True, filter="data")
             count += 1
     return count

@@ -194,8 +194,12 @@ async def _measured(made: Burst, trace: Trace, stack: Stack, patience_s: float) 
         watching = group.create_task(_watch(stack, begun_s + made.began_s, ready_s))
         run = await run_replay(trace, options)
         watching.cancel()
+    sent = len(run.outcomes)
     return msgspec.structs.replace(
-        made, rows=[row_of(outcome) for outcome in run.outcomes], ready_s=ready_s
+        made,
+        rows=[row_of(outcome) for outcome in run.outcomes],
+        ready_s=ready_s,
+        failure=f"broken off after {sent} of {len(trace.arrivals)}" if run.interrupted else "",
     )
 
 

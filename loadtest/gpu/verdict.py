@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from loadtest.gpu.fleet.planned import read_plan
 from loadtest.gpu.fleet.record import Burst, CellRecord, Record, RecordError, read
 from loadtest.gpu.fleet.report import text_of
 
@@ -24,6 +25,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--out", metavar="FILE", help="also write the text here")
     add("--conversation-trace", default="", help="where that trace lies here, if elsewhere")
     add("--agents-trace", default="", help="where that trace lies here, if elsewhere")
+    add("--plan", metavar="FILE", help="of `doherty plan MODEL --json`: foretells several cards")
 
 
 def _all_of(paths: list[Path]) -> Record:
@@ -43,7 +45,8 @@ def _all_of(paths: list[Path]) -> Record:
 def run(args: argparse.Namespace) -> int:
     try:
         record = _all_of([Path(name) for name in args.records])
-        text, missed = text_of(record.moved(args.conversation_trace, args.agents_trace))
+        plan = read_plan(args.plan) if args.plan else {}
+        text, missed = text_of(record.moved(args.conversation_trace, args.agents_trace), plan)
         if args.out:
             Path(args.out).write_text(text, encoding="utf-8")
     except RecordError as error:

@@ -477,6 +477,23 @@ def test_a_path_that_leads_outside_is_not_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "outside").exists()
 
 
+def test_archives_that_share_folders_are_unpacked_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may make a folder between the look of tarfile and its own making of it."""
+    root = tmp_path / "root"
+    (root / "shared" / "deep").mkdir(parents=True)
+    (root / "shared" / "deep" / "one").write_text("x")
+    parts = archives.pack(root, archives.list_members(root), tmp_path / "a.tar.xz", 1 << 30)
+
+    def too_late(name: str, *_: object, **__: object) -> None:
+        raise FileExistsError(17, "File exists", name)
+
+    monkeypatch.setattr(os, "makedirs", too_late)
+    assert archives.unpack(tmp_path, parts, tmp_path / "target") == 1
+    assert (tmp_path / "target" / "shared" / "deep" / "one").read_text() == "x"
+
+
 def test_work_is_shared_out_evenly_and_libraries_apart() -> None:
     mib = 1 << 20
     libraries = [

@@ -10,10 +10,22 @@ import msgspec
 import pytest
 
 from loadtest.__main__ import main
-from loadtest.gpu.fleet import ahead, engines, judge, lab, load, plan, rivals, targets
+from loadtest.gpu.fleet import (
+    ahead,
+    engines,
+    judge,
+    lab,
+    load,
+    plan,
+    planned,
+    report,
+    rivals,
+    targets,
+)
 from loadtest.gpu.fleet.cell import check_length
 from loadtest.gpu.fleet.engines import FleetOptions, Shape, command_of
 from loadtest.gpu.fleet.record import (
+    Burst,
     Capacity,
     CellKey,
     CellRecord,
@@ -368,6 +380,69 @@ def test_what_is_foretold_of_several_repeats_is_compared_by_geometric_means() ->
     assert unique[0] == plan.OURS_LEAST
     assert unique[-6:] == ["2.00", "2.00", "2.00", "1.00", "2.00", "-"]
     assert (chat[0], chat[-7:]) == (plan.SGLANG, ["2", *["1.00"] * 6])
+
+
+def test_a_burst_that_was_broken_off_is_told_as_that_and_has_no_figures() -> None:
+    record = Record.__new__(Record)
+    whole = Burst(
+        rung="cold", factor=10, rows=[row(11.0, 0.5)], ready_s=[0.0, 3.5], began_s=10, seconds=20
+    )
+    broken = msgspec.structs.replace(whole, rung="suspended", failure="broken off after 235 of 880")
+    record.entries = [whole, broken]
+    text, _ = report.text_of(record)
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines if "0.500" in line] == ["cold"]
+    assert lines[-2:] == ["Failed", "burst, suspended: broken off after 235 of 880"]
+
+
+def test_replicas_of_more_cards_are_as_quick_as_the_planner_says(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    considered = [
+        {"gpus": 1, "step_expected_s": 0.006, "first_token_expected_s": 0.2, "fits": True},
+        {"gpus": 2, "step_expected_s": 0.004, "first_token_expected_s": 0.1},
+    ]
+    plan.write_text(json.dumps({"plans": [{"considered": considered}]}))
+    told = planned.read_plan(str(plan))
+    one = lab.Pool(replicas=2, cache_tokens=1000, speeds=lab.speeds_of("vllm", 1.0, 1.0))
+    two = planned.on_cards(one, 2, told)
+    assert two is not None
+    before, after = one.speeds.timing, two.speeds.timing
+    assert after.prefill_tokens_per_s == pytest.approx(2 * before.prefill_tokens_per_s)
+    assert after.base_s(8) == pytest.approx(before.base_s(8) / 1.5)
+    assert after.step_s_per_context_token == pytest.approx(before.step_s_per_context_token / 2)
+    assert (two.replicas, two.cache_tokens) == (2, 2000)
+    assert planned.on_cards(one, 4, told) is None
+
+
+@pytest.mark.parametrize(
+    ("octets", "word"),
+    [
+        (None, "cannot be read"),
+        (b"{}", "expected what `doherty plan --json` says"),
+        (b'{"plans": []}', "plans for 0 types of GPU; name one by --gpu"),
+    ],
+)
+def test_what_is_no_plan_is_refused(tmp_path: Path, octets: bytes | None, word: str) -> None:
+    file = tmp_path / "plan.json"
+    if octets is not None:
+        file.write_bytes(octets)
+    with pytest.raises(RecordError, match=word):
+        planned.read_plan(str(file))
+
+
+def test_cells_of_several_cards_stand_below_those_of_one_with_their_ratio() -> None:
+    wide = msgspec.structs.replace(KEY, shape="2x2")
+    groups = {
+        KEY: judge.Group(cells=[cell(plan.OURS, [0.4, 0.4])]),
+        wide: judge.Group(cells=[cell(plan.OURS, [0.2, 0.2])]),
+    }
+    times = dict.fromkeys(("ttft_p50_s", "ttft_p95_s", "ttft_p99_s", "tpot_p99_s"), 0.5)
+    told = lab.Foretold(tpot_p50_s=0.01, hit=0.3, **times)
+    less = msgspec.structs.replace(told, ttft_p50_s=0.3)
+    first, second, ratio = planned.rows(groups, {KEY: told, wide: less}, "4x1")
+    assert (first[0], second[0]) == (KEY.text, wide.text)
+    assert ratio[1:3] == ["0.60", "0.50"]
+    assert planned.rows(groups, {KEY: told}, "4x1") == []  # nothing was planned
 
 
 def test_a_burst_is_as_many_times_as_dense() -> None:

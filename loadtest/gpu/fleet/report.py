@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from loadtest.gpu.fleet import judge, lab, load, targets
+import msgspec
+
+from loadtest.gpu.fleet import judge, lab, load, planned, targets
 from loadtest.gpu.fleet.judge import Figures, Group
 from loadtest.gpu.fleet.lab import Foretold, Pool
+from loadtest.gpu.fleet.planned import Considered
 from loadtest.gpu.fleet.record import Burst, Capacity, CellKey, Record, Row, Setting
 from loadtest.measure import quantile
 from loadtest.policies.tables import aligned
@@ -21,8 +23,11 @@ HEAD = [
 ]  # fmt: skip
 
 
-def text_of(record: Record) -> tuple[str, int]:
-    """Return the whole text, and how many targets were missed."""
+def text_of(record: Record, plan: Mapping[int, Considered] | None = None) -> tuple[str, int]:
+    """Return the whole text, and how many targets were missed.
+
+    `plan` is the planner's word by the cards of a replica.
+    """
     setting = record.setting
     parts = [_head(setting, record)] if setting else []
     groups = judge.grouped(record.cells)
@@ -37,13 +42,16 @@ def text_of(record: Record) -> tuple[str, int]:
         head = ["target", "where", "bound", "found", "verdict"]
         parts.append(f"Targets\n{aligned([head, *held])}")
     if setting and groups:
-        foretold = foretell_all(record, setting, groups)
+        foretold = foretell_all(record, setting, groups, plan or {})
         rows = targets.foretold_rows(groups, foretold)
         missed += targets.missed(rows)
         head = ["cell", "p50 foretold", "seen", "p99 foretold", "seen", "hit", "seen", "ratio", ""]
         parts.append(f"The policy lab's word, and what came\n{aligned([head, *rows])}")
+        if rows := planned.rows(groups, foretold, setting.shape):
+            told = aligned([planned.HEAD, *rows])
+            parts.append(f"Several cards a replica: the planner's word, and what came\n{told}")
     parts += _heard(record) + _events(figures, groups, record)
-    parts += [_failures(record)] if any(cell.failure for cell in record.cells) else []
+    parts += _failures(record)
     return "\n\n".join(parts) + "\n", missed
 
 
@@ -104,16 +112,19 @@ def choice_of(setting: Setting) -> load.Choice:
 
 
 def foretell_all(
-    record: Record, setting: Setting, groups: Mapping[CellKey, Group]
+    record: Record,
+    setting: Setting,
+    groups: Mapping[CellKey, Group],
+    plan: Mapping[int, Considered],
 ) -> dict[CellKey, Foretold]:
-    """Return the lab's word for each cell of one card a replica in which nothing happens.
+    """Return the lab's word for each cell in which nothing happens.
 
     Repeats are foretold each, and lie beside each other as the measured ones do. What the lab
-    cannot read (a trace that is not here) is left out.
+    cannot read (a trace that is not here), and several cards that are not planned, are left out.
     """
     told: dict[CellKey, Foretold] = {}
     for key, group in groups.items():
-        pool = _pool(record, setting, key)
+        pool = _pool(record, setting, key, plan)
         if pool is None:
             continue
         flights = []
@@ -125,12 +136,14 @@ def foretell_all(
     return told
 
 
-def _pool(record: Record, setting: Setting, key: CellKey) -> Pool | None:
+def _pool(
+    record: Record, setting: Setting, key: CellKey, plan: Mapping[int, Considered]
+) -> Pool | None:
     """Return the lab's replicas, as quick as the run's were when nothing rested; None: untold."""
     workload = load.paced_by(key.workload)
-    capacity = record.capacity(workload, key.shape)
     replicas, cards = (int(word) for word in key.shape.split("x"))
-    if key.event or cards > 1 or capacity is None:
+    capacity = record.capacity(workload, key.shape if cards == 1 else setting.shape)
+    if key.event or capacity is None:
         return None
     try:
         trace = load.arrivals_of(choice_of(setting), workload, 0)
@@ -138,16 +151,18 @@ def _pool(record: Record, setting: Setting, key: CellKey) -> Pool | None:
         return None
     manners = setting.engine if setting.engine in lab.SPEEDS else "vllm"
     pool = Pool(
-        replicas=replicas,
+        replicas=int(capacity.shape.partition("x")[0]),
         cache_tokens=setting.kv_cache_tokens,
         speeds=lab.speeds_of(manners, 1.0, setting.time_scale),
         workers=setting.workers,
     )
     window = lab.Window(capacity.settled_s, capacity.settled_s + capacity.seconds)
     measured = capacity.uncached_tokens_per_s
-    return lab.as_quick(
+    pool = lab.as_quick(
         load.workload_of(trace), pool, manners, setting.time_scale, measured, window
     )
+    pool = msgspec.structs.replace(pool, replicas=replicas)
+    return pool if cards == 1 else planned.on_cards(pool, cards, plan)
 
 
 # --- what happened in some cells ----------------------------------------------------------------
@@ -160,9 +175,9 @@ def _events(
     happened = [key for key in figures if key.event]
     if happened:
         parts.append("\n".join(["Events", *(_event(key, figures, groups) for key in happened)]))
-    if record.bursts:
+    if bursts := [burst for burst in record.bursts if not burst.failure]:
         rows = [["others", "TTFT p50", "p99", "errors", "n", "replicas that serve after, s"]]
-        rows += [_burst_row(burst) for burst in record.bursts]
+        rows += [_burst_row(burst) for burst in bursts]
         parts.append(f"A burst from one awake replica\n{aligned(rows)}")
     return parts
 
@@ -225,15 +240,15 @@ def _burst_row(burst: Burst) -> list[str]:
     ]
 
 
-def _failures(record: Record) -> str:
+def _failures(record: Record) -> list[str]:
     lines = [
         f"{cell.key.text}: {cell.failure.splitlines()[0][:200]}"
         for cell in record.cells
         if cell.failure
     ]
-    return "\n".join(["Cells that failed", *lines])
-
-
-def write(text: str, path: str) -> None:
-    """Write the text where it is wanted. Raises `OSError`."""
-    Path(path).write_text(text, encoding="utf-8")
+    lines += [
+        f"burst, {burst.rung}: {burst.failure.splitlines()[0][:200]}"
+        for burst in record.bursts
+        if burst.failure
+    ]
+    return ["\n".join(["Failed", *lines])] if lines else []
