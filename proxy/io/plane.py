@@ -72,6 +72,7 @@ class Plane(Abroad):
         self.sharing = Sharing(
             self.picture, self.responses, self.noting, clock, tasks, self.give_way
         )
+        self.catch_up = self.waiting.catch_up = self.sharing.catch_up
         self.preemption.know_others(self.sharing.hearsay.yielding, self.noting.ask_way)
         self.preambles: HeadMemory[Preamble] = HeadMemory(read_preamble)
         self.outbox = Outbox(clock, self._fault)
