@@ -44,13 +44,19 @@ class Sharing:
         clock: Clock,
         tasks: Tasks,
         give_way: Callable[[str, Sequence[int]], None],
+        *,
+        on_news: Callable[[], None],
     ) -> None:
-        """`give_way(replica, leases)` ends those for another worker's online request."""
+        """`give_way(replica, leases)` ends those for another worker's online request.
+
+        `on_news()` hears that others have decided something.
+        """
         self._picture = picture
         self._responses = responses
         self._clock = clock
         self._tasks = tasks
         self._give_way = give_way
+        self._on_news = on_news
         self._channel: control.Channel | None = None
         self._readers: list[RingReader] = []
         self._lost_total = 0
@@ -72,6 +78,7 @@ class Sharing:
         now_s = self._clock.now_s()
         for one in heapq.merge(*said, key=_moment_s):
             self.hear(one, now_s)
+        self._on_news()
         lost_total = sum([reader.lost_total for reader in self._readers])
         if lost_total != self._lost_total:
             self._lost_total = lost_total

@@ -61,6 +61,7 @@ class Waiting:
         self.queues: dict[str, Queue] = {}  # by key; also of those for whom nobody waits any more
         self.catch_up: Callable[[], None] = nothing  # reads what others have decided
         self.hears = False  # there may be some
+        self._news = False  # something was read since the last look
         self.on_hold: Callable[[], None] = nothing  # somebody waits for what has nothing awake
         self.refused = [0 for _ in NAMES]  # for want of room, by class
         self._clock = clock
@@ -79,6 +80,7 @@ class Waiting:
         self._numbers = 0
         self._look_due = False
         self._timer: asyncio.Handle | None = None
+        self._due_s = _NEVER  # when a replica should be open, if nothing happens before
         self.clearing = Clearing()  # for online work that waits at other workers
 
     @property
@@ -282,10 +284,15 @@ class Waiting:
             self._look_due = True
             asyncio.get_running_loop().call_soon(self._look)
 
+    def heard(self) -> None:
+        """Others have decided something. Each of us looks at another moment of those to come."""
+        self._news = True
+
     def _look(self) -> None:
         """Give away what can go now."""
         self._look_due = False
         self.catch_up()
+        self._news = False
         now_s = self._clock.now_s()
         self._end_late(now_s)
         share = left = self._share(now_s)
@@ -307,8 +314,6 @@ class Waiting:
         if self.clearing.bits(now_s):
             next_s = min(next_s, self.clearing.end_s)
         next_s = min(next_s, self._holding.next_due_s)
-        if self.hears:
-            next_s = min(next_s, now_s + limits.HELD_READ_S)
         self._wake_at(next_s if self.room.count else _NEVER)
 
     def _end_late(self, now_s: float) -> None:
@@ -385,9 +390,13 @@ class Waiting:
             self._wake_at(_NEVER)
 
     def _wake_at(self, moment_s: float) -> None:
+        self._due_s = moment_s
+        now_s = self._clock.now_s()
+        if self.hears and self.room.count:
+            moment_s = min(moment_s, now_s + limits.HELD_READ_S)
         if moment_s < _NEVER:
             # A little late: at the very moment, rounding may still say that it has not come.
-            delay_s = max(0.0, moment_s - self._clock.now_s()) + limits.HELD_TIMER_S_MIN
+            delay_s = max(0.0, moment_s - now_s) + limits.HELD_TIMER_S_MIN
             self._wake_in(delay_s + self._spread_s())
         elif self._timer is not None:
             self._timer.cancel()
@@ -402,8 +411,13 @@ class Waiting:
         return self._clock.draw() * limits.HELD_SPREAD_S
 
     def _woken(self) -> None:
+        """The moment has come, or one at which others may have said something."""
         self._timer = None
-        self.work_done()
+        self.catch_up()
+        if self._news or self._clock.now_s() >= self._due_s:
+            self.work_done()
+        else:
+            self._wake_at(self._due_s)
 
     # --- what is reported --------------------------------------------------------------------
 
