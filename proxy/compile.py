@@ -30,8 +30,8 @@ FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sour
 # What a request passes through. The rest runs when somebody asks, or once.
 _CORE: Final = """additions admission asked charging chunked claim_limits claims classes cost
 credentials crowd engine_errors explanation fairness fleet head head_memory headcount hearsay
-held holding http1 idle index lease lengths limits lines loads multipart note_wire notes
-opening outlook pacing picture pieces policy preamble preempting prefilling prefix principal
+held holding http1 idle index lease lengths limits lines loads multipart note_ring note_wire
+notes opening outlook pacing picture pieces policy preamble preempting prefilling prefix principal
 principals prospects quota regions replica request_spans response_id responses retry ring
 room routes scan session share_cells sketch spare speeds sse termination tier_echo
 trace_context usage wishes"""

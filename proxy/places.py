@@ -163,7 +163,7 @@ class Places:
         return self._order is not None
 
     async def _run_once(self, place: Place) -> None:
-        """Fill a place with one process and serve its channel until it ends."""
+        """Fill a place with one process until it ends."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             fds = (theirs.fileno(), *(listener.fileno() for listener in place.listeners))
@@ -171,7 +171,9 @@ class Places:
             # Without -P the working folder would come first, and it may hold another `proxy`.
             command = (sys.executable, "-P", "-m", "proxy.worker", *map(str, fds))
             place.process = process = await asyncio.create_subprocess_exec(
-                *command, pass_fds=(*fds, *shared, self._nonces.fd), env=worker_environment()
+                *command,
+                pass_fds=(*fds, *shared, self._nonces.fd, self._hub.notes.fd),
+                env=worker_environment(),
             )
         except BaseException:
             ours.close()
@@ -181,6 +183,21 @@ class Places:
         place.failed_starts += 1
         place.silent.clear()
         place.channel = channel = await control.Channel.open(ours)
+        try:
+            await self._serve(place, channel, process)
+            status = await _end_of(process)
+        finally:
+            self._hub.leave(place.origin)  # from now on it says nothing more
+        if self._cells is not None:
+            self._cells.clear(place.index)
+        self.quotas.forget_flight(place.index)
+        if not self._draining():
+            _log.error("worker %d (pid %d) ended with %d", place.index, process.pid, status)
+
+    async def _serve(
+        self, place: Place, channel: control.Channel, process: asyncio.subprocess.Process
+    ) -> None:
+        """Serve a worker's channel until it ends."""
         try:
             self._greet(place.index, channel)
             place.origin = self._hub.join(channel)
@@ -192,18 +209,11 @@ class Places:
         finally:
             place.ready = False
             place.channel = None
-            self._hub.leave(place.origin)
             self._teller.leave(place.origin)
             channel.close()
             self._departed = sum_samples([*self._departed, *place.counters])
             place.counters, place.gauges, place.hot = [], [], []
             place.silent.set()
-        status = await _end_of(process)
-        if self._cells is not None:
-            self._cells.clear(place.index)
-        self.quotas.forget_flight(place.index)
-        if not self._draining():
-            _log.error("worker %d (pid %d) ended with %d", place.index, process.pid, status)
 
     def _greet(self, place: int, channel: control.Channel) -> None:
         """Tell a new worker what the others know."""
@@ -218,6 +228,8 @@ class Places:
                 self.quotas.fd,
                 self._quota_rows(),
                 self._nonces.fd,
+                self._hub.notes.fd,
+                self._hub.notes.ends(),
             )
         )
         # Keys before the fleet: before there is anybody to ask.
@@ -228,7 +240,13 @@ class Places:
 
     def _hear(self, place: Place, message: control.Message) -> None:
         match message:
-            case control.Noted() | control.Page() | control.Garbled() | control.GiveWay():
+            case (
+                control.Noted()
+                | control.Missed()
+                | control.Page()
+                | control.Garbled()
+                | control.GiveWay()
+            ):
                 self._hub.hear(place.origin, message)
             case control.Demanded() | control.Summarised():
                 self._teller.hear(place.origin, message)
@@ -354,6 +372,7 @@ class Places:
         if self._cells is not None:
             self._cells.close()
         self._nonces.close()
+        self._hub.notes.close()
         self.quotas.close()
 
 

@@ -78,7 +78,7 @@ class Supervisor:
         self._predecessor = predecessor
         self._tasks = Tasks()
         self._figures = Figures()
-        self.hub = Hub()
+        self.hub = Hub(config.workers)
         self._witness = Witness(self._tasks, self.hub)
         self._teller = Teller(lambda: self._lookout.session)
         self._places = Places(

@@ -34,7 +34,7 @@ from proxy.io.hot import hot_prefixes
 from proxy.io.memory import rooms_bytes
 from proxy.io.plane import Plane
 from proxy.io.quota_memory import quota_cells_at
-from proxy.io.shared_cells import headcount_at, nonces_at, shares_at
+from proxy.io.shared_cells import headcount_at, nonces_at, rings_at, shares_at
 from proxy.io.tally import Tally, summarise_regularly
 from proxy.io.tasks import Tasks, next_beat_s
 from proxy.io.tracing import close_tracer, tracer_of
@@ -75,14 +75,12 @@ class Worker:
         plane.connections_max = min(plane.connections_max, _connections_possible())
         plane.bodies_bytes_max = _bodies_possible(start.config)
         plane.make_room()
-        _share(plane, start)
+        _share(plane, start, self._channel)
         plane.metering.change_log(usage_log)
         plane.tracer = tracer_of(start.config, os.environ, plane.span_counts)
-        plane.noting.connect(self._channel)
         plane.authentication.on_unknown_key = partial(self._channel.send, control.JwtKeysWanted())
         plane.outbox.on = True
         entrance = Entrance(plane, self._listeners)
-        self._channel.deals_with = partial(_hear, plane, self._channel)
         self._tasks.start("obey", self._obey(plane, entrance))
         await self._fleet_or_first_silence(plane)
         if start.accept:
@@ -174,9 +172,9 @@ class Worker:
                 | control.GiveWay()
             ):
                 plane.sharing.obey(self._channel, message)
-                plane.heard()
+                plane.work_done()
                 if self._channel.has_more:
-                    await asyncio.sleep(0)  # between two batches others have their turn
+                    await asyncio.sleep(0)  # between two pages others have their turn
             case control.Drain():
                 self._drain_order = message
                 self._drain_asked.set()
@@ -224,6 +222,7 @@ class Worker:
             await asyncio.sleep(due_s - loop.time())
             lag_s = loop.time() - due_s
             plane.telemetry.late_by(lag_s)
+            plane.catch_up()
             now_s = plane.clock.now_s()
             for connection in list(entrance.connections):
                 connection.check_deadline(now_s)
@@ -255,8 +254,13 @@ class Worker:
         entrance.kill()
 
 
-def _share(plane: Plane, start: control.Start) -> None:
-    """Have the plane count in the memory that it has with other workers, as far as there is any."""
+def _share(plane: Plane, start: control.Start, channel: control.Channel) -> None:
+    """Have the plane use the memory that it has with other workers, as far as there is any."""
+    if start.notes_fd >= 0:
+        ring, others = rings_at(start.notes_fd, start.place, start.notes_read)
+        plane.noting.connect(channel, ring)
+        plane.sharing.connect(channel, others)
+        plane.waiting.hears = True
     if start.cells_fd >= 0:
         counted = headcount_at(start.cells_fd, start.place, start.workers)
         plane.picture.loads.count_with(counted)
@@ -271,18 +275,6 @@ def _share(plane: Plane, start: control.Start) -> None:
 def _fault(plane: Plane, doing: str) -> None:
     plane.telemetry.internal_errors_total += 1
     _log.exception("%s", doing)
-
-
-def _hear(plane: Plane, channel: control.Channel, message: control.Message) -> bool:
-    """Hear what others decide; return whether it is that."""
-    if not isinstance(message, control.Heard):
-        return False
-    try:
-        plane.sharing.obey(channel, message)
-        plane.heard()
-    except Exception:  # noqa: BLE001 - one order, and not those that follow
-        _fault(plane, "hearing others")
-    return True
 
 
 def _tell(plane: Plane, message: control.News) -> None:
@@ -305,6 +297,7 @@ def _tell(plane: Plane, message: control.News) -> None:
 def _answer(
     plane: Plane, entrance: Entrance, asked: control.Count | control.Explain
 ) -> control.Message:
+    plane.catch_up()
     match asked:
         case control.Count(hot):
             return control.Counted(

@@ -25,6 +25,7 @@ _Hash = int | bytes  # octets, where VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES is 0
 _AnyHashes = Annotated[list[_Hash], msgspec.Meta(max_length=limits.KV_EVENT_BLOCKS_MAX)]
 _Hashes = Annotated[list[int], msgspec.Meta(max_length=limits.KV_EVENT_BLOCKS_MAX)]
 _Raws = Annotated[list[msgspec.Raw], msgspec.Meta(max_length=limits.KV_BATCH_EVENTS_MAX)]
+_REMOVED_MAX: Final = 32  # blocks in one event, of those that come singly
 _HASH_BYTES: Final = 8
 # Array of up to 15, of 16 bits, of 32 bits: the first octet of a msgpack value says what it is.
 _ARRAYS: Final = frozenset((*range(0x90, 0xA0), 0xDC, 0xDD))
@@ -227,9 +228,7 @@ def _read(payload: bytes) -> Batch:
         except msgspec.ValidationError:  # an older form, or an event that is not known
             told = _batch_array.decode(payload)
         else:
-            return Batch(
-                usual.ts, [_plain(event) for event in usual.events], usual.data_parallel_rank
-            )
+            return Batch(usual.ts, _joined(usual.events), usual.data_parallel_rank)
     events = [_numbered(event) for raw in told.events if (event := _one(raw)) is not None]
     return Batch(told.ts, events, told.data_parallel_rank)
 
@@ -247,6 +246,27 @@ def _one(raw: msgspec.Raw) -> _AnyMap | _Array | None:
         if kind in _KNOWN:
             raise
         return None
+
+
+def _joined(told: list[_Map]) -> list[Event]:
+    """Return the events, those removed in a row together: engines tell of each block by itself."""
+    events: list[Event] = []
+    last: _RemovedMap | None = None
+    for event in told:
+        if not isinstance(event, _RemovedMap):
+            last = None
+        elif last and _goes_on(last, event):
+            last.block_hashes.extend(event.block_hashes)
+            continue
+        else:
+            last = event
+        events.append(_plain(event))
+    return events
+
+
+def _goes_on(last: _RemovedMap, event: _RemovedMap) -> bool:
+    alike = last.group_idx == event.group_idx and last.medium == event.medium
+    return alike and len(last.block_hashes) < _REMOVED_MAX
 
 
 def _plain(event: _Map) -> Event:

@@ -304,11 +304,12 @@ HELD_TAKEN_MAX: Final = 16
 # The event loop's timers are no finer.
 HELD_TIMER_S_MIN: Final = 0.001
 # Workers see the same replica become open in the same moment. Each looks at a moment of its own
-# within so long, some times what a note takes to the others: the first takes it, the rest hear so.
+# within so long, many times what it takes to note that: the first takes it, the rest read so.
 HELD_SPREAD_S = 0.006
+# While somebody waits, what others say is read so often: nobody is woken by their notes.
+HELD_READ_S: Final = 0.005
 # When a replica comes up for which several workers hold requests, each gives it its part of what it
-# may have, and waits for so long, or up to twice that, until it has heard what the others gave:
-# some times what notes are collected for by a busy worker.
+# may have, and waits for so long, or up to twice that, until it has heard what the others gave.
 OPENED_SHARED_S: Final = 0.05
 # The pace at which requests leave is measured over so long: some prefills, and less than clients
 # wait before they ask again.
@@ -369,18 +370,22 @@ KV_LATE_S: Final = 0.5
 KV_FIRST_TOKEN_S: Final = 1.0
 
 # --- sharing decisions ------------------------------------------------------------------------
-# Notes go at once where none have gone for so long, else they are collected for as long: shorter
-# than any prefill, so that a burst over all workers sees itself. A worker that tells of more than a
-# thousand requests a second (three notes each) collects for longer, because a small batch costs
-# more in waking three processes than its requests do: for about one step of an engine, which looks
-# at newcomers between two of them. Such rates need so many replicas that none of them gets more
-# than a request or two in that time.
+# What each process of a proxy has said and others may not have read yet: more than half a second of
+# the notes of 5,000 requests/s, and whoever serves reads twice a second at the least. Whoever was
+# overtaken gets what is open, in place of how it came to be.
+NOTES_RING_BYTES: Final = 1 * MIB
+# Peers wait for notes: they go at once where none have gone for so long, else they are collected
+# for as long: shorter than any prefill, so that a burst over all proxies sees itself. A worker that
+# tells of more than a thousand requests a second (three notes each) collects for longer, because a
+# small batch costs more in waking three processes than its requests do: for about one step of an
+# engine, which looks at newcomers between two of them. Such rates need so many replicas that none
+# of them gets more than a request or two in that time.
 NOTES_FLUSH_S = 0.0015
 NOTES_FLUSH_BUSY_S = 0.016
 NOTES_BUSY_PER_S: Final = 3000
-# What is collected before that goes at once: a hundred dispatches, or one page of a digest.
+# What one batch of them has: a hundred dispatches, or one page of a digest.
 NOTES_BATCH_BYTES_MAX = 32 * KIB
-# Octets that may wait at one reader of notes, a worker or a peer. A second of the notes of 5,000
+# Octets that may wait for one who is sent them, a worker or a peer. A second of the notes of 5,000
 # requests/s; whoever is further behind gets what is open, later, in place of how it came to be.
 NOTES_WAITING_BYTES_MAX = 2 * MIB
 # What is open is told in full so often, if anything has changed: what a lost note spoils is wrong
@@ -433,4 +438,5 @@ assert UPSTREAM_IDLE_WORTH_S < UPSTREAM_IDLE_S_MAX < 5.0
 assert NOTES_WHOLE_S < PEER_SILENCE_S
 assert SEMI_ONLINE_SHARE + OFFLINE_SHARE < 1.0
 assert PEER_BEAT_S * 3 < PEER_SILENCE_S
+assert PEER_FRAME_BYTES_MAX * 4 <= NOTES_RING_BYTES
 assert NOTES_BATCH_BYTES_MAX + 32 * max(NOTE_HASHES_MAX, NOTE_LEASES_MAX) < PEER_FRAME_BYTES_MAX

@@ -30,7 +30,7 @@ from proxy.io.clock import Clock
 from proxy.io.preemption import Preemption
 from proxy.io.queues import Waiter
 from proxy.io.telemetry import Telemetry
-from proxy.io.waiting import Waiting
+from proxy.io.waiting import Waiting, nothing
 
 _PINNING: Final = ("prefix", "session")  # rules under which a session can be pinned
 _ANY_MODEL: Final = "\n"  # the queue for replicas that do not say what they serve
@@ -53,6 +53,7 @@ class Choice:
         self._holds_back = _holds_back(config)
         self.residency = regions.Residency(self.region)
         self.responses = Responses()  # answers that requests may go on from
+        self.catch_up: Callable[[], None] = nothing  # reads what others have decided
         self.arrivals: dict[str, int] = {}  # requests that came, by model
         self.bodies_bytes_max = limits.BODIES_BYTES_MAX
         self.some_keys = False  # by which tenants are known
@@ -156,6 +157,7 @@ class Choice:
         Where another worker was before us, the choice is made anew without that replica. An online
         request that would have to wait for offline work has that give way, and is placed then.
         """
+        self.catch_up()
         decision, held = self._place(request, pool, model, lookup=lookup, now_s=now_s)
         if not self.preemption or lookup or not (held or decision is None):
             return decision, held
@@ -333,10 +335,6 @@ class Choice:
     def work_done(self) -> None:
         """The picture or the fleet has changed: perhaps somebody who waits can go."""
         self.waiting.work_done()
-
-    def heard(self) -> None:
-        """Other workers or proxies have told what they did: perhaps somebody who waits can go."""
-        self.waiting.heard()
 
     def queue_of(self, model: str) -> str:
         """Name the queue of a model. Names that clients invent make none of their own."""

@@ -26,7 +26,6 @@ from proxy.io.telemetry import Sample
 
 _LENGTH = struct.Struct("!I")
 FRAME_BYTES_MAX = 64 * 1024 * 1024
-_AT_ONCE_MAX = 8  # messages; then others have their turn
 _HELD_BYTES_MAX = 1024 * 1024  # read and not taken; a frame that is larger is read whole
 
 
@@ -39,6 +38,8 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     quota_fd: int = -1  # of the memory in which tenants are counted (`io/quota_memory.py`)
     rows: dict[str, int] = {}  # whose row is whose in it
     nonces_fd: int = -1  # of that in which all keep the hops that they took; -1: each its own
+    notes_fd: int = -1  # of that in which each says what it decides (`core/note_ring.py`)
+    notes_read: list[tuple[int, int]] = []  # up to where what is said there is no news
 
 
 class Accept(msgspec.Struct, tag=True, frozen=True):
@@ -113,9 +114,11 @@ class Count(msgspec.Struct, tag=True, frozen=True):
 
 
 class Listen(msgspec.Struct, tag=True, frozen=True):
-    """Whether anybody wants to hear what you decide."""
+    """Whether anybody wants to hear what you decide, as this origin."""
 
     on: bool
+    origin: int = 0
+    hurry: bool = False  # and waits for it: say when there is something
 
 
 class Whole(msgspec.Struct, tag=True, frozen=True):
@@ -123,12 +126,9 @@ class Whole(msgspec.Struct, tag=True, frozen=True):
 
 
 class Heard(msgspec.Struct, tag=True, frozen=True):
-    """Notes of another; of the oldest of them, when it was written."""
+    """A page of what is cached where, as notes of nobody."""
 
-    origin: int
-    at_s: float
     batch: bytes
-    ours: bool = False  # of another worker of this proxy
 
 
 class GiveWay(msgspec.Struct, tag=True, frozen=True):
@@ -179,10 +179,11 @@ class Doubt(msgspec.Struct, tag=True, frozen=True):
 
 
 class Noted(msgspec.Struct, tag=True, frozen=True):
-    """Notes of this worker; of the oldest of them, when it was written."""
+    """There are notes of this worker for those who hurry."""
 
-    at_s: float
-    batch: bytes
+
+class Missed(msgspec.Struct, tag=True, frozen=True):
+    """This worker was overtaken by what others say."""
 
 
 class Page(msgspec.Struct, tag=True, frozen=True):
@@ -247,7 +248,7 @@ News = FleetIs | KeysAre | JwtKeysAre | RemotesAre | Cleared | Accused
 Down = Start | Accept | Reconfigure | News | Drain | Count | Explain
 
 Sharing = Listen | Whole | Heard | Gone | Recite | GiveWay
-FromWorker = Noted | Page | Garbled | GiveWay
+FromWorker = Noted | Missed | Page | Garbled | GiveWay
 Told = Ready | Suspect | Doubt | JwtKeysWanted | Demanded | Summarised | Counted | Explained
 Message = Down | Sharing | FromWorker | Told
 _encoder = msgspec.msgpack.Encoder()
@@ -261,7 +262,7 @@ def frame_of(message: Message) -> bytes:
 
 
 class Channel(asyncio.Protocol):
-    """One end of the socket pair. A protocol: batches of notes come by the hundred a second."""
+    """One end of the socket pair."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -272,10 +273,6 @@ class Channel(asyncio.Protocol):
         self._news: asyncio.Future[None] | None = None  # somebody waits for a message
         self._room: asyncio.Future[None] | None = None  # what was sent is not taken
         self._on_message: Callable[[Message], None] | None = None
-        self._next: Message | None = None  # of those for whoever waits
-        # Says whether it has dealt with a message that came while somebody waits: to wake a task
-        # costs more than to read a note.
-        self.deals_with: Callable[[Message], bool] | None = None
 
     @classmethod
     async def open(cls, end: socket.socket) -> Channel:
@@ -298,9 +295,6 @@ class Channel(asyncio.Protocol):
         self._held += data
         if self._on_message is not None:
             self._hand_over(self._on_message)
-            return
-        if self.deals_with is not None and self._news is not None and not self._news.done():
-            self._deal(self._news, self.deals_with)
             return
         if len(self._held) >= _HELD_BYTES_MAX and self._size >= 0 and self._reading:
             self._reading = False
@@ -352,8 +346,7 @@ class Channel(asyncio.Protocol):
     async def receive(self) -> Message | None:
         """Return the next message, or None when the other end is gone."""
         while True:
-            message, self._next = self._next, None
-            message = message or self._take()
+            message = self._take()
             if message is not None:
                 return message
             if self._ended:
@@ -385,21 +378,6 @@ class Channel(asyncio.Protocol):
                 await self._news
         finally:
             self._on_message = self._news = None
-
-    def _deal(self, news: asyncio.Future[None], deals_with: Callable[[Message], bool]) -> None:
-        """Deal with what has come, up to the first message for whoever waits."""
-        try:
-            for _ in range(_AT_ONCE_MAX):
-                message = self._take()
-                if message is None:
-                    return
-                if not deals_with(message):
-                    self._next = message
-                    break
-        except msgspec.MsgspecError as error:
-            news.set_exception(error)
-        else:
-            news.set_result(None)
 
     def _hand_over(self, on_message: Callable[[Message], None]) -> None:
         try:

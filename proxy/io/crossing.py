@@ -186,6 +186,7 @@ class Crossing(Echoing):
             self._pool = plane.find_pool(self._model, self._request.regions, lookup=lookup)
         except errors.ProxyError:  # nobody serves it any more
             return None
+        plane.catch_up()
         now_s, request = plane.clock.now_s(), self._request
         decision = plane.choose(request, self._pool, plane.picture, now_s)
         if decision is None or lookup:

@@ -307,15 +307,18 @@ _NOTES: Final = (
         "notes_lost_total", "reason", "Decisions that were not told or could not be used, by reason"
     ),
     histogram(
-        "note_lag_seconds", "", "From a decision to its hearing by another worker", SECONDS_BUCKETS
+        "note_lag_seconds",
+        "",
+        "From a decision to its reading by another worker: before each choice, or twice a second",
+        SECONDS_BUCKETS,
     ),
     counter(
         "note_batches_total",
         "from",
-        "Batches of decisions that the supervisor passed on, by where they came from",
+        "Batches of decisions that crossed to or from peers, by where they came from",
     ),
     counter(
-        "note_batches_dropped_total", "", "Batches that somebody did not hear because he was behind"
+        "note_batches_dropped_total", "", "Batches that somebody did not get because he was behind"
     ),
     gauge("peers", "", "Other proxies that this one is linked with"),
     counter(

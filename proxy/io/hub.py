@@ -1,12 +1,14 @@
-"""The supervisor's exchange of notes: from each worker to all others, and to and from peers.
+"""The supervisor's exchange of notes: who listens, and what goes to peers and comes from them.
 
-It reads no note. An *origin* is a worker whose notes are heard, ours or a peer's, by a number that
-is never used again, so that what a dead worker held can be let go and is not mistaken for its
-successor's. What comes from a peer goes to our workers and no further: proxies are linked each to
-each, and a decision crosses one link.
+Workers read themselves what their siblings say (`core.note_ring`), and what the supervisor says of
+engines, or for peers. What workers say is read here for peers, who wait for it, and for whoever
+overhears; the hub understands no note. An *origin* is a worker whose notes are heard, ours or a
+peer's, by a number that is never used again, so that what a dead worker held can be let go and is
+not mistaken for its successor's. What comes from a peer goes to our workers and no further: proxies
+are linked each to each, and a decision crosses one link.
 
-Nobody is waited for. Who does not take what waits for him misses notes, and is told all that is
-open once he has caught up.
+Nobody is waited for. Who does not take what waits for him, or was overtaken, misses notes, and is
+told all that is open.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from proxy.core import limits, peer_wire
+from proxy.core.note_ring import Said
 from proxy.io import control
+from proxy.io.shared_cells import SharedNotes
+from proxy.io.sharing import NOBODY
 from proxy.io.tasks import beat
 from proxy.io.telemetry import Sample
 
@@ -27,7 +32,6 @@ _log = logging.getLogger("doherty.hub")
 
 TICK_S = 0.25
 DIGEST_INTERVAL_S = 30.0  # a peer that comes back soon has told us already
-OURS = 0  # the origin of what the supervisor itself has to say
 
 
 class Peer(Protocol):
@@ -114,13 +118,14 @@ class _Transfer:
 class Hub:
     """All who exchange notes. Its methods are the events; `tick` comes four times a second."""
 
-    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, workers: int, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
+        self.notes = SharedNotes(workers)
         self._overhearer: Overhearer | None = None
         self._members: dict[int, _Member] = {}
         self._linked: dict[Peer, _Linked] = {}
         self._transfers: dict[int, _Transfer] = {}
-        self._numbers = itertools.count(OURS + 1)
+        self._numbers = itertools.count(NOBODY + 1)
         self._whole_due = False
         self._peers_whole_due = False
         self._fleet_known = False
@@ -137,6 +142,7 @@ class Hub:
 
     def tick(self) -> None:
         """Have told as a whole what somebody has missed."""
+        self.collect()
         for member in self._members.values():
             if member.caught_up():
                 self._whole_due = self._peers_whole_due = True
@@ -152,7 +158,7 @@ class Hub:
 
     def say(self, batch: bytes) -> None:
         """Tell our workers what the supervisor knows: of engines' caches and loads."""
-        self._tell_members(OURS, self._now_s(), batch)
+        self.notes.writer.write(NOBODY, self._now_s(), batch)
 
     def overhear(self, overhearer: Overhearer | None) -> None:
         """Have everything told to this one as well from now on, or to nobody."""
@@ -184,6 +190,7 @@ class Hub:
 
     def leave(self, origin: int) -> None:
         """It is no more."""
+        self.collect()
         member = self._members.pop(origin, None)
         if member is None:
             return
@@ -197,8 +204,10 @@ class Hub:
     def hear(self, origin: int, message: control.FromWorker) -> None:
         """A worker says this."""
         match message:
-            case control.Noted(at_s, batch):
-                self._relay(origin, at_s, batch)
+            case control.Noted():
+                self.collect()
+            case control.Missed():
+                self._whole_due = self._peers_whole_due = True
             case control.Page(transfer, batch, last):
                 self._turn(self._members.get(origin), transfer, batch, last)
             case control.Garbled(faulty, reason):
@@ -206,25 +215,34 @@ class Hub:
             case control.GiveWay():
                 self._pass_on(origin, message)
 
-    def _relay(self, origin: int, at_s: float, batch: bytes) -> None:
-        self._batches_total += 1
-        self._tell_members(origin, at_s, batch)
-        if self._linked:
-            age_s = min(max(0.0, self._now_s() - at_s), peer_wire.AGE_S_MAX)
-            frame = peer_wire.write_notes(origin, age_s, batch)
-            for linked in self._linked.values():
-                linked.tell(frame)
+    def collect(self) -> None:
+        """Take what our workers have said, for those who want to know."""
+        for reader in self.notes.readers:
+            if not (self._linked or self._overhearer):
+                reader.skip()
+            elif reader.has_news:
+                lost_total = reader.lost_total
+                said = [one for one in reader.take() if one.origin in self._members]
+                if reader.lost_total != lost_total:
+                    self._dropped_total += reader.lost_total - lost_total
+                    self._whole_due = True
+                self._overhear(said)
+                if self._linked:
+                    for batch in _joined(said):
+                        self._relay(batch)
 
-    def _tell_members(self, origin: int, at_s: float, batch: bytes) -> None:
-        if self._overhearer is not None and origin != OURS:
-            self._overhearer.heard(origin, at_s, batch)
-        frame = b""
-        for member in self._members.values():
-            if member.origin != origin:
-                if not frame:
-                    ours = origin in self._members
-                    frame = control.frame_of(control.Heard(origin, at_s, batch, ours))
-                member.tell(frame)
+    def _relay(self, said: Said) -> None:
+        """Tell peers."""
+        self._batches_total += 1
+        age_s = min(max(0.0, self._now_s() - said.at_s), peer_wire.AGE_S_MAX)
+        frame = peer_wire.write_notes(said.origin, age_s, said.batch)
+        for linked in self._linked.values():
+            linked.tell(frame)
+
+    def _overhear(self, said: Iterable[Said]) -> None:
+        if self._overhearer is not None:
+            for one in said:
+                self._overhearer.heard(one.origin, one.at_s, one.batch)
 
     def _pass_on(self, asker: int, message: control.GiveWay) -> None:
         """Have one give way, unless he is gone, and all let the one who asks go first.
@@ -258,8 +276,10 @@ class Hub:
             member.send(frame)
 
     def _say_who_listens(self) -> None:
-        on = len(self._members) > 1 or bool(self._linked) or self._overhearer is not None
-        self._order(control.Listen(on))
+        hurry = bool(self._linked)
+        on = len(self._members) > 1 or hurry or self._overhearer is not None
+        for member in self._members.values():
+            member.channel.send(control.Listen(on, member.origin, hurry))
 
     # --- peers -------------------------------------------------------------------------------
 
@@ -293,7 +313,9 @@ class Hub:
                     raise peer_wire.WireError("more workers speak than can be heard")
                 origin = linked.origins[frame.number] = next(self._numbers)
             self._peer_batches_total += 1
-            self._tell_members(origin, self._now_s() - frame.figure - delay_s, frame.batch)
+            said = Said(origin, self._now_s() - frame.figure - delay_s, frame.batch)
+            self.notes.writer.write(said.origin, said.at_s, said.batch)
+            self._overhear((said,))
         elif frame.kind == peer_wire.GONE:
             gone = linked.origins.pop(frame.number, None)
             if gone is not None:
@@ -341,7 +363,7 @@ class Hub:
         if transfer is None or transfer.source is not source:
             return
         if batch and transfer.members:
-            heard = control.frame_of(control.Heard(OURS, self._now_s(), batch))
+            heard = control.frame_of(control.Heard(batch))
             for member in transfer.members:
                 member.tell(heard)
         if transfer.linked is not None:
@@ -373,3 +395,19 @@ class Hub:
             Sample("note_batches_dropped_total", (), dropped_total),
         ]
         return counters, [Sample("peers", (), len(self._linked))]
+
+
+def _joined(said: Iterable[Said]) -> Iterator[Said]:
+    """Yield these as batches, each of one origin, with the moment of its first note."""
+    parts: list[bytes] = []
+    origin, at_s, size = NOBODY, 0.0, 0
+    for one in said:
+        if parts and (one.origin != origin or size >= limits.NOTES_BATCH_BYTES_MAX):
+            yield Said(origin, at_s, b"".join(parts))
+            parts, size = [], 0
+        if not parts:
+            origin, at_s = one.origin, one.at_s
+        parts.append(one.batch)
+        size += len(one.batch)
+    if parts:
+        yield Said(origin, at_s, b"".join(parts))

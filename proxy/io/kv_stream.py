@@ -42,7 +42,7 @@ IDLE_CHECK_S = 2.0
 STALE_AFTER_S = 3.0
 REPORT_S = 1.0
 BATCHES_AT_ONCE = 16  # between two of these, and two of those, others have their turn
-EVENTS_AT_ONCE = 1024
+EVENTS_AT_ONCE = 128  # of some tens of blocks at the most, mostly
 LATENESS_WINDOW_S = 60.0
 
 

@@ -1,9 +1,10 @@
-"""A worker's decisions, told to the others: at once, or collected for a moment and then as a batch.
+"""A worker's decisions, told to the others: written where they read before they choose.
 
-A batch costs the three processes that it passes through as much as several requests do: so between
-two of them some time passes, and for a worker that decides much more of it. With nobody listening
-it costs its caller one test of `on`. A supervisor that does not keep up loses notes and not this
-worker's time: what it missed is told again as a whole, as all that is open.
+That wakes nobody, and with nobody listening it costs its caller one test of `on`. Peers, who do not
+share that memory, are told by the supervisor, and that one is told that there is something: at
+once, or after a moment in which more has come. A batch costs the processes that it passes through
+as much as several requests do: so between two of them some time passes, and for a worker that
+decides much more of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 
 from proxy.core import limits, note_wire, notes
 from proxy.core.lease import Lease
+from proxy.core.note_ring import RingWriter
 from proxy.core.notes import OpenLease
 from proxy.core.picture import Picture
 from proxy.core.prefix import PrefixChain
@@ -30,27 +32,29 @@ class Noting:
         """`leases` are those that this worker holds, by id, as they were opened."""
         self.on = False
         self.sent_total = 0
-        self.dropped_total = 0
         self._clock = clock
         self._picture = picture
         self._leases = leases
         self._channel: Channel | None = None
+        self._ring: RingWriter | None = None
+        self._origin = 0  # under which we are heard
+        self._hurry = False  # peers wait for it
         self._keys: dict[str, int] = {}
-        self._parts: list[bytes] = []
-        self._bytes = 0
-        self._first_s = 0.0
-        self._busy = False  # the last batch filled up fast
-        self._sent_s = 0.0  # when the last batch was sent
+        self._count = 0  # of notes that the supervisor has not been told of
+        self._first_s = 0.0  # of those
+        self._busy = False  # the last of them came fast
+        self._told_s = 0.0  # when the supervisor was told last
         self._changed = False  # since all was told
         self._timer: asyncio.Handle | None = None
         self._whole_timer: asyncio.TimerHandle | None = None
 
-    def connect(self, channel: Channel) -> None:
-        self._channel = channel
+    def connect(self, channel: Channel, ring: RingWriter) -> None:
+        self._channel, self._ring = channel, ring
 
-    def listen(self, *, on: bool) -> None:
-        """Begin to tell, with all that is open, or stop."""
-        if on == self.on or self._channel is None:
+    def listen(self, *, on: bool, origin: int = 0, hurry: bool = False) -> None:
+        """Begin to tell as this origin, with all that is open, or stop."""
+        self._origin, self._hurry = origin, hurry
+        if on == self.on or self._ring is None:
             return
         self.on = on
         if on:
@@ -65,8 +69,7 @@ class Noting:
             if timer is not None:
                 timer.cancel()
         self._timer = self._whole_timer = None
-        self._parts.clear()
-        self._bytes = 0
+        self._count = 0
 
     # --- what happens ------------------------------------------------------------------------
 
@@ -90,8 +93,7 @@ class Noting:
             self._channel.send(GiveWay(origin, replica_name, lease_ids))
 
     def tell_all(self) -> None:
-        """Tell all that is open, after what was collected; and of prefixes when they are used."""
-        self._flush()
+        """Tell all that is open; and of prefixes when they are used."""
         self._picture.index.renew()
         if not self.on:
             return
@@ -99,7 +101,6 @@ class Noting:
         next_id = (self._picture.last_lease_id + 1) % notes.IDS
         for note in note_wire.write_open_leases(leases, next_id):
             self._add(note)
-        self._flush()
         self._changed = False
 
     def _open(self, lease: Lease) -> OpenLease:
@@ -123,47 +124,39 @@ class Noting:
             key = self._keys[name] = notes.replica_key(name)
         return key
 
-    # --- sending -----------------------------------------------------------------------------
+    # --- telling -----------------------------------------------------------------------------
 
     def _add(self, note: bytes) -> None:
+        assert self._ring is not None
+        now_s = self._clock.now_s()
+        self._ring.write(self._origin, now_s, note)
         self._changed = True
-        self._parts.append(note)
-        self._bytes += len(note)
+        self.sent_total += 1
+        if not self._hurry:
+            return
+        self._count += 1
         if self._timer is None:
-            self._first_s = self._clock.now_s()
+            self._first_s = now_s
             loop = asyncio.get_running_loop()
-            if not self._busy and self._first_s - self._sent_s > limits.NOTES_FLUSH_S:
-                self._timer = loop.call_soon(self._flush)  # a timer would be one more awakening
+            if not self._busy and now_s - self._told_s > limits.NOTES_FLUSH_S:
+                self._timer = loop.call_soon(self._hurried)  # a timer would be one more awakening
                 return
             delay_s = limits.NOTES_FLUSH_BUSY_S if self._busy else limits.NOTES_FLUSH_S
-            self._timer = loop.call_later(delay_s, self._flush)
-        elif self._bytes >= limits.NOTES_BATCH_BYTES_MAX:
-            self._flush()
+            self._timer = loop.call_later(delay_s, self._hurried)
 
-    def _flush(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        channel = self._channel
-        if not self._parts or channel is None:
-            return
-        count = len(self._parts)
-        self._sent_s = self._clock.now_s()
-        passed_s = self._sent_s - self._first_s
-        self._busy = count > max(passed_s, limits.NOTES_FLUSH_S) * limits.NOTES_BUSY_PER_S
-        if channel.waiting_bytes > limits.NOTES_WAITING_BYTES_MAX:
-            self.dropped_total += count
-        else:
-            self.sent_total += count
-            channel.send(Noted(self._first_s, b"".join(self._parts)))
-        self._parts = []
-        self._bytes = 0
+    def _hurried(self) -> None:
+        """Have the supervisor read now."""
+        self._timer = None
+        self._told_s = self._clock.now_s()
+        passed_s = self._told_s - self._first_s
+        self._busy = self._count > max(passed_s, limits.NOTES_FLUSH_S) * limits.NOTES_BUSY_PER_S
+        self._count = 0
+        if self._channel is not None:
+            self._channel.send(Noted())
 
     def _tell_regularly(self) -> None:
-        """What was dropped had changed something, so it is told again within the interval."""
+        """What was lost on a reader had changed something, so it is told within the interval."""
         if self._changed:
-            dropped_total = self.dropped_total
             self.tell_all()
-            self._changed = self.dropped_total != dropped_total
         loop = asyncio.get_running_loop()
         self._whole_timer = loop.call_later(limits.NOTES_WHOLE_S, self._tell_regularly)

@@ -70,8 +70,15 @@ class Plane(Abroad):
         self._leases: dict[int, Lease] = {}  # those held, by id
         self.noting = Noting(clock, self.picture, self._leases)
         self.sharing = Sharing(
-            self.picture, self.responses, self.noting, clock, tasks, self.give_way
+            self.picture,
+            self.responses,
+            self.noting,
+            clock,
+            tasks,
+            self.give_way,
+            on_news=self.waiting.heard,
         )
+        self.catch_up = self.waiting.catch_up = self.sharing.catch_up
         self.preemption.know_others(self.sharing.hearsay.yielding, self.noting.ask_way)
         self.preambles: HeadMemory[Preamble] = HeadMemory(read_preamble)
         self.outbox = Outbox(clock, self._fault)

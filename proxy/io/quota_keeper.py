@@ -105,7 +105,8 @@ class QuotaKeeper:
         """Tell and keep until cancelled."""
         due_s = self._now_s() + KEEP_INTERVAL_S
         while True:
-            await beat(TELL_INTERVAL_S)
+            needed = self._awaits or self._peers.links() or self._memory.rows()
+            await beat(TELL_INTERVAL_S if needed else KEEP_INTERVAL_S)
             self.tick()
             if self._now_s() >= due_s:
                 due_s = self._now_s() + KEEP_INTERVAL_S

@@ -2,8 +2,9 @@
 
 In its first part they count requests (`core.headcount`), in its second tenants' tokens
 (`core.share_cells`); in another piece they keep the numbers of hops that have been used
-(`core.nonces`). The supervisor makes it, and each worker inherits its descriptor. It has no name
-anywhere, and is gone with the last who has it open.
+(`core.nonces`), and in one more they and the supervisor say what they decide (`core.note_ring`).
+The supervisor makes it, and each worker inherits its descriptor. It has no name anywhere, and is
+gone with the last who has it open.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from collections.abc import Sequence
 
 from proxy.core.headcount import CELL_BYTES, Headcount, table_bytes
 from proxy.core.nonces import Nonces, memory_bytes
+from proxy.core.note_ring import RingReader, RingWriter, rings_bytes
 from proxy.core.share_cells import NAME_BYTES, ROWS, ShareCells, bury, share_table_bytes
 
 
@@ -55,6 +58,46 @@ class SharedNonces:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+class SharedNotes:
+    """The supervisor's hold on what is told, and its ends of the rings: the last one is its own."""
+
+    def __init__(self, workers: int) -> None:
+        self.fd = os.memfd_create("doherty-notes", os.MFD_CLOEXEC)
+        size = rings_bytes(workers + 1)
+        os.ftruncate(self.fd, size)  # pages are there once they are written
+        self._memory = mmap.mmap(self.fd, size)
+        whole = memoryview(self._memory)
+        self.writer = RingWriter(whole, workers)
+        self.readers = [RingReader(whole, place, (0, 0), ours=True) for place in range(workers)]
+        whole.release()
+
+    def ends(self) -> list[tuple[int, int]]:
+        """Return up to where each ring is written."""
+        return [ring.end for ring in (*self.readers, self.writer)]
+
+    def close(self) -> None:
+        """Harmless when repeated."""
+        if not self._memory.closed:
+            for ring in (self.writer, *self.readers):
+                ring.release()
+            self.readers.clear()
+            self._memory.close()
+            os.close(self.fd)
+
+
+def rings_at(
+    fd: int, place: int, ends: Sequence[tuple[int, int]]
+) -> tuple[RingWriter, list[RingReader]]:
+    """Return a worker's end of its own ring, and its ends of the others: what follows `ends`."""
+    whole = memoryview(mmap.mmap(fd, rings_bytes(len(ends))))
+    others = [
+        RingReader(whole, ring, end, ours=ring < len(ends) - 1)
+        for ring, end in enumerate(ends)
+        if ring != place
+    ]
+    return RingWriter(whole, place), others
 
 
 def nonces_at(fd: int, place: int, workers: int) -> Nonces:

@@ -1,12 +1,18 @@
-"""What a worker shares: its picture with what others say in it, and what it says itself."""
+"""What a worker shares: its picture with what others say in it, and what it says itself.
+
+What others say is read when it matters (`catch_up`): before a choice, while requests wait, before
+it is shown, and twice a second.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections.abc import Callable, Sequence
 
 from proxy.core import limits, note_wire, notes
 from proxy.core.hearsay import Hearsay
+from proxy.core.note_ring import RingReader, Said
 from proxy.core.picture import Picture
 from proxy.core.responses import Responses
 from proxy.io import control
@@ -15,6 +21,7 @@ from proxy.io.noting import Noting
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import SECONDS_BUCKETS, Histogram, Sample
 
+NOBODY = 0  # the origin of what the supervisor itself has to say
 PAGE_ENTRIES_MAX = limits.NOTE_HASHES_MAX
 _ENTRY_BYTES = 12  # a hash and a size
 
@@ -37,32 +44,70 @@ class Sharing:
         clock: Clock,
         tasks: Tasks,
         give_way: Callable[[str, Sequence[int]], None],
+        *,
+        on_news: Callable[[], None],
     ) -> None:
-        """`give_way(replica, leases)` ends those for another worker's online request."""
+        """`give_way(replica, leases)` ends those for another worker's online request.
+
+        `on_news()` hears that others have decided something.
+        """
         self._picture = picture
         self._responses = responses
         self._clock = clock
         self._tasks = tasks
         self._give_way = give_way
+        self._on_news = on_news
+        self._channel: control.Channel | None = None
+        self._readers: list[RingReader] = []
+        self._lost_total = 0
         self._lag_s = Histogram(SECONDS_BUCKETS)
         self._garbled_total = 0
         self.noting = noting
         self.hearsay = Hearsay(picture, responses)
 
+    def connect(self, channel: control.Channel, readers: Sequence[RingReader]) -> None:
+        """Read what these say from now on."""
+        self._channel = channel
+        self._readers = list(readers)
+
+    def catch_up(self) -> None:
+        """Hear what others have said since, in the order in which they decided it."""
+        said = [reader.take() for reader in self._readers if reader.has_news]
+        if not said:
+            return
+        now_s = self._clock.now_s()
+        for one in heapq.merge(*said, key=_moment_s):
+            self.hear(one, now_s)
+        self._on_news()
+        lost_total = sum([reader.lost_total for reader in self._readers])
+        if lost_total != self._lost_total:
+            self._lost_total = lost_total
+            self._send(control.Missed())
+
+    def hear(self, said: Said, now_s: float) -> None:
+        """Take it in as of the moment in which it was decided."""
+        at_s = min(said.at_s, now_s)
+        fault = self.hearsay.hear(said.origin, said.batch, at_s, ours=said.ours)
+        self._lag_s.observe(now_s - at_s)
+        if fault is not None:
+            self._garbled_total += 1
+            self._send(control.Garbled(said.origin, fault))
+
+    def _send(self, message: control.Message) -> None:
+        if self._channel is not None:
+            self._channel.send(message)
+
     def obey(self, channel: control.Channel, message: control.Sharing) -> None:
         """Do what the supervisor says of notes."""
         match message:
-            case control.Heard(origin, at_s, batch, ours):
+            case control.Heard(batch):
                 now_s = self._clock.now_s()
-                fault = self.hearsay.hear(origin, batch, now_s, ours=ours)
-                self._lag_s.observe(max(0.0, now_s - at_s))
-                if fault is not None:
-                    self._garbled_total += 1
-                    channel.send(control.Garbled(origin, fault))
+                self.hear(Said(NOBODY, now_s, batch), now_s)
             case control.Gone(origin):
+                self.catch_up()  # it may have said something before
                 self.hearsay.forget(origin, self._clock.now_s())
-            case control.Listen(on):
-                self.noting.listen(on=on)
+            case control.Listen(on, origin, hurry):
+                self.noting.listen(on=on, origin=origin, hurry=hurry)
             case control.Whole():
                 self.noting.tell_all()
             case control.GiveWay(_, replica_name, lease_ids):
@@ -75,6 +120,7 @@ class Sharing:
         slots = dict(self._picture.slots)
         entries_max = limits.DIGEST_BYTES_MAX // _ENTRY_BYTES // max(1, len(slots))
         for name, slot in slots.items():
+            self.catch_up()  # what is gone by now is not to be told as there
             key = notes.replica_key(name)
             # Of more than we may tell, the most recent count; what is not told is told again.
             left_out = self._picture.index.count(slot) - entries_max
@@ -122,7 +168,7 @@ class Sharing:
         return [
             Sample("notes_sent_total", (), noting.sent_total),
             Sample("notes_heard_total", (), hearsay.heard_total),
-            Sample("notes_lost_total", (("reason", "supervisor_behind"),), noting.dropped_total),
+            Sample("notes_lost_total", (("reason", "overtaken"),), self._lost_total),
             Sample("notes_lost_total", (("reason", "unknown_replica"),), hearsay.unknown_total),
             Sample("notes_lost_total", (("reason", "no_room"),), hearsay.full_total),
             Sample("notes_lost_total", (("reason", "garbled"),), self._garbled_total),
@@ -131,3 +177,7 @@ class Sharing:
 
     def gauges(self) -> list[Sample]:
         return [Sample("leases_of_others", (), self.hearsay.leases())]
+
+
+def _moment_s(said: Said) -> float:
+    return said.at_s

@@ -1,11 +1,11 @@
 """The requests of one worker that wait for a replica, and when they are looked at again.
 
 Who goes next, and where, is `core.holding`'s to say. Here is what brings it to be asked: a request
-that ends or gets its first octet, another fleet (`work_done`), what others tell (`heard`), and one
-timer for the moment at which the first replica should be open. Many of these in one turn of the
-loop are answered by one look; and a look gives away only so many requests before it lets the loop
-go on. What other workers see as well is not acted upon by all in one moment, lest each gives its
-first to the same replica.
+that ends or gets its first octet, another fleet (`work_done`), and one timer: for the moment at
+which the first replica should be open, or what others have said is read again. Many of these in one
+turn of the loop are answered by one look; and a look gives away only so many requests before it
+lets the loop go on. What other workers see as well is not acted upon by all in one moment, lest
+each gives its first to the same replica.
 
 Each model has a queue, in which one knows since when nothing of it is awake: then its requests are
 held for a replica that demand brings up, and by other rules (`end_of_hold`). Who may wait at all,
@@ -59,7 +59,10 @@ class Waiting:
         """`pool_of(key, regions)` returns what those under a key wait for there; see `Choice`."""
         self.room = Room()
         self.queues: dict[str, Queue] = {}  # by key; also of those for whom nobody waits any more
-        self.on_hold: Callable[[], None] = _nothing  # somebody waits for what has nothing awake
+        self.catch_up: Callable[[], None] = nothing  # reads what others have decided
+        self.hears = False  # there may be some
+        self._news = False  # something was read since the last look
+        self.on_hold: Callable[[], None] = nothing  # somebody waits for what has nothing awake
         self.refused = [0 for _ in NAMES]  # for want of room, by class
         self._clock = clock
         self._picture = picture
@@ -77,7 +80,7 @@ class Waiting:
         self._numbers = 0
         self._look_due = False
         self._timer: asyncio.Handle | None = None
-        self._due_s = 0.0  # of the timer, by the loop's clock
+        self._due_s = _NEVER  # when a replica should be open, if nothing happens before
         self.clearing = Clearing()  # for online work that waits at other workers
 
     @property
@@ -282,16 +285,14 @@ class Waiting:
             asyncio.get_running_loop().call_soon(self._look)
 
     def heard(self) -> None:
-        """Others have told what they did: look again soon, each of us at another moment."""
-        if self.room.count and not self._look_due:
-            delay_s = self._spread_s()
-            due_s = asyncio.get_running_loop().time() + delay_s
-            if self._timer is None or self._due_s > due_s:
-                self._wake_in(delay_s)
+        """Others have decided something. Each of us looks at another moment of those to come."""
+        self._news = True
 
     def _look(self) -> None:
         """Give away what can go now."""
         self._look_due = False
+        self.catch_up()
+        self._news = False
         now_s = self._clock.now_s()
         self._end_late(now_s)
         share = left = self._share(now_s)
@@ -389,9 +390,13 @@ class Waiting:
             self._wake_at(_NEVER)
 
     def _wake_at(self, moment_s: float) -> None:
+        self._due_s = moment_s
+        now_s = self._clock.now_s()
+        if self.hears and self.room.count:
+            moment_s = min(moment_s, now_s + limits.HELD_READ_S)
         if moment_s < _NEVER:
             # A little late: at the very moment, rounding may still say that it has not come.
-            delay_s = max(0.0, moment_s - self._clock.now_s()) + limits.HELD_TIMER_S_MIN
+            delay_s = max(0.0, moment_s - now_s) + limits.HELD_TIMER_S_MIN
             self._wake_in(delay_s + self._spread_s())
         elif self._timer is not None:
             self._timer.cancel()
@@ -400,17 +405,19 @@ class Waiting:
     def _wake_in(self, delay_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        loop = asyncio.get_running_loop()
-        # Kept, since of less than half a millisecond uvloop makes a call that has no `when`.
-        self._due_s = loop.time() + delay_s
-        self._timer = loop.call_later(delay_s, self._woken)
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._woken)
 
     def _spread_s(self) -> float:
         return self._clock.draw() * limits.HELD_SPREAD_S
 
     def _woken(self) -> None:
+        """The moment has come, or one at which others may have said something."""
         self._timer = None
-        self.work_done()
+        self.catch_up()
+        if self._news or self._clock.now_s() >= self._due_s:
+            self.work_done()
+        else:
+            self._wake_at(self._due_s)
 
     # --- what is reported --------------------------------------------------------------------
 
@@ -435,5 +442,5 @@ class Waiting:
         return [*out, Sample("queue_held_for_start", (), held)]
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Nobody wants to know."""

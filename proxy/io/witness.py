@@ -147,6 +147,7 @@ class Witness:
 
     def _catch_up(self) -> None:
         """Read what was overheard."""
+        self._hub.collect()
         overheard, self._overheard, self._overheard_bytes = self._overheard, [], 0
         for origin, at_s, batch in overheard:
             try:
@@ -189,7 +190,9 @@ class Witness:
     # --- what engines tell -------------------------------------------------------------------
 
     def _on_evicted(self, name: str, hashes: list[int]) -> None:
-        self._say(note_wire.write_evicted(notes.replica_key(name), hashes))
+        key = notes.replica_key(name)
+        for start in range(0, len(hashes), limits.NOTE_HASHES_MAX):
+            self._say(note_wire.write_evicted(key, hashes[start : start + limits.NOTE_HASHES_MAX]))
 
     def _on_cleared(self, name: str) -> None:
         self._say(note_wire.write_cleared(notes.replica_key(name)))

@@ -181,3 +181,21 @@ def test_a_message_without_a_number_is_refused(frames: list[bytes]) -> None:
 def test_a_batch_has_a_largest_size() -> None:
     with pytest.raises(BadBatchError):
         read_frames([b"", b"\0" * 8, bytes(limits.KV_BATCH_BYTES_MAX + 1)])
+
+
+def test_what_is_removed_in_a_row_is_one_event_of_some_tens_of_blocks() -> None:
+    def removed(block: int, **more: object) -> dict[str, object]:
+        return {"type": "BlockRemoved", "block_hashes": [block], **more}
+
+    told = [removed(1), removed(2, medium="CPU"), removed(3, medium="CPU")]
+    told += [{"type": "AllBlocksCleared"}]
+    told += [removed(n, medium="CPU") for n in range(100, 140)]
+    batch = read_batch(msgspec.msgpack.encode([1.0, told, None]))
+    first, second, cleared, *rest = batch.events
+    assert first == Removed([1], None, "")
+    assert second == Removed([2, 3], None, "CPU")
+    assert isinstance(cleared, Cleared)
+    assert rest == [
+        Removed(list(range(100, 132)), None, "CPU"),
+        Removed(list(range(132, 140)), None, "CPU"),
+    ]

@@ -83,7 +83,7 @@ class InRegion(RealPlane):
         self._started = False
         super().__init__(records, region=region, **config)
         self.regions = Regions(self._tell, lambda: summary_of(self.plane))
-        self.peers = Peers(self.tasks, Hub(), self.regions)
+        self.peers = Peers(self.tasks, Hub(1), self.regions)
 
     def _tell(self, message: control.Message) -> None:
         assert isinstance(message, control.RemotesAre)

@@ -7,8 +7,9 @@ import pytest
 from proxy.core import limits, peer_wire
 from proxy.core.peer_wire import Frame, WireError
 from proxy.io import control
-from proxy.io.hub import OURS, Hub
-from tests.fakes.hub import FakeWorker, value
+from proxy.io.hub import Hub
+from proxy.io.sharing import NOBODY
+from tests.fakes.hub import WORKERS, FakeWorker, value
 
 
 class FakePeer:
@@ -47,7 +48,7 @@ class Scene:
 
     def __init__(self, workers: int = 2, peers: int = 2) -> None:
         self.clock = Clock()
-        self.hub = Hub(self.clock)
+        self.hub = Hub(WORKERS, self.clock)
         self.hub.know_fleet()
         self.workers = [FakeWorker(self.hub) for _ in range(workers)]
         self.peers = [FakePeer() for _ in range(peers)]
@@ -63,9 +64,7 @@ def test_what_a_worker_says_reaches_its_siblings_and_all_peers() -> None:
     one, other = scene.workers
     one.note(b"abc", at_s=99.5)
     assert one.batches() == []
-    assert other.channel.heard(control.Heard) == [
-        control.Heard(one.origin, 99.5, b"abc", ours=True)
-    ]
+    assert other.said() == [(one.origin, 99.5, b"abc")]
     for peer in scene.peers:
         assert peer.sent(peer_wire.NOTES) == [Frame(peer_wire.NOTES, one.origin, 0.5, b"abc")]
 
@@ -87,10 +86,10 @@ def test_what_a_peer_says_reaches_our_workers_and_no_peer() -> None:
     scene = Scene()
     scene.from_peer(peer_wire.write_notes(7, 0.25, b"abc"), delay_s=0.5)
     scene.from_peer(peer_wire.write_notes(7, 0.0, b"def"), peer=1)
-    (first, second) = scene.workers[0].channel.heard(control.Heard)
-    assert (first.batch, first.at_s) == (b"abc", 99.25)
-    assert second.batch == b"def"
-    assert first.origin != second.origin  # each peer has a 7 of its own
+    (first, at_s, batch), (second, _, later) = scene.workers[0].said()
+    assert (batch, at_s) == (b"abc", 99.25)
+    assert later == b"def"
+    assert first != second  # each peer has a 7 of its own
     assert scene.workers[1].batches() == [b"abc", b"def"]
     assert not any(peer.sent(peer_wire.NOTES) for peer in scene.peers)
 
@@ -100,7 +99,7 @@ def test_an_origin_that_is_gone_is_told_of_and_its_number_never_comes_again() ->
     one, other = scene.workers
     scene.from_peer(peer_wire.write_notes(7, 0.0, b"abc"))
     scene.from_peer(peer_wire.write_notes(8, 0.0, b"abc"))
-    seven, eight = (heard.origin for heard in other.channel.heard(control.Heard))
+    seven, eight = (origin for origin, _, _ in other.said())
     one.leave()
     scene.from_peer(peer_wire.write_gone(7))
     scene.from_peer(peer_wire.write_gone(7))
@@ -116,13 +115,14 @@ def test_an_origin_that_is_gone_is_told_of_and_its_number_never_comes_again() ->
 def test_workers_speak_while_somebody_listens(workers: int, peers: int, *, on: bool) -> None:
     scene = Scene(workers, peers)
     for worker in scene.workers:
-        assert worker.channel.heard(control.Listen)[-1] == control.Listen(on)
+        told = worker.channel.heard(control.Listen)[-1]
+        assert told == control.Listen(on, worker.origin, hurry=peers > 0)
     for worker in scene.workers[1:]:
         worker.leave()
     for peer in scene.peers:
         scene.hub.unlink(peer)
     last = scene.workers[0].channel.heard(control.Listen)
-    assert not last or last[-1] == control.Listen(on=False)
+    assert not last or not (last[-1].on or last[-1].hurry)
 
 
 class Ear:
@@ -141,53 +141,98 @@ class Ear:
 
 def test_the_supervisor_overhears_and_speaks_to_its_workers_alone() -> None:
     ear = Ear()
-    hub = Hub(Clock())
+    hub = Hub(WORKERS, Clock())
     worker, peer = FakeWorker(hub), FakePeer()
-    assert worker.channel.heard(control.Listen)[-1] == control.Listen(on=False)
+    assert not worker.channel.heard(control.Listen)[-1].on
     hub.overhear(ear)
-    assert worker.channel.heard(control.Listen)[-1] == control.Listen(on=True)
+    assert worker.channel.heard(control.Listen)[-1] == control.Listen(True, worker.origin)
     hub.link(peer)
     worker.note(b"abc", 1.0)
     hub.hear_peer(peer, peer_wire.read_frame(peer_wire.write_notes(7, 0.0, b"def")), 0.0)
     hub.say(b"ghi")
     assert [(at_s, batch) for _, at_s, batch in ear.batches] == [(1.0, b"abc"), (100.0, b"def")]
-    assert worker.channel.heard(control.Heard)[-1] == control.Heard(OURS, 100.0, b"ghi")
+    assert worker.said()[-1] == (NOBODY, 100.0, b"ghi")
     assert [frame.batch for frame in peer.sent(peer_wire.NOTES)] == [b"abc"]
     hub.unlink(peer)
     worker.leave()
     assert ear.left == [ear.batches[1][0], ear.batches[0][0]]
     hub.overhear(None)
-    assert FakeWorker(hub).channel.heard(control.Listen)[-1] == control.Listen(on=False)
+    assert not FakeWorker(hub).channel.heard(control.Listen)[-1].on
 
 
-def test_who_is_behind_misses_notes_and_is_told_all_once_he_has_caught_up() -> None:
-    scene = Scene(workers=3, peers=1)
-    one, slow, third = scene.workers
+def test_a_peer_that_is_behind_misses_notes_and_is_told_all_once_it_has_caught_up() -> None:
+    scene = Scene(workers=2, peers=1)
+    one, other = scene.workers
     (peer,) = scene.peers
     scene.hub.tick()
-    for worker in scene.workers:
-        worker.channel.told.clear()
-    slow.channel.waiting = limits.NOTES_WAITING_BYTES_MAX + 1
-    one.note(b"lost")
-    slow.channel.waiting = limits.NOTES_WAITING_BYTES_MAX // 2 + 1
-    one.note(b"lost, too")
-    scene.hub.tick()
-    assert slow.channel.told == []
-    assert third.batches() == [b"lost", b"lost, too"]
-    slow.channel.waiting = 0
-    peer.frames.clear()
-    scene.hub.tick()
-    assert all(worker.channel.heard(control.Whole) for worker in scene.workers)
-    assert peer.sent(peer_wire.WHOLE)
-    one.note(b"all")
-    assert slow.batches() == [b"all"]
+    one.channel.told.clear()
     peer.waiting_bytes = limits.NOTES_WAITING_BYTES_MAX + 1
     one.note(b"lost on the peer")
+    peer.waiting_bytes = limits.NOTES_WAITING_BYTES_MAX // 2 + 1
+    one.note(b"lost, too")
+    scene.hub.tick()
+    assert one.channel.told == []
+    assert other.batches() == [b"lost on the peer", b"lost, too"]
+    peer.frames.clear()
     peer.waiting_bytes = 0
     scene.hub.tick()
     assert one.channel.heard(control.Whole)
+    one.note(b"all")
+    assert [frame.batch for frame in peer.sent(peer_wire.NOTES)] == [b"all"]
     assert not peer.sent(peer_wire.WHOLE)  # it has lost nothing that peers say
-    assert value(scene.hub.samples()[0], "note_batches_dropped_total") == 3
+    assert value(scene.hub.samples()[0], "note_batches_dropped_total") == 2
+
+
+def test_a_worker_that_is_behind_misses_what_it_is_sent_and_is_told_all_afterwards() -> None:
+    scene = Scene(workers=3, peers=1)
+    asker, slow, third = scene.workers
+    scene.hub.tick()
+    for worker in scene.workers:
+        worker.channel.told.clear()
+    scene.peers[0].frames.clear()
+    slow.channel.waiting = limits.NOTES_WAITING_BYTES_MAX + 1
+    scene.hub.hear(asker.origin, control.GiveWay(third.origin, "a", [5]))
+    scene.hub.tick()
+    assert slow.channel.told == []
+    slow.channel.waiting = 0
+    scene.hub.tick()
+    assert all(worker.channel.heard(control.Whole) for worker in scene.workers)
+    assert scene.peers[0].sent(peer_wire.WHOLE)
+
+
+def test_what_a_reader_was_overtaken_by_is_told_as_a_whole() -> None:
+    scene = Scene(workers=2, peers=1)
+    one, other = scene.workers
+    (peer,) = scene.peers
+    scene.hub.tick()
+    for _ in range(2):
+        one.channel.told.clear()
+        peer.frames.clear()
+        scene.hub.hear(other.origin, control.Missed())
+        scene.hub.tick()
+        assert one.channel.heard(control.Whole)
+        assert peer.sent(peer_wire.WHOLE)
+    size = limits.PEER_FRAME_BYTES_MAX
+    for _ in range(limits.NOTES_RING_BYTES // size + 1):
+        one.ring.write(one.origin, 0.0, bytes(size))
+    scene.hub.tick()
+    assert one.channel.heard(control.Whole)
+    assert not peer.sent(peer_wire.NOTES)
+    assert value(scene.hub.samples()[0], "note_batches_dropped_total") == 5
+
+
+def test_what_was_said_by_one_in_a_moment_goes_to_peers_in_batches() -> None:
+    scene = Scene(workers=2, peers=1)
+    one, other = scene.workers
+    at_once = [bytes([number]) * (limits.NOTES_BATCH_BYTES_MAX // 2) for number in range(5)]
+    for number, batch in enumerate(at_once):
+        one.ring.write(one.origin, 99.0 + number / 8, batch)
+    other.note(b"other", 99.9)
+    found = scene.peers[0].sent(peer_wire.NOTES)
+    assert [(frame.number, frame.figure) for frame in found] == [
+        (one.origin, 1.0), (one.origin, 0.75), (one.origin, 0.5), (other.origin, pytest.approx(0.1))
+    ]  # fmt: skip
+    assert b"".join(frame.batch for frame in found) == b"".join(at_once) + b"other"
 
 
 def test_a_newcomer_of_either_kind_is_told_all_that_is_open() -> None:
@@ -206,6 +251,18 @@ def test_a_newcomer_of_either_kind_is_told_all_that_is_open() -> None:
         scene.hub.hear_peer(peer, Frame(peer_wire.WHOLE), 0.0)
         scene.hub.tick()
         assert bool(scene.workers[0].channel.heard(control.Whole)) is is_heard
+
+
+def test_what_one_said_before_he_went_reaches_peers_before_his_end() -> None:
+    scene = Scene(workers=1, peers=1)
+    (worker,), (peer,) = scene.workers, scene.peers
+    worker.ring.write(worker.origin, 99.0, b"last")
+    worker.leave()
+    worker.ring.write(worker.origin, 99.0, b"of a dead one")
+    scene.hub.tick()
+    assert [frame.batch for frame in peer.frames if frame.kind == peer_wire.NOTES] == [b"last"]
+    kinds = [frame.kind for frame in peer.frames]
+    assert kinds.index(peer_wire.NOTES) < kinds.index(peer_wire.GONE)
 
 
 # --- digests -------------------------------------------------------------------------------------
@@ -241,7 +298,7 @@ def test_workers_of_a_new_proxy_are_told_by_a_peer() -> None:
 
 
 def test_nobody_is_asked_before_the_fleet_is_known() -> None:
-    hub = Hub(Clock())
+    hub = Hub(WORKERS, Clock())
     FakeWorker(hub)
     peer = FakePeer()
     hub.link(peer)
@@ -306,8 +363,8 @@ def test_a_peer_whose_notes_cannot_be_read_is_let_go(caplog: pytest.LogCaptureFi
     scene = Scene()
     worker = scene.workers[0]
     scene.from_peer(peer_wire.write_notes(7, 0.0, b"abc"), peer=1)
-    (heard,) = worker.channel.heard(control.Heard)
-    scene.hub.hear(worker.origin, control.Garbled(heard.origin, "no such kind"))
+    ((origin, _, _),) = worker.said()
+    scene.hub.hear(worker.origin, control.Garbled(origin, "no such kind"))
     assert scene.peers[1].failure == "its notes cannot be read: no such kind"
     assert not scene.peers[0].failure
     assert "cannot be read" in caplog.text

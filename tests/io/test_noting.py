@@ -14,7 +14,7 @@ from proxy.core.responses import Responses
 from proxy.io import control
 from proxy.io.plane import Plane
 from proxy.io.sharing import recital_s
-from tests.fakes.hub import FakeChannel
+from tests.fakes.hub import FakeChannel, FakeRing
 from tests.fakes.plane import Bench, answer, records, until
 
 USAGE = (
@@ -22,21 +22,30 @@ USAGE = (
     b'"prompt_tokens_details":{"cached_tokens":4}}}'
 )
 KEY = notes.replica_key("a")
+ORIGIN = 5
 
 
-def listened_to(bench: Bench) -> FakeChannel:
-    channel = FakeChannel()
-    bench.plane.noting.connect(channel)
-    bench.plane.noting.listen(on=True)
-    channel.told.clear()
-    return channel
+class Told(FakeRing):
+    """The ring of a bench's worker, and its channel."""
 
+    def __init__(self, bench: Bench, *, hurry: bool = False, on: bool = True) -> None:
+        super().__init__()
+        self.channel = FakeChannel()
+        bench.plane.noting.connect(self.channel, self.writer)
+        if on:
+            bench.plane.noting.listen(on=True, origin=ORIGIN, hurry=hurry)
+            self.said()
+            self.hurried()
 
-def said(channel: FakeChannel) -> list[notes.Note]:
-    """Return the notes that were sent, and forget them."""
-    return [
-        note for sent in channel.heard(control.Noted) for note in note_wire.read_notes(sent.batch)
-    ]
+    def said(self) -> list[notes.Note]:
+        """Return the notes that were told since."""
+        found = self.reader.take()
+        assert {said.origin for said in found} <= {ORIGIN}
+        return [note for said in found for note in note_wire.read_notes(said.batch)]
+
+    def hurried(self) -> int:
+        """Return how often the supervisor was told since that there are some."""
+        return len(self.channel.heard(control.Noted))
 
 
 async def request(bench: Bench, *, finished: bool = True) -> None:
@@ -52,20 +61,18 @@ def _quiet(bench: Bench) -> object:
     bench.plane.noting.close()
 
 
-async def test_a_request_is_told_from_its_dispatch_to_its_end_in_one_batch(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(limits, "NOTES_FLUSH_S", 60.0)  # however busy the machine is
-    channel = listened_to(bench)
-    await request(bench)
-    assert channel.told == []
-    timer = bench.plane.noting._timer
-    assert isinstance(timer, asyncio.TimerHandle)
-    timer._run()
-    (sent,) = channel.told
-    assert isinstance(sent, control.Noted)
-    assert sent.at_s == bench.clock.now_s()
-    dispatched, *_, released = note_wire.read_notes(sent.batch)
+async def test_a_request_is_told_from_its_dispatch_to_its_end(bench: Bench) -> None:
+    told = Told(bench)
+    begin_s = bench.clock.now_s()
+    _, engine = await bench.begun()
+    bench.clock.advance(1.5)
+    engine.send(answer(USAGE))
+    await bench.settle()
+    assert told.hurried() == 0  # nobody waits for it
+    first, *_, last = told.reader.take()
+    assert (first.at_s, last.at_s) == (begin_s, begin_s + 1.5)
+    (dispatched,) = note_wire.read_notes(first.batch)
+    (released,) = note_wire.read_notes(last.batch)
     assert isinstance(dispatched, Dispatched)
     assert isinstance(released, Released)
     assert dispatched.lease.replica_key == KEY
@@ -76,111 +83,168 @@ async def test_a_request_is_told_from_its_dispatch_to_its_end_in_one_batch(
 
 
 async def test_the_end_of_a_prefill_is_told_once(bench: Bench) -> None:
-    channel = listened_to(bench)
+    told = Told(bench)
     await request(bench, finished=False)
     (lease,) = bench.plane._leases.values()
     for _ in range(2):
         bench.plane.prefill_ended(lease, bench.clock.now_s())
     bench.plane.noting.tell_all()
-    told = said(channel)
-    assert [type(note) for note in told] == [Dispatched, PrefillEnded, OpenLeases]
-    assert isinstance(told[-1], OpenLeases)
-    assert [each.prefill_ended for each in told[-1].leases] == [True]
+    said = told.said()
+    assert [type(note) for note in said] == [Dispatched, PrefillEnded, OpenLeases]
+    assert isinstance(said[-1], OpenLeases)
+    assert [each.prefill_ended for each in said[-1].leases] == [True]
 
 
 async def test_nothing_is_told_to_nobody_and_what_is_open_to_who_comes(bench: Bench) -> None:
-    channel = FakeChannel()
-    bench.plane.noting.connect(channel)
+    told = Told(bench, on=False)
     await request(bench)
     await request(bench, finished=False)
-    await asyncio.sleep(3 * limits.NOTES_FLUSH_S)
-    assert channel.told == []
-    bench.plane.noting.listen(on=True)
-    (told,) = said(channel)
-    assert isinstance(told, OpenLeases)
-    assert [lease.lease_id for lease in told.leases] == list(bench.plane._leases)
-    bench.plane.noting.listen(on=True)
-    assert channel.told == []
+    assert told.said() == []
+    bench.plane.noting.listen(on=True, origin=ORIGIN)
+    (whole,) = told.said()
+    assert isinstance(whole, OpenLeases)
+    assert [lease.lease_id for lease in whole.leases] == list(bench.plane._leases)
+    bench.plane.noting.listen(on=True, origin=ORIGIN)
+    assert told.said() == []
     bench.plane.noting.listen(on=False)
     await request(bench)
-    await asyncio.sleep(3 * limits.NOTES_FLUSH_S)
     bench.plane.noting.tell_all()
-    assert channel.told == []
+    assert told.said() == []
 
 
-async def test_a_large_batch_goes_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "NOTES_FLUSH_S", 60.0)
-    monkeypatch.setattr(limits, "NOTES_BATCH_BYTES_MAX", 20)
-    channel = listened_to(bench)
-    bench.plane.noting.stored(1, "a")
-    assert channel.told == []
-    bench.plane.noting.stored(2, "a")
-    assert len(said(channel)) == 2
-
-
-async def test_what_comes_alone_goes_at_once_and_what_follows_it_is_collected(
+async def test_what_comes_alone_is_hurried_at_once_and_what_follows_it_after_a_moment(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "NOTES_FLUSH_S", 60.0)
-    channel = listened_to(bench)
+    told = Told(bench, hurry=True)
     bench.clock.advance(61.0)
     bench.plane.noting.stored(1, "a")
-    assert channel.told == []
+    assert told.hurried() == 0
     await asyncio.sleep(0)
-    assert len(said(channel)) == 1
-    bench.plane.noting.stored(2, "a")
+    assert told.hurried() == 1
+    for _ in range(2):
+        bench.plane.noting.stored(2, "a")
     await asyncio.sleep(0)
-    assert channel.told == []
+    assert told.hurried() == 0
+    timer = bench.plane.noting._timer
+    assert isinstance(timer, asyncio.TimerHandle)
+    timer._run()
+    assert told.hurried() == 1
 
 
-async def test_who_decides_much_collects_for_longer_until_it_decides_little(
+async def test_who_decides_much_hurries_less_until_it_decides_little(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "NOTES_FLUSH_BUSY_S", 0.03)
-    channel = listened_to(bench)
+    told = Told(bench, hurry=True)
     loop = asyncio.get_running_loop()
     for count, slow in ((40, False), (2, True), (2, False)):
         begun_s = loop.time()
         for _ in range(count):
             bench.plane.noting.stored(1, "a")
-        await until(lambda: channel.told)
-        assert len(said(channel)) == count
+        await until(lambda: told.channel.told)
+        assert told.hurried() == 1
         if slow:
             assert loop.time() - begun_s >= 0.02
     assert not bench.plane.noting._busy
 
 
-async def test_what_a_supervisor_that_is_behind_misses_is_told_as_a_whole(
+async def test_what_is_open_is_told_regularly_as_long_as_something_changes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "NOTES_WHOLE_S", 0.01)
-    channel = listened_to(bench)
-    noting = bench.plane.noting
-    channel.waiting = limits.NOTES_WAITING_BYTES_MAX + 1
+    told = Told(bench)
     await request(bench, finished=False)
-    await until(lambda: noting.dropped_total >= 2)  # the dispatch, and a list
-    assert channel.told == []
-    channel.waiting = 0
-    await until(lambda: channel.told)
-    (told,) = said(channel)
-    assert isinstance(told, OpenLeases)
-    assert len(told.leases) == 1
+    said: list[notes.Note] = []
+
+    def more() -> bool:
+        said.extend(told.said())
+        return len(said) == 2
+
+    await until(more)
+    assert isinstance(said[1], OpenLeases)
+    assert len(said[1].leases) == 1
     await asyncio.sleep(0.05)
-    assert channel.told == []  # nothing has changed since
-    assert len(bench.plane.leases) == 1
+    assert told.said() == []  # nothing has changed since
 
 
 # --- what others say -----------------------------------------------------------------------------
 
 
+class Others:
+    """What siblings and the supervisor say to a bench's worker, each in a ring."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.channel = FakeChannel()
+        self.sibling, self.supervisor = FakeRing(), FakeRing()
+        rings = [self.sibling.reader, self.supervisor.reader]
+        bench.plane.sharing.connect(self.channel, rings)
+
+
 async def test_a_worker_says_which_origin_it_cannot_read(bench: Bench) -> None:
-    channel = FakeChannel()
-    bench.plane.sharing.obey(channel, control.Heard(3, 0.0, b"\xff"))
-    (garbled,) = channel.heard(control.Garbled)
+    others = Others(bench)
+    others.sibling.writer.write(3, 0.0, b"\xff")
+    bench.plane.catch_up()
+    (garbled,) = others.channel.heard(control.Garbled)
     assert garbled.origin == 3
     assert "kind 255" in garbled.reason
     counters = {(s.name, s.labels): s.value for s in bench.plane.sharing.counters()}
     assert counters["notes_lost_total", (("reason", "garbled"),)] == 1
+
+
+def dispatched(lease_id: int, tokens: int) -> bytes:
+    lease = notes.OpenLease(lease_id, KEY, tokens, 0, 4 * tokens, stream=True, weight=1.0)
+    return note_wire.write_dispatched(lease, PrefixChain(0, (7,), (4 * tokens,), 4 * tokens))
+
+
+async def test_a_choice_knows_all_that_was_said_before_it(make_bench: type[Bench]) -> None:
+    bench = make_bench(records("ab"))
+    others = Others(bench)
+    others.sibling.writer.write(3, bench.clock.now_s(), dispatched(1, 100_000))
+    _, engine = await bench.begun()
+    assert engine.replica_id == "b"
+    assert bench.plane.sharing.hearsay.leases() == 1
+    bench.plane.sharing.obey(others.channel, control.Gone(3))
+
+
+async def test_what_is_read_late_counts_from_when_it_was_said_in_the_order_of_all(
+    bench: Bench,
+) -> None:
+    others, loads = Others(bench), bench.plane.picture.loads
+    slot = bench.plane.picture.slots["a"]
+    begin_s = bench.clock.now_s()
+    others.supervisor.writer.write(4, begin_s + 0.2, dispatched(1, 1000))
+    others.sibling.writer.write(3, begin_s + 0.1, dispatched(1, 2000))
+    bench.clock.advance(0.5)
+    bench.plane.catch_up()
+    assert [lease.prefill_tokens for lease in loads.line[slot]] == [2000, 1000]
+    assert [lease.started_s for lease in loads.line[slot]] == [begin_s + 0.1, begin_s + 0.2]
+    others.sibling.writer.write(3, begin_s + 60.0, note_wire.write_prefill_ended(1))
+    bench.plane.catch_up()  # nothing is of the future
+    assert [lease.prefill_tokens for lease in loads.line[slot]] == [1000]
+    bench.plane.sharing.obey(others.channel, control.Gone(3))
+    bench.plane.sharing.obey(others.channel, control.Gone(4))
+    assert loads.inflight[slot] == 0
+
+
+async def test_what_one_said_before_he_went_is_heard_before_he_is_forgotten(bench: Bench) -> None:
+    others, hearsay = Others(bench), bench.plane.sharing.hearsay
+    others.sibling.writer.write(3, bench.clock.now_s(), dispatched(1, 1000))
+    bench.plane.sharing.obey(others.channel, control.Gone(3))
+    bench.plane.catch_up()
+    assert (hearsay.heard_total, hearsay.leases()) == (1, 0)
+
+
+async def test_who_was_overtaken_has_all_told_again(bench: Bench) -> None:
+    others = Others(bench)
+    size = limits.PEER_FRAME_BYTES_MAX
+    for _ in range(limits.NOTES_RING_BYTES // size + 1):
+        others.sibling.writer.write(3, 0.0, bytes(size))
+    for missed in (1, 0):
+        bench.plane.catch_up()
+        assert len(others.channel.heard(control.Missed)) == missed
+    counters = {(s.name, s.labels): s.value for s in bench.plane.sharing.counters()}
+    assert counters["notes_lost_total", (("reason", "overtaken"),)] == 5
 
 
 def filled(plane: Plane, name: str, count: int) -> None:

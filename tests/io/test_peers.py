@@ -21,7 +21,7 @@ from proxy.io.peer_link import PeerLink
 from proxy.io.peers import PREDECESSOR, SUCCESSOR, Peers
 from proxy.io.tasks import Tasks
 from tests.fakes.engine import free_port
-from tests.fakes.hub import FakeWorker, value
+from tests.fakes.hub import WORKERS, FakeWorker, value
 from tests.fakes.plane import until
 
 
@@ -38,7 +38,7 @@ class Proxy:
     def __init__(self, **config: Any) -> None:
         self.config = ProxyConfig(**config)
         self.tasks = Tasks()
-        self.hub = Hub()
+        self.hub = Hub(WORKERS)
         self.hub.know_fleet()
         self.worker = FakeWorker(self.hub)
         self.peers = Peers(self.tasks, self.hub)
@@ -97,7 +97,7 @@ async def test_proxies_that_all_have_one_list_are_linked_each_to_each_once(
             for other in proxies:
                 if one is not other:
                     await hears(one, other)
-        origins = {heard.origin for heard in proxies[0].worker.channel.heard(control.Heard)}
+        origins = {origin for origin, _, _ in proxies[0].worker.said()}
         assert len(origins) <= 2
         before = [proxy.links for proxy in proxies]
         await asyncio.sleep(5 * limits.PEER_PAUSE_MAX_S)
@@ -122,7 +122,9 @@ async def test_who_does_not_belong_is_refused_until_he_does(
         await until(lambda: one.failures("refused") > 2)
         assert not one.links
         assert not other.links
-        assert one.worker.channel.heard(control.Listen)[-1] == control.Listen(on=False)
+        assert one.worker.channel.heard(control.Listen)[-1] == control.Listen(
+            on=False, origin=one.worker.origin
+        )
         said = [record.message for record in caplog.records if reason in record.message]
         assert 1 <= len(said) <= 2  # once by each side, however often it is tried
         other.peers.reconfigure(ProxyConfig(peers=(place,), peer_key="secret"))
@@ -472,13 +474,14 @@ async def test_a_peer_that_does_not_read_costs_a_bounded_buffer_and_holds_up_nob
         (link,) = proxy.links
         sibling = FakeWorker(proxy.hub)
         batch = bytes(30_000)
-        sent = 0
+        sent = heard = 0
         while not value(proxy.hub.samples()[0], "note_batches_dropped_total"):
             proxy.worker.note(batch)
             sent += 1
+            heard += len(sibling.batches())
             await asyncio.sleep(0)
             assert link.waiting_bytes < 100_000 + 2 * len(batch)
-        assert len(sibling.batches()) == sent
+        assert heard == sent
 
 
 async def test_hello_is_said_to_oneself_in_vain() -> None:

@@ -19,6 +19,7 @@ from proxy.io.tasks import Tasks
 from proxy.io.teller import Teller
 from proxy.listeners import deal, open_listeners
 from proxy.places import Places
+from tests.fakes.hub import WORKERS
 from tests.fakes.plane import until
 from tests.fakes.proxy_process import alive
 
@@ -42,7 +43,7 @@ class Filled:
         self.places = Places(
             deal(open_listeners("127.0.0.1", 0, count), count),
             self.tasks,
-            Hub(),
+            Hub(WORKERS),
             Teller(_no_session),
             on_message=lambda _: None,
             on_failure=self.failures.append,

@@ -10,11 +10,12 @@ from collections.abc import Callable
 import msgspec
 
 from proxy.core import limits, note_wire, notes
+from proxy.core.note_ring import Said
 from proxy.core.notes import OpenLease
 from proxy.core.prefix import PrefixChain
 from proxy.io import control
 from tests.fakes.engine import Connection, Received, ScriptedEngine, answer_json
-from tests.fakes.hub import FakeChannel
+from tests.fakes.hub import FakeChannel, FakeRing
 from tests.fakes.plane import Bench, chat_request, records, until
 from tests.fakes.proxy_process import ProxyProcess
 from tests.fakes.talk import Talk
@@ -33,12 +34,14 @@ class Told:
         self.bench = bench
         self.stage = Stage(bench)
         self.channel = FakeChannel()
-        bench.plane.noting.connect(self.channel)
+        self.ring, self.others = FakeRing(), FakeRing()
+        bench.plane.noting.connect(self.channel, self.ring.writer)
+        bench.plane.sharing.connect(self.channel, [self.others.reader])
 
     def hear(self, *batch: bytes, origin: int = OTHER) -> None:
-        message = control.Heard(origin, 0.0, b"".join(batch), ours=origin == OTHER)
-        self.bench.plane.sharing.obey(self.channel, message)
-        self.bench.plane.heard()
+        said = Said(origin, self.bench.clock.now_s(), b"".join(batch), ours=origin == OTHER)
+        self.bench.plane.sharing.hear(said, said.at_s)
+        self.bench.plane.work_done()
 
     def gone(self) -> None:
         """The other worker ends."""
@@ -166,17 +169,17 @@ async def test_what_may_be_ended_is_told_until_it_is_answered(make_bench: MakeBe
     await told.stage.send("line", "flex")
     await told.stage.send("person")
     told.bench.plane.noting.tell_all()
-    by_id = _yielding(told.channel)
+    by_id = _yielding(told.ring)
     assert sorted(by_id.values()) == [False, True]
     told.stage.engines("line")[0].send(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n{")
     await told.bench.settle()
     told.bench.plane.noting.tell_all()
-    assert set(_yielding(told.channel).values()) == {False}
+    assert set(_yielding(told.ring).values()) == {False}
 
 
-def _yielding(channel: FakeChannel) -> dict[int, bool]:
+def _yielding(ring: FakeRing) -> dict[int, bool]:
     """Return what the last list of open leases says of each."""
-    found = [n for sent in channel.heard(control.Noted) for n in note_wire.read_notes(sent.batch)]
+    found = [n for sent in ring.reader.take() for n in note_wire.read_notes(sent.batch)]
     lists = [note for note in found if isinstance(note, notes.OpenLeases)]
     return {lease.lease_id: lease.yields for note in lists for lease in note.leases}
 

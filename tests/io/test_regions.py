@@ -25,7 +25,7 @@ from proxy.io.peers import Peers
 from proxy.io.regions import Regions
 from proxy.io.tasks import Tasks
 from tests.fakes.engine import free_port
-from tests.fakes.hub import FakeWorker, value
+from tests.fakes.hub import WORKERS, FakeWorker, value
 from tests.fakes.plane import until
 from tests.io.test_peers import Cable
 
@@ -56,7 +56,7 @@ class Proxy:
     def __init__(self, region: str, **config: Any) -> None:
         self.config = ProxyConfig(region=region, **config)
         self.tasks = Tasks()
-        self.hub = Hub()
+        self.hub = Hub(WORKERS)
         self.worker = FakeWorker(self.hub)
         self.told: list[control.RemotesAre] = []
         self.models = {"m": ModelSummary(awake=1, free=3)}
@@ -137,8 +137,10 @@ async def test_notes_do_not_cross_and_whoever_sends_them_is_cut_off() -> None:
         await until(lambda: bool(eu.linked and us.linked))
         us.worker.note(b"who is cached where")
         await asyncio.sleep(0.05)
-        assert eu.worker.channel.heard(control.Heard) == []
-        assert eu.worker.channel.heard(control.Listen)[-1] == control.Listen(on=False)
+        assert eu.worker.batches() == []
+        assert eu.worker.channel.heard(control.Listen)[-1] == control.Listen(
+            on=False, origin=eu.worker.origin
+        )
         (link,) = us.peers.links(abroad=True)
         link.send(peer_wire.write_notes(1, 0.0, b"notes"))
         await until(lambda: eu.failures("broken") == 1)

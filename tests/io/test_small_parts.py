@@ -127,7 +127,7 @@ async def test_what_nobody_takes_is_left_with_the_sender_and_comes_when_it_is_wa
     sender, receiver = await control.Channel.open(one), await control.Channel.open(other)
     batches = [bytes([number]) * (control._HELD_BYTES_MAX // 4) for number in range(40)]
     for batch in batches:
-        sender.send(control.Noted(1.0, batch))
+        sender.send(control.Heard(batch))
     drained = Tasks().spawn("drained", sender.drained())
     for _ in range(50):
         await asyncio.sleep(0.001)
@@ -135,7 +135,7 @@ async def test_what_nobody_takes_is_left_with_the_sender_and_comes_when_it_is_wa
     assert len(receiver._held) < 3 * control._HELD_BYTES_MAX
     assert not drained.done()
     for batch in batches:
-        assert await receiver.receive() == control.Noted(1.0, batch)
+        assert await receiver.receive() == control.Heard(batch)
     await drained
     sender.close()
     assert await receiver.receive() is None
@@ -176,34 +176,6 @@ async def test_octets_that_are_no_message_end_those_who_follow() -> None:
         with pytest.raises(msgspec.MsgspecError):
             await receiver.follow(lambda message: None)
     receiver.close()
-
-
-async def test_what_is_dealt_with_wakes_nobody_and_the_rest_comes_in_its_order() -> None:
-    one, other = socket.socketpair()
-    receiver = await control.Channel.open(other)
-    waiting = Tasks().spawn("waiting", receiver.receive())
-    dealt: list[tuple[control.Message, bool]] = []
-
-    def deal(message: control.Message) -> bool:
-        dealt.append((message, waiting.done()))
-        return isinstance(message, control.Heard)
-
-    receiver.deals_with = deal
-    await asyncio.sleep(0)
-    first, last = control.Heard(1, 1.0, b"a"), control.Heard(1, 2.0, b"b")
-    one.sendall(control.frame_of(first))
-    await until(lambda: dealt)
-    assert not waiting.done()
-    frames = [control.frame_of(message) for message in (first, control.Count(), last)]
-    one.sendall(b"".join(frames))
-    assert await waiting == control.Count()
-    assert await receiver.receive() == last  # it came while somebody was busy with the other
-    assert dealt == [(first, False), (first, False), (control.Count(), False)]
-    one.sendall(struct.pack("!I", 2) + b"\xc1\xc1")
-    with pytest.raises(msgspec.MsgspecError):
-        await receiver.receive()
-    one.close()
-    assert await receiver.receive() is None
 
 
 # --- access log ----------------------------------------------------------------------------------

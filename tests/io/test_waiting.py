@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from proxy.contract import ReplicaRecord, ReplicaState
 from proxy.core import limits
-from proxy.core.lease import Lease
 from proxy.core.prefix import PrefixChain
 from proxy.core.session import response_key
 from tests.fakes.plane import (
@@ -220,56 +219,38 @@ async def test_two_workers_do_not_look_at_the_same_moment(make_bench: MakeBench)
         stage = Stage(bench)
         await stage.send("a", PER_S, stream=False)
         await stage.send("b", PER_S)
-        assert bench.plane.waiting._timer is not None
-        moments_s.append(bench.plane.waiting._due_s)
+        timer = bench.plane.waiting._timer
+        assert isinstance(timer, asyncio.TimerHandle)
+        moments_s.append(timer.when())
     assert moments_s[1] - moments_s[0] >= 0.9 * limits.HELD_SPREAD_S
 
 
-async def test_what_is_heard_twice_in_a_moment_is_looked_at_with_uvloop_too(
+async def test_while_somebody_waits_what_others_say_is_read_again_and_again(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = Stage(bench)
-    await stage.send("a", PER_S, stream=False)
-    await stage.send("b", PER_S)
     monkeypatch.setattr(limits, "HELD_SPREAD_S", 0.0)
-    # For less than half a millisecond uvloop makes a call that does not know when it is due.
-    loop = asyncio.get_running_loop()
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "call_later", lambda _delay_s, call: loop.call_soon(call))
-        for _ in range(2):
-            bench.plane.heard()
-    await bench.settle()
-    assert bench.plane.waiting.count == 1
-
-
-async def test_who_hears_that_a_replica_is_open_hears_also_who_has_taken_it(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(limits, "HELD_SPREAD_S", 30.0)
     plane, picture = bench.plane, bench.plane.picture
     stage = Stage(bench)
-
-    def others(size: int) -> Lease:
-        (replica,) = plane.fleet.replicas.values()
-        chain = PrefixChain(size, [], [], size * limits.BYTES_PER_TOKEN)
-        return picture.acquire(replica, chain, cached_octets=0, now_s=bench.clock.now_s())
-
-    lease = others(PER_S)
+    (replica,) = plane.fleet.replicas.values()
+    chain = PrefixChain(1, [], [], PER_S * limits.BYTES_PER_TOKEN)
+    lease = picture.acquire(replica, chain, cached_octets=0, now_s=bench.clock.now_s())
+    plane.waiting.hears = True
     await stage.send("b", PER_S)
-    picture.prefill_ended(lease, bench.clock.now_s())
-    plane.heard()
-    await bench.settle()
-    next_lease = others(PER_S)
-    plane.heard()
-    plane.work_done()  # the moment has come
-    await bench.settle()
-    assert stage.sent == []
-    picture.prefill_ended(next_lease, bench.clock.now_s())
-    monkeypatch.setattr(limits, "HELD_SPREAD_S", 0.0)
-    plane.heard()
+    reads = 0
+
+    def catch_up() -> None:
+        nonlocal reads
+        reads += 1
+        if reads == 3:
+            picture.prefill_ended(lease, bench.clock.now_s())
+            plane.waiting.heard()
+
+    plane.waiting.catch_up = catch_up
     await until(lambda: stage.sent == ["b"])
-    for each in (lease, next_lease):
-        picture.release(each, bench.clock.now_s())
+    before = reads
+    await asyncio.sleep(3 * limits.HELD_READ_S)
+    assert reads == before  # nobody waits any more
+    picture.release(lease, bench.clock.now_s())
 
 
 # --- how a wait ends otherwise --------------------------------------------------------------------

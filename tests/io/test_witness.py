@@ -24,7 +24,7 @@ from proxy.io import control
 from proxy.io.hub import Hub
 from proxy.io.tasks import Tasks
 from proxy.io.witness import Witness
-from tests.fakes.hub import FakeWorker
+from tests.fakes.hub import WORKERS, FakeWorker
 from tests.fakes.proxy_process import ProxyProcess
 from tests.fakes.simulator import Simulated, simulator
 from tests.fakes.talk import ask
@@ -143,7 +143,7 @@ class Heard:
     """A witness of one engine, and the worker that it speaks to."""
 
     def __init__(self, tasks: Tasks, session: aiohttp.ClientSession, url: str) -> None:
-        self.hub = Hub()
+        self.hub = Hub(WORKERS)
         self.worker = FakeWorker(self.hub)
         self.witness = Witness(tasks, self.hub)
         self.session = session
