@@ -40,6 +40,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     ttft_p99_s: float
     tpot_p50_s: float
     tpot_p99_s: float
+    answer_p50_s: float  # from sending it to the last token
+    answer_p95_s: float
     output_tokens_per_s: float
     goodput_per_s: float  # whole answers that began within GOOD_TTFT_S
     hit: float  # of the measured requests, by each answer's usage
@@ -106,6 +108,10 @@ def tpot(share: float) -> Statistic:
     return lambda rows: at_share((row.tpot_s for row in rows if not row.error), share)
 
 
+def answer(share: float) -> Statistic:
+    return lambda rows: at_share((row.total_s for row in rows if not row.error), share)
+
+
 def hit(rows: Sequence[Row]) -> float:
     good = [row for row in rows if not row.error]
     return sum(row.cached_tokens for row in good) / max(1, sum(row.prompt_tokens for row in good))
@@ -157,6 +163,8 @@ def figures_of(key: CellKey, group: Group) -> Figures:
         ttft_p99_s=ttft(0.99)(rows),
         tpot_p50_s=tpot(0.5)(rows),
         tpot_p99_s=tpot(0.99)(rows),
+        answer_p50_s=answer(0.5)(rows),
+        answer_p95_s=answer(0.95)(rows),
         output_tokens_per_s=sum(row.output_tokens for row in good) / measured_s,
         goodput_per_s=sum((row.ttft_s or math.inf) <= GOOD_TTFT_S for row in good) / measured_s,
         hit=hit(rows),

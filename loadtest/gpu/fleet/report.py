@@ -17,9 +17,9 @@ from loadtest.policies.tables import aligned
 from loadtest.traces import TraceError
 
 HEAD = [
-    "cell", "n", "errors", "TTFT p50", "p95", "p99", "per token p50", "p99", "tokens/s",
-    "good/s", "hit", "engine's", "work max/mean", "of capacity", "CPU s/1000",
-    "start s", "MiB",
+    "cell", "n", "errors", "TTFT p50", "p95", "p99", "per token p50", "p99",
+    "answer p50", "p95", "tokens/s", "good/s", "hit", "engine's", "work max/mean", "of capacity",
+    "CPU s/1000", "start s", "MiB",
 ]  # fmt: skip
 
 
@@ -89,6 +89,8 @@ def _figures_row(each: Figures, record: Record) -> list[str]:
         *(f"{value:.3f}" for value in (each.ttft_p50_s, each.ttft_p95_s, each.ttft_p99_s)),
         f"{1000 * each.tpot_p50_s:.1f} ms",
         f"{1000 * each.tpot_p99_s:.1f} ms",
+        f"{each.answer_p50_s:.2f}",
+        f"{each.answer_p95_s:.2f}",
         f"{each.output_tokens_per_s:.0f}",
         f"{each.goodput_per_s:.2f}",
         f"{each.hit:.3f}",
