@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 import msgspec
 from typing_extensions import override
 
+from loadtest.gpu.fleet.plan import NGINX
 from loadtest.measure import quantile
 from loadtest.policies.cells import Cell, chooser_of
 from loadtest.policies.engines import Flight, Timing
@@ -32,7 +33,7 @@ SPEC: Final = {
     "ours_no_events": "doherty",  # in the lab neither hears any
     "ours_round_robin": "doherty:round_robin",
     "ours_least_load": "doherty:least_load",
-    "nginx": "round_robin",
+    NGINX: "round_robin",
     "sglang_cache_aware": "sglang:0.3:64:1.5",  # its defaults
     "vllm_consistent_hash": "ring:0",  # of the session
 }
@@ -126,8 +127,13 @@ def flights_of(
     workload: Workload, arm: str, scale: float, warm_s: float, pool: Pool
 ) -> list[Flight]:
     """Return the requests that are measured, as they went in each draw."""
-    proxies = pool.workers if SPEC[arm].startswith("doherty") else 1
-    cell = Cell(replicas=pool.replicas, cache_tokens=pool.cache_tokens, proxies=proxies)
+    proxies = pool.workers if arm == NGINX or SPEC[arm].startswith("doherty") else 1
+    cell = Cell(
+        replicas=pool.replicas,
+        cache_tokens=pool.cache_tokens,
+        proxies=proxies,
+        sharing="none" if arm == NGINX else "all",  # each of its workers counts for itself
+    )
     found: list[Flight] = []
     for seed in range(DRAWS):
         drive = Drive(scale=scale, proxies=proxies, seed=seed, jitter_s=JITTER_S)
