@@ -362,7 +362,7 @@ def test_a_cell_is_foretold_at_the_load_that_it_is_run_at(monkeypatch: pytest.Mo
 def test_what_is_foretold_of_several_repeats_is_compared_by_geometric_means() -> None:
     def told(factor: float, hit: float = 0.3) -> lab.Foretold:
         times = dict.fromkeys(("ttft_p50_s", "ttft_p95_s", "ttft_p99_s", "tpot_p99_s"), factor)
-        return lab.Foretold(tpot_p50_s=0.01, hit=hit, **times)
+        return lab.Foretold(tpot_p50_s=0.01, answer_p50_s=1.0, answer_p95_s=2.0, hit=hit, **times)
 
     def key(arm: str, repeat: int, workload: str = "conversation") -> CellKey:
         return msgspec.structs.replace(KEY, workload=workload, arm=arm, repeat=repeat)
@@ -378,8 +378,8 @@ def test_what_is_foretold_of_several_repeats_is_compared_by_geometric_means() ->
     })  # fmt: skip
     _, unique, chat = (line.split() for line in table.splitlines())
     assert unique[0] == plan.OURS_LEAST
-    assert unique[-6:] == ["2.00", "2.00", "2.00", "1.00", "2.00", "-"]
-    assert (chat[0], chat[-7:]) == (plan.SGLANG, ["2", *["1.00"] * 6])
+    assert unique[-8:] == ["2.00", "2.00", "2.00", "1.00", "2.00", "1.00", "1.00", "-"]
+    assert (chat[0], chat[-9:]) == (plan.SGLANG, ["2", *["1.00"] * 8])
 
 
 def test_a_burst_that_was_broken_off_is_told_as_that_and_has_no_figures() -> None:
@@ -437,7 +437,7 @@ def test_cells_of_several_cards_stand_below_those_of_one_with_their_ratio() -> N
         wide: judge.Group(cells=[cell(plan.OURS, [0.2, 0.2])]),
     }
     times = dict.fromkeys(("ttft_p50_s", "ttft_p95_s", "ttft_p99_s", "tpot_p99_s"), 0.5)
-    told = lab.Foretold(tpot_p50_s=0.01, hit=0.3, **times)
+    told = lab.Foretold(tpot_p50_s=0.01, answer_p50_s=1.0, answer_p95_s=2.0, hit=0.3, **times)
     less = msgspec.structs.replace(told, ttft_p50_s=0.3)
     first, second, ratio = planned.rows(groups, {KEY: told, wide: less}, "4x1")
     assert (first[0], second[0]) == (KEY.text, wide.text)

@@ -25,7 +25,8 @@ HEAD = [
 WINDOW = lab.Window(10.0, 30.0)  # as `gpu fleet` measures a capacity
 # As the fields of `Foretold`.
 MEANS_HEAD = [
-    "ours over", "cell", "repeats", "TTFT p50", "p95", "p99", "per token p50", "p99", "hit",
+    "ours over", "cell", "repeats", "TTFT p50", "p95", "p99", "per token p50", "p99",
+    "answer p50", "p95", "hit",
 ]  # fmt: skip
 
 

@@ -106,6 +106,8 @@ class Foretold(msgspec.Struct, frozen=True, kw_only=True):
     ttft_p99_s: float
     tpot_p50_s: float
     tpot_p99_s: float
+    answer_p50_s: float  # from sending it to the last token
+    answer_p95_s: float
     hit: float
 
 
@@ -161,6 +163,9 @@ def figures_of(flights: Sequence[Flight], speeds: Speeds) -> Foretold:
         for f in flights
         if f.job.output_tokens > 1
     ]
+    answers_s = [
+        f.ended_s - f.arrived_s + intake_s for f, intake_s in zip(flights, intakes_s, strict=True)
+    ]
     prompt_tokens = sum(f.job.prompt_tokens for f in flights)
     return Foretold(
         ttft_p50_s=_at(ttfts_s, 0.5),
@@ -168,6 +173,8 @@ def figures_of(flights: Sequence[Flight], speeds: Speeds) -> Foretold:
         ttft_p99_s=_at(ttfts_s, 0.99),
         tpot_p50_s=_at(tpots_s, 0.5),
         tpot_p99_s=_at(tpots_s, 0.99),
+        answer_p50_s=_at(answers_s, 0.5),
+        answer_p95_s=_at(answers_s, 0.95),
         hit=sum(f.cached_tokens for f in flights) / max(1, prompt_tokens),
     )
 
