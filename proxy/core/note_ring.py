@@ -25,6 +25,7 @@ _CHECK: Final = Struct("<Q")
 _HEAD: Final = Struct("<QdQ")  # origin, moment, octets; the check sum is before it
 _HEAD_BYTES: Final = _CHECK.size + _HEAD.size
 _UNIT: Final = 8  # each note begins at a multiple
+_NOTE_BYTES_MAX: Final = _HEAD_BYTES + limits.PEER_FRAME_BYTES_MAX
 
 
 def rings_bytes(rings: int) -> int:
@@ -109,16 +110,24 @@ class RingReader(_Ring):
         end = self._counts[0]
         while self._at < end:
             if self._counts[0] - self._at > _SIZE:
-                self.lost_total += self._counts[1] - self._seen
-                self.skip()
+                self._lose()
                 break
             said = self._read()
             if said is None:
-                break  # it comes in a moment; or it has been overwritten, and next time that shows
+                # Where one more note would overwrite it, one is about to, or was when its writer
+                # died. Else it is there in a moment.
+                if self._counts[0] - self._at > _SIZE - _NOTE_BYTES_MAX:
+                    self._lose()
+                break
             found.append(said)
             self._at += _whole(_HEAD_BYTES + len(said.batch))
             self._seen += 1
         return found
+
+    def _lose(self) -> None:
+        """It was overtaken."""
+        self.lost_total += self._counts[1] - self._seen
+        self.skip()
 
     def _read(self) -> Said | None:
         head = self._get(self._at, _HEAD_BYTES)
