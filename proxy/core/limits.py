@@ -401,6 +401,8 @@ NOTE_WEIGHT_MAX: Final = 1000.0
 # worker holds at the default of --max-concurrent-requests. Some 300 octets a lease.
 ORIGINS_MAX = 1024
 FOREIGN_LEASES_MAX = 16_384
+# Replicas that others named before we knew them: as many as come up at once.
+STRANGERS_MAX = 1024
 # One frame between two proxies: the largest batch, which may have grown by its last note.
 PEER_FRAME_BYTES_MAX: Final = 256 * KIB
 # A frame before the other one has shown who it is.

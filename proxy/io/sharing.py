@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from proxy.core import limits, note_wire, notes
 from proxy.core.hearsay import Hearsay
@@ -82,6 +82,11 @@ class Sharing:
         lost_total = sum([reader.lost_total for reader in self._readers])
         if lost_total != self._lost_total:
             self._lost_total = lost_total
+            self._send(control.Missed())
+
+    def know(self, names: Iterable[str]) -> None:
+        """These are the replicas now. What was said before of one that is new is told again."""
+        if self.hearsay.know(names):
             self._send(control.Missed())
 
     def hear(self, said: Said, now_s: float) -> None:
