@@ -77,6 +77,7 @@ class Plane(Abroad):
             tasks,
             self.give_way,
             on_news=self.waiting.heard,
+            on_fault=self._fault,
         )
         self.catch_up = self.waiting.catch_up = self.sharing.catch_up
         self.preemption.know_others(self.sharing.hearsay.yielding, self.noting.ask_way)

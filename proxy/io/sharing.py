@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from proxy.core import limits, note_wire, notes
@@ -20,6 +21,8 @@ from proxy.io.clock import Clock
 from proxy.io.noting import Noting
 from proxy.io.tasks import Tasks
 from proxy.io.telemetry import SECONDS_BUCKETS, Histogram, Sample
+
+_log = logging.getLogger("doherty.sharing")
 
 NOBODY = 0  # the origin of what the supervisor itself has to say
 PAGE_ENTRIES_MAX = limits.NOTE_HASHES_MAX
@@ -46,10 +49,11 @@ class Sharing:
         give_way: Callable[[str, Sequence[int]], None],
         *,
         on_news: Callable[[], None],
+        on_fault: Callable[[], None],
     ) -> None:
         """`give_way(replica, leases)` ends those for another worker's online request.
 
-        `on_news()` hears that others have decided something.
+        `on_news()` hears that others have decided something, `on_fault()` that what they say fails.
         """
         self._picture = picture
         self._responses = responses
@@ -57,6 +61,7 @@ class Sharing:
         self._tasks = tasks
         self._give_way = give_way
         self._on_news = on_news
+        self._on_fault = on_fault
         self._channel: control.Channel | None = None
         self._readers: list[RingReader] = []
         self._lost_total = 0
@@ -77,7 +82,11 @@ class Sharing:
             return
         now_s = self._clock.now_s()
         for one in heapq.merge(*said, key=_moment_s):
-            self.hear(one, now_s)
+            try:
+                self.hear(one, now_s)
+            except Exception:  # noqa: BLE001 - of one batch; who reads has another thing to do
+                self._on_fault()
+                _log.exception("what origin %d said", one.origin)
         self._on_news()
         lost_total = sum([reader.lost_total for reader in self._readers])
         if lost_total != self._lost_total:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from proxy.contract import LoadSample, ReplicaRecord
 from proxy.core import note_wire, notes
 from proxy.core.prefix import PrefixChain
@@ -85,6 +87,29 @@ async def test_other_regions_are_told_of_a_replica_with_what_siblings_have_sent_
     after = summary_of(bench.plane)["m"]
     assert (before.free > 0, before.wait_s) == (True, 0.0)
     assert (after.free, after.wait_s > 1.0) == (0, True)
+    sibling.leave()
+
+
+async def test_what_fails_when_it_is_heard_fails_no_request_and_hides_nothing_that_follows(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sibling, plane = Sibling(bench), bench.plane
+    hear = plane.sharing.hearsay.hear
+
+    def heard(origin: int, batch: bytes, now_s: float, *, ours: bool) -> str | None:
+        assert batch != b"bad"
+        return hear(origin, batch, now_s, ours=ours)
+
+    monkeypatch.setattr(plane.sharing.hearsay, "hear", heard)
+    sibling.say(b"bad")
+    sibling.say(dispatched(1, 1000))
+    client, engine = await bench.begun()
+    engine.send(answer())
+    await bench.settle()
+    assert client.answer().status == 200
+    assert plane.sharing.hearsay.leases() == 1
+    assert plane.telemetry.internal_errors_total == 1
+    plane.telemetry.internal_errors_total = 0
     sibling.leave()
 
 
