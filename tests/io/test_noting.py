@@ -218,7 +218,10 @@ async def test_what_is_read_late_counts_from_when_it_was_said_in_the_order_of_al
     bench.clock.advance(0.5)
     bench.plane.catch_up()
     assert [lease.prefill_tokens for lease in loads.prefilling.line[slot]] == [2000, 1000]
-    assert [lease.started_s for lease in loads.prefilling.line[slot]] == [begin_s + 0.1, begin_s + 0.2]
+    assert [lease.started_s for lease in loads.prefilling.line[slot]] == [
+        begin_s + 0.1,
+        begin_s + 0.2,
+    ]
     others.sibling.writer.write(3, begin_s + 60.0, note_wire.write_prefill_ended(1))
     bench.plane.catch_up()  # nothing is of the future
     assert [lease.prefill_tokens for lease in loads.prefilling.line[slot]] == [1000]
