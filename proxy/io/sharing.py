@@ -1,7 +1,7 @@
 """What a worker shares: its picture with what others say in it, and what it says itself.
 
 What others say is read when it matters (`catch_up`): before a choice, while requests wait, before
-it is shown, and twice a second.
+it is shown, and else twice a second, or more often the more there is to read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from proxy.core.responses import Responses
 from proxy.io import control
 from proxy.io.clock import Clock
 from proxy.io.noting import Noting
-from proxy.io.tasks import Tasks
+from proxy.io.tasks import Tasks, beat
 from proxy.io.telemetry import SECONDS_BUCKETS, Histogram, Sample
 
 _log = logging.getLogger("doherty.sharing")
@@ -34,6 +34,12 @@ def recital_s(replicas: int) -> float:
     entries = limits.DIGEST_BYTES_MAX // _ENTRY_BYTES + limits.RESPONSES_MAX
     pages = entries // PAGE_ENTRIES_MAX + replicas + 1  # each one's last page need not be full
     return pages * (limits.DIGEST_PAUSE_S + limits.DIGEST_PAGE_S)
+
+
+def next_pause_s(pause_s: float, count: int) -> float:
+    """Return when to read again, if there were so many notes after such a pause."""
+    fitting_s = pause_s * min(2.0, limits.NOTES_AT_ONCE / max(1, count))
+    return min(limits.SWEEP_INTERVAL_S, max(limits.NOTES_READ_S_MIN, fitting_s))
 
 
 class Sharing:
@@ -75,13 +81,23 @@ class Sharing:
         self._channel = channel
         self._readers = list(readers)
 
+    async def read_regularly(self) -> None:
+        """Hear what is said while nobody here needs to know it."""
+        pause_s = limits.SWEEP_INTERVAL_S
+        while True:
+            await beat(pause_s)
+            before = self.hearsay.heard_total + self._lost_total
+            self.catch_up()
+            count = self.hearsay.heard_total + self._lost_total - before
+            pause_s = next_pause_s(pause_s, count)
+
     def catch_up(self) -> None:
         """Hear what others have said since, in the order in which they decided it."""
         said = [reader.take() for reader in self._readers if reader.has_news]
         if not said:
             return
         now_s = self._clock.now_s()
-        for one in heapq.merge(*said, key=_moment_s):
+        for one in heapq.merge(*said, key=_moment_s) if len(said) > 1 else said[0]:
             try:
                 self.hear(one, now_s)
             except Exception:  # noqa: BLE001 - of one batch; who reads has another thing to do

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from proxy.contract import LoadSample, ReplicaRecord
-from proxy.core import note_wire, notes
+from proxy.core import limits, note_wire, notes
 from proxy.core.prefix import PrefixChain
 from proxy.io import control
+from proxy.io.sharing import next_pause_s
 from proxy.io.tally import summary_of
-from tests.fakes.plane import Bench, answer, chat_request, inflight, records
+from tests.fakes.plane import Bench, answer, chat_request, inflight, records, until
 from tests.io.test_noting import Others, dispatched
 
 SIBLING = 3
@@ -88,6 +89,31 @@ async def test_other_regions_are_told_of_a_replica_with_what_siblings_have_sent_
     assert (before.free > 0, before.wait_s) == (True, 0.0)
     assert (after.free, after.wait_s > 1.0) == (0, True)
     sibling.leave()
+
+
+async def test_who_needs_nothing_reads_all_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SWEEP_INTERVAL_S", 0.01)
+    sibling, sharing = Sibling(bench), bench.plane.sharing
+    bench.tasks.start("notes", sharing.read_regularly())
+    for lease_id in range(3):
+        sibling.say(dispatched(lease_id, 1000))
+        await until(lambda count=lease_id + 1: sharing.hearsay.leases() == count)
+    sibling.leave()
+
+
+@pytest.mark.parametrize("per_s", [0, 50, 1000, 4000, 1_000_000])
+def test_the_more_is_said_the_more_often_it_is_read_and_never_much_at_once(per_s: int) -> None:
+    pause_s = limits.SWEEP_INTERVAL_S
+    for _ in range(8):
+        pause_s = next_pause_s(pause_s, int(per_s * pause_s))
+    fitting_s = limits.NOTES_AT_ONCE / max(1, per_s)
+    wanted_s = min(max(fitting_s, limits.NOTES_READ_S_MIN), limits.SWEEP_INTERVAL_S)
+    assert pause_s == pytest.approx(wanted_s, rel=0.02)
+    for _ in range(8):  # and seldom again
+        pause_s = next_pause_s(pause_s, 0)
+    assert pause_s == limits.SWEEP_INTERVAL_S
 
 
 async def test_what_fails_when_it_is_heard_fails_no_request_and_hides_nothing_that_follows(
