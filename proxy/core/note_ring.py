@@ -8,6 +8,10 @@ A reader keeps its own place and is waited for by nobody. One that was overtaken
 notes it has lost, and has all that is open told again. Each note has a check sum over its place and
 its octets: one that is being overwritten, or that a processor of weak order shows too early, is not
 taken for what it is not.
+
+That rests on two things. The place counts from the first octet ever written, so what is there from
+an earlier time around has the sum of another place. And the counts before a ring are aligned words
+of eight octets, which processors of 64 bits write and read as a whole, ARM's, too.
 """
 
 from __future__ import annotations
