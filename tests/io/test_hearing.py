@@ -6,6 +6,7 @@ import pytest
 
 from proxy.contract import LoadSample, ReplicaRecord
 from proxy.core import limits, note_wire, notes
+from proxy.core.note_ring import Said
 from proxy.core.prefix import PrefixChain
 from proxy.io import control
 from proxy.io.sharing import next_pause_s
@@ -120,13 +121,13 @@ async def test_what_fails_when_it_is_heard_fails_no_request_and_hides_nothing_th
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sibling, plane = Sibling(bench), bench.plane
-    hear = plane.sharing.hearsay.hear
+    hear = plane.sharing.hear
 
-    def heard(origin: int, batch: bytes, now_s: float, *, ours: bool) -> str | None:
-        assert batch != b"bad"
-        return hear(origin, batch, now_s, ours=ours)
+    def heard(said: Said, now_s: float) -> None:
+        assert said.batch != b"bad"
+        hear(said, now_s)
 
-    monkeypatch.setattr(plane.sharing.hearsay, "hear", heard)
+    monkeypatch.setattr(plane.sharing, "hear", heard)
     sibling.say(b"bad")
     sibling.say(dispatched(1, 1000))
     client, engine = await bench.begun()
