@@ -90,6 +90,7 @@ class Worker:
         gc.freeze()
         gc.set_threshold(GC_ALLOCATIONS_MAX, 20, 50)
         self._tasks.start("sweep", self._sweep(plane, entrance))
+        self._tasks.start("notes", plane.sharing.read_regularly())
         self._tasks.start("minute", plane.metering.run())
         self._tasks.start("tally", Tally(plane, self._channel).run())
         self._tasks.start("summary", summarise_regularly(plane, self._channel))
@@ -222,7 +223,6 @@ class Worker:
             await asyncio.sleep(due_s - loop.time())
             lag_s = loop.time() - due_s
             plane.telemetry.late_by(lag_s)
-            plane.catch_up()
             now_s = plane.clock.now_s()
             for connection in list(entrance.connections):
                 connection.check_deadline(now_s)

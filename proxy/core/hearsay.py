@@ -27,6 +27,7 @@ class Hearsay:
         self._picture = picture
         self._responses = responses
         self._names: dict[int, str] = {}  # of replicas, by key
+        self._strange: set[int] = set()  # keys that others used since, of whom we do not know
         self._origins: dict[int, dict[int, Lease]] = {}
         # Unanswered offline work of this proxy's other workers, each with its origin: who needs its
         # place asks for that. As many as there are leases.
@@ -39,12 +40,15 @@ class Hearsay:
         self.unknown_total = 0  # of replicas that we do not know
         self.full_total = 0  # found no room
 
-    def know(self, names: Iterable[str]) -> None:
-        """These are the replicas now."""
+    def know(self, names: Iterable[str]) -> bool:
+        """These are the replicas now; return whether others spoke of some before we knew them."""
         self._names = {notes.replica_key(name): name for name in names}
+        missed = not self._strange.isdisjoint(self._names)
+        self._strange.clear()
         known = set(self._names.values())
         for gone in [name for name in self.states if name not in known]:
             del self.states[gone], self.states_at_s[gone]
+        return missed
 
     def leases(self) -> int:
         """Return how many leases of others are held."""
@@ -196,6 +200,8 @@ class Hearsay:
         slot = self._picture.slots.get(name, -1) if name is not None else -1
         if slot < 0:
             self.unknown_total += 1
+            if len(self._strange) < limits.STRANGERS_MAX:
+                self._strange.add(key)
         return slot
 
     def _keep(self, table: dict[int, Lease], lease: Lease) -> None:

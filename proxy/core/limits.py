@@ -374,6 +374,10 @@ KV_FIRST_TOKEN_S: Final = 1.0
 # the notes of 5,000 requests/s, and whoever serves reads twice a second at the least. Whoever was
 # overtaken gets what is open, in place of how it came to be.
 NOTES_RING_BYTES: Final = 1 * MIB
+# Who chooses seldom reads so many in one turn, about two milliseconds, and not all that is said in
+# half a second, for which its streams would wait; but not more often than so.
+NOTES_AT_ONCE: Final = 100
+NOTES_READ_S_MIN: Final = 0.02
 # Peers wait for notes: they go at once where none have gone for so long, else they are collected
 # for as long: shorter than any prefill, so that a burst over all proxies sees itself. A worker that
 # tells of more than a thousand requests a second (three notes each) collects for longer, because a
@@ -401,6 +405,8 @@ NOTE_WEIGHT_MAX: Final = 1000.0
 # worker holds at the default of --max-concurrent-requests. Some 300 octets a lease.
 ORIGINS_MAX = 1024
 FOREIGN_LEASES_MAX = 16_384
+# Replicas that others named before we knew them: as many as come up at once.
+STRANGERS_MAX = 1024
 # One frame between two proxies: the largest batch, which may have grown by its last note.
 PEER_FRAME_BYTES_MAX: Final = 256 * KIB
 # A frame before the other one has shown who it is.

@@ -8,6 +8,10 @@ A reader keeps its own place and is waited for by nobody. One that was overtaken
 notes it has lost, and has all that is open told again. Each note has a check sum over its place and
 its octets: one that is being overwritten, or that a processor of weak order shows too early, is not
 taken for what it is not.
+
+That rests on two things. The place counts from the first octet ever written, so what is there from
+an earlier time around has the sum of another place. And the counts before a ring are aligned words
+of eight octets, which processors of 64 bits write and read as a whole, ARM's, too.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ _CHECK: Final = Struct("<Q")
 _HEAD: Final = Struct("<QdQ")  # origin, moment, octets; the check sum is before it
 _HEAD_BYTES: Final = _CHECK.size + _HEAD.size
 _UNIT: Final = 8  # each note begins at a multiple
+_NOTE_BYTES_MAX: Final = _HEAD_BYTES + limits.PEER_FRAME_BYTES_MAX
 
 
 def rings_bytes(rings: int) -> int:
@@ -109,16 +114,24 @@ class RingReader(_Ring):
         end = self._counts[0]
         while self._at < end:
             if self._counts[0] - self._at > _SIZE:
-                self.lost_total += self._counts[1] - self._seen
-                self.skip()
+                self._lose()
                 break
             said = self._read()
             if said is None:
-                break  # it comes in a moment; or it has been overwritten, and next time that shows
+                # Where one more note would overwrite it, one is about to, or was when its writer
+                # died. Else it is there in a moment.
+                if self._counts[0] - self._at > _SIZE - _NOTE_BYTES_MAX:
+                    self._lose()
+                break
             found.append(said)
             self._at += _whole(_HEAD_BYTES + len(said.batch))
             self._seen += 1
         return found
+
+    def _lose(self) -> None:
+        """It was overtaken."""
+        self.lost_total += self._counts[1] - self._seen
+        self.skip()
 
     def _read(self) -> Said | None:
         head = self._get(self._at, _HEAD_BYTES)

@@ -177,15 +177,10 @@ class Hub:
     def join(self, channel: control.Channel) -> int:
         """A worker has been started and greeted; return its origin."""
         origin = next(self._numbers)
-        newcomer = _Member(origin, channel)
-        eldest = next(iter(self._members.values()), None)
-        self._members[origin] = newcomer
+        newcomer = self._members[origin] = _Member(origin, channel)
         self._say_who_listens()
         self._whole_due = self._peers_whole_due = True
-        if eldest is not None:
-            self._start(_Transfer(eldest, [newcomer]))
-        elif self._fleet_known:
-            self._ask_a_peer([newcomer])
+        self._acquaint([newcomer])
         return origin
 
     def leave(self, origin: int) -> None:
@@ -331,6 +326,14 @@ class Hub:
 
     # --- digests -----------------------------------------------------------------------------
 
+    def _acquaint(self, newcomers: list[_Member]) -> None:
+        """Have the eldest of the others tell these what is cached where, or else a peer."""
+        eldest = next((each for each in self._members.values() if each not in newcomers), None)
+        if eldest is not None:
+            self._start(_Transfer(eldest, newcomers))
+        elif self._fleet_known:
+            self._ask_a_peer(newcomers)
+
     def _ask_a_peer(self, members: list[_Member]) -> None:
         """Have a peer tell these workers what is cached where, if there is one."""
         linked = next(iter(self._linked.values()), None)
@@ -382,6 +385,8 @@ class Hub:
                 del self._transfers[number]
                 if transfer.linked is not None and transfer.linked is not ear:
                     transfer.linked.send(peer_wire.write_page(transfer.theirs, b"", last=True))
+                if transfer.members:  # whoever told them is gone, and another is asked
+                    self._acquaint(transfer.members)
 
     # --- what is reported --------------------------------------------------------------------
 

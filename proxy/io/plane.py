@@ -77,6 +77,7 @@ class Plane(Abroad):
             tasks,
             self.give_way,
             on_news=self.waiting.heard,
+            on_fault=self._fault,
         )
         self.catch_up = self.waiting.catch_up = self.sharing.catch_up
         self.preemption.know_others(self.sharing.hearsay.yielding, self.noting.ask_way)
@@ -136,13 +137,15 @@ class Plane(Abroad):
         self, snapshot: FleetSnapshot, columns: Mapping[str, int] | None = None
     ) -> None:
         """`columns` says where all workers count what each replica has (`core.headcount`)."""
+        if self.fleet_known:  # else nothing that is said of a replica says anything to us
+            self.catch_up()  # or engines would seem to have what others sent there from elsewhere
         before = self.fleet.replicas
         self.know_region(snapshot.region)
         self.fleet = fleets.apply(self.fleet, fleets.SnapshotReceived(snapshot, self.region))
         self.fleet_known = True
         self.fleet_epoch, self.fleet_version = snapshot.epoch, snapshot.version
         self.seat()
-        self.sharing.hearsay.know(self.picture.slots)
+        self.sharing.know(self.picture.slots)
         if self.picture.loads.headcount is not None:
             replicas = self.fleet.replicas.values()
             self.picture.loads.headcount.know(columns or {}, replicas, self.leases)
@@ -175,7 +178,7 @@ class Plane(Abroad):
         """This is what is known now of other regions; `ours` names this proxy's life to them."""
         moved = self.take_remotes(remotes)
         if moved is not None:
-            self.sharing.hearsay.know(self.picture.slots)
+            self.sharing.know(self.picture.slots)
             self._retain(moved)
             self.fleet_changed()
         self.upstreams.close_idle(self.hops.know(remotes, ours))
@@ -275,6 +278,7 @@ class Plane(Abroad):
     def prefill_ended(self, lease: Lease, now_s: float) -> None:
         """The first octet of the answer has come. Harmless when repeated."""
         if lease.pending:
+            self.catch_up()  # whose octets came before left the line before
             self.picture.prefill_ended(lease, now_s)
             if self.noting.on:
                 self.noting.prefill_ended(lease)

@@ -1,14 +1,15 @@
 """What a worker shares: its picture with what others say in it, and what it says itself.
 
 What others say is read when it matters (`catch_up`): before a choice, while requests wait, before
-it is shown, and twice a second.
+it is shown, and else twice a second, or more often the more there is to read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 
 from proxy.core import limits, note_wire, notes
 from proxy.core.hearsay import Hearsay
@@ -18,8 +19,10 @@ from proxy.core.responses import Responses
 from proxy.io import control
 from proxy.io.clock import Clock
 from proxy.io.noting import Noting
-from proxy.io.tasks import Tasks
+from proxy.io.tasks import Tasks, beat
 from proxy.io.telemetry import SECONDS_BUCKETS, Histogram, Sample
+
+_log = logging.getLogger("doherty.sharing")
 
 NOBODY = 0  # the origin of what the supervisor itself has to say
 PAGE_ENTRIES_MAX = limits.NOTE_HASHES_MAX
@@ -31,6 +34,12 @@ def recital_s(replicas: int) -> float:
     entries = limits.DIGEST_BYTES_MAX // _ENTRY_BYTES + limits.RESPONSES_MAX
     pages = entries // PAGE_ENTRIES_MAX + replicas + 1  # each one's last page need not be full
     return pages * (limits.DIGEST_PAUSE_S + limits.DIGEST_PAGE_S)
+
+
+def next_pause_s(pause_s: float, count: int) -> float:
+    """Return when to read again, if there were so many notes after such a pause."""
+    fitting_s = pause_s * min(2.0, limits.NOTES_AT_ONCE / max(1, count))
+    return min(limits.SWEEP_INTERVAL_S, max(limits.NOTES_READ_S_MIN, fitting_s))
 
 
 class Sharing:
@@ -46,10 +55,11 @@ class Sharing:
         give_way: Callable[[str, Sequence[int]], None],
         *,
         on_news: Callable[[], None],
+        on_fault: Callable[[], None],
     ) -> None:
         """`give_way(replica, leases)` ends those for another worker's online request.
 
-        `on_news()` hears that others have decided something.
+        `on_news()` hears that others have decided something, `on_fault()` that what they say fails.
         """
         self._picture = picture
         self._responses = responses
@@ -57,6 +67,7 @@ class Sharing:
         self._tasks = tasks
         self._give_way = give_way
         self._on_news = on_news
+        self._on_fault = on_fault
         self._channel: control.Channel | None = None
         self._readers: list[RingReader] = []
         self._lost_total = 0
@@ -70,18 +81,37 @@ class Sharing:
         self._channel = channel
         self._readers = list(readers)
 
+    async def read_regularly(self) -> None:
+        """Hear what is said while nobody here needs to know it."""
+        pause_s = limits.SWEEP_INTERVAL_S
+        while True:
+            await beat(pause_s)
+            before = self.hearsay.heard_total + self._lost_total
+            self.catch_up()
+            count = self.hearsay.heard_total + self._lost_total - before
+            pause_s = next_pause_s(pause_s, count)
+
     def catch_up(self) -> None:
         """Hear what others have said since, in the order in which they decided it."""
         said = [reader.take() for reader in self._readers if reader.has_news]
         if not said:
             return
         now_s = self._clock.now_s()
-        for one in heapq.merge(*said, key=_moment_s):
-            self.hear(one, now_s)
+        for one in heapq.merge(*said, key=_moment_s) if len(said) > 1 else said[0]:
+            try:
+                self.hear(one, now_s)
+            except Exception:  # noqa: BLE001 - of one batch; who reads has another thing to do
+                self._on_fault()
+                _log.exception("what origin %d said", one.origin)
         self._on_news()
         lost_total = sum([reader.lost_total for reader in self._readers])
         if lost_total != self._lost_total:
             self._lost_total = lost_total
+            self._send(control.Missed())
+
+    def know(self, names: Iterable[str]) -> None:
+        """These are the replicas now. What was said before of one that is new is told again."""
+        if self.hearsay.know(names):
             self._send(control.Missed())
 
     def hear(self, said: Said, now_s: float) -> None:

@@ -122,6 +122,7 @@ async def summarise_regularly(plane: Plane, channel: control.Channel) -> None:
 
 def summary_of(plane: Plane) -> dict[str, ModelSummary]:
     """Return what this worker sees of each model."""
+    plane.catch_up()
     waiting: dict[str, int] = {}
     for key, queue in plane.waiting.queues.items():
         model = key or plane.only_model()

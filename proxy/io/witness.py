@@ -143,11 +143,15 @@ class Witness:
         self._overheard.append((origin, at_s, batch))
         self._overheard_bytes += len(batch)
         if self._overheard_bytes >= OVERHEARD_BYTES_MAX:
-            self._catch_up()
+            self._read()  # and collect nothing: what is newer would come before the rest of this
 
     def _catch_up(self) -> None:
-        """Read what was overheard."""
+        """Read all that was said until now."""
         self._hub.collect()
+        self._read()
+
+    def _read(self) -> None:
+        """Read what was overheard."""
         overheard, self._overheard, self._overheard_bytes = self._overheard, [], 0
         for origin, at_s, batch in overheard:
             try:

@@ -107,6 +107,7 @@ def test_what_is_overwritten_while_it_is_read_is_lost_and_nothing_else_is_taken_
     counts = rings_bytes(1)
     scene.octets[counts : counts + 16] = struct.pack("<QQ", *end)
     assert scene.reader.take() == []
-    scene.writer.write(2, 0.0, b"x" * 4000)
-    assert scene.reader.take() == []
-    assert scene.reader.lost_total == end[1] + 1
+    assert scene.reader.lost_total == end[1]
+    scene.writer.write(3, 0.0, b"whoever follows, should that one die now")
+    assert [said.origin for said in scene.reader.take()] == [3]
+    assert not scene.reader.has_news

@@ -279,6 +279,23 @@ def test_a_new_worker_is_told_by_the_eldest_what_is_cached_where() -> None:
     assert not other.recite()
 
 
+def test_a_new_worker_whose_teller_dies_is_told_by_the_next_or_else_by_a_peer() -> None:
+    scene = Scene(workers=2, peers=1)
+    one, other = scene.workers
+    assert one.recite()
+    scene.peers[0].frames.clear()
+    newcomer = FakeWorker(scene.hub)
+    one.leave()
+    assert other.recite(b"page")
+    assert newcomer.batches() == [b"page"]
+    last = FakeWorker(scene.hub)
+    newcomer.leave()  # which tells nobody anything
+    other.leave()
+    (ask,) = scene.peers[0].sent(peer_wire.ASK)
+    scene.from_peer(peer_wire.write_page(ask.number, b"its page", last=True))
+    assert last.batches() == [b"its page"]
+
+
 def test_workers_of_a_new_proxy_are_told_by_a_peer() -> None:
     scene = Scene(workers=2, peers=0)
     scene.workers[0].recite()

@@ -7,7 +7,7 @@ import contextlib
 import random
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -20,7 +20,7 @@ from proxy.config import ProxyConfig
 from proxy.contract import FleetSnapshot, ReplicaRecord, ReplicaState
 from proxy.core import limits, note_wire, notes
 from proxy.core.prefix import PrefixChain
-from proxy.io import control
+from proxy.io import control, witness
 from proxy.io.hub import Hub
 from proxy.io.tasks import Tasks
 from proxy.io.witness import Witness
@@ -389,3 +389,31 @@ async def silent_is_judged_by_the_record(scene: Scene) -> None:
     await scene.until_shown([HEAD], lambda entry: (
         entry["cache_source"] == ("record" if entry["replica"] == name else "events")
     ))  # fmt: skip
+
+
+async def test_what_is_read_for_its_amount_is_not_overtaken_by_what_was_said_since(
+    heard: tuple[Heard, Simulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, _engine = heard
+    seen.know()
+    await seen.until(seen.fresh)
+    monkeypatch.setattr(witness, "OVERHEARD_BYTES_MAX", 0)
+    follower = seen.witness._follower
+    assert follower is not None
+    took = follower.dispatched
+
+    def goes_on(key: Hashable, *rest: Any) -> None:
+        took(key, *rest)
+        if key == (seen.worker.origin, 1):  # a worker does not wait for us
+            released = note_wire.write_released(3, None)
+            seen.worker.ring.write(seen.worker.origin, time.monotonic(), released)
+
+    monkeypatch.setattr(follower, "dispatched", goes_on)
+    for lease_id in (1, 2, 3):
+        lease = notes.OpenLease(
+            lease_id, notes.replica_key("a"), 10, 0, 100, stream=True, weight=1.0
+        )
+        note = note_wire.write_dispatched(lease, PrefixChain(0, (lease_id,), (100,), 100))
+        seen.worker.ring.write(seen.worker.origin, time.monotonic(), note)
+    seen.hub.collect()
+    assert seen.witness.open_count == 2
