@@ -207,14 +207,14 @@ FIRST_TOKEN_OVERHEAD_S_MAX: Final = 0.1
 RECOMPUTE_WEIGHT: Final = 2.0
 # What a prompt costs those whose answers it holds up (`core.cost`). A second more for each token of
 # an answer counts as much as so many seconds more until another's first token.
-STALL_WEIGHT: Final = 15.0
+STALL_WEIGHT: Final = 30.0
 # All of them together count no more than the prompt itself so many times: hundreds of answers
 # beside short prompts would else be all that counts, and be spread evenly, instead of the work.
 STALL_SHARE_MAX: Final = 3.0
 # Of a prompt: a chunk, as engines compute it between two tokens of a stream (vLLM's and SGLang's
 # default on such a card).
 STALL_TOKENS_MAX: Final = 8_192
-STALL_LINE_S: Final = 0.3  # with so much before it, it counts half
+STALL_LINE_S: Final = 1.0  # with so much before it, it counts half
 ANSWER_FEWEST_TOKENS: Final = 32.0  # shorter ones count as these: they hardly are streams
 STREAM_FEWEST_TOKENS: Final = 2.0  # and these are none
 # KV space beyond which a newcomer waits for somebody to end, or has somebody preempted; and below
