@@ -15,6 +15,8 @@ A module of its own, not translated by mypyc: msgspec reads the annotations.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from typing import Annotated, Final, NamedTuple
 
 import msgspec
@@ -25,7 +27,7 @@ _Hash = int | bytes  # octets, where VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES is 0
 _AnyHashes = Annotated[list[_Hash], msgspec.Meta(max_length=limits.KV_EVENT_BLOCKS_MAX)]
 _Hashes = Annotated[list[int], msgspec.Meta(max_length=limits.KV_EVENT_BLOCKS_MAX)]
 _Raws = Annotated[list[msgspec.Raw], msgspec.Meta(max_length=limits.KV_BATCH_EVENTS_MAX)]
-_REMOVED_MAX: Final = 32  # blocks in one event, of those that come singly
+_JOINED_MAX: Final = 32  # blocks in one event, of those that come singly
 _HASH_BYTES: Final = 8
 # Array of up to 15, of 16 bits, of 32 bits: the first octet of a msgpack value says what it is.
 _ARRAYS: Final = frozenset((*range(0x90, 0xA0), 0xDC, 0xDD))
@@ -116,8 +118,8 @@ class _ClearedMap(msgspec.Struct, tag_field="type", tag="AllBlocksCleared", gc=F
 
 
 class _StoredArray(msgspec.Struct, array_like=True, tag="BlockStored", gc=False):
-    block_hashes: _AnyHashes
-    parent_block_hash: _Hash | None = None
+    block_hashes: _Hashes
+    parent_block_hash: int | None = None
     token_ids: msgspec.Raw = msgspec.Raw()
     block_size: int = 0
     lora_id: msgspec.Raw = msgspec.Raw()
@@ -131,6 +133,26 @@ class _StoredArray(msgspec.Struct, array_like=True, tag="BlockStored", gc=False)
 
 
 class _RemovedArray(msgspec.Struct, array_like=True, tag="BlockRemoved", gc=False):
+    block_hashes: _Hashes
+    medium: str | None = None
+    group_idx: int | None = None
+
+
+class _StoredAnyArray(msgspec.Struct, array_like=True, tag="BlockStored", gc=False):
+    block_hashes: _AnyHashes
+    parent_block_hash: _Hash | None = None
+    token_ids: msgspec.Raw = msgspec.Raw()
+    block_size: int = 0
+    lora_id: msgspec.Raw = msgspec.Raw()
+    medium: str | None = None
+    lora_name: msgspec.Raw = msgspec.Raw()
+    extra_keys: msgspec.Raw = msgspec.Raw()
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
+    session_id: None = None
+
+
+class _RemovedAnyArray(msgspec.Struct, array_like=True, tag="BlockRemoved", gc=False):
     block_hashes: _AnyHashes
     medium: str | None = None
     group_idx: int | None = None
@@ -143,6 +165,9 @@ class _ClearedArray(msgspec.Struct, array_like=True, tag="AllBlocksCleared", gc=
 _Map = _StoredMap | _RemovedMap | _ClearedMap
 _AnyMap = _StoredAnyMap | _RemovedAnyMap | _ClearedMap
 _Array = _StoredArray | _RemovedArray | _ClearedArray
+_AnyArray = _StoredAnyArray | _RemovedAnyArray | _ClearedArray
+_STORED: Final = (_StoredMap, _StoredArray)
+_REMOVED: Final = (_RemovedMap, _RemovedArray)
 
 
 class _BatchArray(msgspec.Struct, array_like=True, gc=False):
@@ -158,10 +183,18 @@ class _BatchMap(msgspec.Struct, gc=False):
 
 
 class _BatchOfMaps(msgspec.Struct, array_like=True, gc=False):
-    """The usual form, read in one go."""
+    """A usual form, read in one go."""
 
     ts: float
     events: Annotated[list[_Map], msgspec.Meta(max_length=limits.KV_BATCH_EVENTS_MAX)]
+    data_parallel_rank: int | None = None
+
+
+class _BatchOfArrays(msgspec.Struct, array_like=True, gc=False):
+    """The usual form of older releases."""
+
+    ts: float
+    events: Annotated[list[_Array], msgspec.Meta(max_length=limits.KV_BATCH_EVENTS_MAX)]
     data_parallel_rank: int | None = None
 
 
@@ -173,11 +206,12 @@ class _ArrayKind(msgspec.Struct, array_like=True, gc=False):
     type: str
 
 
-_whole: Final = msgspec.msgpack.Decoder(_BatchOfMaps)
+_of_maps: Final = msgspec.msgpack.Decoder(_BatchOfMaps)
+_of_arrays: Final = msgspec.msgpack.Decoder(_BatchOfArrays)
 _batch_array: Final = msgspec.msgpack.Decoder(_BatchArray)
 _batch_map: Final = msgspec.msgpack.Decoder(_BatchMap)
 _map: Final[msgspec.msgpack.Decoder[_AnyMap]] = msgspec.msgpack.Decoder(_AnyMap)
-_array: Final[msgspec.msgpack.Decoder[_Array]] = msgspec.msgpack.Decoder(_Array)
+_array: Final[msgspec.msgpack.Decoder[_AnyArray]] = msgspec.msgpack.Decoder(_AnyArray)
 _map_kind: Final = msgspec.msgpack.Decoder(_MapKind)
 _array_kind: Final = msgspec.msgpack.Decoder(_ArrayKind)
 _KNOWN: Final = ("BlockStored", "BlockRemoved", "AllBlocksCleared")
@@ -223,17 +257,24 @@ def _read(payload: bytes) -> Batch:
     if payload[0] not in _ARRAYS:
         told: _BatchMap | _BatchArray = _batch_map.decode(payload)
     else:
-        try:
-            usual = _whole.decode(payload)
-        except msgspec.ValidationError:  # an older form, or an event that is not known
-            told = _batch_array.decode(payload)
-        else:
+        usual = _usual(payload)
+        if usual is not None:
             return Batch(usual.ts, _joined(usual.events), usual.data_parallel_rank)
+        told = _batch_array.decode(payload)
     events = [_numbered(event) for raw in told.events if (event := _one(raw)) is not None]
     return Batch(told.ts, events, told.data_parallel_rank)
 
 
-def _one(raw: msgspec.Raw) -> _AnyMap | _Array | None:
+def _usual(payload: bytes) -> _BatchOfMaps | _BatchOfArrays | None:
+    """Return a batch of one of the usual forms; None: hashes are octets, or a kind is not known."""
+    with contextlib.suppress(msgspec.ValidationError):
+        return _of_maps.decode(payload)
+    with contextlib.suppress(msgspec.ValidationError):
+        return _of_arrays.decode(payload)
+    return None
+
+
+def _one(raw: msgspec.Raw) -> _AnyMap | _AnyArray | None:
     """Return one event; None when nobody here knows its kind."""
     octets = memoryview(raw)
     is_array = octets[0] in _ARRAYS
@@ -248,29 +289,44 @@ def _one(raw: msgspec.Raw) -> _AnyMap | _Array | None:
         return None
 
 
-def _joined(told: list[_Map]) -> list[Event]:
-    """Return the events, those removed in a row together: engines tell of each block by itself."""
+def _joined(told: Iterable[_Map | _Array]) -> list[Event]:
+    """Return the events, in a row those alike together: engines tell of each block by itself."""
     events: list[Event] = []
-    last: _RemovedMap | None = None
+    last: _Map | _Array | None = None
     for event in told:
-        if not isinstance(event, _RemovedMap):
-            last = None
-        elif last and _goes_on(last, event):
+        if isinstance(last, _REMOVED):
+            if isinstance(event, _REMOVED) and _removed_with(last, event):
+                last.block_hashes.extend(event.block_hashes)
+                continue
+        elif isinstance(last, _STORED) and isinstance(event, _STORED) and _stored_on(last, event):
             last.block_hashes.extend(event.block_hashes)
             continue
-        else:
-            last = event
+        last = event
         events.append(_plain(event))
     return events
 
 
-def _goes_on(last: _RemovedMap, event: _RemovedMap) -> bool:
+def _removed_with(last: _RemovedMap | _RemovedArray, event: _RemovedMap | _RemovedArray) -> bool:
     alike = last.group_idx == event.group_idx and last.medium == event.medium
-    return alike and len(last.block_hashes) < _REMOVED_MAX
+    return alike and len(last.block_hashes) < _JOINED_MAX
 
 
-def _plain(event: _Map) -> Event:
-    if isinstance(event, _StoredMap):
+def _stored_on(last: _StoredMap | _StoredArray, event: _StoredMap | _StoredArray) -> bool:
+    """Say whether the path goes on with these blocks, and in the same way."""
+    hashes = last.block_hashes
+    return (
+        0 < len(hashes) < _JOINED_MAX
+        and event.parent_block_hash == hashes[-1]
+        and event.medium == last.medium
+        and event.group_idx == last.group_idx
+        and event.block_size == last.block_size
+        and event.kv_cache_spec_kind == last.kv_cache_spec_kind
+        and event.session_id == last.session_id
+    )
+
+
+def _plain(event: _Map | _Array) -> Event:
+    if isinstance(event, _STORED):
         return Stored(
             event.block_hashes,
             event.parent_block_hash,
@@ -280,14 +336,14 @@ def _plain(event: _Map) -> Event:
             event.medium or "",
             event.session_id or "",
         )
-    if isinstance(event, _RemovedMap):
+    if isinstance(event, _REMOVED):
         return Removed(event.block_hashes, event.group_idx, event.medium or "")
     return CLEARED
 
 
-def _numbered(event: _AnyMap | _Array) -> Event:
+def _numbered(event: _AnyMap | _AnyArray) -> Event:
     """The same of the forms whose hashes may be octets."""
-    if isinstance(event, _StoredAnyMap | _StoredArray):
+    if isinstance(event, _StoredAnyMap | _StoredAnyArray):
         parent = event.parent_block_hash
         return Stored(
             [_number(name) for name in event.block_hashes],
@@ -298,7 +354,7 @@ def _numbered(event: _AnyMap | _Array) -> Event:
             event.medium or "",
             event.session_id or "",
         )
-    if isinstance(event, _RemovedAnyMap | _RemovedArray):
+    if isinstance(event, _RemovedAnyMap | _RemovedAnyArray):
         hashes = [_number(name) for name in event.block_hashes]
         return Removed(hashes, event.group_idx, event.medium or "")
     return CLEARED
