@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,37 @@ def test_workers_run_the_translation_only_where_it_fits(package: Path) -> None:
         assert compiling.import_root() == package.parent
         source.write_text(before)
         assert compiling.import_root() == compiling.folder()
+
+
+SHOWN = """
+import os, sys
+{before}
+paths, environment = list(sys.path), dict(os.environ)
+from proxy.compile import take_core
+take_core()
+import proxy, proxy.errors, proxy.core.binding, proxy.io.kv_stream
+assert (paths, environment) == (sys.path, dict(os.environ))
+for module in (proxy, proxy.errors, proxy.core, proxy.core.binding, proxy.io.kv_stream):
+    print(module.__name__, module.__file__)
+"""
+
+
+@pytest.mark.parametrize("before", ["", "import proxy.core.limits"])
+def test_the_supervisor_takes_the_core_whole_or_not_at_all(folder: Path, before: str) -> None:
+    """And leaves nothing that its successor would find instead of a translation of its own."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(compiling.PACKAGE, compiling.folder() / "proxy", ignore=ignored)
+    shown = subprocess.run(
+        [sys.executable, "-c", SHOWN.format(before=before)],
+        cwd=compiling.PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = dict(line.split(" ", 1) for line in shown.stdout.splitlines())
+    translated = {name for name, file in found.items() if str(compiling.folder()) in file}
+    core = {"proxy.errors", "proxy.core", "proxy.core.binding"}
+    assert translated == (set() if before else core)
 
 
 def test_it_can_be_switched_off(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
