@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["proxy"]:
+        from proxy.compile import take_core
+
+        take_core()
         from proxy.app import main as run_proxy
 
         return run_proxy(arguments[1:])

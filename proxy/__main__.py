@@ -2,6 +2,10 @@
 
 import sys
 
-from proxy.app import main
+from proxy.compile import take_core
+
+take_core()
+
+from proxy.app import main  # noqa: E402  # by which it runs
 
 sys.exit(main())

@@ -1,9 +1,10 @@
 """The data path as machine code: the same sources, translated by mypyc.
 
 What every request passes through is plain typed Python, and mypyc translates it as it stands; for
-the body scan there is C besides (`core/_scan.c`), built with it. Where that has been done, workers
-run the translation; everywhere else they run the sources, to the same effect at about twice the
-price. Nothing is built unasked: `doherty compile` needs a C compiler and this Python's headers.
+the body scan there is C besides (`core/_scan.c`), built with it. So is what the supervisor makes of
+each batch of KV events. Where that has been done, both workers and supervisor run the translation;
+everywhere else they run the sources, to the same effect at about twice the price. Nothing is built
+unasked: `doherty compile` needs a C compiler and this Python's headers.
 
 A translation lies in a folder named by a digest of the sources, of Python and of this machine, so
 that one which no longer fits is never loaded: an edited file is enough to fall back to the sources.
@@ -12,6 +13,7 @@ that one which no longer fits is never loaded: an edited file is enough to fall 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import platform
 import shutil
@@ -23,18 +25,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import proxy
 from proxy.contract.extras import install_command
 
 PACKAGE: Final = Path(__file__).resolve().parent
 FOLDER: Final = "DOHERTY_COMPILED"  # where translations lie; "off" has the sources run
 # What a request passes through. The rest runs when somebody asks, or once.
-_CORE: Final = """additions admission asked charging chunked claim_limits claims classes cost
-credentials crowd engine_errors explanation fairness fleet head head_memory headcount hearsay
-held holding http1 idle index lease lengths limits lines loads multipart note_ring note_wire
-notes opening outlook pacing picture pieces policy preamble preempting prefilling prefix principal
-principals prospects quota regions replica request_spans response_id responses retry ring
-room routes scan session share_cells sketch spare speeds sse termination tier_echo
-trace_context usage wishes"""
+_CORE: Final = """additions admission asked binding charging chunked claim_limits claims classes
+cost credentials crowd engine_errors explanation fairness fleet head head_memory headcount
+hearsay held holding http1 idle index kv_points kv_tree kv_underway kv_wire lease lengths limits
+lines loads multipart note_ring note_wire notes opening outlook pacing picture pieces policy
+preamble preempting prefilling prefix principal principals prospects quota regions replica
+request_spans response_id responses retry ring room routes scan session share_cells sketch spare
+speeds sse termination tier_echo trace_context usage wishes"""
 _IO: Final = (
     "abroad access_log authentication choice class_telemetry clock connection crossing echoing "
     "endings engine_answer exchange facts lateness metered metering noting outbox passage plane "
@@ -86,6 +89,28 @@ def worker_environment() -> dict[str, str]:
     memory = {"MALLOC_TRIM_THRESHOLD_": str(64 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
     path = os.pathsep.join(filter(None, (str(import_root()), os.environ.get("PYTHONPATH"))))
     return memory | os.environ | {"PYTHONPATH": path}
+
+
+def take_core() -> None:
+    """Have this process run the translation of the core, where there is one. For the supervisor.
+
+    Its shell, which is little of what it costs, stays the sources: there msgspec decodes into
+    classes that workers only encode. What is translated goes together, so a process that has
+    imported some of the sources goes on with them. Nothing of this is in our environment or on our
+    path afterwards: a successor looks for a translation of its own.
+    """
+    root = import_root()
+    if root == PACKAGE.parent or any(
+        name in sys.modules for name in ("proxy.core", "proxy.errors")
+    ):
+        return
+    sys.path.insert(0, str(root))  # for what the compiler puts beside the package
+    proxy.__path__.insert(0, str(root / "proxy"))
+    try:
+        importlib.import_module("proxy.core")  # its modules are looked for where it was found
+        importlib.import_module("proxy.errors")
+    finally:
+        del proxy.__path__[0], sys.path[0]
 
 
 def compile_all(*, force: bool = False) -> Path:

@@ -23,10 +23,10 @@ import socket
 import struct
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import msgspec
 
+from proxy.compile import PACKAGE
 from proxy.listeners import ADMIN, PUBLIC, Listeners, StartError
 
 _log = logging.getLogger("doherty.proxy")
@@ -51,7 +51,7 @@ def successor_environment(fd: int) -> dict[str, str]:
     were started in their folder are named, since a successor does not look in its working folder.
     """
     paths = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
-    root = str(Path(__file__).parents[1])
+    root = str(PACKAGE.parent)
     if sys.path[:1] == [root] and root not in paths:
         paths.insert(0, root)
     named = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}

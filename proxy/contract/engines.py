@@ -130,11 +130,15 @@ def _once(samples: list[Sample]) -> list[Sample]:
     Of each data-parallel rank the first of them counts, which with DP attention is not number 0.
     """
     samples = [sample for sample in samples if not sample[0].get("priority")]
+    places = [_place(labels) for labels, _ in samples]
     firsts: dict[int, tuple[int, int]] = {}
-    for labels, _ in samples:
-        rank, place = _place(labels)
+    for rank, place in places:
         firsts[rank] = min(place, firsts.get(rank, place))
-    return [sample for sample in samples if _place(sample[0]) in firsts.items()]
+    return [
+        sample
+        for sample, (rank, place) in zip(samples, places, strict=True)
+        if place == firsts[rank]
+    ]
 
 
 def _place(labels: dict[str, str]) -> tuple[int, tuple[int, int]]:
@@ -224,9 +228,14 @@ SGLANG: Final = LoadReader("sglang", ("/metrics", "/v1/loads"), _read_sglang)
 READERS: Final = (VLLM, SGLANG)
 
 
-def read_any(answers: Sequence[bytes], at_s: float) -> tuple[str, LoadSample] | None:
-    """Tell the engine from the names: an answer speaks one dialect. Return it and the load."""
-    for reader in READERS:
+def read_any(
+    answers: Sequence[bytes], at_s: float, believed: str = _UNKNOWN
+) -> tuple[str, LoadSample] | None:
+    """Tell the engine from the names: an answer speaks one dialect. Return it and the load.
+
+    That of the kind that it is `believed` to be is looked for first.
+    """
+    for reader in sorted(READERS, key=lambda reader: reader.kind != believed):
         load = reader.read(answers, at_s)
         if load is not None:
             return reader.kind, load

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -31,6 +32,7 @@ _LABEL = re.compile(r'([A-Za-z_][A-Za-z0-9_]*)="((?:[^"\\]|\\.)*)"')
 _ESCAPES = {r"\\": "\\", r"\"": '"', r"\n": "\n"}
 _COUNT_MAX = 2**53  # beyond it a float no longer counts
 _SECONDS_MAX = 1e12
+_RANK_DIGITS_MAX = 9
 _REAL = frozenset(("kv_used_ratio", "prefill_busy_s_total"))
 # Of the ranks the fullest is the one that stalls, and all have blocks of one size.
 _LARGEST = frozenset(("kv_used_ratio", "block_tokens"))
@@ -47,20 +49,17 @@ class Dialect(msgspec.Struct, frozen=True):
 def read_samples(text: bytes, names: Iterable[str]) -> Samples:
     """Return labels and value of each finite sample of `names`; anything else is skipped."""
     found: dict[str, list[Sample]] = {}
-    page = b"\n" + text
-    for name in names:
-        start = b"\n" + name.encode()
-        at = page.find(start)
-        while at >= 0:
-            at += len(start)
-            end = page.find(b"\n", at)
-            line = page[at : end if end >= 0 else len(page)]
-            if line.startswith((b"{", b" ")):
-                sample = _read_sample(line.decode("utf-8", "replace"))
-                if sample is not None:
-                    found.setdefault(name, []).append(sample)
-            at = page.find(start, at)
+    for name, rest in _lines_of(tuple(names)).findall(b"\n" + text):
+        sample = _read_sample(rest.decode("utf-8", "replace"))
+        if sample is not None:
+            found.setdefault(name.decode(), []).append(sample)
     return found
+
+
+@lru_cache
+def _lines_of(names: tuple[str, ...]) -> re.Pattern[bytes]:
+    """Return what finds their lines in one pass: pages are long, and few of the lines matter."""
+    return re.compile(rb"\n(%b)([{ ][^\n]*)" % b"|".join(re.escape(n.encode()) for n in names))
 
 
 def read_figures(text: bytes, dialect: Dialect) -> ByRank:
@@ -77,7 +76,7 @@ def read_figures(text: bytes, dialect: Dialect) -> ByRank:
 
 def rank_of(text: str | None) -> int:
     """Return the number of a rank; `NO_RANK` for what is none."""
-    if text is None or not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
+    if text is None or not (text.isdigit() and text.isascii() and len(text) <= _RANK_DIGITS_MAX):
         return NO_RANK
     return int(text)
 

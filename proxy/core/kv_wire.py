@@ -9,26 +9,41 @@ of events that nobody here knows are passed over: a new release must not blind u
 Token ids are most of the octets and never wanted: they are skipped where they lie, whether they are
 numbers or, under EAGLE, pairs. A batch that cannot be read raises `BadBatchError`: what it said is
 lost, so it counts as one that never came.
-
-A module of its own, not translated by mypyc: msgspec reads the annotations.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Final, NamedTuple
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import Final, NamedTuple
 
 import msgspec
 
 from proxy.core import limits
+from proxy.core.kv_forms import (
+    REMOVED,
+    STORED,
+    AnyArrayEvent,
+    AnyMapEvent,
+    ArrayEvent,
+    Hash,
+    MapEvent,
+    RemovedAnyArray,
+    RemovedAnyMap,
+    StoredAnyArray,
+    StoredAnyMap,
+    read_one,
+    read_unusual,
+    read_usual,
+)
 
-_Hash = int | bytes  # octets, where VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES is 0
-_AnyHashes = Annotated[list[_Hash], msgspec.Meta(max_length=limits.KV_EVENT_BLOCKS_MAX)]
-_Hashes = Annotated[list[int], msgspec.Meta(max_length=limits.KV_EVENT_BLOCKS_MAX)]
-_Raws = Annotated[list[msgspec.Raw], msgspec.Meta(max_length=limits.KV_BATCH_EVENTS_MAX)]
-_REMOVED_MAX: Final = 32  # blocks in one event, of those that come singly
+_JOINED_MAX: Final = 32  # blocks in one event, of those that come singly
 _HASH_BYTES: Final = 8
-# Array of up to 15, of 16 bits, of 32 bits: the first octet of a msgpack value says what it is.
-_ARRAYS: Final = frozenset((*range(0x90, 0xA0), 0xDC, 0xDD))
+# What events share that are told as one, two or five figures.
+_of_removed: Final = attrgetter("group_idx", "medium")
+_of_stored: Final = attrgetter(
+    "group_idx", "medium", "block_size", "kv_cache_spec_kind", "session_id"
+)
 _CLEARED_TAG: Final = b"AllBlocksCleared"
 
 
@@ -79,110 +94,6 @@ class Frames(NamedTuple):
     payload: bytes
 
 
-class _StoredMap(msgspec.Struct, tag_field="type", tag="BlockStored", gc=False):
-    block_hashes: _Hashes
-    parent_block_hash: int | None = None
-    block_size: int = 0
-    medium: str | None = None
-    group_idx: int | None = None
-    kv_cache_spec_kind: str | None = None
-    session_id: str | None = None
-
-
-class _RemovedMap(msgspec.Struct, tag_field="type", tag="BlockRemoved", gc=False):
-    block_hashes: _Hashes
-    medium: str | None = None
-    group_idx: int | None = None
-
-
-class _StoredAnyMap(msgspec.Struct, tag_field="type", tag="BlockStored", gc=False):
-    block_hashes: _AnyHashes
-    parent_block_hash: _Hash | None = None
-    block_size: int = 0
-    medium: str | None = None
-    group_idx: int | None = None
-    kv_cache_spec_kind: str | None = None
-    session_id: str | None = None
-
-
-class _RemovedAnyMap(msgspec.Struct, tag_field="type", tag="BlockRemoved", gc=False):
-    block_hashes: _AnyHashes
-    medium: str | None = None
-    group_idx: int | None = None
-
-
-class _ClearedMap(msgspec.Struct, tag_field="type", tag="AllBlocksCleared", gc=False):
-    pass
-
-
-class _StoredArray(msgspec.Struct, array_like=True, tag="BlockStored", gc=False):
-    block_hashes: _AnyHashes
-    parent_block_hash: _Hash | None = None
-    token_ids: msgspec.Raw = msgspec.Raw()
-    block_size: int = 0
-    lora_id: msgspec.Raw = msgspec.Raw()
-    medium: str | None = None
-    lora_name: msgspec.Raw = msgspec.Raw()
-    extra_keys: msgspec.Raw = msgspec.Raw()
-    group_idx: int | None = None
-    kv_cache_spec_kind: str | None = None
-    # No engine of this generation names sessions; the field makes the two forms alike.
-    session_id: None = None
-
-
-class _RemovedArray(msgspec.Struct, array_like=True, tag="BlockRemoved", gc=False):
-    block_hashes: _AnyHashes
-    medium: str | None = None
-    group_idx: int | None = None
-
-
-class _ClearedArray(msgspec.Struct, array_like=True, tag="AllBlocksCleared", gc=False):
-    pass
-
-
-_Map = _StoredMap | _RemovedMap | _ClearedMap
-_AnyMap = _StoredAnyMap | _RemovedAnyMap | _ClearedMap
-_Array = _StoredArray | _RemovedArray | _ClearedArray
-
-
-class _BatchArray(msgspec.Struct, array_like=True, gc=False):
-    ts: float
-    events: _Raws
-    data_parallel_rank: int | None = None
-
-
-class _BatchMap(msgspec.Struct, gc=False):
-    ts: float
-    events: _Raws
-    data_parallel_rank: int | None = None
-
-
-class _BatchOfMaps(msgspec.Struct, array_like=True, gc=False):
-    """The usual form, read in one go."""
-
-    ts: float
-    events: Annotated[list[_Map], msgspec.Meta(max_length=limits.KV_BATCH_EVENTS_MAX)]
-    data_parallel_rank: int | None = None
-
-
-class _MapKind(msgspec.Struct, gc=False):
-    type: str
-
-
-class _ArrayKind(msgspec.Struct, array_like=True, gc=False):
-    type: str
-
-
-_whole: Final = msgspec.msgpack.Decoder(_BatchOfMaps)
-_batch_array: Final = msgspec.msgpack.Decoder(_BatchArray)
-_batch_map: Final = msgspec.msgpack.Decoder(_BatchMap)
-_map: Final[msgspec.msgpack.Decoder[_AnyMap]] = msgspec.msgpack.Decoder(_AnyMap)
-_array: Final[msgspec.msgpack.Decoder[_Array]] = msgspec.msgpack.Decoder(_Array)
-_map_kind: Final = msgspec.msgpack.Decoder(_MapKind)
-_array_kind: Final = msgspec.msgpack.Decoder(_ArrayKind)
-_KNOWN: Final = ("BlockStored", "BlockRemoved", "AllBlocksCleared")
-
-
 def read_frames(frames: list[bytes]) -> Frames:
     """Return number and payload of a message, published or replayed.
 
@@ -220,57 +131,40 @@ def tells_of_clearing(payload: bytes) -> bool:
 def _read(payload: bytes) -> Batch:
     if not payload:
         raise BadBatchError("a batch is empty")
-    if payload[0] not in _ARRAYS:
-        told: _BatchMap | _BatchArray = _batch_map.decode(payload)
-    else:
-        try:
-            usual = _whole.decode(payload)
-        except msgspec.ValidationError:  # an older form, or an event that is not known
-            told = _batch_array.decode(payload)
-        else:
-            return Batch(usual.ts, _joined(usual.events), usual.data_parallel_rank)
-    events = [_numbered(event) for raw in told.events if (event := _one(raw)) is not None]
+    usual = read_usual(payload)
+    if usual is not None:
+        return Batch(usual.ts, _joined(usual.events), usual.data_parallel_rank)
+    told = read_unusual(payload)
+    events = [_numbered(event) for raw in told.events if (event := read_one(raw)) is not None]
     return Batch(told.ts, events, told.data_parallel_rank)
 
 
-def _one(raw: msgspec.Raw) -> _AnyMap | _Array | None:
-    """Return one event; None when nobody here knows its kind."""
-    octets = memoryview(raw)
-    is_array = octets[0] in _ARRAYS
-    try:
-        if is_array:
-            return _array.decode(octets)
-        return _map.decode(octets)
-    except msgspec.ValidationError:
-        kind = _array_kind.decode(octets).type if is_array else _map_kind.decode(octets).type
-        if kind in _KNOWN:
-            raise
-        return None
-
-
-def _joined(told: list[_Map]) -> list[Event]:
-    """Return the events, those removed in a row together: engines tell of each block by itself."""
+def _joined(told: Iterable[MapEvent | ArrayEvent]) -> list[Event]:
+    """Return the events, in a row those alike together: engines tell of each block by itself."""
     events: list[Event] = []
-    last: _RemovedMap | None = None
+    hashes: list[int] = []  # of the last one
+    shared: object = None
     for event in told:
-        if not isinstance(event, _RemovedMap):
-            last = None
-        elif last and _goes_on(last, event):
-            last.block_hashes.extend(event.block_hashes)
-            continue
+        if isinstance(event, STORED):
+            alike = _of_stored(event)
+            goes_on = alike == shared and bool(hashes) and hashes[-1] == event.parent_block_hash
+        elif isinstance(event, REMOVED):
+            alike = _of_removed(event)
+            goes_on = alike == shared
         else:
-            last = event
-        events.append(_plain(event))
+            events.append(CLEARED)
+            shared = None
+            continue
+        if goes_on and len(hashes) < _JOINED_MAX:
+            hashes += event.block_hashes
+        else:
+            hashes, shared = event.block_hashes, alike
+            events.append(_plain(event))
     return events
 
 
-def _goes_on(last: _RemovedMap, event: _RemovedMap) -> bool:
-    alike = last.group_idx == event.group_idx and last.medium == event.medium
-    return alike and len(last.block_hashes) < _REMOVED_MAX
-
-
-def _plain(event: _Map) -> Event:
-    if isinstance(event, _StoredMap):
+def _plain(event: MapEvent | ArrayEvent) -> Event:
+    if isinstance(event, STORED):
         return Stored(
             event.block_hashes,
             event.parent_block_hash,
@@ -280,14 +174,14 @@ def _plain(event: _Map) -> Event:
             event.medium or "",
             event.session_id or "",
         )
-    if isinstance(event, _RemovedMap):
+    if isinstance(event, REMOVED):
         return Removed(event.block_hashes, event.group_idx, event.medium or "")
     return CLEARED
 
 
-def _numbered(event: _AnyMap | _Array) -> Event:
+def _numbered(event: AnyMapEvent | AnyArrayEvent) -> Event:
     """The same of the forms whose hashes may be octets."""
-    if isinstance(event, _StoredAnyMap | _StoredArray):
+    if isinstance(event, StoredAnyMap | StoredAnyArray):
         parent = event.parent_block_hash
         return Stored(
             [_number(name) for name in event.block_hashes],
@@ -298,12 +192,12 @@ def _numbered(event: _AnyMap | _Array) -> Event:
             event.medium or "",
             event.session_id or "",
         )
-    if isinstance(event, _RemovedAnyMap | _RemovedArray):
+    if isinstance(event, RemovedAnyMap | RemovedAnyArray):
         hashes = [_number(name) for name in event.block_hashes]
         return Removed(hashes, event.group_idx, event.medium or "")
     return CLEARED
 
 
-def _number(name: _Hash) -> int:
+def _number(name: Hash) -> int:
     """Return the number that vLLM itself would give: the low 64 bits."""
     return name if isinstance(name, int) else int.from_bytes(name[-_HASH_BYTES:], "big")

@@ -39,6 +39,7 @@ class Reach:
         self, session: aiohttp.ClientSession, api_key: str | None, configured: KvSource | None
     ) -> None:
         self.ask_by(session, api_key, configured)
+        self._by_info: set[str] = set()  # URLs of engines that tell it in their server info alone
 
     def ask_by(
         self, session: aiohttp.ClientSession, api_key: str | None, configured: KvSource | None
@@ -53,14 +54,27 @@ class Reach:
         _, host, _ = parse_url(replica.url)
         if replica.told is not None:
             return _of_rank(replica.told, host, replica.dp_rank)
+        self._by_info.discard(replica.url)
         body = await self._get(replica.url + "/kv_event_sources")
         if body is not None:
             return listed_source(body, host, replica.dp_rank)
-        body = await self._get(replica.url + "/server_info")
-        source = None if body is None else named_source(body, host, replica.dp_rank)
+        source = await self._named(replica, host)
+        if source is not None:
+            self._by_info.add(replica.url)
         if source is not None or self._configured is None:
             return source
         return _of_rank(self._configured, host, replica.dp_rank)
+
+    async def still(self, replica: Followed, source: KvSource) -> bool:
+        """Say whether they are where they were found. Raises what `find` raises."""
+        if replica.told is None and replica.url in self._by_info:
+            _, host, _ = parse_url(replica.url)
+            return await self._named(replica, host) == source
+        return await self.find(replica) == source
+
+    async def _named(self, replica: Followed, host: str) -> KvSource | None:
+        body = await self._get(replica.url + "/server_info")
+        return None if body is None else named_source(body, host, replica.dp_rank)
 
     async def _get(self, url: str) -> bytes | None:
         """Return what is there; None when nothing ever will be."""

@@ -219,7 +219,7 @@ class KvStream:
         """Nothing came for a while: see that there was nothing to come."""
         if source.replay:
             await self._catch_up(source)
-        elif await self._reach.find(self.followed) == source:
+        elif await self._reach.still(self.followed, source):
             self._heard()
         else:
             raise LostError("its events are elsewhere now")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.core import limits
+from proxy.core.kv_tree import GPU, KvTree
 from proxy.core.kv_wire import (
     BadBatchError,
     Batch,
@@ -199,3 +201,96 @@ def test_what_is_removed_in_a_row_is_one_event_of_some_tens_of_blocks() -> None:
         Removed(list(range(100, 132)), None, "CPU"),
         Removed(list(range(132, 140)), None, "CPU"),
     ]
+
+
+def pages(*names: int, parent: int | None = None, medium: str = "GPU") -> list[list[Any]]:
+    """Return what SGLang 0.5.17 tells of pages that it stores one upon the other."""
+    parents = (parent, *names)
+    return [
+        ["BlockStored", [name], above, [1] * 64, 64, None, medium]
+        for name, above in zip(names, parents, strict=False)
+    ]
+
+
+def as_map(event: list[Any]) -> dict[str, Any]:
+    """The same as later releases tell it."""
+    names = ("type", "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id")
+    return dict(zip((*names, "medium"), event, strict=True))
+
+
+@pytest.mark.parametrize("form", [list, as_map])
+def test_pages_stored_in_a_row_are_one_event_of_some_tens(form: Callable[[Any], Any]) -> None:
+    def stored(hashes: list[int], parent: int | None, medium: str = "GPU") -> Stored:
+        return Stored(hashes, parent, 64, None, "", medium, "")
+
+    told = [
+        *pages(1, 2, 3, parent=-7),
+        *pages(12, 13, parent=2),  # branches off
+        *pages(14, parent=13, medium="CPU"),
+        *pages(21, 22),  # at the root
+    ]
+    batch = read_batch(packed([1.0, [*map(form, told)], 0]))
+    assert batch.events == [
+        stored([1, 2, 3], -7),
+        stored([12, 13], 2),
+        stored([14], 13, "CPU"),
+        stored([21, 22], None),
+    ]
+    many = [*range(100, 140)]
+    batch = read_batch(packed([1.0, [*map(form, pages(*many))], 0]))
+    assert batch.events == [stored(many[:32], None), stored(many[32:], 131)]
+
+
+def test_what_is_not_alike_is_told_by_itself() -> None:
+    first = changed(block_hashes=[1], parent_block_hash=None)
+    goes_on = changed(block_hashes=[2], parent_block_hash=1)
+    others: dict[str, Any] = {
+        "block_size": 32, "medium": "GPU", "group_idx": 2, "kv_cache_spec_kind": "mamba",
+        "session_id": "t", "block_hashes": [], "parent_block_hash": 9,
+    }  # fmt: skip
+    assert len(read_batch(packed([1.0, [first, goes_on], 0])).events) == 1
+    for name, value in others.items():
+        second = goes_on | {name: value}
+        third = changed(block_hashes=[3], parent_block_hash=2)
+        events = read_batch(packed([1.0, [first, second, third], 0])).events
+        if name == "block_hashes":  # nothing, and what follows goes on after something else
+            assert [event.hashes for event in events if isinstance(event, Stored)] == [[1], [3]]
+        else:
+            assert len(events) == (2 if name == "parent_block_hash" else 3), name
+    cleared = {"type": "AllBlocksCleared"}
+    assert len(read_batch(packed([1.0, [first, cleared, goes_on], 0])).events) == 3
+
+
+STEPS = st.lists(
+    st.tuples(st.booleans(), st.lists(st.integers(1, 3), min_size=1, max_size=40)), max_size=20
+)
+
+
+@given(st.lists(STEPS, max_size=4))
+def test_pages_told_together_grow_the_tree_that_each_by_itself_does(
+    batches: list[list[tuple[bool, list[int]]]],
+) -> None:
+    together, singly = KvTree(0.0), KvTree(0.0)
+    for number, steps in enumerate(batches):
+        told: list[list[Any]] = []
+        for stores, branches in steps:
+            path = [hash(tuple(branches[: depth + 1])) for depth in range(len(branches))]
+            if stores:
+                told += pages(*path)
+            else:  # the leaves first, as an engine evicts
+                told += [["BlockRemoved", [name], "GPU"] for name in reversed(path)]
+        for event in told:
+            apply(singly, read_batch(packed([1.0, [event], 0])).events, float(number))
+        apply(together, read_batch(packed([1.0, told, 0])).events, float(number))
+        assert together.where.keys() == singly.where.keys()
+        for block, run in together.where.items():
+            same = singly.where[block]
+            assert together.depth_in(run, block) == singly.depth_in(same, block)
+
+
+def apply(tree: KvTree, events: list[Event], now_s: float) -> None:
+    for event in events:
+        if isinstance(event, Stored):
+            tree.store(event.hashes, event.parent, GPU, now_s)
+        elif isinstance(event, Removed):
+            tree.remove(event.hashes, GPU)

@@ -5,14 +5,21 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import importlib
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
+import msgspec.inspect
 import pytest
 
 from proxy import compile as compiling
+from proxy.io import control, telemetry
 from proxy.io.server import ServerProtocol
 from proxy.io.upstream import Upstream
 
@@ -47,6 +54,79 @@ def test_workers_run_the_translation_only_where_it_fits(package: Path) -> None:
         assert compiling.import_root() == package.parent
         source.write_text(before)
         assert compiling.import_root() == compiling.folder()
+
+
+SHOWN = """
+import os, sys
+{before}
+paths, environment = list(sys.path), dict(os.environ)
+from proxy.compile import take_core
+take_core()
+import proxy, proxy.errors, proxy.core.binding, proxy.io.kv_stream
+assert (paths, environment) == (sys.path, dict(os.environ))
+for module in (proxy, proxy.errors, proxy.core, proxy.core.binding, proxy.io.kv_stream):
+    print(module.__name__, module.__file__)
+"""
+
+
+@pytest.mark.parametrize("before", ["", "import proxy.core.limits"])
+def test_the_supervisor_takes_the_core_whole_or_not_at_all(folder: Path, before: str) -> None:
+    """And leaves nothing that its successor would find instead of a translation of its own."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(compiling.PACKAGE, compiling.folder() / "proxy", ignore=ignored)
+    shown = subprocess.run(
+        [sys.executable, "-c", SHOWN.format(before=before)],
+        cwd=compiling.PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = dict(line.split(" ", 1) for line in shown.stdout.splitlines())
+    translated = {name for name, file in found.items() if str(compiling.folder()) in file}
+    core = {"proxy.errors", "proxy.core", "proxy.core.binding"}
+    assert translated == (set() if before else core)
+
+
+CORE = {"proxy.errors", *(f"proxy.{m}".replace("/", ".") for m in compiling.MODULES)}
+CORE = {name for name in CORE if not name.startswith("proxy.io.")}
+
+
+def test_the_supervisors_shell_has_no_class_of_a_translated_parent() -> None:
+    """Which has no sources for a child: it would fail where the core is translated alone."""
+    importlib.import_module("proxy.supervisor")
+    translated = {f"proxy.{module}".replace("/", ".") for module in compiling.MODULES}
+    children = [
+        f"{name}.{kind.__name__}"
+        for name, module in list(sys.modules.items())
+        if name.startswith("proxy.") and name not in translated
+        for kind in vars(module).values()
+        if isinstance(kind, type) and kind.__module__ == name
+        if CORE & {parent.__module__ for parent in kind.__mro__[1:]}
+    ]
+    assert children == []
+
+
+def test_nothing_that_the_supervisor_reads_from_workers_becomes_a_translated_class() -> None:
+    """mypyc leaves no annotations: what should be a tuple would stay the list that it came as."""
+    kinds = {one.cls for one in _types(msgspec.inspect.type_info(control.Message))}
+    assert telemetry.Sample in kinds
+    assert [kind for kind in kinds if kind.__module__ in CORE] == []
+
+
+def _types(kind: msgspec.inspect.Type, seen: set[int] | None = None) -> Iterator[Any]:
+    """Yield the classes that a type is made of."""
+    seen = set() if seen is None else seen
+    if id(kind) in seen:
+        return
+    seen.add(id(kind))
+    if isinstance(kind, msgspec.inspect.StructType | msgspec.inspect.NamedTupleType):
+        yield kind
+    for name in kind.__struct_fields__:
+        parts = getattr(kind, name)
+        for part in parts if isinstance(parts, tuple) else (parts,):
+            inner = part.type if isinstance(part, msgspec.inspect.Field) else part
+            if isinstance(inner, msgspec.inspect.Type):
+                yield from _types(inner, seen)
 
 
 def test_it_can_be_switched_off(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ class Pages:
         self.pages: dict[str, bytes | int] = {"/v1/models": b'{"data":[{"id":"m"}]}'}
         self.asked: list[str] = []
         self.keys: set[str | None] = set()
+        self.codings: set[str | None] = set()  # in which it may answer
         self.url = ""
         self._runner: web.AppRunner | None = None
 
@@ -55,6 +56,7 @@ class Pages:
     async def _answer(self, request: web.Request) -> web.Response:
         self.asked.append(request.path)
         self.keys.add(request.headers.get("Authorization"))
+        self.codings.add(request.headers.get("Accept-Encoding"))
         page = self.pages.get(request.path, 404)
         if isinstance(page, int):
             return web.Response(status=page)
@@ -237,6 +239,20 @@ async def test_a_vllm_is_asked_for_its_metrics_alone() -> None:
             assert found is not None
             assert (found[0], found[1].running) == ("vllm", 3)
         assert engine.asked == ["/metrics", "/metrics"]
+        assert engine.codings == {"identity"}  # or it would compress 50 KB each time
+
+
+async def test_one_that_is_another_kind_than_believed_is_read_all_the_same() -> None:
+    page = b"sglang:num_running_reqs 1\n"
+    async with Pages() as engine, scraper(engine.url) as reader:
+        engine.tell(3)
+        found = await reader.read("sglang")
+        assert found is not None
+        assert (found[0], found[1].running) == ("vllm", 3)
+        engine.pages["/metrics"] = page
+        found = await reader.read("vllm")
+        assert found is not None
+        assert (found[0], found[1].running) == ("sglang", 1)
 
 
 # --- end to end ----------------------------------------------------------------------------------

@@ -101,28 +101,22 @@ def arguments(options: FleetOptions, place: int) -> list[str]:
     # Both engines bind where they see "*" or "::" and connect elsewhere; this is IPv4 all the same
     # (an IPv4-mapped address, RFC 4291 section 2.5.5.2).
     endpoint = f"tcp://[::ffff:{host}]:{EVENTS_PORT}"
-    vllm_events = {
-        "enable_kv_cache_events": True,
-        "publisher": "zmq",
-        "endpoint": endpoint,
-        "replay_endpoint": f"tcp://{host}:{REPLAY_PORT}",
-        "topic": "",
-    }
-    words = ["--host", host]
-    events = ["--kv-events-config", orjson.dumps(vllm_events).decode()]
+    told: dict[str, object] = {"publisher": "zmq", "endpoint": endpoint, "topic": ""}
+    if options.manners == "vllm":
+        told |= {
+            "enable_kv_cache_events": True,
+            "replay_endpoint": f"tcp://{host}:{REPLAY_PORT}",
+        }
+    words = ["--host", host, "--kv-events-config", orjson.dumps(told).decode()]
     if options.engine == "simulator":
         words += ["--kv-cache-tokens", tokens, "--time-scale", f"{options.time_scale:g}"]
         words += ["--profile", f"h200-8b-{options.dialect}"]
-        words += events if options.dialect == "vllm" else []
     elif options.engine == "vllm":
         words += ["--kv-cache-memory-bytes", str(options.kv_cache_tokens * KV_BYTES_PER_TOKEN)]
-        words += events
     else:
-        sglang_events = {"publisher": "zmq", "endpoint": endpoint, "topic": ""}
         words += ["--max-total-tokens", tokens, "--attention-backend", "fa3"]
         words += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
         words += ["--mm-feature-transport", "cpu"]
-        words += ["--kv-events-config", orjson.dumps(sglang_events).decode()]
     return [*words, *options.args]
 
 
