@@ -376,7 +376,7 @@ KV_FIRST_TOKEN_S: Final = 1.0
 NOTES_RING_BYTES: Final = 1 * MIB
 # Who chooses seldom reads so many in one turn, about two milliseconds, and not all that is said in
 # half a second, for which its streams would wait; but not more often than so.
-NOTES_AT_ONCE: Final = 100
+NOTES_TURN_MAX: Final = 100
 NOTES_READ_S_MIN: Final = 0.02
 # Peers wait for notes: they go at once where none have gone for so long, else they are collected
 # for as long: shorter than any prefill, so that a burst over all proxies sees itself. A worker that

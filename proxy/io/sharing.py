@@ -38,7 +38,7 @@ def recital_s(replicas: int) -> float:
 
 def next_pause_s(pause_s: float, count: int) -> float:
     """Return when to read again, if there were so many notes after such a pause."""
-    fitting_s = pause_s * min(2.0, limits.NOTES_AT_ONCE / max(1, count))
+    fitting_s = pause_s * min(2.0, limits.NOTES_TURN_MAX / max(1, count))
     return min(limits.SWEEP_INTERVAL_S, max(limits.NOTES_READ_S_MIN, fitting_s))
 
 

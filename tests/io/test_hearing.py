@@ -109,7 +109,7 @@ def test_the_more_is_said_the_more_often_it_is_read_and_never_much_at_once(per_s
     pause_s = limits.SWEEP_INTERVAL_S
     for _ in range(8):
         pause_s = next_pause_s(pause_s, int(per_s * pause_s))
-    fitting_s = limits.NOTES_AT_ONCE / max(1, per_s)
+    fitting_s = limits.NOTES_TURN_MAX / max(1, per_s)
     wanted_s = min(max(fitting_s, limits.NOTES_READ_S_MIN), limits.SWEEP_INTERVAL_S)
     assert pause_s == pytest.approx(wanted_s, rel=0.02)
     for _ in range(8):  # and seldom again
