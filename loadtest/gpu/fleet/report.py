@@ -57,7 +57,7 @@ def text_of(record: Record, plan: Mapping[int, Considered] | None = None) -> tup
 
 def _head(setting: Setting, record: Record) -> str:
     lines = [
-        f"{name + ':':<11}{value}" for name, value in (setting.header | record.versions).items()
+        f"{name + ':':<10} {value}" for name, value in (setting.header | record.versions).items()
     ]
     lines.append(
         f"setting:   {setting.engine}, KV cache {setting.kv_cache_tokens:,} tokens a replica, "
