@@ -15,7 +15,7 @@ import msgspec
 
 from loadtest.gpu.fleet import judge
 from loadtest.gpu.fleet.judge import Group
-from loadtest.gpu.fleet.lab import Foretold, Pool, Speeds
+from loadtest.gpu.fleet.lab import Foretold, Pool, quicker
 from loadtest.gpu.fleet.record import CellKey, RecordError
 
 HEAD = [
@@ -57,23 +57,13 @@ def on_cards(pool: Pool, cards: int, plan: Mapping[int, Considered]) -> Pool | N
     one, many = plan.get(1), plan.get(cards)
     if one is None or many is None:
         return None
-    prompts = one.first_token_expected_s / many.first_token_expected_s
-    steps = one.step_expected_s / many.step_expected_s
-    known, speeds = pool.speeds.timing, pool.speeds
-    timing = msgspec.structs.replace(
-        known,
-        prefill_tokens_per_s=known.prefill_tokens_per_s * prompts,
-        prefill_s_per_token_squared=known.prefill_s_per_token_squared / prompts,
-        step_base_s=tuple((count, base_s / steps) for count, base_s in known.step_base_s),
-        step_s_per_context_token=known.step_s_per_context_token / cards,
+    speeds = quicker(
+        pool.speeds,
+        prompts=one.first_token_expected_s / many.first_token_expected_s,
+        steps=one.step_expected_s / many.step_expected_s,
+        contexts=cards,
     )
-    return msgspec.structs.replace(
-        pool,
-        cache_tokens=pool.cache_tokens * cards,
-        speeds=Speeds(
-            timing=timing, intake_s=speeds.intake_s, intake_s_per_token=speeds.intake_s_per_token
-        ),
-    )
+    return msgspec.structs.replace(pool, cache_tokens=pool.cache_tokens * cards, speeds=speeds)
 
 
 def rows(
